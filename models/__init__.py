@@ -1,0 +1,1 @@
+"""Computes: the pool of models, the engines that run them, and how they are trained."""

@@ -1,0 +1,1 @@
+"""Engines: everything that turns prompts into tokens, behind one contract (`base.Engine`)."""

@@ -1,0 +1,144 @@
+"""The contract of every engine: token streams from one or several members of a pool.
+
+An engine runs in one process, holds one or more models ("members") that share a tokenizer, and
+answers `GenerationRequest`s as streams of `Chunk`s. It knows nothing of HTTP, policies or plans:
+the executor turns a plan's `Answer` into one request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, TypeAlias
+
+FinishReason: TypeAlias = Literal["stop", "length"]
+FusionRule: TypeAlias = Literal["mixture", "product"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How tokens are drawn; the names and ranges are the OpenAI API's (vLLM's for the rest).
+
+    `temperature` 0 is greedy. `top_k` and `min_p` None mean off. `seed` None draws fresh
+    randomness; with a seed, the same request gives the same tokens whatever else is in the batch.
+    `logit_bias` maps token ids to [-100, 100]. `top_logprobs` None returns no alternatives,
+    0-20 that many. `json_schema` is a JSON schema's text; "{}" means any JSON value.
+    `ignore_eos` goes on to `max_tokens` (benchmarks).
+    """
+
+    max_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    top_logprobs: int | None = None
+    json_schema: str | None = None
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """One answer to generate: `members` fused by `rule` with relative `weights` (None: uniform).
+
+    `prompt_tokens` is the whole templated prompt in the engine's tokenizer. `request_id` is
+    unique; cancellation and logs use it. `client_id` groups requests for fair queueing.
+    """
+
+    request_id: str
+    prompt_tokens: tuple[int, ...]
+    members: tuple[str, ...]
+    weights: tuple[float, ...] | None = None
+    rule: FusionRule = "mixture"
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    client_id: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TopLogprob:
+    """One alternative at a position: id, text, raw bytes, natural log-probability."""
+
+    token_id: int
+    text: str
+    raw: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Token:
+    """One generated token; `logprob` is under the fused distribution before sampling filters.
+
+    That is log-softmax of the (fused) logits, before temperature, penalties, bias and truncation.
+    `top` is best first.
+    """
+
+    token_id: int
+    text: str
+    raw: bytes
+    logprob: float
+    top: tuple[TopLogprob, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk:
+    """A piece of the answer. `text` may lag behind `tokens` while a stop string or a character
+    may still be incomplete; the texts of all chunks joined are the answer, without the stop
+    string. `tokens` holds every generated token, the end-of-sequence token included in the count
+    but with empty text. The last chunk, and only it, has a `finish_reason`.
+    """
+
+    text: str
+    tokens: tuple[Token, ...]
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """A snapshot for metrics and autoscaling."""
+
+    running_requests: int = 0
+    queued_requests: int = 0
+    active_lanes: int = 0
+    kv_bytes_used: int = 0
+    kv_bytes_total: int = 0
+    generated_tokens_total: int = 0
+    busy_seconds_total: float = 0.0
+
+
+class Engine(Protocol):
+    """Generates. One instance per process; all methods are called on one event loop."""
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The models this engine holds, in the pool's order."""
+        ...
+
+    async def start(self) -> None:
+        """Load weights and warm up. Raises `PoolError` or `EngineFailed`."""
+        ...
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[Chunk]:
+        """Stream the answer to `request`.
+
+        Closing the iterator early (`aclose`, or cancelling the task that reads it) cancels the
+        request and frees what it held within one step. Raises, on the first `__anext__` where
+        that can be known: `RequestError`, `ContextOverflow`, `EngineOverloaded`; at any point
+        `EngineFailed`.
+        """
+        ...
+
+    def stats(self) -> EngineStats:
+        """Return a snapshot; cheap."""
+        ...
+
+    def check_health(self) -> None:
+        """Raise `EngineFailed` if the engine cannot serve any more."""
+        ...
+
+    async def stop(self) -> None:
+        """Cancel what runs and free everything; idempotent."""
+        ...

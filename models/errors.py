@@ -1,0 +1,53 @@
+"""What can go wrong while computing.
+
+ValueError
+├── PoolError             a pool file or checkpoint that cannot be used
+└── RequestError          a request that this engine cannot run as asked (the client's fault)
+    └── ContextOverflow   prompt plus answer do not fit the model's context
+RuntimeError
+└── EngineError           the engine's fault, another engine may do better
+    ├── EngineOverloaded  the queue is full; carries when to come back
+    └── EngineFailed      the engine died or could not run the step
+
+All carry only positional strings and numbers, so that they survive pickling between processes.
+"""
+
+
+class PoolError(ValueError):
+    """A pool file that cannot be used: names the key, the value and what is allowed."""
+
+
+class RequestError(ValueError):
+    """A request the engine refuses; `param` names the OpenAI field that is at fault, if one is."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message, param)
+        self.message = message
+        self.param = param
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class ContextOverflow(RequestError):
+    """Prompt plus requested output exceed the context length."""
+
+
+class EngineError(RuntimeError):
+    """An engine could not answer; not the client's fault."""
+
+
+class EngineOverloaded(EngineError):
+    """The engine's queue is full. `retry_after_s` is a guess at when it won't be."""
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message, retry_after_s)
+        self.message = message
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class EngineFailed(EngineError):
+    """The engine died, or a step failed."""

@@ -1,0 +1,235 @@
+"""The pool: which models there are and which engine runs each, read from `pool.yaml`.
+
+The file is validated whole when it loads, so that a mistake shows at start and not at the first
+request. It also carries the specifications of the pool's policies, which it does not interpret.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from models.card import ModelCard, read_card
+from models.errors import PoolError
+from policies.base import ModelFacts
+from policies.footprint import Rates
+
+DEFAULT_POOL = Path(__file__).parent / "pools" / "default"
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DeploymentSpec(_Strict):
+    """How many replicas an engine gets, and what each holds of the machine.
+
+    With `max_replicas` above `min_replicas` the engine scales with its load, aiming at
+    `target_ongoing_requests` per replica.
+    """
+
+    min_replicas: int = Field(1, ge=1)
+    max_replicas: int = Field(1, ge=1)
+    target_ongoing_requests: float = Field(16, gt=0)
+    num_cpus: float = Field(0.1, ge=0)
+    num_gpus: float = Field(0, ge=0)
+
+
+class EngineSpec(_Strict):
+    """One engine: `kind` picks the implementation, `options` are that implementation's own.
+
+    `kv_memory_bytes` bounds the key/value cache; requests beyond it wait, at most
+    `max_queued_requests` of them. `device` "auto" takes CUDA where there is one.
+    """
+
+    name: Name
+    kind: str
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    kv_memory_bytes: int = Field(256 * 2**20, gt=0)
+    max_queued_requests: int = Field(256, ge=0)
+    options: dict[str, Any] = Field(default_factory=dict)
+    deployment: DeploymentSpec = Field(default_factory=DeploymentSpec)
+
+
+class ModelSpec(_Strict):
+    """One model: where its checkpoint is (relative to the pool file), who runs it, its price."""
+
+    name: Name
+    engine: str
+    checkpoint: str | None = None
+    domains: tuple[str, ...] = ()
+    description: str = ""
+    usd_per_million_input_tokens: float = Field(0, ge=0)
+    usd_per_million_output_tokens: float = Field(0, ge=0)
+
+
+class PoolFile(_Strict):
+    """The schema of pool.yaml. `policies` maps names to specifications; "auto" is the default."""
+
+    name: Name
+    engines: tuple[EngineSpec, ...] = Field(min_length=1)
+    models: tuple[ModelSpec, ...] = Field(min_length=1)
+    policies: dict[Name, dict[str, Any]] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A pool's model: what the file says and, where it has a checkpoint, what that says."""
+
+    spec: ModelSpec
+    card: ModelCard | None
+
+    @property
+    def name(self) -> str:
+        """The name clients use."""
+        return self.spec.name
+
+    def facts(self) -> ModelFacts:
+        """Return what policies may know about this model."""
+        return ModelFacts(
+            name=self.name,
+            parameters=self.card.parameters if self.card else None,
+            domains=self.spec.domains,
+            rates=Rates(
+                usd_per_input_token=self.spec.usd_per_million_input_tokens / 1e6,
+                usd_per_output_token=self.spec.usd_per_million_output_tokens / 1e6,
+            ),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """A validated pool. `folder` is where relative paths in the file start."""
+
+    name: str
+    folder: Path
+    engines: tuple[EngineSpec, ...]
+    models: tuple[Model, ...]
+    policies: dict[str, dict[str, Any]]
+
+    def model(self, name: str) -> Model:
+        """Return the model called `name`; `KeyError` if there is none."""
+        for model in self.models:
+            if model.name == name:
+                return model
+        raise KeyError(name)
+
+    def engine_of(self, model: str) -> EngineSpec:
+        """Return the engine that runs the model called `model`."""
+        wanted = self.model(model).spec.engine
+        return next(engine for engine in self.engines if engine.name == wanted)
+
+    def models_of(self, engine: str) -> tuple[Model, ...]:
+        """Return the models that the engine called `engine` runs, in the file's order."""
+        return tuple(model for model in self.models if model.spec.engine == engine)
+
+    def facts(self) -> dict[str, ModelFacts]:
+        """Return what policies may know about every model, by name."""
+        return {model.name: model.facts() for model in self.models}
+
+
+def load_pool(path: Path | str) -> Pool:
+    """Read and validate a pool from `path`, a pool.yaml or the folder that holds one.
+
+    Raises `PoolError` that names the file, the key, the value and what is allowed.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / "pool.yaml"
+    if not file.is_file():
+        raise PoolError(f"there is no pool file at {file}")
+    try:
+        data = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PoolError(f"{file} is not valid YAML: {error}") from None
+    try:
+        content = PoolFile.model_validate(data)
+    except ValidationError as error:
+        raise PoolError(f"{file}: {explain(error)}") from None
+    _check_names(file, content)
+    pool = Pool(
+        name=content.name,
+        folder=file.parent,
+        engines=content.engines,
+        models=tuple(_load_model(file, spec) for spec in content.models),
+        policies=content.policies,
+    )
+    for engine in pool.engines:
+        if engine.kind == "stacked":
+            _check_same_shape(file, engine, pool.models_of(engine.name))
+    return pool
+
+
+def explain(error: ValidationError) -> str:
+    """Return a pydantic error as sentences that name the key, the value and what is allowed."""
+    lines = []
+    for detail in error.errors(include_url=False):
+        where = ".".join(str(part) for part in detail["loc"]) or "the file"
+        if detail["type"] == "extra_forbidden":
+            lines.append(f"{where}: unknown key")
+        elif detail["type"] == "missing":
+            lines.append(f"{where}: the key is missing")
+        else:
+            lines.append(f"{where}: {detail['msg']}, got {detail['input']!r}")
+    return "; ".join(lines)
+
+
+def _check_names(file: Path, content: PoolFile) -> None:
+    for what, names in (
+        ("engines", [engine.name for engine in content.engines]),
+        ("models", [model.name for model in content.models]),
+    ):
+        for name, count in Counter(names).items():
+            if count > 1:
+                raise PoolError(f"{file}: {what}: the name {name!r} is used {count} times")
+    engines = {engine.name for engine in content.engines}
+    for model in content.models:
+        if model.engine not in engines:
+            raise PoolError(
+                f"{file}: models.{model.name}.engine: {model.engine!r} is unknown; "
+                f"allowed are {', '.join(sorted(engines))}"
+            )
+        if model.name == "auto":
+            raise PoolError(f"{file}: models: the name 'auto' is reserved for the default policy")
+    used = {model.engine for model in content.models}
+    for name in sorted(engines - used):
+        raise PoolError(f"{file}: engines.{name} runs no model; give it one or remove it")
+
+
+def _load_model(file: Path, spec: ModelSpec) -> Model:
+    if spec.checkpoint is None:
+        return Model(spec=spec, card=None)
+    folder = file.parent / spec.checkpoint
+    if not folder.is_dir():
+        raise PoolError(f"{file}: models.{spec.name}.checkpoint: there is no folder {folder}")
+    try:
+        return Model(spec=spec, card=read_card(folder))
+    except PoolError as error:
+        raise PoolError(f"{file}: models.{spec.name}.checkpoint: {error}") from None
+
+
+def _check_same_shape(file: Path, engine: EngineSpec, models: tuple[Model, ...]) -> None:
+    where = f"{file}: engines.{engine.name}"
+    for model in models:
+        if model.card is None:
+            raise PoolError(f"{where}: the model {model.name!r} has no checkpoint")
+    first, *rest = [(model.name, model.card) for model in models if model.card]
+    for name, card in rest:
+        if card.shape != first[1].shape:
+            raise PoolError(
+                f"{where}: members of a stacked engine need one shape, but {name!r} has "
+                f"{card.shape} and {first[0]!r} has {first[1].shape}"
+            )
+        if card.tokenizer_sha256 != first[1].tokenizer_sha256:
+            raise PoolError(
+                f"{where}: members of a stacked engine need one tokenizer, but that of {name!r} "
+                f"differs from that of {first[0]!r}"
+            )

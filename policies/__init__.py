@@ -1,0 +1,1 @@
+"""Decides: plans, routing policies, laws and budgets. Knows nothing of serving or tensors."""

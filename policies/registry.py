@@ -1,0 +1,61 @@
+"""Policy kinds by name: from a specification (JSON/YAML data) to a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from policies.base import ModelFacts, Policy
+from policies.errors import PolicyError
+from policies.fixed import Fixed
+from policies.plan import from_json
+
+Builder = Callable[[Mapping[str, Any], Path, Mapping[str, ModelFacts]], Policy]
+
+
+def build_policy(
+    spec: Mapping[str, Any], *, folder: Path, models: Mapping[str, ModelFacts]
+) -> Policy:
+    """Build the policy that `spec` describes: its `kind` and that kind's own keys.
+
+    `folder` is where relative paths start; `models` the pool's models by name. Raises
+    `PolicyError` for an unknown kind or key, or a policy that names a model the pool lacks.
+    """
+    kind = spec.get("kind")
+    if kind not in _BUILDERS:
+        raise PolicyError(f"kind: {kind!r} is unknown; allowed are {', '.join(sorted(_BUILDERS))}")
+    body = {key: value for key, value in spec.items() if key != "kind"}
+    policy = _BUILDERS[kind](body, folder, models)
+    for name in policy.members():
+        if name not in models:
+            raise PolicyError(
+                f"the policy names the model {name!r}, which the pool lacks; "
+                f"it has {', '.join(sorted(models))}"
+            )
+    return policy
+
+
+def check_keys(
+    kind: str, body: Mapping[str, Any], *, required: tuple[str, ...], optional: tuple[str, ...] = ()
+) -> None:
+    """Raise `PolicyError` for a missing or unknown key of a policy's specification."""
+    for key in required:
+        if key not in body:
+            raise PolicyError(f"{kind}: the key {key!r} is missing")
+    for key in body:
+        if key not in (*required, *optional):
+            raise PolicyError(
+                f"{kind}: the key {key!r} is unknown; allowed are "
+                f"{', '.join((*required, *optional))}"
+            )
+
+
+def _fixed(body: Mapping[str, Any], folder: Path, models: Mapping[str, ModelFacts]) -> Policy:  # noqa: ARG001
+    check_keys("fixed", body, required=("plan",))
+    return Fixed(plan=from_json(body["plan"]))
+
+
+_BUILDERS: dict[str, Builder] = {
+    "fixed": _fixed,
+}

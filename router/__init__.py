@@ -1,0 +1,1 @@
+"""Serves: the Ray Serve application, the OpenAI API, the plan executor and the command line."""
