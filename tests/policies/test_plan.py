@@ -1,0 +1,98 @@
+"""Plans: reading, writing, and what is refused."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from policies.errors import PlanError
+from policies.plan import Answer, Best, Cascade, Plan, answers, from_json, members, to_json
+
+NAMES = st.sampled_from(["ada", "bob", "cyd", "dee"])
+PROBABILITIES = st.floats(0, 1)
+
+
+@st.composite
+def fused(draw: st.DrawFn) -> Answer:
+    """Draw an answer of one to four members."""
+    names = draw(st.lists(NAMES, min_size=1, max_size=4, unique=True))
+    weights = draw(
+        st.none() | st.lists(st.floats(0.1, 9), min_size=len(names), max_size=len(names))
+    )
+    return Answer(
+        members=tuple(names),
+        weights=None if weights is None else tuple(weights),
+        rule=draw(st.sampled_from(["mixture", "product"])),
+    )
+
+
+@st.composite
+def cascades(draw: st.DrawFn, inner: st.SearchStrategy[Plan]) -> Cascade:
+    """Draw a cascade of one to three `inner` stages."""
+    stages = draw(st.lists(inner, min_size=1, max_size=3))
+    thresholds = draw(st.lists(PROBABILITIES, min_size=len(stages) - 1, max_size=len(stages) - 1))
+    return Cascade(stages=tuple(stages), thresholds=tuple(thresholds))
+
+
+def bests(inner: st.SearchStrategy[Plan]) -> st.SearchStrategy[Best]:
+    """Draw a best-of over one to three `inner` candidates."""
+    return st.builds(
+        Best,
+        candidates=st.lists(inner, min_size=1, max_size=3).map(tuple),
+        select=st.sampled_from(["majority", "confidence"]),
+    )
+
+
+PLANS: st.SearchStrategy[Plan] = st.recursive(
+    fused(), lambda inner: cascades(inner) | bests(inner), max_leaves=6
+)
+
+
+@given(PLANS)
+def test_json_round_trip(plan: Plan) -> None:
+    """Any nesting of plans reads back from its own JSON unchanged."""
+    assert from_json(to_json(plan)) == plan
+
+
+@given(PLANS)
+def test_members_are_those_of_the_answers(plan: Plan) -> None:
+    """`members` lists each model that some answer names exactly once."""
+    named = [name for answer in answers(plan) for name in answer.members]
+    assert set(members(plan)) == set(named)
+    assert len(members(plan)) == len(set(named))
+
+
+def test_a_bare_name_is_a_plan() -> None:
+    """A model's name alone means: that model answers."""
+    assert from_json("ada") == Answer(members=("ada",))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (7, "plan: 7 is not"),
+        ({}, "plan: {} is not"),
+        ({"vote": {}}, "'vote' is unknown; allowed are answer, cascade, best"),
+        ({"answer": ["ada"]}, r"plan.answer: \['ada'\] is not an object"),
+        ({"answer": {}}, "'members' is missing"),
+        ({"answer": {"members": []}}, "answer.members is empty"),
+        ({"answer": {"members": ["a", "a"]}}, "names a model twice"),
+        ({"answer": {"members": "ada"}}, "'ada' is not a list"),
+        ({"answer": {"members": [1]}}, "not a list of names"),
+        ({"answer": {"members": ["a"], "weight": [1]}}, "'weight' is unknown"),
+        ({"answer": {"members": ["a"], "weights": [1, 2]}}, "2 entries for 1 members"),
+        ({"answer": {"members": ["a"], "weights": [-1]}}, r"weights \[-1.0\]"),
+        ({"answer": {"members": ["a"], "weights": [0]}}, "not all of them zero"),
+        ({"answer": {"members": ["a"], "weights": [float("nan")]}}, "finite"),
+        ({"answer": {"members": ["a"], "weights": [True]}}, "True is not a number"),
+        ({"answer": {"members": ["a"], "rule": "sum"}}, "allowed are mixture, product"),
+        ({"cascade": {"stages": ["a", "b"]}}, "0 entries; 2 stages need 1"),
+        ({"cascade": {"stages": ["a", "b"], "thresholds": [2]}}, r"2.0 is not in \[0, 1\]"),
+        ({"cascade": {"stages": ["a"], "scorer": 3}}, "cascade.scorer: 3"),
+        ({"best": {"candidates": []}}, "best.candidates is empty"),
+        ({"best": {"candidates": ["a"], "select": "first"}}, "allowed are majority, confidence"),
+    ],
+)
+def test_bad_plans_are_refused_by_name(data: object, message: str) -> None:
+    """What is wrong, the value and what is allowed stand in the error."""
+    with pytest.raises(PlanError, match=message):
+        from_json(data)
