@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from policies.footprint import Rates
+from policies.limits import NO_LIMITS, Limits
 from policies.plan import Plan
 
 
@@ -30,7 +31,8 @@ class Query:
 
     `text` is the last user message (what embeddings and n-grams see); `prompt_tokens` is the
     length of the whole templated conversation; `max_tokens` the most the answer may take.
-    `user`, `session` and `key_id` identify who asks, where known.
+    `user`, `session` and `key_id` identify who asks, where known. `limits` are this request's own
+    ceilings on cost and its floor on quality, which a `Budgeted` policy obeys.
     """
 
     text: str
@@ -39,6 +41,7 @@ class Query:
     user: str | None = None
     session: str | None = None
     key_id: str | None = None
+    limits: Limits = NO_LIMITS
 
 
 @dataclass(frozen=True, kw_only=True)
