@@ -1,0 +1,280 @@
+"""A scripted engine: answers, delays and failures as told, without weights.
+
+For tests and load tests of everything around an engine, and to try a pool file or a client
+without a model. It reads byte tokens (`models.tokenizer.ByteTokenizer`), writes one byte per
+token, and is deterministic: it does not sample.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+import itertools
+from collections.abc import AsyncIterator, Iterable, Sequence
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from models.engines.base import (
+    Chunk,
+    EngineStats,
+    FinishReason,
+    GenerationRequest,
+    Token,
+    TopLogprob,
+)
+from models.errors import (
+    ContextOverflow,
+    EngineFailed,
+    EngineOverloaded,
+    PoolError,
+    RequestError,
+)
+from models.pool import EngineSpec, Model, explain
+from models.tokenizer import ByteTokenizer
+
+
+class Script(BaseModel):
+    """How one model behaves.
+
+    Successive requests take the `answers` in turn; with none, the last message is echoed. Each
+    token carries `logprob`. With `fail_after_tokens` a request fails after that many tokens (0: at
+    once), with `refuse` it is turned away as if the queue were full; `num_failures` limits either
+    to the first so many requests.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    answers: tuple[str, ...] = ()
+    time_to_first_token_s: float = Field(0, ge=0)
+    token_latency_s: float = Field(0, ge=0)
+    logprob: float = Field(-0.1, le=0)
+    fail_after_tokens: int | None = Field(None, ge=0)
+    refuse: bool = False
+    num_failures: int | None = Field(None, ge=0)
+
+
+class FakeOptions(Script):
+    """The engine's `options`: a script for every model, and exceptions by model name.
+
+    At most `max_running_requests` run at once; the rest wait in the queue that the engine's
+    `max_queued_requests` bounds.
+    """
+
+    models: dict[str, Script] = Field(default_factory=dict)
+    context_tokens: int = Field(8192, ge=1)
+    max_running_requests: int = Field(256, ge=1)
+
+
+class FakeEngine:
+    """Plays scripts; see `Script` and `FakeOptions`. A fused request plays its first member's."""
+
+    def __init__(
+        self, *, members: Sequence[str], options: FakeOptions, max_queued_requests: int
+    ) -> None:
+        self._members = tuple(members)
+        self._options = options
+        self._max_queued_requests = max_queued_requests
+        self._slots = asyncio.Semaphore(options.max_running_requests)
+        self._requests_of = {name: itertools.count() for name in members}
+        self._running = 0
+        self._queued = 0
+        self._lanes = 0
+        self._generated_tokens = 0
+        self._stopped = False
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The models this engine plays."""
+        return self._members
+
+    async def start(self) -> None:
+        """Nothing to load."""
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[Chunk]:
+        """Play the script of the request's first member, one chunk per token."""
+        self._check(request)
+        script = self._options.models.get(request.members[0], self._options)
+        turn = next(self._requests_of[request.members[0]])
+        scripted_failure = script.num_failures is None or turn < script.num_failures
+        if self._queued >= self._max_queued_requests and self._slots.locked():
+            raise EngineOverloaded(f"{self._queued} requests wait already", 1.0)
+        if script.refuse and scripted_failure:
+            raise EngineOverloaded("the script refuses this request", 1.0)
+        self._queued += 1
+        try:
+            await self._slots.acquire()
+        finally:
+            self._queued -= 1
+        self._running += 1
+        self._lanes += len(request.members)
+        try:
+            fail_after_tokens = script.fail_after_tokens if scripted_failure else None
+            async for chunk in self._play(request, script, turn, fail_after_tokens):
+                yield chunk
+        finally:
+            self._running -= 1
+            self._lanes -= len(request.members)
+            self._slots.release()
+
+    def stats(self) -> EngineStats:
+        """Count what runs and waits."""
+        return EngineStats(
+            running_requests=self._running,
+            queued_requests=self._queued,
+            active_lanes=self._lanes,
+            generated_tokens_total=self._generated_tokens,
+        )
+
+    def check_health(self) -> None:
+        """Raise `EngineFailed` once stopped."""
+        if self._stopped:
+            raise EngineFailed("the fake engine is stopped")
+
+    async def stop(self) -> None:
+        """Fail what runs at its next token."""
+        self._stopped = True
+
+    def _check(self, request: GenerationRequest) -> None:
+        self.check_health()
+        for name in request.members:
+            if name not in self._members:
+                raise RequestError(f"the engine has no member {name!r}", "model")
+        vocab_size = ByteTokenizer().vocab_size
+        if any(not 0 <= token < vocab_size for token in request.prompt_tokens):
+            raise RequestError(f"prompt: token ids must be in [0, {vocab_size})", "prompt")
+        needed = len(request.prompt_tokens) + request.sampling.max_tokens
+        if needed > self._options.context_tokens:
+            raise ContextOverflow(
+                f"the context length is {self._options.context_tokens} tokens, but prompt and "
+                f"answer may take {needed}"
+            )
+
+    async def _play(
+        self,
+        request: GenerationRequest,
+        script: Script,
+        turn: int,
+        fail_after_tokens: int | None,
+    ) -> AsyncIterator[Chunk]:
+        sampling = request.sampling
+        answer = script.answers[turn % len(script.answers)] if script.answers else _last(request)
+        pending = _PendingText(sampling.stop)
+        await asyncio.sleep(script.time_to_first_token_s)
+        for index, token_id in enumerate(_ids(answer, forever=sampling.ignore_eos)):
+            if index == fail_after_tokens:
+                raise EngineFailed(f"the script fails after {index} tokens")
+            self.check_health()
+            if index:
+                await asyncio.sleep(script.token_latency_s)
+            self._generated_tokens += 1
+            text = pending.push(token_id)
+            finish: FinishReason | None = None
+            if pending.stopped or token_id == ByteTokenizer.END_OF_TURN:
+                finish = "stop"
+            elif index + 1 == sampling.max_tokens:
+                finish = "length"
+            if finish:
+                text += pending.flush()
+            yield Chunk(
+                text=text,
+                tokens=(_token(token_id, script.logprob, sampling.top_logprobs),),
+                finish_reason=finish,
+            )
+            if finish:
+                return
+
+
+class _PendingText:
+    """Turns bytes into text, holding back what may be part of a character or a stop string."""
+
+    def __init__(self, stop: tuple[str, ...]) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._stop = stop
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token_id: int) -> str:
+        if token_id == ByteTokenizer.END_OF_TURN:
+            return ""
+        self._held += self._decoder.decode(bytes([token_id]))
+        for stop in self._stop:
+            if stop in self._held:
+                self.stopped = True
+                text, self._held = self._held.split(stop)[0], ""
+                return text
+        keep = max(
+            (
+                size
+                for stop in self._stop
+                for size in range(1, len(stop))
+                if self._held.endswith(stop[:size])
+            ),
+            default=0,
+        )
+        cut = len(self._held) - keep
+        text, self._held = self._held[:cut], self._held[cut:]
+        return text
+
+    def flush(self) -> str:
+        return self._held if self.stopped else self._held + self._decoder.decode(b"", final=True)
+
+
+def _ids(answer: str, *, forever: bool) -> Iterable[int]:
+    data = answer.encode()
+    return itertools.cycle(data or b" ") if forever else [*data, ByteTokenizer.END_OF_TURN]
+
+
+def _last(request: GenerationRequest) -> str:
+    """Return the content of the conversation's last turn, or a prompt without turns as it is."""
+    ids = request.prompt_tokens
+    if ByteTokenizer.END_OF_TURN not in ids:
+        return ByteTokenizer().decode(ids)
+    end = len(ids) - 1 - ids[::-1].index(ByteTokenizer.END_OF_TURN)
+    start = end
+    while start > 0 and ids[start - 1] != ByteTokenizer.END_OF_TURN:
+        start -= 1
+    return ByteTokenizer().decode(ids[start:end]).partition("\n")[2]
+
+
+def _token(token_id: int, logprob: float, top_logprobs: int | None) -> Token:
+    raw, text = _piece(token_id)
+    alternatives: tuple[TopLogprob, ...] = ()
+    if top_logprobs:
+        alternatives = tuple(
+            TopLogprob(
+                token_id=other,
+                text=_piece(other)[1],
+                raw=_piece(other)[0],
+                logprob=logprob - rank,
+            )
+            for rank, other in enumerate(
+                (token_id + step) % ByteTokenizer().vocab_size for step in range(top_logprobs)
+            )
+        )
+    return Token(token_id=token_id, text=text, raw=raw, logprob=logprob, top=alternatives)
+
+
+def _piece(token_id: int) -> tuple[bytes, str]:
+    raw = b"" if token_id == ByteTokenizer.END_OF_TURN else bytes([token_id])
+    return raw, raw.decode(errors="replace")
+
+
+def create(spec: EngineSpec, models: Sequence[Model]) -> FakeEngine:
+    """Make the engine that `spec` describes; `PoolError` names a bad option."""
+    try:
+        options = FakeOptions.model_validate(spec.options)
+    except ValidationError as error:
+        raise PoolError(f"engines.{spec.name}.options: {explain(error)}") from None
+    names = [model.name for model in models]
+    for name in options.models:
+        if name not in names:
+            raise PoolError(
+                f"engines.{spec.name}.options.models: {name!r} is unknown; "
+                f"allowed are {', '.join(names)}"
+            )
+    for model in models:
+        if model.card is not None:
+            raise PoolError(
+                f"models.{model.name}.checkpoint: a fake engine reads no checkpoint; remove it"
+            )
+    return FakeEngine(members=names, options=options, max_queued_requests=spec.max_queued_requests)

@@ -1,0 +1,97 @@
+"""What is known of one request after it ended: the row behind ledger, metrics and experiments.
+
+One `RequestRecord` per HTTP request that asked for an answer, whatever became of it: answered,
+streamed, refused, failed or left by its client. It never holds text of the prompt or the answer.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberTokens:
+    """Tokens that one member read and wrote, summed over everything the plan ran."""
+
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestRecord:
+    """One request.
+
+    `request_id` is unique (the primary key); `time_s` is the Unix time at which it arrived.
+    `model` is what the client asked for, `policy` what decided (None where a model or a plan was
+    named), `plan` its JSON (None if refused before a plan was made). `prompt_tokens` and
+    `output_tokens` are the client's usage, `members` everything that ran for it, stages that were
+    not accepted included. `status` is the HTTP status, 499 where the client left; `error` the
+    error's code. `ttft_s` is the time to the first text (None if there was none). `user_hash` is
+    SHA-256 of the body's `user`, cut to 16 hexadecimal digits. `scores` are the policy's
+    predictions, `stages` what ran, in order: plan path, members, score, tokens, seconds, outcome.
+    `experiment` and `arm` are where the request took part, `unit` the hash of the randomised unit
+    and `propensity` the probability with which it got this arm; None outside of experiments.
+    """
+
+    request_id: str
+    time_s: float
+    endpoint: str
+    model: str
+    status: int
+    latency_s: float
+    stream: bool = False
+    ttft_s: float | None = None
+    error: str | None = None
+    policy: str | None = None
+    plan: Mapping[str, Any] | None = None
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    num_choices: int = 0
+    members: Mapping[str, MemberTokens] = field(default_factory=dict)
+    usd: float = 0.0
+    wh: float = 0.0
+    gco2e: float = 0.0
+    scores: Mapping[str, float] = field(default_factory=dict)
+    stages: tuple[Mapping[str, Any], ...] = ()
+    user_hash: str | None = None
+    session: str | None = None
+    key_id: str | None = None
+    experiment: str | None = None
+    arm: str | None = None
+    unit: str | None = None
+    propensity: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as JSON data."""
+        return asdict(self)
+
+
+class Recorder(Protocol):
+    """Keeps records. Called exactly once per request, on the event loop."""
+
+    def record(self, record: RequestRecord) -> None:
+        """Take `record`; must neither block nor raise."""
+        ...
+
+    async def close(self) -> None:
+        """Write what is still held; idempotent."""
+        ...
+
+
+class LogRecorder:
+    """Writes each record as one JSON line to a logger, at level INFO."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+
+    def record(self, record: RequestRecord) -> None:
+        """Log `record`."""
+        if self._logger.isEnabledFor(logging.INFO):
+            self._logger.info(json.dumps(record.to_json(), separators=(",", ":")))
+
+    async def close(self) -> None:
+        """Nothing is held."""
