@@ -3,7 +3,10 @@
 ValueError
 └── PolicyError          anything a user can get wrong here
     ├── PlanError        a plan that cannot be read or makes no sense
-    └── OutcomesError    a data file with a bad line (names file and line)
+    ├── LawError         measurements a law cannot be fitted to, or a value outside its range
+    ├── CarbonError      an unknown zone, region or device, or a table that cannot be read
+    ├── OutcomesError    a data file with a bad line (names file and line)
+    └── ExperimentError  an experiment that cannot be run, changed or estimated as asked
 """
 
 
@@ -17,3 +20,15 @@ class PlanError(PolicyError):
 
 class OutcomesError(PolicyError):
     """An outcomes file with a bad line: names the file, the line and the key."""
+
+
+class ExperimentError(PolicyError):
+    """An experiment's setting, or a question its data cannot answer: says which and why."""
+
+
+class LawError(PolicyError):
+    """Measurements a law cannot be fitted to, or a value outside a law's range."""
+
+
+class CarbonError(PolicyError):
+    """An unknown zone, region or device, or a table that cannot be read: says what is allowed."""

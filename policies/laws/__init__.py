@@ -1,0 +1,36 @@
+"""Laws that predict loss, quality, cost and time: one small typed object per law.
+
+Each has `predict` and, where its constants must be fitted, `fit` with bootstrap intervals. Sources:
+Sengupta et al., "Enough of Scaling LLMs! Let's Focus on Downscaling" (ICML 2025), whose equation
+numbers are meant where none other is named; Bian et al. 2025; Que et al. 2024; Sengupta et al.
+2025 ("Compression Laws for Large Language Models"). A constant that is published stands beside its
+law as `PUBLISHED`; where none is, there is no default.
+"""
+
+from policies.laws.compression import CompressionLaw, RecoveryLaw, RuntimeLaw
+from policies.laws.ensemble import EnsembleLaw, ensemble_margin, smallest_winning_ensemble
+from policies.laws.fitting import Fitted, Interval
+from policies.laws.mixture import MixtureLaw
+from policies.laws.pruning import PostPruningLaw
+from policies.laws.scaling import Chinchilla, Kaplan, performance_gain_carbon_factor
+from policies.laws.shape import InferenceEfficient, Shape, SharedExponent, rank_shapes
+
+__all__ = [
+    "Chinchilla",
+    "CompressionLaw",
+    "EnsembleLaw",
+    "Fitted",
+    "InferenceEfficient",
+    "Interval",
+    "Kaplan",
+    "MixtureLaw",
+    "PostPruningLaw",
+    "RecoveryLaw",
+    "RuntimeLaw",
+    "Shape",
+    "SharedExponent",
+    "ensemble_margin",
+    "performance_gain_carbon_factor",
+    "rank_shapes",
+    "smallest_winning_ensemble",
+]
