@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from policies.plan import Answer, Best, Plan, children
+
+# Energy an engine draws while no request runs belongs to no request; meters report it apart.
+IDLE_SHARE = "excluded"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """One request's cost: US dollars, watt-hours, grams of CO2 equivalent, seconds."""
+    """One request's cost: US dollars, watt-hours, grams of CO2 equivalent, seconds.
+
+    `gco2e` is operational plus embodied carbon, `embodied_gco2e` the embodied part of it. `flops`
+    and `busy_s` (seconds of a whole device) are what energy was derived from or attributed by.
+    `method` says how energy was found: "measured:nvml", "measured:rapl", "modelled:llmcarbon",
+    several joined by "+", empty where nobody has said. Idle energy is excluded.
+    """
 
     usd: float = 0.0
     wh: float = 0.0
     gco2e: float = 0.0
     latency_s: float = 0.0
+    embodied_gco2e: float = 0.0
+    flops: float = 0.0
+    busy_s: float = 0.0
+    method: str = ""
 
     def then(self, other: Footprint) -> Footprint:
         """Return the cost of this followed by `other`: everything adds up."""
@@ -25,21 +39,31 @@ class Footprint:
         """Return the cost of both at the same time: the slower one sets the latency."""
         return self._with(other, max(self.latency_s, other.latency_s))
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the footprint as JSON data, with how idle energy is treated."""
+        return {**asdict(self), "idle": IDLE_SHARE}
+
     def _with(self, other: Footprint, latency_s: float) -> Footprint:
         return Footprint(
             usd=self.usd + other.usd,
             wh=self.wh + other.wh,
             gco2e=self.gco2e + other.gco2e,
             latency_s=latency_s,
+            embodied_gco2e=self.embodied_gco2e + other.embodied_gco2e,
+            flops=self.flops + other.flops,
+            busy_s=self.busy_s + other.busy_s,
+            method=_join(self.method, other.method),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What one model costs per token; every field is >= 0.
+    """What one model costs per token; every number is >= 0.
 
     USD comes from the pool file; Wh, gCO2e and seconds from measurement or a model of the
-    hardware, zero where nobody has said.
+    hardware, zero where nobody has said. `gco2e_per_wh` is the grid's intensity (operational);
+    `busy_s_per_token` the seconds of a whole device that a token takes, each of which also uses up
+    `embodied_gco2e_per_s`. `method` is as in `Footprint`.
     """
 
     usd_per_input_token: float
@@ -49,17 +73,59 @@ class Rates:
     gco2e_per_wh: float = 0.0
     s_per_input_token: float = 0.0
     s_per_output_token: float = 0.0
+    flops_per_token: float = 0.0
+    busy_s_per_token: float = 0.0
+    embodied_gco2e_per_s: float = 0.0
+    method: str = ""
 
     def footprint(self, prompt_tokens: int, output_tokens: int) -> Footprint:
-        """Return the cost of reading `prompt_tokens` and writing `output_tokens`."""
-        wh = prompt_tokens * self.wh_per_input_token + output_tokens * self.wh_per_output_token
+        """Return the estimated cost of reading `prompt_tokens` and writing `output_tokens`."""
+        return self._footprint(
+            prompt_tokens,
+            output_tokens,
+            wh=prompt_tokens * self.wh_per_input_token + output_tokens * self.wh_per_output_token,
+            busy_s=(prompt_tokens + output_tokens) * self.busy_s_per_token,
+            latency_s=prompt_tokens * self.s_per_input_token
+            + output_tokens * self.s_per_output_token,
+            method=self.method,
+        )
+
+    def measured(
+        self,
+        prompt_tokens: int,
+        output_tokens: int,
+        *,
+        wh: float,
+        busy_s: float,
+        latency_s: float,
+        method: str,
+    ) -> Footprint:
+        """Return the cost of an answer whose energy and device seconds a meter attributed to it."""
+        return self._footprint(
+            prompt_tokens, output_tokens, wh=wh, busy_s=busy_s, latency_s=latency_s, method=method
+        )
+
+    def _footprint(
+        self,
+        prompt_tokens: int,
+        output_tokens: int,
+        *,
+        wh: float,
+        busy_s: float,
+        latency_s: float,
+        method: str,
+    ) -> Footprint:
+        embodied_gco2e = busy_s * self.embodied_gco2e_per_s
         return Footprint(
             usd=prompt_tokens * self.usd_per_input_token
             + output_tokens * self.usd_per_output_token,
             wh=wh,
-            gco2e=wh * self.gco2e_per_wh,
-            latency_s=prompt_tokens * self.s_per_input_token
-            + output_tokens * self.s_per_output_token,
+            gco2e=wh * self.gco2e_per_wh + embodied_gco2e,
+            latency_s=latency_s,
+            embodied_gco2e=embodied_gco2e,
+            flops=(prompt_tokens + output_tokens) * self.flops_per_token,
+            busy_s=busy_s,
+            method=method,
         )
 
 
@@ -80,3 +146,11 @@ def estimate(
         cost = estimate(child, rates, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
         total = total.beside(cost) if isinstance(plan, Best) else total.then(cost)
     return total
+
+
+def _join(one: str, other: str) -> str:
+    if one == other or not other:
+        return one
+    if not one:
+        return other
+    return "+".join(sorted({*one.split("+"), *other.split("+")}))

@@ -1,0 +1,25 @@
+"""Carbon: from FLOPs to watt-hours to grams of CO2 equivalent, operational and embodied.
+
+LLMCarbon's equations (Faiz et al. 2024; Sengupta et al. 2025, eq. 3-6 and 14-24) with tables of
+devices and of the grid. This package does no I/O but reading those tables and, on request, a file.
+"""
+
+from policies.carbon.grid import CachedGrid, GridIntensity, GridReading, StaticGrid, find_zone
+from policies.carbon.hardware import Device, find_device
+from policies.carbon.llmcarbon import CarbonLaw, TrainingCarbon, inference_flops, training_flops
+from policies.carbon.rates import rates_for
+
+__all__ = [
+    "CachedGrid",
+    "CarbonLaw",
+    "Device",
+    "GridIntensity",
+    "GridReading",
+    "StaticGrid",
+    "TrainingCarbon",
+    "find_device",
+    "find_zone",
+    "inference_flops",
+    "rates_for",
+    "training_flops",
+]

@@ -1,0 +1,222 @@
+"""The grid's carbon intensity: a table, a schedule from a file, or a cached live feed.
+
+Nothing here talks to a network: a feed pushes readings into `CachedGrid`, which decides how long
+to trust them.
+"""
+
+from __future__ import annotations
+
+import csv
+import threading
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+
+from policies.errors import CarbonError
+
+GRID_FOLDER = Path(__file__).parent.parent / "data" / "grid"
+CLOUDS = ("gcp", "aws", "azure")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridReading:
+    """Carbon intensity at a moment: gCO2e per kWh and where the figure comes from.
+
+    `source` is "table:DE", "file:intensity.csv", "live:DE", or "fallback:DE" where a live feed has
+    gone stale.
+    """
+
+    gco2e_per_kwh: float
+    source: str
+
+
+class GridIntensity(Protocol):
+    """Answers what the grid's carbon intensity is. Cheap, thread-safe, never raises."""
+
+    def at(self, now_s: float) -> GridReading:
+        """Return the reading for Unix time `now_s`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridZone:
+    """A row of the shipped tables: a country or a cloud region."""
+
+    key: str
+    name: str
+    gco2e_per_kwh: float
+    source: str
+
+
+def find_zone(key: str) -> GridZone:
+    """Return a zone by two- or three-letter country code, WORLD, or "cloud:region".
+
+    For example "DE", "DEU", "gcp:us-central1", "azure:westeurope". Case does not matter. Raises
+    `CarbonError` that says what is allowed.
+    """
+    zones = load_zones()
+    found = zones.get(key.lower())
+    if found is not None:
+        return found
+    cloud, colon, _ = key.lower().partition(":")
+    if colon and cloud in CLOUDS:
+        near = sorted(name for name in zones if name.startswith(f"{cloud}:"))
+        raise CarbonError(f"zone: {key!r} is unknown; {cloud} regions are {', '.join(near)}")
+    raise CarbonError(
+        f"zone: {key!r} is unknown; allowed are ISO country codes (DE, DEU), WORLD, and cloud "
+        "regions (gcp:us-central1, aws:eu-west-1, azure:westeurope)"
+    )
+
+
+@cache
+def load_zones(folder: Path = GRID_FOLDER) -> dict[str, GridZone]:
+    """Read the shipped tables; keys are in lower case."""
+    zones = {}
+    with (folder / "zones.csv").open(newline="") as stream:
+        for row in csv.DictReader(stream):
+            zone = GridZone(
+                key=row["zone"],
+                name=row["name"],
+                gco2e_per_kwh=float(row["gco2e_per_kwh"]),
+                source=f"codecarbon, {row['year']}",
+            )
+            zones[row["zone"].lower()] = zone
+            if row["iso3"]:
+                zones[row["iso3"].lower()] = zone
+    with (folder / "regions.csv").open(newline="") as stream:
+        for row in csv.DictReader(stream):
+            key = f"{row['cloud']}:{row['region']}"
+            zones[key.lower()] = GridZone(
+                key=key,
+                name=row["name"],
+                gco2e_per_kwh=float(row["gco2e_per_kwh"]),
+                source=f"{row['source']} {row['year']}".strip(),
+            )
+    return zones
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaticGrid:
+    """One intensity for ever."""
+
+    reading: GridReading
+
+    @classmethod
+    def of_zone(cls, key: str) -> StaticGrid:
+        """Return the shipped table's value for `key` (see `find_zone`)."""
+        zone = find_zone(key)
+        return cls(
+            reading=GridReading(gco2e_per_kwh=zone.gco2e_per_kwh, source=f"table:{zone.key}")
+        )
+
+    def at(self, now_s: float) -> GridReading:  # noqa: ARG002 - the contract's signature
+        """Return the one reading."""
+        return self.reading
+
+
+class ScheduledGrid:
+    """Intensities over time, from a file: a daily profile or a time series.
+
+    `times_s` are seconds (since midnight UTC for a profile, Unix time for a series), ascending;
+    each value holds from its time to the next. Before the first time of a series its first value
+    holds.
+    """
+
+    def __init__(
+        self,
+        times_s: Sequence[float],
+        gco2e_per_kwh: Sequence[float],
+        *,
+        source: str,
+        daily: bool = False,
+    ) -> None:
+        self._times_s = list(times_s)
+        self._readings = [
+            GridReading(gco2e_per_kwh=value, source=source) for value in gco2e_per_kwh
+        ]
+        self._daily = daily
+
+    @classmethod
+    def read(cls, file: Path) -> ScheduledGrid:
+        """Read a CSV with the columns `hour,gco2e_per_kwh` or `time,gco2e_per_kwh`.
+
+        `hour` is 0 to 23.99 UTC and repeats every day; `time` is ISO 8601 (UTC where it names no
+        offset). Raises `CarbonError` that names the file, the line and what is allowed.
+        """
+        try:
+            with file.open(newline="") as stream:
+                rows = list(csv.DictReader(stream))
+        except (OSError, UnicodeDecodeError) as error:
+            raise CarbonError(f"grid file {file}: {error}") from None
+        columns = set(rows[0]) if rows else set()
+        daily = "hour" in columns
+        if "gco2e_per_kwh" not in columns or not ({"hour", "time"} & columns):
+            raise CarbonError(
+                f"grid file {file}: needs rows under the columns hour,gco2e_per_kwh or "
+                "time,gco2e_per_kwh"
+            )
+        points = []
+        for line, row in enumerate(rows, start=2):
+            try:
+                time_s = float(row["hour"]) * 3600 if daily else _unix_s(row["time"])
+                value = float(row["gco2e_per_kwh"])
+            except (TypeError, ValueError) as error:
+                raise CarbonError(f"grid file {file}, line {line}: {error}") from None
+            if not 0 <= value < float("inf") or (daily and not 0 <= time_s < 86400):
+                raise CarbonError(
+                    f"grid file {file}, line {line}: intensity must be >= 0, an hour in [0, 24)"
+                )
+            points.append((time_s, value))
+        points.sort()
+        return cls(
+            [time_s for time_s, _ in points],
+            [value for _, value in points],
+            source=f"file:{file.name}",
+            daily=daily,
+        )
+
+    def at(self, now_s: float) -> GridReading:
+        """Return the value that holds at `now_s`."""
+        time_s = now_s % 86400 if self._daily else now_s
+        index = bisect_right(self._times_s, time_s) - 1
+        # Before a daily profile's first hour, yesterday's last value still holds.
+        return self._readings[index if self._daily else max(index, 0)]
+
+
+class CachedGrid:
+    """The last reading of a live feed, trusted for `max_age_s`; after that `fallback` answers.
+
+    Thread-safe: one thread calls `update`, any number call `at`.
+    """
+
+    def __init__(self, *, fallback: GridIntensity, max_age_s: float) -> None:
+        self._fallback = fallback
+        self._max_age_s = max_age_s
+        self._lock = threading.Lock()
+        self._latest: tuple[float, GridReading] | None = None
+
+    def update(self, reading: GridReading, *, measured_s: float) -> None:
+        """Take a reading that the feed says was valid at `measured_s`; older ones are ignored."""
+        with self._lock:
+            if self._latest is None or measured_s >= self._latest[0]:
+                self._latest = (measured_s, reading)
+
+    def at(self, now_s: float) -> GridReading:
+        """Return the live reading while it is fresh, else the fallback's, named as such."""
+        latest = self._latest
+        if latest is not None and now_s - latest[0] <= self._max_age_s:
+            return latest[1]
+        reading = self._fallback.at(now_s)
+        return GridReading(
+            gco2e_per_kwh=reading.gco2e_per_kwh,
+            source=f"fallback:{reading.source.partition(':')[2]}",
+        )
+
+
+def _unix_s(text: str) -> float:
+    moment = datetime.fromisoformat(text)
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()

@@ -1,0 +1,118 @@
+"""The `carbon:` section of the server's configuration, and what it builds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from policies.base import ModelFacts
+from policies.carbon.grid import CachedGrid, GridIntensity, ScheduledGrid, StaticGrid
+from policies.carbon.hardware import Device, find_device
+from policies.carbon.rates import rates_for
+from policies.footprint import Rates
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DeviceSettings(_Strict):
+    """A device of the shipped table; figures you have measured replace the table's."""
+
+    device: str = "cpu"
+    efficiency: float | None = Field(None, gt=0, le=1)
+    power_w: float | None = Field(None, gt=0)
+    peak_tflops: float | None = Field(None, gt=0)
+
+    def build(self) -> Device:
+        """Return the device; `CarbonError` for an unknown name."""
+        overrides = {
+            key: value
+            for key, value in self.model_dump(exclude={"device"}).items()
+            if value is not None
+        }
+        device = find_device(self.device)
+        if not overrides:
+            return device
+        return replace(device, **overrides, source=f"{device.source}; overridden: {overrides}")
+
+
+class FeedSettings(_Strict):
+    """A live feed of the Electricity Maps API's shape.
+
+    GET `url`?zone=… with the header `auth-token`, read from the environment variable
+    `token_env`, answers JSON with `carbonIntensity` (gCO2e per kWh) and `datetime`. Readings older
+    than `max_age_s` are not used; the table's value for the zone is, marked as a fallback.
+    """
+
+    url: str
+    zone: str
+    token_env: str | None = None
+    refresh_s: float = Field(300, gt=0)
+    max_age_s: float = Field(7200, gt=0)
+    timeout_s: float = Field(10, gt=0)
+
+
+class CarbonSettings(_Strict):
+    """Where the electricity comes from and what it drives.
+
+    `zone` is a country (DE), WORLD, or a cloud region (gcp:europe-west3); `grid_file` a CSV that
+    takes its place; `feed` a live source on top of either. `pue` is the data centre's power usage
+    effectiveness (1 for a computer on a desk). `hardware` applies to every engine that
+    `engines` does not name.
+    """
+
+    zone: str = "WORLD"
+    grid_file: Path | None = None
+    feed: FeedSettings | None = None
+    pue: float = Field(1.0, ge=1)
+    hardware: DeviceSettings = DeviceSettings()
+    engines: dict[str, DeviceSettings] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _tables_know_it(self) -> CarbonSettings:
+        # A mistake shows when the file loads, not at the first request.
+        StaticGrid.of_zone(self.zone)
+        for settings in (self.hardware, *self.engines.values()):
+            settings.build()
+        return self
+
+    def grid(self, folder: Path) -> GridIntensity:
+        """Return the grid; a `CachedGrid` where there is a feed, for the feed to update.
+
+        `folder` is where a relative `grid_file` starts. Raises `CarbonError` for a bad file.
+        """
+        grid: GridIntensity = StaticGrid.of_zone(self.zone)
+        if self.grid_file is not None:
+            grid = ScheduledGrid.read(folder / self.grid_file)
+        if self.feed is not None:
+            grid = CachedGrid(fallback=grid, max_age_s=self.feed.max_age_s)
+        return grid
+
+    def device_of(self, engine: str) -> Device:
+        """Return the device that the engine called `engine` runs on."""
+        return self.engines.get(engine, self.hardware).build()
+
+    def rates(
+        self,
+        models: Mapping[str, ModelFacts],
+        engine_of: Mapping[str, str],
+        *,
+        gco2e_per_kwh: float,
+    ) -> dict[str, Rates]:
+        """Return every model's rates with energy and carbon filled in, at this grid intensity.
+
+        `engine_of` maps models to the engines that run them.
+        """
+        return {
+            name: rates_for(
+                facts,
+                self.device_of(engine_of[name]),
+                gco2e_per_kwh=gco2e_per_kwh,
+                pue=self.pue,
+            )
+            for name, facts in models.items()
+        }

@@ -1,0 +1,107 @@
+"""The grid's intensity: tables, schedules, and how long a live reading is trusted."""
+
+import pytest
+
+from policies.carbon import CachedGrid, GridReading, StaticGrid, find_zone
+from policies.carbon.grid import GRID_FOLDER, ScheduledGrid, load_zones
+from policies.errors import CarbonError
+
+
+@pytest.mark.parametrize(
+    ("key", "gco2e_per_kwh"),
+    [
+        ("DE", 380.9),
+        ("deu", 380.9),
+        ("gcp:us-central1", 412.72),
+        ("aws:eu-north-1", 8.0),
+        ("azure:westeurope", 390.0),
+        ("WORLD", 480.6),
+    ],
+)
+def test_zones_are_found_by_country_code_and_cloud_region(key, gco2e_per_kwh):
+    """Two- and three-letter codes and cloud regions, whatever their case."""
+    assert find_zone(key).gco2e_per_kwh == gco2e_per_kwh
+
+
+def test_every_shipped_intensity_is_plausible():
+    """No negative value and none above an old gas or coal fleet; licences stand beside the tables."""
+    zones = load_zones()
+    assert len(zones) > 450
+    assert all(0 <= zone.gco2e_per_kwh < 1400 for zone in zones.values())
+    assert len(list(GRID_FOLDER.glob("LICENSE.*"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [("Atlantis", "ISO country codes"), ("gcp:moon", "gcp regions are gcp:africa-south1")],
+)
+def test_unknown_zones_are_refused_with_what_is_allowed(key, message):
+    """The error lists the regions of the cloud that was meant, or the kinds of names."""
+    with pytest.raises(CarbonError, match=message):
+        find_zone(key)
+
+
+def test_a_daily_profile_repeats(tmp_path):
+    """Hours are UTC; before the first one yesterday's last value holds."""
+    file = tmp_path / "day.csv"
+    file.write_text("hour,gco2e_per_kwh\n18,500\n6,100\n")
+    grid = ScheduledGrid.read(file)
+    day = 20 * 86400
+    assert [grid.at(day + hour * 3600).gco2e_per_kwh for hour in (3, 6, 17.9, 18, 27)] == [
+        500,
+        100,
+        100,
+        500,
+        500,
+    ]
+    assert grid.at(day).source == "file:day.csv"
+
+
+def test_a_time_series_holds_each_value_until_the_next(tmp_path):
+    """ISO times, UTC where no offset is named; the first value also holds before it."""
+    file = tmp_path / "series.csv"
+    file.write_text("time,gco2e_per_kwh\n2026-01-01T00:00:00,300\n2026-01-01T02:00:00+01:00,200\n")
+    grid = ScheduledGrid.read(file)
+    start = 1767225600
+    assert [grid.at(start + s).gco2e_per_kwh for s in (-50, 0, 3599, 3600, 9e9)] == [
+        300,
+        300,
+        300,
+        200,
+        200,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("hour,intensity\n1,2\n", "needs rows under the columns"),
+        ("", "needs rows under the columns"),
+        ("hour,gco2e_per_kwh\n1,much\n", "line 2: could not convert"),
+        ("hour,gco2e_per_kwh\n1,3\n24,3\n", r"line 3: intensity must be >= 0, an hour in \[0, 24"),
+        ("time,gco2e_per_kwh\nyesterday,3\n", "line 2: Invalid isoformat"),
+    ],
+)
+def test_a_bad_grid_file_is_refused(tmp_path, content, message):
+    """The error names the file, the line and what is allowed."""
+    file = tmp_path / "grid.csv"
+    file.write_text(content)
+    with pytest.raises(CarbonError, match=message):
+        ScheduledGrid.read(file)
+
+
+def test_a_live_reading_is_trusted_until_it_is_stale():
+    """Before any reading and after the limit the fallback answers, and says so."""
+    grid = CachedGrid(fallback=StaticGrid.of_zone("DE"), max_age_s=100)
+    assert grid.at(0).source == "fallback:DE"
+    grid.update(GridReading(gco2e_per_kwh=50, source="live:DE"), measured_s=1000)
+    assert grid.at(1100) == GridReading(gco2e_per_kwh=50, source="live:DE")
+    assert grid.at(1101) == GridReading(gco2e_per_kwh=380.9, source="fallback:DE")
+
+
+def test_an_older_reading_does_not_replace_a_newer_one():
+    """Feeds may answer out of order."""
+    grid = CachedGrid(fallback=StaticGrid.of_zone("DE"), max_age_s=100)
+    grid.update(GridReading(gco2e_per_kwh=50, source="live:DE"), measured_s=1000)
+    grid.update(GridReading(gco2e_per_kwh=70, source="live:DE"), measured_s=900)
+    assert grid.at(1000).gco2e_per_kwh == 50

@@ -1,0 +1,62 @@
+"""LLMCarbon's published table, reproduced, and the law that is linear in N and D."""
+
+from dataclasses import replace
+
+import pytest
+
+from policies.carbon import CarbonLaw, find_device, inference_flops, training_flops
+from policies.carbon.llmcarbon import embodied_tco2e, run_carbon
+
+# name, parameters, tokens, kg/kWh, PUE, device, power_w, peak, efficiency, devices, days, MWh, tCO2
+TABLE_4 = [
+    ("T5", 11e9, 600e9, 545, 1.12, "tpuv3", 310, 123, 0.37, 512, 19.67, 83.92, 45.74),
+    ("GPT-3", 175e9, 300e9, 429, 1.10, "v100", 330, 125, 0.197, 10000, 14.81, 1289.85, 553.34),
+    ("GShard", 2.3e9, 1e12, 177, 1.09, "tpuv3", 288, 123, 0.39, 1000, 3.33, 25.09, 4.44),
+    ("Switch", 7.41e9, 2e12, 330, 1.10, "tpuv3", 245, 123, 0.28, 1000, 29.88, 193.28, 63.78),
+    ("XLM", 0.55e9, 7e12, 413, 1.10, "v100", 342, 125, 0.212, 512, 19.71, 91.09, 37.62),
+]
+
+
+@pytest.mark.parametrize("row", TABLE_4, ids=[row[0] for row in TABLE_4])
+def test_training_runs_match_the_published_predictions(row):
+    """Days, MWh and tonnes of CO2 of LLMCarbon's table 4, to the digits printed."""
+    _, N, D, gco2e_per_kwh, pue, name, power_w, peak, efficiency, count, days, mwh, tco2 = row
+    device = replace(find_device(name), power_w=power_w, peak_tflops=peak, efficiency=efficiency)
+    run = run_carbon(
+        training_flops(N, D), device, num_devices=count, pue=pue, gco2e_per_kwh=gco2e_per_kwh
+    )
+    assert run.days == pytest.approx(days, abs=0.005)
+    assert run.mwh == pytest.approx(mwh, abs=0.01)
+    assert run.operational_tco2e == pytest.approx(tco2, abs=0.01)
+
+
+def test_embodied_carbon_of_xlm_matches_the_published_prediction():
+    """64 hosts and 512 V100 for 20.4 days of five years: 0.648 t (0.66 reported)."""
+    parts = {
+        "V100": (9.78, 512),
+        "CPU": (1.47, 64),
+        "DRAM": (102.4, 64),
+        "SSD": (576.0, 64),
+        "others": (148.2, 64),
+    }
+    assert embodied_tco2e(parts, days=20.4, lifetime_years=5) == pytest.approx(0.648, abs=5e-4)
+    # The device table spreads the same hosts over eight devices each.
+    by_device = find_device("v100").embodied_gco2e_per_s * 512 * 20.4 * 86400 / 1e6
+    assert by_device == pytest.approx(0.648, abs=5e-4)
+
+
+def test_carbon_is_linear_in_parameters_and_tokens():
+    """Doubling N or D doubles the carbon, and the law agrees with the run it summarises."""
+    device = find_device("h200")
+    law = CarbonLaw.of(device, pue=1.1, gco2e_per_kwh=400)
+    once = law.predict(1e9, 2e10)
+    assert law.predict(2e9, 2e10) == pytest.approx(2 * once)
+    assert law.predict(1e9, 4e10) == pytest.approx(2 * once)
+    run = run_carbon(training_flops(1e9, 2e10), device, num_devices=64, pue=1.1, gco2e_per_kwh=400)
+    assert run.tco2e * 1e6 == pytest.approx(once)
+    assert law.tokens_for(1e9, once) == pytest.approx(2e10)
+
+
+def test_inference_costs_a_third_of_training_per_token():
+    """2ND against 6ND."""
+    assert training_flops(5, 7) == 3 * inference_flops(5, 7)
