@@ -1,0 +1,51 @@
+"""A trained model as a plain Hugging Face checkpoint folder, in bf16."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from models.training.checkpoint import Progress
+from models.training.shapes import num_parameters
+from models.training.tokenizer import CHAT_TEMPLATE
+
+TRAINING_FACTS = "training.json"
+
+
+def export_model(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    progress: Progress,
+    folder: Path,
+) -> LlamaForCausalLM:
+    """Write config, bf16 weights, tokenizer and `training.json`; return the model as stored.
+
+    The returned fp32 model carries the weights rounded to bf16, so that what is measured is what
+    ships.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model.to(torch.bfloat16)  # type: ignore[arg-type]
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.do_sample = False
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    facts = {
+        "num_parameters": num_parameters(model),
+        "num_steps": progress.step,
+        "num_tokens": progress.num_tokens,
+        "wall_clock_s": round(progress.wall_clock_s),
+        "recipe": progress.recipe,
+    }
+    (folder / TRAINING_FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+    return load_model(folder)
+
+
+def load_model(folder: Path) -> LlamaForCausalLM:
+    """The checkpoint in `folder` in fp32, ready for inference."""
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert isinstance(model, LlamaForCausalLM)
+    model.eval()  # type: ignore[no-untyped-call]
+    return model

@@ -1,0 +1,63 @@
+"""The shapes of the shipped models: one base, and chunks of a quarter of it, shallower and wider.
+
+All are plain Llama checkpoints with tied embeddings and grouped-query attention.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from models.training.tokenizer import MAX_TOKENS
+
+ROPE_THETA: Final = 10_000.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """Width, depth and heads of one model."""
+
+    hidden_size: int
+    num_layers: int
+    feed_forward_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int = 32
+
+
+CHUNK: Final = Shape(
+    hidden_size=192, num_layers=3, feed_forward_size=448, num_heads=6, num_kv_heads=2
+)
+BASE: Final = Shape(
+    hidden_size=256, num_layers=6, feed_forward_size=768, num_heads=8, num_kv_heads=4
+)
+
+
+def build_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> LlamaForCausalLM:
+    """A freshly initialised fp32 model for `tokenizer`; the same for the same seed."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.hidden_size,
+        num_hidden_layers=shape.num_layers,
+        intermediate_size=shape.feed_forward_size,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.head_size,
+        max_position_embeddings=MAX_TOKENS,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
+        tie_word_embeddings=True,
+        initializer_range=0.02,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
+
+
+def num_parameters(model: LlamaForCausalLM) -> int:
+    """Distinct parameters; tied embeddings count once."""
+    return sum(p.numel() for p in model.parameters())
