@@ -1,7 +1,8 @@
 """What is known of one request after it ended: the row behind ledger, metrics and experiments.
 
 One `RequestRecord` per HTTP request that asked for an answer, whatever became of it: answered,
-streamed, refused, failed or left by its client. It never holds text of the prompt or the answer.
+streamed, refused, failed or left by its client. Text is in it only where the ledger is told to
+keep text.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ class MemberTokens:
 class RequestRecord:
     """One request.
 
-    `request_id` is unique (the primary key); `time_s` is the Unix time at which it arrived.
+    `request_id` is unique (the primary key) and the `id` of the response's body;
+    `client_request_id` is the `x-request-id` header, which clients may repeat. `time_s` is the Unix
+    time at which it arrived.
     `model` is what the client asked for, `policy` what decided (None where a model or a plan was
     named), `plan` its JSON (None if refused before a plan was made). `prompt_tokens` and
     `output_tokens` are the client's usage, `members` everything that ran for it, stages that were
@@ -35,6 +38,7 @@ class RequestRecord:
     predictions, `stages` what ran, in order: plan path, members, score, tokens, seconds, outcome.
     `experiment` and `arm` are where the request took part, `unit` the hash of the randomised unit
     and `propensity` the probability with which it got this arm; None outside of experiments.
+    `query_text` (the last user message) and `answer_text` are None unless `ledger.keep_text`.
     """
 
     request_id: str
@@ -43,6 +47,7 @@ class RequestRecord:
     model: str
     status: int
     latency_s: float
+    client_request_id: str = ""
     stream: bool = False
     ttft_s: float | None = None
     error: str | None = None
@@ -64,6 +69,8 @@ class RequestRecord:
     arm: str | None = None
     unit: str | None = None
     propensity: float | None = None
+    query_text: str | None = None
+    answer_text: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as JSON data."""

@@ -1,0 +1,168 @@
+"""What can be asked for: the pool's models and policies by the names that clients use.
+
+Everything that a pool or configuration can get wrong about names is found when this is built.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from models.errors import PoolError
+from models.pool import Pool
+from models.tokenizer import Tokenizer, load_tokenizer
+from policies.base import ModelFacts, Policy
+from policies.errors import PolicyError
+from policies.fixed import Fixed
+from policies.footprint import Rates
+from policies.plan import Answer, Cascade, Plan, answers, children, members
+from policies.registry import build_policy
+from router.executor.scorers import Confidence, Scorer
+
+DEFAULT_POLICY = "auto"
+_POLICY_PREFIX = "policy/"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a served name stands for; `policy_name` is None where the client named a model."""
+
+    policy: Policy
+    policy_name: str | None
+
+
+class Catalog:
+    """Names, tokenizers, prices and scorers of one pool."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        *,
+        policies: Mapping[str, Mapping[str, Any]] | None = None,
+        scorers: Mapping[str, Scorer] | None = None,
+    ) -> None:
+        """Check `pool` and the `policies` added to its own.
+
+        Raises `PoolError` (also for a plan that no engine can run) and `PolicyError`.
+        """
+        self.pool = pool
+        self.scorers: dict[str, Scorer] = {"confidence": Confidence(), **(scorers or {})}
+        self.facts: dict[str, ModelFacts] = pool.facts()
+        self.rates: dict[str, Rates] = {name: fact.rates for name, fact in self.facts.items()}
+        self._engine_of = {model.name: model.spec.engine for model in pool.models}
+        self._tokenizers = _load_tokenizers(pool)
+        self.policies = self._build_policies({**pool.policies, **(policies or {})})
+        self._targets = self._build_targets()
+        self.fingerprint = self._fingerprint()
+        self.created_s = int(time.time())
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The pool's first model's tokenizer; policies count prompt tokens with it."""
+        return self._tokenizers[self.pool.models[0].name]
+
+    def names(self) -> tuple[str, ...]:
+        """Return every name a client may ask for, the default policy first."""
+        return tuple(self._targets)
+
+    def resolve(self, name: str) -> Target | None:
+        """Return what `name` stands for, or None if nothing does."""
+        return self._targets.get(name)
+
+    def resolve_policy(self, name: str) -> Target | None:
+        """Return the policy called `name`, without the prefix that model names need."""
+        policy = self.policies.get(name)
+        return None if policy is None else Target(policy=policy, policy_name=name)
+
+    def engine_of(self, answer: Answer) -> str:
+        """Return the engine that runs `answer`; its plan has been checked."""
+        return self._engine_of[answer.members[0]]
+
+    def tokenizer_of(self, answer: Answer) -> Tokenizer:
+        """Return the tokenizer of `answer`'s members."""
+        return self._tokenizers[answer.members[0]]
+
+    def context_tokens(self, answer: Answer) -> int | None:
+        """Return the shortest context of `answer`'s members; None where it isn't known."""
+        cards = [self.pool.model(name).card for name in answer.members]
+        return min((card.context_tokens for card in cards if card is not None), default=None)
+
+    def check(self, plan: Plan) -> None:
+        """Raise `PolicyError` if `plan` cannot run on this pool, saying why."""
+        for name in members(plan):
+            if name not in self.facts:
+                raise PolicyError(
+                    f"the plan names the model {name!r}, which the pool lacks; "
+                    f"it has {', '.join(self.facts)}"
+                )
+        for answer in answers(plan):
+            engines = {self._engine_of[name] for name in answer.members}
+            if len(engines) > 1:
+                raise PolicyError(
+                    f"the plan fuses {', '.join(answer.members)}, which run on different engines "
+                    f"({', '.join(sorted(engines))}); members of one answer need one engine"
+                )
+        self._check_scorers(plan)
+
+    def _check_scorers(self, plan: Plan) -> None:
+        if isinstance(plan, Cascade) and plan.scorer not in self.scorers:
+            raise PolicyError(
+                f"cascade.scorer: {plan.scorer!r} is unknown; "
+                f"allowed are {', '.join(sorted(self.scorers))}"
+            )
+        for child in children(plan):
+            self._check_scorers(child)
+
+    def _build_policies(self, specs: Mapping[str, Mapping[str, Any]]) -> dict[str, Policy]:
+        policies: dict[str, Policy] = {}
+        for name, spec in specs.items():
+            try:
+                policy = build_policy(spec, folder=self.pool.folder, models=self.facts)
+                if isinstance(policy, Fixed):
+                    self.check(policy.plan)
+            except PolicyError as error:
+                raise PolicyError(f"policies.{name}: {error}") from None
+            policies[name] = policy
+        if DEFAULT_POLICY not in policies:
+            first = self.pool.models[0].name
+            policies = {DEFAULT_POLICY: Fixed(plan=Answer(members=(first,))), **policies}
+        return policies
+
+    def _build_targets(self) -> dict[str, Target]:
+        targets = {DEFAULT_POLICY: Target(policy=self.policies["auto"], policy_name="auto")}
+        for name, policy in self.policies.items():
+            targets[_POLICY_PREFIX + name] = Target(policy=policy, policy_name=name)
+        for model in self.pool.models:
+            plan = Answer(members=(model.name,))
+            targets[model.name] = Target(policy=Fixed(plan=plan), policy_name=None)
+        return targets
+
+    def _fingerprint(self) -> str:
+        seen = [
+            version("shoal"),
+            [
+                (m.spec.model_dump(mode="json"), m.card.tokenizer_sha256 if m.card else None)
+                for m in self.pool.models
+            ],
+        ]
+        return "fp_" + hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:10]
+
+
+def _load_tokenizers(pool: Pool) -> dict[str, Tokenizer]:
+    """Return every model's tokenizer; models with the same one share it."""
+    loaded: dict[str | None, Tokenizer] = {}
+    by_model: dict[str, Tokenizer] = {}
+    for model in pool.models:
+        key = model.card.tokenizer_sha256 if model.card else None
+        if key not in loaded:
+            try:
+                loaded[key] = load_tokenizer(model)
+            except PoolError as error:
+                raise PoolError(f"models.{model.name}.checkpoint: {error}") from None
+        by_model[model.name] = loaded[key]
+    return by_model

@@ -1,0 +1,82 @@
+"""The application's arguments: what `shoal serve --config` reads and `router.app:build` takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from models.pool import DEFAULT_POOL, DeploymentSpec, Name, explain
+from router.caps.config import BudgetsConfig
+from router.keys import AuthConfig
+from router.ledger.config import LedgerConfig
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the file and the key."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ServingLimits(_Strict):
+    """Bounds on one request.
+
+    `default_max_tokens` is the most an answer takes where the client names no limit (never more
+    than the context has room for). `request_timeout_s` ends a request, and is the most a client
+    may ask for; `stage_timeout_s` ends a stage of a cascade, the last one excepted, so that the
+    next one can run.
+    """
+
+    max_body_bytes: int = Field(4 * 2**20, gt=0)
+    default_max_tokens: int = Field(1024, gt=0)
+    request_timeout_s: float = Field(600, gt=0)
+    stage_timeout_s: float = Field(60, gt=0)
+
+
+class AppArgs(_Strict):
+    """Everything the application needs to know.
+
+    `pool` is a pool.yaml or its folder (default: the pool that comes with Shoal). `policies` adds
+    to the pool's policies or replaces them by name; paths in them are relative to the pool's
+    folder. `ingress` says how many replicas take HTTP requests. `num_threads` is the number of
+    CPU threads of each engine replica (default: all cores of the machine). `ledger` null keeps
+    no rows, and then there are no keys and no budgets either.
+    """
+
+    pool: Path = DEFAULT_POOL
+    policies: dict[Name, dict[str, Any]] = Field(default_factory=dict)
+    limits: ServingLimits = Field(default_factory=ServingLimits)
+    ingress: DeploymentSpec = Field(default_factory=DeploymentSpec)
+    num_threads: int | None = Field(None, ge=1)
+    ledger: LedgerConfig | None = Field(default_factory=LedgerConfig)
+    auth: AuthConfig = Field(default_factory=AuthConfig)
+    budgets: BudgetsConfig = Field(default_factory=BudgetsConfig)
+
+
+def load_args(file: Path | None, **overrides: object) -> AppArgs:
+    """Read arguments from a YAML file, if there is one; `overrides` that are not None win.
+
+    A relative `pool` in the file is relative to the file. Raises `ConfigError`.
+    """
+    data: dict[str, Any] = {}
+    if file is not None:
+        try:
+            content = yaml.safe_load(file.read_text())
+        except OSError as error:
+            raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file} is not valid YAML: {error}") from None
+        if not isinstance(content, dict | None):
+            raise ConfigError(f"{file} does not hold a mapping of keys to values")
+        data = dict(content or {})
+        if isinstance(data.get("pool"), str):
+            data["pool"] = file.parent / data["pool"]
+    data.update({key: value for key, value in overrides.items() if value is not None})
+    try:
+        return AppArgs.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"{file or 'arguments'}: {explain(error)}") from None

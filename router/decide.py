@@ -1,0 +1,115 @@
+"""From what a request asks for to the plans that will run: one decision per prompt."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from policies.base import Decision, Query
+from policies.errors import PlanError, PolicyError
+from policies.fixed import Fixed
+from policies.footprint import estimate
+from policies.plan import Plan, from_json
+from router.catalog import Catalog, Target
+from router.config import ServingLimits
+from router.errors import ApiError, bad_request
+from router.exchange import Choice, Exchange
+from router.executor.task import Task
+from router.openai_api.ask import Ask
+
+
+async def decide(catalog: Catalog, limits: ServingLimits, exchange: Exchange, ask: Ask) -> None:
+    """Fill in the exchange's policy, decisions and choices.
+
+    Raises `ApiError` for unknown names, plans that cannot run and ceilings that the plan exceeds.
+    """
+    target = _target(catalog, ask)
+    exchange.policy = target.policy_name
+    decisions: list[Decision] = []
+    choices: list[Choice] = []
+    for prompt in ask.prompts:
+        num_tokens = len(await prompt.tokens(catalog.tokenizer))
+        exchange.prompt_tokens += num_tokens
+        query = Query(
+            text=prompt.query(catalog.tokenizer),
+            prompt_tokens=num_tokens,
+            max_tokens=ask.max_tokens or limits.default_max_tokens,
+            user=ask.user,
+            session=ask.extension.session,
+            key_id=exchange.key_id,
+            limits=ask.extension.limits(),
+        )
+        decision = target.policy.decide(query)
+        _check_ceilings(catalog, decision.plan, query)
+        decisions.append(decision)
+        for _ in range(ask.n):
+            task = _task(
+                exchange, ask, prompt_index=len(decisions) - 1, query=query, i=len(choices)
+            )
+            choices.append(Choice(plan=decision.plan, task=task))
+    exchange.decisions = tuple(decisions)
+    exchange.choices = tuple(choices)
+
+
+def _target(catalog: Catalog, ask: Ask) -> Target:
+    named = catalog.resolve(ask.model)
+    if named is None:
+        raise ApiError(
+            404,
+            f"The model {ask.model!r} does not exist; GET /v1/models lists what there is.",
+            param="model",
+            code="model_not_found",
+        )
+    extension = ask.extension
+    if extension.plan is not None and extension.policy is not None:
+        raise bad_request("give a plan or a policy, not both", "shoal.plan")
+    if extension.policy is not None:
+        target = catalog.resolve_policy(extension.policy)
+        if target is None:
+            raise bad_request(
+                f"shoal.policy: {extension.policy!r} is unknown; "
+                f"allowed are {', '.join(catalog.policies)}",
+                "shoal.policy",
+            )
+        return target
+    if extension.plan is not None:
+        return Target(policy=Fixed(plan=_read_plan(catalog, extension.plan)), policy_name=None)
+    return named
+
+
+def _read_plan(catalog: Catalog, data: object) -> Plan:
+    try:
+        plan = from_json(data)
+        catalog.check(plan)
+    except (PlanError, PolicyError) as error:
+        raise bad_request(f"shoal.plan: {error}", "shoal.plan") from None
+    return plan
+
+
+def _check_ceilings(catalog: Catalog, plan: Plan, query: Query) -> None:
+    if not query.limits.caps_cost:
+        return
+    cost = estimate(
+        plan, catalog.rates, prompt_tokens=query.prompt_tokens, output_tokens=query.max_tokens
+    )
+    for name in query.limits.exceeded(cost):
+        raise bad_request(
+            f"shoal.{name}: the plan may cost more; lower max_tokens or raise the ceiling",
+            f"shoal.{name}",
+            "cost_ceiling_exceeded",
+        )
+
+
+def _task(exchange: Exchange, ask: Ask, *, prompt_index: int, query: Query, i: int) -> Task:
+    sampling = ask.sampling
+    if sampling.seed is not None and ask.n > 1:
+        # Choices of one prompt differ, and are still the same whenever they are asked for.
+        sampling = replace(sampling, seed=sampling.seed + i % ask.n)
+    return Task(
+        request_id=f"{exchange.id}-{i}",
+        query=query,
+        prompt=ask.prompts[prompt_index],
+        sampling=sampling,
+        max_tokens=ask.max_tokens,
+        stream=ask.stream,
+        client_id=exchange.key_id or ask.user or "",
+    )

@@ -1,0 +1,36 @@
+"""The contract of everything through which the executor reaches an engine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Protocol
+
+from models.engines.base import Chunk, EngineStats, GenerationRequest
+
+
+class EngineClient(Protocol):
+    """One engine of the pool, wherever it runs.
+
+    Both ways to generate raise `RequestError`, `ContextOverflow`, `EngineOverloaded` and
+    `EngineFailed` as engines do; cancelling the caller, or closing the stream, cancels the request
+    at the engine within one step.
+    """
+
+    async def complete(self, request: GenerationRequest) -> Chunk:
+        """Return the whole answer as one chunk."""
+        ...
+
+    def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+        """Yield the answer as it is generated."""
+        ...
+
+    async def settle(self, request_id: str) -> int:
+        """Return how many tokens a cancelled request generated, once it is over.
+
+        Raises `EngineFailed` if the engine that ran it cannot be asked.
+        """
+        ...
+
+    async def stats(self) -> EngineStats:
+        """Return a snapshot; raises `EngineFailed` if the engine cannot serve."""
+        ...

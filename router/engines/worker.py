@@ -1,0 +1,82 @@
+"""An engine in this process, as the executor sees it: the client of `shoal serve --local`.
+
+A Ray Serve replica wraps the same worker, so that both ways behave alike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from models.engines.base import Chunk, Engine, EngineStats, GenerationRequest
+from router.executor.task import merge
+
+# How many cancelled requests are remembered until somebody asks what they used.
+_MAX_REMEMBERED = 4096
+_SETTLE_TIMEOUT_S = 5.0
+
+
+@dataclass(kw_only=True)
+class _Progress:
+    num_tokens: int = 0
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class EngineWorker:
+    """Drives one engine and remembers what cancelled requests used."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._active: dict[str, _Progress] = {}
+        self._cancelled: OrderedDict[str, int] = OrderedDict()
+
+    async def start(self) -> None:
+        """Start the engine."""
+        await self._engine.start()
+
+    async def stop(self) -> None:
+        """Stop the engine."""
+        await self._engine.stop()
+
+    def check_health(self) -> None:
+        """Raise `EngineFailed` if the engine cannot serve any more."""
+        self._engine.check_health()
+
+    async def complete(self, request: GenerationRequest) -> Chunk:
+        """Return the whole answer as one chunk."""
+        async with aclosing(self.stream(request)) as chunks:
+            return merge([chunk async for chunk in chunks])
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+        """Yield the answer as it is generated."""
+        progress = self._active[request.request_id] = _Progress()
+        finished = False
+        try:
+            async with aclosing(self._engine.generate(request)) as chunks:  # type: ignore[type-var]
+                async for chunk in chunks:
+                    progress.num_tokens += len(chunk.tokens)
+                    finished = chunk.finish_reason is not None
+                    yield chunk
+        finally:
+            del self._active[request.request_id]
+            if not finished:
+                self._cancelled[request.request_id] = progress.num_tokens
+                if len(self._cancelled) > _MAX_REMEMBERED:
+                    self._cancelled.popitem(last=False)
+            progress.over.set()
+
+    async def settle(self, request_id: str) -> int:
+        """Return how many tokens a cancelled request generated, once it is over."""
+        progress = self._active.get(request_id)
+        if progress is not None:
+            async with asyncio.timeout(_SETTLE_TIMEOUT_S):
+                await progress.over.wait()
+        return self._cancelled.pop(request_id, progress.num_tokens if progress else 0)
+
+    async def stats(self) -> EngineStats:
+        """Return a snapshot."""
+        self._engine.check_health()
+        return self._engine.stats()

@@ -1,0 +1,101 @@
+"""What a client is told when something goes wrong, and the one place that decides it.
+
+Exception
+└── ApiError           carries HTTP status and the four keys of OpenAI's error body
+    ├── bad_request()  400 and its kin, the client's fault
+    └── ...
+
+Everything else that is raised below the API is mapped by `to_api_error`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from models.errors import ContextOverflow, EngineError, EngineOverloaded, RequestError
+from policies.errors import PolicyError
+
+
+class ApiError(Exception):
+    """An error as OpenAI's clients expect it: `{"error": {message, type, param, code}}`."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.kind = kind
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """Return the response's JSON body."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.kind,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """Return a 400."""
+    return ApiError(400, message, param=param, code=code or "invalid_value")
+
+
+def retry_headers(retry_after_s: float) -> dict[str, str]:
+    """Return the headers from which OpenAI's clients read when to come back."""
+    return {
+        "retry-after": str(max(1, math.ceil(retry_after_s))),
+        "retry-after-ms": str(max(1, math.ceil(retry_after_s * 1000))),
+    }
+
+
+def to_api_error(error: BaseException) -> ApiError:
+    """Return what the client is told of `error`; unknown errors tell nothing of our insides."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, ContextOverflow):
+        return bad_request(str(error), error.param or "messages", "context_length_exceeded")
+    if isinstance(error, RequestError):
+        return bad_request(str(error), error.param)
+    if isinstance(error, PolicyError):
+        return bad_request(str(error), "shoal.plan")
+    if isinstance(error, EngineOverloaded):
+        return ApiError(
+            429,
+            f"The server is overloaded: {error}",
+            kind="rate_limit_error",
+            code="overloaded",
+            headers=retry_headers(error.retry_after_s),
+        )
+    if isinstance(error, EngineError):
+        return ApiError(
+            503,
+            f"No engine could answer: {error}",
+            kind="server_error",
+            code="engine_failed",
+            headers=retry_headers(1.0),
+        )
+    if isinstance(error, TimeoutError):
+        return ApiError(
+            504,
+            "The answer took longer than the request's timeout.",
+            kind="timeout_error",
+            code="deadline_exceeded",
+            headers={"x-should-retry": "false"},
+        )
+    return ApiError(500, "Internal server error.", kind="server_error", code="internal_error")

@@ -1,0 +1,151 @@
+"""One HTTP request for an answer, from its arrival to its record."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from policies.base import Decision
+from policies.footprint import Footprint, Rates
+from policies.plan import Plan, to_json
+from router.executor.task import Task
+from router.executor.trace import Trace
+from router.openai_api.ask import Ask
+from router.record import MemberTokens, RequestRecord
+
+_SANE_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+
+CLIENT_CLOSED_REQUEST = 499  # nginx's; the client never sees it
+
+
+@dataclass(kw_only=True)
+class Choice:
+    """One answer to generate, and what ran for it."""
+
+    plan: Plan
+    task: Task
+    trace: Trace = field(default_factory=Trace)
+
+
+@dataclass(kw_only=True)
+class Exchange:
+    """What is known of a request while it is served; every part of `record` is filled in here.
+
+    `time_s` is Unix time, `started_s` and `ended_s` count seconds of `time.perf_counter`.
+    """
+
+    id: str
+    endpoint: str
+    client_request_id: str
+    time_s: float
+    started_s: float = field(default_factory=time.perf_counter)
+    ended_s: float | None = None
+    first_text_s: float | None = None
+    ask: Ask | None = None
+    policy: str | None = None
+    decisions: tuple[Decision, ...] = ()
+    choices: tuple[Choice, ...] = ()
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    status: int = CLIENT_CLOSED_REQUEST
+    error: str | None = None
+    key_id: str | None = None
+    arm: str | None = None
+    recorded: bool = False
+
+    @classmethod
+    def begin(cls, *, id_prefix: str, endpoint: str, headers: Mapping[str, str]) -> Exchange:
+        """Return the exchange of a request that has just arrived."""
+        unique = uuid.uuid4().hex
+        asked = headers.get("x-request-id", "")
+        return cls(
+            id=id_prefix + unique,
+            endpoint=endpoint,
+            client_request_id=asked if _SANE_ID.fullmatch(asked) else f"req_{unique}",
+            time_s=time.time(),
+        )
+
+    def headers(self) -> dict[str, str]:
+        """Return the headers that every response carries."""
+        elapsed_ms = (time.perf_counter() - self.started_s) * 1000
+        return {
+            "x-request-id": self.client_request_id,
+            "openai-processing-ms": str(max(1, round(elapsed_ms))),
+        }
+
+    def member_tokens(self) -> dict[str, MemberTokens]:
+        """Return what each member read and wrote for this request, accepted or not."""
+        totals: dict[str, MemberTokens] = {}
+        for choice in self.choices:
+            for name, tokens in choice.trace.member_tokens().items():
+                seen = totals.get(name, MemberTokens())
+                totals[name] = MemberTokens(
+                    prompt_tokens=seen.prompt_tokens + tokens.prompt_tokens,
+                    output_tokens=seen.output_tokens + tokens.output_tokens,
+                )
+        return totals
+
+    def footprint(self, rates: Mapping[str, Rates]) -> Footprint:
+        """Return what everything that ran has cost, its latency as measured so far."""
+        total = Footprint()
+        for name, tokens in self.member_tokens().items():
+            total = total.beside(rates[name].footprint(tokens.prompt_tokens, tokens.output_tokens))
+        ended_s = self.ended_s or time.perf_counter()
+        return Footprint(
+            usd=total.usd,
+            wh=total.wh,
+            gco2e=total.gco2e,
+            latency_s=ended_s - self.started_s,
+        )
+
+    def stages(self) -> list[dict[str, Any]]:
+        """Return everything that ran, in JSON; the choice's number where there are several."""
+        if len(self.choices) == 1:
+            return [run.to_json() for run in self.choices[0].trace.runs.values()]
+        return [
+            {"choice": index, **run.to_json()}
+            for index, choice in enumerate(self.choices)
+            for run in choice.trace.runs.values()
+        ]
+
+    def record(self, rates: Mapping[str, Rates]) -> RequestRecord:
+        """Return the record of the request, which is over."""
+        assert self.ended_s is not None
+        ask, cost = self.ask, self.footprint(rates)
+        decision = self.decisions[0] if self.decisions else None
+        return RequestRecord(
+            request_id=self.id,
+            client_request_id=self.client_request_id,
+            time_s=self.time_s,
+            endpoint=self.endpoint,
+            model=ask.model if ask else "",
+            status=self.status,
+            latency_s=cost.latency_s,
+            stream=bool(ask and ask.stream),
+            ttft_s=None if self.first_text_s is None else self.first_text_s - self.started_s,
+            error=self.error,
+            policy=self.policy,
+            plan=to_json(decision.plan) if decision else None,
+            prompt_tokens=self.prompt_tokens,
+            output_tokens=self.output_tokens,
+            num_choices=len(self.choices),
+            members=self.member_tokens(),
+            usd=cost.usd,
+            wh=cost.wh,
+            gco2e=cost.gco2e,
+            scores=decision.scores if decision else {},
+            stages=tuple(self.stages()),
+            user_hash=_hash(ask.user) if ask and ask.user else None,
+            session=ask.extension.session if ask else None,
+            key_id=self.key_id,
+            arm=self.arm,
+        )
+
+
+def _hash(user: str) -> str:
+    return hashlib.sha256(user.encode()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Runs plans: any nesting of `Answer`, `Cascade` and `Best`, on engine clients."""

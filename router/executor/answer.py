@@ -1,0 +1,60 @@
+"""`Answer`: one request to one engine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from models.engines.base import Chunk, GenerationRequest
+from models.errors import ContextOverflow
+from policies.plan import Answer
+from router.executor.task import Task
+from router.executor.trace import Run
+
+if TYPE_CHECKING:
+    from router.executor.executor import Executor
+
+
+async def run_answer(
+    executor: Executor, answer: Answer, task: Task, run: Run
+) -> AsyncGenerator[Chunk, None]:
+    """Yield the answer of `answer`'s members, fused if there are several."""
+    request = await _request(executor, answer, task, run)
+    client = executor.engines[executor.catalog.engine_of(answer)]
+    run.engine = executor.catalog.engine_of(answer)
+    run.request_id = request.request_id
+    run.prompt_tokens = len(request.prompt_tokens)
+    if not task.stream:
+        chunk = await client.complete(request)
+        run.output_tokens = len(chunk.tokens)
+        yield chunk
+        return
+    async with aclosing(client.stream(request)) as chunks:
+        async for chunk in chunks:
+            run.output_tokens += len(chunk.tokens)
+            yield chunk
+
+
+async def _request(executor: Executor, answer: Answer, task: Task, run: Run) -> GenerationRequest:
+    tokens = await task.prompt.tokens(executor.catalog.tokenizer_of(answer))
+    context_tokens = executor.catalog.context_tokens(answer)
+    max_tokens = task.max_tokens or executor.limits.default_max_tokens
+    if context_tokens is not None:
+        room = context_tokens - len(tokens)
+        if room < (task.max_tokens or 1):
+            raise ContextOverflow(
+                f"The context length of {answer.members[0]!r} is {context_tokens} tokens, but the "
+                f"prompt has {len(tokens)} and the answer may take {task.max_tokens or 1}.",
+            )
+        max_tokens = min(max_tokens, room)
+    return GenerationRequest(
+        request_id=f"{task.request_id}:{run.path}",
+        prompt_tokens=tokens,
+        members=answer.members,
+        weights=answer.weights,
+        rule=answer.rule,
+        sampling=replace(task.sampling, max_tokens=max_tokens),
+        client_id=task.client_id,
+    )

@@ -1,0 +1,138 @@
+"""What ran for one choice: one `Run` per node of the plan that was started.
+
+A node's `path` is its position in the plan: "" is the root, "1.0" the first child of the root's
+second child.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+from policies.plan import Answer, Cascade, Plan
+from router.record import MemberTokens
+
+Outcome: TypeAlias = Literal[
+    "running",  # not over yet, or cut off by the end of the whole request
+    "ok",
+    "rejected",  # a cascade went on, or a vote chose another
+    "failed",
+    "timeout",
+    "cancelled",  # no longer needed
+]
+
+
+@dataclass(kw_only=True)
+class Run:
+    """One node of the plan; mutable while it runs.
+
+    `request_id` and `engine` are set for an `Answer` that reached its engine. `score` is what the
+    parent's scorer or vote gave it. `settled` says that a cut-off run's tokens were asked for.
+    """
+
+    path: str
+    plan: Plan
+    started_s: float
+    ended_s: float | None = None
+    outcome: Outcome = "running"
+    score: float | None = None
+    error: str | None = None
+    engine: str | None = None
+    request_id: str | None = None
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    settled: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a client or the ledger may see; no text."""
+        data: dict[str, Any] = {"path": self.path, "outcome": self.outcome}
+        if isinstance(self.plan, Answer):
+            data["members"] = list(self.plan.members)
+            data["prompt_tokens"] = self.prompt_tokens
+            data["output_tokens"] = self.output_tokens
+        else:
+            data["combinator"] = "cascade" if isinstance(self.plan, Cascade) else "best"
+        if self.score is not None:
+            data["score"] = round(self.score, 6)
+        if self.ended_s is not None:
+            data["seconds"] = round(self.ended_s - self.started_s, 6)
+        if self.error is not None:
+            data["error"] = self.error
+        return data
+
+
+@dataclass(kw_only=True)
+class Trace:
+    """All runs of one choice, in the order in which they started. `clock` counts seconds."""
+
+    clock: Callable[[], float] = time.perf_counter
+    runs: dict[str, Run] = field(default_factory=dict)
+
+    def begin(self, path: str, plan: Plan) -> Run:
+        """Note that the node at `path` starts."""
+        run = Run(path=path, plan=plan, started_s=self.clock())
+        self.runs[path] = run
+        return run
+
+    def end(self, run: Run, outcome: Outcome, error: str | None = None) -> None:
+        """Note how a run ended."""
+        run.ended_s = self.clock()
+        run.outcome = outcome
+        run.error = error
+
+    def end_below(self, path: str, outcome: Outcome, error: str | None = None) -> None:
+        """Note how everything ended that still runs at `path` or below it."""
+        for run in self.runs.values():
+            below = run.path == path or not path or run.path.startswith(f"{path}.")
+            if below and run.outcome == "running":
+                self.end(run, outcome, error)
+
+    def leaves(self) -> Iterator[Run]:
+        """Yield the runs that generate."""
+        return (run for run in self.runs.values() if isinstance(run.plan, Answer))
+
+    def interrupted(self) -> Iterator[Run]:
+        """Yield the runs whose engine may have written tokens that did not reach us."""
+        return (
+            run
+            for run in self.leaves()
+            if run.request_id is not None
+            and not run.settled
+            and run.outcome in ("running", "timeout", "cancelled")
+        )
+
+    def accepted(self) -> Answer | None:
+        """Return the `Answer` whose text the client got, if any did."""
+        for run in self.leaves():
+            if run.outcome in ("ok", "running") and not self._refused(run.path):
+                assert isinstance(run.plan, Answer)
+                return run.plan
+        return None
+
+    def member_tokens(self) -> dict[str, MemberTokens]:
+        """Return what each member read and wrote; members fused together each count whole."""
+        totals: dict[str, MemberTokens] = {}
+        for run in self.leaves():
+            assert isinstance(run.plan, Answer)
+            for name in run.plan.members:
+                total = totals.get(name, _NONE)
+                totals[name] = MemberTokens(
+                    prompt_tokens=total.prompt_tokens + run.prompt_tokens,
+                    output_tokens=total.output_tokens + run.output_tokens,
+                )
+        return totals
+
+    def _refused(self, path: str) -> bool:
+        parts = path.split(".") if path else []
+        above = [".".join(parts[:size]) for size in range(len(parts) + 1)]
+        return any(self.runs[node].outcome not in ("ok", "running") for node in above)
+
+
+def child_path(path: str, index: int) -> str:
+    """Return the path of child number `index` of the node at `path`."""
+    return f"{path}.{index}" if path else str(index)
+
+
+_NONE = MemberTokens()

@@ -1,0 +1,109 @@
+"""The HTTP application: routes, and errors in OpenAI's shape for everything that has no route."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from models.errors import EngineError
+from router.errors import ApiError
+from router.openai_api.chat import ChatEndpoint
+from router.openai_api.completions import CompletionEndpoint
+from router.openai_api.endpoint import Endpoint
+from router.openai_api.models import describe, list_models
+from router.service import Service
+
+_HEALTH_TIMEOUT_S = 5.0
+
+
+def create_api(service: Service) -> FastAPI:
+    """Return the application that serves `service`, and closes it when it shuts down."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await service.close()
+
+    api = FastAPI(title="Shoal", version=version("shoal"), lifespan=lifespan)
+    for endpoint in (ChatEndpoint(), CompletionEndpoint(service.catalog.tokenizer)):
+        _add_endpoint(api, service, endpoint)
+
+    @api.get("/v1/models")
+    async def models() -> JSONResponse:
+        """List every name that `model` takes: policies and the pool's models."""
+        return JSONResponse(list_models(service.catalog))
+
+    @api.get("/v1/models/{name:path}")
+    async def model(name: str) -> JSONResponse:
+        """Describe one of them."""
+        if service.catalog.resolve(name) is None:
+            return _error(
+                ApiError(
+                    404,
+                    f"The model {name!r} does not exist.",
+                    param="model",
+                    code="model_not_found",
+                )
+            )
+        return JSONResponse(describe(service.catalog, name))
+
+    @api.get("/health")
+    async def health() -> JSONResponse:
+        """Say whether every engine can serve: 200, or 503 with the names of those that can't."""
+        return await _health(service)
+
+    @api.exception_handler(HTTPException)
+    async def refuse(request: Request, error: HTTPException) -> JSONResponse:
+        message = {
+            404: f"There is nothing at {request.url.path}.",
+            405: f"{request.method} is not allowed at {request.url.path}.",
+        }.get(error.status_code, str(error.detail))
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        return _error(
+            ApiError(error.status_code, message, code=code, headers=dict(error.headers or {}))
+        )
+
+    return api
+
+
+def _add_endpoint(api: FastAPI, service: Service, endpoint: Endpoint) -> None:
+    async def answer(request: Request) -> Response:
+        return await service.process(request, endpoint)
+
+    schema = endpoint.schema.model_json_schema()
+    body = {"required": True, "content": {"application/json": {"schema": schema}}}
+    api.add_api_route(
+        endpoint.path,
+        answer,
+        methods=["POST"],
+        name=endpoint.path.removeprefix("/v1/"),
+        # The body is read and checked by the endpoint itself, once.
+        openapi_extra={"requestBody": body},
+    )
+
+
+async def _health(service: Service) -> JSONResponse:
+    async def ask(name: str) -> tuple[str, dict[str, Any]]:
+        try:
+            async with asyncio.timeout(_HEALTH_TIMEOUT_S):
+                return name, {"ok": True, **asdict(await service.engines[name].stats())}
+        except (EngineError, TimeoutError) as error:
+            return name, {"ok": False, "error": str(error) or "no answer"}
+
+    engines = dict(await asyncio.gather(*map(ask, service.engines)))
+    ok = all(engine["ok"] for engine in engines.values())
+    return JSONResponse(
+        {"status": "ok" if ok else "unhealthy", "engines": engines}, 200 if ok else 503
+    )
+
+
+def _error(error: ApiError) -> JSONResponse:
+    return JSONResponse(error.body(), error.status, error.headers)

@@ -1,0 +1,159 @@
+"""`/v1/chat/completions`: the body it takes, the objects it answers with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from models.engines.base import Chunk
+from router.errors import bad_request
+from router.executor.prompt import Prompt
+from router.openai_api.ask import Ask, Extension
+from router.openai_api.endpoint import Head
+from router.openai_api.fields import SharedFields, read_body, read_schema
+from router.openai_api.logprobs import chat_logprobs
+
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "function_call": ("none",),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "moderation": (),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+
+
+def _read_role(value: object) -> str:
+    if value not in _ROLES:
+        raise ValueError(f"{value!r} is not supported; allowed are {', '.join(_ROLES)}")
+    return _ROLES[str(value)]
+
+
+def _read_content(value: object) -> str:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ValueError("must be a string or a list of text parts")
+    texts: list[str] = []
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            raise ValueError(f"a part of type {kind!r} is not supported; only text is")
+        if not isinstance(part.get("text"), str):
+            raise ValueError("a text part needs the key text, a string")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    role: Annotated[str, BeforeValidator(_read_role)]
+    content: Annotated[str, BeforeValidator(_read_content)]
+
+
+class ChatFields(SharedFields):
+    """The body of a chat completion."""
+
+    messages: list[_Message] = Field(min_length=1)
+    logprobs: bool | None = None
+    max_completion_tokens: int | None = Field(None, ge=1)
+    response_format: dict[str, Any] | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+
+class ChatEndpoint:
+    """Reads and writes chat completions."""
+
+    path = "/v1/chat/completions"
+    id_prefix = "chatcmpl-"
+    schema: type[SharedFields] = ChatFields
+
+    def parse(self, body: bytes) -> Ask:
+        """Return what `body` asks for; raises `ApiError`."""
+        fields = read_body(ChatFields, body, _UNSUPPORTED)
+        if fields.top_logprobs is not None and not fields.logprobs:
+            raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
+        for index, message in enumerate(fields.messages):
+            for name in ("tool_calls", "function_call", "audio"):
+                if (message.model_extra or {}).get(name):
+                    param = f"messages[{index}].{name}"
+                    raise bad_request(
+                        f"{param} is not supported by this server", param, "unsupported_parameter"
+                    )
+        messages = [{"role": m.role, "content": m.content} for m in fields.messages]
+        return Ask(
+            model=fields.model,
+            prompts=(Prompt(messages=messages),),
+            n=fields.n or 1,
+            max_tokens=fields.max_completion_tokens or fields.max_tokens,
+            sampling=fields.sampling(
+                top_logprobs=(fields.top_logprobs or 0) if fields.logprobs else None,
+                json_schema=read_schema(fields.response_format),
+            ),
+            stream=bool(fields.stream),
+            include_usage=fields.include_usage(),
+            logprobs=bool(fields.logprobs),
+            user=fields.user,
+            extension=fields.shoal or Extension(),
+        )
+
+    def response(self, head: Head, ask: Ask, choices: list[Chunk]) -> dict[str, Any]:
+        """Return the whole response but for usage."""
+        return {
+            **head.fields("chat.completion"),
+            "choices": [
+                {
+                    "index": index,
+                    "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                    "logprobs": chat_logprobs(choice.tokens) if ask.logprobs else None,
+                    "finish_reason": choice.finish_reason,
+                }
+                for index, choice in enumerate(choices)
+            ],
+        }
+
+    def stream_start(self, head: Head, ask: Ask) -> Iterator[dict[str, Any]]:
+        """Yield what comes before the first token: each choice's role."""
+        for index in range(ask.num_choices):
+            delta = {"role": "assistant", "content": "", "refusal": None}
+            yield self._chunk(head, index, delta, None, None)
+
+    def stream_chunk(
+        self, head: Head, ask: Ask, index: int, chunk: Chunk
+    ) -> Iterator[dict[str, Any]]:
+        """Yield what `chunk` of choice `index` becomes: text, then why it ended."""
+        if chunk.text or (ask.logprobs and chunk.tokens):
+            logprobs = chat_logprobs(chunk.tokens) if ask.logprobs else None
+            yield self._chunk(head, index, {"content": chunk.text}, logprobs, None)
+        if chunk.finish_reason is not None:
+            yield self._chunk(head, index, {}, None, chunk.finish_reason)
+
+    def stream_end(self, head: Head) -> dict[str, Any]:
+        """Return the chunk that carries the usage."""
+        return {**head.fields("chat.completion.chunk"), "choices": []}
+
+    def _chunk(
+        self,
+        head: Head,
+        index: int,
+        delta: dict[str, Any],
+        logprobs: dict[str, Any] | None,
+        finish_reason: str | None,
+    ) -> dict[str, Any]:
+        choice = {
+            "index": index,
+            "delta": delta,
+            "logprobs": logprobs,
+            "finish_reason": finish_reason,
+        }
+        return {**head.fields("chat.completion.chunk"), "choices": [choice]}

@@ -1,0 +1,39 @@
+"""`/v1/models`: the names that `model` takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from router.catalog import Catalog
+
+
+def list_models(catalog: Catalog) -> dict[str, Any]:
+    """Return the list of everything that can be asked for."""
+    return {"object": "list", "data": [describe(catalog, name) for name in catalog.names()]}
+
+
+def describe(catalog: Catalog, name: str) -> dict[str, Any]:
+    """Return one entry; a model's `shoal` object holds its facts, a policy's its members."""
+    entry: dict[str, Any] = {
+        "id": name,
+        "object": "model",
+        "created": catalog.created_s,
+        "owned_by": catalog.pool.name,
+    }
+    if name not in catalog.facts:
+        target = catalog.resolve(name)
+        assert target is not None
+        entry["shoal"] = {"kind": "policy", "members": list(target.policy.members())}
+        return entry
+    model, facts = catalog.pool.model(name), catalog.facts[name]
+    entry["shoal"] = {
+        "kind": "model",
+        "engine": model.spec.engine,
+        "parameters": facts.parameters,
+        "context_tokens": model.card.context_tokens if model.card else None,
+        "domains": list(facts.domains),
+        "description": model.spec.description,
+        "usd_per_million_input_tokens": model.spec.usd_per_million_input_tokens,
+        "usd_per_million_output_tokens": model.spec.usd_per_million_output_tokens,
+    }
+    return entry

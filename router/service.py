@@ -1,0 +1,231 @@
+"""Serves one request for an answer: deadline, dispatch, error mapping and its record.
+
+It knows neither which wire format the request came in (an `Endpoint` does) nor where the engines
+run (their clients do).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, Mapping
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from models.engines.base import Chunk
+from models.errors import EngineError
+from router.catalog import Catalog
+from router.config import ServingLimits
+from router.decide import decide
+from router.disconnect import ClientDisconnected, until_disconnected
+from router.engines.base import EngineClient
+from router.errors import ApiError, bad_request, to_api_error
+from router.event_stream import DONE, EventStream, event
+from router.exchange import CLIENT_CLOSED_REQUEST, Exchange
+from router.executor.executor import Executor
+from router.executor.task import merge
+from router.openai_api.ask import Ask
+from router.openai_api.endpoint import Endpoint, Head, Writer
+from router.record import Recorder
+from router.shoal_field import shoal_field
+from router.streams import before, side_by_side
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT_HEADER = "x-shoal-timeout-s"
+
+Answers = AsyncGenerator[tuple[int, Chunk], None]
+
+
+class Service:
+    """Answers requests with the models of one pool."""
+
+    def __init__(
+        self,
+        *,
+        catalog: Catalog,
+        engines: Mapping[str, EngineClient],
+        recorder: Recorder,
+        limits: ServingLimits,
+    ) -> None:
+        self.catalog = catalog
+        self.engines = engines
+        self._recorder = recorder
+        self._limits = limits
+        self._executor = Executor(engines=engines, catalog=catalog, limits=limits)
+        self._settling: set[asyncio.Task[None]] = set()
+
+    async def process(self, request: Request, endpoint: Endpoint) -> Response:
+        """Answer `request`, whatever happens; exactly one record is kept of it."""
+        exchange = Exchange.begin(
+            id_prefix=endpoint.id_prefix, endpoint=endpoint.path, headers=request.headers
+        )
+        try:
+            body = await read_body(request, self._limits.max_body_bytes)
+            work = self._answer(exchange, endpoint, body, request.headers)
+            response = await until_disconnected(request.receive, work)
+        except ClientDisconnected:
+            response = Response(status_code=CLIENT_CLOSED_REQUEST)
+        except Exception as error:
+            response = self._refuse(exchange, error)
+        except BaseException:
+            self._finish(exchange)
+            raise
+        if not isinstance(response, EventStream):
+            self._finish(exchange)
+        return response
+
+    async def close(self) -> None:
+        """Wait for the records of requests that were cut off, then close the recorder."""
+        await asyncio.gather(*self._settling, return_exceptions=True)
+        await self._recorder.close()
+
+    async def _answer(
+        self, exchange: Exchange, endpoint: Endpoint, body: bytes, headers: Mapping[str, str]
+    ) -> Response:
+        ask = exchange.ask = endpoint.parse(body)
+        deadline_s = asyncio.get_running_loop().time() + self._timeout_s(ask, headers)
+        await decide(self.catalog, self._limits, exchange, ask)
+        answers = before(
+            deadline_s,
+            side_by_side([self._executor.run(c.plan, c.task, c.trace) for c in exchange.choices]),
+        )
+        head = Head(
+            id=exchange.id,
+            created_s=int(exchange.time_s),
+            model=ask.model,
+            fingerprint=self.catalog.fingerprint,
+        )
+        writer = Writer(endpoint=endpoint, ask=ask, head=head)
+        if not ask.stream:
+            return await self._whole(exchange, writer, answers)
+        # Read before 200 is sent, so that early errors keep their status.
+        first = await anext(answers)
+        return EventStream(self._events(exchange, writer, first, answers), exchange.headers())
+
+    async def _whole(self, exchange: Exchange, writer: Writer, answers: Answers) -> Response:
+        chunks: list[list[Chunk]] = [[] for _ in exchange.choices]
+        async for index, chunk in answers:
+            chunks[index].append(chunk)
+            _count(exchange, chunk)
+        await self._settle(exchange)
+        content = writer.whole([merge(parts) for parts in chunks], _usage(exchange))
+        content["shoal"] = shoal_field(exchange, self.catalog.rates)
+        exchange.status = 200
+        return _json_response(200, content, exchange.headers())
+
+    async def _events(
+        self, exchange: Exchange, writer: Writer, first: tuple[int, Chunk], answers: Answers
+    ) -> AsyncGenerator[bytes, None]:
+        """Yield the response's events; its record is kept when this ends, however it ends."""
+        num_open = len(exchange.choices)
+        try:
+            data = writer.start()
+            got: tuple[int, Chunk] | None = first
+            while got is not None:
+                index, chunk = got
+                _count(exchange, chunk)
+                num_open -= chunk.finish_reason is not None
+                data += writer.chunk(index, chunk)
+                if not num_open:
+                    await self._settle(exchange)
+                    data += writer.end(_usage(exchange))
+                    data[-1]["shoal"] = shoal_field(exchange, self.catalog.rates)
+                if data:
+                    yield b"".join(map(event, data))
+                data = []
+                got = await anext(answers, None)
+            exchange.status = 200
+            yield DONE
+        except Exception as error:
+            yield event(self._note(exchange, error).body()) + DONE
+        finally:
+            await answers.aclose()
+            self._finish(exchange)
+
+    def _timeout_s(self, ask: Ask, headers: Mapping[str, str]) -> float:
+        asked = ask.extension.timeout_s
+        if asked is None and TIMEOUT_HEADER in headers:
+            try:
+                asked = float(headers[TIMEOUT_HEADER])
+            except ValueError:
+                asked = 0.0
+            if not asked > 0:
+                raise bad_request(f"{TIMEOUT_HEADER} is not a positive number", TIMEOUT_HEADER)
+        return min(asked or self._limits.request_timeout_s, self._limits.request_timeout_s)
+
+    def _refuse(self, exchange: Exchange, error: Exception) -> Response:
+        told = self._note(exchange, error)
+        return _json_response(told.status, told.body(), {**exchange.headers(), **told.headers})
+
+    def _note(self, exchange: Exchange, error: Exception) -> ApiError:
+        told = to_api_error(error)
+        if told.status >= 500:
+            logger.error("%s: %r", exchange.id, error, exc_info=told.status == 500)
+        exchange.status, exchange.error = told.status, told.code
+        return told
+
+    def _finish(self, exchange: Exchange) -> None:
+        """Keep the record of `exchange`, once, when the tokens of what was cut off are known."""
+        if exchange.recorded:
+            return
+        exchange.recorded = True
+        exchange.ended_s = time.perf_counter()
+        if not any(True for choice in exchange.choices for _ in choice.trace.interrupted()):
+            self._recorder.record(exchange.record(self.catalog.rates))
+            return
+        settling = asyncio.ensure_future(self._settle_and_record(exchange))
+        self._settling.add(settling)
+        settling.add_done_callback(self._settling.discard)
+
+    async def _settle_and_record(self, exchange: Exchange) -> None:
+        await self._settle(exchange)
+        self._recorder.record(exchange.record(self.catalog.rates))
+
+    async def _settle(self, exchange: Exchange) -> None:
+        """Ask the engines what the requests used that were cancelled there."""
+        runs = [run for choice in exchange.choices for run in choice.trace.interrupted()]
+        for run in runs:
+            assert run.engine is not None
+            assert run.request_id is not None
+            run.settled = True
+            try:
+                num_tokens = await self.engines[run.engine].settle(run.request_id)
+            except (EngineError, TimeoutError):
+                continue  # the engine is gone; what reached us stays counted
+            run.output_tokens = max(run.output_tokens, num_tokens)
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """Return the request's body; `ApiError` 413 if it is longer than `max_bytes`."""
+    too_large = ApiError(413, f"The body is larger than {max_bytes} bytes.", code="body_too_large")
+    if int(request.headers.get("content-length", "0")) > max_bytes:
+        raise too_large
+    body = b""
+    async for part in request.stream():
+        body += part
+        if len(body) > max_bytes:
+            raise too_large
+    return body
+
+
+def _count(exchange: Exchange, chunk: Chunk) -> None:
+    exchange.output_tokens += len(chunk.tokens)
+    if exchange.first_text_s is None and chunk.text:
+        exchange.first_text_s = time.perf_counter()
+
+
+def _usage(exchange: Exchange) -> dict[str, int]:
+    return {
+        "prompt_tokens": exchange.prompt_tokens,
+        "completion_tokens": exchange.output_tokens,
+        "total_tokens": exchange.prompt_tokens + exchange.output_tokens,
+    }
+
+
+def _json_response(status: int, content: object, headers: Mapping[str, str]) -> Response:
+    body = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    return Response(body, status, headers, "application/json")

@@ -1,0 +1,46 @@
+"""The response's `shoal` object: what decided, what ran, what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from policies.footprint import Rates
+from policies.plan import Answer, to_json
+from router.exchange import Exchange
+
+
+def shoal_field(exchange: Exchange, rates: Mapping[str, Rates]) -> dict[str, Any]:
+    """Return the `shoal` object of an answered request.
+
+    `plan`, `reason`, `members` and `weights` are the first choice's; the members are those whose
+    text it is. Tokens and cost are of everything that ran, stages that were not accepted included.
+    """
+    cost = exchange.footprint(rates)
+    [decision, *_] = exchange.decisions
+    accepted = exchange.choices[0].trace.accepted()
+    data: dict[str, Any] = {
+        "policy": exchange.policy,
+        "plan": to_json(decision.plan),
+        "reason": decision.reason,
+        "members": list(accepted.members) if accepted else [],
+        "weights": _weights(accepted) if accepted else [],
+        "tokens": {
+            name: {"prompt": tokens.prompt_tokens, "output": tokens.output_tokens}
+            for name, tokens in exchange.member_tokens().items()
+        },
+        "cost": {"usd": cost.usd, "wh": cost.wh, "gco2e": cost.gco2e},
+    }
+    if exchange.arm is not None:
+        data["arm"] = exchange.arm
+    if exchange.ask is not None and exchange.ask.extension.explain:
+        data["scores"] = dict(decision.scores)
+        data["details"] = dict(decision.details)
+        data["stages"] = exchange.stages()
+    return data
+
+
+def _weights(answer: Answer) -> list[float]:
+    """Return the members' weights, summing to one."""
+    weights = answer.weights or (1.0,) * len(answer.members)
+    return [weight / sum(weights) for weight in weights]
