@@ -1,0 +1,174 @@
+"""`shoal plan`: planning questions answered by the laws, as a table and a plot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from policies.planning import PlanningReport
+
+
+def plan(
+    *,
+    base_params: Annotated[float, typer.Option(help="Parameters of the base model, e.g. 8e9.")],
+    budget: Annotated[
+        str,
+        typer.Option(
+            help="Training budget: an amount and a unit (tokens per chunk, flops, kWh, MWh, "
+            "gCO2e, kgCO2e, tCO2e, USD), e.g. 20e9tokens or 2tCO2e."
+        ),
+    ] = "20e9tokens",
+    device: Annotated[str, typer.Option(help="Device of the shipped hardware table.")] = "h200",
+    devices: Annotated[int, typer.Option(min=1, help="How many of them train.")] = 8,
+    zone: Annotated[str, typer.Option(help="Grid zone: DE, WORLD, gcp:us-central1 ...")] = "WORLD",
+    pue: Annotated[float, typer.Option(min=1, help="Power usage effectiveness.")] = 1.1,
+    usd_per_device_hour: Annotated[
+        float | None, typer.Option(min=0, help="Needed for a budget in USD.")
+    ] = None,
+    keep_share: Annotated[
+        float, typer.Option(help="Share of the base's performance that pruning must keep.")
+    ] = 0.9,
+    laws: Annotated[
+        Path | None, typer.Option(help="A pool's laws.json; its constants replace published ones.")
+    ] = None,
+    general_loss_limit: Annotated[
+        float | None,
+        typer.Option(help="Highest general loss (nats per token) for the D-CPT ratio."),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the answers to this PNG.")] = None,
+) -> None:
+    """Answer how many chunks of which size, at what loss and carbon, before any training."""
+    from policies.carbon import find_device, find_zone
+    from policies.errors import PolicyError
+    from policies.laws.file import read_laws
+    from policies.planning import Site, budget_flops, plan_training
+
+    try:
+        grid = find_zone(zone)
+        site = Site(
+            device=find_device(device),
+            num_devices=devices,
+            pue=pue,
+            gco2e_per_kwh=grid.gco2e_per_kwh,
+            usd_per_device_hour=usd_per_device_hour,
+        )
+        report = plan_training(
+            base_parameters=base_params,
+            flops=budget_flops(budget, base_parameters=base_params, site=site),
+            site=site,
+            sizes=(1, 2, 4, 6, 7, 8, 12, 16, 24, 32),
+            kept_share=keep_share,
+            laws=read_laws(laws) if laws else None,
+            general_loss_limit=general_loss_limit,
+        )
+    except PolicyError as error:
+        typer.echo(f"shoal plan: {error}", err=True)
+        raise typer.Exit(2) from None
+    print(render(report, place=f"{devices} × {device}, {grid.name}, PUE {pue:g}"))
+    if plot is not None:
+        draw(report, plot)
+        print(f"\nPlot: {plot}")
+
+
+def render(report: PlanningReport, *, place: str) -> str:
+    """Return the report as text."""
+    carbon = report.carbon
+    lines = [
+        f"Base of {_si(report.base_parameters)} parameters; each chunk sees "
+        f"{_si(report.tokens_per_chunk)} tokens.",
+        f"Training, all chunks together ({place}): {carbon.days:.2f} days, {carbon.mwh:.3f} MWh, "
+        f"{carbon.operational_tco2e:.3f} t CO2e operational + {carbon.embodied_tco2e:.3f} t "
+        "embodied.",
+        "",
+        f"{'chunks':>6} {'each':>8} {'loss of one':>12} {'loss of all':>12} {'eq. 13 margin':>16}",
+    ]
+    for row in report.rows:
+        margin = "base" if row.margin is None else f"{row.margin:+.4f}"
+        lines.append(
+            f"{row.num_chunks:>6} {_si(row.chunk_parameters):>8} {row.chunk_loss:>12.4f} "
+            f"{row.ensemble_loss:>12.4f} {margin:>16}"
+        )
+    winning = report.smallest_winning
+    if winning is None:
+        lines += ["", "No number of chunks beats the base by eq. 13."]
+    else:
+        each = _si(report.base_parameters / winning)
+        lines += [
+            "",
+            f"The ensemble beats its base by eq. 13 from n = {winning} chunks of {each} "
+            "parameters, counting N0 in billions; counting parameters it would be from "
+            f"n = {report.smallest_winning_counting_parameters}. "
+            "(For Llama-3-8B the paper's text says n > 7, its formula holds from 7.)",
+        ]
+    faster = f"{report.pruning_speedup:.2f} times faster"
+    lines += [
+        f"Pruning limit: to keep {report.kept_share:.0%} of the performance, remove at most "
+        f"{report.pruning_limit:.1%} of the parameters ({faster}); "
+        "beyond that no recovery data brings it back.",
+        "Domain share (D-CPT): "
+        + (
+            f"at most {report.domain_share:.1%} of the training mixture."
+            if report.domain_share is not None
+            else f"not answered; {report.origins['domain share']}."
+        ),
+        "",
+        f"Shapes of {_si(report.shape_parameters)} parameters:",
+        f"{'d_model':>8} {'layers':>7} {'R':>6} {'loss':>8} {'latency':>8}",
+    ]
+    lines += [
+        f"{item.shape.d_model:>8} {item.shape.num_layers:>7} {item.shape.aspect_ratio:>6.0f} "
+        f"{item.loss:>8.4f} {item.relative_latency:>8.2f}"
+        for item in report.shapes
+    ]
+    lines += ["", "Where the constants come from:"]
+    lines += [f"  {name}: {origin}" for name, origin in report.origins.items()]
+    return "\n".join(lines)
+
+
+def draw(report: PlanningReport, file: Path) -> None:
+    """Draw losses, eq. 13's margin and the shapes to a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    losses, margins, shapes = figure.subplots(1, 3)
+    sizes = [row.num_chunks for row in report.rows]
+    losses.plot(sizes, [row.chunk_loss for row in report.rows], "o-", label="one chunk")
+    losses.plot(sizes, [row.ensemble_loss for row in report.rows], "s-", label="all fused")
+    losses.set(xlabel="chunks", ylabel="predicted loss (nats/token)", title="Loss")
+    losses.legend()
+    several = [(row.num_chunks, row.margin) for row in report.rows if row.margin is not None]
+    margins.plot([n for n, _ in several], [margin for _, margin in several], "o-")
+    margins.axhline(0, color="black", linewidth=0.8)
+    margins.set(xlabel="chunks", ylabel="left - right side", title="Eq. 13: beats its base above 0")
+    shapes.plot(
+        [item.relative_latency for item in report.shapes],
+        [item.loss for item in report.shapes],
+        "o",
+    )
+    for item in report.shapes:
+        shapes.annotate(
+            f"{item.shape.d_model}×{item.shape.num_layers}",
+            (item.relative_latency, item.loss),
+            textcoords="offset points",
+            xytext=(4, 4),
+            fontsize=8,
+        )
+    shapes.margins(x=0.15, y=0.1)
+    shapes.set(
+        xlabel="latency relative to the deepest",
+        ylabel="predicted loss (nats/token)",
+        title=f"Shapes of {_si(report.shape_parameters)}",
+    )
+    figure.savefig(file, dpi=120)
+
+
+def _si(value: float) -> str:
+    for scale, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= scale:
+            return f"{value / scale:.3g}{suffix}"
+    return f"{value:.3g}"
