@@ -1,0 +1,1 @@
+"""Energy measured at the engines and attributed to requests."""

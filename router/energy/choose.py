@@ -1,0 +1,34 @@
+"""Which meter an engine replica gets."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from router.energy.base import Meter, MeterError
+from router.energy.nvml import NvmlMeter, visible_device
+from router.energy.rapl import POWERCAP, RaplMeter
+
+logger = logging.getLogger(__name__)
+
+MeterKind: TypeAlias = Literal["auto", "rapl", "nvml", "off"]
+
+
+def open_meter(kind: MeterKind, *, on_gpu: bool, powercap: Path = POWERCAP) -> Meter | None:
+    """Open the meter that `kind` names; "auto" takes NVML for GPUs, RAPL for CPUs, or none.
+
+    Where "auto" finds nothing to read, energy is modelled instead, and the log says why. Raises
+    `MeterError` where a meter was asked for by name and cannot be read.
+    """
+    if kind == "off":
+        return None
+    try:
+        if kind == "nvml" or (kind == "auto" and on_gpu):
+            return NvmlMeter(visible_device())
+        return RaplMeter(powercap)
+    except MeterError as error:
+        if kind != "auto":
+            raise
+        logger.info("energy is modelled, not measured: %s", error)
+        return None
