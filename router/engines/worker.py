@@ -6,6 +6,8 @@ A Ray Serve replica wraps the same worker, so that both ways behave alike.
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -80,3 +82,14 @@ class EngineWorker:
         """Return a snapshot."""
         self._engine.check_health()
         return self._engine.stats()
+
+
+def set_num_threads(num_threads: int | None) -> None:
+    """Give this process's tensor library `num_threads` CPU threads; None: all cores.
+
+    Ray limits them to an actor's `num_cpus`, which here is a scheduling weight and not a budget.
+    Does nothing where no engine has loaded the library.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(num_threads or os.cpu_count() or 1)

@@ -129,7 +129,12 @@ class ChatEndpoint:
             yield self._chunk(head, index, delta, None, None)
 
     def stream_chunk(
-        self, head: Head, ask: Ask, index: int, chunk: Chunk
+        self,
+        head: Head,
+        ask: Ask,
+        index: int,
+        chunk: Chunk,
+        offset: int,  # noqa: ARG002 - the contract
     ) -> Iterator[dict[str, Any]]:
         """Yield what `chunk` of choice `index` becomes: text, then why it ended."""
         if chunk.text or (ask.logprobs and chunk.tokens):

@@ -116,11 +116,11 @@ class CompletionEndpoint:
             yield self._chunk(head, index, self._echo(ask, index), None, None)
 
     def stream_chunk(
-        self, head: Head, ask: Ask, index: int, chunk: Chunk
+        self, head: Head, ask: Ask, index: int, chunk: Chunk, offset: int
     ) -> Iterator[dict[str, Any]]:
-        """Yield `chunk` of choice `index`; text offsets count from the chunk's start."""
+        """Yield `chunk` of choice `index`; text offsets count from the answer's start."""
         if chunk.text or chunk.finish_reason or (ask.logprobs and chunk.tokens):
-            logprobs = text_logprobs(chunk.tokens, 0) if ask.logprobs else None
+            logprobs = text_logprobs(chunk.tokens, offset) if ask.logprobs else None
             yield self._chunk(head, index, chunk.text, logprobs, chunk.finish_reason)
 
     def stream_end(self, head: Head) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from models.engines.base import Chunk
@@ -51,9 +52,12 @@ class Endpoint(Protocol):
         ...
 
     def stream_chunk(
-        self, head: Head, ask: Ask, index: int, chunk: Chunk
+        self, head: Head, ask: Ask, index: int, chunk: Chunk, offset: int
     ) -> Iterator[dict[str, Any]]:
-        """Yield what `chunk` of choice `index` becomes; the last one says why it ended."""
+        """Yield what `chunk` of choice `index` becomes; the last one says why it ended.
+
+        `offset` is the length of the text of the choice's tokens before this chunk.
+        """
         ...
 
     def stream_end(self, head: Head) -> dict[str, Any]:
@@ -61,13 +65,14 @@ class Endpoint(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Writer:
-    """Writes one response: an endpoint with the request it answers."""
+    """Writes one response: an endpoint, the request it answers, and how far it got."""
 
     endpoint: Endpoint
     ask: Ask
     head: Head
+    _offsets: Counter[int] = field(default_factory=Counter, init=False)
 
     def whole(self, choices: list[Chunk], usage: Mapping[str, int]) -> dict[str, Any]:
         """Return the whole response."""
@@ -79,7 +84,9 @@ class Writer:
 
     def chunk(self, index: int, chunk: Chunk) -> list[dict[str, Any]]:
         """Return what `chunk` of choice `index` becomes; may be nothing."""
-        pieces = self.endpoint.stream_chunk(self.head, self.ask, index, chunk)
+        offset = self._offsets[index]
+        self._offsets[index] += sum(len(token.text) for token in chunk.tokens)
+        pieces = self.endpoint.stream_chunk(self.head, self.ask, index, chunk, offset)
         return [self._with_usage(data) for data in pieces]
 
     def end(self, usage: Mapping[str, int]) -> list[dict[str, Any]]:

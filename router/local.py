@@ -1,0 +1,51 @@
+"""The application in one process, without Ray: for laptops and debugging (`shoal serve --local`).
+
+Engines and HTTP share an event loop; there is one replica of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import uvicorn
+
+from models.engines.registry import create_engine
+from models.pool import Pool
+from router.catalog import Catalog
+from router.config import AppArgs
+from router.engines.worker import EngineWorker, set_num_threads
+from router.ingress import create_api
+from router.record import Recorder
+from router.service import Service
+
+
+@asynccontextmanager
+async def local_service(
+    args: AppArgs, pool: Pool, catalog: Catalog, recorder: Recorder
+) -> AsyncIterator[Service]:
+    """Start the pool's engines here and yield the service; stop them at the end."""
+    async with AsyncExitStack() as stack:
+        workers: dict[str, EngineWorker] = {}
+        for spec in pool.engines:
+            worker = EngineWorker(create_engine(spec, pool.models_of(spec.name)))
+            set_num_threads(args.num_threads)
+            stack.push_async_callback(worker.stop)
+            await worker.start()
+            workers[spec.name] = worker
+        yield Service(catalog=catalog, engines=workers, recorder=recorder, limits=args.limits)
+
+
+def http_server(service: Service, *, host: str, port: int) -> uvicorn.Server:
+    """Return the HTTP server of `service`, not yet started."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            create_api(service),
+            host=host,
+            port=port,
+            log_level="warning",
+            access_log=False,
+            # Streams are ended, not waited for, when the server stops.
+            timeout_graceful_shutdown=2,
+        )
+    )

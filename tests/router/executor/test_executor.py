@@ -1,0 +1,222 @@
+"""Plans run as their combinators say, whatever fails, and every token is accounted for."""
+
+import asyncio
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from models.engines.base import Chunk, SamplingOptions
+from models.engines.registry import create_engine
+from models.errors import EngineFailed, EngineOverloaded
+from models.pool import load_pool
+from policies.base import Query
+from policies.plan import Plan, from_json
+from router.catalog import Catalog
+from router.config import ServingLimits
+from router.engines.worker import EngineWorker
+from router.executor.executor import Executor
+from router.executor.prompt import Prompt
+from router.executor.task import Task, merge
+from router.executor.trace import Trace
+
+SURE, UNSURE = math.log(0.9), math.log(0.2)
+SLOW = {"answers": ["slow"], "time_to_first_token_s": 20}
+BROKEN = {"fail_after_tokens": 1}
+
+Run = Callable[..., tuple[Chunk, Trace]]
+
+
+def _executor(folder: Path, scripts: dict[str, Any], **limits: Any) -> Executor:
+    content = {
+        "name": "p",
+        "engines": [{"name": "e", "kind": "fake", "options": {"models": scripts}}],
+        "models": [{"name": name, "engine": "e"} for name in scripts],
+    }
+    (folder / "pool.yaml").write_text(yaml.safe_dump(content))
+    pool = load_pool(folder)
+    [spec] = pool.engines
+    engines = {"e": EngineWorker(create_engine(spec, pool.models))}
+    return Executor(engines=engines, catalog=Catalog(pool), limits=ServingLimits(**limits))
+
+
+def _task(*, stream: bool = False) -> Task:
+    return Task(
+        request_id="r",
+        query=Query(text="q"),
+        prompt=Prompt(text="q"),
+        sampling=SamplingOptions(),
+        max_tokens=None,
+        stream=stream,
+    )
+
+
+def _plan(executor: Executor, data: Any) -> Plan:
+    plan = from_json(data)
+    executor.catalog.check(plan)
+    return plan
+
+
+async def _run(executor: Executor, data: Any, trace: Trace, *, stream: bool = False) -> list[Chunk]:
+    chunks = executor.run(_plan(executor, data), _task(stream=stream), trace)
+    return [chunk async for chunk in chunks]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Run a plan on models with the given scripts; return the whole answer and the trace."""
+
+    def run(data: Any, scripts: dict[str, Any], **options: Any) -> tuple[Chunk, Trace]:
+        stream = options.pop("stream", False)
+        trace = Trace()
+        executor = _executor(tmp_path, scripts, **options)
+        return merge(asyncio.run(_run(executor, data, trace, stream=stream))), trace
+
+    return run
+
+
+def _outcomes(trace: Trace) -> dict[str, str]:
+    return {path: run.outcome for path, run in trace.runs.items()}
+
+
+def _says(text: str, logprob: float = SURE, **script: Any) -> dict[str, Any]:
+    return {"answers": [text], "logprob": logprob, **script}
+
+
+CASCADE = {"cascade": {"stages": ["a", "b", "c"], "thresholds": [0.5, 0.5]}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_cascade_stops_at_the_first_good_answer(run: Run, stream: bool) -> None:
+    """An unsure stage is rejected, the next is accepted, the third never runs."""
+    scripts = {"a": _says("no", UNSURE), "b": _says("yes"), "c": _says("never")}
+    answer, trace = run(CASCADE, scripts, stream=stream)
+    assert answer.text == "yes"
+    assert _outcomes(trace) == {"": "ok", "0": "rejected", "1": "ok"}
+    assert trace.runs["0"].score == pytest.approx(0.2)
+    assert trace.runs["1"].score == pytest.approx(0.9)
+    accepted = trace.accepted()
+    assert accepted is not None
+    assert accepted.members == ("b",)
+    assert trace.member_tokens()["a"].output_tokens == 3
+
+
+def test_cascades_last_stage_streams(run: Run, tmp_path: Path) -> None:
+    """The last stage is accepted unseen, so its tokens come one by one."""
+    scripts = {"a": _says("no", UNSURE), "b": _says("no", UNSURE), "c": _says("last", UNSURE)}
+    executor = _executor(tmp_path, scripts)
+    chunks = asyncio.run(_run(executor, CASCADE, Trace(), stream=True))
+    assert [chunk.text for chunk in chunks] == ["l", "a", "s", "t", ""]
+
+
+def test_cascade_survives_failing_and_slow_stages(run: Run) -> None:
+    """A stage that fails, and one that takes too long, move on to the next, and it is noted."""
+    answer, trace = run(
+        CASCADE, {"a": BROKEN, "b": SLOW, "c": _says("saved")}, stage_timeout_s=0.05
+    )
+    assert answer.text == "saved"
+    assert _outcomes(trace) == {"": "ok", "0": "failed", "1": "timeout", "2": "ok"}
+    assert trace.runs["0"].error == "the script fails after 1 tokens"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_cascade_falls_back_on_the_best_rejected_answer(run: Run, stream: bool) -> None:
+    """If the last stage fails, the likeliest of the rejected answers is better than none."""
+    scripts = {"a": _says("poor", UNSURE), "b": _says("fair", math.log(0.4)), "c": {"refuse": True}}
+    answer, trace = run(CASCADE, scripts, stream=stream)
+    assert answer.text == "fair"
+    assert _outcomes(trace) == {"": "ok", "0": "rejected", "1": "ok", "2": "failed"}
+
+
+def test_cascade_fails_when_every_stage_does(run: Run) -> None:
+    """With no answer at all, the last stage's error is raised."""
+    with pytest.raises(EngineOverloaded):
+        run(CASCADE, {"a": BROKEN, "b": BROKEN, "c": {"refuse": True}})
+
+
+def test_majority_wins_and_stops_early(run: Run) -> None:
+    """Answers that differ in case and closing marks are one vote; a decided vote ends at once."""
+    best = {"best": {"candidates": ["a", "b", "c"]}}
+    scripts = {"a": _says("Yes."), "b": _says("yes"), "c": SLOW}
+    answer, trace = run(best, scripts)
+    assert answer.text == "Yes."
+    assert _outcomes(trace) == {"": "ok", "0": "ok", "1": "rejected", "2": "cancelled"}
+
+
+def test_majority_ignores_failures_and_prefers_earlier_on_ties(run: Run) -> None:
+    """A candidate that fails doesn't vote; on a tie the earlier one wins."""
+    best = {"best": {"candidates": ["a", "b", "c"]}}
+    answer, trace = run(best, {"a": BROKEN, "b": _says("one"), "c": _says("two")})
+    assert answer.text == "one"
+    assert _outcomes(trace) == {"": "ok", "0": "failed", "1": "ok", "2": "rejected"}
+    with pytest.raises(EngineFailed):
+        run(best, {"a": BROKEN, "b": BROKEN, "c": BROKEN})
+
+
+def test_best_by_confidence(run: Run) -> None:
+    """The candidate with the highest mean token probability is chosen."""
+    best = {"best": {"candidates": ["a", "b"], "select": "confidence"}}
+    answer, trace = run(best, {"a": _says("low", UNSURE), "b": _says("high")})
+    assert answer.text == "high"
+    assert trace.runs["0"].score == pytest.approx(0.2)
+
+
+def test_any_nesting(run: Run) -> None:
+    """A cascade of a vote of cascades and a fused answer runs, and each node has its path."""
+    fused = {"answer": {"members": ["a", "b"], "weights": [1, 3]}}
+    inner = {"cascade": {"stages": ["a", "c"], "thresholds": [0.5]}}
+    vote = {"best": {"candidates": [inner, "a", "b"]}}
+    plan = {"cascade": {"stages": [vote, fused], "thresholds": [0.95]}}
+    scripts = {"a": _says("x", UNSURE), "b": _says("y", UNSURE), "c": _says("y")}
+    answer, trace = run(plan, scripts)
+    assert answer.text == "x"  # the fused answer plays its first member's script
+    assert _outcomes(trace) == {
+        "": "ok",
+        "0": "rejected",
+        "0.0": "ok",
+        "0.0.0": "rejected",
+        "0.0.1": "ok",
+        "0.1": "rejected",
+        "0.2": "rejected",
+        "1": "ok",
+    }
+    accepted = trace.accepted()
+    assert accepted is not None
+    assert accepted.members == ("a", "b")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_closing_early_cancels_everything(tmp_path: Path, stream: bool) -> None:
+    """Cancelling the reader of a nested plan leaves no lane, and the engine tells the tokens."""
+    slow = {"answers": ["x" * 100], "token_latency_s": 0.01}
+
+    async def run() -> None:
+        executor = _executor(tmp_path, {"a": slow, "b": slow})
+        worker, trace = executor.engines["e"], Trace()
+        plan = {"best": {"candidates": ["a", {"cascade": {"stages": ["b"], "thresholds": []}}]}}
+        reader = asyncio.create_task(_run(executor, plan, trace, stream=stream))
+        while (await worker.stats()).generated_tokens_total < 10:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+        reader.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reader
+        stats = await worker.stats()
+        assert stats.active_lanes == 0
+        cut = list(trace.interrupted())
+        assert [run.path for run in cut] == ["0", "1.0"]
+        used = [await worker.settle(run.request_id or "") for run in cut]
+        assert sum(used) == stats.generated_tokens_total
+
+    asyncio.run(run())
+
+
+def test_tokens_are_counted_for_everything_that_ran(run: Run) -> None:
+    """Each member's tokens add up over stages and candidates; fused members count each."""
+    plan = {"best": {"candidates": ["a", {"answer": {"members": ["a", "b"]}}]}}
+    _, trace = run(plan, {"a": _says("xyz"), "b": _says("q")})
+    tokens = trace.member_tokens()
+    assert (tokens["a"].prompt_tokens, tokens["a"].output_tokens) == (2, 8)
+    assert (tokens["b"].prompt_tokens, tokens["b"].output_tokens) == (1, 4)

@@ -1,0 +1,63 @@
+"""A client that hangs up frees what its request held, and is still counted."""
+
+import json
+import socket
+import time
+from typing import Any
+
+import pytest
+
+SLOW = {"answers": ["x" * 1000], "token_latency_s": 0.01}
+ENGINES = [{"name": "one", "kind": "fake", "options": SLOW}, {"name": "two", "kind": "fake"}]
+NESTED = {"best": {"candidates": ["alpha", {"cascade": {"stages": ["beta"], "thresholds": []}}]}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("plan", ["alpha", NESTED])
+def test_hanging_up_frees_every_lane(serve: Any, stream: bool, plan: Any) -> None:
+    """Lanes are free shortly after, and the one record holds the tokens generated until then."""
+    server = serve(engines=ENGINES)
+    body = {"stream": stream, "n": 2, "shoal": {"plan": plan}}
+    connection = _post(server.url, body)
+    lanes = 2 if plan == "alpha" else 4
+    server.wait(lambda: _stats(server)["active_lanes"] == lanes)
+    server.wait(lambda: _stats(server)["generated_tokens_total"] > 20)
+    connection.close()
+    started = time.monotonic()
+    server.wait(lambda: _stats(server)["active_lanes"] == 0)
+    assert time.monotonic() - started < 2
+    record = server.last_record()
+    assert (record.status, record.num_choices) == (499, 2)
+    settled = sum(tokens.output_tokens for tokens in record.members.values())
+    assert settled == _stats(server)["generated_tokens_total"]
+    assert record.usd > 0
+    time.sleep(0.05)
+    assert server.recorder.records == []
+
+
+def test_hanging_up_while_waiting_in_the_queue(serve: Any) -> None:
+    """A request that waits for its turn leaves the queue with its client."""
+    one = {**ENGINES[0], "options": {**SLOW, "max_running_requests": 1}}
+    server = serve(engines=[one, ENGINES[1]])
+    first, second = _post(server.url, {}), _post(server.url, {})
+    server.wait(lambda: _stats(server)["queued_requests"] == 1)
+    second.close()
+    server.wait(lambda: _stats(server)["queued_requests"] == 0)
+    assert _stats(server)["running_requests"] == 1
+    first.close()
+    server.wait(lambda: _stats(server)["running_requests"] == 0)
+
+
+def _post(url: str, body: dict[str, Any]) -> socket.socket:
+    """Send a chat request on a bare connection and return it, the response unread."""
+    content = {"model": "alpha", "messages": [{"role": "user", "content": "x"}], **body}
+    data = json.dumps(content).encode()
+    host, port = url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)))
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: {host}\r\ncontent-length: {len(data)}"
+    connection.sendall(head.encode() + b"\r\n\r\n" + data)
+    return connection
+
+
+def _stats(server: Any) -> dict[str, Any]:
+    return dict(server.http.get("/health").json()["engines"]["one"])
