@@ -1,0 +1,289 @@
+"""From observations to a report: intervals, alarms, guardrails and a recommendation.
+
+Three families of comparisons, each with the experiment's alpha, each corrected by Bonferroni so
+that all its intervals hold together: primary (one per treatment), secondary (treatments ×
+secondary metrics) and guardrails (treatments × guardrails). Secondary metrics never decide.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from policies.experiments import sequences
+from policies.experiments.advice import advise
+from policies.experiments.config import HOLDOUT, Arm, Experiment, Goal, Guardrail
+from policies.experiments.effects import Effect, arm_mean, effect
+from policies.experiments.metrics import METRICS
+from policies.experiments.mismatch import SampleRatio, sample_ratio
+from policies.experiments.observations import Observations
+from policies.experiments.report import ArmReport, Comparison, GuardrailReport, Report
+
+# Below this many units in either arm, normal approximations do not hold and nothing is concluded.
+MIN_UNITS = 30
+# Metrics without a configured minimum effect are tuned to show two points of a share, or 5%.
+_SHARE_EFFECT, _RELATIVE_EFFECT = 0.02, 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsSince:
+    """The weights in force from `time_s` on; an arm left out, or stopped, has weight zero."""
+
+    time_s: float
+    weights: Mapping[str, float]
+
+
+def analyse(
+    experiment: Experiment,
+    observations: Observations,
+    *,
+    allocations: Sequence[WeightsSince] = (),
+    stopped_s: Mapping[str, float] | None = None,
+) -> Report:
+    """Return the report on `experiment` after `observations`.
+
+    `allocations` is the history of weights in order of time (empty: the configured ones all
+    along). `stopped_s` says when a guardrail stopped an arm: it is compared with what the control
+    saw until then.
+    """
+    stopped_s = stopped_s or {}
+    ratio = _sample_ratio(experiment, observations, allocations)
+    goal, treatments = experiment.primary, experiment.treatments
+    primary = tuple(
+        _compare(experiment, _until(observations, arm, stopped_s), arm, goal, len(treatments))
+        for arm in treatments
+    )
+    secondary = tuple(
+        _compare(
+            experiment,
+            _until(observations, arm, stopped_s),
+            arm,
+            _default_goal(metric),
+            len(treatments) * len(experiment.secondary),
+        )
+        for metric in experiment.secondary
+        for arm in treatments
+    )
+    guardrails = check_guardrails(experiment, observations, stopped_s=stopped_s)
+    arms = tuple(
+        _arm_report(observations, arm, stopped=arm.name in stopped_s)
+        for arm in _with_holdout(experiment)
+    )
+    advice = advise(
+        experiment,
+        arms=arms,
+        primary=primary,
+        guardrails=guardrails,
+        ratio=ratio,
+        min_units=MIN_UNITS,
+        stopped=tuple(stopped_s),
+    )
+    return Report(
+        name=experiment.name,
+        unit=experiment.unit,
+        primary_metric=goal.metric,
+        direction=experiment.direction,
+        alpha=experiment.alpha,
+        num_units=observations.num_units,
+        num_requests=len(observations),
+        num_crossed=observations.num_crossed,
+        arms=arms,
+        primary=primary,
+        secondary=secondary,
+        guardrails=guardrails,
+        sample_ratio=ratio,
+        verdict=advice.verdict,
+        winner=advice.winner,
+        recommendation=advice.sentence,
+        notes=advice.notes,
+    )
+
+
+def check_guardrails(
+    experiment: Experiment,
+    observations: Observations,
+    *,
+    stopped_s: Mapping[str, float] | None = None,
+) -> tuple[GuardrailReport, ...]:
+    """Return every guardrail of every treatment; cheap enough to call again and again."""
+    family = len(experiment.treatments) * len(experiment.guardrails)
+    reports = []
+    for guardrail in experiment.guardrails:
+        for arm in experiment.treatments:
+            seen = _until(observations, arm, stopped_s or {})
+            goal = _guarded_goal(guardrail)
+            found = _compare(experiment, seen, arm, goal, family)
+            up = METRICS[guardrail.metric].direction == "decrease"
+            scale = abs(found.control_mean) if guardrail.relative else 1.0
+            harm_low = found.low if up else -found.high
+            reports.append(
+                GuardrailReport(
+                    metric=guardrail.metric,
+                    treatment=arm.name,
+                    harm=found.estimate if up else -found.estimate,
+                    harm_low=harm_low,
+                    limit=guardrail.limit * scale,
+                    breached=harm_low > guardrail.limit * scale,
+                )
+            )
+    return tuple(reports)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """The primary comparison as it stood after `num_requests` requests."""
+
+    time_s: float
+    num_requests: int
+    estimate: float
+    low: float
+    high: float
+
+
+def trajectory(
+    experiment: Experiment, observations: Observations, treatment: Arm, *, num_points: int = 80
+) -> tuple[Point, ...]:
+    """Return how `treatment`'s primary interval narrowed, at up to `num_points` looks."""
+    looks = np.unique(np.linspace(0, len(observations), num_points + 1, dtype=np.int64)[1:])
+    family = len(experiment.treatments)
+    points = []
+    for look in looks[looks > 0]:
+        found = _compare(
+            experiment, observations.first(int(look)), treatment, experiment.primary, family
+        )
+        points.append(
+            Point(
+                time_s=float(observations.time_s[look - 1]),
+                num_requests=int(look),
+                estimate=found.estimate,
+                low=found.low,
+                high=found.high,
+            )
+        )
+    return tuple(points)
+
+
+def minimum_effect(goal: Goal, control_mean: float) -> float:
+    """Return the goal's minimum effect in the metric's own unit."""
+    return goal.minimum_effect * (abs(control_mean) if goal.relative else 1.0)
+
+
+def _compare(
+    experiment: Experiment, seen: Observations, arm: Arm, goal: Goal, family: int
+) -> Comparison:
+    """Compare `arm` with the control on the goal's metric, corrected for `family` comparisons."""
+    treated, control = (
+        seen.sums(name, goal.metric, experiment.covariates)
+        for name in (arm.name, experiment.control_arm.name)
+    )
+    found = effect(treated, control)
+    smallest = minimum_effect(goal, found.control.mean)
+    alpha = experiment.alpha / family
+    enough = min(found.control.num_units, found.treatment.num_units) >= MIN_UNITS
+    width, p, power = math.inf, 1.0, 0.0
+    if enough and smallest > 0:
+        rho = sequences.rho_for(smallest, alpha=alpha)
+        width = float(sequences.radius(found.se, rho=rho, alpha=alpha))
+        p = min(1.0, family * float(sequences.p_value(found.estimate, found.se, rho=rho)))
+        power = sequences.power_at(smallest, found.se, rho=rho, alpha=alpha)
+    low, high = found.estimate - width, found.estimate + width
+    return Comparison(
+        metric=goal.metric,
+        treatment=arm.name,
+        control=experiment.control_arm.name,
+        estimate=found.estimate,
+        se=found.se,
+        low=low,
+        high=high,
+        p=p,
+        control_mean=found.control.mean,
+        relative=_relative(found),
+        better=_better(goal, low, high),
+        variance_kept=found.variance_kept,
+        power=power,
+    )
+
+
+def _default_goal(metric: str) -> Goal:
+    """Return what a metric without a configured minimum effect is tuned to show."""
+    if METRICS[metric].is_share:
+        return Goal(metric=metric, minimum_effect=_SHARE_EFFECT)
+    return Goal(metric=metric, minimum_effect=_RELATIVE_EFFECT, relative=True)
+
+
+def _guarded_goal(guardrail: Guardrail) -> Goal:
+    """Return the goal whose sequence is tight where harm of the limit's size would show."""
+    if not guardrail.limit:
+        return _default_goal(guardrail.metric)
+    return Goal(
+        metric=guardrail.metric, minimum_effect=guardrail.limit, relative=guardrail.relative
+    )
+
+
+def _better(goal: Goal, low: float, high: float) -> bool | None:
+    if not (low > 0 or high < 0):
+        return None
+    return (low > 0) == ((goal.direction or METRICS[goal.metric].direction) == "increase")
+
+
+def _relative(found: Effect) -> float:
+    return found.estimate / abs(found.control.mean) if found.control.mean else math.nan
+
+
+def _until(seen: Observations, arm: Arm, stopped_s: Mapping[str, float]) -> Observations:
+    return seen.before(stopped_s[arm.name]) if arm.name in stopped_s else seen
+
+
+def _with_holdout(experiment: Experiment) -> tuple[Arm, ...]:
+    if not experiment.holdout:
+        return experiment.arms
+    held = Arm(name=HOLDOUT, policy=experiment.control_arm.policy, weight=experiment.holdout)
+    return (*experiment.arms, held)
+
+
+def arm_names(experiment: Experiment) -> tuple[str, ...]:
+    """Return the names of all arms that observations may have, the holdout's included."""
+    return tuple(arm.name for arm in _with_holdout(experiment))
+
+
+def _arm_report(seen: Observations, arm: Arm, *, stopped: bool) -> ArmReport:
+    here = seen.arm == seen.arms.index(arm.name)
+    means = {
+        metric: arm_mean(seen.sums(arm.name, metric))
+        for metric in METRICS
+        if metric in seen.columns
+    }
+    return ArmReport(
+        name=arm.name,
+        policy=arm.policy,
+        num_units=len(np.unique(seen.unit[here])),
+        num_requests=int(here.sum()),
+        means={metric: mean for metric, mean in means.items() if mean.num_units},
+        stopped=stopped,
+    )
+
+
+def _sample_ratio(
+    experiment: Experiment, seen: Observations, allocations: Sequence[WeightsSince]
+) -> SampleRatio:
+    """Compare units per arm with what each period's weights promised, given its total."""
+    names = [arm.name for arm in experiment.arms]
+    if not allocations:
+        configured = {arm.name: arm.weight for arm in experiment.arms}
+        allocations = [WeightsSince(time_s=-math.inf, weights=configured)]
+    arm_U, time_U = seen.first_seen()
+    period_U = np.searchsorted([since.time_s for since in allocations], time_U, side="right")
+    observed = np.zeros(len(names))
+    expected = np.zeros(len(names))
+    for period, since in enumerate(allocations, start=1):
+        shares = np.array([since.weights.get(name, 0.0) for name in names])
+        here = arm_U[(period_U == max(period, 1)) & (arm_U < len(names))]
+        counts = np.bincount(here, minlength=len(names))[: len(names)]
+        # Units that arrive in a stopped arm's last moments are no sign of a broken split.
+        counts = np.where(shares > 0, counts, 0)
+        observed += counts
+        expected += counts.sum() * shares / shares.sum() if shares.sum() else 0.0
+    return sample_ratio(names, observed.astype(int).tolist(), expected.tolist())

@@ -1,0 +1,206 @@
+"""Who gets which arm: salted hashes, so every replica and every restart gives the same answer.
+
+Arms are drawn by weighted rendezvous hashing (Thaler & Ravishankar 1998): each arm draws an
+exponential waiting time from hash(salt, arm, unit) with its weight as the rate, and the first
+one wins. An arm's win probability is its weight, and when one arm's weight grows, units only
+ever move to that arm. With two arms a change from w to w' moves exactly the share |w' - w|.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b, shake_128
+
+from policies.experiments.config import HOLDOUT, Experiment
+from policies.experiments.layers import place
+
+_LN_2_64 = 64 * math.log(2)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Visit:
+    """What assignment looks at. `model` is the name the client asked for.
+
+    Two keys' users of the same name are different units.
+    """
+
+    request_id: str
+    model: str
+    user: str | None = None
+    session: str | None = None
+    key_id: str | None = None
+    domain: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Enrolment:
+    """One unit's place: `unit` is its hash, `propensity` the probability of this arm.
+
+    `policy` is what answers it. `arm` is None where a guardrail stopped the arm: such a request
+    counts for no arm.
+    """
+
+    experiment: str
+    arm: str | None
+    policy: str
+    unit: str
+    propensity: float
+
+
+def _prefix(*salt: str) -> bytes:
+    """Return 16 bytes that stand for `salt`; lengths keep ("ab", "c") and ("a", "bc") apart."""
+    parts = b"".join(b"%d:%s" % (len(part.encode()), part.encode()) for part in salt)
+    return blake2b(parts, digest_size=16).digest()
+
+
+class Uniform:
+    """A salted hash of strings into [0, 1), uniform and independent from salt to salt."""
+
+    def __init__(self, *salt: str) -> None:
+        self._prefix = _prefix(*salt)
+
+    def __call__(self, unit: bytes) -> float:
+        """Return the place of `unit`."""
+        digest = blake2b(self._prefix + unit, digest_size=8).digest()
+        return (int.from_bytes(digest, "big") >> 11) * 2.0**-53
+
+
+class ArmDraw:
+    """Draws one arm for each unit, by weighted rendezvous hashing.
+
+    An arm is known by its place among the arms, which must not change while units are assigned.
+    """
+
+    def __init__(self, salt: str, weights: Mapping[str, float]) -> None:
+        total = math.fsum(weights.values())
+        self.propensities = {name: weight / total for name, weight in weights.items()}
+        self._prefix = _prefix("arm", salt)
+        self._unpack = struct.Struct(f">{len(weights)}Q").unpack
+        self._arms = [
+            (name, 1 / share if share else math.inf) for name, share in self.propensities.items()
+        ]
+
+    def __call__(self, unit: bytes) -> str:
+        """Return the arm of `unit`."""
+        best, shortest = "", math.inf
+        draws = self._unpack(shake_128(self._prefix + unit).digest(8 * len(self._arms)))
+        for (name, mean_wait), draw in zip(self._arms, draws, strict=True):
+            # -ln of the uniform (draw + 1) / 2^64.
+            wait = (_LN_2_64 - math.log(draw + 1)) * mean_wait
+            if wait < shortest:
+                best, shortest = name, wait
+        return best
+
+
+class _Entry:
+    """One experiment, prepared for fast assignment."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        stretch: tuple[float, float],
+        weights: Mapping[str, float] | None,
+        stopped: frozenset[str],
+    ) -> None:
+        salt = experiment.salt or experiment.name
+        self.experiment = experiment
+        self._start, self._end = stretch
+        self._place = Uniform("layer", experiment.layer)
+        self.holdout = Uniform("holdout", salt)
+        self.draw = ArmDraw(
+            salt,
+            {arm.name: (weights or {}).get(arm.name, arm.weight) for arm in experiment.arms},
+        )
+        self.policies = {arm.name: arm.policy for arm in experiment.arms}
+        self.stopped = stopped
+        self.start_s, self.stop_s = experiment.start_s, experiment.stop_s
+        self.models = frozenset(experiment.target.models)
+        self.keys = frozenset(experiment.target.keys)
+        self.domains = frozenset(experiment.target.domains)
+
+    def holds(self, unit: bytes) -> bool:
+        whole = self._end - self._start >= 1
+        return whole or self._start <= self._place(unit) < self._end
+
+    def wants(self, visit: Visit, now_s: float) -> bool:
+        return (
+            self.start_s <= now_s < self.stop_s
+            and (not self.models or visit.model in self.models)
+            and (not self.keys or visit.key_id in self.keys)
+            and (not self.domains or visit.domain in self.domains)
+        )
+
+
+class Assigner:
+    """Assigns requests to experiments' arms. Immutable; make a new one when something changes.
+
+    `weights` overrides configured weights by experiment (adaptive allocation). `stopped` names,
+    by experiment, the arms that a guardrail stopped: their units get the control's policy and
+    count for no arm.
+    Raises `ExperimentError` where experiments do not go together (see `layers.place`).
+    """
+
+    def __init__(
+        self,
+        experiments: Sequence[Experiment],
+        *,
+        weights: Mapping[str, Mapping[str, float]] | None = None,
+        stopped: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        stretches = place(experiments)
+        self._entries = [
+            _Entry(
+                experiment,
+                stretches[experiment.name],
+                (weights or {}).get(experiment.name),
+                frozenset((stopped or {}).get(experiment.name, ())),
+            )
+            for experiment in experiments
+        ]
+
+    def assign(self, visit: Visit, *, now_s: float) -> Enrolment | None:
+        """Return the arm of `visit`, or None if no experiment takes it.
+
+        A request that lacks the unit (no user, no session) takes part in nothing that is split
+        by it. `now_s` is Unix time.
+        """
+        for entry in self._entries:
+            if not entry.wants(visit, now_s):
+                continue
+            unit = unit_of(entry.experiment, visit)
+            if unit is not None and entry.holds(unit):
+                return _enrol(entry, unit)
+        return None
+
+
+def _enrol(entry: _Entry, unit: bytes) -> Enrolment:
+    experiment = entry.experiment
+    held = experiment.holdout
+    arm: str | None
+    if held and entry.holdout(unit) < held:
+        arm, policy, propensity = HOLDOUT, experiment.control_arm.policy, held
+    else:
+        arm = entry.draw(unit)
+        policy, propensity = entry.policies[arm], (1 - held) * entry.draw.propensities[arm]
+        if arm in entry.stopped:
+            arm, policy = None, experiment.control_arm.policy
+    return Enrolment(
+        experiment=experiment.name,
+        arm=arm,
+        policy=policy,
+        unit=blake2b(unit, digest_size=8).hexdigest(),
+        propensity=propensity,
+    )
+
+
+def unit_of(experiment: Experiment, visit: Visit) -> bytes | None:
+    """Return what is randomised for `visit`, or None if the request does not say."""
+    if experiment.unit == "request":
+        return visit.request_id.encode()
+    name = visit.user if experiment.unit == "user" else visit.session
+    if name is None:
+        return None
+    return f"{visit.key_id or ''}\x1f{name}".encode()

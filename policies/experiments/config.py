@@ -1,0 +1,240 @@
+"""What an experiment is: its arms, who takes part, what decides, and what stops it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Literal, TypeAlias
+
+from pydantic import with_config
+
+from policies.errors import ExperimentError
+from policies.experiments.metrics import METRICS, Direction
+
+Unit: TypeAlias = Literal["user", "session", "request"]
+
+HOLDOUT = "holdout"
+COVARIATES = ("prompt_tokens", "predicted_quality")
+
+
+@with_config(extra="forbid")
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One alternative: the policy that answers its units. `weight` is its share of them."""
+
+    name: str
+    policy: str
+    weight: float
+
+
+@with_config(extra="forbid")
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """Which requests may take part; an empty tuple means all.
+
+    `models` are the names that clients ask for: an experiment never overrules a client that
+    named a model or policy itself, unless that name stands here. `keys` are API key ids,
+    `domains` the domain a request states or the router predicts.
+    """
+
+    models: tuple[str, ...] = ("auto",)
+    keys: tuple[str, ...] = ()
+    domains: tuple[str, ...] = ()
+
+    def overlaps(self, other: Target) -> bool:
+        """Return whether some request could match both."""
+        pairs = (
+            (self.models, other.models),
+            (self.keys, other.keys),
+            (self.domains, other.domains),
+        )
+        return all(not a or not b or set(a) & set(b) for a, b in pairs)
+
+
+@with_config(extra="forbid")
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """The metric that decides, and the smallest change in it that would matter.
+
+    `minimum_effect` is in the metric's own unit, or a share of the control's mean if `relative`.
+    The confidence sequence is tightest once the data could show an effect of this size.
+    """
+
+    metric: str = "quality"
+    direction: Direction | None = None
+    minimum_effect: float = 0.02
+    relative: bool = False
+
+
+@with_config(extra="forbid")
+@dataclass(frozen=True, kw_only=True)
+class Guardrail:
+    """Stop an arm when its `metric` is surely worse than the control's by more than `limit`.
+
+    `limit` is in the metric's own unit, or a share of the control's mean if `relative`.
+    """
+
+    metric: str
+    limit: float = 0.0
+    relative: bool = False
+
+
+@with_config(extra="forbid")
+@dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """How weights move: "fixed", or "thompson" (each arm's probability of being the best).
+
+    `floor` is the least weight that Thompson sampling leaves an arm. Adaptive weights lose the
+    guarantees that fixed ones have: see `policies.experiments.thompson`.
+    """
+
+    kind: Literal["fixed", "thompson"] = "fixed"
+    floor: float = 0.05
+
+
+@with_config(extra="forbid")
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One experiment on one share of the traffic.
+
+    `traffic` is the share of the layer's units that take part; `offset` where that share starts
+    in the layer (None: the first free place). Experiments of one layer share out its units, so
+    that nobody is in two of them. `holdout` is the share of this experiment's units that stay
+    with the control's policy whatever happens to weights and arms. `start` and `stop` are UTC
+    if they name no zone. `covariates` reduce variance (CUPED) and are known before the answer.
+    `salt` seeds the assignment: a new one draws new groups.
+    """
+
+    name: str
+    arms: tuple[Arm, ...]
+    unit: Unit = "user"
+    primary: Goal = field(default_factory=Goal)
+    secondary: tuple[str, ...] = ()
+    guardrails: tuple[Guardrail, ...] = ()
+    control: str | None = None
+    traffic: float = 1.0
+    layer: str = "default"
+    offset: float | None = None
+    holdout: float = 0.0
+    target: Target = field(default_factory=Target)
+    start: datetime | None = None
+    stop: datetime | None = None
+    covariates: tuple[str, ...] = ()
+    alpha: float = 0.05
+    allocation: Allocation = field(default_factory=Allocation)
+    salt: str | None = None
+
+    def __post_init__(self) -> None:
+        where = f"experiments.{self.name}"
+        names = [arm.name for arm in self.arms]
+        if len(names) < 2:
+            raise ExperimentError(f"{where}.arms: {names} is too few; name at least two arms")
+        if len(set(names)) != len(names):
+            raise ExperimentError(f"{where}.arms: {names} names an arm twice")
+        if HOLDOUT in names:
+            raise ExperimentError(
+                f"{where}.arms: the name {HOLDOUT!r} is taken; set {where}.holdout to a share"
+            )
+        for arm in self.arms:
+            _within(f"{where}.arms.{arm.name}.weight", arm.weight, low=0, high=1)
+        total = math.fsum(arm.weight for arm in self.arms)
+        if abs(total - 1) > 1e-6:
+            weights = {arm.name: arm.weight for arm in self.arms}
+            raise ExperimentError(f"{where}.arms: weights {weights} sum to {total:g}, not to 1")
+        if self.control is not None and self.control not in names:
+            raise ExperimentError(
+                f"{where}.control: {self.control!r} is not an arm; allowed are {', '.join(names)}"
+            )
+        if not 0 < self.traffic <= 1:
+            raise ExperimentError(f"{where}.traffic: {self.traffic} is not in (0, 1]")
+        if self.offset is not None:
+            _within(f"{where}.offset", self.offset, low=0, high=1 - self.traffic)
+        if not 0 <= self.holdout < 1:
+            raise ExperimentError(f"{where}.holdout: {self.holdout} is not in [0, 1)")
+        if not 0 < self.alpha < 1:
+            raise ExperimentError(f"{where}.alpha: {self.alpha} is not in (0, 1)")
+        _within(f"{where}.allocation.floor", self.allocation.floor, low=0, high=1 / len(names))
+        if self.start and self.stop and self.start_s >= self.stop_s:
+            raise ExperimentError(
+                f"{where}.stop: {self.stop.isoformat()} is not after {self.start.isoformat()}"
+            )
+        if not self.primary.minimum_effect > 0:
+            raise ExperimentError(
+                f"{where}.primary.minimum_effect: {self.primary.minimum_effect} is not above 0"
+            )
+        for key, metric in (
+            ("primary.metric", self.primary.metric),
+            *(("secondary", metric) for metric in self.secondary),
+            *(("guardrails", guardrail.metric) for guardrail in self.guardrails),
+        ):
+            if metric not in METRICS:
+                raise ExperimentError(
+                    f"{where}.{key}: {metric!r} is unknown; allowed are {', '.join(METRICS)}"
+                )
+        for guardrail in self.guardrails:
+            if not guardrail.limit >= 0:
+                raise ExperimentError(
+                    f"{where}.guardrails: {guardrail.metric}'s limit {guardrail.limit} is below 0"
+                )
+        for covariate in self.covariates:
+            if covariate not in COVARIATES:
+                raise ExperimentError(
+                    f"{where}.covariates: {covariate!r} is unknown; "
+                    f"allowed are {', '.join(COVARIATES)}"
+                )
+
+    @property
+    def control_arm(self) -> Arm:
+        """The arm that the others are compared with: `control`, or the first."""
+        return next((arm for arm in self.arms if arm.name == self.control), self.arms[0])
+
+    @property
+    def treatments(self) -> tuple[Arm, ...]:
+        """Every arm but the control's."""
+        return tuple(arm for arm in self.arms if arm != self.control_arm)
+
+    @property
+    def direction(self) -> Direction:
+        """The good direction of the primary metric: as configured, or the metric's own."""
+        return self.primary.direction or METRICS[self.primary.metric].direction
+
+    @property
+    def start_s(self) -> float:
+        """The start as Unix time; minus infinity if it has none."""
+        return -math.inf if self.start is None else _unix_s(self.start)
+
+    @property
+    def stop_s(self) -> float:
+        """The stop as Unix time; infinity if it has none."""
+        return math.inf if self.stop is None else _unix_s(self.stop)
+
+    def fingerprint(self, policies: Mapping[str, str]) -> str:
+        """Return a hash of all that must not change while the experiment runs.
+
+        `policies` maps each arm's policy to a description of its contents, so that a new router
+        under an old name counts as a change. Weights, traffic, stop and guardrails may change.
+        """
+        fixed = {
+            "arms": [[arm.name, arm.policy, policies.get(arm.policy, "")] for arm in self.arms],
+            "control": self.control_arm.name,
+            "unit": self.unit,
+            "holdout": self.holdout,
+            "target": asdict(self.target),
+            "primary": [self.primary.metric, self.direction],
+            "layer": self.layer,
+            "salt": self.salt,
+        }
+        return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _unix_s(moment: datetime) -> float:
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def _within(key: str, value: float, *, low: float, high: float) -> None:
+    if not low <= value <= high + 1e-12:
+        raise ExperimentError(f"{key}: {value} is not in [{low:g}, {high:g}]")

@@ -1,0 +1,84 @@
+"""Shadow traffic: ask another policy the same question, score its answer, return it to nobody.
+
+This module decides who is mirrored and keeps the spend under its cap; running the mirrored plan,
+after the client has its answer, is the server's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pydantic import with_config
+
+from policies.errors import ExperimentError
+from policies.experiments.assignment import Uniform
+
+
+@with_config(extra="forbid")
+@dataclass(frozen=True, kw_only=True)
+class Shadow:
+    """Mirror `share` of the requests for `models` to `policy`, for at most `usd_per_day`.
+
+    At most `concurrency` mirrored requests run at once; what comes while they run is skipped, so
+    that shadows never queue in front of clients.
+    """
+
+    name: str
+    policy: str
+    share: float
+    usd_per_day: float
+    models: tuple[str, ...] = ("auto",)
+    concurrency: int = 1
+
+    def __post_init__(self) -> None:
+        where = f"shadows.{self.name}"
+        if not 0 < self.share <= 1:
+            raise ExperimentError(f"{where}.share: {self.share} is not in (0, 1]")
+        if not self.usd_per_day >= 0:
+            raise ExperimentError(f"{where}.usd_per_day: {self.usd_per_day} is below 0")
+        if self.concurrency < 1:
+            raise ExperimentError(f"{where}.concurrency: {self.concurrency} is below 1")
+
+
+_DAY_S = 86_400
+
+
+class ShadowMeter:
+    """Admits mirrored requests and counts what they cost, apart from what clients cost.
+
+    The estimate is reserved before a mirrored request runs and settled after, so the cap holds
+    while several run. Days are UTC days. One meter per process: split the cap among them.
+    """
+
+    def __init__(self, shadow: Shadow) -> None:
+        self._shadow = shadow
+        self._mirrors = Uniform("shadow", shadow.name)
+        self._day = 0
+        self._reserved_usd = 0.0
+        self._running = 0
+        self.spent_today_usd = 0.0
+        self.num_mirrored = 0
+        self.num_skipped = 0
+
+    def admit(self, request_id: str, *, model: str, estimate_usd: float, now_s: float) -> bool:
+        """Return whether to mirror this request now; if so, `settle` must follow."""
+        shadow = self._shadow
+        if model not in shadow.models or self._mirrors(request_id.encode()) >= shadow.share:
+            return False
+        day = int(now_s // _DAY_S)
+        if day != self._day:
+            self._day, self.spent_today_usd = day, 0.0
+        committed = self.spent_today_usd + self._reserved_usd
+        if self._running >= shadow.concurrency or committed + estimate_usd > shadow.usd_per_day:
+            self.num_skipped += 1
+            return False
+        self._running += 1
+        self._reserved_usd += estimate_usd
+        return True
+
+    def settle(self, *, estimate_usd: float, usd: float) -> None:
+        """Replace what `admit` reserved by what the mirrored request cost."""
+        self._running -= 1
+        self._reserved_usd = max(0.0, self._reserved_usd - estimate_usd)
+        self.spent_today_usd += usd
+        self.num_mirrored += 1

@@ -1,0 +1,190 @@
+"""Configuration of experiments: what is read, and what is refused with which words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from policies.errors import ExperimentError
+from policies.experiments.config import Arm, Experiment
+from policies.experiments.layers import place
+from policies.experiments.read import read_experiments
+
+POLICIES = ("learned", "cascade", "base")
+
+
+def spec(**changes: Any) -> dict[str, Any]:
+    """A sound experiment's configuration, with `changes`."""
+    return {
+        "arms": {
+            "cascade": {"policy": "cascade", "weight": 0.5},
+            "learned": {"policy": "learned", "weight": 0.5},
+        },
+        **changes,
+    }
+
+
+def test_a_whole_experiment_is_read() -> None:
+    """Every key of the configuration arrives, and the first arm is the control."""
+    [read] = read_experiments(
+        {
+            "new-router": spec(
+                unit="session",
+                primary={"metric": "quality", "minimum_effect": 0.03},
+                secondary=["usd", "latency_s"],
+                guardrails=[{"metric": "error_rate", "limit": 0.02}],
+                traffic=0.5,
+                holdout=0.1,
+                target={"models": ["auto"], "keys": ["k1"], "domains": ["code"]},
+                start="2026-11-01",
+                stop="2026-12-01T12:00:00+01:00",
+                covariates=["prompt_tokens"],
+            )
+        },
+        policies=POLICIES,
+    )
+    assert read.name == "new-router"
+    assert read.control_arm == Arm(name="cascade", policy="cascade", weight=0.5)
+    assert [arm.name for arm in read.treatments] == ["learned"]
+    assert read.direction == "increase"
+    assert read.stop_s - read.start_s == 30 * 86_400 + 11 * 3600
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"arms": {"a": {"policy": "base", "weight": 1}}}, "at least two arms"),
+        (
+            {
+                "arms": {
+                    "a": {"policy": "base", "weight": 0.5},
+                    "b": {"policy": "cascade", "weight": 0.4},
+                }
+            },
+            "sum to 0.9, not to 1",
+        ),
+        (
+            {
+                "arms": {
+                    "a": {"policy": "base", "weight": 0.5},
+                    "b": {"policy": "oracle", "weight": 0.5},
+                }
+            },
+            "arms.b.policy: 'oracle' is unknown; allowed are base, cascade, learned",
+        ),
+        (
+            {
+                "arms": {
+                    "a": {"policy": "base", "weight": -0.5},
+                    "b": {"policy": "cascade", "weight": 1.5},
+                }
+            },
+            "a.weight: -0.5 is not in",
+        ),
+        (
+            {
+                "arms": {
+                    "a": {"policy": "base", "weight": 0.5, "colour": "red"},
+                    "b": {"policy": "cascade", "weight": 0.5},
+                }
+            },
+            "arms.a.colour: this key is unknown",
+        ),
+        ({"arms": {"a": {"policy": "base"}, "b": {"policy": "base"}}}, "arms.a.weight: this key"),
+        ({"arms": ["a", "b"]}, "is not a mapping from names"),
+        ({"trafic": 0.5}, "trafic: this key is unknown"),
+        ({"unit": "cookie"}, "unit: 'cookie'"),
+        ({"traffic": 0}, "traffic: 0.0 is not in (0, 1]"),
+        ({"control": "best"}, "control: 'best' is not an arm; allowed are cascade, learned"),
+        ({"primary": {"metric": "clicks"}}, "primary.metric: 'clicks' is unknown"),
+        ({"primary": {"minimum_effect": 0}}, "minimum_effect: 0.0 is not above 0"),
+        ({"guardrails": [{"metric": "usd", "limit": -1}]}, "usd's limit -1.0 is below 0"),
+        ({"start": "2026-02-02", "stop": "2026-02-01"}, "is not after"),
+        ({"covariates": ["mood"]}, "covariates: 'mood' is unknown"),
+        ({"holdout": 1}, "holdout: 1.0 is not in [0, 1)"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(changes: dict[str, Any], words: str) -> None:
+    """The message names the experiment, the key, the value and what is allowed."""
+    with pytest.raises(ExperimentError) as refusal:
+        read_experiments({"e": spec(**changes)}, policies=POLICIES)
+    assert words in str(refusal.value)
+    assert str(refusal.value).startswith("experiments.e")
+
+
+def test_experiments_of_one_layer_stand_beside_each_other() -> None:
+    """Shares are placed one after another, around explicit offsets."""
+    experiments = read_experiments(
+        {"a": spec(traffic=0.5, offset=0.25), "b": spec(traffic=0.2), "c": spec(traffic=0.2)},
+        policies=POLICIES,
+    )
+    assert place(experiments) == {
+        "a": (0.25, 0.75),
+        "b": (0.0, 0.2),
+        "c": pytest.approx((0.75, 0.95)),
+    }
+
+
+def test_shares_above_one_are_refused() -> None:
+    """Two experiments that together want more than the layer has are refused."""
+    with pytest.raises(ExperimentError, match=r"experiments\.b\.traffic: 0\.6 does not fit"):
+        read_experiments({"a": spec(traffic=0.5), "b": spec(traffic=0.6)}, policies=POLICIES)
+
+
+def test_overlapping_offsets_are_refused() -> None:
+    """Explicit places may not overlap, although the shares would fit."""
+    with pytest.raises(ExperimentError, match="must not overlap"):
+        read_experiments(
+            {"a": spec(traffic=0.3, offset=0.2), "b": spec(traffic=0.3, offset=0.4)},
+            policies=POLICIES,
+        )
+
+
+def test_layers_that_compete_for_requests_are_refused() -> None:
+    """Two layers may not target the same requests, as a request follows one policy."""
+    with pytest.raises(ExperimentError, match="overlaps the layer 'default' of 'a'"):
+        read_experiments(
+            {"a": spec(traffic=0.3), "b": spec(traffic=0.3, layer="second")}, policies=POLICIES
+        )
+
+
+@pytest.mark.parametrize(
+    "apart",
+    [
+        {"target": {"keys": ["k2"]}},
+        {"target": {"models": ["policy/cascade"], "keys": ["k1"]}},
+        {"start": "2026-07-01", "target": {"keys": ["k1"]}},
+    ],
+)
+def test_layers_with_traffic_of_their_own_may_each_take_all(apart: dict[str, Any]) -> None:
+    """Different keys, models or times keep experiments apart, whatever their layers."""
+    first = spec(target={"keys": ["k1"]}, stop="2026-07-01")
+    experiments = read_experiments(
+        {"a": first, "b": spec(layer="second", **apart)}, policies=POLICIES
+    )
+    assert set(place(experiments).values()) == {(0.0, 1.0)}
+
+
+def test_one_layer_has_one_unit() -> None:
+    """Splitting the same requests by user and by session is refused."""
+    with pytest.raises(ExperimentError, match="a layer has one unit"):
+        read_experiments(
+            {"a": spec(traffic=0.3), "b": spec(traffic=0.3, unit="session")}, policies=POLICIES
+        )
+
+
+def test_the_fingerprint_follows_what_must_not_change() -> None:
+    """Arms, their policies' contents and the metric change it; weights and traffic do not."""
+    policies = {"a": "kind: fixed", "b": "kind: learned"}
+
+    def fingerprint(contents: dict[str, str] = policies, **changes: Any) -> str:
+        arms = (Arm(name="x", policy="a", weight=0.5), Arm(name="y", policy="b", weight=0.5))
+        return Experiment(**{"name": "e", "arms": arms, **changes}).fingerprint(contents)
+
+    heavier = (Arm(name="x", policy="a", weight=0.9), Arm(name="y", policy="b", weight=0.1))
+    renamed = (Arm(name="x", policy="a", weight=0.5), Arm(name="z", policy="b", weight=0.5))
+    assert fingerprint() == fingerprint(arms=heavier, traffic=0.5)
+    assert fingerprint() != fingerprint(arms=renamed)
+    assert fingerprint() != fingerprint({**policies, "b": "kind: learned, file: new"})
+    assert fingerprint() != fingerprint(unit="request")
