@@ -100,7 +100,8 @@ def _cumulate(
     if not bins:
         return np.asarray(weight_Q.sum()).reshape((1,) * len(shape))
     flat = np.ravel_multi_index(tuple(bins), used)
-    total = np.bincount(flat, weights=weight_Q, minlength=int(np.prod(used))).reshape(used)
+    counts = np.bincount(flat, weight_Q, int(np.prod(used))).astype(np.float64)
+    total: Floats = counts.reshape(used)
     for axis in range(len(bins)):
         total = np.cumsum(total, axis=axis)
     if accepted_here:

@@ -14,14 +14,16 @@ from itertools import pairwise, permutations, product
 from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from policies.cascade.chains import Floats, StageColumn, candidate_thresholds, evaluate_chain
 from policies.cascade.chains import pareto as pareto_indices
 from policies.errors import PolicyError
 
 Chain: TypeAlias = tuple[int, ...]
-# The scores of a stage, given the stages before it: (stage, earlier stages) -> score_Q.
-ScoreOf: TypeAlias = Callable[[int, Chain], Floats]
+# The scores of a stage, given the stages before it and for which queries they ran:
+# (stage, earlier stages E, ran_QE) -> score_Q.
+ScoreOf: TypeAlias = Callable[[int, Chain, NDArray[np.bool_]], Floats]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,13 +115,17 @@ def columns(
     table: StageTable, score_of: ScoreOf, chain: Chain, gates: Sequence[float]
 ) -> tuple[StageColumn, ...]:
     """Return the chain's stages as columns, with gated and repeated stages skipped."""
-    result = []
+    result: list[StageColumn] = []
+    ran_QE = np.zeros((table.num_queries, len(chain)), dtype=bool)
     for j, stage in enumerate(chain):
-        cost_Q, score_Q = table.cost_QS[:, stage], score_of(stage, chain[:j])
+        cost_Q = table.cost_QS[:, stage]
+        score_Q = score_of(stage, chain[:j], ran_QE[:, :j])
+        ran_QE[:, j] = True
         if j < len(chain) - 1:
             later = table.model_QS[:, chain[j + 1 :]]
             skip_Q = (later == table.model_QS[:, [stage]]).any(axis=1)
             skip_Q |= table.prior_QS[:, stage] < gates[j]
+            ran_QE[:, j] = ~skip_Q
             cost_Q = np.where(skip_Q, 0.0, cost_Q)
             score_Q = np.where(skip_Q, -np.inf, score_Q)
         result.append(

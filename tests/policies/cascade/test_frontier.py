@@ -34,7 +34,7 @@ def random_table(seed: int, num_queries: int = 18) -> tuple[StageTable, ScoreOf]
         model_QS=np.tile(np.arange(num_stages), (num_queries, 1)),
         answer_QS=rng.integers(0, 3, (num_queries, num_stages)).astype(np.intp),
     )
-    return table, lambda stage, earlier: score[:, stage]
+    return table, lambda stage, earlier, ran: score[:, stage]
 
 
 def replay(
@@ -45,7 +45,10 @@ def replay(
     for q in range(table.num_queries):
         for j, stage in enumerate(chain):
             cost += table.cost_QS[q, stage]
-            if j == len(chain) - 1 or score_of(stage, chain[:j])[q] >= thresholds[j]:
+            if (
+                j == len(chain) - 1
+                or score_of(stage, chain[:j], np.ones((1, j), bool))[q] >= thresholds[j]
+            ):
                 accuracy += table.quality_QS[q, stage]
                 break
     return accuracy / table.num_queries, cost / table.num_queries
@@ -104,7 +107,7 @@ def test_gates_pay_when_the_prior_knows() -> None:
         model_QS=np.tile(np.arange(2), (20, 1)),
         answer_QS=np.where(quality > 0, 0, 1).astype(np.intp),
     )
-    blind: ScoreOf = lambda stage, earlier: np.full(20, 0.5)  # noqa: E731
+    blind: ScoreOf = lambda stage, earlier, ran: np.full(20, 0.5)  # noqa: E731
     assert within_budget(search(table, blind, num_gates=0), 6).accuracy < 1
     best = within_budget(search(table, blind), 6)
     assert (best.accuracy, best.cost) == (1.0, 5.5)

@@ -1,0 +1,61 @@
+"""The contract of a scorer: P(correct | query, answer), from what is free when the answer is in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from policies.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One stage's answer and what came with it.
+
+    `query` is the text a policy sees (`Query.text`); `plan` the stage that answered. Log
+    probabilities are natural, of the tokens as generated; `num_tokens` counts them, the
+    end-of-sequence token included. `earlier` holds the answers of the stages that ran before and
+    were not accepted. `finished` is False while `answer` is a prefix.
+    """
+
+    query: str
+    plan: Plan
+    answer: str
+    logprob_mean: float
+    logprob_min: float
+    num_tokens: int
+    earlier: tuple[str, ...] = ()
+    finished: bool = True
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """Judges answers. Must be fast, thread-safe and free of I/O."""
+
+    def score(self, attempt: Attempt) -> float:
+        """Return P(correct) in [0, 1]; never raises on any text."""
+        ...
+
+
+@runtime_checkable
+class ProvidesScorers(Protocol):
+    """A policy whose plans name scorers that it brings along."""
+
+    def scorers(self) -> Mapping[str, Scorer]:
+        """Return the scorers by the name that its plans (and a client's own) use."""
+        ...
+
+
+class Confidence:
+    """The geometric mean of the answer's token probabilities; needs no training."""
+
+    def score(self, attempt: Attempt) -> float:
+        """Return exp(mean log-probability), 0 for an empty answer."""
+        return math.exp(min(attempt.logprob_mean, 0.0)) if attempt.num_tokens else 0.0
+
+
+def normalise(answer: str) -> str:
+    """Return `answer` as votes and agreement compare it: case, spaces and a final stop aside."""
+    return " ".join(answer.casefold().split()).rstrip(".").strip()

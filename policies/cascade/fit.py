@@ -1,0 +1,131 @@
+"""Training the scorer with scikit-learn, which is loaded here and not when serving.
+
+Everything the threshold search sees is out of fold: each query's prior and scores come from
+models that were fitted without it, and Platt's calibration is fitted on those scores.
+
+Shape legend: Q queries, S stages, C contexts (which other stage answered before, or none).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from policies.cascade.chains import Floats, Ints
+from policies.cascade.logistic import Sparse, cross_fit, sigmoid, stack
+from policies.cascade.predictions import AnswerTable, Predictions
+from policies.cascade.scorer import ANY_STAGE, ScorerWeights
+from policies.cascade.signals import DENSE_SIGNALS, NUM_OWN_SIGNALS, own_signals
+from policies.encoders.ngrams import NGrams
+from policies.errors import PolicyError
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedScorer:
+    """The weights to serve, and out-of-fold predictions for the threshold search."""
+
+    weights: ScorerWeights
+    out_of_fold: Predictions
+
+
+def fit_scorer(
+    table: AnswerTable,
+    *,
+    seed: int = 0,
+    num_folds: int = 5,
+    penalties: Sequence[float] = (0.5, 5.0),
+) -> FittedScorer:
+    """Fit priors and scorers of every stage by cross-fitting.
+
+    `penalties` are candidate values of C, scikit-learn's inverse L2 strength; each model takes
+    the one with the lowest out-of-fold log loss. Raises `PolicyError` for too few queries.
+    """
+    num_queries, num_stages = table.quality_QS.shape
+    if num_queries < 2 * num_folds:
+        raise PolicyError(
+            f"the cascade's scorer needs at least {2 * num_folds} queries, got {num_queries}"
+        )
+    fold_Q = np.random.default_rng(seed).permutation(num_queries) % num_folds
+    query_encoder = NGrams(bits=12, num_dimensions=1, seed=seed).fit(table.queries)
+    query_QN = query_encoder.matrix(table.queries)
+    priors = [
+        cross_fit(query_QN, table.quality_QS[:, s], fold_Q, penalties) for s in range(num_stages)
+    ]
+    pooled_prior = cross_fit(query_QN, table.quality_QS.mean(axis=1), fold_Q, penalties)
+    every_answer = [answer for answers in table.answers for answer in answers]
+    # Answers are short: windows of three characters tell a number from a date from a word.
+    answer_encoder = NGrams(bits=8, window=3, num_dimensions=1, seed=seed).fit(every_answer)
+    answer_QS = table.answer_ids()
+    num_dense = len(DENSE_SIGNALS)
+    designs = [
+        _design(table, s, sigmoid(prior.logit_N), answer_QS, answer_encoder)
+        for s, prior in enumerate(priors)
+    ]
+    models = [
+        cross_fit(
+            design,
+            np.tile(table.quality_QS[:, s], num_stages),
+            np.tile(fold_Q, num_stages),
+            penalties,
+            num_dense=num_dense,
+        )
+        for s, design in enumerate(designs)
+    ]
+    pooled = cross_fit(
+        stack([design[:num_queries] for design in designs]),
+        table.quality_QS.T.ravel(),
+        np.tile(fold_Q, num_stages),
+        penalties,
+        num_dense=num_dense,
+    )
+    every = [*models, pooled]
+    slopes = np.array([model.slope for model in every])
+    weights = ScorerWeights(
+        stages=(*table.plans, ANY_STAGE),
+        query_encoder=query_encoder,
+        answer_encoder=answer_encoder,
+        prior_SN=np.stack([p.weights for p in (*priors, pooled_prior)]).astype(np.float32),
+        prior_bias_S=np.array([p.bias for p in (*priors, pooled_prior)]),
+        dense_SF=np.stack([model.weights[:num_dense] for model in every]),
+        answer_SA=np.stack([model.weights[num_dense:] for model in every]).astype(np.float32),
+        bias_S=np.array([model.bias for model in every]),
+        slope_S=slopes,
+        offset_S=np.array([model.offset for model in every]),
+    )
+    out_of_fold = Predictions(
+        prior_QS=np.stack([sigmoid(prior.logit_N) for prior in priors], axis=1),
+        raw_QS=np.stack(
+            [model.slope * model.logit_N[:num_queries] + model.offset for model in models], axis=1
+        ),
+        context_QS2=np.stack(
+            [
+                model.slope * model.fold_weights[fold_Q, NUM_OWN_SIGNALS:num_dense]
+                for model in models
+            ],
+            axis=1,
+        ),
+        answer_QS=answer_QS,
+    )
+    return FittedScorer(weights=weights, out_of_fold=out_of_fold)
+
+
+def _design(
+    table: AnswerTable, stage: int, prior_Q: Floats, answer_QS: Ints, encoder: NGrams
+) -> Sparse:
+    """Return the features of one stage, [C·Q, F + A]: alone, then after each other stage."""
+    from scipy.sparse import csr_array, hstack  # noqa: PLC0415 - training only
+
+    num_queries, num_stages = answer_QS.shape
+    own_QF = np.array(
+        [own_signals(table.attempt(q, stage), float(prior_Q[q])) for q in range(num_queries)]
+    )
+    answer_QA = encoder.matrix(table.answers[stage])
+    blocks = [np.zeros((num_queries, 2))]
+    for other in range(num_stages):
+        if other != stage:
+            same_Q = (answer_QS[:, other] == answer_QS[:, stage]).astype(float)
+            blocks.append(np.stack([np.ones(num_queries), same_Q], axis=1))
+    own = csr_array(own_QF)
+    return stack([hstack([own, csr_array(block), answer_QA]) for block in blocks])

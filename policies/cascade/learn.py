@@ -1,0 +1,140 @@
+"""From a table of answers to a learned cascade, and its frontier measured on other answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from policies.cascade.chain import ROUTED, LearnedCascade
+from policies.cascade.chains import Floats, Ints, StageColumn
+from policies.cascade.fit import fit_scorer
+from policies.cascade.frontier import (
+    CascadePoint,
+    Chain,
+    StageTable,
+    columns,
+    search,
+    within_budget,
+)
+from policies.cascade.predictions import AnswerTable, Predictions, Rows, predict
+from policies.errors import PolicyError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """What a chain did on each of Q queries: quality in [0, 1], cost, and which stage answered."""
+
+    quality_Q: Floats
+    cost_Q: Floats
+    answered_Q: Ints
+
+
+def learn_cascade(
+    table: AnswerTable,
+    cost_QS: Floats,
+    *,
+    budget: float,
+    routed: Sequence[str] = (),
+    max_stages: int = 3,
+    min_disagreement: float = 0.02,
+    num_gates: int = 8,
+    seed: int = 0,
+) -> LearnedCascade:
+    """Fit the scorer, search every chain, and pick the best within `budget`.
+
+    `cost_QS` and `budget` are US dollars per query. `routed` names the stages between which the
+    query-dependent stage `ROUTED` chooses; fewer than two leave it out. Raises `PolicyError` for a
+    budget below the cheapest chain, or a name in `routed` that the table lacks.
+    """
+    for name in routed:
+        if name not in table.plans:
+            raise PolicyError(f"routed: {name!r} is unknown; allowed are {', '.join(table.plans)}")
+    fitted = fit_scorer(table, seed=seed)
+    view = _View(table, cost_QS, fitted.out_of_fold, tuple(routed) if len(routed) > 1 else ())
+    frontier = search(
+        view.stages,
+        view.score,
+        max_stages=max_stages,
+        min_disagreement=min_disagreement,
+        num_gates=num_gates,
+    )
+    point = within_budget(frontier, budget)
+    return LearnedCascade(
+        plans=table.plans,
+        routed=view.routed,
+        frontier=frontier,
+        chosen=frontier.index(point),
+        weights=fitted.weights,
+    )
+
+
+def replay_cascade(
+    cascade: LearnedCascade,
+    table: AnswerTable,
+    cost_QS: Floats,
+    points: Sequence[CascadePoint] | None = None,
+) -> list[Replay]:
+    """Run points of the frontier (default: all) on the answers of `table`, e.g. held-out ones."""
+    view = _View(table, cost_QS, predict(cascade.weights, table), cascade.routed)
+    names = view.stages.names
+    replays = []
+    for point in cascade.frontier if points is None else points:
+        chain = tuple(names.index(name) for name in point.stages)
+        stages = columns(view.stages, view.score, chain, point.gates)
+        replays.append(_run(stages, point.thresholds))
+    return replays
+
+
+class _View:
+    """A table with the routed stage as one more column."""
+
+    def __init__(
+        self,
+        table: AnswerTable,
+        cost_QS: Floats,
+        predictions: Predictions,
+        routed: tuple[str, ...],
+    ) -> None:
+        self.routed = routed
+        self._predictions = predictions
+        names = tuple(table.plans)
+        num_queries = len(table.queries)
+        self._model_QS = np.tile(np.arange(len(names)), (num_queries, 1))
+        if routed:
+            among = np.array([names.index(name) for name in routed])
+            choice_Q = among[predictions.prior_QS[:, among].argmax(axis=1)]
+            self._model_QS = np.column_stack([self._model_QS, choice_Q])
+            names = (*names, ROUTED)
+        self.stages = StageTable(
+            names=names,
+            quality_QS=self._gather(table.quality_QS),
+            cost_QS=self._gather(cost_QS),
+            prior_QS=self._gather(predictions.prior_QS),
+            model_QS=self._model_QS,
+            answer_QS=np.take_along_axis(predictions.answer_QS, self._model_QS, axis=1),
+        )
+
+    def _gather(self, values_QS: Floats) -> Floats:
+        return np.take_along_axis(values_QS, self._model_QS, axis=1)
+
+    def score(self, stage: int, earlier: Chain, ran_QE: Rows) -> Floats:
+        """Return the scores of a stage; a routed one's are those of the models it resolves to."""
+        model_QS, predictions = self._model_QS, self._predictions
+        return predictions.score_of(model_QS[:, stage], model_QS[:, list(earlier)], ran_QE)
+
+
+def _run(stages: Sequence[StageColumn], thresholds: Sequence[float]) -> Replay:
+    num_queries = stages[0].quality_Q.size
+    open_Q = np.ones(num_queries, dtype=bool)
+    quality_Q, cost_Q = np.zeros(num_queries), np.zeros(num_queries)
+    answered_Q = np.zeros(num_queries, dtype=np.intp)
+    for j, stage in enumerate(stages):
+        cost_Q += np.where(open_Q, stage.cost_Q, 0.0)
+        last = j == len(stages) - 1
+        accept_Q = open_Q if last else open_Q & (stage.score_Q >= thresholds[j])
+        quality_Q = np.where(accept_Q, stage.quality_Q, quality_Q)
+        answered_Q = np.where(accept_Q, j, answered_Q)
+        open_Q = open_Q & ~accept_Q
+    return Replay(quality_Q=quality_Q, cost_Q=cost_Q, answered_Q=answered_Q)

@@ -1,0 +1,110 @@
+"""Real answers as a table, and what a scorer says of all of them at once.
+
+`Predictions` is the vectorised view of `LearnedScorer`: the threshold search and offline
+evaluation use it, requests do not.
+
+Shape legend: Q queries, S stages, E earlier stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from policies.cascade.base import Attempt, normalise
+from policies.cascade.chains import Floats, Ints
+from policies.cascade.logistic import sigmoid
+from policies.cascade.scorer import LearnedScorer, ScorerWeights
+from policies.cascade.signals import NUM_OWN_SIGNALS, logit
+from policies.plan import Plan
+
+Rows: TypeAlias = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerTable:
+    """Real answers of S stages to Q queries, and whether they were right (quality in [0, 1])."""
+
+    plans: Mapping[str, Plan]  # S stages by name, in order
+    queries: tuple[str, ...]
+    answers: tuple[tuple[str, ...], ...]  # [S][Q]
+    logprob_mean_QS: Floats
+    logprob_min_QS: Floats
+    num_tokens_QS: Floats
+    quality_QS: Floats
+
+    def attempt(self, query: int, stage: int) -> Attempt:
+        """Return the answer of `stage` to `query`, as if no other stage had answered."""
+        return Attempt(
+            query=self.queries[query],
+            plan=tuple(self.plans.values())[stage],
+            answer=self.answers[stage][query],
+            logprob_mean=float(self.logprob_mean_QS[query, stage]),
+            logprob_min=float(self.logprob_min_QS[query, stage]),
+            num_tokens=int(self.num_tokens_QS[query, stage]),
+        )
+
+    def answer_ids(self) -> Ints:
+        """Return [Q, S] ids: equal within a row where the normalised answers are equal."""
+        ids = np.empty((len(self.queries), len(self.plans)), np.intp)
+        for q in range(len(self.queries)):
+            seen: dict[str, int] = {}
+            for s in range(len(self.plans)):
+                ids[q, s] = seen.setdefault(normalise(self.answers[s][q]), len(seen))
+        return ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """What a scorer says of a table.
+
+    `prior_QS` is P(correct | query). `raw_QS` is the calibrated logit of the score when no
+    earlier stage answered; `context_QS2` what "an earlier stage answered" and the share of equal
+    answers add to it.
+    """
+
+    prior_QS: Floats
+    raw_QS: Floats
+    context_QS2: Floats
+    answer_QS: Ints
+
+    def score_of(self, stage_Q: Ints, earlier_QE: Ints, ran_QE: Rows) -> Floats:
+        """Return the score of stage `stage_Q[q]` for each query q.
+
+        `earlier_QE` are the stages before it, which may differ by query as well; `ran_QE` says
+        which of them ran (were not skipped).
+        """
+        at_Q1 = stage_Q[:, None]
+        logit_Q: Floats = np.take_along_axis(self.raw_QS, at_Q1, axis=1)[:, 0]
+        if earlier_QE.shape[1]:
+            mine_Q1 = np.take_along_axis(self.answer_QS, at_Q1, axis=1)
+            same_QE = np.take_along_axis(self.answer_QS, earlier_QE, axis=1) == mine_Q1
+            num_Q = ran_QE.sum(axis=1)
+            share_Q = (same_QE & ran_QE).sum(axis=1) / np.maximum(num_Q, 1)
+            context_Q2 = self.context_QS2[np.arange(stage_Q.size), stage_Q]
+            logit_Q = logit_Q + (num_Q > 0) * context_Q2[:, 0] + share_Q * context_Q2[:, 1]
+        return sigmoid(logit_Q)
+
+
+def predict(weights: ScorerWeights, table: AnswerTable) -> Predictions:
+    """Score every answer of `table`, through the same code that serves requests."""
+    scorer = LearnedScorer(weights, table.plans)
+    names = tuple(table.plans)
+    rows = [weights.stages.index(name) for name in names]
+    shape = table.quality_QS.shape
+    prior_QS, raw_QS = np.empty(shape), np.empty(shape)
+    for q, query in enumerate(table.queries):
+        priors = scorer.priors(query)
+        prior_QS[q] = [priors[name] for name in names]
+        raw_QS[q] = [logit(scorer.score(table.attempt(q, s))) for s in range(len(names))]
+    context_S2 = weights.slope_S[rows, None] * weights.dense_SF[rows, NUM_OWN_SIGNALS:]
+    return Predictions(
+        prior_QS=prior_QS,
+        raw_QS=raw_QS,
+        context_QS2=np.broadcast_to(context_S2, (*shape, 2)),
+        answer_QS=table.answer_ids(),
+    )

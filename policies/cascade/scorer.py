@@ -1,0 +1,141 @@
+"""The learned scorer: calibrated logistic models of P(correct | query, answer), in NumPy.
+
+One model per stage (FrugalGPT trains one per member), and one over all stages for plans it has
+not seen. Trained by `policies.cascade.fit`; a request needs NumPy alone.
+
+Shape legend: S stages plus one for all of them, F dense signals, N n-gram features of a query,
+A of an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from policies.cascade.base import Attempt
+from policies.cascade.chains import Floats
+from policies.cascade.signals import DENSE_SIGNALS, agreement, own_signals, sigmoid
+from policies.encoders.ngrams import NGrams
+from policies.errors import PolicyError
+from policies.plan import Plan
+
+ANY_STAGE = "*"
+
+_ARRAYS = ("prior_SN", "prior_bias_S", "dense_SF", "answer_SA", "bias_S", "slope_S", "offset_S")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorerWeights:
+    """What training leaves: `stages` names the rows, the last of which is `ANY_STAGE`.
+
+    The prior is sigmoid(prior_bias + prior_SN · query n-grams); the score is
+    sigmoid(slope · (bias + dense_SF · signals + answer_SA · answer n-grams) + offset), where slope
+    and offset are Platt's scaling on answers that the model was not trained on.
+    """
+
+    stages: tuple[str, ...]
+    query_encoder: NGrams
+    answer_encoder: NGrams
+    prior_SN: NDArray[np.float32]
+    prior_bias_S: Floats
+    dense_SF: Floats
+    answer_SA: NDArray[np.float32]
+    bias_S: Floats
+    slope_S: Floats
+    offset_S: Floats
+
+    def __post_init__(self) -> None:
+        num_stages = len(self.stages)
+        if not self.stages or self.stages[-1] != ANY_STAGE:
+            raise PolicyError(f"scorer: the last of its stages must be {ANY_STAGE!r}")
+        shapes = {
+            "prior_SN": (num_stages, self.query_encoder.num_features),
+            "dense_SF": (num_stages, len(DENSE_SIGNALS)),
+            "answer_SA": (num_stages, self.answer_encoder.num_features),
+        }
+        for name in _ARRAYS:
+            expected = shapes.get(name, (num_stages,))
+            if getattr(self, name).shape != expected:
+                raise PolicyError(
+                    f"scorer: {name} has shape {getattr(self, name).shape}, expected {expected}"
+                )
+
+    def settings(self) -> dict[str, Any]:
+        """Return what is not an array, as JSON data."""
+        return {
+            "stages": list(self.stages),
+            "query_encoder": self.query_encoder.settings(),
+            "answer_encoder": self.answer_encoder.settings(),
+        }
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Return the arrays by name, for storing."""
+        return {
+            **{name: getattr(self, name) for name in _ARRAYS},
+            **{f"query.{name}": array for name, array in self.query_encoder.arrays().items()},
+            **{f"answer.{name}": array for name, array in self.answer_encoder.arrays().items()},
+        }
+
+
+def restore_weights(
+    settings: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
+) -> ScorerWeights:
+    """Read what `settings` and `arrays` returned.
+
+    Raises `KeyError`, `TypeError` or `PolicyError` for what is missing or does not fit.
+    """
+    return ScorerWeights(
+        stages=tuple(settings["stages"]),
+        query_encoder=NGrams(**settings["query_encoder"]).restore(_under("query.", arrays)),
+        answer_encoder=NGrams(**settings["answer_encoder"]).restore(_under("answer.", arrays)),
+        **{name: arrays[name] for name in _ARRAYS},
+    )
+
+
+def _under(prefix: str, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    return {
+        name.removeprefix(prefix): array
+        for name, array in arrays.items()
+        if name.startswith(prefix)
+    }
+
+
+class LearnedScorer:
+    """Evaluates `ScorerWeights`; thread-safe, well under a millisecond per answer.
+
+    `plans` says which plan each stage's name stands for.
+    """
+
+    def __init__(self, weights: ScorerWeights, plans: Mapping[str, Plan]) -> None:
+        self._weights = weights
+        self._rows = {name: row for row, name in enumerate(weights.stages)}
+        self._row_of_plan = {plan: self._rows[name] for name, plan in plans.items()}
+
+    def priors(self, query: str) -> dict[str, float]:
+        """Return P(correct | query) of every stage, before any answer."""
+        logits = self._prior_logits(query)
+        return {name: sigmoid(float(logits[row])) for name, row in self._rows.items()}
+
+    def score(self, attempt: Attempt) -> float:
+        """Return P(correct | query, answer) of `attempt` in [0, 1]."""
+        weights = self._weights
+        row = self._row_of_plan.get(attempt.plan, len(weights.stages) - 1)
+        prior = sigmoid(float(self._prior_logits(attempt.query)[row]))
+        signals = np.array([*own_signals(attempt, prior), *agreement(attempt)])
+        ngrams = weights.answer_encoder.features(attempt.answer)
+        raw = (
+            weights.bias_S[row]
+            + weights.dense_SF[row] @ signals
+            + weights.answer_SA[row, ngrams.ids] @ ngrams.values
+        )
+        return sigmoid(float(weights.slope_S[row] * raw + weights.offset_S[row]))
+
+    def _prior_logits(self, query: str) -> Floats:
+        weights = self._weights
+        ngrams = weights.query_encoder.features(query)
+        logits: Floats = weights.prior_SN[:, ngrams.ids] @ ngrams.values + weights.prior_bias_S
+        return logits

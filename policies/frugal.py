@@ -1,0 +1,108 @@
+"""The FrugalGPT cascade (Chen et al. 2023), learned offline, made contextual per query."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from policies.base import Decision, Query
+from policies.cascade.base import Scorer
+from policies.cascade.chain import ROUTED, LearnedCascade
+from policies.cascade.frontier import CascadePoint, within_budget
+from policies.cascade.scorer import LearnedScorer
+from policies.plan import Answer, Cascade, Plan, members
+
+
+@dataclass(frozen=True)
+class _Stage:
+    name: str
+    plan: Plan
+    threshold: float
+
+
+class Frugal:
+    """Runs one chain of a learned cascade's frontier.
+
+    For each query the router's choice takes the place of a routed stage, stages whose prior
+    P(correct | query) lies below their gate are skipped, and so is a stage that a later one
+    repeats. `budget_usd` is the mean cost per query that picks the chain from the frontier; None
+    takes the one that training picked. `scorer` is the name under which plans (and clients) refer
+    to the scorer. Raises `PolicyError` for a budget below the cheapest chain.
+    """
+
+    def __init__(
+        self, cascade: LearnedCascade, *, scorer: str = "cascade", budget_usd: float | None = None
+    ) -> None:
+        self._cascade = cascade
+        self._scorer_name = scorer
+        self._scorer = LearnedScorer(cascade.weights, cascade.plans)
+        self._point = (
+            cascade.frontier[cascade.chosen]
+            if budget_usd is None
+            else within_budget(cascade.frontier, budget_usd)
+        )
+
+    @property
+    def point(self) -> CascadePoint:
+        """The chain in use, with the accuracy and cost that training measured."""
+        return self._point
+
+    def decide(self, query: Query) -> Decision:
+        """Return the chain for `query`."""
+        priors = self._scorer.priors(query.text)
+        kept, skipped = self._resolve(priors)
+        plan: Plan = kept[0].plan
+        if len(kept) > 1:
+            plan = Cascade(
+                stages=tuple(stage.plan for stage in kept),
+                thresholds=tuple(stage.threshold for stage in kept[:-1]),
+                scorer=self._scorer_name,
+            )
+        names = " -> ".join(stage.name for stage in kept)
+        reason = f"the cheapest chain within the budget: {names}"
+        if skipped:
+            reason += f"; skipped {', '.join(skipped)}"
+        return Decision(
+            plan=plan,
+            scores={
+                plan.members[0]: priors[name]
+                for name, plan in self._cascade.plans.items()
+                if isinstance(plan, Answer) and len(plan.members) == 1
+            },
+            reason=reason,
+            details={"expected_accuracy": self._point.accuracy, "mean_usd": self._point.cost},
+        )
+
+    def members(self) -> tuple[str, ...]:
+        """Return every model that some query's chain may name."""
+        names = dict.fromkeys(
+            name
+            for stage in self._point.stages
+            for name in (self._cascade.routed if stage == ROUTED else (stage,))
+        )
+        plans = (self._cascade.plans[name] for name in names)
+        return tuple(dict.fromkeys(member for plan in plans for member in members(plan)))
+
+    def scorers(self) -> Mapping[str, Scorer]:
+        """Return the learned scorer under its name."""
+        return {self._scorer_name: self._scorer}
+
+    def _resolve(self, priors: Mapping[str, float]) -> tuple[list[_Stage], list[str]]:
+        """Return the stages that run for these priors, and why the others do not."""
+        point = self._point
+        names = [
+            max(self._cascade.routed, key=priors.__getitem__) if stage == ROUTED else stage
+            for stage in point.stages
+        ]
+        kept: list[_Stage] = []
+        skipped: list[str] = []
+        for j, name in enumerate(names):
+            last = j == len(names) - 1
+            if name in names[j + 1 :]:
+                continue
+            if not last and priors[name] < point.gates[j]:
+                skipped.append(f"{name} (P {priors[name]:.2f} < {point.gates[j]:.2f})")
+                continue
+            threshold = 0.0 if last else point.thresholds[j]
+            kept.append(_Stage(name=name, plan=self._cascade.plans[name], threshold=threshold))
+        return kept, skipped

@@ -1,0 +1,196 @@
+"""The learned cascade on made-up answers: scorer, calibration, frontier, file and policy."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from policies.base import Query
+from policies.cascade.base import Attempt, Scorer
+from policies.cascade.chain import ROUTED, LearnedCascade, load_cascade
+from policies.cascade.frontier import CascadePoint, within_budget
+from policies.cascade.learn import learn_cascade, replay_cascade
+from policies.cascade.predictions import AnswerTable, predict
+from policies.cascade.scorer import LearnedScorer
+from policies.errors import PolicyError
+from policies.frugal import Frugal
+from policies.plan import Answer, Cascade, Plan
+from tests.policies.cascade.cascade_world import answer_table, costs
+
+
+@pytest.fixture(scope="module")
+def held_out() -> AnswerTable:
+    """Answers that no training sees (seed 1)."""
+    return answer_table(1, 400)
+
+
+@pytest.fixture(scope="module")
+def cascade() -> LearnedCascade:
+    """A cascade learned on 400 queries (seed 0) at half the base's cost."""
+    table = answer_table(0, 400)
+    return learn_cascade(table, costs(table), budget=3.0, routed=("sum", "date", "list"))
+
+
+def test_held_out_scores_are_calibrated(cascade: LearnedCascade, held_out: AnswerTable) -> None:
+    """Among held-out answers scored about p, a share of about p is right."""
+    predictions = predict(cascade.weights, held_out)
+    score = 1 / (1 + np.exp(-predictions.raw_QS.ravel()))
+    right = held_out.quality_QS.ravel()
+    bins = np.minimum((score * 10).astype(int), 9)
+    error = sum(
+        abs(score[bins == b].mean() - right[bins == b].mean()) * (bins == b).mean()
+        for b in range(10)
+        if (bins == b).any()
+    )
+    assert error < 0.05
+
+
+def test_an_answer_tells_more_than_its_query(
+    cascade: LearnedCascade, held_out: AnswerTable
+) -> None:
+    """The scorer's held-out log loss is below the prior's, and that below a constant's."""
+    predictions = predict(cascade.weights, held_out)
+    right = held_out.quality_QS
+
+    def log_loss(probability: np.ndarray) -> float:
+        kept = np.clip(probability, 1e-6, 1 - 1e-6)
+        return float(-np.mean(right * np.log(kept) + (1 - right) * np.log(1 - kept)))
+
+    score = 1 / (1 + np.exp(-predictions.raw_QS))
+    constant = np.broadcast_to(right.mean(axis=0), right.shape)
+    assert log_loss(score) < log_loss(predictions.prior_QS) < log_loss(constant)
+
+
+def test_the_frontier_holds_on_held_out_answers(
+    cascade: LearnedCascade, held_out: AnswerTable
+) -> None:
+    """At half the base's cost the chosen chain beats the base on queries it never saw."""
+    point = cascade.frontier[cascade.chosen]
+    [run] = replay_cascade(cascade, held_out, costs(held_out), [point])
+    assert ROUTED in point.stages
+    assert run.cost_Q.mean() < 3.3
+    assert run.quality_Q.mean() > held_out.quality_QS[:, 3].mean()
+    assert run.quality_Q.mean() == pytest.approx(point.accuracy, abs=0.04)
+
+
+def run_plan(
+    plan: Plan, scorers: dict[str, Scorer], table: AnswerTable, q: int
+) -> tuple[float, float]:
+    """Run a policy's plan the way the executor does: (quality, cost)."""
+    stages = plan.stages if isinstance(plan, Cascade) else (plan,)
+    cost, earlier = 0.0, []
+    for j, stage in enumerate(stages):
+        s = list(table.plans.values()).index(stage)
+        cost += costs(table)[q, s]
+        attempt = replace(table.attempt(q, s), earlier=tuple(earlier))
+        if not isinstance(plan, Cascade) or j == len(stages) - 1:
+            break
+        if scorers[plan.scorer].score(attempt) >= plan.thresholds[j]:
+            break
+        earlier.append(attempt.answer)
+    return float(table.quality_QS[q, s]), cost
+
+
+@pytest.mark.parametrize("budget", [1.2, 2.0, 3.0, 5.0])
+def test_serving_equals_the_replay(
+    cascade: LearnedCascade, held_out: AnswerTable, budget: float
+) -> None:
+    """The policy's plans, run stage by stage with its scorer, do what the replay says."""
+    policy = Frugal(cascade, budget_usd=budget)
+    [run] = replay_cascade(cascade, held_out, costs(held_out), [policy.point])
+    scorers = dict(policy.scorers())
+    for q in range(100):
+        decision = policy.decide(Query(text=held_out.queries[q]))
+        quality, cost = run_plan(decision.plan, scorers, held_out, q)
+        assert (quality, cost) == (run.quality_Q[q], pytest.approx(run.cost_Q[q]))
+
+
+def test_the_file_gives_the_same_cascade(cascade: LearnedCascade, tmp_path: Path) -> None:
+    """A saved cascade decides and scores as before; the file holds no pickles."""
+    file = tmp_path / "cascade.npz"
+    cascade.save(file)
+    loaded = load_cascade(file)
+    assert (loaded.plans, loaded.frontier) == (cascade.plans, cascade.frontier)
+    query = Query(text="date of 12 and 7")
+    assert Frugal(loaded).decide(query) == Frugal(cascade).decide(query)
+    assert [path.name for path in tmp_path.iterdir()] == ["cascade.npz"]
+
+
+@pytest.mark.parametrize("content", [b"", b"PK not a zip", b"\x93NUMPY"])
+def test_a_broken_file_is_named(content: bytes, tmp_path: Path) -> None:
+    """A file that is no cascade is refused by its name."""
+    file = tmp_path / "broken.npz"
+    file.write_bytes(content)
+    with pytest.raises(PolicyError, match=r"broken\.npz"):
+        load_cascade(file)
+
+
+def test_the_budget_moves_along_the_frontier(cascade: LearnedCascade) -> None:
+    """A larger budget never lowers the expected accuracy; an unaffordable one is refused."""
+    points = [Frugal(cascade, budget_usd=budget).point for budget in (1.0, 1.5, 2.5, 6.0)]
+    accuracies = [point.accuracy for point in points]
+    assert accuracies == sorted(accuracies)
+    with pytest.raises(PolicyError, match="below the cheapest"):
+        Frugal(cascade, budget_usd=0.5)
+
+
+def test_gated_and_repeated_stages_leave_the_plan(cascade: LearnedCascade) -> None:
+    """A stage below its gate, or repeated by a later one, isn't in the plan."""
+
+    def only(stages: tuple[str, ...], gate: float) -> Frugal:
+        point = CascadePoint(
+            stages=stages, thresholds=(0.5,), gates=(gate,), accuracy=0.5, cost=1.0
+        )
+        return Frugal(replace(cascade, frontier=(point,), chosen=0))
+
+    query = Query(text="sum of 3 and 4")
+    base, own = Answer(members=("base",)), Answer(members=("sum",))
+    assert only(("date", "base"), 0.5).decide(query).plan == base
+    assert "skipped date" in only(("date", "base"), 0.5).decide(query).reason
+    assert only((ROUTED, "sum"), 0.0).decide(query).plan == own
+    plan = only((ROUTED, "base"), 0.0).decide(query).plan
+    assert plan == Cascade(stages=(own, base), thresholds=(0.5,), scorer="cascade")
+
+
+def test_members_are_all_that_a_query_may_meet(cascade: LearnedCascade) -> None:
+    """A policy with a routed stage names every model that the stage may become."""
+    assert set(Frugal(cascade).members()) >= {"sum", "date", "list"}
+
+
+def test_agreement_raises_the_score(cascade: LearnedCascade, held_out: AnswerTable) -> None:
+    """The same answer from an earlier stage makes the base's answer more likely right."""
+    scorer = LearnedScorer(cascade.weights, cascade.plans)
+    alone = held_out.attempt(0, 3)
+    agreed = replace(alone, earlier=(alone.answer,))
+    contradicted = replace(alone, earlier=("something else",))
+    assert scorer.score(agreed) > scorer.score(contradicted)
+
+
+def test_any_text_and_plan_can_be_scored(cascade: LearnedCascade) -> None:
+    """Odd texts, infinite log-probabilities and plans never seen still give a probability."""
+    scorer = LearnedScorer(cascade.weights, cascade.plans)
+    for text in ("", " ", "\x00", "ünï 漢字 🐟", "9" * 5000):
+        attempt = Attempt(
+            query=text,
+            plan=Answer(members=("stranger",)),
+            answer=text,
+            logprob_mean=-np.inf,
+            logprob_min=-np.inf,
+            num_tokens=0,
+        )
+        assert 0 <= scorer.score(attempt) <= 1
+
+
+def test_a_budget_is_met_on_the_training_answers() -> None:
+    """The chosen point is the best within the budget (seed 5, 80 queries)."""
+    table = answer_table(5, 80)
+    cascade = learn_cascade(table, costs(table), budget=2.0)
+    assert cascade.frontier[cascade.chosen] == within_budget(cascade.frontier, 2.0)
+
+
+def test_an_unknown_routed_stage_is_named() -> None:
+    """A routed stage that no answers exist for is refused with what there is."""
+    table = answer_table(5, 80)
+    with pytest.raises(PolicyError, match=r"'poet' is unknown; allowed are sum, date, list, base"):
+        learn_cascade(table, costs(table), budget=2.0, routed=("sum", "poet"))
