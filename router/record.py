@@ -38,6 +38,8 @@ class RequestRecord:
     predictions, `stages` what ran, in order: plan path, members, score, tokens, seconds, outcome.
     `experiment` and `arm` are where the request took part, `unit` the hash of the randomised unit
     and `propensity` the probability with which it got this arm; None outside of experiments.
+    `expected_quality` is the default policy's prediction, whichever policy decided: a covariate.
+    `answer_digest` tells whether a label equals the answer (`router.experiments.digest`).
     `query_text` (the last user message) and `answer_text` are None unless `ledger.keep_text`.
     """
 
@@ -69,6 +71,8 @@ class RequestRecord:
     arm: str | None = None
     unit: str | None = None
     propensity: float | None = None
+    expected_quality: float | None = None
+    answer_digest: str | None = None
     query_text: str | None = None
     answer_text: str | None = None
 

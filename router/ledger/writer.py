@@ -1,0 +1,201 @@
+"""The durable `Recorder`: takes records on the event loop, writes them in batches on a thread.
+
+What is promised:
+
+- `record` never blocks and never raises; it costs a queue append.
+- A row is committed at most `flush_interval_s` (plus the commit itself) after `record`, so a
+  killed process loses no older row. `close` writes everything that is left.
+- A request's row is written once: a second record with its id changes nothing.
+- While the database cannot be reached rows wait, and are retried until it can. Beyond
+  `queue_rows` of them the newest are dropped, counted in `dropped_rows` and logged: a gateway
+  that stops answering because its bookkeeping is down would be worse, and budgets, which must
+  not leak, don't rely on these rows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from typing import Any, TypeAlias
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+
+from router.ledger.database import Database, writing
+from router.ledger.schema import REQUESTS
+from router.record import RequestRecord
+
+_BATCH_ROWS = 500
+_RETRY_S = (0.1, 0.5, 2.0)
+
+# What travels to the thread: a row; an event to set once everything before it is written; the end.
+_Item: TypeAlias = RequestRecord | threading.Event | None
+
+
+class Ledger:
+    """Keeps one row per request in `database`. Start one per process; `close` ends its thread."""
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        flush_interval_s: float = 0.2,
+        queue_rows: int = 50_000,
+        close_timeout_s: float = 20.0,
+        logger: logging.Logger,
+    ) -> None:
+        self.database = database
+        self._flush_interval_s = flush_interval_s
+        self._queue_rows = queue_rows
+        self._close_timeout_s = close_timeout_s
+        self._logger = logger
+        self._items: queue.SimpleQueue[_Item] = queue.SimpleQueue()
+        self._dropped_rows = 0
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="shoal-ledger", daemon=True)
+        self._thread.start()
+
+    @property
+    def pending_rows(self) -> int:
+        """About how many rows wait to be written."""
+        return self._items.qsize()
+
+    @property
+    def dropped_rows(self) -> int:
+        """How many rows found the queue full, or the database refused, since the start."""
+        return self._dropped_rows
+
+    def record(self, record: RequestRecord) -> None:
+        """Take `record`; neither blocks nor raises."""
+        if self._items.qsize() >= self._queue_rows or self._closing.is_set():
+            self._drop(1, "the queue is full" if not self._closing.is_set() else "it is closed")
+            return
+        self._items.put(record)
+
+    async def flush(self) -> None:
+        """Return once every row recorded before this call is written (or the ledger closed)."""
+        await asyncio.to_thread(self._flush)
+
+    async def close(self) -> None:
+        """Write what is still held and end the thread; idempotent."""
+        await asyncio.to_thread(self.stop)
+
+    def stop(self) -> None:
+        """Like `close`, for callers without an event loop."""
+        if not self._closing.is_set():
+            self._closing.set()
+            self._items.put(None)
+        self._thread.join(self._close_timeout_s)
+        if self._thread.is_alive():
+            self._logger.error(
+                "ledger: the database did not answer within %g s; about %d rows are lost",
+                self._close_timeout_s,
+                self.pending_rows,
+            )
+
+    def _flush(self) -> None:
+        written = threading.Event()
+        self._items.put(written)
+        while not written.wait(0.1):
+            if not self._thread.is_alive():
+                return
+
+    def _run(self) -> None:
+        ended = False
+        while not ended:
+            batch, flushed, ended = self._take()
+            self._write(batch)
+            for event in flushed:
+                event.set()
+
+    def _take(self) -> tuple[list[RequestRecord], list[threading.Event], bool]:
+        """Wait for a first row, then gather for one flush interval, or until told to flush."""
+        batch: list[RequestRecord] = []
+        item = self._items.get()
+        deadline_s = time.monotonic() + self._flush_interval_s
+        while isinstance(item, RequestRecord):
+            batch.append(item)
+            if len(batch) >= _BATCH_ROWS:
+                return batch, [], False
+            try:
+                item = self._items.get(timeout=max(0.0, deadline_s - time.monotonic()))
+            except queue.Empty:
+                return batch, [], False
+        return batch, [item] if item else [], item is None
+
+    def _write(self, batch: list[RequestRecord]) -> None:
+        rows = [row_of(record) for record in batch]
+        attempt = 0
+        while rows:
+            try:
+                self._insert(rows)
+                return
+            except SQLAlchemyError as error:
+                if not _transient(error):
+                    self._write_one_by_one(rows)
+                    return
+                if attempt == 0:
+                    self._logger.warning("ledger: cannot write, rows wait: %s", error)
+                time.sleep(_RETRY_S[min(attempt, len(_RETRY_S) - 1)])
+                attempt += 1
+
+    def _write_one_by_one(self, rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            try:
+                self._insert([row])
+            except SQLAlchemyError as error:
+                self._drop(1, f"the database refuses {row['request_id']}: {error}")
+
+    def _insert(self, rows: list[dict[str, Any]]) -> None:
+        with writing(self.database) as connection:
+            connection.execute(insert_new(connection, REQUESTS), rows)
+
+    def _drop(self, num_rows: int, reason: str) -> None:
+        # One line per doubling: a full queue must not flood the log as well.
+        self._dropped_rows += num_rows
+        if self._dropped_rows & (self._dropped_rows - 1) == 0:
+            self._logger.error("ledger: %d rows dropped: %s", self._dropped_rows, reason)
+
+
+def insert_new(connection: sa.Connection, table: sa.Table) -> sa.Insert:
+    """Return an insert into `table` that leaves rows whose primary key exists as they are."""
+    if connection.dialect.name == "postgresql":
+        return postgresql.insert(table).on_conflict_do_nothing()
+    return sqlite.insert(table).on_conflict_do_nothing()
+
+
+def row_of(record: RequestRecord) -> dict[str, Any]:
+    """Return the row of the table `requests` that holds `record`."""
+    row = {column: getattr(record, column) for column in _PLAIN}
+    row["answered_by"] = "+".join(sorted(record.members)) or None
+    row["plan"] = None if record.plan is None else dict(record.plan)
+    row["members"] = {
+        name: {"prompt_tokens": tokens.prompt_tokens, "output_tokens": tokens.output_tokens}
+        for name, tokens in record.members.items()
+    }
+    row["scores"] = dict(record.scores)
+    row["stages"] = [dict(stage) for stage in record.stages]
+    return {name: _clean(value) if isinstance(value, str) else value for name, value in row.items()}
+
+
+_PLAIN = tuple(
+    column.name
+    for column in REQUESTS.columns
+    if column.name not in {"answered_by", "plan", "members", "scores", "stages"}
+)
+
+
+def _clean(text: str) -> str:
+    # PostgreSQL stores neither NUL nor half a surrogate pair, both of which JSON bodies may carry.
+    return text.replace("\0", "").encode("utf-8", "replace").decode("utf-8")
+
+
+def _transient(error: SQLAlchemyError) -> bool:
+    """Whether the same rows may well be accepted later: the connection or a lock is at fault."""
+    if isinstance(error, DBAPIError) and error.connection_invalidated:
+        return True
+    return isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError | sa.exc.TimeoutError)

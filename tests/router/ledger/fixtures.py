@@ -1,0 +1,61 @@
+"""Databases for tests of ledger, keys and caps: an SQLite file, and a real PostgreSQL server."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from router.ledger.database import Database, database_url, open_database
+from router.ledger.writer import Ledger
+from tests.router.ledger.pgserver import postgresql
+
+
+@pytest.fixture(scope="session")
+def postgresql_server() -> Iterator[str]:
+    """The address of a PostgreSQL server that lives as long as the test session."""
+    with postgresql() as address:
+        yield address
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def ledger_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The address of an empty database, once of each kind."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'shoal.db'}"
+        return
+    server = request.getfixturevalue("postgresql_server")
+    name = f"test_{uuid.uuid4().hex}"
+    admin = sa.create_engine(database_url(server), isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.exec_driver_sql(f"CREATE DATABASE {name}")
+    yield server.rpartition("/")[0] + f"/{name}"
+    with admin.connect() as connection:
+        connection.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
+    admin.dispose()
+
+
+@pytest.fixture
+def database(ledger_url: str) -> Iterator[Database]:
+    """An open, empty database, once of each kind."""
+    opened = open_database(ledger_url)
+    yield opened
+    opened.dispose()
+
+
+@pytest.fixture
+def new_ledger(database: Database) -> Iterator[Callable[..., Ledger]]:
+    """Make ledgers on `database`; they are stopped afterwards."""
+    made: list[Ledger] = []
+
+    def make(**options: float) -> Ledger:
+        made.append(Ledger(database, logger=logging.getLogger("test.ledger"), **options))
+        return made[-1]
+
+    yield make
+    for ledger in made:
+        ledger.stop()

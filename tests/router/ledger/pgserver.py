@@ -1,0 +1,53 @@
+"""A real PostgreSQL server in a folder of its own, for tests: loopback only, gone afterwards."""
+
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+
+def _binaries() -> Path | None:
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if found:
+        return found[-1].parent
+    on_path = shutil.which("initdb")
+    return Path(on_path).parent if on_path else None
+
+
+@contextmanager
+def postgresql() -> Iterator[str]:
+    """Yield the address of a fresh server; skips where there is none to start."""
+    binaries = _binaries()
+    if binaries is None:
+        pytest.skip("PostgreSQL's server is not installed (Debian: apt-get install postgresql)")
+    pytest.importorskip("psycopg", reason="psycopg is not installed (the extra 'postgres')")
+    # The server refuses to run as root, so root hands its folder to the package's own user.
+    prefix = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
+    as_user = prefix if os.getuid() == 0 else []
+    folder = Path(tempfile.mkdtemp(prefix="shoal-pg-"))
+    if as_user:
+        shutil.chown(folder, "postgres", "postgres")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def run(binary: str, *arguments: str | Path) -> None:
+        command = [*as_user, binaries / binary, "-D", folder / "data", *arguments]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd="/")
+
+    try:
+        run("initdb", "-U", "shoal", "-A", "trust", "--no-sync", "-E", "UTF8")
+        options = f"-p {port} -h 127.0.0.1 -k {folder} -c fsync=off"
+        run("pg_ctl", "-w", "-t", "60", "-l", folder / "log", "-o", options, "start")
+        try:
+            yield f"postgresql://shoal@127.0.0.1:{port}/postgres"
+        finally:
+            run("pg_ctl", "-w", "-m", "immediate", "stop")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,131 @@
+"""Opening and migrating the database."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from pydantic import ValidationError
+
+from router.ledger.config import LedgerConfig
+from router.ledger.database import Database, database_url, open_database, writing
+from router.ledger.errors import LedgerError
+from router.ledger.migrations import STEPS
+from router.ledger.schema import METADATA
+
+
+def test_migrations_create_exactly_what_queries_expect(database: Database) -> None:
+    """Every table of the schema has the columns, keys and NOT NULLs that the steps create."""
+    inspector = sa.inspect(database)
+    for name, table in METADATA.tables.items():
+        found = {column["name"]: column for column in inspector.get_columns(name)}
+        assert set(found) == {column.name for column in table.columns}
+        keys = inspector.get_pk_constraint(name)["constrained_columns"]
+        assert keys == [column.name for column in table.primary_key]
+        for column in table.columns:
+            assert found[column.name]["nullable"] == column.nullable or column.primary_key
+            kinds = (sa.Text, sa.Float, sa.Boolean, sa.JSON, sa.Integer)
+            [kind] = [kind for kind in kinds if isinstance(column.type, kind)]
+            assert isinstance(found[column.name]["type"], kind), column
+
+
+def test_many_replicas_may_start_at_once(ledger_url: str) -> None:
+    """Three processes that open an empty database together all succeed and migrate once."""
+    script = f"from router.ledger.database import open_database; open_database({ledger_url!r})"
+
+    def start(_: int) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=False
+        )
+
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(start, range(3)))
+    assert [result.returncode for result in results] == [0] * 3, results[0].stderr
+    database = open_database(ledger_url)
+    with database.connect() as connection:
+        versions = connection.exec_driver_sql("SELECT version FROM schema_version").scalars().all()
+    database.dispose()
+    assert versions == list(range(1, len(STEPS) + 1))
+
+
+def test_a_failed_migration_leaves_nothing_behind(
+    ledger_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that fails is undone whole, and the next start carries on from there."""
+    broken = (*STEPS, ("CREATE TABLE half (x INTEGER)", "CREATE TABLE half (x INTEGER)"))
+    with monkeypatch.context() as patch:
+        patch.setattr("router.ledger.migrations.STEPS", broken)
+        with pytest.raises((LedgerError, sa.exc.ProgrammingError), match="half"):
+            open_database(ledger_url)
+    database = open_database(ledger_url)
+    tables = sa.inspect(database).get_table_names()
+    database.dispose()
+    assert "half" not in tables and "requests" in tables
+
+
+def test_a_newer_database_is_refused(ledger_url: str, database: Database) -> None:
+    """A database that a newer Shoal has upgraded is not touched."""
+    with writing(database) as connection:
+        connection.exec_driver_sql("INSERT INTO schema_version VALUES (99, 0)")
+    with pytest.raises(LedgerError, match="schema version 99"):
+        open_database(ledger_url)
+
+
+def test_an_sqlite_writer_does_not_fail_for_having_read_first(tmp_path: Path) -> None:
+    """Threads that read, then write in one transaction take turns instead of failing."""
+    database = open_database(f"sqlite:///{tmp_path / 'x.db'}")
+    with writing(database) as connection:
+        connection.exec_driver_sql("CREATE TABLE counter (n INTEGER)")
+        connection.exec_driver_sql("INSERT INTO counter VALUES (0)")
+
+    def count(_: int) -> None:
+        with writing(database) as connection:
+            n = connection.exec_driver_sql("SELECT n FROM counter").scalar_one()
+            connection.exec_driver_sql("UPDATE counter SET n = ?", (n + 1,))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(count, range(200)))
+    with database.connect() as connection:
+        assert connection.exec_driver_sql("SELECT n FROM counter").scalar_one() == 200
+    database.dispose()
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("mysql://host/x", "'mysql' is not supported; allowed are sqlite:///"),
+        ("shoal.db", "not a database address"),
+        ("sqlite://", "needs a file"),
+        ("sqlite:///:memory:", "needs a file"),
+        ("postgresql://shoal@127.0.0.1:1/x", "cannot open"),
+        ("sqlite:////proc/no/such.db", "cannot open"),
+    ],
+)
+def test_unusable_addresses_are_named(url: str, message: str) -> None:
+    """An address that cannot be opened raises an error that says why and what is allowed."""
+    with pytest.raises(LedgerError, match=message):
+        open_database(url)
+
+
+def test_passwords_stay_out_of_errors() -> None:
+    """The error for an unreachable server does not show the password."""
+    with pytest.raises(LedgerError) as caught:
+        open_database("postgresql://shoal:s3cret@127.0.0.1:1/x")
+    assert "s3cret" not in str(caught.value)
+
+
+def test_config_makes_files_absolute_and_refuses_unknown_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replicas in other folders share one file; a misspelt key is an error."""
+    monkeypatch.chdir(tmp_path)
+    assert LedgerConfig().url == f"sqlite:///{tmp_path}/shoal.db"
+    assert database_url("postgres://a:b@c/d") == "postgresql+psycopg://a:b@c/d"
+    with pytest.raises(ValidationError, match="flush_interval"):
+        LedgerConfig.model_validate({"flush_interval": 1})
+    with pytest.raises(ValidationError, match="not supported"):
+        LedgerConfig(url="oracle://x")

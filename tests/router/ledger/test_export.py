@@ -1,0 +1,190 @@
+"""Export, retention, report and their commands."""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+import tracemalloc
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+import typer
+from typer.testing import CliRunner
+
+from router.cli import keys as keys_cli
+from router.cli import ledger as ledger_cli
+from router.cli.report import report
+from router.ledger.database import Database, open_database
+from router.ledger.errors import LedgerError
+from router.ledger.export import export, prune
+from router.ledger.feedback import Feedback, add_feedback
+from router.ledger.outcomes import outcomes
+from router.ledger.queries import Sums, requests, stream
+from router.ledger.report import plot, table
+from router.ledger.schema import REQUESTS
+from router.ledger.writer import Ledger
+from tests.router.ledger.records import record
+
+NewLedger = Callable[..., Ledger]
+
+
+def _fill(ledger: Ledger, count: int) -> None:
+    for number in range(count):
+        ledger.record(record(number, query_text='a "quoted",\nline' if number == 1 else None))
+    ledger.stop()
+
+
+def test_every_format_holds_every_row(
+    database: Database, new_ledger: NewLedger, tmp_path: Path
+) -> None:
+    """JSON Lines, CSV and Parquet hold the same rows, in order of time, nested data included."""
+    pq = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    _fill(new_ledger(), 25)
+    paths = {name: tmp_path / f"rows.{name}" for name in ("jsonl", "csv", "parquet")}
+    for name, path in paths.items():
+        assert export(database, path, format=name) == 25
+    expected = list(requests(database))
+    assert [json.loads(line) for line in paths["jsonl"].read_text().splitlines()] == expected
+    arrow = pq.read_table(paths["parquet"]).to_pylist()
+    with paths["csv"].open(newline="") as file:
+        text = list(csv.DictReader(file))
+    for want, from_arrow, from_csv in zip(expected, arrow, text, strict=True):
+        assert from_arrow["usd"] == float(from_csv["usd"]) == want["usd"]
+        assert json.loads(from_arrow["members"]) == want["members"]
+        assert json.loads(from_csv["stages"]) == want["stages"]
+        assert (from_csv["query_text"] or None) == from_arrow["query_text"] == want["query_text"]
+
+
+def test_an_interrupted_export_leaves_the_old_file(
+    database: Database, new_ledger: NewLedger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure half-way keeps the file that was there and leaves no temporary one."""
+    _fill(new_ledger(), 3)
+    target = tmp_path / "rows.jsonl"
+    target.write_text("old")
+
+    def broken(*args: object, **kwargs: object) -> object:
+        with closing(requests(database)) as rows:
+            yield next(rows)
+        raise OSError("disk full")
+
+    monkeypatch.setattr("router.ledger.export.requests", broken)
+    with pytest.raises(OSError, match="disk full"):
+        export(database, target, format="jsonl")
+    assert target.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    with pytest.raises(LedgerError, match="no folder"):
+        export(database, tmp_path / "missing" / "x.csv", format="csv")
+
+
+def test_rows_are_not_all_held_in_memory(database: Database, new_ledger: NewLedger) -> None:
+    """Reading 400 rows of 50 kB by tens needs far less memory than they are."""
+    ledger = new_ledger()
+    for number in range(400):
+        ledger.record(record(number, answer_text="x" * 50_000))
+    ledger.stop()
+    tracemalloc.start()
+    num_bytes = sum(
+        len(row["answer_text"]) for row in stream(database, sa.select(REQUESTS), rows_per_fetch=10)
+    )
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert num_bytes == 20_000_000
+    assert peak_bytes < 5_000_000
+
+
+def test_prune_removes_old_rows_and_their_feedback(
+    database: Database, new_ledger: NewLedger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows before the given time go, in several transactions; the rest and its feedback stay."""
+    monkeypatch.setattr("router.ledger.export._PRUNED_PER_TRANSACTION", 4)
+    _fill(new_ledger(), 20)
+    for number in (2, 15):
+        add_feedback(database, Feedback(request_id=f"req-{number}", time_s=1, score=1.0))
+    assert prune(database, before_s=1_800_000_010.0) == 10
+    assert [row["request_id"] for row in requests(database)] == [f"req-{i}" for i in range(10, 20)]
+    assert [o.row["request_id"] for o in outcomes(database, only_with_feedback=True)] == ["req-15"]
+    assert prune(database, before_s=1_800_000_010.0) == 0
+
+
+def test_report_table_and_plot(tmp_path: Path) -> None:
+    """The table has a line per group and a total; the plot is a PNG, also for many series."""
+
+    def spent(*group: str | int) -> Sums:
+        tokens = {"prompt_tokens": 1, "output_tokens": 2}
+        counts = {"num_requests": 5, "num_answered": 4, "num_failed": 1}
+        return Sums(group=group, usd=0.005, wh=1, gco2e=0.4, latency_s=1.0, **counts, **tokens)
+
+    text = table(["model"], [spent(f"m{number}") for number in range(12)])
+    lines = text.splitlines()
+    assert lines[0].split()[:3] == ["model", "requests", "answered"]
+    assert len(lines) == 2 + 12 + 1
+    assert " ".join(lines[-1].split()) == "total 60 48 12 12 24 0.06 12 4.8 0.200"
+    rows = [spent(day * 86400, f"m{number}") for day in (20_000, 20_050) for number in range(12)]
+    plot(rows, tmp_path / "p.png", unit="usd", series="model")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    assert table(["day"], []).splitlines()[0].startswith("day")
+    plot([], tmp_path / "empty.png", unit="tokens", series="model")
+
+
+def _app() -> typer.Typer:
+    app = typer.Typer()
+    app.add_typer(ledger_cli.app, name="ledger")
+    app.add_typer(keys_cli.app, name="keys")
+    app.command("report")(report)
+    return app
+
+
+def test_commands_on_a_ledger(
+    database: Database, new_ledger: NewLedger, ledger_url: str, tmp_path: Path
+) -> None:
+    """Export, prune and report work from the command line, by age and by date."""
+    ledger = new_ledger()
+    now_s = time.time()
+    ledger.record(record(1, time_s=now_s - 40 * 86400))
+    ledger.record(record(2, time_s=now_s - 3600))
+    ledger.stop()
+    env = {"SHOAL_LEDGER": ledger_url}
+
+    def run(*arguments: str) -> str:
+        result = CliRunner().invoke(_app(), arguments, env=env)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    target = tmp_path / "rows.csv"
+    assert run("ledger", "export", str(target), "--since", "2d").startswith("1 rows")
+    assert run("ledger", "export", str(target), "--until", "2020-01-01").startswith("0 rows")
+    image = tmp_path / "spend.png"
+    output = run("report", "--by", "day,key", "--plot", str(image), "--unit", "wh")
+    assert "total" in output and image.exists()
+    assert run("ledger", "prune", "--older-than", "30d").startswith("1 rows deleted")
+    assert [row["request_id"] for row in requests(database)] == ["req-2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("ledger", "export", "rows.txt"), "give --format"),
+        (("ledger", "export", "rows.csv", "--since", "yesterday"), "neither a date"),
+        (("ledger", "prune", "--older-than", "old"), "nor an age"),
+        (("report", "--by", "day,colour"), "'colour' is unknown"),
+        (("report", "--ledger", "sqlite:////nowhere/x.db"), "no ledger at /nowhere/x.db"),
+        (("keys", "create", "--name", "a", "--cap", "usd_per_year=1"), "usd_per_year"),
+        (("keys", "create", "--name", "a", "--cap", "usd_per_day"), "NAME=NUMBER"),
+        (("keys", "revoke", "nobody"), "no key 'nobody'"),
+    ],
+)
+def test_commands_refuse_what_makes_no_sense(
+    tmp_path: Path, arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the user got wrong is one line on stderr and exit code 1, not a traceback."""
+    monkeypatch.chdir(tmp_path)
+    open_database(f"sqlite:///{tmp_path / 'shoal.db'}").dispose()
+    monkeypatch.setenv("SHOAL_LEDGER", f"sqlite:///{tmp_path / 'shoal.db'}")
+    result = CliRunner().invoke(_app(), arguments)
+    assert result.exit_code == 1
+    assert message in result.stderr.replace("\n", " ")
