@@ -18,10 +18,16 @@ def fused(draw: st.DrawFn) -> Answer:
     weights = draw(
         st.none() | st.lists(st.floats(0.1, 9), min_size=len(names), max_size=len(names))
     )
+    weighting = draw(st.sampled_from(["static", "router", "perplexity", "evidence"]))
+    found = weighting in ("perplexity", "evidence")
     return Answer(
         members=tuple(names),
         weights=None if weights is None else tuple(weights),
-        rule=draw(st.sampled_from(["mixture", "product"])),
+        rule=draw(st.sampled_from(["mixture", "product", "gated"])),
+        weighting=weighting,
+        gate=draw(PROBABILITIES),
+        temperature=draw(st.none() | st.floats(0.1, 9)) if found else None,
+        update=draw(st.booleans()) if found else False,
     )
 
 
@@ -38,7 +44,7 @@ def bests(inner: st.SearchStrategy[Plan]) -> st.SearchStrategy[Best]:
     return st.builds(
         Best,
         candidates=st.lists(inner, min_size=1, max_size=3).map(tuple),
-        select=st.sampled_from(["majority", "confidence"]),
+        select=st.sampled_from(["majority", "confidence", "scorer", "ranker"]),
     )
 
 
@@ -59,6 +65,15 @@ def test_members_are_those_of_the_answers(plan: Plan) -> None:
     named = [name for answer in answers(plan) for name in answer.members]
     assert set(members(plan)) == set(named)
     assert len(members(plan)) == len(set(named))
+
+
+@pytest.mark.parametrize("named", ["router", "perplexity", "evidence"])
+def test_weights_can_be_named(named: str) -> None:
+    """A weighting's name in place of numbers says how the weights are found."""
+    plan = from_json({"answer": {"members": ["ada", "bob"], "weights": named}})
+    assert plan == Answer(members=("ada", "bob"), weighting=named)  # type: ignore[arg-type]
+    uniform = from_json({"answer": {"members": ["ada", "bob"], "weights": "uniform"}})
+    assert uniform == Answer(members=("ada", "bob"))
 
 
 def test_a_bare_name_is_a_plan() -> None:
@@ -85,6 +100,24 @@ def test_a_bare_name_is_a_plan() -> None:
         ({"answer": {"members": ["a"], "weights": [float("nan")]}}, "finite"),
         ({"answer": {"members": ["a"], "weights": [True]}}, "True is not a number"),
         ({"answer": {"members": ["a"], "rule": "sum"}}, "allowed are mixture, product"),
+        ({"answer": {"members": ["a"], "weights": "luck"}}, "allowed are uniform, router"),
+        ({"answer": {"members": ["a"], "weighting": "luck"}}, "allowed are static, router"),
+        ({"answer": {"members": ["a"], "weights": "router", "weighting": "router"}}, "give one"),
+        ({"answer": {"members": ["a"], "gate": 2}}, r"answer.gate: 2.0 is not in \[0, 1\]"),
+        ({"answer": {"members": ["a"], "contrast": -1}}, r"contrast: -1.0 is not in"),
+        ({"answer": {"members": ["a"], "temperature": 1}}, "temperature means nothing"),
+        ({"answer": {"members": ["a"], "update": True}}, "update means nothing"),
+        ({"answer": {"members": ["a"], "update": 1}}, "1 is not true or false"),
+        (
+            {"answer": {"members": ["a"], "weights": "evidence", "temperature": 0}},
+            "temperature: 0.0 is not a finite number > 0",
+        ),
+        ({"answer": {"members": ["a"], "rule": "contrastive"}}, "needs two members"),
+        (
+            {"answer": {"members": ["a", "b"], "rule": "contrastive", "weights": [1, 1]}},
+            "takes none",
+        ),
+        ({"best": {"candidates": ["a"], "scorer": 3}}, "best.scorer: 3"),
         ({"cascade": {"stages": ["a", "b"]}}, "0 entries; 2 stages need 1"),
         ({"cascade": {"stages": ["a", "b"], "thresholds": [2]}}, r"2.0 is not in \[0, 1\]"),
         ({"cascade": {"stages": ["a"], "scorer": 3}}, "cascade.scorer: 3"),
