@@ -44,7 +44,8 @@ class AppArgs(_Strict):
     to the pool's policies or replaces them by name; paths in them are relative to the pool's
     folder. `ingress` says how many replicas take HTTP requests. `num_threads` is the number of
     CPU threads of each engine replica (default: all cores of the machine). `ledger` null keeps
-    no rows, and then there are no keys and no budgets either.
+    no rows, and then there are no keys and no budgets either. `experiments` and `shadows` are read
+    by `router.experiments.definitions`, which knows the policies they may name.
     """
 
     pool: Path = DEFAULT_POOL
@@ -55,6 +56,8 @@ class AppArgs(_Strict):
     ledger: LedgerConfig | None = Field(default_factory=LedgerConfig)
     auth: AuthConfig = Field(default_factory=AuthConfig)
     budgets: BudgetsConfig = Field(default_factory=BudgetsConfig)
+    experiments: dict[Name, Any] = Field(default_factory=dict)
+    shadows: dict[Name, Any] = Field(default_factory=dict)
 
 
 def load_args(file: Path | None, **overrides: object) -> AppArgs:

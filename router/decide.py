@@ -13,31 +13,33 @@ from router.catalog import Catalog, Target
 from router.config import ServingLimits
 from router.errors import ApiError, bad_request
 from router.exchange import Choice, Exchange
+from router.executor.prompt import Prompt
 from router.executor.task import Task
+from router.experiments.experiments import Experiments
 from router.openai_api.ask import Ask
 
 
-async def decide(catalog: Catalog, limits: ServingLimits, exchange: Exchange, ask: Ask) -> None:
+async def decide(
+    catalog: Catalog,
+    limits: ServingLimits,
+    exchange: Exchange,
+    ask: Ask,
+    experiments: Experiments | None = None,
+) -> None:
     """Fill in the exchange's policy, decisions and choices.
 
-    Raises `ApiError` for unknown names, plans that cannot run and ceilings that the plan exceeds.
+    An experiment may choose the policy, unless the body names one or a plan. Raises `ApiError` for unknown names, plans that cannot run and ceilings that the plan exceeds.
     """
     target = _target(catalog, ask)
+    queries = [await _query(catalog, limits, exchange, ask, prompt) for prompt in ask.prompts]
+    exchange.prompt_tokens = sum(query.prompt_tokens for query in queries)
+    if experiments is not None and ask.extension.policy is None and ask.extension.plan is None:
+        arm_policy = experiments.place(exchange, ask, queries[0])
+        target = (arm_policy and catalog.resolve_policy(arm_policy)) or target
     exchange.policy = target.policy_name
     decisions: list[Decision] = []
     choices: list[Choice] = []
-    for prompt in ask.prompts:
-        num_tokens = len(await prompt.tokens(catalog.tokenizer))
-        exchange.prompt_tokens += num_tokens
-        query = Query(
-            text=prompt.query(catalog.tokenizer),
-            prompt_tokens=num_tokens,
-            max_tokens=ask.max_tokens or limits.default_max_tokens,
-            user=ask.user,
-            session=ask.extension.session,
-            key_id=exchange.key_id,
-            limits=ask.extension.limits(),
-        )
+    for query in queries:
         decision = target.policy.decide(query)
         _check_ceilings(catalog, decision.plan, query)
         decisions.append(decision)
@@ -48,6 +50,20 @@ async def decide(catalog: Catalog, limits: ServingLimits, exchange: Exchange, as
             choices.append(Choice(plan=decision.plan, task=task))
     exchange.decisions = tuple(decisions)
     exchange.choices = tuple(choices)
+
+
+async def _query(
+    catalog: Catalog, limits: ServingLimits, exchange: Exchange, ask: Ask, prompt: Prompt
+) -> Query:
+    return Query(
+        text=prompt.query(catalog.tokenizer),
+        prompt_tokens=len(await prompt.tokens(catalog.tokenizer)),
+        max_tokens=ask.max_tokens or limits.default_max_tokens,
+        user=exchange.user,
+        session=exchange.session,
+        key_id=exchange.key_id,
+        limits=ask.extension.limits(),
+    )
 
 
 def _target(catalog: Catalog, ask: Ask) -> Target:
@@ -111,5 +127,5 @@ def _task(exchange: Exchange, ask: Ask, *, prompt_index: int, query: Query, i: i
         sampling=sampling,
         max_tokens=ask.max_tokens,
         stream=ask.stream,
-        client_id=exchange.key_id or ask.user or "",
+        client_id=exchange.key_id or exchange.user or "",
     )

@@ -7,18 +7,22 @@ import re
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from policies.base import Decision
 from policies.footprint import Footprint, Rates
 from policies.plan import Plan, to_json
+from router.digest import answer_digest
 from router.executor.task import Task
 from router.executor.trace import Trace
 from router.openai_api.ask import Ask
 from router.record import MemberTokens, RequestRecord
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+
+USER_HEADER, SESSION_HEADER = "x-shoal-user", "x-shoal-session"
+_MOST_CHARACTERS = 256
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's; the client never sees it
 
@@ -36,7 +40,9 @@ class Choice:
 class Exchange:
     """What is known of a request while it is served; every part of `record` is filled in here.
 
-    `time_s` is Unix time, `started_s` and `ended_s` count seconds of `time.perf_counter`.
+    `time_s` is Unix time, `started_s` and `ended_s` count seconds of `time.perf_counter`. `user`
+    and `session` come from headers until the body names them. `experiment` to `expected_quality`
+    are `RequestRecord`'s. `answer` gathers the first choice's text.
     """
 
     id: str
@@ -55,7 +61,14 @@ class Exchange:
     status: int = CLIENT_CLOSED_REQUEST
     error: str | None = None
     key_id: str | None = None
+    user: str | None = None
+    session: str | None = None
+    experiment: str | None = None
     arm: str | None = None
+    unit: str | None = None
+    propensity: float | None = None
+    expected_quality: float | None = None
+    answer: list[str] = field(default_factory=list)
     recorded: bool = False
 
     @classmethod
@@ -68,15 +81,14 @@ class Exchange:
             endpoint=endpoint,
             client_request_id=asked if _SANE_ID.fullmatch(asked) else f"req_{unique}",
             time_s=time.time(),
+            user=_name(headers, USER_HEADER),
+            session=_name(headers, SESSION_HEADER),
         )
 
-    def headers(self) -> dict[str, str]:
-        """Return the headers that every response carries."""
-        elapsed_ms = (time.perf_counter() - self.started_s) * 1000
-        return {
-            "x-request-id": self.client_request_id,
-            "openai-processing-ms": str(max(1, round(elapsed_ms))),
-        }
+    @property
+    def elapsed_s(self) -> float:
+        """The time since the request arrived; until it was over, if it is."""
+        return (self.ended_s or time.perf_counter()) - self.started_s
 
     def member_tokens(self) -> dict[str, MemberTokens]:
         """Return what each member read and wrote for this request, accepted or not."""
@@ -95,13 +107,7 @@ class Exchange:
         total = Footprint()
         for name, tokens in self.member_tokens().items():
             total = total.beside(rates[name].footprint(tokens.prompt_tokens, tokens.output_tokens))
-        ended_s = self.ended_s or time.perf_counter()
-        return Footprint(
-            usd=total.usd,
-            wh=total.wh,
-            gco2e=total.gco2e,
-            latency_s=ended_s - self.started_s,
-        )
+        return replace(total, latency_s=self.elapsed_s)
 
     def stages(self) -> list[dict[str, Any]]:
         """Return everything that ran, in JSON; the choice's number where there are several."""
@@ -140,12 +146,23 @@ class Exchange:
             gco2e=cost.gco2e,
             scores=decision.scores if decision else {},
             stages=tuple(self.stages()),
-            user_hash=_hash(ask.user) if ask and ask.user else None,
-            session=ask.extension.session if ask else None,
+            user_hash=_hash(self.user) if self.user else None,
+            session=self.session,
             key_id=self.key_id,
+            experiment=self.experiment,
             arm=self.arm,
+            unit=self.unit,
+            propensity=self.propensity,
+            expected_quality=self.expected_quality,
+            answer_digest=(
+                answer_digest(self.id, "".join(self.answer)) if self.status < 400 else None
+            ),
         )
 
 
 def _hash(user: str) -> str:
     return hashlib.sha256(user.encode()).hexdigest()[:16]
+
+
+def _name(headers: Mapping[str, str], header: str) -> str | None:
+    return headers.get(header, "")[:_MOST_CHARACTERS] or None

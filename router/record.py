@@ -39,7 +39,7 @@ class RequestRecord:
     `experiment` and `arm` are where the request took part, `unit` the hash of the randomised unit
     and `propensity` the probability with which it got this arm; None outside of experiments.
     `expected_quality` is the default policy's prediction, whichever policy decided: a covariate.
-    `answer_digest` tells whether a label equals the answer (`router.experiments.digest`).
+    `answer_digest` tells whether a label equals the answer (`router.digest`).
     `query_text` (the last user message) and `answer_text` are None unless `ledger.keep_text`.
     """
 

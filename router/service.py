@@ -26,6 +26,7 @@ from router.errors import ApiError, bad_request, to_api_error
 from router.event_stream import DONE, EventStream, event
 from router.exchange import CLIENT_CLOSED_REQUEST, Exchange
 from router.executor.executor import Executor
+from router.experiments.experiments import Experiments
 from router.executor.task import merge
 from router.openai_api.ask import Ask
 from router.openai_api.endpoint import Endpoint, Head, Writer
@@ -50,11 +51,19 @@ class Service:
         engines: Mapping[str, EngineClient],
         recorder: Recorder,
         limits: ServingLimits,
+        echo_request_id: bool = True,
+        experiments: Experiments | None = None,
     ) -> None:
+        """Serve with `engines`, given by name; `echo_request_id` False leaves that header out.
+
+        Ray Serve adds it to every response itself.
+        """
         self.catalog = catalog
         self.engines = engines
+        self.experiments = experiments
         self._recorder = recorder
         self._limits = limits
+        self._echo_request_id = echo_request_id
         self._executor = Executor(engines=engines, catalog=catalog, limits=limits)
         self._settling: set[asyncio.Task[None]] = set()
 
@@ -87,8 +96,10 @@ class Service:
         self, exchange: Exchange, endpoint: Endpoint, body: bytes, headers: Mapping[str, str]
     ) -> Response:
         ask = exchange.ask = endpoint.parse(body)
+        exchange.user = ask.user or exchange.user
+        exchange.session = ask.extension.session or exchange.session
         deadline_s = asyncio.get_running_loop().time() + self._timeout_s(ask, headers)
-        await decide(self.catalog, self._limits, exchange, ask)
+        await decide(self.catalog, self._limits, exchange, ask, self.experiments)
         answers = before(
             deadline_s,
             side_by_side([self._executor.run(c.plan, c.task, c.trace) for c in exchange.choices]),
@@ -104,18 +115,18 @@ class Service:
             return await self._whole(exchange, writer, answers)
         # Read before 200 is sent, so that early errors keep their status.
         first = await anext(answers)
-        return EventStream(self._events(exchange, writer, first, answers), exchange.headers())
+        return EventStream(self._events(exchange, writer, first, answers), self._headers(exchange))
 
     async def _whole(self, exchange: Exchange, writer: Writer, answers: Answers) -> Response:
         chunks: list[list[Chunk]] = [[] for _ in exchange.choices]
         async for index, chunk in answers:
             chunks[index].append(chunk)
-            _count(exchange, chunk)
+            _count(exchange, index, chunk)
         await self._settle(exchange)
         content = writer.whole([merge(parts) for parts in chunks], _usage(exchange))
         content["shoal"] = shoal_field(exchange, self.catalog.rates)
         exchange.status = 200
-        return _json_response(200, content, exchange.headers())
+        return _json_response(200, content, self._headers(exchange))
 
     async def _events(
         self, exchange: Exchange, writer: Writer, first: tuple[int, Chunk], answers: Answers
@@ -127,7 +138,7 @@ class Service:
             got: tuple[int, Chunk] | None = first
             while got is not None:
                 index, chunk = got
-                _count(exchange, chunk)
+                _count(exchange, index, chunk)
                 num_open -= chunk.finish_reason is not None
                 data += writer.chunk(index, chunk)
                 if not num_open:
@@ -157,9 +168,15 @@ class Service:
                 raise bad_request(f"{TIMEOUT_HEADER} is not a positive number", TIMEOUT_HEADER)
         return min(asked or self._limits.request_timeout_s, self._limits.request_timeout_s)
 
+    def _headers(self, exchange: Exchange) -> dict[str, str]:
+        headers = {"openai-processing-ms": str(max(1, round(exchange.elapsed_s * 1000)))}
+        if self._echo_request_id:
+            headers["x-request-id"] = exchange.client_request_id
+        return headers
+
     def _refuse(self, exchange: Exchange, error: Exception) -> Response:
         told = self._note(exchange, error)
-        return _json_response(told.status, told.body(), {**exchange.headers(), **told.headers})
+        return _json_response(told.status, told.body(), {**self._headers(exchange), **told.headers})
 
     def _note(self, exchange: Exchange, error: Exception) -> ApiError:
         told = to_api_error(error)
@@ -212,8 +229,10 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     return body
 
 
-def _count(exchange: Exchange, chunk: Chunk) -> None:
+def _count(exchange: Exchange, index: int, chunk: Chunk) -> None:
     exchange.output_tokens += len(chunk.tokens)
+    if index == 0:
+        exchange.answer.append(chunk.text)
     if exchange.first_text_s is None and chunk.text:
         exchange.first_text_s = time.perf_counter()
 

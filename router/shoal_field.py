@@ -32,6 +32,7 @@ def shoal_field(exchange: Exchange, rates: Mapping[str, Rates]) -> dict[str, Any
         "cost": {"usd": cost.usd, "wh": cost.wh, "gco2e": cost.gco2e},
     }
     if exchange.arm is not None:
+        data["experiment"] = exchange.experiment
         data["arm"] = exchange.arm
     if exchange.ask is not None and exchange.ask.extension.explain:
         data["scores"] = dict(decision.scores)

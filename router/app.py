@@ -1,0 +1,56 @@
+"""The Ray Serve application: `serve run router.app:build pool=...`, or `shoal serve`."""
+
+# Not `from __future__ import annotations`: Ray Serve reads the type of `build`'s argument.
+
+from typing import Any
+
+from ray.serve import Application
+
+from models.pool import DeploymentSpec, load_pool
+from router.catalog import Catalog
+from router.config import AppArgs
+from router.deployments import EngineReplica, Ingress
+
+# Replicas take what comes: the engines bound their own queues, and say so in OpenAI's shape.
+_MAX_ONGOING_REQUESTS = 10_000
+
+
+def build(args: AppArgs) -> Application:
+    """Return the application of one pool: an ingress, and a deployment per engine.
+
+    Raises `PoolError` or `PolicyError` if the pool or a policy cannot be used.
+    """
+    args = args.model_copy(update={"pool": args.pool.resolve()})
+    pool = load_pool(args.pool)
+    Catalog(pool, policies=args.policies)  # find mistakes here, not in a replica
+    engines = {
+        spec.name: EngineReplica.options(  # type: ignore[attr-defined]
+            name=f"engine-{spec.name}", **_options(spec.deployment)
+        ).bind(spec, pool.models_of(spec.name), args.num_threads)
+        for spec in pool.engines
+    }
+    ingress: Application = Ingress.options(  # type: ignore[attr-defined]
+        name="ingress", **_options(args.ingress)
+    ).bind(args, engines)
+    return ingress
+
+
+def _options(spec: DeploymentSpec) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "max_ongoing_requests": _MAX_ONGOING_REQUESTS,
+        "health_check_period_s": 5,
+        "health_check_timeout_s": 15,
+        "graceful_shutdown_timeout_s": 10,
+        "graceful_shutdown_wait_loop_s": 0.5,
+        "logging_config": {"enable_access_log": False},
+        "ray_actor_options": {"num_cpus": spec.num_cpus, "num_gpus": spec.num_gpus},
+    }
+    if spec.max_replicas > spec.min_replicas:
+        options["autoscaling_config"] = {
+            "min_replicas": spec.min_replicas,
+            "max_replicas": spec.max_replicas,
+            "target_ongoing_requests": spec.target_ongoing_requests,
+        }
+    else:
+        options["num_replicas"] = spec.min_replicas
+    return options

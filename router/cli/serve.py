@@ -1,0 +1,165 @@
+"""`shoal serve`: bring up the endpoint, say so, and take everything down at the end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from models.pool import Pool
+    from router.config import AppArgs
+
+
+def serve(
+    *,
+    pool: Annotated[
+        Path | None,
+        typer.Option(help="A pool.yaml or its folder.  [default: the pool that comes with Shoal]"),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A YAML file with the application's arguments.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 is everywhere.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    local: Annotated[
+        bool, typer.Option("--local", help="One process without Ray, for laptops and debugging.")
+    ] = False,
+) -> None:
+    """Serve a pool of models behind an OpenAI-compatible endpoint, until Ctrl-C."""
+    from models.pool import load_pool
+    from router.cluster import check_free
+    from router.config import load_args
+
+    try:
+        args = load_args(config, pool=pool)
+        loaded = load_pool(args.pool)
+        check_free(host, port)
+    except ValueError as error:
+        _refuse(error)
+    _describe(loaded)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    try:
+        if local:
+            _serve_here(args, loaded, host, port)
+        else:
+            _serve_on_ray(args, host, port)
+    except KeyboardInterrupt:
+        pass
+    _say("Stopped.")
+
+
+def _serve_on_ray(args: AppArgs, host: str, port: int) -> None:
+    from router.cluster import find_haproxy, local_cluster, prepared_environment
+
+    haproxy = find_haproxy()
+    with prepared_environment(haproxy):
+        if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
+            _say(f"Ray Serve's HAProxy ingress: {haproxy}")
+        else:
+            _say("Ray Serve's own HTTP proxy: no HAProxy binary, or it is switched off (slower)")
+        if os.environ.get("RAY_SERVE_THROUGHPUT_OPTIMIZED") == "1":
+            _say("Ray Serve's throughput-optimised request path is on.")
+        from ray import serve
+
+        from router.app import build
+
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        try:
+            application = build(args)
+        except ValueError as error:
+            _refuse(error)
+        _say("Starting Ray ...")
+        with local_cluster():
+            serve.start(http_options={"host": host, "port": port})
+            logging.getLogger("ray.serve").setLevel(logging.ERROR)
+            _say("Loading models ...")
+            try:
+                serve.run(application, name="shoal")
+            except RuntimeError as error:
+                _fail(f"The application could not start: {error}")
+            _announce(host, port)
+            try:
+                threading.Event().wait()
+            finally:
+                _say("Stopping ...")
+                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                    signal.signal(number, signal.SIG_IGN)
+
+
+def _serve_here(args: AppArgs, pool: Pool, host: str, port: int) -> None:
+    import asyncio
+
+    from models.errors import EngineError
+    from router.catalog import Catalog
+    from router.local import http_server, local_service
+    from router.record import LogRecorder
+
+    async def run() -> None:
+        catalog = Catalog(pool, policies=args.policies)
+        recorder = LogRecorder(logging.getLogger("shoal.requests"))
+        _say("Loading models ...")
+        async with local_service(args, pool, catalog, recorder) as service:
+            server = http_server(service, host=host, port=port)
+            serving = asyncio.create_task(server.serve())
+            while not server.started and not serving.done():  # noqa: ASYNC110 - has no event
+                await asyncio.sleep(0.01)
+            if server.started:
+                _announce(host, port)
+            await serving
+            _say("Stopping ...")
+
+    try:
+        asyncio.run(run())
+    except ValueError as error:
+        _refuse(error)
+    except EngineError as error:
+        _fail(f"An engine could not start: {error}")
+
+
+def _describe(pool: Pool) -> None:
+    _say(f"Pool {pool.name} ({pool.folder}):")
+    for engine in pool.engines:
+        names = ", ".join(model.name for model in pool.models_of(engine.name))
+        _say(f"  engine {engine.name} ({engine.kind}): {names}")
+
+
+def _announce(host: str, port: int) -> None:
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    body = {"model": "auto", "messages": [{"role": "user", "content": "What is 37 + 58?"}]}
+    _say(
+        f"Ready at http://{shown}:{port}/v1\n"
+        f"  curl http://{shown}:{port}/v1/chat/completions "
+        f"-H 'content-type: application/json' -d '{json.dumps(body)}'"
+    )
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signal's
+    raise KeyboardInterrupt
+
+
+def _say(text: str) -> None:
+    typer.echo(text)
+    sys.stdout.flush()
+
+
+def _refuse(error: Exception) -> NoReturn:
+    """End with what the user got wrong."""
+    typer.echo(f"shoal serve: {error}", err=True)
+    raise typer.Exit(2)
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"shoal serve: {message}", err=True)
+    raise typer.Exit(1)
