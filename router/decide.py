@@ -28,7 +28,8 @@ async def decide(
 ) -> None:
     """Fill in the exchange's policy, decisions and choices.
 
-    An experiment may choose the policy, unless the body names one or a plan. Raises `ApiError` for unknown names, plans that cannot run and ceilings that the plan exceeds.
+    An experiment may choose the policy, unless the body names one or a plan. Raises `ApiError` for
+    unknown names, plans that cannot run and ceilings that the plan exceeds.
     """
     target = _target(catalog, ask)
     queries = [await _query(catalog, limits, exchange, ask, prompt) for prompt in ask.prompts]

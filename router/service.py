@@ -26,8 +26,8 @@ from router.errors import ApiError, bad_request, to_api_error
 from router.event_stream import DONE, EventStream, event
 from router.exchange import CLIENT_CLOSED_REQUEST, Exchange
 from router.executor.executor import Executor
-from router.experiments.experiments import Experiments
 from router.executor.task import merge
+from router.experiments.experiments import Experiments
 from router.openai_api.ask import Ask
 from router.openai_api.endpoint import Endpoint, Head, Writer
 from router.record import Recorder

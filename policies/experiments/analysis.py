@@ -30,7 +30,7 @@ _SHARE_EFFECT, _RELATIVE_EFFECT = 0.02, 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsSince:
-    """The weights in force from `time_s` on; an arm left out, or stopped, has weight zero."""
+    """The weights in force from `time_s` on."""
 
     time_s: float
     weights: Mapping[str, float]
@@ -50,7 +50,7 @@ def analyse(
     saw until then.
     """
     stopped_s = stopped_s or {}
-    ratio = _sample_ratio(experiment, observations, allocations)
+    ratio = _sample_ratio(experiment, observations, _periods(experiment, allocations, stopped_s))
     goal, treatments = experiment.primary, experiment.treatments
     primary = tuple(
         _compare(experiment, _until(observations, arm, stopped_s), arm, goal, len(treatments))
@@ -266,23 +266,38 @@ def _arm_report(seen: Observations, arm: Arm, *, stopped: bool) -> ArmReport:
     )
 
 
+def _periods(
+    experiment: Experiment, allocations: Sequence[WeightsSince], stopped_s: Mapping[str, float]
+) -> tuple[WeightsSince, ...]:
+    """Return the weights that counted, in order of time: those of stopped arms are zero."""
+    configured = {arm.name: arm.weight for arm in experiment.arms}
+    history = [WeightsSince(time_s=-math.inf, weights=configured), *allocations]
+    periods = []
+    for time_s in sorted({since.time_s for since in history} | set(stopped_s.values())):
+        weights = [since.weights for since in history if since.time_s <= time_s][-1]
+        counted = {
+            name: weight
+            for name, weight in weights.items()
+            if time_s < stopped_s.get(name, math.inf)
+        }
+        periods.append(WeightsSince(time_s=time_s, weights=counted))
+    return tuple(periods)
+
+
 def _sample_ratio(
-    experiment: Experiment, seen: Observations, allocations: Sequence[WeightsSince]
+    experiment: Experiment, seen: Observations, periods: Sequence[WeightsSince]
 ) -> SampleRatio:
     """Compare units per arm with what each period's weights promised, given its total."""
     names = [arm.name for arm in experiment.arms]
-    if not allocations:
-        configured = {arm.name: arm.weight for arm in experiment.arms}
-        allocations = [WeightsSince(time_s=-math.inf, weights=configured)]
     arm_U, time_U = seen.first_seen()
-    period_U = np.searchsorted([since.time_s for since in allocations], time_U, side="right")
+    period_U = np.searchsorted([since.time_s for since in periods], time_U, side="right") - 1
     observed = np.zeros(len(names))
     expected = np.zeros(len(names))
-    for period, since in enumerate(allocations, start=1):
+    for period, since in enumerate(periods):
         shares = np.array([since.weights.get(name, 0.0) for name in names])
-        here = arm_U[(period_U == max(period, 1)) & (arm_U < len(names))]
-        counts = np.bincount(here, minlength=len(names))[: len(names)]
-        # Units that arrive in a stopped arm's last moments are no sign of a broken split.
+        here = arm_U[(period_U == period) & (arm_U < len(names))]
+        counts = np.bincount(here, minlength=len(names))
+        # A few units still arrive in an arm after it stopped: no sign of a broken split.
         counts = np.where(shares > 0, counts, 0)
         observed += counts
         expected += counts.sum() * shares / shares.sum() if shares.sum() else 0.0

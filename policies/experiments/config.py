@@ -18,7 +18,7 @@ from policies.experiments.metrics import METRICS, Direction
 Unit: TypeAlias = Literal["user", "session", "request"]
 
 HOLDOUT = "holdout"
-COVARIATES = ("prompt_tokens", "predicted_quality")
+COVARIATES = ("prompt_tokens", "expected_quality")
 
 
 @with_config(extra="forbid")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -47,13 +47,13 @@ def _read_one(name: str, body: object) -> Experiment:
     try:
         return _ADAPTER.validate_python({**body, "name": name, "arms": named})
     except ValidationError as failure:
-        raise _first_reason(where, named, failure) from None
+        raise refusal(where, failure, arms=named) from None
 
 
-def _first_reason(
-    where: str, arms: list[dict[str, Any]], failure: ValidationError
+def refusal(
+    where: str, failure: ValidationError, *, arms: Sequence[Mapping[str, Any]] = ()
 ) -> ExperimentError:
-    """Say what is wrong in this project's words: the key, the value, what is allowed."""
+    """Return what is wrong first, in this project's words: the key, the value, what is allowed."""
     error = failure.errors(include_url=False)[0]
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, ExperimentError):

@@ -6,12 +6,14 @@ after the client has its answer, is the server's.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from pydantic import with_config
+from pydantic import TypeAdapter, ValidationError, with_config
 
 from policies.errors import ExperimentError
 from policies.experiments.assignment import Uniform
+from policies.experiments.read import refusal
 
 
 @with_config(extra="forbid")
@@ -41,6 +43,29 @@ class Shadow:
 
 
 _DAY_S = 86_400
+_ADAPTER = TypeAdapter(Shadow)
+
+
+def read_shadows(data: object, *, policies: Collection[str]) -> tuple[Shadow, ...]:
+    """Read `{name: shadow}`; raises `ExperimentError` that names the key and what is allowed."""
+    if not isinstance(data, Mapping):
+        raise ExperimentError(f"shadows: {data!r} is not a mapping from names to shadows")
+    shadows = []
+    for name, body in data.items():
+        where = f"shadows.{name}"
+        if not isinstance(body, Mapping):
+            raise ExperimentError(f"{where}: {body!r} is not a mapping")
+        try:
+            shadow = _ADAPTER.validate_python({**body, "name": str(name)})
+        except ValidationError as failure:
+            raise refusal(where, failure) from None
+        if shadow.policy not in policies:
+            raise ExperimentError(
+                f"{where}.policy: {shadow.policy!r} is unknown; "
+                f"allowed are {', '.join(sorted(policies))}"
+            )
+        shadows.append(shadow)
+    return tuple(shadows)
 
 
 class ShadowMeter:

@@ -1,0 +1,240 @@
+"""The experiments of one server process: arms for requests, and what changes while they run."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+
+import numpy as np
+
+from models.pool import Pool
+from policies.base import Query
+from policies.experiments.assignment import Assigner, Visit
+from policies.experiments.config import Experiment
+from policies.experiments.thompson import thompson_weights
+from router.catalog import DEFAULT_POLICY, Catalog
+from router.config import AppArgs
+from router.exchange import Exchange
+from router.experiments import store
+from router.experiments.definitions import policy_contents
+from router.experiments.reporting import Summary, summarise
+from router.ledger.database import Database
+from router.openai_api.ask import Ask
+
+logger = logging.getLogger(__name__)
+
+# A replica learns of stopped arms and new weights after at most this.
+_POLL_S = 2.0
+# Guardrails and adaptive weights are looked at this often, but for at most 5% of the time.
+_CHECK_S = 10.0
+_CHECK_SHARE = 0.05
+_CACHE_S = 1.0
+
+
+class Experiments:
+    """Puts requests into arms, reports, and acts on guardrails and adaptive weights.
+
+    `clock` is Unix time. Every replica has one; the ledger's database keeps them together.
+    """
+
+    def __init__(
+        self,
+        definitions: Sequence[Experiment],
+        *,
+        args: AppArgs,
+        pool: Pool,
+        catalog: Catalog,
+        database: Database,
+        clock: Callable[[], float] = time.time,
+        rng: np.random.Generator | None = None,
+        check_s: float = _CHECK_S,
+    ) -> None:
+        """Start or take up each experiment; blocks.
+
+        Raises `ExperimentError` for one that changed while it has data.
+        """
+        self.definitions = tuple(definitions)
+        self._catalog = catalog
+        self._database = database
+        self._clock = clock
+        self._rng = rng or np.random.default_rng()
+        self._check_s = check_s
+        contents = policy_contents(args, pool)
+        self._states = {
+            experiment.name: store.register(
+                database,
+                experiment,
+                fingerprint=experiment.fingerprint(contents),
+                now_s=clock(),
+            )
+            for experiment in self.definitions
+        }
+        self._assigner = self._new_assigner()
+        self._by_session = any(e.unit == "session" for e in self.definitions)
+        self._by_domain = any(e.target.domains for e in self.definitions)
+        self._expecting = {e.name for e in self.definitions if "expected_quality" in e.covariates}
+        self._summaries: dict[str, tuple[float, Summary]] = {}
+        self._summarising = asyncio.Lock()
+        self._watch: asyncio.Task[None] | None = None
+
+    def place(self, exchange: Exchange, ask: Ask, query: Query) -> str | None:
+        """Put the request into an arm, noted in `exchange`; return the policy that answers it.
+
+        None where no experiment takes it. Costs a few microseconds, plus the default policy's
+        decision where an experiment targets domains or uses its prediction as a covariate.
+        """
+        if not self.definitions:
+            return None
+        visit = Visit(
+            request_id=exchange.id,
+            model=ask.model,
+            user=query.user,
+            session=query.session or (conversation(ask) if self._by_session else None),
+            key_id=query.key_id,
+            domain=self._domain(query) if self._by_domain else None,
+        )
+        enrolment = self._assigner.assign(visit, now_s=exchange.time_s)
+        if enrolment is None:
+            return None
+        if enrolment.arm is not None:
+            exchange.experiment, exchange.arm = enrolment.experiment, enrolment.arm
+            exchange.unit, exchange.propensity = enrolment.unit, enrolment.propensity
+            if enrolment.experiment in self._expecting:
+                scores = self._catalog.policies[DEFAULT_POLICY].decide(query).scores
+                exchange.expected_quality = max(scores.values(), default=None)
+        return enrolment.policy
+
+    async def summary(self, name: str) -> Summary | None:
+        """Return the report on the experiment `name`, at most a second old; None if unknown."""
+        experiment = next((e for e in self.definitions if e.name == name), None)
+        if experiment is None:
+            return None
+        async with self._summarising:
+            made_s, cached = self._summaries.get(name, (-1.0, None))
+            if cached is not None and self._clock() - made_s < _CACHE_S:
+                return cached
+            found = await asyncio.to_thread(
+                summarise, self._database, experiment, now_s=self._clock()
+            )
+            self._summaries[name] = (self._clock(), found)
+            return found
+
+    async def summaries(self) -> list[Summary]:
+        """Return the report on every experiment."""
+        found = [await self.summary(experiment.name) for experiment in self.definitions]
+        return [summary for summary in found if summary is not None]
+
+    async def start(self) -> None:
+        """Begin to watch, on the running event loop; idempotent."""
+        if self.definitions and self._watch is None:
+            self._watch = asyncio.create_task(self._run())
+
+    async def close(self) -> None:
+        """Stop watching; idempotent."""
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
+            self._watch = None
+
+    async def check(self, experiment: Experiment) -> None:
+        """Stop arms that breach a guardrail, and move adaptive weights."""
+        summary = await self.summary(experiment.name)
+        if summary is None or summary.state is None:
+            return
+        name, now_s = experiment.name, self._clock()
+        for found in summary.report.guardrails:
+            if found.breached and found.treatment not in summary.state.stopped:
+                logger.warning(
+                    "experiment %s: arm %s is stopped: %s is worse by at least %.4g, allowed %.4g",
+                    name, found.treatment, found.metric, found.harm_low, found.limit,
+                )  # fmt: skip
+                reason = {
+                    "metric": found.metric,
+                    "harm_low": found.harm_low,
+                    "limit": found.limit,
+                }
+                await asyncio.to_thread(
+                    store.stop_arm, self._database, name, found.treatment,
+                    reason=reason, now_s=now_s,
+                )  # fmt: skip
+        if experiment.allocation.kind == "thompson":
+            metric = experiment.primary.metric
+            means = {
+                arm.name: arm.means[metric] for arm in summary.report.arms if metric in arm.means
+            }
+            weights = thompson_weights(experiment, means, rng=self._rng)
+            await asyncio.to_thread(store.move_weights, self._database, name, weights, now_s=now_s)
+        await self.reload()
+
+    async def reload(self) -> None:
+        """Take over what this or another replica changed."""
+        states = await asyncio.to_thread(self._load)
+        if states != self._states:
+            self._states = states
+            self._assigner = self._new_assigner()
+
+    async def _run(self) -> None:
+        checked = dict.fromkeys((e.name for e in self.definitions), 0.0)
+        while True:
+            await asyncio.sleep(_POLL_S)
+            try:
+                await self.reload()
+                for experiment in self.definitions:
+                    if self._idle(experiment) or self._clock() < checked[experiment.name]:
+                        continue
+                    began_s = time.monotonic()
+                    if await asyncio.to_thread(
+                        store.claim_check, self._database, experiment.name,
+                        now_s=self._clock(), interval_s=self._check_s,
+                    ):  # fmt: skip
+                        await self.check(experiment)
+                    pause_s = (time.monotonic() - began_s) / _CHECK_SHARE
+                    checked[experiment.name] = self._clock() + pause_s
+            except Exception:
+                # The database may be away for a while; assignment goes on with what is known.
+                logger.exception("experiments: cannot check now")
+
+    def _idle(self, experiment: Experiment) -> bool:
+        """Whether there is nothing to act on: no guardrails, fixed weights, or not its time."""
+        acts = experiment.guardrails or experiment.allocation.kind == "thompson"
+        return not acts or not experiment.start_s <= self._clock() < experiment.stop_s
+
+    def _load(self) -> dict[str, store.State]:
+        found = {e.name: store.load(self._database, e.name) for e in self.definitions}
+        return {
+            name: self._states[name] if state is None else state for name, state in found.items()
+        }
+
+    def _new_assigner(self) -> Assigner:
+        return Assigner(
+            self.definitions,
+            weights={name: state.weights for name, state in self._states.items()},
+            stopped={name: tuple(state.stopped) for name, state in self._states.items()},
+        )
+
+    def _domain(self, query: Query) -> str | None:
+        """Return the first domain of the model that the default policy thinks best."""
+        scores = self._catalog.policies[DEFAULT_POLICY].decide(query).scores
+        if not scores:
+            return None
+        best = max(scores, key=lambda name: scores[name])
+        return next(iter(self._catalog.facts[best].domains), None)
+
+
+def conversation(ask: Ask) -> str | None:
+    """Return a name for the conversation, for clients that give none: a hash of how it began.
+
+    Chat clients send the whole conversation every time, so all of its turns begin alike.
+    """
+    messages = ask.prompts[0].messages
+    if messages is None:
+        return None
+    digest = blake2b(digest_size=16)
+    for message in messages:
+        digest.update(f"{message['role']}\x1f{message['content']}\x1e".encode())
+        if message["role"] == "user":
+            return digest.hexdigest()
+    return None
