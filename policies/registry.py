@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from policies.base import ModelFacts, Policy
+from policies.cascade.chain import load_cascade
 from policies.errors import PolicyError
 from policies.fixed import Fixed
-from policies.plan import from_json
+from policies.frugal import Frugal
+from policies.fused import Fused
+from policies.plan import Answer, from_json
 
 Builder = Callable[[Mapping[str, Any], Path, Mapping[str, ModelFacts]], Policy]
 
@@ -56,6 +59,37 @@ def _fixed(body: Mapping[str, Any], folder: Path, models: Mapping[str, ModelFact
     return Fixed(plan=from_json(body["plan"]))
 
 
+def _frugal(body: Mapping[str, Any], folder: Path, models: Mapping[str, ModelFacts]) -> Policy:  # noqa: ARG001
+    check_keys("frugal", body, required=("path",), optional=("budget_usd_per_1000", "scorer"))
+    budget = body.get("budget_usd_per_1000")
+    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int | float)):
+        raise PolicyError(f"frugal.budget_usd_per_1000: {budget!r} is not a number")
+    return Frugal(
+        load_cascade(folder / str(body["path"])),
+        scorer=str(body.get("scorer", "cascade")),
+        budget_usd=None if budget is None else budget / 1000,
+    )
+
+
+def _fused(body: Mapping[str, Any], folder: Path, models: Mapping[str, ModelFacts]) -> Policy:
+    check_keys("fused", body, required=("answer",), optional=("router", "top", "prior_power"))
+    answer = from_json({"answer": body["answer"]})
+    top, power, router = body.get("top"), body.get("prior_power", 1.0), body.get("router")
+    if top is not None and (isinstance(top, bool) or not isinstance(top, int)):
+        raise PolicyError(f"fused.top: {top!r} is not a whole number")
+    if isinstance(power, bool) or not isinstance(power, int | float):
+        raise PolicyError(f"fused.prior_power: {power!r} is not a number")
+    assert isinstance(answer, Answer)
+    return Fused(
+        answer,
+        router=None if router is None else build_policy(router, folder=folder, models=models),
+        top=top,
+        prior_power=float(power),
+    )
+
+
 _BUILDERS: dict[str, Builder] = {
     "fixed": _fixed,
+    "frugal": _frugal,
+    "fused": _fused,
 }

@@ -1,0 +1,110 @@
+"""Fuse several members at every token, with the router's prediction as the prior of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from policies.base import Decision, Policy, Query
+from policies.cascade.base import ProvidesScorers, Scorer
+from policies.errors import PolicyError
+from policies.plan import Answer, Best, Cascade, Plan
+
+# A member that the router expects nothing of still counts a little: evidence may know better.
+_LEAST_WEIGHT = 1e-3
+
+
+class Fused:
+    """Fuses the `top` members of `answer` that the router expects most of, at every token.
+
+    `answer` says how: its rule, and its weighting, for which `router`'s scores become the prior
+    ("router", "evidence"). `top` None fuses all of them; `prior_power` sharpens (> 1) or flattens
+    (< 1) the prior. Raises `PolicyError` for values that make no sense.
+    """
+
+    def __init__(
+        self,
+        answer: Answer,
+        *,
+        router: Policy | None = None,
+        top: int | None = None,
+        prior_power: float = 1.0,
+    ) -> None:
+        if top is not None and not 1 <= top <= len(answer.members):
+            raise PolicyError(f"fused.top: {top} is not in [1, {len(answer.members)}]")
+        if not 0 <= prior_power < float("inf"):
+            raise PolicyError(f"fused.prior_power: {prior_power} is not a finite number >= 0")
+        if router is None and (top is not None or needs_prior(answer)):
+            raise PolicyError("fused.router is missing; top and weights by router need one")
+        if top is not None and answer.weights is not None:
+            raise PolicyError("fused.weights: numbers per member do not go together with top")
+        self._answer = answer
+        self._router = router
+        self._top = top
+        self._prior_power = prior_power
+
+    def decide(self, query: Query) -> Decision:
+        """Return the fused answer for `query`."""
+        if self._router is None:
+            return Decision(plan=self._answer, reason="fixed fusion")
+        scores = self._router.decide(query).scores
+        answer = self._answer
+        if self._top is not None and self._top < len(answer.members):
+            # A contrast's members have roles and never come with top: they take no router.
+            ranked = sorted(answer.members, key=lambda name: -scores.get(name, 0.0))
+            answer = replace(answer, members=tuple(ranked[: self._top]))
+        plan = with_prior(answer, scores, power=self._prior_power)
+        return Decision(
+            plan=plan,
+            scores={name: scores[name] for name in answer.members if name in scores},
+            reason=f"fusion of {', '.join(answer.members)}, weighted by {answer.weighting}",
+        )
+
+    def members(self) -> tuple[str, ...]:
+        """Return every member that some query may fuse."""
+        return self._answer.members
+
+    def scorers(self) -> Mapping[str, Scorer]:
+        """Return the scorers that the router brings along."""
+        return self._router.scorers() if isinstance(self._router, ProvidesScorers) else {}
+
+
+def needs_prior(plan: Plan) -> bool:
+    """Return whether some answer's weights wait for the router."""
+    if isinstance(plan, Answer):
+        return plan.weighting in ("router", "evidence") and plan.weights is None
+    return any(needs_prior(child) for child in _children(plan))
+
+
+def with_prior(plan: Plan, scores: Mapping[str, float], *, power: float = 1.0) -> Plan:
+    """Return `plan` with the router's `scores` as weights, wherever some wait for it.
+
+    Weights are score^power, normalised; a member without a score gets the mean of the others.
+    Without any scores they stay uniform.
+    """
+    if isinstance(plan, Answer):
+        known = [scores[name] for name in plan.members if name in scores]
+        if not needs_prior(plan) or not known:
+            return plan
+        mean = sum(known) / len(known)
+        raw = [max(scores.get(name, mean), _LEAST_WEIGHT) ** power for name in plan.members]
+        return replace(plan, weights=tuple(weight / sum(raw) for weight in raw))
+    children = tuple(with_prior(child, scores, power=power) for child in _children(plan))
+    if isinstance(plan, Cascade):
+        return replace(plan, stages=children)
+    return replace(plan, candidates=children)
+
+
+def without_prior(plan: Plan) -> Plan:
+    """Return `plan` as it was before `with_prior`: scorers know stages by that."""
+    if isinstance(plan, Answer):
+        waits = plan.weighting in ("router", "evidence")
+        return replace(plan, weights=None) if waits and plan.weights is not None else plan
+    children = tuple(without_prior(child) for child in _children(plan))
+    if isinstance(plan, Cascade):
+        return replace(plan, stages=children)
+    return replace(plan, candidates=children)
+
+
+def _children(plan: Cascade | Best) -> tuple[Plan, ...]:
+    return plan.stages if isinstance(plan, Cascade) else plan.candidates
