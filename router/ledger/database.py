@@ -1,7 +1,7 @@
 """Opens the database that holds ledger, keys and budgets: an SQLite file, or PostgreSQL.
 
 SQLite runs in WAL mode: readers never wait, and writers take turns (`busy_timeout`). A commit
-survives the death of the process; the ledger's own commits also survive a power cut.
+survives the death of the process and, unless `fast_commits` are asked for, a power cut.
 """
 
 from __future__ import annotations
@@ -55,17 +55,20 @@ def database_url(value: str) -> str:
 _ALLOWED = "allowed are sqlite:///path/to/file.db and postgresql://user:password@host/database"
 
 
-def open_database(value: str) -> Database:
+def open_database(value: str, *, fast_commits: bool = False) -> Database:
     """Open the database at `value`, creating or upgrading its tables.
 
-    Safe when several processes do so at once. Raises `LedgerError` when it cannot be opened.
+    With `fast_commits` a commit does not wait for the disk: a power cut may undo the last ones,
+    the death of a process may not. Safe when several processes open it at once. Raises
+    `LedgerError` when it cannot be opened.
     """
     url = make_url(database_url(value))
     try:
         if url.get_backend_name() == "sqlite":
-            database = _open_sqlite(url)
+            database = _open_sqlite(url, fast_commits)
         else:
-            database = sa.create_engine(url, pool_pre_ping=True)
+            options = {"options": "-c synchronous_commit=off"} if fast_commits else {}
+            database = sa.create_engine(url, pool_pre_ping=True, connect_args=options)
         try:
             with writing(database, lock=MIGRATION_LOCK) as connection:
                 migrate(connection)
@@ -97,21 +100,20 @@ def writing(database: Database, *, lock: int | None = None) -> Iterator[sa.Conne
         yield connection
 
 
-def _open_sqlite(url: sa.URL) -> Database:
+def _open_sqlite(url: sa.URL, fast_commits: bool) -> Database:
+    def on_connect(connection: Any, _record: object) -> None:  # noqa: ANN401 (of the driver)
+        connection.isolation_level = None  # transactions are ours to begin, see _on_begin
+        cursor = connection.cursor()
+        cursor.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
+        _use_wal(cursor)
+        cursor.execute(f"PRAGMA synchronous = {'NORMAL' if fast_commits else 'FULL'}")
+        cursor.close()
+
     Path(str(url.database)).parent.mkdir(parents=True, exist_ok=True)
     database = sa.create_engine(url)
-    event.listen(database, "connect", _on_connect)
+    event.listen(database, "connect", on_connect)
     event.listen(database, "begin", _on_begin)
     return database
-
-
-def _on_connect(connection: Any, _record: object) -> None:  # noqa: ANN401 (a DBAPI connection)
-    connection.isolation_level = None  # transactions are ours to begin, see _on_begin
-    cursor = connection.cursor()
-    cursor.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
-    _use_wal(cursor)
-    cursor.execute("PRAGMA synchronous = FULL")
-    cursor.close()
 
 
 def _use_wal(cursor: Any) -> None:  # noqa: ANN401

@@ -1,0 +1,253 @@
+"""What the ingress calls: `reserve` before a plan runs, `settle` after, whatever became of it.
+
+One thread per replica talks to the database. Whatever was asked while it was busy goes into its
+next transaction together, so that a transaction's cost is shared by the requests that came with
+it, and the event loop never waits for the database. A request without a cap costs nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TypeAlias
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from router.caps.amounts import NOTHING, Amounts, to_text
+from router.caps.book import Shortage
+from router.caps.config import BudgetsConfig
+from router.caps.errors import BudgetExhausted, BudgetUnavailable
+from router.caps.headers import rate_limit_headers
+from router.caps.limits import SERVER, Limit, limits
+from router.caps.store import BudgetStore, Outcome, Reserve, Settle
+from router.keys import Key
+from router.ledger.database import Database
+
+_RETRY_S = 0.05  # how often a waiting request is tried again
+_SWEEP_S = 1.0
+_FORGET_S = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reservation:
+    """An admitted request. `headers` are the x-ratelimit headers of its response.
+
+    `counted` is False where no cap applies; settling it then costs nothing.
+    """
+
+    request_id: str
+    counted: bool
+    headers: dict[str, str]
+
+
+@dataclass(kw_only=True, eq=False)
+class _Waiting:
+    """A request that waits for its outcome on the event loop `loop` until `deadline_s`."""
+
+    reserve: Reserve
+    future: asyncio.Future[Outcome]
+    loop: asyncio.AbstractEventLoop
+    deadline_s: float
+
+    def answer(self, outcome: Outcome | Exception) -> None:
+        with suppress(RuntimeError):  # the loop is closed, nobody waits
+            self.loop.call_soon_threadsafe(self._answer, outcome)
+
+    def _answer(self, outcome: Outcome | Exception) -> None:
+        if self.future.done():
+            return
+        if isinstance(outcome, Exception):
+            self.future.set_exception(outcome)
+        else:
+            self.future.set_result(outcome)
+
+
+_Item: TypeAlias = _Waiting | Settle | None
+
+
+class Budgets:
+    """The caps of one replica's requests. `holder` names the replica, uniquely over time.
+
+    `clock` gives Unix seconds; the replicas' clocks should agree within a fraction of `lease_s`.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        config: BudgetsConfig,
+        *,
+        holder: str,
+        logger: logging.Logger,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._config = config
+        self._clock = clock
+        self._logger = logger
+        self._store = BudgetStore(database, holder=holder, lease_s=config.lease_s)
+        self._server_caps = config.server_caps()
+        self._items: queue.SimpleQueue[_Item] = queue.SimpleQueue()
+        self._waiting: list[_Waiting] = []
+        self._settles: list[Settle] = []
+        self._open: set[str] = set()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="shoal-budgets", daemon=True)
+        self._thread.start()
+
+    async def reserve(self, *, request_id: str, key: Key | None, estimate: Amounts) -> Reservation:
+        """Admit a request that may use up to `estimate`; `settle` must follow.
+
+        Waits up to `wait_s` where only other requests in flight are in the way. Raises
+        `BudgetExhausted`, or `BudgetUnavailable` where the database does not answer.
+        """
+        now_s = self._clock()
+        found = self._limits(key, now_s)
+        if not found:
+            return Reservation(request_id=request_id, counted=False, headers={})
+        if self._closed.is_set():
+            raise BudgetUnavailable("The server is shutting down.")
+        loop = asyncio.get_running_loop()
+        waiting = _Waiting(
+            reserve=Reserve(request_id=request_id, amounts=estimate, limits=found),
+            future=loop.create_future(),
+            loop=loop,
+            deadline_s=time.monotonic() + self._config.wait_s,
+        )
+        self._items.put(waiting)
+        try:
+            outcome = await waiting.future
+        except asyncio.CancelledError:
+            # The client left; whatever the thread decided meanwhile is undone.
+            self._items.put(Settle(request_id=request_id, used=NOTHING))
+            raise
+        headers = rate_limit_headers(outcome.remaining, now_s)
+        if outcome.shortage is not None:
+            raise _exhausted(outcome.shortage, key, now_s, headers)
+        return Reservation(request_id=request_id, counted=True, headers=headers)
+
+    def settle(self, reservation: Reservation, used: Amounts) -> None:
+        """Charge what a request used instead of its estimate; neither blocks nor raises.
+
+        Call it exactly once per reservation, also where the request failed or its client left.
+        """
+        if reservation.counted:
+            self._items.put(Settle(request_id=reservation.request_id, used=used))
+
+    async def close(self) -> None:
+        """Write what is still to be settled and end the thread; idempotent."""
+        await asyncio.to_thread(self.stop)
+
+    def stop(self) -> None:
+        """Like `close`, for callers without an event loop."""
+        if not self._closed.is_set():
+            self._closed.set()
+            self._items.put(None)
+        self._thread.join(10)
+
+    def _limits(self, key: Key | None, now_s: float) -> tuple[Limit, ...]:
+        found = limits(SERVER, self._server_caps, now_s)
+        if key is not None:
+            found += limits(key.id, self._config.key_caps(key.caps), now_s)
+        return found
+
+    # Everything below runs on the thread.
+
+    def _run(self) -> None:
+        swept_s = renewed_s = forgot_s = time.monotonic()
+        while True:
+            self._gather()
+            now_s = time.monotonic()
+            try:
+                if now_s - swept_s >= _SWEEP_S:
+                    swept_s = now_s
+                    self._store.sweep(self._clock())
+                if self._open and now_s - renewed_s >= self._config.lease_s / 3:
+                    renewed_s = now_s
+                    self._store.renew(self._clock())
+                if now_s - forgot_s >= _FORGET_S:
+                    forgot_s = now_s
+                    self._store.forget(self._clock())
+                self._transact()
+            except SQLAlchemyError as error:
+                self._logger.error("budgets: the database does not answer: %s", error)
+                self._refuse_waiting()
+                if self._closed.is_set():
+                    return
+                time.sleep(0.2)
+            if self._closed.is_set() and not self._settles and self._items.empty():
+                self._refuse_waiting()
+                return
+
+    def _gather(self) -> None:
+        """Wait for something to do, then take all there is."""
+        timeout_s = None
+        if self._waiting or self._settles:
+            timeout_s = _RETRY_S
+        elif self._open:
+            timeout_s = self._config.lease_s / 3
+        try:
+            item = self._items.get(timeout=timeout_s)
+            while True:
+                self._take(item)
+                item = self._items.get_nowait()
+        except queue.Empty:
+            return
+
+    def _take(self, item: _Item) -> None:
+        if isinstance(item, _Waiting):
+            self._waiting.append(item)
+        elif isinstance(item, Settle):
+            # A request that is still waiting holds nothing yet.
+            self._waiting = [w for w in self._waiting if w.reserve.request_id != item.request_id]
+            self._settles.append(item)
+
+    def _transact(self) -> None:
+        settles, waiting = self._settles, self._waiting
+        if not settles and not waiting:
+            return
+        outcomes = self._store.apply(settles, [w.reserve for w in waiting], self._clock())
+        self._settles, self._waiting = [], []
+        self._open.difference_update(settle.request_id for settle in settles)
+        now_s = time.monotonic()
+        for item, outcome in zip(waiting, outcomes, strict=True):
+            shortage = outcome.shortage
+            if shortage is not None and not shortage.final and now_s < item.deadline_s:
+                self._waiting.append(item)
+                continue
+            if shortage is None:
+                self._open.add(item.reserve.request_id)
+            item.answer(outcome)
+
+    def _refuse_waiting(self) -> None:
+        for item in self._waiting:
+            item.answer(BudgetUnavailable("Budgets cannot be checked now; try again shortly."))
+        self._waiting = []
+
+
+def _exhausted(
+    shortage: Shortage, key: Key | None, now_s: float, headers: dict[str, str]
+) -> BudgetExhausted:
+    cap, window = shortage.limit.cap, shortage.limit.window
+    whose = "the server" if window.scope == SERVER or key is None else f"the key {key.name!r}"
+    resets = datetime.fromtimestamp(window.end_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    budget = f"The budget of {to_text(cap.resource, cap.limit)} per {cap.period} of {whose}"
+    spent, needed = (to_text(cap.resource, x) for x in (shortage.spent, shortage.needed))
+    if not shortage.final:
+        message = (
+            f"{budget} is held by requests in flight: {spent} are spent, and this request may "
+            f"need {needed}. Try again in a moment."
+        )
+    elif shortage.needed > cap.limit:
+        message = f"{budget} is too small for this request, which may need {needed}."
+    else:
+        message = (
+            f"{budget} is exhausted: {spent} are spent, and this request may need {needed}. "
+            f"It starts anew at {resets} (in {max(0, int(window.end_s - now_s))} s)."
+        )
+    return BudgetExhausted(message, cap.name, float(window.end_s), shortage.final, headers)

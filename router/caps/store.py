@@ -1,0 +1,266 @@
+"""Keeps the book of budgets in the ledger's database, where every replica reads and writes it.
+
+**The database is the one authority.** A reservation is a row, written in a transaction that
+excludes all others (SQLite's write lock, an advisory lock in PostgreSQL) and reads the tallies it
+decides on. So the caps are exact for any number of replicas, machines and restarts, and there is
+no actor whose death would need a protocol of its own. Leasing chunks of budget to replicas would
+save this trip, at the price of budget stranded in idle replicas and of recalling it near the cap;
+the trip costs about a millisecond, and a replica's concurrent requests share one (`budgets`), so
+that is a bad trade. A hold is itself a lease on one request's estimate: renewed while its replica
+lives, given back when it does not.
+
+Commits survive the death of a process. A power cut may lose the last moments of them (SQLite's
+`synchronous = NORMAL`, PostgreSQL's `synchronous_commit = off`): fsync on the request path would
+cost more than such a moment's spend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from policies.footprint import Footprint
+from router.caps.amounts import Amounts
+from router.caps.book import Book, Hold, Shortage, Tally
+from router.caps.limits import SERVER, Limit, Window
+from router.ledger.database import BUDGET_LOCK, Database, writing
+from router.ledger.schema import BUDGET_HOLDS, BUDGET_WINDOWS, REQUESTS
+
+# A window is forgotten two days after its end, a lapsed hold after one: nothing runs that long.
+_KEPT_WINDOW_S = 2 * 86400
+_KEPT_HOLD_S = 86400
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reserve:
+    """A request to admit: what it may use at most, and the limits that it must fit."""
+
+    request_id: str
+    amounts: Amounts
+    limits: tuple[Limit, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settle:
+    """A request that ended, and what it used."""
+
+    request_id: str
+    used: Amounts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Whether a request was admitted (`shortage` is None), and what each limit has left."""
+
+    shortage: Shortage | None
+    remaining: tuple[tuple[Limit, int], ...]
+
+
+class BudgetStore:
+    """The book in `database`, for the replica `holder`. Used by one thread."""
+
+    def __init__(self, database: Database, *, holder: str, lease_s: float) -> None:
+        self._database = database
+        self._holder = holder
+        self._lease_s = lease_s
+
+    def apply(
+        self, settles: Sequence[Settle], reserves: Sequence[Reserve], now_s: float
+    ) -> list[Outcome]:
+        """Settle, then try the reservations in order, all in one transaction.
+
+        Returns one outcome per reservation. Raises SQLAlchemy's errors, and then nothing happened.
+        """
+        windows = {limit.window.id: limit.window for r in reserves for limit in r.limits}
+        with writing(self._database, lock=BUDGET_LOCK) as connection:
+            ids = [s.request_id for s in settles] + [r.request_id for r in reserves]
+            before = _load(connection, _holds(connection, ids), windows)
+            after = Book(before.tallies, before.holds)
+            for settle in settles:
+                after.settle(settle.request_id, settle.used)
+            outcomes = [self._reserve(after, reserve, now_s) for reserve in reserves]
+            _save(connection, before, after)
+        return outcomes
+
+    def renew(self, now_s: float) -> None:
+        """Prolong all holds of this replica."""
+        with writing(self._database, lock=BUDGET_LOCK) as connection:
+            connection.execute(
+                sa.update(BUDGET_HOLDS)
+                .where(BUDGET_HOLDS.c.holder == self._holder, ~BUDGET_HOLDS.c.lapsed)
+                .values(expires_s=now_s + self._lease_s)
+            )
+
+    def sweep(self, now_s: float) -> None:
+        """Give back what dead replicas held, and forget what is long over."""
+        expired = sa.select(BUDGET_HOLDS).where(
+            ~BUDGET_HOLDS.c.lapsed, BUDGET_HOLDS.c.expires_s <= now_s
+        )
+        with self._database.connect() as connection:
+            if not connection.execute(expired.limit(1)).first():
+                return
+        with writing(self._database, lock=BUDGET_LOCK) as connection:
+            holds = [_read_hold(row) for row in connection.execute(expired)]
+            before = _load(connection, holds, {})
+            after = Book(before.tallies, before.holds)
+            after.lapse(now_s, _recorded(connection, before.holds))
+            _save(connection, before, after)
+
+    def forget(self, now_s: float) -> None:
+        """Delete windows and lapsed holds that nothing can refer to any more."""
+        with writing(self._database, lock=BUDGET_LOCK) as connection:
+            connection.execute(
+                sa.delete(BUDGET_WINDOWS).where(BUDGET_WINDOWS.c.end_s < now_s - _KEPT_WINDOW_S)
+            )
+            connection.execute(
+                sa.delete(BUDGET_HOLDS).where(
+                    BUDGET_HOLDS.c.lapsed, BUDGET_HOLDS.c.expires_s < now_s - _KEPT_HOLD_S
+                )
+            )
+
+    def _reserve(self, book: Book, reserve: Reserve, now_s: float) -> Outcome:
+        hold = Hold(
+            request_id=reserve.request_id,
+            holder=self._holder,
+            amounts=reserve.amounts,
+            windows=tuple(dict.fromkeys(limit.window.id for limit in reserve.limits)),
+            expires_s=now_s + self._lease_s,
+        )
+        shortage = book.reserve(hold, reserve.limits)
+        remaining = tuple((limit, book.remaining(limit)) for limit in reserve.limits)
+        return Outcome(shortage=shortage, remaining=remaining)
+
+
+def used_amounts(*, status: int, tokens: int, usd: float, wh: float, gco2e: float) -> Amounts:
+    """Return what a request that ended counts for.
+
+    It counts as a request unless it was refused or failed before it used anything.
+    """
+    counts = status < 400 or status == 499 or tokens > 0
+    footprint = Footprint(usd=usd, wh=wh, gco2e=gco2e)
+    return Amounts.of(requests=int(counts), tokens=tokens, footprint=footprint)
+
+
+def _holds(connection: sa.Connection, ids: Collection[str]) -> list[Hold]:
+    query = sa.select(BUDGET_HOLDS).where(BUDGET_HOLDS.c.request_id.in_(ids))
+    return [_read_hold(row) for row in connection.execute(query)]
+
+
+def _load(connection: sa.Connection, holds: Iterable[Hold], windows: dict[str, Window]) -> Book:
+    """Read `windows` and those that `holds` are in; a new window starts with what the ledger has.
+
+    What the ledger has is nothing for a window that has just begun, and what was spent so far
+    where a cap was put on a window that is under way.
+    """
+    held = {hold.request_id: hold for hold in holds}
+    wanted = set(windows) | {name for hold in held.values() for name in hold.windows}
+    query = sa.select(BUDGET_WINDOWS).where(BUDGET_WINDOWS.c.window_id.in_(wanted))
+    tallies = {row.window_id: _read_tally(row) for row in connection.execute(query)}
+    for name, window in windows.items():
+        if name not in tallies:
+            spent = _spent_before(connection, window)
+            tallies[name] = Tally(spent=spent, estimated=spent)
+            row = {"window_id": name, "end_s": window.end_s, **_tally_values(tallies[name])}
+            connection.execute(sa.insert(BUDGET_WINDOWS), row)
+    return Book(tallies, held)
+
+
+def _save(connection: sa.Connection, before: Book, after: Book) -> None:
+    changed = [
+        {"id": name, **_tally_values(tally)}
+        for name, tally in after.tallies.items()
+        if tally is not before.tallies[name]
+    ]
+    if changed:
+        update = sa.update(BUDGET_WINDOWS).where(BUDGET_WINDOWS.c.window_id == sa.bindparam("id"))
+        connection.execute(update, changed)
+    gone = [name for name in before.holds if name not in after.holds]
+    if gone:
+        connection.execute(sa.delete(BUDGET_HOLDS).where(BUDGET_HOLDS.c.request_id.in_(gone)))
+    new = [hold for name, hold in after.holds.items() if name not in before.holds]
+    if new:
+        connection.execute(sa.insert(BUDGET_HOLDS), [_hold_values(hold) for hold in new])
+    lapsed = [n for n, h in after.holds.items() if h.lapsed and not before.holds[n].lapsed]
+    if lapsed:
+        mine = BUDGET_HOLDS.c.request_id.in_(lapsed)
+        connection.execute(sa.update(BUDGET_HOLDS).where(mine).values(lapsed=True))
+
+
+def _spent_before(connection: sa.Connection, window: Window) -> Amounts:
+    """Return what the ledger says was used in `window`."""
+    columns = REQUESTS.c
+    tokens = columns.prompt_tokens + columns.output_tokens
+    counts = (columns.status < 400) | (columns.status == 499) | (tokens > 0)
+    query = sa.select(
+        *(
+            sa.func.coalesce(sa.func.sum(expression), 0)
+            for expression in (
+                sa.case((counts, 1), else_=0),
+                tokens,
+                *(columns.usd, columns.wh, columns.gco2e),
+            )
+        )
+    ).where(columns.time_s >= window.start_s, columns.time_s < window.end_s)
+    if window.scope != SERVER:
+        query = query.where(columns.key_id == window.scope)
+    requests, num_tokens, usd, wh, gco2e = connection.execute(query).one()
+    footprint = Footprint(usd=float(usd), wh=float(wh), gco2e=float(gco2e))
+    return Amounts.of(requests=int(requests), tokens=int(num_tokens), footprint=footprint)
+
+
+def _recorded(connection: sa.Connection, ids: Collection[str]) -> dict[str, Amounts]:
+    """Return what the ledger says that the requests `ids` used, where it has them."""
+    query = sa.select(REQUESTS).where(REQUESTS.c.request_id.in_(ids))
+    return {
+        row.request_id: used_amounts(
+            status=row.status,
+            tokens=row.prompt_tokens + row.output_tokens,
+            usd=row.usd,
+            wh=row.wh,
+            gco2e=row.gco2e,
+        )
+        for row in connection.execute(query)
+    }
+
+
+def _read_tally(row: sa.Row[Any]) -> Tally:
+    values = row._mapping
+    return Tally(
+        **{
+            state: Amounts(*(values[f"{state}_{name}"] for name in Amounts._fields))
+            for state in ("spent", "held", "estimated")
+        }
+    )
+
+
+def _tally_values(tally: Tally) -> dict[str, int]:
+    return {
+        f"{state}_{name}": getattr(getattr(tally, state), name)
+        for state in ("spent", "held", "estimated")
+        for name in Amounts._fields
+    }
+
+
+def _read_hold(row: sa.Row[Any]) -> Hold:
+    return Hold(
+        request_id=row.request_id,
+        holder=row.holder,
+        amounts=Amounts(*(row._mapping[name] for name in Amounts._fields)),
+        windows=tuple(row.windows),
+        expires_s=row.expires_s,
+        lapsed=row.lapsed,
+    )
+
+
+def _hold_values(hold: Hold) -> dict[str, Any]:
+    return {
+        "request_id": hold.request_id,
+        "holder": hold.holder,
+        "expires_s": hold.expires_s,
+        "lapsed": hold.lapsed,
+        "windows": list(hold.windows),
+        **hold.amounts._asdict(),
+    }

@@ -1,0 +1,405 @@
+"""Budgets on real databases, with several replicas in one process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import pickle
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from random import Random
+
+import pytest
+import sqlalchemy as sa
+
+from policies.footprint import Footprint
+from router.caps.amounts import NOTHING, Amounts
+from router.caps.budgets import Budgets
+from router.caps.config import BudgetsConfig
+from router.caps.errors import BudgetExhausted, BudgetUnavailable
+from router.caps.limits import read_caps, window
+from router.caps.store import used_amounts
+from router.keys import Key
+from router.ledger.database import Database, writing
+from router.ledger.schema import BUDGET_HOLDS, BUDGET_WINDOWS
+from router.ledger.writer import Ledger
+from tests.router.ledger.records import record
+
+NOW_S = 1_800_000_000.0
+NewBudgets = Callable[..., Budgets]
+
+
+class Clock:
+    """Unix seconds that pass when told to."""
+
+    def __init__(self) -> None:
+        self.now_s = NOW_S
+
+    def __call__(self) -> float:
+        """Return the time."""
+        return self.now_s
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """A clock at a whole minute."""
+    return Clock()
+
+
+@pytest.fixture
+def new_budgets(database: Database, clock: Clock) -> Iterator[NewBudgets]:
+    """Make replicas' budgets on one database; they are stopped afterwards."""
+    made: list[Budgets] = []
+
+    def make(**config: object) -> Budgets:
+        made.append(
+            Budgets(
+                database,
+                BudgetsConfig.model_validate(config),
+                holder=f"replica-{len(made)}",
+                logger=logging.getLogger("test.budgets"),
+                clock=clock,
+            )
+        )
+        return made[-1]
+
+    yield make
+    for budgets in made:
+        budgets.stop()
+
+
+def tokens(count: int) -> Amounts:
+    """Return one request of `count` tokens."""
+    return Amounts.of(tokens=count, footprint=Footprint())
+
+
+def key(**caps: float) -> Key:
+    """Return a key with caps."""
+    return Key(id="key_a", name="team", prefix="sk-shoal-abcd", caps=read_caps(caps, "test"))
+
+
+def spent(database: Database, scope: str = "server", period: str = "day") -> tuple[int, int]:
+    """Return the tokens spent and held in the window that is open at NOW_S."""
+    name = window(scope, period, NOW_S).id
+    query = sa.select(BUDGET_WINDOWS).where(BUDGET_WINDOWS.c.window_id == name)
+    with database.connect() as connection:
+        row = connection.execute(query).one()
+    return row.spent_tokens, row.held_tokens
+
+
+def test_requests_without_caps_touch_no_database(
+    database: Database, new_budgets: NewBudgets
+) -> None:
+    """Where no cap applies a reservation is free, and settling it too."""
+    budgets = new_budgets()
+
+    async def run() -> None:
+        reservation = await budgets.reserve(request_id="a", key=None, estimate=tokens(5))
+        assert not reservation.counted and reservation.headers == {}
+        budgets.settle(reservation, tokens(5))
+        await budgets.close()
+
+    statements: list[object] = []
+    sa.event.listen(database, "before_cursor_execute", lambda *args: statements.append(args))
+    asyncio.run(run())
+    assert statements == []
+
+
+def test_reserve_then_settle(database: Database, new_budgets: NewBudgets) -> None:
+    """The estimate is held while a request runs; what it used is charged after, to both scopes."""
+    budgets = new_budgets(server={"tokens_per_day": 100, "requests_per_minute": 5})
+
+    async def run() -> None:
+        who = key(tokens_per_day=50)
+        first = await budgets.reserve(request_id="a", key=who, estimate=tokens(40))
+        assert first.headers == {
+            "x-ratelimit-limit-requests": "5",
+            "x-ratelimit-remaining-requests": "4",
+            "x-ratelimit-reset-requests": "1m0s",
+            "x-ratelimit-limit-tokens": "50",
+            "x-ratelimit-remaining-tokens": "10",
+            "x-ratelimit-reset-tokens": "16h0m0s",
+        }
+        assert spent(database) == spent(database, "key_a") == (0, 40)
+        budgets.settle(first, tokens(15))
+        budgets.settle(first, tokens(15))
+        second = await budgets.reserve(request_id="b", key=who, estimate=tokens(35))
+        budgets.settle(second, NOTHING)
+        await budgets.close()
+
+    asyncio.run(run())
+    assert spent(database) == spent(database, "key_a") == (15, 0)
+
+
+def test_an_exhausted_budget_says_which_and_until_when(
+    database: Database, new_budgets: NewBudgets, clock: Clock
+) -> None:
+    """The refusal is final, names budget, owner, window, figures and reset; then all is open."""
+    budgets = new_budgets()
+    who = key(tokens_per_minute=20)
+
+    async def run() -> None:
+        clock.now_s = NOW_S + 15
+        done = await budgets.reserve(request_id="a", key=who, estimate=tokens(20))
+        budgets.settle(done, tokens(18))
+        with pytest.raises(BudgetExhausted) as caught:
+            await budgets.reserve(request_id="b", key=who, estimate=tokens(3))
+        error = pickle.loads(pickle.dumps(caught.value))
+        assert error.final and error.cap == "tokens_per_minute"
+        assert error.reset_s == NOW_S + 60
+        assert error.headers["x-ratelimit-remaining-tokens"] == "2"
+        assert str(error) == (
+            "The budget of 20 tokens per minute of the key 'team' is exhausted: 18 tokens are "
+            "spent, and this request may need 3 tokens. It starts anew at 2027-01-15T08:01:00Z "
+            "(in 45 s)."
+        )
+        with pytest.raises(BudgetExhausted, match="too small for this request"):
+            await budgets.reserve(request_id="c", key=who, estimate=tokens(21))
+        clock.now_s = NOW_S + 60
+        await budgets.reserve(request_id="d", key=who, estimate=tokens(20))
+
+    asyncio.run(run())
+
+
+def test_a_request_waits_for_others_in_flight(database: Database, new_budgets: NewBudgets) -> None:
+    """What others only hold is waited for; after `wait_s` the refusal says to come back."""
+    patient, hasty = (
+        new_budgets(server={"tokens_per_day": 100}, wait_s=wait_s) for wait_s in (30, 0)
+    )
+
+    async def run() -> None:
+        first = await patient.reserve(request_id="a", key=None, estimate=tokens(90))
+        with pytest.raises(BudgetExhausted, match="held by requests in flight") as caught:
+            await hasty.reserve(request_id="b", key=None, estimate=tokens(50))
+        assert not caught.value.final
+        waiting = asyncio.create_task(
+            patient.reserve(request_id="c", key=None, estimate=tokens(50))
+        )
+        await asyncio.sleep(0.2)
+        assert not waiting.done()
+        patient.settle(first, tokens(10))
+        assert (await waiting).counted
+
+    asyncio.run(run())
+    assert spent(database) == (10, 50)
+
+
+def test_a_client_that_leaves_while_waiting_holds_nothing(
+    database: Database, new_budgets: NewBudgets
+) -> None:
+    """Cancelling a reservation at any moment gives back whatever was decided meanwhile."""
+    budgets = new_budgets(server={"tokens_per_day": 1000}, wait_s=30)
+    random = Random(5)
+
+    async def leaving(number: int) -> None:
+        task = asyncio.create_task(
+            budgets.reserve(request_id=f"r{number}", key=None, estimate=tokens(400))
+        )
+        await asyncio.sleep(random.random() * 0.05)
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            budgets.settle(await task, NOTHING)
+
+    async def run() -> None:
+        await asyncio.gather(*(leaving(number) for number in range(60)))
+        await budgets.close()
+
+    asyncio.run(run())
+    assert spent(database) == (0, 0)
+    with database.connect() as connection:
+        assert connection.execute(sa.select(BUDGET_HOLDS)).all() == []
+
+
+def test_four_replicas_share_one_budget(database: Database, new_budgets: NewBudgets) -> None:
+    """200 clients on four replicas use at least 99% of a cap, never more, and nothing twice."""
+    replicas = [new_budgets(server={"tokens_per_day": 10_000}, wait_s=30) for _ in range(4)]
+    random, used = Random(7), []
+
+    async def client(number: int) -> None:
+        budgets = replicas[number % 4]
+        for turn in range(1000):
+            try:
+                reservation = await budgets.reserve(
+                    request_id=f"{number}-{turn}", key=None, estimate=tokens(100)
+                )
+            except BudgetExhausted as error:
+                assert error.final
+                return
+            await asyncio.sleep(random.random() * 0.01)
+            amount = random.randint(0, 100)
+            used.append(amount)
+            budgets.settle(reservation, tokens(amount))
+
+    async def run() -> None:
+        await asyncio.gather(*(client(number) for number in range(200)))
+        await asyncio.gather(*(budgets.close() for budgets in replicas))
+
+    asyncio.run(run())
+    assert 9900 <= sum(used) <= 10_000
+    assert spent(database) == (sum(used), 0)
+
+
+def test_a_dead_replicas_holds_come_back(
+    database: Database, new_budgets: NewBudgets, clock: Clock, new_ledger: Callable[..., Ledger]
+) -> None:
+    """After the lease, what the ledger has of a dead replica's requests is charged, once."""
+    dead, alive = (
+        new_budgets(server={"tokens_per_day": 100}, lease_s=10, wait_s=10) for _ in range(2)
+    )
+    ledger = new_ledger()
+
+    async def run() -> None:
+        for name in ("req-1", "req-2", "req-3"):
+            await dead.reserve(request_id=name, key=None, estimate=tokens(30))
+        ledger.record(record(1, time_s=NOW_S, prompt_tokens=10, output_tokens=5))
+        await ledger.flush()
+        assert spent(database) == (0, 90)
+        clock.now_s += 10.5
+        await asyncio.sleep(1.1)  # sweeps are a second apart
+        reservation = await alive.reserve(request_id="b", key=None, estimate=tokens(80))
+        assert spent(database) == (15, 80)
+        alive.settle(reservation, tokens(80))
+        await alive.close()
+        # It was only slow: its request is charged late, and the others count once.
+        dead.settle(reservation.__class__(request_id="req-2", counted=True, headers={}), tokens(4))
+        dead.settle(reservation.__class__(request_id="req-1", counted=True, headers={}), tokens(9))
+        await dead.close()
+
+    asyncio.run(run())
+    assert spent(database) == (15 + 80 + 4, 0)
+
+
+def test_a_living_replicas_holds_are_renewed(
+    database: Database, new_budgets: NewBudgets, clock: Clock
+) -> None:
+    """A long stream keeps what it holds well past one lease."""
+    budgets, other = (
+        new_budgets(server={"tokens_per_day": 100}, lease_s=1.2, wait_s=0) for _ in range(2)
+    )
+
+    async def run() -> None:
+        clock.now_s = time.time()
+        await budgets.reserve(request_id="a", key=None, estimate=tokens(90))
+        for number in range(5):
+            await asyncio.sleep(0.7)
+            clock.now_s = time.time()
+            with pytest.raises(BudgetExhausted):
+                await other.reserve(request_id=f"b{number}", key=None, estimate=tokens(50))
+
+    asyncio.run(run())
+
+
+def test_a_new_cap_counts_what_was_spent_before_it(
+    database: Database, new_budgets: NewBudgets, new_ledger: Callable[..., Ledger]
+) -> None:
+    """A cap put on a day that is under way starts from the ledger; refusals don't count there."""
+    ledger = new_ledger()
+    for number, status, key_id in (
+        (1, 200, "key_a"),
+        (2, 499, "key_b"),
+        (3, 429, "key_a"),
+        (4, 200, None),
+    ):
+        used = 0 if status == 429 else 10
+        ledger.record(
+            record(
+                number,
+                time_s=NOW_S - 60,
+                status=status,
+                key_id=key_id,
+                prompt_tokens=used,
+                output_tokens=used,
+            )
+        )
+    ledger.record(record(5, time_s=NOW_S - 86400))
+    ledger.stop()
+    budgets = new_budgets(server={"tokens_per_day": 1000, "requests_per_day": 10})
+
+    async def run() -> dict[str, str]:
+        who = key(tokens_per_day=900)
+        return (await budgets.reserve(request_id="x", key=who, estimate=tokens(5))).headers
+
+    headers = asyncio.run(run())
+    assert spent(database) == (60, 5)
+    assert spent(database, "key_a") == (20, 5)
+    assert headers["x-ratelimit-remaining-requests"] == str(10 - 3 - 1)
+
+
+def test_budgets_survive_a_restart(database: Database, new_budgets: NewBudgets) -> None:
+    """What was spent before all replicas stopped is still spent after."""
+
+    async def run() -> None:
+        first = new_budgets(server={"tokens_per_day": 100})
+        done = await first.reserve(request_id="a", key=None, estimate=tokens(90))
+        first.settle(done, tokens(60))
+        await first.close()
+        second = new_budgets(server={"tokens_per_day": 100})
+        with pytest.raises(BudgetExhausted, match="60 tokens are spent"):
+            await second.reserve(request_id="b", key=None, estimate=tokens(41))
+        with pytest.raises(BudgetUnavailable, match="shutting down"):
+            await first.reserve(request_id="c", key=None, estimate=tokens(1))
+
+    asyncio.run(run())
+
+
+def test_without_the_database_capped_requests_are_refused(
+    database: Database, new_budgets: NewBudgets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A database that fails refuses requests at once, and settlements are kept until it works."""
+    budgets = new_budgets(server={"tokens_per_day": 100})
+    apply = budgets._store.apply
+
+    def broken(*args: object) -> None:
+        raise sa.exc.OperationalError("select", {}, Exception("down"))
+
+    async def run() -> None:
+        first = await budgets.reserve(request_id="a", key=None, estimate=tokens(50))
+        with monkeypatch.context() as patch:
+            patch.setattr(budgets._store, "apply", broken)
+            with pytest.raises(BudgetUnavailable):
+                await budgets.reserve(request_id="b", key=None, estimate=tokens(1))
+            budgets.settle(first, tokens(7))
+            await asyncio.sleep(0.3)
+        assert budgets._store.apply == apply
+        deadline_s = time.monotonic() + 20
+        while spent(database) != (7, 0):
+            assert time.monotonic() < deadline_s
+            await asyncio.sleep(0.02)
+
+    asyncio.run(run())
+
+
+def test_what_is_long_over_is_forgotten(
+    database: Database, new_budgets: NewBudgets, clock: Clock
+) -> None:
+    """Ended windows and lapsed holds are deleted after days; open windows stay."""
+    budgets = new_budgets(server={"tokens_per_minute": 100, "tokens_per_month": 1000}, lease_s=5)
+
+    async def run() -> None:
+        await budgets.reserve(request_id="a", key=None, estimate=tokens(5))
+
+    asyncio.run(run())
+    store = budgets._store
+    store.sweep(NOW_S + 6)
+    store.forget(NOW_S + 86400)
+    with database.connect() as connection:
+        assert len(connection.execute(sa.select(BUDGET_WINDOWS)).all()) == 2
+        assert len(connection.execute(sa.select(BUDGET_HOLDS)).all()) == 1
+    store.forget(NOW_S + 3 * 86400)
+    with database.connect() as connection:
+        [left] = connection.execute(sa.select(BUDGET_WINDOWS)).all()
+        assert connection.execute(sa.select(BUDGET_HOLDS)).all() == []
+    assert "month" in left.window_id and left.held_tokens == 0
+    with writing(database) as connection:
+        assert connection.execute(sa.delete(BUDGET_HOLDS)).rowcount == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "num_tokens", "counts"),
+    [(200, 5, 1), (499, 0, 1), (429, 0, 0), (503, 0, 0), (503, 3, 1), (400, 0, 0)],
+)
+def test_refused_requests_do_not_count(status: int, num_tokens: int, counts: int) -> None:
+    """A request counts unless it was refused or failed before it used anything."""
+    found = used_amounts(status=status, tokens=num_tokens, usd=0.5, wh=0, gco2e=0)
+    assert found == Amounts(counts, num_tokens, 500_000_000, 0, 0)
