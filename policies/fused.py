@@ -8,7 +8,7 @@ from dataclasses import replace
 from policies.base import Decision, Policy, Query
 from policies.cascade.base import ProvidesScorers, Scorer
 from policies.errors import PolicyError
-from policies.plan import Answer, Best, Cascade, Plan
+from policies.plan import Answer, Cascade, Plan, children, members
 
 # A member that the router expects nothing of still counts a little: evidence may know better.
 _LEAST_WEIGHT = 1e-3
@@ -43,6 +43,11 @@ class Fused:
         self._top = top
         self._prior_power = prior_power
 
+    @property
+    def answer(self) -> Answer:
+        """What is fused, and how, before members are left out and weights filled in."""
+        return self._answer
+
     def decide(self, query: Query) -> Decision:
         """Return the fused answer for `query`."""
         if self._router is None:
@@ -69,11 +74,36 @@ class Fused:
         return self._router.scorers() if isinstance(self._router, ProvidesScorers) else {}
 
 
+class Primed:
+    """Always `plan`, its open weights filled in with what `router` predicts for the query.
+
+    A router that predicts nothing leaves them uniform.
+    """
+
+    def __init__(self, plan: Plan, *, router: Policy) -> None:
+        self._plan = plan
+        self._router = router
+
+    def decide(self, query: Query) -> Decision:
+        """Return the plan with the weights for `query`."""
+        scores = self._router.decide(query).scores
+        named = members(self._plan)
+        return Decision(
+            plan=with_prior(self._plan, scores),
+            scores={name: score for name, score in scores.items() if name in named},
+            reason="fixed plan, weights by the default policy",
+        )
+
+    def members(self) -> tuple[str, ...]:
+        """Return the members of the plan."""
+        return members(self._plan)
+
+
 def needs_prior(plan: Plan) -> bool:
     """Return whether some answer's weights wait for the router."""
     if isinstance(plan, Answer):
         return plan.weighting in ("router", "evidence") and plan.weights is None
-    return any(needs_prior(child) for child in _children(plan))
+    return any(needs_prior(child) for child in children(plan))
 
 
 def with_prior(plan: Plan, scores: Mapping[str, float], *, power: float = 1.0) -> Plan:
@@ -89,10 +119,10 @@ def with_prior(plan: Plan, scores: Mapping[str, float], *, power: float = 1.0) -
         mean = sum(known) / len(known)
         raw = [max(scores.get(name, mean), _LEAST_WEIGHT) ** power for name in plan.members]
         return replace(plan, weights=tuple(weight / sum(raw) for weight in raw))
-    children = tuple(with_prior(child, scores, power=power) for child in _children(plan))
+    inner = tuple(with_prior(child, scores, power=power) for child in children(plan))
     if isinstance(plan, Cascade):
-        return replace(plan, stages=children)
-    return replace(plan, candidates=children)
+        return replace(plan, stages=inner)
+    return replace(plan, candidates=inner)
 
 
 def without_prior(plan: Plan) -> Plan:
@@ -100,11 +130,7 @@ def without_prior(plan: Plan) -> Plan:
     if isinstance(plan, Answer):
         waits = plan.weighting in ("router", "evidence")
         return replace(plan, weights=None) if waits and plan.weights is not None else plan
-    children = tuple(without_prior(child) for child in _children(plan))
+    inner = tuple(without_prior(child) for child in children(plan))
     if isinstance(plan, Cascade):
-        return replace(plan, stages=children)
-    return replace(plan, candidates=children)
-
-
-def _children(plan: Cascade | Best) -> tuple[Plan, ...]:
-    return plan.stages if isinstance(plan, Cascade) else plan.candidates
+        return replace(plan, stages=inner)
+    return replace(plan, candidates=inner)

@@ -17,12 +17,13 @@ from models.errors import PoolError
 from models.pool import Pool
 from models.tokenizer import Tokenizer, load_tokenizer
 from policies.base import ModelFacts, Policy
+from policies.cascade.base import Confidence, ProvidesScorers, Ranker, Scorer
 from policies.errors import PolicyError
 from policies.fixed import Fixed
 from policies.footprint import Rates
-from policies.plan import Answer, Cascade, Plan, answers, children, members
+from policies.fused import Fused, Primed, needs_prior
+from policies.plan import Answer, Best, Cascade, Plan, answers, children, members
 from policies.registry import build_policy
-from router.executor.scorers import Confidence, Scorer
 
 DEFAULT_POLICY = "auto"
 _POLICY_PREFIX = "policy/"
@@ -110,11 +111,20 @@ class Catalog:
         self._check_scorers(plan)
 
     def _check_scorers(self, plan: Plan) -> None:
-        if isinstance(plan, Cascade) and plan.scorer not in self.scorers:
-            raise PolicyError(
-                f"cascade.scorer: {plan.scorer!r} is unknown; "
-                f"allowed are {', '.join(sorted(self.scorers))}"
-            )
+        if isinstance(plan, Cascade | Best):
+            kind = "cascade" if isinstance(plan, Cascade) else "best"
+            if plan.scorer not in self.scorers:
+                raise PolicyError(
+                    f"{kind}.scorer: {plan.scorer!r} is unknown; "
+                    f"allowed are {', '.join(sorted(self.scorers))}"
+                )
+            ranks = isinstance(plan, Best) and plan.select == "ranker"
+            if ranks and not isinstance(self.scorers[plan.scorer], Ranker):
+                rankers = [name for name, s in self.scorers.items() if isinstance(s, Ranker)]
+                raise PolicyError(
+                    f"best.scorer: {plan.scorer!r} cannot rank answers in pairs; "
+                    f"allowed are {', '.join(sorted(rankers)) or 'none of this pool'}"
+                )
         for child in children(plan):
             self._check_scorers(child)
 
@@ -122,16 +132,37 @@ class Catalog:
         policies: dict[str, Policy] = {}
         for name, spec in specs.items():
             try:
-                policy = build_policy(spec, folder=self.pool.folder, models=self.facts)
-                if isinstance(policy, Fixed):
-                    self.check(policy.plan)
+                policies[name] = build_policy(spec, folder=self.pool.folder, models=self.facts)
             except PolicyError as error:
                 raise PolicyError(f"policies.{name}: {error}") from None
-            policies[name] = policy
         if DEFAULT_POLICY not in policies:
             first = self.pool.models[0].name
             policies = {DEFAULT_POLICY: Fixed(plan=Answer(members=(first,))), **policies}
+        for policy in policies.values():
+            if isinstance(policy, ProvidesScorers):
+                self.scorers.update(policy.scorers())
+        for name, policy in policies.items():
+            # A plan may name a scorer that another policy brings along, so all are built first.
+            try:
+                if isinstance(policy, Fixed):
+                    self.check(policy.plan)
+                    policies[name] = self._primed(policy.plan, policies[DEFAULT_POLICY])
+                elif isinstance(policy, Fused):
+                    self.check(policy.answer)
+            except PolicyError as error:
+                raise PolicyError(f"policies.{name}: {error}") from None
         return policies
+
+    def fixed(self, plan: Plan) -> Policy:
+        """Return the policy that always takes `plan`, which `check` has passed.
+
+        Weights that wait for a router get the default policy's predictions.
+        """
+        return self._primed(plan, self.policies[DEFAULT_POLICY])
+
+    @staticmethod
+    def _primed(plan: Plan, router: Policy) -> Policy:
+        return Primed(plan, router=router) if needs_prior(plan) else Fixed(plan=plan)
 
     def _build_targets(self) -> dict[str, Target]:
         targets = {DEFAULT_POLICY: Target(policy=self.policies["auto"], policy_name="auto")}

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from policies.base import Decision, Query
 from policies.errors import PlanError, PolicyError
-from policies.fixed import Fixed
 from policies.footprint import estimate
 from policies.plan import Plan, from_json
 from router.catalog import Catalog, Target
@@ -89,7 +88,7 @@ def _target(catalog: Catalog, ask: Ask) -> Target:
             )
         return target
     if extension.plan is not None:
-        return Target(policy=Fixed(plan=_read_plan(catalog, extension.plan)), policy_name=None)
+        return Target(policy=catalog.fixed(_read_plan(catalog, extension.plan)), policy_name=None)
     return named
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from hashlib import blake2b
 
-from router.executor.votes import normalise
+from policies.cascade.base import normalise
 
 
 def answer_digest(request_id: str, text: str) -> str:

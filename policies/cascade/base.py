@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -40,6 +41,15 @@ class Scorer(Protocol):
 
 
 @runtime_checkable
+class Ranker(Protocol):
+    """Compares answers to one query in pairs. Fast, thread-safe and free of I/O."""
+
+    def rank(self, attempts: Sequence[Attempt]) -> list[float]:
+        """Return the share of its pairs that each attempt is expected to win, in [0, 1]."""
+        ...
+
+
+@runtime_checkable
 class ProvidesScorers(Protocol):
     """A policy whose plans name scorers that it brings along."""
 
@@ -56,6 +66,7 @@ class Confidence:
         return math.exp(min(attempt.logprob_mean, 0.0)) if attempt.num_tokens else 0.0
 
 
-def normalise(answer: str) -> str:
-    """Return `answer` as votes and agreement compare it: case, spaces and a final stop aside."""
-    return " ".join(answer.casefold().split()).rstrip(".").strip()
+def normalise(text: str) -> str:
+    """Return `text` without what doesn't change an answer: case, spacing, closing punctuation."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(folded.split()).strip(".!?,;:\"'` ")

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from models.engines.base import Chunk
 from models.errors import EngineError, RequestError
+from policies.cascade.base import Attempt, Ranker, normalise
 from policies.plan import Best
 from router.executor.cascade import collect
-from router.executor.scorers import Confidence
+from router.executor.scorers import attempt
 from router.executor.task import Task
-from router.executor.trace import Trace, child_path
-from router.executor.votes import decided, majority, normalise
+from router.executor.trace import Run, Trace, child_path
+from router.executor.votes import decided, majority
 
 if TYPE_CHECKING:
     from router.executor.executor import Executor
@@ -38,10 +40,11 @@ async def run_best(
         await _cancel(tasks)
     for child in paths:
         trace.end_below(child, "cancelled")
-    chosen = _select(best, task, tasks, trace, paths)
-    for index, child in enumerate(paths):
+    runs = [trace.runs[child] for child in paths]
+    chosen = _select(executor, best, task, tasks, runs)
+    for index, run in enumerate(runs):
         if index != chosen and _answered(tasks[index]):
-            trace.runs[child].outcome = "rejected"
+            run.outcome = "rejected"
     yield tasks[chosen].result()
 
 
@@ -56,7 +59,11 @@ async def _until_decided(best: Best, tasks: list[asyncio.Task[Chunk]]) -> None:
 
 
 def _select(
-    best: Best, task: Task, tasks: list[asyncio.Task[Chunk]], trace: Trace, paths: list[str]
+    executor: Executor,
+    best: Best,
+    task: Task,
+    tasks: list[asyncio.Task[Chunk]],
+    runs: list[Run],
 ) -> int:
     answered = [index for index, candidate in enumerate(tasks) if _answered(candidate)]
     if not answered:
@@ -66,15 +73,26 @@ def _select(
     if best.select == "majority":
         votes = [normalise(t.result().text) if _answered(t) else None for t in tasks]
         for index in answered:
-            trace.runs[paths[index]].score = votes.count(votes[index]) / len(answered)
+            runs[index].score = votes.count(votes[index]) / len(answered)
         winner = majority(votes)
         assert winner is not None
         return winner
-    confidence = Confidence()
-    for index in answered:
-        score = confidence.score(task.query, tasks[index].result())
-        trace.runs[paths[index]].score = score
-    return max(answered, key=lambda index: trace.runs[paths[index]].score or 0.0)
+    attempts = [attempt(task.query, best.candidates[i], tasks[i].result()) for i in answered]
+    for index, score in zip(answered, _scores(executor, best, attempts), strict=True):
+        runs[index].score = score
+    return max(answered, key=lambda index: runs[index].score or 0.0)
+
+
+def _scores(executor: Executor, best: Best, attempts: list[Attempt]) -> list[float]:
+    scorer = executor.catalog.scorers["confidence" if best.select == "confidence" else best.scorer]
+    if best.select == "ranker":
+        assert isinstance(scorer, Ranker), "the catalog has checked the plan"
+        return scorer.rank(attempts)
+    # Each candidate's support is the others' answers.
+    return [
+        scorer.score(replace(one, earlier=tuple(o.answer for o in attempts if o is not one)))
+        for one in attempts
+    ]
 
 
 def _answered(task: asyncio.Task[Chunk]) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from models.engines.base import Chunk
 from models.errors import EngineError, EngineFailed, RequestError
 from policies.plan import Cascade, Plan
+from router.executor.scorers import attempt
 from router.executor.task import Task, merge
 from router.executor.trace import Trace, child_path
 
@@ -35,7 +36,8 @@ async def run_cascade(
         if answer is None:
             continue
         run = trace.runs[stage_path]
-        run.score = scorer.score(task.query, answer)
+        earlier = tuple(text.text for _, _, text in rejected)
+        run.score = scorer.score(attempt(task.query, stage, answer, earlier))
         if run.score >= threshold:
             yield answer
             return

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-
-
-def normalise(text: str) -> str:
-    """Return `text` without what doesn't change an answer: case, spacing, closing punctuation."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(folded.split()).strip(".!?,;:\"'` ")
 
 
 def majority(votes: Sequence[str | None]) -> int | None:

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, seed
 from hypothesis import strategies as st
 
-from router.executor.votes import decided, majority, normalise
+from policies.cascade.base import normalise
+from router.executor.votes import decided, majority
 
 
 @pytest.mark.parametrize(
