@@ -1,0 +1,241 @@
+"""The stacked engine as the rest of Shoal sees it: the event loop's side of the engine's thread."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+from llguidance import LLTokenizer
+from pydantic import BaseModel, ConfigDict, Field
+
+from models.card import ModelCard
+from models.engines.base import Chunk, EngineStats, GenerationRequest
+from models.engines.grammar import Grammar
+from models.engines.stacked.architecture import read_end_tokens
+from models.engines.stacked.loop import Loop
+from models.engines.stacked.runner import Runner
+from models.engines.stacked.sampler import SamplerState
+from models.engines.stacked.scheduler import Scheduler
+from models.engines.stacked.sequence import Outcome, Sequence
+from models.engines.stacked.text import TextStream, Vocabulary
+from models.errors import ContextOverflow, EngineFailed, PoolError, RequestError
+from models.pool import EngineSpec
+
+
+class StackedOptions(BaseModel):
+    """The engine's `options` in pool.yaml.
+
+    `step_rows` bounds how many token rows (tokens times lanes) one step may hold: more makes
+    prompts faster and the gaps between streamed tokens longer. `num_threads` is torch's number of
+    CPU threads; None leaves what the process has.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    step_rows: int = Field(2048, ge=1)
+    num_threads: int | None = Field(None, ge=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Running:
+    """What exists between start and stop."""
+
+    loop: Loop
+    tokenizer: LLTokenizer
+    context_tokens: int
+    num_rows: int
+    row_bytes: int
+
+
+class StackedEngine:
+    """M same-shaped checkpoints as one model; see `models.engines.base.Engine`.
+
+    On CPU it is tested against transformers. On CUDA it runs the same steps with grouped products
+    and padded attention; that path is tested on CPU tensors only, and uses no CUDA graphs.
+    """
+
+    def __init__(self, spec: EngineSpec, members: Seq[tuple[str, ModelCard]]) -> None:
+        """Only remember; `start` loads."""
+        self._spec = spec
+        self._options = StackedOptions.model_validate(spec.options)
+        self._names = tuple(name for name, _ in members)
+        self._cards = tuple(card for _, card in members)
+        self._vocab_size = self._cards[0].shape.vocab_size
+        self._running: _Running | None = None
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The models this engine holds, in the pool's order."""
+        return self._names
+
+    async def start(self) -> None:
+        """Load the weights, run a first step, and start the engine's thread."""
+        runner, tokenizer, vocabulary = await asyncio.to_thread(self._load)
+        ends = frozenset().union(*(read_end_tokens(card) for card in self._cards))
+        loop = Loop(
+            runner,
+            Scheduler(runner.arena, step_rows=self._options.step_rows),
+            vocabulary=vocabulary,
+            end_tokens=ends,
+            max_queued_requests=self._spec.max_queued_requests,
+            num_threads=self._options.num_threads,
+            event_loop=asyncio.get_running_loop(),
+        )
+        loop.start()
+        self._running = _Running(
+            loop=loop,
+            tokenizer=tokenizer,
+            context_tokens=runner.architecture.context_tokens,
+            num_rows=runner.arena.num_rows,
+            row_bytes=runner.arena.row_bytes,
+        )
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[Chunk]:
+        """Stream the answer to `request`; see the contract."""
+        self.check_health()
+        running = self._running
+        assert running is not None, "check_health raises before start"
+        outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
+        sequence = self._sequence(request, running, outcomes)
+        if request.sampling.json_schema is not None:
+            sequence.sampler.grammar = await asyncio.to_thread(
+                Grammar, running.tokenizer, request.sampling.json_schema
+            )
+        running.loop.submit(sequence)
+        try:
+            while True:
+                outcome = await outcomes.get()
+                if not isinstance(outcome, Chunk):
+                    raise outcome
+                yield outcome
+                if outcome.finish_reason is not None:
+                    return
+        finally:
+            running.loop.cancel(sequence)
+
+    def stats(self) -> EngineStats:
+        """Return a snapshot; cheap."""
+        return self._running.loop.stats() if self._running else EngineStats()
+
+    def check_health(self) -> None:
+        """Raise `EngineFailed` if the engine cannot serve (any more)."""
+        if self._running is None:
+            raise EngineFailed(f"the engine {self._spec.name} is not running")
+        loop = self._running.loop
+        if loop.failure is not None:
+            raise loop.failure
+        if not loop.is_alive():
+            raise EngineFailed(f"the thread of the engine {self._spec.name} has died")
+
+    async def stop(self) -> None:
+        """Fail what runs, end the thread and free the memory; idempotent."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.loop.request_stop()
+            await asyncio.to_thread(running.loop.join)
+
+    def _load(self) -> tuple[Runner, LLTokenizer, Vocabulary]:
+        device = _device(self._spec)
+        runner = Runner(
+            self._cards,
+            kv_memory_bytes=self._spec.kv_memory_bytes,
+            device=device,
+            dtype=_dtype(self._spec, device),
+        )
+        with torch.inference_mode():
+            runner.warm_up()
+        file = self._cards[0].path / "tokenizer.json"
+        ends = sorted(read_end_tokens(self._cards[0]))
+        try:
+            tokenizer = LLTokenizer(
+                file.read_text(), n_vocab=self._vocab_size, eos_token=ends or None
+            )
+        except ValueError as error:
+            raise PoolError(f"{file}: the tokenizer cannot be loaded: {error}") from None
+        return runner, tokenizer, Vocabulary(tokenizer)
+
+    def _sequence(
+        self, request: GenerationRequest, running: _Running, outcomes: asyncio.Queue[Outcome]
+    ) -> Sequence:
+        members, weights = self._lanes(request)
+        self._check_tokens(request)
+        num_prompt_tokens, sampling = len(request.prompt_tokens), request.sampling
+        if num_prompt_tokens >= running.context_tokens:
+            raise ContextOverflow(
+                f"the prompt has {num_prompt_tokens} tokens, but the context of "
+                f"{', '.join(request.members)} holds {running.context_tokens}, answer included"
+            )
+        sequence = Sequence(
+            request=request,
+            members=members,
+            weights=weights,
+            tokens=list(request.prompt_tokens),
+            max_new_tokens=min(sampling.max_tokens, running.context_tokens - num_prompt_tokens),
+            sampler=SamplerState(sampling, None, random.Random(sampling.seed)),
+            text=TextStream(sampling.stop),
+            send=outcomes.put_nowait,
+        )
+        if sequence.num_rows > running.num_rows:
+            raise RequestError(
+                f"prompt and answer need {sequence.num_rows * running.row_bytes} bytes of "
+                f"key/value cache, but the engine has {running.num_rows * running.row_bytes}; "
+                "lower max_tokens",
+                "max_tokens",
+            )
+        return sequence
+
+    def _lanes(self, request: GenerationRequest) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Return the members to run, as ascending indices, and their weights, summing to one."""
+        weights = request.weights or (1.0,) * len(request.members)
+        if len(weights) != len(request.members) or not sum(weights) > 0 or min(weights) < 0:
+            raise RequestError(
+                f"weights {list(weights)}: one number >= 0 is needed for each of the "
+                f"{len(request.members)} members, and not all may be zero"
+            )
+        lanes: dict[int, float] = {}
+        for name, weight in zip(request.members, weights, strict=True):
+            if name not in self._names or self._names.index(name) in lanes:
+                raise RequestError(
+                    f"members: {name!r} is unknown or named twice; "
+                    f"allowed are {', '.join(self._names)}",
+                    "model",
+                )
+            lanes[self._names.index(name)] = weight / sum(weights)
+        used = sorted((member, weight) for member, weight in lanes.items() if weight > 0)
+        return tuple(member for member, _ in used), tuple(weight for _, weight in used)
+
+    def _check_tokens(self, request: GenerationRequest) -> None:
+        sampling = request.sampling
+        if not request.prompt_tokens:
+            raise RequestError("the prompt is empty", "messages")
+        for what, tokens in (
+            ("prompt", request.prompt_tokens),
+            ("logit_bias", sampling.logit_bias),
+        ):
+            if tokens and not 0 <= min(tokens) <= max(tokens) < self._vocab_size:
+                raise RequestError(
+                    f"{what}: a token id is outside of the vocabulary of {self._vocab_size}", what
+                )
+        if sampling.max_tokens < 1:
+            raise RequestError(f"max_tokens {sampling.max_tokens} must be at least 1", "max_tokens")
+        if "" in sampling.stop:
+            raise RequestError("stop: an empty string is not allowed", "stop")
+
+
+def _device(spec: EngineSpec) -> torch.device:
+    if spec.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if spec.device != "cpu" and not torch.cuda.is_available():
+        raise PoolError(f"engines.{spec.name}.device: {spec.device} is not there; try auto or cpu")
+    return torch.device(spec.device)
+
+
+def _dtype(spec: EngineSpec, device: torch.device) -> torch.dtype:
+    if spec.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    return dtype

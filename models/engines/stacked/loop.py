@@ -1,0 +1,182 @@
+"""The engine's thread: take what came in, step, send what came out, again.
+
+The thread owns the runner, the scheduler and every sequence. The event loop reaches it only
+through `submit` and `cancel`, and is reached only by one call per step.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from asyncio import AbstractEventLoop
+from collections.abc import Callable
+from functools import partial
+from queue import Empty, SimpleQueue
+
+import torch
+
+from models.engines.base import EngineStats
+from models.engines.stacked.layout import Part
+from models.engines.stacked.runner import Runner
+from models.engines.stacked.sampler import Draw
+from models.engines.stacked.scheduler import Scheduler
+from models.engines.stacked.sequence import Outcome, Sequence
+from models.engines.stacked.text import Vocabulary
+from models.errors import EngineFailed, EngineOverloaded
+
+logger = logging.getLogger(__name__)
+
+# So many failing steps in a row are not the requests' fault.
+_MAX_FAILED_STEPS = 3
+
+
+class Loop(threading.Thread):
+    """See the module's docstring. `failure` is set once the loop has given up."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        *,
+        vocabulary: Vocabulary,
+        end_tokens: frozenset[int],
+        max_queued_requests: int,
+        num_threads: int | None,
+        event_loop: AbstractEventLoop,
+    ) -> None:
+        super().__init__(name="stacked-engine", daemon=True)
+        self.failure: EngineFailed | None = None
+        self._runner = runner
+        self._scheduler = scheduler
+        self._vocabulary = vocabulary
+        self._end_tokens = end_tokens
+        self._max_queued_requests = max_queued_requests
+        self._num_threads = num_threads
+        self._event_loop = event_loop
+        self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._outbox: list[tuple[Sequence, Outcome]] = []
+        self._stopping = False
+        self._failed_steps = 0
+        self._num_finished = 0
+        self._num_tokens = 0
+        self._busy_s = 0.0
+
+    def submit(self, sequence: Sequence) -> None:
+        """Queue a request; its outcomes come through `sequence.send`."""
+        self._inbox.put(partial(self._add, sequence))
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Drop a request before the next step; nothing happens if it has finished."""
+        self._inbox.put(partial(self._drop, sequence))
+
+    def request_stop(self) -> None:
+        """End the thread after the step it is in; what is left then fails."""
+        self._inbox.put(self._halt)
+
+    def stats(self) -> EngineStats:
+        """Return a snapshot; may be called from another thread."""
+        running, arena = list(self._scheduler.running), self._runner.arena
+        return EngineStats(
+            running_requests=len(running),
+            queued_requests=self._scheduler.num_waiting,
+            active_lanes=sum(sequence.num_lanes for sequence in running),
+            kv_bytes_used=arena.num_rows_used * arena.row_bytes,
+            kv_bytes_total=arena.num_rows * arena.row_bytes,
+            generated_tokens_total=self._num_tokens,
+            busy_seconds_total=self._busy_s,
+        )
+
+    def run(self) -> None:
+        """Step until stopped, or until steps keep failing."""
+        if self._num_threads is not None:
+            torch.set_num_threads(self._num_threads)
+        with torch.inference_mode():
+            while self._take_inbox():
+                parts = self._scheduler.next_step()
+                if parts:
+                    started_s = time.perf_counter()
+                    self._step(parts)
+                    self._busy_s += time.perf_counter() - started_s
+                self._deliver()
+        for sequence in list(self._scheduler.sequences):
+            self._fail(sequence, self.failure or EngineFailed("the engine was stopped"))
+        self._deliver()
+
+    def _take_inbox(self) -> bool:
+        """Handle what came in, waiting for something if nothing runs; return whether to go on."""
+        idle = not self._scheduler.running and not self._outbox
+        while not self._stopping:
+            try:
+                self._inbox.get(block=idle)()
+            except Empty:
+                break
+            idle = False
+        return not self._stopping
+
+    def _step(self, parts: list[Part]) -> None:
+        try:
+            drawn = self._runner.step(parts)
+            self._accept(parts, drawn)
+            self._failed_steps = 0
+        except Exception as error:
+            logger.exception("a step of %d requests failed", len(parts))
+            for part in parts:
+                self._fail(part.sequence, EngineFailed(f"a step failed: {error!r}"))
+            self._failed_steps += 1
+            if self._failed_steps == _MAX_FAILED_STEPS:
+                self.failure = EngineFailed(f"{_MAX_FAILED_STEPS} steps failed in a row: {error!r}")
+                self._stopping = True
+
+    def _accept(self, parts: list[Part], drawn: Draw | None) -> None:
+        sampling = [part.sequence for part in parts if part.samples]
+        for part in parts:
+            part.sequence.num_cached += part.num_tokens
+        if drawn is None:
+            return
+        for sequence, token, logprob, top in zip(
+            sampling, drawn.token_ids, drawn.logprobs, drawn.top, strict=True
+        ):
+            chunk = sequence.accept(
+                token, logprob, top, vocabulary=self._vocabulary, end_tokens=self._end_tokens
+            )
+            self._outbox.append((sequence, chunk))
+            self._num_tokens += 1
+            if sequence.finished:
+                self._scheduler.remove(sequence)
+                self._num_finished += 1
+
+    def _add(self, sequence: Sequence) -> None:
+        self._scheduler.add(sequence)
+        if self._scheduler.num_waiting > self._max_queued_requests:
+            num_waiting = self._scheduler.num_waiting - 1
+            retry_after_s = num_waiting * self._busy_s / max(self._num_finished, 1)
+            message = f"{num_waiting} requests wait already"
+            self._fail(sequence, EngineOverloaded(message, max(retry_after_s, 1.0)))
+
+    def _drop(self, sequence: Sequence) -> None:
+        if not sequence.finished:
+            sequence.finished = True
+            self._scheduler.remove(sequence)
+
+    def _fail(self, sequence: Sequence, error: EngineFailed | EngineOverloaded) -> None:
+        if not sequence.finished:
+            self._drop(sequence)
+            self._outbox.append((sequence, error))
+
+    def _halt(self) -> None:
+        self._stopping = True
+
+    def _deliver(self) -> None:
+        """Hand the step's outcomes to the event loop, all in one call."""
+        if self._outbox:
+            outbox, self._outbox = self._outbox, []
+            try:
+                self._event_loop.call_soon_threadsafe(_send_all, outbox)
+            except RuntimeError:  # the event loop is closed: nobody is left to read
+                self._stopping = True
+
+
+def _send_all(outbox: list[tuple[Sequence, Outcome]]) -> None:
+    for sequence, outcome in outbox:
+        sequence.send(outcome)

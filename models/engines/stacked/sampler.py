@@ -1,0 +1,178 @@
+"""Drawing each request's next token from its fused distribution.
+
+Shapes: R requests, V vocabulary, C candidates (the likeliest tokens, best first).
+
+Everything is per row, so a request's draw depends on nothing else in the batch: with a seed, one
+uniform number per token from the request's own generator picks from the cumulative distribution.
+Filters apply in the order of transformers' `generate`: grammar, bias and penalties, temperature,
+top_k, top_p, min_p.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.engines.base import SamplingOptions
+from models.engines.grammar import Grammar
+
+# How many of the likeliest tokens are sorted at first; all are where these don't suffice.
+_NUM_CANDIDATES = 256
+# Below this a temperature means greedy: dividing by it would overflow.
+_MIN_TEMPERATURE = 1e-5
+
+
+class SamplerState:
+    """What one request's sampling remembers between tokens."""
+
+    def __init__(self, options: SamplingOptions, grammar: Grammar | None, rng: random.Random):
+        self.options = options
+        self.grammar = grammar
+        self.rng = rng
+        self._edits_V: Tensor | None = None
+        self._seen: set[int] = set()
+
+    @property
+    def edits(self) -> bool:
+        """Whether `edit` changes anything."""
+        options = self.options
+        return bool(
+            self.grammar
+            or options.logit_bias
+            or options.presence_penalty
+            or options.frequency_penalty
+        )
+
+    def edit(self, logits_V: Tensor) -> None:
+        """Apply bias, penalties and grammar in place."""
+        if self._edits_V is None:
+            self._edits_V = torch.zeros_like(logits_V)
+            for token, bias in self.options.logit_bias.items():
+                self._edits_V[token] = bias
+        logits_V += self._edits_V
+        if self.grammar is not None:
+            allowed_V = self.grammar.allowed(len(logits_V)).to(logits_V.device)
+            logits_V.masked_fill_(~allowed_V, float("-inf"))
+
+    def accept(self, token: int) -> bool:
+        """Note that `token` was drawn; return whether a grammar says that the answer is over."""
+        if self._edits_V is not None:
+            first = token not in self._seen
+            self._seen.add(token)
+            self._edits_V[token] -= self.options.frequency_penalty + (
+                self.options.presence_penalty if first else 0.0
+            )
+        return self.grammar is not None and self.grammar.accept(token)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """The drawn tokens, their log-probabilities before any filter, and the alternatives."""
+
+    tokens_R: Tensor
+    token_ids: list[int]
+    logprobs: list[float]
+    top: list[list[tuple[int, float]]]  # best first; empty where not asked for
+
+
+def draw(logp_RV: Tensor, states: Seq[SamplerState]) -> Draw:
+    """Draw one token per request from log-probabilities; see the module's docstring."""
+    scores_RV = logp_RV
+    if any(state.edits for state in states):
+        scores_RV = logp_RV.clone()
+        for row, state in enumerate(states):
+            if state.edits:
+                state.edit(scores_RV[row])
+    warm = [
+        row for row, state in enumerate(states) if state.options.temperature >= _MIN_TEMPERATURE
+    ]
+    if len(warm) < len(states):
+        tokens_R = scores_RV.argmax(-1)
+        if warm:
+            tokens_R[warm] = _sample(scores_RV[warm], [states[row] for row in warm])
+    else:
+        tokens_R = _sample(scores_RV, states)
+    logprobs_R = logp_RV.gather(1, tokens_R[:, None]).squeeze(1)
+    return Draw(
+        tokens_R=tokens_R,
+        token_ids=tokens_R.tolist(),
+        logprobs=logprobs_R.tolist(),
+        top=_top(logp_RV, [state.options.top_logprobs or 0 for state in states]),
+    )
+
+
+def _sample(scores_RV: Tensor, states: Seq[SamplerState]) -> Tensor:
+    """Draw by temperature and filters; [R]."""
+    options = [state.options for state in states]
+    temperatures = [option.temperature for option in options]
+    if any(temperature != 1 for temperature in temperatures):
+        scores_RV = scores_RV / scores_RV.new_tensor(temperatures)[:, None]
+    uniform_R = torch.tensor(
+        [state.rng.random() for state in states], dtype=torch.float64, device=scores_RV.device
+    )
+    probs_RV = scores_RV.softmax(-1)
+    filtered = [row for row, option in enumerate(options) if _filters(option)]
+    if not filtered:
+        return _invert(probs_RV, uniform_R)
+    if len(filtered) == len(states):
+        return _sample_filtered(probs_RV, options, uniform_R)
+    tokens_R = _invert(probs_RV, uniform_R)
+    tokens_R[filtered] = _sample_filtered(
+        probs_RV[filtered], [options[row] for row in filtered], uniform_R[filtered]
+    )
+    return tokens_R
+
+
+def _filters(options: SamplingOptions) -> bool:
+    return options.top_k is not None or options.top_p < 1 or bool(options.min_p)
+
+
+def _sample_filtered(probs_RV: Tensor, options: Seq[SamplingOptions], uniform_R: Tensor) -> Tensor:
+    vocab_size = probs_RV.shape[-1]
+    top_k_R1 = probs_RV.new_tensor(
+        [min(option.top_k or vocab_size, vocab_size) for option in options]
+    )[:, None]
+    top_p_R1 = probs_RV.new_tensor([option.top_p for option in options])[:, None]
+    min_p_R1 = probs_RV.new_tensor([option.min_p or 0.0 for option in options])[:, None]
+
+    most = max(option.top_k or 0 for option in options)
+    num_candidates = min(max(most, _NUM_CANDIDATES), vocab_size)
+    while True:
+        probs_RC, tokens_RC = probs_RV.topk(num_candidates)
+        ranks_C = torch.arange(num_candidates, device=probs_RV.device)
+        kept_RC = ranks_C < top_k_R1
+        mass_RC = (probs_RC * kept_RC).cumsum(-1)
+        # What top_k keeps is renormalised before top_p; without top_k the whole has mass 1.
+        total_R1 = torch.where(top_k_R1 < vocab_size, mass_RC[:, -1:], 1.0)
+        kept_RC &= mass_RC - probs_RC < top_p_R1 * total_R1
+        kept_RC &= probs_RC >= min_p_R1 * probs_RC[:, :1]
+        kept_RC[:, 0] = True
+        cut_short = bool((kept_RC[:, -1:] & (top_k_R1 > num_candidates)).any())
+        if not cut_short:
+            picked_R = _invert(probs_RC * kept_RC, uniform_R)
+            return tokens_RC.gather(1, picked_R[:, None]).squeeze(1)
+        num_candidates = vocab_size
+
+
+def _invert(weights_RC: Tensor, uniform_R: Tensor) -> Tensor:
+    """Return where the cumulative sum of `weights_RC` passes `uniform_R` of its total; [R]."""
+    cumulative_RC = weights_RC.cumsum(-1, dtype=torch.float64)
+    targets_R1 = (uniform_R * cumulative_RC[:, -1])[:, None]
+    return torch.searchsorted(cumulative_RC, targets_R1, right=True).squeeze(1)
+
+
+def _top(logp_RV: Tensor, counts: Seq[int]) -> list[list[tuple[int, float]]]:
+    most = max(counts)
+    if most == 0:
+        return [[] for _ in counts]
+    logp_RC, tokens_RC = logp_RV.topk(min(most, logp_RV.shape[-1]))
+    return [
+        list(zip(tokens[:count], logprobs[:count], strict=True))
+        for tokens, logprobs, count in zip(
+            tokens_RC.tolist(), logp_RC.tolist(), counts, strict=True
+        )
+    ]

@@ -1,0 +1,99 @@
+"""One request while it is in the engine: its lanes, tokens, cache rows, and what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from models.engines.base import Chunk, FinishReason, GenerationRequest, Token, TopLogprob
+from models.engines.stacked.sampler import SamplerState
+from models.engines.stacked.text import TextStream, Vocabulary
+from models.errors import EngineError, RequestError
+
+Outcome = Chunk | EngineError | RequestError
+"""What a reader receives: chunks, the last with a finish reason; or one error."""
+
+
+@dataclass(kw_only=True, eq=False, slots=True)
+class Sequence:
+    """The engine's state of one request; only the engine's thread changes it.
+
+    `members` are indices, ascending, without those of zero weight; `weights` sum to one.
+    `tokens` is the prompt and what was generated so far, of which the first `num_cached` have
+    their keys and values in the cache, from row `region_start` on (None while it waits). `send`
+    hands an outcome to the reader, on the event loop.
+    """
+
+    request: GenerationRequest
+    members: tuple[int, ...]
+    weights: tuple[float, ...]
+    tokens: list[int]
+    max_new_tokens: int
+    sampler: SamplerState
+    text: TextStream
+    send: Callable[[Outcome], None]
+    num_cached: int = 0
+    region_start: int | None = None
+    finished: bool = False
+
+    @property
+    def num_lanes(self) -> int:
+        """How many members run."""
+        return len(self.members)
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Cache rows per lane; the last token generated is never fed back."""
+        return len(self.request.prompt_tokens) + self.max_new_tokens - 1
+
+    @property
+    def num_rows(self) -> int:
+        """Cache rows of all lanes."""
+        return self.num_lanes * self.capacity_tokens
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that must still go through the model: 1 while decoding, more before."""
+        return len(self.tokens) - self.num_cached
+
+    def accept(
+        self,
+        token: int,
+        logprob: float,
+        top: list[tuple[int, float]],
+        *,
+        vocabulary: Vocabulary,
+        end_tokens: frozenset[int],
+    ) -> Chunk:
+        """Take the drawn token and return what the reader gets for it."""
+        self.tokens.append(token)
+        complete = self.sampler.accept(token)
+        ends = token in end_tokens and not self.sampler.options.ignore_eos
+        raw = b"" if ends else vocabulary.raw(token)
+        text = self.text.push(raw)
+        num_new_tokens = len(self.tokens) - len(self.request.prompt_tokens)
+        reason: FinishReason | None = None
+        if ends or complete or self.text.stopped:
+            reason = "stop"
+        elif num_new_tokens == self.max_new_tokens:
+            reason = "length"
+        if reason is not None and not self.text.stopped:
+            text += self.text.finish()
+        self.finished = reason is not None
+        alternatives = tuple(
+            TopLogprob(
+                token_id=other,
+                text=vocabulary.raw(other).decode(errors="replace"),
+                raw=vocabulary.raw(other),
+                logprob=other_logprob,
+            )
+            for other, other_logprob in top
+        )
+        generated = Token(
+            token_id=token,
+            text=raw.decode(errors="replace"),
+            raw=raw,
+            logprob=logprob,
+            top=alternatives,
+        )
+        return Chunk(text=text, tokens=(generated,), finish_reason=reason)

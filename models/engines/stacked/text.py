@@ -1,0 +1,70 @@
+"""From token ids to text, as it comes: whole characters only, and never part of a stop string."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable
+
+from llguidance import LLTokenizer
+
+
+class Vocabulary:
+    """The raw bytes of every token; empty for special tokens, which leave no text."""
+
+    def __init__(self, tokenizer: LLTokenizer) -> None:
+        self._raw = tuple(
+            b"" if tokenizer.is_special_token(i) else bytes(tokenizer.decode_bytes([i]))
+            for i in range(tokenizer.vocab_size)
+        )
+
+    def raw(self, token: int) -> bytes:
+        """Return the bytes that `token` stands for."""
+        return self._raw[token]
+
+
+class TextStream:
+    """Turns tokens' bytes into text that may be shown.
+
+    Text is held back while it may be the beginning of a stop string, bytes while their character
+    is incomplete. `stopped` turns true once a stop string stands in the text; neither it nor what
+    follows is ever returned.
+    """
+
+    def __init__(self, stop: Iterable[str]) -> None:
+        self._stop = tuple(stop)
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
+        self.stopped = False
+
+    def push(self, raw: bytes) -> str:
+        """Add a token's bytes; return the text that is now certain."""
+        return self._release(self._decoder.decode(raw))
+
+    def finish(self) -> str:
+        """Return what was held back; an incomplete character becomes U+FFFD."""
+        text = self._release(self._decoder.decode(b"", final=True))
+        if self.stopped:
+            return text
+        text, self._held = text + self._held, ""
+        return text
+
+    def _release(self, text: str) -> str:
+        if not self._stop:
+            return text
+        self._held += text
+        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            return self._held[: min(found)]
+        keep = max(_overlap(self._held, stop) for stop in self._stop)
+        certain = len(self._held) - keep
+        text, self._held = self._held[:certain], self._held[certain:]
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of `text` that begins `stop`."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0
