@@ -15,6 +15,8 @@ from starlette.responses import JSONResponse
 
 from models.errors import EngineError
 from router.errors import ApiError
+from router.experiments.endpoints import add_experiment_routes, add_feedback_route
+from router.ledger.writer import Ledger
 from router.openai_api.chat import ChatEndpoint
 from router.openai_api.completions import CompletionEndpoint
 from router.openai_api.endpoint import Endpoint
@@ -29,12 +31,20 @@ def create_api(service: Service) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        if service.experiments is not None:
+            await service.experiments.start()
         yield
         await service.close()
 
     api = FastAPI(title="Shoal", version=version("shoal"), lifespan=lifespan)
     for endpoint in (ChatEndpoint(), CompletionEndpoint(service.catalog.tokenizer)):
         _add_endpoint(api, service, endpoint)
+
+    if isinstance(service.recorder, Ledger):
+        names = [shadow.name for shadow in service.mirror.shadows]
+        add_feedback_route(api, service.recorder, identify=_anonymous, shadows=names)
+    if service.experiments is not None:
+        add_experiment_routes(api, service.experiments, service.mirror, identify=_anonymous)
 
     @api.get("/v1/models")
     async def models() -> JSONResponse:
@@ -72,6 +82,10 @@ def create_api(service: Service) -> FastAPI:
         )
 
     return api
+
+
+async def _anonymous(_: Request) -> str | None:
+    return None
 
 
 def _add_endpoint(api: FastAPI, service: Service, endpoint: Endpoint) -> None:

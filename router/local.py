@@ -13,6 +13,7 @@ import uvicorn
 from models.engines.registry import create_engine
 from models.pool import Pool
 from router.catalog import Catalog
+from router.compose import compose
 from router.config import AppArgs
 from router.engines.worker import EngineWorker, set_num_threads
 from router.ingress import create_api
@@ -33,7 +34,7 @@ async def local_service(
             stack.push_async_callback(worker.stop)
             await worker.start()
             workers[spec.name] = worker
-        yield Service(catalog=catalog, engines=workers, recorder=recorder, limits=args.limits)
+        yield compose(args, pool, catalog, engines=workers, recorder=recorder)
 
 
 def http_server(service: Service, *, host: str, port: int) -> uvicorn.Server:

@@ -10,13 +10,14 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from models.engines.base import Chunk
 from models.errors import EngineError
+from policies.experiments.shadow import Shadow
 from router.catalog import Catalog
 from router.config import ServingLimits
 from router.decide import decide
@@ -28,6 +29,7 @@ from router.exchange import CLIENT_CLOSED_REQUEST, Exchange
 from router.executor.executor import Executor
 from router.executor.task import merge
 from router.experiments.experiments import Experiments
+from router.experiments.mirror import Mirror
 from router.openai_api.ask import Ask
 from router.openai_api.endpoint import Endpoint, Head, Writer
 from router.record import Recorder
@@ -53,6 +55,7 @@ class Service:
         limits: ServingLimits,
         echo_request_id: bool = True,
         experiments: Experiments | None = None,
+        shadows: Sequence[Shadow] = (),
     ) -> None:
         """Serve with `engines`, given by name; `echo_request_id` False leaves that header out.
 
@@ -61,10 +64,13 @@ class Service:
         self.catalog = catalog
         self.engines = engines
         self.experiments = experiments
-        self._recorder = recorder
+        self.recorder = recorder
         self._limits = limits
         self._echo_request_id = echo_request_id
         self._executor = Executor(engines=engines, catalog=catalog, limits=limits)
+        self.mirror = Mirror(
+            shadows, catalog=catalog, executor=self._executor, recorder=recorder, limits=limits
+        )
         self._settling: set[asyncio.Task[None]] = set()
 
     async def process(self, request: Request, endpoint: Endpoint) -> Response:
@@ -89,8 +95,11 @@ class Service:
 
     async def close(self) -> None:
         """Wait for the records of requests that were cut off, then close the recorder."""
+        if self.experiments is not None:
+            await self.experiments.close()
+        await self.mirror.close()
         await asyncio.gather(*self._settling, return_exceptions=True)
-        await self._recorder.close()
+        await self.recorder.close()
 
     async def _answer(
         self, exchange: Exchange, endpoint: Endpoint, body: bytes, headers: Mapping[str, str]
@@ -191,8 +200,9 @@ class Service:
             return
         exchange.recorded = True
         exchange.ended_s = time.perf_counter()
+        self.mirror.after(exchange)
         if not any(True for choice in exchange.choices for _ in choice.trace.interrupted()):
-            self._recorder.record(exchange.record(self.catalog.rates))
+            self.recorder.record(exchange.record(self.catalog.rates))
             return
         settling = asyncio.ensure_future(self._settle_and_record(exchange))
         self._settling.add(settling)
@@ -200,7 +210,7 @@ class Service:
 
     async def _settle_and_record(self, exchange: Exchange) -> None:
         await self._settle(exchange)
-        self._recorder.record(exchange.record(self.catalog.rates))
+        self.recorder.record(exchange.record(self.catalog.rates))
 
     async def _settle(self, exchange: Exchange) -> None:
         """Ask the engines what the requests used that were cancelled there."""

@@ -85,16 +85,19 @@ class ShadowMeter:
         self.num_mirrored = 0
         self.num_skipped = 0
 
-    def admit(self, request_id: str, *, model: str, estimate_usd: float, now_s: float) -> bool:
-        """Return whether to mirror this request now; if so, `settle` must follow."""
+    def wants(self, request_id: str, *, model: str) -> bool:
+        """Return whether this request belongs to the mirrored share; always the same answer."""
         shadow = self._shadow
-        if model not in shadow.models or self._mirrors(request_id.encode()) >= shadow.share:
-            return False
+        return model in shadow.models and self._mirrors(request_id.encode()) < shadow.share
+
+    def admit(self, *, estimate_usd: float, now_s: float) -> bool:
+        """Return whether there is room for one more mirrored request; if so, `settle` follows."""
         day = int(now_s // _DAY_S)
         if day != self._day:
             self._day, self.spent_today_usd = day, 0.0
-        committed = self.spent_today_usd + self._reserved_usd
-        if self._running >= shadow.concurrency or committed + estimate_usd > shadow.usd_per_day:
+        committed_usd = self.spent_today_usd + self._reserved_usd + estimate_usd
+        full = self._running >= self._shadow.concurrency
+        if full or committed_usd > self._shadow.usd_per_day:
             self.num_skipped += 1
             return False
         self._running += 1

@@ -58,7 +58,7 @@ class Experiments:
         """
         self.definitions = tuple(definitions)
         self._catalog = catalog
-        self._database = database
+        self.database = database
         self._clock = clock
         self._rng = rng or np.random.default_rng()
         self._check_s = check_s
@@ -117,7 +117,7 @@ class Experiments:
             if cached is not None and self._clock() - made_s < _CACHE_S:
                 return cached
             found = await asyncio.to_thread(
-                summarise, self._database, experiment, now_s=self._clock()
+                summarise, self.database, experiment, now_s=self._clock()
             )
             self._summaries[name] = (self._clock(), found)
             return found
@@ -157,7 +157,7 @@ class Experiments:
                     "limit": found.limit,
                 }
                 await asyncio.to_thread(
-                    store.stop_arm, self._database, name, found.treatment,
+                    store.stop_arm, self.database, name, found.treatment,
                     reason=reason, now_s=now_s,
                 )  # fmt: skip
         if experiment.allocation.kind == "thompson":
@@ -166,7 +166,7 @@ class Experiments:
                 arm.name: arm.means[metric] for arm in summary.report.arms if metric in arm.means
             }
             weights = thompson_weights(experiment, means, rng=self._rng)
-            await asyncio.to_thread(store.move_weights, self._database, name, weights, now_s=now_s)
+            await asyncio.to_thread(store.move_weights, self.database, name, weights, now_s=now_s)
         await self.reload()
 
     async def reload(self) -> None:
@@ -187,7 +187,7 @@ class Experiments:
                         continue
                     began_s = time.monotonic()
                     if await asyncio.to_thread(
-                        store.claim_check, self._database, experiment.name,
+                        store.claim_check, self.database, experiment.name,
                         now_s=self._clock(), interval_s=self._check_s,
                     ):  # fmt: skip
                         await self.check(experiment)
@@ -203,7 +203,7 @@ class Experiments:
         return not acts or not experiment.start_s <= self._clock() < experiment.stop_s
 
     def _load(self) -> dict[str, store.State]:
-        found = {e.name: store.load(self._database, e.name) for e in self.definitions}
+        found = {e.name: store.load(self.database, e.name) for e in self.definitions}
         return {
             name: self._states[name] if state is None else state for name, state in found.items()
         }

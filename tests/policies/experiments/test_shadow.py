@@ -18,7 +18,8 @@ def ask(
     m: ShadowMeter, i: int = 0, *, usd: float = 0.01, day: int = 1, model: str = "auto"
 ) -> bool:
     """Ask to mirror request `i`."""
-    return m.admit(f"r{i}", model=model, estimate_usd=usd, now_s=day * 86_400.0)
+    wanted = m.wants(f"r{i}", model=model)
+    return wanted and m.admit(estimate_usd=usd, now_s=day * 86_400.0)
 
 
 def test_the_share_is_mirrored() -> None:

@@ -1,0 +1,66 @@
+"""Puts a service together from its arguments: the same in one process and on Ray."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from models.pool import Pool
+from policies.errors import ExperimentError
+from router.catalog import Catalog
+from router.config import AppArgs
+from router.engines.base import EngineClient
+from router.experiments.definitions import read_definitions
+from router.experiments.experiments import Experiments
+from router.ledger.database import open_database
+from router.ledger.writer import Ledger
+from router.record import LogRecorder, Recorder
+from router.service import Service
+
+
+def open_recorder(args: AppArgs) -> Recorder:
+    """Return what keeps the records: the configured ledger, or the log if it is off.
+
+    Raises `LedgerError`.
+    """
+    logger = logging.getLogger("shoal.requests")
+    if args.ledger is None:
+        return LogRecorder(logger)
+    return Ledger(
+        open_database(args.ledger.url),
+        flush_interval_s=args.ledger.flush_interval_s,
+        queue_rows=args.ledger.queue_rows,
+        logger=logger,
+    )
+
+
+def compose(
+    args: AppArgs,
+    pool: Pool,
+    catalog: Catalog,
+    *,
+    engines: Mapping[str, EngineClient],
+    recorder: Recorder,
+    echo_request_id: bool = True,
+) -> Service:
+    """Return the service; it starts the configured experiments, or takes them up again.
+
+    Raises `ExperimentError`, also for an experiment that changed while it has data.
+    """
+    definitions, shadows = read_definitions(args)
+    experiments = None
+    if isinstance(recorder, Ledger):
+        experiments = Experiments(
+            definitions, args=args, pool=pool, catalog=catalog, database=recorder.database
+        )
+    elif definitions or shadows:
+        raise ExperimentError("experiments: they need the ledger, which is off (ledger: null)")
+    return Service(
+        catalog=catalog,
+        engines=engines,
+        recorder=recorder,
+        limits=args.limits,
+        echo_request_id=echo_request_id,
+        experiments=experiments,
+        shadows=shadows,
+    )

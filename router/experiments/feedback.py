@@ -1,0 +1,131 @@
+"""`POST /v1/feedback`: what a user thought of an answer, joined to its row whenever it comes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal, Self
+
+import sqlalchemy as sa
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from router.digest import answer_digest
+from router.errors import ApiError, bad_request
+from router.experiments.mirror import SHADOW_ENDPOINT, mirrored_request_id
+from router.ledger.database import Database
+from router.ledger.feedback import Feedback, add_feedback
+from router.ledger.schema import REQUESTS
+from router.ledger.writer import Ledger
+
+# Another replica may hold a row that is not written yet, for at most its flush interval.
+_LAST_TRY_S = 1.0
+
+
+class FeedbackBody(BaseModel):
+    """Exactly one of thumb, score and label, about the response `id`.
+
+    `score` is in [0, 1]; `label` is the right answer: the score is then 1 if the answer equals it
+    but for case, spacing and closing marks, else 0.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    id: str = Field(min_length=1, max_length=256)
+    thumb: Literal["up", "down"] | None = None
+    score: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    label: str | None = Field(None, max_length=65_536)
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if sum(part is not None for part in (self.thumb, self.score, self.label)) != 1:
+            raise ValueError("give exactly one of thumb, score and label")
+        return self
+
+
+def read_feedback(body: bytes) -> FeedbackBody:
+    """Read a request's body; raises `ApiError` 400 that names the field."""
+    try:
+        return FeedbackBody.model_validate_json(body)
+    except ValidationError as failure:
+        error = failure.errors(include_url=False)[0]
+        param = ".".join(str(part) for part in error["loc"]) or None
+        message = error["msg"].removeprefix("Value error, ")
+        raise bad_request(f"{param}: {message}" if param else message, param) from None
+
+
+async def take_feedback(
+    ledger: Ledger, feedback: FeedbackBody, *, key_id: str | None, shadows: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Keep `feedback` and return what is now known; the same again changes nothing.
+
+    A label also scores what the `shadows`, by name, answered to the same request. Only the key
+    that asked may rate. Raises `ApiError` 404 where nobody got such a response (or another key
+    did), 409 where the request got no answer.
+    """
+    row = await _find(ledger, feedback.id)
+    if row is None or row["endpoint"] == SHADOW_ENDPOINT or row["key_id"] not in (None, key_id):
+        raise ApiError(
+            404,
+            f"There is no response {feedback.id!r}; give the id of a response, as in its body.",
+            param="id",
+            code="response_not_found",
+        )
+    if row["status"] >= 400:
+        raise ApiError(
+            409, f"The request {feedback.id!r} got no answer.", param="id", code="not_answered"
+        )
+    score = _score(feedback, feedback.id, row["answer_digest"])
+    kept = Feedback(
+        request_id=feedback.id,
+        time_s=time.time(),
+        score=score,
+        label=feedback.label,
+        key_id=key_id,
+    )
+    await asyncio.to_thread(add_feedback, ledger.database, kept)
+    if feedback.label is not None:
+        for shadow in shadows:
+            mirrored_id = mirrored_request_id(shadow, feedback.id)
+            mirrored = await asyncio.to_thread(_row, ledger.database, mirrored_id)
+            if mirrored is not None and mirrored["status"] < 400:
+                right = _score(feedback, feedback.id, mirrored["answer_digest"])
+                await asyncio.to_thread(
+                    add_feedback,
+                    ledger.database,
+                    replace(kept, request_id=mirrored_id, score=right, key_id=None),
+                )
+    return {"object": "feedback", "id": feedback.id, "score": score}
+
+
+def _score(feedback: FeedbackBody, request_id: str, digest: str | None) -> float:
+    if feedback.thumb is not None:
+        return float(feedback.thumb == "up")
+    if feedback.score is not None:
+        return feedback.score
+    assert feedback.label is not None
+    return float(answer_digest(request_id, feedback.label) == digest)
+
+
+async def _find(ledger: Ledger, request_id: str) -> dict[str, Any] | None:
+    row = await asyncio.to_thread(_row, ledger.database, request_id)
+    if row is None:
+        await ledger.flush()
+        row = await asyncio.to_thread(_row, ledger.database, request_id)
+    if row is None:
+        await asyncio.sleep(_LAST_TRY_S)
+        row = await asyncio.to_thread(_row, ledger.database, request_id)
+    return row
+
+
+def _row(database: Database, request_id: str) -> dict[str, Any] | None:
+    wanted = sa.select(
+        REQUESTS.c.status,
+        REQUESTS.c.endpoint,
+        REQUESTS.c.key_id,
+        REQUESTS.c.answer_digest,
+    ).where(REQUESTS.c.request_id == request_id)
+    with database.connect() as connection:
+        row = connection.execute(wanted).mappings().first()
+    return None if row is None else dict(row)

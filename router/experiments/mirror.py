@@ -1,0 +1,135 @@
+"""Runs shadows: after a client has its answer, another policy answers the same, for nobody.
+
+A mirrored request leaves a row of its own in the ledger (endpoint "shadow"), so its cost never
+mixes with what clients cost, and no key or user pays for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from policies.experiments.shadow import Shadow, ShadowMeter
+from policies.footprint import estimate
+from router.catalog import Catalog
+from router.config import ServingLimits
+from router.digest import answer_digest
+from router.exchange import Choice, Exchange
+from router.executor.executor import Executor
+from router.executor.scorers import attempt
+from router.executor.task import merge
+from router.record import Recorder
+
+logger = logging.getLogger(__name__)
+
+SHADOW_ENDPOINT = "shadow"
+
+
+def mirrored_request_id(shadow: str, request_id: str) -> str:
+    """Return the id of the row that `shadow` leaves for `request_id`."""
+    return f"{shadow}/{request_id}"
+
+
+class Mirror:
+    """Mirrors answered requests to the policies of `shadows`, each within its share and cap."""
+
+    def __init__(
+        self,
+        shadows: Sequence[Shadow],
+        *,
+        catalog: Catalog,
+        executor: Executor,
+        recorder: Recorder,
+        limits: ServingLimits,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._meters = [(shadow, ShadowMeter(shadow)) for shadow in shadows]
+        self._catalog = catalog
+        self._executor = executor
+        self._recorder = recorder
+        self._limits = limits
+        self._clock = clock
+        self._running: set[asyncio.Task[None]] = set()
+
+    @property
+    def shadows(self) -> tuple[Shadow, ...]:
+        """The configured shadows."""
+        return tuple(shadow for shadow, _ in self._meters)
+
+    def after(self, exchange: Exchange) -> None:
+        """Mirror the request that `exchange` has answered, where its turn has come.
+
+        Returns at once; nothing that happens later reaches the client. Requests for several
+        answers are not mirrored.
+        """
+        if exchange.status != 200 or len(exchange.choices) != 1 or exchange.ask is None:
+            return
+        for shadow, meter in self._meters:
+            if not meter.wants(exchange.id, model=exchange.ask.model):
+                continue
+            mirrored = self._prepare(shadow, exchange)
+            estimate_usd = estimate(
+                mirrored.choices[0].plan,
+                self._catalog.rates,
+                prompt_tokens=exchange.prompt_tokens,
+                output_tokens=exchange.ask.max_tokens or self._limits.default_max_tokens,
+            ).usd
+            if meter.admit(estimate_usd=estimate_usd, now_s=self._clock()):
+                task = asyncio.ensure_future(self._run(meter, mirrored, exchange.id, estimate_usd))
+                self._running.add(task)
+                task.add_done_callback(self._running.discard)
+
+    async def close(self) -> None:
+        """Cut off what still runs; its cost so far is recorded."""
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+
+    def _prepare(self, shadow: Shadow, exchange: Exchange) -> Exchange:
+        """Return the exchange that answers the same question by the shadow's policy."""
+        original = exchange.choices[0].task
+        decision = self._catalog.policies[shadow.policy].decide(original.query)
+        shadow_id = mirrored_request_id(shadow.name, exchange.id)
+        task = replace(
+            original, request_id=shadow_id, stream=False, client_id=f"shadow {shadow.name}"
+        )
+        return Exchange(
+            id=shadow_id,
+            endpoint=SHADOW_ENDPOINT,
+            client_request_id="",
+            time_s=self._clock(),
+            ask=exchange.ask,
+            policy=shadow.policy,
+            decisions=(decision,),
+            choices=(Choice(plan=decision.plan, task=task),),
+            prompt_tokens=exchange.prompt_tokens,
+        )
+
+    async def _run(
+        self, meter: ShadowMeter, mirrored: Exchange, original_id: str, estimate_usd: float
+    ) -> None:
+        [choice] = mirrored.choices
+        mirrored.started_s = time.perf_counter()
+        text = None
+        try:
+            async with asyncio.timeout(self._limits.request_timeout_s):
+                run = self._executor.run(choice.plan, choice.task, choice.trace)
+                answer = merge([chunk async for chunk in run])
+            whole = attempt(choice.task.query, choice.plan, answer)
+            score = self._catalog.scorers["confidence"].score(whole)
+            choice.trace.runs[""].score = score
+            mirrored.output_tokens = len(answer.tokens)
+            mirrored.status, text = 200, answer.text
+        except Exception as error:
+            logger.warning("shadow %s: %r", mirrored.policy, error)
+            mirrored.status, mirrored.error = 500, type(error).__name__
+        finally:
+            mirrored.ended_s = time.perf_counter()
+            record = mirrored.record(self._catalog.rates)
+            meter.settle(estimate_usd=estimate_usd, usd=record.usd)
+            # Keyed by the original request, so that equal answers and labels compare.
+            digest = None if text is None else answer_digest(original_id, text)
+            self._recorder.record(replace(record, answer_digest=digest))
