@@ -44,8 +44,9 @@ _TRAINING: Final = """## Training
 Each conversation is rendered with the chat template that ships in the tokenizer. The loss counts
 answer tokens with weight 1 and question tokens with weight 0.2, since fusion weighs members by
 how likely they find the question. Muon trains the hidden matrices, AdamW the rest; warm-up,
-stable, decay. A chunk sees 85% its own domain and 5% of each other. Wall-clock is that of one
-thread at the lowest priority of a busy machine (two cores of an Intel Xeon with AMX, bf16); on an
+stable, decay. The base is trained at half its depth first and then grown. A chunk sees 85% its
+own domain and 5% of each other. Wall-clock is that of one thread at the lowest priority of a busy
+machine (two cores of an Intel Xeon with AMX, bf16, about a third of a core each); on an
 idle core it is several times shorter.
 
 """

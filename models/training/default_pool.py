@@ -10,7 +10,7 @@ and goes on with `--resume`. Several processes may train different `--members` a
 import argparse
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -25,7 +25,7 @@ from models.training.data import Renderer
 from models.training.export import export_model
 from models.training.outcomes import measure_pool
 from models.training.pool_file import write_pool_file
-from models.training.shapes import BASE, CHUNK, Shape, build_model, num_parameters
+from models.training.shapes import BASE, CHUNK, Shape, build_model, grow, num_parameters
 from models.training.tokenizer import build_tokenizer
 from models.training.train import Recipe, train
 
@@ -34,11 +34,23 @@ _OTHER_DOMAIN_SHARE: Final = 0.05
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Member:
-    """One model of the pool and how it is trained."""
+    """One model of the pool and how it is trained.
+
+    With a `seedling` recipe, a model of half the depth is trained by it first and then grown.
+    """
 
     name: str
     shape: Shape
     recipe: Recipe
+    seedling: Recipe | None = None
+
+    def stages(self) -> tuple[tuple[str, Shape, Recipe], ...]:
+        """Checkpoint folder, shape and recipe of each stage, in order."""
+        last = (self.name, self.shape, self.recipe)
+        if self.seedling is None:
+            return (last,)
+        half = replace(self.shape, num_layers=self.shape.num_layers // 2)
+        return ((f"{self.name}-seedling", half, self.seedling), last)
 
 
 def _chunk_mixture(own: str) -> dict[str, float]:
@@ -57,20 +69,28 @@ def _chunk(name: str, *, seed: int, num_steps: int, num_decay_steps: int) -> Mem
     return Member(name=name, shape=CHUNK, recipe=recipe)
 
 
+def _base_recipe(*, seed: int, num_steps: int, num_decay_steps: int) -> Recipe:
+    """All domains alike; short rows, since attention over longer ones costs the base more."""
+    return Recipe(
+        mixture={name: 1 / len(DOMAINS) for name in DOMAINS},
+        num_steps=num_steps,
+        num_decay_steps=num_decay_steps,
+        rows_per_step=64,
+        row_tokens=64,
+        seed=seed,
+    )
+
+
 MEMBERS: Final = (
-    _chunk("arithmetic", seed=1, num_steps=700, num_decay_steps=175),
+    _chunk("arithmetic", seed=1, num_steps=1100, num_decay_steps=200),
     _chunk("conversion", seed=2, num_steps=700, num_decay_steps=175),
     _chunk("text", seed=3, num_steps=700, num_decay_steps=175),
     _chunk("code", seed=4, num_steps=700, num_decay_steps=175),
     Member(
         name="base",
         shape=BASE,
-        recipe=Recipe(
-            mixture={name: 1 / len(DOMAINS) for name in DOMAINS},
-            num_steps=1000,
-            num_decay_steps=250,
-            seed=5,
-        ),
+        seedling=_base_recipe(seed=6, num_steps=600, num_decay_steps=0),
+        recipe=_base_recipe(seed=5, num_steps=200, num_decay_steps=120),
     ),
 )
 
@@ -86,17 +106,23 @@ def train_members(
     """Train the members one after another; whether all of them came to their last step."""
     renderer = Renderer(tokenizer)
     for member in members:
-        progress = train(
-            build_model(member.shape, tokenizer, seed=member.recipe.seed),
-            renderer,
-            member.recipe,
-            folder=work / member.name,
-            resume=resume,
-            deadline_s=deadline_s,
-            report=partial(_say, member.name),
-        )
-        if progress.step < member.recipe.num_steps:
-            return False
+        seedling: LlamaForCausalLM | None = None
+        for folder, shape, recipe in member.stages():
+            model = build_model(shape, tokenizer, seed=recipe.seed)
+            if seedling is not None:
+                grow(seedling, model)
+            progress = train(
+                model,
+                renderer,
+                recipe,
+                folder=work / folder,
+                resume=resume,
+                deadline_s=deadline_s,
+                report=partial(_say, folder),
+            )
+            if progress.step < recipe.num_steps:
+                return False
+            seedling = model
     return True
 
 
@@ -106,9 +132,17 @@ def write_pool(
     """Export every member that has a checkpoint in `work` and measure the pool."""
     models: dict[str, LlamaForCausalLM] = {}
     for member in members:
-        progress = read_progress(work / member.name / "last")
+        stages = [read_progress(work / folder / "last") for folder, _, _ in member.stages()]
+        progress = stages[-1]
         if progress is None:
             continue
+        spent = [stage for stage in stages if stage is not None]
+        progress = replace(
+            progress,
+            step=sum(stage.step for stage in spent),
+            num_tokens=sum(stage.num_tokens for stage in spent),
+            wall_clock_s=sum(stage.wall_clock_s for stage in spent),
+        )
         model = build_model(member.shape, tokenizer, seed=member.recipe.seed)
         load_weights(work / member.name / "last", model)
         models[member.name] = export_model(model, tokenizer, progress, out / member.name)

@@ -30,8 +30,11 @@ def export_model(
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.do_sample = False
     model.save_pretrained(folder)
+    # safetensors writes files that only their owner may read.
+    (folder / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    _name_tokenizer_class(folder / "tokenizer_config.json")
     facts = {
         "num_parameters": num_parameters(model),
         "num_steps": progress.step,
@@ -41,6 +44,13 @@ def export_model(
     }
     (folder / TRAINING_FACTS).write_text(json.dumps(facts, indent=1) + "\n")
     return load_model(folder)
+
+
+def _name_tokenizer_class(path: Path) -> None:
+    """Write the class name that transformers 4 and 5 both know."""
+    config = json.loads(path.read_text())
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load_model(folder: Path) -> LlamaForCausalLM:

@@ -58,6 +58,29 @@ def build_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, *, seed: int) 
         return LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
 
 
+@torch.no_grad()
+def grow(shallow: LlamaForCausalLM, deep: LlamaForCausalLM) -> None:
+    """Copy `shallow` into `deep`, which has a whole multiple of its layers; same function.
+
+    The copied stack is repeated on top of itself (Du et al. 2024, "Stacking Your Transformers"),
+    here with the repeats' output projections at zero, so that training goes on from the shallow
+    model's loss.
+
+    Raises:
+        ValueError: the depths do not divide.
+    """
+    num_shallow, num_deep = len(shallow.model.layers), len(deep.model.layers)
+    if num_deep % num_shallow:
+        raise ValueError(f"{num_deep} layers are no multiple of {num_shallow}")
+    deep.model.embed_tokens.load_state_dict(shallow.model.embed_tokens.state_dict())
+    deep.model.norm.load_state_dict(shallow.model.norm.state_dict())
+    for index, layer in enumerate(deep.model.layers):
+        layer.load_state_dict(shallow.model.layers[index % num_shallow].state_dict())
+        if index >= num_shallow:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+
+
 def num_parameters(model: LlamaForCausalLM) -> int:
     """Distinct parameters; tied embeddings count once."""
     return sum(p.numel() for p in model.parameters())

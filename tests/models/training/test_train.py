@@ -1,0 +1,154 @@
+"""The training loop: its loss is transformers' loss, it learns, and it resumes exactly."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from models.training.checkpoint import read_progress
+from models.training.data import Renderer, steps
+from models.training.forward import low_precision, packed_loss, rotary_tables, to_tensors
+from models.training.shapes import Shape, build_model, grow
+from models.training.train import Recipe, train
+
+_TINY = Shape(hidden_size=32, num_layers=2, feed_forward_size=64, num_heads=4, num_kv_heads=2)
+_TINY = replace(_TINY, head_size=8)
+_RECIPE = Recipe(
+    mixture={"arithmetic": 1.0},
+    num_steps=12,
+    num_decay_steps=4,
+    num_warmup_steps=2,
+    rows_per_step=2,
+    row_tokens=64,
+    compiled=False,
+)
+
+
+def _run(
+    tokenizer: PreTrainedTokenizerFast, folder: Path, recipe: Recipe, **options: object
+) -> LlamaForCausalLM:
+    model = build_model(_TINY, tokenizer, seed=0)
+    train(model, Renderer(tokenizer), recipe, folder=folder, report=_ignore, **options)  # type: ignore[arg-type]
+    return model
+
+
+def _ignore(_: str) -> None:
+    """Report to nobody."""
+
+
+def _same_weights(one: LlamaForCausalLM, other: LlamaForCausalLM) -> bool:
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_loss_is_that_of_transformers(tokenizer: PreTrainedTokenizerFast) -> None:
+    """On each packed conversation the loss equals transformers' on the conversation alone."""
+    model = build_model(_TINY, tokenizer, seed=3)
+    rows = next(
+        steps(
+            Renderer(tokenizer),
+            {"arithmetic": 0.5, "text": 0.5},
+            seed=0,
+            first_step=0,
+            rows_per_step=2,
+            row_tokens=96,
+            question_weight=0.2,
+        )
+    )
+    cos, sin = rotary_tables(8, 96)
+    with torch.no_grad():
+        ours = packed_loss(
+            low_precision(model, torch.float32),
+            **to_tensors(rows),
+            cos=cos,
+            sin=sin,
+            num_layers=2,
+            head_size=8,
+            eps=model.config.rms_norm_eps,
+        )
+        total, weight = torch.tensor(0.0), 0.0
+        for r in range(2):
+            for s in range(1, rows.segments[r].max() + 1):
+                where = rows.segments[r] == s
+                logits = model(input_ids=torch.from_numpy(rows.tokens[r, where])[None]).logits[0]
+                targets = torch.from_numpy(rows.targets[r, where])
+                weights = torch.from_numpy(rows.weights[r, where])
+                losses = functional.cross_entropy(logits, targets, reduction="none")
+                total, weight = total + (losses * weights).sum(), weight + float(weights.sum())
+    assert float(ours) == pytest.approx(float(total) / weight, abs=1e-5)
+
+
+def test_the_loss_falls(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Fifty small steps bring the loss well below that of a uniform guess (6.2 nats)."""
+    lines: list[str] = []
+    model = build_model(_TINY, tokenizer, seed=0)
+    recipe = replace(_RECIPE, num_steps=50)
+    train(model, Renderer(tokenizer), recipe, folder=tmp_path, report=lines.append)
+    assert len(lines) == 1
+    assert "tokens/s" in lines[0]
+    assert float(lines[0].split("loss ")[1].split()[0]) < 5.0
+
+
+def _clock_of(readings: Iterator[int]) -> float:
+    return float(next(readings))
+
+
+@pytest.mark.parametrize("muon", [True, False])
+def test_a_resumed_run_gives_the_same_weights(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, muon: bool
+) -> None:
+    """Stopped at its deadline and resumed, a run ends with the weights of an unbroken one."""
+    recipe = replace(_RECIPE, muon=muon)
+    whole = _run(tokenizer, tmp_path / "whole", recipe)
+    ticks = iter(range(10_000))
+    _run(tokenizer, tmp_path / "broken", recipe, deadline_s=15, clock=lambda: _clock_of(ticks))
+    stopped = read_progress(tmp_path / "broken" / "last")
+    assert stopped is not None
+    assert 0 < stopped.step < recipe.num_steps
+    resumed = _run(tokenizer, tmp_path / "broken", recipe, resume=True)
+    assert _same_weights(whole, resumed)
+
+
+def test_a_finished_run_can_be_lengthened(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """A longer run resumes before the decay of a shorter one and ends as if run at once."""
+    longer = replace(_RECIPE, num_steps=20, num_decay_steps=6)
+    _run(tokenizer, tmp_path / "short", _RECIPE)
+    lengthened = _run(tokenizer, tmp_path / "short", longer, resume=True)
+    assert _same_weights(lengthened, _run(tokenizer, tmp_path / "long", longer))
+
+
+def test_another_recipe_starts_afresh(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """A checkpoint of a different recipe is not resumed."""
+    other = replace(_RECIPE, learning_rate=1e-3)
+    _run(tokenizer, tmp_path / "a", _RECIPE)
+    resumed = _run(tokenizer, tmp_path / "a", other, resume=True)
+    assert _same_weights(resumed, _run(tokenizer, tmp_path / "b", other))
+
+
+def test_a_checkpoint_replaces_the_old_one_whole(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """After a run there are the two finished checkpoints and no leftovers of writing."""
+    _run(tokenizer, tmp_path, _RECIPE, checkpoint_every_s=0.0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last", "stable"]
+    progress = read_progress(tmp_path / "last")
+    assert progress is not None
+    assert progress.step == _RECIPE.num_steps
+
+
+def test_growing_keeps_the_function(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A model grown to twice its depth computes what it computed before."""
+    shallow = build_model(_TINY, tokenizer, seed=0)
+    deep = build_model(replace(_TINY, num_layers=4), tokenizer, seed=1)
+    grow(shallow, deep)
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        assert torch.allclose(shallow(ids).logits, deep(ids).logits, atol=1e-6)
+    with pytest.raises(ValueError, match="3 layers are no multiple of 2"):
+        grow(shallow, build_model(replace(_TINY, num_layers=3), tokenizer, seed=1))
