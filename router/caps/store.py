@@ -33,6 +33,23 @@ from router.ledger.schema import BUDGET_HOLDS, BUDGET_WINDOWS, REQUESTS
 _KEPT_WINDOW_S = 2 * 86400
 _KEPT_HOLD_S = 86400
 
+# Statements are built once: building them anew would cost more than running them.
+_SELECT_HOLDS = sa.select(BUDGET_HOLDS).where(
+    BUDGET_HOLDS.c.request_id.in_(sa.bindparam("ids", expanding=True))
+)
+_SELECT_EXPIRED = sa.select(BUDGET_HOLDS).where(
+    ~BUDGET_HOLDS.c.lapsed, BUDGET_HOLDS.c.expires_s <= sa.bindparam("now_s")
+)
+_DELETE_HOLDS = sa.delete(BUDGET_HOLDS).where(
+    BUDGET_HOLDS.c.request_id.in_(sa.bindparam("ids", expanding=True))
+)
+_INSERT_HOLD = sa.insert(BUDGET_HOLDS)
+_SELECT_WINDOWS = sa.select(BUDGET_WINDOWS).where(
+    BUDGET_WINDOWS.c.window_id.in_(sa.bindparam("ids", expanding=True))
+)
+_INSERT_WINDOW = sa.insert(BUDGET_WINDOWS)
+_UPDATE_WINDOW = sa.update(BUDGET_WINDOWS).where(BUDGET_WINDOWS.c.window_id == sa.bindparam("id"))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reserve:
@@ -96,14 +113,12 @@ class BudgetStore:
 
     def sweep(self, now_s: float) -> None:
         """Give back what dead replicas held, and forget what is long over."""
-        expired = sa.select(BUDGET_HOLDS).where(
-            ~BUDGET_HOLDS.c.lapsed, BUDGET_HOLDS.c.expires_s <= now_s
-        )
         with self._database.connect() as connection:
-            if not connection.execute(expired.limit(1)).first():
+            if not connection.execute(_SELECT_EXPIRED, {"now_s": now_s}).first():
                 return
         with writing(self._database, lock=BUDGET_LOCK) as connection:
-            holds = [_read_hold(row) for row in connection.execute(expired)]
+            expired = connection.execute(_SELECT_EXPIRED, {"now_s": now_s})
+            holds = [_read_hold(row) for row in expired]
             before = _load(connection, holds, {})
             after = Book(before.tallies, before.holds)
             after.lapse(now_s, _recorded(connection, before.holds))
@@ -145,8 +160,7 @@ def used_amounts(*, status: int, tokens: int, usd: float, wh: float, gco2e: floa
 
 
 def _holds(connection: sa.Connection, ids: Collection[str]) -> list[Hold]:
-    query = sa.select(BUDGET_HOLDS).where(BUDGET_HOLDS.c.request_id.in_(ids))
-    return [_read_hold(row) for row in connection.execute(query)]
+    return [_read_hold(row) for row in connection.execute(_SELECT_HOLDS, {"ids": list(ids)})]
 
 
 def _load(connection: sa.Connection, holds: Iterable[Hold], windows: dict[str, Window]) -> Book:
@@ -157,14 +171,14 @@ def _load(connection: sa.Connection, holds: Iterable[Hold], windows: dict[str, W
     """
     held = {hold.request_id: hold for hold in holds}
     wanted = set(windows) | {name for hold in held.values() for name in hold.windows}
-    query = sa.select(BUDGET_WINDOWS).where(BUDGET_WINDOWS.c.window_id.in_(wanted))
-    tallies = {row.window_id: _read_tally(row) for row in connection.execute(query)}
+    rows = connection.execute(_SELECT_WINDOWS, {"ids": list(wanted)})
+    tallies = {row.window_id: _read_tally(row) for row in rows}
     for name, window in windows.items():
         if name not in tallies:
             spent = _spent_before(connection, window)
             tallies[name] = Tally(spent=spent, estimated=spent)
             row = {"window_id": name, "end_s": window.end_s, **_tally_values(tallies[name])}
-            connection.execute(sa.insert(BUDGET_WINDOWS), row)
+            connection.execute(_INSERT_WINDOW, row)
     return Book(tallies, held)
 
 
@@ -175,14 +189,13 @@ def _save(connection: sa.Connection, before: Book, after: Book) -> None:
         if tally is not before.tallies[name]
     ]
     if changed:
-        update = sa.update(BUDGET_WINDOWS).where(BUDGET_WINDOWS.c.window_id == sa.bindparam("id"))
-        connection.execute(update, changed)
+        connection.execute(_UPDATE_WINDOW, changed)
     gone = [name for name in before.holds if name not in after.holds]
     if gone:
-        connection.execute(sa.delete(BUDGET_HOLDS).where(BUDGET_HOLDS.c.request_id.in_(gone)))
+        connection.execute(_DELETE_HOLDS, {"ids": gone})
     new = [hold for name, hold in after.holds.items() if name not in before.holds]
     if new:
-        connection.execute(sa.insert(BUDGET_HOLDS), [_hold_values(hold) for hold in new])
+        connection.execute(_INSERT_HOLD, [_hold_values(hold) for hold in new])
     lapsed = [n for n, h in after.holds.items() if h.lapsed and not before.holds[n].lapsed]
     if lapsed:
         mine = BUDGET_HOLDS.c.request_id.in_(lapsed)

@@ -27,6 +27,7 @@ MIGRATION_LOCK = 5_350_001
 BUDGET_LOCK = 5_350_002
 
 _BUSY_TIMEOUT_MS = 10_000
+_LOCK = sa.text("SELECT pg_advisory_xact_lock(:lock)")
 
 
 def database_url(value: str) -> str:
@@ -93,11 +94,12 @@ def writing(database: Database, *, lock: int | None = None) -> Iterator[sa.Conne
     for having read before another wrote. With `lock`, it also excludes every other transaction
     under the same number in PostgreSQL, whichever process or machine runs it.
     """
-    writer = database.execution_options(shoal_writing=True)
-    with writer.begin() as connection:
-        if lock is not None and database.dialect.name == "postgresql":
-            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(lock)))
-        yield connection
+    with database.connect() as connection:
+        connection.execution_options(shoal_writing=True)
+        with connection.begin():
+            if lock is not None and database.dialect.name == "postgresql":
+                connection.execute(_LOCK, {"lock": lock})
+            yield connection
 
 
 def _open_sqlite(url: sa.URL, fast_commits: bool) -> Database:
