@@ -8,6 +8,7 @@ from ray.serve import Application
 
 from models.pool import DeploymentSpec, load_pool
 from router.catalog import Catalog
+from router.compose import check_experiments
 from router.config import AppArgs
 from router.deployments import EngineReplica, Ingress
 
@@ -18,11 +19,13 @@ _MAX_ONGOING_REQUESTS = 10_000
 def build(args: AppArgs) -> Application:
     """Return the application of one pool: an ingress, and a deployment per engine.
 
-    Raises `PoolError` or `PolicyError` if the pool or a policy cannot be used.
+    Raises `PoolError`, `PolicyError` or `LedgerError` if the pool, a policy, an experiment or the
+    ledger cannot be used.
     """
     args = args.model_copy(update={"pool": args.pool.resolve()})
     pool = load_pool(args.pool)
-    Catalog(pool, policies=args.policies)  # find mistakes here, not in a replica
+    # Find mistakes here, not in a replica.
+    check_experiments(args, pool, Catalog(pool, policies=args.policies))
     engines = {
         spec.name: EngineReplica.options(  # type: ignore[attr-defined]
             name=f"engine-{spec.name}", **_options(spec.deployment)

@@ -34,6 +34,20 @@ def open_recorder(args: AppArgs) -> Recorder:
     )
 
 
+def check_experiments(args: AppArgs, pool: Pool, catalog: Catalog) -> None:
+    """Find what is wrong with the experiments before any replica starts.
+
+    Raises `ExperimentError` and `LedgerError`.
+    """
+    definitions, _ = read_definitions(args)
+    if definitions and args.ledger is not None:
+        database = open_database(args.ledger.url)
+        try:
+            Experiments(definitions, args=args, pool=pool, catalog=catalog, database=database)
+        finally:
+            database.dispose()
+
+
 def compose(
     args: AppArgs,
     pool: Pool,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -14,12 +13,11 @@ from models.engines.base import Chunk, EngineStats, GenerationRequest
 from models.engines.registry import create_engine
 from models.pool import EngineSpec, Model, load_pool
 from router.catalog import Catalog
+from router.compose import compose, open_recorder
 from router.config import AppArgs
 from router.engines.handle import HandleClient
 from router.engines.worker import EngineWorker, set_num_threads
 from router.ingress import create_api
-from router.record import LogRecorder
-from router.service import Service
 
 
 @serve.deployment
@@ -67,11 +65,12 @@ class Ingress:
 
     def __init__(self, args: AppArgs, engines: Mapping[str, DeploymentHandle[Any]]) -> None:
         pool = load_pool(args.pool)
-        self._service = Service(
-            catalog=Catalog(pool, policies=args.policies),
+        self._service = compose(
+            args,
+            pool,
+            Catalog(pool, policies=args.policies),
             engines={name: HandleClient(handle) for name, handle in engines.items()},
-            recorder=LogRecorder(logging.getLogger("ray.serve.requests")),
-            limits=args.limits,
+            recorder=open_recorder(args),
             echo_request_id=False,
         )
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from router.cli import chat, keys, ledger, models, plan, report, serve
+from router.cli import chat, experiment, keys, ledger, models, plan, report, serve
 
 app = typer.Typer(
     help="Serves a school of small language models as one.",
@@ -41,5 +41,6 @@ app.command()(chat.chat)
 app.command()(models.models)
 app.command()(plan.plan)
 app.command()(report.report)
+app.add_typer(experiment.app, name="experiment")
 app.add_typer(keys.app, name="keys")
 app.add_typer(ledger.app, name="ledger")
