@@ -1,0 +1,89 @@
+"""The contract of every encoder: text to features, and features to a point in a small space.
+
+An encoder is fitted once on the training queries and frozen from then on. It knows nothing of
+models or scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, Self, TypeAlias
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+Floats: TypeAlias = NDArray[np.float32]
+Ids: TypeAlias = NDArray[np.int64]
+Arrays: TypeAlias = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """One query's non-zero features: distinct `ids` in [0, num_features) and their `values`."""
+
+    ids: Ids
+    values: Floats
+
+
+class Encoder(Protocol):
+    """Maps text to features; any text at all, and never raises on one.
+
+    Feature rows have norm at most about 1 per block, so that one regularisation strength fits
+    every query length.
+    """
+
+    @property
+    def kind(self) -> str:
+        """The name under which the registry knows this encoder."""
+        ...
+
+    @property
+    def num_features(self) -> int:
+        """The length of a feature row."""
+        ...
+
+    @property
+    def num_dimensions(self) -> int:
+        """The length of an embedding."""
+        ...
+
+    def fit(self, texts: Sequence[str]) -> Self:
+        """Learn what the features need from training queries; returns itself."""
+        ...
+
+    def features(self, text: str) -> Features:
+        """Return the features of one query."""
+        ...
+
+    def matrix(self, texts: Sequence[str]) -> sp.csr_matrix:
+        """Return the features of many queries, [num_texts, num_features], float32.
+
+        Features that training knows nothing of may be missing, as their weights are zero.
+        """
+        ...
+
+    def embedding(self, features: Features) -> Floats:
+        """Return the point [num_dimensions] that clusters see; its norm is at most about 1."""
+        ...
+
+    def embeddings(self, matrix: sp.csr_matrix) -> Floats:
+        """Return the points of many queries, [num_texts, num_dimensions]."""
+        ...
+
+    def names(self, text: str) -> dict[int, str]:
+        """Return what a person would call the features of `text` (empty where nobody can)."""
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """Return the hyperparameters as JSON data."""
+        ...
+
+    def arrays(self) -> Arrays:
+        """Return what `fit` learned."""
+        ...
+
+    def restore(self, arrays: Arrays) -> Self:
+        """Take back what `arrays` returned; `PolicyError` where it does not fit the settings."""
+        ...

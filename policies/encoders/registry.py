@@ -1,0 +1,25 @@
+"""Encoders by kind, from JSON settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from policies.encoders.base import Encoder
+from policies.encoders.ngrams import NGrams
+from policies.errors import PolicyError
+
+
+def build_encoder(kind: str, settings: Mapping[str, Any]) -> Encoder:
+    """Return an unfitted encoder; `PolicyError` for an unknown kind or setting."""
+    if kind not in _ENCODERS:
+        raise PolicyError(
+            f"encoder: {kind!r} is unknown; allowed are {', '.join(sorted(_ENCODERS))}"
+        )
+    try:
+        return _ENCODERS[kind](**settings)
+    except TypeError as error:
+        raise PolicyError(f"encoder {kind}: {error}") from None
+
+
+_ENCODERS: dict[str, Callable[..., Encoder]] = {NGrams.kind: NGrams}

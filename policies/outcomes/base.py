@@ -1,0 +1,158 @@
+"""One query and how well each model answered it; JSON Lines files of such records.
+
+Only `query` and `scores` are required. A query may have scores for some models only: a ledger
+knows the one model that answered, a benchmark knows all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as validated
+
+from policies.errors import OutcomesError
+
+Score: TypeAlias = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Count: TypeAlias = Annotated[int, Field(ge=0)]
+Usd: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+@validated(frozen=True, kw_only=True, config=_STRICT)
+class AnswerLogprobs:
+    """Natural log-probabilities of one answer's tokens: their mean, least, and number."""
+
+    mean: float
+    min: float
+    num_tokens: Count
+
+
+@validated(frozen=True, kw_only=True, config=_STRICT)
+class Outcome:
+    """A query and what is known of each model's answer to it, by model name.
+
+    `scores` are quality in [0, 1] (1 means right). `tags` name the task or domain; `split` the
+    part of the data it belongs to; `answer` is the reference. `outputs` are the models' texts,
+    `costs` US dollars, `output_tokens` their lengths.
+    """
+
+    query: str
+    scores: dict[str, Score] = Field(min_length=1)
+    id: str = ""
+    tags: tuple[str, ...] = ()
+    split: str | None = None
+    answer: str | None = None
+    outputs: dict[str, str] = field(default_factory=dict)
+    logprobs: dict[str, AnswerLogprobs] = field(default_factory=dict)
+    prompt_tokens: Count | None = None
+    output_tokens: dict[str, Count] = field(default_factory=dict)
+    costs: dict[str, Usd] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreTable:
+    """Scores as an array [num_queries, num_models], NaN where a model's score is unknown."""
+
+    models: tuple[str, ...]
+    scores_QM: NDArray[np.float64]
+
+
+_ADAPTER = TypeAdapter(Outcome)
+
+
+def read_outcomes(path: Path | str, *, split: str | None = None) -> list[Outcome]:
+    """Read a JSON Lines file of outcomes; blank lines are skipped.
+
+    With `split`, only that part. Raises `OutcomesError` naming file, line and key for the first
+    bad line, for an empty file and for a split that nothing belongs to.
+    """
+    path = Path(path)
+    outcomes = list(_read(path))
+    if not outcomes:
+        raise OutcomesError(f"{path}: the file holds no outcomes")
+    if split is None:
+        return outcomes
+    chosen = [outcome for outcome in outcomes if outcome.split == split]
+    if not chosen:
+        known = sorted({str(outcome.split) for outcome in outcomes})
+        raise OutcomesError(f"{path}: split {split!r} is unknown; the file has {', '.join(known)}")
+    return chosen
+
+
+def write_outcomes(path: Path | str, outcomes: Iterable[Outcome]) -> None:
+    """Write outcomes as JSON Lines, one object per line, fields that say nothing left out."""
+    path = Path(path)
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8"
+    ) as file:
+        for outcome in outcomes:
+            file.write(json.dumps(_to_json(outcome), ensure_ascii=False) + "\n")
+    os.replace(file.name, path)  # noqa: PTH105 - atomic, as Path.replace, on the name we have
+
+
+def score_table(outcomes: Sequence[Outcome], models: Sequence[str] | None = None) -> ScoreTable:
+    """Return the scores of `models` (default: all, in order of first mention) as an array.
+
+    Raises `OutcomesError` for a model that no outcome scores.
+    """
+    known = dict.fromkeys(name for outcome in outcomes for name in outcome.scores)
+    for name in models or ():
+        if name not in known:
+            raise OutcomesError(
+                f"the model {name!r} has no scores in these outcomes; they have {', '.join(known)}"
+            )
+    names = tuple(models or known)
+    nan = float("nan")
+    rows = [[outcome.scores.get(name, nan) for name in names] for outcome in outcomes]
+    return ScoreTable(models=names, scores_QM=np.array(rows, np.float64))
+
+
+def content_sha256(outcomes: Iterable[Outcome]) -> str:
+    """Return a hash of the queries, tags and scores: what a router was trained on."""
+    digest = hashlib.sha256()
+    for outcome in outcomes:
+        known = [outcome.query, list(outcome.tags), sorted(outcome.scores.items())]
+        digest.update(json.dumps(known).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> Iterator[Outcome]:
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield _read_line(path, number, line)
+    except OSError as error:
+        raise OutcomesError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _read_line(path: Path, number: int, line: bytes) -> Outcome:
+    try:
+        return _ADAPTER.validate_json(line)
+    except ValidationError as error:
+        detail = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in detail["loc"]) or "the line"
+        raise OutcomesError(
+            f"{path}, line {number}: {key}: {detail['msg']}, got {_shorten(detail['input'])}"
+        ) from None
+
+
+def _shorten(value: Any, limit: int = 80) -> str:  # noqa: ANN401 - whatever the file held
+    text = repr(value)
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+def _to_json(outcome: Outcome) -> Mapping[str, Any]:
+    data = asdict(outcome)
+    return {key: value for key, value in data.items() if value not in ("", (), {}, None)}

@@ -1,0 +1,90 @@
+"""From logits to probabilities that mean what they say.
+
+Shape legend: Q queries, M models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+from scipy.special import expit
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Platt:
+    """Per-model scaling of logits, P = σ(slope·z + offset) (Platt 1999); fit it on held-out z."""
+
+    slope_M: NDArray[np.float32]
+    offset_M: NDArray[np.float32]
+
+    def scaled(self, logits_QM: Floats) -> Floats:
+        """Return the calibrated probabilities."""
+        scaled: Floats = expit(logits_QM * self.slope_M + self.offset_M)
+        return scaled
+
+
+def fit_platt(logits_QM: Floats, scores_QM: Floats) -> Platt:
+    """Fit slopes and offsets by maximum likelihood with a weak pull towards the identity.
+
+    Unknown scores (NaN) are left out. The pull (one pseudo-query) keeps a model with hardly any
+    scores near its uncalibrated prediction.
+    """
+    fits = []
+    for z, y in zip(logits_QM.T, scores_QM.T, strict=True):
+        known = ~np.isnan(y)
+        fits.append(_fit_one(z[known], y[known]))
+    return Platt(
+        slope_M=np.array([slope for slope, _ in fits], np.float32),
+        offset_M=np.array([offset for _, offset in fits], np.float32),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reliability:
+    """A reliability diagram: per bin of predictions, mean prediction, mean score, and count."""
+
+    predicted: Floats
+    observed: Floats
+    count: Floats
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error: count-weighted mean |predicted - observed|."""
+        gap = np.abs(self.predicted - self.observed)
+        return float(np.sum(gap * self.count) / np.sum(self.count))
+
+
+def reliability(predicted: Floats, observed: Floats, *, num_bins: int = 15) -> Reliability:
+    """Bin predictions by equal counts (equal widths would leave most bins empty).
+
+    Both arguments hold one number per prediction; pairs with an unknown score are left out.
+    """
+    known = ~np.isnan(observed)
+    order = np.argsort(predicted[known], kind="stable")
+    p, y = predicted[known][order], observed[known][order]
+    bins = [b for b in np.array_split(np.arange(len(p)), num_bins) if len(b)]
+    return Reliability(
+        predicted=np.array([p[b].mean() for b in bins]),
+        observed=np.array([y[b].mean() for b in bins]),
+        count=np.array([float(len(b)) for b in bins]),
+    )
+
+
+def _fit_one(z: Floats, y: Floats) -> tuple[float, float]:
+    def loss(parameters: Floats) -> tuple[float, Floats]:
+        slope, offset = parameters
+        scaled = slope * z + offset
+        error = expit(scaled) - y
+        pull = np.array([slope - 1, offset])
+        value = np.sum(np.logaddexp(0, scaled) - y * scaled) + pull @ pull / 2
+        return float(value), np.array([error @ z, error.sum()]) + pull
+
+    # A negative slope would turn the model's ranking of queries upside down on noise alone.
+    bounds = [(0.05, 5.0), (-5.0, 5.0)]
+    result = minimize(loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B", bounds=bounds)
+    return float(result.x[0]), float(result.x[1])

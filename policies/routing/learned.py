@@ -1,0 +1,146 @@
+"""The policies over a trained router: `Learned` (ZOOTER, Lu et al. 2023) and `Clusters`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from policies.base import Decision, ModelFacts, Query
+from policies.plan import Answer, Plan, members
+from policies.routing.choice import Trade, make_chooser
+from policies.routing.router import Prediction, Router
+
+NUM_NGRAMS_SHOWN = 8
+
+
+class Learned:
+    """Sends each query to the member whose predicted quality is worth its price.
+
+    A query unlike the training queries gets `fallback`, the safe plan; without one the
+    predictions are used all the same, and tend to the training averages.
+    """
+
+    predictor: ClassVar[str] = "predicted"
+
+    def __init__(
+        self,
+        router: Router,
+        *,
+        models: Mapping[str, ModelFacts],
+        trade: Trade | None = None,
+        fallback: Plan | None = None,
+    ) -> None:
+        self._router = router
+        self._fallback = fallback
+        self._chooser = make_chooser(
+            trade or Trade(), router.models, router.output_tokens_M, models
+        )
+        self._allowed = [(router.models[m], m) for m in self._chooser.allowed]
+        self._plans = tuple(Answer(members=(name,)) for name in router.models)
+
+    @property
+    def router(self) -> Router:
+        """The trained router behind the decisions."""
+        return self._router
+
+    def decide(self, query: Query) -> Decision:
+        """Return the plan for `query`."""
+        return self._decide(query, self._router.predict(query.text))
+
+    def explain(self, query: Query) -> Decision:
+        """Return the same decision with `details`: members, nearest cluster, strongest n-grams."""
+        prediction = self._router.predict(query.text)
+        decision = self._decide(query, prediction)
+        quality_M = self._quality(prediction)
+        costs_M = self._chooser.costs_usd(query)
+        chosen = self._chooser.choose(query, quality_M)
+        return Decision(
+            plan=decision.plan,
+            scores=decision.scores,
+            reason=decision.reason,
+            details={
+                "members": [
+                    {
+                        "model": name,
+                        "predicted_quality": round(float(quality_M[m]), 4),
+                        "expected_usd": float(costs_M[m]),
+                    }
+                    for name, m in self._allowed
+                ],
+                "nearest_cluster": self._cluster(prediction),
+                "strongest_ngrams": self._ngrams(query.text, prediction, chosen),
+            },
+        )
+
+    def members(self) -> tuple[str, ...]:
+        """Return the members to choose from, and those of the fallback."""
+        names = [name for name, _ in self._allowed]
+        return tuple(dict.fromkeys([*names, *(members(self._fallback) if self._fallback else ())]))
+
+    def _quality(self, prediction: Prediction) -> NDArray[np.float32]:
+        return prediction.quality_M
+
+    def _decide(self, query: Query, prediction: Prediction) -> Decision:
+        quality_M = self._quality(prediction)
+        scores = {name: float(quality_M[m]) for name, m in self._allowed}
+        familiar_above = self._router.topics.familiar_above
+        if self._fallback is not None and prediction.similarity < familiar_above:
+            return Decision(
+                plan=self._fallback,
+                scores=scores,
+                reason=f"unlike the training queries (similarity {prediction.similarity:.2f}, "
+                f"familiar from {familiar_above:.2f}): the safe plan",
+            )
+        chosen = self._chooser.choose(query, quality_M)
+        name = self._router.models[chosen]
+        return Decision(
+            plan=self._plans[chosen],
+            scores=scores,
+            reason=f"{name} has the best {self.predictor} quality for its price "
+            f"({quality_M[chosen]:.2f})",
+        )
+
+    def _cluster(self, prediction: Prediction) -> dict[str, Any]:
+        topics = self._router.topics
+        scores_M = topics.scores_KM[prediction.cluster]
+        return {
+            "id": prediction.cluster,
+            "num_training_queries": int(topics.sizes_K[prediction.cluster]),
+            "similarity": round(prediction.similarity, 4),
+            "familiar_above": round(topics.familiar_above, 4),
+            "mean_scores": {name: round(float(scores_M[m]), 4) for name, m in self._allowed},
+        }
+
+    def _ngrams(self, text: str, prediction: Prediction, chosen: int) -> list[dict[str, Any]]:
+        """Return what spoke most for `chosen`, or against it, compared with the other members."""
+        others = [m for _, m in self._allowed if m != chosen]
+        if not others:
+            return []
+        weights = self._router.weights_FM[prediction.features.ids]
+        effect = (weights[:, chosen] - weights[:, others].mean(1)) * prediction.features.values
+        names = self._router.encoder.names(text)
+        strongest = sorted(
+            zip(prediction.features.ids, effect, strict=True), key=lambda pair: -abs(pair[1])
+        )
+        return [
+            {"ngram": names[int(feature)], "logit": round(float(value), 4)}
+            for feature, value in strongest[:NUM_NGRAMS_SHOWN]
+            if value != 0 and int(feature) in names
+        ]
+
+
+class Clusters(Learned):
+    """Sends each query to the member that did best on the nearest cluster of training queries.
+
+    k-means over the encoder's embeddings, no trained head: the baseline that beats most trained
+    routers (the Avengers, see LLMRouterBench).
+    """
+
+    predictor = "mean"
+
+    def _quality(self, prediction: Prediction) -> NDArray[np.float32]:
+        scores_M: NDArray[np.float32] = self._router.topics.scores_KM[prediction.cluster]
+        return scores_M

@@ -1,0 +1,77 @@
+"""Clusters of training queries: what each model scored there, and how near a query is to any.
+
+Used by the `Clusters` policy, by label enhancement where queries have no tags, and to tell that a
+query is unlike anything in training.
+
+Shape legend: Q queries, K clusters, D dimensions of the embedding, M models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.cluster import KMeans
+
+Floats = NDArray[np.float32]
+
+SHRINKAGE = 5.0
+"""Pseudo-queries with the global mean score that each cluster starts with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topics:
+    """Unit centroids, the models' mean scores in each cluster, and its size.
+
+    A query whose similarity to the nearest centroid is below `familiar_above` is unlike the
+    training queries: all but a chosen share of them lie above it.
+    """
+
+    centroids_KD: Floats
+    scores_KM: Floats
+    sizes_K: NDArray[np.int64]
+    familiar_above: float
+
+    def nearest(self, embedding: Floats) -> tuple[int, float]:
+        """Return the nearest cluster and the cosine-like similarity to it, at most about 1."""
+        similarity_K = self.centroids_KD @ embedding
+        nearest = int(similarity_K.argmax())
+        return nearest, float(similarity_K[nearest])
+
+    def assign(self, embeddings_QD: Floats) -> NDArray[np.int64]:
+        """Return the nearest cluster of every query."""
+        return np.asarray((embeddings_QD @ self.centroids_KD.T).argmax(1))
+
+
+def fit_topics(
+    embeddings_QD: Floats,
+    scores_QM: NDArray[np.float64],
+    *,
+    num_clusters: int,
+    unfamiliar_share: float,
+    seed: int,
+) -> Topics:
+    """Cluster by spherical k-means; scores are shrunk towards each model's global mean.
+
+    `unfamiliar_share` of the training queries would themselves count as unfamiliar.
+    """
+    norms = np.linalg.norm(embeddings_QD, axis=1, keepdims=True)
+    units = embeddings_QD / np.maximum(norms, 1e-6)
+    num_clusters = max(1, min(num_clusters, len(units) // 10))
+    kmeans = KMeans(num_clusters, n_init=1, max_iter=50, random_state=seed).fit(units)
+    centroids = kmeans.cluster_centers_
+    centroids = centroids / np.maximum(np.linalg.norm(centroids, axis=1, keepdims=True), 1e-6)
+    similarity = embeddings_QD @ centroids.T
+    labels = similarity.argmax(1)
+    known = ~np.isnan(scores_QM)
+    values = np.where(known, scores_QM, 0.0)
+    member = np.eye(num_clusters)[labels].T
+    mean_M = values.sum(0) / np.maximum(known.sum(0), 1)
+    scores = (member @ values + SHRINKAGE * mean_M) / (member @ known + SHRINKAGE)
+    return Topics(
+        centroids_KD=centroids.astype(np.float32),
+        scores_KM=scores.astype(np.float32),
+        sizes_K=np.bincount(labels, minlength=num_clusters),
+        familiar_above=float(np.quantile(similarity.max(1), unfamiliar_share)),
+    )
