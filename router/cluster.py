@@ -6,9 +6,11 @@ The environment must be prepared before Ray is imported: Ray Serve reads its swi
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import shutil
+import signal
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +18,11 @@ from pathlib import Path
 
 _OBJECT_STORE_BYTES = 80 * 2**20  # answers travel inline; Ray's minimum is 75 MB
 _SHARED_MEMORY = Path("/dev/shm")
+_START_ATTEMPTS = 3  # Ray gives up after 30 s, which a busy machine may need
+
+
+class ClusterFailed(RuntimeError):
+    """Ray did not come up."""
 
 
 class AddressInUse(ValueError):
@@ -80,30 +87,63 @@ def prepared_environment(haproxy: str | None) -> Iterator[None]:
         finally:
             for name in added:
                 del os.environ[name]
+            _end_haproxy(folder)
+
+
+def _end_haproxy(folder: str) -> None:
+    """End an HAProxy that reads its configuration from `folder`: it outlives a killed manager."""
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if (
+                f"{folder}/".encode() in entry.read_bytes()
+                and int(entry.parent.name) != os.getpid()
+            ):
+                os.kill(int(entry.parent.name), signal.SIGTERM)
 
 
 @contextlib.contextmanager
 def local_cluster() -> Iterator[None]:
-    """Start Ray on this machine; stop Ray Serve and every process of Ray's at the end."""
+    """Start Ray on this machine; stop Ray Serve and every process of Ray's at the end.
+
+    Raises `ClusterFailed` if Ray does not come up.
+    """
     import ray  # noqa: PLC0415 - after the environment is prepared
     from ray import serve  # noqa: PLC0415
 
-    shared = shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else 0
     try:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            # A container's /dev/shm may be smaller than any object store.
-            _plasma_directory=None if shared > 2 * _OBJECT_STORE_BYTES else tempfile.gettempdir(),
-        )
+        _start_ray()
         yield
     finally:
-        with contextlib.suppress(Exception):
-            serve.shutdown()  # type: ignore[no-untyped-call]
-        ray.shutdown()
+        # Ray prints on stderr how its own controller ends; nobody can act on that.
+        with contextlib.redirect_stderr(io.StringIO()):
+            with contextlib.suppress(Exception):
+                serve.shutdown()  # type: ignore[no-untyped-call]
+            ray.shutdown()
+
+
+def _start_ray() -> None:
+    import ray  # noqa: PLC0415
+
+    shared = shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else 0
+    for attempt in range(_START_ATTEMPTS):
+        try:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.CRITICAL,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                # A container's /dev/shm may be smaller than any object store.
+                _plasma_directory=(
+                    None if shared > 2 * _OBJECT_STORE_BYTES else tempfile.gettempdir()
+                ),
+            )
+        except Exception as error:  # Ray raises bare exceptions here
+            ray.shutdown()
+            if attempt + 1 == _START_ATTEMPTS:
+                raise ClusterFailed(f"Ray did not start: {error}") from error
+        else:
+            return
 
 
 def free_port() -> int:

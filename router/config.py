@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from models.pool import DEFAULT_POOL, DeploymentSpec, Name, explain
 from router.caps.config import BudgetsConfig
@@ -58,6 +58,12 @@ class AppArgs(_Strict):
     budgets: BudgetsConfig = Field(default_factory=BudgetsConfig)
     experiments: dict[Name, Any] = Field(default_factory=dict)
     shadows: dict[Name, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _keeps_what_it_needs(self) -> Self:
+        if self.ledger is None and (self.auth.required or self.budgets.any):
+            raise ValueError("auth and budgets need the ledger, which is off (ledger: null)")
+        return self
 
 
 def load_args(file: Path | None, **overrides: object) -> AppArgs:

@@ -11,11 +11,14 @@ Everything else that is raised below the API is mapped by `to_api_error`.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from models.errors import ContextOverflow, EngineError, EngineOverloaded, RequestError
 from policies.errors import PolicyError
+from router.caps.errors import BudgetExhausted, BudgetUnavailable
+from router.keys import KeyRejected
 
 
 class ApiError(Exception):
@@ -74,6 +77,21 @@ def to_api_error(error: BaseException) -> ApiError:
         return bad_request(str(error), error.param)
     if isinstance(error, PolicyError):
         return bad_request(str(error), "shoal.plan")
+    if isinstance(error, KeyRejected):
+        kind = "authentication_error" if error.status == 401 else "permission_error"
+        code = "invalid_api_key" if error.status == 401 else "insufficient_permissions"
+        headers = {"www-authenticate": "Bearer"} if error.status == 401 else {}
+        return ApiError(error.status, str(error), kind=kind, code=code, headers=headers)
+    if isinstance(error, BudgetExhausted):
+        return _budget_exhausted(error)
+    if isinstance(error, BudgetUnavailable):
+        return ApiError(
+            503,
+            str(error),
+            kind="server_error",
+            code="budgets_unavailable",
+            headers=retry_headers(1.0),
+        )
     if isinstance(error, EngineOverloaded):
         return ApiError(
             429,
@@ -99,3 +117,15 @@ def to_api_error(error: BaseException) -> ApiError:
             headers={"x-should-retry": "false"},
         )
     return ApiError(500, "Internal server error.", kind="server_error", code="internal_error")
+
+
+def _budget_exhausted(error: BudgetExhausted) -> ApiError:
+    if error.final:
+        # Clients obey x-should-retry; retry-after tells people (and schedulers) when to come back.
+        wait_s = max(0.0, error.reset_s - time.time())
+        told = {"x-should-retry": "false", "retry-after": str(math.ceil(wait_s))}
+        kind = code = "insufficient_quota"
+    else:
+        told = {"x-should-retry": "true", **retry_headers(1.0)}
+        kind, code = "rate_limit_error", "budget_in_use"
+    return ApiError(429, str(error), kind=kind, code=code, headers=error.headers | told)

@@ -13,9 +13,11 @@ from typing import Any
 from policies.base import Decision
 from policies.footprint import Footprint, Rates
 from policies.plan import Plan, to_json
+from router.caps.budgets import Reservation
 from router.digest import answer_digest
 from router.executor.task import Task
 from router.executor.trace import Trace
+from router.keys import Key
 from router.openai_api.ask import Ask
 from router.record import MemberTokens, RequestRecord
 
@@ -60,7 +62,8 @@ class Exchange:
     output_tokens: int = 0
     status: int = CLIENT_CLOSED_REQUEST
     error: str | None = None
-    key_id: str | None = None
+    key: Key | None = None
+    reservation: Reservation | None = None
     user: str | None = None
     session: str | None = None
     experiment: str | None = None
@@ -84,6 +87,11 @@ class Exchange:
             user=_name(headers, USER_HEADER),
             session=_name(headers, SESSION_HEADER),
         )
+
+    @property
+    def key_id(self) -> str | None:
+        """The id of the key that the request brought, if it brought one."""
+        return self.key.id if self.key else None
 
     @property
     def elapsed_s(self) -> float:
@@ -119,8 +127,8 @@ class Exchange:
             for run in choice.trace.runs.values()
         ]
 
-    def record(self, rates: Mapping[str, Rates]) -> RequestRecord:
-        """Return the record of the request, which is over."""
+    def record(self, rates: Mapping[str, Rates], *, keep_text: bool = False) -> RequestRecord:
+        """Return the record of the request, which is over; with the texts if they are kept."""
         assert self.ended_s is not None
         ask, cost = self.ask, self.footprint(rates)
         decision = self.decisions[0] if self.decisions else None
@@ -154,6 +162,8 @@ class Exchange:
             unit=self.unit,
             propensity=self.propensity,
             expected_quality=self.expected_quality,
+            query_text=self.choices[0].task.query.text if keep_text and self.choices else None,
+            answer_text="".join(self.answer) if keep_text and self.answer else None,
             answer_digest=(
                 answer_digest(self.id, "".join(self.answer)) if self.status < 400 else None
             ),

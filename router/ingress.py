@@ -14,8 +14,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from models.errors import EngineError
-from router.errors import ApiError
-from router.experiments.endpoints import add_experiment_routes, add_feedback_route
+from router.errors import ApiError, to_api_error
+from router.experiments.endpoints import Identify, add_experiment_routes, add_feedback_route
+from router.keys import KeyRejected, Scope
 from router.ledger.writer import Ledger
 from router.openai_api.chat import ChatEndpoint
 from router.openai_api.completions import CompletionEndpoint
@@ -40,20 +41,36 @@ def create_api(service: Service) -> FastAPI:
     for endpoint in (ChatEndpoint(), CompletionEndpoint(service.catalog.tokenizer)):
         _add_endpoint(api, service, endpoint)
 
+    def identify(scope: Scope) -> Identify:
+        async def key_id(request: Request) -> str | None:
+            if service.gate is None:
+                return None
+            header = request.headers.get("authorization")
+            key = await service.gate.identify(header, scope=scope)
+            return key.id if key else None
+
+        return key_id
+
+    @api.exception_handler(KeyRejected)
+    async def reject(_: Request, error: KeyRejected) -> JSONResponse:
+        return _error(to_api_error(error))
+
     if isinstance(service.recorder, Ledger):
         names = [shadow.name for shadow in service.mirror.shadows]
-        add_feedback_route(api, service.recorder, identify=_anonymous, shadows=names)
+        add_feedback_route(api, service.recorder, identify=identify("user"), shadows=names)
     if service.experiments is not None:
-        add_experiment_routes(api, service.experiments, service.mirror, identify=_anonymous)
+        add_experiment_routes(api, service.experiments, service.mirror, identify=identify("admin"))
 
     @api.get("/v1/models")
-    async def models() -> JSONResponse:
+    async def models(request: Request) -> JSONResponse:
         """List every name that `model` takes: policies and the pool's models."""
+        await identify("user")(request)
         return JSONResponse(list_models(service.catalog))
 
     @api.get("/v1/models/{name:path}")
-    async def model(name: str) -> JSONResponse:
+    async def model(request: Request, name: str) -> JSONResponse:
         """Describe one of them."""
+        await identify("user")(request)
         if service.catalog.resolve(name) is None:
             return _error(
                 ApiError(
@@ -82,10 +99,6 @@ def create_api(service: Service) -> FastAPI:
         )
 
     return api
-
-
-async def _anonymous(_: Request) -> str | None:
-    return None
 
 
 def _add_endpoint(api: FastAPI, service: Service, endpoint: Endpoint) -> None:

@@ -76,6 +76,11 @@ class RequestRecord:
     query_text: str | None = None
     answer_text: str | None = None
 
+    def ran(self) -> tuple[str, ...]:
+        """Return the members that read or wrote anything for this request, sorted by name."""
+        used = (name for name, m in self.members.items() if m.prompt_tokens or m.output_tokens)
+        return tuple(sorted(used))
+
     def to_json(self) -> dict[str, Any]:
         """Return the record as JSON data."""
         return asdict(self)

@@ -30,6 +30,7 @@ from router.executor.executor import Executor
 from router.executor.task import merge
 from router.experiments.experiments import Experiments
 from router.experiments.mirror import Mirror
+from router.gate import Gate
 from router.openai_api.ask import Ask
 from router.openai_api.endpoint import Endpoint, Head, Writer
 from router.record import Recorder
@@ -54,17 +55,22 @@ class Service:
         recorder: Recorder,
         limits: ServingLimits,
         echo_request_id: bool = True,
+        gate: Gate | None = None,
+        keep_text: bool = False,
         experiments: Experiments | None = None,
         shadows: Sequence[Shadow] = (),
     ) -> None:
         """Serve with `engines`, given by name; `echo_request_id` False leaves that header out.
 
-        Ray Serve adds it to every response itself.
+        Ray Serve adds it to every response itself. Without a `gate` everybody may ask for
+        everything. With `keep_text` records hold the last user message and the answer.
         """
         self.catalog = catalog
         self.engines = engines
         self.experiments = experiments
         self.recorder = recorder
+        self.gate = gate
+        self._keep_text = keep_text
         self._limits = limits
         self._echo_request_id = echo_request_id
         self._executor = Executor(engines=engines, catalog=catalog, limits=limits)
@@ -79,6 +85,8 @@ class Service:
             id_prefix=endpoint.id_prefix, endpoint=endpoint.path, headers=request.headers
         )
         try:
+            if self.gate is not None:
+                exchange.key = await self.gate.identify(request.headers.get("authorization"))
             body = await read_body(request, self._limits.max_body_bytes)
             work = self._answer(exchange, endpoint, body, request.headers)
             response = await until_disconnected(request.receive, work)
@@ -100,6 +108,8 @@ class Service:
         await self.mirror.close()
         await asyncio.gather(*self._settling, return_exceptions=True)
         await self.recorder.close()
+        if self.gate is not None:
+            await self.gate.close()
 
     async def _answer(
         self, exchange: Exchange, endpoint: Endpoint, body: bytes, headers: Mapping[str, str]
@@ -109,6 +119,8 @@ class Service:
         exchange.session = ask.extension.session or exchange.session
         deadline_s = asyncio.get_running_loop().time() + self._timeout_s(ask, headers)
         await decide(self.catalog, self._limits, exchange, ask, self.experiments)
+        if self.gate is not None:
+            await self.gate.admit(exchange, self.catalog)
         answers = before(
             deadline_s,
             side_by_side([self._executor.run(c.plan, c.task, c.trace) for c in exchange.choices]),
@@ -181,6 +193,8 @@ class Service:
         headers = {"openai-processing-ms": str(max(1, round(exchange.elapsed_s * 1000)))}
         if self._echo_request_id:
             headers["x-request-id"] = exchange.client_request_id
+        if exchange.reservation is not None:
+            headers |= exchange.reservation.headers
         return headers
 
     def _refuse(self, exchange: Exchange, error: Exception) -> Response:
@@ -202,7 +216,7 @@ class Service:
         exchange.ended_s = time.perf_counter()
         self.mirror.after(exchange)
         if not any(True for choice in exchange.choices for _ in choice.trace.interrupted()):
-            self.recorder.record(exchange.record(self.catalog.rates))
+            self._record(exchange)
             return
         settling = asyncio.ensure_future(self._settle_and_record(exchange))
         self._settling.add(settling)
@@ -210,7 +224,13 @@ class Service:
 
     async def _settle_and_record(self, exchange: Exchange) -> None:
         await self._settle(exchange)
-        self.recorder.record(exchange.record(self.catalog.rates))
+        self._record(exchange)
+
+    def _record(self, exchange: Exchange) -> None:
+        record = exchange.record(self.catalog.rates, keep_text=self._keep_text)
+        self.recorder.record(record)
+        if self.gate is not None:
+            self.gate.settle(exchange, record)
 
     async def _settle(self, exchange: Exchange) -> None:
         """Ask the engines what the requests used that were cancelled there."""

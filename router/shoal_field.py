@@ -24,7 +24,7 @@ def shoal_field(exchange: Exchange, rates: Mapping[str, Rates]) -> dict[str, Any
         "plan": to_json(decision.plan),
         "reason": decision.reason,
         "members": list(accepted.members) if accepted else [],
-        "weights": _weights(accepted) if accepted else [],
+        "weights": _weights(accepted) if accepted else None,
         "tokens": {
             name: {"prompt": tokens.prompt_tokens, "output": tokens.output_tokens}
             for name, tokens in exchange.member_tokens().items()
@@ -41,7 +41,9 @@ def shoal_field(exchange: Exchange, rates: Mapping[str, Rates]) -> dict[str, Any
     return data
 
 
-def _weights(answer: Answer) -> list[float]:
-    """Return the members' weights, summing to one."""
+def _weights(answer: Answer) -> list[float] | str:
+    """Return the members' weights, summing to one, or how the engine found them."""
+    if isinstance(answer.weights, str):
+        return answer.weights
     weights = answer.weights or (1.0,) * len(answer.members)
     return [weight / sum(weights) for weight in weights]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from router.cli import chat, experiment, keys, ledger, models, plan, report, serve
+from router.cli import chat, experiment, keys, ledger, models, plan, replay, report, serve
 
 app = typer.Typer(
     help="Serves a school of small language models as one.",
@@ -40,6 +40,7 @@ app.command()(serve.serve)
 app.command()(chat.chat)
 app.command()(models.models)
 app.command()(plan.plan)
+app.command()(replay.replay)
 app.command()(report.report)
 app.add_typer(experiment.app, name="experiment")
 app.add_typer(keys.app, name="keys")

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -48,8 +49,7 @@ def serve(
     except ValueError as error:
         _refuse(error)
     _describe(loaded)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    _catch_signals(_interrupt)
     try:
         if local:
             _serve_here(args, loaded, host, port)
@@ -81,21 +81,21 @@ def _serve_on_ray(args: AppArgs, host: str, port: int) -> None:
         except ValueError as error:
             _refuse(error)
         _say("Starting Ray ...")
-        with local_cluster():
-            serve.start(http_options={"host": host, "port": port})
-            logging.getLogger("ray.serve").setLevel(logging.ERROR)
-            _say("Loading models ...")
-            try:
+        try:
+            with local_cluster():
+                _catch_signals(_interrupt)  # Ray has put its own handlers there
+                serve.start(http_options={"host": host, "port": port})
+                logging.getLogger("ray.serve").setLevel(logging.ERROR)
+                _say("Loading models ...")
                 serve.run(application, name="shoal")
-            except RuntimeError as error:
-                _fail(f"The application could not start: {error}")
-            _announce(host, port)
-            try:
-                threading.Event().wait()
-            finally:
-                _say("Stopping ...")
-                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                    signal.signal(number, signal.SIG_IGN)
+                _announce(host, port)
+                try:
+                    threading.Event().wait()
+                finally:
+                    _say("Stopping ...")
+                    _catch_signals(signal.SIG_IGN)
+        except RuntimeError as error:
+            _fail(f"the application could not start: {error}")
 
 
 def _serve_here(args: AppArgs, pool: Pool, host: str, port: int) -> None:
@@ -103,12 +103,12 @@ def _serve_here(args: AppArgs, pool: Pool, host: str, port: int) -> None:
 
     from models.errors import EngineError
     from router.catalog import Catalog
+    from router.compose import open_recorder
     from router.local import http_server, local_service
-    from router.record import LogRecorder
 
     async def run() -> None:
         catalog = Catalog(pool, policies=args.policies)
-        recorder = LogRecorder(logging.getLogger("shoal.requests"))
+        recorder = open_recorder(args)
         _say("Loading models ...")
         async with local_service(args, pool, catalog, recorder) as service:
             server = http_server(service, host=host, port=port)
@@ -143,6 +143,11 @@ def _announce(host: str, port: int) -> None:
         f"  curl http://{shown}:{port}/v1/chat/completions "
         f"-H 'content-type: application/json' -d '{json.dumps(body)}'"
     )
+
+
+def _catch_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, handler)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signal's

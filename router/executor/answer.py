@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from models.engines.base import Chunk, GenerationRequest
-from models.errors import ContextOverflow
+from models.errors import ContextOverflow, EngineOverloaded, RequestError
 from policies.plan import Answer
 from router.executor.task import Task
 from router.executor.trace import Run
@@ -26,15 +26,19 @@ async def run_answer(
     run.engine = executor.catalog.engine_of(answer)
     run.request_id = request.request_id
     run.prompt_tokens = len(request.prompt_tokens)
-    if not task.stream:
-        chunk = await client.complete(request)
-        run.output_tokens = len(chunk.tokens)
-        yield chunk
-        return
-    async with aclosing(client.stream(request)) as chunks:
-        async for chunk in chunks:
-            run.output_tokens += len(chunk.tokens)
+    try:
+        if not task.stream:
+            chunk = await client.complete(request)
+            run.output_tokens = len(chunk.tokens)
             yield chunk
+            return
+        async with aclosing(client.stream(request)) as chunks:
+            async for chunk in chunks:
+                run.output_tokens += len(chunk.tokens)
+                yield chunk
+    except (EngineOverloaded, RequestError):
+        run.prompt_tokens = 0  # the engine refused it unread: nobody pays for that
+        raise
 
 
 async def _request(executor: Executor, answer: Answer, task: Task, run: Run) -> GenerationRequest:

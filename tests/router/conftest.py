@@ -17,6 +17,7 @@ import yaml
 
 from models.pool import load_pool
 from router.catalog import Catalog
+from router.compose import open_recorder
 from router.config import AppArgs
 from router.local import http_server, local_service
 from router.record import RequestRecord
@@ -110,12 +111,19 @@ def write_pool(folder: Path, **changes: Any) -> Path:
 
 @contextmanager
 def running(
-    folder: Path, *, limits: dict[str, Any] | None = None, **changes: Any
+    folder: Path,
+    *,
+    limits: dict[str, Any] | None = None,
+    app: dict[str, Any] | None = None,
+    **changes: Any,
 ) -> Iterator[Running]:
-    """Serve a pool of scripted models on a free port."""
-    args = AppArgs.model_validate({"pool": write_pool(folder, **changes), "limits": limits or {}})
+    """Serve scripted models on a free port; with `app`, a configuration, also a real ledger."""
+    args = AppArgs.model_validate(
+        {"pool": write_pool(folder, **changes), "limits": limits or {}, **(app or {})}
+    )
     pool = load_pool(args.pool)
-    catalog, recorder = Catalog(pool, policies=args.policies), ListRecorder()
+    catalog = Catalog(pool, policies=args.policies)
+    recorder: Any = ListRecorder() if app is None else open_recorder(args)
     ready, started = threading.Event(), []
 
     async def serve() -> None:

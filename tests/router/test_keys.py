@@ -135,7 +135,7 @@ def test_the_cache_saves_queries_and_is_bounded(
 
 
 def test_only_admins_are_admins(database: Database) -> None:
-    """The scope admin needs an admin's key, even where auth is off."""
+    """The scope admin needs an admin's key; only a server without auth is open to everybody."""
     _, user = create_key(database, name="user")
     admin_key, admin = create_key(database, name="root", scope="admin")
     checker = Authenticator(database, AuthConfig())
@@ -144,8 +144,9 @@ def test_only_admins_are_admins(database: Database) -> None:
     with pytest.raises(KeyRejected, match="not an admin") as caught:
         _authenticate(checker, f"Bearer {user}", scope="admin")
     assert caught.value.status == 403
+    assert _authenticate(checker, None, scope="admin") is None
     with pytest.raises(KeyRejected):
-        _authenticate(checker, None, scope="admin")
+        _authenticate(Authenticator(database, AuthConfig(required=True)), None, scope="admin")
 
 
 def test_bad_keys_are_refused(database: Database) -> None:

@@ -1,0 +1,226 @@
+"""Keys and budgets over HTTP, with the real openai client, a real ledger and scripted engines."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import sqlalchemy as sa
+from pydantic import ValidationError
+
+from router.config import AppArgs
+from router.keys import create_key, revoke_key
+from router.ledger.database import open_database
+from router.ledger.queries import requests
+from router.ledger.schema import BUDGET_HOLDS, BUDGET_WINDOWS
+
+Serve = Callable[..., Any]
+
+
+class Kept:
+    """The database of a running server, from outside."""
+
+    def __init__(self, folder: Path) -> None:
+        self.url = f"sqlite:///{folder / 'shoal.db'}"
+        self.database = open_database(self.url)
+
+    def app(self, **sections: Any) -> dict[str, Any]:
+        """Return a configuration that keeps its ledger here."""
+        return {"ledger": {"url": self.url, "flush_interval_s": 0.01}, **sections}
+
+    def rows(self, count: int) -> list[dict[str, Any]]:
+        """Return the ledger's rows once there are `count`."""
+        deadline_s = time.monotonic() + 20
+        while len(rows := list(requests(self.database))) < count:
+            assert time.monotonic() < deadline_s, rows
+            time.sleep(0.01)
+        return rows
+
+    def spent(self, scope: str = "server") -> dict[str, int]:
+        """Return the one window of `scope`, once nothing is held in it."""
+        query = sa.select(BUDGET_WINDOWS).where(BUDGET_WINDOWS.c.window_id.startswith(scope))
+        deadline_s = time.monotonic() + 20
+        while True:
+            with self.database.connect() as connection:
+                [row] = connection.execute(query).mappings()
+                holds = connection.execute(sa.select(BUDGET_HOLDS)).all()
+            if not holds and row["held_requests"] == row["held_tokens"] == 0:
+                return {k[6:]: v for k, v in row.items() if k.startswith("spent_")}
+            assert time.monotonic() < deadline_s, row
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Any:
+    """The ledger's database, for the test's server and the test."""
+    opened = Kept(tmp_path)
+    yield opened
+    opened.database.dispose()
+
+
+def _as(server: Any, secret: str) -> openai.OpenAI:
+    return server.client.with_options(api_key=secret)
+
+
+def _say(client: openai.OpenAI, text: str = "hello", **fields: Any) -> Any:
+    fields.setdefault("model", "alpha")
+    return client.chat.completions.create(messages=[{"role": "user", "content": text}], **fields)
+
+
+def test_only_keys_open_a_server_that_wants_them(kept: Kept, serve: Serve) -> None:
+    """Without a known key every route says 401; health stays open; the row names the key."""
+    server = serve(app=kept.app(auth={"required": True, "cache_s": 0.05}))
+    key, secret = create_key(kept.database, name="team")
+    with pytest.raises(openai.AuthenticationError) as caught:
+        _say(server.client)
+    assert caught.value.code == "invalid_api_key"
+    assert caught.value.response.headers["www-authenticate"] == "Bearer"
+    assert server.http.get("/v1/models").status_code == 401
+    assert server.http.get("/v1/models/alpha").status_code == 401
+    assert server.http.post("/v1/feedback", json={}).status_code == 401
+    assert server.http.get("/health").status_code == 200
+    client = _as(server, secret)
+    assert _say(client).choices[0].message.content
+    assert [model.id for model in client.models.list()]
+    with pytest.raises(openai.PermissionDeniedError, match="not an admin"):
+        client.get("/experiments", cast_to=object)
+    revoke_key(kept.database, key.id)
+    time.sleep(0.1)
+    with pytest.raises(openai.AuthenticationError):
+        _say(client)
+    rows = kept.rows(3)
+    assert [(row["status"], row["key_id"]) for row in rows] == [
+        (401, None),
+        (200, key.id),
+        (401, None),
+    ]
+    assert all(secret not in str(row) for row in rows)
+
+
+def test_a_spent_budget_ends_the_clients_retries(kept: Kept, serve: Serve) -> None:
+    """The client gets its answers until the budget is spent, then one 429 that it doesn't retry."""
+    server = serve(app=kept.app())
+    _, secret = create_key(kept.database, name="team", caps={"requests_per_month": 2})
+    client = _as(server, secret).with_options(max_retries=5)
+    raw = client.chat.completions.with_raw_response.create(
+        model="alpha", messages=[{"role": "user", "content": "hi"}]
+    )
+    assert raw.headers["x-ratelimit-limit-requests"] == "2"
+    assert raw.headers["x-ratelimit-remaining-requests"] == "1"
+    assert raw.headers["x-ratelimit-reset-requests"].endswith("s")
+    _say(client)
+    with pytest.raises(openai.RateLimitError) as caught:
+        _say(client)
+    error = caught.value
+    assert error.code == "insufficient_quota"
+    assert "2 requests per month of the key 'team' is exhausted" in error.message
+    assert error.response.headers["x-should-retry"] == "false"
+    assert int(error.response.headers["retry-after"]) > 0
+    assert error.response.headers["x-ratelimit-remaining-requests"] == "0"
+    assert [row["status"] for row in kept.rows(3)] == [200, 200, 429], "asked once, not six times"
+    assert _say(server.client), "others have budgets of their own"
+
+
+def test_what_is_charged_is_what_the_ledger_says(kept: Kept, serve: Serve) -> None:
+    """Whole, streamed, several choices, fused, cascaded, refused: spend equals the rows' sums."""
+    server = serve(
+        app=kept.app(budgets={"server": {"usd_per_month": 1}}),
+        engines=[
+            {"name": "one", "kind": "fake", "options": {"models": {"beta": {"refuse": True}}}},
+            {"name": "two", "kind": "fake", "options": {}},
+        ],
+    )
+    _say(server.client, max_tokens=10)
+    list(_say(server.client, "stream me", stream=True, max_tokens=7))
+    _say(server.client, n=3, max_tokens=5)
+    cascade = {"cascade": {"stages": ["alpha", "gamma"], "thresholds": [1.0]}}
+    _say(server.client, max_tokens=4, extra_body={"shoal": {"plan": cascade}})
+    with pytest.raises(openai.RateLimitError):
+        _say(server.client, model="beta")
+    with pytest.raises(openai.NotFoundError):
+        _say(server.client, model="nobody")
+    rows = kept.rows(6)
+    assert sorted(row["status"] for row in rows) == [200, 200, 200, 200, 404, 429]
+    spent = kept.spent()
+    answered = [row for row in rows if row["status"] == 200]
+    assert spent["requests"] == 4
+    assert spent["tokens"] == sum(r["prompt_tokens"] + r["output_tokens"] for r in answered)
+    assert spent["nano_usd"] == pytest.approx(sum(row["usd"] for row in rows) * 1e9, abs=6)
+    assert spent["nano_usd"] > 0
+
+
+def test_a_client_that_leaves_pays_for_what_was_written(kept: Kept, serve: Serve) -> None:
+    """A stream cut off holds nothing afterwards, and is charged less than its estimate."""
+    slow = {"answers": ["x" * 400], "token_latency_s": 0.01}
+    server = serve(
+        app=kept.app(budgets={"server": {"tokens_per_month": 500}}),
+        engines=[
+            {"name": "one", "kind": "fake", "options": slow},
+            {"name": "two", "kind": "fake", "options": {}},
+        ],
+    )
+    with server.http.stream(
+        "POST",
+        "/v1/chat/completions",
+        json={
+            "model": "alpha",
+            "stream": True,
+            "max_tokens": 400,
+            "messages": [{"role": "user", "content": "go"}],
+        },
+    ) as response:
+        assert response.status_code == 200
+        next(response.iter_lines())
+        time.sleep(0.1)
+    [row] = kept.rows(1)
+    assert row["status"] == 499
+    assert 0 < kept.spent()["tokens"] < 300
+    assert _say(server.client, model="gamma", max_tokens=100)
+
+
+def test_a_request_waits_for_the_one_in_flight(kept: Kept, serve: Serve) -> None:
+    """What another request only holds is waited for, so that no budget is refused unused."""
+    slow = {"answers": ["done"], "time_to_first_token_s": 0.4}
+    server = serve(
+        app=kept.app(budgets={"server": {"tokens_per_month": 300}, "wait_s": 20}),
+        engines=[
+            {"name": "one", "kind": "fake", "options": slow},
+            {"name": "two", "kind": "fake", "options": {}},
+        ],
+    )
+    first = threading.Thread(target=_say, args=(server.client,), kwargs={"max_tokens": 200})
+    first.start()
+    time.sleep(0.1)
+    assert _say(server.client, model="gamma", max_tokens=200)
+    first.join()
+    assert [row["status"] for row in kept.rows(2)] == [200, 200]
+
+
+def test_text_is_kept_only_where_asked(kept: Kept, serve: Serve) -> None:
+    """`keep_text` stores the last user message and the answer; without it neither is stored."""
+    app = kept.app()
+    app["ledger"]["keep_text"] = True
+    _say(serve(app=app).client, "a secret")
+    _say(serve(app=kept.app()).client, "another secret")
+    first, second = kept.rows(2)
+    assert first["query_text"] == "a secret" and first["answer_text"]
+    assert second["query_text"] is None and second["answer_text"] is None
+    assert "another secret" not in str(second)
+
+
+def test_keys_and_budgets_need_a_ledger() -> None:
+    """Asking for either without a ledger is refused at start, and so are unknown keys."""
+    for sections in (
+        {"ledger": None, "auth": {"required": True}},
+        {"ledger": None, "budgets": {"server": {"usd_per_day": 1}}},
+    ):
+        with pytest.raises(ValidationError, match="need the ledger"):
+            AppArgs.model_validate(sections)
+    for section in ("ledger", "auth", "budgets"):
+        with pytest.raises(ValidationError, match="colour"):
+            AppArgs.model_validate({section: {"colour": "red"}})
