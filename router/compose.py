@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import logging
+import socket
+import uuid
 from collections.abc import Mapping
 
 from models.pool import Pool
 from policies.errors import ExperimentError
+from router.caps.budgets import Budgets
 from router.catalog import Catalog
 from router.config import AppArgs
 from router.engines.base import EngineClient
 from router.experiments.definitions import read_definitions
 from router.experiments.experiments import Experiments
+from router.gate import Gate
+from router.keys import Authenticator
 from router.ledger.database import open_database
 from router.ledger.writer import Ledger
 from router.record import LogRecorder, Recorder
@@ -70,6 +75,8 @@ def compose(
     elif definitions or shadows:
         raise ExperimentError("experiments: they need the ledger, which is off (ledger: null)")
     return Service(
+        gate=_gate(args, recorder),
+        keep_text=args.ledger is not None and args.ledger.keep_text,
         catalog=catalog,
         engines=engines,
         recorder=recorder,
@@ -78,3 +85,15 @@ def compose(
         experiments=experiments,
         shadows=shadows,
     )
+
+
+def _gate(args: AppArgs, recorder: Recorder) -> Gate | None:
+    if args.ledger is None or not isinstance(recorder, Ledger):
+        return None
+    budgets = Budgets(
+        open_database(args.ledger.url, fast_commits=True),
+        args.budgets,
+        holder=f"{socket.gethostname()}-{uuid.uuid4().hex}",
+        logger=logging.getLogger("shoal.budgets"),
+    )
+    return Gate(authenticator=Authenticator(recorder.database, args.auth), budgets=budgets)

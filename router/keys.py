@@ -33,7 +33,8 @@ class AuthConfig(BaseModel):
     """The `auth:` section of the server's configuration.
 
     With `required` every request needs a key. Without, requests that bring none (or another
-    service's) are anonymous; one that brings a key of ours is still checked and counted under it.
+    service's) are anonymous and may do everything: that is for loopback. One that brings a key of
+    ours is still checked, and counted under it.
     A revoked key stops working within `cache_s`.
     """
 
@@ -161,11 +162,11 @@ class Authenticator:
 
         The database is asked off the event loop, at most every `cache_s` per key. Raises
         `KeyRejected` for a missing, unknown or revoked key, or one without `scope` (an admin's
-        key may do everything a user's may; nobody anonymous is an admin).
+        key may do everything that a user's may).
         """
         secret = _secret(header)
         if secret is None or not (self._config.required or secret.startswith(PREFIX)):
-            if self._config.required or scope == "admin":
+            if self._config.required:
                 raise KeyRejected(
                     "No API key was given: send the header 'Authorization: Bearer sk-shoal-...'."
                 )

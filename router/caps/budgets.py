@@ -87,6 +87,7 @@ class Budgets:
         logger: logging.Logger,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        self._database = database
         self._config = config
         self._clock = clock
         self._logger = logger
@@ -149,6 +150,7 @@ class Budgets:
             self._closed.set()
             self._items.put(None)
         self._thread.join(10)
+        self._database.dispose()
 
     def _limits(self, key: Key | None, now_s: float) -> tuple[Limit, ...]:
         found = limits(SERVER, self._server_caps, now_s)

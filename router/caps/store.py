@@ -149,14 +149,10 @@ class BudgetStore:
         return Outcome(shortage=shortage, remaining=remaining)
 
 
-def used_amounts(*, status: int, tokens: int, usd: float, wh: float, gco2e: float) -> Amounts:
-    """Return what a request that ended counts for.
-
-    It counts as a request unless it was refused or failed before it used anything.
-    """
-    counts = status < 400 or status == 499 or tokens > 0
+def used_amounts(*, ran: bool, tokens: int, usd: float, wh: float, gco2e: float) -> Amounts:
+    """Return what a request that ended counts for: nothing, unless a model `ran` for it."""
     footprint = Footprint(usd=usd, wh=wh, gco2e=gco2e)
-    return Amounts.of(requests=int(counts), tokens=tokens, footprint=footprint)
+    return Amounts.of(requests=int(ran), tokens=tokens if ran else 0, footprint=footprint)
 
 
 def _holds(connection: sa.Connection, ids: Collection[str]) -> list[Hold]:
@@ -206,17 +202,21 @@ def _spent_before(connection: sa.Connection, window: Window) -> Amounts:
     """Return what the ledger says was used in `window`."""
     columns = REQUESTS.c
     tokens = columns.prompt_tokens + columns.output_tokens
-    counts = (columns.status < 400) | (columns.status == 499) | (tokens > 0)
+    ran = columns.answered_by.is_not(None)
     query = sa.select(
         *(
             sa.func.coalesce(sa.func.sum(expression), 0)
             for expression in (
-                sa.case((counts, 1), else_=0),
-                tokens,
+                sa.case((ran, 1), else_=0),
+                sa.case((ran, tokens), else_=0),
                 *(columns.usd, columns.wh, columns.gco2e),
             )
         )
-    ).where(columns.time_s >= window.start_s, columns.time_s < window.end_s)
+    ).where(
+        columns.time_s >= window.start_s,
+        columns.time_s < window.end_s,
+        columns.endpoint != "shadow",  # what nobody asked for has caps of its own
+    )
     if window.scope != SERVER:
         query = query.where(columns.key_id == window.scope)
     requests, num_tokens, usd, wh, gco2e = connection.execute(query).one()
@@ -229,7 +229,7 @@ def _recorded(connection: sa.Connection, ids: Collection[str]) -> dict[str, Amou
     query = sa.select(REQUESTS).where(REQUESTS.c.request_id.in_(ids))
     return {
         row.request_id: used_amounts(
-            status=row.status,
+            ran=row.answered_by is not None,
             tokens=row.prompt_tokens + row.output_tokens,
             usd=row.usd,
             wh=row.wh,

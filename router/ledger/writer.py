@@ -96,6 +96,7 @@ class Ledger:
                 self._close_timeout_s,
                 self.pending_rows,
             )
+        self.database.dispose()
 
     def _flush(self) -> None:
         written = threading.Event()
@@ -171,7 +172,7 @@ def insert_new(connection: sa.Connection, table: sa.Table) -> sa.Insert:
 def row_of(record: RequestRecord) -> dict[str, Any]:
     """Return the row of the table `requests` that holds `record`."""
     row = {column: getattr(record, column) for column in _PLAIN}
-    row["answered_by"] = "+".join(sorted(record.members)) or None
+    row["answered_by"] = "+".join(record.ran()) or None
     row["plan"] = None if record.plan is None else dict(record.plan)
     row["members"] = {
         name: {"prompt_tokens": tokens.prompt_tokens, "output_tokens": tokens.output_tokens}

@@ -295,23 +295,16 @@ def test_a_new_cap_counts_what_was_spent_before_it(
 ) -> None:
     """A cap put on a day that is under way starts from the ledger; refusals don't count there."""
     ledger = new_ledger()
-    for number, status, key_id in (
-        (1, 200, "key_a"),
-        (2, 499, "key_b"),
-        (3, 429, "key_a"),
-        (4, 200, None),
-    ):
-        used = 0 if status == 429 else 10
-        ledger.record(
-            record(
-                number,
-                time_s=NOW_S - 60,
-                status=status,
-                key_id=key_id,
-                prompt_tokens=used,
-                output_tokens=used,
-            )
-        )
+    rows: list[dict[str, object]] = [
+        {"key_id": "key_a"},
+        {"key_id": "key_b", "status": 499},
+        {"key_id": "key_a", "status": 429, "members": {}},
+        {"key_id": None},
+        {"key_id": None, "endpoint": "shadow"},
+    ]
+    for number, fields in enumerate(rows):
+        used = {"time_s": NOW_S - 60, "prompt_tokens": 10, "output_tokens": 10}
+        ledger.record(record(10 + number, **used, **fields))
     ledger.record(record(5, time_s=NOW_S - 86400))
     ledger.stop()
     budgets = new_budgets(server={"tokens_per_day": 1000, "requests_per_day": 10})
@@ -395,11 +388,8 @@ def test_what_is_long_over_is_forgotten(
         assert connection.execute(sa.delete(BUDGET_HOLDS)).rowcount == 0
 
 
-@pytest.mark.parametrize(
-    ("status", "num_tokens", "counts"),
-    [(200, 5, 1), (499, 0, 1), (429, 0, 0), (503, 0, 0), (503, 3, 1), (400, 0, 0)],
-)
-def test_refused_requests_do_not_count(status: int, num_tokens: int, counts: int) -> None:
-    """A request counts unless it was refused or failed before it used anything."""
-    found = used_amounts(status=status, tokens=num_tokens, usd=0.5, wh=0, gco2e=0)
-    assert found == Amounts(counts, num_tokens, 500_000_000, 0, 0)
+def test_refused_requests_do_not_count() -> None:
+    """A request for which no model ran counts as nothing, not even its prompt."""
+    assert used_amounts(ran=False, tokens=7, usd=0, wh=0, gco2e=0) == NOTHING
+    used = used_amounts(ran=True, tokens=7, usd=0.5, wh=0, gco2e=0)
+    assert used == Amounts(1, 7, 500_000_000, 0, 0)

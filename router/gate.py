@@ -1,0 +1,82 @@
+"""Who may send a request, and whether their budget has room for it.
+
+A request passes three times: `identify` reads its key, `admit` holds its estimate once its plan is
+known, `settle` charges what it used once its record is.
+"""
+
+from __future__ import annotations
+
+from policies.footprint import Footprint, estimate
+from policies.plan import Plan, answers
+from router.caps.amounts import Amounts
+from router.caps.budgets import Budgets
+from router.caps.store import used_amounts
+from router.catalog import Catalog
+from router.exchange import Exchange
+from router.keys import Authenticator, Key, Scope
+from router.record import RequestRecord
+
+
+class Gate:
+    """Keys and budgets of one replica."""
+
+    def __init__(self, *, authenticator: Authenticator, budgets: Budgets) -> None:
+        self._authenticator = authenticator
+        self._budgets = budgets
+
+    async def identify(self, authorization: str | None, *, scope: Scope = "user") -> Key | None:
+        """Return the key that an Authorization header brings; None for an anonymous request.
+
+        Raises `KeyRejected`.
+        """
+        return await self._authenticator.authenticate(authorization, scope=scope)
+
+    async def admit(self, exchange: Exchange, catalog: Catalog) -> None:
+        """Hold the most that the exchange's choices may use, in every budget that counts it.
+
+        Raises `BudgetExhausted` and `BudgetUnavailable`.
+        """
+        exchange.reservation = await self._budgets.reserve(
+            request_id=exchange.id, key=exchange.key, estimate=most(exchange, catalog)
+        )
+
+    def settle(self, exchange: Exchange, record: RequestRecord) -> None:
+        """Charge what `record` says; neither blocks nor raises."""
+        if exchange.reservation is not None:
+            used = used_amounts(
+                ran=bool(record.ran()),
+                tokens=record.prompt_tokens + record.output_tokens,
+                usd=record.usd,
+                wh=record.wh,
+                gco2e=record.gco2e,
+            )
+            self._budgets.settle(exchange.reservation, used)
+
+    async def close(self) -> None:
+        """Charge what is still to be charged; idempotent."""
+        await self._budgets.close()
+
+
+def most(exchange: Exchange, catalog: Catalog) -> Amounts:
+    """Return the most that answering may use: every stage of every choice, to its last token."""
+    tokens, cost = exchange.prompt_tokens, Footprint()
+    for choice in exchange.choices:
+        query = choice.task.query
+        output_tokens = _most_output(choice.plan, query.prompt_tokens, query.max_tokens, catalog)
+        tokens += output_tokens
+        cost = cost.then(
+            estimate(
+                choice.plan,
+                catalog.rates,
+                prompt_tokens=query.prompt_tokens,
+                output_tokens=output_tokens,
+            )
+        )
+    return Amounts.of(tokens=tokens, footprint=cost)
+
+
+def _most_output(plan: Plan, prompt_tokens: int, max_tokens: int, catalog: Catalog) -> int:
+    """Return the most tokens an answer can have: `max_tokens`, or what the context leaves."""
+    contexts = [catalog.context_tokens(answer) for answer in answers(plan)]
+    rooms = [max_tokens if size is None else size - prompt_tokens for size in contexts]
+    return max(0, min(max_tokens, max(rooms)))
