@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias
 
 FinishReason: TypeAlias = Literal["stop", "length"]
-FusionRule: TypeAlias = Literal["mixture", "product"]
+FusionRule: TypeAlias = Literal["mixture", "product", "gated", "contrastive"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +42,27 @@ class SamplingOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """Weights that the members' own predictions set: w_m ∝ prior_m · exp(l_m / temperature).
+
+    l_m is the log-likelihood of the prompt's tokens under member m, in nats: their sum, or with
+    `per_token` their mean (PackLLM, Mavromatis et al. 2024). With `update`, the answer's tokens
+    count like the prompt's as they come.
+    """
+
+    temperature: float = 1.0
+    per_token: bool = False
+    update: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
     """One answer to generate: `members` fused by `rule` with relative `weights` (None: uniform).
+
+    The first member leads where the rule knows one: `gate` is the probability of its likeliest
+    token from which on "gated" takes it alone; "contrastive" raises the second last member over
+    the last by the power `contrast` (see `policies.plan.Answer`) and takes no weights. With
+    `evidence`, the weights are only the prior.
 
     `prompt_tokens` is the whole templated prompt in the engine's tokenizer. `request_id` is
     unique; cancellation and logs use it. `client_id` groups requests for fair queueing.
@@ -54,6 +73,9 @@ class GenerationRequest:
     members: tuple[str, ...]
     weights: tuple[float, ...] | None = None
     rule: FusionRule = "mixture"
+    gate: float = 0.9
+    contrast: float = 0.5
+    evidence: Evidence | None = None
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     client_id: str = ""
 
@@ -88,12 +110,14 @@ class Chunk:
     """A piece of the answer. `text` may lag behind `tokens` while a stop string or a character
     may still be incomplete; the texts of all chunks joined are the answer, without the stop
     string. `tokens` holds every generated token, the end-of-sequence token included in the count
-    but with empty text. The last chunk, and only it, has a `finish_reason`.
+    but with empty text. The last chunk, and only it, has a `finish_reason`, and where several
+    members were fused the `weights` that they had in the end, in the request's order.
     """
 
     text: str
     tokens: tuple[Token, ...]
     finish_reason: FinishReason | None = None
+    weights: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import AsyncIterator
 from collections.abc import Sequence as Seq
@@ -16,6 +17,8 @@ from models.card import ModelCard
 from models.engines.base import Chunk, EngineStats, GenerationRequest
 from models.engines.grammar import Grammar
 from models.engines.stacked.architecture import read_end_tokens
+from models.engines.stacked.evidence import LaneWeights
+from models.engines.stacked.fusion import contrastive_powers
 from models.engines.stacked.loop import Loop
 from models.engines.stacked.runner import Runner
 from models.engines.stacked.sampler import SamplerState
@@ -161,7 +164,7 @@ class StackedEngine:
     def _sequence(
         self, request: GenerationRequest, running: _Running, outcomes: asyncio.Queue[Outcome]
     ) -> Sequence:
-        members, weights = self._lanes(request)
+        members, weights, lane_of = self._lanes(request)
         self._check_tokens(request)
         num_prompt_tokens, sampling = len(request.prompt_tokens), request.sampling
         if num_prompt_tokens >= running.context_tokens:
@@ -172,7 +175,8 @@ class StackedEngine:
         sequence = Sequence(
             request=request,
             members=members,
-            weights=weights,
+            weights=LaneWeights(weights, request.evidence),
+            lane_of=lane_of,
             tokens=list(request.prompt_tokens),
             max_new_tokens=min(sampling.max_tokens, running.context_tokens - num_prompt_tokens),
             sampler=SamplerState(sampling, None, random.Random(sampling.seed)),
@@ -188,8 +192,15 @@ class StackedEngine:
             )
         return sequence
 
-    def _lanes(self, request: GenerationRequest) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        """Return the members to run, as ascending indices, and their weights, summing to one."""
+    def _lanes(
+        self, request: GenerationRequest
+    ) -> tuple[tuple[int, ...], tuple[float, ...], tuple[int | None, ...]]:
+        """Return the members to run, as ascending indices, and their weights, summing to one.
+
+        Also which of these lanes each member named by the request is. Members of zero weight need
+        no lane, but for one that leads.
+        """
+        self._check_rule(request)
         weights = request.weights or (1.0,) * len(request.members)
         if len(weights) != len(request.members) or not sum(weights) > 0 or min(weights) < 0:
             raise RequestError(
@@ -205,8 +216,29 @@ class StackedEngine:
                     "model",
                 )
             lanes[self._names.index(name)] = weight / sum(weights)
-        used = sorted((member, weight) for member, weight in lanes.items() if weight > 0)
-        return tuple(member for member, _ in used), tuple(weight for _, weight in used)
+        if request.rule == "contrastive":
+            lanes = dict(zip(lanes, contrastive_powers(len(lanes), request.contrast), strict=True))
+        lead = next(iter(lanes)) if request.rule in ("gated", "contrastive") else None
+        used = sorted(member for member, weight in lanes.items() if weight != 0 or member == lead)
+        lane_of = tuple(used.index(member) if member in used else None for member in lanes)
+        return tuple(used), tuple(lanes[member] for member in used), lane_of
+
+    def _check_rule(self, request: GenerationRequest) -> None:
+        if not 0 <= request.gate <= 1:
+            raise RequestError(f"gate: {request.gate} is not in [0, 1]")
+        if request.evidence is not None and not 0 < request.evidence.temperature < math.inf:
+            raise RequestError(
+                f"evidence.temperature: {request.evidence.temperature} is not a finite number > 0"
+            )
+        if request.rule != "contrastive":
+            return
+        if len(request.members) not in (2, 3):
+            raise RequestError(
+                "the rule 'contrastive' needs two members (expert, anti-expert) or three "
+                f"(base, expert, anti-expert), got {len(request.members)}"
+            )
+        if request.weights is not None or request.evidence is not None:
+            raise RequestError("the rule 'contrastive' takes no weights; see contrast")
 
     def _check_tokens(self, request: GenerationRequest) -> None:
         sampling = request.sampling

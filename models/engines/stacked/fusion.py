@@ -2,19 +2,25 @@
 
 Shapes: L lanes, R requests, K lanes of a request at most, V vocabulary.
 
-A rule maps log-probabilities [R, K, V] and weights [R, K] (rows sum to one, padding zero) to fused
-log-probabilities [R, V]. Adding one is one function and one entry in `RULES`.
+A rule maps log-probabilities [R, K, V], weights [R, K] (rows sum to one, padding zero) and the
+lanes that lead to fused log-probabilities [R, V]. Adding one is one function and one entry in
+`RULES`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from models.engines.base import FusionRule
+
+# A token is plausible if the lead finds it at least this likely, relative to its likeliest.
+PLAUSIBLE = 0.1
 
 
 def mixture(logp_RKV: Tensor, weights_RK: Tensor) -> Tensor:
@@ -27,23 +33,57 @@ def product(logp_RKV: Tensor, weights_RK: Tensor) -> Tensor:
     return torch.bmm(weights_RK[:, None], logp_RKV).squeeze(1).log_softmax(-1)
 
 
-RULES: Mapping[FusionRule, Callable[[Tensor, Tensor], Tensor]] = {
-    "mixture": mixture,
-    "product": product,
+def gated(logp_RKV: Tensor, weights_RK: Tensor, lead_RV: Tensor, gate_R: Tensor) -> Tensor:
+    """The lead alone where its likeliest token has probability `gate` or more, else the mixture."""
+    sure_R1 = lead_RV.amax(-1, keepdim=True) >= gate_R.log()[:, None]
+    return torch.where(sure_R1, lead_RV, mixture(logp_RKV, weights_RK))
+
+
+def contrastive(logp_RKV: Tensor, powers_RK: Tensor, lead_RV: Tensor) -> Tensor:
+    """Π_k p_k^c_k, renormalised, over the tokens that the lead finds plausible.
+
+    The powers sum to one and one of them is negative, so that a token which the anti-expert finds
+    impossible would win; the plausibility constraint (Li et al. 2022, eq. 3) keeps it out.
+    """
+    score_RV = torch.bmm(powers_RK[:, None], logp_RKV).squeeze(1)
+    plausible_RV = lead_RV >= lead_RV.amax(-1, keepdim=True) + math.log(PLAUSIBLE)
+    # Finite, as log-probabilities go into JSON.
+    return score_RV.masked_fill_(~plausible_RV, -1e4).log_softmax(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """How one request's lanes are fused.
+
+    `weights` sum to one, in the order of its lanes (for "contrastive": the powers); `lead` is the
+    leading lane's place among them.
+    """
+
+    rule: FusionRule
+    weights: tuple[float, ...]
+    lead: int = 0
+    gate: float = 1.0
+
+
+def contrastive_powers(num_members: int, contrast: float) -> tuple[float, ...]:
+    """Return the powers of two members (expert, anti-expert), or of three with a base before."""
+    return (1 + contrast, -contrast) if num_members == 2 else (1.0, contrast, -contrast)
+
+
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+RULES: Mapping[FusionRule, Rule] = {
+    "mixture": lambda logp, weights, lead, gate: mixture(logp, weights),  # noqa: ARG005
+    "product": lambda logp, weights, lead, gate: product(logp, weights),  # noqa: ARG005
+    "gated": gated,
+    "contrastive": lambda logp, powers, lead, gate: contrastive(logp, powers, lead),  # noqa: ARG005
 }
 
 
-def fuse(
-    logits_LV: Tensor,
-    lanes_R: Seq[Seq[int]],
-    weights_R: Seq[Seq[float]],
-    rules_R: Seq[FusionRule],
-) -> Tensor:
+def fuse(logp_LV: Tensor, lanes_R: Seq[Seq[int]], fusions_R: Seq[Fusion]) -> Tensor:
     """Return each request's fused log-probabilities, [R, V].
 
-    `lanes_R` lists each request's lanes, `weights_R` their weights, which sum to one.
+    `logp_LV` are the lanes' own; `lanes_R` lists each request's lanes.
     """
-    logp_LV = logits_LV.log_softmax(-1)
     num_lanes = max(map(len, lanes_R))
     padded = [[*lanes, *[lanes[0]] * (num_lanes - len(lanes))] for lanes in lanes_R]
     flat = [lane for lanes in padded for lane in lanes]
@@ -53,15 +93,15 @@ def fuse(
         return logp_LV
     logp_RKV = logp_LV.view(len(lanes_R), num_lanes, -1)
     weights_RK = logp_LV.new_tensor(
-        [[*weights, *[0.0] * (num_lanes - len(weights))] for weights in weights_R]
+        [[*its.weights, *[0.0] * (num_lanes - len(its.weights))] for its in fusions_R]
     )
-    fused_RV: Tensor | None = None
-    for rule in set(rules_R):
-        if len(set(rules_R)) == 1:
-            return RULES[rule](logp_RKV, weights_RK)
-        if fused_RV is None:
-            fused_RV = logp_RKV.new_empty(len(lanes_R), logp_RKV.shape[-1])
-        requests = [r for r, its_rule in enumerate(rules_R) if its_rule == rule]
-        fused_RV[requests] = RULES[rule](logp_RKV[requests], weights_RK[requests])
-    assert fused_RV is not None
+    lead_RV = logp_RKV[range(len(lanes_R)), [its.lead for its in fusions_R]]
+    gate_R = logp_LV.new_tensor([its.gate for its in fusions_R])
+    rules = {its.rule for its in fusions_R}
+    if len(rules) == 1:
+        return RULES[rules.pop()](logp_RKV, weights_RK, lead_RV, gate_R)
+    fused_RV = logp_RKV.new_empty(len(lanes_R), logp_RKV.shape[-1])
+    for rule in rules:
+        of = [r for r, its in enumerate(fusions_R) if its.rule == rule]
+        fused_RV[of] = RULES[rule](logp_RKV[of], weights_RK[of], lead_RV[of], gate_R[of])
     return fused_RV

@@ -215,6 +215,13 @@ def build_layout(
     )
 
 
+def group_rows(
+    members: Seq[int], rows_per_member: int, num_members: int, device: torch.device
+) -> Grouping:
+    """Group equally many rows of each of `members`, which ascend."""
+    return _group(np.repeat(np.asarray(members), rows_per_member), num_members, device)
+
+
 def _cache_row(sequence: Sequence) -> int:
     assert sequence.region_start is not None, "only admitted requests take part in a step"
     return sequence.region_start

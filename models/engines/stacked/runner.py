@@ -12,14 +12,18 @@ from models.card import ModelCard
 from models.engines.base import GenerationRequest, SamplingOptions
 from models.engines.stacked.architecture import read_architecture
 from models.engines.stacked.cache import Arena
+from models.engines.stacked.evidence import LaneWeights
 from models.engines.stacked.fusion import fuse
-from models.engines.stacked.layout import Layout, Part, build_layout
+from models.engines.stacked.layout import Layout, Part, build_layout, group_rows
 from models.engines.stacked.model import StackedModel
 from models.engines.stacked.sampler import Draw, SamplerState, draw
 from models.engines.stacked.sequence import Sequence
 from models.engines.stacked.text import TextStream
 from models.engines.stacked.weights import load_weights
 from models.errors import PoolError
+
+# How many tokens' logits the evidence of a prompt holds at a time.
+_EVIDENCE_TOKENS = 256
 
 
 class Runner:
@@ -53,23 +57,22 @@ class Runner:
     def step(self, parts: Seq[Part]) -> Draw | None:
         """Run `parts` and draw the next token of those that are through their prompt, in order.
 
-        None where none is. Writes the cache; changes no sequence but its sampler's generator.
+        None where none is. Writes the cache; changes no sequence but its sampler's generator and
+        its evidence.
         """
         layout = self._layout_of(parts)
         self._layout = None  # until this step has succeeded
         hidden_ND = self._model.forward(layout, self.arena)
+        self._weigh_prompts(parts, layout, hidden_ND)
         sampling = [part.sequence for part in parts if part.samples]
         if not sampling:
             return None
         if layout.sampled_rows_L is not None:
             hidden_ND = hidden_ND.index_select(0, layout.sampled_rows_L)
-        logp_RV = fuse(
-            self._model.logits(hidden_ND, layout.lanes),
-            layout.lanes_R,
-            [sequence.weights for sequence in sampling],
-            [sequence.request.rule for sequence in sampling],
-        )
+        logp_LV = self._model.logits(hidden_ND, layout.lanes).log_softmax(-1)
+        logp_RV = fuse(logp_LV, layout.lanes_R, [sequence.fusion for sequence in sampling])
         drawn = draw(logp_RV, [sequence.sampler for sequence in sampling])
+        _weigh_answers(sampling, logp_LV, layout.lanes_R, drawn.token_ids)
         self._layout, self._drawn_R = layout, drawn.tokens_R
         return drawn
 
@@ -81,7 +84,8 @@ class Runner:
                 request_id="warm-up", prompt_tokens=(0, 0), members=(), sampling=options
             ),
             members=tuple(range(self._num_members)),
-            weights=(1 / self._num_members,) * self._num_members,
+            weights=LaneWeights((1 / self._num_members,) * self._num_members),
+            lane_of=tuple(range(self._num_members)),
             tokens=[0, 0],
             max_new_tokens=2,
             sampler=SamplerState(options, None, random.Random(0)),
@@ -99,6 +103,44 @@ class Runner:
         self.arena.release(start, sequence.num_rows)
         self._layout = None
 
+    def _weigh_prompts(self, parts: Seq[Part], layout: Layout, hidden_ND: Tensor) -> None:
+        """Add the log-likelihood of this step's prompt tokens to the evidence that asks for it.
+
+        The hidden state of each prompt token but the last says what its lane thought of the next.
+        """
+        next_row = 0
+        for part in parts:
+            first_row, next_row = next_row, next_row + part.num_rows
+            sequence = part.sequence
+            if sequence.weights.evidence is None:
+                continue
+            start = sequence.num_cached + 1
+            targets = sequence.request.prompt_tokens[start : start + part.num_tokens]
+            if not targets:
+                continue
+            rows_n = torch.arange(first_row, next_row, device=self._device)
+            if layout.to_requests_N is not None:
+                rows_n = layout.to_requests_N[rows_n]
+            hidden_KTD = hidden_ND[rows_n].view(sequence.num_lanes, part.num_tokens, -1)
+            sequence.weights.add(
+                self._log_likelihood(sequence.members, hidden_KTD, targets), len(targets)
+            )
+
+    def _log_likelihood(
+        self, members: Seq[int], hidden_KTD: Tensor, targets: Seq[int]
+    ) -> list[float]:
+        """Return what each lane says of `targets`, in nats; a slice at a time, to bound memory."""
+        totals = torch.zeros(len(members), dtype=torch.float64)
+        for start in range(0, len(targets), _EVIDENCE_TOKENS):
+            ids = torch.tensor(targets[start : start + _EVIDENCE_TOKENS], device=self._device)
+            hidden_nD = hidden_KTD[:, start : start + len(ids)].flatten(0, 1)
+            lanes = group_rows(members, len(ids), self._num_members, self._device)
+            logp_nV = self._model.logits(hidden_nD, lanes).log_softmax(-1)
+            picked_KT = logp_nV.gather(1, ids.repeat(len(members))[:, None]).view(len(members), -1)
+            totals += picked_KT.sum(1).double().cpu()
+        values: list[float] = totals.tolist()
+        return values
+
     def _layout_of(self, parts: Seq[Part]) -> Layout:
         layout = self._layout
         if (
@@ -114,3 +156,13 @@ class Runner:
             row_bytes=self.arena.row_bytes // self.architecture.shape.num_layers,
             device=self._device,
         )
+
+
+def _weigh_answers(
+    sampling: Seq[Sequence], logp_LV: Tensor, lanes_R: Seq[Seq[int]], token_ids: Seq[int]
+) -> None:
+    """Add what each lane thought of the drawn tokens to the evidence that goes on with them."""
+    for sequence, lanes, token in zip(sampling, lanes_R, token_ids, strict=True):
+        evidence = sequence.weights.evidence
+        if evidence is not None and evidence.update:
+            sequence.weights.add(logp_LV[list(lanes), token].tolist(), 1)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from models.engines.base import Chunk, FinishReason, GenerationRequest, Token, TopLogprob
+from models.engines.stacked.evidence import LaneWeights
+from models.engines.stacked.fusion import Fusion
 from models.engines.stacked.sampler import SamplerState
 from models.engines.stacked.text import TextStream, Vocabulary
 from models.errors import EngineError, RequestError
@@ -18,7 +20,8 @@ Outcome = Chunk | EngineError | RequestError
 class Sequence:
     """The engine's state of one request; only the engine's thread changes it.
 
-    `members` are indices, ascending, without those of zero weight; `weights` sum to one.
+    `members` are indices, ascending, without those that do not count; `weights` are theirs.
+    `lane_of` says for each member that the request names which lane it is, None if it has none.
     `tokens` is the prompt and what was generated so far, of which the first `num_cached` have
     their keys and values in the cache, from row `region_start` on (None while it waits). `send`
     hands an outcome to the reader, on the event loop.
@@ -26,7 +29,8 @@ class Sequence:
 
     request: GenerationRequest
     members: tuple[int, ...]
-    weights: tuple[float, ...]
+    weights: LaneWeights
+    lane_of: tuple[int | None, ...]
     tokens: list[int]
     max_new_tokens: int
     sampler: SamplerState
@@ -35,6 +39,12 @@ class Sequence:
     num_cached: int = 0
     region_start: int | None = None
     finished: bool = False
+
+    @property
+    def fusion(self) -> Fusion:
+        """How the next token's distributions are fused."""
+        request = self.request
+        return Fusion(request.rule, self.weights.values, self.lane_of[0] or 0, request.gate)
 
     @property
     def num_lanes(self) -> int:
@@ -96,4 +106,13 @@ class Sequence:
             logprob=logprob,
             top=alternatives,
         )
-        return Chunk(text=text, tokens=(generated,), finish_reason=reason)
+        return Chunk(
+            text=text,
+            tokens=(generated,),
+            finish_reason=reason,
+            weights=self._named_weights() if self.finished and len(self.lane_of) > 1 else None,
+        )
+
+    def _named_weights(self) -> tuple[float, ...]:
+        values = self.weights.values
+        return tuple(0.0 if lane is None else values[lane] for lane in self.lane_of)
