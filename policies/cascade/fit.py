@@ -12,12 +12,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.sparse import csr_array, hstack
 
 from policies.cascade.chains import Floats, Ints
-from policies.cascade.logistic import Sparse, cross_fit, sigmoid, stack
+from policies.cascade.logistic import Sparse, cross_fit, fit_logistic, sigmoid, stack
 from policies.cascade.predictions import AnswerTable, Predictions
 from policies.cascade.scorer import ANY_STAGE, ScorerWeights
-from policies.cascade.signals import DENSE_SIGNALS, NUM_OWN_SIGNALS, own_signals
+from policies.cascade.signals import (
+    DENSE_SIGNALS,
+    NUM_OWN_SIGNALS,
+    RANK_SIGNALS,
+    own_signals,
+    rank_signals,
+)
 from policies.encoders.ngrams import NGrams
 from policies.errors import PolicyError
 
@@ -82,6 +89,9 @@ def fit_scorer(
     )
     every = [*models, pooled]
     slopes = np.array([model.slope for model in every])
+    raw_QS = np.stack(
+        [model.slope * model.logit_N[:num_queries] + model.offset for model in models], axis=1
+    )
     weights = ScorerWeights(
         stages=(*table.plans, ANY_STAGE),
         query_encoder=query_encoder,
@@ -93,12 +103,11 @@ def fit_scorer(
         bias_S=np.array([model.bias for model in every]),
         slope_S=slopes,
         offset_S=np.array([model.offset for model in every]),
+        rank_P=fit_ranker(table, sigmoid(raw_QS), answer_QS),
     )
     out_of_fold = Predictions(
         prior_QS=np.stack([sigmoid(prior.logit_N) for prior in priors], axis=1),
-        raw_QS=np.stack(
-            [model.slope * model.logit_N[:num_queries] + model.offset for model in models], axis=1
-        ),
+        raw_QS=raw_QS,
         context_QS2=np.stack(
             [
                 model.slope * model.fold_weights[fold_Q, NUM_OWN_SIGNALS:num_dense]
@@ -111,12 +120,41 @@ def fit_scorer(
     return FittedScorer(weights=weights, out_of_fold=out_of_fold)
 
 
+def fit_ranker(table: AnswerTable, score_QS: Floats, answer_QS: Ints) -> Floats:
+    """Return the weights of the pairwise ranker, fitted on pairs of answers of unequal quality.
+
+    `score_QS` are out-of-fold scores. Each pair counts in both directions, so there is no bias.
+    """
+    num_queries, num_stages = score_QS.shape
+    same_QSS = answer_QS[:, :, None] == answer_QS[:, None, :]
+    support_QS = (same_QSS.sum(axis=2) - 1) / max(num_stages - 1, 1)
+    signals_QSP = np.array(
+        [
+            [
+                rank_signals(table.attempt(q, s), float(score_QS[q, s]), float(support_QS[q, s]))
+                for s in range(num_stages)
+            ]
+            for q in range(num_queries)
+        ]
+    )
+    better_QSS = table.quality_QS[:, :, None] > table.quality_QS[:, None, :]
+    query_N, first_N, second_N = np.nonzero(better_QSS)
+    difference_NP = signals_QSP[query_N, first_N] - signals_QSP[query_N, second_N]
+    if not len(difference_NP):
+        # Nothing to learn from: the better score wins.
+        return np.array([1.0, *[0.0] * (len(RANK_SIGNALS) - 1)])
+    scale_P = np.maximum(difference_NP.std(axis=0), 1e-9)
+    rows = np.concatenate([difference_NP, -difference_NP]) / scale_P
+    wins_N = np.repeat([1.0, 0.0], len(difference_NP))
+    weights_P, _ = fit_logistic(csr_array(rows), wins_N, 1.0)
+    result: Floats = weights_P / scale_P
+    return result
+
+
 def _design(
     table: AnswerTable, stage: int, prior_Q: Floats, answer_QS: Ints, encoder: NGrams
 ) -> Sparse:
     """Return the features of one stage, [C·Q, F + A]: alone, then after each other stage."""
-    from scipy.sparse import csr_array, hstack  # noqa: PLC0415 - training only
-
     num_queries, num_stages = answer_QS.shape
     own_QF = np.array(
         [own_signals(table.attempt(q, stage), float(prior_Q[q])) for q in range(num_queries)]

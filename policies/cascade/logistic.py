@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
+from scipy.sparse import csr_array, vstack
 
 from policies.cascade.chains import Floats, Ints
 
@@ -54,13 +55,13 @@ def cross_fit(
         fold_weights = []
         for fold in range(int(fold_N.max()) + 1):
             out = fold_N == fold
-            weights, bias = _logistic(scaled[~out], quality_N[~out], penalty)
+            weights, bias = fit_logistic(scaled[~out], quality_N[~out], penalty)
             logit_N[out] = scaled[out] @ weights + bias
             fold_weights.append(weights / scale)
         slope, offset = _platt(logit_N, quality_N)
         loss = _log_loss(slope * logit_N + offset, quality_N)
         if loss < best_loss:
-            weights, bias = _logistic(scaled, quality_N, penalty)
+            weights, bias = fit_logistic(scaled, quality_N, penalty)
             best_loss = loss
             best = CrossFit(
                 weights=weights / scale,
@@ -74,8 +75,8 @@ def cross_fit(
     return best
 
 
-def _logistic(design: Sparse, quality_N: Floats, penalty: float) -> tuple[Floats, float]:
-    """Fit weights and bias; soft labels become a weighted row of each class."""
+def fit_logistic(design: Sparse, quality_N: Floats, penalty: float) -> tuple[Floats, float]:
+    """Return weights and bias; soft labels become a weighted row of each class."""
     from sklearn.linear_model import LogisticRegression  # noqa: PLC0415 - training only
     from threadpoolctl import threadpool_limits  # noqa: PLC0415 - training only
 
@@ -97,9 +98,7 @@ def _logistic(design: Sparse, quality_N: Floats, penalty: float) -> tuple[Floats
 
 def _platt(logit_N: Floats, quality_N: Floats) -> tuple[float, float]:
     """Fit sigmoid(slope · logit + offset), the slope kept >= 0 so that the order stays."""
-    from scipy.sparse import csr_array  # noqa: PLC0415 - training only
-
-    weights, offset = _logistic(csr_array(logit_N[:, None]), quality_N, 1e3)
+    weights, offset = fit_logistic(csr_array(logit_N[:, None]), quality_N, 1e3)
     slope = max(float(weights[0]), 0.0)
     if slope == 0.0:
         mean = float(np.clip(quality_N.mean(), 0.5 / quality_N.size, 1 - 0.5 / quality_N.size))
@@ -119,6 +118,4 @@ def _log_loss(logit_N: Floats, quality_N: Floats) -> float:
 
 def stack(blocks: Sequence[Sparse]) -> Sparse:
     """Return sparse matrices one below the other."""
-    from scipy.sparse import vstack  # noqa: PLC0415 - training only
-
     return vstack(list(blocks)).tocsr()

@@ -9,23 +9,39 @@ A of an answer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from policies.cascade.base import Attempt
+from policies.cascade.base import Attempt, normalise
 from policies.cascade.chains import Floats
-from policies.cascade.signals import DENSE_SIGNALS, agreement, own_signals, sigmoid
+from policies.cascade.signals import (
+    DENSE_SIGNALS,
+    RANK_SIGNALS,
+    agreement,
+    own_signals,
+    rank_signals,
+    sigmoid,
+)
 from policies.encoders.ngrams import NGrams
 from policies.errors import PolicyError
 from policies.plan import Plan
 
 ANY_STAGE = "*"
 
-_ARRAYS = ("prior_SN", "prior_bias_S", "dense_SF", "answer_SA", "bias_S", "slope_S", "offset_S")
+_ARRAYS = (
+    "prior_SN",
+    "prior_bias_S",
+    "dense_SF",
+    "answer_SA",
+    "bias_S",
+    "slope_S",
+    "offset_S",
+    "rank_P",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +50,8 @@ class ScorerWeights:
 
     The prior is sigmoid(prior_bias + prior_SN · query n-grams); the score is
     sigmoid(slope · (bias + dense_SF · signals + answer_SA · answer n-grams) + offset), where slope
-    and offset are Platt's scaling on answers that the model was not trained on.
+    and offset are Platt's scaling on answers that the model was not trained on. Of two answers the
+    first is the better one with probability sigmoid(rank_P · (its rank signals - the other's)).
     """
 
     stages: tuple[str, ...]
@@ -47,6 +64,7 @@ class ScorerWeights:
     bias_S: Floats
     slope_S: Floats
     offset_S: Floats
+    rank_P: Floats
 
     def __post_init__(self) -> None:
         num_stages = len(self.stages)
@@ -56,6 +74,7 @@ class ScorerWeights:
             "prior_SN": (num_stages, self.query_encoder.num_features),
             "dense_SF": (num_stages, len(DENSE_SIGNALS)),
             "answer_SA": (num_stages, self.answer_encoder.num_features),
+            "rank_P": (len(RANK_SIGNALS),),
         }
         for name in _ARRAYS:
             expected = shapes.get(name, (num_stages,))
@@ -133,6 +152,28 @@ class LearnedScorer:
             + weights.answer_SA[row, ngrams.ids] @ ngrams.values
         )
         return sigmoid(float(weights.slope_S[row] * raw + weights.offset_S[row]))
+
+    def rank(self, attempts: Sequence[Attempt]) -> list[float]:
+        """Return the share of its pairs that each attempt is expected to win, 1 for a single one.
+
+        Bradley and Terry's model on the difference of the attempts' signals.
+        """
+        if len(attempts) == 1:
+            return [1.0]
+        texts = [normalise(attempt.answer) for attempt in attempts]
+        signals = [
+            rank_signals(
+                attempt,
+                self.score(replace(attempt, earlier=())),
+                (texts.count(text) - 1) / (len(texts) - 1),
+            )
+            for attempt, text in zip(attempts, texts, strict=True)
+        ]
+        worth = np.array(signals) @ self._weights.rank_P
+        wins = 0.5 * (1 + np.tanh(0.5 * (worth[:, None] - worth[None, :])))
+        # Against itself each attempt "wins" a half, which doesn't count.
+        shares: list[float] = ((wins.sum(axis=1) - 0.5) / (len(attempts) - 1)).tolist()
+        return shares
 
     def _prior_logits(self, query: str) -> Floats:
         weights = self._weights

@@ -25,6 +25,9 @@ DENSE_SIGNALS = (
 )
 NUM_OWN_SIGNALS = len(DENSE_SIGNALS) - 2
 
+# What the pairwise ranker compares; see `rank_signals`.
+RANK_SIGNALS = ("score_logit", "support", "logprob_mean", "logprob_min", "log_answer_length")
+
 
 def own_signals(attempt: Attempt, prior: float) -> list[float]:
     """Return the signals of `attempt` itself, in the order of `DENSE_SIGNALS`, all but two.
@@ -54,6 +57,21 @@ def agreement(attempt: Attempt) -> list[float]:
     mine = normalise(attempt.answer)
     same = sum(normalise(other) == mine for other in attempt.earlier)
     return [1.0, same / len(attempt.earlier)]
+
+
+def rank_signals(attempt: Attempt, score: float, support: float) -> list[float]:
+    """Return what the ranker compares, in the order of `RANK_SIGNALS`.
+
+    `score` is the scorer's, as if no other had answered; `support` the share of the other
+    candidates that gave the same answer.
+    """
+    return [
+        logit(score),
+        support,
+        max(attempt.logprob_mean, -20.0),
+        max(attempt.logprob_min, -20.0),
+        math.log1p(len(attempt.answer)),
+    ]
 
 
 def logit(probability: float) -> float:

@@ -194,3 +194,17 @@ def test_an_unknown_routed_stage_is_named() -> None:
     table = answer_table(5, 80)
     with pytest.raises(PolicyError, match=r"'poet' is unknown; allowed are sum, date, list, base"):
         learn_cascade(table, costs(table), budget=2.0, routed=("sum", "poet"))
+
+
+def test_the_ranker_beats_the_average_candidate(
+    cascade: LearnedCascade, held_out: AnswerTable
+) -> None:
+    """Of all stages' held-out answers, the one that wins its pairs is right most often."""
+    ranker = LearnedScorer(cascade.weights, cascade.plans)
+    right = []
+    for q in range(len(held_out.queries)):
+        shares = ranker.rank([held_out.attempt(q, s) for s in range(4)])
+        assert sum(shares) == pytest.approx(2.0)
+        right.append(held_out.quality_QS[q, int(np.argmax(shares))])
+    assert np.mean(right) > held_out.quality_QS.mean(axis=0).max()
+    assert ranker.rank([held_out.attempt(0, 0)]) == [1.0]
