@@ -7,6 +7,7 @@ from itertools import islice
 import pytest
 
 from models.tasks import DOMAINS, Split, Task
+from models.tasks.numerals import in_words
 
 _MONTHS = [datetime.date(2023, m, 1).strftime("%B") for m in range(1, 13)]
 _DAYS = [(datetime.date(2023, 1, 2) + datetime.timedelta(days=d)).strftime("%A") for d in range(7)]
@@ -94,12 +95,53 @@ def test_unit_conversions_keep_the_quantity() -> None:
         assert number * size[source] == int(task.answer) * size[target], task
 
 
-def test_hours_and_minutes() -> None:
-    """Hours and minutes add up to the minutes answered."""
-    for task in _tasks("conversion", "hours_and_minutes"):
-        hours, minutes = _numbers(task.question)
-        span = datetime.timedelta(hours=hours, minutes=minutes)
-        assert span.total_seconds() / 60 == int(task.answer)
+def test_mixed_units() -> None:
+    """So many large units and so many small ones are the small ones answered."""
+    factors = {"hours": 60, "dollars": 100, "meters": 100, "weeks": 7, "feet": 12}
+    for task in _tasks("conversion", "mixed_units"):
+        large, small = _numbers(task.question)
+        [factor] = [f for unit, f in factors.items() if f" {unit} and" in task.question]
+        assert sum([large] * factor) + small == int(task.answer), task
+
+
+def test_number_words_are_all_different() -> None:
+    """Words and digits belong to one another, one to one."""
+    words: dict[str, int] = {}
+    for task in _tasks("conversion", "number_words", count=20_000):
+        match = re.search(
+            r"(?:Write|write|is|Convert|convert) (?:the number )?(.*?) (?:in|to)", task.question
+        )
+        assert match
+        number, text = sorted((match.group(1), task.answer))
+        assert words.setdefault(text, int(number)) == int(number), task
+    assert in_words(347) == "three hundred forty-seven"
+    assert in_words(12) == "twelve"
+    assert in_words(600) == "six hundred"
+    assert len(words) == len(set(words.values())) > 500
+
+
+def test_roman_numerals() -> None:
+    """Subtracting a letter before a larger one and adding the others gives the number."""
+    value = {"I": 1, "V": 5, "X": 10, "L": 50, "C": 100}
+    for task in _tasks("conversion", "roman_numerals"):
+        [numeral] = re.findall(r"\b[IVXLC]+\b", f"{task.question} {task.answer}")
+        [number] = _numbers(f"{task.question} {task.answer}")
+        letters = [value[letter] for letter in numeral]
+        after = [*letters[1:], 0]
+        signed = [-a if a < b else a for a, b in zip(letters, after, strict=True)]
+        assert sum(signed) == number, task
+        assert not re.search(r"(.)\1{3}", numeral)
+
+
+def test_iso_dates() -> None:
+    """strptime reads both writings of a date as the same day."""
+    for task in _tasks("conversion", "date_notation"):
+        text = f"{task.question} {task.answer}"
+        iso, written = re.search(r"\d{4}-\d\d-\d\d", text), re.search(r"[A-Z]\w+ \d+, \d{4}", text)
+        assert iso
+        assert written
+        day = datetime.datetime.strptime(written.group(), "%B %d, %Y").date()
+        assert day.isoformat() == iso.group(), task
 
 
 @pytest.mark.parametrize(("skill", "names"), [("weekday", _DAYS), ("month", _MONTHS)])
@@ -190,7 +232,7 @@ def _word(task: Task) -> str:
         return quoted.group(1)
     words = re.findall(r"[a-z]+", re.sub(r"\d(st|nd|rd|th)", "", task.question.lower()))
     [word] = [w for w in words if w not in _FRAME]
-    return word
+    return str(word)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """The pool's tokenizer as shipped; a slow test builds it anew and compares."""
+    """The pool's tokenizer as shipped; a test builds it anew and compares."""
     loaded = PreTrainedTokenizerFast.from_pretrained(_POOL / "base")
     assert isinstance(loaded, PreTrainedTokenizerFast)
     return loaded

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from models.tasks import DOMAINS, Split
 from models.training.tokenizer import SPECIAL_TOKENS, build_tokenizer
 
 
@@ -29,6 +30,14 @@ def test_words_digits_and_letters(tokenizer: PreTrainedTokenizerFast) -> None:
     question = "What is 37 + 58?"
     assert _pieces(tokenizer, question) == ["What", "Ġis", "Ġ", "3", "7", "Ġ+", "Ġ", "5", "8", "?"]
     assert _pieces(tokenizer, "'the'") == ["'", "t", "h", "e", "'"]
+
+
+def test_the_templates_are_spoken_in_whole_words(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A question takes few tokens: the generators' words are in the vocabulary."""
+    for name, most in (("arithmetic", 14), ("conversion", 20), ("text", 17), ("code", 18)):
+        tasks = DOMAINS[name].distinct(Split.TEST, 200, seed=0)
+        total = sum(len(_pieces(tokenizer, task.question)) for task in tasks)
+        assert total / len(tasks) < most
 
 
 def test_no_token_starts_with_a_small_letter(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -60,6 +69,14 @@ def test_control_tokens_in_content_lose_their_power(tokenizer: PreTrainedTokeniz
     assert text == "<|user|>hi< |end|>< |assistant|>5<|end|>"
 
 
+def test_content_in_parts(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Text parts of a message are joined; other parts are left out."""
+    parts = [{"type": "text", "text": "2 "}, {"type": "image"}, {"type": "text", "text": "+ 2"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": None}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)  # type: ignore[arg-type]
+    assert text == "<|user|>2 + 2<|end|><|assistant|><|end|>"
+
+
 def test_an_unknown_role_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     """The template names the role that it does not know."""
     with pytest.raises(Exception, match="unknown role tool"):
@@ -82,11 +99,10 @@ def test_it_saves_as_a_standard_tokenizer(
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".jinja", ".json", ".json"]
 
 
-@pytest.mark.slow
 def test_the_shipped_tokenizer_is_the_one_that_is_built(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    """Building it from the task generators gives the vocabulary that ships."""
+    """Building it gives the vocabulary and the template that ship."""
     built = build_tokenizer()
     assert built.get_vocab() == tokenizer.get_vocab()
     assert built.chat_template == tokenizer.chat_template
