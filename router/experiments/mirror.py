@@ -26,6 +26,7 @@ from router.record import Recorder
 logger = logging.getLogger(__name__)
 
 SHADOW_ENDPOINT = "shadow"
+ROOT = ""  # the path of a plan's root in its trace
 
 
 def mirrored_request_id(shadow: str, request_id: str) -> str:

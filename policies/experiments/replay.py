@@ -1,0 +1,220 @@
+"""Replay: what a policy would have earned on traffic of the past.
+
+Two kinds of past. *Outcomes* hold every model's answer to every query, so a plan of single
+answers and cascades can be played out exactly. A *log* holds one answer per request, chosen by an
+experiment's arms with known probabilities, so its estimates are off-policy (`offpolicy`).
+Requests that got no rating are left out of quality, which assumes that rating does not depend on
+the arm.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import norm
+
+from policies.base import Policy, Query
+from policies.cascade.base import Attempt, Scorer
+from policies.errors import ExperimentError
+from policies.experiments.offpolicy import Estimate, Logged, OffPolicy, estimate, fit_rewards
+from policies.footprint import Rates
+from policies.outcomes import Outcome
+from policies.plan import Answer, Cascade, Plan, to_json
+
+# Plans may differ from the log where limits or budgets trimmed them; more than this is a change.
+_MOST_CHANGED = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggedRequest:
+    """One request of a log: who could have answered it, and what came of it.
+
+    `chances` are the probabilities of the policies that the experiment could have sent it to, by
+    policy name; `policy` is the one it took and `plan` the plan that ran. `score` is the user's
+    rating in [0, 1], None without one.
+    """
+
+    query: Query
+    chances: Mapping[str, float]
+    policy: str
+    plan: Mapping[str, object]
+    usd: float
+    score: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replayed:
+    """What a policy is expected to earn. `usd` is per request; None where it cannot be known.
+
+    `num_requests` counts those that quality is estimated from. From outcomes the estimates are
+    exact plays of every query, and only sampling error is in the interval.
+    """
+
+    quality: Estimate
+    usd: Estimate | None
+    num_requests: int
+    off_policy: OffPolicy | None = None
+
+
+def replay_outcomes(
+    outcomes: Sequence[Outcome],
+    policy: Policy,
+    *,
+    rates: Mapping[str, Rates],
+    scorers: Mapping[str, Scorer],
+) -> Replayed:
+    """Play `policy` on every query of `outcomes`.
+
+    Raises `ExperimentError` where its plan needs an answer that the outcomes lack: a fusion, a
+    vote, a model without a score, or a cascade's stage without log-probabilities.
+    """
+    scores, costs = [], []
+    for outcome in outcomes:
+        query = Query(text=outcome.query, prompt_tokens=outcome.prompt_tokens or 0)
+        ran = _play(policy.decide(query).plan, outcome, scorers, ())
+        scores.append(outcome.scores[ran[-1]])
+        costs.append(_usd(outcome, ran, rates))
+    known = [usd for usd in costs if usd is not None]
+    return Replayed(
+        quality=_mean(scores),
+        usd=_mean(known) if len(known) == len(costs) else None,
+        num_requests=len(scores),
+    )
+
+
+def replay_log(
+    log: Sequence[LoggedRequest], target: Policy, *, policies: Mapping[str, Policy]
+) -> Replayed:
+    """Estimate what `target` would have earned on `log`, whose arms are among `policies`.
+
+    Raises `ExperimentError` where support is missing, nobody rated, or the arms' policies no
+    longer decide as they did.
+    """
+    num_changed = 0
+    wanted, logged, propensities, agreement, supported = [], [], [], [], []
+    for request in log:
+        plans = {
+            name: _key(to_json(policies[name].decide(request.query).plan))
+            for name in request.chances
+        }
+        num_changed += plans[request.policy] != _key(request.plan)
+        plan, choice = _key(request.plan), _key(to_json(target.decide(request.query).plan))
+        chance = {
+            key: sum(p for name, p in request.chances.items() if plans[name] == key)
+            for key in (plan, choice)
+        }
+        wanted.append(choice)
+        logged.append(plan)
+        propensities.append(chance[plan])
+        agreement.append(float(plan == choice))
+        supported.append(chance[choice] > 0)
+    if num_changed > _MOST_CHANGED * len(log):
+        raise ExperimentError(
+            f"replay: {num_changed} of {len(log)} logged requests would now get another plan from "
+            "their own arm; replay with the policies that the log was made with"
+        )
+    # What limits or budgets had trimmed fits no policy's plan, and has no known propensity.
+    kept = np.array(propensities) > 0
+    rated = kept & np.array([request.score is not None for request in log], dtype=bool)
+    features_NF = _features([request.query for request in log])
+
+    def judge(rewards: Sequence[float], where: np.ndarray) -> OffPolicy:
+        index = np.flatnonzero(where)
+        actions, targets = ([keys[i] for i in index] for keys in (logged, wanted))
+        reward_N = np.array(rewards)[index]
+        q_logged, q_target = fit_rewards(features_NF[index], actions, reward_N, targets=targets)
+        return estimate(
+            Logged(
+                rewards=reward_N,
+                propensities=np.array(propensities)[index],
+                agreement=np.array(agreement)[index],
+                supported=np.array(supported)[index],
+                q_logged=q_logged,
+                q_target=q_target,
+            )
+        )
+
+    if not rated.any():
+        raise ExperimentError("replay: no logged request has feedback, so quality is unknown")
+    quality = judge([request.score or 0.0 for request in log], rated)
+    usd = judge([request.usd for request in log], kept)
+    return Replayed(
+        quality=quality.dr, usd=usd.dr, num_requests=quality.num_requests, off_policy=quality
+    )
+
+
+def _play(
+    plan: Plan, outcome: Outcome, scorers: Mapping[str, Scorer], earlier: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Return the members that would run, in order; the last one's answer is the client's."""
+    if isinstance(plan, Answer) and len(plan.members) == 1:
+        if plan.members[0] not in outcome.scores:
+            raise _unsupported(f"the model {plan.members[0]!r} has no score for {outcome.id!r}")
+        return plan.members
+    if not isinstance(plan, Cascade):
+        raise _unsupported("outcomes hold single models' answers, and the plan combines several")
+    ran: tuple[str, ...] = ()
+    for stage, threshold in zip(plan.stages, (*plan.thresholds, -math.inf), strict=True):
+        tried = _play(stage, outcome, scorers, earlier)
+        ran += tried
+        if threshold == -math.inf:
+            break
+        attempt = _attempt(stage, tried[-1], outcome, earlier)
+        if scorers[plan.scorer].score(attempt) >= threshold:
+            break
+        earlier += (attempt.answer,)
+    return ran
+
+
+def _attempt(stage: Plan, member: str, outcome: Outcome, earlier: tuple[str, ...]) -> Attempt:
+    logprobs, output = outcome.logprobs.get(member), outcome.outputs.get(member)
+    if logprobs is None or output is None:
+        raise _unsupported(f"{member!r} has no output with log-probabilities for {outcome.id!r}")
+    return Attempt(
+        query=outcome.query,
+        plan=stage,
+        answer=output,
+        logprob_mean=logprobs.mean,
+        logprob_min=logprobs.min,
+        num_tokens=logprobs.num_tokens,
+        earlier=earlier,
+    )
+
+
+def _usd(outcome: Outcome, ran: Sequence[str], rates: Mapping[str, Rates]) -> float | None:
+    total = 0.0
+    for name in ran:
+        if name in outcome.costs:
+            total += outcome.costs[name]
+        elif name in rates and name in outcome.output_tokens and outcome.prompt_tokens is not None:
+            tokens = outcome.output_tokens[name]
+            total += rates[name].footprint(outcome.prompt_tokens, tokens).usd
+        else:
+            return None
+    return total
+
+
+def _features(queries: Sequence[Query]) -> np.ndarray:
+    raw = np.array([[math.log1p(q.prompt_tokens), math.log1p(len(q.text))] for q in queries])
+    spread = raw.std(0)
+    scaled: np.ndarray = (raw - raw.mean(0)) / np.where(spread > 0, spread, 1.0)
+    return scaled
+
+
+def _mean(values: Sequence[float]) -> Estimate:
+    array = np.array(values)
+    se = float(array.std(ddof=1) / math.sqrt(len(array))) if len(array) > 1 else math.inf
+    z, mean = float(norm.isf(0.025)), float(array.mean())
+    return Estimate(value=mean, low=mean - z * se, high=mean + z * se)
+
+
+def _key(plan: Mapping[str, object]) -> str:
+    return json.dumps(plan, sort_keys=True)
+
+
+def _unsupported(reason: str) -> ExperimentError:
+    return ExperimentError(f"replay: {reason}; nothing is known of the answer it would give")

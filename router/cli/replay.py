@@ -1,0 +1,147 @@
+"""`shoal replay`: what to expect of a policy, from traffic of the past."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from router.cli.ledger_options import refusing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from policies.experiments.offpolicy import Estimate
+    from policies.experiments.replay import Replayed
+    from router.catalog import Catalog
+    from router.config import AppArgs
+
+_HEAD = ("policy", "quality", "95% interval", "IPS", "SNIPS", "worth", "requests", "USD/1,000")
+
+
+def replay(
+    *,
+    config: Annotated[Path, typer.Argument(help="The server's configuration, with the policies.")],
+    source: Annotated[
+        str,
+        typer.Option(
+            "--from",
+            help="Outcomes (a .jsonl file of every model's answers), or a ledger's address "
+            "or SQLite file.",
+        ),
+    ],
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="Replay this policy; may be repeated. [default: every arm's]"),
+    ] = None,
+    experiment: Annotated[
+        str | None,
+        typer.Option(help="The experiment whose traffic to use. [default: the only one]"),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Only this split of the outcomes.")] = None,
+) -> None:
+    """Estimate a policy's quality and cost before anybody is sent to it.
+
+    From outcomes every plan of single models and cascades is played out. From a ledger the
+    estimate is off-policy, doubly robust; IPS and SNIPS stand beside it, and "worth" is how many
+    requests of the policy itself the log equals. Refused where the past says nothing.
+    """
+    from models.pool import load_pool
+    from router.catalog import Catalog
+    from router.config import load_args
+    from router.experiments.definitions import read_definitions
+
+    with refusing():
+        args = load_args(config)
+        catalog = Catalog(load_pool(args.pool), policies=args.policies)
+        definitions, _ = read_definitions(args)
+        arms = [arm.policy for one in definitions for arm in one.arms]
+        names = list(dict.fromkeys(policy or arms or catalog.policies))
+        for name in names:
+            if name not in catalog.policies:
+                raise ValueError(
+                    f"--policy {name!r} is unknown; allowed are {', '.join(catalog.policies)}"
+                )
+        if source.endswith(".jsonl"):
+            play = _from_outcomes(source, split, catalog)
+        else:
+            play = _from_ledger(source, experiment, args, catalog)
+        _print({name: _try(play, name) for name in names})
+
+
+def _from_outcomes(source: str, split: str | None, catalog: Catalog) -> Callable[[str], Replayed]:
+    from policies.experiments.replay import replay_outcomes
+    from policies.outcomes import read_outcomes
+
+    found = read_outcomes(source, split=split)
+    return lambda name: replay_outcomes(
+        found, catalog.policies[name], rates=catalog.rates, scorers=catalog.scorers
+    )
+
+
+def _from_ledger(
+    source: str, experiment: str | None, args: AppArgs, catalog: Catalog
+) -> Callable[[str], Replayed]:
+    from policies.experiments.replay import replay_log
+    from router.cli.ledger_options import opened
+    from router.experiments.definitions import read_definitions
+    from router.experiments.log import read_log
+
+    definitions, _ = read_definitions(args)
+    chosen = [one for one in definitions if experiment in (None, one.name)]
+    if len(chosen) != 1:
+        known = ", ".join(one.name for one in definitions) or "none"
+        raise ValueError(f"--experiment: name one of the configuration's: {known}")
+    address = source if "://" in source else f"sqlite:///{source}"
+
+    def play(name: str) -> Replayed:
+        with opened(address, None) as database:
+            log = read_log(database, chosen[0], catalog, target=name)
+        return replay_log(log, catalog.policies[name], policies=catalog.policies)
+
+    return play
+
+
+def _try(play: Callable[[str], Replayed], name: str) -> Replayed | str:
+    from policies.errors import ExperimentError
+
+    try:
+        return play(name)
+    except ExperimentError as error:
+        return str(error)
+
+
+def _print(results: dict[str, Replayed | str]) -> None:
+    rows = [
+        _HEAD,
+        *(_cells(n, found) for n, found in results.items() if not isinstance(found, str)),
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    if len(rows) > 1:
+        for row in rows:
+            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            typer.echo("  ".join(cells).rstrip())
+    refused = {name: found for name, found in results.items() if isinstance(found, str)}
+    for name, reason in refused.items():
+        typer.echo(f"{name}: refused. {reason}", err=True)
+    if refused and len(rows) == 1:
+        raise typer.Exit(1)
+
+
+def _cells(name: str, found: Replayed) -> tuple[str, ...]:
+    off = found.off_policy
+    return (
+        name,
+        f"{found.quality.value:.4f}",
+        f"[{found.quality.low:.4f}, {found.quality.high:.4f}]",
+        _short(off.ips if off else None),
+        _short(off.snips if off else None),
+        f"{off.num_effective:,.0f}" if off else "all",
+        f"{found.num_requests:,}",
+        f"{1000 * found.usd.value:.4g}" if found.usd else "-",
+    )
+
+
+def _short(value: Estimate | None) -> str:
+    return "-" if value is None else f"{value.value:.4f}"

@@ -1,0 +1,71 @@
+"""Shadows: never seen by the client, paid apart, capped, and judged by the same label."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from router.ledger.queries import requests
+from tests.router.experiments.trial_server import Trial, serving, write_config
+
+SHADOW = {"policy": "large", "share": 1.0, "usd_per_day": 1.0, "concurrency": 4}
+SCRIPTS: dict[str, Any] = {"cheap": {"answers": ["94"]}, "dear": {"answers": ["95"]}}
+
+
+def rows(trial: Trial, num: int) -> list[dict[str, Any]]:
+    """The shadow's rows, once there are `num`."""
+    end = time.monotonic() + 10
+    while True:
+        trial.flush()
+        found = [r for r in requests(trial.ledger.database) if r["endpoint"] == "shadow"]
+        if len(found) >= num:
+            return found
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def test_the_mirrored_answer_is_scored_and_never_returned(tmp_path: Path) -> None:
+    """The client gets the default's answer at the default's cost; a label judges both answers."""
+    config = write_config(tmp_path, scripts=SCRIPTS, shadows={"next": SHADOW})
+    with serving(config) as trial:
+        answer = trial.ask("What is 37 + 58?", user="u", max_tokens=8)
+        [mirrored] = rows(trial, 1)
+        trial.rate(answer["id"], label="95")
+        told = trial.http.get("/v1/shadows").json()["data"][0]
+        refused = trial.rate(mirrored["request_id"], thumb="up")
+    assert answer["choices"][0]["message"]["content"] == "94"
+    assert list(answer["shoal"]["tokens"]) == ["cheap"]
+    assert mirrored["policy"] == "large"
+    assert mirrored["usd"] > 5 * answer["shoal"]["cost"]["usd"] > 0
+    assert (mirrored["key_id"], mirrored["user_hash"], mirrored["arm"]) == (None, None, None)
+    assert 0 < mirrored["stages"][0]["score"] <= 1
+    assert (told["num_mirrored"], told["agreement"]) == (1, 0.0)
+    assert (told["quality"], told["served_quality"]) == (1.0, 0.0)
+    assert told["usd"] == mirrored["usd"]
+    assert refused.status_code == 404
+
+
+def test_the_cap_and_the_failures_stay_with_the_shadow(tmp_path: Path) -> None:
+    """With no money nothing is mirrored; a shadow whose engine fails leaves clients alone."""
+    broke = {**SHADOW, "usd_per_day": 0.0}
+    scripts = {"dear": {"fail_after_tokens": 0}}
+    config = write_config(tmp_path, scripts=scripts, shadows={"broke": broke, "broken": SHADOW})
+    with serving(config) as trial:
+        for _ in range(3):
+            assert trial.ask("hello")["choices"][0]["message"]["content"] == "hello"
+        found = rows(trial, 3)
+        told = {s["name"]: s for s in trial.http.get("/v1/shadows").json()["data"]}
+    assert {row["status"] for row in found} == {500}
+    assert told["broke"]["num_mirrored"] == 0
+    assert (told["broken"]["num_mirrored"], told["broken"]["answered"]) == (3, 0.0)
+
+
+def test_a_named_model_is_not_mirrored(tmp_path: Path) -> None:
+    """Only requests for the shadow's models are."""
+    with serving(write_config(tmp_path, shadows={"next": SHADOW})) as trial:
+        trial.ask(model="cheap")
+        trial.ask(model="auto")
+        found = rows(trial, 1)
+        time.sleep(0.2)
+        assert len(rows(trial, 1)) == len(found) == 1

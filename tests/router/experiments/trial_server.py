@@ -1,0 +1,138 @@
+"""A server with a ledger, experiments and scripted models, for the tests of this folder."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from models.pool import load_pool
+from router.catalog import Catalog
+from router.compose import open_recorder
+from router.config import load_args
+from router.ledger.writer import Ledger
+from router.local import http_server, local_service
+from router.service import Service
+
+
+@dataclass
+class Trial:
+    """A running server: its address, its parts, and the configuration it was started with."""
+
+    http: httpx.Client
+    service: Service
+    ledger: Ledger
+    config: Path
+    loop: asyncio.AbstractEventLoop
+
+    def ask(
+        self, text: str = "hello", *, model: str = "auto", headers: Any = None, **fields: Any
+    ) -> dict[str, Any]:
+        """Ask for a chat completion; it must succeed."""
+        body = {"model": model, "messages": [{"role": "user", "content": text}], **fields}
+        response = self.http.post("/v1/chat/completions", json=body, headers=headers)
+        assert response.status_code == 200, response.text
+        data: dict[str, Any] = response.json()
+        return data
+
+    def rate(self, response_id: str, **feedback: Any) -> httpx.Response:
+        """Send feedback."""
+        return self.http.post("/v1/feedback", json={"id": response_id, **feedback})
+
+    def run(self, work: Any) -> Any:
+        """Run a coroutine on the server's loop."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(60)
+
+    def flush(self) -> None:
+        """Wait until every row is written."""
+        self.run(self.ledger.flush())
+
+
+POOL: dict[str, Any] = {
+    "name": "trial-pool",
+    "engines": [{"name": "one", "kind": "fake", "options": {}}],
+    "models": [
+        {"name": "cheap", "engine": "one", "usd_per_million_output_tokens": 1},
+        {
+            "name": "dear",
+            "engine": "one",
+            "usd_per_million_output_tokens": 10,
+            "domains": ["arithmetic"],
+        },
+    ],
+    "policies": {
+        "auto": {"kind": "fixed", "plan": "cheap"},
+        "small": {"kind": "fixed", "plan": "cheap"},
+        "large": {"kind": "fixed", "plan": "dear"},
+    },
+}
+
+EXPERIMENT: dict[str, Any] = {
+    "arms": {
+        "control": {"policy": "small", "weight": 0.5},
+        "new": {"policy": "large", "weight": 0.5},
+    },
+    "secondary": ["usd"],
+}
+
+
+def write_config(folder: Path, *, scripts: dict[str, Any] | None = None, **config: Any) -> Path:
+    """Write a pool of two scripted models and a configuration with its own ledger."""
+    engines = [{"name": "one", "kind": "fake", "options": {"models": scripts or {}}}]
+    (folder / "pool.yaml").write_text(yaml.safe_dump({**POOL, "engines": engines}))
+    file = folder / "config.yaml"
+    ledger = {"url": f"sqlite:///{folder / 'shoal.db'}", "flush_interval_s": 0.02}
+    file.write_text(yaml.safe_dump({"pool": "pool.yaml", "ledger": ledger, **config}))
+    return file
+
+
+@contextmanager
+def serving(config: Path) -> Iterator[Trial]:
+    """Serve `config` on a free port, in a thread."""
+    args = load_args(config)
+    pool = load_pool(args.pool)
+    ready, started, failed = threading.Event(), [], []
+
+    async def serve() -> None:
+        recorder = open_recorder(args)
+        assert isinstance(recorder, Ledger)
+        async with local_service(
+            args, pool, Catalog(pool, policies=args.policies), recorder
+        ) as service:
+            server = http_server(service, host="127.0.0.1", port=0)
+            task = asyncio.create_task(server.serve())
+            while not server.started and not task.done():  # noqa: ASYNC110 - uvicorn has no event
+                await asyncio.sleep(0.005)
+            started.append((server, service, recorder, asyncio.get_running_loop()))
+            ready.set()
+            await task
+
+    def run() -> None:
+        try:
+            asyncio.run(serve())
+        except Exception as error:
+            failed.append(error)
+            ready.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert ready.wait(30)
+    if failed:
+        thread.join(30)
+        raise failed[0]
+    [(server, service, ledger, loop)] = started
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
+            yield Trial(http=http, service=service, ledger=ledger, config=config, loop=loop)
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        ledger.database.dispose()
