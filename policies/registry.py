@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from policies.base import ModelFacts, Policy
+from policies.budgeted import OPTIONAL_KEYS, build_budgeted
 from policies.cascade.chain import load_cascade
 from policies.errors import PolicyError
 from policies.fixed import Fixed
@@ -88,7 +89,13 @@ def _fused(body: Mapping[str, Any], folder: Path, models: Mapping[str, ModelFact
     )
 
 
+def _budgeted(body: Mapping[str, Any], folder: Path, models: Mapping[str, ModelFacts]) -> Policy:
+    check_keys("budgeted", body, required=("policy",), optional=OPTIONAL_KEYS)
+    return build_budgeted(body, folder, models, build=build_policy)
+
+
 _BUILDERS: dict[str, Builder] = {
+    "budgeted": _budgeted,
     "fixed": _fixed,
     "frugal": _frugal,
     "fused": _fused,

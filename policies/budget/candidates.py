@@ -1,0 +1,130 @@
+"""The plans a budget can choose from: the policy's own, trimmed, grown, or a single member."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeAlias
+
+from policies.base import Decision
+from policies.laws.ensemble import EnsembleLaw
+from policies.plan import Answer, Best, Cascade, Plan, children
+
+# What stands for a candidate in caches: an Answer's members (weights cost nothing), or the plan.
+Key: TypeAlias = tuple[str, ...] | Plan
+
+# What a member's quality is taken to be where the policy predicts none: all alike.
+_UNKNOWN_QUALITY = 0.5
+
+
+class Candidate(NamedTuple):
+    """A plan that could answer, by its key, and its predicted quality in [0, 1]."""
+
+    key: Key
+    quality: float
+
+
+def candidates(
+    decision: Decision,
+    *,
+    law: EnsembleLaw | None,
+    groups: Sequence[Sequence[str]],
+    max_members: float = math.inf,
+) -> list[Candidate]:
+    """Return the plans to choose from, without repeats.
+
+    First the policy's own plan, then that plan trimmed, larger ones first; then every member that
+    the policy scored, alone; then, of each group that may be fused, the best-scored 2, 3 ... up to
+    `max_members`. Where qualities tie, the earlier candidate is meant to win.
+
+    The quality of an ensemble of k is its members' mean score plus what the law says k gain
+    together, b (1 - k^-a); of a cascade that of its best stage, as the others only save.
+    """
+    plan, scores = decision.plan, decision.scores
+    found: dict[Key, Candidate] = {}
+
+    def add(key: Key, quality: float) -> None:
+        if key not in found:
+            found[key] = Candidate(key, 0.0 if quality < 0 else 1.0 if quality > 1 else quality)
+
+    add(key_of(plan), plan_quality(plan, scores, law))
+    for trimmed in _trimmed(plan, max_members):
+        add(key_of(trimmed), plan_quality(trimmed, scores, law))
+    for name, score in scores.items():
+        add((name,), score)
+    for group in groups:
+        ranked = sorted((name for name in group if name in scores), key=lambda name: -scores[name])
+        total = 0.0
+        for size, name in enumerate(ranked, start=1):
+            if size > max_members:
+                break
+            total += scores[name]
+            if size > 1:
+                gain = law.gain(size) if law else 0.0
+                add(tuple(ranked[:size]), total / size + gain)
+    return list(found.values())
+
+
+def plan_quality(plan: Plan, scores: Mapping[str, float], law: EnsembleLaw | None) -> float:
+    """Return the predicted quality of `plan` (see `candidates`)."""
+    if isinstance(plan, Answer):
+        known = [scores.get(name, _UNKNOWN_QUALITY) for name in plan.members]
+        weights = plan.weights or (1.0,) * len(known)
+        mean = sum(w * q for w, q in zip(weights, known, strict=True)) / sum(weights)
+        return mean + (law.gain(len(known)) if law else 0.0)
+    parts = [plan_quality(child, scores, law) for child in children(plan)]
+    if isinstance(plan, Best):
+        return sum(parts) / len(parts) + (law.gain(len(parts)) if law else 0.0)
+    return max(parts)
+
+
+def key_of(plan: Plan) -> Key:
+    """Return what stands for `plan` in caches."""
+    return plan.members if isinstance(plan, Answer) else plan
+
+
+def plan_of(key: Key, decision: Decision) -> Plan:
+    """Return the plan that `key` stands for; fused members keep the policy's weights and rule."""
+    if not isinstance(key, tuple):
+        return key
+    own = decision.plan
+    if not isinstance(own, Answer):
+        return Answer(members=key)
+    if own.members == key:
+        return own
+    weight_of = dict(zip(own.members, own.weights or (1.0,) * len(own.members), strict=True))
+    weights = tuple(weight_of.get(name, 0.0) for name in key)
+    if own.weights is None or len(key) == 1 or min(weights) <= 0:
+        return Answer(members=key, rule=own.rule)
+    return Answer(members=key, weights=weights, rule=own.rule)
+
+
+def _trimmed(plan: Plan, max_members: float) -> list[Plan]:
+    """Return smaller versions of `plan`, larger ones first."""
+    if isinstance(plan, Answer):
+        size = len(plan.members)
+        if size == 1:
+            return []
+        weights = plan.weights or (1.0,) * size
+        # The heaviest members stay; on equal weights, the first ones.
+        order = sorted(range(size), key=lambda index: -weights[index])
+        largest = min(size - 1, max_members)
+        return [
+            Answer(members=tuple(plan.members[index] for index in order[:keep]))
+            for keep in range(int(largest), 0, -1)
+        ]
+    if isinstance(plan, Cascade):
+        shorter: list[Plan] = [
+            Cascade(
+                stages=plan.stages[:keep],
+                thresholds=plan.thresholds[: keep - 1],
+                scorer=plan.scorer,
+            )
+            for keep in range(len(plan.stages) - 1, 1, -1)
+        ]
+        return [*shorter, *reversed(plan.stages)]
+    fewer: list[Plan] = [
+        Best(candidates=plan.candidates[:keep], select=plan.select)
+        for keep in range(len(plan.candidates) - 1, 1, -1)
+    ]
+    return [*fewer, *plan.candidates]

@@ -1,0 +1,401 @@
+"""The controller: takes, for each request, the plan that is worth its price.
+
+Each target has a dual price λ, in quality per unit of its resource. A request takes the plan that
+maximises predicted quality - Σ λ·expected cost, within its own ceilings. Prices are solved again
+and again so that what is left of the window's budget lasts for the traffic still to come (`pace`,
+`prices`); spending is corrected by what was measured, so the aim holds whatever the estimates miss.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from policies.base import Decision, ModelFacts, Query
+from policies.budget.candidates import Candidate, Key, candidates, key_of, plan_of
+from policies.budget.costs import Corrections, CostModel
+from policies.budget.pace import Pace
+from policies.budget.prices import Level, Samples, solve_prices
+from policies.budget.targets import Target, spent
+from policies.errors import PolicyError
+from policies.footprint import Footprint, estimate
+from policies.laws.ensemble import EnsembleLaw
+from policies.limits import Limits
+from policies.plan import Answer, Plan
+
+# Prices wait for this many requests, then are solved again after so many more or so many seconds.
+_FIRST_SOLVE = 24
+_SOLVE_EVERY_REQUESTS = 256
+_SOLVE_EVERY_S = 300.0
+# Future hours are grouped into this many levels of carbon intensity.
+_MAX_LEVELS = 4
+# Samples keep ensembles up to this multiple of n*, so that a falling price finds larger ones.
+_MEMBERS_MARGIN = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tally:
+    """Requests and spending that other replicas have not heard of yet, by resource."""
+
+    num_requests: int
+    spent: Mapping[str, float]
+
+
+class Controller:
+    """Chooses plans so that targets hold on average over a window. Thread-safe, without I/O.
+
+    Windows follow each other from Unix time zero (a day is a UTC day) and each stands alone: what
+    one saved or overspent is not carried into the next.
+
+    One controller serves one policy in one process. Replicas that share a target exchange their
+    `tally`; each solves its own prices from what all have spent.
+    """
+
+    def __init__(
+        self,
+        *,
+        models: Mapping[str, ModelFacts],
+        clock: Callable[[], float],
+        targets: Sequence[Target] = (),
+        law: EnsembleLaw | None = None,
+        groups: Sequence[Sequence[str]] = (),
+        limits: Limits = Limits(),  # noqa: B008 - frozen
+        expected_output_tokens: int = 128,
+        window_s: float = 86_400,
+        num_samples: int = 2048,
+    ) -> None:
+        """Build a controller.
+
+        `models` are the pool's, live where rates follow the grid; `clock` returns Unix time. `law`
+        is the pool's ensemble law of the error rate (None: members of an ensemble gain nothing by
+        being many). `groups` are models that may be fused. `limits` hold for every request, beside
+        its own. Raises `PolicyError` for two targets of one resource.
+        """
+        names = [target.resource for target in targets]
+        if len(set(names)) != len(names):
+            raise PolicyError(f"targets: each resource at most once, got {', '.join(names)}")
+        self.targets = tuple(targets)
+        self._clock = clock
+        self._law = law
+        self._groups = tuple(tuple(group) for group in groups)
+        self._limits = limits
+        self._expected_output_tokens = expected_output_tokens
+        self._num_samples = num_samples
+        self._costs = CostModel(models, names)
+        self._corrections = Corrections()
+        self._pace = Pace(window_s=window_s)
+        self._samples: Samples | None = None
+        self._prices = (0.0,) * len(targets)
+        self._spent = [0.0] * len(targets)
+        self._unheard_requests = 0
+        self._unheard = [0.0] * len(targets)
+        self._since_solve = 0
+        self._solved_s = -math.inf
+        self._lock = threading.Lock()
+
+    def prices(self) -> dict[str, float]:
+        """Return the current price per resource: quality (0 to 1) per USD, Wh or gCO2e."""
+        return {t.resource: price for t, price in zip(self.targets, self._prices, strict=True)}
+
+    def spent(self) -> dict[str, float]:
+        """Return what this window has cost so far, what is still running at its estimate."""
+        return {t.resource: total for t, total in zip(self.targets, self._spent, strict=True)}
+
+    def choose(self, query: Query, decision: Decision) -> Decision:
+        """Return `decision` with the plan that is worth its price, and what it weighed.
+
+        `details["budget"]` holds the plan's predicted `quality`, its `expected` cost per targeted
+        resource, the `prices`, the number of plans `considered`, `n_star` where the ensemble law
+        bounds the members, and `unmet`: the limits that no plan meets (the cheapest plan is then
+        returned, or the best one if only the quality floor is out of reach).
+        """
+        now_s = self._clock()
+        prices = self._prices
+        limits = _stricter(self._limits, query.limits)
+        options, n_star = self._candidates(query, decision, prices)
+        expected = self._expected([option.key for option in options], query)
+        if self.targets:
+            self._note(now_s, options, expected)
+        allowed, unmet = self._allowed(options, query, limits)
+        best, best_value = allowed[0], -math.inf
+        for index in allowed:
+            value = options[index].quality
+            for price, cost in zip(prices, expected[index], strict=True):
+                value -= price * cost
+            if value > best_value:
+                best, best_value = index, value
+        if self.targets:
+            self._commit(expected[best])
+        chosen = options[best]
+        plan = plan_of(chosen.key, decision)
+        details: dict[str, Any] = {
+            "quality": chosen.quality,
+            "expected": dict(zip((t.resource for t in self.targets), expected[best], strict=True)),
+            "prices": self.prices(),
+            "considered": len(options),
+            "unmet": list(unmet),
+        }
+        if math.isfinite(n_star):
+            details["n_star"] = n_star
+        return replace(
+            decision,
+            plan=plan,
+            reason=_reason(decision, plan, unmet),
+            details={**decision.details, "budget": details},
+        )
+
+    def observe(self, query: Query, decision: Decision, cost: Footprint) -> None:
+        """Settle a request that this controller chose: `cost` is what it really was."""
+        if not self.targets:
+            return
+        expected = decision.details["budget"]["expected"]
+        key = key_of(decision.plan)
+        measured = [spent(cost, target.resource) for target in self.targets]
+        with self._lock:
+            differences = [
+                actual - expected[target.resource]
+                for actual, target in zip(measured, self.targets, strict=True)
+            ]
+            self._add(differences, num_requests=0)
+            self._corrections.learn(
+                key, measured=measured[0], estimated=self._estimate(key, query)[0]
+            )
+            self._solve_if_due(self._clock())
+
+    def tally(self) -> Tally:
+        """Return and forget what other replicas have not heard of."""
+        with self._lock:
+            amounts: dict[str, float] = {
+                t.resource: a for t, a in zip(self.targets, self._unheard, strict=True)
+            }
+            tally = Tally(num_requests=self._unheard_requests, spent=amounts)
+            self._unheard_requests = 0
+            self._unheard = [0.0] * len(self.targets)
+        return tally
+
+    def absorb(self, tally: Tally) -> None:
+        """Add what another replica spent, so that the target holds for all together."""
+        now_s = self._clock()
+        with self._lock:
+            if tally.num_requests:
+                self._count(now_s, tally.num_requests)
+            for index, target in enumerate(self.targets):
+                self._spent[index] += tally.spent.get(target.resource, 0.0)
+
+    def _candidates(
+        self, query: Query, decision: Decision, prices: Sequence[float]
+    ) -> tuple[list[Candidate], float]:
+        n_star = math.inf
+        if self._law is not None and self._groups and any(prices):
+            # The mean member's priced cost; members of a group are alike in size.
+            names = [name for group in self._groups for name in group]
+            priced = sum(
+                price * cost
+                for name in names
+                for price, cost in zip(prices, self._expected([(name,)], query)[0], strict=True)
+            ) / len(names)
+            n_star = self._law.optimal_members(1.0, priced)
+        return candidates(
+            decision,
+            law=self._law,
+            groups=self._groups,
+            max_members=_MEMBERS_MARGIN * math.ceil(n_star) if math.isfinite(n_star) else n_star,
+        ), n_star
+
+    def _estimate(self, key: Key, query: Query) -> list[float]:
+        """Return the estimated cost of `key` in each target's resource."""
+        prompt_tokens, output_tokens = query.prompt_tokens, self._output_tokens(query)
+        return [
+            per_prompt * prompt_tokens + per_output * output_tokens
+            for per_prompt, per_output in self._costs.coefficients(key)
+        ]
+
+    def _expected(self, keys: Sequence[Key], query: Query) -> list[list[float]]:
+        """Return the estimates as corrected by what was measured before."""
+        prompt_tokens, output_tokens = query.prompt_tokens, self._output_tokens(query)
+        coefficients, correction = self._costs.coefficients, self._corrections.of
+        expected = []
+        for key in keys:
+            factor = correction(key)
+            expected.append(
+                [
+                    (per_prompt * prompt_tokens + per_output * output_tokens) * factor
+                    for per_prompt, per_output in coefficients(key)
+                ]
+            )
+        return expected
+
+    def _output_tokens(self, query: Query) -> int:
+        expected = self._expected_output_tokens
+        return min(expected, query.max_tokens) if query.max_tokens else expected
+
+    def _allowed(
+        self, options: Sequence[Candidate], query: Query, limits: Limits
+    ) -> tuple[list[int], tuple[str, ...]]:
+        """Return the candidates within the limits, and the limits that none meets."""
+        everything = list(range(len(options)))
+        within = everything
+        if limits.caps_cost:
+            worst = [self._worst_case(option.key, query) for option in options]
+            exceeded = [limits.exceeded(cost) for cost in worst]
+            within = [index for index in everything if not exceeded[index]]
+            if not within:
+                cheapest = min(everything, key=lambda i: (len(exceeded[i]), _size(worst[i])))
+                return [cheapest], exceeded[cheapest]
+        floor = limits.quality_floor
+        if floor is None:
+            return within, ()
+        good = [index for index in within if options[index].quality >= floor]
+        if good:
+            return good, ()
+        return [max(within, key=lambda index: options[index].quality)], ("quality_floor",)
+
+    def _worst_case(self, key: Key, query: Query) -> Footprint:
+        plan: Plan = Answer(members=key) if isinstance(key, tuple) else key
+        return estimate(
+            plan,
+            self._costs.rates,
+            prompt_tokens=query.prompt_tokens,
+            output_tokens=query.max_tokens or self._output_tokens(query),
+        )
+
+    def _note(
+        self, now_s: float, options: Sequence[Candidate], expected: Sequence[Sequence[float]]
+    ) -> None:
+        """Count a request and keep its candidates as a sample of the ones to come."""
+        with self._lock:
+            self._reprice()
+            self._count(now_s, 1)
+            if self._samples is None or not self._samples.fits(len(options)):
+                self._samples = Samples(
+                    size=self._num_samples,
+                    max_candidates=2 * len(options),
+                    num_resources=len(self.targets),
+                )
+            self._samples.add([option.quality for option in options], expected)
+            self._since_solve += 1
+
+    def _commit(self, expected: Sequence[float]) -> None:
+        with self._lock:
+            self._add(expected, num_requests=1)
+            self._solve_if_due(self._clock())
+
+    def _add(self, amounts: Sequence[float], *, num_requests: int) -> None:
+        for index, amount in enumerate(amounts):
+            self._spent[index] += amount
+            self._unheard[index] += amount
+        self._unheard_requests += num_requests
+
+    def _count(self, now_s: float, num_requests: int) -> None:
+        intensity = self._costs.gco2e_per_wh
+        if self._pace.count(now_s, intensity=intensity, requests=num_requests):
+            self._spent = [0.0] * len(self.targets)
+
+    def _reprice(self) -> None:
+        before = self._costs.gco2e_per_wh
+        if self._costs.refresh():
+            after = self._costs.gco2e_per_wh
+            if self._samples is not None and before > 0:
+                for index, target in enumerate(self.targets):
+                    if target.resource == "gco2e":
+                        self._samples.rescale(index, after / before)
+            self._solved_s = -math.inf
+
+    def _solve_if_due(self, now_s: float) -> None:
+        samples = self._samples
+        if samples is None or samples.num_samples < _FIRST_SOLVE:
+            return
+        # Early on, new samples teach much: then a quarter more of them is reason enough.
+        fresh = self._since_solve >= min(_SOLVE_EVERY_REQUESTS, samples.num_samples // 4)
+        if not fresh and now_s - self._solved_s < _SOLVE_EVERY_S:
+            return
+        horizon = self._pace.horizon(now_s)
+        num_requests = horizon.num_requests
+        allowances = []
+        for target, total in zip(self.targets, self._spent, strict=True):
+            # Of the next window, only the share that its forecast traffic may spend.
+            due = target.budget(
+                elapsed_s=self._pace.elapsed_s
+                + horizon.seconds
+                + horizon.beyond * self._pace.window_s,
+                num_requests=self._pace.num_requests + num_requests,
+            )
+            allowances.append(max(0.0, due - total) / num_requests)
+        qualities, costs = samples.view()
+        self._prices = solve_prices(
+            qualities,
+            costs,
+            allowances=allowances,
+            levels=self._levels(horizon.requests, horizon.intensity),
+            start=self._prices,
+        )
+        self._since_solve = 0
+        self._solved_s = now_s
+
+    def _levels(self, requests: NDArray[np.float64], intensity: NDArray[np.float64]) -> list[Level]:
+        """Group the bins to come into a few levels of carbon intensity."""
+        groups = _group(list(zip(intensity.tolist(), requests.tolist(), strict=True)))
+        return [
+            Level(
+                share=share,
+                factors=tuple(
+                    factor if target.resource == "gco2e" else 1.0 for target in self.targets
+                ),
+            )
+            for factor, share in groups
+        ]
+
+
+def _group(bins: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return at most `_MAX_LEVELS` (intensity, share of requests) that stand for all bins."""
+    total = sum(weight for _, weight in bins)
+    if total <= 0:
+        return [(1.0, 1.0)]
+    bins = sorted(bins)
+    groups: list[list[tuple[float, float]]] = [[] for _ in range(_MAX_LEVELS)]
+    seen = 0.0
+    for factor, weight in bins:
+        middle = (seen + weight / 2) / total
+        groups[min(int(middle * _MAX_LEVELS), _MAX_LEVELS - 1)].append((factor, weight))
+        seen += weight
+    levels = []
+    for group in groups:
+        weight = sum(w for _, w in group)
+        if weight > 0:
+            levels.append((sum(f * w for f, w in group) / weight, weight / total))
+    return levels
+
+
+def _stricter(ours: Limits, theirs: Limits) -> Limits:
+    if ours == theirs:
+        return ours
+
+    def least(one: float | None, other: float | None) -> float | None:
+        return min((v for v in (one, other) if v is not None), default=None)
+
+    floors = [v for v in (ours.quality_floor, theirs.quality_floor) if v is not None]
+    return Limits(
+        max_usd=least(ours.max_usd, theirs.max_usd),
+        max_wh=least(ours.max_wh, theirs.max_wh),
+        max_gco2e=least(ours.max_gco2e, theirs.max_gco2e),
+        max_latency_s=least(ours.max_latency_s, theirs.max_latency_s),
+        quality_floor=max(floors, default=None),
+    )
+
+
+def _size(cost: Footprint) -> tuple[float, float, float]:
+    return (cost.usd, cost.wh, cost.latency_s)
+
+
+def _reason(decision: Decision, plan: Plan, unmet: Sequence[str]) -> str:
+    if unmet:
+        return f"{decision.reason}; no plan meets {', '.join(unmet)}"
+    if key_of(plan) == key_of(decision.plan):
+        return f"{decision.reason}; worth its price"
+    return f"{decision.reason}; another plan is the better bargain"

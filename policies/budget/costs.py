@@ -1,0 +1,99 @@
+"""What candidates are expected to cost: rates that may change, corrected by what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+from policies.base import ModelFacts
+from policies.budget.candidates import Key
+from policies.budget.targets import Resource, spent
+from policies.footprint import Rates, estimate
+from policies.plan import Answer
+
+_MAX_REMEMBERED = 4096
+
+
+# An estimate is linear in tokens: per resource, its cost per prompt token and per output token.
+Coefficients: TypeAlias = tuple[tuple[float, float], ...]
+
+
+class CostModel:
+    """Estimates at the models' current rates.
+
+    `models` may be a live mapping whose rates change with the grid's intensity: `refresh` notices.
+    Coefficients are remembered between changes, as a few plans serve most requests.
+    """
+
+    def __init__(self, models: Mapping[str, ModelFacts], resources: Sequence[Resource]) -> None:
+        self._models = models
+        self._resources = tuple(resources)
+        # One model's rates stand for all: a live mapping reprices every model at once.
+        self._anchor = next(iter(models))
+        self._anchor_rates = models[self._anchor].rates
+        self._by_key: dict[Key, Coefficients] = {}
+        self.rates: dict[str, Rates] = {name: facts.rates for name, facts in models.items()}
+
+    @property
+    def gco2e_per_wh(self) -> float:
+        """The grid's intensity behind the current rates (the first model's)."""
+        return self._anchor_rates.gco2e_per_wh
+
+    def refresh(self) -> bool:
+        """Take over new rates, if there are any; return whether there were."""
+        rates = self._models[self._anchor].rates
+        if rates is self._anchor_rates:
+            return False
+        self.rates = {name: facts.rates for name, facts in self._models.items()}
+        self._anchor_rates = rates
+        self._by_key = {}
+        return True
+
+    def coefficients(self, key: Key) -> Coefficients:
+        """Return the coefficients, in the order of the resources, of the plan `key` stands for."""
+        found = self._by_key.get(key)
+        if found is None:
+            plan = Answer(members=key) if isinstance(key, tuple) else key
+            read = estimate(plan, self.rates, prompt_tokens=1, output_tokens=0)
+            written = estimate(plan, self.rates, prompt_tokens=0, output_tokens=1)
+            found = tuple(
+                (spent(read, resource), spent(written, resource)) for resource in self._resources
+            )
+            if len(self._by_key) >= _MAX_REMEMBERED:
+                self._by_key = {}
+            self._by_key[key] = found
+        return found
+
+
+class Corrections:
+    """How measured costs compare with estimates, by member (or by plan where it is no Answer).
+
+    Answers are shorter or longer than expected, cascades stop early: the running mean of measured
+    over estimated cost turns an estimate into an expectation.
+    """
+
+    # Means over the first observations, then exponential with this weight.
+    _MIN_WEIGHT = 0.02
+
+    def __init__(self) -> None:
+        self._ratios: dict[object, tuple[float, int]] = {}
+
+    def of(self, key: Key) -> float:
+        """Return the factor by which to multiply the estimate of `key`."""
+        if isinstance(key, tuple):
+            if len(key) == 1:
+                return self._ratios.get(key[0], _NO_CORRECTION)[0]
+            return sum(self._ratios.get(name, _NO_CORRECTION)[0] for name in key) / len(key)
+        return self._ratios.get(key, _NO_CORRECTION)[0]
+
+    def learn(self, key: Key, *, measured: float, estimated: float) -> None:
+        """Take one measurement; an estimate of zero teaches nothing."""
+        if estimated <= 0:
+            return
+        for part in key if isinstance(key, tuple) else (key,):
+            ratio, count = self._ratios.get(part, _NO_CORRECTION)
+            weight = max(1 / (count + 1), self._MIN_WEIGHT)
+            self._ratios[part] = (ratio + weight * (measured / estimated - ratio), count + 1)
+
+
+_NO_CORRECTION = (1.0, 0)

@@ -1,0 +1,310 @@
+"""The controller: targets held by a price, limits obeyed, ensembles sized by their worth."""
+
+import random
+import threading
+
+import pytest
+
+from policies.base import Decision, ModelFacts, Query
+from policies.budget import Controller, Target
+from policies.errors import PolicyError
+from policies.footprint import Footprint, Rates
+from policies.laws import EnsembleLaw
+from policies.limits import Limits
+from policies.plan import Answer, Cascade, members
+
+LAW = EnsembleLaw(L0=0.5, a=0.8, b=0.3)
+NAMES = ("m1", "m2", "m3", "m4")
+
+
+def rates(wh, gco2e_per_wh=0.4):
+    """Return rates of a model that needs `wh` per output token."""
+    return Rates(
+        usd_per_input_token=0.0,
+        usd_per_output_token=wh,
+        wh_per_output_token=wh,
+        gco2e_per_wh=gco2e_per_wh,
+        s_per_output_token=wh,
+    )
+
+
+def facts(**wh_per_token):
+    """Return models by name, each needing so many Wh per output token."""
+    return {name: ModelFacts(name=name, rates=rates(wh)) for name, wh in wh_per_token.items()}
+
+
+class Clock:
+    """A clock that the test moves."""
+
+    def __init__(self, now_s=0.0):
+        self.now_s = now_s
+
+    def __call__(self):
+        """Return the time."""
+        return self.now_s
+
+
+def two_models(clock=None, **options):
+    """Return a controller over a small and a ten times larger model."""
+    return Controller(
+        models=facts(small=0.01, large=0.1),
+        clock=clock or Clock(),
+        expected_output_tokens=100,
+        **options,
+    )
+
+
+def prefers_large(gain):
+    """Return a router's decision for the large model, better than the small one by `gain`."""
+    return Decision(
+        plan=Answer(members=("large",)), scores={"small": 0.9 - gain, "large": 0.9}, reason="test"
+    )
+
+
+def test_without_targets_and_limits_the_best_prediction_wins():
+    """At price zero only quality counts."""
+    chosen = two_models().choose(Query(text=""), prefers_large(0.001))
+    assert members(chosen.plan) == ("large",)
+    assert chosen.details["budget"]["prices"] == {}
+    assert chosen.reason == "test; worth its price"
+
+
+def test_an_hourly_target_is_held_within_a_percent():
+    """Over a day of random gains (seed 1), spending meets the target and goes where it helps."""
+    rng = random.Random(1)
+    clock = Clock()
+    controller = two_models(clock, targets=[Target(resource="wh", amount=500.0)])
+    spent, gains = 0.0, {"small": [], "large": []}
+    for number in range(3000):
+        clock.now_s = number * 86400 / 3000
+        gain = rng.random() * 0.5
+        query = Query(text="")
+        decision = controller.choose(query, prefers_large(gain))
+        [name] = members(decision.plan)
+        gains[name].append(gain)
+        # Real answers are of any length: the controller learns what they cost on average.
+        cost = {"small": 0.01, "large": 0.1}[name] * rng.uniform(20, 160)
+        controller.observe(query, decision, Footprint(wh=cost))
+        spent += cost
+    assert spent == pytest.approx(500 * 24, rel=0.01)
+    assert min(gains["large"][500:]) > 0.1
+    assert max(gains["small"][500:]) < 0.4
+    assert controller.spent()["wh"] == pytest.approx(spent)
+
+
+def test_a_target_per_thousand_requests_is_held_whatever_the_traffic():
+    """Bursts and quiet hours (seed 2) do not change what a request may cost on average."""
+    rng = random.Random(2)
+    clock = Clock()
+    target = Target(resource="usd", amount=5000.0, per="1000_requests")
+    controller = two_models(clock, targets=[target])
+    spent = 0.0
+    for _ in range(3000):
+        clock.now_s += rng.expovariate(10.0 if rng.random() < 0.5 else 0.05)
+        query = Query(text="")
+        decision = controller.choose(query, prefers_large(rng.random()))
+        cost = Footprint(usd=10.0 if members(decision.plan) == ("large",) else 1.0)
+        controller.observe(query, decision, cost)
+        spent += cost.usd
+    assert spent / 3000 == pytest.approx(5.0, rel=0.02)
+
+
+def test_two_replicas_that_share_their_tallies_hold_one_target():
+    """Each decides for half of the traffic; together they spend the target (seed 3)."""
+    rng = random.Random(3)
+    clock = Clock()
+    pair = [two_models(clock, targets=[Target(resource="wh", amount=500.0)]) for _ in range(2)]
+    spent = 0.0
+    for number in range(3000):
+        clock.now_s = number * 86400 / 3000
+        controller, other = rng.sample(pair, 2)
+        query = Query(text="")
+        decision = controller.choose(query, prefers_large(rng.random() * 0.5))
+        cost = 1.0 if members(decision.plan) == ("small",) else 10.0
+        controller.observe(query, decision, Footprint(wh=cost))
+        spent += cost
+        other.absorb(controller.tally())
+    assert spent == pytest.approx(500 * 24, rel=0.02)
+    assert pair[0].spent()["wh"] == pytest.approx(spent)
+
+
+def test_a_slack_target_costs_nothing():
+    """Where the best plans fit the target, the price stays zero and nothing is given up."""
+    clock = Clock()
+    controller = two_models(clock, targets=[Target(resource="wh", amount=1e6)])
+    for number in range(200):
+        clock.now_s = number * 60.0
+        decision = controller.choose(Query(text=""), prefers_large(0.001))
+        assert members(decision.plan) == ("large",)
+    assert controller.prices() == {"wh": 0.0}
+
+
+def test_carbon_prices_shift_work_to_clean_hours():
+    """Live rates that get ten times dirtier make the same gain too dear."""
+    models = facts(small=0.01, large=0.1)
+    clock = Clock()
+    controller = Controller(
+        models=models,
+        clock=clock,
+        targets=[Target(resource="gco2e", amount=100.0)],
+        expected_output_tokens=100,
+    )
+    rng = random.Random(4)
+
+    def share_of_large(num):
+        taken = 0
+        for _ in range(num):
+            clock.now_s += 30.0
+            decision = controller.choose(Query(text=""), prefers_large(rng.random()))
+            taken += members(decision.plan) == ("large",)
+        return taken / num
+
+    clean = share_of_large(400)
+    for name, fact in models.items():
+        dirty = rates(fact.rates.wh_per_output_token, gco2e_per_wh=4.0)
+        models[name] = ModelFacts(name=name, rates=dirty)
+    assert share_of_large(200) < clean / 3
+
+
+def test_ensembles_grow_until_a_member_no_longer_pays():
+    """Members fused at price λ: n* of the law, rounded to a neighbour; more when cheap."""
+    clock = Clock()
+    models = facts(**dict.fromkeys(NAMES, 0.01))
+    scores = dict.fromkeys(NAMES, 0.5)
+    chosen = {}
+    for amount in (4000.0, 250.0):
+        controller = Controller(
+            models=models,
+            clock=clock,
+            targets=[Target(resource="wh", amount=amount, per="1000_requests")],
+            law=LAW,
+            groups=[NAMES],
+            expected_output_tokens=100,
+        )
+        sizes = []
+        for _ in range(600):
+            clock.now_s += 10.0
+            decision = controller.choose(
+                Query(text=""), Decision(plan=Answer(members=("m1",)), scores=scores)
+            )
+            sizes.append(len(members(decision.plan)))
+        details = decision.details["budget"]
+        chosen[amount] = sum(sizes[100:]) / len(sizes[100:])
+        if details["prices"]["wh"]:
+            assert abs(details["n_star"] - sizes[-1]) < 1.5
+    assert chosen[4000.0] == 4.0
+    assert 1.0 <= chosen[250.0] < 1.6
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        (Limits(max_gco2e=16.1), 4),
+        (Limits(max_gco2e=8.1), 2),
+        (Limits(max_wh=10.5), 1),
+        (Limits(max_usd=30.5), 3),
+        (Limits(max_latency_s=99.0), 4),
+    ],
+)
+def test_a_requests_ceiling_trims_its_ensemble(limits, expected):
+    """The largest ensemble whose cost at the most tokens allowed fits the ceiling."""
+    controller = Controller(models=facts(**dict.fromkeys(NAMES, 0.1)), clock=Clock(), law=LAW)
+    query = Query(text="", max_tokens=100, limits=limits)
+    decision = controller.choose(query, Decision(plan=Answer(members=NAMES)))
+    assert len(members(decision.plan)) == expected
+    assert decision.details["budget"]["unmet"] == []
+
+
+def test_a_ceiling_below_the_cheapest_plan_is_reported():
+    """The cheapest plan comes back, with the limit that it breaks, for the router to refuse."""
+    query = Query(text="", max_tokens=100, limits=Limits(max_usd=0.5))
+    decision = two_models().choose(query, prefers_large(0.1))
+    assert members(decision.plan) == ("small",)
+    assert decision.details["budget"]["unmet"] == ["max_usd"]
+    assert "no plan meets max_usd" in decision.reason
+
+
+def test_a_cascade_that_does_not_fit_is_cut():
+    """Its cost is that of all stages; the best stage that fits alone is taken."""
+    cascade = Cascade(
+        stages=(Answer(members=("small",)), Answer(members=("large",))), thresholds=(0.5,)
+    )
+    query = Query(text="", max_tokens=100, limits=Limits(max_wh=10.5))
+    decision = two_models().choose(
+        query, Decision(plan=cascade, scores={"small": 0.5, "large": 0.9})
+    )
+    assert decision.plan == Answer(members=("large",))
+
+
+def test_a_quality_floor_overrides_the_price():
+    """However dear, a plan below the floor is not taken while one above it exists."""
+    clock = Clock()
+    controller = two_models(clock, targets=[Target(resource="wh", amount=1.0)])
+    for _ in range(100):
+        clock.now_s += 1.0
+        controller.choose(Query(text=""), prefers_large(0.2))
+    assert members(controller.choose(Query(text=""), prefers_large(0.2)).plan) == ("small",)
+    floor = Query(text="", limits=Limits(quality_floor=0.8))
+    assert members(controller.choose(floor, prefers_large(0.2)).plan) == ("large",)
+    high = Query(text="", limits=Limits(quality_floor=0.95))
+    decision = controller.choose(high, prefers_large(0.2))
+    assert members(decision.plan) == ("large",)
+    assert decision.details["budget"]["unmet"] == ["quality_floor"]
+
+
+def test_the_stricter_of_the_policys_and_the_requests_limits_holds():
+    """A request cannot lift what the policy was configured with."""
+    controller = two_models(limits=Limits(max_wh=5.0, quality_floor=0.1))
+    for own in (Limits(), Limits(max_wh=50.0), Limits(max_usd=50.0)):
+        query = Query(text="", max_tokens=100, limits=own)
+        assert members(controller.choose(query, prefers_large(0.1)).plan) == ("small",)
+
+
+def test_a_request_that_never_ran_is_refunded():
+    """What is committed at the estimate is settled at the measured cost, here nothing."""
+    controller = two_models(targets=[Target(resource="wh", amount=1.0)])
+    query = Query(text="")
+    decision = controller.choose(query, prefers_large(0.1))
+    assert controller.spent()["wh"] == pytest.approx(10.0)
+    controller.observe(query, decision, Footprint())
+    assert controller.spent()["wh"] == pytest.approx(0.0)
+
+
+def test_many_threads_lose_no_spending():
+    """Eight threads choose and settle at once; the sum is exact."""
+    controller = two_models(targets=[Target(resource="wh", amount=1e9)])
+
+    def work():
+        for _ in range(100):
+            query = Query(text="")
+            decision = controller.choose(query, prefers_large(0.1))
+            controller.observe(query, decision, Footprint(wh=1.0))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert controller.spent()["wh"] == pytest.approx(800.0)
+    assert controller.tally().num_requests == 800
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"resource": "time", "amount": 1.0}, "'time' is unknown; allowed are usd, wh, gco2e"),
+        ({"resource": "wh", "amount": 0.0}, "not a number above zero"),
+        ({"resource": "wh", "amount": 1.0, "per": "day"}, "allowed are hour, 1000_requests"),
+    ],
+)
+def test_targets_that_make_no_sense_are_refused(fields, message):
+    """The error names the key, the value and what is allowed."""
+    with pytest.raises(PolicyError, match=message):
+        Target(**fields)
+
+
+def test_one_resource_has_one_target():
+    """Two targets for the same resource contradict each other."""
+    target = Target(resource="wh", amount=1.0)
+    with pytest.raises(PolicyError, match="each resource at most once"):
+        two_models(targets=[target, target])

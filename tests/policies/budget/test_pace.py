@@ -1,0 +1,90 @@
+"""Forecasts of the rest of the window, from today and from the days before."""
+
+import numpy as np
+import pytest
+
+from policies.budget.pace import Pace
+
+DAY_S = 86_400.0
+
+
+def live_through(pace, times_s, intensity=lambda now_s: 300.0):
+    """Count a request at each time."""
+    for now_s in times_s:
+        pace.count(now_s, intensity=intensity(now_s))
+
+
+def day_and_night(start_s, num=2000):
+    """Return times with four times the traffic from 8 to 20 h."""
+    day = np.linspace(8 * 3600, 20 * 3600, num * 8 // 10, endpoint=False)
+    night = np.r_[
+        np.linspace(0, 8 * 3600, num // 10, endpoint=False),
+        np.linspace(20 * 3600, DAY_S, num // 10, endpoint=False),
+    ]
+    return start_s + np.sort(np.r_[day, night])
+
+
+def test_a_cold_start_extends_the_rate_so_far():
+    """Without a day before, the rest of the window is expected to go on as it went."""
+    pace = Pace(window_s=DAY_S)
+    live_through(pace, np.arange(0, 6 * 3600, 60.0))
+    assert pace.horizon(6 * 3600.0).num_requests == pytest.approx(18 * 60, rel=0.02)
+
+
+def test_a_start_in_mid_window_counts_from_there():
+    """The rate is judged over the time that was seen, not over the whole day."""
+    pace = Pace(window_s=DAY_S)
+    live_through(pace, np.arange(12 * 3600.0, 13 * 3600.0, 60.0))
+    assert pace.elapsed_s == pytest.approx(3600, rel=0.02)
+    assert pace.horizon(13 * 3600.0).num_requests == pytest.approx(11 * 60, rel=0.05)
+
+
+def test_yesterday_tells_how_much_of_today_is_to_come():
+    """At 8 h a fifth of the traffic's night part is over and the whole busy day to come."""
+    pace = Pace(window_s=DAY_S)
+    live_through(pace, day_and_night(0.0))
+    today = day_and_night(DAY_S)
+    now_s = DAY_S + 8 * 3600
+    live_through(pace, today[today < now_s])
+    assert pace.horizon(now_s).num_requests == pytest.approx(1800, rel=0.05)
+
+
+def test_a_busier_day_raises_the_forecast():
+    """With twice yesterday's traffic so far, more is expected, though not yet twice as much."""
+    pace = Pace(window_s=DAY_S)
+    live_through(pace, day_and_night(0.0))
+    busy = day_and_night(DAY_S, num=4000)
+    now_s = DAY_S + 14 * 3600
+    live_through(pace, busy[busy < now_s])
+    assert 1000 * 1.4 < pace.horizon(now_s).num_requests < 1000 * 2.0
+
+
+def test_the_forecast_reaches_into_the_next_window():
+    """In a window's last minutes the horizon is still an hour, and says how much is beyond."""
+    pace = Pace(window_s=DAY_S)
+    live_through(pace, np.arange(0, DAY_S - 600, 60.0))
+    horizon = pace.horizon(DAY_S - 600)
+    assert horizon.seconds == pytest.approx(600)
+    assert horizon.num_requests == pytest.approx(60, rel=0.05)
+    assert horizon.beyond == pytest.approx(50 / 1440, rel=0.1)
+
+
+def test_the_grids_rhythm_is_learned_too():
+    """At midnight, yesterday's clean midday is expected to come back, relative to now."""
+
+    def intensity(now_s):
+        return 100.0 if 10 <= (now_s % DAY_S) / 3600 < 16 else 400.0
+
+    pace = Pace(window_s=DAY_S)
+    live_through(pace, np.arange(0, DAY_S + 120, 60.0), intensity)
+    horizon = pace.horizon(DAY_S + 120)
+    assert horizon.intensity[0] == pytest.approx(1.0)
+    assert horizon.intensity[12 * 4] == pytest.approx(0.25)
+
+
+def test_a_day_seen_in_part_teaches_no_rhythm():
+    """A service started at noon knows nothing of mornings: the next day starts cold again."""
+    pace = Pace(window_s=DAY_S)
+    live_through(pace, np.arange(12 * 3600.0, DAY_S + 3600, 60.0))
+    assert pace.num_requests == 60
+    assert pace.horizon(DAY_S + 3600).num_requests == pytest.approx(23 * 60, rel=0.05)

@@ -1,0 +1,83 @@
+"""`kind: budgeted`: a policy and a controller from a specification."""
+
+import pytest
+
+from policies.base import ModelFacts, Policy, Query
+from policies.budgeted import Budgeted
+from policies.errors import PolicyError
+from policies.footprint import Footprint, Rates
+from policies.laws import EnsembleLaw
+from policies.laws.file import PoolLaws, write_laws
+from policies.limits import Limits
+from policies.plan import members
+from policies.registry import build_policy
+
+PRICE = Rates(
+    usd_per_input_token=1e-6,
+    usd_per_output_token=1e-6,
+    wh_per_output_token=0.01,
+    gco2e_per_wh=0.4,
+)
+MODELS = {name: ModelFacts(name=name, rates=PRICE) for name in ("a", "b", "c", "d")}
+FUSED = {"kind": "fixed", "plan": {"answer": {"members": ["a", "b", "c"]}}}
+
+
+def build(tmp_path, **keys):
+    """Build a budgeted policy over a fixed fusion of three."""
+    spec = {"kind": "budgeted", "policy": FUSED, **keys}
+    return build_policy(spec, folder=tmp_path, models=MODELS)
+
+
+def test_a_request_with_a_carbon_ceiling_uses_fewer_members(tmp_path):
+    """Without a ceiling all three answer; with one, as many as fit."""
+    policy = build(tmp_path)
+    assert isinstance(policy, Policy)
+    free = policy.decide(Query(text="hi", max_tokens=100))
+    capped = policy.decide(Query(text="hi", max_tokens=100, limits=Limits(max_gco2e=0.5)))
+    assert len(members(free.plan)) == 3
+    assert len(members(capped.plan)) == 1
+
+
+def test_the_pools_laws_are_read_where_there_are_any(tmp_path):
+    """laws.json beside the pool makes unscored ensembles worth their gain; it is optional."""
+    keys = {"targets": [{"resource": "wh", "amount": 3.0}], "fuse": [["a", "b", "c", "d"]]}
+    query = Query(text="hi")
+    without = build(tmp_path, **keys).decide(query).details["budget"]["quality"]
+    law = EnsembleLaw(L0=0.5, a=1.0, b=0.3)
+    write_laws(tmp_path / "laws.json", PoolLaws(origin="test", ensemble_error=law))
+    policy = build(tmp_path, **keys)
+    assert policy.decide(query).details["budget"]["quality"] == pytest.approx(without + law.gain(3))
+    assert policy.members() == ("a", "b", "c", "d")
+
+
+def test_what_was_measured_reaches_the_controller(tmp_path):
+    """`observe` settles the estimate."""
+    policy = build(tmp_path, targets=[{"resource": "usd", "amount": 1, "per": "1000_requests"}])
+    assert isinstance(policy, Budgeted)
+    query = Query(text="hi", prompt_tokens=10)
+    policy.observe(query, policy.decide(query), Footprint(usd=0.25))
+    assert policy.controller.spent() == {"usd": pytest.approx(0.25)}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"policy": "fixed"}, "not a policy's specification"),
+        ({"target": []}, "'target' is unknown"),
+        ({"targets": {"resource": "wh"}}, "is not a list"),
+        ({"targets": [{"resource": "wh"}]}, "needs the keys resource and amount"),
+        ({"targets": [{"resource": "wh", "amount": 1, "each": "hour"}]}, "'each' is unknown"),
+        ({"targets": [{"resource": "wh", "amount": "1"}]}, "not a number"),
+        ({"quality_floor": 1.5}, r"quality_floor: 1.5 is not a number in \(0, 1\]"),
+        ({"max_usd": -1}, "max_usd: -1 is not a number above zero"),
+        ({"window_hours": True}, "window_hours: True"),
+        ({"fuse": ["a", "b"]}, "not a list of lists"),
+        ({"fuse": [["a", "zebra"]]}, "'zebra' is unknown; the pool has a, b, c, d"),
+        ({"laws": "mine.json"}, "no laws file"),
+        ({"policy": {"kind": "magic"}}, "'magic' is unknown"),
+    ],
+)
+def test_bad_specifications_are_refused(tmp_path, keys, message):
+    """The error names the key, the value and what is allowed."""
+    with pytest.raises(PolicyError, match=message):
+        build(tmp_path, **keys)
