@@ -18,13 +18,14 @@ def shoal_field(exchange: Exchange, rates: Mapping[str, Rates]) -> dict[str, Any
     """
     cost = exchange.footprint(rates)
     [decision, *_] = exchange.decisions
-    accepted = exchange.choices[0].trace.accepted()
+    run = exchange.choices[0].trace.accepted_run()
+    accepted = run.plan if run is not None and isinstance(run.plan, Answer) else None
     data: dict[str, Any] = {
         "policy": exchange.policy,
         "plan": to_json(decision.plan),
         "reason": decision.reason,
         "members": list(accepted.members) if accepted else [],
-        "weights": _weights(accepted) if accepted else None,
+        "weights": _weights(accepted, run.weights) if run and accepted else [],
         "tokens": {
             name: {"prompt": tokens.prompt_tokens, "output": tokens.output_tokens}
             for name, tokens in exchange.member_tokens().items()
@@ -41,9 +42,7 @@ def shoal_field(exchange: Exchange, rates: Mapping[str, Rates]) -> dict[str, Any
     return data
 
 
-def _weights(answer: Answer) -> list[float] | str:
-    """Return the members' weights, summing to one, or how the engine found them."""
-    if isinstance(answer.weights, str):
-        return answer.weights
-    weights = answer.weights or (1.0,) * len(answer.members)
+def _weights(answer: Answer, used: tuple[float, ...] | None) -> list[float]:
+    """Return the members' weights, summing to one: those that were used, else the plan's."""
+    weights = used or answer.weights or (1.0,) * len(answer.members)
     return [weight / sum(weights) for weight in weights]

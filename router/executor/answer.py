@@ -7,7 +7,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from models.engines.base import Chunk, GenerationRequest
+from models.engines.base import Chunk, Evidence, GenerationRequest
 from models.errors import ContextOverflow, EngineOverloaded, RequestError
 from policies.plan import Answer
 from router.executor.task import Task
@@ -30,11 +30,13 @@ async def run_answer(
         if not task.stream:
             chunk = await client.complete(request)
             run.output_tokens = len(chunk.tokens)
+            run.weights = chunk.weights
             yield chunk
             return
         async with aclosing(client.stream(request)) as chunks:
             async for chunk in chunks:
                 run.output_tokens += len(chunk.tokens)
+                run.weights = chunk.weights
                 yield chunk
     except (EngineOverloaded, RequestError):
         run.prompt_tokens = 0  # the engine refused it unread: nobody pays for that
@@ -57,8 +59,23 @@ async def _request(executor: Executor, answer: Answer, task: Task, run: Run) -> 
         request_id=f"{task.request_id}:{run.path}",
         prompt_tokens=tokens,
         members=answer.members,
-        weights=answer.weights,
+        # PackLLM has no prior.
+        weights=None if answer.weighting == "perplexity" else answer.weights,
         rule=answer.rule,
+        gate=answer.gate,
+        contrast=answer.contrast,
+        evidence=_evidence(answer),
         sampling=replace(task.sampling, max_tokens=max_tokens),
         client_id=task.client_id,
+    )
+
+
+def _evidence(answer: Answer) -> Evidence | None:
+    """Return how the engine finds the weights; None where the plan has them."""
+    if answer.weighting not in ("perplexity", "evidence"):
+        return None
+    return Evidence(
+        temperature=answer.temperature or 1.0,
+        per_token=answer.weighting == "perplexity",
+        update=answer.update,
     )

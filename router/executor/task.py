@@ -35,4 +35,5 @@ def merge(chunks: list[Chunk]) -> Chunk:
         text="".join(chunk.text for chunk in chunks),
         tokens=tuple(token for chunk in chunks for token in chunk.tokens),
         finish_reason=chunks[-1].finish_reason if chunks else None,
+        weights=chunks[-1].weights if chunks else None,
     )

@@ -30,6 +30,7 @@ class Run:
 
     `request_id` and `engine` are set for an `Answer` that reached its engine. `score` is what the
     parent's scorer or vote gave it. `settled` says that a cut-off run's tokens were asked for.
+    `weights` are those with which several members were fused in the end.
     """
 
     path: str
@@ -44,6 +45,7 @@ class Run:
     prompt_tokens: int = 0
     output_tokens: int = 0
     settled: bool = False
+    weights: tuple[float, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return what a client or the ledger may see; no text."""
@@ -52,6 +54,8 @@ class Run:
             data["members"] = list(self.plan.members)
             data["prompt_tokens"] = self.prompt_tokens
             data["output_tokens"] = self.output_tokens
+            if self.weights is not None:
+                data["weights"] = [round(weight, 6) for weight in self.weights]
         else:
             data["combinator"] = "cascade" if isinstance(self.plan, Cascade) else "best"
         if self.score is not None:
@@ -105,10 +109,14 @@ class Trace:
 
     def accepted(self) -> Answer | None:
         """Return the `Answer` whose text the client got, if any did."""
+        run = self.accepted_run()
+        return run.plan if run is not None and isinstance(run.plan, Answer) else None
+
+    def accepted_run(self) -> Run | None:
+        """Return the run of the `Answer` whose text the client got, if any did."""
         for run in self.leaves():
             if run.outcome in ("ok", "running") and not self._refused(run.path):
-                assert isinstance(run.plan, Answer)
-                return run.plan
+                return run
         return None
 
     def member_tokens(self) -> dict[str, MemberTokens]:
