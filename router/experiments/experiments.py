@@ -167,6 +167,7 @@ class Experiments:
             }
             weights = thompson_weights(experiment, means, rng=self._rng)
             await asyncio.to_thread(store.move_weights, self.database, name, weights, now_s=now_s)
+        self._summaries.pop(name, None)
         await self.reload()
 
     async def reload(self) -> None:

@@ -52,8 +52,7 @@ def test_feedback_right_after_a_stream_finds_its_answer(trial: Trial) -> None:
         "stream": True,
     }
     with trial.http.stream("POST", "/v1/chat/completions", json=body) as response:
-        first = next(line for line in response.iter_lines() if line)
-        response.read()
+        first, *_ = response.iter_lines()
     response_id = first.split('"id":"')[1].split('"')[0]
     assert trial.rate(response_id, label="seven").json()["score"] == 1.0
 
