@@ -85,12 +85,12 @@ MEMBERS: Final = (
     _chunk("arithmetic", seed=1, num_steps=1100, num_decay_steps=200),
     _chunk("conversion", seed=2, num_steps=900, num_decay_steps=200),
     _chunk("text", seed=3, num_steps=700, num_decay_steps=175),
-    _chunk("code", seed=4, num_steps=700, num_decay_steps=175),
+    _chunk("code", seed=4, num_steps=1000, num_decay_steps=200),
     Member(
         name="base",
         shape=BASE,
         seedling=_base_recipe(seed=6, num_steps=500, num_decay_steps=0),
-        recipe=_base_recipe(seed=5, num_steps=150, num_decay_steps=100),
+        recipe=_base_recipe(seed=5, num_steps=320, num_decay_steps=130),
     ),
 )
 

@@ -74,20 +74,18 @@ def _restore(
 ) -> Progress | None:
     """Load the newest checkpoint that this recipe can go on from, if there is one.
 
-    `last` fits the same recipe; `stable`, from the start of the decay, fits any longer run too.
+    A checkpoint from before the decay fits a longer or shorter run of the same recipe too.
     """
     length = {"num_steps", "num_decay_steps"}
     for name in ("last", "stable"):
         progress = read_progress(folder / name)
         if progress is None:
             continue
-        ignored = length if name == "stable" else set()
-        differs = {k for k, v in recipe.items() if progress.recipe.get(k) != v} - ignored
-        too_far = progress.step > recipe["num_steps"] - recipe["num_decay_steps"]
-        if differs or (name == "stable" and too_far):
-            continue
-        load_checkpoint(folder / name, model, optimizers)
-        return progress
+        differs = {k for k, v in recipe.items() if progress.recipe.get(k) != v}
+        stable_steps = min(r["num_steps"] - r["num_decay_steps"] for r in (recipe, progress.recipe))
+        if not differs or (differs <= length and progress.step <= stable_steps):
+            load_checkpoint(folder / name, model, optimizers)
+            return progress
     return None
 
 

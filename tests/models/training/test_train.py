@@ -123,6 +123,20 @@ def test_a_finished_run_can_be_lengthened(
     assert _same_weights(lengthened, _run(tokenizer, tmp_path / "long", longer))
 
 
+def test_a_run_can_be_shortened_before_its_decay(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Stopped early, a run goes on to a nearer end as if that had been its plan."""
+    ticks = iter(range(10_000))
+    longer = replace(_RECIPE, num_steps=30)
+    _run(tokenizer, tmp_path / "a", longer, deadline_s=15, clock=lambda: _clock_of(ticks))
+    stopped = read_progress(tmp_path / "a" / "last")
+    assert stopped is not None
+    assert 0 < stopped.step <= 8
+    shortened = _run(tokenizer, tmp_path / "a", _RECIPE, resume=True)
+    assert _same_weights(shortened, _run(tokenizer, tmp_path / "b", _RECIPE))
+
+
 def test_another_recipe_starts_afresh(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """A checkpoint of a different recipe is not resumed."""
     other = replace(_RECIPE, learning_rate=1e-3)
