@@ -14,6 +14,7 @@ from policies.fixed import Fixed
 from policies.frugal import Frugal
 from policies.fused import Fused
 from policies.plan import Answer, from_json
+from policies.routing.build import OPTIONAL, REQUIRED, Clusters, Learned, build_routed
 
 Builder = Callable[[Mapping[str, Any], Path, Mapping[str, ModelFacts]], Policy]
 
@@ -94,7 +95,19 @@ def _budgeted(body: Mapping[str, Any], folder: Path, models: Mapping[str, ModelF
     return build_budgeted(body, folder, models, build=build_policy)
 
 
+def _learned(body: Mapping[str, Any], folder: Path, models: Mapping[str, ModelFacts]) -> Policy:
+    check_keys("learned", body, required=REQUIRED, optional=OPTIONAL)
+    return build_routed(Learned, body, folder, models)
+
+
+def _clusters(body: Mapping[str, Any], folder: Path, models: Mapping[str, ModelFacts]) -> Policy:
+    check_keys("clusters", body, required=REQUIRED, optional=OPTIONAL)
+    return build_routed(Clusters, body, folder, models)
+
+
 _BUILDERS: dict[str, Builder] = {
+    "clusters": _clusters,
+    "learned": _learned,
     "budgeted": _budgeted,
     "fixed": _fixed,
     "frugal": _frugal,

@@ -22,4 +22,10 @@ def build_encoder(kind: str, settings: Mapping[str, Any]) -> Encoder:
         raise PolicyError(f"encoder {kind}: {error}") from None
 
 
+def parse_encoder(text: str, settings: Mapping[str, Any]) -> Encoder:
+    """Return the encoder that a command line names: a kind, or kind:FOLDER; see `build_encoder`."""
+    kind, colon, path = text.partition(":")
+    return build_encoder(kind, {**settings, **({"path": path} if colon else {})})
+
+
 _ENCODERS: dict[str, Callable[..., Encoder]] = {NGrams.kind: NGrams}

@@ -42,7 +42,7 @@ class FitSettings:
 
     objective: Objective = field(default_factory=Objective)
     beta: float = 0.7
-    num_clusters: int = 64
+    num_clusters: int = 32
     unfamiliar_share: float = 0.005
     num_folds: int = 3
     seed: int = 0

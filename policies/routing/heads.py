@@ -35,8 +35,8 @@ class Objective:
 
     temperature: float = 0.5
     tie_weight: float = 1.0
-    l2: float = 2e-4
-    max_iterations: int = 60
+    l2: float = 1e-3
+    max_iterations: int = 40
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The policies over a trained router: `Learned` (ZOOTER, Lu et al. 2023) and `Clusters`."""
+"""Route by a trained router's predictions (ZOOTER, Lu et al. 2023)."""
 
 from __future__ import annotations
 
@@ -130,17 +130,3 @@ class Learned:
             for feature, value in strongest[:NUM_NGRAMS_SHOWN]
             if value != 0 and int(feature) in names
         ]
-
-
-class Clusters(Learned):
-    """Sends each query to the member that did best on the nearest cluster of training queries.
-
-    k-means over the encoder's embeddings, no trained head: the baseline that beats most trained
-    routers (the Avengers, see LLMRouterBench).
-    """
-
-    predictor = "mean"
-
-    def _quality(self, prediction: Prediction) -> NDArray[np.float32]:
-        scores_M: NDArray[np.float32] = self._router.topics.scores_KM[prediction.cluster]
-        return scores_M

@@ -1,0 +1,123 @@
+"""What a learned router is compared with: each predicts scores [Q, M] for the test queries.
+
+Oracles look at the test scores; no router can, and they say how much there is to gain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import Ridge
+from sklearn.naive_bayes import ComplementNB
+
+from policies.outcomes import Outcome, score_table
+from policies.routing.router import Router
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Training and test outcomes with the scores [Q, M] of `models`, and the fitted router."""
+
+    models: tuple[str, ...]
+    train: Sequence[Outcome]
+    test: Sequence[Outcome]
+    router: Router
+    seed: int
+
+    def scores(self, outcomes: Sequence[Outcome]) -> Floats:
+        """Return the known scores of `outcomes`."""
+        return score_table(outcomes, self.models).scores_QM
+
+    @property
+    def queries(self) -> list[str]:
+        """The test queries' texts."""
+        return [outcome.query for outcome in self.test]
+
+
+def random_choice(split: Split) -> Floats:
+    """Any model, with equal chances."""
+    return np.random.default_rng(split.seed).random((len(split.test), len(split.models)))
+
+
+def best_single(split: Split) -> Floats:
+    """Always the model that did best in training."""
+    mean_M = np.nanmean(split.scores(split.train), axis=0)
+    return np.tile(mean_M, (len(split.test), 1))
+
+
+def dataset_oracle(split: Split) -> Floats:
+    """The model that does best on the query's task, as the test scores tell.
+
+    What a perfect task classifier would reach; only what lies above it is per-query skill.
+    """
+    return _of_task(_task_means(split, split.test), [_task(o) for o in split.test], split)
+
+
+def query_oracle(split: Split) -> Floats:
+    """The best model for every single query: the ceiling."""
+    return split.scores(split.test)
+
+
+def task_classifier(split: Split) -> Floats:
+    """Recognise the task (complement naive Bayes on tf-idf), then use its training means."""
+    vectorizer = TfidfVectorizer(sublinear_tf=True, min_df=2)
+    X = vectorizer.fit_transform([outcome.query for outcome in split.train])
+    tasks = [_task(outcome) for outcome in split.train]
+    if len(set(tasks)) < 2:
+        return best_single(split)
+    model = ComplementNB().fit(X, tasks)
+    found = model.predict(vectorizer.transform(split.queries))
+    return _of_task(_task_means(split, split.train), [str(task) for task in found], split)
+
+
+def tfidf_ridge(split: Split) -> Floats:
+    """Tf-idf of words and word pairs, ridge regression on every model's scores."""
+    vectorizer = TfidfVectorizer(sublinear_tf=True, min_df=2, ngram_range=(1, 2))
+    X = vectorizer.fit_transform([outcome.query for outcome in split.train])
+    targets = np.nan_to_num(split.scores(split.train), nan=0.5)
+    model = Ridge(alpha=10.0, solver="sparse_cg", tol=1e-2).fit(X, targets)
+    predicted: Floats = model.predict(vectorizer.transform(split.queries))
+    return predicted.reshape(len(split.test), -1)
+
+
+def clusters(split: Split) -> Floats:
+    """Shoal's `Clusters`."""
+    return split.router.cluster_qualities(split.queries)
+
+
+def learned(split: Split) -> Floats:
+    """Shoal's `Learned`."""
+    return split.router.qualities(split.queries)
+
+
+BASELINES: Mapping[str, Callable[[Split], Floats]] = {
+    "random": random_choice,
+    "best single": best_single,
+    "task classifier": task_classifier,
+    "TF-IDF + ridge": tfidf_ridge,
+    "Clusters": clusters,
+    "Learned": learned,
+    "dataset oracle": dataset_oracle,
+    "per-query oracle": query_oracle,
+}
+
+
+def _task(outcome: Outcome) -> str:
+    return outcome.tags[0] if outcome.tags else ""
+
+
+def _task_means(split: Split, outcomes: Sequence[Outcome]) -> dict[str, Floats]:
+    scores_QM = split.scores(outcomes)
+    tasks = np.array([_task(outcome) for outcome in outcomes])
+    return {str(task): np.nanmean(scores_QM[tasks == task], axis=0) for task in np.unique(tasks)}
+
+
+def _of_task(means: Mapping[str, Floats], tasks: Sequence[str], split: Split) -> Floats:
+    unknown = np.full(len(split.models), 0.5)
+    return np.array([means.get(task, unknown) for task in tasks])

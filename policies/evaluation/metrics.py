@@ -1,0 +1,108 @@
+"""Routing metrics: APGR and CPT (RouteLLM, Ong et al. 2024), AIQ (RouterBench, Hu et al. 2024).
+
+Shape legend: Q queries, M models, P points of a curve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """What a router reaches at each cost, cheapest first: mean cost and mean quality, [P]."""
+
+    cost_P: Floats
+    quality_P: Floats
+
+
+def two_model_curve(preference_Q: Floats, weak_Q: Floats, strong_Q: Floats) -> Curve:
+    """Return quality against the share of calls to the strong model, at every threshold.
+
+    The strong model gets the queries with the highest `preference`; equal ones in turn.
+    """
+    order = np.argsort(-preference_Q, kind="stable")
+    gains = np.concatenate(([0.0], np.cumsum((strong_Q - weak_Q)[order])))
+    num_queries = len(order)
+    return Curve(
+        cost_P=np.arange(num_queries + 1) / num_queries,
+        quality_P=weak_Q.mean() + gains / num_queries,
+    )
+
+
+def apgr(curve: Curve) -> float:
+    """Average performance gap recovered: (∫ quality d share - weak) / (strong - weak).
+
+    0.5 is a coin, 1 recovers the whole gap with no call to the strong model.
+    """
+    weak, strong = curve.quality_P[0], curve.quality_P[-1]
+    return float((np.trapezoid(curve.quality_P, curve.cost_P) - weak) / (strong - weak))
+
+
+def cpt(curve: Curve, share: float) -> float:
+    """Call-performance threshold: the least share of strong calls that recovers `share`."""
+    weak, strong = curve.quality_P[0], curve.quality_P[-1]
+    reached = curve.quality_P >= weak + share * (strong - weak)
+    return float(curve.cost_P[reached.argmax()])
+
+
+def trade_curve(
+    quality_QM: Floats, scores_QM: Floats, cost_QM: Floats, num_points: int = 60
+) -> Curve:
+    """Return mean score against mean cost while the price of cost rises from nothing.
+
+    At price λ every query goes to the model with the highest predicted quality - λ·cost.
+    """
+    scale = cost_QM.max() or 1.0
+    points = set()
+    for price in (0.0, *np.logspace(-4, 2, num_points)):
+        chosen_Q1 = (quality_QM - price * cost_QM / scale).argmax(1)[:, None]
+        cost = np.take_along_axis(cost_QM, chosen_Q1, 1).mean()
+        points.add((float(cost), float(np.take_along_axis(scores_QM, chosen_Q1, 1).mean())))
+    costs, qualities = zip(*sorted(points), strict=True)
+    return Curve(cost_P=np.array(costs), quality_P=np.array(qualities))
+
+
+def aiq(curve: Curve, largest_cost: float) -> float:
+    """Average improvement in quality: area under the non-decreasing convex hull over cost.
+
+    The hull is level beyond the dearest point, up to `largest_cost`, by which the area is divided;
+    it starts at the cheapest point (nothing is credited below it).
+    """
+    hull: list[tuple[float, float]] = []
+    best = -np.inf
+    for cost, quality in zip(curve.cost_P, curve.quality_P, strict=True):
+        if quality <= best:
+            continue
+        best = quality
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], (cost, quality)):
+            hull.pop()
+        hull.append((float(cost), float(quality)))
+    hull.append((max(largest_cost, hull[-1][0]), hull[-1][1]))
+    costs, qualities = np.array(hull).T
+    return float(np.trapezoid(qualities, costs) / largest_cost)
+
+
+def bootstrap(
+    metric: Callable[[NDArray[np.intp]], float],
+    num_queries: int,
+    *,
+    num_samples: int = 300,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Return the 95% percentile interval of `metric`, a function of resampled row numbers."""
+    rng = np.random.default_rng(seed)
+    values = [metric(rng.integers(num_queries, size=num_queries)) for _ in range(num_samples)]
+    low, high = np.quantile(values, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def _slope(left: tuple[float, float], right: tuple[float, float]) -> float:
+    run = right[0] - left[0]
+    return (right[1] - left[1]) / run if run > 0 else float("inf")

@@ -1,0 +1,83 @@
+"""Evaluation reports as Markdown tables and as PNG plots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from policies.evaluation.harness import Interval, Report, Result
+from policies.routing.calibration import Reliability
+
+_DRAWN = ("random", "TF-IDF + ridge", "Clusters", "Learned", "dataset oracle")
+
+
+def table(report: Report) -> str:
+    """Return the report as a Markdown table, one method per row."""
+    two = len(report.models) == 2
+    columns = ["accuracy", "AIQ", "ECE", "µs/decision"]
+    if two:
+        columns = ["APGR", "CPT(50)", "CPT(80)", *columns]
+    lines = [
+        f"**{report.title}** ({report.num_test:,} test queries; "
+        f"{report.num_removed:,} near-duplicates kept out of training)",
+        "",
+        f"| method | {' | '.join(columns)} |",
+        "|---|" + "---|" * len(columns),
+    ]
+    lines += [f"| {row.method} | {' | '.join(_cells(row, two))} |" for row in report.results]
+    return "\n".join(lines)
+
+
+def draw_curves(report: Report, path: Path) -> None:
+    """Draw cost against quality for the main methods."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for row in report.results:
+        if row.method in _DRAWN:
+            label = row.method if row.apgr is None else f"{row.method} (APGR {row.apgr:.3f})"
+            axes.plot(row.curve.cost_P, row.curve.quality_P, label=label)
+        elif row.method == "best single" and len(report.models) > 2:
+            axes.axhline(row.accuracy, color="grey", linestyle=":", label="best single")
+    two = len(report.models) == 2
+    axes.set_xlabel(f"share of calls to {report.models[1]}" if two else "mean cost per query")
+    axes.set_ylabel("mean score")
+    axes.set_title(report.title, fontsize="medium")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=100)
+
+
+def draw_reliability(diagram: Reliability, title: str, path: Path) -> None:
+    """Draw predicted against observed scores."""
+    figure = Figure(figsize=(4, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="grey", linestyle=":")
+    axes.plot(diagram.predicted, diagram.observed, marker="o")
+    axes.set_xlabel("predicted score")
+    axes.set_ylabel("observed score")
+    axes.set_title(f"{title} (ECE {diagram.ece:.3f})", fontsize="medium")
+    figure.savefig(path, dpi=100)
+
+
+def _cells(row: Result, two: bool) -> list[str]:
+    cells = [
+        f"{row.accuracy:.4f}{_interval(row.accuracy_interval)}",
+        f"{row.aiq:.4f}",
+        "–" if row.ece is None else f"{row.ece:.3f}",
+        "–" if row.decision_us is None else f"{row.decision_us:.0f}",
+    ]
+    if not two:
+        return cells
+    # A constant prediction orders nothing: its thresholds are those of a coin.
+    if row.apgr is None or row.method == "best single":
+        return ["–", "–", "–", *cells]
+    return [
+        f"{row.apgr:.3f}{_interval(row.apgr_interval)}",
+        f"{row.cpt50:.1%}",
+        f"{row.cpt80:.1%}",
+        *cells,
+    ]
+
+
+def _interval(interval: Interval | None) -> str:
+    return "" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]"

@@ -1,0 +1,66 @@
+"""`shoal train`: learn from outcomes what serving will use."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from router.cli import cascade
+
+app = typer.Typer(help="Learn routers and cascades from outcomes.", no_args_is_help=True)
+app.command()(cascade.cascade)
+
+
+@app.command()
+def router(
+    outcomes: Annotated[Path, typer.Argument(help="Outcomes (JSON Lines).")],
+    *,
+    out: Annotated[Path, typer.Option(help="Where the router goes (.npz).")],
+    split: Annotated[str | None, typer.Option(help="Learn from this split only.")] = None,
+    also: Annotated[
+        list[Path] | None,
+        typer.Option(help="More outcomes, e.g. exported feedback. May be repeated."),
+    ] = None,
+    models: Annotated[
+        str | None, typer.Option(help="Models to route between, with commas; default: all.")
+    ] = None,
+    encoder: Annotated[
+        str, typer.Option(help="ngrams, or neural:FOLDER of a sentence encoder.")
+    ] = "ngrams",
+    bits: Annotated[
+        int | None, typer.Option(help="ngrams: two blocks of 2^bits features each.")
+    ] = None,
+    beta: Annotated[
+        float, typer.Option(min=0, max=1, help="A query's own share in its target (ZOOTER's β).")
+    ] = 0.7,
+    clusters: Annotated[int, typer.Option(min=1, help="Number of clusters, at most.")] = 32,
+    seed: Annotated[int, typer.Option(help="Seed of folds and clusters.")] = 0,
+) -> None:
+    """Train a router: calibrated quality of every model for any query.
+
+    With `--also` and the export of the ledger's feedback, this is also how to retrain.
+    """
+    from policies.encoders.registry import parse_encoder
+    from policies.errors import PolicyError
+    from policies.outcomes import read_outcomes
+    from policies.routing.file import save_router
+    from policies.routing.fit import FitSettings, fit_router
+
+    try:
+        rows = read_outcomes(outcomes, split=split)
+        for extra in also or []:
+            rows += read_outcomes(extra)
+        trained = fit_router(
+            rows,
+            encoder=parse_encoder(encoder, {} if bits is None else {"bits": bits}),
+            models=models.split(",") if models else None,
+            settings=FitSettings(beta=beta, num_clusters=clusters, seed=seed),
+        )
+        save_router(trained, out)
+    except (PolicyError, OSError) as error:
+        typer.echo(f"shoal train router: {error}", err=True)
+        raise typer.Exit(2) from None
+    print(json.dumps({"out": str(out), "models": trained.models, **trained.facts}, indent=2))
