@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from models.tokenizer import Message, Tokenizer
+from models.chat_template import Message
+from models.tokenizer import Tokenizer
 
 # Below this, tokenizing takes less time than handing it to a thread is worth.
 _INLINE_CHARACTERS = 16_384
