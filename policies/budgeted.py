@@ -10,6 +10,7 @@ from typing import Any
 from policies.base import Decision, ModelFacts, Policy, Query
 from policies.budget.controller import Controller
 from policies.budget.targets import Target
+from policies.cascade.base import ProvidesScorers, Scorer
 from policies.errors import PolicyError
 from policies.footprint import Footprint
 from policies.laws.ensemble import EnsembleLaw
@@ -39,6 +40,10 @@ class Budgeted:
     def observe(self, query: Query, decision: Decision, cost: Footprint) -> None:
         """Settle a request that `decide` decided: `cost` is what it really was."""
         self.controller.observe(query, decision, cost)
+
+    def scorers(self) -> Mapping[str, Scorer]:
+        """Return the scorers that the wrapped policy brings along."""
+        return self.policy.scorers() if isinstance(self.policy, ProvidesScorers) else {}
 
     def members(self) -> tuple[str, ...]:
         """Return every model that the wrapped policy or the controller may name."""

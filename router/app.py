@@ -25,11 +25,11 @@ def build(args: AppArgs) -> Application:
     args = args.model_copy(update={"pool": args.pool.resolve()})
     pool = load_pool(args.pool)
     # Find mistakes here, not in a replica.
-    check_experiments(args, pool, Catalog(pool, policies=args.policies))
+    check_experiments(args, pool, Catalog(pool, policies=args.policies, carbon=args.carbon))
     engines = {
         spec.name: EngineReplica.options(  # type: ignore[attr-defined]
             name=f"engine-{spec.name}", **_options(spec.deployment)
-        ).bind(spec, pool.models_of(spec.name), args.num_threads)
+        ).bind(spec, pool.models_of(spec.name), args.num_threads, args.carbon)
         for spec in pool.engines
     }
     ingress: Application = Ingress.options(  # type: ignore[attr-defined]

@@ -16,7 +16,11 @@ from typing import Any
 from models.errors import PoolError
 from models.pool import Pool
 from models.tokenizer import Tokenizer, load_tokenizer
-from policies.base import ModelFacts, Policy
+from policies.base import Policy
+from policies.budget import Controller
+from policies.carbon.grid import GridReading
+from policies.carbon.live import LiveModels
+from policies.carbon.settings import CarbonSettings
 from policies.cascade.base import Confidence, ProvidesScorers, Ranker, Scorer
 from policies.errors import PolicyError
 from policies.fixed import Fixed
@@ -46,16 +50,27 @@ class Catalog:
         *,
         policies: Mapping[str, Mapping[str, Any]] | None = None,
         scorers: Mapping[str, Scorer] | None = None,
+        carbon: CarbonSettings | None = None,
     ) -> None:
-        """Check `pool` and the `policies` added to its own.
+        """Check `pool` and the `policies` added to its own; `carbon` prices energy and carbon.
 
         Raises `PoolError` (also for a plan that no engine can run) and `PolicyError`.
         """
         self.pool = pool
         self.scorers: dict[str, Scorer] = {"confidence": Confidence(), **(scorers or {})}
-        self.facts: dict[str, ModelFacts] = pool.facts()
-        self.rates: dict[str, Rates] = {name: fact.rates for name, fact in self.facts.items()}
         self._engine_of = {model.name: model.spec.engine for model in pool.models}
+        carbon = carbon or CarbonSettings()
+        # Its readings follow a live feed, where one is configured and started.
+        self.grid = carbon.grid(pool.folder)
+        self.facts = LiveModels(
+            pool.facts(),
+            engine_of=self._engine_of,
+            settings=carbon,
+            grid=self.grid,
+            clock=time.time,
+        )
+        # Trims what a policy without a budget of its own chooses to a request's ceilings.
+        self.limiter = Controller(models=self.facts, clock=time.time)
         self._tokenizers = _load_tokenizers(pool)
         self.policies = self._build_policies({**pool.policies, **(policies or {})})
         self._targets = self._build_targets()
@@ -66,6 +81,15 @@ class Catalog:
     def tokenizer(self) -> Tokenizer:
         """The pool's first model's tokenizer; policies count prompt tokens with it."""
         return self._tokenizers[self.pool.models[0].name]
+
+    @property
+    def rates(self) -> Mapping[str, Rates]:
+        """What each model costs per token, at the grid's present intensity."""
+        return self.facts.rates()
+
+    def grid_reading(self) -> GridReading:
+        """Return the grid's present intensity and where the figure comes from."""
+        return self.grid.at(time.time())
 
     def names(self) -> tuple[str, ...]:
         """Return every name a client may ask for, the default policy first."""
@@ -79,6 +103,10 @@ class Catalog:
         """Return the policy called `name`, without the prefix that model names need."""
         policy = self.policies.get(name)
         return None if policy is None else Target(policy=policy, policy_name=name)
+
+    def engine_of_model(self, name: str) -> str:
+        """Return the engine that runs the model called `name`."""
+        return self._engine_of[name]
 
     def engine_of(self, answer: Answer) -> str:
         """Return the engine that runs `answer`; its plan has been checked."""

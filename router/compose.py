@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Mapping
 
 from models.pool import Pool
+from policies.carbon.grid import CachedGrid
 from policies.errors import ExperimentError
 from router.caps.budgets import Budgets
 from router.catalog import Catalog
@@ -16,6 +17,7 @@ from router.engines.base import EngineClient
 from router.experiments.definitions import read_definitions
 from router.experiments.experiments import Experiments
 from router.gate import Gate
+from router.grid_feed import GridFeed
 from router.keys import Authenticator
 from router.ledger.database import open_database
 from router.ledger.writer import Ledger
@@ -84,7 +86,14 @@ def compose(
         echo_request_id=echo_request_id,
         experiments=experiments,
         shadows=shadows,
+        grid_feed=_grid_feed(args, catalog),
     )
+
+
+def _grid_feed(args: AppArgs, catalog: Catalog) -> GridFeed | None:
+    if args.carbon.feed is None or not isinstance(catalog.grid, CachedGrid):
+        return None
+    return GridFeed(args.carbon.feed, catalog.grid)
 
 
 def _gate(args: AppArgs, recorder: Recorder) -> Gate | None:

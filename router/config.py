@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from models.pool import DEFAULT_POOL, DeploymentSpec, Name, explain
+from policies.carbon.settings import CarbonSettings
 from router.caps.config import BudgetsConfig
 from router.keys import AuthConfig
 from router.ledger.config import LedgerConfig
@@ -44,8 +45,9 @@ class AppArgs(_Strict):
     to the pool's policies or replaces them by name; paths in them are relative to the pool's
     folder. `ingress` says how many replicas take HTTP requests. `num_threads` is the number of
     CPU threads of each engine replica (default: all cores of the machine). `ledger` null keeps
-    no rows, and then there are no keys and no budgets either. `experiments` and `shadows` are read
-    by `router.experiments.definitions`, which knows the policies they may name.
+    no rows, and then there are no keys and no budgets either. `carbon` says what hardware runs the
+    models and on which grid; a relative `grid_file` starts at the pool's folder. `experiments` and
+    `shadows` are read by `router.experiments.definitions`, which knows the policies they may name.
     """
 
     pool: Path = DEFAULT_POOL
@@ -56,6 +58,7 @@ class AppArgs(_Strict):
     ledger: LedgerConfig | None = Field(default_factory=LedgerConfig)
     auth: AuthConfig = Field(default_factory=AuthConfig)
     budgets: BudgetsConfig = Field(default_factory=BudgetsConfig)
+    carbon: CarbonSettings = Field(default_factory=CarbonSettings)
     experiments: dict[Name, Any] = Field(default_factory=dict)
     shadows: dict[Name, Any] = Field(default_factory=dict)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from policies.base import Decision, Query
+from policies.budgeted import Budgeted
 from policies.errors import PlanError, PolicyError
 from policies.footprint import estimate
+from policies.limits import NO_LIMITS
 from policies.plan import Plan, from_json
 from router.catalog import Catalog, Target
 from router.config import ServingLimits
@@ -41,6 +43,9 @@ async def decide(
     choices: list[Choice] = []
     for query in queries:
         decision = target.policy.decide(query)
+        unbudgeted = target.policy_name is not None and not isinstance(target.policy, Budgeted)
+        if unbudgeted and query.limits != NO_LIMITS:
+            decision = catalog.limiter.choose(query, decision)
         _check_ceilings(catalog, decision.plan, query)
         decisions.append(decision)
         for _ in range(ask.n):

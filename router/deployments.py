@@ -12,9 +12,11 @@ from ray.serve.handle import DeploymentHandle
 from models.engines.base import Chunk, EngineStats, GenerationRequest
 from models.engines.registry import create_engine
 from models.pool import EngineSpec, Model, load_pool
+from policies.carbon.settings import CarbonSettings
 from router.catalog import Catalog
 from router.compose import compose, open_recorder
 from router.config import AppArgs
+from router.energy.choose import lane_meter
 from router.engines.handle import HandleClient
 from router.engines.worker import EngineWorker, set_num_threads
 from router.ingress import create_api
@@ -25,9 +27,13 @@ class EngineReplica:
     """One replica of one engine. Unhealthy replicas are replaced by Ray Serve."""
 
     async def __init__(  # type: ignore[misc] # Ray Serve awaits it
-        self, spec: EngineSpec, models: tuple[Model, ...], num_threads: int | None
+        self,
+        spec: EngineSpec,
+        models: tuple[Model, ...],
+        num_threads: int | None,
+        carbon: CarbonSettings,
     ) -> None:
-        self._worker = EngineWorker(create_engine(spec, models))
+        self._worker = EngineWorker(create_engine(spec, models), lane_meter(carbon, spec))
         set_num_threads(num_threads)
         await self._worker.start()
 
@@ -68,7 +74,7 @@ class Ingress:
         self._service = compose(
             args,
             pool,
-            Catalog(pool, policies=args.policies),
+            Catalog(pool, policies=args.policies, carbon=args.carbon),
             engines={name: HandleClient(handle) for name, handle in engines.items()},
             recorder=open_recorder(args),
             echo_request_id=False,

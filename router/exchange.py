@@ -6,11 +6,11 @@ import hashlib
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from policies.base import Decision
+from policies.base import Decision, Query
 from policies.footprint import Footprint, Rates
 from policies.plan import Plan, to_json
 from router.caps.budgets import Reservation
@@ -113,9 +113,28 @@ class Exchange:
     def footprint(self, rates: Mapping[str, Rates]) -> Footprint:
         """Return what everything that ran has cost, its latency as measured so far."""
         total = Footprint()
-        for name, tokens in self.member_tokens().items():
-            total = total.beside(rates[name].footprint(tokens.prompt_tokens, tokens.output_tokens))
+        for cost in self.member_footprints(rates).values():
+            total = total.beside(cost)
         return replace(total, latency_s=self.elapsed_s)
+
+    def member_footprints(self, rates: Mapping[str, Rates]) -> dict[str, Footprint]:
+        """Return what each member has cost, measured where it could be."""
+        totals: dict[str, Footprint] = {}
+        for choice in self.choices:
+            for name, cost in choice.trace.member_footprints(rates).items():
+                totals[name] = totals.get(name, Footprint()).beside(cost)
+        return totals
+
+    def settled(self, rates: Mapping[str, Rates]) -> Iterator[tuple[Query, Decision, Footprint]]:
+        """Yield each prompt's decision with what its choices have cost."""
+        num_choices = len(self.choices) // max(1, len(self.decisions))
+        for index, decision in enumerate(self.decisions):
+            total = Footprint()
+            own = self.choices[index * num_choices : (index + 1) * num_choices]
+            for choice in own:
+                for cost in choice.trace.member_footprints(rates).values():
+                    total = total.beside(cost)
+            yield own[0].task.query, decision, total
 
     def stages(self) -> list[dict[str, Any]]:
         """Return everything that ran, in JSON; the choice's number where there are several."""

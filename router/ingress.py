@@ -32,8 +32,7 @@ def create_api(service: Service) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        if service.experiments is not None:
-            await service.experiments.start()
+        await service.start()
         yield
         await service.close()
 

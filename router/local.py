@@ -15,6 +15,7 @@ from models.pool import Pool
 from router.catalog import Catalog
 from router.compose import compose
 from router.config import AppArgs
+from router.energy.choose import lane_meter
 from router.engines.worker import EngineWorker, set_num_threads
 from router.ingress import create_api
 from router.record import Recorder
@@ -29,7 +30,8 @@ async def local_service(
     async with AsyncExitStack() as stack:
         workers: dict[str, EngineWorker] = {}
         for spec in pool.engines:
-            worker = EngineWorker(create_engine(spec, pool.models_of(spec.name)))
+            engine = create_engine(spec, pool.models_of(spec.name))
+            worker = EngineWorker(engine, lane_meter(args.carbon, spec))
             set_num_threads(args.num_threads)
             stack.push_async_callback(worker.stop)
             await worker.start()

@@ -17,6 +17,7 @@ from starlette.responses import Response
 
 from models.engines.base import Chunk
 from models.errors import EngineError
+from policies.budgeted import Budgeted
 from policies.experiments.shadow import Shadow
 from router.catalog import Catalog
 from router.config import ServingLimits
@@ -31,6 +32,7 @@ from router.executor.task import merge
 from router.experiments.experiments import Experiments
 from router.experiments.mirror import Mirror
 from router.gate import Gate
+from router.grid_feed import GridFeed
 from router.openai_api.ask import Ask
 from router.openai_api.endpoint import Endpoint, Head, Writer
 from router.record import Recorder
@@ -59,11 +61,13 @@ class Service:
         keep_text: bool = False,
         experiments: Experiments | None = None,
         shadows: Sequence[Shadow] = (),
+        grid_feed: GridFeed | None = None,
     ) -> None:
         """Serve with `engines`, given by name; `echo_request_id` False leaves that header out.
 
         Ray Serve adds it to every response itself. Without a `gate` everybody may ask for
-        everything. With `keep_text` records hold the last user message and the answer.
+        everything. With `keep_text` records hold the last user message and the answer. A
+        `grid_feed` runs from `start` to `close`.
         """
         self.catalog = catalog
         self.engines = engines
@@ -78,6 +82,15 @@ class Service:
             shadows, catalog=catalog, executor=self._executor, recorder=recorder, limits=limits
         )
         self._settling: set[asyncio.Task[None]] = set()
+        self._grid_feed = grid_feed
+        self._feeding: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Start what runs beside the requests."""
+        if self.experiments is not None:
+            await self.experiments.start()
+        if self._grid_feed is not None:
+            self._feeding = asyncio.create_task(self._grid_feed.run())
 
     async def process(self, request: Request, endpoint: Endpoint) -> Response:
         """Answer `request`, whatever happens; exactly one record is kept of it."""
@@ -103,6 +116,9 @@ class Service:
 
     async def close(self) -> None:
         """Wait for the records of requests that were cut off, then close the recorder."""
+        if self._feeding is not None:
+            self._feeding.cancel()
+            await asyncio.wait([self._feeding])
         if self.experiments is not None:
             await self.experiments.close()
         await self.mirror.close()
@@ -145,7 +161,7 @@ class Service:
             _count(exchange, index, chunk)
         await self._settle(exchange)
         content = writer.whole([merge(parts) for parts in chunks], _usage(exchange))
-        content["shoal"] = shoal_field(exchange, self.catalog.rates)
+        content["shoal"] = shoal_field(exchange, self.catalog)
         exchange.status = 200
         return _json_response(200, content, self._headers(exchange))
 
@@ -165,7 +181,7 @@ class Service:
                 if not num_open:
                     await self._settle(exchange)
                     data += writer.end(_usage(exchange))
-                    data[-1]["shoal"] = shoal_field(exchange, self.catalog.rates)
+                    data[-1]["shoal"] = shoal_field(exchange, self.catalog)
                 if data:
                     yield b"".join(map(event, data))
                 data = []
@@ -231,6 +247,10 @@ class Service:
         self.recorder.record(record)
         if self.gate is not None:
             self.gate.settle(exchange, record)
+        policy = self.catalog.policies.get(exchange.policy or "")
+        if isinstance(policy, Budgeted):
+            for query, decision, cost in exchange.settled(self.catalog.rates):
+                policy.observe(query, decision, cost)
 
     async def _settle(self, exchange: Exchange) -> None:
         """Ask the engines what the requests used that were cancelled there."""

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from policies.footprint import Rates
+from policies.footprint import Footprint
 from policies.plan import Answer, to_json
+from router.catalog import Catalog
 from router.exchange import Exchange
 
 
-def shoal_field(exchange: Exchange, rates: Mapping[str, Rates]) -> dict[str, Any]:
+def shoal_field(exchange: Exchange, catalog: Catalog) -> dict[str, Any]:
     """Return the `shoal` object of an answered request.
 
     `plan`, `reason`, `members` and `weights` are the first choice's; the members are those whose
     text it is. Tokens and cost are of everything that ran, stages that were not accepted included.
     """
-    cost = exchange.footprint(rates)
+    cost = exchange.footprint(catalog.rates)
     [decision, *_] = exchange.decisions
     run = exchange.choices[0].trace.accepted_run()
     accepted = run.plan if run is not None and isinstance(run.plan, Answer) else None
@@ -31,6 +31,7 @@ def shoal_field(exchange: Exchange, rates: Mapping[str, Rates]) -> dict[str, Any
             for name, tokens in exchange.member_tokens().items()
         },
         "cost": {"usd": cost.usd, "wh": cost.wh, "gco2e": cost.gco2e},
+        "footprint": _footprint(exchange, catalog, cost),
     }
     if exchange.arm is not None:
         data["experiment"] = exchange.experiment
@@ -40,6 +41,19 @@ def shoal_field(exchange: Exchange, rates: Mapping[str, Rates]) -> dict[str, Any
         data["details"] = dict(decision.details)
         data["stages"] = exchange.stages()
     return data
+
+
+def _footprint(exchange: Exchange, catalog: Catalog, cost: Footprint) -> dict[str, Any]:
+    """Return energy and carbon with the method behind them, in total and by member."""
+    grid = catalog.grid_reading()
+    return {
+        **cost.to_json(),
+        "grid": {"gco2e_per_kwh": grid.gco2e_per_kwh, "source": grid.source},
+        "members": {
+            name: {"engine": catalog.engine_of_model(name), **part.to_json()}
+            for name, part in exchange.member_footprints(catalog.rates).items()
+        },
+    }
 
 
 def _weights(answer: Answer, used: tuple[float, ...] | None) -> list[float]:

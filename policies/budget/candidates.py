@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple, TypeAlias
 
 from policies.base import Decision
@@ -84,19 +85,19 @@ def key_of(plan: Plan) -> Key:
 
 
 def plan_of(key: Key, decision: Decision) -> Plan:
-    """Return the plan that `key` stands for; fused members keep the policy's weights and rule."""
+    """Return the plan that `key` stands for; what is left of a fusion is fused as it was."""
     if not isinstance(key, tuple):
         return key
     own = decision.plan
-    if not isinstance(own, Answer):
-        return Answer(members=key)
+    if not isinstance(own, Answer) or own.rule == "contrastive" or len(key) == 1:
+        same = isinstance(own, Answer) and own.members == key
+        return own if same else Answer(members=key)
     if own.members == key:
         return own
     weight_of = dict(zip(own.members, own.weights or (1.0,) * len(own.members), strict=True))
     weights = tuple(weight_of.get(name, 0.0) for name in key)
-    if own.weights is None or len(key) == 1 or min(weights) <= 0:
-        return Answer(members=key, rule=own.rule)
-    return Answer(members=key, weights=weights, rule=own.rule)
+    keeps_weights = own.weights is not None and min(weights) > 0
+    return replace(own, members=key, weights=weights if keeps_weights else None)
 
 
 def _trimmed(plan: Plan, max_members: float) -> list[Plan]:
@@ -105,9 +106,13 @@ def _trimmed(plan: Plan, max_members: float) -> list[Plan]:
         size = len(plan.members)
         if size == 1:
             return []
+        if plan.rule == "contrastive":
+            # Its members have roles: what can be left of it is the first one, alone.
+            return [Answer(members=plan.members[:1])]
         weights = plan.weights or (1.0,) * size
-        # The heaviest members stay; on equal weights, the first ones.
-        order = sorted(range(size), key=lambda index: -weights[index])
+        # The heaviest members stay; on equal weights, and as the lead of a gate, the first ones.
+        lead = plan.rule == "gated"
+        order = sorted(range(size), key=lambda i: -math.inf if lead and not i else -weights[i])
         largest = min(size - 1, max_members)
         return [
             Answer(members=tuple(plan.members[index] for index in order[:keep]))
@@ -115,16 +120,12 @@ def _trimmed(plan: Plan, max_members: float) -> list[Plan]:
         ]
     if isinstance(plan, Cascade):
         shorter: list[Plan] = [
-            Cascade(
-                stages=plan.stages[:keep],
-                thresholds=plan.thresholds[: keep - 1],
-                scorer=plan.scorer,
-            )
+            replace(plan, stages=plan.stages[:keep], thresholds=plan.thresholds[: keep - 1])
             for keep in range(len(plan.stages) - 1, 1, -1)
         ]
         return [*shorter, *reversed(plan.stages)]
     fewer: list[Plan] = [
-        Best(candidates=plan.candidates[:keep], select=plan.select)
+        replace(plan, candidates=plan.candidates[:keep])
         for keep in range(len(plan.candidates) - 1, 1, -1)
     ]
     return [*fewer, *plan.candidates]

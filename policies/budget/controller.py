@@ -130,6 +130,9 @@ class Controller:
                 value -= price * cost
             if value > best_value:
                 best, best_value = index, value
+        if unmet and unmet != ("quality_floor",):
+            # It cannot run within its limits: the router refuses it, and it costs nothing.
+            expected[best] = [0.0] * len(self.targets)
         if self.targets:
             self._commit(expected[best])
         chosen = options[best]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -62,7 +63,8 @@ class CarbonSettings(_Strict):
     `zone` is a country (DE), WORLD, or a cloud region (gcp:europe-west3); `grid_file` a CSV that
     takes its place; `feed` a live source on top of either. `pue` is the data centre's power usage
     effectiveness (1 for a computer on a desk). `hardware` applies to every engine that
-    `engines` does not name.
+    `engines` does not name, unless a meter measures: "auto" takes NVML on GPUs and RAPL on CPUs
+    where they can be read, "off" always models.
     """
 
     zone: str = "WORLD"
@@ -71,6 +73,7 @@ class CarbonSettings(_Strict):
     pue: float = Field(1.0, ge=1)
     hardware: DeviceSettings = DeviceSettings()
     engines: dict[str, DeviceSettings] = Field(default_factory=dict)
+    meter: Literal["auto", "rapl", "nvml", "off"] = "auto"
 
     @model_validator(mode="after")
     def _tables_know_it(self) -> CarbonSettings:

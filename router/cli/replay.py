@@ -54,7 +54,7 @@ def replay(
 
     with refusing():
         args = load_args(config)
-        catalog = Catalog(load_pool(args.pool), policies=args.policies)
+        catalog = Catalog(load_pool(args.pool), policies=args.policies, carbon=args.carbon)
         definitions, _ = read_definitions(args)
         arms = [arm.policy for one in definitions for arm in one.arms]
         names = list(dict.fromkeys(policy or arms or catalog.policies))

@@ -107,7 +107,7 @@ def _serve_here(args: AppArgs, pool: Pool, host: str, port: int) -> None:
     from router.local import http_server, local_service
 
     async def run() -> None:
-        catalog = Catalog(pool, policies=args.policies)
+        catalog = Catalog(pool, policies=args.policies, carbon=args.carbon)
         recorder = open_recorder(args)
         _say("Loading models ...")
         async with local_service(args, pool, catalog, recorder) as service:

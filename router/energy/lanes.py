@@ -3,7 +3,7 @@
 A lane is one member answering one request. At every moment the device's power is shared equally by
 the lanes that run, so a request pays Σ lanes / all lanes of what is drawn while it runs. What is
 drawn while no lane runs is idle and belongs to no request. Nothing is lost or counted twice: the
-requests' energy plus the idle energy is what the meter read.
+requests' energy, without the data centre's PUE, plus the idle energy is what the meter read.
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ class LaneMeter:
     difference between its end and its begin (the virtual time of fair queueing).
     """
 
-    def __init__(self, meter: Meter, *, clock: Callable[[], float]) -> None:
+    def __init__(self, meter: Meter, *, clock: Callable[[], float], pue: float = 1.0) -> None:
+        """Attribute what `meter` reads; requests also pay for cooling, by the PUE."""
         self._meter = meter
+        self._pue = pue
         self._clock = clock
         self._running: dict[str, _Running] = {}
         self._num_lanes = 0
@@ -68,7 +70,7 @@ class LaneMeter:
         began = self._running.pop(request_id)
         self._num_lanes -= began.lanes
         return EnergyUse(
-            wh=began.lanes * (self._wh_per_lane - began.wh_per_lane),
+            wh=began.lanes * (self._wh_per_lane - began.wh_per_lane) * self._pue,
             busy_s=began.lanes * (self._s_per_lane - began.s_per_lane),
             method=self._meter.method,
         )

@@ -14,6 +14,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from models.engines.base import Chunk, Engine, EngineStats, GenerationRequest
+from router.energy.chunk import energy_of, metered
+from router.energy.lanes import LaneMeter
 from router.executor.task import merge
 
 # How many cancelled requests are remembered until somebody asks what they used.
@@ -30,8 +32,10 @@ class _Progress:
 class EngineWorker:
     """Drives one engine and remembers what cancelled requests used."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, meter: LaneMeter | None = None) -> None:
+        """Drive `engine`; a `meter` attributes its energy to the answers that finish."""
         self._engine = engine
+        self._meter = meter
         self._active: dict[str, _Progress] = {}
         self._cancelled: OrderedDict[str, int] = OrderedDict()
 
@@ -50,19 +54,30 @@ class EngineWorker:
     async def complete(self, request: GenerationRequest) -> Chunk:
         """Return the whole answer as one chunk."""
         async with aclosing(self.stream(request)) as chunks:
-            return merge([chunk async for chunk in chunks])
+            parts = [chunk async for chunk in chunks]
+        whole, energy = merge(parts), energy_of(parts[-1]) if parts else None
+        return whole if energy is None else metered(whole, energy)
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         """Yield the answer as it is generated."""
         progress = self._active[request.request_id] = _Progress()
         finished = False
+        meter = self._meter
+        if meter is not None:
+            meter.begin(request.request_id, lanes=len(request.members))
         try:
             async with aclosing(self._engine.generate(request)) as chunks:  # type: ignore[type-var]
                 async for chunk in chunks:
                     progress.num_tokens += len(chunk.tokens)
                     finished = chunk.finish_reason is not None
-                    yield chunk
+                    if finished and meter is not None:
+                        energy, meter = meter.end(request.request_id), None
+                        yield metered(chunk, energy)
+                    else:
+                        yield chunk
         finally:
+            if meter is not None:
+                meter.end(request.request_id)
             del self._active[request.request_id]
             if not finished:
                 self._cancelled[request.request_id] = progress.num_tokens

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from models.engines.base import Chunk, Evidence, GenerationRequest
 from models.errors import ContextOverflow, EngineOverloaded, RequestError
 from policies.plan import Answer
+from router.energy.chunk import energy_of
 from router.executor.task import Task
 from router.executor.trace import Run
 
@@ -30,13 +31,13 @@ async def run_answer(
         if not task.stream:
             chunk = await client.complete(request)
             run.output_tokens = len(chunk.tokens)
-            run.weights = chunk.weights
+            run.weights, run.energy = chunk.weights, energy_of(chunk)
             yield chunk
             return
         async with aclosing(client.stream(request)) as chunks:
             async for chunk in chunks:
                 run.output_tokens += len(chunk.tokens)
-                run.weights = chunk.weights
+                run.weights, run.energy = chunk.weights, energy_of(chunk)
                 yield chunk
     except (EngineOverloaded, RequestError):
         run.prompt_tokens = 0  # the engine refused it unread: nobody pays for that

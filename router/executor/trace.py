@@ -7,11 +7,13 @@ second child.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+from policies.footprint import Footprint, Rates
 from policies.plan import Answer, Cascade, Plan
+from router.energy.lanes import EnergyUse
 from router.record import MemberTokens
 
 Outcome: TypeAlias = Literal[
@@ -30,7 +32,8 @@ class Run:
 
     `request_id` and `engine` are set for an `Answer` that reached its engine. `score` is what the
     parent's scorer or vote gave it. `settled` says that a cut-off run's tokens were asked for.
-    `weights` are those with which several members were fused in the end.
+    `weights` are those with which several members were fused in the end; `energy` what the answer
+    used, where it was measured.
     """
 
     path: str
@@ -46,6 +49,7 @@ class Run:
     output_tokens: int = 0
     settled: bool = False
     weights: tuple[float, ...] | None = None
+    energy: EnergyUse | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return what a client or the ledger may see; no text."""
@@ -132,10 +136,37 @@ class Trace:
                 )
         return totals
 
+    def member_footprints(self, rates: Mapping[str, Rates]) -> dict[str, Footprint]:
+        """Return what each member cost: measured where a meter was, else by its rates.
+
+        Members fused together share an answer's energy equally, as they share its lanes. Latencies
+        are estimates; the request knows its own.
+        """
+        totals: dict[str, Footprint] = {}
+        for run in self.leaves():
+            assert isinstance(run.plan, Answer)
+            for name in run.plan.members:
+                cost = _member_cost(run, rates[name], len(run.plan.members))
+                totals[name] = totals.get(name, Footprint()).beside(cost)
+        return totals
+
     def _refused(self, path: str) -> bool:
         parts = path.split(".") if path else []
         above = [".".join(parts[:size]) for size in range(len(parts) + 1)]
         return any(self.runs[node].outcome not in ("ok", "running") for node in above)
+
+
+def _member_cost(run: Run, rates: Rates, num_members: int) -> Footprint:
+    if run.energy is None:
+        return rates.footprint(run.prompt_tokens, run.output_tokens)
+    return rates.measured(
+        run.prompt_tokens,
+        run.output_tokens,
+        wh=run.energy.wh / num_members,
+        busy_s=run.energy.busy_s / num_members,
+        latency_s=0.0,
+        method=run.energy.method,
+    )
 
 
 def child_path(path: str, index: int) -> str:

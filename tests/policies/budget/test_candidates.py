@@ -89,6 +89,21 @@ def test_trimmed_plans_keep_the_policys_weights_and_rule():
     """What is left of a fusion is fused as the policy wanted."""
     decision = Decision(plan=answer("a", "b", "c", weights=(1, 5, 3), rule="product"))
     assert plan_of(("b", "c"), decision) == answer("b", "c", weights=(5, 3), rule="product")
-    assert plan_of(("b",), decision) == answer("b", rule="product")
+    assert plan_of(("b",), decision) == answer("b")
     assert plan_of(("a", "b", "c"), decision) is decision.plan
     assert key_of(decision.plan) == ("a", "b", "c")
+
+
+def test_a_contrast_is_left_with_its_first_member():
+    """Its members have roles, so no other part of it means the same."""
+    decision = Decision(plan=answer("a", "b", "c", rule="contrastive"), scores=SCORES)
+    assert keys(decision, max_members=2)[:2] == [("a", "b", "c"), ("a",)]
+    assert plan_of(("a", "b"), decision) == answer("a", "b")
+
+
+def test_a_gate_keeps_its_lead():
+    """The first member decides when to fuse, however light it is; other fields stay."""
+    plan = answer("a", "b", "c", weights=(1, 5, 3), rule="gated", gate=0.7)
+    decision = Decision(plan=plan)
+    assert keys(decision) == [("a", "b", "c"), ("a", "b"), ("a",)]
+    assert plan_of(("a", "b"), decision) == answer("a", "b", weights=(1, 5), rule="gated", gate=0.7)
