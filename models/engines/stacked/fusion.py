@@ -24,8 +24,12 @@ PLAUSIBLE = 0.1
 
 
 def mixture(logp_RKV: Tensor, weights_RK: Tensor) -> Tensor:
-    """Σ_k w_k p_k, as log: logsumexp_k(log w_k + log p_k)."""
-    return torch.logsumexp(logp_RKV + weights_RK.log()[..., None], dim=1)
+    """Σ_k w_k p_k, as log; a token that no member finds likelier than 1e-38 counts as that.
+
+    Probabilities instead of logsumexp_k(log w_k + log p_k): half the time on CPU, and finite.
+    """
+    probs_RV = torch.bmm(weights_RK[:, None], logp_RKV.exp()).squeeze(1)
+    return probs_RV.clamp_min_(torch.finfo(probs_RV.dtype).tiny).log_()
 
 
 def product(logp_RKV: Tensor, weights_RK: Tensor) -> Tensor:
@@ -95,7 +99,8 @@ def fuse(logp_LV: Tensor, lanes_R: Seq[Seq[int]], fusions_R: Seq[Fusion]) -> Ten
     weights_RK = logp_LV.new_tensor(
         [[*its.weights, *[0.0] * (num_lanes - len(its.weights))] for its in fusions_R]
     )
-    lead_RV = logp_RKV[range(len(lanes_R)), [its.lead for its in fusions_R]]
+    lead_R = [its.lead for its in fusions_R]
+    lead_RV = logp_RKV[range(len(lanes_R)), lead_R] if any(lead_R) else logp_RKV[:, 0]
     gate_R = logp_LV.new_tensor([its.gate for its in fusions_R])
     rules = {its.rule for its in fusions_R}
     if len(rules) == 1:

@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from asyncio import AbstractEventLoop
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -55,7 +56,8 @@ class Loop(threading.Thread):
         self._num_threads = num_threads
         self._event_loop = event_loop
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._outbox: list[tuple[Sequence, Outcome]] = []
+        self._outbox: deque[tuple[Sequence, Outcome]] = deque()
+        self._delivering = False
         self._stopping = False
         self._failed_steps = 0
         self._num_finished = 0
@@ -105,7 +107,7 @@ class Loop(threading.Thread):
 
     def _take_inbox(self) -> bool:
         """Handle what came in, waiting for something if nothing runs; return whether to go on."""
-        idle = not self._scheduler.running and not self._outbox
+        idle = not self._scheduler.running
         while not self._stopping:
             try:
                 self._inbox.get(block=idle)()
@@ -168,15 +170,17 @@ class Loop(threading.Thread):
         self._stopping = True
 
     def _deliver(self) -> None:
-        """Hand the step's outcomes to the event loop, all in one call."""
-        if self._outbox:
-            outbox, self._outbox = self._outbox, []
+        """Have the event loop empty the outbox, unless it is about to anyway."""
+        if self._outbox and not self._delivering:
+            self._delivering = True
             try:
-                self._event_loop.call_soon_threadsafe(_send_all, outbox)
+                self._event_loop.call_soon_threadsafe(self._send_all)
             except RuntimeError:  # the event loop is closed: nobody is left to read
                 self._stopping = True
 
-
-def _send_all(outbox: list[tuple[Sequence, Outcome]]) -> None:
-    for sequence, outcome in outbox:
-        sequence.send(outcome)
+    def _send_all(self) -> None:
+        """Runs on the event loop. The flag falls first, so that nothing added later is left."""
+        self._delivering = False
+        while self._outbox:
+            sequence, outcome = self._outbox.popleft()
+            sequence.send(outcome)

@@ -90,12 +90,12 @@ def draw(logp_RV: Tensor, states: Seq[SamplerState]) -> Draw:
     warm = [
         row for row, state in enumerate(states) if state.options.temperature >= _MIN_TEMPERATURE
     ]
-    if len(warm) < len(states):
+    if len(warm) == len(states):
+        tokens_R = _sample(scores_RV, states)
+    else:
         tokens_R = scores_RV.argmax(-1)
         if warm:
             tokens_R[warm] = _sample(scores_RV[warm], [states[row] for row in warm])
-    else:
-        tokens_R = _sample(scores_RV, states)
     logprobs_R = logp_RV.gather(1, tokens_R[:, None]).squeeze(1)
     return Draw(
         tokens_R=tokens_R,
