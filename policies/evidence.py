@@ -2,8 +2,8 @@
 
 w_m ∝ prior_m^κ · exp(l_m / T), where l_m is the prompt's log-likelihood under member m. T → ∞ is
 the router alone, κ = 0 with l_m per token is PackLLM's perplexity weighting (Mavromatis et al.
-2024). T and κ are those under which held-out answers are likeliest; answers must not stem from training
-data, where members are too sure of themselves.
+2024). T and κ are those under which held-out answers are likeliest; answers must not stem from
+training data, where members are too sure of themselves.
 
 Shapes: Q queries, M members, T tokens of an answer (padded).
 """

@@ -3,7 +3,7 @@
 Everything the threshold search sees is out of fold: each query's prior and scores come from
 models that were fitted without it, and Platt's calibration is fitted on those scores.
 
-Shape legend: Q queries, S stages, C contexts (which other stage answered before, or none).
+Shape legend: Q queries, S stages, F dense signals, A n-gram features of an answer.
 """
 
 from __future__ import annotations
@@ -66,15 +66,16 @@ def fit_scorer(
     answer_encoder = NGrams(bits=8, window=3, num_dimensions=1, seed=seed).fit(every_answer)
     answer_QS = table.answer_ids()
     num_dense = len(DENSE_SIGNALS)
+    rng = np.random.default_rng(seed)
     designs = [
-        _design(table, s, sigmoid(prior.logit_N), answer_QS, answer_encoder)
+        _design(table, s, sigmoid(prior.logit_N), answer_QS, encoder=answer_encoder, rng=rng)
         for s, prior in enumerate(priors)
     ]
     models = [
         cross_fit(
             design,
-            np.tile(table.quality_QS[:, s], num_stages),
-            np.tile(fold_Q, num_stages),
+            np.tile(table.quality_QS[:, s], 2),
+            np.tile(fold_Q, 2),
             penalties,
             num_dense=num_dense,
         )
@@ -152,18 +153,23 @@ def fit_ranker(table: AnswerTable, score_QS: Floats, answer_QS: Ints) -> Floats:
 
 
 def _design(
-    table: AnswerTable, stage: int, prior_Q: Floats, answer_QS: Ints, encoder: NGrams
+    table: AnswerTable,
+    stage: int,
+    prior_Q: Floats,
+    answer_QS: Ints,
+    *,
+    encoder: NGrams,
+    rng: np.random.Generator,
 ) -> Sparse:
-    """Return the features of one stage, [C·Q, F + A]: alone, then after each other stage."""
+    """Return the features of one stage, [2Q, F + A]: alone, then after a random other stage."""
     num_queries, num_stages = answer_QS.shape
     own_QF = np.array(
         [own_signals(table.attempt(q, stage), float(prior_Q[q])) for q in range(num_queries)]
     )
     answer_QA = encoder.matrix(table.answers[stage])
-    blocks = [np.zeros((num_queries, 2))]
-    for other in range(num_stages):
-        if other != stage:
-            same_Q = (answer_QS[:, other] == answer_QS[:, stage]).astype(float)
-            blocks.append(np.stack([np.ones(num_queries), same_Q], axis=1))
+    other_Q = (stage + rng.integers(1, max(num_stages, 2), num_queries)) % num_stages
+    same_Q = answer_QS[np.arange(num_queries), other_Q] == answer_QS[:, stage]
+    after = np.stack([np.ones(num_queries), same_Q.astype(float)], axis=1)
+    blocks = [np.zeros((num_queries, 2)), after]
     own = csr_array(own_QF)
     return stack([hstack([own, csr_array(block), answer_QA]) for block in blocks])

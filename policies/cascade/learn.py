@@ -9,7 +9,7 @@ import numpy as np
 
 from policies.cascade.chain import ROUTED, LearnedCascade
 from policies.cascade.chains import Floats, Ints, StageColumn
-from policies.cascade.fit import fit_scorer
+from policies.cascade.fit import FittedScorer, fit_scorer
 from policies.cascade.frontier import (
     CascadePoint,
     Chain,
@@ -41,17 +41,19 @@ def learn_cascade(
     min_disagreement: float = 0.02,
     num_gates: int = 8,
     seed: int = 0,
+    fitted: FittedScorer | None = None,
 ) -> LearnedCascade:
     """Fit the scorer, search every chain, and pick the best within `budget`.
 
     `cost_QS` and `budget` are US dollars per query. `routed` names the stages between which the
-    query-dependent stage `ROUTED` chooses; fewer than two leave it out. Raises `PolicyError` for a
+    query-dependent stage `ROUTED` chooses; fewer than two leave it out. `fitted` is a scorer that
+    was fitted on this table already. Raises `PolicyError` for a
     budget below the cheapest chain, or a name in `routed` that the table lacks.
     """
     for name in routed:
         if name not in table.plans:
             raise PolicyError(f"routed: {name!r} is unknown; allowed are {', '.join(table.plans)}")
-    fitted = fit_scorer(table, seed=seed)
+    fitted = fitted or fit_scorer(table, seed=seed)
     view = _View(table, cost_QS, fitted.out_of_fold, tuple(routed) if len(routed) > 1 else ())
     frontier = search(
         view.stages,

@@ -1,0 +1,481 @@
+"""Every policy on the pool's held-out queries: accuracy, cost, fusion weights, Pareto frontier.
+
+    python -m tests.bench.frontier [--pool POOL] [--budget 40] [--install]
+
+Learns scorer, cascades and evidence temperature on the outcomes' split "router" and measures on
+"test". Writes docs/cascade/{frontier.png,results.md} and one JSON line. `--install` also writes
+cascade.npz beside pool.yaml and the policies cascade, fused and best-of into it. Takes a few
+minutes on two cores; seed 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+
+from models.pool import DEFAULT_POOL, Pool, load_pool
+from policies.base import ModelFacts
+from policies.carbon import find_device, rates_for
+from policies.cascade.base import normalise
+from policies.cascade.chain import LearnedCascade
+from policies.cascade.chains import Floats, pareto
+from policies.cascade.fit import FittedScorer, fit_scorer
+from policies.cascade.learn import learn_cascade, replay_cascade
+from policies.cascade.predictions import AnswerTable, predict
+from policies.cascade.scorer import LearnedScorer
+from policies.cascade.table import answer_table
+from policies.evidence import HeldOutAnswers, calibrate, evidence_weights, mixture_nll
+from policies.fused import with_prior
+from policies.outcomes import read_outcomes
+from policies.plan import Answer, Plan
+from tests.bench.frontier_data import fused_outcomes, likelihoods
+from tests.bench.frontier_plot import draw
+
+DOCS = Path(__file__).parents[2] / "docs" / "cascade"
+DEVICE = "h200"
+SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A policy on the held-out queries."""
+
+    name: str
+    kind: str  # fixed, routed, fused, best-of, cascade, oracle
+    quality_Q: Floats
+    usd_Q: Floats
+    flops_Q: Floats
+
+    @property
+    def accuracy(self) -> float:
+        """The share of right answers."""
+        return float(self.quality_Q.mean())
+
+    @property
+    def usd(self) -> float:
+        """Mean US dollars per query."""
+        return float(self.usd_Q.mean())
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--pool", type=Path, default=DEFAULT_POOL)
+    parser.add_argument("--budget", type=float, default=40, help="percent of always-base cost")
+    parser.add_argument("--install", action="store_true", help="write cascade.npz and pool.yaml")
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    pool = load_pool(options.pool)
+    bench = Bench(pool, options.budget / 100)
+    text, figures = bench.run()
+    print(text)
+    DOCS.mkdir(parents=True, exist_ok=True)
+    (DOCS / "results.md").write_text(text + "\n")
+    print(json.dumps({"bench": "frontier", "pool": pool.name, "seed": SEED, **figures}))
+    if options.install:
+        install(bench, pool)
+
+
+class Bench:
+    """One run; see the module's docstring."""
+
+    def __init__(self, pool: Pool, budget: float) -> None:
+        self.pool = pool
+        self.budget = budget
+        device = find_device(DEVICE)
+        self.facts = {
+            name: fact if fact.parameters is None else _powered(fact)
+            for name, fact in pool.facts().items()
+        }
+        self.wh_per_flop = device.power_w / device.flops_per_s / 3600
+        self.rates = {name: fact.rates for name, fact in self.facts.items()}
+        largest = max(pool.models, key=lambda m: m.card.parameters if m.card else 0)
+        self.base = largest.name
+        self.chunks = tuple(m.name for m in pool.models if m.name != self.base)
+        self.train = read_outcomes(pool.folder / "outcomes.jsonl", split="router")
+        self.test = read_outcomes(pool.folder / "outcomes.jsonl", split="test")
+
+    def run(self) -> tuple[str, dict[str, object]]:
+        """Return the report as Markdown, and its main figures."""
+        singles: dict[str, Plan] = {n: Answer(members=(n,)) for n in (*self.chunks, self.base)}
+        table, _ = answer_table(self.train, singles, self.rates)
+        fitted = fit_scorer(table, seed=SEED)
+        held_out, _ = answer_table(self.test, singles, self.rates)
+        self.prior_train = fitted.out_of_fold.prior_QS[:, : len(self.chunks)]
+        self.prior_test = predict(fitted.weights, held_out).prior_QS[:, : len(self.chunks)]
+        weights_text, weights_figures = self._weigh()
+        plans_test = self._fused_plans(self.prior_test)
+        plans_train = self._fused_plans(self.prior_train)
+        self.test = fused_outcomes(self.pool, self.test, plans_test)
+        stages = ("fused", "fused top 2")
+        self.train = fused_outcomes(self.pool, self.train, {n: plans_train[n] for n in stages})
+        rows = [*self._simple(plans_test), *self._best_of(LearnedScorer(fitted.weights, singles))]
+        self.cascade = self._cascade(singles, fitted)
+        fused_stages: dict[str, Plan] = {name: self.static[name] for name in stages}
+        self.composed = self._cascade({**singles, **fused_stages})
+        rows += self._chains("cascade", self.cascade, singles)
+        rows += self._chains(
+            "cascade with fused stages", self.composed, {**singles, **fused_stages}
+        )
+        draw(rows, self.loss_by_n, base=self.base, num=len(self.test), file=DOCS / "frontier.png")
+        text, figures = self._report(rows, weights_text)
+        return text, {**figures, **weights_figures}
+
+    def _weigh(self) -> tuple[str, dict[str, object]]:
+        """Calibrate the evidence, and compare the weightings' likelihoods of reference answers."""
+        answer, prompt = likelihoods(self.pool, self.chunks, self.train)
+        held = HeldOutAnswers(answer_QTM=answer, prompt_QM=prompt, prior_QM=self.prior_train)
+        self.evidence = calibrate(held)
+        lengths = np.array([[outcome.prompt_tokens or 1] for outcome in self.train], float)
+        flat = np.ones_like(self.prior_train)
+        per_token = HeldOutAnswers(answer_QTM=answer, prompt_QM=prompt / lengths, prior_QM=flat)
+        self.perplexity = calibrate(per_token).temperature
+        no_prompt = HeldOutAnswers(
+            answer_QTM=answer, prompt_QM=np.zeros_like(prompt), prior_QM=self.prior_train
+        )
+        self.router_power = calibrate(no_prompt).prior_power
+        answer, prompt = likelihoods(self.pool, self.chunks, self.test)
+        lengths = np.array([[outcome.prompt_tokens or 1] for outcome in self.test], float)
+        prior, flat = self.prior_test, np.ones_like(self.prior_test)
+        temperature, power = self.evidence.temperature, self.evidence.prior_power
+        mixed = {
+            "uniform": flat / flat.sum(axis=1, keepdims=True),
+            "router": _normal(prior),
+            "router, sharpened": _normal(prior**self.router_power),
+            "perplexity, τ = 1": evidence_weights(flat, prompt / lengths, temperature=1.0),
+            "perplexity, τ calibrated": evidence_weights(
+                flat, prompt / lengths, temperature=self.perplexity
+            ),
+            "evidence": evidence_weights(prior, prompt, temperature=temperature, prior_power=power),
+        }
+        nll = {name: mixture_nll(weights, answer) for name, weights in mixed.items()}
+        nll["evidence, updated"] = mixture_nll(
+            mixed["evidence"], answer, update_temperature=temperature
+        )
+        best = prior.argmax(axis=1)
+        nll["best routed chunk alone"] = mixture_nll(np.eye(len(self.chunks))[best], answer)
+        self.nll = {name: float(values.mean()) for name, values in nll.items()}
+        lines = [
+            "| weights | NLL per answer (nats) | minus evidence, 95% interval |",
+            "|---|---|---|",
+        ]
+        for name, values in nll.items():
+            gap = values - nll["evidence"]
+            error = 1.96 * gap.std(ddof=1) / len(gap) ** 0.5
+            difference = "" if name == "evidence" else f"{gap.mean():+.4f} ± {error:.4f}"
+            lines.append(f"| {name} | {values.mean():.4f} | {difference} |")
+        self.loss_by_n = self._loss_by_n(answer, prompt)
+        lines += ["", "| members fused | " + " | ".join(map(str, self.loss_by_n["n"])) + " |"]
+        lines.append("|---|" + "---|" * len(self.loss_by_n["n"]))
+        for name, values in list(self.loss_by_n.items())[1:]:
+            lines.append(f"| {name} | " + " | ".join(f"{value:.4f}" for value in values) + " |")
+        return "\n".join(lines), {"nll": {name: round(v, 4) for name, v in self.nll.items()}}
+
+    def _loss_by_n(self, answer: Floats, prompt: Floats) -> dict[str, list[float]]:
+        """Return the NLL against the number of members: the router's best n, and all subsets."""
+        from itertools import combinations
+
+        order = self.prior_test.argsort(axis=1)[:, ::-1]
+        result: dict[str, list[float]] = {"n": [], "router's best n, evidence": []}
+        result["router's best n, uniform"], result["any n, uniform"] = [], []
+        rows = np.arange(len(order))[:, None]
+        for n in range(1, len(self.chunks) + 1):
+            top = order[:, :n]
+            weights = evidence_weights(
+                self.prior_test[rows, top],
+                prompt[rows, top],
+                temperature=self.evidence.temperature,
+                prior_power=self.evidence.prior_power,
+            )
+            picked = np.take_along_axis(answer, top[:, None, :], axis=2)
+            result["n"].append(n)
+            result["router's best n, evidence"].append(float(mixture_nll(weights, picked).mean()))
+            uniform = np.full(top.shape, 1 / n)
+            result["router's best n, uniform"].append(float(mixture_nll(uniform, picked).mean()))
+            every = [
+                mixture_nll(uniform, answer[:, :, list(subset)]).mean()
+                for subset in combinations(range(len(self.chunks)), n)
+            ]
+            result["any n, uniform"].append(float(np.mean(every)))
+        return result
+
+    def _fused_plans(self, prior_QM: Floats) -> dict[str, list[Answer]]:
+        """Return the fusions to try, one plan per query."""
+        temperature, power = self.evidence.temperature, self.evidence.prior_power
+        chunks = self.chunks
+        self.static = {
+            "fused": Answer(members=chunks, weighting="evidence", temperature=temperature),
+            "fused top 2": Answer(members=chunks, weighting="evidence", temperature=temperature),
+        }
+        ways: dict[str, tuple[Answer, float, int]] = {
+            "fused uniform": (Answer(members=chunks), 1.0, 0),
+            "fused router": (Answer(members=chunks, weighting="router"), self.router_power, 0),
+            "fused perplexity": (
+                Answer(members=chunks, weighting="perplexity", temperature=self.perplexity),
+                1.0,
+                0,
+            ),
+            "fused": (self.static["fused"], power, 0),
+            "fused top 2": (self.static["fused"], power, 2),
+            "fused product": (
+                Answer(
+                    members=chunks, weighting="evidence", temperature=temperature, rule="product"
+                ),
+                power,
+                0,
+            ),
+            "fused gated": (
+                Answer(members=chunks, weighting="evidence", temperature=temperature, rule="gated"),
+                power,
+                -1,
+            ),
+        }
+        plans: dict[str, list[Answer]] = {}
+        for name, (answer, exponent, top) in ways.items():
+            plans[name] = []
+            for prior_M in prior_QM:
+                ranked = np.argsort(-prior_M)
+                members = chunks
+                if top:  # the best first: it leads where the rule knows a lead
+                    members = tuple(chunks[i] for i in ranked[: top if top > 0 else None])
+                scores = dict(zip(chunks, prior_M.tolist(), strict=True))
+                plan = Answer(
+                    members=members,
+                    rule=answer.rule,
+                    weighting=answer.weighting,
+                    temperature=answer.temperature,
+                )
+                primed = with_prior(plan, scores, power=exponent)
+                assert isinstance(primed, Answer)
+                plans[name].append(primed)
+        return plans
+
+    def _row(self, name: str, kind: str, members: list[tuple[str, ...]]) -> Row:
+        """Return a row whose answer to each query is that of outcome `name`, made by `members`."""
+        usd, flops = [], []
+        for outcome, used in zip(self.test, members, strict=True):
+            read, written = outcome.prompt_tokens or 0, outcome.output_tokens[name]
+            usd.append(sum(self.rates[m].footprint(read, written).usd for m in used))
+            flops.append(sum(self.rates[m].flops_per_token * (read + written) for m in used))
+        return Row(
+            name=name,
+            kind=kind,
+            quality_Q=np.array([outcome.scores[name] for outcome in self.test]),
+            usd_Q=np.array(usd),
+            flops_Q=np.array(flops),
+        )
+
+    def _simple(self, plans: dict[str, list[Answer]]) -> list[Row]:
+        """Return single models, the routed chunk, the fusions, and the oracle."""
+        single = {n: self._row(n, "fixed", [(n,)] * len(self.test)) for n in self.rates}
+        rows = list(single.values())
+        stack = [single[name] for name in self.chunks]
+        rows.append(_pick("routed chunk", "routed", stack, self.prior_test.argmax(axis=1)))
+        rows += [
+            self._row(name, "fused", [plan.members for plan in its]) for name, its in plans.items()
+        ]
+        every = [*stack, single[self.base]]
+        usd = np.stack([row.usd_Q for row in every], axis=1)
+        wrong = np.stack([row.quality_Q for row in every], axis=1) < 1
+        wrong[wrong.all(axis=1)] = False  # nobody knows: the cheapest will do
+        rows.append(_pick("oracle", "oracle", every, (usd + wrong * 1e9).argmin(axis=1)))
+        return rows
+
+    def _best_of(self, scorer: LearnedScorer) -> list[Row]:
+        """Return the chunks side by side, by vote, scorer and ranker."""
+        singles: dict[str, Plan] = {name: Answer(members=(name,)) for name in self.chunks}
+        table, usd = answer_table(self.test, singles, self.rates)
+        flops = self._flops(table, singles)
+        picks: dict[str, list[int]] = {"majority": [], "scorer": [], "ranker": []}
+        for q in range(len(self.test)):
+            attempts = [table.attempt(q, s) for s in range(len(singles))]
+            votes = [normalise(attempt.answer) for attempt in attempts]
+            picks["majority"].append(max(range(len(votes)), key=lambda i: votes.count(votes[i])))
+            picks["scorer"].append(int(np.argmax([scorer.score(one) for one in attempts])))
+            picks["ranker"].append(int(np.argmax(scorer.rank(attempts))))
+        return [
+            Row(
+                name=f"best of {len(singles)} by {how}",
+                kind="best-of",
+                quality_Q=table.quality_QS[np.arange(len(chosen)), chosen],
+                usd_Q=usd.sum(axis=1),
+                flops_Q=flops.sum(axis=1),
+            )
+            for how, chosen in picks.items()
+        ]
+
+    def _cascade(
+        self, plans: dict[str, Plan], fitted: FittedScorer | None = None
+    ) -> LearnedCascade:
+        table, usd = answer_table(self.train, plans, self.rates)
+        base = list(plans).index(self.base)
+        self._cheapen(plans, usd)
+        return learn_cascade(
+            table,
+            usd,
+            budget=self.budget * usd[:, base].mean(),
+            routed=self.chunks,
+            seed=SEED,
+            fitted=fitted,
+        )
+
+    def _cheapen(self, plans: dict[str, Plan], cost_QS: Floats) -> None:
+        """Charge "fused top 2" for two members; its stage's plan names all that it may take."""
+        if "fused top 2" in plans:
+            cost_QS[:, list(plans).index("fused top 2")] *= 2 / len(self.chunks)
+
+    def _flops(self, table: AnswerTable, plans: dict[str, Plan]) -> Floats:
+        per_token = [
+            sum(self.rates[m].flops_per_token for m in plan.members)
+            for plan in plans.values()
+            if isinstance(plan, Answer)
+        ]
+        read = np.array([[outcome.prompt_tokens or 0] for outcome in self.test], float)
+        return (read + table.num_tokens_QS) * np.array(per_token)
+
+    def _chains(self, kind: str, cascade: LearnedCascade, plans: dict[str, Plan]) -> list[Row]:
+        """Return the held-out rows of every point of the frontier, the chosen one first."""
+        table, usd = answer_table(self.test, plans, self.rates)
+        flops = self._flops(table, plans)
+        self._cheapen(plans, usd)
+        self._cheapen(plans, flops)
+        rows = []
+        by_usd = replay_cascade(cascade, table, usd)
+        by_flops = replay_cascade(cascade, table, flops)
+        for point, run, load in zip(cascade.frontier, by_usd, by_flops, strict=True):
+            row = Row(
+                name=f"{kind}: {' → '.join(point.stages)}",
+                kind=kind,
+                quality_Q=run.quality_Q,
+                usd_Q=run.cost_Q,
+                flops_Q=load.cost_Q,
+            )
+            rows.insert(0 if point == cascade.frontier[cascade.chosen] else len(rows), row)
+        return rows
+
+    def _report(self, rows: list[Row], weights_text: str) -> tuple[str, dict[str, object]]:
+        base = next(row for row in rows if row.name == self.base)
+        shown = [row for row in rows if not row.kind.startswith("cascade")]
+        for kind in ("cascade", "cascade with fused stages"):
+            chains = [row for row in rows if row.kind == kind]
+            shown += [chains[0], *_thinned(chains[1:])]
+        cost, quality = np.array([r.usd for r in rows]), np.array([r.accuracy for r in rows])
+        real = [i for i, row in enumerate(rows) if row.kind != "oracle"]
+        front = {id(rows[real[i]]) for i in pareto(cost[real], quality[real])}
+        lines = [
+            f"Pool `{self.pool.name}`, {len(self.test)} held-out queries, {len(self.train)} to "
+            f"learn from, seed {SEED}. Cost at the pool's example prices; FLOPs are 2N per token; "
+            f"Wh modelled on {DEVICE} (LLMCarbon, PUE 1). ± is a 95% interval, differences are "
+            "paired. ● lies on the held-out Pareto frontier of everything measured here.",
+            "",
+            "| | policy | accuracy | minus base | USD / 1,000 | of base | MFLOPs | mWh / 1,000 |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for row in shown:
+            gap = row.quality_Q - base.quality_Q
+            error = 1.96 * gap.std(ddof=1) / len(gap) ** 0.5
+            own = 1.96 * row.quality_Q.std(ddof=1) / len(gap) ** 0.5
+            flops = float(row.flops_Q.mean())
+            lines.append(
+                f"| {'●' if id(row) in front else ''} | {row.name} "
+                f"| {row.accuracy:.1%} ± {own:.1%} "
+                f"| {gap.mean():+.1%} ± {error:.1%} | {row.usd * 1e3:.5f} "
+                f"| {row.usd / base.usd:.0%} | {flops / 1e6:.1f} "
+                f"| {flops * self.wh_per_flop * 1e6:.4f} |"
+            )
+        lines += ["", weights_text, ""]
+        lines.append(
+            f"Evidence: T = {self.evidence.temperature:.3g} nats, prior power "
+            f"{self.evidence.prior_power:.2f}; perplexity τ = {self.perplexity:.3g}."
+        )
+        chosen = {
+            kind: next(row for row in rows if row.kind == kind)
+            for kind in ("cascade", "cascade with fused stages")
+        }
+        figures: dict[str, object] = {
+            row.name if row.kind != kind else kind: [
+                round(row.accuracy, 4),
+                round(row.usd / base.usd, 4),
+            ]
+            for kind, row in [*chosen.items(), *((r.kind, r) for r in shown if r.kind == "routed")]
+        }
+        figures["base"] = round(base.accuracy, 4)
+        for row in shown:
+            if row.kind == "fused":
+                figures[row.name] = [round(row.accuracy, 4), round(row.usd / base.usd, 4)]
+        return "\n".join(lines), figures
+
+
+def install(bench: Bench, pool: Pool) -> None:
+    """Write the cascade and the policies that use it into the pool's folder."""
+    bench.cascade.save(pool.folder / "cascade.npz")
+    file = pool.folder / "pool.yaml"
+    text = file.read_text()
+    heading = text.partition("\n")[0] + "\n" if text.startswith("#") else ""
+    content = yaml.safe_load(text)
+    router = {"kind": "frugal", "path": "cascade.npz"}
+    content.setdefault("policies", {})
+    content["policies"]["cascade"] = dict(router)
+    content["policies"]["fused"] = {
+        "kind": "fused",
+        "answer": {
+            "members": list(bench.chunks),
+            "weights": "evidence",
+            "temperature": round(bench.evidence.temperature, 3),
+        },
+        "prior_power": round(bench.evidence.prior_power, 3),
+        "router": dict(router),
+    }
+    content["policies"]["best-of"] = {
+        "kind": "fixed",
+        "plan": {
+            "best": {"candidates": list(bench.chunks), "select": "ranker", "scorer": "cascade"}
+        },
+    }
+    partial = file.with_name(".pool.yaml.partial")
+    partial.write_text(heading + yaml.safe_dump(content, sort_keys=False))
+    partial.replace(file)
+
+
+def _powered(fact: ModelFacts) -> ModelFacts:
+    from dataclasses import replace
+
+    return replace(fact, rates=rates_for(fact, find_device(DEVICE), gco2e_per_kwh=0.0, pue=1.0))
+
+
+def _normal(values: Floats) -> Floats:
+    result: Floats = values / values.sum(axis=1, keepdims=True)
+    return result
+
+
+def _pick(name: str, kind: str, rows: list[Row], choice_Q: Floats) -> Row:
+    at = np.arange(len(choice_Q))
+
+    def take(field: str) -> Floats:
+        result: Floats = np.stack([getattr(row, field) for row in rows], axis=1)[at, choice_Q]
+        return result
+
+    return Row(
+        name=name,
+        kind=kind,
+        quality_Q=take("quality_Q"),
+        usd_Q=take("usd_Q"),
+        flops_Q=take("flops_Q"),
+    )
+
+
+def _thinned(chains: list[Row], num: int = 6) -> list[Row]:
+    """Return about `num` of a frontier's points, spread over its length."""
+    if len(chains) <= num:
+        return chains
+    return [chains[i] for i in np.linspace(0, len(chains) - 1, num).round().astype(int)]
+
+
+if __name__ == "__main__":
+    main()

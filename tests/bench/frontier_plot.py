@@ -1,0 +1,76 @@
+"""The frontier bench's picture: accuracy against cost, and loss against the number of members."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from policies.cascade.chains import pareto
+
+COLOURS = {
+    "fixed": "tab:gray",
+    "routed": "tab:orange",
+    "fused": "tab:red",
+    "best-of": "tab:purple",
+    "cascade": "tab:blue",
+    "cascade with fused stages": "tab:cyan",
+    "oracle": "tab:green",
+}
+
+
+def draw(
+    rows: list[Any], loss_by_n: dict[str, list[float]], *, base: str, num: int, file: Path
+) -> None:
+    """Draw both to `file`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11.5, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes, losses = figure.subplots(1, 2, width_ratios=(2.3, 1))
+    for kind, colour in COLOURS.items():
+        its = [row for row in rows if row.kind == kind]
+        if not its:
+            continue
+        cost = np.array([row.usd for row in its]) * 1e3
+        accuracy = np.array([row.accuracy for row in its])
+        if kind.startswith("cascade"):
+            axes.plot(cost, accuracy, ".", color=colour, alpha=0.15, markersize=4)
+            kept = pareto(cost, accuracy)
+            axes.plot(cost[kept], accuracy[kept], "-", color=colour, label=kind)
+            its, cost, accuracy = its[:1], cost[:1], accuracy[:1]
+            axes.plot(cost, accuracy, "D", color=colour, markersize=8)
+            continue
+        marker = "*" if kind == "oracle" else "o"
+        axes.plot(cost, accuracy, marker, color=colour, label=kind, markersize=8)
+        for row in its:
+            axes.annotate(
+                row.name,
+                (row.usd * 1e3, row.accuracy),
+                textcoords="offset points",
+                xytext=(6, 3),
+                fontsize=7,
+            )
+    its = [row for row in rows if row.name == base]
+    axes.axhline(its[0].accuracy, color="tab:gray", linewidth=0.8, linestyle="--")
+    axes.axvline(its[0].usd * 400, color="tab:gray", linewidth=0.8, linestyle=":")
+    axes.set(
+        xlabel="US dollars per 1,000 queries (dotted: 40% of always-base)",
+        ylabel="held-out accuracy (dashed: base)",
+        title=f"Every policy on {num} held-out queries (◆: the budget's chain)",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", fontsize=8)
+    for (name, values), style in zip(list(loss_by_n.items())[1:], ("o-", "s--", "^:"), strict=True):
+        losses.plot(loss_by_n["n"], values, style, label=name)
+    losses.set(
+        xlabel="members fused",
+        ylabel="NLL of the right answer (nats)",
+        title="Loss against n",
+        xticks=loss_by_n["n"],
+    )
+    losses.grid(alpha=0.3)
+    losses.legend(fontsize=8)
+    figure.savefig(file, dpi=95)
