@@ -1,0 +1,73 @@
+"""`shoal serve` as a process: it says when it is ready, and refuses what cannot work."""
+
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+from tests.router.conftest import write_pool
+
+SHOAL = (sys.executable, "-m", "router.cli", "serve")
+
+
+def _refused(folder: Path, *arguments: str) -> str:
+    """Run a command that must be refused with one line and code 2; return the line."""
+    done = subprocess.run(
+        [*SHOAL, *arguments], capture_output=True, text=True, cwd=folder, check=False
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    [line] = done.stderr.splitlines()
+    return line
+
+
+def test_bad_pools_and_configurations_are_refused(tmp_path: Path) -> None:
+    """A missing pool, a wrong value and an unknown key are each told in one line."""
+    assert "there is no pool file" in _refused(tmp_path, "--pool", "nowhere")
+    write_pool(tmp_path, policies={"auto": {"kind": "fixed", "plan": "nobody"}})
+    named = _refused(tmp_path, "--pool", ".", "--local")
+    assert "policies.auto" in named
+    assert "'nobody'" in named
+    (tmp_path / "config.yaml").write_text("pool: .\nlimits: {max_body: 3}\n")
+    assert "limits.max_body: unknown key" in _refused(tmp_path, "--config", "config.yaml")
+
+
+def test_a_busy_port_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    """Somebody else's port is a clear error."""
+    write_pool(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        line = _refused(tmp_path, "--pool", ".", "--port", str(port))
+    assert f"127.0.0.1:{port} cannot be listened on" in line
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_serves_here_until_it_is_told_to_stop(tmp_path: Path, number: signal.Signals) -> None:
+    """--local answers in one process, keeps its ledger, and ends cleanly on a signal."""
+    write_pool(tmp_path)
+    config = {"pool": ".", "ledger": {"url": "sqlite:///rows.db"}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [*SHOAL, "--config", "config.yaml", "--local", "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        assert process.stdout is not None
+        said = ""
+        for line in process.stdout:
+            said += line
+            if "curl" in line:
+                break
+        assert "engine one (fake): alpha, beta" in said
+        assert f"Ready at http://127.0.0.1:{port}/v1" in said
+        body = {"model": "alpha", "messages": [{"role": "user", "content": "hello"}]}
+        answer = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body, timeout=30)
+        assert answer.json()["choices"][0]["message"]["content"] == "hello"
+        process.send_signal(number)
+        assert process.wait(30) == 0
+        assert process.stdout.read().splitlines()[-1] == "Stopped."
+    assert (tmp_path / "rows.db").is_file()
