@@ -155,4 +155,8 @@ def _shorten(value: Any, limit: int = 80) -> str:  # noqa: ANN401 - whatever the
 
 def _to_json(outcome: Outcome) -> Mapping[str, Any]:
     data = asdict(outcome)
-    return {key: value for key, value in data.items() if value not in ("", (), {}, None)}
+    return {
+        key: value
+        for key, value in data.items()
+        if key in ("query", "scores") or value not in ("", (), {}, None)
+    }

@@ -17,31 +17,41 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Platt:
-    """Per-model scaling of logits, P = σ(slope·z + offset) (Platt 1999); fit it on held-out z."""
+    """Scaling of logits, P = σ(slope·z + offset) (Platt 1999); fit it on held-out z.
 
-    slope_M: NDArray[np.float32]
-    offset_M: NDArray[np.float32]
+    One pair for all models: a pair per model fits the noise of each and then ranks models by it
+    (nine models, 381 queries: accuracy 0.57 instead of 0.62, for an ECE 0.01 lower).
+    """
+
+    slope: float
+    offset: float
 
     def scaled(self, logits_QM: Floats) -> Floats:
         """Return the calibrated probabilities."""
-        scaled: Floats = expit(logits_QM * self.slope_M + self.offset_M)
+        scaled: Floats = expit(logits_QM * self.slope + self.offset)
         return scaled
 
 
 def fit_platt(logits_QM: Floats, scores_QM: Floats) -> Platt:
-    """Fit slopes and offsets by maximum likelihood with a weak pull towards the identity.
+    """Fit slope and offset by maximum likelihood with a weak pull towards the identity.
 
-    Unknown scores (NaN) are left out. The pull (one pseudo-query) keeps a model with hardly any
-    scores near its uncalibrated prediction.
+    Unknown scores (NaN) are left out.
     """
-    fits = []
-    for z, y in zip(logits_QM.T, scores_QM.T, strict=True):
-        known = ~np.isnan(y)
-        fits.append(_fit_one(z[known], y[known]))
-    return Platt(
-        slope_M=np.array([slope for slope, _ in fits], np.float32),
-        offset_M=np.array([offset for _, offset in fits], np.float32),
-    )
+    known = ~np.isnan(scores_QM)
+    z, y = logits_QM[known], scores_QM[known]
+
+    def loss(parameters: Floats) -> tuple[float, Floats]:
+        slope, offset = parameters
+        scaled = slope * z + offset
+        error = expit(scaled) - y
+        pull = np.array([slope - 1, offset])
+        value = np.sum(np.logaddexp(0, scaled) - y * scaled) + pull @ pull / 2
+        return float(value), np.array([error @ z, error.sum()]) + pull
+
+    # A negative slope would turn the ranking of queries upside down on noise alone.
+    bounds = [(0.05, 5.0), (-5.0, 5.0)]
+    result = minimize(loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B", bounds=bounds)
+    return Platt(slope=float(result.x[0]), offset=float(result.x[1]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,18 +83,3 @@ def reliability(predicted: Floats, observed: Floats, *, num_bins: int = 15) -> R
         observed=np.array([y[b].mean() for b in bins]),
         count=np.array([float(len(b)) for b in bins]),
     )
-
-
-def _fit_one(z: Floats, y: Floats) -> tuple[float, float]:
-    def loss(parameters: Floats) -> tuple[float, Floats]:
-        slope, offset = parameters
-        scaled = slope * z + offset
-        error = expit(scaled) - y
-        pull = np.array([slope - 1, offset])
-        value = np.sum(np.logaddexp(0, scaled) - y * scaled) + pull @ pull / 2
-        return float(value), np.array([error @ z, error.sum()]) + pull
-
-    # A negative slope would turn the model's ranking of queries upside down on noise alone.
-    bounds = [(0.05, 5.0), (-5.0, 5.0)]
-    result = minimize(loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B", bounds=bounds)
-    return float(result.x[0]), float(result.x[1])

@@ -1,7 +1,7 @@
 """Trains a router on outcomes.
 
-The heads are calibrated on predictions for queries that their fold did not see, so that the
-probabilities are those of new queries; the metrics kept with the router come from the same folds.
+The heads are fitted twice: on a part of the data, to calibrate and measure on the rest, so that
+probabilities and metrics are those of new queries; then on all of it.
 
 Shape legend: Q queries, M models.
 """
@@ -44,7 +44,7 @@ class FitSettings:
     beta: float = 0.7
     num_clusters: int = 32
     unfamiliar_share: float = 0.005
-    num_folds: int = 3
+    held_out_share: float = 0.25
     seed: int = 0
 
 
@@ -83,21 +83,25 @@ def fit_router(
         outcome.tags or (f"cluster {cluster}",)
         for outcome, cluster in zip(outcomes, clusters, strict=True)
     ]
-    held_out_QM = _held_out_logits(X_QF, scores_QM, tags, settings)
-    platt = fit_platt(held_out_QM, scores_QM)
+    held_out_Q = _held_out(len(outcomes), settings)
+    tried = _fit(
+        X_QF[~held_out_Q], scores_QM[~held_out_Q], list(compress(tags, ~held_out_Q)), settings
+    )
+    logits_QM, unseen_QM = tried.logits(X_QF[held_out_Q]), scores_QM[held_out_Q]
+    platt = fit_platt(logits_QM, unseen_QM)
     heads = _fit(X_QF, scores_QM, tags, settings)
     facts = {
         "data_sha256": content_sha256(outcomes),
         "num_queries": len(outcomes),
         "settings": asdict(settings),
-        "held_out": held_out_metrics(platt.scaled(held_out_QM), scores_QM),
+        "held_out": held_out_metrics(platt.scaled(logits_QM), unseen_QM),
     }
     return Router(
         models=table.models,
         encoder=encoder,
         # Calibration is affine in the logits, so it costs nothing when it is part of the heads.
-        weights_FM=heads.weights_FM * platt.slope_M,
-        bias_M=heads.bias_M * platt.slope_M + platt.offset_M,
+        weights_FM=heads.weights_FM * np.float32(platt.slope),
+        bias_M=heads.bias_M * np.float32(platt.slope) + np.float32(platt.offset),
         topics=topics,
         output_tokens_M=_mean_output_tokens(outcomes, table.models),
         facts=facts,
@@ -133,16 +137,11 @@ def _fit(
     return fit_heads(X_QF, targets_QM, settings.objective)
 
 
-def _held_out_logits(
-    X_QF: sp.csr_matrix, scores_QM: Floats, tags: Sequence[Sequence[str]], settings: FitSettings
-) -> Floats:
-    fold_Q = np.random.default_rng(settings.seed).permutation(len(scores_QM)) % settings.num_folds
-    logits_QM = np.empty_like(scores_QM)
-    for fold in range(settings.num_folds):
-        train = fold_Q != fold
-        heads = _fit(X_QF[train], scores_QM[train], list(compress(tags, train)), settings)
-        logits_QM[~train] = heads.logits(X_QF[~train])
-    return logits_QM
+def _held_out(num_queries: int, settings: FitSettings) -> NDArray[np.bool_]:
+    held_out_Q = np.zeros(num_queries, np.bool_)
+    order = np.random.default_rng(settings.seed).permutation(num_queries)
+    held_out_Q[order[: round(settings.held_out_share * num_queries)]] = True
+    return held_out_Q
 
 
 def _mean_output_tokens(outcomes: Sequence[Outcome], models: Sequence[str]) -> NDArray[np.float32]:

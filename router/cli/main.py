@@ -7,7 +7,21 @@ from typing import Annotated
 
 import typer
 
-from router.cli import chat, experiment, keys, ledger, models, plan, replay, report, serve
+from router.cli import (
+    chat,
+    evaluate,
+    experiment,
+    keys,
+    ledger,
+    models,
+    plan,
+    replay,
+    replay_budget,
+    report,
+    route,
+    serve,
+    train,
+)
 
 app = typer.Typer(
     help="Serves a school of small language models as one.",
@@ -41,7 +55,11 @@ app.command()(chat.chat)
 app.command()(models.models)
 app.command()(plan.plan)
 app.command()(replay.replay)
+app.command()(replay_budget.replay_budget)
 app.command()(report.report)
+app.command()(route.route)
+app.add_typer(train.app, name="train")
+app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(experiment.app, name="experiment")
 app.add_typer(keys.app, name="keys")
 app.add_typer(ledger.app, name="ledger")

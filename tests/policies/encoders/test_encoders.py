@@ -1,0 +1,147 @@
+"""Encoders: one contract for all, and what is particular to hashed n-grams."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from policies.encoders.base import Encoder
+from policies.encoders.ngrams import MAX_BYTES, NGrams
+from policies.encoders.registry import build_encoder, parse_encoder
+from policies.errors import PolicyError
+
+TEXTS = [
+    f"{verb} {a} {word} and {a + 3} more, then say how many"
+    for a in range(10, 25)
+    for verb, word in (("Add", "apples"), ("Take", "books"), ("Count", "grüne Äpfel"))
+]
+ODD = ["", " ", "a", "ab", "\ud800 lone surrogate", "🦈🦈", "中文问题", "\x00\x01", "x" * 1_000_000]
+
+
+@pytest.fixture(scope="module")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A transformer with random weights (seed 0) and its tokenizer, as a folder."""
+    import torch
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("bert")
+    words = sorted({word for text in TEXTS for word in text.lower().replace(",", " ,").split()})
+    vocab = folder / "vocab.txt"
+    vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    BertTokenizerFast(vocab=str(vocab)).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words) + 5,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["ngrams", "neural"])
+def encoder(request: pytest.FixtureRequest, tiny_bert: Path) -> Encoder:
+    """Every kind of encoder, fitted."""
+    if request.param == "neural":
+        return parse_encoder(f"neural:{tiny_bert}", {"bits": 10}).fit(TEXTS)
+    return build_encoder("ngrams", {"bits": 10, "num_dimensions": 8}).fit(TEXTS)
+
+
+@pytest.mark.parametrize("text", ODD, ids=[repr(text[:10]) for text in ODD])
+def test_any_text_has_features(encoder: Encoder, text: str) -> None:
+    """No text raises; ids are distinct and in range, values finite, the embedding small."""
+    features = encoder.features(text)
+    assert len(set(features.ids.tolist())) == len(features.ids) == len(features.values)
+    assert np.all((features.ids >= 0) & (features.ids < encoder.num_features))
+    assert np.isfinite(features.values).all()
+    embedding = encoder.embedding(features)
+    assert embedding.shape == (encoder.num_dimensions,)
+    assert np.linalg.norm(embedding) < 1.01
+
+
+def test_one_query_looks_the_same_alone_and_among_many(encoder: Encoder) -> None:
+    """The fast path and the training path agree, but for features training knows nothing of."""
+    matrix = encoder.matrix([*TEXTS[:5], *ODD[:4]])
+    points = encoder.embeddings(matrix)
+    for row, text in enumerate([*TEXTS[:5], *ODD[:4]]):
+        features = encoder.features(text)
+        dense = np.zeros(encoder.num_features, np.float32)
+        dense[features.ids] = features.values
+        together = matrix[row].toarray()[0]
+        known = together != 0
+        np.testing.assert_allclose(together[known], dense[known], atol=1e-5)
+        np.testing.assert_allclose(points[row], encoder.embedding(features), atol=1e-4)
+
+
+def test_a_restored_encoder_is_the_same(encoder: Encoder) -> None:
+    """Settings and arrays are all there is."""
+    settings = json.loads(json.dumps(encoder.settings()))
+    copy = build_encoder(encoder.kind, settings).restore(encoder.arrays())
+    text = "Add 12 apples, says nobody"
+    one, other = encoder.features(text), copy.features(text)
+    np.testing.assert_array_equal(one.ids, other.ids)
+    np.testing.assert_array_equal(one.values, other.values)
+    np.testing.assert_array_equal(encoder.embedding(one), copy.embedding(other))
+
+
+def test_arrays_of_other_settings_are_refused(encoder: Encoder) -> None:
+    """Arrays whose shapes do not fit raise instead of predicting nonsense."""
+    arrays = {name: array[:-1] for name, array in encoder.arrays().items()}
+    with pytest.raises(PolicyError, match=r"arrays do not fit|has shape"):
+        build_encoder(encoder.kind, encoder.settings()).restore(arrays)
+
+
+def test_ngram_names_are_substrings_of_the_query() -> None:
+    """Explanations show what stands in the text: words, pairs of words, windows."""
+    encoder = NGrams(bits=16)
+    text = "What is 37 + 58?"
+    names = encoder.names(text)
+    assert set(encoder.features(text).ids.tolist()) == set(names)
+    assert {"what", "37 + 58", "58? "} <= set(names.values())
+
+
+def test_case_digits_and_white_space_do_not_matter() -> None:
+    """Two sums are the same to the router, whatever their digits."""
+    encoder = NGrams(bits=16)
+    one, other = encoder.features("WHAT is\n12 + 34?"), encoder.features("what is 56 + 78?")
+    np.testing.assert_array_equal(one.ids, other.ids)
+
+
+def test_a_word_hashes_alike_wherever_it_stands() -> None:
+    """The span hash is independent of position, so that training carries over."""
+    encoder = NGrams(bits=20)
+    alone = {name: feature for feature, name in encoder.names("zebra").items()}
+    later = {name: feature for feature, name in encoder.names("long before the zebra").items()}
+    assert alone["zebra"] == later["zebra"]
+
+
+def test_only_head_and_tail_of_a_long_query_count() -> None:
+    """What stands beyond the limit changes nothing; head and tail do."""
+    encoder = NGrams(bits=16)
+    head, tail = "question " * 200, " answer" * 200
+    long = encoder.features(head + "x" * 10_000 + tail)
+    same = encoder.features(head + "y" * 20_000 + tail)
+    other = encoder.features("task " * 400 + "x" * 10_000 + tail)
+    assert len(head) > MAX_BYTES // 2
+    np.testing.assert_array_equal(long.ids, same.ids)
+    assert not np.array_equal(long.ids, other.ids)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("word2vec", {}, "encoder: 'word2vec' is unknown; allowed are neural, ngrams"),
+        ("ngrams", {"bits": 4}, r"ngrams.bits: 4 is not in \[8, 22\]"),
+        ("ngrams", {"window": 1}, "ngrams.window"),
+        ("ngrams", {"num_dimensions": 0}, "ngrams.num_dimensions"),
+        ("ngrams", {"size": 4}, "encoder ngrams: .*size"),
+        ("neural", {"path": "/nowhere"}, "neural.path: /nowhere is not"),
+    ],
+)
+def test_bad_settings_are_refused(kind: str, settings: dict[str, object], message: str) -> None:
+    """The error names the setting, the value and what is allowed."""
+    with pytest.raises(PolicyError, match=message):
+        build_encoder(kind, settings)
