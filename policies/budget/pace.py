@@ -120,10 +120,11 @@ class Pace:
         return float((self.num_requests + prior) / max(expected + prior, 1e-9))
 
     def _relative(self, here: int, bins: NDArray[np.int_]) -> NDArray[np.float64]:
-        now = self._intensity_today[here]
-        if self._intensity_profile is None or not now > 0:
+        """Return the grid's rhythm; where today is dirtier than yesterday, it is taken to stay so."""
+        profile = self._intensity_profile
+        if profile is None or not profile[here] > 0:
             return np.ones(len(bins))
-        relative = self._intensity_profile[bins] / now
+        relative = profile[bins] / profile[here]
         return np.where(np.isfinite(relative) & (relative > 0), relative, 1.0)
 
     def _bin(self, now_s: float) -> int:

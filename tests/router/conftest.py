@@ -122,7 +122,7 @@ def running(
         {"pool": write_pool(folder, **changes), "limits": limits or {}, **(app or {})}
     )
     pool = load_pool(args.pool)
-    catalog = Catalog(pool, policies=args.policies)
+    catalog = Catalog(pool, policies=args.policies, carbon=args.carbon)
     recorder: Any = ListRecorder() if app is None else open_recorder(args)
     ready, started = threading.Event(), []
 

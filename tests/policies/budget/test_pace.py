@@ -82,6 +82,17 @@ def test_the_grids_rhythm_is_learned_too():
     assert horizon.intensity[12 * 4] == pytest.approx(0.25)
 
 
+def test_a_dirtier_grid_is_taken_to_stay_dirtier():
+    """After a step the rhythm is yesterday's on today's level, not a return to yesterday."""
+
+    def intensity(now_s):
+        return 900.0 if now_s >= DAY_S else 300.0
+
+    pace = Pace(window_s=DAY_S)
+    live_through(pace, np.arange(0, DAY_S + 3600, 60.0), intensity)
+    assert (pace.horizon(DAY_S + 3600).intensity == 1.0).all()
+
+
 def test_a_day_seen_in_part_teaches_no_rhythm():
     """A service started at noon knows nothing of mornings: the next day starts cold again."""
     pace = Pace(window_s=DAY_S)
