@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from models.pool import Pool
     from router.config import AppArgs
 
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
 
 def serve(
     *,
@@ -49,6 +51,11 @@ def serve(
     except ValueError as error:
         _refuse(error)
     _describe(loaded)
+    if not args.auth.required and host not in _LOOPBACK:
+        _say(
+            f"Anybody who reaches {host}:{port} may use it: set auth.required in the "
+            "configuration, and make keys with `shoal keys create`."
+        )
     _catch_signals(_interrupt)
     try:
         if local:

@@ -46,15 +46,22 @@ def test_a_busy_port_is_refused_before_anything_starts(tmp_path: Path) -> None:
     assert f"127.0.0.1:{port} cannot be listened on" in line
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_serves_here_until_it_is_told_to_stop(tmp_path: Path, number: signal.Signals) -> None:
-    """--local answers in one process, keeps its ledger, and ends cleanly on a signal."""
+@pytest.mark.parametrize(
+    ("number", "host"), [(signal.SIGINT, "127.0.0.1"), (signal.SIGTERM, "0.0.0.0")]
+)
+def test_serves_here_until_it_is_told_to_stop(
+    tmp_path: Path, number: signal.Signals, host: str
+) -> None:
+    """--local answers in one process, keeps its ledger, and ends cleanly on a signal.
+
+    It warns where others than this machine can reach it without a key.
+    """
     write_pool(tmp_path)
     config = {"pool": ".", "ledger": {"url": "sqlite:///rows.db"}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [*SHOAL, "--config", "config.yaml", "--local", "--port", str(port)]
+    command = [*SHOAL, "--config", "config.yaml", "--local", "--port", str(port), "--host", host]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
         assert process.stdout is not None
         said = ""
@@ -62,6 +69,7 @@ def test_serves_here_until_it_is_told_to_stop(tmp_path: Path, number: signal.Sig
             said += line
             if "curl" in line:
                 break
+        assert ("Anybody who reaches" in said) == (host == "0.0.0.0")
         assert "engine one (fake): alpha, beta" in said
         assert f"Ready at http://127.0.0.1:{port}/v1" in said
         body = {"model": "alpha", "messages": [{"role": "user", "content": "hello"}]}
