@@ -1,0 +1,130 @@
+"""End to end on real Ray: the default pool, two replicas, users who know the right answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from models.pool import DEFAULT_POOL, load_pool
+from models.tasks import Split, domain
+
+COMMAND = (sys.executable, "-c", "from router.cli.main import app; app()")
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+NUM_USERS = 80
+
+
+def write_config(folder: Path) -> Path:
+    """Write an experiment of the text domain's own model against a stranger to it."""
+    models = load_pool(DEFAULT_POOL).models
+    own = next(model.name for model in models if model.spec.domains == ("text",))
+    stranger = next(model.name for model in models if model.spec.domains == ("arithmetic",))
+    config = {
+        "ledger": {"url": f"sqlite:///{folder / 'shoal.db'}"},
+        "ingress": {"min_replicas": 2, "max_replicas": 2},
+        "policies": {
+            "stranger": {"kind": "fixed", "plan": stranger},
+            "own": {"kind": "fixed", "plan": own},
+        },
+        "experiments": {
+            "text": {
+                "arms": {
+                    "stranger": {"policy": "stranger", "weight": 0.5},
+                    "own": {"policy": "own", "weight": 0.5},
+                },
+                "primary": {"minimum_effect": 0.4},
+            }
+        },
+    }
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return file
+
+
+@contextmanager
+def serving(config: Path) -> Iterator[str]:
+    """Run `shoal serve` on Ray and yield its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = config.parent / "log"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [*COMMAND, "serve", "--config", str(config), "--port", str(port)],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=ENVIRONMENT,
+        )
+    try:
+        deadline_s = time.monotonic() + 400
+        while "Ready at" not in (text := log.read_text()):
+            assert process.poll() is None, text
+            assert time.monotonic() < deadline_s, text
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(90)
+
+
+def ask_twice(url: str, number: int) -> set[str]:
+    """Ask two held-out questions as one user, send the right answers, return the arms met."""
+    rng = random.Random(number)
+    arms = set()
+    with httpx.Client(base_url=url, timeout=120) as http:
+        for _ in range(2):
+            task = domain("text").sample(rng, Split.TEST)
+            body: dict[str, Any] = {
+                "model": "auto",
+                "user": f"user-{number}",
+                "messages": [{"role": "user", "content": task.question}],
+                "max_tokens": 32,
+                "temperature": 0,
+            }
+            answer = http.post("/v1/chat/completions", json=body).raise_for_status().json()
+            arms.add(answer["shoal"]["arm"])
+            feedback = {"id": answer["id"], "label": task.answer}
+            http.post("/v1/feedback", json=feedback).raise_for_status()
+    return arms
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(
+    not (DEFAULT_POOL / "pool.yaml").exists(), reason="the default pool has not been built"
+)
+def test_users_of_two_replicas_find_the_better_policy(tmp_path: Path) -> None:
+    """80 users ask and rate through two ingress replicas; the report names the right winner.
+
+    Users are seeded by their number. Everybody stays in one arm whichever replica answers, and
+    the command says what the API says.
+    """
+    config = write_config(tmp_path)
+    with serving(config) as url:
+        with ThreadPoolExecutor(8) as pool:
+            arms = list(pool.map(lambda number: ask_twice(url, number), range(NUM_USERS)))
+        told = httpx.get(f"{url}/v1/experiments/text", timeout=60).json()
+        command = [*COMMAND, "experiment", "report", "text", "--config", str(config), "--json"]
+        shown = subprocess.run(
+            command, check=True, capture_output=True, text=True, env=ENVIRONMENT
+        ).stdout
+    assert all(len(found) == 1 for found in arms)
+    assert (told["verdict"], told["winner"]) == ("ship", "own"), told["recommendation"]
+    assert told["num_requests"] == 2 * NUM_USERS
+    assert not told["sample_ratio"]["alarm"]
+    assert json.loads(shown) == told
