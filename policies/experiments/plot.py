@@ -31,7 +31,8 @@ def draw(experiment: Experiment, report: Report, paths: Mapping[str, Sequence[Po
     axes.axhline(0, color="black", linewidth=0.8)
     metric = METRICS[report.primary_metric]
     axes.set_xlabel("requests")
-    axes.set_ylabel(f"{metric.name} minus {experiment.control_arm.name}'s ({metric.unit})")
+    unit = "" if metric.is_share else f" ({metric.unit})"
+    axes.set_ylabel(f"{metric.name} minus {experiment.control_arm.name}'s{unit}")
     axes.set_title(f"{report.name}: {1 - report.alpha:.0%} confidence sequence", loc="left")
     axes.grid(alpha=0.25)
     axes.legend(loc="best", frameon=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -134,16 +135,16 @@ def _cells(found: Comparison) -> tuple[str, ...]:
         found.metric,
         found.treatment,
         _number(found.estimate),
-        f"{found.relative:+.1%}" if found.relative == found.relative else "-",
+        f"{found.relative:+.1%}" if math.isfinite(found.relative) else "-",
         f"[{_number(found.low)}, {_number(found.high)}]",
-        f"{found.p:.3g}",
+        f"{found.p:.3g}" if found.p else "<1e-300",
         f"{found.power:.0%}",
         verdict,
     )
 
 
 def _number(value: float) -> str:
-    return f"{value:+.4g}"
+    return f"{value:+.4g}" if math.isfinite(value) else "-"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
