@@ -112,6 +112,10 @@ class Catalog:
         """Return the engine that runs `answer`; its plan has been checked."""
         return self._engine_of[answer.members[0]]
 
+    def spans_engines(self, answer: Answer) -> bool:
+        """Return whether the members of `answer` run on more than one engine."""
+        return len({self._engine_of[name] for name in answer.members}) > 1
+
     def tokenizer_of(self, answer: Answer) -> Tokenizer:
         """Return the tokenizer of `answer`'s members."""
         return self._tokenizers[answer.members[0]]
@@ -130,11 +134,15 @@ class Catalog:
                     f"it has {', '.join(self.facts)}"
                 )
         for answer in answers(plan):
-            engines = {self._engine_of[name] for name in answer.members}
-            if len(engines) > 1:
+            simple = answer.rule in ("mixture", "product") and answer.weighting in (
+                "static",
+                "router",
+            )
+            if self.spans_engines(answer) and not simple:
                 raise PolicyError(
-                    f"the plan fuses {', '.join(answer.members)}, which run on different engines "
-                    f"({', '.join(sorted(engines))}); members of one answer need one engine"
+                    f"the plan fuses {', '.join(answer.members)}, which run on different engines: "
+                    "there only the rules mixture and product are known, and weights that are "
+                    "given or the router's"
                 )
         self._check_scorers(plan)
 

@@ -20,6 +20,7 @@ from router.executor.best import run_best
 from router.executor.cascade import run_cascade
 from router.executor.task import Task
 from router.executor.trace import Run, Trace
+from router.executor.union import run_union
 
 
 class Executor:
@@ -57,7 +58,8 @@ class Executor:
         self, plan: Plan, task: Task, trace: Trace, run: Run
     ) -> AsyncGenerator[Chunk, None]:
         if isinstance(plan, Answer):
-            return run_answer(self, plan, task, run)
+            answer = run_union if self.catalog.spans_engines(plan) else run_answer
+            return answer(self, plan, task, run)
         if isinstance(plan, Cascade):
             return run_cascade(self, plan, task, trace, run.path)
         return run_best(self, plan, task, trace, run.path)

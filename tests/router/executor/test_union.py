@@ -1,0 +1,243 @@
+"""Members with different tokenizers fuse at text boundaries, as transformers models would."""
+
+import asyncio
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers import models as tokenizer_models
+
+from models.engines.base import Chunk, SamplingOptions
+from models.engines.registry import create_engine
+from models.errors import RequestError
+from models.pool import load_pool
+from policies.base import Query
+from policies.errors import PolicyError
+from policies.plan import from_json
+from router.catalog import Catalog
+from router.config import ServingLimits
+from router.engines.worker import EngineWorker
+from router.executor.executor import Executor
+from router.executor.prompt import Prompt
+from router.executor.task import Task
+from router.executor.trace import Trace
+from router.executor.union import Opinion, fuse_strings
+from tests.models.engines.stacked.tiny import load_reference, save_checkpoint
+
+PROMPT = "the quick brown fox says hello"
+STEPS = 8
+
+
+def other_tokenizer() -> Tokenizer:
+    """A byte-level BPE with other merges and ids than the tiny checkpoints' own."""
+    tokenizer = Tokenizer(tokenizer_models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|end|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["a fox, quickly: helloo worldly brownish thee 77"] * 9, trainer)
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two random checkpoints with different tokenizers (seeds 3 and 4)."""
+    root = tmp_path_factory.mktemp("pool")
+    made = [save_checkpoint(root / name, seed=seed) for name, seed in (("m", 3), ("n", 4))]
+    (made[1] / "tokenizer.json").write_text(other_tokenizer().to_str())
+    return made
+
+
+@pytest.fixture(scope="module")
+def executor(folders: list[Path]) -> Iterator[tuple[Executor, asyncio.AbstractEventLoop]]:
+    """Each checkpoint in its own stacked engine, and the loop that they run on."""
+    content = {
+        "name": "p",
+        "engines": [
+            {"name": f"e{f.name}", "kind": "stacked", "device": "cpu", "kv_memory_bytes": 2**22}
+            for f in folders
+        ],
+        "models": [{"name": f.name, "engine": f"e{f.name}", "checkpoint": f.name} for f in folders],
+    }
+    file = folders[0].parent / "pool.yaml"
+    file.write_text(yaml.safe_dump(content))
+    pool = load_pool(file)
+    loop = asyncio.new_event_loop()
+    with ExitStack() as stack:
+        stack.callback(loop.close)
+        workers = {}
+        for spec in pool.engines:
+            workers[spec.name] = EngineWorker(create_engine(spec, pool.models_of(spec.name)))
+            loop.run_until_complete(workers[spec.name].start())
+            stack.callback(
+                lambda worker: loop.run_until_complete(worker.stop()), workers[spec.name]
+            )
+        yield Executor(engines=workers, catalog=Catalog(pool), limits=ServingLimits()), loop
+
+
+def run(
+    executor: tuple[Executor, asyncio.AbstractEventLoop], answer: dict[str, Any], **sampling: Any
+) -> tuple[list[Chunk], Trace]:
+    """Run an answer of both members on the prompt."""
+    its, loop = executor
+    plan = from_json({"answer": answer})
+    its.catalog.check(plan)
+    trace = Trace()
+    task = Task(
+        request_id="r",
+        query=Query(text=PROMPT),
+        prompt=Prompt(text=PROMPT),
+        sampling=SamplingOptions(**{"temperature": 0.0, **sampling}),
+        max_tokens=STEPS,
+        stream=True,
+    )
+
+    async def read() -> list[Chunk]:
+        return [chunk async for chunk in its.run(plan, task, trace)]
+
+    return loop.run_until_complete(read()), trace
+
+
+def reference(folders: list[Path], weights: list[float], *, product: bool) -> tuple[str, float]:
+    """UniTE with transformers and the tokenizers library: the text, and its log-likelihood."""
+    members = [
+        (load_reference(folder), Tokenizer.from_file(str(folder / "tokenizer.json")))
+        for folder in folders
+    ]
+    text, likelihood = "", 0.0
+    for _ in range(STEPS):
+        distributions = []
+        for model, tokenizer in members:
+            ids = tokenizer.encode(PROMPT).ids + tokenizer.encode(text).ids
+            with torch.inference_mode():
+                logp = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+            top = logp.topk(20)
+            named: dict[str, float] = {}
+            for token, value in zip(top.indices.tolist(), top.values.tolist(), strict=True):
+                string = tokenizer.decode([token])
+                if "\ufffd" not in string:
+                    named.setdefault(string, value)
+            left = 1 - float(top.values.exp().sum())
+            distributions.append((named, math.log(left / (tokenizer.get_vocab_size() - 20))))
+        union = {string for named, _ in distributions for string in list(named)[:10]}
+        scores = {}
+        for string in union:
+            logs = []
+            for (named, rest), (_, tokenizer) in zip(distributions, members, strict=True):
+                first = tokenizer.decode(tokenizer.encode(string).ids[:1])
+                logs.append(named.get(string, named.get(first, rest)))
+            if product:
+                scores[string] = sum(w * log for w, log in zip(weights, logs, strict=True))
+            else:
+                mixed = sum(w * math.exp(log) for w, log in zip(weights, logs, strict=True))
+                scores[string] = math.log(mixed)
+        total = math.log(sum(math.exp(score) for score in scores.values()))
+        best = max(scores, key=lambda string: scores[string])
+        text += best
+        likelihood += scores[best] - total
+        if not best:
+            break
+    return text, likelihood
+
+
+@pytest.mark.parametrize("rule", ["mixture", "product"])
+def test_two_tokenizers_fuse_as_their_models_would(
+    executor: Any, folders: list[Path], rule: str
+) -> None:
+    """The greedy text and its log-likelihood equal those of a reference on transformers."""
+    one, two = (Tokenizer.from_file(str(folder / "tokenizer.json")) for folder in folders)
+    assert one.encode(PROMPT).ids != two.encode(PROMPT).ids
+    answer = {"members": ["m", "n"], "weights": [1, 2], "rule": rule}
+    chunks, trace = run(executor, answer)
+    text, likelihood = reference(folders, [1 / 3, 2 / 3], product=rule == "product")
+    assert "".join(chunk.text for chunk in chunks) == text
+    got = sum(token.logprob for chunk in chunks for token in chunk.tokens)
+    assert got == pytest.approx(likelihood, abs=1e-3)
+    assert chunks[-1].finish_reason is not None
+    assert trace.runs[""].weights == pytest.approx((1 / 3, 2 / 3))
+    assert trace.member_tokens()["n"].output_tokens == len(chunks)
+
+
+def test_a_seed_repeats_the_answer(executor: Any) -> None:
+    """Sampling is reproducible, and other seeds give other answers."""
+    answer = {"members": ["m", "n"]}
+    texts = [
+        "".join(chunk.text for chunk in run(executor, answer, temperature=1.5, seed=seed)[0])
+        for seed in (1, 1, 2, 3)
+    ]
+    assert texts[0] == texts[1]
+    assert len(set(texts)) > 1
+
+
+def test_a_stop_string_ends_the_answer(executor: Any) -> None:
+    """Text from the stop string on is not shown."""
+    whole = "".join(chunk.text for chunk in run(executor, {"members": ["m", "n"]})[0])
+    stop = whole[2:4]
+    chunks, _ = run(executor, {"members": ["m", "n"]}, stop=(stop,))
+    assert "".join(chunk.text for chunk in chunks) == whole[: whole.index(stop)]
+    assert chunks[-1].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    "field", [{"logit_bias": {1: 2.0}}, {"json_schema": "{}"}, {"top_p": 0.5}, {"top_logprobs": 2}]
+)
+def test_what_needs_one_vocabulary_is_refused(executor: Any, field: dict[str, Any]) -> None:
+    """Options that speak of token ids or a whole vocabulary are refused by name."""
+    with pytest.raises(RequestError, match="different tokenizers"):
+        run(executor, {"members": ["m", "n"]}, **field)
+
+
+@pytest.mark.parametrize("changes", [{"rule": "gated"}, {"weights": "evidence"}])
+def test_rules_that_need_one_vocabulary_are_refused_at_load(
+    executor: Any, changes: dict[str, Any]
+) -> None:
+    """Across engines only mixture and product exist, with given or the router's weights."""
+    plan = from_json({"answer": {"members": ["m", "n"], **changes}})
+    with pytest.raises(PolicyError, match="only the rules mixture and product"):
+        executor[0].catalog.check(plan)
+
+
+class Words:
+    """A tokenizer of single characters or of two, by length."""
+
+    vocab_size = 100
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.pieces: list[str] = []
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Return one id per piece; the pieces are remembered."""
+        pieces = [text[i : i + self.length] for i in range(0, len(text), self.length)]
+        self.pieces = pieces or self.pieces
+        return tuple(range(len(pieces)))
+
+    def decode(self, token_ids: Any) -> str:
+        """Return the pieces."""
+        return "".join(self.pieces[i] for i in token_ids)
+
+
+def test_a_string_counts_as_its_first_token() -> None:
+    """A member that writes a string in several tokens gives it the first one's probability."""
+    short = Opinion(named={"h": math.log(0.6), "o": math.log(0.3)}, rest=math.log(0.001))
+    long = Opinion(named={"he": math.log(0.7), "": math.log(0.2)}, rest=math.log(0.001))
+    tokenizers: Any = [Words(1), Words(2)]
+    fused = fuse_strings([short, long], tokenizers, [0.5, 0.5])
+    raw = {
+        "h": 0.5 * 0.6 + 0.5 * 0.001,
+        "o": 0.5 * 0.3 + 0.5 * 0.001,
+        "he": 0.5 * 0.6 + 0.5 * 0.7,
+        "": 0.5 * 0.001 + 0.5 * 0.2,
+    }
+    expected = {text: math.log(value / sum(raw.values())) for text, value in raw.items()}
+    assert fused == pytest.approx(expected)
