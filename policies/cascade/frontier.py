@@ -111,6 +111,18 @@ def within_budget(frontier: Sequence[CascadePoint], budget: float) -> CascadePoi
     return max(affordable, key=lambda point: (point.accuracy, -point.cost))
 
 
+def thin(frontier: Sequence[CascadePoint], tolerance: float) -> tuple[CascadePoint, ...]:
+    """Leave out points that a better one follows within a share `tolerance` of their cost.
+
+    Costs that close differ by the lengths of answers, not by the chain.
+    """
+    kept: list[CascadePoint] = []
+    for point in reversed(frontier):
+        if not kept or kept[-1].cost > point.cost * (1 + tolerance):
+            kept.append(point)
+    return tuple(reversed(kept))
+
+
 def columns(
     table: StageTable, score_of: ScoreOf, chain: Chain, gates: Sequence[float]
 ) -> tuple[StageColumn, ...]:

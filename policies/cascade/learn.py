@@ -16,6 +16,7 @@ from policies.cascade.frontier import (
     StageTable,
     columns,
     search,
+    thin,
     within_budget,
 )
 from policies.cascade.predictions import AnswerTable, Predictions, Rows, predict
@@ -63,6 +64,9 @@ def learn_cascade(
         num_gates=num_gates,
     )
     point = within_budget(frontier, budget)
+    # Only what lies before the chosen point may give way to it.
+    at = frontier.index(point)
+    frontier = (*thin(frontier[: at + 1], 0.005), *thin(frontier[at + 1 :], 0.005))
     return LearnedCascade(
         plans=table.plans,
         routed=view.routed,

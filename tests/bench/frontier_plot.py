@@ -45,14 +45,7 @@ def draw(
             continue
         marker = "*" if kind == "oracle" else "o"
         axes.plot(cost, accuracy, marker, color=colour, label=kind, markersize=8)
-        for row in its:
-            axes.annotate(
-                row.name,
-                (row.usd * 1e3, row.accuracy),
-                textcoords="offset points",
-                xytext=(6, 3),
-                fontsize=7,
-            )
+    _annotate(axes, [row for row in rows if not row.kind.startswith("cascade")])
     its = [row for row in rows if row.name == base]
     axes.axhline(its[0].accuracy, color="tab:gray", linewidth=0.8, linestyle="--")
     axes.axvline(its[0].usd * 400, color="tab:gray", linewidth=0.8, linestyle=":")
@@ -74,3 +67,25 @@ def draw(
     losses.grid(alpha=0.3)
     losses.legend(fontsize=8)
     figure.savefig(file, dpi=95)
+
+
+def _annotate(axes: Any, rows: list[Any]) -> None:
+    """Name the points, the names of points of about the same cost spread so as not to overlap."""
+    low, high = min(row.accuracy for row in rows), max(row.accuracy for row in rows)
+    dearest = max(row.usd for row in rows)
+    least_gap = 0.032 * (high - low)
+    placed: list[tuple[float, float]] = []
+    for row in sorted(rows, key=lambda row: row.accuracy):
+        y = row.accuracy
+        near = [other for cost, other in placed if abs(cost - row.usd) < 0.12 * dearest]
+        if near and y < max(near) + least_gap:
+            y = max(near) + least_gap
+        placed.append((row.usd, y))
+        axes.annotate(
+            row.name,
+            (row.usd * 1e3, row.accuracy),
+            xytext=((row.usd + 0.012 * dearest) * 1e3, y),
+            fontsize=7,
+            va="center",
+            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "tab:gray"},
+        )
