@@ -5,18 +5,20 @@ norms by AdamW; the schedule is warm-up, stable, decay.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from transformers import LlamaForCausalLM
 
 from models.training.checkpoint import Progress, load_checkpoint, read_progress, save_checkpoint
-from models.training.data import Renderer, steps
+from models.training.data import Renderer, Rows, steps
 from models.training.forward import low_precision, packed_loss, rotary_tables, to_tensors
 from models.training.schedule import learning_rate_share
+
+_REPORT_EVERY_STEPS: Final = 50
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,27 +68,80 @@ def make_optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim
     return [muon, adamw]
 
 
-def _restore(
-    folder: Path,
-    model: LlamaForCausalLM,
-    optimizers: list[torch.optim.Optimizer],
-    recipe: dict[str, Any],
-) -> Progress | None:
-    """Load the newest checkpoint that this recipe can go on from, if there is one.
+class Trainer:
+    """One run's model, optimizers and loss; knows nothing of time, files or schedules."""
 
-    A checkpoint from before the decay fits a longer or shorter run of the same recipe too.
-    """
-    length = {"num_steps", "num_decay_steps"}
-    for name in ("last", "stable"):
-        progress = read_progress(folder / name)
-        if progress is None:
-            continue
-        differs = {k for k, v in recipe.items() if progress.recipe.get(k) != v}
-        stable_steps = min(r["num_steps"] - r["num_decay_steps"] for r in (recipe, progress.recipe))
-        if not differs or (differs <= length and progress.step <= stable_steps):
-            load_checkpoint(folder / name, model, optimizers)
-            return progress
-    return None
+    def __init__(self, model: LlamaForCausalLM, recipe: Recipe) -> None:
+        """Prepare to train `model` in place."""
+        self.model = model
+        self.optimizers = make_optimizers(model, recipe)
+        self._peaks = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
+        self._clip_norm = recipe.clip_norm
+        self._dtype = torch.bfloat16 if recipe.compiled else torch.float32
+        self._loss = torch.compile(packed_loss) if recipe.compiled else packed_loss
+        config = model.config
+        head_size = int(config.head_dim or config.hidden_size // config.num_attention_heads)
+        cos, sin = rotary_tables(head_size, recipe.row_tokens)
+        self._constants: dict[str, Any] = {
+            "cos": cos,
+            "sin": sin,
+            "num_layers": config.num_hidden_layers,
+            "head_size": head_size,
+            "eps": config.rms_norm_eps,
+        }
+
+    def step(self, rows: Rows, learning_rate_share: float) -> float:
+        """One update at this share of the peak learning rates; returns the loss before it."""
+        for optimizer, rates in zip(self.optimizers, self._peaks, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = learning_rate_share * rate
+        weights = low_precision(self.model, self._dtype)
+        loss = self._loss(weights, **{**to_tensors(rows), **self._constants})
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.item()
+
+    def restore(self, folder: Path, recipe: Mapping[str, Any]) -> Progress | None:
+        """Load the newest checkpoint that this recipe can go on from, if there is one.
+
+        A checkpoint from before the decay fits a longer or shorter run of the same recipe too.
+        """
+        length = {"num_steps", "num_decay_steps"}
+        for name in ("last", "stable"):
+            progress = read_progress(folder / name)
+            if progress is None:
+                continue
+            differs = {k for k, v in recipe.items() if progress.recipe.get(k) != v}
+            stable = min(r["num_steps"] - r["num_decay_steps"] for r in (recipe, progress.recipe))
+            if not differs or (differs <= length and progress.step <= stable):
+                load_checkpoint(folder / name, self.model, self.optimizers)
+                return progress
+        return None
+
+
+@dataclass(kw_only=True, slots=True)
+class _Meter:
+    """Running loss and speed since `begun_s`, for the progress line."""
+
+    num_steps: int
+    begun_s: float
+    first_step: int
+    first_tokens: int
+    loss: float | None = None
+
+    def update(self, loss: float) -> None:
+        self.loss = loss if self.loss is None else 0.95 * self.loss + 0.05 * loss
+
+    def line(self, step: int, num_tokens: int, now_s: float) -> str:
+        spent_s = now_s - self.begun_s
+        left_s = spent_s / (step - self.first_step) * (self.num_steps - step)
+        return (
+            f"step {step}/{self.num_steps} loss {self.loss:.4f} {num_tokens / 1e6:.2f}M tokens "
+            f"{(num_tokens - self.first_tokens) / spent_s:.0f} tokens/s eta {left_s / 60:.1f} min"
+        )
 
 
 def train(
@@ -105,75 +160,61 @@ def train(
 
     Checkpoints go to `folder/last` and, at the start of the decay, to `folder/stable`. With
     `resume` the run goes on from them. At `deadline_s` (on `clock`) it stops after a checkpoint;
-    the result is then a model before its decay, to be resumed later.
+    the result is then an unfinished model, to be resumed later.
     """
     facts = asdict(replace(recipe, mixture=dict(recipe.mixture)))
-    optimizers = make_optimizers(model, recipe)
-    peaks = [[group["lr"] for group in o.param_groups] for o in optimizers]
-    restored = _restore(folder, model, optimizers, facts) if resume else None
+    trainer = Trainer(model, recipe)
+    restored = trainer.restore(folder, facts) if resume else None
     done = restored or Progress(step=0, num_tokens=0, wall_clock_s=0.0, recipe=facts)
-    loss_of = torch.compile(packed_loss) if recipe.compiled else packed_loss
-    config = model.config
-    head_size = int(config.head_dim or config.hidden_size // config.num_attention_heads)
-    cos, sin = rotary_tables(head_size, recipe.row_tokens)
-    dtype = torch.bfloat16 if recipe.compiled else torch.float32
-    batches = steps(
+    begun_s = saved_s = clock()
+    meter = _Meter(
+        num_steps=recipe.num_steps,
+        begun_s=begun_s,
+        first_step=done.step,
+        first_tokens=done.num_tokens,
+    )
+    progress = replace(done, recipe=facts)
+    for rows in _batches(renderer, recipe, first_step=done.step):
+        if progress.step == recipe.num_steps - recipe.num_decay_steps:
+            save_checkpoint(folder / "stable", model, trainer.optimizers, progress)
+        if progress.step >= recipe.num_steps:
+            break
+        meter.update(trainer.step(rows, _share(recipe, progress.step)))
+        now_s = clock()
+        progress = replace(
+            progress,
+            step=progress.step + 1,
+            num_tokens=progress.num_tokens + int((rows.segments > 0).sum()),
+            wall_clock_s=done.wall_clock_s + now_s - begun_s,
+        )
+        if progress.step % _REPORT_EVERY_STEPS == 0:
+            report(meter.line(progress.step, progress.num_tokens, now_s))
+        out_of_time = deadline_s is not None and now_s >= deadline_s
+        if out_of_time or now_s - saved_s >= checkpoint_every_s:
+            save_checkpoint(folder / "last", model, trainer.optimizers, progress)
+            saved_s = now_s
+        if out_of_time:
+            return progress
+    save_checkpoint(folder / "last", model, trainer.optimizers, progress)
+    return progress
+
+
+def _batches(renderer: Renderer, recipe: Recipe, *, first_step: int) -> Iterator[Rows]:
+    return steps(
         renderer,
         recipe.mixture,
         seed=recipe.seed,
-        first_step=done.step,
+        first_step=first_step,
         rows_per_step=recipe.rows_per_step,
         row_tokens=recipe.row_tokens,
         question_weight=recipe.question_weight,
     )
-    begun, saved, num_tokens, recent = clock(), clock(), done.num_tokens, 0.0
 
-    def progress_at(step: int) -> Progress:
-        spent = done.wall_clock_s + clock() - begun
-        return Progress(step=step, num_tokens=num_tokens, wall_clock_s=spent, recipe=facts)
 
-    for step in range(done.step, recipe.num_steps):
-        if step == recipe.num_steps - recipe.num_decay_steps:
-            save_checkpoint(folder / "stable", model, optimizers, progress_at(step))
-        rows = next(batches)
-        share = learning_rate_share(
-            step,
-            num_steps=recipe.num_steps,
-            num_warmup_steps=recipe.num_warmup_steps,
-            num_decay_steps=recipe.num_decay_steps,
-        )
-        for optimizer, rates in zip(optimizers, peaks, strict=True):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = share * rate
-        loss = loss_of(
-            low_precision(model, dtype),
-            **to_tensors(rows),
-            cos=cos,
-            sin=sin,
-            num_layers=config.num_hidden_layers,
-            head_size=head_size,
-            eps=config.rms_norm_eps,
-        )
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        num_tokens += int((rows.segments > 0).sum())
-        recent = loss.item() if not recent else 0.95 * recent + 0.05 * loss.item()
-        if (step + 1) % 50 == 0:
-            spent = clock() - begun
-            speed = (num_tokens - done.num_tokens) / spent
-            left = spent / (step + 1 - done.step) * (recipe.num_steps - step - 1)
-            report(
-                f"step {step + 1}/{recipe.num_steps} loss {recent:.4f} "
-                f"{num_tokens / 1e6:.2f}M tokens {speed:.0f} tokens/s eta {left / 60:.1f} min"
-            )
-        out_of_time = deadline_s is not None and clock() >= deadline_s
-        last_step = step + 1 == recipe.num_steps
-        if out_of_time or last_step or clock() - saved >= checkpoint_every_s:
-            save_checkpoint(folder / "last", model, optimizers, progress_at(step + 1))
-            saved = clock()
-        if out_of_time and not last_step:
-            return progress_at(step + 1)
-    return progress_at(recipe.num_steps)
+def _share(recipe: Recipe, step: int) -> float:
+    return learning_rate_share(
+        step,
+        num_steps=recipe.num_steps,
+        num_warmup_steps=recipe.num_warmup_steps,
+        num_decay_steps=recipe.num_decay_steps,
+    )

@@ -105,7 +105,7 @@ def test_a_resumed_run_gives_the_same_weights(
     recipe = replace(_RECIPE, muon=muon)
     whole = _run(tokenizer, tmp_path / "whole", recipe)
     ticks = iter(range(10_000))
-    _run(tokenizer, tmp_path / "broken", recipe, deadline_s=15, clock=lambda: _clock_of(ticks))
+    _run(tokenizer, tmp_path / "broken", recipe, deadline_s=6, clock=lambda: _clock_of(ticks))
     stopped = read_progress(tmp_path / "broken" / "last")
     assert stopped is not None
     assert 0 < stopped.step < recipe.num_steps
@@ -129,7 +129,7 @@ def test_a_run_can_be_shortened_before_its_decay(
     """Stopped early, a run goes on to a nearer end as if that had been its plan."""
     ticks = iter(range(10_000))
     longer = replace(_RECIPE, num_steps=30)
-    _run(tokenizer, tmp_path / "a", longer, deadline_s=15, clock=lambda: _clock_of(ticks))
+    _run(tokenizer, tmp_path / "a", longer, deadline_s=6, clock=lambda: _clock_of(ticks))
     stopped = read_progress(tmp_path / "a" / "last")
     assert stopped is not None
     assert 0 < stopped.step <= 8
