@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup serve test test-fast check bench clean
+POOL := models/pools/default
+
+.PHONY: bench-routing pool-router setup serve test test-fast check bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -31,6 +33,15 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m tests.bench
+
+# Tables and plots of the routers; ENCODER=neural:FOLDER measures a sentence encoder instead.
+bench-routing: $(STAMP)
+	$(BIN)/python -m tests.bench.routing_tables --encoder $(or $(ENCODER),ngrams)
+
+# Retrains the default pool's router on its outcomes, and measures it on the held-out ones.
+pool-router: $(STAMP)
+	$(BIN)/shoal train router $(POOL)/outcomes.jsonl --split router --bits 15 --out $(POOL)/router.npz
+	$(BIN)/shoal evaluate router $(POOL)/router.npz $(POOL)/outcomes.jsonl --split test
 
 clean:
 	rm -rf $(VENV) build *.egg-info

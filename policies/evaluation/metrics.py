@@ -39,9 +39,11 @@ def two_model_curve(preference_Q: Floats, weak_Q: Floats, strong_Q: Floats) -> C
 def apgr(curve: Curve) -> float:
     """Average performance gap recovered: (∫ quality d share - weak) / (strong - weak).
 
-    0.5 is a coin, 1 recovers the whole gap with no call to the strong model.
+    0.5 is a coin, 1 recovers the whole gap with no call to the strong model. NaN without a gap.
     """
     weak, strong = curve.quality_P[0], curve.quality_P[-1]
+    if weak == strong:
+        return float("nan")
     return float((np.trapezoid(curve.quality_P, curve.cost_P) - weak) / (strong - weak))
 
 
@@ -96,10 +98,13 @@ def bootstrap(
     num_samples: int = 300,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Return the 95% percentile interval of `metric`, a function of resampled row numbers."""
+    """Return the 95% percentile interval of `metric`, a function of resampled row numbers.
+
+    Samples where it is NaN are left out.
+    """
     rng = np.random.default_rng(seed)
     values = [metric(rng.integers(num_queries, size=num_queries)) for _ in range(num_samples)]
-    low, high = np.quantile(values, (0.025, 0.975))
+    low, high = np.nanquantile(values, (0.025, 0.975))
     return float(low), float(high)
 
 

@@ -56,7 +56,7 @@ def load_router(path: Path | str) -> Router:
     """Read a router; `PolicyError` names the file and what is wrong with it."""
     path = Path(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except OSError as error:
         raise PolicyError(f"{path} cannot be read: {error.strerror or error}") from None

@@ -19,13 +19,16 @@ Floats = NDArray[np.float32]
 SHRINKAGE = 5.0
 """Pseudo-queries with the global mean score that each cluster starts with."""
 
+LEAST_LIKENESS = 0.2
+"""A query this near to a cluster, relative to the median training query, is always familiar."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Topics:
     """Unit centroids, the models' mean scores in each cluster, and its size.
 
     A query whose similarity to the nearest centroid is below `familiar_above` is unlike the
-    training queries: all but a chosen share of them lie above it.
+    training queries.
     """
 
     centroids_KD: Floats
@@ -54,7 +57,8 @@ def fit_topics(
 ) -> Topics:
     """Cluster by spherical k-means; scores are shrunk towards each model's global mean.
 
-    `unfamiliar_share` of the training queries would themselves count as unfamiliar.
+    At most `unfamiliar_share` of the training queries would themselves count as unfamiliar; fewer
+    where they are so uniform that any other wording would.
     """
     norms = np.linalg.norm(embeddings_QD, axis=1, keepdims=True)
     units = embeddings_QD / np.maximum(norms, 1e-6)
@@ -73,5 +77,10 @@ def fit_topics(
         centroids_KD=centroids.astype(np.float32),
         scores_KM=scores.astype(np.float32),
         sizes_K=np.bincount(labels, minlength=num_clusters),
-        familiar_above=float(np.quantile(similarity.max(1), unfamiliar_share)),
+        familiar_above=_threshold(similarity.max(1), unfamiliar_share),
     )
+
+
+def _threshold(similarity_Q: NDArray[np.floating], unfamiliar_share: float) -> float:
+    share = np.quantile(similarity_Q, unfamiliar_share)
+    return float(min(share, LEAST_LIKENESS * np.median(similarity_Q)))

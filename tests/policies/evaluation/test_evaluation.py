@@ -1,0 +1,151 @@
+"""Metrics by hand, protocols that leak nothing, the harness on outcomes with a known answer."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from policies.encoders.ngrams import NGrams
+from policies.errors import OutcomesError, PolicyError
+from policies.evaluation.harness import evaluate
+from policies.evaluation.metrics import Curve, aiq, apgr, bootstrap, cpt, two_model_curve
+from policies.evaluation.overlap import near_duplicates
+from policies.evaluation.protocols import folds
+from policies.evaluation.report import draw_curves, draw_reliability, table
+from policies.evaluation.trained import evaluate_router
+from policies.outcomes import Outcome
+from policies.outcomes.importers import import_routellm_mmlu
+from policies.routing.fit import FitSettings, fit_router
+
+DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "routing"
+
+
+def make_outcomes(num_queries: int = 200) -> list[Outcome]:
+    """Return two tasks that one model each knows, a fifth of the queries split off (seed 0)."""
+    rng = np.random.default_rng(0)
+    outcomes = []
+    for row in range(num_queries):
+        sums = bool(rng.integers(2))
+        a, b, c = rng.integers(1000, size=3)
+        outcomes.append(
+            Outcome(
+                query=f"add {a} to {b} then {c}" if sums else f"spell {a} as words {b} or {c}",
+                scores={"weak": float(not sums), "strong": float(sums)},
+                tags=("sums" if sums else "words",),
+                split="test" if row % 5 == 0 else "train",
+            )
+        )
+    return outcomes
+
+
+def test_apgr_and_cpt_by_hand() -> None:
+    """Four queries, two of which gain: a perfect order, a random-like one, the reverse."""
+    weak, strong = np.array([0.0, 0, 1, 1]), np.array([1.0, 1, 1, 1])
+    perfect = two_model_curve(np.array([4.0, 3, 2, 1]), weak, strong)
+    np.testing.assert_allclose(perfect.quality_P, [0.5, 0.75, 1, 1, 1])
+    assert apgr(perfect) == pytest.approx(0.75)
+    assert (cpt(perfect, 0.5), cpt(perfect, 0.8)) == (0.25, 0.5)
+    reverse = two_model_curve(np.array([1.0, 2, 3, 4]), weak, strong)
+    assert apgr(reverse) == pytest.approx(0.25)
+    assert apgr(perfect) + apgr(reverse) == pytest.approx(1)
+
+
+def test_aiq_is_the_area_under_the_non_decreasing_hull() -> None:
+    """Points below the hull and worse dearer ones do not count."""
+    curve = Curve(cost_P=np.array([0.0, 0.5, 1.0, 2.0]), quality_P=np.array([0.0, 0.1, 1.0, 0.5]))
+    assert aiq(curve, 2.0) == pytest.approx((0.5 + 1.0) / 2)
+
+
+def test_bootstrap_covers_the_mean() -> None:
+    """The interval of a mean is about ±1.96 standard errors (seed 0)."""
+    values = np.random.default_rng(0).normal(size=400)
+    low, high = bootstrap(lambda rows: float(values[rows].mean()), 400)
+    assert (high - low) / 2 == pytest.approx(1.96 / 20, rel=0.15)
+    assert low < values.mean() < high
+
+
+def test_near_duplicates_are_found() -> None:
+    """Case, punctuation and one changed word in many do not hide a repeated question."""
+    question = (
+        "A train leaves the station at nine and travels for three hours at sixty miles an hour"
+    )
+    train = [
+        question,
+        question.upper() + " !!",
+        question + " today",
+        "How far is the moon from the earth in miles?",
+        "",
+    ]
+    assert near_duplicates(train, [question]) == [0, 1, 2]
+    assert near_duplicates(train, ["short", ""]) == [4]
+
+
+@pytest.mark.parametrize("protocol", ["folds", "tasks", "split"])
+def test_protocols_never_test_on_training_rows(protocol: str) -> None:
+    """Parts are disjoint, every row is tested once, and left-out tasks are whole."""
+    outcomes = make_outcomes()
+    tested: list[int] = []
+    for train, test in folds(outcomes, protocol):  # type: ignore[arg-type]
+        assert not set(train) & set(test)
+        if protocol == "tasks":
+            tags = [{outcomes[row].tags for row in rows} for rows in (train, test)]
+            assert not tags[0] & tags[1]
+        tested += test
+    assert len(tested) == len(set(tested)) == (40 if protocol == "split" else 200)
+
+
+def test_protocols_need_tags_and_splits() -> None:
+    """Outcomes without tags or splits are refused with the reason."""
+    bare = [Outcome(query=str(row), scores={"a": 1}) for row in range(10)]
+    with pytest.raises(OutcomesError, match="needs a tag"):
+        next(folds(bare, "tasks"))
+    with pytest.raises(OutcomesError, match="lack the split 'train' or 'test'"):
+        next(folds(bare, "split"))
+
+
+def test_the_harness_ranks_methods_as_it_must(tmp_path: Path) -> None:
+    """Learned routes separable tasks perfectly; oracles bound everything; plots are small."""
+    report = evaluate(
+        make_outcomes(),
+        title="two tasks",
+        protocol="split",
+        make_encoder=lambda: NGrams(bits=10, num_dimensions=4),
+        models=("weak", "strong"),
+        relative_cost=(0.0, 1.0),
+        settings=FitSettings(num_clusters=4),
+    )
+    by_name = {row.method: row for row in report.results}
+    assert by_name["Learned"].accuracy == 1.0
+    assert by_name["task classifier"].accuracy == 1.0
+    assert by_name["per-query oracle"].accuracy == 1.0
+    assert by_name["best single"].accuracy < 0.7
+    assert by_name["Learned"].decision_us is not None
+    text = table(report)
+    assert text.count("\n|") == len(report.results) + 2
+    draw_curves(report, tmp_path / "curves.png")
+    assert 1_000 < (tmp_path / "curves.png").stat().st_size < 150_000
+
+
+def test_a_trained_router_is_judged_on_new_queries(tmp_path: Path) -> None:
+    """`shoal evaluate router` compares with best single and oracles, for any subset of models."""
+    outcomes = make_outcomes()
+    router = fit_router(
+        outcomes[:120],
+        encoder=NGrams(bits=10, num_dimensions=4),
+        settings=FitSettings(num_clusters=4),
+    )
+    report, diagram = evaluate_router(router, outcomes[120:])
+    by_name = {row.method: row.accuracy for row in report.results}
+    assert by_name["Learned"] == by_name["per-query oracle"] == 1.0
+    draw_reliability(diagram, "two tasks", tmp_path / "reliability.png")
+    assert (tmp_path / "reliability.png").stat().st_size > 1_000
+    with pytest.raises(PolicyError, match="knows nothing of 'eve'"):
+        evaluate_router(router, outcomes, models=["eve"])
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"no published data at {DATA}")
+def test_the_oracles_apgr_is_the_published_one() -> None:
+    """On RouteLLM's MMLU answers the per-query oracle's APGR is 1.285."""
+    outcomes = import_routellm_mmlu(DATA / "RouteLLM" / "mmlu")
+    weak, strong = (np.array([list(o.scores.values())[m] for o in outcomes]) for m in (0, 1))
+    assert apgr(two_model_curve(strong - weak, weak, strong)) == pytest.approx(1.285, abs=5e-4)

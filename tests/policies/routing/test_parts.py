@@ -1,0 +1,104 @@
+"""The parts of training: targets, heads, calibration, clusters."""
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from scipy.optimize import check_grad
+from scipy.special import expit
+
+from policies.routing import heads
+from policies.routing.calibration import fit_platt, reliability
+from policies.routing.heads import Objective, fit_heads
+from policies.routing.targets import distribution, enhance
+from policies.routing.topics import fit_topics
+
+NAN = float("nan")
+
+
+def test_label_enhancement_mixes_in_the_tags_mean() -> None:
+    """ZOOTER's formula by hand: β·own + (1 - β)·mean over the query's tags."""
+    scores = np.array([[1.0, 0.0], [0.0, 0.0], [1.0, NAN]])
+    got = enhance(scores, [["a"], ["a"], ["a", "b"]], beta=0.3)
+    mean_a, mean_b = np.array([2 / 3, 0.0]), np.array([1.0, NAN])
+    np.testing.assert_allclose(got[0], 0.3 * scores[0] + 0.7 * mean_a)
+    np.testing.assert_allclose(got[2, 0], 0.3 * 1 + 0.7 * (mean_a[0] + mean_b[0]) / 2)
+    assert np.isnan(got[2, 1])
+    np.testing.assert_array_equal(enhance(scores, [[], [], []], beta=0.3), scores)
+
+
+def test_distribution_ignores_unknown_scores() -> None:
+    """The softmax is over known scores only and sums to one."""
+    got = distribution(np.array([[1.0, NAN, 0.0]]), temperature=0.5)
+    np.testing.assert_allclose(got, [[expit(2), 0, 1 - expit(2)]])
+
+
+def test_heads_minimise_their_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient handed to the optimiser is that of the loss (finite differences, seed 0)."""
+    rng = np.random.default_rng(0)
+    X = sp.csr_matrix(rng.normal(size=(12, 4)))
+    scores = rng.random((12, 3))
+    scores[2, 1] = NAN
+    seen = {}
+
+    def spy(function, start, **_):  # type: ignore[no-untyped-def]
+        point = start + rng.normal(size=start.shape)
+        seen["error"] = check_grad(
+            lambda flat: function(flat)[0], lambda flat: function(flat)[1], point, epsilon=1e-4
+        )
+        seen["size"] = np.linalg.norm(function(point)[1])
+        return type("Result", (), {"x": start})
+
+    monkeypatch.setattr(heads, "minimize", spy)
+    fit_heads(X, scores, Objective())
+    assert seen["error"] < 1e-3 * seen["size"]
+
+
+def test_ties_carry_a_signal() -> None:
+    """Where all models agree, the heads still learn who is right (what plain KL cannot)."""
+    X = sp.csr_matrix(np.repeat(np.eye(2), 50, axis=0))
+    scores = np.repeat([[1.0, 1.0], [0.0, 0.0]], 50, axis=0)
+    fitted = fit_heads(X, scores, Objective(l2=1e-4))
+    predicted = expit(fitted.logits(X))
+    assert predicted[0].min() > 0.8
+    assert predicted[-1].max() < 0.2
+    blind = fit_heads(X, scores, Objective(l2=1e-4, tie_weight=0))
+    np.testing.assert_allclose(expit(blind.logits(X)), 0.5, atol=0.05)
+
+
+def test_platt_mends_overconfidence() -> None:
+    """Logits three times too large are scaled back, unknown scores notwithstanding (seed 0)."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(4000, 2))
+    scores = (rng.random(logits.shape) < expit(logits)).astype(float)
+    scores[::7, 0] = NAN
+    platt = fit_platt(3 * logits, scores)
+    assert platt.slope == pytest.approx(1 / 3, rel=0.1)
+    before = reliability(expit(3 * logits).ravel(), scores.ravel()).ece
+    after = reliability(platt.scaled(3 * logits).ravel(), scores.ravel()).ece
+    assert before > 0.1
+    assert after < 0.03
+
+
+def test_reliability_by_hand() -> None:
+    """Two bins: predictions 0.2 with no hit and 0.8 with all hits miss by 0.2 each."""
+    diagram = reliability(
+        np.array([0.2, 0.2, 0.8, 0.8, 0.5]), np.array([0.0, 0.0, 1.0, 1.0, NAN]), num_bins=2
+    )
+    np.testing.assert_allclose(diagram.predicted, [0.2, 0.8])
+    np.testing.assert_allclose(diagram.observed, [0.0, 1.0])
+    assert diagram.ece == pytest.approx(0.2)
+
+
+def test_clusters_find_groups_and_shrink_their_scores() -> None:
+    """Two groups of points are told apart; means are pulled to the global one (seed 0)."""
+    rng = np.random.default_rng(0)
+    points = np.repeat(np.eye(2, dtype=np.float32), 50, axis=0)
+    points += rng.normal(scale=0.05, size=points.shape).astype(np.float32)
+    scores = np.repeat([[1.0], [0.0]], 50, axis=0)
+    topics = fit_topics(points, scores, num_clusters=2, unfamiliar_share=0.05, seed=0)
+    cluster, similarity = topics.nearest(np.array([1, 0], np.float32))
+    assert similarity == pytest.approx(1, abs=0.05)
+    assert topics.sizes_K.tolist() == [50, 50]
+    assert topics.scores_KM[cluster, 0] == pytest.approx((50 + 5 * 0.5) / 55)
+    _, far = topics.nearest(np.array([0.05, 0.05], np.float32))
+    assert far < topics.familiar_above < similarity
