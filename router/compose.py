@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import logging
 import socket
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from models.pool import Pool
+from policies.budgeted import Budgeted
 from policies.carbon.grid import CachedGrid
 from policies.errors import ExperimentError
+from policies.experiments.shadow import Shadow, ShadowMeter
+from router.budget_sync import BudgetSync
 from router.caps.budgets import Budgets
 from router.catalog import Catalog
 from router.config import AppArgs
 from router.engines.base import EngineClient
 from router.experiments.definitions import read_definitions
 from router.experiments.experiments import Experiments
+from router.experiments.shadow_report import shadow_report
 from router.gate import Gate
 from router.grid_feed import GridFeed
 from router.keys import Authenticator
 from router.ledger.database import open_database
 from router.ledger.writer import Ledger
 from router.record import LogRecorder, Recorder
-from router.service import Service
+from router.service import Background, Service
 
 
 def open_recorder(args: AppArgs) -> Recorder:
@@ -85,15 +90,42 @@ def compose(
         limits=args.limits,
         echo_request_id=echo_request_id,
         experiments=experiments,
-        shadows=shadows,
-        grid_feed=_grid_feed(args, catalog),
+        shadows=_meters(args, shadows, recorder),
+        background=_background(args, catalog, recorder),
     )
 
 
-def _grid_feed(args: AppArgs, catalog: Catalog) -> GridFeed | None:
-    if args.carbon.feed is None or not isinstance(catalog.grid, CachedGrid):
-        return None
-    return GridFeed(args.carbon.feed, catalog.grid)
+def _meters(args: AppArgs, shadows: Sequence[Shadow], recorder: Recorder) -> list[ShadowMeter]:
+    """Return a meter per shadow that knows what today's predecessors of this process spent."""
+    if not shadows or not isinstance(recorder, Ledger):
+        return []
+    now_s = time.time()
+    return [
+        ShadowMeter(
+            shadow,
+            num_processes=args.ingress.max_replicas,
+            spent_usd=found["usd_today"],
+            now_s=now_s,
+        )
+        for shadow, found in zip(
+            shadows, shadow_report(recorder.database, shadows, now_s=now_s), strict=True
+        )
+    ]
+
+
+def _background(args: AppArgs, catalog: Catalog, recorder: Recorder) -> list[Background]:
+    """Return what keeps the grid's intensity and the budgets' spending current."""
+    background: list[Background] = []
+    if args.carbon.feed is not None and isinstance(catalog.grid, CachedGrid):
+        background.append(GridFeed(args.carbon.feed, catalog.grid))
+    controllers = {
+        name: policy.controller
+        for name, policy in catalog.policies.items()
+        if isinstance(policy, Budgeted) and policy.controller.targets
+    }
+    if controllers and isinstance(recorder, Ledger):
+        background.append(BudgetSync(controllers, recorder.database))
+    return background
 
 
 def _gate(args: AppArgs, recorder: Recorder) -> Gate | None:

@@ -11,6 +11,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Protocol
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -18,7 +19,7 @@ from starlette.responses import Response
 from models.engines.base import Chunk
 from models.errors import EngineError
 from policies.budgeted import Budgeted
-from policies.experiments.shadow import Shadow
+from policies.experiments.shadow import ShadowMeter
 from router.catalog import Catalog
 from router.config import ServingLimits
 from router.decide import decide
@@ -32,7 +33,6 @@ from router.executor.task import merge
 from router.experiments.experiments import Experiments
 from router.experiments.mirror import Mirror
 from router.gate import Gate
-from router.grid_feed import GridFeed
 from router.openai_api.ask import Ask
 from router.openai_api.endpoint import Endpoint, Head, Writer
 from router.record import Recorder
@@ -44,6 +44,14 @@ logger = logging.getLogger(__name__)
 TIMEOUT_HEADER = "x-shoal-timeout-s"
 
 Answers = AsyncGenerator[tuple[int, Chunk], None]
+
+
+class Background(Protocol):
+    """Something that runs beside the requests."""
+
+    async def run(self) -> None:
+        """Run until cancelled."""
+        ...
 
 
 class Service:
@@ -60,14 +68,14 @@ class Service:
         gate: Gate | None = None,
         keep_text: bool = False,
         experiments: Experiments | None = None,
-        shadows: Sequence[Shadow] = (),
-        grid_feed: GridFeed | None = None,
+        shadows: Sequence[ShadowMeter] = (),
+        background: Sequence[Background] = (),
     ) -> None:
         """Serve with `engines`, given by name; `echo_request_id` False leaves that header out.
 
         Ray Serve adds it to every response itself. Without a `gate` everybody may ask for
-        everything. With `keep_text` records hold the last user message and the answer. A
-        `grid_feed` runs from `start` to `close`.
+        everything. With `keep_text` records hold the last user message and the answer. What
+        is in the `background` runs from `start` to `close`.
         """
         self.catalog = catalog
         self.engines = engines
@@ -82,15 +90,14 @@ class Service:
             shadows, catalog=catalog, executor=self._executor, recorder=recorder, limits=limits
         )
         self._settling: set[asyncio.Task[None]] = set()
-        self._grid_feed = grid_feed
-        self._feeding: asyncio.Task[None] | None = None
+        self._background = tuple(background)
+        self._running: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Start what runs beside the requests."""
         if self.experiments is not None:
             await self.experiments.start()
-        if self._grid_feed is not None:
-            self._feeding = asyncio.create_task(self._grid_feed.run())
+        self._running = [asyncio.create_task(one.run()) for one in self._background]
 
     async def process(self, request: Request, endpoint: Endpoint) -> Response:
         """Answer `request`, whatever happens; exactly one record is kept of it."""
@@ -116,9 +123,10 @@ class Service:
 
     async def close(self) -> None:
         """Wait for the records of requests that were cut off, then close the recorder."""
-        if self._feeding is not None:
-            self._feeding.cancel()
-            await asyncio.wait([self._feeding])
+        await asyncio.sleep(0)  # the records of the last responses
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
         if self.experiments is not None:
             await self.experiments.close()
         await self.mirror.close()
@@ -232,7 +240,8 @@ class Service:
         exchange.ended_s = time.perf_counter()
         self.mirror.after(exchange)
         if not any(True for choice in exchange.choices for _ in choice.trace.interrupted()):
-            self._record(exchange)
+            # In the loop's next turn: when the response is on its way.
+            asyncio.get_running_loop().call_soon(self._record, exchange)
             return
         settling = asyncio.ensure_future(self._settle_and_record(exchange))
         self._settling.add(settling)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,22 +39,14 @@ _MAX_LEVELS = 4
 _MEMBERS_MARGIN = 2
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tally:
-    """Requests and spending that other replicas have not heard of yet, by resource."""
-
-    num_requests: int
-    spent: Mapping[str, float]
-
-
 class Controller:
     """Chooses plans so that targets hold on average over a window. Thread-safe, without I/O.
 
     Windows follow each other from Unix time zero (a day is a UTC day) and each stands alone: what
     one saved or overspent is not carried into the next.
 
-    One controller serves one policy in one process. Replicas that share a target exchange their
-    `tally`; each solves its own prices from what all have spent.
+    One controller serves one policy in one process. Replicas that share a target `reconcile` with a
+    shared record of what all have spent; each solves its own prices from that.
     """
 
     def __init__(
@@ -93,8 +85,7 @@ class Controller:
         self._samples: Samples | None = None
         self._prices = (0.0,) * len(targets)
         self._spent = [0.0] * len(targets)
-        self._unheard_requests = 0
-        self._unheard = [0.0] * len(targets)
+        self._pending = [0.0] * len(targets)
         self._since_solve = 0
         self._solved_s = -math.inf
         self._lock = threading.Lock()
@@ -161,35 +152,33 @@ class Controller:
         key = key_of(decision.plan)
         measured = [spent(cost, target.resource) for target in self.targets]
         with self._lock:
-            differences = [
-                actual - expected[target.resource]
-                for actual, target in zip(measured, self.targets, strict=True)
-            ]
-            self._add(differences, num_requests=0)
+            for index, target in enumerate(self.targets):
+                self._spent[index] += measured[index] - expected[target.resource]
+                self._pending[index] -= expected[target.resource]
             self._corrections.learn(
                 key, measured=measured[0], estimated=self._estimate(key, query)[0]
             )
             self._solve_if_due(self._clock())
 
-    def tally(self) -> Tally:
-        """Return and forget what other replicas have not heard of."""
-        with self._lock:
-            amounts: dict[str, float] = {
-                t.resource: a for t, a in zip(self.targets, self._unheard, strict=True)
-            }
-            tally = Tally(num_requests=self._unheard_requests, spent=amounts)
-            self._unheard_requests = 0
-            self._unheard = [0.0] * len(self.targets)
-        return tally
+    def window_started_s(self, now_s: float) -> float:
+        """Return the Unix time at which the window that holds `now_s` began."""
+        return now_s - now_s % self._pace.window_s
 
-    def absorb(self, tally: Tally) -> None:
-        """Add what another replica spent, so that the target holds for all together."""
+    def reconcile(
+        self, *, num_requests: int, spent: Mapping[str, float], first_request_s: float
+    ) -> None:
+        """Take over what a shared record says of this window: all replicas' requests, and earlier.
+
+        `spent` maps resources to what settled requests cost since the window began, and
+        `first_request_s` is the Unix time of the first of them. What this process still has running
+        is added at its estimate.
+        """
         now_s = self._clock()
         with self._lock:
-            if tally.num_requests:
-                self._count(now_s, tally.num_requests)
+            self._count(now_s, 0)
+            self._pace.reconcile(now_s, num_requests=num_requests, first_request_s=first_request_s)
             for index, target in enumerate(self.targets):
-                self._spent[index] += tally.spent.get(target.resource, 0.0)
+                self._spent[index] = spent[target.resource] + self._pending[index]
 
     def _candidates(
         self, query: Query, decision: Decision, prices: Sequence[float]
@@ -286,14 +275,10 @@ class Controller:
 
     def _commit(self, expected: Sequence[float]) -> None:
         with self._lock:
-            self._add(expected, num_requests=1)
+            for index, amount in enumerate(expected):
+                self._spent[index] += amount
+                self._pending[index] += amount
             self._solve_if_due(self._clock())
-
-    def _add(self, amounts: Sequence[float], *, num_requests: int) -> None:
-        for index, amount in enumerate(amounts):
-            self._spent[index] += amount
-            self._unheard[index] += amount
-        self._unheard_requests += num_requests
 
     def _count(self, now_s: float, num_requests: int) -> None:
         intensity = self._costs.gco2e_per_wh

@@ -83,6 +83,24 @@ class Pace:
         self._elapsed_s = max(self._elapsed_s, now_s - self._started_s)
         return began
 
+    def reconcile(self, now_s: float, *, num_requests: int, first_request_s: float) -> None:
+        """Count what others know of this window: `num_requests` in all since `first_request_s`.
+
+        To be called in a window that has begun. Requests that were not counted here are put where
+        they may have been: since the last time, or evenly since the first one after a restart.
+        """
+        assert self._started_s is not None
+        here = self._bin(now_s)
+        missing = num_requests - self.num_requests
+        first = min(self._bin(first_request_s), here)
+        if first_request_s < self._started_s:
+            self._started_s = first_request_s
+            self._elapsed_s = max(self._elapsed_s, now_s - first_request_s)
+        else:
+            first = here
+        if missing > 0:
+            self._counts[first : here + 1] += missing / (here + 1 - first)
+
     def horizon(self, now_s: float) -> Horizon:
         """Return the forecast from `now_s` to the end of the window, or a little beyond."""
         here = self._bin(now_s)
@@ -120,7 +138,7 @@ class Pace:
         return float((self.num_requests + prior) / max(expected + prior, 1e-9))
 
     def _relative(self, here: int, bins: NDArray[np.int_]) -> NDArray[np.float64]:
-        """Return the grid's rhythm; where today is dirtier than yesterday, it is taken to stay so."""
+        """Return the grid's rhythm; a day dirtier than yesterday is taken to stay so."""
         profile = self._intensity_profile
         if profile is None or not profile[here] > 0:
             return np.ones(len(bins))

@@ -1,0 +1,115 @@
+"""Budget targets across replicas and restarts: the ledger knows what all of them have spent."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from policies.base import Decision, ModelFacts, Query
+from policies.budget import Controller, Target
+from policies.footprint import Rates
+from policies.plan import Answer
+from router.budget_sync import BudgetSync, read_spending
+from router.ledger.writer import Ledger
+from router.record import RequestRecord
+from tests.router.ledger.records import record as plausible
+
+DAY_S = 86_400.0
+NOON_S = 20_000 * DAY_S + DAY_S / 2
+RATES = Rates(usd_per_input_token=0.0, usd_per_output_token=0.01)
+
+
+def record(number: int, **fields: Any) -> RequestRecord:
+    """Return the record of a request at noon that cost one dollar."""
+    values = {
+        "time_s": NOON_S - 60 * number,
+        "policy": "thrifty",
+        "usd": 1.0,
+        "wh": 2.0,
+        "gco2e": 3.0,
+        **fields,
+    }
+    return plausible(number, **values)
+
+
+def controller() -> Controller:
+    """Return a controller at noon with a target in dollars."""
+    return Controller(
+        models={"m": ModelFacts(name="m", rates=RATES)},
+        clock=lambda: NOON_S,
+        targets=[Target(resource="usd", amount=10.0)],
+    )
+
+
+def test_spending_is_that_of_the_windows_answered_requests(
+    new_ledger: Callable[..., Ledger],
+) -> None:
+    """Other policies, refused requests and yesterday do not count."""
+    ledger = new_ledger()
+    records = [
+        record(1),
+        record(2),
+        record(3, policy="other"),
+        record(4, status=429),
+        record(5, time_s=NOON_S - DAY_S),
+    ]
+    for one in records:
+        ledger.record(one)
+    asyncio.run(ledger.close())
+    since_s = NOON_S - DAY_S / 2
+    spending = read_spending(ledger.database, policy="thrifty", since_s=since_s)
+    assert spending is not None
+    assert spending.num_requests == 2
+    assert spending.first_request_s == pytest.approx(NOON_S - 120)
+    assert spending.spent == {"usd": 2.0, "wh": 4.0, "gco2e": 6.0}
+    assert read_spending(ledger.database, policy="nobody", since_s=since_s) is None
+
+
+def test_a_controller_learns_what_other_replicas_spent(
+    new_ledger: Callable[..., Ledger],
+) -> None:
+    """The background task tells it, with what it still has running on top."""
+    ledger = new_ledger()
+    for number in range(5):
+        ledger.record(record(number))
+    mine = controller()
+    mine.choose(Query(text=""), Decision(plan=Answer(members=("m",)), scores={"m": 0.5}))
+    running_usd = mine.spent()["usd"]
+    assert running_usd > 0
+
+    async def sync() -> None:
+        await ledger.flush()
+        background = BudgetSync({"thrifty": mine}, ledger.database, clock=lambda: NOON_S)
+        task = asyncio.create_task(background.run())
+        async with asyncio.timeout(30):
+            while mine.spent()["usd"] == running_usd:  # noqa: ASYNC110 - it tells nobody
+                await asyncio.sleep(0.01)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        await ledger.close()
+
+    asyncio.run(sync())
+    assert mine.spent()["usd"] == pytest.approx(5.0 + running_usd)
+
+
+def test_a_database_that_fails_is_logged_and_asked_again(caplog: pytest.LogCaptureFixture) -> None:
+    """Without the table nothing is raised into the server; the own count goes on."""
+    database = sa.create_engine("sqlite://")
+    mine = controller()
+
+    async def sync() -> None:
+        background = BudgetSync({"thrifty": mine}, database, interval_s=0.01, clock=lambda: NOON_S)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await background.run()
+
+    with caplog.at_level(logging.WARNING, "router.budget_sync"):
+        asyncio.run(sync())
+    database.dispose()
+    assert "keep their own count" in caplog.text
+    assert mine.spent() == {"usd": 0.0}
