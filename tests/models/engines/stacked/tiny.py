@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,6 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from models.card import read_card
 from models.engines.base import Chunk, Engine, GenerationRequest, SamplingOptions
 from models.engines.stacked import create
+from models.engines.stacked.evidence import LaneWeights
+from models.engines.stacked.sampler import SamplerState
+from models.engines.stacked.sequence import Sequence as EngineSequence
+from models.engines.stacked.text import TextStream
 from models.pool import EngineSpec, Model, ModelSpec
 
 VOCAB_SIZE = 320
@@ -63,7 +68,7 @@ def save_checkpoint(folder: Path, kind: str = "llama", *, seed: int = 0, **overr
     """Save a random checkpoint with gains and biases that are not their initial ones."""
     options = {**ARCHITECTURES[kind], **overrides}
     config = AutoConfig.for_model(
-        kind.split("-")[0].removesuffix("3") if kind == "llama3-rope" else kind,
+        kind.split("-", maxsplit=1)[0].removesuffix("3") if kind == "llama3-rope" else kind,
         **{
             "vocab_size": VOCAB_SIZE,
             "hidden_size": 64,
@@ -186,3 +191,18 @@ def answer(engine: Engine, *wanted: GenerationRequest) -> list[list[Chunk]]:
             return await asyncio.gather(*(read(engine, one) for one in wanted))
 
     return asyncio.run(run())
+
+
+def make_sequence(tokens: Sequence[int], members: tuple[int, ...]) -> EngineSequence:
+    """The engine's state of a request with room for 8 more tokens, not yet admitted."""
+    return EngineSequence(
+        request=GenerationRequest(request_id="r", prompt_tokens=tuple(tokens), members=()),
+        members=members,
+        weights=LaneWeights((1 / len(members),) * len(members)),
+        lane_of=tuple(range(len(members))),
+        tokens=list(tokens),
+        max_new_tokens=8,
+        sampler=SamplerState(SamplingOptions(), None, random.Random(0)),
+        text=TextStream(()),
+        send=lambda outcome: None,
+    )
