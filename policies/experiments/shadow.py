@@ -72,22 +72,27 @@ class ShadowMeter:
     """Admits mirrored requests and counts what they cost, apart from what clients cost.
 
     The estimate is reserved before a mirrored request runs and settled after, so the cap holds
-    while several run. Days are UTC days. One meter per process: split the cap among them.
+    while several run. Days are UTC days. Each of `num_processes` gets an equal part of the cap, so
+    it holds for all together; `spent_usd` is what all of them spent on the day of `now_s` before
+    this one started.
     """
 
-    def __init__(self, shadow: Shadow) -> None:
-        self._shadow = shadow
+    def __init__(
+        self, shadow: Shadow, *, num_processes: int = 1, spent_usd: float = 0.0, now_s: float = 0.0
+    ) -> None:
+        self.shadow = shadow
+        self._cap_usd = shadow.usd_per_day / num_processes
         self._mirrors = Uniform("shadow", shadow.name)
-        self._day = 0
+        self._day = int(now_s // _DAY_S)
         self._reserved_usd = 0.0
         self._running = 0
-        self.spent_today_usd = 0.0
+        self.spent_today_usd = spent_usd / num_processes
         self.num_mirrored = 0
         self.num_skipped = 0
 
     def wants(self, request_id: str, *, model: str) -> bool:
         """Return whether this request belongs to the mirrored share; always the same answer."""
-        shadow = self._shadow
+        shadow = self.shadow
         return model in shadow.models and self._mirrors(request_id.encode()) < shadow.share
 
     def admit(self, *, estimate_usd: float, now_s: float) -> bool:
@@ -96,8 +101,8 @@ class ShadowMeter:
         if day != self._day:
             self._day, self.spent_today_usd = day, 0.0
         committed_usd = self.spent_today_usd + self._reserved_usd + estimate_usd
-        full = self._running >= self._shadow.concurrency
-        if full or committed_usd > self._shadow.usd_per_day:
+        full = self._running >= self.shadow.concurrency
+        if full or committed_usd > self._cap_usd:
             self.num_skipped += 1
             return False
         self._running += 1

@@ -35,11 +35,11 @@ def mirrored_request_id(shadow: str, request_id: str) -> str:
 
 
 class Mirror:
-    """Mirrors answered requests to the policies of `shadows`, each within its share and cap."""
+    """Mirrors answered requests to other policies, each within its meter's share and cap."""
 
     def __init__(
         self,
-        shadows: Sequence[Shadow],
+        meters: Sequence[ShadowMeter],
         *,
         catalog: Catalog,
         executor: Executor,
@@ -47,7 +47,7 @@ class Mirror:
         limits: ServingLimits,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._meters = [(shadow, ShadowMeter(shadow)) for shadow in shadows]
+        self._meters = tuple(meters)
         self._catalog = catalog
         self._executor = executor
         self._recorder = recorder
@@ -58,7 +58,7 @@ class Mirror:
     @property
     def shadows(self) -> tuple[Shadow, ...]:
         """The configured shadows."""
-        return tuple(shadow for shadow, _ in self._meters)
+        return tuple(meter.shadow for meter in self._meters)
 
     def after(self, exchange: Exchange) -> None:
         """Mirror the request that `exchange` has answered, where its turn has come.
@@ -68,10 +68,10 @@ class Mirror:
         """
         if exchange.status != 200 or len(exchange.choices) != 1 or exchange.ask is None:
             return
-        for shadow, meter in self._meters:
+        for meter in self._meters:
             if not meter.wants(exchange.id, model=exchange.ask.model):
                 continue
-            mirrored = self._prepare(shadow, exchange)
+            mirrored = self._prepare(meter.shadow, exchange)
             estimate_usd = estimate(
                 mirrored.choices[0].plan,
                 self._catalog.rates,

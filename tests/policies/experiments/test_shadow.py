@@ -46,6 +46,15 @@ def test_the_cap_holds_with_reservations() -> None:
     assert m.spent_today_usd == 0
 
 
+def test_processes_share_the_cap_and_remember_the_day() -> None:
+    """Four processes get a quarter each, less what was spent today; tomorrow it starts anew."""
+    shadow = Shadow(name="s", policy="new", share=1.0, usd_per_day=0.4, concurrency=9)
+    m = ShadowMeter(shadow, num_processes=4, spent_usd=0.36, now_s=86_400.0)
+    assert [ask(m, usd=0.01) for _ in range(2)] == [True, False]
+    m.settle(estimate_usd=0.01, usd=0.01)
+    assert [ask(m, usd=0.06, day=2) for _ in range(2)] == [True, False]
+
+
 def test_only_so_many_run_at_once() -> None:
     """A third one is skipped while two run, and admitted after one has ended."""
     m = meter()
