@@ -85,7 +85,7 @@ MEMBERS: Final = (
     _chunk("arithmetic", seed=1, num_steps=1100, num_decay_steps=200),
     _chunk("conversion", seed=2, num_steps=1200, num_decay_steps=200),
     _chunk("text", seed=3, num_steps=700, num_decay_steps=175),
-    _chunk("code", seed=4, num_steps=1000, num_decay_steps=200),
+    _chunk("code", seed=4, num_steps=1400, num_decay_steps=250),
     Member(
         name="base",
         shape=BASE,
