@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 POOL := models/pools/default
 
-.PHONY: bench-routing pool-router setup serve test test-fast check bench clean
+.PHONY: bench-routing pool-router setup serve test test-fast check bench pool-cascade clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -42,6 +42,10 @@ bench-routing: $(STAMP)
 pool-router: $(STAMP)
 	$(BIN)/shoal train router $(POOL)/outcomes.jsonl --split router --bits 15 --out $(POOL)/router.npz
 	$(BIN)/shoal evaluate router $(POOL)/router.npz $(POOL)/outcomes.jsonl --split test
+
+# Relearns the default pool's cascade and fusion weights, measures every policy, writes both.
+pool-cascade: $(STAMP)
+	$(BIN)/python -m tests.bench.frontier --pool $(POOL) --install
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,6 +1,6 @@
 """Every policy on the pool's held-out queries: accuracy, cost, fusion weights, Pareto frontier.
 
-    python -m tests.bench.frontier [--pool POOL] [--budget 40] [--install]
+    python -m tests.bench.frontier [--pool POOL] [--budget 40] [--queries 3200 1600] [--install]
 
 Learns scorer, cascades and evidence temperature on the outcomes' split "router" and measures on
 "test". Writes docs/cascade/{frontier.png,results.md} and one JSON line. `--install` also writes
@@ -32,7 +32,7 @@ from policies.cascade.scorer import LearnedScorer
 from policies.cascade.table import answer_table
 from policies.evidence import HeldOutAnswers, calibrate, evidence_weights, mixture_nll
 from policies.fused import with_prior
-from policies.outcomes import read_outcomes
+from policies.outcomes import Outcome, read_outcomes
 from policies.plan import Answer, Plan
 from tests.bench.frontier_data import fused_outcomes, likelihoods
 from tests.bench.frontier_plot import draw
@@ -68,11 +68,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--pool", type=Path, default=DEFAULT_POOL)
     parser.add_argument("--budget", type=float, default=40, help="percent of always-base cost")
+    parser.add_argument(
+        "--queries", type=int, nargs=2, help="how many to learn from and to measure; default all"
+    )
     parser.add_argument("--install", action="store_true", help="write cascade.npz and pool.yaml")
     options = parser.parse_args()
     torch.set_num_threads(2)
     pool = load_pool(options.pool)
-    bench = Bench(pool, options.budget / 100)
+    bench = Bench(pool, options.budget / 100, options.queries or (10**9, 10**9))
     text, figures = bench.run()
     print(text)
     DOCS.mkdir(parents=True, exist_ok=True)
@@ -85,7 +88,7 @@ def main() -> None:
 class Bench:
     """One run; see the module's docstring."""
 
-    def __init__(self, pool: Pool, budget: float) -> None:
+    def __init__(self, pool: Pool, budget: float, queries: tuple[int, int]) -> None:
         self.pool = pool
         self.budget = budget
         device = find_device(DEVICE)
@@ -98,8 +101,9 @@ class Bench:
         largest = max(pool.models, key=lambda m: m.card.parameters if m.card else 0)
         self.base = largest.name
         self.chunks = tuple(m.name for m in pool.models if m.name != self.base)
-        self.train = read_outcomes(pool.folder / "outcomes.jsonl", split="router")
-        self.test = read_outcomes(pool.folder / "outcomes.jsonl", split="test")
+        file = pool.folder / "outcomes.jsonl"
+        self.train = _spread(read_outcomes(file, split="router"), queries[0])
+        self.test = _spread(read_outcomes(file, split="test"), queries[1])
 
     def run(self) -> tuple[str, dict[str, object]]:
         """Return the report as Markdown, and its main figures."""
@@ -441,6 +445,13 @@ def install(bench: Bench, pool: Pool) -> None:
     partial = file.with_name(".pool.yaml.partial")
     partial.write_text(heading + yaml.safe_dump(content, sort_keys=False))
     partial.replace(file)
+
+
+def _spread(outcomes: list[Outcome], num: int) -> list[Outcome]:
+    """Return `num` of the outcomes at equal distances, all of them if they are fewer."""
+    if num >= len(outcomes):
+        return outcomes
+    return [outcomes[i] for i in np.linspace(0, len(outcomes) - 1, num).round().astype(int)]
 
 
 def _powered(fact: ModelFacts) -> ModelFacts:

@@ -81,6 +81,7 @@ def _annotate(axes: Any, rows: list[Any]) -> None:
         if near and y < max(near) + least_gap:
             y = max(near) + least_gap
         placed.append((row.usd, y))
+        axes.set_ylim(top=max(axes.get_ylim()[1], y + least_gap))
         axes.annotate(
             row.name,
             (row.usd * 1e3, row.accuracy),

@@ -12,6 +12,7 @@ from policies.cascade.frontier import (
     StageTable,
     columns,
     search,
+    thin,
     within_budget,
 )
 from policies.errors import PolicyError
@@ -150,3 +151,14 @@ def test_an_unaffordable_budget_names_the_cheapest_cost() -> None:
     point = CascadePoint(stages=("ada",), thresholds=(), gates=(), accuracy=0.5, cost=2.0)
     with pytest.raises(PolicyError, match="cheapest chain's cost, 2"):
         within_budget([point], 1.0)
+
+
+def test_thinning_drops_what_a_better_point_follows_closely() -> None:
+    """Of points whose costs are about the same the best one stays; the others are untouched."""
+
+    def point(cost: float, accuracy: float) -> CascadePoint:
+        return CascadePoint(stages=("ada",), thresholds=(), gates=(), accuracy=accuracy, cost=cost)
+
+    frontier = [point(1.0, 0.5), point(1.001, 0.6), point(1.004, 0.7), point(2.0, 0.8)]
+    assert thin(frontier, 0.005) == (frontier[2], frontier[3])
+    assert thin(frontier, 0.0) == tuple(frontier)
