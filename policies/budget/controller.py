@@ -76,6 +76,7 @@ class Controller:
         self._clock = clock
         self._law = law
         self._groups = tuple(tuple(group) for group in groups)
+        self._fusible: list[Key] = [(name,) for group in self._groups for name in group]
         self._limits = limits
         self._expected_output_tokens = expected_output_tokens
         self._num_samples = num_samples
@@ -184,14 +185,12 @@ class Controller:
         self, query: Query, decision: Decision, prices: Sequence[float]
     ) -> tuple[list[Candidate], float]:
         n_star = math.inf
-        if self._law is not None and self._groups and any(prices):
+        if self._law is not None and self._fusible and any(prices):
             # The mean member's priced cost; members of a group are alike in size.
-            names = [name for group in self._groups for name in group]
+            alone = self._expected(self._fusible, query)
             priced = sum(
-                price * cost
-                for name in names
-                for price, cost in zip(prices, self._expected([(name,)], query)[0], strict=True)
-            ) / len(names)
+                price * cost for costs in alone for price, cost in zip(prices, costs, strict=True)
+            ) / len(alone)
             n_star = self._law.optimal_members(1.0, priced)
         return candidates(
             decision,

@@ -31,7 +31,7 @@ class CostModel:
         # One model's rates stand for all: a live mapping reprices every model at once.
         self._anchor = next(iter(models))
         self._anchor_rates = models[self._anchor].rates
-        self._by_key: dict[Key, Coefficients] = {}
+        self._by_key: dict[Key | frozenset[str], Coefficients] = {}
         self.rates: dict[str, Rates] = {name: facts.rates for name, facts in models.items()}
 
     @property
@@ -51,7 +51,9 @@ class CostModel:
 
     def coefficients(self, key: Key) -> Coefficients:
         """Return the coefficients, in the order of the resources, of the plan `key` stands for."""
-        found = self._by_key.get(key)
+        # The order of fused members costs nothing, and follows each query's scores.
+        same = frozenset(key) if isinstance(key, tuple) and len(key) > 1 else key
+        found = self._by_key.get(same)
         if found is None:
             plan = Answer(members=key) if isinstance(key, tuple) else key
             read = estimate(plan, self.rates, prompt_tokens=1, output_tokens=0)
@@ -61,7 +63,7 @@ class CostModel:
             )
             if len(self._by_key) >= _MAX_REMEMBERED:
                 self._by_key = {}
-            self._by_key[key] = found
+            self._by_key[same] = found
         return found
 
 
