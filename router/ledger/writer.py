@@ -56,6 +56,7 @@ class Ledger:
         self._items: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._dropped_rows = 0
         self._closing = threading.Event()
+        self._urgent = threading.Event()
         self._thread = threading.Thread(target=self._run, name="shoal-ledger", daemon=True)
         self._thread.start()
 
@@ -89,6 +90,7 @@ class Ledger:
         if not self._closing.is_set():
             self._closing.set()
             self._items.put(None)
+            self._urgent.set()
         self._thread.join(self._close_timeout_s)
         if self._thread.is_alive():
             self._logger.error(
@@ -101,6 +103,7 @@ class Ledger:
     def _flush(self) -> None:
         written = threading.Event()
         self._items.put(written)
+        self._urgent.set()
         while not written.wait(0.1):
             if not self._thread.is_alive():
                 return
@@ -114,16 +117,22 @@ class Ledger:
                 event.set()
 
     def _take(self) -> tuple[list[RequestRecord], list[threading.Event], bool]:
-        """Wait for a first row, then gather for one flush interval, or until told to flush."""
+        """Wait for a first row, then one flush interval or until told to flush, and take all.
+
+        Waking for every row would cost each request a turn of the interpreter's lock.
+        """
         batch: list[RequestRecord] = []
         item = self._items.get()
-        deadline_s = time.monotonic() + self._flush_interval_s
+        if isinstance(item, RequestRecord) and self._items.qsize() < _BATCH_ROWS:
+            self._urgent.wait(self._flush_interval_s)
+        self._urgent.clear()  # before taking: whoever is urgent from here on is heard next time
         while isinstance(item, RequestRecord):
             batch.append(item)
             if len(batch) >= _BATCH_ROWS:
+                self._urgent.set()  # somebody may wait behind the rest
                 return batch, [], False
             try:
-                item = self._items.get(timeout=max(0.0, deadline_s - time.monotonic()))
+                item = self._items.get_nowait()
             except queue.Empty:
                 return batch, [], False
         return batch, [item] if item else [], item is None
