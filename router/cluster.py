@@ -66,6 +66,8 @@ def prepared_environment(haproxy: str | None) -> Iterator[None]:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
             # Nobody else sends requests here once the command ends.
+            # A busy machine takes longer than the default 5 s to start the HTTP proxy.
+            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
             "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "0.5",
         }
