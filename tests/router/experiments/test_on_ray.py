@@ -51,7 +51,8 @@ def write_config(folder: Path) -> Path:
         },
     }
     file = folder / "config.yaml"
-    file.write_text(yaml.safe_dump(config))
+    # The first arm is the control, so the order matters.
+    file.write_text(yaml.safe_dump(config, sort_keys=False))
     return file
 
 
