@@ -71,7 +71,8 @@ class Corrections:
     """How measured costs compare with estimates, by member (or by plan where it is no Answer).
 
     Answers are shorter or longer than expected, cascades stop early: the running mean of measured
-    over estimated cost turns an estimate into an expectation.
+    over estimated cost turns an estimate into an expectation. What was never chosen is taken to be
+    like everything else, so that a wrong guess of lengths does not rule it out for ever.
     """
 
     # Means over the first observations, then exponential with this weight.
@@ -79,23 +80,28 @@ class Corrections:
 
     def __init__(self) -> None:
         self._ratios: dict[object, tuple[float, int]] = {}
+        self._overall = (1.0, 0)
 
     def of(self, key: Key) -> float:
         """Return the factor by which to multiply the estimate of `key`."""
+        ratios, unknown = self._ratios, self._overall
         if isinstance(key, tuple):
             if len(key) == 1:
-                return self._ratios.get(key[0], _NO_CORRECTION)[0]
-            return sum(self._ratios.get(name, _NO_CORRECTION)[0] for name in key) / len(key)
-        return self._ratios.get(key, _NO_CORRECTION)[0]
+                return ratios.get(key[0], unknown)[0]
+            return sum(ratios.get(name, unknown)[0] for name in key) / len(key)
+        return ratios.get(key, unknown)[0]
 
     def learn(self, key: Key, *, measured: float, estimated: float) -> None:
         """Take one measurement; an estimate of zero teaches nothing."""
         if estimated <= 0:
             return
+        ratio = measured / estimated
         for part in key if isinstance(key, tuple) else (key,):
-            ratio, count = self._ratios.get(part, _NO_CORRECTION)
-            weight = max(1 / (count + 1), self._MIN_WEIGHT)
-            self._ratios[part] = (ratio + weight * (measured / estimated - ratio), count + 1)
+            # What is believed of all the others counts like one observation.
+            mean, count = self._ratios.get(part, (self._overall[0], 1))
+            self._ratios[part] = self._updated(mean, count, ratio)
+        self._overall = self._updated(*self._overall, ratio)
 
-
-_NO_CORRECTION = (1.0, 0)
+    def _updated(self, mean: float, count: int, ratio: float) -> tuple[float, int]:
+        weight = max(1 / (count + 1), self._MIN_WEIGHT)
+        return mean + weight * (ratio - mean), count + 1

@@ -334,3 +334,18 @@ def test_one_resource_has_one_target():
     target = Target(resource="wh", amount=1.0)
     with pytest.raises(PolicyError, match="each resource at most once"):
         two_models(targets=[target, target])
+
+
+def test_a_wrong_guess_of_lengths_does_not_rule_out_what_was_never_chosen():
+    """Answers a tenth as long as guessed make every model cheaper, not only those in use."""
+    clock = Clock()
+    controller = two_models(clock, targets=[Target(resource="wh", amount=1e6)])
+    query = Query(text="")
+    for _ in range(50):
+        decision = controller.choose(query, prefers_large(0.5))
+        controller.observe(query, decision, Footprint(wh=1.0))
+    decision = controller.choose(
+        query, Decision(plan=Answer(members=("small",)), scores={"small": 0.9, "large": 0.1})
+    )
+    assert members(decision.plan) == ("small",)
+    assert decision.details["budget"]["expected"]["wh"] == pytest.approx(0.1, rel=0.05)
