@@ -10,7 +10,7 @@ from importlib import import_module
 
 import torch
 
-from tests.bench.harness import Row, environment, print_rows, save
+from tests.bench.harness import Row, environment, print_row, save
 
 MODULES = ("engine", "overhead", "routing", "budget", "experiments")
 
@@ -32,13 +32,12 @@ def main() -> None:
     failed: dict[str, str] = {}
     for name in arguments.names or MODULES:
         try:
-            measured = import_module(f"tests.bench.{name}").run(arguments.quick)
+            for row in import_module(f"tests.bench.{name}").run(arguments.quick):
+                print_row(row)
+                rows.append({"bench": name, **row})
         except Exception as error:
             failed[name] = repr(error)
             print(f"FAIL {name}: {error!r}", flush=True)
-            continue
-        print_rows(measured)
-        rows += [{"bench": name, **row} for row in measured]
     record = {"environment": environment(), "quick": arguments.quick, "rows": rows}
     if failed:
         record["failed"] = failed

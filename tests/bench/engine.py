@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -32,13 +32,11 @@ NUM_CONCURRENT = 16
 _ids = count()
 
 
-def run(quick: bool) -> list[Row]:
-    """Measure every row; `quick` leaves out the larger models and most repetitions."""
-    rows: list[Row] = []
+def run(quick: bool) -> Iterator[Row]:
+    """Measure row by row; `quick` leaves out the larger models and most repetitions."""
     for school in (SHIPPED,) if quick else (SHIPPED, LARGER):
         with tempfile.TemporaryDirectory() as folder, asyncio.Runner() as runner:
-            rows += _School(school, Path(folder), runner, quick=quick).rows()
-    return rows
+            yield from _School(school, Path(folder), runner, quick=quick).rows()
 
 
 class _School:
@@ -55,7 +53,7 @@ class _School:
         self._num_tokens = (64 if small else 24) if quick else (128 if small else 48)
         self._pairs = 3 if quick else 7 if small else 5
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> Iterator[Row]:
         engines = {
             "all": build_engine(self._members),
             "one": build_engine(self._members[:1]),
@@ -64,13 +62,11 @@ class _School:
         for engine in engines.values():
             self._runner.run(engine.start())
         try:
-            return [
-                self._single(engines["one"]),
-                self._fused(engines["all"]),
-                self._against_base(engines["all"], engines["base"]),
-                *self._k_of_n(engines["all"], engines["one"]),
-                *self._concurrent(engines["one"]),
-            ]
+            yield self._single(engines["one"])
+            yield self._fused(engines["all"])
+            yield self._against_base(engines["all"], engines["base"])
+            yield from self._k_of_n(engines["all"], engines["one"])
+            yield from self._concurrent(engines["one"])
         finally:
             for engine in engines.values():
                 self._runner.run(engine.stop())
@@ -107,9 +103,8 @@ class _School:
             base_bytes=weight_bytes([self._base]),
         )
 
-    def _k_of_n(self, engine: Engine, alone: Engine) -> list[Row]:
+    def _k_of_n(self, engine: Engine, alone: Engine) -> Iterator[Row]:
         """Cost per token of k of n members, against an engine that holds one only."""
-        rows = []
         for k in range(1, len(self._members) + 1):
             many, one = paired(
                 partial(seconds, partial(self._answer, engine, k)),
@@ -117,20 +112,17 @@ class _School:
                 pairs=self._pairs,
             )
             cost = statistics.median(many) / statistics.median(one)
-            rows.append(
-                {
-                    "name": f"{self._name}: {k} of {len(self._members)} members, cost of a token",
-                    "unit": "x an engine of one",
-                    "measured": round(cost, 2),
-                    "ours": round(statistics.median(many) / self._num_tokens * 1e3, 3),
-                    "other": round(statistics.median(one) / self._num_tokens * 1e3, 3),
-                    "ceiling": float(k),
-                    **({"target": 1.3, "ok": cost <= 1.3} if k == 1 else {}),
-                }
-            )
-        return rows
+            yield {
+                "name": f"{self._name}: {k} of {len(self._members)} members, cost of a token",
+                "unit": "x an engine of one",
+                "measured": round(cost, 2),
+                "ours": round(statistics.median(many) / self._num_tokens * 1e3, 3),
+                "other": round(statistics.median(one) / self._num_tokens * 1e3, 3),
+                "ceiling": float(k),
+                **({"target": 1.3, "ok": cost <= 1.3} if k == 1 else {}),
+            }
 
-    def _concurrent(self, engine: Engine) -> list[Row]:
+    def _concurrent(self, engine: Engine) -> Iterator[Row]:
         model = rivals.load(self._members[0])
         prompts = [PROMPT] * NUM_CONCURRENT
         others: dict[str, Callable[[], None]] = {
@@ -139,15 +131,13 @@ class _School:
                 model, prompts, self._num_tokens
             ),
         }
-        return [
-            self._row(
+        for name, other in others.items():
+            yield self._row(
                 f"{NUM_CONCURRENT} requests at once, against transformers' {name}",
                 self._rate(partial(self._answer, engine, 1, NUM_CONCURRENT), NUM_CONCURRENT),
                 self._rate(other, NUM_CONCURRENT),
                 target=1.5,
             )
-            for name, other in others.items()
-        ]
 
     def _row(
         self,

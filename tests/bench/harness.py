@@ -1,9 +1,9 @@
 """What every benchmark shares: paired measurements, the machine's ceiling, the table, the record.
 
-A benchmark is a module in this folder with `run(quick) -> list[Row]`, named in `__main__`. A row is
-a dict: `name` and `measured` always; `unit`, `target`, `ceiling`, `ok`, and for paired rows
-`ours`, `other` (medians) and what else is worth keeping. Figures of paired rows are ratios of
-medians over interleaved runs (A B A B ...), so that other load on the machine hits both.
+A benchmark is a module in this folder with `run(quick)` that returns or yields rows, and is named
+in `__main__`. A row is a dict: `name` and `measured` always; `unit`, `target`, `ceiling`, `ok`, and
+for paired rows `ours`, `other` (medians) and what else is worth keeping. Figures of paired rows are
+ratios of medians over interleaved runs (A B A B ...), so that other load on the machine hits both.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import socket
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -110,17 +110,16 @@ def environment() -> Row:
     }
 
 
-def print_rows(rows: Iterable[Row]) -> None:
-    """Print one line per row: ours, other, the figure, its target and its ceiling."""
-    for row in rows:
-        mark = {True: "ok  ", False: "MISS"}.get(row.get("ok"), "    ")  # type: ignore[arg-type]
-        sides = f"{row['ours']:>10} {row['other']:>10}" if "other" in row else " " * 21
-        print(
-            f"{mark} {row['name']:<64} {sides} {row['measured']!s:>9} "
-            f"target {row.get('target') or '-'!s:>7} ceiling {row.get('ceiling') or '-'!s:>9} "
-            f"{row.get('unit', '')}",
-            flush=True,
-        )
+def print_row(row: Row) -> None:
+    """Print ours, other, the figure, its target and its ceiling."""
+    mark = {True: "ok  ", False: "MISS"}.get(row.get("ok"), "    ")  # type: ignore[arg-type]
+    sides = f"{row['ours']:>10} {row['other']:>10}" if "other" in row else " " * 21
+    target, ceiling = (row.get(key) or "-" for key in ("target", "ceiling"))
+    print(
+        f"{mark} {row['name']:<72} {sides} {row['measured']!s:>9} "
+        f"target {target!s:>7} ceiling {ceiling!s:>9} {row.get('unit', '')}",
+        flush=True,
+    )
 
 
 def save(record: Row) -> Path:

@@ -50,7 +50,7 @@ def reference(logp: Tensor, options: SamplingOptions) -> Tensor:
     return processors(torch.zeros(1, 1, dtype=torch.long), logp[None].clone())[0].softmax(-1)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 10**6),
     vocab_size=st.sampled_from([7, 300, 1000]),
@@ -69,12 +69,12 @@ def test_filters_are_those_of_transformers(
     )
     options = SamplingOptions(**given_options)
     expected = reference(logp, options)
-    points = [(i + 0.5) / 400 for i in range(400)]
+    points = [(i + 0.5) / 250 for i in range(250)]
     batch = logp.expand(len(points), -1)
     drawn = draw(batch, [SamplerState(options, None, Uniform(u)) for u in points]).token_ids
     shares = torch.bincount(torch.tensor(drawn), minlength=vocab_size) / len(points)
     # Every draw is a quantile, so shares are within one step; at most one token is on the edge.
-    off = (shares - expected).abs() > 2 / 400 + 0.02 * expected
+    off = (shares - expected).abs() > 2 / 250 + 0.02 * expected
     assert off.sum() <= 1
     assert (expected[shares > 0] == 0).sum() <= 1
 
