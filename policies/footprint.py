@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from policies.plan import Answer, Best, Plan, children
@@ -41,7 +41,7 @@ class Footprint:
 
     def to_json(self) -> dict[str, Any]:
         """Return the footprint as JSON data, with how idle energy is treated."""
-        return {**asdict(self), "idle": IDLE_SHARE}
+        return {**vars(self), "idle": IDLE_SHARE}
 
     def _with(self, other: Footprint, latency_s: float) -> Footprint:
         return Footprint(

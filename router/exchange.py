@@ -112,8 +112,12 @@ class Exchange:
 
     def footprint(self, rates: Mapping[str, Rates]) -> Footprint:
         """Return what everything that ran has cost, its latency as measured so far."""
+        return self.total(self.member_footprints(rates))
+
+    def total(self, parts: Mapping[str, Footprint]) -> Footprint:
+        """Return the sum of the members' footprints, its latency as measured so far."""
         total = Footprint()
-        for cost in self.member_footprints(rates).values():
+        for cost in parts.values():
             total = total.beside(cost)
         return replace(total, latency_s=self.elapsed_s)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from policies.footprint import Footprint
@@ -16,7 +17,8 @@ def shoal_field(exchange: Exchange, catalog: Catalog) -> dict[str, Any]:
     `plan`, `reason`, `members` and `weights` are the first choice's; the members are those whose
     text it is. Tokens and cost are of everything that ran, stages that were not accepted included.
     """
-    cost = exchange.footprint(catalog.rates)
+    parts = exchange.member_footprints(catalog.rates)
+    cost = exchange.total(parts)
     [decision, *_] = exchange.decisions
     run = exchange.choices[0].trace.accepted_run()
     accepted = run.plan if run is not None and isinstance(run.plan, Answer) else None
@@ -31,7 +33,7 @@ def shoal_field(exchange: Exchange, catalog: Catalog) -> dict[str, Any]:
             for name, tokens in exchange.member_tokens().items()
         },
         "cost": {"usd": cost.usd, "wh": cost.wh, "gco2e": cost.gco2e},
-        "footprint": _footprint(exchange, catalog, cost),
+        "footprint": _footprint(catalog, cost, parts),
     }
     if exchange.arm is not None:
         data["experiment"] = exchange.experiment
@@ -43,7 +45,7 @@ def shoal_field(exchange: Exchange, catalog: Catalog) -> dict[str, Any]:
     return data
 
 
-def _footprint(exchange: Exchange, catalog: Catalog, cost: Footprint) -> dict[str, Any]:
+def _footprint(catalog: Catalog, cost: Footprint, parts: Mapping[str, Footprint]) -> dict[str, Any]:
     """Return energy and carbon with the method behind them, in total and by member."""
     grid = catalog.grid_reading()
     return {
@@ -51,7 +53,7 @@ def _footprint(exchange: Exchange, catalog: Catalog, cost: Footprint) -> dict[st
         "grid": {"gco2e_per_kwh": grid.gco2e_per_kwh, "source": grid.source},
         "members": {
             name: {"engine": catalog.engine_of_model(name), **part.to_json()}
-            for name, part in exchange.member_footprints(catalog.rates).items()
+            for name, part in parts.items()
         },
     }
 

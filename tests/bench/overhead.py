@@ -3,8 +3,9 @@
 Both applications run in the same Ray Serve instance, with the ingress that `shoal serve` would
 use; one client asks them in turn on a kept connection. Shoal's engine is the scripted one and
 answers one token at once, so that everything but the model is measured: HTTP, validation, chat
-template, policy, executor, the hop to the engine's replica, usage, cost and record. The echo takes
-the same body through FastAPI into a pydantic model and makes one unary call to a second deployment.
+template, policy, executor, the hop to the engine's replica, usage, cost and the row in an SQLite
+ledger. The echo takes the same body through FastAPI into a pydantic model and makes one unary call
+to a second deployment.
 
 The ceiling is a ratio of 1; the target is at most 1.3 at the median.
 """
@@ -66,11 +67,13 @@ def _deploy(folder: Path, port: int) -> None:
 
     from router.app import build
     from router.config import AppArgs
+    from router.ledger.config import LedgerConfig
     from tests.bench.echo import application
 
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(application(), name="echo", route_prefix="/echo")
-    serve.run(build(AppArgs(pool=folder)), name="shoal", route_prefix="/")
+    ledger = LedgerConfig(url=f"sqlite:///{folder}/ledger.db")
+    serve.run(build(AppArgs(pool=folder, ledger=ledger)), name="shoal", route_prefix="/")
 
 
 def _measure(port: int, *, rounds: int) -> tuple[list[float], list[float]]:

@@ -57,7 +57,10 @@ def _error(response: httpx.Response) -> dict[str, Any]:
         ({"shoal": {"polcy": "auto"}}, "shoal.polcy"),
         ({"shoal": {"policy": "nobody"}}, "shoal.policy"),
         ({"shoal": {"plan": {"answer": {"members": ["nobody"]}}}}, "shoal.plan"),
-        ({"shoal": {"plan": {"answer": {"members": ["alpha", "gamma"]}}}}, "shoal.plan"),
+        (
+            {"shoal": {"plan": {"answer": {"members": ["alpha", "gamma"], "rule": "gated"}}}},
+            "shoal.plan",
+        ),
         ({"shoal": {"plan": {"anwser": {}}}}, "shoal.plan"),
         ({"shoal": {"plan": "alpha", "policy": "auto"}}, "shoal.plan"),
         ({"shoal": {"timeout_s": 0}}, "shoal.timeout_s"),
