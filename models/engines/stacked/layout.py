@@ -122,8 +122,11 @@ class Layout:
     lanes_R: list[list[int]]  # of each request that samples, its lanes in L
 
     def continues(self, parts: Seq[Part]) -> bool:
-        """Whether `parts` are this decoding step again, one token further."""
-        return len(parts) == len(self.parts) and all(
+        """Whether `parts` are this step again, one drawn token further.
+
+        A prompt's chunk may be one token, too, but draws none.
+        """
+        return len(parts) == len(self.parts) == len(self.lanes_R) and all(
             new.sequence is old.sequence and new.num_tokens == old.num_tokens == 1
             for new, old in zip(parts, self.parts, strict=True)
         )
