@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 
 # Prices are found to this relative precision; quality is flat around the best one.
 _PRECISION = 0.01
+# A budget that not even the cheapest plans keep is treated as this much more than they cost: the
+# last percents of saving would cost all the quality there is, and could not save the target.
+_LEAST_OVER_CHEAPEST = 1.1
 _SWEEPS = 3
 _NOT_A_CANDIDATE = -1e9
 
@@ -79,7 +82,8 @@ def solve_prices(
 ) -> tuple[float, ...]:
     """Return a price per resource, in quality per unit, that meets the mean cost allowed.
 
-    A resource whose allowance the best plans keep anyway costs nothing. Several resources are
+    A resource whose allowance the best plans keep anyway costs nothing; an allowance below what the
+    cheapest plans cost, or close to it, is raised to a tenth above that. Several resources are
     solved in turn, each with the others' prices fixed.
     """
     prices = list(start)
@@ -100,8 +104,15 @@ def solve_prices(
     def too_cheap(resource: int, allowance: float, price: float) -> bool:
         return mean_cost(resource, price) > allowance
 
+    real = qualities_SC > _NOT_A_CANDIDATE / 2
+    least = [
+        sum(level.share * level.factors[resource] for level in levels)
+        * float(np.min(costs_SCR[:, :, resource], axis=1, initial=np.inf, where=real).mean())
+        for resource in range(len(prices))
+    ]
     for _ in range(_SWEEPS if len(prices) > 1 else 1):
-        for resource, allowance in enumerate(allowances):
+        for resource, allowed in enumerate(allowances):
+            allowance = max(allowed, _LEAST_OVER_CHEAPEST * least[resource])
             guess = prices[resource]
             if too_cheap(resource, allowance, 0.0):
                 usual, ceiling = _scale(costs_SCR[:, :, resource], qualities_SC)

@@ -54,12 +54,12 @@ def test_plenty_costs_nothing():
     assert solve_prices(qualities, costs, allowances=[9.0], levels=NOW, start=[3.0]) == (0.0,)
 
 
-def test_an_impossible_allowance_gives_a_price_at_which_only_cost_counts():
-    """Not infinite, so that it comes down again; everybody takes the cheapest plan."""
+def test_an_impossible_allowance_does_not_cost_all_the_quality():
+    """The price is that of a tenth more than the cheapest plans, whatever it was before."""
     qualities, costs = crowd()
     [price] = solve_prices(qualities, costs, allowances=[0.0], levels=NOW, start=[1e9])
-    assert np.isfinite(price)
-    assert mean_cost(qualities, costs, price) == pytest.approx(costs[:, 0, 0].mean())
+    least = costs[:, 0, 0].mean()
+    assert least < mean_cost(qualities, costs, price) <= 1.1 * least
 
 
 def test_two_resources_are_held_together():
