@@ -37,15 +37,16 @@ Interval = tuple[float, float]
 class Result:
     """What one method reached on the pooled test queries; intervals are 95% bootstrap.
 
-    APGR and CPT exist for two models only (weak first), ECE for methods that predict.
+    APGR and CPT exist for two models only (weak first), ECE for methods that predict, AIQ where
+    models differ in cost.
     `decision_us` is the median time of one decision, for the methods that Shoal serves.
     """
 
     method: str
     accuracy: float
     accuracy_interval: Interval
-    aiq: float
     curve: Curve
+    aiq: float | None = None
     apgr: float | None = None
     apgr_interval: Interval | None = None
     cpt50: float | None = None
@@ -152,8 +153,8 @@ def judge(
         method=method,
         accuracy=float(chosen_Q.mean()),
         accuracy_interval=bootstrap(lambda rows: float(chosen_Q[rows].mean()), num_queries),
-        aiq=aiq(curve, 1.0 if two else float(cost_QM.max())),
         curve=curve,
+        aiq=aiq(curve, float(cost_QM.max())) if np.ptp(cost_QM) > 0 else None,
         apgr=apgr(curve) if two else None,
         apgr_interval=interval if two else None,
         cpt50=cpt(curve, 0.5) if two else None,

@@ -44,6 +44,7 @@ def draw_curves(report: Report, path: Path) -> None:
     axes.set_ylabel("mean score")
     axes.set_title(report.title, fontsize="medium")
     axes.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
 
 
@@ -56,13 +57,14 @@ def draw_reliability(diagram: Reliability, title: str, path: Path) -> None:
     axes.set_xlabel("predicted score")
     axes.set_ylabel("observed score")
     axes.set_title(f"{title} (ECE {diagram.ece:.3f})", fontsize="medium")
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
 
 
 def _cells(row: Result, two: bool) -> list[str]:
     cells = [
         f"{row.accuracy:.4f}{_interval(row.accuracy_interval)}",
-        f"{row.aiq:.4f}",
+        "–" if row.aiq is None else f"{row.aiq:.4f}",
         "–" if row.ece is None else f"{row.ece:.3f}",
         "–" if row.decision_us is None else f"{row.decision_us:.0f}",
     ]

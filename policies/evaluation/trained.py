@@ -48,7 +48,7 @@ def evaluate_router(
         "dataset oracle": task_QM,
         "per-query oracle": scores_QM,
     }
-    cost_QM = np.tile(np.arange(1.0, len(names) + 1) / len(names), (len(rows), 1))
+    cost_QM = np.ones_like(scores_QM)  # the file knows no prices
     times_s = [_time_s(router, query) for query in queries[:500]]
     report = Report(
         title=f"Choice among {', '.join(names)}",
