@@ -24,7 +24,7 @@ def test_zones_are_found_by_country_code_and_cloud_region(key, gco2e_per_kwh):
 
 
 def test_every_shipped_intensity_is_plausible():
-    """No negative value and none above an old gas or coal fleet; licences stand beside the tables."""
+    """No negative value and none above an old coal fleet; licences stand beside."""
     zones = load_zones()
     assert len(zones) > 450
     assert all(0 <= zone.gco2e_per_kwh < 1400 for zone in zones.values())
