@@ -73,7 +73,7 @@ def main() -> None:
     )
     parser.add_argument("--install", action="store_true", help="write cascade.npz and pool.yaml")
     options = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # small models: a second thread mostly waits
     pool = load_pool(options.pool)
     bench = Bench(pool, options.budget / 100, options.queries or (10**9, 10**9))
     text, figures = bench.run()
