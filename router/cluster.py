@@ -116,8 +116,9 @@ def local_cluster() -> Iterator[None]:
         _start_ray()
         yield
     finally:
-        # Ray prints on stderr how its own controller ends; nobody can act on that.
-        with contextlib.redirect_stderr(io.StringIO()):
+        # Ray prints how its own controller ends; nobody can act on that.
+        nowhere = io.StringIO()
+        with contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
             with contextlib.suppress(Exception):
                 serve.shutdown()  # type: ignore[no-untyped-call]
             ray.shutdown()
