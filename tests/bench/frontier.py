@@ -439,7 +439,7 @@ def install(bench: Bench, pool: Pool) -> None:
     content["policies"]["best-of"] = {
         "kind": "fixed",
         "plan": {
-            "best": {"candidates": list(bench.chunks), "select": "ranker", "scorer": "cascade"}
+            "best": {"candidates": list(bench.chunks), "select": "scorer", "scorer": "cascade"}
         },
     }
     partial = file.with_name(".pool.yaml.partial")

@@ -92,13 +92,20 @@ def test_the_fusion_answers(served: Running, question: str) -> None:
 
 @pytest.mark.parametrize("question", QUESTIONS[:2])
 def test_the_best_of_answers(served: Running, question: str) -> None:
-    """All candidates run side by side; the one that wins its pairs answers."""
+    """All candidates run side by side; the one likeliest to be right answers."""
     _, shoal = both(served, question, "policy/best-of", explain=True)
     candidates = [stage for stage in shoal["stages"] if "members" in stage]
     assert [stage["members"] for stage in candidates] == [[name] for name in CHUNKS]
     winner = max(candidates, key=lambda stage: stage["score"])
     assert winner["members"] == shoal["members"]
-    assert sum(stage["score"] for stage in candidates) == pytest.approx(len(CHUNKS) / 2, abs=1e-4)
+
+
+def test_the_ranker_compares_in_pairs(served: Running) -> None:
+    """With the ranker, every candidate's score is the share of its pairs that it wins."""
+    plan = {"best": {"candidates": CHUNKS, "select": "ranker", "scorer": "cascade"}}
+    _, shoal = both(served, QUESTIONS[0], "auto", plan=plan, explain=True)
+    scores = [stage["score"] for stage in shoal["stages"] if "members" in stage]
+    assert sum(scores) == pytest.approx(len(CHUNKS) / 2, abs=1e-4)
 
 
 @pytest.mark.parametrize("question", QUESTIONS[:2])
