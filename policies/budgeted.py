@@ -16,6 +16,7 @@ from policies.footprint import Footprint
 from policies.laws.ensemble import EnsembleLaw
 from policies.laws.file import read_laws
 from policies.limits import Limits
+from policies.routing.explain import explain_decision
 
 LAWS_FILE = "laws.json"
 
@@ -36,6 +37,10 @@ class Budgeted:
     def decide(self, query: Query) -> Decision:
         """Return the wrapped policy's decision with the plan that is worth its price."""
         return self.controller.choose(query, self.policy.decide(query))
+
+    def explain(self, query: Query) -> Decision:
+        """Return the same decision with the wrapped policy's details."""
+        return self.controller.choose(query, explain_decision(self.policy, query))
 
     def observe(self, query: Query, decision: Decision, cost: Footprint) -> None:
         """Settle a request that `decide` decided: `cost` is what it really was."""

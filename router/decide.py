@@ -10,6 +10,7 @@ from policies.errors import PlanError, PolicyError
 from policies.footprint import estimate
 from policies.limits import NO_LIMITS
 from policies.plan import Plan, from_json
+from policies.routing.explain import explain_decision
 from router.catalog import Catalog, Target
 from router.config import ServingLimits
 from router.errors import ApiError, bad_request
@@ -42,7 +43,11 @@ async def decide(
     decisions: list[Decision] = []
     choices: list[Choice] = []
     for query in queries:
-        decision = target.policy.decide(query)
+        decision = (
+            explain_decision(target.policy, query)
+            if ask.extension.explain
+            else target.policy.decide(query)
+        )
         unbudgeted = target.policy_name is not None and not isinstance(target.policy, Budgeted)
         if unbudgeted and query.limits != NO_LIMITS:
             decision = catalog.limiter.choose(query, decision)

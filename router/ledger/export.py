@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -16,6 +16,7 @@ from router.ledger.database import Database, writing
 from router.ledger.errors import LedgerError
 from router.ledger.files import replacing
 from router.ledger.names import Format
+from router.ledger.outcomes import outcomes
 from router.ledger.queries import ALWAYS, Period, requests
 from router.ledger.schema import FEEDBACK, REQUESTS
 
@@ -29,10 +30,14 @@ def export(database: Database, target: Path, *, format: Format, period: Period =
     """Write the rows of `period`, in order of time, to `target`; return how many.
 
     Memory stays constant however many there are, and `target` appears (or is replaced) only once
-    it is complete. Nested columns are JSON text in CSV and Parquet. Raises `LedgerError` where
-    the folder is missing, or Parquet is asked for without pyarrow.
+    it is complete. Nested columns are JSON text in CSV and Parquet. "outcomes" are the answers
+    that users scored, as routers learn from them (JSON Lines). Raises `LedgerError` where the
+    folder is missing, or Parquet is asked for without pyarrow.
     """
-    with replacing(target) as temporary, closing(requests(database, period=period)) as rows:
+    source: Generator[dict[str, Any]] = (
+        _scored(database, period) if format == "outcomes" else requests(database, period=period)
+    )
+    with replacing(target) as temporary, closing(source) as rows:
         return _WRITERS[format](temporary, rows)
 
 
@@ -55,6 +60,13 @@ def prune(database: Database, *, before_s: float) -> int:
         total += len(ids)
         if len(ids) < _PRUNED_PER_TRANSACTION:
             return total
+
+
+def _scored(database: Database, period: Period) -> Generator[dict[str, Any]]:
+    with closing(outcomes(database, period=period, only_with_feedback=True)) as scored:
+        for outcome in scored:
+            if line := outcome.to_line():
+                yield line
 
 
 def _write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
@@ -98,6 +110,7 @@ _WRITERS: dict[str, Callable[[Path, Iterable[dict[str, Any]]], int]] = {
     "parquet": _write_parquet,
     "csv": _write_csv,
     "jsonl": _write_jsonl,
+    "outcomes": _write_jsonl,
 }
 
 

@@ -10,7 +10,7 @@ GroupBy: TypeAlias = Literal[
     "day", "hour", "key", "model", "policy", "members", "experiment", "arm", "endpoint", "status"
 ]
 Unit: TypeAlias = Literal["usd", "wh", "gco2e", "tokens", "requests"]
-Format: TypeAlias = Literal["parquet", "csv", "jsonl"]
+Format: TypeAlias = Literal["parquet", "csv", "jsonl", "outcomes"]
 
 
 def read_groups(text: str) -> tuple[GroupBy, ...]:

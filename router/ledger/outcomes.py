@@ -43,7 +43,7 @@ class Outcome:
             "query": text,
             "scores": {name: score},
             "costs": {name: self.row["usd"]},
-            "tokens": {name: tokens["output_tokens"]},
+            "output_tokens": {name: tokens["output_tokens"]},
         }
 
 

@@ -163,3 +163,15 @@ def test_the_shipped_cascade_fits_the_shipped_pool() -> None:
     ]
     assert Frugal(cascade).point.cost <= 0.4 * sum(always_base_usd) / len(always_base_usd)
     assert file.stat().st_size < 2**20
+
+
+def test_auto_explains_itself(served: Running) -> None:
+    """Asked to, the response tells every member's predicted quality and the nearest cluster."""
+    question = QUESTIONS[0]
+    _, shoal = both(served, question, "auto", explain=True)
+    assert {member["model"] for member in shoal["details"]["members"]} >= set(CHUNKS)
+    assert shoal["details"]["nearest_cluster"]["num_training_queries"] > 0
+    assert shoal["details"]["strongest_ngrams"]
+    _, plain = both(served, question, "auto")
+    assert plain["plan"] == shoal["plan"]
+    assert "details" not in plain

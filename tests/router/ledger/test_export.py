@@ -15,8 +15,10 @@ import sqlalchemy as sa
 import typer
 from typer.testing import CliRunner
 
+from policies.routing.file import load_router
 from router.cli import keys as keys_cli
 from router.cli import ledger as ledger_cli
+from router.cli import train as train_cli
 from router.cli.report import report
 from router.ledger.database import Database, open_database
 from router.ledger.errors import LedgerError
@@ -27,6 +29,7 @@ from router.ledger.queries import Sums, requests, stream
 from router.ledger.report import plot, table
 from router.ledger.schema import REQUESTS
 from router.ledger.writer import Ledger
+from router.record import MemberTokens
 from tests.router.ledger.records import record
 
 NewLedger = Callable[..., Ledger]
@@ -57,6 +60,28 @@ def test_every_format_holds_every_row(
         assert json.loads(from_arrow["members"]) == want["members"]
         assert json.loads(from_csv["stages"]) == want["stages"]
         assert (from_csv["query_text"] or None) == from_arrow["query_text"] == want["query_text"]
+
+
+def test_a_router_learns_from_exported_feedback(
+    database: Database, new_ledger: NewLedger, tmp_path: Path
+) -> None:
+    """Scored answers, exported as outcomes, train a router together with other outcomes."""
+    ledger = new_ledger()
+    for number in range(30):
+        members = {("math", "code")[number % 2]: MemberTokens(prompt_tokens=3, output_tokens=4)}
+        ledger.record(record(number, members=members, query_text=f"question {number}"))
+    ledger.stop()
+    for number in range(24):
+        add_feedback(database, Feedback(request_id=f"req-{number}", time_s=1, score=number % 3 / 2))
+    feedback, known, out = (tmp_path / name for name in ("feedback.jsonl", "known.jsonl", "r.npz"))
+    assert export(database, feedback, format="outcomes") == 24
+    known.write_text('{"query": "2+2?", "scores": {"math": 1, "code": 0}}\n')
+    arguments = ["router", str(known), "--also", str(feedback), "--out", str(out)]
+    result = CliRunner().invoke(train_cli.app, arguments)
+    assert result.exit_code == 0, result.output
+    trained = load_router(out)
+    assert trained.facts["num_queries"] == 25
+    assert trained.output_tokens_M.tolist() == [4.0, 4.0]
 
 
 def test_an_interrupted_export_leaves_the_old_file(

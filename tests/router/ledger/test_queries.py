@@ -122,6 +122,6 @@ def test_outcomes_train_routers_only_where_they_can(
             "query": "2+2?",
             "scores": {"math": 1.0},
             "costs": {"math": 0.001},
-            "tokens": {"math": 4},
+            "output_tokens": {"math": 4},
         }
     ]
