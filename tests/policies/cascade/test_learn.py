@@ -128,7 +128,7 @@ def test_a_broken_file_is_named(content: bytes, tmp_path: Path) -> None:
 
 def test_the_budget_moves_along_the_frontier(cascade: LearnedCascade) -> None:
     """A larger budget never lowers the expected accuracy; an unaffordable one is refused."""
-    points = [Frugal(cascade, budget_usd=budget).point for budget in (1.0, 1.5, 2.5, 6.0)]
+    points = [Frugal(cascade, budget_usd=budget).point for budget in (1.01, 1.5, 2.5, 6.0)]
     accuracies = [point.accuracy for point in points]
     assert accuracies == sorted(accuracies)
     with pytest.raises(PolicyError, match="below the cheapest"):
