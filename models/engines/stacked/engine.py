@@ -58,7 +58,8 @@ class StackedEngine:
     """M same-shaped checkpoints as one model; see `models.engines.base.Engine`.
 
     On CPU it is tested against transformers. On CUDA it runs the same steps with grouped products
-    and padded attention; that path is tested on CPU tensors only, and uses no CUDA graphs.
+    and padded attention, without CUDA graphs. Nobody has run that yet: `tests/gpu` waits for a
+    device.
     """
 
     def __init__(self, spec: EngineSpec, members: Seq[tuple[str, ModelCard]]) -> None:
