@@ -1,7 +1,8 @@
 """The pool: which models there are and which engine runs each, read from `pool.yaml`.
 
 The file is validated whole when it loads, so that a mistake shows at start and not at the first
-request. It also carries the specifications of the pool's policies, which it does not interpret.
+request. It also carries the specifications of the pool's policies and scorers, which it does not
+interpret.
 """
 
 from __future__ import annotations
@@ -72,12 +73,16 @@ class ModelSpec(_Strict):
 
 
 class PoolFile(_Strict):
-    """The schema of pool.yaml. `policies` maps names to specifications; "auto" is the default."""
+    """The schema of pool.yaml. `policies` and `scorers` map names to specifications.
+
+    The policy "auto" is the default; plans name the scorers beside those that policies bring along.
+    """
 
     name: Name
     engines: tuple[EngineSpec, ...] = Field(min_length=1)
     models: tuple[ModelSpec, ...] = Field(min_length=1)
     policies: dict[Name, dict[str, Any]] = Field(default_factory=dict)
+    scorers: dict[Name, dict[str, Any]] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +119,7 @@ class Pool:
     engines: tuple[EngineSpec, ...]
     models: tuple[Model, ...]
     policies: dict[str, dict[str, Any]]
+    scorers: dict[str, dict[str, Any]]
 
     def model(self, name: str) -> Model:
         """Return the model called `name`; `KeyError` if there is none."""
@@ -161,6 +167,7 @@ def load_pool(path: Path | str) -> Pool:
         engines=content.engines,
         models=tuple(_load_model(file, spec) for spec in content.models),
         policies=content.policies,
+        scorers=content.scorers,
     )
     for engine in pool.engines:
         if engine.kind == "stacked":

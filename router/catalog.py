@@ -22,6 +22,7 @@ from policies.carbon.grid import GridReading
 from policies.carbon.live import LiveModels
 from policies.carbon.settings import CarbonSettings
 from policies.cascade.base import Confidence, ProvidesScorers, Ranker, Scorer
+from policies.cascade.registry import build_scorer
 from policies.errors import PolicyError
 from policies.fixed import Fixed
 from policies.footprint import Rates
@@ -30,6 +31,7 @@ from policies.plan import Answer, Best, Cascade, Plan, answers, children, member
 from policies.registry import build_policy
 
 DEFAULT_POLICY = "auto"
+CONFIDENCE = "confidence"
 _POLICY_PREFIX = "policy/"
 
 
@@ -57,7 +59,11 @@ class Catalog:
         Raises `PoolError` (also for a plan that no engine can run) and `PolicyError`.
         """
         self.pool = pool
-        self.scorers: dict[str, Scorer] = {"confidence": Confidence(), **(scorers or {})}
+        self.scorers: dict[str, Scorer] = {
+            CONFIDENCE: Confidence(),
+            **_build_scorers(pool),
+            **(scorers or {}),
+        }
         self._engine_of = {model.name: model.spec.engine for model in pool.models}
         carbon = carbon or CarbonSettings()
         # Its readings follow a live feed, where one is configured and started.
@@ -174,9 +180,14 @@ class Catalog:
         if DEFAULT_POLICY not in policies:
             first = self.pool.models[0].name
             policies = {DEFAULT_POLICY: Fixed(plan=Answer(members=(first,))), **policies}
-        for policy in policies.values():
+        for name, policy in policies.items():
             if isinstance(policy, ProvidesScorers):
-                self.scorers.update(policy.scorers())
+                brought = policy.scorers()
+                for scorer in self.pool.scorers.keys() & brought.keys():
+                    raise PolicyError(
+                        f"scorers.{scorer}: the policy {name!r} brings along a scorer of that name"
+                    )
+                self.scorers.update(brought)
         for name, policy in policies.items():
             # A plan may name a scorer that another policy brings along, so all are built first.
             try:
@@ -218,6 +229,18 @@ class Catalog:
             ],
         ]
         return "fp_" + hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:10]
+
+
+def _build_scorers(pool: Pool) -> dict[str, Scorer]:
+    scorers: dict[str, Scorer] = {}
+    for name, spec in pool.scorers.items():
+        if name == CONFIDENCE:
+            raise PolicyError(f"scorers: the name {CONFIDENCE!r} is reserved")
+        try:
+            scorers[name] = build_scorer(spec, folder=pool.folder)
+        except PolicyError as error:
+            raise PolicyError(f"scorers.{name}: {error}") from None
+    return scorers
 
 
 def _load_tokenizers(pool: Pool) -> dict[str, Tokenizer]:

@@ -33,10 +33,31 @@ class Attempt:
 
 @runtime_checkable
 class Scorer(Protocol):
-    """Judges answers. Must be fast, thread-safe and free of I/O."""
+    """Judges answers. Thread-safe, free of I/O and, unless it is a `BatchScorer`, fast."""
 
     def score(self, attempt: Attempt) -> float:
         """Return P(correct) in [0, 1]; never raises on any text."""
+        ...
+
+
+@runtime_checkable
+class PrefixScorer(Protocol):
+    """A scorer that can tell from the beginning of an answer how good it can still become."""
+
+    def ceiling(self, prefix: Attempt, max_tokens: int) -> float:
+        """Return an upper bound of `score` over every answer that goes on from `prefix`.
+
+        A bound, not an estimate: no such answer of at most `max_tokens` tokens scores higher.
+        """
+        ...
+
+
+@runtime_checkable
+class BatchScorer(Protocol):
+    """A scorer that computes for many milliseconds: callers must keep it off the event loop."""
+
+    def score_batch(self, attempts: Sequence[Attempt]) -> list[float]:
+        """Return `Scorer.score` of every attempt, from one pass."""
         ...
 
 
@@ -64,6 +85,14 @@ class Confidence:
     def score(self, attempt: Attempt) -> float:
         """Return exp(mean log-probability), 0 for an empty answer."""
         return math.exp(min(attempt.logprob_mean, 0.0)) if attempt.num_tokens else 0.0
+
+    def ceiling(self, prefix: Attempt, max_tokens: int) -> float:
+        """Return exp(the log-probabilities' sum so far / `max_tokens`).
+
+        No later token adds to the sum, and none but the first `max_tokens` share it.
+        """
+        total = min(prefix.logprob_mean, 0.0) * prefix.num_tokens
+        return math.exp(total / max(max_tokens, prefix.num_tokens, 1))
 
 
 def normalise(text: str) -> str:

@@ -12,7 +12,7 @@ from models.errors import EngineError, RequestError
 from policies.cascade.base import Attempt, Ranker, normalise
 from policies.plan import Best
 from router.executor.cascade import collect
-from router.executor.scorers import attempt
+from router.executor.scorers import attempt, scores
 from router.executor.task import Task
 from router.executor.trace import Run, Trace, child_path
 from router.executor.votes import decided, majority
@@ -41,7 +41,7 @@ async def run_best(
     for child in paths:
         trace.end_below(child, "cancelled")
     runs = [trace.runs[child] for child in paths]
-    chosen = _select(executor, best, task, tasks, runs)
+    chosen = await _select(executor, best, task, tasks, runs)
     for index, run in enumerate(runs):
         if index != chosen and _answered(tasks[index]):
             run.outcome = "rejected"
@@ -58,7 +58,7 @@ async def _until_decided(best: Best, tasks: list[asyncio.Task[Chunk]]) -> None:
             return
 
 
-def _select(
+async def _select(
     executor: Executor,
     best: Best,
     task: Task,
@@ -78,21 +78,22 @@ def _select(
         assert winner is not None
         return winner
     attempts = [attempt(task.query, best.candidates[i], tasks[i].result()) for i in answered]
-    for index, score in zip(answered, _scores(executor, best, attempts), strict=True):
+    for index, score in zip(answered, await _scores(executor, best, attempts), strict=True):
         runs[index].score = score
     return max(answered, key=lambda index: runs[index].score or 0.0)
 
 
-def _scores(executor: Executor, best: Best, attempts: list[Attempt]) -> list[float]:
+async def _scores(executor: Executor, best: Best, attempts: list[Attempt]) -> list[float]:
     scorer = executor.catalog.scorers["confidence" if best.select == "confidence" else best.scorer]
     if best.select == "ranker":
         assert isinstance(scorer, Ranker), "the catalog has checked the plan"
         return scorer.rank(attempts)
     # Each candidate's support is the others' answers.
-    return [
-        scorer.score(replace(one, earlier=tuple(o.answer for o in attempts if o is not one)))
-        for one in attempts
-    ]
+    others = [tuple(other.answer for other in attempts if other is not one) for one in attempts]
+    return await scores(
+        scorer,
+        [replace(one, earlier=earlier) for one, earlier in zip(attempts, others, strict=True)],
+    )
 
 
 def _answered(task: asyncio.Task[Chunk]) -> bool:

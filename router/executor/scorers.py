@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+from collections.abc import Sequence
 
 from models.engines.base import Chunk
 from policies.base import Query
-from policies.cascade.base import Attempt
+from policies.cascade.base import Attempt, BatchScorer, Scorer
 from policies.fused import without_prior
 from policies.plan import Plan
 
@@ -26,3 +28,10 @@ def attempt(
         earlier=earlier,
         finished=finished,
     )
+
+
+async def scores(scorer: Scorer, attempts: Sequence[Attempt]) -> list[float]:
+    """Return P(correct) of every attempt; a slow scorer gets a thread of its own meanwhile."""
+    if isinstance(scorer, BatchScorer):
+        return await asyncio.to_thread(scorer.score_batch, attempts)
+    return [scorer.score(one) for one in attempts]

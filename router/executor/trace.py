@@ -20,6 +20,7 @@ Outcome: TypeAlias = Literal[
     "running",  # not over yet, or cut off by the end of the whole request
     "ok",
     "rejected",  # a cascade went on, or a vote chose another
+    "hopeless",  # a cascade stopped it, as it could not be accepted any more
     "failed",
     "timeout",
     "cancelled",  # no longer needed
@@ -108,7 +109,7 @@ class Trace:
             for run in self.leaves()
             if run.request_id is not None
             and not run.settled
-            and run.outcome in ("running", "timeout", "cancelled")
+            and run.outcome in ("running", "hopeless", "timeout", "cancelled")
         )
 
     def accepted(self) -> Answer | None:
