@@ -64,12 +64,11 @@ class Encoder(Protocol):
         """
         ...
 
-    def embedding(self, features: Features) -> Floats:
-        """Return the point [num_dimensions] that clusters see; its norm is at most about 1."""
-        ...
-
     def embeddings(self, matrix: sp.csr_matrix) -> Floats:
-        """Return the points of many queries, [num_texts, num_dimensions]."""
+        """Return the points that clusters see, [num_texts, num_dimensions]; linear in `matrix`.
+
+        Their norms are at most about 1.
+        """
         ...
 
     def names(self, text: str) -> dict[int, str]:

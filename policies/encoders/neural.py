@@ -74,11 +74,6 @@ class Neural:
         dense = sp.csr_matrix(self._centred(texts) * np.float32(self.weight))
         return sp.csr_matrix(sp.hstack([self._ngrams.matrix(texts), dense], dtype=np.float32))
 
-    def embedding(self, features: Features) -> Floats:
-        """Return the centred vector."""
-        own: Floats = features.values[-self.num_dimensions :] / np.float32(self.weight)
-        return own
-
     def embeddings(self, matrix: sp.csr_matrix) -> Floats:
         """Return the centred vectors."""
         dense = matrix[:, self._ngrams.num_features :].toarray()

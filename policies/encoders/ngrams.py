@@ -11,6 +11,7 @@ It does not know meaning: two queries are alike when they share n-grams.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Final, Self
 
@@ -30,8 +31,6 @@ _BASE: Final = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
 _MIX: Final = np.uint64(0xD6E8FEB86659FD93)
 _BIGRAM: Final = np.uint64(0xC2B2AE3D27D4EB4F)
 _MODULUS: Final = 1 << 64
-_INV_SQRT2: Final = np.float32(0.5**0.5)
-_TRUE: Final = np.ones(1, np.bool_)
 
 
 def _powers(base: int) -> Hashes:
@@ -114,12 +113,13 @@ class NGrams:
     def features(self, text: str) -> Features:
         """Return the weighted n-grams of one query."""
         ids, counts, num_words = self._count(text)
-        values = self.idf_[ids] * (np.log(counts) + np.float32(1))
-        squares = values * values
-        scale = np.empty_like(values)
-        scale[:num_words] = squares[:num_words].sum()
-        scale[num_words:] = squares[num_words:].sum()
-        return Features(ids, (values * _INV_SQRT2 / np.sqrt(scale)).astype(np.float32, copy=False))
+        values: Floats = np.log(counts, dtype=np.float32)
+        values += np.float32(1)
+        values *= self.idf_.take(ids)
+        for block in (values[:num_words], values[num_words:]):
+            scale = 1 / math.sqrt(max(2 * float(block @ block), 1e-12))
+            np.multiply(block, np.float32(scale), out=block)
+        return Features(ids, values)
 
     def matrix(self, texts: Sequence[str]) -> sp.csr_matrix:
         """Return `features` of many queries, known ones only."""
@@ -130,11 +130,6 @@ class NGrams:
         matrix.eliminate_zeros()
         return matrix
 
-    def embedding(self, features: Features) -> Floats:
-        """Return the query's latent semantic coordinates."""
-        point: Floats = features.values @ self.basis_[features.ids]
-        return point
-
     def embeddings(self, matrix: sp.csr_matrix) -> Floats:
         """Return the latent semantic coordinates of many queries."""
         return np.asarray(matrix @ self.basis_, np.float32)
@@ -143,7 +138,8 @@ class NGrams:
         """Return the n-grams of `text` by feature id; the first one where two share an id."""
         raw = _clip(text)
         starts, ends = _words(raw)
-        words, pairs, windows = self._ids(raw, starts, ends)
+        ids, first_pair, first_window = self._ids(raw, starts, ends)
+        words, pairs, windows = np.split(ids, [first_pair, first_window])
         spans = [
             *zip(words, starts, ends, strict=True),
             *zip(pairs, starts[:-1], ends[1:], strict=True),
@@ -191,30 +187,34 @@ class NGrams:
 
     def _ids(
         self, raw: NDArray[np.uint8], starts: Ids, ends: Ids
-    ) -> tuple[NDArray[np.uint32], NDArray[np.uint32], NDArray[np.uint32]]:
-        """Return the feature ids of words, word pairs and windows, in order of their starts."""
+    ) -> tuple[NDArray[np.uint32], int, int]:
+        """Return the ids of words, word pairs and windows, and where pairs and windows begin."""
         sums = np.zeros(len(raw) + 1, np.uint64)
-        np.cumsum(_CODES[raw] * _POWERS[: len(raw)], out=sums[1:])
-        words = (sums[ends] - sums[starts]) * _INVERSES[starts]
+        np.cumsum(_CODES.take(raw) * _POWERS[: len(raw)], out=sums[1:])
+        words = (sums.take(ends) - sums.take(starts)) * _INVERSES.take(starts)
         pairs = words[:-1] * _BIGRAM + words[1:]
         num_windows = max(0, len(raw) - self.window + 1)
         windows = (sums[self.window :] - sums[:num_windows]) * _INVERSES[:num_windows]
-        shift = np.uint64(64 - self.bits)
-        second = np.uint32(1 << self.bits)
-        return (
-            (words * _MIX >> shift).astype(np.uint32),
-            (pairs * _MIX >> shift).astype(np.uint32),
-            (windows * _MIX >> shift).astype(np.uint32) + second,
-        )
+        hashes = np.concatenate((words, pairs, windows))
+        hashes *= _MIX
+        hashes >>= np.uint64(64 - self.bits)
+        ids = hashes.astype(np.uint32)
+        first_window = len(words) + len(pairs)
+        ids[first_window:] += np.uint32(1 << self.bits)
+        return ids, len(words), first_window
 
     def _count(self, text: str) -> tuple[Ids, Floats, int]:
         """Return distinct ids in order, how often each occurs, and how many are of words."""
         raw = _clip(text)
-        ids = np.concatenate(self._ids(raw, *_words(raw)))
+        ids, _, _ = self._ids(raw, *_words(raw))
         ids.sort()
-        first = np.flatnonzero(np.concatenate((_TRUE[: len(ids)], ids[1:] != ids[:-1])))
-        distinct = ids[first]
-        counts = np.diff(first, append=len(ids)).astype(np.float32)
+        # The first of each run of equal ids, and where the last run ends.
+        edge = np.empty(len(ids) + 1, np.bool_)
+        edge[0] = edge[-1] = True
+        np.not_equal(ids[1:], ids[:-1], out=edge[1:-1])
+        edges = edge.nonzero()[0]
+        distinct = ids.take(edges[:-1]) if len(ids) else ids
+        counts = (edges[1:] - edges[:-1]).astype(np.float32)
         return distinct.astype(np.int64), counts, int(distinct.searchsorted(1 << self.bits))
 
     def _counts(self, texts: Sequence[str]) -> sp.csr_matrix:
@@ -246,8 +246,8 @@ def _clip(text: str) -> NDArray[np.uint8]:
 
 def _words(raw: NDArray[np.uint8]) -> tuple[Ids, Ids]:
     """Return where words start and end (exclusive): runs of letters, digits, non-ASCII bytes."""
-    inside = _IN_WORD[raw]
-    edges = np.flatnonzero(inside[1:] != inside[:-1]) + 1
+    inside = _IN_WORD.take(raw)
+    edges = (inside[1:] != inside[:-1]).nonzero()[0] + 1
     # The text starts and ends with a space (or was cut inside a word, at a seam only), so that
     # edges come in pairs.
     return edges[::2], edges[1::2]

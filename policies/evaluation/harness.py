@@ -26,7 +26,7 @@ from policies.evaluation.metrics import (
 from policies.evaluation.overlap import near_duplicates
 from policies.evaluation.protocols import Protocol, folds
 from policies.outcomes import Outcome, score_table
-from policies.routing.calibration import reliability
+from policies.routing.calibration import Reliability, reliability
 from policies.routing.fit import FitSettings, fit_router
 
 Floats = NDArray[np.float64]
@@ -37,9 +37,9 @@ Interval = tuple[float, float]
 class Result:
     """What one method reached on the pooled test queries; intervals are 95% bootstrap.
 
-    APGR and CPT exist for two models only (weak first), ECE for methods that predict, AIQ where
-    models differ in cost.
-    `decision_us` is the median time of one decision, for the methods that Shoal serves.
+    APGR and CPT exist for two models only (weak first), `diagram` for methods that predict, AIQ
+    where models differ in cost. `decision_us` is the median time of one decision, for the methods
+    that Shoal serves.
     """
 
     method: str
@@ -51,8 +51,13 @@ class Result:
     apgr_interval: Interval | None = None
     cpt50: float | None = None
     cpt80: float | None = None
-    ece: float | None = None
+    diagram: Reliability | None = None
     decision_us: float | None = None
+
+    @property
+    def ece(self) -> float | None:
+        """Expected calibration error of the predictions."""
+        return None if self.diagram is None else self.diagram.ece
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +164,7 @@ def judge(
         apgr_interval=interval if two else None,
         cpt50=cpt(curve, 0.5) if two else None,
         cpt80=cpt(curve, 0.8) if two else None,
-        ece=reliability(quality_QM.ravel(), scores_QM.ravel()).ece if predicts else None,
+        diagram=reliability(quality_QM.ravel(), scores_QM.ravel()) if predicts else None,
         decision_us=decision_us,
     )
 

@@ -21,6 +21,7 @@ from policies.encoders.base import Encoder
 from policies.errors import PolicyError
 from policies.outcomes import Outcome, content_sha256, score_table
 from policies.routing.calibration import fit_platt, reliability
+from policies.routing.differences import with_differences
 from policies.routing.heads import Heads, Objective, fit_heads
 from policies.routing.router import Router
 from policies.routing.targets import enhance
@@ -37,11 +38,13 @@ class FitSettings:
 
     `beta` is ZOOTER's share of a query's own score in its target, the rest being its tags' (or
     cluster's) mean; the paper uses 0.3 on noisy reward-model scores, exact scores bear more.
+    `ridge` regularises what sets models apart (see `differences`).
     `unfamiliar_share` of queries like the training's are treated as unlike it.
     """
 
     objective: Objective = field(default_factory=Objective)
     beta: float = 0.7
+    ridge: float = 10.0
     num_clusters: int = 32
     unfamiliar_share: float = 0.005
     held_out_share: float = 0.25
@@ -134,7 +137,8 @@ def _fit(
     X_QF: sp.csr_matrix, scores_QM: Floats, tags: Sequence[Sequence[str]], settings: FitSettings
 ) -> Heads:
     targets_QM = enhance(scores_QM, tags, beta=settings.beta)
-    return fit_heads(X_QF, targets_QM, settings.objective)
+    heads = fit_heads(X_QF, targets_QM, settings.objective)
+    return with_differences(heads, X_QF, targets_QM, ridge=settings.ridge)
 
 
 def _held_out(num_queries: int, settings: FitSettings) -> NDArray[np.bool_]:

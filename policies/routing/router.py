@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import scipy.sparse as sp
 from numpy.typing import NDArray
 from scipy.special import expit
 
@@ -17,6 +18,9 @@ from policies.encoders.base import Encoder, Features
 from policies.routing.topics import Topics
 
 Floats = NDArray[np.float64]
+
+ROWS_AT_ONCE = 16_384
+"""Features whose embeddings are held at once while the table is built."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,16 +52,32 @@ class Router:
     topics: Topics
     output_tokens_M: NDArray[np.float32]
     facts: Mapping[str, Any] = field(default_factory=dict)
+    _table: NDArray[np.float32] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Embeddings are linear in the features, so each feature's share in every similarity can
+        # stand beside its weights: one look-up per query gives both.
+        num_features, num_models = self.weights_FM.shape
+        table = np.empty((num_features, num_models + len(self.topics.centroids_KD)), np.float32)
+        table[:, :num_models] = self.weights_FM
+        unit = sp.identity(num_features, np.float32, format="csr")
+        for start in range(0, num_features, ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            points = self.encoder.embeddings(unit[rows])
+            table[rows, num_models:] = points @ self.topics.centroids_KD.T
+        object.__setattr__(self, "_table", table)
 
     def predict(self, text: str) -> Prediction:
         """Predict for one query."""
         features = self.encoder.features(text)
-        cluster, similarity = self.topics.nearest(self.encoder.embedding(features))
-        logits_M = features.values @ self.weights_FM[features.ids] + self.bias_M
+        both = features.values @ self._table.take(features.ids, axis=0)
+        logits_M = both[: len(self.models)] + self.bias_M
+        similarity_K = both[len(self.models) :]
+        cluster = int(similarity_K.argmax())
         return Prediction(
             quality_M=1 / (1 + np.exp(-logits_M)),
             cluster=cluster,
-            similarity=similarity,
+            similarity=float(similarity_K[cluster]),
             features=features,
         )
 

@@ -36,12 +36,6 @@ class Topics:
     sizes_K: NDArray[np.int64]
     familiar_above: float
 
-    def nearest(self, embedding: Floats) -> tuple[int, float]:
-        """Return the nearest cluster and the cosine-like similarity to it, at most about 1."""
-        similarity_K = self.centroids_KD @ embedding
-        nearest = int(similarity_K.argmax())
-        return nearest, float(similarity_K[nearest])
-
     def assign(self, embeddings_QD: Floats) -> NDArray[np.int64]:
         """Return the nearest cluster of every query."""
         return np.asarray((embeddings_QD @ self.centroids_KD.T).argmax(1))

@@ -12,13 +12,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 from models.pool import DEFAULT_POOL, load_pool
 from policies.encoders.base import Encoder
+from policies.encoders.ngrams import NGrams
 from policies.encoders.registry import parse_encoder
 from policies.evaluation.harness import Report, evaluate
 from policies.evaluation.protocols import Protocol
-from policies.evaluation.report import draw_curves, table
+from policies.evaluation.report import draw_curves, draw_reliability, table
 from policies.outcomes import Outcome, read_outcomes, score_table
 from policies.outcomes.importers import (
     import_llmrouter,
@@ -35,6 +37,17 @@ PROTOCOLS: dict[Protocol, str] = {
 }
 
 
+class RememberingNGrams(NGrams):
+    """Hashed n-grams that are counted once per query, not once per fold."""
+
+    counted: ClassVar[dict[str, Any]] = {}
+
+    def _count(self, text: str) -> Any:
+        if text not in self.counted:
+            self.counted[text] = super()._count(text)
+        return self.counted[text]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print every table that the data at hand allows."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -42,11 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=REPOSITORY / "docs" / "routing")
     parser.add_argument("--encoder", default="ngrams")
     parser.add_argument("--only", choices=("mmlu", "llmrouter", "pool"), action="append")
+    parser.add_argument("--protocol", choices=tuple(PROTOCOLS), action="append")
     options = parser.parse_args(arguments)
     wanted = options.only or ["mmlu", "llmrouter", "pool"]
     options.out.mkdir(parents=True, exist_ok=True)
 
     def make_encoder() -> Encoder:
+        if options.encoder == NGrams.kind:
+            return RememberingNGrams()
         return parse_encoder(options.encoder, {})
 
     suffix = "" if options.encoder == "ngrams" else f"-{options.encoder.partition(':')[0]}"
@@ -61,10 +77,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "pool" in wanted:
         runs += _pool(make_encoder)
     for name, run in runs:
+        if options.protocol and name.rpartition("-")[2] not in options.protocol:
+            continue
         start_s = time.perf_counter()
         report = run()
         print(f"\n{table(report)}\n\n({time.perf_counter() - start_s:.0f} s)", flush=True)
         draw_curves(report, options.out / f"{name}{suffix}.png")
+        for row in report.results:
+            if row.method == "Learned" and row.diagram is not None:
+                file = options.out / f"{name}{suffix}-reliability.png"
+                draw_reliability(row.diagram, report.title, file)
 
 
 def _mmlu(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 
 from policies.encoders.base import Encoder
 from policies.encoders.ngrams import MAX_BYTES, NGrams
@@ -57,9 +58,9 @@ def test_any_text_has_features(encoder: Encoder, text: str) -> None:
     assert len(set(features.ids.tolist())) == len(features.ids) == len(features.values)
     assert np.all((features.ids >= 0) & (features.ids < encoder.num_features))
     assert np.isfinite(features.values).all()
-    embedding = encoder.embedding(features)
-    assert embedding.shape == (encoder.num_dimensions,)
-    assert np.linalg.norm(embedding) < 1.01
+    points = encoder.embeddings(encoder.matrix([text]))
+    assert points.shape == (1, encoder.num_dimensions)
+    assert np.linalg.norm(points) < 1.01
 
 
 def test_one_query_looks_the_same_alone_and_among_many(encoder: Encoder) -> None:
@@ -73,7 +74,8 @@ def test_one_query_looks_the_same_alone_and_among_many(encoder: Encoder) -> None
         together = matrix[row].toarray()[0]
         known = together != 0
         np.testing.assert_allclose(together[known], dense[known], atol=1e-5)
-        np.testing.assert_allclose(points[row], encoder.embedding(features), atol=1e-4)
+        alone = encoder.embeddings(sp.csr_matrix(dense))[0]
+        np.testing.assert_allclose(points[row], alone, atol=1e-4)
 
 
 def test_a_restored_encoder_is_the_same(encoder: Encoder) -> None:
@@ -84,7 +86,8 @@ def test_a_restored_encoder_is_the_same(encoder: Encoder) -> None:
     one, other = encoder.features(text), copy.features(text)
     np.testing.assert_array_equal(one.ids, other.ids)
     np.testing.assert_array_equal(one.values, other.values)
-    np.testing.assert_array_equal(encoder.embedding(one), copy.embedding(other))
+    points = [each.embeddings(each.matrix([text])) for each in (encoder, copy)]
+    np.testing.assert_array_equal(*points)
 
 
 def test_arrays_of_other_settings_are_refused(encoder: Encoder) -> None:

@@ -8,7 +8,8 @@ from scipy.special import expit
 
 from policies.routing import heads
 from policies.routing.calibration import fit_platt, reliability
-from policies.routing.heads import Objective, fit_heads
+from policies.routing.differences import with_differences
+from policies.routing.heads import Heads, Objective, fit_heads
 from policies.routing.targets import distribution, enhance
 from policies.routing.topics import fit_topics
 
@@ -65,6 +66,20 @@ def test_ties_carry_a_signal() -> None:
     np.testing.assert_allclose(expit(blind.logits(X)), 0.5, atol=0.05)
 
 
+def test_differences_are_least_squares_and_levels_the_heads() -> None:
+    """Models' gaps are the ridge solution's by hand; the mean over models stays the heads'."""
+    X = sp.csr_matrix(np.repeat(np.eye(2, dtype=np.float32), 10, axis=0))
+    scores = np.repeat([[1.0, 0.0], [0.0, 1.0]], 10, axis=0)
+    level = Heads(weights_FM=np.float32([[2, 4], [0, 0]]), bias_M=np.float32([1, 1]))
+    fitted = with_differences(level, X, scores, ridge=10.0)
+    # Ten rows each: w = 10·0.5 / (10 + 10), over the slope 0.25 of the logistic at 0.5.
+    np.testing.assert_allclose(fitted.weights_FM, [[3 + 1, 3 - 1], [-1, 1]], atol=1e-3)
+    np.testing.assert_allclose(fitted.bias_M, 1.0, atol=1e-6)
+    scores[:5, 1] = NAN
+    partly = with_differences(level, X, scores, ridge=10.0)
+    assert partly.weights_FM[0, 0] > partly.weights_FM[0, 1]
+
+
 def test_platt_mends_overconfidence() -> None:
     """Logits three times too large are scaled back, unknown scores notwithstanding (seed 0)."""
     rng = np.random.default_rng(0)
@@ -96,9 +111,9 @@ def test_clusters_find_groups_and_shrink_their_scores() -> None:
     points += rng.normal(scale=0.05, size=points.shape).astype(np.float32)
     scores = np.repeat([[1.0], [0.0]], 50, axis=0)
     topics = fit_topics(points, scores, num_clusters=2, unfamiliar_share=0.05, seed=0)
-    cluster, similarity = topics.nearest(np.array([1, 0], np.float32))
-    assert similarity == pytest.approx(1, abs=0.05)
+    near, far = np.array([[1, 0], [0.05, 0.05]], np.float32) @ topics.centroids_KD.T
+    [cluster] = topics.assign(np.array([[1, 0]], np.float32))
+    assert near[cluster] == near.max() == pytest.approx(1, abs=0.05)
     assert topics.sizes_K.tolist() == [50, 50]
     assert topics.scores_KM[cluster, 0] == pytest.approx((50 + 5 * 0.5) / 55)
-    _, far = topics.nearest(np.array([0.05, 0.05], np.float32))
-    assert far < topics.familiar_above < similarity
+    assert far.max() < topics.familiar_above < near.max()
