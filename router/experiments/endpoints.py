@@ -8,12 +8,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeAlias
 
 from fastapi import FastAPI, Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from router.errors import ApiError, to_api_error
 from router.experiments.experiments import Experiments
+from router.experiments.exposition import CONTENT_TYPE, exposition
 from router.experiments.feedback import FeedbackBody, read_feedback, take_feedback
 from router.experiments.mirror import Mirror
+from router.experiments.reporting import gauges
 from router.experiments.shadow_report import shadow_report
 from router.ledger.writer import Ledger
 
@@ -50,7 +52,7 @@ def add_feedback_route(
 def add_experiment_routes(
     api: FastAPI, experiments: Experiments, mirror: Mirror, *, identify: Identify
 ) -> None:
-    """Add `GET /v1/experiments`, `/v1/experiments/{name}` and `/v1/shadows`."""
+    """Add `GET /v1/experiments`, `/v1/experiments/{name}`, `/v1/shadows` and `/metrics`."""
 
     async def every(request: Request) -> JSONResponse:
         await identify(request)
@@ -78,17 +80,23 @@ def add_experiment_routes(
         )
         return JSONResponse({"object": "list", "data": data})
 
+    async def metrics(request: Request) -> Response:
+        await identify(request)
+        reports = [summary.report for summary in await experiments.summaries()]
+        return Response(exposition(gauges(reports)), media_type=CONTENT_TYPE)
+
+    api.add_api_route("/metrics", _mapped(metrics), methods=["GET"])
     api.add_api_route("/v1/experiments", _mapped(every), methods=["GET"])
     api.add_api_route("/v1/experiments/{name}", _mapped(one), methods=["GET"])
     api.add_api_route("/v1/shadows", _mapped(shadows), methods=["GET"])
 
 
 def _mapped(
-    handler: Callable[[Request], Awaitable[JSONResponse]],
-) -> Callable[[Request], Awaitable[JSONResponse]]:
+    handler: Callable[[Request], Awaitable[Response]],
+) -> Callable[[Request], Awaitable[Response]]:
     """Return `handler` with its exceptions told in OpenAI's shape."""
 
-    async def handle(request: Request) -> JSONResponse:
+    async def handle(request: Request) -> Response:
         try:
             return await handler(request)
         except Exception as error:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
 
 from router.cli.main import app
-from router.experiments.reporting import gauges
 from router.experiments.rows import observation
 from router.ledger.outcomes import Outcome
 from router.ledger.writer import row_of
@@ -38,7 +38,7 @@ def test_the_report_names_the_winner_everywhere_alike(tmp_path: Path) -> None:
         simulate(trial, {"control": 0.2, "new": 0.95}, num_users=80, seed=1)
         told = trial.http.get("/v1/experiments/race").json()
         listed = trial.http.get("/v1/experiments").json()["data"]
-        found = trial.run(trial.service.experiments.summaries())  # type: ignore[union-attr]
+        scraped = trial.http.get("/metrics")
         plot = tmp_path / "race.png"
         common = ["race", "--config", str(trial.config)]
         shown = CliRunner().invoke(app, ["experiment", "report", *common, "--plot", str(plot)])
@@ -53,9 +53,14 @@ def test_the_report_names_the_winner_everywhere_alike(tmp_path: Path) -> None:
     assert "sample ratio: ok" in shown.stdout
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "race  [running]" in names.stdout
-    values = {(g.name, tuple(sorted(g.labels.items()))): g.value for g in gauges([found[0].report])}
-    key = (("arm", "new"), ("experiment", "race"), ("metric", "quality"))
-    assert values["shoal_experiment_effect_low", key] == told["primary"][0]["low"]
+    assert scraped.headers["content-type"].startswith("text/plain")
+    values = {
+        (sample.name, sample.labels.get("arm"), sample.labels.get("metric")): sample.value
+        for family in text_string_to_metric_families(scraped.text)
+        for sample in family.samples
+    }
+    assert values["shoal_experiment_effect_low", "new", "quality"] == told["primary"][0]["low"]
+    assert values["shoal_experiment_units", "new", None] > 0
 
 
 def test_a_guardrail_stops_the_harmful_arm_while_serving(tmp_path: Path) -> None:
