@@ -32,15 +32,15 @@ class ChatTemplate:
         self._template = environment.from_string(source)
         self._special_tokens = dict(special_tokens)
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """Return the prompt that asks for the assistant's next turn.
+    def render(self, messages: Sequence[Message], *, generation_prompt: bool = True) -> str:
+        """Return the prompt that asks for the assistant's next turn, or the bare conversation.
 
         Raises `RequestError` where the template refuses the conversation.
         """
         try:
             return self._template.render(
                 messages=[dict(message) for message in messages],
-                add_generation_prompt=True,
+                add_generation_prompt=generation_prompt,
                 tools=None,
                 documents=None,
                 **self._special_tokens,

@@ -1,0 +1,269 @@
+"""A domain's corpus: examples to train on and held-out ones, from a file or a built-in generator.
+
+A JSON line is one of
+    {"messages": [{"role": …, "content": …}, …]}      a conversation
+    {"question": …, "answer": …}                       one that is checked by exact match
+    {"text": …}                                        plain text
+each optionally with "split": "train", "router" or "test". A .txt file holds plain text, one
+example per paragraph. This module knows no tokenizer and no model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from models.downscale.errors import CorpusError
+from models.downscale.recipe import TASKS, CorpusSettings
+from models.tasks import DOMAINS, Split, Task
+from models.training.data import draw_dialogue
+
+ROLES: Final = ("system", "user", "assistant")
+MIN_TRAIN_EXAMPLES: Final = 32
+_SAMPLE_SEED: Final = 2026
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """One message of a conversation; `role` is one of `ROLES`."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Example:
+    """A conversation (`turns`) or a plain `text`, and which split it belongs to.
+
+    `answer` is the one right answer where a model's own can be checked against it; the
+    conversation is then one question and that answer. `skill` is the kind of question, if known.
+    """
+
+    turns: tuple[Turn, ...] = ()
+    text: str | None = None
+    answer: str | None = None
+    split: Split = Split.TRAIN
+    skill: str | None = None
+
+    @property
+    def question(self) -> str | None:
+        """The question of a checkable example, None for any other."""
+        return self.turns[0].content if self.answer is not None else None
+
+    @property
+    def key(self) -> str:
+        """What tells duplicates: the question where there is one, else the whole content."""
+        if self.text is not None:
+            return self.text
+        return self.question or json.dumps([asdict(turn) for turn in self.turns])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """A named list of examples; held-out keys never stand in the training split."""
+
+    name: str
+    examples: tuple[Example, ...]
+
+    def of(self, split: Split) -> list[Example]:
+        """Return the examples of `split`, in order."""
+        return [example for example in self.examples if example.split is split]
+
+    def questions(self, split: Split) -> list[Example]:
+        """Return the checkable examples of `split`, in order."""
+        return [example for example in self.of(split) if example.answer is not None]
+
+
+def load_corpus(name: str, settings: CorpusSettings, *, held_out: int, seed: int) -> Corpus:
+    """Read or generate the corpus of `name`; the same for the same settings, files and seed.
+
+    `held_out` is the number of questions that a generator draws for each held-out split.
+
+    Raises:
+        CorpusError: it is missing, malformed, empty or too small.
+    """
+    if settings.corpus.startswith(TASKS):
+        task = settings.corpus.removeprefix(TASKS)
+        if task not in DOMAINS:
+            raise CorpusError(
+                f"{name}: there is no task domain {task!r}; allowed are {', '.join(DOMAINS)}"
+            )
+        examples = list(_generated(task, settings.examples, held_out=held_out, seed=seed))
+    else:
+        examples = _read_file(Path(settings.corpus))
+        if settings.held_out is not None:
+            examples = [replace(example, split=Split.TRAIN) for example in examples]
+            examples += _held_out(_read_file(Path(settings.held_out)))
+    corpus = Corpus(name=name, examples=tuple(_without_leaks(examples)))
+    _check_size(corpus, settings)
+    return corpus
+
+
+def write_corpus(corpus: Corpus, file: Path) -> None:
+    """Write `corpus` as JSON lines, atomically."""
+    fresh = file.with_suffix(".new")
+    with fresh.open("w") as stream:
+        for example in corpus.examples:
+            record = {k: v for k, v in asdict(example).items() if v not in (None, ())}
+            if "turns" in record:
+                record["messages"] = record.pop("turns")
+            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+    os.replace(fresh, file)
+
+
+def read_corpus(name: str, file: Path) -> Corpus:
+    """Read what `write_corpus` wrote.
+
+    Raises:
+        CorpusError: a line is malformed.
+    """
+    return Corpus(name=name, examples=tuple(_read_file(file)))
+
+
+def _generated(task: str, count: int, *, held_out: int, seed: int) -> Iterator[Example]:
+    rng = random.Random(f"{task}/{seed}")
+    for _ in range(count):
+        system, tasks = draw_dialogue(rng, {task: 1.0})
+        turns = [] if system is None else [Turn(role="system", content=system)]
+        for one in tasks:
+            turns += _dialogue(one)
+        yield Example(turns=tuple(turns), skill=tasks[0].skill)
+    for split in (Split.ROUTER, Split.TEST):
+        for one in DOMAINS[task].distinct(split, held_out, seed=_SAMPLE_SEED):
+            yield Example(
+                turns=_dialogue(one), answer=one.answer, split=split, skill=one.skill
+            )
+
+
+def _dialogue(task: Task) -> tuple[Turn, Turn]:
+    return (
+        Turn(role="user", content=task.question),
+        Turn(role="assistant", content=task.answer),
+    )
+
+
+def _read_file(file: Path) -> list[Example]:
+    if not file.is_file():
+        raise CorpusError(f"there is no corpus at {file}")
+    try:
+        content = file.read_text()
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{file} is not UTF-8 text: {error}") from None
+    if file.suffix == ".txt":
+        paragraphs = (paragraph.strip() for paragraph in content.split("\n\n"))
+        return [_with_split(Example(text=text), None, "") for text in paragraphs if text]
+    if file.suffix != ".jsonl":
+        raise CorpusError(f"{file}: a corpus is a .jsonl or a .txt file")
+    lines = enumerate(content.splitlines(), 1)
+    return [_parse(line, f"{file}:{number}") for number, line in lines if line.strip()]
+
+
+def _parse(line: str, where: str) -> Example:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise CorpusError(f"{where}: not valid JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise CorpusError(f"{where}: not a JSON object")
+    skill = record.get("skill")
+    example = Example(skill=None if skill is None else str(skill))
+    if "messages" in record:
+        turns = _turns(record["messages"], where)
+        answer = _text(record, "answer", where) if "answer" in record else None
+        if answer is not None and [turn.role for turn in turns] != ["user", "assistant"]:
+            raise CorpusError(f"{where}: messages: with an answer they are one question and reply")
+        example = replace(example, turns=turns, answer=answer)
+    elif "question" in record:
+        question, answer = _text(record, "question", where), _text(record, "answer", where)
+        turns = (Turn(role="user", content=question), Turn(role="assistant", content=answer))
+        example = replace(example, turns=turns, answer=answer)
+    elif "text" in record:
+        example = replace(example, text=_text(record, "text", where))
+    else:
+        raise CorpusError(f"{where}: needs 'messages', 'question' and 'answer', or 'text'")
+    return _with_split(example, record.get("split"), where)
+
+
+def _text(record: dict[str, Any], key: str, where: str) -> str:
+    value = record.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise CorpusError(f"{where}: {key}: must be a text that is not empty, got {value!r}")
+    return value
+
+
+def _turns(messages: object, where: str) -> tuple[Turn, ...]:
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise CorpusError(f"{where}: messages: must be a list of objects with role and content")
+    turns = tuple(
+        Turn(role=str(message.get("role")), content=_text(message, "content", where))
+        for message in messages
+    )
+    for turn in turns:
+        if turn.role not in ROLES:
+            raise CorpusError(
+                f"{where}: messages: role {turn.role!r} is unknown; allowed are {', '.join(ROLES)}"
+            )
+    if not any(turn.role == "assistant" for turn in turns):
+        raise CorpusError(f"{where}: messages: no turn of the assistant to learn from")
+    return turns
+
+
+def _with_split(example: Example, split: object, where: str) -> Example:
+    if split is None:
+        return replace(example, split=_hashed_split(example.key))
+    try:
+        return replace(example, split=Split(str(split)))
+    except ValueError:
+        raise CorpusError(
+            f"{where}: split: {split!r} is unknown; allowed are {', '.join(Split)}"
+        ) from None
+
+
+def _hashed_split(key: str) -> Split:
+    """90% train, 5% router, 5% test; duplicates share a split, the same on every machine."""
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    bucket = int.from_bytes(digest, "big") % 20
+    return {0: Split.ROUTER, 1: Split.TEST}.get(bucket, Split.TRAIN)
+
+
+def _held_out(examples: Sequence[Example]) -> Iterator[Example]:
+    """A held-out file in halves, where its lines name no split of their own."""
+    for number, example in enumerate(examples):
+        half = Split.ROUTER if number % 2 else Split.TEST
+        yield example if example.split is not Split.TRAIN else replace(example, split=half)
+
+
+def _without_leaks(examples: Iterable[Example]) -> Iterator[Example]:
+    """Drop from training what is held out, and from a later split what an earlier one has."""
+    examples = list(examples)
+    seen: dict[str, Split] = {}
+    for split in (Split.TEST, Split.ROUTER):
+        for example in examples:
+            if example.split is split:
+                seen.setdefault(example.key, split)
+    for example in examples:
+        if seen.get(example.key, example.split) is example.split:
+            yield example
+
+
+def _check_size(corpus: Corpus, settings: CorpusSettings) -> None:
+    where = f"{corpus.name}: {settings.corpus}"
+    if not corpus.examples:
+        raise CorpusError(f"{where}: the corpus is empty")
+    num_train = len(corpus.of(Split.TRAIN))
+    if num_train < MIN_TRAIN_EXAMPLES:
+        raise CorpusError(
+            f"{where}: {num_train} training examples; at least {MIN_TRAIN_EXAMPLES} are needed"
+        )
+    for split in (Split.ROUTER, Split.TEST):
+        if not corpus.of(split):
+            raise CorpusError(
+                f"{where}: no example fell into the held-out split {split!s} "
+                f"({len(corpus.examples)} in all); give more, or a held_out file"
+            )

@@ -1,0 +1,278 @@
+"""The recipe: one YAML file that says everything a pool depends on.
+
+Relative paths start at the recipe's folder. Unknown keys are refused, and everything is validated
+when the file is read, before any work. It knows the shape of the file, not what the stages do.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from models.downscale.errors import RecipeError
+from models.pool import Name, explain
+
+TASKS = "tasks:"
+ALL_DOMAINS = "domains"
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CorpusSettings(_Strict):
+    """Where a corpus comes from.
+
+    `corpus` is a .jsonl or .txt file, or `tasks:NAME` for a built-in generator, which draws
+    `examples` training conversations. The general corpus may also be `domains`: all the domains'
+    corpora in equal parts. `held_out` is a file of its own for the questions that are kept out of
+    training; without it a tenth of the corpus is, by hash.
+    """
+
+    corpus: str = Field(min_length=1)
+    held_out: str | None = None
+    examples: int = Field(20_000, ge=1)
+
+
+class BaseShape(_Strict):
+    """Width and heads of a base that is trained here; a stage adds the depth."""
+
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    num_kv_heads: int = Field(gt=0)
+    head_dim: int = Field(32, gt=0)
+
+
+class BaseStage(_Strict):
+    """One stretch of the base's training; a deeper one grows from the shallower before it."""
+
+    num_layers: int = Field(gt=0)
+    steps: int = Field(gt=0)
+    decay_steps: int = Field(0, ge=0)
+    rows_per_step: int = Field(128, gt=0)
+    row_tokens: int = Field(64, gt=0)
+    learning_rate: float = Field(3e-3, gt=0)
+    muon_learning_rate: float = Field(6e-3, gt=0)
+    seed: int = 0
+
+
+class BaseTraining(_Strict):
+    """Trains the base from scratch on the built-in task domains that the recipe names."""
+
+    shape: BaseShape
+    stages: tuple[BaseStage, ...] = Field(min_length=1)
+    compiled: bool = True
+
+
+class BaseSettings(_Strict):
+    """The base: a Hugging Face checkpoint folder, or how to train one."""
+
+    checkpoint: str | None = None
+    train: BaseTraining | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> BaseSettings:
+        if (self.checkpoint is None) == (self.train is None):
+            raise ValueError("give either checkpoint or train")
+        return self
+
+
+class MemberShape(_Strict):
+    """What a chunk's shape is wished to be; what is left out is chosen, and the feed-forward
+    width is always solved for the wanted number of parameters."""
+
+    hidden_size: int | None = Field(None, gt=0)
+    num_layers: int | None = Field(None, gt=0)
+    num_heads: int | None = Field(None, gt=0)
+    num_kv_heads: int | None = Field(None, gt=0)
+
+
+class MemberSettings(_Strict):
+    """The chunks, one per domain: how many parameters each has, and optionally its shape.
+
+    `parameters` is a share of the base's, such as "1/8" or 0.125, or a number of parameters.
+    """
+
+    parameters: str | float = "1/8"
+    shape: MemberShape = MemberShape()
+
+    @model_validator(mode="after")
+    def _readable(self) -> MemberSettings:
+        self.target(1_000_000)
+        return self
+
+    def target(self, base_parameters: int) -> int:
+        """Return the number of parameters of a chunk; `ValueError` if it makes no sense."""
+        try:
+            wanted = Fraction(str(self.parameters).replace("_", ""))
+        except (ValueError, ZeroDivisionError):
+            wanted = Fraction(-1)
+        if wanted <= 0:
+            raise ValueError(
+                f"parameters: {self.parameters!r} is neither a share of the base (1/8, 0.125) "
+                "nor a positive number of parameters"
+            )
+        return round(base_parameters * wanted) if wanted <= 1 else round(wanted)
+
+
+class CutSettings(_Strict):
+    """How the base is cut: which importance decides, and how many examples it is measured on."""
+
+    importance: Literal["activation", "spectrum"] = "activation"
+    calibration_examples: int = Field(512, ge=1)
+
+
+class SelectSettings(_Strict):
+    """Which share of a corpus is kept for training, and how it is chosen.
+
+    `by` scores examples by the members' uncertainty; `switch` keeps the most uncertain ("hard"),
+    the least ("easy"), or whichever of both a short trial finds better ("auto"). Each of the
+    `ensemble` members that score is first trained for `warmup_tokens` of the general corpus.
+    """
+
+    keep: Annotated[float, Field(gt=0, le=1)] = 0.7
+    by: Literal["bald", "disagreement", "random"] = "bald"
+    switch: Literal["auto", "hard", "easy"] = "auto"
+    ensemble: int = Field(3, ge=2)
+    warmup_tokens: int = Field(100_000, gt=0)
+    trial_tokens: int = Field(100_000, gt=0)
+
+
+class DistillSettings(_Strict):
+    """Distillation from the base: (1 - weight) of the loss is the labels', `weight` the base's.
+
+    The base's part is temperature² · KL(base ‖ chunk), both softened by `temperature`
+    (Hinton et al. 2015).
+    """
+
+    temperature: float = Field(1.0, gt=0)
+    weight: Share = 0.5
+
+
+class AdaptSettings(_Strict):
+    """The chunks' continual training.
+
+    `tokens` per chunk; `general_share` of them come from the general corpus, a number or "auto":
+    from the D-CPT law fitted on short runs. A step sees `rows_per_step` rows of `row_tokens`, in
+    `accumulate` parts. The schedule is warm-up, stable, decay, as shares of the steps.
+    """
+
+    tokens: int = Field(1_500_000, gt=0)
+    general_share: Share | Literal["auto"] = "auto"
+    distill: DistillSettings = DistillSettings()
+    optimizer: Literal["muon", "adamw"] = "muon"
+    learning_rate: float = Field(3e-3, gt=0)
+    muon_learning_rate: float = Field(6e-3, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    question_weight: Share = 0.2
+    clip_norm: float = Field(1.0, gt=0)
+    warmup_share: Share = 0.03
+    decay_share: Share = 0.25
+    rows_per_step: int = Field(32, gt=0)
+    row_tokens: int = Field(128, gt=0)
+    accumulate: int = Field(1, gt=0)
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    compiled: bool = True
+    checkpoint_every_s: float = Field(60, gt=0)
+
+
+class LawSettings(_Strict):
+    """The short runs that the laws are fitted on, and the bootstrap behind their intervals.
+
+    `mixture_shares` and `mixture_tokens` span D-CPT's runs; `pruning_shares` and `pruning_tokens`
+    P2's: chunks of so many parts of the base, trained for so many tokens.
+    """
+
+    mixture_shares: tuple[Share, ...] = (0.0, 0.1, 0.3, 0.6)
+    mixture_tokens: tuple[int, ...] = (100_000, 200_000)
+    pruning_shares: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.0625, 0.125, 0.25, 0.5)
+    pruning_tokens: tuple[int, ...] = (100_000, 200_000, 400_000)
+    bootstrap_samples: int = Field(200, ge=1)
+
+
+class MeasureSettings(_Strict):
+    """How many held-out questions per domain are asked: to train routers on, and to test."""
+
+    router_questions: int = Field(800, ge=1)
+    test_questions: int = Field(400, ge=1)
+    max_new_tokens: int = Field(32, ge=1)
+
+
+Baseline = Literal["finetuned", "scratch", "average", "ties", "random", "spectrum"]
+
+
+class Recipe(_Strict):
+    """Everything that a pool depends on."""
+
+    name: Name
+    seed: int = 1
+    base: BaseSettings
+    general: CorpusSettings = CorpusSettings(corpus=ALL_DOMAINS)
+    domains: dict[Name, CorpusSettings] = Field(min_length=2)
+    members: MemberSettings = MemberSettings()
+    cut: CutSettings = CutSettings()
+    select: SelectSettings = SelectSettings()
+    adapt: AdaptSettings = AdaptSettings()
+    laws: LawSettings = LawSettings()
+    baselines: tuple[Baseline, ...] = ()
+    measure: MeasureSettings = MeasureSettings()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        for reserved in ("base", "general", "auto"):
+            if reserved in self.domains:
+                raise ValueError(f"domains: the name {reserved!r} is reserved")
+        for name, settings in self.domains.items():
+            if settings.corpus == ALL_DOMAINS:
+                raise ValueError(f"domains.{name}.corpus: only the general corpus may be 'domains'")
+            if self.base.train is not None and not settings.corpus.startswith(TASKS):
+                raise ValueError(
+                    f"domains.{name}.corpus: base.train trains on built-in tasks only, "
+                    f"got {settings.corpus!r}; give base.checkpoint, or a corpus 'tasks:NAME'"
+                )
+        return self
+
+
+def read_recipe(file: Path) -> Recipe:
+    """Read and validate a recipe, and make its paths absolute.
+
+    Raises:
+        RecipeError: it cannot be read; names the key, the value and what is allowed.
+    """
+    if not file.is_file():
+        raise RecipeError(f"there is no recipe at {file}")
+    try:
+        data = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file} is not valid YAML: {error}") from None
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(f"{file}: {explain(error)}") from None
+    return _with_absolute_paths(recipe, file.parent.resolve())
+
+
+def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
+    base = recipe.base
+    if base.checkpoint is not None:
+        base = base.model_copy(update={"checkpoint": str(folder / base.checkpoint)})
+    domains = {name: _absolute(corpus, folder) for name, corpus in recipe.domains.items()}
+    general = _absolute(recipe.general, folder)
+    return recipe.model_copy(update={"base": base, "domains": domains, "general": general})
+
+
+def _absolute(settings: CorpusSettings, folder: Path) -> CorpusSettings:
+    changes: dict[str, str] = {}
+    if not settings.corpus.startswith(TASKS) and settings.corpus != ALL_DOMAINS:
+        changes["corpus"] = str(folder / settings.corpus)
+    if settings.held_out is not None:
+        changes["held_out"] = str(folder / settings.held_out)
+    return settings.model_copy(update=changes)
