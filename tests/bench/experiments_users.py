@@ -26,7 +26,7 @@ from typing import Any
 import httpx
 import yaml
 
-from models.pool import DEFAULT_POOL
+from models.pool import DEFAULT_POOL, load_pool
 from models.tasks import DOMAINS, Split
 from policies.encoders.registry import parse_encoder
 from policies.outcomes import read_outcomes
@@ -63,7 +63,7 @@ def main() -> None:
         began_s = time.monotonic()
         asked = asyncio.run(simulate(url, options))
         took_s = time.monotonic() - began_s
-        told = httpx.get(f"{url}/v1/experiments/{NAME}", timeout=60).json()
+        told = settled_report(url, asked)
         common = ["experiment", "report", NAME, "--config", str(config)]
         plot = options.out / "report.png"
         shown = run(*common, "--plot", str(plot))
@@ -101,9 +101,10 @@ def train(file: Path) -> Path:
 
 
 def write_config(folder: Path, router: Path) -> Path:
-    """Write the server's configuration: two policies over the chunks, and the experiment."""
-    chunks = ["text", "code", "arithmetic", "conversion"]
-    cascade = {"stages": chunks, "thresholds": [0.97, 0.95, 0.9]}
+    """Write the server's configuration: two policies and the experiment."""
+    chunks = [model.name for model in load_pool(DEFAULT_POOL).models if model.name != "base"]
+    # As FrugalGPT's chains: three stages, the last of them the largest model.
+    cascade = {"stages": [chunks[0], chunks[-1], "base"], "thresholds": [0.95, 0.95]}
     config = {
         "ledger": {"url": f"sqlite:///{folder.resolve() / 'shoal.db'}"},
         "policies": {
@@ -175,6 +176,16 @@ async def ask(client: httpx.AsyncClient, rng: random.Random, user: str) -> None:
     if rng.random() < 0.8:
         feedback = {"id": answer.json()["id"], "label": task.answer}
         (await client.post("/v1/feedback", json=feedback)).raise_for_status()
+
+
+def settled_report(url: str, num_requests: int) -> dict[str, Any]:
+    """Return the API's report once every request is in the ledger, which writes in batches."""
+    deadline_s = time.monotonic() + 60
+    while True:
+        told: dict[str, Any] = httpx.get(f"{url}/v1/experiments/{NAME}", timeout=60).json()
+        if told["num_requests"] == num_requests or time.monotonic() > deadline_s:
+            return told
+        time.sleep(1)
 
 
 def run(*arguments: str) -> str:
