@@ -1,0 +1,59 @@
+"""Tiny random checkpoints of every supported architecture."""
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from models.training.data import Conversation
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+_CONFIGS = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+}
+
+
+def tiny_model(architecture: str, *, tied: bool = True, seed: int = 0) -> PreTrainedModel:
+    """4 layers of 64 channels, 8 heads of 8 in 4 groups; biases and norms random, not trivial."""
+    head_dim = {} if architecture == "qwen2" else {"head_dim": 8}
+    config = _CONFIGS[architecture](
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+        **head_dim,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def random_conversations(count: int = 12, *, seed: int = 0) -> list[Conversation]:
+    """Random tokens of uneven lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, 20, (count,), generator=generator).tolist()
+    return [
+        Conversation(
+            tokens=torch.randint(1, 96, (length,), generator=generator).tolist(),
+            is_answer=[False] * (length // 2) + [True] * (length - length // 2),
+        )
+        for length in lengths
+    ]
