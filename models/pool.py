@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from models.card import ModelCard, read_card
+from models.engines.registry import engine_traits
 from models.errors import PoolError
 from policies.base import ModelFacts
 from policies.footprint import Rates
@@ -60,12 +61,32 @@ class EngineSpec(_Strict):
     deployment: DeploymentSpec = Field(default_factory=DeploymentSpec)
 
 
+class RemoteModelSpec(_Strict):
+    """A model behind another server, as far as the pool file can tell.
+
+    `model` is its name there (default: its name here). `tokenizer` is a folder (relative to the
+    pool file) with its tokenizer.json and chat template: without one, prompts count as one token
+    per four bytes until the server has counted them. With `parameters`, and the hardware of its
+    engine in the configuration's `carbon.engines`, its energy and carbon are modelled; else they
+    are unknown, and footprints say so.
+    """
+
+    model: str | None = None
+    tokenizer: str | None = None
+    context_tokens: int | None = Field(None, ge=1)
+    parameters: int | None = Field(None, ge=1)
+
+
 class ModelSpec(_Strict):
-    """One model: where its checkpoint is (relative to the pool file), who runs it, its price."""
+    """One model: where its checkpoint is (relative to the pool file), who runs it, its price.
+
+    `remote` takes the checkpoint's place where a `remote` engine asks another server.
+    """
 
     name: Name
     engine: str
     checkpoint: str | None = None
+    remote: RemoteModelSpec | None = None
     domains: tuple[str, ...] = ()
     description: str = ""
     usd_per_million_input_tokens: float = Field(0, ge=0)
@@ -87,21 +108,34 @@ class PoolFile(_Strict):
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A pool's model: what the file says and, where it has a checkpoint, what that says."""
+    """A pool's model: what the file says and, where it has a checkpoint, what that says.
+
+    `tokenizer` is the folder that holds its tokenizer; None where nobody knows it.
+    """
 
     spec: ModelSpec
     card: ModelCard | None
+    tokenizer: Path | None = None
 
     @property
     def name(self) -> str:
         """The name clients use."""
         return self.spec.name
 
+    @property
+    def context_tokens(self) -> int | None:
+        """How many tokens prompt and answer may have together; None where it isn't known."""
+        if self.card is not None:
+            return self.card.context_tokens
+        return self.spec.remote.context_tokens if self.spec.remote else None
+
     def facts(self) -> ModelFacts:
         """Return what policies may know about this model."""
+        stated = self.spec.remote.parameters if self.spec.remote else None
         return ModelFacts(
             name=self.name,
-            parameters=self.card.parameters if self.card else None,
+            parameters=self.card.parameters if self.card else stated,
+            remote=self.spec.remote is not None,
             domains=self.spec.domains,
             rates=Rates(
                 usd_per_input_token=self.spec.usd_per_million_input_tokens / 1e6,
@@ -170,8 +204,13 @@ def load_pool(path: Path | str) -> Pool:
         scorers=content.scorers,
     )
     for engine in pool.engines:
+        models = pool.models_of(engine.name)
         if engine.kind == "stacked":
-            _check_same_shape(file, engine, pool.models_of(engine.name))
+            _check_same_shape(file, engine, models)
+        try:
+            engine_traits(engine, models)
+        except PoolError as error:
+            raise PoolError(f"{file}: {error}") from None
     return pool
 
 
@@ -212,15 +251,29 @@ def _check_names(file: Path, content: PoolFile) -> None:
 
 
 def _load_model(file: Path, spec: ModelSpec) -> Model:
+    if spec.remote is not None:
+        return _load_remote(file, spec, spec.remote)
     if spec.checkpoint is None:
         return Model(spec=spec, card=None)
     folder = file.parent / spec.checkpoint
     if not folder.is_dir():
         raise PoolError(f"{file}: models.{spec.name}.checkpoint: there is no folder {folder}")
     try:
-        return Model(spec=spec, card=read_card(folder))
+        return Model(spec=spec, card=read_card(folder), tokenizer=folder)
     except PoolError as error:
         raise PoolError(f"{file}: models.{spec.name}.checkpoint: {error}") from None
+
+
+def _load_remote(file: Path, spec: ModelSpec, remote: RemoteModelSpec) -> Model:
+    where = f"{file}: models.{spec.name}"
+    if spec.checkpoint is not None:
+        raise PoolError(f"{where}: a model has a checkpoint or is remote, not both")
+    if remote.tokenizer is None:
+        return Model(spec=spec, card=None)
+    folder = file.parent / remote.tokenizer
+    if not (folder / "tokenizer.json").is_file():
+        raise PoolError(f"{where}.remote.tokenizer: there is no {folder / 'tokenizer.json'}")
+    return Model(spec=spec, card=None, tokenizer=folder)
 
 
 def _check_same_shape(file: Path, engine: EngineSpec, models: tuple[Model, ...]) -> None:

@@ -92,6 +92,11 @@ class CheckpointTokenizer:
         self._template = read_chat_template(folder)
 
     @property
+    def has_chat_template(self) -> bool:
+        """Whether `encode_chat` can work."""
+        return self._template is not None
+
+    @property
     def vocab_size(self) -> int:
         """Ids are below this, added tokens included."""
         return int(self._tokenizer.get_vocab_size())
@@ -116,6 +121,39 @@ class CheckpointTokenizer:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
 
+class RoughTokenizer:
+    """Counts tokens where nobody knows the tokenizer: one per four bytes, the rule of thumb for
+    English. The ids are all 0 and mean nothing; they cannot be decoded.
+    """
+
+    BYTES_PER_TOKEN = 4
+
+    @property
+    def vocab_size(self) -> int:
+        """There is one id."""
+        return 1
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Return about as many ids as `text` has tokens."""
+        return (0,) * -(-len(text.encode()) // self.BYTES_PER_TOKEN)
+
+    def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Return about as many ids as the conversation has tokens, a role counted like a word."""
+        return self.encode("\n".join(f"{m['role']}\n{m['content']}\n" for m in messages))
+
+    def decode(self, token_ids: Sequence[int]) -> str:  # noqa: ARG002 - the contract
+        """Return nothing: the text is not in the ids."""
+        return ""
+
+
 def load_tokenizer(model: Model) -> Tokenizer:
-    """Return the tokenizer of `model`: its checkpoint's, or bytes where it has no checkpoint."""
-    return ByteTokenizer() if model.card is None else CheckpointTokenizer(model.card.path)
+    """Return the tokenizer of `model`: bytes where a checkpoint-free engine runs it here.
+
+    For a remote model without one, a tokenizer that only counts. Raises `PoolError`.
+    """
+    if model.tokenizer is not None:
+        tokenizer = CheckpointTokenizer(model.tokenizer)
+        if model.spec.remote is not None and not tokenizer.has_chat_template:
+            raise PoolError(f"{model.tokenizer} holds no chat template")
+        return tokenizer
+    return ByteTokenizer() if model.spec.remote is None else RoughTokenizer()

@@ -15,14 +15,15 @@ from policies.plan import Plan
 class ModelFacts:
     """What a policy may know about a model of the pool.
 
-    `parameters` is None where the checkpoint is elsewhere (a remote model). `domains` are the
-    pool file's tags.
+    A `remote` model runs on somebody else's machine; its `parameters` are what the pool file
+    states, or None. `domains` are the pool file's tags.
     """
 
     name: str
     rates: Rates
     parameters: int | None = None
     domains: tuple[str, ...] = ()
+    remote: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

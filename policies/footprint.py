@@ -19,6 +19,7 @@ class Footprint:
     `gco2e` is operational plus embodied carbon, `embodied_gco2e` the embodied part of it. `flops`
     and `busy_s` (seconds of a whole device) are what energy was derived from or attributed by.
     `method` says how energy was found: "measured:nvml", "measured:rapl", "modelled:llmcarbon",
+    "modelled:stated" (a remote model of stated size), "unknown" (and then not in the figures);
     several joined by "+", empty where nobody has said. Idle energy is excluded.
     """
 

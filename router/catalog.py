@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+from models.engines.registry import engine_traits
 from models.errors import PoolError
 from models.pool import Pool
 from models.tokenizer import Tokenizer, load_tokenizer
@@ -65,6 +66,10 @@ class Catalog:
             **(scorers or {}),
         }
         self._engine_of = {model.name: model.spec.engine for model in pool.models}
+        self._traits = {
+            engine.name: engine_traits(engine, pool.models_of(engine.name))
+            for engine in pool.engines
+        }
         carbon = carbon or CarbonSettings()
         # Its readings follow a live feed, where one is configured and started.
         self.grid = carbon.grid(pool.folder)
@@ -119,8 +124,10 @@ class Catalog:
         return self._engine_of[answer.members[0]]
 
     def spans_engines(self, answer: Answer) -> bool:
-        """Return whether the members of `answer` run on more than one engine."""
-        return len({self._engine_of[name] for name in answer.members}) > 1
+        """Return whether no single engine can fuse the members of `answer`."""
+        engines = {self._engine_of[name] for name in answer.members}
+        alone = len(answer.members) == 1
+        return not alone and (len(engines) > 1 or not self._traits[engines.pop()].fuses)
 
     def tokenizer_of(self, answer: Answer) -> Tokenizer:
         """Return the tokenizer of `answer`'s members."""
@@ -128,8 +135,8 @@ class Catalog:
 
     def context_tokens(self, answer: Answer) -> int | None:
         """Return the shortest context of `answer`'s members; None where it isn't known."""
-        cards = [self.pool.model(name).card for name in answer.members]
-        return min((card.context_tokens for card in cards if card is not None), default=None)
+        known = [self.pool.model(name).context_tokens for name in answer.members]
+        return min((tokens for tokens in known if tokens is not None), default=None)
 
     def check(self, plan: Plan) -> None:
         """Raise `PolicyError` if `plan` cannot run on this pool, saying why."""
@@ -144,13 +151,31 @@ class Catalog:
                 "static",
                 "router",
             )
-            if self.spans_engines(answer) and not simple:
+            if not self.spans_engines(answer):
+                continue
+            if not simple:
                 raise PolicyError(
-                    f"the plan fuses {', '.join(answer.members)}, which run on different engines: "
-                    "there only the rules mixture and product are known, and weights that are "
-                    "given or the router's"
+                    f"the plan fuses {', '.join(answer.members)}, which no one engine runs "
+                    "together: there only the rules mixture and product are known, and weights "
+                    "that are given or the router's"
                 )
+            for name in answer.members:
+                self._check_tells(name, "fuses")
+                if self.pool.model(name).spec.remote and self.pool.model(name).tokenizer is None:
+                    raise PolicyError(
+                        f"the plan fuses {name!r}, whose tokenizer nobody knows; "
+                        f"models.{name}.remote.tokenizer must name it"
+                    )
         self._check_scorers(plan)
+
+    def _check_tells(self, model: str, what: str) -> None:
+        """Refuse a plan that needs log-probabilities of a model that gives none."""
+        engine = self._engine_of[model]
+        if not self._traits[engine].logprobs:
+            raise PolicyError(
+                f"the plan {what} {model!r}, whose engine {engine!r} returns no log-probabilities "
+                "(options.logprobs: false)"
+            )
 
     def _check_scorers(self, plan: Plan) -> None:
         if isinstance(plan, Cascade | Best):
@@ -167,6 +192,10 @@ class Catalog:
                     f"best.scorer: {plan.scorer!r} cannot rank answers in pairs; "
                     f"allowed are {', '.join(sorted(rankers)) or 'none of this pool'}"
                 )
+            judged = plan.stages[:-1] if isinstance(plan, Cascade) else plan.candidates
+            if isinstance(plan, Cascade) or plan.select != "majority":
+                for name in {name for stage in judged for name in members(stage)}:
+                    self._check_tells(name, "judges answers of")
         for child in children(plan):
             self._check_scorers(child)
 
@@ -245,14 +274,16 @@ def _build_scorers(pool: Pool) -> dict[str, Scorer]:
 
 def _load_tokenizers(pool: Pool) -> dict[str, Tokenizer]:
     """Return every model's tokenizer; models with the same one share it."""
-    loaded: dict[str | None, Tokenizer] = {}
+    loaded: dict[object, Tokenizer] = {}
     by_model: dict[str, Tokenizer] = {}
     for model in pool.models:
-        key = model.card.tokenizer_sha256 if model.card else None
+        remote = model.spec.remote is not None
+        key = model.card.tokenizer_sha256 if model.card else (model.tokenizer, remote)
         if key not in loaded:
             try:
                 loaded[key] = load_tokenizer(model)
             except PoolError as error:
-                raise PoolError(f"models.{model.name}.checkpoint: {error}") from None
+                where = "remote.tokenizer" if remote else "checkpoint"
+                raise PoolError(f"models.{model.name}.{where}: {error}") from None
         by_model[model.name] = loaded[key]
     return by_model

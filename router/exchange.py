@@ -19,7 +19,7 @@ from router.executor.task import Task
 from router.executor.trace import Trace
 from router.keys import Key
 from router.openai_api.ask import Ask
-from router.record import MemberTokens, RequestRecord
+from router.record import MemberCost, MemberTokens, RequestRecord
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
@@ -44,7 +44,8 @@ class Exchange:
 
     `time_s` is Unix time, `started_s` and `ended_s` count seconds of `time.perf_counter`. `user`
     and `session` come from headers until the body names them. `experiment` to `expected_quality`
-    are `RequestRecord`'s. `answer` gathers the first choice's text.
+    are `RequestRecord`'s. `answer` gathers the first choice's text. At `deadline_s`, by the event
+    loop's clock, the request is ended.
     """
 
     id: str
@@ -52,6 +53,7 @@ class Exchange:
     client_request_id: str
     time_s: float
     started_s: float = field(default_factory=time.perf_counter)
+    deadline_s: float | None = None
     ended_s: float | None = None
     first_text_s: float | None = None
     ask: Ask | None = None
@@ -153,7 +155,8 @@ class Exchange:
     def record(self, rates: Mapping[str, Rates], *, keep_text: bool = False) -> RequestRecord:
         """Return the record of the request, which is over; with the texts if they are kept."""
         assert self.ended_s is not None
-        ask, cost = self.ask, self.footprint(rates)
+        parts = self.member_footprints(rates)
+        ask, cost = self.ask, self.total(parts)
         decision = self.decisions[0] if self.decisions else None
         return RequestRecord(
             request_id=self.id,
@@ -172,6 +175,10 @@ class Exchange:
             output_tokens=self.output_tokens,
             num_choices=len(self.choices),
             members=self.member_tokens(),
+            costs={
+                name: MemberCost(usd=part.usd, wh=part.wh, gco2e=part.gco2e, method=part.method)
+                for name, part in parts.items()
+            },
             usd=cost.usd,
             wh=cost.wh,
             gco2e=cost.gco2e,

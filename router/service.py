@@ -142,6 +142,7 @@ class Service:
         exchange.user = ask.user or exchange.user
         exchange.session = ask.extension.session or exchange.session
         deadline_s = asyncio.get_running_loop().time() + self._timeout_s(ask, headers)
+        exchange.deadline_s = deadline_s
         await decide(self.catalog, self._limits, exchange, ask, self.experiments)
         if self.gate is not None:
             await self.gate.admit(exchange, self.catalog)

@@ -7,12 +7,15 @@ the executor turns a plan's `Answer` into one request.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Literal, Protocol, TypeAlias
 
-FinishReason: TypeAlias = Literal["stop", "length"]
+from models.chat_template import Message
+
+FinishReason: TypeAlias = Literal["stop", "length", "content_filter"]
 FusionRule: TypeAlias = Literal["mixture", "product", "gated", "contrastive"]
+Circuit: TypeAlias = Literal["closed", "half-open", "open"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +67,10 @@ class GenerationRequest:
     the last by the power `contrast` (see `policies.plan.Answer`) and takes no weights. With
     `evidence`, the weights are only the prior.
 
-    `prompt_tokens` is the whole templated prompt in the engine's tokenizer. `request_id` is
-    unique; cancellation and logs use it. `client_id` groups requests for fair queueing.
+    `prompt_tokens` is the whole templated prompt in the engine's tokenizer; `messages` or `text` is
+    what it was made of, for engines that ask another server, and neither where the client sent
+    token ids. `request_id` is unique; cancellation and logs use it. `client_id` groups requests for
+    fair queueing. After `timeout_s` nobody waits for the answer any more (None: not known).
     """
 
     request_id: str
@@ -78,6 +83,9 @@ class GenerationRequest:
     evidence: Evidence | None = None
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     client_id: str = ""
+    messages: tuple[Message, ...] | None = None
+    text: str | None = None
+    timeout_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,15 +102,18 @@ class TopLogprob:
 class Token:
     """One generated token; `logprob` is under the fused distribution before sampling filters.
 
-    That is log-softmax of the (fused) logits, before temperature, penalties, bias and truncation.
-    `top` is best first.
+    That is log-softmax of the (fused) logits, before temperature, penalties, bias and truncation;
+    None where the model is elsewhere and its server doesn't say (and there `token_id` is 0). `top`
+    is best first. `entropy` is the whole distribution's, in nats; None where the engine cannot see
+    it.
     """
 
     token_id: int
     text: str
     raw: bytes
-    logprob: float
+    logprob: float | None
     top: tuple[TopLogprob, ...] = ()
+    entropy: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,19 +121,25 @@ class Chunk:
     """A piece of the answer. `text` may lag behind `tokens` while a stop string or a character
     may still be incomplete; the texts of all chunks joined are the answer, without the stop
     string. `tokens` holds every generated token, the end-of-sequence token included in the count
-    but with empty text. The last chunk, and only it, has a `finish_reason`, and where several
-    members were fused the `weights` that they had in the end, in the request's order.
+    but with empty text. The last chunk, and only it, has a `finish_reason`, where several members
+    were fused the `weights` that they had in the end, in the request's order, and where another
+    server counted them the number of `prompt_tokens`.
     """
 
     text: str
     tokens: tuple[Token, ...]
     finish_reason: FinishReason | None = None
     weights: tuple[float, ...] | None = None
+    prompt_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineStats:
-    """A snapshot for metrics and autoscaling."""
+    """A snapshot for metrics and autoscaling.
+
+    `circuit` is the state of the breaker of an engine that asks another server: "open" while that
+    server is left alone because it failed, "half-open" while one request tries it.
+    """
 
     running_requests: int = 0
     queued_requests: int = 0
@@ -131,6 +148,22 @@ class EngineStats:
     kv_bytes_total: int = 0
     generated_tokens_total: int = 0
     busy_seconds_total: float = 0.0
+    circuit: Circuit | None = None
+
+    @classmethod
+    def total(cls, snapshots: Sequence[EngineStats]) -> EngineStats:
+        """Return the sum over replicas, and the worst of their circuits."""
+        numbers = {
+            field.name: sum(getattr(snapshot, field.name) for snapshot in snapshots)
+            for field in fields(cls)
+            if field.name != "circuit"
+        }
+        states = {snapshot.circuit for snapshot in snapshots}
+        worst = next((state for state in _WORST_FIRST if state in states), None)
+        return cls(**numbers, circuit=worst)
+
+
+_WORST_FIRST: tuple[Circuit, ...] = ("open", "half-open", "closed")
 
 
 class Engine(Protocol):

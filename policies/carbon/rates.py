@@ -10,19 +10,25 @@ from policies.carbon.llmcarbon import inference_flops
 from policies.footprint import Rates
 
 MODELLED = "modelled:llmcarbon"
+STATED = "modelled:stated"
+"""The same equations, with the size and the hardware that the user states of a remote model."""
+UNKNOWN = "unknown"
 
 
-def rates_for(facts: ModelFacts, device: Device, *, gco2e_per_kwh: float, pue: float) -> Rates:
+def rates_for(
+    facts: ModelFacts, device: Device | None, *, gco2e_per_kwh: float, pue: float
+) -> Rates:
     """Return `facts.rates` with energy and carbon per token filled in.
 
     2N FLOPs per token at the FLOP/s that `device` reaches give busy seconds; times its average
     power and the PUE, watt-hours; times the grid's intensity, operational carbon; busy seconds over
     the device's lifetime give the embodied part. A token read and one written cost the same FLOPs;
     that decoding is slower per FLOP than reading is not modelled (measure it, or lower the device's
-    efficiency). Idle time is not counted. A remote model, whose size nobody knows, keeps its rates.
+    efficiency). Idle time is not counted. A model whose size or hardware nobody knows keeps its
+    rates, and its method says "unknown".
     """
-    if facts.parameters is None:
-        return facts.rates
+    if facts.parameters is None or device is None:
+        return replace(facts.rates, method=UNKNOWN)
     flops = inference_flops(facts.parameters, 1)
     busy_s = flops / device.flops_per_s
     wh = busy_s * device.power_w * pue / 3600
@@ -34,5 +40,5 @@ def rates_for(facts: ModelFacts, device: Device, *, gco2e_per_kwh: float, pue: f
         flops_per_token=flops,
         busy_s_per_token=busy_s,
         embodied_gco2e_per_s=device.embodied_gco2e_per_s,
-        method=MODELLED,
+        method=STATED if facts.remote else MODELLED,
     )

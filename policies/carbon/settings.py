@@ -62,9 +62,9 @@ class CarbonSettings(_Strict):
 
     `zone` is a country (DE), WORLD, or a cloud region (gcp:europe-west3); `grid_file` a CSV that
     takes its place; `feed` a live source on top of either. `pue` is the data centre's power usage
-    effectiveness (1 for a computer on a desk). `hardware` applies to every engine that
-    `engines` does not name, unless a meter measures: "auto" takes NVML on GPUs and RAPL on CPUs
-    where they can be read, "off" always models.
+    effectiveness (1 for a computer on a desk). `hardware` applies to every engine of this machine
+    that `engines` does not name, unless a meter measures: "auto" takes NVML on GPUs and RAPL on
+    CPUs where they can be read, "off" always models.
     """
 
     zone: str = "WORLD"
@@ -99,6 +99,10 @@ class CarbonSettings(_Strict):
         """Return the device that the engine called `engine` runs on."""
         return self.engines.get(engine, self.hardware).build()
 
+    def _device_for(self, facts: ModelFacts, engine: str) -> Device | None:
+        """Return what runs a model; None for a remote one whose hardware nobody has stated."""
+        return None if facts.remote and engine not in self.engines else self.device_of(engine)
+
     def rates(
         self,
         models: Mapping[str, ModelFacts],
@@ -113,7 +117,7 @@ class CarbonSettings(_Strict):
         return {
             name: rates_for(
                 facts,
-                self.device_of(engine_of[name]),
+                self._device_for(facts, engine_of[name]),
                 gco2e_per_kwh=gco2e_per_kwh,
                 pue=self.pue,
             )

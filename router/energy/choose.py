@@ -23,8 +23,11 @@ MeterKind: TypeAlias = Literal["auto", "rapl", "nvml", "off"]
 def lane_meter(carbon: CarbonSettings, spec: EngineSpec) -> LaneMeter | None:
     """Return what attributes the energy of the engine that `spec` describes; None to model it.
 
-    To be called when the engine has been made: only then is its tensor library loaded.
+    To be called when the engine has been made: only then is its tensor library loaded. What a
+    remote engine draws, no meter of this machine sees.
     """
+    if spec.kind == "remote":
+        return None
     torch = sys.modules.get("torch")
     on_gpu = spec.device.startswith("cuda") or (
         spec.device == "auto" and torch is not None and torch.cuda.is_available()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from models.engines.base import Chunk
 from router.energy.lanes import EnergyUse
@@ -17,13 +17,7 @@ class MeteredChunk(Chunk):
 
 def metered(chunk: Chunk, energy: EnergyUse) -> MeteredChunk:
     """Return `chunk` with what the answer used."""
-    return MeteredChunk(
-        text=chunk.text,
-        tokens=chunk.tokens,
-        finish_reason=chunk.finish_reason,
-        weights=chunk.weights,
-        energy=energy,
-    )
+    return MeteredChunk(**{f.name: getattr(chunk, f.name) for f in fields(Chunk)}, energy=energy)
 
 
 def energy_of(chunk: Chunk) -> EnergyUse | None:

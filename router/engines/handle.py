@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from typing import Any
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -70,11 +69,7 @@ class HandleClient:
             snapshots = await answers.results_async(timeout_s=_TIMEOUT_S)
             if not snapshots:
                 raise EngineFailed(f"{self._handle.deployment_name} has no replica")
-            totals = {
-                field.name: sum(getattr(snapshot, field.name) for snapshot in snapshots)
-                for field in fields(EngineStats)
-            }
-            return EngineStats(**totals)
+            return EngineStats.total(snapshots)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
@@ -30,24 +31,30 @@ async def run_answer(
     try:
         if not task.stream:
             chunk = await client.complete(request)
-            run.output_tokens = len(chunk.tokens)
-            run.weights, run.energy = chunk.weights, energy_of(chunk)
+            _note(run, chunk)
             yield chunk
             return
         async with aclosing(client.stream(request)) as chunks:
             async for chunk in chunks:
-                run.output_tokens += len(chunk.tokens)
-                run.weights, run.energy = chunk.weights, energy_of(chunk)
+                _note(run, chunk)
                 yield chunk
     except (EngineOverloaded, RequestError):
         run.prompt_tokens = 0  # the engine refused it unread: nobody pays for that
         raise
 
 
+def _note(run: Run, chunk: Chunk) -> None:
+    run.output_tokens += len(chunk.tokens)
+    run.weights, run.energy = chunk.weights, energy_of(chunk)
+    if chunk.prompt_tokens is not None:
+        run.prompt_tokens = chunk.prompt_tokens
+
+
 async def _request(executor: Executor, answer: Answer, task: Task, run: Run) -> GenerationRequest:
     tokens = await task.prompt.tokens(executor.catalog.tokenizer_of(answer))
     context_tokens = executor.catalog.context_tokens(answer)
     max_tokens = task.max_tokens or executor.limits.default_max_tokens
+    messages = task.prompt.messages
     if context_tokens is not None:
         room = context_tokens - len(tokens)
         if room < (task.max_tokens or 1):
@@ -68,7 +75,14 @@ async def _request(executor: Executor, answer: Answer, task: Task, run: Run) -> 
         evidence=_evidence(answer),
         sampling=replace(task.sampling, max_tokens=max_tokens),
         client_id=task.client_id,
+        messages=None if messages is None else tuple(messages),
+        text=task.prompt.plain_text,
+        timeout_s=None if task.deadline_s is None else max(0.0, task.deadline_s - _now_s()),
     )
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()
 
 
 def _evidence(answer: Answer) -> Evidence | None:

@@ -36,6 +36,11 @@ class Prompt:
         """The conversation, if it is one."""
         return self._messages
 
+    @property
+    def plain_text(self) -> str | None:
+        """The text, if it was given as one."""
+        return self._text
+
     def query(self, tokenizer: Tokenizer) -> str:
         """Return what a policy reads; `tokenizer` serves to read token ids."""
         if self._messages is not None:

@@ -15,7 +15,8 @@ class Task:
 
     `request_id` is unique per choice. `max_tokens` None means as many as the context and the
     serving limits allow. With `stream`, chunks come as they are generated; without, an engine is
-    called once per answer, which is cheaper.
+    called once per answer, which is cheaper. At `deadline_s`, by the event loop's clock, nobody
+    waits for the answer any more (None: not known).
     """
 
     request_id: str
@@ -25,6 +26,7 @@ class Task:
     max_tokens: int | None
     stream: bool
     client_id: str = ""
+    deadline_s: float | None = None
 
 
 def merge(chunks: list[Chunk]) -> Chunk:
@@ -36,4 +38,5 @@ def merge(chunks: list[Chunk]) -> Chunk:
         tokens=tuple(token for chunk in chunks for token in chunk.tokens),
         finish_reason=chunks[-1].finish_reason if chunks else None,
         weights=chunks[-1].weights if chunks else None,
+        prompt_tokens=chunks[-1].prompt_tokens if chunks else None,
     )

@@ -1,5 +1,6 @@
 """Modelled rates, and the configuration they are built from."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,11 +35,22 @@ def test_a_tokens_energy_follows_llmcarbon():
     assert cost.method == "modelled:llmcarbon"
 
 
-def test_a_remote_model_keeps_its_rates():
-    """Nobody knows its size, so nothing is claimed about its energy."""
+def test_a_model_of_unknown_size_keeps_its_rates():
+    """Nothing is claimed about its energy, and its method says so."""
     rates = rates_for(facts("remote", None), find_device("cpu"), gco2e_per_kwh=400, pue=1.2)
-    assert rates == PRICE
-    assert rates.footprint(10, 10).to_json()["method"] == ""
+    assert rates == replace(PRICE, method="unknown")
+    assert rates.footprint(10, 10).to_json()["method"] == "unknown"
+
+
+def test_a_remote_model_is_modelled_only_on_stated_hardware():
+    """Its size and hardware come from the user, and the method says that; without either: none."""
+    hosted = {"hosted": replace(facts("hosted", 1_000_000), remote=True)}
+    here = CarbonSettings(hardware={"device": "cpu"})
+    stated = CarbonSettings(engines={"there": {"device": "cpu"}})
+    known = stated.rates(hosted, {"hosted": "there"}, gco2e_per_kwh=400)["hosted"]
+    unknown = here.rates(hosted, {"hosted": "there"}, gco2e_per_kwh=400)["hosted"]
+    assert (known.method, unknown.method) == ("modelled:stated", "unknown")
+    assert known.wh_per_output_token > 0 == unknown.wh_per_output_token
 
 
 def test_a_measurement_replaces_the_models_energy():

@@ -1,0 +1,259 @@
+"""The remote engine: asks one OpenAI-compatible server, patiently but not for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from models.engines.base import Chunk, EngineStats, GenerationRequest
+from models.engines.remote.breaker import CircuitBreaker
+from models.engines.remote.failure import AttemptFailed, from_response, from_transport
+from models.engines.remote.options import RemoteOptions, inspect, read_options
+from models.engines.remote.wire import AnswerReader, write_body
+from models.errors import EngineFailed, EngineOverloaded, RequestError
+from models.pool import EngineSpec, Model
+
+_MAX_ERROR_BYTES = 64 * 1024
+_DRAIN_S = 0.5
+
+
+class RemoteEngine:
+    """Members that another server runs; see `models.engines.base.Engine`.
+
+    `upstream` maps this engine's members to the server's names for them. It asks for one stream per
+    request, so that a client who leaves also ends the work there.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        upstream: Mapping[str, str],
+        options: RemoteOptions,
+        max_queued_requests: int,
+        clock: Callable[[], float] = time.monotonic,
+        rng: random.Random | None = None,
+    ) -> None:
+        """Only remember; `start` reads the key and opens the connection pool."""
+        self._name = name
+        self._upstream = dict(upstream)
+        self._options = options
+        self._max_queued_requests = max_queued_requests
+        self._clock = clock
+        self._rng = rng or random.Random()
+        self._url = options.base_url.rstrip("/")
+        self._server = f"the server {urlsplit(self._url).netloc.rpartition('@')[2]}"
+        self._breaker = CircuitBreaker(
+            failures=options.breaker_failures, open_s=options.breaker_open_s, clock=clock
+        )
+        self._slots = asyncio.Semaphore(options.max_connections)
+        self._running = 0
+        self._queued = 0
+        self._generated_tokens = 0
+        self._client: httpx.AsyncClient | None = None
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The models that the server runs for this pool."""
+        return tuple(self._upstream)
+
+    async def start(self) -> None:
+        """Read the key. The server may be away: that must not keep a pool from starting."""
+        key = self._options.read_key(self._name)
+        headers = dict(self._options.headers)
+        if key is not None:
+            headers["authorization"] = f"Bearer {key}"
+        self._client = httpx.AsyncClient(
+            headers=headers,
+            timeout=httpx.Timeout(
+                self._options.read_timeout_s, connect=self._options.connect_timeout_s, pool=None
+            ),
+            limits=httpx.Limits(
+                max_connections=None, max_keepalive_connections=self._options.max_connections
+            ),
+        )
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[Chunk]:
+        """Stream the server's answer; see the contract."""
+        self.check_health()
+        self._check(request)
+        started_s = self._clock()
+        path, body = write_body(request, self._upstream[request.members[0]], self._options)
+        async with self._slot():
+            for attempt in range(self._options.max_retries + 1):
+                answering = False
+                try:
+                    chunks = self._attempt(self._url + path, body, request.request_id)
+                    async with aclosing(chunks):
+                        async for chunk in chunks:
+                            answering = True
+                            self._generated_tokens += len(chunk.tokens)
+                            yield chunk
+                    return
+                except AttemptFailed as failure:
+                    wait_s = self._wait_s(failure, attempt)
+                    left_s = (request.timeout_s or float("inf")) - (self._clock() - started_s)
+                    last = attempt == self._options.max_retries
+                    if answering or last or not failure.retry or wait_s >= left_s:
+                        raise failure.error from None
+                await asyncio.sleep(wait_s)
+
+    def stats(self) -> EngineStats:
+        """Count what runs and waits here; the server's own load is not known."""
+        return EngineStats(
+            running_requests=self._running,
+            queued_requests=self._queued,
+            active_lanes=self._running,
+            generated_tokens_total=self._generated_tokens,
+            circuit=self._breaker.state,
+        )
+
+    def check_health(self) -> None:
+        """Raise `EngineFailed` unless started. A server that is away is no reason to restart this
+        engine: `stats` shows the circuit instead.
+        """
+        if self._client is None:
+            raise EngineFailed(f"the engine {self._name} is not running")
+
+    async def stop(self) -> None:
+        """Close all connections, which fails what runs; idempotent."""
+        client, self._client = self._client, None
+        if client is not None:
+            with contextlib.suppress(RuntimeError):  # some requests were still running
+                await client.aclose()
+
+    def _check(self, request: GenerationRequest) -> None:
+        if len(request.members) > 1:
+            raise RequestError("members that another server runs cannot be fused by this engine")
+        [member] = request.members
+        if member not in self._upstream:
+            raise RequestError(
+                f"the engine has no member {member!r}; it has {', '.join(self._upstream)}", "model"
+            )
+        if request.sampling.top_logprobs is not None and not self._options.logprobs:
+            raise RequestError(
+                f"logprobs: the server that runs {member!r} returns none", "logprobs"
+            )
+        if not request.prompt_tokens and not request.messages and not request.text:
+            raise RequestError("the prompt is empty", "messages")
+
+    @contextlib.asynccontextmanager
+    async def _slot(self) -> AsyncIterator[None]:
+        if self._slots.locked() and self._queued >= self._max_queued_requests:
+            raise EngineOverloaded(f"{self._queued} requests wait already", 1.0)
+        self._queued += 1
+        try:
+            await self._slots.acquire()
+        finally:
+            self._queued -= 1
+        self._running += 1
+        try:
+            yield
+        finally:
+            self._running -= 1
+            self._slots.release()
+
+    def _wait_s(self, failure: AttemptFailed, attempt: int) -> float:
+        if failure.retry_after_s is not None:
+            return failure.retry_after_s
+        # Jitter: those who failed together should not come back together.
+        return self._options.backoff_s * 2.0**attempt * self._rng.uniform(0.75, 1.25)
+
+    async def _attempt(
+        self, url: str, body: dict[str, Any], request_id: str
+    ) -> AsyncGenerator[Chunk, None]:
+        """Yield the answer to one HTTP request; raises `AttemptFailed`."""
+        self.check_health()
+        if not self._breaker.admit():
+            raise AttemptFailed(
+                EngineFailed(
+                    f"{self._server} has failed repeatedly and is left alone; "
+                    f"next attempt in {self._breaker.wait_s():.0f} s"
+                ),
+                retry=False,
+                broken=False,
+            )
+        over = False
+        try:
+            async with aclosing(self._exchange(url, body, request_id)) as chunks:
+                async for chunk in chunks:
+                    if not over:
+                        self._breaker.succeeded()
+                        over = True
+                    yield chunk
+        except AttemptFailed as failure:
+            (self._breaker.failed if failure.broken else self._breaker.succeeded)()
+            over = True
+            raise
+        finally:
+            if not over:
+                self._breaker.abandoned()
+
+    async def _exchange(
+        self, url: str, body: dict[str, Any], request_id: str
+    ) -> AsyncGenerator[Chunk, None]:
+        client = self._client
+        assert client is not None, "check_health raises before"
+        reader = AnswerReader(server=self._server, logprobs=self._options.logprobs)
+        try:
+            async with client.stream(
+                "POST", url, json=body, headers={"x-request-id": request_id}
+            ) as response:
+                if response.status_code != httpx.codes.OK:
+                    told = await _read_some(response)
+                    raise from_response(self._server, response.status_code, response.headers, told)
+                lines = response.aiter_lines()
+                async for line in lines:
+                    data = line.removeprefix("data:").strip()
+                    if data == "[DONE]":
+                        await _drain(lines)
+                        break
+                    if line.startswith("data:") and data:
+                        chunk = reader.read(data)
+                        if chunk is not None:
+                            yield chunk
+                yield reader.last()
+        except httpx.HTTPError as error:
+            if self._client is None:
+                stopped = EngineFailed(f"the engine {self._name} was stopped")
+                raise AttemptFailed(stopped, retry=False, broken=False) from None
+            raise from_transport(self._server, error) from None
+
+
+async def _drain(lines: AsyncIterator[str]) -> None:
+    """Read a response to its end, which lets its connection be used again."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DRAIN_S):
+            async for _ in lines:
+                pass
+
+
+async def _read_some(response: httpx.Response) -> bytes:
+    body = b""
+    async for part in response.aiter_bytes():
+        body += part
+        if len(body) >= _MAX_ERROR_BYTES:
+            break
+    return body
+
+
+def create(spec: EngineSpec, models: Sequence[Model]) -> RemoteEngine:
+    """Make the engine that `spec` describes; `PoolError` names a bad option or model."""
+    inspect(spec, models)
+    return RemoteEngine(
+        name=spec.name,
+        upstream={
+            model.name: (model.spec.remote and model.spec.remote.model) or model.name
+            for model in models
+        },
+        options=read_options(spec),
+        max_queued_requests=spec.max_queued_requests,
+    )

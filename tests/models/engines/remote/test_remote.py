@@ -1,0 +1,469 @@
+"""The remote engine against a server that misbehaves."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models.engines.base import Chunk, EngineStats, GenerationRequest, SamplingOptions
+from models.engines.registry import create_engine, engine_traits
+from models.engines.remote.engine import RemoteEngine
+from models.errors import (
+    ContextOverflow,
+    EngineFailed,
+    EngineOverloaded,
+    PoolError,
+    RequestError,
+)
+from models.pool import EngineSpec, Model, ModelSpec, RemoteModelSpec
+from tests.models.engines.remote.bad_server import (
+    CUT,
+    HANG,
+    BadServer,
+    Reply,
+    answer,
+    delta,
+    finish,
+)
+
+KEY = "sk-very-secret"
+FAST = {"backoff_s": 0.01, "read_timeout_s": 0.2}
+
+
+def _models(*names: str) -> list[Model]:
+    return [
+        Model(
+            spec=ModelSpec(name=name, engine="e", remote=RemoteModelSpec(model=f"up-{name}")),
+            card=None,
+        )
+        for name in names
+    ]
+
+
+def _spec(url: str, **options: Any) -> EngineSpec:
+    queued = options.pop("max_queued_requests", 8)
+    return EngineSpec(
+        name="e",
+        kind="remote",
+        options={"base_url": url, **FAST, **options},
+        max_queued_requests=queued,
+    )
+
+
+@asynccontextmanager
+async def _engine(server: BadServer, **options: Any) -> AsyncIterator[RemoteEngine]:
+    engine = create_engine(_spec(server.url, **options), _models("a", "b"))
+    assert isinstance(engine, RemoteEngine)
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.stop()
+
+
+def _request(**fields: Any) -> GenerationRequest:
+    sampling = SamplingOptions(**fields.pop("sampling", {}))
+    fields.setdefault("messages", ({"role": "user", "content": "hello"},))
+    return GenerationRequest(
+        request_id="r-1", prompt_tokens=(0, 0), members=("a",), sampling=sampling, **fields
+    )
+
+
+async def _read(engine: RemoteEngine, request: GenerationRequest) -> list[Chunk]:
+    return [chunk async for chunk in engine.generate(request)]
+
+
+def _text(chunks: list[Chunk]) -> str:
+    return "".join(chunk.text for chunk in chunks)
+
+
+def test_asks_as_openai_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The key, the server's own model name and every option that was asked for are sent."""
+    monkeypatch.setenv("UPSTREAM_KEY", KEY)
+
+    async def run() -> None:
+        async with (
+            BadServer.running(answer("hi")) as server,
+            _engine(server, api_key_env="UPSTREAM_KEY", headers={"x-team": "t"}) as engine,
+        ):
+            sampling = {
+                "max_tokens": 7,
+                "temperature": 0.5,
+                "top_k": 4,
+                "seed": 3,
+                "stop": ("x",),
+                "logit_bias": {5: -1.0},
+                "top_logprobs": 2,
+                "json_schema": '{"type": "string"}',
+            }
+            await _read(engine, _request(sampling=sampling))
+            [sent] = server.requests
+        assert sent["path"] == "/v1/chat/completions"
+        assert sent["headers"]["authorization"] == f"Bearer {KEY}"
+        assert (sent["headers"]["x-team"], sent["headers"]["x-request-id"]) == ("t", "r-1")
+        body = sent["body"]
+        schema = body.pop("response_format")["json_schema"]["schema"]
+        assert schema == {"type": "string"}
+        assert body == {
+            "model": "up-a",
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "messages": [{"role": "user", "content": "hello"}],
+            "max_tokens": 7,
+            "temperature": 0.5,
+            "top_k": 4,
+            "seed": 3,
+            "stop": ["x"],
+            "logit_bias": {"5": -1.0},
+            "logprobs": True,
+            "top_logprobs": 2,
+        }
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("text", "prompt"), [("once", "once"), (None, [0, 0])])
+def test_texts_and_token_ids_go_to_the_completions_endpoint(text: Any, prompt: Any) -> None:
+    """A plain text is sent as it is, token ids as ids; the answer's format is read."""
+    events = [
+        {
+            "choices": [
+                {
+                    "text": " upon",
+                    "logprobs": {
+                        "tokens": [" upon"],
+                        "token_logprobs": [-0.25],
+                        "top_logprobs": [{" upon": -0.25, " more": -2}],
+                    },
+                    "finish_reason": "length",
+                }
+            ]
+        },
+        "[DONE]",
+    ]
+
+    async def run() -> None:
+        async with (
+            BadServer.running(Reply(events=events)) as server,
+            _engine(server, max_tokens_field="max_completion_tokens") as engine,
+        ):
+            chunks = await _read(engine, _request(messages=None, text=text))
+            [sent] = server.requests
+        assert (sent["path"], sent["body"]["prompt"]) == ("/v1/completions", prompt)
+        assert sent["body"]["max_tokens"] == 256
+        assert (_text(chunks), chunks[-1].finish_reason) == (" upon", "length")
+        [token] = chunks[0].tokens
+        assert (token.logprob, [other.text for other in token.top]) == (-0.25, [" upon", " more"])
+
+    asyncio.run(run())
+
+
+def test_usage_of_the_server_counts() -> None:
+    """Tokens that were never shown (reasoning, the end) are counted, and the prompt's too."""
+
+    async def run() -> None:
+        reply = answer("one", " two", prompt_tokens=41, completion_tokens=9)
+        async with BadServer.running(reply) as server, _engine(server) as engine:
+            chunks = await _read(engine, _request())
+        assert sum(len(chunk.tokens) for chunk in chunks) == 9
+        assert [token.logprob for chunk in chunks for token in chunk.tokens][:3] == [
+            -0.5,
+            -0.5,
+            None,
+        ]
+        assert [chunk.prompt_tokens for chunk in chunks] == [None, None, 41]
+
+    asyncio.run(run())
+
+
+def test_without_usage_tokens_are_counted() -> None:
+    """A server that tells neither usage nor log-probabilities: one token per piece of text."""
+
+    async def run() -> None:
+        events = [
+            delta("", None, reasoning_content="hm"),
+            delta("a", None),
+            delta("b", None),
+            *finish(),
+        ]
+        async with (
+            BadServer.running(Reply(events=events)) as server,
+            _engine(server, logprobs=False) as engine,
+        ):
+            chunks = await _read(engine, _request())
+            assert "logprobs" not in server.requests[0]["body"]
+            with pytest.raises(RequestError, match="returns none"):
+                await _read(engine, _request(sampling={"top_logprobs": 0}))
+        assert (_text(chunks), chunks[-1].prompt_tokens) == ("ab", None)
+        assert sum(len(chunk.tokens) for chunk in chunks) == 3
+
+    asyncio.run(run())
+
+
+def test_missing_logprobs_say_what_to_configure() -> None:
+    """A server that ignores `logprobs` makes the answer fail with the option's name."""
+
+    async def run() -> None:
+        reply = Reply(events=[delta("a", None), *finish()])
+        async with BadServer.running(reply) as server, _engine(server) as engine:
+            with pytest.raises(EngineFailed, match="set logprobs: false"):
+                await _read(engine, _request())
+            assert len(server.requests) == 1
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("reply", "error", "message", "num_requests"),
+    [
+        (Reply(500), EngineFailed, "answered 500", 3),
+        (Reply(503, {"x-should-retry": "false"}), EngineFailed, "answered 503", 1),
+        (Reply(404, body={"error": {"message": "no such model"}}), EngineFailed, "no such", 1),
+        (Reply(401, body={"error": {"message": KEY}}), EngineFailed, "refuses the key", 1),
+        (
+            Reply(400, body={"error": {"message": "too hot", "param": "temperature"}}),
+            RequestError,
+            "too hot",
+            1,
+        ),
+        (
+            Reply(400, body={"error": {"message": "long", "code": "context_length_exceeded"}}),
+            ContextOverflow,
+            "long",
+            1,
+        ),
+        (Reply(events=[delta("a")]), EngineFailed, "broke off", 1),
+        (Reply(events=[delta("a")], end=CUT), EngineFailed, "Error", 1),
+        (Reply(events=[delta("a")], end=HANG), EngineFailed, "ReadTimeout", 1),
+        (Reply(end=HANG), EngineFailed, "ReadTimeout", 3),
+        (Reply(events=["{"]), EngineFailed, "cannot be read", 3),
+        (Reply(events=[[]]), EngineFailed, "cannot be read", 3),
+        (Reply(events=[{"error": {"message": "boom"}}]), EngineFailed, "boom", 3),
+        (Reply(events=finish("tool_calls")), EngineFailed, "'tool_calls' is not supported", 3),
+    ],
+)
+def test_failures_become_our_errors(
+    reply: Reply, error: type[Exception], message: str, num_requests: int
+) -> None:
+    """Each failure has its error; only what may help is repeated, and never once text has come."""
+
+    async def run() -> None:
+        async with BadServer.running(reply) as server, _engine(server) as engine:
+            with pytest.raises(error, match=message) as caught:
+                await _read(engine, _request())
+            assert KEY not in str(caught.value)
+            assert len(server.requests) == num_requests
+            assert engine.stats().running_requests == 0
+
+    asyncio.run(run())
+
+
+def test_a_refusal_names_the_field() -> None:
+    """A 400 of the server carries its `param` on to our client."""
+
+    async def run() -> None:
+        reply = Reply(400, body={"error": {"message": "m", "param": "temperature"}})
+        async with BadServer.running(reply) as server, _engine(server) as engine:
+            with pytest.raises(RequestError) as caught:
+                await _read(engine, _request())
+            assert caught.value.param == "temperature"
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("header", [{"retry-after-ms": "150"}, {"retry-after": "0.15"}])
+def test_retry_after_is_obeyed(header: dict[str, str]) -> None:
+    """The engine waits as long as the server says, then gets its answer."""
+
+    async def run() -> None:
+        async with (
+            BadServer.running(Reply(429, header), answer("late")) as server,
+            _engine(server) as engine,
+        ):
+            began_s = time.monotonic()
+            assert _text(await _read(engine, _request(timeout_s=5.0))) == "late"
+            assert time.monotonic() - began_s >= 0.15
+            assert engine.stats().circuit == "closed"
+
+    asyncio.run(run())
+
+
+def test_no_waiting_past_the_deadline() -> None:
+    """When the server wants a pause that outlasts the request, its client hears so at once."""
+
+    async def run() -> None:
+        async with (
+            BadServer.running(Reply(429, {"retry-after": "30"})) as server,
+            _engine(server) as engine,
+        ):
+            began_s = time.monotonic()
+            with pytest.raises(EngineOverloaded) as caught:
+                await _read(engine, _request(timeout_s=2.0))
+            assert caught.value.retry_after_s == 30
+            assert time.monotonic() - began_s < 1
+            assert len(server.requests) == 1
+
+    asyncio.run(run())
+
+
+def test_the_circuit_opens_and_closes_again() -> None:
+    """After failures in a row the server is not asked; later one request finds it well."""
+
+    async def run() -> None:
+        async with (
+            BadServer.running(Reply(500), Reply(500), answer("well")) as server,
+            _engine(server, max_retries=0, breaker_failures=2, breaker_open_s=0.2) as engine,
+        ):
+            for _ in range(2):
+                with pytest.raises(EngineFailed, match="500"):
+                    await _read(engine, _request())
+            assert engine.stats().circuit == "open"
+            with pytest.raises(EngineFailed, match="left alone"):
+                await _read(engine, _request())
+            assert len(server.requests) == 2
+            await asyncio.sleep(0.25)
+            assert engine.stats().circuit == "half-open"
+            engine.check_health()
+            assert _text(await _read(engine, _request())) == "well"
+            assert engine.stats().circuit == "closed"
+
+    asyncio.run(run())
+
+
+def test_nobody_listening_opens_the_circuit() -> None:
+    """A server that cannot be reached counts as failing; the engine starts all the same."""
+
+    async def run() -> None:
+        async with BadServer.running(answer("x")) as server:
+            pass
+        async with _engine(server, breaker_failures=3) as engine:
+            with pytest.raises(EngineFailed, match="ConnectError"):
+                await _read(engine, _request())
+            assert engine.stats().circuit == "open"
+
+    asyncio.run(run())
+
+
+def test_leaving_closes_the_upstream_stream() -> None:
+    """Closing the iterator, and cancelling its reader, breaks the connection to the server."""
+
+    async def run() -> None:
+        hanging = Reply(events=[delta("a")], end=HANG)
+        async with (
+            BadServer.running(hanging) as server,
+            _engine(server, read_timeout_s=30) as engine,
+        ):
+            stream = engine.generate(_request())
+            assert (await anext(stream)).text == "a"
+            await stream.aclose()  # type: ignore[attr-defined]
+            reading = asyncio.create_task(_read(engine, _request()))
+            await asyncio.sleep(0.1)
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+            for _ in range(100):
+                if server.num_broken == 2:
+                    break
+                await asyncio.sleep(0.01)
+            assert server.num_broken == 2
+            assert engine.stats() == replace(
+                EngineStats(circuit="closed"), generated_tokens_total=2
+            )
+
+    asyncio.run(run())
+
+
+def test_stopping_fails_what_runs() -> None:
+    """After stop a running request fails at once, and so does the health check."""
+
+    async def run() -> None:
+        hanging = Reply(events=[delta("a")], end=HANG)
+        async with (
+            BadServer.running(hanging) as server,
+            _engine(server, read_timeout_s=30) as engine,
+        ):
+            reading = asyncio.create_task(_read(engine, _request()))
+            await asyncio.sleep(0.1)
+            await engine.stop()
+            with pytest.raises(EngineFailed, match="was stopped"):
+                await asyncio.wait_for(reading, 2)
+            with pytest.raises(EngineFailed, match="not running"):
+                engine.check_health()
+
+    asyncio.run(run())
+
+
+def test_connections_and_queue_are_bounded() -> None:
+    """One runs, one waits for its connection, the third is refused."""
+
+    async def run() -> None:
+        replies = Reply(events=[delta("a")], end=HANG), answer("b")
+        async with (
+            BadServer.running(*replies) as server,
+            _engine(server, max_connections=1, max_queued_requests=1, read_timeout_s=30) as engine,
+        ):
+            stream = engine.generate(_request())
+            await anext(stream)
+            waiting = asyncio.create_task(_read(engine, _request()))
+            await asyncio.sleep(0.05)
+            stats = engine.stats()
+            assert (stats.running_requests, stats.queued_requests) == (1, 1)
+            with pytest.raises(EngineOverloaded):
+                await _read(engine, _request())
+            await stream.aclose()  # type: ignore[attr-defined]
+            assert _text(await waiting) == "b"
+
+    asyncio.run(run())
+
+
+def test_connections_are_reused() -> None:
+    """Requests after another go through one connection."""
+
+    async def run() -> None:
+        async with BadServer.running(answer("a")) as server, _engine(server) as engine:
+            for _ in range(3):
+                await _read(engine, _request())
+            assert (len(server.requests), server.num_connections) == (3, 1)
+
+    asyncio.run(run())
+
+
+def test_keys_come_from_the_environment_or_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file's key is sent without its line end; a missing key is named when the engine starts."""
+    file = tmp_path / "key"
+    file.write_text(f"{KEY}\n")
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+
+    async def run() -> None:
+        async with BadServer.running(answer("a")) as server:
+            async with _engine(server, api_key_file=str(file)) as engine:
+                await _read(engine, _request())
+                assert KEY not in repr(vars(engine))
+            assert server.requests[0]["headers"]["authorization"] == f"Bearer {KEY}"
+            for bad in ({"api_key_env": "NO_SUCH_KEY"}, {"api_key_file": str(tmp_path / "no")}):
+                with pytest.raises(PoolError, match=next(iter(bad))):
+                    async with _engine(server, **bad):
+                        pass
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"base_url": "api.example.com"}, "base_url"),
+        ({"timeout": 3}, "timeout: unknown key"),
+        ({"api_key_env": "A", "api_key_file": "b"}, "not both"),
+        ({"headers": {"Authorization": "Bearer x"}}, "a key belongs into"),
+    ],
+)
+def test_bad_options_name_the_key(options: dict[str, Any], message: str) -> None:
+    """A wrong option is refused before anything starts."""
+    with pytest.raises(PoolError, match=message):
+        engine_traits(_spec("http://h/v1", **options), _models("a"))
