@@ -1,4 +1,4 @@
-"""Sums, differences, products and quotients of small numbers, bare and as word problems.
+"""Sums, differences, products and quotients of small numbers: bare, and as stories.
 
 Bare questions and word problems about the same numbers share an instance, so a held-out sum has
 never been seen in any wording.
@@ -148,14 +148,20 @@ ARITHMETIC: Final = Domain(
     name="arithmetic",
     skills=(
         Skill(name="add", weight=3, draw=lambda rng: _add(rng, _ADD)),
-        Skill(name="add_story", weight=1.5, draw=lambda rng: _add(rng, _ADD_STORY)),
         Skill(name="subtract", weight=3, draw=lambda rng: _subtract(rng, _SUB)),
-        Skill(name="subtract_story", weight=1.5, draw=lambda rng: _subtract(rng, _SUB_STORY)),
         Skill(name="multiply", weight=1, draw=lambda rng: _multiply(rng, _MUL)),
-        Skill(name="multiply_story", weight=0.4, draw=lambda rng: _multiply(rng, _MUL_STORY)),
         Skill(name="times_table", weight=0.8, draw=_times_table, held_out=False),
         Skill(name="divide", weight=0.5, draw=_divide, held_out=False),
         Skill(name="add_three", weight=0.8, draw=_add_three),
+    ),
+)
+
+STORIES: Final = Domain(
+    name="stories",
+    skills=(
+        Skill(name="add_story", weight=1.5, draw=lambda rng: _add(rng, _ADD_STORY)),
+        Skill(name="subtract_story", weight=1.5, draw=lambda rng: _subtract(rng, _SUB_STORY)),
+        Skill(name="multiply_story", weight=0.4, draw=lambda rng: _multiply(rng, _MUL_STORY)),
         Skill(name="buy_and_give", weight=0.8, draw=_buy_and_give),
     ),
 )

@@ -1,9 +1,8 @@
-"""Units, clock times, dates and notations of numbers turned into one another."""
+"""Units of length, mass, volume, money and time turned into one another."""
 
 import random
 from typing import Final
 
-from models.tasks import dates, numerals
 from models.tasks.base import Domain, Draft, Skill
 
 # (large unit, small unit, how many small ones make a large one, largest count of large units)
@@ -70,13 +69,5 @@ CONVERSION: Final = Domain(
         Skill(name="decimal_units", weight=2, draw=lambda rng: _units(rng, _DECIMAL_UNITS)),
         Skill(name="other_units", weight=1.2, draw=lambda rng: _units(rng, _OTHER_UNITS)),
         Skill(name="mixed_units", weight=1.5, draw=_mixed_units),
-        Skill(name="number_words", weight=1.2, draw=numerals.number_words),
-        Skill(name="roman_numerals", weight=1, draw=numerals.roman_numerals),
-        Skill(name="clock_notation", weight=1.2, draw=dates.clock_notation),
-        Skill(name="date_notation", weight=1.2, draw=dates.date_notation),
-        Skill(name="clock", weight=0.8, draw=dates.clock),
-        Skill(name="date", weight=0.6, draw=dates.date),
-        Skill(name="weekday", weight=0.5, draw=dates.weekday),
-        Skill(name="month", weight=0.4, draw=dates.month),
     ),
 )

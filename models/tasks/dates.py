@@ -7,7 +7,7 @@ import datetime
 import random
 from typing import Final
 
-from models.tasks.base import Draft
+from models.tasks.base import Domain, Draft, Skill
 
 _WEEKDAYS: Final = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 _MONTHS: Final = (
@@ -116,3 +116,16 @@ def weekday(rng: random.Random) -> Draft:
 def month(rng: random.Random) -> Draft:
     """The month up to a year before or after another."""
     return _cycle(rng, _MONTHS, _MONTH, 12)
+
+
+DATES: Final = Domain(
+    name="dates",
+    skills=(
+        Skill(name="clock_notation", weight=1.2, draw=clock_notation),
+        Skill(name="date_notation", weight=1.2, draw=date_notation),
+        Skill(name="clock", weight=0.8, draw=clock),
+        Skill(name="date", weight=0.6, draw=date),
+        Skill(name="weekday", weight=0.5, draw=weekday),
+        Skill(name="month", weight=0.4, draw=month),
+    ),
+)

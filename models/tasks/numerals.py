@@ -3,7 +3,7 @@
 import random
 from typing import Final
 
-from models.tasks.base import Draft
+from models.tasks.base import Domain, Draft, Skill
 
 _SMALL: Final = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
@@ -67,3 +67,12 @@ def roman_numerals(rng: random.Random) -> Draft:
     else:
         question, answer = rng.choice(_FROM_ROMAN).format(r=in_roman(number)), str(number)
     return Draft(instance=("number", number), question=question, answer=answer)
+
+
+NUMERALS: Final = Domain(
+    name="numerals",
+    skills=(
+        Skill(name="number_words", weight=1.2, draw=number_words),
+        Skill(name="roman_numerals", weight=1, draw=roman_numerals),
+    ),
+)

@@ -2,14 +2,18 @@
 
 from typing import Final
 
-from models.tasks.arithmetic import ARITHMETIC
+from models.tasks.arithmetic import ARITHMETIC, STORIES
 from models.tasks.base import Domain
 from models.tasks.code import CODE
 from models.tasks.conversion import CONVERSION
+from models.tasks.dates import DATES
+from models.tasks.lists import LISTS
+from models.tasks.numerals import NUMERALS
 from models.tasks.text import TEXT
 
 DOMAINS: Final[dict[str, Domain]] = {
-    domain.name: domain for domain in (ARITHMETIC, CONVERSION, TEXT, CODE)
+    domain.name: domain
+    for domain in (ARITHMETIC, STORIES, CONVERSION, NUMERALS, DATES, TEXT, LISTS, CODE)
 }
 
 
