@@ -34,7 +34,7 @@ def _numbers(text: str) -> list[int]:
 
 def test_bare_arithmetic_evaluates_to_its_answer() -> None:
     """Operators written as signs or words give what Python's own arithmetic gives."""
-    skills = ("add", "subtract", "multiply", "times_table", "divide", "add_three", "buy_and_give")
+    skills = ("add", "subtract", "multiply", "times_table", "divide", "add_three")
     checked = 0
     for task in _tasks("arithmetic", *skills):
         text = task.question
@@ -57,7 +57,7 @@ def test_bare_arithmetic_evaluates_to_its_answer() -> None:
 )
 def test_word_problems(skill: str, work_out) -> None:  # type: ignore[no-untyped-def]
     """A word problem's two numbers, in their order, give its answer."""
-    for task in _tasks("arithmetic", skill):
+    for task in _tasks("stories", skill):
         assert str(work_out(*_numbers(task.question))) == task.answer, task
 
 
@@ -107,7 +107,7 @@ def test_mixed_units() -> None:
 def test_number_words_are_all_different() -> None:
     """Words and digits belong to one another, one to one."""
     words: dict[str, int] = {}
-    for task in _tasks("conversion", "number_words", count=20_000):
+    for task in _tasks("numerals", "number_words", count=20_000):
         match = re.search(
             r"(?:Write|write|is|Convert|convert) (?:the number )?(.*?) (?:in|to)", task.question
         )
@@ -123,7 +123,7 @@ def test_number_words_are_all_different() -> None:
 def test_roman_numerals() -> None:
     """Subtracting a letter before a larger one and adding the others gives the number."""
     value = {"I": 1, "V": 5, "X": 10, "L": 50, "C": 100}
-    for task in _tasks("conversion", "roman_numerals"):
+    for task in _tasks("numerals", "roman_numerals"):
         [numeral] = re.findall(r"\b[IVXLC]+\b", f"{task.question} {task.answer}")
         [number] = _numbers(f"{task.question} {task.answer}")
         letters = [value[letter] for letter in numeral]
@@ -135,7 +135,7 @@ def test_roman_numerals() -> None:
 
 def test_iso_dates() -> None:
     """strptime reads both writings of a date as the same day."""
-    for task in _tasks("conversion", "date_notation"):
+    for task in _tasks("dates", "date_notation"):
         text = f"{task.question} {task.answer}"
         iso, written = re.search(r"\d{4}-\d\d-\d\d", text), re.search(r"[A-Z]\w+ \d+, \d{4}", text)
         assert iso
@@ -147,7 +147,7 @@ def test_iso_dates() -> None:
 @pytest.mark.parametrize(("skill", "names"), [("weekday", _DAYS), ("month", _MONTHS)])
 def test_weekdays_and_months(skill: str, names: list[str]) -> None:
     """Walking the calendar step by step ends at the answer."""
-    for task in _tasks("conversion", skill):
+    for task in _tasks("dates", skill):
         [steps] = _numbers(task.question)
         place = next(i for i, name in enumerate(names) if name in task.question)
         for _ in range(steps):
@@ -157,7 +157,7 @@ def test_weekdays_and_months(skill: str, names: list[str]) -> None:
 
 def test_clock_arithmetic() -> None:
     """The datetime module agrees on the time so many minutes before or after."""
-    for task in _tasks("conversion", "clock"):
+    for task in _tasks("dates", "clock"):
         steps, hour, minute = _numbers(task.question)
         sign = -1 if "before" in task.question else 1
         start = datetime.datetime(2023, 5, 5, hour, minute, tzinfo=datetime.UTC)
@@ -167,7 +167,7 @@ def test_clock_arithmetic() -> None:
 
 def test_clock_notation() -> None:
     """strptime reads the 12-hour and the 24-hour writing as the same time."""
-    for task in _tasks("conversion", "clock_notation"):
+    for task in _tasks("dates", "clock_notation"):
         written = re.search(r"\d+:\d\d(?: [ap]m)?", task.question)
         assert written
         times = []
@@ -179,7 +179,7 @@ def test_clock_notation() -> None:
 
 def test_dates() -> None:
     """The datetime module agrees on the date so many days after."""
-    for task in _tasks("conversion", "date"):
+    for task in _tasks("dates", "date"):
         steps, day = _numbers(task.question)
         month = next(i for i, name in enumerate(_MONTHS, 1) if name in task.question)
         end = datetime.date(2023, month, day) + datetime.timedelta(days=steps)
@@ -231,7 +231,9 @@ def _word(task: Task) -> str:
     if quoted:
         return quoted.group(1)
     words = re.findall(r"[a-z]+", re.sub(r"\d(st|nd|rd|th)", "", task.question.lower()))
-    [word] = [w for w in words if w not in _FRAME]
+    made_up = [w for w in words if w not in _FRAME]
+    # A made-up word may happen to be one of the frame's ("have"); it then stands last.
+    [word] = made_up or words[-1:]
     return str(word)
 
 
@@ -261,7 +263,7 @@ def test_letters_of_words() -> None:
 
 def test_lists_of_numbers() -> None:
     """Sorting, reversing and picking from the numbers in the question gives the answer."""
-    for task in _tasks("text", "sort", "reverse_list", "pick"):
+    for task in _tasks("lists", "sort", "reverse_list", "pick"):
         numbers, text = _numbers(task.question), task.question.lower()
         if task.skill == "sort":
             falling = "descending" in text or "largest to" in text
