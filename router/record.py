@@ -23,6 +23,16 @@ class MemberTokens:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemberCost:
+    """What one member cost, summed likewise; `method` says how its energy is known."""
+
+    usd: float = 0.0
+    wh: float = 0.0
+    gco2e: float = 0.0
+    method: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RequestRecord:
     """One request.
 
@@ -31,8 +41,8 @@ class RequestRecord:
     time at which it arrived.
     `model` is what the client asked for, `policy` what decided (None where a model or a plan was
     named), `plan` its JSON (None if refused before a plan was made). `prompt_tokens` and
-    `output_tokens` are the client's usage, `members` everything that ran for it, stages that were
-    not accepted included. `status` is the HTTP status, 499 where the client left; `error` the
+    `output_tokens` are the client's usage, `members` and `costs` everything that ran for it, stages
+    that were not accepted included. `status` is the HTTP status, 499 where the client left; `error` the
     error's code. `ttft_s` is the time to the first text (None if there was none). `user_hash` is
     SHA-256 of the body's `user`, cut to 16 hexadecimal digits. `scores` are the policy's
     predictions, `stages` what ran, in order: plan path, members, score, tokens, seconds, outcome.
@@ -59,6 +69,7 @@ class RequestRecord:
     output_tokens: int = 0
     num_choices: int = 0
     members: Mapping[str, MemberTokens] = field(default_factory=dict)
+    costs: Mapping[str, MemberCost] = field(default_factory=dict)
     usd: float = 0.0
     wh: float = 0.0
     gco2e: float = 0.0

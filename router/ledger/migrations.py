@@ -115,6 +115,16 @@ STEPS: tuple[tuple[str, ...], ...] = (
             stopped JSON
         )""",
     ),
+    (
+        "ALTER TABLE requests ADD COLUMN costs JSON",
+        "CREATE INDEX feedback_by_time ON feedback (time_s)",
+        "CREATE TABLE metric_counters (series TEXT PRIMARY KEY, value DOUBLE PRECISION NOT NULL)",
+        """CREATE TABLE metric_snapshots (
+            holder TEXT PRIMARY KEY,
+            time_s DOUBLE PRECISION NOT NULL,
+            gauges TEXT NOT NULL
+        )""",
+    ),
 )
 
 

@@ -43,6 +43,7 @@ REQUESTS = sa.Table(
     sa.Column("answer_digest", sa.Text),
     _json("plan"),
     _json("members"),
+    _json("costs"),
     _json("scores"),
     _json("stages"),
     sa.Column("query_text", sa.Text),
@@ -69,6 +70,21 @@ EXPERIMENTS = sa.Table(
     sa.Column("checked_s", sa.Double, nullable=False),
     _json("allocations"),
     _json("stopped"),
+)
+
+# What `GET /metrics` shows for all replicas together: sums per series, and published gauges.
+METRIC_COUNTERS = sa.Table(
+    "metric_counters",
+    METADATA,
+    sa.Column("series", sa.Text, primary_key=True),
+    sa.Column("value", sa.Double, nullable=False),
+)
+METRIC_SNAPSHOTS = sa.Table(
+    "metric_snapshots",
+    METADATA,
+    sa.Column("holder", sa.Text, primary_key=True),
+    sa.Column("time_s", sa.Double, nullable=False),
+    sa.Column("gauges", sa.Text, nullable=False),
 )
 
 API_KEYS = sa.Table(

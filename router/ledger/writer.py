@@ -5,7 +5,8 @@ What is promised:
 - `record` never blocks and never raises; it costs a queue append.
 - A row is committed at most `flush_interval_s` (plus the commit itself) after `record`, so a
   killed process loses no older row. `close` writes everything that is left.
-- A request's row is written once: a second record with its id changes nothing.
+- A request's row is written once, and counted once in the metrics, in the same transaction: a
+  second record with its id changes nothing.
 - While the database cannot be reached rows wait, and are retried until it can. Beyond
   `queue_rows` of them the newest are dropped, counted in `dropped_rows` and logged: a gateway
   that stops answering because its bookkeeping is down would be worse, and budgets, which must
@@ -27,6 +28,8 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from router.ledger.database import Database, writing
 from router.ledger.schema import REQUESTS
+from router.metrics.derive import Tally, tally
+from router.metrics.store import add_counts
 from router.record import RequestRecord
 
 _BATCH_ROWS = 500
@@ -162,7 +165,17 @@ class Ledger:
 
     def _insert(self, rows: list[dict[str, Any]]) -> None:
         with writing(self.database) as connection:
-            connection.execute(insert_new(connection, REQUESTS), rows)
+            insert = insert_new(connection, REQUESTS).returning(REQUESTS.c.request_id)
+            new = set(connection.execute(insert, rows).scalars())
+            add_counts(connection, self._tally([row for row in rows if row["request_id"] in new]))
+
+    def _tally(self, rows: list[dict[str, Any]]) -> Tally:
+        try:
+            return tally(rows)
+        except Exception:
+            # Metrics must not cost a row.
+            self._logger.exception("ledger: %d rows are not counted in the metrics", len(rows))
+            return Tally()
 
     def _drop(self, num_rows: int, reason: str) -> None:
         # One line per doubling: a full queue must not flood the log as well.
@@ -187,6 +200,7 @@ def row_of(record: RequestRecord) -> dict[str, Any]:
         name: {"prompt_tokens": tokens.prompt_tokens, "output_tokens": tokens.output_tokens}
         for name, tokens in record.members.items()
     }
+    row["costs"] = {name: dict(vars(cost)) for name, cost in record.costs.items()}
     row["scores"] = dict(record.scores)
     row["stages"] = [dict(stage) for stage in record.stages]
     return {name: _clean(value) if isinstance(value, str) else value for name, value in row.items()}
@@ -195,7 +209,7 @@ def row_of(record: RequestRecord) -> dict[str, Any]:
 _PLAIN = tuple(
     column.name
     for column in REQUESTS.columns
-    if column.name not in {"answered_by", "plan", "members", "scores", "stages"}
+    if column.name not in {"answered_by", "plan", "members", "costs", "scores", "stages"}
 )
 
 

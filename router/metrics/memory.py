@@ -1,0 +1,67 @@
+"""Metrics without a ledger: each replica counts for itself, from its start."""
+
+from __future__ import annotations
+
+from router.ledger.writer import row_of
+from router.metrics.derive import Tally, tally
+from router.metrics.family import Series, Values
+from router.metrics.store import Snapshot
+from router.record import Recorder, RequestRecord
+
+
+class MemoryStore:
+    """A `Store` of one process."""
+
+    def __init__(self) -> None:
+        self._counters = Tally()
+        self._snapshots: dict[str, Snapshot] = {}
+
+    def add(self, counts: Values) -> None:
+        """Add `counts`."""
+        for series, value in counts.items():
+            self._counters[series] += value
+
+    def counters(self) -> dict[Series, float]:
+        """Return every counter."""
+        return dict(self._counters)
+
+    def publish(
+        self, holder: str, gauges: Values, *, now_s: float, counts: Values | None = None
+    ) -> None:
+        """Replace what `holder` published by `gauges`, and add `counts`."""
+        self._snapshots[holder] = Snapshot(holder=holder, time_s=now_s, gauges=dict(gauges))
+        self.add(counts or {})
+
+    def snapshots(self, *, since_s: float) -> list[Snapshot]:
+        """Return what was published after `since_s`."""
+        return [found for found in self._snapshots.values() if found.time_s > since_s]
+
+    def claim(self, holder: str, *, now_s: float, every_s: float) -> bool:
+        """Return whether the caller is to publish as `holder` now: nobody was, for `every_s`."""
+        last = self._snapshots.get(holder)
+        if last is not None and last.time_s > now_s - every_s:
+            return False
+        gauges = last.gauges if last is not None else {}
+        self._snapshots[holder] = Snapshot(holder=holder, time_s=now_s, gauges=gauges)
+        return True
+
+    def forget(self, *, before_s: float) -> None:
+        """Delete what was published before `before_s`."""
+        self._snapshots = {n: s for n, s in self._snapshots.items() if s.time_s >= before_s}
+
+
+class CountingRecorder:
+    """Counts each record, then hands it on."""
+
+    def __init__(self, recorder: Recorder, store: MemoryStore) -> None:
+        self._recorder = recorder
+        self.store = store
+
+    def record(self, record: RequestRecord) -> None:
+        """Count and keep `record`."""
+        self.store.add(tally([row_of(record)]))
+        self._recorder.record(record)
+
+    async def close(self) -> None:
+        """Close the recorder behind this."""
+        await self._recorder.close()
