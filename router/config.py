@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from models.pool import DEFAULT_POOL, DeploymentSpec, Name, explain
 from policies.carbon.settings import CarbonSettings
 from router.caps.config import BudgetsConfig
+from router.dashboard.config import DashboardConfig
 from router.keys import AuthConfig
 from router.ledger.config import LedgerConfig
 
@@ -46,8 +47,9 @@ class AppArgs(_Strict):
     folder. `ingress` says how many replicas take HTTP requests. `num_threads` is the number of
     CPU threads of each engine replica (default: all cores of the machine). `ledger` null keeps
     no rows, and then there are no keys and no budgets either. `carbon` says what hardware runs the
-    models and on which grid; a relative `grid_file` starts at the pool's folder. `experiments` and
-    `shadows` are read by `router.experiments.definitions`, which knows the policies they may name.
+    models and on which grid; a relative `grid_file` starts at the pool's folder. `dashboard` says
+    who may see the built-in page. `experiments` and `shadows` are read by
+    `router.experiments.definitions`, which knows the policies they may name.
     """
 
     pool: Path = DEFAULT_POOL
@@ -59,6 +61,7 @@ class AppArgs(_Strict):
     auth: AuthConfig = Field(default_factory=AuthConfig)
     budgets: BudgetsConfig = Field(default_factory=BudgetsConfig)
     carbon: CarbonSettings = Field(default_factory=CarbonSettings)
+    dashboard: DashboardConfig = Field(default_factory=DashboardConfig)
     experiments: dict[Name, Any] = Field(default_factory=dict)
     shadows: dict[Name, Any] = Field(default_factory=dict)
 

@@ -70,6 +70,7 @@ class Ingress:
     """Takes HTTP requests; every replica holds the whole routing state."""
 
     def __init__(self, args: AppArgs, engines: Mapping[str, DeploymentHandle[Any]]) -> None:
+        self._args = args
         pool = load_pool(args.pool)
         self._service = compose(
             args,
@@ -82,4 +83,8 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the application that this replica serves."""
-        return create_api(self._service)
+        return create_api(
+            self._service,
+            dashboard=self._args.dashboard,
+            caps=self._args.budgets.server_caps(),
+        )

@@ -14,6 +14,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from models.errors import EngineError
+from router.caps.limits import Cap
+from router.dashboard.config import DashboardConfig
+from router.dashboard.routes import add_dashboard
 from router.errors import ApiError, to_api_error
 from router.experiments.endpoints import Identify, add_experiment_routes, add_feedback_route
 from router.keys import KeyRejected, Scope
@@ -27,8 +30,13 @@ from router.service import Service
 _HEALTH_TIMEOUT_S = 5.0
 
 
-def create_api(service: Service) -> FastAPI:
-    """Return the application that serves `service`, and closes it when it shuts down."""
+def create_api(
+    service: Service, *, dashboard: DashboardConfig | None = None, caps: tuple[Cap, ...] = ()
+) -> FastAPI:
+    """Return the application that serves `service`, and closes it when it shuts down.
+
+    With a ledger it also has the built-in page, which shows what is left of the server's `caps`.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -57,6 +65,14 @@ def create_api(service: Service) -> FastAPI:
     if isinstance(service.recorder, Ledger):
         names = [shadow.name for shadow in service.mirror.shadows]
         add_feedback_route(api, service.recorder, identify=identify("user"), shadows=names)
+        add_dashboard(
+            api,
+            dashboard or DashboardConfig(),
+            catalog=service.catalog,
+            database=service.recorder.database,
+            caps=caps,
+            identify=identify("admin"),
+        )
     if service.experiments is not None:
         add_experiment_routes(api, service.experiments, service.mirror, identify=identify("admin"))
 

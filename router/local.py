@@ -39,11 +39,14 @@ async def local_service(
         yield compose(args, pool, catalog, engines=workers, recorder=recorder)
 
 
-def http_server(service: Service, *, host: str, port: int) -> uvicorn.Server:
-    """Return the HTTP server of `service`, not yet started."""
+def http_server(
+    service: Service, *, host: str, port: int, args: AppArgs | None = None
+) -> uvicorn.Server:
+    """Return the HTTP server of `service`, not yet started; `args` is its configuration."""
+    args = args or AppArgs()
     return uvicorn.Server(
         uvicorn.Config(
-            create_api(service),
+            create_api(service, dashboard=args.dashboard, caps=args.budgets.server_caps()),
             host=host,
             port=port,
             log_level="warning",

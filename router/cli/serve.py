@@ -48,6 +48,7 @@ def serve(
         args = load_args(config, pool=pool)
         loaded = load_pool(args.pool)
         check_free(host, port)
+        args = args.model_copy(update={"dashboard": args.dashboard.listening_on(host)})
     except ValueError as error:
         _refuse(error)
     _describe(loaded)
@@ -95,7 +96,7 @@ def _serve_on_ray(args: AppArgs, host: str, port: int) -> None:
                 logging.getLogger("ray.serve").setLevel(logging.ERROR)
                 _say("Loading models ...")
                 serve.run(application, name="shoal")
-                _announce(host, port)
+                _announce(host, port, args)
                 try:
                     threading.Event().wait()
                 finally:
@@ -118,12 +119,12 @@ def _serve_here(args: AppArgs, pool: Pool, host: str, port: int) -> None:
         recorder = open_recorder(args)
         _say("Loading models ...")
         async with local_service(args, pool, catalog, recorder) as service:
-            server = http_server(service, host=host, port=port)
+            server = http_server(service, host=host, port=port, args=args)
             serving = asyncio.create_task(server.serve())
             while not server.started and not serving.done():  # noqa: ASYNC110 - has no event
                 await asyncio.sleep(0.01)
             if server.started:
-                _announce(host, port)
+                _announce(host, port, args)
             await serving
             _say("Stopping ...")
 
@@ -142,7 +143,7 @@ def _describe(pool: Pool) -> None:
         _say(f"  engine {engine.name} ({engine.kind}): {names}")
 
 
-def _announce(host: str, port: int) -> None:
+def _announce(host: str, port: int, args: AppArgs) -> None:
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     body = {"model": "auto", "messages": [{"role": "user", "content": "What is 37 + 58?"}]}
     _say(
@@ -150,6 +151,8 @@ def _announce(host: str, port: int) -> None:
         f"  curl http://{shown}:{port}/v1/chat/completions "
         f"-H 'content-type: application/json' -d '{json.dumps(body)}'"
     )
+    if args.dashboard.enabled and args.ledger is not None:
+        _say(f"Dashboard: http://{shown}:{port}/dashboard")
 
 
 def _catch_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
