@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -114,7 +113,7 @@ def write_corpus(corpus: Corpus, file: Path) -> None:
             if "turns" in record:
                 record["messages"] = record.pop("turns")
             stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-    os.replace(fresh, file)
+    fresh.replace(file)
 
 
 def read_corpus(name: str, file: Path) -> Corpus:
@@ -136,9 +135,7 @@ def _generated(task: str, count: int, *, held_out: int, seed: int) -> Iterator[E
         yield Example(turns=tuple(turns), skill=tasks[0].skill)
     for split in (Split.ROUTER, Split.TEST):
         for one in DOMAINS[task].distinct(split, held_out, seed=_SAMPLE_SEED):
-            yield Example(
-                turns=_dialogue(one), answer=one.answer, split=split, skill=one.skill
-            )
+            yield Example(turns=_dialogue(one), answer=one.answer, split=split, skill=one.skill)
 
 
 def _dialogue(task: Task) -> tuple[Turn, Turn]:

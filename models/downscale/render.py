@@ -46,7 +46,7 @@ class Renderer:
         self._backend: Tokenizer = tokenizer.backend_tokenizer
         special = {name: str(text) for name, text in tokenizer.special_tokens_map.items()}
         self._template = ChatTemplate(
-            tokenizer.get_chat_template(),  # type: ignore[no-untyped-call]
+            tokenizer.get_chat_template(),
             special_tokens=special,
         )
         end = tokenizer.eos_token_id
@@ -55,7 +55,9 @@ class Renderer:
         self._layouts: dict[tuple[str, ...], list[Piece]] = {}
 
     def render(self, examples: Sequence[Example], *, max_tokens: int) -> list[Conversation]:
-        """Token ids of `examples`, in order; longer ones than `max_tokens` lose their end.
+        """Token ids of `examples`, in order.
+
+        A conversation longer than `max_tokens` loses its end; a longer text becomes several.
 
         Raises:
             CorpusError: the chat template refuses a conversation.
@@ -63,7 +65,7 @@ class Renderer:
         segments = [self._segments(example) for example in examples]
         texts = [text for one in segments for text, _ in one]
         encoded = iter(self._backend.encode_batch(texts, add_special_tokens=False))
-        conversations = []
+        conversations: list[Conversation] = []
         for example, one in zip(examples, segments, strict=True):
             tokens: list[int] = []
             is_answer: list[bool] = []
@@ -73,9 +75,14 @@ class Renderer:
                 is_answer += [written] * len(ids)
             if example.text is not None:
                 tokens, is_answer = [*tokens, self._end], [*is_answer, True]
-            conversations.append(
-                Conversation(tokens=tokens[:max_tokens], is_answer=is_answer[:max_tokens])
-            )
+            last = len(tokens) if example.text is not None else 1
+            conversations += [
+                Conversation(
+                    tokens=tokens[start : start + max_tokens],
+                    is_answer=is_answer[start : start + max_tokens],
+                )
+                for start in range(0, last, max_tokens)
+            ]
         return conversations
 
     def _segments(self, example: Example) -> list[tuple[str, bool]]:

@@ -1,0 +1,143 @@
+"""What every stage of one run works with: the recipe, the base, the corpora and the folders.
+
+Everything is read from the stages' folders when it is first asked for, so a stage that is skipped
+costs nothing. It knows where things are, not how they are made.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from models.downscale.base import load_base
+from models.downscale.corpus import Corpus, Example, read_corpus
+from models.downscale.errors import CorpusError
+from models.downscale.importance import Importance, load_importance
+from models.downscale.recipe import ALL_DOMAINS, Recipe
+from models.downscale.render import Renderer
+from models.downscale.stage import Stages
+from models.tasks import Split
+from models.training.data import Conversation
+
+GENERAL = "general"
+CORPUS_FILE, IMPORTANCE_FILE, SELECTION_FILE = "corpus.jsonl", "importance.npz", "selection.json"
+_MAX_UNKNOWN_SHARE = 0.05
+
+
+@dataclass(kw_only=True)
+class Run:
+    """One run. `base_folder` is the base's checkpoint; members are called like their domains."""
+
+    recipe: Recipe
+    stages: Stages
+    base_folder: Path
+    report: Callable[[str], None]
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The domains, in the recipe's order."""
+        return tuple(self.recipe.domains)
+
+    @cached_property
+    def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+        return load_base(self.base_folder)
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The base in fp32, shared: not to be trained."""
+        return self._loaded[0]
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The base's tokenizer, which all members share; it has a chat template."""
+        return self._loaded[1]
+
+    @cached_property
+    def _renderer(self) -> Renderer:
+        return Renderer(self.tokenizer)
+
+    @cached_property
+    def _corpora(self) -> dict[str, Corpus]:
+        return {}
+
+    @cached_property
+    def _rendered(self) -> dict[tuple[str, Split], list[Conversation]]:
+        return {}
+
+    def corpus(self, name: str) -> Corpus:
+        """The corpus of a domain, or the general one: all domains in equal parts, or its own."""
+        if name not in self._corpora:
+            if name == GENERAL and self.recipe.general.corpus == ALL_DOMAINS:
+                parts = [self.corpus(domain) for domain in self.domains]
+                examples = [example for split in Split for example in _interleaved(parts, split)]
+                self._corpora[name] = Corpus(name=name, examples=tuple(examples))
+            else:
+                file = self.stages.folder(f"corpora/{name}") / CORPUS_FILE
+                self._corpora[name] = read_corpus(name, file)
+        return self._corpora[name]
+
+    def conversations(self, name: str, split: Split = Split.TRAIN) -> list[Conversation]:
+        """The corpus of `name` as token ids, none longer than `adapt.row_tokens`."""
+        key = name, split
+        if key not in self._rendered:
+            self._rendered[key] = self.render(name, self.corpus(name).of(split))
+        return self._rendered[key]
+
+    def render(self, name: str, examples: Sequence[Example]) -> list[Conversation]:
+        """Token ids of `examples` of the corpus `name`.
+
+        Raises:
+            CorpusError: the tokenizer does not know what the corpus is written in.
+        """
+        rendered = self._renderer.render(examples, max_tokens=self.recipe.adapt.row_tokens)
+        unknown = self.tokenizer.unk_token_id
+        if unknown is not None:
+            tokens = [token for one in rendered for token in one.tokens]
+            share = tokens.count(unknown) / max(len(tokens), 1)
+            if share > _MAX_UNKNOWN_SHARE:
+                raise CorpusError(
+                    f"{name}: {share:.0%} of the corpus is unknown to the base's tokenizer; "
+                    "is it the tokenizer of another language?"
+                )
+        return rendered
+
+    def kept(self, name: str) -> list[Conversation]:
+        """The training conversations of domain `name` that the selection kept."""
+        file = self.stages.folder(f"select/{name}") / SELECTION_FILE
+        indices: list[int] = json.loads(file.read_text())["kept"]
+        conversations = self.conversations(name)
+        return [conversations[i] for i in indices]
+
+    def importance(self, name: str) -> Importance:
+        """What domain `name` uses of the base, by its activations."""
+        return load_importance(self.stages.folder(f"calibrate/{name}") / IMPORTANCE_FILE)
+
+    def chunk(self, name: str, *, stage: str = "adapt") -> PreTrainedModel:
+        """A fresh copy of member `name` as `stage` ("cut", "warm" or "adapt") left it, in fp32."""
+        return load_chunk(self.stages.folder(f"{stage}/{name}"))
+
+
+def save_chunk(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write a checkpoint that transformers loads, with its tokenizer."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def load_chunk(folder: Path) -> PreTrainedModel:
+    """Load a checkpoint in fp32."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert isinstance(model, PreTrainedModel)
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
+
+
+def _interleaved(corpora: Sequence[Corpus], split: Split) -> list[Example]:
+    """Equally many examples of each corpus, in turn."""
+    parts = [corpus.of(split) for corpus in corpora]
+    return [example for together in zip(*parts, strict=False) for example in together]
