@@ -2,6 +2,7 @@
 
 ValueError
 ├── PoolError             a pool file or checkpoint that cannot be used
+├── TrainingDiverged      a loss that is not finite
 └── RequestError          a request that this engine cannot run as asked (the client's fault)
     └── ContextOverflow   prompt plus answer do not fit the model's context
 RuntimeError
@@ -15,6 +16,21 @@ All carry only positional strings and numbers, so that they survive pickling bet
 
 class PoolError(ValueError):
     """A pool file that cannot be used: names the key, the value and what is allowed."""
+
+
+class TrainingDiverged(ValueError):
+    """The loss of a training step is not finite."""
+
+    def __init__(self, step: int, loss: float, learning_rate: float) -> None:
+        super().__init__(step, loss, learning_rate)
+        self.step = step
+
+    def __str__(self) -> str:
+        step, loss, rate = self.args
+        return (
+            f"the loss is {loss} at step {step}: nothing was updated and the last checkpoint "
+            f"stays; try a learning_rate below {rate:g}, or look for broken examples"
+        )
 
 
 class RequestError(ValueError):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 _TENSORS = "state.safetensors"
 _FACTS = "state.json"
@@ -22,17 +22,21 @@ _FACTS = "state.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """How far a run is: steps done, tokens seen, wall-clock spent, recipe it followed."""
+    """How far a run is: steps done, tokens seen, wall-clock spent, recipe it followed.
+
+    `losses` are (step, label loss in nats, a running mean) in the order of the run.
+    """
 
     step: int
     num_tokens: int
     wall_clock_s: float
     recipe: dict[str, Any]
+    losses: tuple[tuple[int, float], ...] = ()
 
 
 def save_checkpoint(
     folder: Path,
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     optimizers: Sequence[torch.optim.Optimizer],
     progress: Progress,
 ) -> None:
@@ -51,6 +55,7 @@ def save_checkpoint(
         "num_tokens": progress.num_tokens,
         "wall_clock_s": progress.wall_clock_s,
         "recipe": progress.recipe,
+        "losses": progress.losses,
     }
     (fresh / _FACTS).write_text(json.dumps(facts, indent=1) + "\n")
     if folder.exists():
@@ -64,11 +69,13 @@ def read_progress(folder: Path) -> Progress | None:
     path = folder / _FACTS
     if not path.exists():
         return None
-    return Progress(**json.loads(path.read_text()))
+    facts = json.loads(path.read_text())
+    losses = tuple((int(step), float(loss)) for step, loss in facts.pop("losses", ()))
+    return Progress(**facts, losses=losses)
 
 
 def load_checkpoint(
-    folder: Path, model: LlamaForCausalLM, optimizers: Sequence[torch.optim.Optimizer]
+    folder: Path, model: PreTrainedModel, optimizers: Sequence[torch.optim.Optimizer]
 ) -> None:
     """Restore weights and optimizer moments in place.
 
@@ -89,7 +96,7 @@ def load_checkpoint(
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def load_weights(folder: Path, model: LlamaForCausalLM) -> None:
+def load_weights(folder: Path, model: PreTrainedModel) -> None:
     """Restore the weights in place.
 
     Raises:

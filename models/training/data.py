@@ -8,10 +8,11 @@ Data is a function of (mixture, seed, shard index) alone, so training resumes at
 """
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from itertools import islice
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,22 +28,58 @@ _STEPS_PER_SHARD: Final = 32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Conversation:
-    """Token ids of one rendered conversation and which of them the assistant wrote."""
+class TopTokens:
+    """A teacher's K likeliest next tokens at each position, `[..., K]`, likeliest first."""
 
-    tokens: list[int]
-    is_answer: list[bool]
+    ids: NDArray[np.integer[Any]]
+    log_probabilities: NDArray[np.float16]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conversation:
+    """Token ids of one rendered conversation and which of them the assistant wrote.
+
+    `teacher`, where there is one, says at each token what should come next.
+    """
+
+    tokens: Sequence[int]
+    is_answer: Sequence[bool]
+    teacher: TopTokens | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rows:
-    """Packed rows, all `[B, T]`: `segments` is 0 on padding and counts conversations from 1."""
+    """Packed rows, all `[B, T]`: `segments` is 0 on padding and counts conversations from 1.
+
+    The teacher's first log-probability is positive where it says nothing.
+    """
 
     tokens: NDArray[np.int64]
     segments: NDArray[np.int64]
     positions: NDArray[np.int64]
     targets: NDArray[np.int64]
     weights: NDArray[np.float32]
+    teacher: TopTokens | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that belong to a conversation."""
+        return int((self.segments > 0).sum())
+
+    def part(self, rows: slice) -> "Rows":
+        """Some of the rows."""
+        return Rows(
+            tokens=self.tokens[rows],
+            segments=self.segments[rows],
+            positions=self.positions[rows],
+            targets=self.targets[rows],
+            weights=self.weights[rows],
+            teacher=self.teacher
+            and TopTokens(
+                ids=self.teacher.ids[rows],
+                log_probabilities=self.teacher.log_probabilities[rows],
+            ),
+        )
 
 
 class Renderer:
@@ -91,23 +128,16 @@ def draw_dialogue(
     return system, [DOMAINS[name].sample(rng, Split.TRAIN) for _ in range(num_turns)]
 
 
-def pack(
-    conversations: Iterator[Conversation],
-    *,
-    num_rows: int,
-    row_tokens: int,
-    question_weight: float,
-) -> Rows:
-    """Fill `num_rows` rows first-fit with whole conversations.
+def fill_rows(
+    conversations: Iterable[Conversation], row_tokens: int
+) -> Iterator[list[Conversation]]:
+    """Rows of whole conversations, first-fit, while `conversations` last.
 
-    The loss weight is 1 on answers (their <|end|> included) and `question_weight` on the rest;
-    the last token of a segment predicts nothing. Conversations longer than a row are left out.
+    Conversations longer than a row are left out, and so are the last, half-filled rows.
     """
-    done: list[list[Conversation]] = []
     open_rows: list[list[Conversation]] = []
     used: list[int] = []
-    while len(done) < num_rows:
-        conversation = next(conversations)
+    for conversation in conversations:
         need = len(conversation.tokens)
         if need > row_tokens:
             continue
@@ -115,23 +145,40 @@ def pack(
         if place is None:
             if len(open_rows) == _OPEN_ROWS:
                 fullest = max(range(len(used)), key=used.__getitem__)
-                done.append(open_rows.pop(fullest))
                 used.pop(fullest)
+                yield open_rows.pop(fullest)
             open_rows.append([])
             used.append(0)
             place = len(used) - 1
         open_rows[place].append(conversation)
         used[place] += need
-    return _to_arrays(done, row_tokens=row_tokens, question_weight=question_weight)
 
 
-def _to_arrays(
+def pack(
+    conversations: Iterator[Conversation],
+    *,
+    num_rows: int,
+    row_tokens: int,
+    question_weight: float,
+) -> Rows:
+    """Fill `num_rows` rows with whole conversations of an endless stream.
+
+    The loss weight is 1 on answers (their <|end|> included) and `question_weight` on the rest;
+    the last token of a segment predicts nothing.
+    """
+    rows = list(islice(fill_rows(conversations, row_tokens), num_rows))
+    return lay_out(rows, row_tokens=row_tokens, question_weight=question_weight)
+
+
+def lay_out(
     rows: Sequence[Sequence[Conversation]], *, row_tokens: int, question_weight: float
 ) -> Rows:
+    """The arrays of rows whose conversations are known; each row must hold its own."""
     shape = (len(rows), row_tokens)
     tokens, segments = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     positions, targets = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     weights = np.zeros(shape, np.float32)
+    teacher = _no_teacher(rows, shape)
     for r, row in enumerate(rows):
         start = 0
         for s, conversation in enumerate(row, 1):
@@ -142,10 +189,29 @@ def _to_arrays(
             targets[r, start : end - 1] = conversation.tokens[1:]
             answer = np.asarray(conversation.is_answer[1:])
             weights[r, start : end - 1] = np.where(answer, 1.0, question_weight)
+            if teacher is not None and conversation.teacher is not None:
+                teacher.ids[r, start:end] = conversation.teacher.ids
+                teacher.log_probabilities[r, start:end] = conversation.teacher.log_probabilities
             start = end
     return Rows(
-        tokens=tokens, segments=segments, positions=positions, targets=targets, weights=weights
+        tokens=tokens,
+        segments=segments,
+        positions=positions,
+        targets=targets,
+        weights=weights,
+        teacher=teacher,
     )
+
+
+def _no_teacher(rows: Sequence[Sequence[Conversation]], shape: tuple[int, int]) -> TopTokens | None:
+    """Room for what teachers say of these rows, silent so far; None where none says anything."""
+    widths = {c.teacher.ids.shape[1] for row in rows for c in row if c.teacher is not None}
+    if not widths:
+        return None
+    [width] = widths
+    silence = np.zeros((*shape, width), np.float16)
+    silence[..., 0] = 1
+    return TopTokens(ids=np.zeros((*shape, width), np.int32), log_probabilities=silence)
 
 
 def steps(
@@ -169,14 +235,7 @@ def steps(
             question_weight=question_weight,
         )
         for step in range(skip, _STEPS_PER_SHARD):
-            part = slice(step * rows_per_step, (step + 1) * rows_per_step)
-            yield Rows(
-                tokens=rows.tokens[part],
-                segments=rows.segments[part],
-                positions=rows.positions[part],
-                targets=rows.targets[part],
-                weights=rows.weights[part],
-            )
+            yield rows.part(slice(step * rows_per_step, (step + 1) * rows_per_step))
         shard, skip = shard + 1, 0
 
 

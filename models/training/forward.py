@@ -1,37 +1,86 @@
-"""The training loss of a Llama checkpoint, written out so that it compiles to few, large kernels.
+"""The packed forward pass of a decoder, written out so that it compiles to few, large kernels.
 
 Shapes: `B` rows, `T` tokens a row, `D` hidden, `H` heads, `K` key/value heads, `V` vocabulary.
-Matrix products run in bf16, norms, softmax, residual stream and loss in fp32. Computes what
-transformers' `LlamaForCausalLM` computes (a test compares them) at two to three times its
-training speed on a CPU, because packed rows need no general attention kernel at T = 128.
+Matrix products run in the weights' type (bf16 as a rule); norms, softmax, residual stream and
+logits in fp32. Computes what transformers computes for Llama, Mistral, Qwen2 and Qwen3 (a test
+compares them), at two to three times its training speed on a CPU, because packed rows of T = 128
+need no general attention kernel. On CUDA the fused attention kernel is the faster one.
 """
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
+from models.card import SUPPORTED_ARCHITECTURES
+from models.errors import PoolError
 from models.training.data import Rows
-from models.training.shapes import ROPE_THETA
 
 Weights = dict[str, Tensor]
 _MASKED = -1e9
 
 
-def low_precision(model: LlamaForCausalLM, dtype: torch.dtype) -> Weights:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Geometry:
+    """What the forward pass must know beyond the weights' own shapes and names."""
+
+    num_layers: int
+    head_size: int
+    eps: float
+    longest_row_tokens: int
+
+
+def geometry(model: PreTrainedModel) -> Geometry:
+    """Read it off `model`'s configuration.
+
+    Raises:
+        PoolError: an architecture or activation that this forward pass does not compute.
+    """
+    config: Any = model.config
+    if config.model_type not in SUPPORTED_ARCHITECTURES:
+        raise PoolError(
+            f"model_type {config.model_type!r} is not supported; "
+            f"allowed are {', '.join(SUPPORTED_ARCHITECTURES)}"
+        )
+    if config.hidden_act != "silu":
+        raise PoolError(f"hidden_act {config.hidden_act!r} is not supported; allowed is silu")
+    head_size = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    window = getattr(config, "sliding_window", None) or config.max_position_embeddings
+    return Geometry(
+        num_layers=int(config.num_hidden_layers),
+        head_size=int(head_size),
+        eps=float(config.rms_norm_eps),
+        longest_row_tokens=min(int(window), int(config.max_position_embeddings)),
+    )
+
+
+def low_precision(model: PreTrainedModel, dtype: torch.dtype) -> Weights:
     """Parameters by name, matrices cast to `dtype` (differentiably), norms left in fp32."""
     return {name: p if p.ndim == 1 else p.to(dtype) for name, p in model.named_parameters()}
 
 
-def rotary_tables(head_size: int, num_positions: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `[num_positions, head_size]` of the rotary embedding."""
-    inverse = ROPE_THETA ** (-torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
-    angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), inverse).repeat(1, 2)
-    return angles.cos(), angles.sin()
+@torch.no_grad()
+def rotary_tables(model: PreTrainedModel, num_positions: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `[num_positions, head_size]` of the model's own rotary embedding."""
+    positions = torch.arange(num_positions, device=model.device)[None]
+    rotary: Any = model.model.rotary_emb
+    cos, sin = rotary(torch.zeros(1, device=model.device), positions)
+    return cos[0].float(), sin[0].float()
 
 
-def _norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    return (weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))).to(dtype)
+def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
+
+
+def _linear(x: Tensor, weights: Weights, name: str) -> Tensor:
+    bias = weights.get(f"{name}.bias")
+    y = x @ weights[f"{name}.weight"].T
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -39,23 +88,26 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-b, a), -1) * sin
 
 
-def packed_loss(
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    if q.is_cuda:
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+    scores = torch.matmul(q, k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5 + bias
+    return torch.matmul(scores.softmax(-1).to(q.dtype), v)
+
+
+def packed_logits(
     weights: Weights,
     *,
     tokens_BT: Tensor,
     segments_BT: Tensor,
     positions_BT: Tensor,
-    targets_BT: Tensor,
-    loss_weights_BT: Tensor,
     cos: Tensor,
     sin: Tensor,
-    num_layers: int,
-    head_size: int,
-    eps: float,
+    geometry: Geometry,
 ) -> Tensor:
-    """Weighted mean cross-entropy of the next token, in nats."""
+    """Logits `[B, T, V]` in fp32; every segment attends to itself alone."""
     embedding = weights["model.embed_tokens.weight"]
-    dtype = embedding.dtype
+    dtype, size, eps = embedding.dtype, geometry.head_size, geometry.eps
     B, T = tokens_BT.shape
     same = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
     causal = torch.ones(T, T, dtype=torch.bool, device=tokens_BT.device).tril()
@@ -63,38 +115,40 @@ def packed_loss(
     cos_B1TH = cos[positions_BT][:, None].to(dtype)
     sin_B1TH = sin[positions_BT][:, None].to(dtype)
     x = functional.embedding(tokens_BT, embedding).float()
-    for i in range(num_layers):
+    for i in range(geometry.num_layers):
         layer = f"model.layers.{i}."
-        h = _norm(x, weights[layer + "input_layernorm.weight"], eps, dtype)
+        h = _norm(x, weights[layer + "input_layernorm.weight"], eps).to(dtype)
         q, k, v = (
-            (h @ weights[f"{layer}self_attn.{part}_proj.weight"].T)
-            .view(B, T, -1, head_size)
-            .transpose(1, 2)
+            _linear(h, weights, f"{layer}self_attn.{part}_proj").view(B, T, -1, size)
             for part in "qkv"
         )
+        if f"{layer}self_attn.q_norm.weight" in weights:
+            q = _norm(q.float(), weights[f"{layer}self_attn.q_norm.weight"], eps).to(dtype)
+            k = _norm(k.float(), weights[f"{layer}self_attn.k_norm.weight"], eps).to(dtype)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         q, k = _rotate(q, cos_B1TH, sin_B1TH), _rotate(k, cos_B1TH, sin_B1TH)
         shared = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
-        scores = torch.matmul(q, k.transpose(-1, -2)).float() * head_size**-0.5 + bias
-        mixed = torch.matmul(scores.softmax(-1).to(dtype), v).transpose(1, 2).reshape(B, T, -1)
-        x = x + (mixed @ weights[layer + "self_attn.o_proj.weight"].T).float()
-        h = _norm(x, weights[layer + "post_attention_layernorm.weight"], eps, dtype)
-        gate = functional.silu(h @ weights[layer + "mlp.gate_proj.weight"].T)
-        up = h @ weights[layer + "mlp.up_proj.weight"].T
-        x = x + ((gate * up) @ weights[layer + "mlp.down_proj.weight"].T).float()
-    h = _norm(x, weights["model.norm.weight"], eps, dtype)
-    logits = (h @ embedding.T).float().view(B * T, -1)
-    loss = functional.cross_entropy(logits, targets_BT.reshape(-1), reduction="none")
-    flat = loss_weights_BT.reshape(-1)
-    return (loss * flat).sum() / flat.sum()
+        mixed = _attend(q, k, v, bias).transpose(1, 2).reshape(B, T, -1)
+        x = x + _linear(mixed, weights, f"{layer}self_attn.o_proj").float()
+        h = _norm(x, weights[layer + "post_attention_layernorm.weight"], eps).to(dtype)
+        gated = functional.silu(_linear(h, weights, f"{layer}mlp.gate_proj"))
+        gated = gated * _linear(h, weights, f"{layer}mlp.up_proj")
+        x = x + _linear(gated, weights, f"{layer}mlp.down_proj").float()
+    h = _norm(x, weights["model.norm.weight"], eps).to(dtype)
+    return (h @ weights.get("lm_head.weight", embedding).T).float()
 
 
-def to_tensors(rows: Rows) -> dict[str, Tensor]:
-    """The arrays of `rows` under the names that `packed_loss` takes them by."""
-    return {
-        "tokens_BT": torch.from_numpy(rows.tokens),
-        "segments_BT": torch.from_numpy(rows.segments),
-        "positions_BT": torch.from_numpy(rows.positions),
-        "targets_BT": torch.from_numpy(rows.targets),
-        "loss_weights_BT": torch.from_numpy(rows.weights),
+def to_tensors(rows: Rows, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """The arrays of `rows` under the names that the forward pass and the losses take them by."""
+    arrays = {
+        "tokens_BT": rows.tokens,
+        "segments_BT": rows.segments,
+        "positions_BT": rows.positions,
+        "targets_BT": rows.targets,
+        "loss_weights_BT": rows.weights,
     }
+    if rows.teacher is not None:
+        arrays["teacher_ids_BTK"] = rows.teacher.ids
+        arrays["teacher_log_probabilities_BTK"] = rows.teacher.log_probabilities
+    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}

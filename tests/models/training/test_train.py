@@ -1,4 +1,4 @@
-"""The training loop: its loss is transformers' loss, it learns, and it resumes exactly."""
+"""The training loop: it learns, and it resumes exactly."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn import functional
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from models.training.checkpoint import read_progress
-from models.training.data import Renderer, steps
-from models.training.forward import low_precision, packed_loss, rotary_tables, to_tensors
+from models.training.data import Renderer
 from models.training.shapes import Shape, build_model, grow
 from models.training.train import Recipe, train
 
@@ -43,43 +41,6 @@ def _ignore(_: str) -> None:
 def _same_weights(one: LlamaForCausalLM, other: LlamaForCausalLM) -> bool:
     pairs = zip(one.parameters(), other.parameters(), strict=True)
     return all(torch.equal(a, b) for a, b in pairs)
-
-
-def test_the_loss_is_that_of_transformers(tokenizer: PreTrainedTokenizerFast) -> None:
-    """On each packed conversation the loss equals transformers' on the conversation alone."""
-    model = build_model(_TINY, tokenizer, seed=3)
-    rows = next(
-        steps(
-            Renderer(tokenizer),
-            {"arithmetic": 0.5, "text": 0.5},
-            seed=0,
-            first_step=0,
-            rows_per_step=2,
-            row_tokens=96,
-            question_weight=0.2,
-        )
-    )
-    cos, sin = rotary_tables(8, 96)
-    with torch.no_grad():
-        ours = packed_loss(
-            low_precision(model, torch.float32),
-            **to_tensors(rows),
-            cos=cos,
-            sin=sin,
-            num_layers=2,
-            head_size=8,
-            eps=model.config.rms_norm_eps,
-        )
-        total, weight = torch.tensor(0.0), 0.0
-        for r in range(2):
-            for s in range(1, rows.segments[r].max() + 1):
-                where = rows.segments[r] == s
-                logits = model(input_ids=torch.from_numpy(rows.tokens[r, where])[None]).logits[0]
-                targets = torch.from_numpy(rows.targets[r, where])
-                weights = torch.from_numpy(rows.weights[r, where])
-                losses = functional.cross_entropy(logits, targets, reduction="none")
-                total, weight = total + (losses * weights).sum(), weight + float(weights.sum())
-    assert float(ours) == pytest.approx(float(total) / weight, abs=1e-5)
 
 
 def test_the_loss_falls(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

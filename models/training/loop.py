@@ -1,0 +1,250 @@
+"""The training loop: packed rows in, trained weights out; resumable at any step.
+
+Hidden matrices are trained by Muon (orthogonalised momentum, Jordan et al. 2024), embeddings,
+norms and biases by AdamW; the schedule is warm-up, stable, decay. Runs wherever the model lies.
+Knows nothing of tasks, corpora or pools.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from models.errors import TrainingDiverged
+from models.training.checkpoint import Progress, load_checkpoint, read_progress, save_checkpoint
+from models.training.data import Rows
+from models.training.forward import geometry, low_precision, rotary_tables, to_tensors
+from models.training.losses import Distillation, packed_loss
+from models.training.schedule import learning_rate_share
+
+_REPORT_EVERY_STEPS: Final = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a model is trained. Both learning rates are peaks.
+
+    With `muon` off, AdamW at `learning_rate` trains everything. `compiled` runs the step through
+    torch.compile; `precision` is that of the matrix products, None means bfloat16 where compiled.
+    A step takes `micro_rows` of its rows at a time (None: all at once) and adds up their gradients.
+    """
+
+    num_steps: int
+    num_decay_steps: int
+    num_warmup_steps: int = 50
+    rows_per_step: int = 32
+    row_tokens: int = 128
+    learning_rate: float = 3e-3
+    muon_learning_rate: float = 6e-3
+    weight_decay: float = 0.05
+    clip_norm: float = 1.0
+    muon: bool = True
+    compiled: bool = True
+    precision: Literal["bfloat16", "float32"] | None = None
+    micro_rows: int | None = None
+    distillation: Distillation | None = None
+
+
+def make_optimizers(model: PreTrainedModel, settings: Settings) -> list[torch.optim.Optimizer]:
+    """Muon for the hidden matrices and AdamW for the rest; or AdamW for all."""
+    parameters = dict(model.named_parameters())
+    is_hidden = {
+        n: p.ndim == 2 and "embed" not in n and "lm_head" not in n for n, p in parameters.items()
+    }
+    hidden = [p for n, p in parameters.items() if is_hidden[n]]
+    others = [p for n, p in parameters.items() if not is_hidden[n]]
+    adamw = torch.optim.AdamW(
+        others if settings.muon else [*hidden, *others],
+        lr=settings.learning_rate,
+        betas=(0.9, 0.98),
+        weight_decay=0.0 if settings.muon else settings.weight_decay,
+        fused=True,
+    )
+    if not settings.muon:
+        return [adamw]
+    muon = torch.optim.Muon(
+        hidden,
+        lr=settings.muon_learning_rate,
+        weight_decay=settings.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return [muon, adamw]
+
+
+class Trainer:
+    """One run's model, optimizers and loss; knows nothing of time, files or schedules."""
+
+    def __init__(self, model: PreTrainedModel, settings: Settings) -> None:
+        """Prepare to train `model` in place, on the device that it is on."""
+        self.model = model
+        self.optimizers = make_optimizers(model, settings)
+        self._settings = settings
+        self._peaks = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
+        precision = settings.precision or ("bfloat16" if settings.compiled else "float32")
+        self._dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        self._loss = torch.compile(packed_loss) if settings.compiled else packed_loss
+        cos, sin = rotary_tables(model, settings.row_tokens)
+        self._constants: dict[str, Any] = {
+            "cos": cos,
+            "sin": sin,
+            "geometry": geometry(model),
+            "distillation": settings.distillation,
+        }
+
+    def step(self, rows: Rows, learning_rate_share: float) -> float:
+        """One update at this share of the peak learning rates; returns the label loss before it."""
+        for optimizer, rates in zip(self.optimizers, self._peaks, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = learning_rate_share * rate
+        total_weight = torch.tensor(float(rows.weights.sum()), device=self.model.device)
+        size = self._settings.micro_rows or len(rows.tokens)
+        label = torch.zeros((), device=self.model.device)
+        for start in range(0, len(rows.tokens), size):
+            label += self._accumulate(rows.part(slice(start, start + size)), total_weight)
+        value = label.item()
+        if math.isfinite(value):
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._settings.clip_norm)
+            for optimizer in self.optimizers:
+                optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        return value
+
+    def _accumulate(self, rows: Rows, total_weight: Tensor) -> Tensor:
+        arguments: dict[str, Any] = {
+            **to_tensors(rows, self.model.device),
+            **self._constants,
+            "total_weight": total_weight,
+        }
+        loss, label = self._loss(low_precision(self.model, self._dtype), **arguments)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return label
+
+    def restore(self, folder: Path, recipe: Mapping[str, Any]) -> Progress | None:
+        """Load the newest checkpoint that this recipe can go on from, if there is one.
+
+        A checkpoint from before the decay fits a longer or shorter run of the same recipe too.
+        """
+        length = {"num_steps", "num_decay_steps"}
+        for name in ("last", "stable"):
+            progress = read_progress(folder / name)
+            if progress is None:
+                continue
+            differs = {k for k, v in recipe.items() if progress.recipe.get(k) != v}
+            stable = min(r["num_steps"] - r["num_decay_steps"] for r in (recipe, progress.recipe))
+            if not differs or (differs <= length and progress.step <= stable):
+                load_checkpoint(folder / name, self.model, self.optimizers)
+                return progress
+        return None
+
+
+@dataclass(kw_only=True, slots=True)
+class _Meter:
+    """Running loss and speed since `begun_s`, for the progress line."""
+
+    num_steps: int
+    begun_s: float
+    first_step: int
+    first_tokens: int
+    loss: float | None = None
+
+    def update(self, loss: float) -> None:
+        self.loss = loss if self.loss is None else 0.95 * self.loss + 0.05 * loss
+
+    def line(self, step: int, num_tokens: int, now_s: float) -> str:
+        spent_s = now_s - self.begun_s
+        left_s = spent_s / (step - self.first_step) * (self.num_steps - step)
+        return (
+            f"step {step}/{self.num_steps} loss {self.loss:.4f} {num_tokens / 1e6:.2f}M tokens "
+            f"{(num_tokens - self.first_tokens) / spent_s:.0f} tokens/s eta {left_s / 60:.1f} min"
+        )
+
+
+def run(
+    model: PreTrainedModel,
+    batches: Callable[[int], Iterator[Rows]],
+    settings: Settings,
+    recipe: Mapping[str, Any],
+    *,
+    folder: Path | None,
+    resume: bool = False,
+    deadline_s: float | None = None,
+    checkpoint_every_s: float = 60.0,
+    report: Callable[[str], None] = print,
+    clock: Callable[[], float] = time.monotonic,
+) -> Progress:
+    """Train `model` in place on `batches(first_step)` and return how far it came.
+
+    Checkpoints go to `folder/last` and, at the start of the decay, to `folder/stable`; without a
+    folder there are none. With `resume` the run goes on from them if they were written under the
+    same `recipe`, a JSON object of all that the weights depend on. At `deadline_s` (on `clock`) it
+    stops after a checkpoint; the result is then an unfinished model, to be resumed later.
+
+    Raises:
+        TrainingDiverged: the loss is not finite; the last checkpoint stays.
+    """
+    trainer = Trainer(model, settings)
+    restored = trainer.restore(folder, recipe) if folder and resume else None
+    done = restored or Progress(step=0, num_tokens=0, wall_clock_s=0.0, recipe={})
+    begun_s = saved_s = clock()
+    meter = _Meter(
+        num_steps=settings.num_steps,
+        begun_s=begun_s,
+        first_step=done.step,
+        first_tokens=done.num_tokens,
+        loss=done.losses[-1][1] if done.losses else None,
+    )
+    progress = replace(done, recipe=dict(recipe))
+
+    def save(name: str) -> None:
+        if folder is not None:
+            save_checkpoint(folder / name, model, trainer.optimizers, progress)
+
+    left = max(settings.num_steps - done.step, 0)
+    decay_at = settings.num_steps - settings.num_decay_steps
+    for rows in islice(batches(done.step), left):
+        if progress.step == decay_at:
+            save("stable")
+        loss = trainer.step(rows, _share(settings, progress.step))
+        if not math.isfinite(loss):
+            raise TrainingDiverged(progress.step, loss, settings.learning_rate)
+        meter.update(loss)
+        now_s = clock()
+        progress = replace(
+            progress,
+            step=progress.step + 1,
+            num_tokens=progress.num_tokens + rows.num_tokens,
+            wall_clock_s=done.wall_clock_s + now_s - begun_s,
+        )
+        if progress.step % _REPORT_EVERY_STEPS == 0 or progress.step == settings.num_steps:
+            assert meter.loss is not None
+            known = (*progress.losses, (progress.step, round(meter.loss, 5)))
+            progress = replace(progress, losses=known)
+        if progress.step % _REPORT_EVERY_STEPS == 0:
+            report(meter.line(progress.step, progress.num_tokens, now_s))
+        out_of_time = deadline_s is not None and now_s >= deadline_s
+        if out_of_time or now_s - saved_s >= checkpoint_every_s:
+            save("last")
+            saved_s = now_s
+        if out_of_time:
+            return progress
+    if progress.step == decay_at:
+        save("stable")
+    save("last")
+    return progress
+
+
+def _share(settings: Settings, step: int) -> float:
+    return learning_rate_share(
+        step,
+        num_steps=settings.num_steps,
+        num_warmup_steps=settings.num_warmup_steps,
+        num_decay_steps=settings.num_decay_steps,
+    )
