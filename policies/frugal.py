@@ -10,6 +10,7 @@ from policies.cascade.base import Scorer
 from policies.cascade.chain import ROUTED, LearnedCascade
 from policies.cascade.frontier import CascadePoint, within_budget
 from policies.cascade.scorer import LearnedScorer
+from policies.fused import best_members, with_prior
 from policies.plan import Answer, Cascade, Plan, members
 
 
@@ -27,15 +28,22 @@ class Frugal:
     P(correct | query) lies below their gate are skipped, and so is a stage that a later one
     repeats. `budget_usd` is the mean cost per query that picks the chain from the frontier; None
     takes the one that training picked. `scorer` is the name under which plans (and clients) refer
-    to the scorer. Raises `PolicyError` for a budget below the cheapest chain.
+    to the scorer. A stage that takes longer than `stage_timeout_s` gives way to the next (None: the
+    server's own limit). Raises `PolicyError` for a budget below the cheapest chain.
     """
 
     def __init__(
-        self, cascade: LearnedCascade, *, scorer: str = "cascade", budget_usd: float | None = None
+        self,
+        cascade: LearnedCascade,
+        *,
+        scorer: str = "cascade",
+        budget_usd: float | None = None,
+        stage_timeout_s: float | None = None,
     ) -> None:
         self._cascade = cascade
         self._scorer_name = scorer
-        self._scorer = LearnedScorer(cascade.weights, cascade.plans)
+        self._scorer = LearnedScorer(cascade.weights, cascade.plans, cascade.top)
+        self._stage_timeout_s = stage_timeout_s
         self._point = (
             cascade.frontier[cascade.chosen]
             if budget_usd is None
@@ -50,13 +58,21 @@ class Frugal:
     def decide(self, query: Query) -> Decision:
         """Return the chain for `query`."""
         priors = self._scorer.priors(query.text)
-        kept, skipped = self._resolve(priors)
+        scores = {
+            plan.members[0]: priors[name]
+            for name, plan in self._cascade.plans.items()
+            if isinstance(plan, Answer) and len(plan.members) == 1
+        }
+        kept, skipped = self._resolve(priors, scores)
         plan: Plan = kept[0].plan
         if len(kept) > 1:
             plan = Cascade(
                 stages=tuple(stage.plan for stage in kept),
                 thresholds=tuple(stage.threshold for stage in kept[:-1]),
                 scorer=self._scorer_name,
+                timeouts_s=None
+                if self._stage_timeout_s is None
+                else (self._stage_timeout_s,) * (len(kept) - 1),
             )
         names = " -> ".join(stage.name for stage in kept)
         reason = f"the cheapest chain within the budget: {names}"
@@ -64,11 +80,7 @@ class Frugal:
             reason += f"; skipped {', '.join(skipped)}"
         return Decision(
             plan=plan,
-            scores={
-                plan.members[0]: priors[name]
-                for name, plan in self._cascade.plans.items()
-                if isinstance(plan, Answer) and len(plan.members) == 1
-            },
+            scores=scores,
             reason=reason,
             details={"expected_accuracy": self._point.accuracy, "mean_usd": self._point.cost},
         )
@@ -87,7 +99,16 @@ class Frugal:
         """Return the learned scorer under its name."""
         return {self._scorer_name: self._scorer}
 
-    def _resolve(self, priors: Mapping[str, float]) -> tuple[list[_Stage], list[str]]:
+    def _plan(self, name: str, scores: Mapping[str, float]) -> Plan:
+        """Return a stage's plan; a fusion takes its members and weights from their `scores`."""
+        plan = self._cascade.plans[name]
+        if isinstance(plan, Answer):
+            plan = best_members(plan, scores, self._cascade.top.get(name))
+        return with_prior(plan, scores, power=self._cascade.prior_power)
+
+    def _resolve(
+        self, priors: Mapping[str, float], scores: Mapping[str, float]
+    ) -> tuple[list[_Stage], list[str]]:
         """Return the stages that run for these priors, and why the others do not."""
         point = self._point
         names = [
@@ -104,5 +125,5 @@ class Frugal:
                 skipped.append(f"{name} (P {priors[name]:.2f} < {point.gates[j]:.2f})")
                 continue
             threshold = 0.0 if last else point.thresholds[j]
-            kept.append(_Stage(name=name, plan=self._cascade.plans[name], threshold=threshold))
+            kept.append(_Stage(name=name, plan=self._plan(name, scores), threshold=threshold))
         return kept, skipped

@@ -53,11 +53,7 @@ class Fused:
         if self._router is None:
             return Decision(plan=self._answer, reason="fixed fusion")
         scores = self._router.decide(query).scores
-        answer = self._answer
-        if self._top is not None and self._top < len(answer.members):
-            # A contrast's members have roles and never come with top: they take no router.
-            ranked = sorted(answer.members, key=lambda name: -scores.get(name, 0.0))
-            answer = replace(answer, members=tuple(ranked[: self._top]))
+        answer = best_members(self._answer, scores, self._top)
         plan = with_prior(answer, scores, power=self._prior_power)
         return Decision(
             plan=plan,
@@ -97,6 +93,15 @@ class Primed:
     def members(self) -> tuple[str, ...]:
         """Return the members of the plan."""
         return members(self._plan)
+
+
+def best_members(answer: Answer, scores: Mapping[str, float], top: int | None) -> Answer:
+    """Return `answer` with only the `top` best-scored of its members, the best first; None: all."""
+    if top is None or top >= len(answer.members):
+        return answer
+    # A contrast's members have roles and never come with top: they take no router.
+    ranked = sorted(answer.members, key=lambda name: -scores.get(name, 0.0))
+    return replace(answer, members=tuple(ranked[:top]))
 
 
 def needs_prior(plan: Plan) -> bool:

@@ -103,12 +103,14 @@ class Cascade:
     `thresholds` has one entry per stage but the last, each in [0, 1]; the last stage's answer is
     always accepted. `scorer` names the model of P(correct | query, answer); "confidence" is the
     geometric mean of the answer's token probabilities, which needs no training
-    (FrugalGPT, Chen et al. 2023, section 3).
+    (FrugalGPT, Chen et al. 2023, section 3). A stage that takes longer than its entry in
+    `timeouts_s` (one per stage but the last; None: the server's limit) gives way to the next.
     """
 
     stages: tuple[Plan, ...]
     thresholds: tuple[float, ...]
     scorer: str = "confidence"
+    timeouts_s: tuple[float | None, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.stages:
@@ -121,6 +123,16 @@ class Cascade:
         for threshold in self.thresholds:
             if not 0 <= threshold <= 1:
                 raise PlanError(f"cascade.thresholds: {threshold} is not in [0, 1]")
+        if self.timeouts_s is None:
+            return
+        if len(self.timeouts_s) != len(self.stages) - 1:
+            raise PlanError(
+                f"cascade.timeouts_s has {len(self.timeouts_s)} entries; {len(self.stages)} stages "
+                f"need {len(self.stages) - 1} (all but the last, which has the rest of the time)"
+            )
+        for timeout_s in self.timeouts_s:
+            if timeout_s is not None and not 0 < timeout_s < math.inf:
+                raise PlanError(f"cascade.timeouts_s: {timeout_s} is not a finite number > 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,13 +192,14 @@ def to_json(plan: Plan) -> dict[str, Any]:
                 body[name] = getattr(plan, name)
         return {"answer": body}
     if isinstance(plan, Cascade):
-        return {
-            "cascade": {
-                "stages": [to_json(stage) for stage in plan.stages],
-                "thresholds": list(plan.thresholds),
-                "scorer": plan.scorer,
-            }
+        cascade: dict[str, Any] = {
+            "stages": [to_json(stage) for stage in plan.stages],
+            "thresholds": list(plan.thresholds),
+            "scorer": plan.scorer,
         }
+        if plan.timeouts_s is not None:
+            cascade["timeouts_s"] = list(plan.timeouts_s)
+        return {"cascade": cascade}
     best: dict[str, Any] = {
         "candidates": [to_json(candidate) for candidate in plan.candidates],
         "select": plan.select,
@@ -260,6 +273,7 @@ def _read_cascade(body: Mapping[str, Any]) -> Cascade:
         stages=tuple(from_json(stage) for stage in _list(body, "stages", "cascade")),
         thresholds=_numbers(body, "thresholds", "cascade"),
         scorer=_scorer(body, "cascade"),
+        timeouts_s=_timeouts_s(body),
     )
 
 
@@ -276,7 +290,7 @@ _READERS: dict[str, tuple[Any, tuple[str, ...]]] = {
         _read_answer,
         ("members", "weights", "rule", "weighting", "gate", "contrast", "temperature", "update"),
     ),
-    "cascade": (_read_cascade, ("stages", "thresholds", "scorer")),
+    "cascade": (_read_cascade, ("stages", "thresholds", "scorer", "timeouts_s")),
     "best": (_read_best, ("candidates", "select", "scorer")),
 }
 _DEFAULTS = Answer(members=("any",))
@@ -297,6 +311,15 @@ def _list(body: Mapping[str, Any], key: str, owner: str) -> list[Any]:
 
 def _numbers(body: Mapping[str, Any], key: str, owner: str) -> tuple[float, ...]:
     return tuple(_number(value, f"{owner}.{key}") for value in _list(body, key, owner))
+
+
+def _timeouts_s(body: Mapping[str, Any]) -> tuple[float | None, ...] | None:
+    if body.get("timeouts_s") is None:
+        return None
+    return tuple(
+        None if value is None else _number(value, "cascade.timeouts_s")
+        for value in _list(body, "timeouts_s", "cascade")
+    )
 
 
 def _number(value: object, where: str) -> float:

@@ -62,14 +62,20 @@ def _fixed(body: Mapping[str, Any], folder: Path, models: Mapping[str, ModelFact
 
 
 def _frugal(body: Mapping[str, Any], folder: Path, models: Mapping[str, ModelFacts]) -> Policy:  # noqa: ARG001
-    check_keys("frugal", body, required=("path",), optional=("budget_usd_per_1000", "scorer"))
-    budget = body.get("budget_usd_per_1000")
-    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int | float)):
-        raise PolicyError(f"frugal.budget_usd_per_1000: {budget!r} is not a number")
+    numbers = ("budget_usd_per_1000", "stage_timeout_s")
+    check_keys("frugal", body, required=("path",), optional=(*numbers, "scorer"))
+    for key in numbers:
+        value = body.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise PolicyError(f"frugal.{key}: {value!r} is not a number")
+    budget, timeout_s = (body.get(key) for key in numbers)
+    if timeout_s is not None and not 0 < timeout_s < float("inf"):
+        raise PolicyError(f"frugal.stage_timeout_s: {timeout_s} is not a finite number > 0")
     return Frugal(
         load_cascade(folder / str(body["path"])),
         scorer=str(body.get("scorer", "cascade")),
         budget_usd=None if budget is None else budget / 1000,
+        stage_timeout_s=timeout_s,
     )
 
 

@@ -37,9 +37,9 @@ class Script(BaseModel):
     """How one model behaves.
 
     Successive requests take the `answers` in turn; with none, the last message is echoed. Each
-    token carries `logprob`. With `fail_after_tokens` a request fails after that many tokens (0: at
-    once), with `refuse` it is turned away as if the queue were full; `num_failures` limits either
-    to the first so many requests.
+    token carries `logprob` and `entropy`. With `fail_after_tokens` a request fails after that many
+    tokens (0: at once), with `refuse` it is turned away as if the queue were full; `num_failures`
+    limits either to the first so many requests.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,6 +48,7 @@ class Script(BaseModel):
     time_to_first_token_s: float = Field(0, ge=0)
     token_latency_s: float = Field(0, ge=0)
     logprob: float = Field(-0.1, le=0)
+    entropy: float | None = Field(None, ge=0)
     fail_after_tokens: int | None = Field(None, ge=0)
     refuse: bool = False
     num_failures: int | None = Field(None, ge=0)
@@ -177,7 +178,7 @@ class FakeEngine:
                 text += pending.flush()
             yield Chunk(
                 text=text,
-                tokens=(_token(token_id, script.logprob, sampling.top_logprobs),),
+                tokens=(_token(token_id, script, sampling.top_logprobs),),
                 finish_reason=finish,
             )
             if finish:
@@ -236,8 +237,9 @@ def _last(request: GenerationRequest) -> str:
     return ByteTokenizer().decode(ids[start:end]).partition("\n")[2]
 
 
-def _token(token_id: int, logprob: float, top_logprobs: int | None) -> Token:
+def _token(token_id: int, script: Script, top_logprobs: int | None) -> Token:
     raw, text = _piece(token_id)
+    logprob = script.logprob
     alternatives: tuple[TopLogprob, ...] = ()
     if top_logprobs:
         alternatives = tuple(
@@ -251,7 +253,14 @@ def _token(token_id: int, logprob: float, top_logprobs: int | None) -> Token:
                 (token_id + step) % ByteTokenizer().vocab_size for step in range(top_logprobs)
             )
         )
-    return Token(token_id=token_id, text=text, raw=raw, logprob=logprob, top=alternatives)
+    return Token(
+        token_id=token_id,
+        text=text,
+        raw=raw,
+        logprob=logprob,
+        top=alternatives,
+        entropy=script.entropy,
+    )
 
 
 def _piece(token_id: int) -> tuple[bytes, str]:

@@ -120,7 +120,12 @@ def _trimmed(plan: Plan, max_members: float) -> list[Plan]:
         ]
     if isinstance(plan, Cascade):
         shorter: list[Plan] = [
-            replace(plan, stages=plan.stages[:keep], thresholds=plan.thresholds[: keep - 1])
+            replace(
+                plan,
+                stages=plan.stages[:keep],
+                thresholds=plan.thresholds[: keep - 1],
+                timeouts_s=None if plan.timeouts_s is None else plan.timeouts_s[: keep - 1],
+            )
             for keep in range(len(plan.stages) - 1, 1, -1)
         ]
         return [*shorter, *reversed(plan.stages)]

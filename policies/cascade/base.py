@@ -17,8 +17,10 @@ class Attempt:
 
     `query` is the text a policy sees (`Query.text`); `plan` the stage that answered. Log
     probabilities are natural, of the tokens as generated; `num_tokens` counts them, the
-    end-of-sequence token included. `earlier` holds the answers of the stages that ran before and
-    were not accepted. `finished` is False while `answer` is a prefix.
+    end-of-sequence token included. `entropy_mean` is the mean entropy, in nats, of the
+    distributions that they were drawn from; None where the engine does not say. `earlier` holds the
+    answers of the stages that ran before and were not accepted. `finished` is False while `answer`
+    is a prefix.
     """
 
     query: str
@@ -27,6 +29,7 @@ class Attempt:
     logprob_mean: float
     logprob_min: float
     num_tokens: int
+    entropy_mean: float | None = None
     earlier: tuple[str, ...] = ()
     finished: bool = True
 
@@ -45,9 +48,10 @@ class PrefixScorer(Protocol):
     """A scorer that can tell from the beginning of an answer how good it can still become."""
 
     def ceiling(self, prefix: Attempt, max_tokens: int) -> float:
-        """Return an upper bound of `score` over every answer that goes on from `prefix`.
+        """Return an upper bound of `score` over the answers that go on from `prefix`.
 
-        A bound, not an estimate: no such answer of at most `max_tokens` tokens scores higher.
+        Whatever answers came before it, an answer of at most `max_tokens` tokens scores higher
+        never, or as seldom as the scorer says. It never rises as the prefix grows.
         """
         ...
 

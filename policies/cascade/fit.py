@@ -22,9 +22,11 @@ from policies.cascade.signals import (
     DENSE_SIGNALS,
     NUM_OWN_SIGNALS,
     RANK_SIGNALS,
+    falling_signals,
     own_signals,
     rank_signals,
 )
+from policies.cascade.stopping import fit_stopping
 from policies.encoders.ngrams import NGrams
 from policies.errors import PolicyError
 
@@ -93,6 +95,12 @@ def fit_scorer(
     raw_QS = np.stack(
         [model.slope * model.logit_N[:num_queries] + model.offset for model in models], axis=1
     )
+    context_QS2 = np.stack(
+        [model.slope * model.fold_weights[fold_Q, NUM_OWN_SIGNALS:num_dense] for model in models],
+        axis=1,
+    )
+    prior_QS = np.stack([sigmoid(prior.logit_N) for prior in priors], axis=1)
+    stopping = _fit_stopping(table, prior_QS, raw_QS, context_QS2)
     weights = ScorerWeights(
         stages=(*table.plans, ANY_STAGE),
         query_encoder=query_encoder,
@@ -105,18 +113,11 @@ def fit_scorer(
         slope_S=slopes,
         offset_S=np.array([model.offset for model in every]),
         rank_P=fit_ranker(table, sigmoid(raw_QS), answer_QS),
+        falling_SP=np.stack([weights_P for weights_P, _ in stopping]),
+        cut_SK=np.stack([cut_K for _, cut_K in stopping]),
     )
     out_of_fold = Predictions(
-        prior_QS=np.stack([sigmoid(prior.logit_N) for prior in priors], axis=1),
-        raw_QS=raw_QS,
-        context_QS2=np.stack(
-            [
-                model.slope * model.fold_weights[fold_Q, NUM_OWN_SIGNALS:num_dense]
-                for model in models
-            ],
-            axis=1,
-        ),
-        answer_QS=answer_QS,
+        prior_QS=prior_QS, raw_QS=raw_QS, context_QS2=context_QS2, answer_QS=answer_QS
     )
     return FittedScorer(weights=weights, out_of_fold=out_of_fold)
 
@@ -150,6 +151,27 @@ def fit_ranker(table: AnswerTable, score_QS: Floats, answer_QS: Ints) -> Floats:
     weights_P, _ = fit_logistic(csr_array(rows), wins_N, 1.0)
     result: Floats = weights_P / scale_P
     return result
+
+
+def _fit_stopping(
+    table: AnswerTable, prior_QS: Floats, raw_QS: Floats, context_QS2: Floats
+) -> list[tuple[Floats, Floats]]:
+    """Return each stage's early stopping, then that of all of them together."""
+    num_queries, num_stages = raw_QS.shape
+    falling_SQP = np.array(
+        [
+            [
+                falling_signals(table.attempt(q, s), float(prior_QS[q, s]))
+                for q in range(num_queries)
+            ]
+            for s in range(num_stages)
+        ]
+    )
+    # Whatever the stages before it answered: the score is at most this.
+    gain_QS = np.maximum(context_QS2[..., 0] + np.maximum(context_QS2[..., 1], 0.0), 0.0)
+    most_SQ = (raw_QS + gain_QS).T
+    own = [fit_stopping(falling_SQP[s], most_SQ[s]) for s in range(num_stages)]
+    return [*own, fit_stopping(falling_SQP.reshape(-1, falling_SQP.shape[-1]), most_SQ.ravel())]
 
 
 def _design(

@@ -8,7 +8,7 @@ the chain goes straight to a later stage when the router already knows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, permutations, product
 from typing import TypeAlias
@@ -72,18 +72,23 @@ def search(
     max_thresholds: int = 128,
     min_disagreement: float = 0.02,
     num_gates: int = 8,
+    last: Collection[str] | None = None,
 ) -> tuple[CascadePoint, ...]:
     """Return the whole cost-quality frontier, by ascending cost.
 
     `max_thresholds` bounds the candidate thresholds per stage in chains of three and more; chains
     of two use every distinct score. A chain is pruned when some stage's answer differs from the
     stage's before it on less than `min_disagreement` of the queries. `num_gates` candidate gates
-    per stage are tried on the chains of the ungated frontier; 0 turns gating off.
+    per stage are tried on the chains of the ungated frontier; 0 turns gating off. `last` names the
+    stages that a chain may end with; None: any.
     """
     if table.num_queries == 0:
         raise PolicyError("the cascade learner needs at least one query")
     evaluate = _Evaluator(table, score_of, max_thresholds)
-    chains = tuple(_chains(table, max_stages, min_disagreement))
+    ends = {index for index, name in enumerate(table.names) if last is None or name in last}
+    chains = tuple(
+        chain for chain in _chains(table, max_stages, min_disagreement) if chain[-1] in ends
+    )
     ungated = _frontier(point for chain in chains for point in evaluate(chain, _no_gates(chain)))
     if num_gates == 0:
         return ungated

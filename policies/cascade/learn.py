@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
-from policies.cascade.chain import ROUTED, LearnedCascade
+from policies.cascade.chain import ROUTED, LearnedCascade, check_top
 from policies.cascade.chains import Floats, Ints, StageColumn
 from policies.cascade.fit import FittedScorer, fit_scorer
 from policies.cascade.frontier import (
@@ -20,6 +21,7 @@ from policies.cascade.frontier import (
     within_budget,
 )
 from policies.cascade.predictions import AnswerTable, Predictions, Rows, predict
+from policies.cascade.scorer import LearnedScorer
 from policies.errors import PolicyError
 
 
@@ -30,6 +32,17 @@ class Replay:
     quality_Q: Floats
     cost_Q: Floats
     answered_Q: Ints
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopRate:
+    """Of the answers that a stage's threshold accepts or rejects, how many are stopped early."""
+
+    stage: str
+    num_accepted: int
+    num_false_stops: int
+    num_rejected: int
+    num_right_stops: int
 
 
 def learn_cascade(
@@ -43,17 +56,25 @@ def learn_cascade(
     num_gates: int = 8,
     seed: int = 0,
     fitted: FittedScorer | None = None,
+    top: Mapping[str, int] = MappingProxyType({}),
+    prior_power: float = 1.0,
+    last: Collection[str] | None = None,
 ) -> LearnedCascade:
     """Fit the scorer, search every chain, and pick the best within `budget`.
 
     `cost_QS` and `budget` are US dollars per query. `routed` names the stages between which the
     query-dependent stage `ROUTED` chooses; fewer than two leave it out. `fitted` is a scorer that
-    was fitted on this table already. Raises `PolicyError` for a
-    budget below the cheapest chain, or a name in `routed` that the table lacks.
+    was fitted on this table already. `top` and `prior_power` say how fusions among the stages take
+    their members (`LearnedCascade`); `last` which stages a chain may end with (None: any). Raises
+    `PolicyError` for a budget below the cheapest chain, or a name that the table lacks.
     """
-    for name in routed:
-        if name not in table.plans:
-            raise PolicyError(f"routed: {name!r} is unknown; allowed are {', '.join(table.plans)}")
+    check_top(table.plans, top)
+    for what, names in (("routed", routed), ("last", last or ())):
+        for name in names:
+            if name not in table.plans and not (what == "last" and name == ROUTED):
+                raise PolicyError(
+                    f"{what}: {name!r} is unknown; allowed are {', '.join(table.plans)}"
+                )
     fitted = fitted or fit_scorer(table, seed=seed)
     view = _View(table, cost_QS, fitted.out_of_fold, tuple(routed) if len(routed) > 1 else ())
     frontier = search(
@@ -62,6 +83,7 @@ def learn_cascade(
         max_stages=max_stages,
         min_disagreement=min_disagreement,
         num_gates=num_gates,
+        last=last,
     )
     point = within_budget(frontier, budget)
     # Only what lies before the chosen point may give way to it.
@@ -73,6 +95,8 @@ def learn_cascade(
         frontier=frontier,
         chosen=frontier.index(point),
         weights=fitted.weights,
+        top=dict(top),
+        prior_power=prior_power,
     )
 
 
@@ -91,6 +115,41 @@ def replay_cascade(
         stages = columns(view.stages, view.score, chain, point.gates)
         replays.append(_run(stages, point.thresholds))
     return replays
+
+
+def measure_stops(
+    cascade: LearnedCascade, table: AnswerTable, point: CascadePoint | None = None
+) -> list[StopRate]:
+    """Return what stopping hopeless answers early does on the answers of `table`.
+
+    One entry per stage but the last of `point` (default: the chosen one).
+    """
+    point = point or cascade.frontier[cascade.chosen]
+    view = _View(table, np.zeros_like(table.quality_QS), predict(cascade.weights, table),
+                 cascade.routed)  # fmt: skip
+    chain = tuple(view.stages.names.index(name) for name in point.stages)
+    stages = columns(view.stages, view.score, chain, point.gates)
+    scorer = LearnedScorer(cascade.weights, cascade.plans)
+    open_Q = np.ones(len(table.queries), dtype=bool)
+    rates = []
+    for j, threshold in enumerate(point.thresholds):
+        ran_Q = open_Q & np.isfinite(stages[j].score_Q)
+        accept_Q = ran_Q & (stages[j].score_Q >= threshold)
+        stopped_Q = np.zeros_like(ran_Q)
+        for q in np.flatnonzero(ran_Q):
+            attempt = table.attempt(int(q), int(view.stages.model_QS[q, chain[j]]))
+            stopped_Q[q] = scorer.ceiling(attempt, attempt.num_tokens) < threshold
+        rates.append(
+            StopRate(
+                stage=point.stages[j],
+                num_accepted=int(accept_Q.sum()),
+                num_false_stops=int((accept_Q & stopped_Q).sum()),
+                num_rejected=int((ran_Q & ~accept_Q).sum()),
+                num_right_stops=int((ran_Q & ~accept_Q & stopped_Q).sum()),
+            )
+        )
+        open_Q &= ~accept_Q
+    return rates
 
 
 class _View:

@@ -36,9 +36,11 @@ class AnswerTable:
     logprob_min_QS: Floats
     num_tokens_QS: Floats
     quality_QS: Floats
+    entropy_mean_QS: Floats | None = None  # NaN, or no table at all, where nobody knows
 
     def attempt(self, query: int, stage: int) -> Attempt:
         """Return the answer of `stage` to `query`, as if no other stage had answered."""
+        entropy = np.nan if self.entropy_mean_QS is None else self.entropy_mean_QS[query, stage]
         return Attempt(
             query=self.queries[query],
             plan=tuple(self.plans.values())[stage],
@@ -46,6 +48,7 @@ class AnswerTable:
             logprob_mean=float(self.logprob_mean_QS[query, stage]),
             logprob_min=float(self.logprob_min_QS[query, stage]),
             num_tokens=int(self.num_tokens_QS[query, stage]),
+            entropy_mean=None if np.isnan(entropy) else float(entropy),
         )
 
     def answer_ids(self) -> Ints:

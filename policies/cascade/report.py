@@ -11,7 +11,7 @@ import numpy as np
 from policies.cascade.chain import LearnedCascade
 from policies.cascade.chains import Floats, pareto
 from policies.cascade.frontier import CascadePoint
-from policies.cascade.learn import replay_cascade
+from policies.cascade.learn import StopRate, measure_stops, replay_cascade
 from policies.cascade.predictions import AnswerTable
 
 
@@ -30,7 +30,8 @@ class CascadeReport:
     """The frontier measured on held-out answers, next to every single stage and the oracle.
 
     `chains` has one entry per point of the frontier, in its order. The oracle takes, per query,
-    the cheapest right answer, or the cheapest where none is right.
+    the cheapest right answer, or the cheapest where none is right. `stops` says, of each stage but
+    the last of the chosen chain, what stopping it early does.
     """
 
     points: tuple[CascadePoint, ...]
@@ -39,6 +40,7 @@ class CascadeReport:
     singles: tuple[Measured, ...]
     oracle: Measured
     num_queries: int
+    stops: tuple[StopRate, ...] = ()
 
 
 def report(cascade: LearnedCascade, table: AnswerTable, cost_QS: Floats) -> CascadeReport:
@@ -63,6 +65,7 @@ def report(cascade: LearnedCascade, table: AnswerTable, cost_QS: Floats) -> Casc
             np.take_along_axis(cost_QS, best_Q1, axis=1)[:, 0],
         ),
         num_queries=len(table.queries),
+        stops=tuple(measure_stops(cascade, table)),
     )
 
 
@@ -94,6 +97,11 @@ def render(report: CascadeReport, *, max_rows: int = 12) -> str:
         for row in (*report.singles, report.oracle)
     ]
     lines.append("* the chain within the budget; ± is a 95% interval over queries.")
+    lines += [
+        f"Stopped early, of what {stop.stage} would have had rejected: {stop.num_right_stops} of "
+        f"{stop.num_rejected}; accepted: {stop.num_false_stops} of {stop.num_accepted}."
+        for stop in report.stops
+    ]
     return "\n".join(lines)
 
 

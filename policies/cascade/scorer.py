@@ -4,13 +4,14 @@ One model per stage (FrugalGPT trains one per member), and one over all stages f
 not seen. Trained by `policies.cascade.fit`; a request needs NumPy alone.
 
 Shape legend: S stages plus one for all of them, F dense signals, N n-gram features of a query,
-A of an answer.
+A of an answer, P falling signals, K thresholds (the last two: see `policies.cascade.stopping`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -22,13 +23,15 @@ from policies.cascade.signals import (
     DENSE_SIGNALS,
     RANK_SIGNALS,
     agreement,
+    falling_signals,
     own_signals,
     rank_signals,
     sigmoid,
 )
+from policies.cascade.stopping import NUM_FALLING, THRESHOLDS_K, ceiling
 from policies.encoders.ngrams import NGrams
 from policies.errors import PolicyError
-from policies.plan import Plan
+from policies.plan import Answer, Plan
 
 ANY_STAGE = "*"
 
@@ -41,6 +44,8 @@ _ARRAYS = (
     "slope_S",
     "offset_S",
     "rank_P",
+    "falling_SP",
+    "cut_SK",
 )
 
 
@@ -52,6 +57,7 @@ class ScorerWeights:
     sigmoid(slope · (bias + dense_SF · signals + answer_SA · answer n-grams) + offset), where slope
     and offset are Platt's scaling on answers that the model was not trained on. Of two answers the
     first is the better one with probability sigmoid(rank_P · (its rank signals - the other's)).
+    `falling_SP` and `cut_SK` bound the score of an answer from its beginning.
     """
 
     stages: tuple[str, ...]
@@ -65,6 +71,8 @@ class ScorerWeights:
     slope_S: Floats
     offset_S: Floats
     rank_P: Floats
+    falling_SP: Floats
+    cut_SK: Floats
 
     def __post_init__(self) -> None:
         num_stages = len(self.stages)
@@ -75,6 +83,8 @@ class ScorerWeights:
             "dense_SF": (num_stages, len(DENSE_SIGNALS)),
             "answer_SA": (num_stages, self.answer_encoder.num_features),
             "rank_P": (len(RANK_SIGNALS),),
+            "falling_SP": (num_stages, NUM_FALLING),
+            "cut_SK": (num_stages, THRESHOLDS_K.size),
         }
         for name in _ARRAYS:
             expected = shapes.get(name, (num_stages,))
@@ -126,13 +136,22 @@ def _under(prefix: str, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray
 class LearnedScorer:
     """Evaluates `ScorerWeights`; thread-safe, well under a millisecond per answer.
 
-    `plans` says which plan each stage's name stands for.
+    `plans` says which plan each stage's name stands for; of the fusions in `top` so many members
+    run, which depends on the query.
     """
 
-    def __init__(self, weights: ScorerWeights, plans: Mapping[str, Plan]) -> None:
+    def __init__(
+        self,
+        weights: ScorerWeights,
+        plans: Mapping[str, Plan],
+        top: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
         self._weights = weights
         self._rows = {name: row for row, name in enumerate(weights.stages)}
         self._row_of_plan = {plan: self._rows[name] for name, plan in plans.items()}
+        self._row_of_fusion = {
+            _fusion(plans[name], size): self._rows[name] for name, size in top.items()
+        }
 
     def priors(self, query: str) -> dict[str, float]:
         """Return P(correct | query) of every stage, before any answer."""
@@ -142,7 +161,7 @@ class LearnedScorer:
     def score(self, attempt: Attempt) -> float:
         """Return P(correct | query, answer) of `attempt` in [0, 1]."""
         weights = self._weights
-        row = self._row_of_plan.get(attempt.plan, len(weights.stages) - 1)
+        row = self._row(attempt.plan)
         prior = sigmoid(float(self._prior_logits(attempt.query)[row]))
         signals = np.array([*own_signals(attempt, prior), *agreement(attempt)])
         ngrams = weights.answer_encoder.features(attempt.answer)
@@ -152,6 +171,16 @@ class LearnedScorer:
             + weights.answer_SA[row, ngrams.ids] @ ngrams.values
         )
         return sigmoid(float(weights.slope_S[row] * raw + weights.offset_S[row]))
+
+    def ceiling(self, prefix: Attempt, max_tokens: int) -> float:  # noqa: ARG002 - no need of it
+        """Return a threshold that the whole answer's score will not reach.
+
+        Of the answers that would reach it, at most 1% are ever said not to
+        (`policies.cascade.stopping`).
+        """
+        weights, row = self._weights, self._row(prefix.plan)
+        prior = sigmoid(float(self._prior_logits(prefix.query)[row]))
+        return ceiling(weights.falling_SP[row], weights.cut_SK[row], falling_signals(prefix, prior))
 
     def rank(self, attempts: Sequence[Attempt]) -> list[float]:
         """Return the share of its pairs that each attempt is expected to win, 1 for a single one.
@@ -175,8 +204,20 @@ class LearnedScorer:
         shares: list[float] = ((wins.sum(axis=1) - 0.5) / (len(attempts) - 1)).tolist()
         return shares
 
+    def _row(self, plan: Plan) -> int:
+        row = self._row_of_plan.get(plan)
+        if row is None and isinstance(plan, Answer):
+            row = self._row_of_fusion.get(_fusion(plan, len(plan.members)))
+        return len(self._weights.stages) - 1 if row is None else row
+
     def _prior_logits(self, query: str) -> Floats:
         weights = self._weights
         ngrams = weights.query_encoder.features(query)
         logits: Floats = weights.prior_SN[:, ngrams.ids] @ ngrams.values + weights.prior_bias_S
         return logits
+
+
+def _fusion(plan: Plan, size: int) -> tuple[int, Answer]:
+    """Return what fusions of `size` members, whichever they are, have in common."""
+    assert isinstance(plan, Answer)
+    return size, replace(plan, members=("any",), weights=None)

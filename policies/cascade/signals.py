@@ -17,6 +17,7 @@ DENSE_SIGNALS = (
     "logprob_sum",
     "probability_mean",
     "probability_min",
+    "entropy_mean",
     "log_num_tokens",
     "log_query_length",
     "log_answer_length",
@@ -33,7 +34,8 @@ def own_signals(attempt: Attempt, prior: float) -> list[float]:
     """Return the signals of `attempt` itself, in the order of `DENSE_SIGNALS`, all but two.
 
     `prior` is P(correct | query). Log-probabilities are cut at -20 so that one impossible token
-    cannot drown the rest.
+    cannot drown the rest. An entropy that nobody knows is taken to be the mean surprise, of which
+    it is the expectation.
     """
     mean = max(attempt.logprob_mean, -20.0)
     lowest = max(attempt.logprob_min, -20.0)
@@ -44,10 +46,20 @@ def own_signals(attempt: Attempt, prior: float) -> list[float]:
         max(mean * attempt.num_tokens, -50.0),
         math.exp(min(mean, 0.0)),
         math.exp(min(lowest, 0.0)),
+        -mean if attempt.entropy_mean is None else min(attempt.entropy_mean, 20.0),
         math.log1p(attempt.num_tokens),
         math.log1p(len(attempt.query)),
         math.log1p(len(attempt.answer)),
     ]
+
+
+def falling_signals(attempt: Attempt, prior: float) -> list[float]:
+    """Return a constant, the prior's logit, and what only falls while an answer grows.
+
+    That is the sum and the least of its log-probabilities; see `policies.cascade.stopping`.
+    """
+    total = max(attempt.logprob_mean * attempt.num_tokens, -50.0) if attempt.num_tokens else 0.0
+    return [1.0, logit(prior), total, max(attempt.logprob_min, -20.0)]
 
 
 def agreement(attempt: Attempt) -> list[float]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 
 import numpy as np
 
@@ -11,15 +13,19 @@ from policies.cascade.predictions import AnswerTable
 from policies.errors import OutcomesError
 from policies.footprint import Rates, estimate
 from policies.outcomes import Outcome
-from policies.plan import Plan
+from policies.plan import Answer, Plan
 
 
 def answer_table(
-    outcomes: Sequence[Outcome], plans: Mapping[str, Plan], rates: Mapping[str, Rates]
+    outcomes: Sequence[Outcome],
+    plans: Mapping[str, Plan],
+    rates: Mapping[str, Rates],
+    top: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[AnswerTable, Floats]:
     """Return the answers of the stages `plans` (by their names in the outcomes), and their costs.
 
-    Costs, [Q, S] in US dollars, are the outcomes' own or else the tokens' price at `rates`.
+    Costs, [Q, S] in US dollars, are the outcomes' own or else the tokens' price at `rates`, of a
+    fusion in `top` that of so many of its members.
     Raises `OutcomesError` naming the query and what it lacks: a cascade needs every stage's score,
     text and log-probabilities for every query.
     """
@@ -47,9 +53,23 @@ def answer_table(
         logprob_min_QS=column([[o.logprobs[name].min for name in plans] for o in outcomes]),
         num_tokens_QS=column([[o.logprobs[name].num_tokens for name in plans] for o in outcomes]),
         quality_QS=column([[o.scores[name] for name in plans] for o in outcomes]),
+        entropy_mean_QS=column([[_entropy(o, name) for name in plans] for o in outcomes]),
     )
-    cost = [[_usd(o, name, plan, rates) for name, plan in plans.items()] for o in outcomes]
+    priced = {name: _first_members(plan, top.get(name)) for name, plan in plans.items()}
+    cost = [[_usd(o, name, plan, rates) for name, plan in priced.items()] for o in outcomes]
     return table, column(cost)
+
+
+def _first_members(plan: Plan, size: int | None) -> Plan:
+    """Return a fusion of `size` of the plan's members: which they are depends on the query."""
+    if size is None or not isinstance(plan, Answer):
+        return plan
+    return replace(plan, members=plan.members[:size])
+
+
+def _entropy(outcome: Outcome, name: str) -> float:
+    entropy = outcome.logprobs[name].entropy
+    return float("nan") if entropy is None else entropy
 
 
 def _usd(outcome: Outcome, name: str, plan: Plan, rates: Mapping[str, Rates]) -> float:

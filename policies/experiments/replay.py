@@ -181,6 +181,7 @@ def _attempt(stage: Plan, member: str, outcome: Outcome, earlier: tuple[str, ...
         logprob_mean=logprobs.mean,
         logprob_min=logprobs.min,
         num_tokens=logprobs.num_tokens,
+        entropy_mean=logprobs.entropy,
         earlier=earlier,
     )
 

@@ -31,11 +31,16 @@ _STRICT = ConfigDict(extra="forbid")
 
 @validated(frozen=True, kw_only=True, config=_STRICT)
 class AnswerLogprobs:
-    """Natural log-probabilities of one answer's tokens: their mean, least, and number."""
+    """Natural log-probabilities of one answer's tokens: their mean, least, and number.
+
+    `entropy` is the mean entropy, in nats, of the distributions that the tokens were drawn from;
+    None where nobody kept it.
+    """
 
     mean: float
     min: float
     num_tokens: Count
+    entropy: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
 
 @validated(frozen=True, kw_only=True, config=_STRICT)
@@ -155,6 +160,9 @@ def _shorten(value: Any, limit: int = 80) -> str:  # noqa: ANN401 - whatever the
 
 def _to_json(outcome: Outcome) -> Mapping[str, Any]:
     data = asdict(outcome)
+    for known in data["logprobs"].values():
+        if known["entropy"] is None:
+            del known["entropy"]
     return {
         key: value
         for key, value in data.items()

@@ -37,6 +37,16 @@ def cascade(
             "NAME is its name in the outcomes. May be repeated."
         ),
     ] = None,
+    top: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=K: of the fused stage NAME, run the K members likeliest to be right "
+            "on a query. May be repeated."
+        ),
+    ] = None,
+    prior_power: Annotated[
+        float, typer.Option(min=0, help="Sharpens the priors that become fusion weights.")
+    ] = 1.0,
     routed: Annotated[
         str | None,
         typer.Option(
@@ -64,7 +74,8 @@ def cascade(
         rates = {name: fact.rates for name, fact in facts.items()}
         train = read_outcomes(outcomes, split=split)
         plans = _plans(train[0].scores, rates, stage or [])
-        table, cost_QS = answer_table(train, plans, rates)
+        sizes = _sizes(top or [], plans)
+        table, cost_QS = answer_table(train, plans, rates, sizes)
         mean_S = dict(zip(plans, cost_QS.mean(axis=0).tolist(), strict=True))
         learned = learn_cascade(
             table,
@@ -73,8 +84,10 @@ def cascade(
             routed=_routed(routed, mean_S, rates),
             max_stages=max_stages,
             seed=seed,
+            top=sizes,
+            prior_power=prior_power,
         )
-        unseen = answer_table(read_outcomes(outcomes, split=held_out), plans, rates)
+        unseen = answer_table(read_outcomes(outcomes, split=held_out), plans, rates, sizes)
         measured = report(learned, *unseen)
     except (PolicyError, PoolError) as error:
         typer.echo(f"shoal train cascade: {error}", err=True)
@@ -103,6 +116,20 @@ def _plans(
         except json.JSONDecodeError as error:
             raise PolicyError(f"--stage {name}: the plan is not valid JSON: {error}") from None
     return plans
+
+
+def _sizes(texts: list[str], plans: Mapping[str, Plan]) -> dict[str, int]:
+    from policies.cascade.chain import check_top
+    from policies.errors import PolicyError
+
+    sizes: dict[str, int] = {}
+    for text in texts:
+        name, _, size = text.partition("=")
+        if not size.isdecimal():
+            raise PolicyError(f"--top {text!r} is not NAME=K")
+        sizes[name] = int(size)
+    check_top(plans, sizes)
+    return sizes
 
 
 def _budget_usd(text: str, dearest_usd: float) -> float:

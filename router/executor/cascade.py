@@ -19,6 +19,8 @@ from router.executor.trace import Trace, child_path
 if TYPE_CHECKING:
     from router.executor.executor import Executor
 
+# Shorter answers end before watching them, token by token, pays.
+_LEAST_WATCHED_TOKENS = 16
 # A bound's own rounding must not stop an answer that would just reach its threshold.
 _ROUNDING = 1e-9
 
@@ -36,10 +38,16 @@ async def run_cascade(
     rejected: list[tuple[float, str, Chunk]] = []
     earlier: tuple[str, ...] = ()
     *early, last = enumerate(cascade.stages)
-    for (index, stage), threshold in zip(early, cascade.thresholds, strict=True):
+    timeouts_s = cascade.timeouts_s or (None,) * len(early)
+    for (index, stage), threshold, given_s in zip(
+        early, cascade.thresholds, timeouts_s, strict=True
+    ):
         stage_path = child_path(path, index)
         hopeless = _hopeless(executor, cascade, stage, threshold, task)
-        answer = await _attempt(executor, stage, task, trace, stage_path, hopeless=hopeless)
+        timeout_s = executor.limits.stage_timeout_s if given_s is None else given_s
+        answer = await _attempt(
+            executor, stage, task, trace, stage_path, hopeless=hopeless, timeout_s=timeout_s
+        )
         if answer is None:
             continue
         if answer.finish_reason is not None:
@@ -75,13 +83,16 @@ async def _attempt(
     path: str,
     *,
     hopeless: Callable[[Chunk], bool] | None,
+    timeout_s: float,
 ) -> Chunk | None:
     """Return a stage's answer, or None if it failed or took too long.
 
     It is whole, or, without a finish reason, the beginning that `hopeless` gave up.
     """
+    end_s = asyncio.get_running_loop().time() + timeout_s
+    task = replace(task, deadline_s=min(end_s, task.deadline_s or end_s))
     try:
-        async with asyncio.timeout(executor.limits.stage_timeout_s):
+        async with asyncio.timeout(timeout_s):
             if hopeless is not None:
                 return await _watch(executor, stage, task, trace, path, hopeless=hopeless)
             return await collect(executor, stage, task, trace, path)
@@ -104,6 +115,8 @@ def _hopeless(
         return None
     # The engine may allow fewer, which only lowers the bound.
     max_tokens = task.max_tokens or executor.limits.default_max_tokens
+    if max_tokens < _LEAST_WATCHED_TOKENS:
+        return None
 
     def hopeless(beginning: Chunk) -> bool:
         prefix = attempt(task.query, stage, beginning, finished=False)

@@ -17,14 +17,16 @@ def attempt(
     query: Query, plan: Plan, answer: Chunk, earlier: tuple[str, ...] = (), *, finished: bool = True
 ) -> Attempt:
     """Return `answer` (all its chunks merged into one) of the stage `plan` for a scorer."""
-    logprobs = [token.logprob for token in answer.tokens]
+    logprobs = [token.logprob for token in answer.tokens if token.logprob is not None]
+    entropies = [token.entropy for token in answer.tokens if token.entropy is not None]
     return Attempt(
         query=query.text,
         plan=without_prior(plan),
         answer=answer.text,
         logprob_mean=math.fsum(logprobs) / len(logprobs) if logprobs else 0.0,
         logprob_min=min(logprobs, default=0.0),
-        num_tokens=len(logprobs),
+        num_tokens=len(answer.tokens),
+        entropy_mean=math.fsum(entropies) / len(entropies) if entropies else None,
         earlier=earlier,
         finished=finished,
     )

@@ -35,8 +35,11 @@ def fused(draw: st.DrawFn) -> Answer:
 def cascades(draw: st.DrawFn, inner: st.SearchStrategy[Plan]) -> Cascade:
     """Draw a cascade of one to three `inner` stages."""
     stages = draw(st.lists(inner, min_size=1, max_size=3))
-    thresholds = draw(st.lists(PROBABILITIES, min_size=len(stages) - 1, max_size=len(stages) - 1))
-    return Cascade(stages=tuple(stages), thresholds=tuple(thresholds))
+    size = len(stages) - 1
+    thresholds = draw(st.lists(PROBABILITIES, min_size=size, max_size=size))
+    limits = st.none() | st.floats(0.001, 99)
+    timeouts_s = draw(st.none() | st.lists(limits, min_size=size, max_size=size).map(tuple))
+    return Cascade(stages=tuple(stages), thresholds=tuple(thresholds), timeouts_s=timeouts_s)
 
 
 def bests(inner: st.SearchStrategy[Plan]) -> st.SearchStrategy[Best]:
@@ -108,6 +111,18 @@ def test_a_bare_name_is_a_plan() -> None:
         ({"answer": {"members": ["a"], "temperature": 1}}, "temperature means nothing"),
         ({"answer": {"members": ["a"], "update": True}}, "update means nothing"),
         ({"answer": {"members": ["a"], "update": 1}}, "1 is not true or false"),
+        (
+            {"cascade": {"stages": ["a", "b"], "thresholds": [0.5], "timeouts_s": [1, 2]}},
+            "timeouts_s has 2 entries; 2 stages need 1",
+        ),
+        (
+            {"cascade": {"stages": ["a", "b"], "thresholds": [0.5], "timeouts_s": [0]}},
+            "timeouts_s: 0.0 is not a finite number > 0",
+        ),
+        (
+            {"cascade": {"stages": ["a", "b"], "thresholds": [0.5], "timeouts_s": ["1s"]}},
+            "timeouts_s: '1s' is not a number",
+        ),
         (
             {"answer": {"members": ["a"], "weights": "evidence", "temperature": 0}},
             "temperature: 0.0 is not a finite number > 0",

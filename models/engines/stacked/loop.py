@@ -136,11 +136,9 @@ class Loop(threading.Thread):
             part.sequence.num_cached += part.num_tokens
         if drawn is None:
             return
-        for sequence, token, logprob, top in zip(
-            sampling, drawn.token_ids, drawn.logprobs, drawn.top, strict=True
-        ):
+        for row, sequence in enumerate(sampling):
             chunk = sequence.accept(
-                token, logprob, top, vocabulary=self._vocabulary, end_tokens=self._end_tokens
+                drawn, row, vocabulary=self._vocabulary, end_tokens=self._end_tokens
             )
             self._outbox.append((sequence, chunk))
             self._num_tokens += 1

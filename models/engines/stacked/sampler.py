@@ -71,11 +71,16 @@ class SamplerState:
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """The drawn tokens, their log-probabilities before any filter, and the alternatives."""
+    """The drawn tokens, and what is known before any filter.
+
+    That is their log-probabilities, the entropy in nats of the distributions that they were drawn
+    from, and the likeliest alternatives.
+    """
 
     tokens_R: Tensor
     token_ids: list[int]
     logprobs: list[float]
+    entropies: list[float]
     top: list[list[tuple[int, float]]]  # best first; empty where not asked for
 
 
@@ -97,10 +102,14 @@ def draw(logp_RV: Tensor, states: Seq[SamplerState]) -> Draw:
         if warm:
             tokens_R[warm] = _sample(scores_RV[warm], [states[row] for row in warm])
     logprobs_R = logp_RV.gather(1, tokens_R[:, None]).squeeze(1)
+    entropies_R = -torch.linalg.vecdot(logp_RV.exp(), logp_RV)
+    # One transfer from the device for both.
+    logprobs, entropies = torch.stack([logprobs_R, entropies_R]).tolist()
     return Draw(
         tokens_R=tokens_R,
         token_ids=tokens_R.tolist(),
-        logprobs=logprobs_R.tolist(),
+        logprobs=logprobs,
+        entropies=entropies,
         top=_top(logp_RV, [state.options.top_logprobs or 0 for state in states]),
     )
 

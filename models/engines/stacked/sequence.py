@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from models.engines.base import Chunk, FinishReason, GenerationRequest, Token, TopLogprob
 from models.engines.stacked.evidence import LaneWeights
 from models.engines.stacked.fusion import Fusion
-from models.engines.stacked.sampler import SamplerState
+from models.engines.stacked.sampler import Draw, SamplerState
 from models.engines.stacked.text import TextStream, Vocabulary
 from models.errors import EngineError, RequestError
 
@@ -67,15 +67,10 @@ class Sequence:
         return len(self.tokens) - self.num_cached
 
     def accept(
-        self,
-        token: int,
-        logprob: float,
-        top: list[tuple[int, float]],
-        *,
-        vocabulary: Vocabulary,
-        end_tokens: frozenset[int],
+        self, drawn: Draw, row: int, *, vocabulary: Vocabulary, end_tokens: frozenset[int]
     ) -> Chunk:
-        """Take the drawn token and return what the reader gets for it."""
+        """Take the token drawn in `row` and return what the reader gets for it."""
+        token = drawn.token_ids[row]
         self.tokens.append(token)
         complete = self.sampler.accept(token)
         ends = token in end_tokens and not self.sampler.options.ignore_eos
@@ -97,14 +92,16 @@ class Sequence:
                 raw=vocabulary.raw(other),
                 logprob=other_logprob,
             )
-            for other, other_logprob in top
+            for other, other_logprob in drawn.top[row]
         )
         generated = Token(
             token_id=token,
             text=raw.decode(errors="replace"),
             raw=raw,
-            logprob=logprob,
+            logprob=drawn.logprobs[row],
             top=alternatives,
+            # Rounding can leave a sure distribution a little below none.
+            entropy=max(drawn.entropies[row], 0.0),
         )
         return Chunk(
             text=text,

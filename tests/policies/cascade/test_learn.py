@@ -10,12 +10,12 @@ from policies.base import Query
 from policies.cascade.base import Attempt, Scorer
 from policies.cascade.chain import ROUTED, LearnedCascade, load_cascade
 from policies.cascade.frontier import CascadePoint, within_budget
-from policies.cascade.learn import learn_cascade, replay_cascade
+from policies.cascade.learn import learn_cascade, measure_stops, replay_cascade
 from policies.cascade.predictions import AnswerTable, predict
 from policies.cascade.scorer import LearnedScorer
 from policies.errors import PolicyError
 from policies.frugal import Frugal
-from policies.plan import Answer, Cascade, Plan
+from policies.plan import Answer, Cascade, Plan, members
 from tests.policies.cascade.cascade_world import answer_table, costs
 
 
@@ -112,6 +112,7 @@ def test_the_file_gives_the_same_cascade(cascade: LearnedCascade, tmp_path: Path
     cascade.save(file)
     loaded = load_cascade(file)
     assert (loaded.plans, loaded.frontier) == (cascade.plans, cascade.frontier)
+    assert (loaded.top, loaded.prior_power) == (cascade.top, cascade.prior_power)
     query = Query(text="date of 12 and 7")
     assert Frugal(loaded).decide(query) == Frugal(cascade).decide(query)
     assert [path.name for path in tmp_path.iterdir()] == ["cascade.npz"]
@@ -208,3 +209,103 @@ def test_the_ranker_beats_the_average_candidate(
         right.append(held_out.quality_QS[q, int(np.argmax(shares))])
     assert np.mean(right) > held_out.quality_QS.mean(axis=0).max()
     assert ranker.rank([held_out.attempt(0, 0)]) == [1.0]
+
+
+def test_a_growing_answers_ceiling_only_falls(
+    cascade: LearnedCascade, held_out: AnswerTable
+) -> None:
+    """Token by token, whatever they are, the bound of the final score never rises (seed 2)."""
+    scorer = LearnedScorer(cascade.weights, cascade.plans)
+    rng = np.random.default_rng(2)
+    for q in range(20):
+        logprobs = -rng.exponential(rng.choice([0.1, 3.0]), 12)
+        bounds = [
+            scorer.ceiling(
+                replace(
+                    held_out.attempt(q, q % 4),
+                    logprob_mean=float(logprobs[:size].mean()),
+                    logprob_min=float(logprobs[:size].min()),
+                    num_tokens=size,
+                    finished=False,
+                ),
+                max_tokens=12,
+            )
+            for size in range(1, 13)
+        ]
+        assert bounds == sorted(bounds, reverse=True)
+
+
+def test_acceptable_answers_are_hardly_ever_stopped(cascade: LearnedCascade) -> None:
+    """On 4,000 fresh answers at most 2% of the accepted ones are stopped, and some rejected ones.
+
+    The cuts promise 1% on average over training sets; seed 7.
+    """
+    fresh = answer_table(7, 4000)
+    point = replace(cascade.frontier[0], stages=("sum", "base"), thresholds=(0.6,), gates=(0.0,))
+    [rate] = measure_stops(cascade, fresh, point)
+    assert rate.num_accepted + rate.num_rejected == 4000
+    assert rate.num_false_stops <= 0.02 * rate.num_accepted
+    assert rate.num_right_stops > 0.2 * rate.num_rejected
+
+
+def with_fusion(table: AnswerTable) -> AnswerTable:
+    """Add a stage that fuses the specialists, right where one of them is, and says so."""
+    right = table.quality_QS[:, :3].max(axis=1)
+    plan = Answer(members=tuple(list(table.plans)[:3]), weighting="evidence")
+    return replace(
+        table,
+        plans={**table.plans, "pair": plan},
+        answers=(*table.answers, tuple("right" if one else "wrong" for one in right)),
+        logprob_mean_QS=np.column_stack([table.logprob_mean_QS, -0.1 - 1.5 * (1 - right)]),
+        logprob_min_QS=np.column_stack([table.logprob_min_QS, -0.2 - 3 * (1 - right)]),
+        num_tokens_QS=np.column_stack([table.num_tokens_QS, np.full(len(right), 4.0)]),
+        quality_QS=np.column_stack([table.quality_QS, right]),
+    )
+
+
+def test_a_fused_stage_takes_the_likeliest_members() -> None:
+    """Where it pays, the learner ends with the fusion; serving runs its best members by prior.
+
+    The scorer knows the fusion whichever members it has. Seed 0, 400 queries.
+    """
+    table = with_fusion(answer_table(0, 400))
+    price = np.column_stack([costs(table), np.full(400, 2.0)])
+    cascade = learn_cascade(
+        table, price, budget=2.5, routed=("sum", "date", "list"),
+        top={"pair": 2}, prior_power=2.0, last=["pair"],
+    )  # fmt: skip
+    assert {point.stages[-1] for point in cascade.frontier} == {"pair"}
+    policy = Frugal(cascade)
+    plan = policy.decide(Query(text="date of 3 and 4")).plan
+    last = plan.stages[-1] if isinstance(plan, Cascade) else plan
+    assert isinstance(last, Answer)
+    assert len(last.members) == 2
+    assert last.members[0] == "date"
+    assert last.weights is not None
+    assert last.weights[0] > last.weights[1]
+    scorer = policy.scorers()["cascade"]
+    whole = table.attempt(0, 4)
+    for pair in (("date", "sum"), ("list", "sum")):
+        reduced = replace(whole, plan=Answer(members=pair, weighting="evidence"))
+        assert scorer.score(reduced) == scorer.score(whole)
+    assert set(members(plan)) <= set(policy.members())
+
+
+@pytest.mark.parametrize(("name", "size"), [("sum", 2), ("pair", 1), ("pair", 4), ("nobody", 2)])
+def test_a_senseless_top_is_refused(name: str, size: int) -> None:
+    """Only a fusion can leave members out, and it keeps two at least."""
+    table = with_fusion(answer_table(0, 40))
+    price = np.column_stack([costs(table), np.full(40, 2.0)])
+    with pytest.raises(PolicyError, match=f"stage '{name}'"):
+        learn_cascade(table, price, budget=9.0, top={name: size})
+
+
+def test_stages_have_the_time_they_are_given(cascade: LearnedCascade) -> None:
+    """A time per stage goes into every plan of several stages."""
+    point = CascadePoint(
+        stages=("date", "base"), thresholds=(0.5,), gates=(0.0,), accuracy=0.5, cost=1.0
+    )
+    policy = Frugal(replace(cascade, frontier=(point,), chosen=0), stage_timeout_s=3.0)
+    plan = policy.decide(Query(text="date of 1 and 2")).plan
+    assert isinstance(plan, Cascade)
+    assert plan.timeouts_s == (3.0,)

@@ -21,7 +21,10 @@ FULL = {
     "answer": "4",
     "scores": {"ada": 1, "bob": 0.5},
     "outputs": {"ada": "4", "bob": "5"},
-    "logprobs": {"ada": {"mean": -0.1, "min": -0.2, "num_tokens": 2}},
+    "logprobs": {
+        "ada": {"mean": -0.1, "min": -0.2, "num_tokens": 2, "entropy": 0.3},
+        "bob": {"mean": -0.1, "min": -0.2, "num_tokens": 1},
+    },
     "prompt_tokens": 9,
     "output_tokens": {"ada": 2},
     "costs": {"ada": 1e-6},

@@ -14,6 +14,7 @@ from models.engines.registry import create_engine
 from models.errors import EngineFailed, EngineOverloaded
 from models.pool import load_pool
 from policies.base import Query
+from policies.cascade.base import Attempt
 from policies.plan import Plan, from_json
 from router.catalog import Catalog
 from router.config import ServingLimits
@@ -102,6 +103,39 @@ def test_cascade_stops_at_the_first_good_answer(run: Run, stream: bool) -> None:
     assert accepted is not None
     assert accepted.members == ("b",)
     assert trace.member_tokens()["a"].output_tokens == 3
+
+
+def test_a_stage_has_its_own_time(run: Run) -> None:
+    """A plan's timeout ends its stage, though the server would wait; None leaves it to the server.
+
+    The first stage is given 50 ms, the second as long as the server gives.
+    """
+    stages = {"stages": ["slow", "slower", "c"], "thresholds": [0, 0], "timeouts_s": [0.05, None]}
+    scripts = {
+        "slow": SLOW,
+        "slower": {"answers": ["in time"], "time_to_first_token_s": 0.2},
+        "c": _says("never"),
+    }
+    answer, trace = run({"cascade": stages}, scripts, stage_timeout_s=15)
+    assert answer.text == "in time"
+    assert _outcomes(trace) == {"": "ok", "0": "timeout", "1": "ok"}
+
+
+def test_scorers_see_the_mean_entropy(tmp_path: Path) -> None:
+    """What the engine says of its tokens' entropy reaches the scorer, and None where it is mute."""
+    seen: list[Attempt] = []
+
+    class Spy:
+        def score(self, attempt: Attempt) -> float:
+            seen.append(attempt)
+            return 0.0
+
+    scripts = {"a": _says("one", entropy=0.7), "b": _says("two"), "c": _says("three")}
+    executor = _executor(tmp_path, scripts)
+    executor.catalog.scorers["spy"] = Spy()
+    body = {"stages": ["a", "b", "c"], "thresholds": [0.5, 0.5], "scorer": "spy"}
+    asyncio.run(_run(executor, {"cascade": body}, Trace()))
+    assert [attempt.entropy_mean for attempt in seen] == [pytest.approx(0.7), None]
 
 
 def test_cascades_last_stage_streams(run: Run, tmp_path: Path) -> None:

@@ -135,6 +135,13 @@ def test_alternatives() -> None:
     assert [[token for token, _ in top] for top in drawn.top] == [[1, 2], [], [1, 2, 0]]
 
 
+def test_entropy_is_the_distributions_own() -> None:
+    """Each row's entropy in nats is before temperature and bias, and 0 for a sure row."""
+    logp = torch.tensor([[0.5, 0.5, 1e-12], [1.0, 1e-12, 1e-12]]).log()
+    drawn = draw(logp, [state(temperature=0.1), state(logit_bias={1: 100.0})])
+    assert drawn.entropies == pytest.approx([0.6931, 0.0], abs=1e-4)
+
+
 def test_tiny_temperatures_are_greedy() -> None:
     """A temperature that would overflow a division takes the likeliest token."""
     logp = torch.tensor([[0.3, 0.4, 0.3]]).log()
