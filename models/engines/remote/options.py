@@ -22,7 +22,8 @@ class RemoteOptions(BaseModel):
     `base_url` ends where `/chat/completions` follows, usually in `/v1`. The key is read at start
     from the environment variable `api_key_env` or the file `api_key_file` (a mounted secret), never
     from this file. `logprobs` false for a server that returns no log-probabilities: its answers
-    cannot be judged by a cascade's scorer then. Newer hosted models want `max_tokens_field`
+    cannot be judged by a cascade's scorer then. Its completions endpoint tells of at most
+    `completion_logprobs` alternatives (vLLM's of 20). Newer hosted models want `max_tokens_field`
     "max_completion_tokens".
 
     A connection must stand within `connect_timeout_s`, and the server may be silent for at most
@@ -39,6 +40,7 @@ class RemoteOptions(BaseModel):
     api_key_file: Path | None = None
     headers: dict[str, str] = Field(default_factory=dict)
     logprobs: bool = True
+    completion_logprobs: int = Field(5, ge=0, le=20)
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     connect_timeout_s: float = Field(5, gt=0)
     read_timeout_s: float = Field(60, gt=0)

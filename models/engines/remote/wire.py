@@ -59,7 +59,7 @@ def write_body(
         return "/chat/completions", body
     body["prompt"] = list(request.prompt_tokens) if request.text is None else request.text
     if options.logprobs:
-        body["logprobs"] = sampling.top_logprobs or 0
+        body["logprobs"] = min(sampling.top_logprobs or 0, options.completion_logprobs)
     # This endpoint has never known another name for it.
     body["max_tokens"] = body.pop(options.max_tokens_field)
     return "/completions", body

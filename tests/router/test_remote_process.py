@@ -1,0 +1,73 @@
+"""Another `shoal serve`, a process of its own, as a member of our pool."""
+
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from models.pool import DEFAULT_POOL
+from tests.router.conftest import Running, running
+
+pytestmark = pytest.mark.slow
+
+QUESTION = "Write the word 'lantern' backwards."
+
+
+@pytest.fixture(scope="module", name="url")
+def upstream_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of the shipped pool, served with `shoal serve --local`."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "router.cli", "serve", "--local", "--port", str(port)]
+    folder = tmp_path_factory.mktemp("upstream")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder) as process:
+        assert process.stdout is not None
+        assert any("curl" in line for line in process.stdout)
+        yield f"http://127.0.0.1:{port}/v1"
+        process.terminate()
+
+
+@pytest.fixture(scope="module", name="front")
+def front_server(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server whose own model is the shipped chunk `text`; two more are the other server's."""
+    remote: dict[str, Any] = {"tokenizer": str(DEFAULT_POOL / "base"), "context_tokens": 512}
+    with running(
+        tmp_path_factory.mktemp("front"),
+        engines=[
+            {"name": "near", "kind": "stacked", "device": "cpu"},
+            {"name": "far", "kind": "remote", "options": {"base_url": url}},
+        ],
+        models=[
+            {"name": "near-text", "engine": "near", "checkpoint": str(DEFAULT_POOL / "text")},
+            {"name": "far-text", "engine": "far", "remote": {**remote, "model": "text"}},
+            {"name": "far-code", "engine": "far", "remote": {**remote, "model": "code"}},
+        ],
+        policies={},
+    ) as server:
+        yield server
+
+
+def test_the_same_model_says_the_same_there(front: Running) -> None:
+    """Greedy text, log-probabilities and usage of a remote model are those of its checkpoint."""
+    near, far = (
+        front.chat(QUESTION, name, temperature=0, logprobs=True, top_logprobs=3)
+        for name in ("near-text", "far-text")
+    )
+    assert near.choices[0].message.content == far.choices[0].message.content
+    items = [answer.choices[0].logprobs.content for answer in (near, far)]
+    assert [item.token for item in items[0]] == [item.token for item in items[1]]
+    assert [i.logprob for i in items[0]] == pytest.approx([i.logprob for i in items[1]], abs=1e-3)
+    assert near.usage == far.usage
+    assert near.shoal["tokens"]["near-text"] == far.shoal["tokens"]["far-text"]
+
+
+def test_fuses_across_servers(front: Running) -> None:
+    """With a known tokenizer a remote model takes part in fusion, at the boundaries of strings."""
+    plan = {"answer": {"members": ["near-text", "far-code"], "weights": [1, 0]}}
+    fused = front.chat(QUESTION, "auto", temperature=0, extra_body={"shoal": {"plan": plan}})
+    alone = front.chat(QUESTION, "near-text", temperature=0)
+    assert fused.choices[0].message.content == alone.choices[0].message.content
+    assert set(fused.shoal["tokens"]) == {"near-text", "far-code"}
