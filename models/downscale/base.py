@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from transformers import (
@@ -23,9 +23,11 @@ from models.downscale.render import PLAIN_TEMPLATE
 from models.errors import PoolError, TrainingDiverged
 from models.training.data import Renderer
 from models.training.export import export_model
-from models.training.shapes import Shape, build_model, grow
+from models.training.shapes import Shape, build_model, grow, num_parameters
 from models.training.tokenizer import build_tokenizer
 from models.training.train import Recipe, train
+
+CHECKPOINT: Final = "checkpoint"
 
 
 def check_base(folder: Path) -> list[Path]:
@@ -88,7 +90,7 @@ def load_base(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_TEMPLATE
     assert isinstance(model, PreTrainedModel)
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
     return model, tokenizer
 
 
@@ -130,8 +132,15 @@ def train_base(
         except TrainingDiverged as error:
             raise DivergedError(f"base.train.stages.{number}: {error}") from None
     assert model is not None
-    export_model(model, tokenizer, progress, folder / "checkpoint")
-    return folder / "checkpoint"
+    export_model(model, tokenizer, progress, folder / CHECKPOINT)
+    return folder / CHECKPOINT
+
+
+def trained_parameters(settings: BaseTraining) -> int:
+    """Return how many parameters the base will have, without training it."""
+    with torch.device("meta"):
+        shape = _shape(settings.shape, settings.stages[-1])
+        return num_parameters(build_model(shape, build_tokenizer(), seed=0))
 
 
 def _shape(shape: BaseShape, stage: BaseStage) -> Shape:

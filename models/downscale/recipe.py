@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -16,8 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from models.downscale.errors import RecipeError
 from models.pool import Name, explain
 
-TASKS = "tasks:"
-ALL_DOMAINS = "domains"
+TASKS: Final = "tasks:"
+ALL_DOMAINS: Final = "domains"
+_RECIPES: Final = Path(__file__).parent / "recipes"
+DEFAULT_RECIPE: Final = _RECIPES / "default.yaml"
+QUICK_RECIPE: Final = _RECIPES / "quick.yaml"
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -187,15 +190,19 @@ class AdaptSettings(_Strict):
 class LawSettings(_Strict):
     """The short runs that the laws are fitted on, and the bootstrap behind their intervals.
 
-    `mixture_shares` and `mixture_tokens` span D-CPT's runs; `pruning_shares` and `pruning_tokens`
-    P2's: chunks of so many parts of the base, trained for so many tokens.
+    D-CPT: the chunks of the first `mixture_domains` domains are trained with each general share of
+    `mixture_shares`, and judged after each number of `mixture_tokens`. The share that is taken has
+    the least domain loss plus `general_weight` times the general loss. P2: chunks that keep each of
+    `pruning_shares` of the base, trained likewise and judged after `pruning_tokens`.
     """
 
-    mixture_shares: tuple[Share, ...] = (0.0, 0.1, 0.3, 0.6)
-    mixture_tokens: tuple[int, ...] = (100_000, 200_000)
+    mixture_domains: int = Field(2, ge=1)
+    mixture_shares: tuple[Share, ...] = (0.0, 0.05, 0.15, 0.3, 0.6)
+    mixture_tokens: tuple[int, ...] = (50_000, 100_000, 150_000, 200_000)
+    general_weight: float = Field(0.2, ge=0)
     pruning_shares: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.0625, 0.125, 0.25, 0.5)
     pruning_tokens: tuple[int, ...] = (100_000, 200_000, 400_000)
-    bootstrap_samples: int = Field(200, ge=1)
+    bootstrap_samples: int = Field(100, ge=1)
 
 
 class MeasureSettings(_Strict):

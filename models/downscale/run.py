@@ -6,15 +6,18 @@ costs nothing. It knows where things are, not how they are made.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Final
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from models.downscale.adapt import mean_loss
 from models.downscale.base import load_base
 from models.downscale.corpus import Corpus, Example, read_corpus
 from models.downscale.errors import CorpusError
@@ -22,12 +25,18 @@ from models.downscale.importance import Importance, load_importance
 from models.downscale.recipe import ALL_DOMAINS, Recipe
 from models.downscale.render import Renderer
 from models.downscale.stage import Stages
+from models.downscale.teacher import with_lessons
 from models.tasks import Split
 from models.training.data import Conversation
 
 GENERAL = "general"
-CORPUS_FILE, IMPORTANCE_FILE, SELECTION_FILE = "corpus.jsonl", "importance.npz", "selection.json"
-_MAX_UNKNOWN_SHARE = 0.05
+# What a stage leaves in its folder, beside a checkpoint.
+CORPUS_FILE: Final = "corpus.jsonl"
+IMPORTANCE_FILE: Final = "importance.npz"
+CUT_FILE: Final = "cut.json"
+SELECTION_FILE: Final = "selection.json"
+ADAPT_FILE: Final = "adapt.json"
+_MAX_UNKNOWN_SHARE: Final = 0.05
 
 
 @dataclass(kw_only=True)
@@ -107,16 +116,46 @@ class Run:
                 )
         return rendered
 
-    def kept(self, name: str) -> list[Conversation]:
-        """The training conversations of domain `name` that the selection kept."""
+    def selected(self, name: str) -> list[Conversation]:
+        """The training conversations of a domain that the selection kept; for the general corpus
+        of all domains, those of each in turn; for a general corpus of its own, all of them."""
+        if name == GENERAL:
+            if self.recipe.general.corpus != ALL_DOMAINS:
+                return self.conversations(GENERAL)
+            parts = [self.selected(domain) for domain in self.domains]
+            return [one for together in zip(*parts, strict=False) for one in together]
         file = self.stages.folder(f"select/{name}") / SELECTION_FILE
         indices: list[int] = json.loads(file.read_text())["kept"]
         conversations = self.conversations(name)
         return [conversations[i] for i in indices]
 
+    @cached_property
+    def lessons(self) -> dict[str, list[Conversation]]:
+        """`selected` by domain, and "general", with what the base says of them."""
+        names = (*self.domains, GENERAL)
+        corpora = {name: self.selected(name) for name in names}
+        if self.recipe.adapt.distill.weight == 0:
+            return corpora
+        return with_lessons(corpora, self.stages.folder("lessons"))
+
     def importance(self, name: str) -> Importance:
         """What domain `name` uses of the base, by its activations."""
         return load_importance(self.stages.folder(f"calibrate/{name}") / IMPORTANCE_FILE)
+
+    def held_out_loss(
+        self, model: PreTrainedModel, name: str, split: Split = Split.ROUTER
+    ) -> float:
+        """Nats per answer token of `model` on the held-out examples of a domain."""
+        row_tokens = self.recipe.adapt.row_tokens
+        return mean_loss(model, self.conversations(name, split), row_tokens=row_tokens)
+
+    def loss(self, model: PreTrainedModel, conversations: Sequence[Conversation]) -> float:
+        """Nats per answer token of `model` on these conversations."""
+        return mean_loss(model, conversations, row_tokens=self.recipe.adapt.row_tokens)
+
+    def fresh_base(self) -> PreTrainedModel:
+        """A copy of the base in fp32, to be trained."""
+        return copy.deepcopy(self.base)
 
     def chunk(self, name: str, *, stage: str = "adapt") -> PreTrainedModel:
         """A fresh copy of member `name` as `stage` ("cut", "warm" or "adapt") left it, in fp32."""

@@ -67,7 +67,7 @@ class Stages:
         if _read(folder / _MANIFEST).get("digest") == digest:
             self._report(f"{name}: unchanged")
             return folder
-        if _read(folder / _STARTED).get("digest") != digest:
+        if _read(folder / _STARTED).get("digest", digest) != digest:
             shutil.rmtree(folder, ignore_errors=True)
         (folder / _MANIFEST).unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)

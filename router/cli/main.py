@@ -9,6 +9,7 @@ import typer
 
 from router.cli import (
     chat,
+    downscale,
     evaluate,
     experiment,
     keys,
@@ -20,6 +21,7 @@ from router.cli import (
     report,
     route,
     serve,
+    stack,
     train,
 )
 
@@ -58,6 +60,8 @@ app.command()(replay.replay)
 app.command()(replay_budget.replay_budget)
 app.command()(report.report)
 app.command()(route.route)
+app.command()(downscale.downscale)
+app.command()(stack.stack)
 app.add_typer(train.app, name="train")
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(experiment.app, name="experiment")

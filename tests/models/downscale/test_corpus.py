@@ -1,0 +1,203 @@
+"""Corpora: what a line may be, how splits fall, what is refused."""
+
+import json
+
+import pytest
+
+from models.downscale.corpus import Corpus, Example, Turn, load_corpus, read_corpus, write_corpus
+from models.downscale.errors import CorpusError
+from models.downscale.recipe import CorpusSettings
+from models.downscale.render import PLAIN_TEMPLATE, Renderer
+from models.tasks import Split
+from models.training.tokenizer import build_tokenizer
+
+
+def questions(count):
+    """Distinct question lines."""
+    return [
+        json.dumps({"question": f"What is {i} + 1?", "answer": str(i + 1)}) for i in range(count)
+    ]
+
+
+def load(file, **settings):
+    """The corpus in `file`."""
+    return load_corpus("mine", CorpusSettings(corpus=str(file), **settings), held_out=10, seed=1)
+
+
+def test_a_tenth_is_held_out_by_content(tmp_path):
+    """About 5% each for routers and tests; the same line always falls into the same split, and a
+    repeated question never into two."""
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n".join(questions(1000)))
+    corpus = load(file)
+    sizes = {split: len(corpus.of(split)) for split in Split}
+    assert sum(sizes.values()) == 1000
+    assert 25 <= sizes[Split.ROUTER] <= 80
+    assert 25 <= sizes[Split.TEST] <= 80
+    file.write_text("\n".join([*reversed(questions(1000)), *questions(1000)]))
+    again = load(file)
+    assert {e.key: e.split for e in again.examples} == {e.key: e.split for e in corpus.examples}
+
+
+def test_all_kinds_of_lines_survive_a_file(tmp_path):
+    """Conversations, questions and texts are read, written and read back unchanged."""
+    lines = [
+        *questions(60),
+        json.dumps(
+            {
+                "messages": [
+                    {"role": "system", "content": "Be brief."},
+                    {"role": "user", "content": "Hi"},
+                    {"role": "assistant", "content": "Hello"},
+                ],
+                "split": "test",
+            }
+        ),
+        json.dumps({"text": "Just text.", "split": "router"}),
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    corpus = load(tmp_path / "a.jsonl")
+    assert corpus.examples[60].turns[0] == Turn(role="system", content="Be brief.")
+    assert corpus.examples[60].answer is None
+    assert corpus.examples[61] == Example(text="Just text.", split=Split.ROUTER)
+    assert corpus.examples[0].question == "What is 0 + 1?"
+    write_corpus(corpus, tmp_path / "b.jsonl")
+    assert read_corpus("mine", tmp_path / "b.jsonl") == corpus
+
+
+def test_text_files_are_paragraphs(tmp_path):
+    """A .txt file holds one example per paragraph."""
+    file = tmp_path / "a.txt"
+    file.write_text("\n\n".join(f"Paragraph {i}\nof two lines." for i in range(200)))
+    assert load(file).examples[7].text == "Paragraph 7\nof two lines."
+
+
+def test_a_held_out_file_keeps_its_questions_out_of_training(tmp_path):
+    """Questions of the held-out file leave training, even where the corpus has them too."""
+    (tmp_path / "a.jsonl").write_text("\n".join(questions(100)))
+    (tmp_path / "b.jsonl").write_text("\n".join(questions(10)))
+    corpus = load(tmp_path / "a.jsonl", held_out=str(tmp_path / "b.jsonl"))
+    assert {split: len(corpus.of(split)) for split in Split} == {
+        Split.TRAIN: 90, Split.ROUTER: 5, Split.TEST: 5
+    }  # fmt: skip
+    trained = {example.question for example in corpus.of(Split.TRAIN)}
+    assert not trained & {f"What is {i} + 1?" for i in range(10)}
+
+
+def test_built_in_tasks_are_reproducible():
+    """A generator gives the same corpus for the same seed, and its held-out questions once each."""
+    settings = CorpusSettings(corpus="tasks:numerals", examples=100)
+    one, two, other = (load_corpus("n", settings, held_out=10, seed=seed) for seed in (1, 1, 2))
+    assert one == two
+    assert one != other
+    assert len(one.questions(Split.TEST)) == len(one.questions(Split.ROUTER)) == 10
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"a\.jsonl:2: not valid JSON"),
+        ("[1]", r"a\.jsonl:2: not a JSON object"),
+        ('{"question": "Why?"}', "a.jsonl:2: answer: must be a text"),
+        ('{"prompt": "Why?"}', "needs 'messages', 'question' and 'answer', or 'text'"),
+        ('{"messages": [{"role": "robot", "content": "x"}]}', "role 'robot' is unknown"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "no turn of the assistant"),
+        ('{"text": "x", "split": "dev"}', "split: 'dev' is unknown; allowed are train, router"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, line, message):
+    """The error names the file, the line, the key and what is allowed."""
+    (tmp_path / "a.jsonl").write_text(questions(1)[0] + "\n" + line)
+    with pytest.raises(CorpusError, match=message):
+        load(tmp_path / "a.jsonl")
+
+
+def test_empty_tiny_missing_and_foreign_files_are_refused(tmp_path):
+    """Each has its own message; nothing is guessed."""
+    file = tmp_path / "a.jsonl"
+    with pytest.raises(CorpusError, match="there is no corpus at"):
+        load(file)
+    file.write_text("\n")
+    with pytest.raises(CorpusError, match="the corpus is empty"):
+        load(file)
+    file.write_text("\n".join(questions(20)))
+    with pytest.raises(CorpusError, match="at least 32 are needed"):
+        load(file)
+    with pytest.raises(CorpusError, match=r"a corpus is a \.jsonl or a \.txt file"):
+        (tmp_path / "a.csv").write_text("x")
+        load(tmp_path / "a.csv")
+    with pytest.raises(CorpusError, match="there is no task domain 'poetry'; allowed are"):
+        load_corpus("x", CorpusSettings(corpus="tasks:poetry"), held_out=1, seed=1)
+
+
+def conversation(*contents):
+    """User and assistant in turn."""
+    roles = ("user", "assistant")
+    turns = (Turn(role=roles[i % 2], content=content) for i, content in enumerate(contents))
+    return Example(turns=tuple(turns))
+
+
+def spans(tokenizer, rendered):
+    """The decoded text, with what the assistant wrote in brackets."""
+    text, inside = "", False
+    for token, written in zip(rendered.tokens, rendered.is_answer, strict=True):
+        if written != inside:
+            text, inside = text + ("[" if written else "]"), written
+        text += tokenizer.decode([token])
+    return text + ("]" if inside else "")
+
+
+def test_rendering_follows_the_chat_template_and_marks_answers():
+    """Tokens are the template's; answers with their end token are marked, in every turn."""
+    tokenizer = build_tokenizer()
+    (rendered,) = Renderer(tokenizer).render(
+        [conversation("Hi", "Yes", "And?", "No")], max_tokens=64
+    )
+    assert spans(tokenizer, rendered) == (
+        "<|user|>Hi<|end|><|assistant|>[Yes<|end|>]<|user|>And?<|end|><|assistant|>[No<|end|>]"
+    )
+
+
+@pytest.mark.parametrize("content", ["<|end|>", " padded ", "a < b", "plain"])
+def test_contents_that_templates_treat_specially_are_rendered_as_they_treat_them(content):
+    """The quick way for plain contents and the slow way for others agree with the template."""
+    tokenizer = build_tokenizer()
+    example = conversation(content, content)
+    (rendered,) = Renderer(tokenizer).render([example], max_tokens=64)
+    messages = [{"role": turn.role, "content": turn.content} for turn in example.turns]
+    expected = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert tokenizer.decode(rendered.tokens) == expected
+
+
+def test_long_texts_become_several_and_end_with_the_end_token():
+    """Nothing of a text is lost; a conversation too long loses its end."""
+    tokenizer = build_tokenizer()
+    renderer = Renderer(tokenizer)
+    parts = renderer.render([Example(text="abcdefghij")], max_tokens=4)
+    assert [len(part.tokens) for part in parts] == [4, 4, 3]
+    assert all(all(part.is_answer) for part in parts)
+    assert parts[-1].tokens[-1] == tokenizer.eos_token_id
+    (short,) = renderer.render([conversation("abcdefgh", "abcdefgh")], max_tokens=6)
+    assert len(short.tokens) == 6
+
+
+def test_the_plain_template_ends_answers():
+    """A checkpoint without a template gets one whose answers end with the end token."""
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    (rendered,) = Renderer(tokenizer).render([conversation("Hi", "Yes")], max_tokens=64)
+    assert spans(tokenizer, rendered) == "user: Hi\nassistant: [Yes\n<|end|>]"
+
+
+def test_a_template_that_refuses_a_role_is_an_error_of_the_corpus():
+    """The message carries the template's own words."""
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{{- raise_exception('no systems here') -}}"
+    with pytest.raises(CorpusError, match="no systems here"):
+        Renderer(tokenizer).render([conversation("Hi", "Yes")], max_tokens=64)
+
+
+def test_corpora_are_frozen():
+    """A corpus can be shared between stages."""
+    with pytest.raises(AttributeError):
+        Corpus(name="x", examples=()).name = "y"
