@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from models.downscale.errors import CorpusError, DivergedError
 from models.downscale.recipe import AdaptSettings
 from models.errors import TrainingDiverged
+from models.training.checkpoint import Progress
 from models.training.data import Conversation, Rows, fill_rows, lay_out
 from models.training.loop import Settings, run
 from models.training.losses import Distillation
@@ -30,13 +31,14 @@ from policies.carbon import training_flops
 class AdaptResult:
     """What a run took and reached.
 
-    `losses` are (step, label loss in nats). `flops` are 6ND. Distillation's share of the base's
+    `cpu_s` is the process's CPU time. `losses` are (step, label loss in nats). `flops` are 6ND. Distillation's share of the base's
     own forward passes, computed once for all runs, is not in it.
     """
 
     tokens: int
     num_steps: int
     wall_clock_s: float
+    cpu_s: float
     flops: float
     losses: tuple[tuple[int, float], ...]
     device: str
@@ -54,11 +56,13 @@ def adapt(
     folder: Path | None = None,
     distill: bool = True,
     report: Callable[[str], None] = lambda _: None,
+    watch: Callable[[Progress], None] = lambda _: None,
 ) -> AdaptResult:
     """Train `model` in place for `tokens` tokens, `general_share` of them from `general`.
 
     With `distill`, conversations that carry the base's likeliest tokens also teach those. With a
-    `folder` the run is checkpointed there and goes on from what it finds of the same run.
+    `folder` the run is checkpointed there and goes on from what it finds of the same run. `watch`
+    is told of every step.
 
     Raises:
         DivergedError: the loss is not finite.
@@ -107,6 +111,7 @@ def adapt(
             resume=folder is not None,
             checkpoint_every_s=settings.checkpoint_every_s,
             report=report,
+            watch=watch,
         )
     except TrainingDiverged as error:
         raise DivergedError(str(error)) from None
@@ -118,6 +123,7 @@ def adapt(
         tokens=progress.num_tokens,
         num_steps=progress.step,
         wall_clock_s=progress.wall_clock_s,
+        cpu_s=progress.cpu_s,
         flops=training_flops(parameters, progress.num_tokens),
         losses=progress.losses,
         device=device,

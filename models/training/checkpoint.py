@@ -22,15 +22,17 @@ _FACTS = "state.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """How far a run is: steps done, tokens seen, wall-clock spent, recipe it followed.
+    """How far a run is: steps done, tokens seen, time spent, recipe it followed.
 
-    `losses` are (step, label loss in nats, a running mean) in the order of the run.
+    `cpu_s` is the process's CPU time, which another's load does not lengthen. `losses` are
+    (step, label loss in nats, a running mean) in the order of the run.
     """
 
     step: int
     num_tokens: int
     wall_clock_s: float
     recipe: dict[str, Any]
+    cpu_s: float = 0.0
     losses: tuple[tuple[int, float], ...] = ()
 
 
@@ -54,6 +56,7 @@ def save_checkpoint(
         "step": progress.step,
         "num_tokens": progress.num_tokens,
         "wall_clock_s": progress.wall_clock_s,
+        "cpu_s": progress.cpu_s,
         "recipe": progress.recipe,
         "losses": progress.losses,
     }

@@ -7,8 +7,9 @@ compares them), at two to three times its training speed on a CPU, because packe
 need no general attention kernel. On CUDA the fused attention kernel is the faster one.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from models.errors import PoolError
 from models.training.data import Rows
 
 Weights = dict[str, Tensor]
+Compiled = TypeVar("Compiled", bound=Callable[..., Any])
 _MASKED = -1e9
 
 
@@ -137,6 +139,11 @@ def packed_logits(
         x = x + _linear(gated, weights, f"{layer}mlp.down_proj").float()
     h = _norm(x, weights["model.norm.weight"], eps).to(dtype)
     return (h @ weights.get("lm_head.weight", embedding).T).float()
+
+
+def compiled(function: Compiled) -> Compiled:
+    """`function` compiled for the very shapes it is called with, however many they are."""
+    return torch.compile(function, dynamic=False, recompile_limit=256)
 
 
 def to_tensors(rows: Rows, device: torch.device | str = "cpu") -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from models.errors import TrainingDiverged
 from models.training.checkpoint import Progress, load_checkpoint, read_progress, save_checkpoint
 from models.training.data import Rows
-from models.training.forward import geometry, low_precision, rotary_tables, to_tensors
+from models.training.forward import compiled, geometry, low_precision, rotary_tables, to_tensors
 from models.training.losses import Distillation, packed_loss
 from models.training.schedule import learning_rate_share
 
@@ -89,7 +89,7 @@ class Trainer:
         self._peaks = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
         precision = settings.precision or ("bfloat16" if settings.compiled else "float32")
         self._dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-        self._loss = torch.compile(packed_loss) if settings.compiled else packed_loss
+        self._loss = compiled(packed_loss) if settings.compiled else packed_loss
         cos, sin = rotary_tables(model, settings.row_tokens)
         self._constants: dict[str, Any] = {
             "cos": cos,
@@ -178,6 +178,7 @@ def run(
     deadline_s: float | None = None,
     checkpoint_every_s: float = 60.0,
     report: Callable[[str], None] = print,
+    watch: Callable[[Progress], None] = lambda _: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Progress:
     """Train `model` in place on `batches(first_step)` and return how far it came.
@@ -185,7 +186,8 @@ def run(
     Checkpoints go to `folder/last` and, at the start of the decay, to `folder/stable`; without a
     folder there are none. With `resume` the run goes on from them if they were written under the
     same `recipe`, a JSON object of all that the weights depend on. At `deadline_s` (on `clock`) it
-    stops after a checkpoint; the result is then an unfinished model, to be resumed later.
+    stops after a checkpoint; the result is then an unfinished model, to be resumed later. `watch`
+    is told of every step.
 
     Raises:
         TrainingDiverged: the loss is not finite; the last checkpoint stays.
@@ -194,6 +196,7 @@ def run(
     restored = trainer.restore(folder, recipe) if folder and resume else None
     done = restored or Progress(step=0, num_tokens=0, wall_clock_s=0.0, recipe={})
     begun_s = saved_s = clock()
+    begun_cpu_s = time.process_time()
     meter = _Meter(
         num_steps=settings.num_steps,
         begun_s=begun_s,
@@ -222,11 +225,13 @@ def run(
             step=progress.step + 1,
             num_tokens=progress.num_tokens + rows.num_tokens,
             wall_clock_s=done.wall_clock_s + now_s - begun_s,
+            cpu_s=done.cpu_s + time.process_time() - begun_cpu_s,
         )
         if progress.step % _REPORT_EVERY_STEPS == 0 or progress.step == settings.num_steps:
             assert meter.loss is not None
             known = (*progress.losses, (progress.step, round(meter.loss, 5)))
             progress = replace(progress, losses=known)
+        watch(progress)
         if progress.step % _REPORT_EVERY_STEPS == 0:
             report(meter.line(progress.step, progress.num_tokens, now_s))
         out_of_time = deadline_s is not None and now_s >= deadline_s

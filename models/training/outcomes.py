@@ -71,17 +71,19 @@ def _outcome(index: int, asked: Asked) -> dict[str, Any]:
         "answer": task.answer,
         "scores": {name: int(check(task.answer, c.text)) for name, c in by_model.items()},
         "outputs": {name: c.text for name, c in by_model.items()},
-        "logprobs": {name: _log_probabilities(c) for name, c in by_model.items()},
+        "logprobs": {name: log_probability_facts(c) for name, c in by_model.items()},
         "prompt_tokens": first.num_prompt_tokens,
         "output_tokens": {name: len(c.log_probabilities) for name, c in by_model.items()},
     }
 
 
-def _log_probabilities(completion: Completion) -> dict[str, float]:
+def log_probability_facts(completion: Completion) -> dict[str, float]:
+    """What scorers look at: mean and least log-probability, mean entropy, number of tokens."""
     values = completion.log_probabilities
     return {
         "mean": round(sum(values) / len(values), 3),
         "min": round(min(values), 3),
+        "entropy": round(max(completion.mean_entropy, 0.0), 3),
         "num_tokens": len(values),
     }
 

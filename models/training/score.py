@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from models.training.data import Conversation, lay_out
+from models.training.forward import compiled as compile_shapes
 from models.training.forward import (
     geometry,
     low_precision,
@@ -47,7 +48,7 @@ class Scorer:
             self._weights = low_precision(model, dtype)
         cos, sin = rotary_tables(model, row_tokens)
         self._constants: dict[str, Any] = {"cos": cos, "sin": sin, "geometry": geometry(model)}
-        self._forward = torch.compile(packed_logits) if compiled else packed_logits
+        self._forward = compile_shapes(packed_logits) if compiled else packed_logits
 
     @torch.no_grad()
     def map(
