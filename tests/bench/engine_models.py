@@ -47,13 +47,13 @@ class School:
 
 # The shapes of the shipped pool.
 SHIPPED = School(
-    name="4 x 1.2 M",
-    num_members=4,
+    name="8 x 0.45 M",
+    num_members=8,
     member=Size(
-        hidden_size=192,
+        hidden_size=128,
         num_layers=3,
-        feed_forward_size=448,
-        num_heads=6,
+        feed_forward_size=208,
+        num_heads=4,
         num_kv_heads=2,
         head_size=32,
         vocab_size=512,
@@ -61,7 +61,7 @@ SHIPPED = School(
     base=Size(
         hidden_size=256,
         num_layers=6,
-        feed_forward_size=768,
+        feed_forward_size=512,
         num_heads=8,
         num_kv_heads=4,
         head_size=32,
