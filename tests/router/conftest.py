@@ -128,7 +128,7 @@ def running(
 
     async def serve() -> None:
         async with local_service(args, pool, catalog, recorder) as service:
-            server = http_server(service, host="127.0.0.1", port=0)
+            server = http_server(service, host="127.0.0.1", port=0, args=args)
             started.append((server, service))
             task = asyncio.create_task(server.serve())
             while not server.started and not task.done():  # noqa: ASYNC110 - uvicorn has no event
