@@ -1,0 +1,261 @@
+"""M same-shaped members as one wide vLLM model: a transformer with block-diagonal matrices.
+
+Shapes: T tokens of a step, R rows to sample, M members of this rank, D hidden, H query heads, K
+key/value heads, d head size, Q = (H + 2K)·d, F feed-forward, V vocabulary. vLLM sees one model with
+M·H heads and hidden states [T, M·D]; inside, members lead: [M, T, D], one batched product for all.
+
+Weights are those of `models.engines.stacked.weights` (rotary pairs stand side by side, norms'
+gains are in the projections). Under tensor parallelism a rank holds whole members, and ranks talk
+once per step, about the fused distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.rotary_embedding import get_rope
+
+from models.card import ModelCard
+from models.engines.stacked.architecture import Architecture, read_architecture
+from models.engines.stacked.weights import LayerWeights, Weights, load_weights
+from models.engines.vllm_fused.folder import read_members
+from models.engines.vllm_fused.table import Fusion, FusionTable
+
+logger = init_logger(__name__)
+
+# Rows of a prompt whose distributions are in memory at once, to hear evidence.
+_EVIDENCE_ROWS = 256
+
+
+class FusedLayer(nn.Module):
+    """One layer of all members, around one wide attention."""
+
+    def __init__(
+        self, config: VllmConfig, architecture: Architecture, num_members: int, prefix: str
+    ) -> None:
+        super().__init__()
+        shape = self._shape = architecture.shape
+        self._num_members = num_members
+        # Gains are in the weights that follow, but for those of Qwen3's heads.
+        self.norm = RMSNorm(shape.hidden_size, architecture.norm_eps, has_weight=False)
+        self.head_norm = RMSNorm(shape.head_dim, architecture.norm_eps, has_weight=False)
+        self.activate = SiluAndMul()
+        self.rotary = get_rope(
+            shape.head_dim,
+            max_position=architecture.context_tokens,
+            is_neox_style=False,
+            rope_parameters=config.model_config.hf_config.rope_parameters,
+        )
+        self.attention = Attention(
+            num_members * shape.num_heads,
+            shape.head_dim,
+            shape.head_dim**-0.5,
+            num_kv_heads=num_members * shape.num_kv_heads,
+            cache_config=config.cache_config,
+            prefix=f"{prefix}.attention",
+        )
+
+    def take(self, weights: LayerWeights) -> None:
+        """Take the weights of this rank's members."""
+        self.qkv_MDQ = _frozen(weights.qkv_MDQ)
+        self.qkv_bias_M1Q = _frozen(weights.qkv_bias_MQ, 1)
+        self.qk_gain_M1Hd = _frozen(weights.qk_gain_MHd, 1)
+        self.out_MQD = _frozen(weights.out_MQD)
+        self.out_bias_M1D = _frozen(weights.out_bias_MD, 1)
+        self.gate_up_MDF = _frozen(weights.gate_up_MDF)
+        self.down_MFD = _frozen(weights.down_MFD)
+
+    def forward(self, positions_T: Tensor, x_MTD: Tensor) -> Tensor:
+        """Return the hidden states after this layer."""
+        qkv_MTQ = torch.bmm(self.norm(x_MTD), self.qkv_MDQ)
+        if self.qkv_bias_M1Q is not None:
+            qkv_MTQ = qkv_MTQ + self.qkv_bias_M1Q
+        attended_MTQ = self._attend(positions_T, qkv_MTQ)
+        x_MTD = torch.baddbmm(x_MTD, attended_MTQ, self.out_MQD)
+        if self.out_bias_M1D is not None:
+            x_MTD = x_MTD + self.out_bias_M1D
+        gate_up_MTF = torch.bmm(self.norm(x_MTD), self.gate_up_MDF)
+        return torch.baddbmm(x_MTD, self.activate(gate_up_MTF), self.down_MFD)
+
+    def _attend(self, positions_T: Tensor, qkv_MTQ: Tensor) -> Tensor:
+        shape = self._shape
+        heads_MTHd = qkv_MTQ.unflatten(-1, (-1, shape.head_dim))
+        num_qk = shape.num_heads + shape.num_kv_heads
+        qk_MTHd, value_MTHd = heads_MTHd[:, :, :num_qk], heads_MTHd[:, :, num_qk:]
+        if self.qk_gain_M1Hd is not None:
+            qk_MTHd = self.head_norm(qk_MTHd.contiguous()) * self.qk_gain_M1Hd
+        # vLLM's attention is token-major: the heads of all members side by side.
+        query, key, value = (
+            heads.transpose(0, 1).flatten(1).contiguous()
+            for heads in (
+                qk_MTHd[:, :, : shape.num_heads],
+                qk_MTHd[:, :, shape.num_heads :],
+                value_MTHd,
+            )
+        )
+        query, key = self.rotary(positions_T, query, key)
+        attended = self.attention(query, key, value)
+        return attended.unflatten(-1, (self._num_members, -1)).transpose(0, 1)
+
+
+@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0})
+class FusedModel(nn.Module):
+    """Everything before the language-model heads; vLLM compiles it as a whole."""
+
+    def __init__(
+        self,
+        *,
+        vllm_config: VllmConfig,
+        architecture: Architecture,
+        num_members: int,
+        prefix: str = "",
+    ) -> None:
+        super().__init__()
+        self.norm = RMSNorm(architecture.shape.hidden_size, architecture.norm_eps, has_weight=False)
+        self.layers = nn.ModuleList(
+            FusedLayer(vllm_config, architecture, num_members, f"{prefix}.layers.{index}")
+            for index in range(architecture.shape.num_layers)
+        )
+
+    def take(self, weights: Weights) -> None:
+        """Take the weights of this rank's members."""
+        self.embed_MVD = _frozen(weights.embed_MVD)
+        self.final_gain_M1D = _frozen(weights.final_gain_MD, 1)
+        for layer, its in zip(self.layers, weights.layers, strict=True):
+            layer.take(its)
+
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """Return the normed hidden states of all members side by side, [T, M·D]."""
+        x_MTD = self.embed_MVD.index_select(1, input_ids)
+        for layer in self.layers:
+            x_MTD = layer(positions, x_MTD)
+        normed_MTD = self.norm(x_MTD) * self.final_gain_M1D
+        return normed_MTD.transpose(0, 1).flatten(1)
+
+
+class ShoalFusedForCausalLM(nn.Module):
+    """The ensemble as vLLM sees it: one causal language model."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        model_config = vllm_config.model_config
+        members = read_members(Path(model_config.model))
+        self._architecture = read_architecture(next(iter(members.values())))
+        num_ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+        num_local = len(members) // num_ranks
+        self._local = slice(rank * num_local, (rank + 1) * num_local)
+        self._num_ranks = num_ranks
+        self._device = torch.get_default_device()
+        self._dtype = model_config.dtype
+        self._table = FusionTable.of(vllm_config, tuple(members), self._device)
+        self.model = FusedModel(
+            vllm_config=vllm_config,
+            architecture=self._architecture,
+            num_members=num_local,
+            prefix=f"{prefix}.model" if prefix else "model",
+        )
+
+    def load_members(self, cards: Sequence[ModelCard]) -> None:
+        """Load the weights of those members that are this rank's."""
+        weights = load_weights(cards[self._local], self._architecture, self._device, self._dtype)
+        self.model.take(weights)
+        self.head_MDV = _frozen(weights.head_MDV)
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """Return the embeddings of all members side by side, [T, M·D]."""
+        return self.model.embed_MVD.index_select(1, input_ids).transpose(0, 1).flatten(1)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        intermediate_tensors: object = None,  # noqa: ARG002 - vLLM passes it
+        inputs_embeds: Tensor | None = None,  # noqa: ARG002 - vLLM passes it
+    ) -> Tensor:
+        """Return hidden states [T, M·D]; `inputs_embeds` and pipelines are not supported."""
+        hidden = self.model(input_ids, positions)
+        if self._table.is_collecting:
+            self._hear_evidence(hidden)
+        return hidden
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        """Return the fused log-probabilities of each row, [R, V], float32."""
+        fusion = self._table.take(len(hidden_states))
+        return self._fuse(self._log_probabilities(hidden_states), fusion)
+
+    def _log_probabilities(self, hidden: Tensor) -> Tensor:
+        """Return each member's next-token log-probabilities, [M, R, V], float32."""
+        hidden_MRD = hidden.unflatten(-1, (len(self.head_MDV), -1)).transpose(0, 1)
+        return torch.bmm(hidden_MRD, self.head_MDV).float().log_softmax(-1)
+
+    def _fuse(self, logp_MRV: Tensor, fusion: Fusion) -> Tensor:
+        """Fuse over the members of all ranks; both rules are sums over members inside."""
+        weights_MR1 = fusion.weights_RM[:, self._local].T[:, :, None]
+        if fusion.product_R1 is None:
+            return _finish_mixture(self._sum(logp_MRV.exp_().mul_(weights_MR1)))
+        mixed_RV = _finish_mixture(self._sum(logp_MRV.exp() * weights_MR1))
+        multiplied_RV = self._sum(logp_MRV.mul_(weights_MR1)).log_softmax(-1)
+        return torch.where(fusion.product_R1, multiplied_RV, mixed_RV)
+
+    def _sum(self, terms_MRV: Tensor) -> Tensor:
+        total_RV = terms_MRV.sum(0)
+        return tensor_model_parallel_all_reduce(total_RV) if self._num_ranks > 1 else total_RV
+
+    def _hear_evidence(self, hidden: Tensor) -> None:
+        """Score the prompts' tokens of this step where requests weigh members by them."""
+        attention = get_forward_context().attn_metadata
+        if not isinstance(attention, dict):  # a warm-up run
+            return
+        row_starts = getattr(next(iter(attention.values())), "query_start_loc", None)
+        if row_starts is None:
+            logger.warning_once(
+                "shoal_evidence is not heard: the attention backend does not say where rows start; "
+                "choose another with --attention-backend"
+            )
+            return
+        for row, start, tokens in self._table.collecting(row_starts.tolist()):
+            log_likelihood_M = sum(
+                self._log_likelihood(
+                    hidden[start + first :], tokens[first : first + _EVIDENCE_ROWS]
+                )
+                for first in range(0, len(tokens), _EVIDENCE_ROWS)
+            )
+            row.hear(log_likelihood_M.tolist(), len(tokens))
+
+    def _log_likelihood(self, hidden: Tensor, tokens: Sequence[int]) -> Tensor:
+        """Return Σ log p of `tokens`, each predicted by its row of `hidden`, for all members."""
+        logp_MTV = self._log_probabilities(hidden[: len(tokens)])
+        index_MT1 = torch.tensor(tokens, device=hidden.device)[None, :, None].expand(
+            len(logp_MTV), -1, 1
+        )
+        local_M = logp_MTV.gather(-1, index_MT1).sum((1, 2))
+        return tensor_model_parallel_all_gather(local_M) if self._num_ranks > 1 else local_M
+
+
+def _finish_mixture(probs_RV: Tensor) -> Tensor:
+    """Log of Σ w p; what no member finds likelier than 1e-38 counts as that."""
+    return probs_RV.clamp_min_(torch.finfo(probs_RV.dtype).tiny).log_()
+
+
+def _frozen(weight: Tensor | None, new_axis: int | None = None) -> nn.Parameter | None:
+    if weight is None:
+        return None
+    return nn.Parameter(
+        weight if new_axis is None else weight.unsqueeze(new_axis), requires_grad=False
+    )

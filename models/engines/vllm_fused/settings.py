@@ -1,0 +1,59 @@
+"""What vLLM must be told, by its own hooks, to run a fused folder without any further argument."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from torch import nn
+from vllm.config import CUDAGraphMode, ModelConfig, VllmConfig
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from models.card import ModelCard
+from models.engines.vllm_fused.folder import read_members
+from models.engines.vllm_fused.processor import bind
+
+LOAD_FORMAT = "shoal_fused"
+# Formats that mean: read the checkpoint.
+_REPLACED_FORMATS = ("auto", "hf", "safetensors")
+
+
+class FusedSettings(VerifyAndUpdateConfig):
+    """vLLM calls this once, where its configuration is made."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Set loader, logits processor and model runner; `ValueError` for what cannot work."""
+        model, load = vllm_config.model_config, vllm_config.load_config
+        members = read_members(Path(model.model))
+        ranks = vllm_config.parallel_config.tensor_parallel_size
+        if len(members) % ranks:
+            raise ValueError(
+                f"tensor_parallel_size {ranks} must divide the {len(members)} members of "
+                f"{model.model}: each rank holds whole members"
+            )
+        if vllm_config.speculative_config is not None:
+            raise ValueError("a fused ensemble cannot be combined with speculative decoding")
+        if vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.FULL:
+            raise ValueError(
+                "cudagraph_mode FULL would freeze prompts too; use FULL_AND_PIECEWISE, "
+                "FULL_DECODE_ONLY, PIECEWISE or NONE"
+            )
+        if load.load_format in _REPLACED_FORMATS:
+            load.load_format = LOAD_FORMAT
+        model.logits_processors = [*(model.logits_processors or ()), bind(tuple(members))]
+        # The second model runner has another interface for logits processors (docs/vllm.md).
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+
+
+class MembersLoader(BaseModelLoader):
+    """Loads a fused model from the folders of its members."""
+
+    def download_model(self, model_config: ModelConfig) -> None:
+        """Do nothing: members are folders on this machine."""
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        """Let the model take the weights of its members."""
+        cards: list[ModelCard] = list(read_members(Path(model_config.model)).values())
+        model.load_members(cards)
