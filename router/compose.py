@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 
 from models.pool import Pool
+from policies.budget import Controller
 from policies.budgeted import Budgeted
 from policies.carbon.grid import CachedGrid
 from policies.errors import ExperimentError
@@ -26,23 +27,26 @@ from router.grid_feed import GridFeed
 from router.keys import Authenticator
 from router.ledger.database import open_database
 from router.ledger.writer import Ledger
-from router.record import LogRecorder, Recorder
-from router.service import Background, Service
+from router.logs import REQUESTS_LOGGER, RequestLog
+from router.metrics.build import build_metrics
+from router.metrics.memory import CountingRecorder
+from router.record import Recorder
+from router.service import Background, Service, Watcher
+from router.tracing.provider import open_tracer
 
 
 def open_recorder(args: AppArgs) -> Recorder:
-    """Return what keeps the records: the configured ledger, or the log if it is off.
+    """Return what keeps the records: the configured ledger, or only counts if it is off.
 
     Raises `LedgerError`.
     """
-    logger = logging.getLogger("shoal.requests")
     if args.ledger is None:
-        return LogRecorder(logger)
+        return CountingRecorder()
     return Ledger(
         open_database(args.ledger.url),
         flush_interval_s=args.ledger.flush_interval_s,
         queue_rows=args.ledger.queue_rows,
-        logger=logger,
+        logger=logging.getLogger("shoal.ledger"),
     )
 
 
@@ -74,6 +78,7 @@ def compose(
     Raises `ExperimentError`, also for an experiment that changed while it has data.
     """
     definitions, shadows = read_definitions(args)
+    controllers = _controllers(catalog)
     experiments = None
     if isinstance(recorder, Ledger):
         experiments = Experiments(
@@ -91,8 +96,37 @@ def compose(
         echo_request_id=echo_request_id,
         experiments=experiments,
         shadows=_meters(args, shadows, recorder),
-        background=_background(args, catalog, recorder),
+        metrics=build_metrics(
+            args,
+            catalog,
+            engines=engines,
+            recorder=recorder,
+            experiments=experiments,
+            shadows=shadows,
+            controllers=controllers,
+        ),
+        watchers=_watchers(args),
+        background=_background(args, catalog, recorder, controllers),
     )
+
+
+def _controllers(catalog: Catalog) -> dict[str, Controller]:
+    """Return what holds the targets of policies, by the policies' names."""
+    return {
+        name: policy.controller
+        for name, policy in catalog.policies.items()
+        if isinstance(policy, Budgeted) and policy.controller.targets
+    }
+
+
+def _watchers(args: AppArgs) -> list[Watcher]:
+    """Return what follows the requests beside the ledger: the log, and traces."""
+    watchers: list[Watcher] = []
+    if args.logs.requests:
+        watchers.append(RequestLog(logging.getLogger(REQUESTS_LOGGER)))
+    if args.tracing is not None:
+        watchers.append(open_tracer(args.tracing))
+    return watchers
 
 
 def _meters(args: AppArgs, shadows: Sequence[Shadow], recorder: Recorder) -> list[ShadowMeter]:
@@ -113,16 +147,13 @@ def _meters(args: AppArgs, shadows: Sequence[Shadow], recorder: Recorder) -> lis
     ]
 
 
-def _background(args: AppArgs, catalog: Catalog, recorder: Recorder) -> list[Background]:
+def _background(
+    args: AppArgs, catalog: Catalog, recorder: Recorder, controllers: Mapping[str, Controller]
+) -> list[Background]:
     """Return what keeps the grid's intensity and the budgets' spending current."""
     background: list[Background] = []
     if args.carbon.feed is not None and isinstance(catalog.grid, CachedGrid):
         background.append(GridFeed(args.carbon.feed, catalog.grid))
-    controllers = {
-        name: policy.controller
-        for name, policy in catalog.policies.items()
-        if isinstance(policy, Budgeted) and policy.controller.targets
-    }
     if controllers and isinstance(recorder, Ledger):
         background.append(BudgetSync(controllers, recorder.database))
     return background

@@ -14,6 +14,8 @@ from router.caps.config import BudgetsConfig
 from router.dashboard.config import DashboardConfig
 from router.keys import AuthConfig
 from router.ledger.config import LedgerConfig
+from router.logs import LogsConfig
+from router.tracing.config import TracingConfig
 
 
 class ConfigError(ValueError):
@@ -47,7 +49,8 @@ class AppArgs(_Strict):
     folder. `ingress` says how many replicas take HTTP requests. `num_threads` is the number of
     CPU threads of each engine replica (default: all cores of the machine). `ledger` null keeps
     no rows, and then there are no keys and no budgets either. `carbon` says what hardware runs the
-    models and on which grid; a relative `grid_file` starts at the pool's folder. `dashboard` says
+    models and on which grid; a relative `grid_file` starts at the pool's folder. `logs` and
+    `tracing` (null: off) say what the server tells of its requests while it runs. `dashboard` says
     who may see the built-in page. `experiments` and `shadows` are read by
     `router.experiments.definitions`, which knows the policies they may name.
     """
@@ -62,6 +65,8 @@ class AppArgs(_Strict):
     budgets: BudgetsConfig = Field(default_factory=BudgetsConfig)
     carbon: CarbonSettings = Field(default_factory=CarbonSettings)
     dashboard: DashboardConfig = Field(default_factory=DashboardConfig)
+    logs: LogsConfig = Field(default_factory=LogsConfig)
+    tracing: TracingConfig | None = None
     experiments: dict[Name, Any] = Field(default_factory=dict)
     shadows: dict[Name, Any] = Field(default_factory=dict)
 

@@ -20,6 +20,7 @@ from router.energy.choose import lane_meter
 from router.engines.handle import HandleClient
 from router.engines.worker import EngineWorker, set_num_threads
 from router.ingress import create_api
+from router.logs import set_up_logs
 
 
 @serve.deployment
@@ -71,6 +72,7 @@ class Ingress:
 
     def __init__(self, args: AppArgs, engines: Mapping[str, DeploymentHandle[Any]]) -> None:
         self._args = args
+        set_up_logs(args.logs)
         pool = load_pool(args.pool)
         self._service = compose(
             args,

@@ -44,7 +44,8 @@ class Exchange:
 
     `time_s` is Unix time, `started_s` and `ended_s` count seconds of `time.perf_counter`. `user`
     and `session` come from headers until the body names them. `experiment` to `expected_quality`
-    are `RequestRecord`'s. `answer` gathers the first choice's text. At `deadline_s`, by the event
+    are `RequestRecord`'s. `traceparent` is the W3C header of the trace that the client is in.
+    `answer` gathers the first choice's text. At `deadline_s`, by the event
     loop's clock, the request is ended.
     """
 
@@ -52,6 +53,7 @@ class Exchange:
     endpoint: str
     client_request_id: str
     time_s: float
+    traceparent: str | None = None
     started_s: float = field(default_factory=time.perf_counter)
     deadline_s: float | None = None
     ended_s: float | None = None
@@ -86,6 +88,7 @@ class Exchange:
             endpoint=endpoint,
             client_request_id=asked if _SANE_ID.fullmatch(asked) else f"req_{unique}",
             time_s=time.time(),
+            traceparent=headers.get("traceparent"),
             user=_name(headers, USER_HEADER),
             session=_name(headers, SESSION_HEADER),
         )
@@ -111,10 +114,6 @@ class Exchange:
                     output_tokens=seen.output_tokens + tokens.output_tokens,
                 )
         return totals
-
-    def footprint(self, rates: Mapping[str, Rates]) -> Footprint:
-        """Return what everything that ran has cost, its latency as measured so far."""
-        return self.total(self.member_footprints(rates))
 
     def total(self, parts: Mapping[str, Footprint]) -> Footprint:
         """Return the sum of the members' footprints, its latency as measured so far."""
@@ -182,6 +181,7 @@ class Exchange:
             usd=cost.usd,
             wh=cost.wh,
             gco2e=cost.gco2e,
+            energy_method=cost.method or None,
             scores=decision.scores if decision else {},
             stages=tuple(self.stages()),
             user_hash=_hash(self.user) if self.user else None,

@@ -21,6 +21,7 @@ from router.errors import ApiError, to_api_error
 from router.experiments.endpoints import Identify, add_experiment_routes, add_feedback_route
 from router.keys import KeyRejected, Scope
 from router.ledger.writer import Ledger
+from router.metrics.endpoint import add_metrics_route
 from router.openai_api.chat import ChatEndpoint
 from router.openai_api.completions import CompletionEndpoint
 from router.openai_api.endpoint import Endpoint
@@ -75,6 +76,8 @@ def create_api(
         )
     if service.experiments is not None:
         add_experiment_routes(api, service.experiments, service.mirror, identify=identify("admin"))
+    if service.metrics is not None:
+        add_metrics_route(api, service.metrics, identify=identify("admin"))
 
     @api.get("/v1/models")
     async def models(request: Request) -> JSONResponse:

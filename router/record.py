@@ -7,8 +7,6 @@ keep text.
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -38,18 +36,18 @@ class RequestRecord:
 
     `request_id` is unique (the primary key) and the `id` of the response's body;
     `client_request_id` is the `x-request-id` header, which clients may repeat. `time_s` is the Unix
-    time at which it arrived.
-    `model` is what the client asked for, `policy` what decided (None where a model or a plan was
-    named), `plan` its JSON (None if refused before a plan was made). `prompt_tokens` and
-    `output_tokens` are the client's usage, `members` and `costs` everything that ran for it, stages
-    that were not accepted included. `status` is the HTTP status, 499 where the client left; `error` the
-    error's code. `ttft_s` is the time to the first text (None if there was none). `user_hash` is
-    SHA-256 of the body's `user`, cut to 16 hexadecimal digits. `scores` are the policy's
-    predictions, `stages` what ran, in order: plan path, members, score, tokens, seconds, outcome.
-    `experiment` and `arm` are where the request took part, `unit` the hash of the randomised unit
-    and `propensity` the probability with which it got this arm; None outside of experiments.
-    `expected_quality` is the default policy's prediction, whichever policy decided: a covariate.
-    `answer_digest` tells whether a label equals the answer (`router.digest`).
+    time at which it arrived. `model` is what the client asked for, `policy` what decided (None
+    where a model or a plan was named), `plan` its JSON (None if refused before a plan was made).
+    `prompt_tokens` and `output_tokens` are the client's usage, `members` and `costs` everything
+    that ran for it, stages that were not accepted included. `energy_method` says how `wh` and `gco2e`
+    are known (`policies.footprint.Footprint.method`; None where nothing ran). `status` is the HTTP status, 499 where
+    the client left; `error` the error's code. `ttft_s` is the time to the first text (None if there
+    was none). `user_hash` is SHA-256 of the body's `user`, cut to 16 hexadecimal digits. `scores`
+    are the policy's predictions, `stages` what ran, in order: plan path, members, score, tokens,
+    seconds, outcome. `experiment` and `arm` are where the request took part, `unit` the hash of the
+    randomised unit and `propensity` the probability with which it got this arm; None outside of
+    experiments. `expected_quality` is the default policy's prediction, whichever policy decided: a
+    covariate. `answer_digest` tells whether a label equals the answer (`router.digest`).
     `query_text` (the last user message) and `answer_text` are None unless `ledger.keep_text`.
     """
 
@@ -73,6 +71,7 @@ class RequestRecord:
     usd: float = 0.0
     wh: float = 0.0
     gco2e: float = 0.0
+    energy_method: str | None = None
     scores: Mapping[str, float] = field(default_factory=dict)
     stages: tuple[Mapping[str, Any], ...] = ()
     user_hash: str | None = None
@@ -107,18 +106,3 @@ class Recorder(Protocol):
     async def close(self) -> None:
         """Write what is still held; idempotent."""
         ...
-
-
-class LogRecorder:
-    """Writes each record as one JSON line to a logger, at level INFO."""
-
-    def __init__(self, logger: logging.Logger) -> None:
-        self._logger = logger
-
-    def record(self, record: RequestRecord) -> None:
-        """Log `record`."""
-        if self._logger.isEnabledFor(logging.INFO):
-            self._logger.info(json.dumps(record.to_json(), separators=(",", ":")))
-
-    async def close(self) -> None:
-        """Nothing is held."""

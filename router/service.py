@@ -33,9 +33,11 @@ from router.executor.task import merge
 from router.experiments.experiments import Experiments
 from router.experiments.mirror import Mirror
 from router.gate import Gate
+from router.logs import REQUEST_ID
+from router.metrics.metrics import Metrics
 from router.openai_api.ask import Ask
 from router.openai_api.endpoint import Endpoint, Head, Writer
-from router.record import Recorder
+from router.record import Recorder, RequestRecord
 from router.shoal_field import shoal_field
 from router.streams import before, side_by_side
 
@@ -54,6 +56,18 @@ class Background(Protocol):
         ...
 
 
+class Watcher(Protocol):
+    """Is told of every request when it is over."""
+
+    def ended(self, exchange: Exchange, record: RequestRecord) -> None:
+        """Take note; must neither block nor raise."""
+        ...
+
+    def close(self) -> None:
+        """Hand on what is still held; may block."""
+        ...
+
+
 class Service:
     """Answers requests with the models of one pool."""
 
@@ -69,19 +83,24 @@ class Service:
         keep_text: bool = False,
         experiments: Experiments | None = None,
         shadows: Sequence[ShadowMeter] = (),
+        metrics: Metrics | None = None,
+        watchers: Sequence[Watcher] = (),
         background: Sequence[Background] = (),
     ) -> None:
         """Serve with `engines`, given by name; `echo_request_id` False leaves that header out.
 
         Ray Serve adds it to every response itself. Without a `gate` everybody may ask for
-        everything. With `keep_text` records hold the last user message and the answer. What
-        is in the `background` runs from `start` to `close`.
+        everything. With `keep_text` records hold the last user message and the answer. The
+        `watchers` are told of every record. `metrics`, and what is in the `background`, run from
+        `start` to `close`.
         """
         self.catalog = catalog
         self.engines = engines
         self.experiments = experiments
         self.recorder = recorder
         self.gate = gate
+        self.metrics = metrics
+        self._watchers = tuple(watchers)
         self._keep_text = keep_text
         self._limits = limits
         self._echo_request_id = echo_request_id
@@ -90,7 +109,7 @@ class Service:
             shadows, catalog=catalog, executor=self._executor, recorder=recorder, limits=limits
         )
         self._settling: set[asyncio.Task[None]] = set()
-        self._background = tuple(background)
+        self._background = (*background, *([metrics] if metrics is not None else []))
         self._running: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -104,6 +123,7 @@ class Service:
         exchange = Exchange.begin(
             id_prefix=endpoint.id_prefix, endpoint=endpoint.path, headers=request.headers
         )
+        REQUEST_ID.set(exchange.id)
         try:
             if self.gate is not None:
                 exchange.key = await self.gate.identify(request.headers.get("authorization"))
@@ -134,6 +154,8 @@ class Service:
         await self.recorder.close()
         if self.gate is not None:
             await self.gate.close()
+        for watcher in self._watchers:
+            await asyncio.to_thread(watcher.close)
 
     async def _answer(
         self, exchange: Exchange, endpoint: Endpoint, body: bytes, headers: Mapping[str, str]
@@ -255,6 +277,8 @@ class Service:
     def _record(self, exchange: Exchange) -> None:
         record = exchange.record(self.catalog.rates, keep_text=self._keep_text)
         self.recorder.record(record)
+        for watcher in self._watchers:
+            watcher.ended(exchange, record)
         if self.gate is not None:
             self.gate.settle(exchange, record)
         policy = self.catalog.policies.get(exchange.policy or "")

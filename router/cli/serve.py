@@ -113,8 +113,10 @@ def _serve_here(args: AppArgs, pool: Pool, host: str, port: int) -> None:
     from router.catalog import Catalog
     from router.compose import open_recorder
     from router.local import http_server, local_service
+    from router.logs import set_up_logs
 
     async def run() -> None:
+        set_up_logs(args.logs)
         catalog = Catalog(pool, policies=args.policies, carbon=args.carbon)
         recorder = open_recorder(args)
         _say("Loading models ...")

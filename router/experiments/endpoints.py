@@ -12,10 +12,8 @@ from starlette.responses import JSONResponse, Response
 
 from router.errors import ApiError, to_api_error
 from router.experiments.experiments import Experiments
-from router.experiments.exposition import CONTENT_TYPE, exposition
 from router.experiments.feedback import FeedbackBody, read_feedback, take_feedback
 from router.experiments.mirror import Mirror
-from router.experiments.reporting import gauges
 from router.experiments.shadow_report import shadow_report
 from router.ledger.writer import Ledger
 
@@ -52,7 +50,7 @@ def add_feedback_route(
 def add_experiment_routes(
     api: FastAPI, experiments: Experiments, mirror: Mirror, *, identify: Identify
 ) -> None:
-    """Add `GET /v1/experiments`, `/v1/experiments/{name}`, `/v1/shadows` and `/metrics`."""
+    """Add `GET /v1/experiments`, `/v1/experiments/{name}` and `/v1/shadows`."""
 
     async def every(request: Request) -> JSONResponse:
         await identify(request)
@@ -80,12 +78,6 @@ def add_experiment_routes(
         )
         return JSONResponse({"object": "list", "data": data})
 
-    async def metrics(request: Request) -> Response:
-        await identify(request)
-        reports = [summary.report for summary in await experiments.summaries()]
-        return Response(exposition(gauges(reports)), media_type=CONTENT_TYPE)
-
-    api.add_api_route("/metrics", _mapped(metrics), methods=["GET"])
     api.add_api_route("/v1/experiments", _mapped(every), methods=["GET"])
     api.add_api_route("/v1/experiments/{name}", _mapped(one), methods=["GET"])
     api.add_api_route("/v1/shadows", _mapped(shadows), methods=["GET"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -74,55 +73,3 @@ def _status(experiment: Experiment, state: State | None, now_s: float) -> Status
     if state is None or now_s < experiment.start_s:
         return "not started"
     return "running"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gauge:
-    """One value for a metrics endpoint."""
-
-    name: str
-    labels: Mapping[str, str]
-    value: float
-
-
-def gauges(reports: Iterable[Report]) -> list[Gauge]:
-    """Return what metrics show of experiments: units, effects, intervals, p, alarms."""
-    found: list[Gauge] = []
-    for report in reports:
-        base = {"experiment": report.name}
-        found.append(
-            Gauge(
-                name="shoal_experiment_sample_ratio_p",
-                labels=base,
-                value=report.sample_ratio.p,
-            )
-        )
-        found += [
-            Gauge(
-                name="shoal_experiment_units",
-                labels={**base, "arm": arm.name},
-                value=arm.num_units,
-            )
-            for arm in report.arms
-        ]
-        for found_effect in (*report.primary, *report.secondary):
-            labels = {**base, "arm": found_effect.treatment, "metric": found_effect.metric}
-            values = {
-                "effect": found_effect.estimate,
-                "effect_low": found_effect.low,
-                "effect_high": found_effect.high,
-                "p": found_effect.p,
-            }
-            found += [
-                Gauge(name=f"shoal_experiment_{key}", labels=labels, value=value)
-                for key, value in values.items()
-            ]
-        found += [
-            Gauge(
-                name="shoal_experiment_guardrail_breached",
-                labels={**base, "arm": guard.treatment, "metric": guard.metric},
-                value=float(guard.breached),
-            )
-            for guard in report.guardrails
-        ]
-    return found

@@ -51,11 +51,7 @@ def add_counts(connection: sa.Connection, counts: Values) -> None:
 
     Always in the same order, so that transactions of several replicas cannot lock each other out.
     """
-    rows = [
-        {"series": _pack(series), "value": value}
-        for series, value in sorted(counts.items())
-        if value
-    ]
+    rows = [{"series": _pack(series), "value": counts[series]} for series in sorted(counts)]
     if rows:
         connection.execute(_ADD, rows)
 

@@ -1,0 +1,1 @@
+"""OpenTelemetry traces of requests: off unless configured, an extra of its own."""
