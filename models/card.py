@@ -48,15 +48,18 @@ class ModelCard:
         return 2.0 * self.parameters
 
 
-def read_card(path: Path) -> ModelCard:
+def read_card(path: Path, *, any_architecture: bool = False) -> ModelCard:
     """Read the card of a Hugging Face checkpoint folder with safetensors weights.
 
-    Reads config.json, the safetensors headers and tokenizer.json, not the weights. Raises
+    Reads config.json, the safetensors headers and tokenizer.json, not the weights. Where another
+    library computes the model, `any_architecture` lets others than our own through. Raises
     `PoolError` that names the missing file or the unsupported value.
     """
     config = _read_json(path / "config.json")
+    if any_architecture:
+        config = _flat(config)
     architecture = str(config.get("model_type"))
-    if architecture not in SUPPORTED_ARCHITECTURES:
+    if architecture not in SUPPORTED_ARCHITECTURES and not any_architecture:
         raise PoolError(
             f"{path / 'config.json'}: model_type {architecture!r} is not supported; "
             f"allowed are {', '.join(SUPPORTED_ARCHITECTURES)}"
@@ -94,6 +97,29 @@ def weight_files(path: Path) -> tuple[Path, ...]:
     if not files:
         raise PoolError(f"{path} holds no *.safetensors file; no other weight format is read")
     return files
+
+
+# GPT-2's names, which several families have kept.
+_OTHER_NAMES = {
+    "hidden_size": ("n_embd", "d_model"),
+    "num_hidden_layers": ("n_layer", "num_layers"),
+    "num_attention_heads": ("n_head",),
+    "intermediate_size": ("n_inner", "ffn_dim"),
+    "max_position_embeddings": ("n_positions", "max_seq_len", "max_sequence_length"),
+}
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the language model's part of `config`, by the names that most models use."""
+    text = config.get("text_config")
+    flat = {**config, **text} if isinstance(text, dict) else dict(config)
+    for name, others in _OTHER_NAMES.items():
+        given = [flat[key] for key in (name, *others) if flat.get(key) is not None]
+        if given:
+            flat[name] = given[0]
+    if flat.get("intermediate_size") is None and "hidden_size" in flat:
+        flat["intermediate_size"] = 4 * int(flat["hidden_size"])  # as transformers assumes
+    return flat
 
 
 def _count_parameters(path: Path) -> int:

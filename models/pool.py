@@ -34,7 +34,9 @@ class DeploymentSpec(_Strict):
     """How many replicas an engine gets, and what each holds of the machine.
 
     With `max_replicas` above `min_replicas` the engine scales with its load, aiming at
-    `target_ongoing_requests` per replica.
+    `target_ongoing_requests` per replica. A replica that is taken down gets no new requests and has
+    `drain_s` to finish what it runs. Where an engine spreads over several devices, `num_gpus` are
+    shared among them.
     """
 
     min_replicas: int = Field(1, ge=1)
@@ -42,6 +44,7 @@ class DeploymentSpec(_Strict):
     target_ongoing_requests: float = Field(16, gt=0)
     num_cpus: float = Field(0.1, ge=0)
     num_gpus: float = Field(0, ge=0)
+    drain_s: float = Field(10, ge=0)
 
 
 class EngineSpec(_Strict):
@@ -195,17 +198,18 @@ def load_pool(path: Path | str) -> Pool:
     except ValidationError as error:
         raise PoolError(f"{file}: {explain(error)}") from None
     _check_names(file, content)
+    kinds = {engine.name: engine.kind for engine in content.engines}
     pool = Pool(
         name=content.name,
         folder=file.parent,
         engines=content.engines,
-        models=tuple(_load_model(file, spec) for spec in content.models),
+        models=tuple(_load_model(file, spec, kinds[spec.engine]) for spec in content.models),
         policies=content.policies,
         scorers=content.scorers,
     )
     for engine in pool.engines:
         models = pool.models_of(engine.name)
-        if engine.kind == "stacked":
+        if engine.kind == "stacked" or (engine.kind == "vllm" and len(models) > 1):
             _check_same_shape(file, engine, models)
         try:
             engine_traits(engine, models)
@@ -250,7 +254,7 @@ def _check_names(file: Path, content: PoolFile) -> None:
         raise PoolError(f"{file}: engines.{name} runs no model; give it one or remove it")
 
 
-def _load_model(file: Path, spec: ModelSpec) -> Model:
+def _load_model(file: Path, spec: ModelSpec, kind: str) -> Model:
     if spec.remote is not None:
         return _load_remote(file, spec, spec.remote)
     if spec.checkpoint is None:
@@ -259,7 +263,8 @@ def _load_model(file: Path, spec: ModelSpec) -> Model:
     if not folder.is_dir():
         raise PoolError(f"{file}: models.{spec.name}.checkpoint: there is no folder {folder}")
     try:
-        return Model(spec=spec, card=read_card(folder), tokenizer=folder)
+        card = read_card(folder, any_architecture=kind == "vllm")
+        return Model(spec=spec, card=card, tokenizer=folder)
     except PoolError as error:
         raise PoolError(f"{file}: models.{spec.name}.checkpoint: {error}") from None
 
@@ -277,7 +282,7 @@ def _load_remote(file: Path, spec: ModelSpec, remote: RemoteModelSpec) -> Model:
 
 
 def _check_same_shape(file: Path, engine: EngineSpec, models: tuple[Model, ...]) -> None:
-    where = f"{file}: engines.{engine.name}"
+    where, what = f"{file}: engines.{engine.name}", f"members of one {engine.kind} engine"
     for model in models:
         if model.card is None:
             raise PoolError(f"{where}: the model {model.name!r} has no checkpoint")
@@ -285,11 +290,11 @@ def _check_same_shape(file: Path, engine: EngineSpec, models: tuple[Model, ...])
     for name, card in rest:
         if card.shape != first[1].shape:
             raise PoolError(
-                f"{where}: members of a stacked engine need one shape, but {name!r} has "
+                f"{where}: {what} need one shape, but {name!r} has "
                 f"{card.shape} and {first[0]!r} has {first[1].shape}"
             )
         if card.tokenizer_sha256 != first[1].tokenizer_sha256:
             raise PoolError(
-                f"{where}: members of a stacked engine need one tokenizer, but that of {name!r} "
+                f"{where}: {what} need one tokenizer, but that of {name!r} "
                 f"differs from that of {first[0]!r}"
             )

@@ -6,11 +6,14 @@ from typing import Any
 
 from ray.serve import Application
 
+from models.engines.registry import engine_traits
+from models.errors import PoolError
 from models.pool import DeploymentSpec, load_pool
 from router.catalog import Catalog
 from router.compose import check_experiments
 from router.config import AppArgs
 from router.deployments import EngineReplica, Ingress
+from router.engines.placement import on_ray, placement, single
 
 # Replicas take what comes: the engines bound their own queues, and say so in OpenAI's shape.
 _MAX_ONGOING_REQUESTS = 10_000
@@ -26,14 +29,17 @@ def build(args: AppArgs) -> Application:
     pool = load_pool(args.pool)
     # Find mistakes here, not in a replica.
     check_experiments(args, pool, Catalog(pool, policies=args.policies, carbon=args.carbon))
-    engines = {
-        spec.name: EngineReplica.options(  # type: ignore[attr-defined]
-            name=f"engine-{spec.name}", **_options(spec.deployment)
-        ).bind(spec, pool.models_of(spec.name), args.num_threads, args.carbon)
-        for spec in pool.engines
-    }
+    engines = {}
+    for spec in pool.engines:
+        models = pool.models_of(spec.name)
+        traits = engine_traits(spec, models)
+        if traits.needs is not None:
+            raise PoolError(f"engines.{spec.name}: {traits.needs}")
+        engines[spec.name] = EngineReplica.options(  # type: ignore[attr-defined]
+            name=f"engine-{spec.name}", **_options(spec.deployment), **placement(spec, traits)
+        ).bind(on_ray(spec, traits), models, args.num_threads, args.carbon)
     ingress: Application = Ingress.options(  # type: ignore[attr-defined]
-        name="ingress", **_options(args.ingress)
+        name="ingress", **_options(args.ingress), **single(args.ingress)
     ).bind(args, engines)
     return ingress
 
@@ -43,10 +49,9 @@ def _options(spec: DeploymentSpec) -> dict[str, Any]:
         "max_ongoing_requests": _MAX_ONGOING_REQUESTS,
         "health_check_period_s": 5,
         "health_check_timeout_s": 15,
-        "graceful_shutdown_timeout_s": 10,
+        "graceful_shutdown_timeout_s": spec.drain_s,
         "graceful_shutdown_wait_loop_s": 0.5,
         "logging_config": {"enable_access_log": False},
-        "ray_actor_options": {"num_cpus": spec.num_cpus, "num_gpus": spec.num_gpus},
     }
     if spec.max_replicas > spec.min_replicas:
         options["autoscaling_config"] = {

