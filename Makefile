@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 POOL := models/pools/default
 
-.PHONY: bench-routing pool-router setup serve test test-fast check bench pool-cascade clean
+.PHONY: bench-routing pool-router setup serve test test-ops test-fast check bench pool-cascade clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -21,6 +21,10 @@ serve: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# Operations against the real thing: Prometheus, Chromium, Helm. What is not installed is skipped.
+test-ops: $(STAMP)
+	$(BIN)/python -m pytest $(wildcard tests/ops tests/helm tests/router/dashboard)
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -m 'not slow and not ray'
