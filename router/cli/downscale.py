@@ -30,12 +30,14 @@ def downscale(
         typer.echo("shoal downscale: give either a recipe or --quick", err=True)
         raise typer.Exit(2)
     import torch
+    from transformers.utils import logging
 
     from models.downscale.errors import DownscaleError
     from models.downscale.pipeline import downscale as run
     from models.downscale.progress import say
     from models.downscale.recipe import QUICK_RECIPE, read_recipe
 
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if threads is not None:
         torch.set_num_threads(threads)
     try:

@@ -1,0 +1,105 @@
+"""Bases: what is refused before any work begins."""
+
+import json
+
+import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from models.downscale.base import check_base, load_base, trained_parameters
+from models.downscale.errors import BaseError
+from models.downscale.recipe import QUICK_RECIPE, read_recipe
+from models.downscale.render import PLAIN_TEMPLATE
+from models.training.shapes import Shape, build_model, num_parameters
+from models.training.tokenizer import build_tokenizer
+
+TINY = Shape(
+    hidden_size=16, num_layers=1, feed_forward_size=16, num_heads=2, num_kv_heads=1, head_size=8
+)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A tiny untrained checkpoint with its tokenizer."""
+    tokenizer = build_tokenizer()
+    build_model(TINY, tokenizer, seed=0).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def edit(file, **changes):
+    """Change keys of a JSON file; None removes one."""
+    content = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+def test_a_good_checkpoint_loads(checkpoint):
+    """Config, tokenizer and weights are its inputs; the chat template is the checkpoint's own."""
+    names = {file.name for file in check_base(checkpoint)}
+    assert {"config.json", "tokenizer.json", "model.safetensors"} <= names
+    model, tokenizer = load_base(checkpoint)
+    assert model.config.hidden_size == 16
+    assert tokenizer.chat_template != PLAIN_TEMPLATE
+
+
+def test_a_missing_chat_template_is_made_up_for(checkpoint):
+    """A base without one gets the plain one."""
+    (checkpoint / "chat_template.jinja").unlink()
+    assert load_base(checkpoint)[1].chat_template == PLAIN_TEMPLATE
+
+
+def test_other_architectures_are_refused(checkpoint):
+    """GPT-2 has another layout; the message names what is allowed."""
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1)).save_pretrained(checkpoint)
+    with pytest.raises(BaseError, match="model_type 'gpt2' is not supported; allowed are llama"):
+        check_base(checkpoint)
+
+
+def test_incomplete_checkpoints_are_refused_by_file(checkpoint):
+    """The message names the file that is missing or broken."""
+    edit(checkpoint / "config.json", quantization_config={"bits": 4})
+    with pytest.raises(BaseError, match="a quantized checkpoint cannot be cut"):
+        check_base(checkpoint)
+    (checkpoint / "model.safetensors").unlink()
+    edit(checkpoint / "config.json", quantization_config=None)
+    with pytest.raises(BaseError, match=r"no \*\.safetensors file"):
+        check_base(checkpoint)
+    (checkpoint / "tokenizer.json").unlink()
+    with pytest.raises(BaseError, match=r"tokenizer\.json is missing"):
+        check_base(checkpoint)
+    (checkpoint / "config.json").write_text("{")
+    with pytest.raises(BaseError, match="not valid JSON"):
+        check_base(checkpoint)
+    (checkpoint / "config.json").unlink()
+    with pytest.raises(BaseError, match="is it a Hugging Face checkpoint"):
+        check_base(checkpoint)
+
+
+def test_a_tokenizer_of_another_model_is_refused(checkpoint):
+    """More tokens than the model has embeddings: they do not belong together."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["<|one|>", "<|more|>"])
+    tokenizer.save_pretrained(checkpoint)
+    with pytest.raises(BaseError, match="tokenizer and weights do not belong together"):
+        load_base(checkpoint)
+
+
+def test_weights_that_misfit_the_config_are_refused(checkpoint):
+    """A config with another depth than the weights does not load with random layers."""
+    edit(checkpoint / "config.json", num_hidden_layers=2)
+    with pytest.raises(BaseError, match="the weights lack or misfit"):
+        load_base(checkpoint)
+
+
+def test_the_size_of_a_base_is_known_before_it_is_trained():
+    """The disk check and the members' size need no trained base."""
+    training = read_recipe(QUICK_RECIPE).base.train
+    shape = Shape(
+        hidden_size=training.shape.hidden_size,
+        num_layers=training.stages[-1].num_layers,
+        feed_forward_size=training.shape.intermediate_size,
+        num_heads=training.shape.num_heads,
+        num_kv_heads=training.shape.num_kv_heads,
+        head_size=training.shape.head_dim,
+    )
+    built = build_model(shape, build_tokenizer(), seed=0)
+    assert trained_parameters(training) == num_parameters(built)

@@ -1,0 +1,237 @@
+"""The whole pipeline: what `shoal downscale --quick` writes, and what it refuses to begin."""
+
+import json
+import re
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from models.downscale.errors import BaseError, CorpusError, DivergedError, OutputError
+from models.downscale.pipeline import downscale
+from models.downscale.recipe import QUICK_RECIPE, Recipe, read_recipe
+from models.pool import load_pool
+from models.training.shapes import Shape, build_model
+from models.training.tokenizer import build_tokenizer
+from policies.outcomes import read_outcomes
+from tests.models.downscale.conftest import shoal_downscale
+
+TINY = Shape(
+    hidden_size=32, num_layers=2, feed_forward_size=48, num_heads=4, num_kv_heads=2, head_size=8
+)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A recipe on an untrained base and two files, small enough for seconds."""
+    tokenizer = build_tokenizer()
+    build_model(TINY, tokenizer, seed=0).save_pretrained(tmp_path / "checkpoint")
+    tokenizer.save_pretrained(tmp_path / "checkpoint")
+    for name in ("sums", "words"):
+        lines = [{"question": f"{name} {i} + 1?", "answer": str(i + 1)} for i in range(120)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return Recipe.model_validate(
+        {
+            "name": "tiny",
+            "base": {"checkpoint": str(tmp_path / "checkpoint")},
+            "domains": {
+                name: {"corpus": str(tmp_path / f"{name}.jsonl")} for name in ("sums", "words")
+            },
+            "members": {"parameters": "1/2"},
+            "cut": {"calibration_examples": 8},
+            "select": {"by": "random"},
+            "adapt": {
+                "tokens": 2_000, "rows_per_step": 4, "row_tokens": 32, "general_share": 0.2,
+                "compiled": False, "precision": "float32",
+            },
+        }
+    )  # fmt: skip
+
+
+def changed(recipe, **sections):
+    """The recipe with some keys of some sections changed."""
+    content = recipe.model_dump()
+    for section, keys in sections.items():
+        content[section] = {**content[section], **keys}
+    return Recipe.model_validate(content)
+
+
+def run(recipe, out, *, resume=False):
+    """Run the pipeline quietly; returns its report, line by line."""
+    lines = []
+    downscale(recipe, out, resume=resume, report=lines.append)
+    return lines
+
+
+@pytest.mark.slow
+def test_the_toy_pool_is_whole_and_loads(toy_pool):
+    """One chunk per domain beside the base, all of one tokenizer, chunks of one shape, each a third
+    of the base within 2%."""
+    pool = load_pool(toy_pool)
+    domains = set(read_recipe(QUICK_RECIPE).domains)
+    assert {model.name for model in pool.models} == {*domains, "base"}
+    sizes = {model.name: model.card.parameters for model in pool.models}
+    for domain in domains:
+        assert sizes[domain] / sizes["base"] == pytest.approx(1 / 3, rel=0.021)
+        assert pool.model(domain).spec.domains == (domain,)
+    for file in ("report.html", "laws.json", "README.md", "outcomes.jsonl"):
+        assert (toy_pool / file).stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_a_chunk_is_a_plain_checkpoint_that_generates(toy_pool):
+    """transformers alone loads a chunk, with no code or class of ours, and it answers."""
+    tokenizer = AutoTokenizer.from_pretrained(toy_pool / "numerals")
+    model = AutoModelForCausalLM.from_pretrained(toy_pool / "numerals", dtype=torch.float32)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Write 12 in words."}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    written = model.generate(**prompt, max_new_tokens=12, do_sample=False)
+    assert written.shape[1] > prompt["input_ids"].shape[1]
+    assert written.max() < len(tokenizer)
+
+
+@pytest.mark.slow
+def test_outcomes_are_what_routers_read(toy_pool):
+    """Every member has a score on every held-out question of every domain, in both splits."""
+    for split in ("router", "test"):
+        rows = read_outcomes(toy_pool / "outcomes.jsonl", split=split)
+        assert {tag for row in rows for tag in row.tags} >= {"arithmetic", "numerals", "code"}
+        for row in rows:
+            assert set(row.scores) == {"arithmetic", "numerals", "code", "base"}
+
+
+@pytest.mark.slow
+def test_nothing_is_done_twice(toy_pool):
+    """With --resume and the same recipe every stage is skipped; without it the pool is refused."""
+    before = {file: file.stat().st_mtime_ns for file in toy_pool.glob(".work/**/manifest.json")}
+    again = shoal_downscale("--quick", "--out", toy_pool, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert " done in " not in again.stdout + again.stderr
+    assert {f: f.stat().st_mtime_ns for f in toy_pool.glob(".work/**/manifest.json")} == before
+    load_pool(toy_pool)
+    refused = shoal_downscale("--quick", "--out", toy_pool)
+    assert refused.returncode == 2
+    assert "holds a pool already; pass --resume" in refused.stderr
+
+
+@pytest.mark.slow
+def test_interrupted_training_goes_on_from_its_checkpoint(recipe, tmp_path, monkeypatch):
+    """A run that is killed while a chunk trains leaves no pool; resumed, it keeps the finished
+    stages, goes on from the checkpoint, and ends with the very weights of a run left alone."""
+    from models.downscale import pipeline
+    from models.training.loop import Trainer
+
+    class Stop(Exception):
+        pass
+
+    def stop(*_, **__):
+        raise Stop
+
+    monkeypatch.setattr(pipeline, "conclude", stop)
+    recipe = changed(recipe, adapt={"checkpoint_every_s": 1e-6})
+    with pytest.raises(Stop):
+        run(recipe, tmp_path / "alone")
+
+    step, left = Trainer.step, [20]
+
+    def failing(self, rows, share):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return step(self, rows, share)
+
+    out = tmp_path / "interrupted"
+    monkeypatch.setattr(Trainer, "step", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, out)
+    assert not (out / "pool.yaml").exists()
+    with pytest.raises(OutputError, match="an unfinished run; pass --resume"):
+        run(recipe, out)
+    monkeypatch.setattr(Trainer, "step", step)
+    lines = []
+    with pytest.raises(Stop):
+        downscale(recipe, out, resume=True, report=lines.append)
+    assert "cut/sums: unchanged" in lines
+    for domain in recipe.domains:
+        ours, theirs = (
+            AutoModelForCausalLM.from_pretrained(o / f".work/adapt/{domain}").state_dict()
+            for o in (out, tmp_path / "alone")
+        )
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_changed_corpus_reruns_only_what_depends_on_it(recipe, tmp_path, monkeypatch):
+    """The other domain's calibration and cut stand; its training, which mixes in general data from
+    all corpora, is done again."""
+    from models.downscale import pipeline
+
+    monkeypatch.setattr(pipeline, "conclude", lambda *_, **__: tmp_path / "nowhere")
+    monkeypatch.setattr(pipeline, "load_pool", lambda _: None)
+    monkeypatch.setattr(pipeline, "publish", lambda *_: None)
+    out = tmp_path / "out"
+    run(recipe, out)
+    with (tmp_path / "sums.jsonl").open("a") as file:
+        file.write('\n{"question": "One more?", "answer": "Yes", "split": "train"}')
+    lines = run(recipe, out, resume=True)
+    assert {line for line in lines if line.endswith("unchanged")} == {
+        f"{stage}: unchanged"
+        for stage in ("base", "corpora/words", "calibrate/words", "cut/words", "select/words")
+    }
+
+
+def test_what_cannot_work_is_refused_before_anything_is_written(recipe, tmp_path, monkeypatch):
+    """A foreign architecture, a missing corpus and a full disk leave no output folder."""
+    out = tmp_path / "out"
+    missing = recipe.model_copy(
+        update={"domains": {**recipe.domains, "more": recipe.domains["sums"].model_copy(
+            update={"corpus": str(tmp_path / "none.jsonl")})}}
+    )  # fmt: skip
+    with pytest.raises(CorpusError, match="more: there is no corpus at"):
+        run(missing, out)
+    with pytest.raises(OutputError, match=r"needs about [0-9.]+ GiB of disk"):
+        run(changed(recipe, members={"parameters": 10**12}), out)
+    config = tmp_path / "checkpoint/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "gpt2"}))
+    with pytest.raises(BaseError, match="'gpt2' is not supported"):
+        run(recipe, out)
+    assert not out.exists()
+
+
+def test_bad_corpora_leave_no_pool(recipe, tmp_path):
+    """An empty corpus is named; nothing that looks like a pool is left."""
+    (tmp_path / "words.jsonl").write_text("")
+    with pytest.raises(CorpusError, match=r"words: .*the corpus is empty"):
+        run(recipe, tmp_path / "out")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == [".work"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(recipe, tmp_path):
+    """Weights that overflow are found at the first step, and named; nothing is published."""
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "checkpoint")
+    with pytest.raises(DivergedError, match="the loss is nan at step 0"):
+        run(recipe, tmp_path / "out")
+    assert not (tmp_path / "out/pool.yaml").exists()
+
+
+def test_a_member_that_cannot_be_cut_is_an_error_of_its_size(recipe, tmp_path):
+    """A chunk too small for any shape is refused, with both sizes."""
+    with pytest.raises(BaseError, match="no shape of 100 parameters"):
+        run(changed(recipe, members={"parameters": 100}), tmp_path / "out")
+
+
+def test_the_command_wants_one_recipe(tmp_path):
+    """Neither none nor two; a broken recipe is an error of the user's, without a traceback."""
+    assert "give either a recipe or --quick" in shoal_downscale("--out", tmp_path / "o").stderr
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump({"name": "x", "domain": {}}))
+    done = shoal_downscale(tmp_path / "bad.yaml", "--out", tmp_path / "o")
+    assert done.returncode == 2
+    assert re.search(r"shoal downscale: .*domain: unknown key", done.stderr)
+    assert "Traceback" not in done.stderr
