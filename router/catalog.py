@@ -119,6 +119,10 @@ class Catalog:
         """Return the engine that runs the model called `name`."""
         return self._engine_of[name]
 
+    def engines_with_metrics(self) -> tuple[str, ...]:
+        """Return the engines whose libraries have metrics of their own."""
+        return tuple(name for name, traits in self._traits.items() if traits.metrics)
+
     def engine_of(self, answer: Answer) -> str:
         """Return the engine that runs `answer`; its plan has been checked."""
         return self._engine_of[answer.members[0]]

@@ -51,6 +51,10 @@ class EngineReplica:
         """Return how many tokens a cancelled request generated here."""
         return await self._worker.settle(request_id)
 
+    async def metrics(self) -> list[tuple[str, str]]:
+        """Return this replica's name and its library's own metrics."""
+        return await self._worker.metrics()
+
     async def stats(self) -> EngineStats:
         """Return a snapshot."""
         return await self._worker.stats()

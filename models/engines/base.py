@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from models.chat_template import Message
 
@@ -164,6 +164,15 @@ class EngineStats:
 
 
 _WORST_FIRST: tuple[Circuit, ...] = ("open", "half-open", "closed")
+
+
+@runtime_checkable
+class HasMetrics(Protocol):
+    """An engine whose library counts things of its own."""
+
+    def metrics(self) -> str:
+        """Return them in Prometheus' text format."""
+        ...
 
 
 class Engine(Protocol):

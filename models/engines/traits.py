@@ -15,7 +15,8 @@ class EngineTraits:
     `updates_evidence` their weights may follow the answer's tokens. `logprobs`: answers carry
     log-probabilities, which scorers of cascades read. `here`: it draws its energy from this
     machine. `context_tokens` bounds prompt and answer further than the models do. A replica spreads
-    over `num_workers` devices. `needs` says what is missing for it to run on this machine.
+    over `num_workers` devices. With `metrics`, it is a `HasMetrics`. `needs` says what is missing
+    for it to run on this machine.
     """
 
     fuses: bool = True
@@ -25,4 +26,5 @@ class EngineTraits:
     here: bool = True
     context_tokens: int | None = None
     num_workers: int = 1
+    metrics: bool = False
     needs: str | None = None

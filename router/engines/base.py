@@ -31,6 +31,13 @@ class EngineClient(Protocol):
         """
         ...
 
+    async def metrics(self) -> list[tuple[str, str]]:
+        """Return each replica's name and its library's own metrics, in Prometheus' text format.
+
+        Raises `EngineFailed` if the engine cannot be asked.
+        """
+        ...
+
     async def stats(self) -> EngineStats:
         """Return a snapshot; raises `EngineFailed` if the engine cannot serve."""
         ...

@@ -62,6 +62,13 @@ class HandleClient:
             counts = await answers.results_async(timeout_s=_TIMEOUT_S)
             return max(counts, default=0)
 
+    async def metrics(self) -> list[tuple[str, str]]:
+        """Return every replica's name and its library's own metrics."""
+        with _translated():
+            answers = self._handle.broadcast("metrics")
+            found = await answers.results_async(timeout_s=_TIMEOUT_S)
+            return [entry for entries in found for entry in entries]
+
     async def stats(self) -> EngineStats:
         """Return the sum over the replicas."""
         with _translated():

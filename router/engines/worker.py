@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import sys
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from models.engines.base import Chunk, Engine, EngineStats, GenerationRequest
+from models.engines.base import Chunk, Engine, EngineStats, GenerationRequest, HasMetrics
 from router.energy.chunk import energy_of, metered
 from router.energy.lanes import LaneMeter
 from router.executor.task import merge
@@ -92,6 +93,11 @@ class EngineWorker:
             async with asyncio.timeout(_SETTLE_TIMEOUT_S):
                 await progress.over.wait()
         return self._cancelled.pop(request_id, progress.num_tokens if progress else 0)
+
+    async def metrics(self) -> list[tuple[str, str]]:
+        """Return this process' name and the engine's own metrics; empty where it has none."""
+        text = self._engine.metrics() if isinstance(self._engine, HasMetrics) else ""
+        return [(f"{socket.gethostname()}-{os.getpid()}", text)]
 
     async def stats(self) -> EngineStats:
         """Return a snapshot."""

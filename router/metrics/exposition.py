@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry
@@ -21,19 +21,22 @@ from router.metrics.families import BY_NAME, FAMILIES
 from router.metrics.family import SUM, Family, Series, Values
 
 
-def exposition(values: Values, *, accept: str) -> tuple[bytes, str]:
+def exposition(values: Values, *, accept: str, others: Iterable[Metric] = ()) -> tuple[bytes, str]:
     """Return the page of `values` and its content type, as the `Accept` header wants it.
+
+    What other libraries count stands after our own.
 
     The registry lives for one page: what has gone from the configuration is gone from the page.
     """
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Page(values))
+    registry.register(_Page(values, others))
     encode, content_type = choose_encoder(accept)
     return encode(registry), content_type
 
 
 class _Page(Collector):
-    def __init__(self, values: Values) -> None:
+    def __init__(self, values: Values, others: Iterable[Metric]) -> None:
+        self._others = others
         self._by_family: dict[str, dict[Series, float]] = defaultdict(dict)
         for (name, *labels), value in values.items():
             family = BY_NAME.get(name)
@@ -47,6 +50,7 @@ class _Page(Collector):
             found = self._by_family.get(family.name, {})
             if found:
                 yield _COLLECT[family.kind](family, found)
+        yield from self._others
 
 
 def _counter(family: Family, values: dict[Series, float]) -> Metric:

@@ -17,6 +17,7 @@ from router.metrics import families as f
 from router.metrics.engines import engine_gauges
 from router.metrics.exposition import exposition
 from router.metrics.family import Series, Values
+from router.metrics.libraries import library_metrics
 from router.metrics.live import Live, merge
 from router.metrics.reports import HOLDER as REPORTS
 from router.metrics.reports import Reports
@@ -82,10 +83,14 @@ class Metrics:
         """Return the page and its content type, in the format that the `Accept` header wants."""
         if self._reports is not None:
             await self._reports.renew(wait_s=_REPORTS_WAIT_S)
-        engines, kept = await asyncio.gather(
-            engine_gauges(self._engines), asyncio.to_thread(self._kept)
+        native = [name for name in self._catalog.engines_with_metrics() if name in self._engines]
+        engines, others, kept = await asyncio.gather(
+            engine_gauges(self._engines),
+            library_metrics({name: self._engines[name] for name in native}),
+            asyncio.to_thread(self._kept),
         )
-        return exposition({**self._build_info(), **engines, **kept}, accept=accept)
+        values = {**self._build_info(), **engines, **kept}
+        return exposition(values, accept=accept, others=others)
 
     def _publish(self) -> None:
         now_s = self._clock()

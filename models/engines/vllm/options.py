@@ -96,6 +96,7 @@ def inspect(spec: EngineSpec, models: Sequence[Model]) -> EngineTraits:
         updates_evidence=False,
         context_tokens=options.engine_args.get("max_model_len"),
         num_workers=options.num_workers,
+        metrics=True,
         needs=None if is_installed() else INSTALL,
     )
 
