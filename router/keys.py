@@ -27,6 +27,7 @@ Scope: TypeAlias = Literal["user", "admin"]
 
 PREFIX = "sk-shoal-"
 _MOST_CACHED = 10_000
+_LEAST_LENGTH = len(PREFIX) + 32
 
 
 class AuthConfig(BaseModel):
@@ -80,18 +81,25 @@ def create_key(
     scope: Scope = "user",
     caps: Mapping[str, float] | None = None,
     now_s: float | None = None,
+    secret: str | None = None,
 ) -> tuple[Key, str]:
     """Make a key and return it with its secret, which cannot be had again.
 
-    `caps` are as in "usd_per_day": 5. Raises `KeysError` for a name that is taken or empty,
+    `caps` are as in "usd_per_day": 5. A `secret` that was drawn elsewhere takes the place of a new
+    one. Raises `KeysError` for a name that is taken or empty or a secret too easy to guess,
     `CapError` for a cap that is not known.
     """
+    if secret is not None and not (secret.startswith(PREFIX) and len(secret) >= _LEAST_LENGTH):
+        raise KeysError(
+            f"keys: the secret of {name!r} cannot be used; it is {PREFIX!r} and at least "
+            f"{_LEAST_LENGTH - len(PREFIX)} random characters"
+        )
     if not name.strip():
         raise KeysError("keys: the name is empty")
     if scope not in get_args(Scope):
         raise KeysError(f"keys: scope {scope!r} is unknown; allowed are user, admin")
     read = read_caps(caps or {}, f"keys.{name}")
-    secret = PREFIX + secrets.token_urlsafe(32)
+    secret = secret or PREFIX + secrets.token_urlsafe(32)
     key = Key(
         id="key_" + secrets.token_hex(6),
         name=name,
@@ -115,6 +123,18 @@ def create_key(
     except IntegrityError:
         raise KeysError(f"keys: the name {name!r} is taken; names are never reused") from None
     return key, secret
+
+
+def import_key(database: Database, *, name: str, scope: Scope, secret: str) -> Key | None:
+    """Make a key of a `secret` that was drawn elsewhere; None if it is known by that name already.
+
+    Raises `KeysError` as `create_key` does, also where the name stands for another secret.
+    """
+    with database.connect() as connection:
+        row = connection.execute(
+            sa.select(API_KEYS).where(API_KEYS.c.sha256 == _hash(secret), API_KEYS.c.name == name)
+        ).first()
+    return None if row else create_key(database, name=name, scope=scope, secret=secret)[0]
 
 
 def list_keys(database: Database) -> list[Key]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -55,6 +56,32 @@ def create(
             key, secret = create_key(database, name=name, scope=scope, caps=caps)
     typer.echo(f"{key.id} ({key.name}). The key, which is shown only this once:", err=True)
     typer.echo(secret)
+
+
+@app.command("import")
+def import_all(
+    folder: Annotated[Path, typer.Argument(help="A folder with a file per key.")],
+    ledger: LedgerOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Make the keys of a folder known, as a mounted Kubernetes secret has them.
+
+    A file's name is the key's, its content the key; NAME.admin is an admin's. Keys that are known
+    already, revoked ones too, stay as they are.
+    """
+    from router.keys import import_key
+
+    with refusing():
+        if not folder.is_dir():
+            raise ValueError(f"keys: there is no folder {folder}")
+        files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
+        with opened(ledger, config, create=True) as database:
+            for file in files:
+                secret = file.read_text().strip()
+                scope: Literal["user", "admin"] = "admin" if file.suffix == ".admin" else "user"
+                name = file.name.removesuffix(".admin")
+                made = import_key(database, name=name, scope=scope, secret=secret)
+                typer.echo(f"{name}: {'known already' if made is None else made.id}")
 
 
 @app.command("list")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -22,7 +23,7 @@ from router.keys import (
     list_keys,
     revoke_key,
 )
-from router.ledger.database import Database
+from router.ledger.database import Database, open_database
 from router.ledger.schema import API_KEYS
 
 
@@ -183,3 +184,34 @@ def test_keys_from_the_command_line(
         assert runner.invoke(keys_cli.app, ["revoke", "team"], env=env).exit_code == 0
         assert "revoked" in runner.invoke(keys_cli.app, ["list"], env=env).output
     assert secret not in listed and secret not in caplog.text
+
+
+def test_keys_of_a_folder_are_imported_once(tmp_path: Path) -> None:
+    """A mounted secret's keys work; importing again, or after a revocation, changes nothing."""
+    url = f"sqlite:///{tmp_path / 'shoal.db'}"
+    folder = tmp_path / "secret"
+    folder.mkdir()
+    (folder / "team-a").write_text(f"sk-shoal-{'a' * 32}\n")
+    (folder / "boss.admin").write_text(f"sk-shoal-{'b' * 32}")
+    (folder / "..data").mkdir()
+    command = ["import", str(folder), "--ledger", url]
+    first = CliRunner().invoke(keys_cli.app, command)
+    assert first.exit_code == 0, first.output
+    database = open_database(url)
+    made = {key.name: (key.id, key.scope) for key in list_keys(database)}
+    assert {name: scope for name, (_, scope) in made.items()} == {"team-a": "user", "boss": "admin"}
+    authenticator = Authenticator(database, AuthConfig(required=True))
+    key = asyncio.run(authenticator.authenticate(f"Bearer sk-shoal-{'b' * 32}", scope="admin"))
+    assert key is not None
+    assert key.name == "boss"
+    revoke_key(database, "team-a")
+    assert "team-a: known already" in CliRunner().invoke(keys_cli.app, command).output
+    assert {key.name for key in list_keys(database) if key.revoked_s} == {"team-a"}
+    (folder / "weak").write_text("sk-shoal-123")
+    refused = CliRunner().invoke(keys_cli.app, command)
+    assert refused.exit_code == 1
+    assert "the secret of 'weak' cannot be used" in refused.stderr
+    (folder / "weak").write_text(f"sk-shoal-{'c' * 32}")
+    (folder / "team-a").write_text(f"sk-shoal-{'d' * 32}")
+    assert "the name 'team-a' is taken" in CliRunner().invoke(keys_cli.app, command).stderr
+    database.dispose()
