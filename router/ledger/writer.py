@@ -166,8 +166,10 @@ class Ledger:
     def _insert(self, rows: list[dict[str, Any]]) -> None:
         with writing(self.database) as connection:
             insert = insert_new(connection, REQUESTS).returning(REQUESTS.c.request_id)
-            new = set(connection.execute(insert, rows).scalars())
-            add_counts(connection, self._tally([row for row in rows if row["request_id"] in new]))
+            new = connection.execute(insert, rows).scalars()
+            # Of several rows with one id the first is kept.
+            first = {row["request_id"]: row for row in reversed(rows)}
+            add_counts(connection, self._tally([first[request_id] for request_id in new]))
 
     def _tally(self, rows: list[dict[str, Any]]) -> Tally:
         try:

@@ -1,0 +1,130 @@
+"""Shared sums: exact for any number of writers, whatever happens to them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from router.ledger.database import Database, open_database
+from router.ledger.export import prune
+from router.ledger.queries import requests
+from router.ledger.writer import Ledger
+from router.metrics import families as f
+from router.metrics.memory import MemoryStore
+from router.metrics.store import LedgerStore, Store
+from tests.router.ledger.records import record
+
+NewLedger = Callable[..., Ledger]
+ANSWERED = f.REQUESTS.series("learned", "none", "200")
+
+
+def test_replicas_add_up_exactly(database: Database) -> None:
+    """Four ledgers write 300 rows each at once, every tenth row twice; each row counts once."""
+
+    def replica(number: int) -> None:
+        ledger = Ledger(database, flush_interval_s=0.001, logger=logging.getLogger("test"))
+        for index in range(300):
+            ledger.record(record(1000 * number + index))
+            if index % 10 == 0:
+                ledger.record(record(1000 * number + index))
+            if index % 100 == 0:
+                asyncio.run(ledger.flush())
+        asyncio.run(ledger.close())
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(replica, range(4)))
+    found = LedgerStore(database).counters()
+    assert found[ANSWERED] == 1200
+    assert found[f.TOKENS.series("math", "learned", "none", "output")] == 20 * 1200
+    buckets = [v for s, v in found.items() if s[0] == f.DURATION_S.name and s[2] != "sum"]
+    assert sum(buckets) == 1200
+
+
+def test_pruning_takes_nothing_away(database: Database, new_ledger: NewLedger) -> None:
+    """Counters keep what rows said that are long deleted."""
+    ledger = new_ledger()
+    for number in range(20):
+        ledger.record(record(number))
+    asyncio.run(ledger.flush())
+    before = LedgerStore(database).counters()
+    assert prune(database, before_s=2e9) == 20
+    assert LedgerStore(database).counters() == before
+    assert before[ANSWERED] == 20
+
+
+def test_rows_and_counters_die_together(ledger_url: str) -> None:
+    """After SIGKILL in the middle of writing, the counters say what the rows say."""
+    script = str(Path(__file__).parents[1] / "ledger" / "killed.py")
+    process = subprocess.Popen(
+        [sys.executable, script, ledger_url, "0.01"],
+        stdout=subprocess.PIPE,
+        env={"PYTHONPATH": str(Path(__file__).parents[3])},
+    )
+    assert process.stdout is not None
+    for _ in range(300):
+        process.stdout.readline()
+    process.kill()
+    process.stdout.read()
+    process.wait()
+    process.stdout.close()
+    database = open_database(ledger_url)
+    num_rows = len(list(requests(database)))
+    counted = LedgerStore(database).counters()[ANSWERED]
+    database.dispose()
+    assert counted == num_rows > 0
+
+
+def test_a_row_that_cannot_be_counted_is_still_kept(
+    database: Database, new_ledger: NewLedger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault in the metrics costs figures, never rows."""
+
+    def broken(rows: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("router.ledger.writer.tally", broken)
+    ledger = new_ledger()
+    ledger.record(record(1))
+    asyncio.run(ledger.flush())
+    assert len(list(requests(database))) == 1
+    assert LedgerStore(database).counters() == {}
+
+
+@pytest.fixture(params=["ledger", "memory"])
+def store(request: pytest.FixtureRequest) -> Store:
+    """Each kind of store, empty."""
+    if request.param == "memory":
+        return MemoryStore()
+    return LedgerStore(request.getfixturevalue("database"))
+
+
+def test_snapshots_replace_and_age(store: Store) -> None:
+    """A holder's last word counts; counts that come with it add up; the old is forgotten."""
+    gauge, counter = f.ENGINE_UP.series("one"), f.DROPPED_ROWS.series()
+    store.publish("a", {gauge: 1.0}, now_s=100, counts={counter: 2.0})
+    store.publish("a", {gauge: 0.0}, now_s=110, counts={counter: 3.0})
+    store.publish("b", {gauge: 1.0}, now_s=90)
+    assert store.counters()[counter] == 5
+    found = {snapshot.holder: snapshot for snapshot in store.snapshots(since_s=95)}
+    assert set(found) == {"a"}
+    assert (found["a"].time_s, dict(found["a"].gauges)) == (110, {gauge: 0.0})
+    store.forget(before_s=105)
+    assert [snapshot.holder for snapshot in store.snapshots(since_s=0)] == ["a"]
+
+
+def test_one_claims_for_all(store: Store) -> None:
+    """Work that is due goes to whoever asks first, and is due again after the interval."""
+    assert store.claim("reports", now_s=1000, every_s=10)
+    assert not store.claim("reports", now_s=1005, every_s=10)
+    store.publish("reports", {f.REPORTS_AGE_S.series(): 1.0}, now_s=1006)
+    assert not store.claim("reports", now_s=1015, every_s=10)
+    assert store.claim("reports", now_s=1016, every_s=10)
+    [kept] = store.snapshots(since_s=0)
+    assert dict(kept.gauges) == {f.REPORTS_AGE_S.series(): 1.0}, "claiming keeps the last figures"
