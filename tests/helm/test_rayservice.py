@@ -59,6 +59,17 @@ def test_the_application_accepts_its_configuration(name: str | None) -> None:
     assert build(args) is not None
 
 
+def test_a_changed_chart_alone_brings_up_no_new_cluster() -> None:
+    """Pods carry no version of the chart, and no name by which KubeRay's own services select."""
+    for template in pod_templates(_service()):
+        labels = set(template["metadata"]["labels"])
+        assert labels == {
+            "app.kubernetes.io/part-of",
+            "app.kubernetes.io/instance",
+            "app.kubernetes.io/component",
+        }
+
+
 def test_the_image_is_pinned() -> None:
     """By the chart's version, a tag, or a digest, which wins."""
     image = "sha256:" + "a" * 64

@@ -13,13 +13,16 @@
 {{- end -}}
 {{- end -}}
 
+{{/* What pods are found by. Without app.kubernetes.io/name, which KubeRay's own services select by,
+     and without versions, which would bring up a new cluster whenever the chart changes. */}}
 {{- define "shoal.selector" -}}
-app.kubernetes.io/name: {{ include "shoal.name" . }}
+app.kubernetes.io/part-of: {{ include "shoal.name" . }}
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end -}}
 
 {{- define "shoal.labels" -}}
 {{ include "shoal.selector" . }}
+app.kubernetes.io/name: {{ include "shoal.name" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}

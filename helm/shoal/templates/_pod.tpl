@@ -10,6 +10,10 @@ serviceAccountName: {{ . }}
 {{- if eq .role "worker" }}
 automountServiceAccountToken: false
 {{- end }}
+{{- if $values.autoscaling.enabled }}
+# The autoscaler (v2) replaces pods; a restarted one would be a Ray node that nobody expects.
+restartPolicy: Never
+{{- end }}
 enableServiceLinks: false
 terminationGracePeriodSeconds: {{ $values.terminationGracePeriodSeconds }}
 securityContext: {{- toYaml $values.podSecurityContext | nindent 2 }}
