@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import sqlalchemy as sa
@@ -128,6 +129,7 @@ class LedgerStore:
             connection.execute(_FORGET, {"before_s": before_s})
 
 
+@lru_cache(maxsize=10_000)
 def _pack(series: Series) -> str:
     return json.dumps(series, ensure_ascii=False, separators=(",", ":"))
 

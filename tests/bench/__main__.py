@@ -12,7 +12,7 @@ import torch
 
 from tests.bench.harness import Row, environment, print_row, save
 
-MODULES = ("engine", "overhead", "routing", "budget", "experiments")
+MODULES = ("engine", "overhead", "routing", "budget", "experiments", "metrics")
 
 
 def main() -> None:
