@@ -31,8 +31,8 @@ from policies.carbon import training_flops
 class AdaptResult:
     """What a run took and reached.
 
-    `cpu_s` is the process's CPU time. `losses` are (step, label loss in nats). `flops` are 6ND. Distillation's share of the base's
-    own forward passes, computed once for all runs, is not in it.
+    `cpu_s` is the process's CPU time. `losses` are (step, label loss in nats). `flops` are 6ND;
+    the base's own forward passes for distillation, made once for all runs, are not in them.
     """
 
     tokens: int

@@ -26,16 +26,14 @@ from models.downscale.questions import Question, questions, texts
 from models.downscale.run import Run, load_chunk
 from models.downscale.stage import write_json
 from models.tasks import check
-from models.training.generate import Completion, complete, complete_fused
+from models.training.generate import Completion, complete
 from models.training.outcomes import log_probability_facts
 from models.training.score import Scorer, target_log_probabilities
-from policies.evidence import Calibration, HeldOutAnswers, calibrate, evidence_weights
 
 Floats = NDArray[np.float64]
 
 BASE: Final = "base"
-FUSED: Final = ("fused-uniform", "fused-evidence")
-_ANSWERS, _ODDS, _EVIDENCE = "answers.json", "odds.npz", "evidence.json"
+_ANSWERS, _ODDS = "answers.json", "odds.npz"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +87,7 @@ def run_measurements(run: Run, *, upstream: Sequence[str]) -> list[str]:
             models[f"{SCRATCH}-{domain}"] = (load, own, [stage])
     for name, (load, indices, needs) in models.items():
         _measure(run, name, asked, indices, load=load, upstream=[*needs, *upstream])
-    _measure_fused(run, asked, tests)
-    return [*models, *FUSED]
+    return list(models)
 
 
 def read_measured(run: Run, names: Sequence[str]) -> dict[str, Measured]:
@@ -98,7 +95,8 @@ def read_measured(run: Run, names: Sequence[str]) -> dict[str, Measured]:
     return {name: _read(run.stages.folder(f"measure/{name}"), name) for name in names}
 
 
-def _settings(run: Run) -> dict[str, Any]:
+def measure_settings(run: Run) -> dict[str, Any]:
+    """What all measurements of a run depend on."""
     return {"measure": run.recipe.measure.model_dump(), "row_tokens": run.recipe.adapt.row_tokens}
 
 
@@ -127,41 +125,9 @@ def _measure(
                 max_new_tokens=run.recipe.measure.max_new_tokens,
                 progress=advance,
             )
-        _write(run, name, folder, indices=indices, asked=mine, completions=completions)
+        write_measured(run, name, folder, indices=indices, asked=mine, completions=completions)
 
-    run.stages.run(f"measure/{name}", action, settings=_settings(run), upstream=upstream)
-
-
-def _measure_fused(run: Run, asked: Sequence[Question], tests: list[int]) -> None:
-    """All chunks fused token by token, with equal weights and with weights from evidence."""
-    upstream = [f"measure/{domain}" for domain in run.domains]
-
-    def weights(folder: Path, fusion: str) -> Floats:
-        members = read_measured(run, run.domains)
-        if fusion == "fused-uniform":
-            return np.full((len(tests), len(run.domains)), 1 / len(run.domains))
-        found = calibrated(asked, members)
-        facts = {"temperature": found.temperature, "nll": found.nll}
-        write_json(folder / _EVIDENCE, facts)
-        return weights_by_evidence(prompts(members)[tests], found.temperature)
-
-    for fusion in FUSED:
-
-        def action(folder: Path, fusion: str = fusion) -> None:
-            weights_QM = weights(folder, fusion)
-            mine = [asked[i] for i in tests]
-            with progress_bar(len(mine), f"measure/{fusion}", unit="questions") as advance:
-                completions = complete_fused(
-                    [as_shipped(run.chunk(domain)) for domain in run.domains],
-                    run.tokenizer,
-                    texts(mine),
-                    weights_QM=weights_QM,
-                    max_new_tokens=run.recipe.measure.max_new_tokens,
-                    progress=advance,
-                )
-            _write(run, fusion, folder, indices=tests, asked=mine, completions=completions)
-
-        run.stages.run(f"measure/{fusion}", action, settings=_settings(run), upstream=upstream)
+    run.stages.run(f"measure/{name}", action, settings=measure_settings(run), upstream=upstream)
 
 
 def as_shipped(model: PreTrainedModel) -> PreTrainedModel:
@@ -198,25 +164,7 @@ def prompts(members: Mapping[str, Measured]) -> Floats:
     return np.stack([column for column in columns if column is not None], axis=-1)
 
 
-def calibrated(asked: Sequence[Question], members: Mapping[str, Measured]) -> Calibration:
-    """The evidence temperature under which the right answers of the router split are likeliest."""
-    rows = [i for i, question in enumerate(asked) if not question.is_test]
-    prompt_QM = prompts(members)[rows]
-    return calibrate(
-        HeldOutAnswers(
-            answer_QTM=answer_odds(members)[rows],
-            prompt_QM=prompt_QM,
-            prior_QM=np.full_like(prompt_QM, 1 / prompt_QM.shape[1]),
-        )
-    )
-
-
-def weights_by_evidence(prompt_QM: Floats, temperature: float) -> Floats:
-    """Fusion weights from the prompts alone, the prior being equal."""
-    return evidence_weights(np.ones_like(prompt_QM), prompt_QM, temperature=temperature)
-
-
-def _write(
+def write_measured(
     run: Run,
     name: str,
     folder: Path,
@@ -225,6 +173,7 @@ def _write(
     asked: Sequence[Question],
     completions: Sequence[Completion],
 ) -> None:
+    """Store a model's answers in its stage's `folder`, and say how many are right."""
     answers = [
         {
             "right": check(question.answer, completion.text),

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from models.downscale.adapt import mean_loss
 from models.downscale.architecture import num_parameters
+from models.downscale.errors import DownscaleError
 from models.downscale.run import GENERAL, Run
 from models.downscale.stage import write_json
 from models.downscale.trials import NUM_JUDGED, trial
@@ -52,9 +53,15 @@ def fit_mixture(run: Run, *, upstream: Sequence[str]) -> None:
         for domain in run.domains[: settings.mixture_domains]:
             for share in settings.mixture_shares:
                 points += _points(run, domain, share, folder)
-        domain_law, general_law = fit_laws(
-            points, seed=run.recipe.seed, num_resamples=settings.bootstrap_samples
-        )
+        try:
+            domain_law, general_law = fit_laws(
+                points, seed=run.recipe.seed, num_resamples=settings.bootstrap_samples
+            )
+        except LawError as error:
+            raise DownscaleError(
+                f"laws: the mixture law cannot be fitted: {error}; give more mixture_shares or "
+                "mixture_tokens, or a number as adapt.general_share"
+            ) from None
         share = best_share(
             domain_law.law,
             general_law.law,

@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from models.training.checkpoint import Progress
 from models.training.shapes import num_parameters
-from models.training.tokenizer import CHAT_TEMPLATE
 
 TRAINING_FACTS = "training.json"
 
@@ -19,22 +18,13 @@ def export_model(
     progress: Progress,
     folder: Path,
 ) -> LlamaForCausalLM:
-    """Write config, bf16 weights, tokenizer and `training.json`; return the model as stored.
+    """Write the checkpoint in bf16 and `training.json`; return the model as stored.
 
     The returned fp32 model carries the weights rounded to bf16, so that what is measured is what
     ships.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16)  # type: ignore[arg-type]
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.generation_config.do_sample = False
-    model.save_pretrained(folder)
-    # safetensors writes files that only their owner may read.
-    (folder / "model.safetensors").chmod(0o644)
-    tokenizer.save_pretrained(folder)
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    _name_tokenizer_class(folder / "tokenizer_config.json")
+    export_checkpoint(model, tokenizer, folder)
     facts = {
         "num_parameters": num_parameters(model),
         "num_steps": progress.step,
@@ -44,6 +34,26 @@ def export_model(
     }
     (folder / TRAINING_FACTS).write_text(json.dumps(facts, indent=1) + "\n")
     return load_model(folder)
+
+
+def export_checkpoint(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path
+) -> None:
+    """Write config, weights (in the type they have), tokenizer and chat template."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generation = model.generation_config
+    assert generation is not None
+    generation.eos_token_id = tokenizer.eos_token_id
+    generation.pad_token_id = tokenizer.pad_token_id
+    generation.do_sample = False
+    model.save_pretrained(folder)
+    # safetensors writes files that only their owner may read.
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)
+    tokenizer.save_pretrained(folder)
+    template = tokenizer.get_chat_template()  # type: ignore[no-untyped-call]
+    (folder / "chat_template.jinja").write_text(template)
+    _name_tokenizer_class(folder / "tokenizer_config.json")
 
 
 def _name_tokenizer_class(path: Path) -> None:
