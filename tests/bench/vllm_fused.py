@@ -1,0 +1,193 @@
+"""The fused ensemble inside vLLM against its rivals: `make bench-vllm`.
+
+For 4 and for 8 members, at 1, 8 and 32 concurrent requests, tokens per second of
+
+- ours: one vLLM engine over the folder that `shoal stack` writes;
+- apart: a vLLM engine per member, stepped in lock-step. Only their steps are counted, not reading
+  and averaging their distributions (vLLM has no call for that), so this flatters them;
+- base: one vLLM engine over a base with as many parameters as all members together;
+- stacked: Shoal's own engine over the same members;
+
+and the time to the first token of a single request. All run in this process with the same threads,
+in turn, on random weights (speed does not depend on them), float32, greedy. Ratios are of medians
+over interleaved rounds. The ceiling is the bandwidth of reading as many bytes as all weights have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import tempfile
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from models.card import read_card
+from models.engines.vllm_fused.folder import write_folder
+from tests.bench.engine_models import SHIPPED, School, Size, save_model, weight_bytes
+from tests.bench.harness import RESULTS, Row, environment, print_row, read_bytes_per_s
+from tests.bench.vllm_contenders import Contender, StackedContender, VllmContender
+
+CONCURRENT = (1, 8, 32)
+KV_BYTES = 64 * 2**20
+TARGETS = {"apart": 3.0, "base": 1.0}
+# Members of the shipped shape; the base is as wide and deep as it takes to have their parameters.
+SCHOOLS = (
+    SHIPPED,
+    School(
+        name="8 x 1.2 M",
+        num_members=8,
+        member=SHIPPED.member,
+        base=Size(
+            hidden_size=384,
+            num_layers=6,
+            feed_forward_size=912,
+            num_heads=12,
+            num_kv_heads=4,
+            head_size=32,
+            vocab_size=512,
+        ),
+    ),
+)
+
+
+def measure(
+    school: School, folder: Path, *, num_tokens: int, rounds: int, compiled: bool
+) -> list[Row]:
+    """Save the school's models under `folder`, run every contender in turn, return rows."""
+    members = [
+        save_model(folder / f"m{i}", school.member, seed=i) for i in range(school.num_members)
+    ]
+    base = save_model(folder / "base", school.base, seed=99)
+    write_folder({member.name: read_card(member) for member in members}, folder / "fused")
+    in_vllm = partial(
+        VllmContender,
+        num_tokens=num_tokens,
+        dtype="float32",
+        compiled=compiled,
+        max_requests=max(CONCURRENT),
+        kv_bytes=KV_BYTES,
+    )
+    with ExitStack() as stack:
+        runner = stack.enter_context(asyncio.Runner())
+        contenders: dict[str, Contender] = {
+            "ours": in_vllm([folder / "fused"]),
+            "apart": in_vllm(members),
+            "base": in_vllm([base]),
+            "stacked": StackedContender(
+                members, num_tokens, runner, device="cpu", dtype="float32", kv_bytes=KV_BYTES
+            ),
+        }
+        for contender in contenders.values():
+            stack.callback(contender.stop)
+        num_bytes = weight_bytes(members)
+        ceiling_per_s = read_bytes_per_s(num_bytes) / num_bytes
+        return [
+            row
+            for num_requests in CONCURRENT
+            for row in _compare(
+                school,
+                contenders,
+                num_requests,
+                num_tokens=num_tokens,
+                rounds=rounds,
+                details={
+                    "steps_ceiling_per_s": round(ceiling_per_s, 1),
+                    "member_bytes": num_bytes,
+                    "base_bytes": weight_bytes([base]),
+                },
+            )
+        ]
+
+
+def _compare(
+    school: School,
+    contenders: dict[str, Contender],
+    num_requests: int,
+    *,
+    num_tokens: int,
+    rounds: int,
+    details: Row,
+) -> list[Row]:
+    """Run all in turn, `rounds` times after one unmeasured; a row per rival (and for latency)."""
+    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+    for number in range(rounds + 1):
+        for name, contender in contenders.items():
+            figures = contender(num_requests)
+            if number:
+                runs[name].append(figures)
+    rows = []
+    for place, unit in enumerate(("ms to the first token", "tokens/s")):
+        if place == 0 and num_requests > 1:
+            continue
+        median = {
+            name: statistics.median(figures[place] for figures in its) for name, its in runs.items()
+        }
+        for rival in ("apart", "base", "stacked"):
+            faster = median[rival] / median["ours"]
+            target = TARGETS.get(rival) if place == 1 else None
+            tokens = num_requests * num_tokens
+            ours, other = (
+                (tokens / median["ours"], tokens / median[rival])
+                if place == 1
+                else (1e3 * median["ours"], 1e3 * median[rival])
+            )
+            rows.append(
+                {
+                    "name": f"{school.name}: fused in vLLM against {rival}, {num_requests} at once",
+                    "unit": unit,
+                    "ours": round(ours, 1),
+                    "other": round(other, 1),
+                    "measured": round(faster, 2),
+                    "target": target,
+                    "rounds": rounds,
+                    **details,
+                    **({} if target is None else {"ok": faster >= target}),
+                }
+            )
+            print_row(rows[-1])
+    return rows
+
+
+def main() -> None:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.vllm_fused")
+    parser.add_argument("--members", type=int, choices=[4, 8], help="only this school")
+    parser.add_argument("--tokens", type=int, default=48, help="length of every answer")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of every side")
+    parser.add_argument("--compiled", action="store_true", help="vLLM compiles (all of its sides)")
+    arguments = parser.parse_args()
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("OMP_NUM_THREADS", str(arguments.threads))
+    torch.set_num_threads(arguments.threads)
+    rows: list[Row] = []
+    for school in SCHOOLS:
+        if arguments.members in (None, school.num_members):
+            with tempfile.TemporaryDirectory() as folder:
+                rows += measure(
+                    school,
+                    Path(folder),
+                    num_tokens=arguments.tokens,
+                    rounds=arguments.rounds,
+                    compiled=arguments.compiled,
+                )
+    record = {"environment": environment(), "arguments": vars(arguments), "rows": rows}
+    RESULTS.mkdir(exist_ok=True)
+    day, host = record["environment"]["date"][:10], record["environment"]["host"]
+    file = RESULTS / f"{day}-{host}-vllm.json"
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    temporary.replace(file)
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()
