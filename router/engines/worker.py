@@ -12,7 +12,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from models.engines.base import Chunk, Engine, EngineStats, GenerationRequest, HasMetrics
 from router.energy.chunk import energy_of, metered
@@ -102,7 +102,8 @@ class EngineWorker:
     async def stats(self) -> EngineStats:
         """Return a snapshot."""
         self._engine.check_health()
-        return self._engine.stats()
+        stats = self._engine.stats()
+        return stats if self._meter is None else replace(stats, idle_wh=self._meter.idle_wh)
 
 
 def set_num_threads(num_threads: int | None) -> None:

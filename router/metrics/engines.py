@@ -9,7 +9,7 @@ from models.engines.base import EngineStats
 from models.errors import EngineError
 from router.engines.base import EngineClient
 from router.metrics import families as f
-from router.metrics.family import Series
+from router.metrics.family import Family, Series
 
 _TIMEOUT_S = 3.0  # a scrape is given up after ten
 
@@ -32,12 +32,13 @@ async def _ask(name: str, engine: EngineClient) -> dict[Series, float]:
 
 
 def _gauges(name: str, stats: EngineStats) -> dict[Series, float]:
-    found = {
+    found: dict[Family, float] = {
         f.ENGINE_RUNNING: stats.running_requests,
         f.ENGINE_QUEUED: stats.queued_requests,
         f.ENGINE_LANES: stats.active_lanes,
         f.ENGINE_KV_USED: stats.kv_bytes_used,
         f.ENGINE_KV_CAPACITY: stats.kv_bytes_total,
+        f.ENGINE_IDLE_WH: stats.idle_wh,
     }
     if stats.circuit is not None:
         found[f.ENGINE_CIRCUIT_OPEN] = int(stats.circuit == "open")

@@ -216,6 +216,11 @@ ENGINE_KV_CAPACITY = _gauge(
     "Key/value cache that there is; 0 where the engine doesn't say.",
     labels=("engine",),
 )
+ENGINE_IDLE_WH = _gauge(
+    "shoal_engine_idle_wh",
+    "Watt-hours drawn while no request ran, since the running replicas began; 0 without a meter.",
+    labels=("engine",),
+)
 ENGINE_CIRCUIT_OPEN = _gauge(
     "shoal_engine_circuit_open",
     "1 while an engine leaves its remote server alone because that server failed.",
