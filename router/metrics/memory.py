@@ -45,9 +45,13 @@ class MemoryStore:
         self._snapshots[holder] = Snapshot(holder=holder, time_s=now_s, gauges=gauges)
         return True
 
-    def forget(self, *, before_s: float) -> None:
-        """Delete what was published before `before_s`."""
-        self._snapshots = {n: s for n, s in self._snapshots.items() if s.time_s >= before_s}
+    def forget(self, *, before_s: float, holder: str | None = None) -> None:
+        """Delete what was published before `before_s`, and all that `holder` published."""
+        self._snapshots = {
+            name: snapshot
+            for name, snapshot in self._snapshots.items()
+            if snapshot.time_s >= before_s and name != holder
+        }
 
 
 class CountingRecorder:

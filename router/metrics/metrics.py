@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from typing import TypeAlias
 
@@ -78,6 +79,9 @@ class Metrics:
         finally:
             if self._reports is not None:
                 await self._reports.close()
+            # Else it would count as alive for a while.
+            with suppress(SQLAlchemyError):
+                await asyncio.to_thread(self._store.forget, before_s=0.0, holder=self._holder)
 
     async def page(self, accept: str = "") -> tuple[bytes, str]:
         """Return the page and its content type, in the format that the `Accept` header wants."""

@@ -28,7 +28,7 @@ _PUBLISH = sa.text(
     "ON CONFLICT (holder) DO UPDATE SET time_s = excluded.time_s, gauges = excluded.gauges"
 )
 _SNAPSHOTS = sa.text("SELECT holder, time_s, gauges FROM metric_snapshots WHERE time_s > :since_s")
-_FORGET = sa.text("DELETE FROM metric_snapshots WHERE time_s < :before_s")
+_FORGET = sa.text("DELETE FROM metric_snapshots WHERE time_s < :before_s OR holder = :holder")
 _CLAIM = sa.text(
     "UPDATE metric_snapshots SET time_s = :now_s WHERE holder = :holder AND time_s <= :due_s"
 )
@@ -78,8 +78,8 @@ class Store(Protocol):
         """Return whether the caller is to publish as `holder` now: nobody was, for `every_s`."""
         ...
 
-    def forget(self, *, before_s: float) -> None:
-        """Delete what was published before `before_s`."""
+    def forget(self, *, before_s: float, holder: str | None = None) -> None:
+        """Delete what was published before `before_s`, and all that `holder` published."""
         ...
 
 
@@ -123,10 +123,10 @@ class LedgerStore:
             due = {"holder": holder, "now_s": now_s, "due_s": now_s - every_s}
             return connection.execute(_CLAIM, due).rowcount == 1
 
-    def forget(self, *, before_s: float) -> None:
-        """Delete what was published before `before_s`."""
+    def forget(self, *, before_s: float, holder: str | None = None) -> None:
+        """Delete what was published before `before_s`, and all that `holder` published."""
         with writing(self._database) as connection:
-            connection.execute(_FORGET, {"before_s": before_s})
+            connection.execute(_FORGET, {"before_s": before_s, "holder": holder})
 
 
 @lru_cache(maxsize=10_000)

@@ -101,6 +101,7 @@ def test_counters_go_on_after_a_restart(tmp_path: Path) -> None:
     for name in counting:
         assert before[name] == reborn[name] <= after[name], name
     assert after['shoal_requests_total{arm="none",policy="auto",status="200"}'] == 2
+    assert after["shoal_ingress_replicas"] == 1, "the one before has said goodbye"
 
 
 def test_a_missing_database_leaves_a_page(

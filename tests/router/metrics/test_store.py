@@ -117,6 +117,8 @@ def test_snapshots_replace_and_age(store: Store) -> None:
     assert (found["a"].time_s, dict(found["a"].gauges)) == (110, {gauge: 0.0})
     store.forget(before_s=105)
     assert [snapshot.holder for snapshot in store.snapshots(since_s=0)] == ["a"]
+    store.forget(before_s=0, holder="a")
+    assert store.snapshots(since_s=0) == []
 
 
 def test_one_claims_for_all(store: Store) -> None:
