@@ -39,15 +39,15 @@ class RequestRecord:
     time at which it arrived. `model` is what the client asked for, `policy` what decided (None
     where a model or a plan was named), `plan` its JSON (None if refused before a plan was made).
     `prompt_tokens` and `output_tokens` are the client's usage, `members` and `costs` everything
-    that ran for it, stages that were not accepted included. `energy_method` says how `wh` and `gco2e`
-    are known (`policies.footprint.Footprint.method`; None where nothing ran). `status` is the HTTP status, 499 where
-    the client left; `error` the error's code. `ttft_s` is the time to the first text (None if there
-    was none). `user_hash` is SHA-256 of the body's `user`, cut to 16 hexadecimal digits. `scores`
-    are the policy's predictions, `stages` what ran, in order: plan path, members, score, tokens,
-    seconds, outcome. `experiment` and `arm` are where the request took part, `unit` the hash of the
-    randomised unit and `propensity` the probability with which it got this arm; None outside of
-    experiments. `expected_quality` is the default policy's prediction, whichever policy decided: a
-    covariate. `answer_digest` tells whether a label equals the answer (`router.digest`).
+    that ran for it, stages that were not accepted included. `energy_method` says how `wh` and
+    `gco2e` are known (`Footprint.method`; None where nothing ran). `status` is the HTTP status, 499
+    where the client left; `error` the error's code. `ttft_s` is the time to the first text (None if
+    there was none). `user_hash` is SHA-256 of the body's `user`, cut to 16 hexadecimal digits.
+    `scores` are the policy's predictions, `stages` what ran, in order: plan path, members, score,
+    tokens, seconds, outcome. `experiment` and `arm` are where the request took part, `unit` the
+    hash of the randomised unit and `propensity` the probability with which it got this arm; None
+    outside of experiments. `expected_quality` is the default policy's prediction, whichever policy
+    decided: a covariate. `answer_digest` tells whether a label equals the answer (`router.digest`).
     `query_text` (the last user message) and `answer_text` are None unless `ledger.keep_text`.
     """
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,14 +18,14 @@ from numpy.typing import NDArray
 
 from policies.base import Decision, ModelFacts, Query
 from policies.budget.candidates import Candidate, Key, candidates, key_of, plan_of
-from policies.budget.costs import Corrections, CostModel
+from policies.budget.costs import Coefficients, Corrections, CostModel
 from policies.budget.pace import Pace
 from policies.budget.prices import Level, Samples, solve_prices
 from policies.budget.targets import Target, spent
 from policies.errors import PolicyError
 from policies.footprint import Footprint, estimate
 from policies.laws.ensemble import EnsembleLaw
-from policies.limits import Limits
+from policies.limits import NO_LIMITS, Limits
 from policies.plan import Answer, Plan
 
 # Prices wait for this many requests, then are solved again after so many more or so many seconds.
@@ -57,7 +56,7 @@ class Controller:
         targets: Sequence[Target] = (),
         law: EnsembleLaw | None = None,
         groups: Sequence[Sequence[str]] = (),
-        limits: Limits = Limits(),  # noqa: B008 - frozen
+        limits: Limits = NO_LIMITS,
         expected_output_tokens: int = 128,
         window_s: float = 86_400,
         num_samples: int = 2048,
@@ -73,6 +72,7 @@ class Controller:
         if len(set(names)) != len(names):
             raise PolicyError(f"targets: each resource at most once, got {', '.join(names)}")
         self.targets = tuple(targets)
+        self._resources = tuple(names)
         self._clock = clock
         self._law = law
         self._groups = tuple(tuple(group) for group in groups)
@@ -89,6 +89,7 @@ class Controller:
         self._pending = [0.0] * len(targets)
         self._since_solve = 0
         self._solved_s = -math.inf
+        self._mean_member: Coefficients | None = None
         self._lock = threading.Lock()
 
     def prices(self) -> dict[str, float]:
@@ -111,37 +112,34 @@ class Controller:
         prices = self._prices
         limits = _stricter(self._limits, query.limits)
         options, n_star = self._candidates(query, decision, prices)
-        expected = self._expected([option.key for option in options], query)
-        if self.targets:
-            self._note(now_s, options, expected)
+        expected_RC = self._expected([option.key for option in options], query)
         allowed, unmet = self._allowed(options, query, limits)
-        best, best_value = allowed[0], -math.inf
-        for index in allowed:
-            value = options[index].quality
-            for price, cost in zip(prices, expected[index], strict=True):
-                value -= price * cost
-            if value > best_value:
-                best, best_value = index, value
+        value_C = [option.quality for option in options]
+        for price, cost_C in zip(prices, expected_RC, strict=True):
+            value_C = [value - price * cost for value, cost in zip(value_C, cost_C, strict=True)]
+        best = max(allowed, key=value_C.__getitem__)
         if unmet and unmet != ("quality_floor",):
             # It cannot run within its limits: the router refuses it, and it costs nothing.
-            expected[best] = [0.0] * len(self.targets)
+            expected = [0.0] * len(self.targets)
+        else:
+            expected = [cost_C[best] for cost_C in expected_RC]
         if self.targets:
-            self._commit(expected[best])
+            self._note(now_s, options, expected_RC, expected)
         chosen = options[best]
         plan = plan_of(chosen.key, decision)
         details: dict[str, Any] = {
             "quality": chosen.quality,
-            "expected": dict(zip((t.resource for t in self.targets), expected[best], strict=True)),
-            "prices": self.prices(),
+            "expected": dict(zip(self._resources, expected, strict=True)),
+            "prices": dict(zip(self._resources, self._prices, strict=True)),
             "considered": len(options),
             "unmet": list(unmet),
         }
-        if math.isfinite(n_star):
+        if n_star < math.inf:
             details["n_star"] = n_star
-        return replace(
-            decision,
+        return Decision(
             plan=plan,
-            reason=_reason(decision, plan, unmet),
+            scores=decision.scores,
+            reason=_reason(decision, chosen.key, unmet),
             details={**decision.details, "budget": details},
         )
 
@@ -186,11 +184,10 @@ class Controller:
     ) -> tuple[list[Candidate], float]:
         n_star = math.inf
         if self._law is not None and self._fusible and any(prices):
-            # The mean member's priced cost; members of a group are alike in size.
-            alone = self._expected(self._fusible, query)
-            priced = sum(
-                price * cost for costs in alone for price, cost in zip(prices, costs, strict=True)
-            ) / len(alone)
+            prompt_tokens, output_tokens = query.prompt_tokens, self._output_tokens(query)
+            priced = 0.0
+            for price, (per_prompt, per_output) in zip(prices, self._member_cost(), strict=True):
+                priced += price * (per_prompt * prompt_tokens + per_output * output_tokens)
             n_star = self._law.optimal_members(1.0, priced)
         return candidates(
             decision,
@@ -198,6 +195,27 @@ class Controller:
             groups=self._groups,
             max_members=_MEMBERS_MARGIN * math.ceil(n_star) if math.isfinite(n_star) else n_star,
         ), n_star
+
+    def _member_cost(self) -> Coefficients:
+        """Return what the mean fusible member costs; members of a group are alike in size."""
+        if self._mean_member is None:
+            every = [
+                [
+                    (read * factor, written * factor)
+                    for read, written in self._costs.coefficients(key)
+                ]
+                for key, factor in zip(
+                    self._fusible, self._corrections.of_each(self._fusible), strict=True
+                )
+            ]
+            self._mean_member = tuple(
+                (
+                    sum(read for read, _ in column) / len(column),
+                    sum(written for _, written in column) / len(column),
+                )
+                for column in zip(*every, strict=True)
+            )
+        return self._mean_member
 
     def _estimate(self, key: Key, query: Query) -> list[float]:
         """Return the estimated cost of `key` in each target's resource."""
@@ -208,19 +226,19 @@ class Controller:
         ]
 
     def _expected(self, keys: Sequence[Key], query: Query) -> list[list[float]]:
-        """Return the estimates as corrected by what was measured before."""
+        """Return, per resource, the estimates as corrected by what was measured before."""
+        if not self.targets:
+            return []
         prompt_tokens, output_tokens = query.prompt_tokens, self._output_tokens(query)
-        coefficients, correction = self._costs.coefficients, self._corrections.of
-        expected = []
-        for key in keys:
-            factor = correction(key)
-            expected.append(
-                [
-                    (per_prompt * prompt_tokens + per_output * output_tokens) * factor
-                    for per_prompt, per_output in coefficients(key)
-                ]
-            )
-        return expected
+        factors = self._corrections.of_each(keys)
+        coefficients = self._costs.coefficients
+        return [
+            [
+                (per_prompt * prompt_tokens + per_output * output_tokens) * factor
+                for (per_prompt, per_output), factor in zip(column, factors, strict=True)
+            ]
+            for column in zip(*[coefficients(key) for key in keys], strict=True)
+        ]
 
     def _output_tokens(self, query: Query) -> int:
         expected = self._expected_output_tokens
@@ -228,10 +246,12 @@ class Controller:
 
     def _allowed(
         self, options: Sequence[Candidate], query: Query, limits: Limits
-    ) -> tuple[list[int], tuple[str, ...]]:
+    ) -> tuple[Sequence[int], tuple[str, ...]]:
         """Return the candidates within the limits, and the limits that none meets."""
-        everything = list(range(len(options)))
-        within = everything
+        everything = range(len(options))
+        if limits is NO_LIMITS:
+            return everything, ()
+        within: Sequence[int] = everything
         if limits.caps_cost:
             worst = [self._worst_case(option.key, query) for option in options]
             exceeded = [limits.exceeded(cost) for cost in worst]
@@ -257,9 +277,13 @@ class Controller:
         )
 
     def _note(
-        self, now_s: float, options: Sequence[Candidate], expected: Sequence[Sequence[float]]
+        self,
+        now_s: float,
+        options: Sequence[Candidate],
+        expected_RC: Sequence[Sequence[float]],
+        expected: Sequence[float],
     ) -> None:
-        """Count a request and keep its candidates as a sample of the ones to come."""
+        """Count a request at what it is `expected` to cost; keep its candidates as a sample."""
         with self._lock:
             self._reprice()
             self._count(now_s, 1)
@@ -269,15 +293,12 @@ class Controller:
                     max_candidates=2 * len(options),
                     num_resources=len(self.targets),
                 )
-            self._samples.add([option.quality for option in options], expected)
+            self._samples.add([option.quality for option in options], expected_RC)
             self._since_solve += 1
-
-    def _commit(self, expected: Sequence[float]) -> None:
-        with self._lock:
             for index, amount in enumerate(expected):
                 self._spent[index] += amount
                 self._pending[index] += amount
-            self._solve_if_due(self._clock())
+            self._solve_if_due(now_s)
 
     def _count(self, now_s: float, num_requests: int) -> None:
         intensity = self._costs.gco2e_per_wh
@@ -292,6 +313,7 @@ class Controller:
                 for index, target in enumerate(self.targets):
                     if target.resource == "gco2e":
                         self._samples.rescale(index, after / before)
+            self._mean_member = None
             self._solved_s = -math.inf
 
     def _solve_if_due(self, now_s: float) -> None:
@@ -322,6 +344,7 @@ class Controller:
             levels=self._levels(horizon.requests, horizon.intensity),
             start=self._prices,
         )
+        self._mean_member = None
         self._since_solve = 0
         self._solved_s = now_s
 
@@ -360,7 +383,7 @@ def _group(bins: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _stricter(ours: Limits, theirs: Limits) -> Limits:
-    if ours == theirs:
+    if theirs is NO_LIMITS:
         return ours
 
     def least(one: float | None, other: float | None) -> float | None:
@@ -380,9 +403,9 @@ def _size(cost: Footprint) -> tuple[float, float, float]:
     return (cost.usd, cost.wh, cost.latency_s)
 
 
-def _reason(decision: Decision, plan: Plan, unmet: Sequence[str]) -> str:
+def _reason(decision: Decision, chosen: Key, unmet: Sequence[str]) -> str:
     if unmet:
         return f"{decision.reason}; no plan meets {', '.join(unmet)}"
-    if key_of(plan) == key_of(decision.plan):
+    if chosen == key_of(decision.plan):
         return f"{decision.reason}; worth its price"
     return f"{decision.reason}; another plan is the better bargain"

@@ -82,14 +82,15 @@ class Corrections:
         self._ratios: dict[object, tuple[float, int]] = {}
         self._overall = (1.0, 0)
 
-    def of(self, key: Key) -> float:
-        """Return the factor by which to multiply the estimate of `key`."""
-        ratios, unknown = self._ratios, self._overall
-        if isinstance(key, tuple):
-            if len(key) == 1:
-                return ratios.get(key[0], unknown)[0]
-            return sum(ratios.get(name, unknown)[0] for name in key) / len(key)
-        return ratios.get(key, unknown)[0]
+    def of_each(self, keys: Sequence[Key]) -> list[float]:
+        """Return the factors by which to multiply the estimates of `keys`."""
+        factors = _Factors(self._ratios, self._overall[0])
+        return [
+            (factors[key[0]] if len(key) == 1 else sum(map(factors.__getitem__, key)) / len(key))
+            if isinstance(key, tuple)
+            else factors[key]
+            for key in keys
+        ]
 
     def learn(self, key: Key, *, measured: float, estimated: float) -> None:
         """Take one measurement; an estimate of zero teaches nothing."""
@@ -105,3 +106,16 @@ class Corrections:
     def _updated(self, mean: float, count: int, ratio: float) -> tuple[float, int]:
         weight = max(1 / (count + 1), self._MIN_WEIGHT)
         return mean + weight * (ratio - mean), count + 1
+
+
+class _Factors(dict[object, float]):
+    """The means alone, looked up once each, and `unknown` for what was never measured."""
+
+    def __init__(self, ratios: Mapping[object, tuple[float, int]], unknown: float) -> None:
+        self._ratios = ratios
+        self._unknown = unknown
+
+    def __missing__(self, part: object) -> float:
+        found = self._ratios.get(part)
+        factor = self[part] = self._unknown if found is None else found[0]
+        return factor

@@ -17,13 +17,20 @@ NUM_BINS = 96
 _SMOOTHING = 0.5
 # Today's level weighs against yesterday's like this share of a day's traffic: bursts pass.
 _LEVEL_PRIOR = 0.25
+_LEVEL_SWEEPS = 8
 # Profiles are averaged over this many bins each side, so that yesterday's bursts do not recur.
 _SMOOTH_BINS = 2
-# Before the first profile is known, one minute is the least to judge a rate by.
+# One bin's requests count towards today's level up to this multiple of the level: bursts pass.
+_BURST = 2.0
+# Beyond that, traffic returns from what it is now to its level within about so many bins.
+_PASSING_BINS = 4.0
+# Before the first profile is known: one minute is the least to judge a rate by, and as requests
+# come in bursts, so many tell as much of the rhythm as one that came by itself.
 _MIN_ELAPSED_S = 60.0
+_PER_INDEPENDENT = 100.0
 # The forecast reaches at least this share of a window ahead, into the next one if need be, so that
 # the last requests of a window are neither starved nor spoilt.
-_MIN_HORIZON = 1 / 24
+_MIN_HORIZON = 1 / 96
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,13 +123,13 @@ class Pace:
         shares[-1] = max(0.0, left_s / self._bin_s - shares[:-1].sum())
         beyond = bins < here
         if self._profile is None:
-            rate = self.num_requests / max(self._elapsed_s, _MIN_ELAPSED_S)
-            requests = np.full(num_bins, rate * self._bin_s) * shares
-            per_window = rate * self.window_s
+            usual = self._guess(now_s)
         else:
-            level = self._level(here, 1 - left_in_bin)
-            requests = self._profile[bins] * level * shares
-            per_window = float(self._profile.sum()) * level
+            usual = self._profile * self._level(here, 1 - left_in_bin)
+        surplus = self._surplus(here, 1 - left_in_bin, usual)
+        passing = np.exp(-np.arange(num_bins) / _PASSING_BINS)
+        requests = usual[bins] * (1 + surplus * passing) * shares
+        per_window = float(usual.sum())
         return Horizon(
             seconds=window_left_s,
             beyond=float(requests[beyond].sum()) / max(per_window, 1e-9),
@@ -133,9 +140,42 @@ class Pace:
     def _level(self, here: int, share_of_bin: float) -> float:
         """Return today's traffic relative to the profile's, drawn towards one early in the day."""
         assert self._profile is not None
-        expected = self._profile[:here].sum() + share_of_bin * self._profile[here]
+        expected = self._profile[: here + 1].copy()
+        expected[-1] *= share_of_bin
+        counts = self._counts[: here + 1]
         prior = _LEVEL_PRIOR * self._profile.sum()
-        return float((self.num_requests + prior) / max(expected + prior, 1e-9))
+        total = max(float(expected.sum() + prior), 1e-9)
+        level = float(counts.sum() + prior) / total
+        for _ in range(_LEVEL_SWEEPS):
+            # What is beyond a burst's share, and three standard deviations of a quiet bin, passes.
+            usual = level * expected
+            kept = np.minimum(counts, _BURST * usual + 3 * np.sqrt(usual) + 1)
+            level = float(kept.sum() + prior) / total
+        return level
+
+    def _surplus(self, here: int, share_of_bin: float, usual: NDArray[np.float64]) -> float:
+        """Return by which share this bin and the one before exceed what is usual for them."""
+        expected = usual[here] * share_of_bin + (usual[here - 1] if here else 0.0)
+        counted = self._counts[here] + (self._counts[here - 1] if here else 0.0)
+        # As much again as is usual for a bin is taken to have been as usual.
+        return float((counted - expected) / max(expected + usual[here], 1e-9))
+
+    def _guess(self, now_s: float) -> NDArray[np.float64]:
+        """Return the requests of a whole window's bins, before any window has been seen whole.
+
+        The mean over daily rhythms of all kinds, weighted by how well each explains the requests so
+        far: a flat forecast would take a quiet night for the whole day.
+        """
+        assert self._started_s is not None
+        edges_s = np.arange(NUM_BINS + 1) * self._bin_s
+        start_s = (now_s // self.window_s) * self.window_s
+        seen_s = np.clip(edges_s, self._started_s - start_s, now_s - start_s)
+        rhythms = _rhythms((start_s + edges_s[:-1] + self._bin_s / 2) / 86_400)
+        passed = np.maximum(rhythms @ np.diff(seen_s), _MIN_ELAPSED_S) / self._bin_s
+        fit = np.log(rhythms) @ self._counts - self.num_requests * np.log(passed)
+        weight = np.exp((fit - fit.max()) / _PER_INDEPENDENT)
+        guess: NDArray[np.float64] = (weight / weight.sum() * self.num_requests / passed) @ rhythms
+        return guess
 
     def _relative(self, here: int, bins: NDArray[np.int_]) -> NDArray[np.float64]:
         """Return the grid's rhythm; a day dirtier than yesterday is taken to stay so."""
@@ -161,6 +201,16 @@ class Pace:
         self._started_s = now_s if first else window * self.window_s
         self._window = window
         self._elapsed_s = 0.0
+
+
+def _rhythms(days: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return [rhythms, times] of mean one: flat, or with one or two peaks a day at any hour."""
+    hours = np.arange(24) / 24
+    once = np.cos(2 * np.pi * (days - hours[:, None]))
+    twice = np.vstack([np.zeros(len(days)), 0.4 * np.cos(4 * np.pi * (days - hours[:12, None]))])
+    swinging = np.concatenate([1 + size * once for size in (0.4, 0.7)])
+    every = (swinging[:, None] + twice).reshape(-1, len(days))
+    return np.maximum(np.vstack([np.ones(len(days)), every]), 0.1)
 
 
 def _blend(old: NDArray[np.float64] | None, new: NDArray[np.float64]) -> NDArray[np.float64]:

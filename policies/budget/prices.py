@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 # Prices are found to this relative precision; quality is flat around the best one.
 _PRECISION = 0.01
-# A budget that not even the cheapest plans keep is treated as this much more than they cost: the
-# last percents of saving would cost all the quality there is, and could not save the target.
-_LEAST_OVER_CHEAPEST = 1.1
+# The highest price: saving what the cheapest plan costs is then worth this many right answers.
+# What would still be saved beyond lies in hair's breadths between plans that cost alike, and where
+# a budget cannot be kept at all, giving up all quality for them would not keep it either.
+_DEAREST = 10.0
 _SWEEPS = 3
 _NOT_A_CANDIDATE = -1e9
 
@@ -28,13 +29,12 @@ _NOT_A_CANDIDATE = -1e9
 class Samples:
     """A ring of the last requests' candidates; not thread-safe.
 
-    `qualities_SC` and `costs_SCR` are [samples, candidates(, resources)]; unused candidates have a
-    quality that no price makes attractive.
+    Unused candidates have a quality that no price makes attractive.
     """
 
     def __init__(self, *, size: int, max_candidates: int, num_resources: int) -> None:
         self._qualities = np.full((size, max_candidates), _NOT_A_CANDIDATE)
-        self._costs = np.zeros((size, max_candidates, num_resources))
+        self._costs_RSC = np.zeros((num_resources, size, max_candidates))
         self._next = 0
         self._num_candidates = 1
         self.num_samples = 0
@@ -43,25 +43,26 @@ class Samples:
         """Return whether a request with so many candidates can be taken."""
         return num_candidates <= self._qualities.shape[1]
 
-    def add(self, qualities: Sequence[float], costs: Sequence[Sequence[float]]) -> None:
+    def add(self, qualities: Sequence[float], costs_RC: Sequence[Sequence[float]]) -> None:
         """Take one request's candidates, replacing the oldest request's."""
         row = self._next
         num = len(qualities)
         self._num_candidates = max(self._num_candidates, num)
         self._qualities[row, :num] = qualities
         self._qualities[row, num:] = _NOT_A_CANDIDATE
-        self._costs[row, :num] = costs
+        for costs_SC, costs in zip(self._costs_RSC, costs_RC, strict=True):
+            costs_SC[row, :num] = costs
         self._next = (row + 1) % len(self._qualities)
         self.num_samples = min(self.num_samples + 1, len(self._qualities))
 
     def rescale(self, resource: int, factor: float) -> None:
         """Multiply every cost in one resource (the grid's intensity has changed)."""
-        self._costs[:, :, resource] *= factor
+        self._costs_RSC[resource] *= factor
 
     def view(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return copies of qualities and costs of the samples there are."""
+        """Return copies of the samples' qualities [S, C] and costs [S, C, R]."""
         used = slice(self.num_samples), slice(self._num_candidates)
-        return self._qualities[used].copy(), self._costs[used].copy()
+        return self._qualities[used].copy(), np.stack([c[used] for c in self._costs_RSC], axis=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +83,9 @@ def solve_prices(
 ) -> tuple[float, ...]:
     """Return a price per resource, in quality per unit, that meets the mean cost allowed.
 
-    A resource whose allowance the best plans keep anyway costs nothing; an allowance below what the
-    cheapest plans cost, or close to it, is raised to a tenth above that. Several resources are
-    solved in turn, each with the others' prices fixed.
+    A resource whose allowance the best plans keep anyway costs nothing; one whose allowance not
+    even the cheapest plans keep has the highest price. Several resources are solved in turn, each
+    with the others' prices fixed.
     """
     prices = list(start)
     scaled = [costs_SCR * np.array(level.factors) for level in levels]
@@ -102,7 +103,8 @@ def solve_prices(
         return total
 
     def too_cheap(resource: int, allowance: float, price: float) -> bool:
-        return mean_cost(resource, price) > allowance
+        # What keeps the allowance exactly must not miss it by a rounding error.
+        return mean_cost(resource, price) > allowance * (1 + 1e-9)
 
     real = qualities_SC > _NOT_A_CANDIDATE / 2
     least = [
@@ -111,13 +113,12 @@ def solve_prices(
         for resource in range(len(prices))
     ]
     for _ in range(_SWEEPS if len(prices) > 1 else 1):
-        for resource, allowed in enumerate(allowances):
-            allowance = max(allowed, _LEAST_OVER_CHEAPEST * least[resource])
+        for resource, allowance in enumerate(allowances):
             guess = prices[resource]
             if too_cheap(resource, allowance, 0.0):
-                usual, ceiling = _scale(costs_SCR[:, :, resource], qualities_SC)
+                ceiling = _DEAREST / max(least[resource], 1e-30)
                 low, high = _bracket(
-                    partial(too_cheap, resource, allowance), guess or usual, ceiling
+                    partial(too_cheap, resource, allowance), guess or 0.01 * ceiling, ceiling
                 )
                 while high > low * (1 + _PRECISION):
                     middle = math.sqrt(low * high)
@@ -150,10 +151,3 @@ def _bracket(
         if too_cheap(low):
             return low, high
         high, factor = low, factor * 1.5
-
-
-def _scale(costs: NDArray[np.float64], qualities: NDArray[np.float64]) -> tuple[float, float]:
-    """Return a price of the right order, and one at which nothing but cost counts."""
-    real = costs[qualities > _NOT_A_CANDIDATE / 2]
-    mean = max(float(real.mean()), 1e-30)
-    return 1 / mean, 1e4 / mean

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from policies.errors import LawError
-from policies.laws.fitting import Constant, Fitted, Number, as_array, fit_constants, power
+from policies.laws.fitting import Constant, Fitted, Number, fit_law, power
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,17 +46,14 @@ class CompressionLaw:
         num_resamples: int = 200,
     ) -> Fitted[CompressionLaw]:
         """Fit both exponents to measurements, by relative error."""
-        num_points = len(performances)
-        P0 = as_array(base_performances, "base_performances", num_points)
-        r = as_array(compression_ratios, "compression_ratios", num_points)
-        return fit_constants(
-            build=cls,
-            predict=lambda law: law.predict(P0, r),
+        return fit_law(
+            cls,
+            at={"base_performance": base_performances, "compression_ratio": compression_ratios},
+            losses=performances,
             constants=(
                 Constant(name="alpha", starts=(1.0,), positive=False),
                 Constant(name="beta", starts=(-1.0,), positive=False),
             ),
-            measured=as_array(performances, "performances", num_points),
             scale="log",
             seed=seed,
             num_resamples=num_resamples,
@@ -106,19 +103,19 @@ class RecoveryLaw:
         num_resamples: int = 200,
     ) -> Fitted[RecoveryLaw]:
         """Fit the three exponents to measurements, by relative error."""
-        num_points = len(performances)
-        P0 = as_array(base_performances, "base_performances", num_points)
-        r = as_array(compression_ratios, "compression_ratios", num_points)
-        D = as_array(recovery_data, "recovery_data", num_points)
-        return fit_constants(
-            build=cls,
-            predict=lambda law: law.predict(P0, r, D),
+        return fit_law(
+            cls,
+            at={
+                "base_performance": base_performances,
+                "compression_ratio": compression_ratios,
+                "recovery_data": recovery_data,
+            },
+            losses=performances,
             constants=(
                 Constant(name="alpha", starts=(1.0,), positive=False),
                 Constant(name="beta", starts=(-1.0,), positive=False),
                 Constant(name="gamma", starts=(-0.1,), positive=False),
             ),
-            measured=as_array(performances, "performances", num_points),
             scale="log",
             seed=seed,
             num_resamples=num_resamples,
@@ -155,14 +152,11 @@ class RuntimeLaw:
         num_resamples: int = 200,
     ) -> Fitted[RuntimeLaw]:
         """Fit κ to measured times, by relative error."""
-        num_points = len(runtimes_s)
-        T0 = as_array(base_runtimes_s, "base_runtimes_s", num_points)
-        r = as_array(compression_ratios, "compression_ratios", num_points)
-        return fit_constants(
-            build=cls,
-            predict=lambda law: law.predict(T0, r),
+        return fit_law(
+            cls,
+            at={"base_runtime_s": base_runtimes_s, "compression_ratio": compression_ratios},
+            losses=runtimes_s,
             constants=(Constant(name="kappa", starts=(-0.7,), positive=False),),
-            measured=as_array(runtimes_s, "runtimes_s", num_points),
             scale="log",
             seed=seed,
             num_resamples=num_resamples,

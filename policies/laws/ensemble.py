@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from policies.errors import LawError
-from policies.laws.fitting import Constant, Fitted, Number, as_array, fit_constants, power
+from policies.laws.fitting import Constant, Fitted, Number, fit_law, power
 
 # Sengupta et al. 2025, section 4: loose values for illustration, not fitted to language models.
 PAPER_LOOSE_A = 0.83
@@ -60,20 +60,18 @@ class EnsembleLaw:
         num_resamples: int = 200,
     ) -> Fitted[EnsembleLaw]:
         """Fit L0, a and b to measured losses of ensembles of different sizes."""
-        measured = as_array(losses, "losses", len(losses))
-        n = as_array(num_members, "num_members", len(losses))
-        if len(set(n.tolist())) < 3:
+        if len(set(num_members)) < 3:
             raise LawError("num_members: three constants need at least three different sizes")
-        spread = max(float(measured.max() - measured.min()), 1e-6)
-        return fit_constants(
-            build=cls,
-            predict=lambda law: law.predict(n),
+        spread = max(float(max(losses) - min(losses)), 1e-6)
+        return fit_law(
+            cls,
+            at={"num_members": num_members},
+            losses=losses,
             constants=(
-                Constant(name="L0", starts=(float(measured.max()),)),
+                Constant(name="L0", starts=(float(max(losses)),)),
                 Constant(name="a", starts=(0.8, 0.3, 2.0)),
                 Constant(name="b", starts=(spread, 2 * spread)),
             ),
-            measured=measured,
             seed=seed,
             num_resamples=num_resamples,
         )

@@ -8,7 +8,7 @@ studies have, resampling points themselves would leave constants undetermined.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
@@ -55,6 +55,40 @@ class Constant:
     name: str
     starts: tuple[float, ...]
     positive: bool = True
+
+
+def fit_law(
+    build: Callable[..., Law],
+    *,
+    at: Mapping[str, Sequence[float]],
+    losses: Sequence[float],
+    constants: Sequence[Constant],
+    scale: Literal["linear", "log"] = "linear",
+    method: Literal["trf", "lm"] = "trf",
+    seed: int = 0,
+    num_resamples: int = 200,
+) -> Fitted[Law]:
+    """Return the law of the type `build` that comes closest to `losses`, measured at `at`.
+
+    `at` maps each argument of the law's `predict` to its values, one per measurement. For the rest
+    see `fit_constants`. Raises `LawError` also where lengths differ.
+    """
+    points = {name: as_array(values, name, len(losses)) for name, values in at.items()}
+
+    def predict(law: Law) -> Array:
+        predicted: Array = getattr(law, "predict")(**points)  # noqa: B009 - a Law is any type
+        return predicted
+
+    return fit_constants(
+        build=build,
+        predict=predict,
+        constants=constants,
+        measured=as_array(losses, "losses", len(losses)),
+        scale=scale,
+        method=method,
+        seed=seed,
+        num_resamples=num_resamples,
+    )
 
 
 def fit_constants(

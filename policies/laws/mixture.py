@@ -9,7 +9,7 @@ import numpy as np
 from scipy.optimize import brentq
 
 from policies.errors import LawError
-from policies.laws.fitting import Constant, Fitted, Number, as_array, fit_constants, power
+from policies.laws.fitting import Constant, Fitted, Number, fit_law, power
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,15 +53,11 @@ class MixtureLaw:
         num_resamples: int = 200,
     ) -> Fitted[MixtureLaw]:
         """Fit the nine constants to measured losses, by relative error."""
-        num_points = len(losses)
-        measured = as_array(losses, "losses", num_points)
-        N = as_array(parameters, "parameters", num_points)
-        D = as_array(tokens, "tokens", num_points)
-        r = as_array(shares, "shares", num_points)
-        floor = float(measured.min())
-        return fit_constants(
-            build=cls,
-            predict=lambda law: law.predict(N, D, r),
+        floor = float(min(losses))
+        return fit_law(
+            cls,
+            at={"parameters": parameters, "tokens": tokens, "share": shares},
+            losses=losses,
             constants=(
                 Constant(name="A", starts=(10.0, 100.0)),
                 Constant(name="B", starts=(10.0, 100.0)),
@@ -73,7 +69,6 @@ class MixtureLaw:
                 Constant(name="eta", starts=(0.5, 1.0)),
                 Constant(name="epsilon", starts=(0.1, 0.3)),
             ),
-            measured=measured,
             scale="log",
             seed=seed,
             num_resamples=num_resamples,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from policies.laws.fitting import Constant, Fitted, Number, as_array, fit_constants, power
+from policies.laws.fitting import Constant, Fitted, Number, fit_law, power
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,17 +65,15 @@ class PostPruningLaw:
         With one base model, δ, α and Nc cannot be told apart; what they predict for that base is
         still determined.
         """
-        num_points = len(losses)
-        measured = as_array(losses, "losses", num_points)
-        L0 = as_array(base_losses, "base_losses", num_points)
-        rho = as_array(kept_shares, "kept_shares", num_points)
-        N0 = as_array(base_billion_parameters, "base_billion_parameters", num_points)
-        D = as_array(billion_tokens, "billion_tokens", num_points)
-        return fit_constants(
-            build=cls,
-            predict=lambda law: law.predict(
-                base_loss=L0, kept_share=rho, base_billion_parameters=N0, billion_tokens=D
-            ),
+        return fit_law(
+            cls,
+            at={
+                "base_loss": base_losses,
+                "kept_share": kept_shares,
+                "base_billion_parameters": base_billion_parameters,
+                "billion_tokens": billion_tokens,
+            },
+            losses=losses,
             constants=(
                 Constant(name="Nc", starts=(0.1, 1.0)),
                 Constant(name="Dc", starts=(0.3, 1.0)),
@@ -85,7 +83,6 @@ class PostPruningLaw:
                 Constant(name="gamma", starts=(1.0, -1.0), positive=False),
                 Constant(name="delta", starts=(0.3, 0.0), positive=False),
             ),
-            measured=measured,
             seed=seed,
             num_resamples=num_resamples,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from policies.laws.fitting import Array, Constant, Fitted, Number, as_array, fit_constants, power
+from policies.laws.fitting import Constant, Fitted, Number, fit_law, power
 
 # Sengupta et al. 2025, eq. 10: performance grows with carbon to this power.
 PERFORMANCE_CARBON_EXPONENT = 0.08
@@ -40,17 +40,16 @@ class Kaplan:
         num_resamples: int = 200,
     ) -> Fitted[Kaplan]:
         """Fit the four constants to measured losses, by relative error."""
-        measured, N, D = _measurements(parameters, tokens, losses)
-        return fit_constants(
-            build=cls,
-            predict=lambda law: law.predict(N, D),
+        return fit_law(
+            cls,
+            at={"parameters": parameters, "tokens": tokens},
+            losses=losses,
             constants=(
                 Constant(name="Nc", starts=(1e13, 1e9, 1e6)),
                 Constant(name="Dc", starts=(1e13, 1e9, 1e6)),
                 Constant(name="alpha_N", starts=(0.08, 0.2)),
                 Constant(name="alpha_D", starts=(0.1, 0.2)),
             ),
-            measured=measured,
             scale="log",
             seed=seed,
             num_resamples=num_resamples,
@@ -86,11 +85,11 @@ class Chinchilla:
         num_resamples: int = 200,
     ) -> Fitted[Chinchilla]:
         """Fit the five constants to measured losses, by relative error."""
-        measured, N, D = _measurements(parameters, tokens, losses)
-        floor = float(measured.min())
-        return fit_constants(
-            build=cls,
-            predict=lambda law: law.predict(N, D),
+        floor = float(min(losses))
+        return fit_law(
+            cls,
+            at={"parameters": parameters, "tokens": tokens},
+            losses=losses,
             constants=(
                 Constant(name="A", starts=(400.0, 20.0, 5000.0)),
                 Constant(name="B", starts=(400.0, 20.0, 50000.0)),
@@ -98,7 +97,6 @@ class Chinchilla:
                 Constant(name="alpha", starts=(0.34, 0.2, 0.5)),
                 Constant(name="beta", starts=(0.28, 0.2, 0.5)),
             ),
-            measured=measured,
             scale="log",
             seed=seed,
             num_resamples=num_resamples,
@@ -114,14 +112,3 @@ def performance_gain_carbon_factor(
     performance costs 1.1^12.5 = 3.29 times the carbon.
     """
     return float(performance_factor ** (1 / exponent))
-
-
-def _measurements(
-    parameters: Sequence[float], tokens: Sequence[float], losses: Sequence[float]
-) -> tuple[Array, Array, Array]:
-    num_points = len(losses)
-    return (
-        as_array(losses, "losses", num_points),
-        as_array(parameters, "parameters", num_points),
-        as_array(tokens, "tokens", num_points),
-    )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from policies.laws.fitting import Constant, Fitted, Number, as_array, fit_constants, power
+from policies.laws.fitting import Constant, Fitted, Number, fit_law, power
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,15 +89,11 @@ class InferenceEfficient:
         num_resamples: int = 200,
     ) -> Fitted[InferenceEfficient]:
         """Fit the five constants by Levenberg-Marquardt, as the paper does."""
-        num_points = len(losses)
-        N = as_array(parameters, "parameters", num_points)
-        D = as_array(tokens, "tokens", num_points)
-        R = as_array(aspect_ratios, "aspect_ratios", num_points)
-        measured = as_array(losses, "losses", num_points)
-        floor = float(measured.min())
-        return fit_constants(
-            build=cls,
-            predict=lambda law: law.predict(N, D, R),
+        floor = float(min(losses))
+        return fit_law(
+            cls,
+            at={"parameters": parameters, "tokens": tokens, "aspect_ratio": aspect_ratios},
+            losses=losses,
             constants=(
                 Constant(name="A", starts=(1e4, 100.0)),
                 Constant(name="B", starts=(1e5, 1000.0)),
@@ -105,7 +101,6 @@ class InferenceEfficient:
                 Constant(name="alpha", starts=(0.5, 0.3)),
                 Constant(name="epsilon", starts=(1e-3, 1e-2)),
             ),
-            measured=measured,
             method="lm",
             seed=seed,
             num_resamples=num_resamples,

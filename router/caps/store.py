@@ -5,9 +5,8 @@ excludes all others (SQLite's write lock, an advisory lock in PostgreSQL) and re
 decides on. So the caps are exact for any number of replicas, machines and restarts, and there is
 no actor whose death would need a protocol of its own. Leasing chunks of budget to replicas would
 save this trip, at the price of budget stranded in idle replicas and of recalling it near the cap;
-the trip costs about a millisecond, and a replica's concurrent requests share one (`budgets`), so
-that is a bad trade. A hold is itself a lease on one request's estimate: renewed while its replica
-lives, given back when it does not.
+a replica's concurrent requests share one trip (`budgets`), so that is a bad trade. A hold is itself
+a lease on one request's estimate: renewed while its replica lives, given back when it does not.
 
 Commits survive the death of a process. A power cut may lose the last moments of them (SQLite's
 `synchronous = NORMAL`, PostgreSQL's `synchronous_commit = off`): fsync on the request path would

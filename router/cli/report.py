@@ -25,7 +25,7 @@ def report(
         str,
         typer.Option(
             help="Group by these: day, hour, key, model, policy, members, experiment, arm, "
-            "endpoint, status."
+            "endpoint, status, method (how energy is known)."
         ),
     ] = "day,model",
     since: SinceOption = None,

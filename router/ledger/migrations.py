@@ -125,6 +125,7 @@ STEPS: tuple[tuple[str, ...], ...] = (
             gauges TEXT NOT NULL
         )""",
     ),
+    ("ALTER TABLE requests ADD COLUMN energy_method TEXT",),
 )
 
 

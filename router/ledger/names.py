@@ -7,7 +7,17 @@ from typing import Literal, TypeAlias, cast, get_args
 from router.ledger.errors import LedgerError
 
 GroupBy: TypeAlias = Literal[
-    "day", "hour", "key", "model", "policy", "members", "experiment", "arm", "endpoint", "status"
+    "day",
+    "hour",
+    "key",
+    "model",
+    "policy",
+    "members",
+    "experiment",
+    "arm",
+    "endpoint",
+    "status",
+    "method",
 ]
 Unit: TypeAlias = Literal["usd", "wh", "gco2e", "tokens", "requests"]
 Format: TypeAlias = Literal["parquet", "csv", "jsonl", "outcomes"]

@@ -19,6 +19,7 @@ _COLUMNS: dict[str, sa.Column[Any]] = {
     "members": REQUESTS.c.answered_by,
     **{name: REQUESTS.c[name] for name in ("model", "policy", "experiment", "arm", "endpoint")},
     "status": REQUESTS.c.status,
+    "method": REQUESTS.c.energy_method,
 }
 
 

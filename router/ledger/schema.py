@@ -31,6 +31,7 @@ REQUESTS = sa.Table(
     sa.Column("usd", sa.Double, nullable=False),
     sa.Column("wh", sa.Double, nullable=False),
     sa.Column("gco2e", sa.Double, nullable=False),
+    sa.Column("energy_method", sa.Text),  # of wh and gco2e, several joined by "+"
     sa.Column("key_id", sa.Text),
     sa.Column("user_hash", sa.Text),
     sa.Column("session", sa.Text),

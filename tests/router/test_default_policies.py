@@ -14,8 +14,11 @@ from policies.frugal import Frugal
 from policies.outcomes import read_outcomes
 from tests.router.conftest import Running, running
 
-QUESTIONS = [o.query for o in read_outcomes(DEFAULT_POOL / "outcomes.jsonl", split="test")[::400]]
-CHUNKS = [m.name for m in load_pool(DEFAULT_POOL).models if m.name != "base"]
+OUTCOMES = read_outcomes(DEFAULT_POOL / "outcomes.jsonl", split="test")
+QUESTIONS = [outcome.query for outcome in OUTCOMES[:: len(OUTCOMES) // 4]][:4]
+MODELS = load_pool(DEFAULT_POOL).models
+BASE = max(MODELS, key=lambda model: model.card.parameters if model.card else 0).name
+CHUNKS = [model.name for model in MODELS if model.name != BASE]
 NESTED = {
     "cascade": {
         "stages": [
@@ -58,8 +61,11 @@ def both(served: Running, question: str, model: str, **shoal: Any) -> tuple[str,
     )
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert text == whole.choices[0].message.content
-    assert last.usage == whole.usage
-    stable = ("policy", "plan", "members", "tokens")
+    stable = ["policy", "plan", "members"]
+    if not any(stage["outcome"] == "hopeless" for stage in whole.shoal.get("stages", ())):
+        # How many tokens a stopped stage had written by then is a matter of time.
+        stable.append("tokens")
+        assert last.usage == whole.usage
     assert [last.shoal[key] for key in stable] == [whole.shoal[key] for key in stable]
     return text, whole.shoal
 
@@ -72,11 +78,11 @@ def test_the_cascade_answers(served: Running, question: str) -> None:
     ran = [stage for stage in shoal["stages"] if stage.get("output_tokens")]
     assert ran[-1]["outcome"] == "ok"
     assert shoal["members"] == ran[-1]["members"]
-    assert all(stage["outcome"] == "rejected" for stage in ran[:-1])
-    assert sum(stage["output_tokens"] for stage in ran) == sum(
+    assert all(stage["outcome"] in ("rejected", "hopeless") for stage in ran[:-1])
+    assert sum(stage["output_tokens"] * len(stage["members"]) for stage in ran) == sum(
         tokens["output"] for tokens in shoal["tokens"].values()
     )
-    assert set(shoal["scores"]) >= {"base", *CHUNKS}
+    assert set(shoal["scores"]) == {BASE, *CHUNKS}
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
@@ -125,14 +131,14 @@ def test_an_explicit_nested_plan_answers(served: Running, question: str) -> None
     [
         ({"policy": "nobody"}, "shoal.policy", "'nobody' is unknown"),
         ({"plan": {"answer": {"members": ["eve"]}}}, "shoal.plan", "'eve'"),
-        ({"plan": {"answer": {"members": ["base"], "weights": "luck"}}}, "shoal.plan", "luck"),
+        ({"plan": {"answer": {"members": [BASE], "weights": "luck"}}}, "shoal.plan", "luck"),
         (
-            {"plan": {"best": {"candidates": ["base"], "select": "ranker"}}},
+            {"plan": {"best": {"candidates": [BASE], "select": "ranker"}}},
             "shoal.plan",
             "'confidence' cannot rank answers in pairs; allowed are cascade",
         ),
         (
-            {"plan": {"cascade": {"stages": ["base"], "thresholds": [], "scorer": "oracle"}}},
+            {"plan": {"cascade": {"stages": [BASE], "thresholds": [], "scorer": "oracle"}}},
             "shoal.plan",
             "'oracle' is unknown; allowed are cascade, confidence",
         ),
@@ -155,10 +161,10 @@ def test_the_shipped_cascade_fits_the_shipped_pool() -> None:
     """The file names only models of the pool, and its chain pays within 40% of always-base."""
     file = Path(DEFAULT_POOL) / "cascade.npz"
     cascade = load_cascade(file)
-    assert set(Frugal(cascade).members()) <= {*CHUNKS, "base"}
-    rates = load_pool(DEFAULT_POOL).facts()["base"].rates
+    assert set(Frugal(cascade).members()) <= {*CHUNKS, BASE}
+    rates = load_pool(DEFAULT_POOL).facts()[BASE].rates
     always_base_usd = [
-        rates.footprint(outcome.prompt_tokens or 0, outcome.output_tokens["base"]).usd
+        rates.footprint(outcome.prompt_tokens or 0, outcome.output_tokens[BASE]).usd
         for outcome in read_outcomes(DEFAULT_POOL / "outcomes.jsonl", split="router")
     ]
     assert Frugal(cascade).point.cost <= 0.4 * sum(always_base_usd) / len(always_base_usd)

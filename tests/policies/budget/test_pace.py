@@ -25,10 +25,41 @@ def day_and_night(start_s, num=2000):
 
 
 def test_a_cold_start_extends_the_rate_so_far():
-    """Without a day before, the rest of the window is expected to go on as it went."""
+    """Without a day before, what was even so far is expected to go on, and perhaps to grow."""
     pace = Pace(window_s=DAY_S)
     live_through(pace, np.arange(0, 6 * 3600, 60.0))
-    assert pace.horizon(6 * 3600.0).num_requests == pytest.approx(18 * 60, rel=0.02)
+    assert 18 * 60 < pace.horizon(6 * 3600.0).num_requests < 1.4 * 18 * 60
+
+
+@pytest.mark.parametrize("peak_h", [6, 18])
+def test_a_cold_start_learns_the_rhythm_while_it_lasts(peak_h):
+    """Half a day into a first day with one peak, the forecast is better than a flat one."""
+    seconds = np.arange(0, DAY_S, 10.0)
+    rate = 1 + 0.6 * np.cos(2 * np.pi * (seconds / DAY_S - peak_h / 24))
+    arrivals = seconds[np.diff(np.floor(np.cumsum(rate) * 0.5), prepend=0) > 0]
+    pace = Pace(window_s=DAY_S)
+    noon_s = DAY_S / 2
+    live_through(pace, arrivals[arrivals < noon_s])
+    so_far, to_come = (arrivals < noon_s).sum(), (arrivals >= noon_s).sum()
+    error = abs(np.log(pace.horizon(noon_s).num_requests / to_come))
+    assert error < 0.9 * abs(np.log(so_far / to_come))
+
+
+def test_a_burst_is_expected_to_pass():
+    """An hour of ten times the traffic hardly raises what is expected of the evening.
+
+    While it lasts, it is expected to go on for a while.
+    """
+    pace = Pace(window_s=DAY_S)
+    live_through(pace, np.arange(0, DAY_S, 60.0))
+    noon_s = DAY_S + 12 * 3600
+    live_through(pace, np.arange(DAY_S, noon_s, 60.0))
+    before = pace.horizon(noon_s)
+    live_through(pace, np.arange(noon_s, noon_s + 3600, 6.0))
+    during = pace.horizon(noon_s + 3600)
+    assert during.requests[1] > 4 * before.requests[1]
+    evening = slice(28, 40)  # seven hours later
+    assert during.requests[evening].sum() < 1.25 * before.requests[evening].sum()
 
 
 def test_a_start_in_mid_window_counts_from_there():
@@ -36,7 +67,7 @@ def test_a_start_in_mid_window_counts_from_there():
     pace = Pace(window_s=DAY_S)
     live_through(pace, np.arange(12 * 3600.0, 13 * 3600.0, 60.0))
     assert pace.elapsed_s == pytest.approx(3600, rel=0.02)
-    assert pace.horizon(13 * 3600.0).num_requests == pytest.approx(11 * 60, rel=0.05)
+    assert 11 * 60 < pace.horizon(13 * 3600.0).num_requests < 1.7 * 11 * 60
 
 
 def test_yesterday_tells_how_much_of_today_is_to_come():
@@ -46,7 +77,7 @@ def test_yesterday_tells_how_much_of_today_is_to_come():
     today = day_and_night(DAY_S)
     now_s = DAY_S + 8 * 3600
     live_through(pace, today[today < now_s])
-    assert pace.horizon(now_s).num_requests == pytest.approx(1800, rel=0.05)
+    assert pace.horizon(now_s).num_requests == pytest.approx(1800, rel=0.08)
 
 
 def test_a_busier_day_raises_the_forecast():
@@ -60,13 +91,13 @@ def test_a_busier_day_raises_the_forecast():
 
 
 def test_the_forecast_reaches_into_the_next_window():
-    """In a window's last minutes the horizon is still an hour, and says how much is beyond."""
+    """In a window's last minutes the horizon goes on, and says how much of it is beyond."""
     pace = Pace(window_s=DAY_S)
-    live_through(pace, np.arange(0, DAY_S - 600, 60.0))
-    horizon = pace.horizon(DAY_S - 600)
-    assert horizon.seconds == pytest.approx(600)
-    assert horizon.num_requests == pytest.approx(60, rel=0.05)
-    assert horizon.beyond == pytest.approx(50 / 1440, rel=0.1)
+    live_through(pace, np.arange(0, DAY_S - 300, 60.0))
+    horizon = pace.horizon(DAY_S - 300)
+    assert horizon.seconds == pytest.approx(300)
+    assert horizon.num_requests == pytest.approx(15, rel=0.2)
+    assert horizon.beyond == pytest.approx(10 / 1440, rel=0.2)
 
 
 def test_the_grids_rhythm_is_learned_too():
@@ -98,4 +129,4 @@ def test_a_day_seen_in_part_teaches_no_rhythm():
     pace = Pace(window_s=DAY_S)
     live_through(pace, np.arange(12 * 3600.0, DAY_S + 3600, 60.0))
     assert pace.num_requests == 60
-    assert pace.horizon(DAY_S + 3600).num_requests == pytest.approx(23 * 60, rel=0.05)
+    assert 23 * 60 < pace.horizon(DAY_S + 3600).num_requests < 1.7 * 23 * 60

@@ -54,12 +54,30 @@ def test_plenty_costs_nothing():
     assert solve_prices(qualities, costs, allowances=[9.0], levels=NOW, start=[3.0]) == (0.0,)
 
 
-def test_an_impossible_allowance_does_not_cost_all_the_quality():
-    """The price is that of a tenth more than the cheapest plans, whatever it was before."""
+@pytest.mark.parametrize("start", [0.0, 1e9])
+def test_an_impossible_allowance_takes_the_cheapest(start):
+    """What differs in cost by more than a tenth or so is given up, whatever the price was."""
     qualities, costs = crowd()
-    [price] = solve_prices(qualities, costs, allowances=[0.0], levels=NOW, start=[1e9])
-    least = costs[:, 0, 0].mean()
-    assert least < mean_cost(qualities, costs, price) <= 1.1 * least
+    [price] = solve_prices(qualities, costs, allowances=[0.0], levels=NOW, start=[start])
+    assert mean_cost(qualities, costs, price) == pytest.approx(costs[:, 0, 0].mean(), rel=0.01)
+
+
+def test_quality_is_not_given_up_for_hairs_breadths():
+    """Where plans cost alike to a percent, not even an impossible allowance takes the worse one."""
+    qualities, _ = crowd()
+    costs = np.broadcast_to(np.array([1.0, 1.002, 1.005, 1.01])[:, None], (600, 4, 1))
+    [price] = solve_prices(qualities, costs, allowances=[0.5], levels=NOW, start=[0.0])
+    best = np.argmax(qualities - price * costs[:, :, 0], axis=1)
+    kept = qualities[np.arange(600), best].mean()
+    assert kept > 0.97 * qualities.max(axis=1).mean()
+
+
+def test_an_allowance_close_to_the_cheapest_is_kept():
+    """A budget two percent above what the cheapest plans cost is met."""
+    qualities, costs = crowd()
+    allowance = 1.02 * costs[:, 0, 0].mean()
+    [price] = solve_prices(qualities, costs, allowances=[allowance], levels=NOW, start=[0.0])
+    assert 0.99 * allowance <= mean_cost(qualities, costs, price) <= allowance
 
 
 def test_two_resources_are_held_together():
@@ -91,7 +109,7 @@ def test_samples_are_a_ring_that_forgets_the_oldest():
     """After more requests than there is room, the first are gone; padding never wins."""
     samples = Samples(size=3, max_candidates=4, num_resources=1)
     for number in range(5):
-        samples.add([0.1 * number, 0.5], [[1.0 * number], [2.0]])
+        samples.add([0.1 * number, 0.5], [[1.0 * number, 2.0]])
     qualities, costs = samples.view()
     assert qualities.shape == (3, 2)
     assert sorted(costs[:, 0, 0].tolist()) == [2.0, 3.0, 4.0]

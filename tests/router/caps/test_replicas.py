@@ -26,8 +26,10 @@ from router.ledger.database import Database, open_database
 from router.ledger.queries import requests
 from router.ledger.schema import BUDGET_HOLDS, BUDGET_WINDOWS
 
-CAP_TOKENS = 30_000
-MAX_TOKENS = 120
+# As many clients as the cap has room for at once, so that the last tokens are fought for; one
+# request's estimate is less than the 1% that may be left.
+CAP_TOKENS = 15_000
+MAX_TOKENS = 60
 NUM_CLIENTS = 200
 NUM_REPLICAS = 4
 FLUSH_S = 0.2
@@ -39,7 +41,7 @@ POOL = {
             "name": "one",
             "kind": "fake",
             "options": {
-                "answers": ["x" * length for length in (20, 60, 100, 119)],
+                "answers": ["x" * length for length in (10, 30, 50, 59)],
                 "token_latency_s": 0.002,
             },
         }
@@ -56,7 +58,7 @@ def serving(folder: Path) -> Iterator[tuple[str, int]]:
         "pool": "pool.yaml",
         "ingress": {"min_replicas": NUM_REPLICAS, "max_replicas": NUM_REPLICAS},
         "ledger": {"url": f"sqlite:///{folder / 'shoal.db'}", "flush_interval_s": FLUSH_S},
-        "budgets": {"server": {"tokens_per_month": CAP_TOKENS}, "wait_s": 2, "lease_s": 8},
+        "budgets": {"server": {"tokens_per_month": CAP_TOKENS}, "wait_s": 5, "lease_s": 8},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     with socket.socket() as probe:
@@ -175,7 +177,7 @@ class Load:
         return await self._stream(http, leave_after=None)
 
     async def _leaving(self, http: httpx.AsyncClient, random: Random) -> httpx.Response | None:
-        return await self._stream(http, leave_after=random.randint(1, 30))
+        return await self._stream(http, leave_after=random.randint(1, 20))
 
     async def _stream(
         self, http: httpx.AsyncClient, leave_after: int | None

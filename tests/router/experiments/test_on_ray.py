@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,31 @@ import yaml
 
 from models.pool import DEFAULT_POOL, load_pool
 from models.tasks import Split, domain
+from policies.outcomes import read_outcomes
 
 COMMAND = (sys.executable, "-c", "from router.cli.main import app; app()")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
 NUM_USERS = 80
 
 
+@cache
+def contrast() -> tuple[str, str, str]:
+    """Return a domain, the model made for it, and the one that knows it least, by the outcomes."""
+    models = [model for model in load_pool(DEFAULT_POOL).models if len(model.spec.domains) == 1]
+    outcomes = read_outcomes(DEFAULT_POOL / "outcomes.jsonl", split="router")
+    gaps = {}
+    for own in models:
+        [name] = own.spec.domains
+        theirs = [outcome.scores for outcome in outcomes if name in outcome.tags]
+        right = {m.name: sum(scores[m.name] for scores in theirs) / len(theirs) for m in models}
+        stranger = min(right, key=right.__getitem__)
+        gaps[name, own.name, stranger] = right[own.name] - right[stranger]
+    return max(gaps, key=gaps.__getitem__)
+
+
 def write_config(folder: Path) -> Path:
-    """Write an experiment of the text domain's own model against a stranger to it."""
-    models = load_pool(DEFAULT_POOL).models
-    own = next(model.name for model in models if model.spec.domains == ("text",))
-    stranger = next(model.name for model in models if model.spec.domains == ("arithmetic",))
+    """Write an experiment of a domain's own model against a stranger to it."""
+    _, own, stranger = contrast()
     config = {
         "ledger": {"url": f"sqlite:///{folder / 'shoal.db'}"},
         "ingress": {"min_replicas": 2, "max_replicas": 2},
@@ -41,7 +56,7 @@ def write_config(folder: Path) -> Path:
             "own": {"kind": "fixed", "plan": own},
         },
         "experiments": {
-            "text": {
+            "own-or-not": {
                 "arms": {
                     "stranger": {"policy": "stranger", "weight": 0.5},
                     "own": {"policy": "own", "weight": 0.5},
@@ -88,7 +103,7 @@ def ask_twice(url: str, number: int) -> set[str]:
     arms = set()
     with httpx.Client(base_url=url, timeout=120) as http:
         for _ in range(2):
-            task = domain("text").sample(rng, Split.TEST)
+            task = domain(contrast()[0]).sample(rng, Split.TEST)
             body: dict[str, Any] = {
                 "model": "auto",
                 "user": f"user-{number}",
@@ -119,8 +134,16 @@ def test_users_of_two_replicas_find_the_better_policy(tmp_path: Path) -> None:
     with serving(config) as url:
         with ThreadPoolExecutor(8) as pool:
             arms = list(pool.map(lambda number: ask_twice(url, number), range(NUM_USERS)))
-        told = httpx.get(f"{url}/v1/experiments/text", timeout=60).json()
-        command = [*COMMAND, "experiment", "report", "text", "--config", str(config), "--json"]
+        told = httpx.get(f"{url}/v1/experiments/own-or-not", timeout=60).json()
+        command = [
+            *COMMAND,
+            "experiment",
+            "report",
+            "own-or-not",
+            "--config",
+            str(config),
+            "--json",
+        ]
         shown = subprocess.run(
             command, check=True, capture_output=True, text=True, env=ENVIRONMENT
         ).stdout

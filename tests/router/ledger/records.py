@@ -28,6 +28,7 @@ def record(number: int = 0, **fields: Any) -> RequestRecord:
         "usd": 0.001,
         "wh": 0.002,
         "gco2e": 0.0005,
+        "energy_method": "modelled:llmcarbon",
         "scores": {"math": 0.9, "code": 0.4},
         "stages": ({"path": "0", "members": ["math"], "score": 0.9},),
         "key_id": "key_a",

@@ -34,6 +34,7 @@ def test_sums_by_any_combination(database: Database, new_ledger: NewLedger) -> N
     """Groups add up to the total, days are cut at UTC midnight, largest spend comes first."""
     _fill(new_ledger())
     [total] = sums(database)
+    assert [row.group for row in sums(database, by=["method"])] == [("modelled:llmcarbon",)]
     assert (total.num_requests, total.num_answered, total.num_failed) == (5, 3, 1)
     assert (total.usd, total.prompt_tokens, total.output_tokens) == (7.5, 50, 100)
     by_key = sums(database, by=["key"])
@@ -48,7 +49,7 @@ def test_sums_by_any_combination(database: Database, new_ledger: NewLedger) -> N
     assert {row.group[0] for row in sums(database, by=["hour"])} == {
         MIDNIGHT_S + offset for offset in (-3600, 0, 3600, 7200)
     }
-    for name in ("model", "policy", "members", "experiment", "arm", "endpoint", "status"):
+    for name in ("model", "policy", "members", "experiment", "arm", "endpoint", "status", "method"):
         assert sum(row.usd for row in sums(database, by=[name])) == 7.5
 
 
