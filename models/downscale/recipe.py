@@ -193,7 +193,9 @@ class LawSettings(_Strict):
     D-CPT: the chunks of the first `mixture_domains` domains are trained with each general share of
     `mixture_shares`, and judged after each number of `mixture_tokens`. The share that is taken has
     the least domain loss plus `general_weight` times the general loss. P2: chunks that keep each of
-    `pruning_shares` of the base, trained likewise and judged after `pruning_tokens`.
+    `pruning_shares` of the base, trained likewise and judged after `pruning_tokens`. Comparisons of
+    choices (see `variants`) take the same domains and numbers of tokens, `variant_examples` of each
+    corpus, and keep `selection_keep` of those.
     """
 
     mixture_domains: int = Field(2, ge=1)
@@ -202,6 +204,8 @@ class LawSettings(_Strict):
     general_weight: float = Field(0.2, ge=0)
     pruning_shares: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.0625, 0.125, 0.25, 0.5)
     pruning_tokens: tuple[int, ...] = (100_000, 200_000, 400_000)
+    variant_examples: int = Field(12_000, ge=32)
+    selection_keep: Annotated[float, Field(gt=0, lt=1)] = 0.6
     bootstrap_samples: int = Field(100, ge=1)
 
 
@@ -213,11 +217,15 @@ class MeasureSettings(_Strict):
     max_new_tokens: int = Field(32, ge=1)
 
 
-Baseline = Literal["finetuned", "scratch", "average", "ties", "random", "spectrum"]
+Baseline = Literal["finetuned", "scratch", "average", "ties", "random", "spectrum", "distilled"]
 
 
 class Recipe(_Strict):
-    """Everything that a pool depends on."""
+    """Everything that a pool depends on.
+
+    `compare` names `results.json` files of other runs on the same questions, such as one with
+    other settings; their systems stand beside this run's in the report.
+    """
 
     name: Name
     seed: int = 1
@@ -231,6 +239,13 @@ class Recipe(_Strict):
     laws: LawSettings = LawSettings()
     baselines: tuple[Baseline, ...] = ()
     measure: MeasureSettings = MeasureSettings()
+    compare: dict[str, str] = {}
+
+    @property
+    def corpora(self) -> dict[str, CorpusSettings]:
+        """The corpora to read or generate, by name; the general one only if it has its own."""
+        general = {} if self.general.corpus == ALL_DOMAINS else {"general": self.general}
+        return {**self.domains, **general}
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -273,7 +288,9 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
         base = base.model_copy(update={"checkpoint": str(folder / base.checkpoint)})
     domains = {name: _absolute(corpus, folder) for name, corpus in recipe.domains.items()}
     general = _absolute(recipe.general, folder)
-    return recipe.model_copy(update={"base": base, "domains": domains, "general": general})
+    compare = {name: str(folder / file) for name, file in recipe.compare.items()}
+    changes = {"base": base, "domains": domains, "general": general, "compare": compare}
+    return recipe.model_copy(update=changes)
 
 
 def _absolute(settings: CorpusSettings, folder: Path) -> CorpusSettings:

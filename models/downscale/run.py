@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Final
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from models.downscale.adapt import mean_loss
+from models.downscale.adapt import choose_device, mean_loss
 from models.downscale.base import load_base
 from models.downscale.corpus import Corpus, Example, read_corpus
 from models.downscale.errors import CorpusError
@@ -29,7 +30,7 @@ from models.downscale.teacher import with_lessons
 from models.tasks import Split
 from models.training.data import Conversation
 
-GENERAL = "general"
+GENERAL: Final = "general"
 # What a stage leaves in its folder, beside a checkpoint.
 CORPUS_FILE: Final = "corpus.jsonl"
 IMPORTANCE_FILE: Final = "importance.npz"
@@ -160,6 +161,16 @@ class Run:
     def chunk(self, name: str, *, stage: str = "adapt") -> PreTrainedModel:
         """A fresh copy of member `name` as `stage` ("cut", "warm" or "adapt") left it, in fp32."""
         return load_chunk(self.stages.folder(f"{stage}/{name}"))
+
+
+@contextmanager
+def placed(model: PreTrainedModel, device: str) -> Iterator[PreTrainedModel]:
+    """Have `model` on a device ("auto": the GPU if there is one) for a while, then on the CPU."""
+    model.to(choose_device(device))  # type: ignore[arg-type]
+    try:
+        yield model
+    finally:
+        model.to("cpu")  # type: ignore[arg-type]
 
 
 def save_chunk(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

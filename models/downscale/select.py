@@ -10,7 +10,7 @@ Shapes: `M` members, `B` examples, `T` tokens, `K` answer tokens of a batch, `V`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -28,6 +28,8 @@ Score = Literal["bald", "disagreement"]
 Scores = NDArray[np.float64]
 
 _BATCH_EXAMPLES: Final = 256
+# Elements [K, V] of a batch at most: 256 MB in fp32, of which a few are held at a time.
+_BATCH_ELEMENTS: Final = 2**26
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +98,7 @@ def uncertainty(
     of the right token's log-probability. A conversation without an answer has 0.
     """
     scores_B = np.zeros(len(conversations))
-    order = sorted(range(len(conversations)), key=lambda i: len(conversations[i].tokens))
-    for start in range(0, len(order), _BATCH_EXAMPLES):
-        batch = order[start : start + _BATCH_EXAMPLES]
+    for batch in _batches(conversations, vocab_size=int(members[0].config.vocab_size)):
         tokens_BT, mask_BT = pad([conversations[i] for i in batch])
         # A token is judged where it is predicted: one position earlier.
         judged_BT = torch.zeros_like(mask_BT)
@@ -109,11 +109,27 @@ def uncertainty(
         targets_K = tokens_BT.roll(-1, 1)[judged_BT]
         score = _Bald() if by == "bald" else _Disagreement()
         for member in members:
-            score.add(_log_probabilities(member, tokens_BT, mask_BT, judged_BT), targets_K)
-        sums_B = torch.zeros(len(batch)).index_add_(0, rows_K, score.result().float())
+            logs_KV = _log_probabilities(member, tokens_BT, mask_BT, judged_BT)
+            score.add(logs_KV, targets_K.to(logs_KV.device))
+        sums_B = torch.zeros(len(batch)).index_add_(0, rows_K, score.result().float().cpu())
         counts_B = judged_BT.sum(1).clamp(min=1)
         scores_B[batch] = (sums_B / counts_B).double().numpy()
     return scores_B
+
+
+def _batches(conversations: Sequence[Conversation], *, vocab_size: int) -> Iterator[list[int]]:
+    """Indices of examples of like length, so many at a time that their answers fit in memory."""
+    batch: list[int] = []
+    elements = 0
+    for i in sorted(range(len(conversations)), key=lambda i: len(conversations[i].tokens)):
+        more = sum(conversations[i].is_answer) * vocab_size
+        if batch and (len(batch) == _BATCH_EXAMPLES or elements + more > _BATCH_ELEMENTS):
+            yield batch
+            batch, elements = [], 0
+        batch.append(i)
+        elements += more
+    if batch:
+        yield batch
 
 
 def _log_probabilities(
@@ -125,14 +141,16 @@ def _log_probabilities(
         input_ids=tokens_BT.to(device), attention_mask=mask_BT.long().to(device), use_cache=False
     ).last_hidden_state
     logits_KV: Tensor = member.get_submodule("lm_head")(hidden_BTD[judged_BT.to(device)])
-    return logits_KV.float().log_softmax(-1).cpu()
+    return logits_KV.float().log_softmax(-1)
 
 
 class _Bald:
     """Mutual information between answer and member, from running sums over members."""
 
     def __init__(self) -> None:
-        self._num, self._mean_KV, self._entropy_K = 0, torch.zeros(()), torch.zeros(())
+        self._num = 0
+        self._mean_KV: Tensor | float = 0.0
+        self._entropy_K: Tensor | float = 0.0
 
     def add(self, logs_KV: Tensor, _: Tensor) -> None:
         p_KV = logs_KV.exp()
@@ -141,6 +159,7 @@ class _Bald:
         self._entropy_K = self._entropy_K - (p_KV * logs_KV).sum(-1)
 
     def result(self) -> Tensor:
+        assert isinstance(self._mean_KV, Tensor)
         mean_KV = self._mean_KV / self._num
         total_K = -torch.xlogy(mean_KV, mean_KV).sum(-1)
         return total_K - self._entropy_K / self._num
