@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from models.downscale.architecture import num_parameters
 from models.downscale.baselines import FINETUNED, MERGED, SCRATCH
+from models.downscale.errors import RecipeError
 from models.downscale.footprint import training_footprint
 from models.downscale.fuse import FUSED, read_calibration
 from models.downscale.latency import LATENCY_FILE
@@ -41,12 +43,14 @@ def collect(
     comparison = Comparison(domain_Q, seed=run.recipe.seed)
     systems = _systems(run, asked, tests, measured, routed=routed)
     fits = read_fits(run)
-    references = [name for name in (BASE, FINETUNED) if name in systems]
+    systems |= _compared(run.recipe.compare, domain_Q)
+    references = [name for name in systems if name == BASE or name.endswith(FINETUNED)]
     timings = _timings(run)
     return {
         "pool": run.recipe.name,
         "domains": list(run.domains),
         "num_test_questions": len(tests),
+        "question_domains": _sizes(domain_Q),
         "seed": run.recipe.seed,
         "models": _models(run, asked, measured),
         "systems": [
@@ -56,14 +60,15 @@ def collect(
                 "parameters": system.parameters,
                 "accuracy": comparison.accuracy(system.right_Q),
                 "by_domain": _by_domain(system.right_Q, domain_Q),
+                "right": "".join("01"[int(right)] for right in system.right_Q),
             }
             for system in systems.values()
         ],
         "claims": claims(
             systems,
             comparison,
-            routed=[name for name in (ORACLE, LEARNED) if name in systems],
-            fused=[name for name in systems if name.startswith(FUSED)],
+            routed=[name for name in systems if name.endswith((ORACLE, LEARNED))],
+            fused=[name for name, system in systems.items() if system.kind == "fused"],
             references=references,
             curve=fits["curves"]["loss/evidence/all"],
         ),
@@ -122,6 +127,33 @@ def _systems(
         by_domain = _routed(fresh, [asked[i].domain for i in tests])
         add("from scratch (by domain)", "scratch", by_domain, chunk_parameters)
     return {system.name: system for system in found}
+
+
+def _compared(files: Mapping[str, str], domain_Q: Sequence[str]) -> dict[str, System]:
+    """The systems of other runs on the same questions, the shared base and single chunks aside."""
+    found: dict[str, System] = {}
+    for label, file in files.items():
+        try:
+            content = json.loads(Path(file).read_text())
+            others = content["systems"]
+        except (OSError, ValueError, KeyError) as error:
+            raise RecipeError(f"compare.{label}: {file} holds no results: {error}") from None
+        if content["question_domains"] != _sizes(domain_Q):
+            raise RecipeError(f"compare.{label}: {file} was measured on other questions")
+        for system in others:
+            if system["kind"] != "chunk" and system["name"] != BASE:
+                name = f"{label}: {system['name']}"
+                found[name] = System(
+                    name=name,
+                    kind=system["kind"],
+                    right_Q=np.array([float(right) for right in system["right"]]),
+                    parameters=system["parameters"],
+                )
+    return found
+
+
+def _sizes(domain_Q: Sequence[str]) -> dict[str, int]:
+    return {domain: list(domain_Q).count(domain) for domain in dict.fromkeys(domain_Q)}
 
 
 def _right_on(one: Measured, tests: Sequence[int]) -> Floats:

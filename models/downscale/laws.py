@@ -35,7 +35,7 @@ from models.downscale.measure import (
     as_shipped,
     read_measured,
 )
-from models.downscale.mixture import read_mixture
+from models.downscale.mixture import MIXTURE, MIXTURE_FILE, read_mixture
 from models.downscale.pruning import read_pruning
 from models.downscale.questions import Question, questions
 from models.downscale.run import Run
@@ -172,7 +172,8 @@ def _fit_pruning(run: Run) -> Fitted[PostPruningLaw] | None:
 
 
 def _mixture(run: Run) -> dict[str, Any] | None:
-    if run.recipe.adapt.general_share != "auto":
+    # A recipe that took its share from an earlier run keeps that run's law.
+    if not (run.stages.folder(MIXTURE) / MIXTURE_FILE).exists():
         return None
     found = read_mixture(run)
     for kind, side in (("domain", -1), ("general", 1)):

@@ -22,6 +22,7 @@ _COLOURS: Final = {
     "merged": "#edae49",
     "scratch": "#9b8bb4",
 }
+_SIDES: Final = ("#d1495b", "#00798c", "#444444")
 _DPI: Final = 130
 
 
@@ -36,6 +37,7 @@ def draw_all(figures: Figures, folder: Path) -> list[Path]:
         "fused-error": _fused_error,
         "selection": lambda found: _variants(found, "selection"),
         "pruning": lambda found: _variants(found, "pruning"),
+        "distillation": lambda found: _variants(found, "distillation"),
         "mixture": _mixture,
         "post-pruning": _post_pruning,
         "latency": _latency,
@@ -193,13 +195,13 @@ def _variants(figures: Figures, comparison: str) -> Figure | None:
     for ax, domain in zip(axes, domains, strict=True):
         mine = [row for row in rows if row["domain"] == domain]
         for variant, colour in zip(
-            dict.fromkeys(row["variant"] for row in mine), ("#d1495b", "#444444"), strict=False
+            dict.fromkeys(row["variant"] for row in mine), _SIDES, strict=False
         ):
             for seed in {row["seed"] for row in mine}:
                 line = [r for r in mine if (r["variant"], r["seed"]) == (variant, seed)]
                 line.sort(key=lambda r: int(r["tokens"]))
                 first = seed == min(r["seed"] for r in mine)
-                shown = [r for r in line if comparison == "pruning" or r["tokens"] > 0]
+                shown = [r for r in line if r["tokens"] > 0]
                 ax.plot(
                     [r["tokens"] / 1e3 for r in shown], [r["loss"] for r in shown], "o-",
                     color=colour, ms=3, lw=1, alpha=0.8, label=variant if first else None,
@@ -208,8 +210,9 @@ def _variants(figures: Figures, comparison: str) -> Figure | None:
         ax.set_xlabel("training tokens (thousands)")
         ax.legend(frameon=False)
     axes[0].set_ylabel("held-out loss (nats per answer token)")
-    title = {"selection": "Examples chosen by uncertainty against as many by lot",
-             "pruning": "Parts kept by activation against the spectrum of the weights"}  # fmt: skip
+    title = {"selection": "Examples chosen by BALD against as many by lot",
+             "pruning": "Parts kept by activation against the spectrum of the weights",
+             "distillation": "Distillation from the base against labels alone"}  # fmt: skip
     figure.suptitle(title[comparison])
     return figure
 

@@ -15,7 +15,7 @@ from models.downscale.recipe import MemberShape
 from models.downscale.run import GENERAL, Run
 from models.downscale.shapes import solve_shape
 from models.downscale.stage import write_json
-from models.downscale.trials import NUM_JUDGED, trial
+from models.downscale.trials import NUM_JUDGED, trial, trial_facts
 from models.tasks import Split
 
 PRUNING: Final = "pruning"
@@ -76,7 +76,7 @@ def measure_pruning(run: Run, *, upstream: Sequence[str]) -> str:
     facts = {
         "shares": recipe.laws.pruning_shares,
         "tokens": recipe.laws.pruning_tokens,
-        "adapt": recipe.adapt.model_dump(),
+        "adapt": trial_facts(recipe.adapt),
         "seed": recipe.seed,
     }
     needs = ["base", f"calibrate/{domain}", *upstream]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from transformers import PreTrainedModel
 
@@ -15,6 +15,11 @@ from models.training.data import Conversation
 
 # Enough for a mean loss to about 1%; trials judge often.
 NUM_JUDGED: Final = 400
+
+
+def trial_facts(settings: AdaptSettings) -> dict[str, Any]:
+    """What of the settings a trial depends on, as JSON."""
+    return settings.model_dump(exclude={"tokens", "general_share", "decay_share", "distill"})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,35 +1,50 @@
-"""Choices within the pipeline, each compared with its alternative at equal budget.
+"""Choices within the pipeline, each compared with its alternatives at equal budget.
 
-"selection": examples chosen by uncertainty against as many chosen by lot. "pruning": parts kept
-by activation against parts kept by the spectrum of the weights. Everything else is equal, and both
-sides are trained alike, for a few domains and fewer tokens than the chunks get.
+"selection": the examples that an ensemble is most or least sure of, against as many by lot.
+"pruning": parts kept by activation against parts kept by the spectrum of the weights.
+"distillation": half of the loss from the base's distributions, against labels alone.
+All else is equal, and all sides are trained alike, for a few domains and fewer tokens than the
+chunks get.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final, TypedDict
 
+import torch
 from transformers import PreTrainedModel
 
+from models.downscale.adapt import adapt
 from models.downscale.architecture import shape_of
 from models.downscale.cut import cut
+from models.downscale.recipe import DistillSettings
 from models.downscale.run import GENERAL, Run
-from models.downscale.select import select_at_random
+from models.downscale.select import keep_by, select_at_random, uncertainty
 from models.downscale.spectrum import spectrum_importance
 from models.downscale.stage import write_json
-from models.downscale.trials import trial
+from models.downscale.teacher import with_lessons, write_lessons
+from models.downscale.trials import trial, trial_facts
 from models.tasks import Split
 from models.training.data import Conversation
+from models.training.score import Scorer
 
 VARIANTS_FILE: Final = "variants.json"
-_NUM_SEEDS: Final = 2
+_GENERAL_SHARE: Final = 0.1
+_ENSEMBLE: Final = 2
 
-# A model and its training conversations, for one seed.
-Side = Callable[[int], tuple[PreTrainedModel, Sequence[Conversation]]]
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One side of a comparison: the chunk to train and what it is trained on."""
+
+    member: Callable[[], PreTrainedModel]
+    own: Sequence[Conversation]
 
 
 class Result(TypedDict):
@@ -43,16 +58,27 @@ class Result(TypedDict):
     loss: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What is compared: the sides for a domain and a seed, and how many seeds."""
+
+    name: str
+    sides: Callable[[Run, str, int], dict[str, Side]]
+    num_seeds: int
+
+
 def run_variants(run: Run, *, upstream: Sequence[str]) -> list[str]:
     """Stages "variants/<comparison>/<domain>"; returns their names."""
-    comparisons: dict[str, Callable[[Run, str], dict[str, Side]]] = {}
-    if "random" in run.recipe.baselines and run.recipe.select.keep < 1:
-        comparisons["selection"] = _selections
+    comparisons: list[Comparison] = []
+    if "random" in run.recipe.baselines:
+        comparisons.append(Comparison(name="selection", sides=_selections, num_seeds=2))
     if "spectrum" in run.recipe.baselines:
-        comparisons["pruning"] = _prunings
+        comparisons.append(Comparison(name="pruning", sides=_prunings, num_seeds=1))
+    if "distilled" in run.recipe.baselines:
+        comparisons.append(Comparison(name="distillation", sides=_distillations, num_seeds=1))
     return [
-        _compare(run, comparison, domain, sides, upstream)
-        for comparison, sides in comparisons.items()
+        _compare(run, comparison, domain, upstream)
+        for comparison in comparisons
         for domain in run.domains[: run.recipe.laws.mixture_domains]
     ]
 
@@ -65,85 +91,117 @@ def read_variants(run: Run, stages: Sequence[str]) -> list[Result]:
     return found
 
 
-def _selections(run: Run, domain: str) -> dict[str, Side]:
-    everything, chosen = run.conversations(domain), run.selected(domain)
+def _candidates(run: Run, domain: str) -> list[Conversation]:
+    return run.conversations(domain)[: run.recipe.laws.variant_examples]
 
-    def by_lot(seed: int) -> list[Conversation]:
-        lot = select_at_random(len(everything), keep=len(chosen) / len(everything), seed=seed)
-        return [everything[i] for i in lot.kept]
 
+def _selections(run: Run, domain: str, seed: int) -> dict[str, Side]:
+    """BALD with an ensemble of the domain's own chunk, trained shortly in different orders."""
+    candidates, settings = _candidates(run, domain), run.recipe.laws
+    members = []
+    for number in range(_ENSEMBLE):
+        member = run.chunk(domain, stage="cut")
+        adapt(
+            member,
+            candidates,
+            (),
+            general_share=0.0,
+            tokens=min(settings.mixture_tokens),
+            settings=run.recipe.adapt,
+            seed=1000 * seed + number,
+            distill=False,
+        )
+        members.append(member)
+    scores = uncertainty(members, candidates, by="bald")
+    keep = settings.selection_keep
+    kept = {
+        "most uncertain": keep_by(scores, keep, "hard"),
+        "most certain": keep_by(scores, keep, "easy"),
+        "by lot": select_at_random(len(candidates), keep=keep, seed=seed).kept,
+    }
+    fresh = partial(run.chunk, domain, stage="cut")
     return {
-        "selected": lambda _: (run.chunk(domain, stage="cut"), chosen),
-        "random": lambda seed: (run.chunk(domain, stage="cut"), by_lot(seed)),
+        name: Side(member=fresh, own=[candidates[i] for i in indices])
+        for name, indices in kept.items()
     }
 
 
-def _prunings(run: Run, domain: str) -> dict[str, Side]:
-    chosen = run.selected(domain)
+def _prunings(run: Run, domain: str, seed: int) -> dict[str, Side]:  # noqa: ARG001 - cuts are exact
     shape = shape_of(run.chunk(domain, stage="cut").config)
-    importance = {
-        "activation": partial(run.importance, domain),
-        "spectrum": partial(spectrum_importance, run.base),
-    }
+    scores = {"activation": run.importance(domain), "spectrum": spectrum_importance(run.base)}
     return {
-        name: lambda _, score=score: (cut(run.base, score(), shape)[0], chosen)  # type: ignore[misc]
-        for name, score in importance.items()
+        name: Side(
+            member=lambda score=score: cut(run.base, score, shape)[0],  # type: ignore[misc]
+            own=_candidates(run, domain),
+        )
+        for name, score in scores.items()
     }
 
 
-def _compare(
-    run: Run,
-    comparison: str,
-    domain: str,
-    sides: Callable[[Run, str], dict[str, Side]],
-    upstream: Sequence[str],
-) -> str:
-    recipe, name = run.recipe, f"variants/{comparison}/{domain}"
-    after_tokens = recipe.laws.mixture_tokens
-    judged = run.conversations(domain, Split.ROUTER)
+def _distillations(run: Run, domain: str, seed: int) -> dict[str, Side]:  # noqa: ARG001 - one base
+    candidates, settings = _candidates(run, domain), run.recipe.adapt
+    scorer = Scorer(
+        run.base,
+        row_tokens=settings.row_tokens,
+        compiled=settings.compiled,
+        dtype=torch.bfloat16 if settings.precision == "bfloat16" else torch.float32,
+    )
+    with TemporaryDirectory() as folder:
+        write_lessons(run.base, {domain: candidates}, Path(folder), scorer=scorer)
+        taught = with_lessons({domain: candidates}, Path(folder))[domain]
+    fresh = partial(run.chunk, domain, stage="cut")
+    return {
+        "labels and base": Side(member=fresh, own=taught),
+        "labels alone": Side(member=fresh, own=candidates),
+    }
+
+
+def _compare(run: Run, comparison: Comparison, domain: str, upstream: Sequence[str]) -> str:
+    recipe, name = run.recipe, f"variants/{comparison.name}/{domain}"
 
     def action(folder: Path) -> None:
         results: list[Result] = []
-        for variant, side in sides(run, domain).items():
-            for seed in range(recipe.seed, recipe.seed + _NUM_SEEDS):
-                model, own = side(seed)
-                judge = partial(run.loss, conversations=judged)
-                facts = {"comparison": comparison, "variant": variant, "domain": domain}
-                results.append(Result(**facts, seed=seed, tokens=0, loss=judge(model)))  # type: ignore[typeddict-item]
-                found = trial(
-                    model,
-                    own,
-                    run.conversations(GENERAL),
-                    {"loss": judge},
-                    general_share=0.1,
-                    after_tokens=after_tokens,
-                    settings=recipe.adapt,
-                    seed=seed,
-                    distill=False,
-                )
-                for one in found:
+        for seed in range(recipe.seed, recipe.seed + comparison.num_seeds):
+            for variant, side in comparison.sides(run, domain, seed).items():
+                for tokens, loss in _losses(run, domain, side, seed):
                     result = Result(
-                        **facts,
+                        comparison=comparison.name,
+                        variant=variant,
+                        domain=domain,
                         seed=seed,
-                        tokens=one.tokens,
-                        loss=one.losses["loss"],  # type: ignore[typeddict-item]
+                        tokens=tokens,
+                        loss=loss,
                     )
                     results.append(result)
+                run.report(f"{name}: {variant}: {results[-1]['loss']:.4f}")
         write_json(folder / VARIANTS_FILE, {"results": results})
-        run.report(f"{name}: " + ", ".join(_last(results, v) for v in sides(run, domain)))
 
+    laws = recipe.laws
     facts: dict[str, Any] = {
-        "adapt": recipe.adapt.model_dump(),
-        "tokens": after_tokens,
+        "adapt": trial_facts(recipe.adapt),
+        "tokens": laws.mixture_tokens,
+        "examples": laws.variant_examples,
+        "keep": laws.selection_keep,
         "seed": recipe.seed,
-        "shape": recipe.members.model_dump(),
+        "members": recipe.members.model_dump(),
     }
     run.stages.run(name, action, settings=facts, upstream=upstream)
     return name
 
 
-def _last(results: Sequence[Result], variant: str) -> str:
-    mine = [result for result in results if result["variant"] == variant]
-    most = max(result["tokens"] for result in mine)
-    losses = [result["loss"] for result in mine if result["tokens"] > 0.9 * most]
-    return f"{variant} {sum(losses) / len(losses):.4f}"
+def _losses(run: Run, domain: str, side: Side, seed: int) -> list[tuple[int, float]]:
+    """(training tokens, held-out loss) of one side, from before the training on."""
+    member = side.member()
+    judge = partial(run.loss, conversations=run.conversations(domain, Split.ROUTER))
+    before = judge(member)
+    found = trial(
+        member,
+        side.own,
+        run.conversations(GENERAL),
+        {"loss": judge},
+        general_share=_GENERAL_SHARE,
+        after_tokens=run.recipe.laws.mixture_tokens,
+        settings=run.recipe.adapt.model_copy(update={"distill": DistillSettings()}),
+        seed=seed,
+    )
+    return [(0, before), *((one.tokens, one.losses["loss"]) for one in found)]

@@ -66,8 +66,10 @@ def write_pool(
         (folder / "README.md").write_text(_readme(run, figures))
         (folder / "pool.yaml").write_text(_HEADING + _pool_file(run, figures, routed=routed))
 
-    facts = {"name": run.recipe.name, "measured": list(names), "routed": routed}
-    return run.stages.run(POOL, action, settings=facts, upstream=upstream)
+    facts: dict[str, Any] = {"name": run.recipe.name, "measured": list(names), "routed": routed}
+    facts["compare"] = run.recipe.compare
+    files = [Path(file) for file in run.recipe.compare.values() if Path(file).is_file()]
+    return run.stages.run(POOL, action, settings=facts, files=files, upstream=upstream)
 
 
 def _write_member(
