@@ -14,8 +14,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from models.errors import PoolError, RequestError
 
-Message: TypeAlias = Mapping[str, str]
-"""One turn of a conversation: `role` and `content`."""
+Message: TypeAlias = Mapping[str, Any]
+"""One turn of a conversation: `role` and `content`, both text. An assistant's turn that calls tools
+has `tool_calls`, a tool's turn the `tool_call_id` that it answers, as OpenAI writes them.
+"""
 
 
 class ChatTemplate:
@@ -32,16 +34,24 @@ class ChatTemplate:
         self._template = environment.from_string(source)
         self._special_tokens = dict(special_tokens)
 
-    def render(self, messages: Sequence[Message], *, generation_prompt: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        generation_prompt: bool = True,
+    ) -> str:
         """Return the prompt that asks for the assistant's next turn, or the bare conversation.
+
+        The assistant may call `tools`, where the template knows how to say so.
 
         Raises `RequestError` where the template refuses the conversation.
         """
         try:
             return self._template.render(
-                messages=[dict(message) for message in messages],
+                messages=[_turn(message) for message in messages],
                 add_generation_prompt=generation_prompt,
-                tools=None,
+                tools=[dict(tool) for tool in tools] or None,
                 documents=None,
                 **self._special_tokens,
             )
@@ -76,6 +86,24 @@ def read_chat_template(folder: Path) -> ChatTemplate | None:
         return ChatTemplate(str(source), special_tokens=tokens)
     except TemplateSyntaxError as error:
         raise PoolError(f"{folder}: the chat template cannot be read: {error}") from None
+
+
+def _turn(message: Message) -> dict[str, Any]:
+    """Return `message` as templates want it: the arguments of calls as objects, not as text."""
+    turn = dict(message)
+    if "tool_calls" in turn:
+        turn["tool_calls"] = [
+            {**call, "function": {**call["function"], "arguments": _arguments(call["function"])}}
+            for call in turn["tool_calls"]
+        ]
+    return turn
+
+
+def _arguments(function: Mapping[str, Any]) -> object:
+    try:
+        return json.loads(function["arguments"])
+    except ValueError:
+        return function["arguments"]
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -6,9 +6,10 @@ from the engines. It knows nothing of HTTP or plans.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from models.chat_template import Message, read_chat_template
 from models.errors import PoolError, RequestError
@@ -29,8 +30,12 @@ class Tokenizer(Protocol):
         """Return the ids of plain `text`, with what the model expects at the start of a text."""
         ...
 
-    def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    def encode_chat(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> tuple[int, ...]:
         """Return the ids of a conversation, ready for the assistant's next turn.
+
+        `tools` are the functions that the assistant may call.
 
         Raises `RequestError` where the model's chat template refuses the conversation.
         """
@@ -58,7 +63,11 @@ class ByteTokenizer:
         """Return the bytes of `text`."""
         return tuple(text.encode())
 
-    def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),  # noqa: ARG002 - who reads bytes calls none
+    ) -> tuple[int, ...]:
         """Return the turns one after another, and the head of the assistant's."""
         ids: list[int] = []
         for message in messages:
@@ -105,7 +114,9 @@ class CheckpointTokenizer:
         """Return the ids of `text`, with the beginning-of-text token where the model has one."""
         return tuple(self._tokenizer.encode(text).ids)
 
-    def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    def encode_chat(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> tuple[int, ...]:
         """Return the conversation through the checkpoint's chat template.
 
         Raises `RequestError` if the checkpoint has none, or its template refuses the roles.
@@ -113,7 +124,7 @@ class CheckpointTokenizer:
         if self._template is None:
             raise RequestError("the model has no chat template; use /v1/completions", "messages")
         # The template writes the special tokens itself.
-        text = self._template.render(messages)
+        text = self._template.render(messages, tools)
         return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -137,9 +148,12 @@ class RoughTokenizer:
         """Return about as many ids as `text` has tokens."""
         return (0,) * -(-len(text.encode()) // self.BYTES_PER_TOKEN)
 
-    def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    def encode_chat(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> tuple[int, ...]:
         """Return about as many ids as the conversation has tokens, a role counted like a word."""
-        return self.encode("\n".join(f"{m['role']}\n{m['content']}\n" for m in messages))
+        turns = "\n".join(f"{m['role']}\n{m['content']}\n" for m in messages)
+        return self.encode(turns + "".join(json.dumps(dict(tool)) for tool in tools))
 
     def decode(self, token_ids: Sequence[int]) -> str:  # noqa: ARG002 - the contract
         """Return nothing: the text is not in the ids."""

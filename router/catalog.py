@@ -14,7 +14,7 @@ from importlib.metadata import version
 from typing import Any
 
 from models.engines.registry import engine_traits
-from models.errors import PoolError
+from models.errors import PoolError, RequestError
 from models.pool import Pool
 from models.tokenizer import Tokenizer, load_tokenizer
 from policies.base import Policy
@@ -186,6 +186,16 @@ class Catalog:
         if answer.update and not traits.updates_evidence:
             raise PolicyError(
                 f"the plan updates evidence as tokens come, which the engine {engine!r} cannot"
+            )
+
+    def check_tools(self, answer: Answer) -> None:
+        """Raise `RequestError` if the members of `answer` cannot be offered tools."""
+        engine = self.engine_of(answer)
+        if not self._traits[engine].tools:
+            raise RequestError(
+                f"tools: {', '.join(answer.members)} cannot call any: the engine {engine!r} knows "
+                "no way to read calls",
+                "tools",
             )
 
     def _check_tells(self, model: str, what: str) -> None:

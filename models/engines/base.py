@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, fields
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from models.chat_template import Message
+from models.tools import ToolCall, Tools
 
-FinishReason: TypeAlias = Literal["stop", "length", "content_filter"]
+FinishReason: TypeAlias = Literal["stop", "length", "content_filter", "tool_calls"]
 FusionRule: TypeAlias = Literal["mixture", "product", "gated", "contrastive"]
 Circuit: TypeAlias = Literal["closed", "half-open", "open"]
 
@@ -69,8 +70,9 @@ class GenerationRequest:
 
     `prompt_tokens` is the whole templated prompt in the engine's tokenizer; `messages` or `text` is
     what it was made of, for engines that ask another server, and neither where the client sent
-    token ids. `request_id` is unique; cancellation and logs use it. `client_id` groups requests for
-    fair queueing. After `timeout_s` nobody waits for the answer any more (None: not known).
+    token ids. `tools` are offered only to engines whose traits allow them. `request_id` is unique;
+    cancellation and logs use it. `client_id` groups requests for fair queueing. After `timeout_s`
+    nobody waits for the answer any more (None: not known).
     """
 
     request_id: str
@@ -85,6 +87,7 @@ class GenerationRequest:
     client_id: str = ""
     messages: tuple[Message, ...] | None = None
     text: str | None = None
+    tools: Tools | None = None
     timeout_s: float | None = None
 
 
@@ -123,7 +126,7 @@ class Chunk:
     string. `tokens` holds every generated token, the end-of-sequence token included in the count
     but with empty text. The last chunk, and only it, has a `finish_reason`, where several members
     were fused the `weights` that they had in the end, in the request's order, and where another
-    server counted them the number of `prompt_tokens`.
+    server counted them the number of `prompt_tokens`. `tool_calls` come whole, with the last one.
     """
 
     text: str
@@ -131,6 +134,7 @@ class Chunk:
     finish_reason: FinishReason | None = None
     weights: tuple[float, ...] | None = None
     prompt_tokens: int | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

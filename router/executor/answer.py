@@ -51,6 +51,8 @@ def _note(run: Run, chunk: Chunk) -> None:
 
 
 async def _request(executor: Executor, answer: Answer, task: Task, run: Run) -> GenerationRequest:
+    if task.prompt.tools is not None:
+        executor.catalog.check_tools(answer)
     tokens = await task.prompt.tokens(executor.catalog.tokenizer_of(answer))
     context_tokens = executor.catalog.context_tokens(answer)
     max_tokens = task.max_tokens or executor.limits.default_max_tokens
@@ -77,6 +79,7 @@ async def _request(executor: Executor, answer: Answer, task: Task, run: Run) -> 
         client_id=task.client_id,
         messages=None if messages is None else tuple(messages),
         text=task.prompt.plain_text,
+        tools=task.prompt.tools,
         timeout_s=None if task.deadline_s is None else max(0.0, task.deadline_s - _now_s()),
     )
 

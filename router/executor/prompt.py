@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from models.chat_template import Message
 from models.tokenizer import Tokenizer
+from models.tools import Tools
 
 # Below this, tokenizing takes less time than handing it to a thread is worth.
 _INLINE_CHARACTERS = 16_384
@@ -15,7 +16,8 @@ _INLINE_CHARACTERS = 16_384
 class Prompt:
     """A conversation, a text, or token ids as they are; give exactly one.
 
-    `query` is what a policy reads: the last user message, or the text.
+    `query` is what a policy reads: the last user message, or the text. With a conversation come the
+    `tools` that it offers, if any.
     """
 
     def __init__(
@@ -24,11 +26,13 @@ class Prompt:
         messages: Sequence[Message] | None = None,
         text: str | None = None,
         token_ids: tuple[int, ...] | None = None,
+        tools: Tools | None = None,
     ) -> None:
         assert sum(part is not None for part in (messages, text, token_ids)) == 1
         self._messages = messages
         self._text = text
         self._token_ids = token_ids
+        self.tools = tools
         self._cache: dict[int, tuple[int, ...]] = {}
 
     @property
@@ -45,7 +49,7 @@ class Prompt:
         """Return what a policy reads; `tokenizer` serves to read token ids."""
         if self._messages is not None:
             asked = [m["content"] for m in self._messages if m["role"] == "user"]
-            return asked[-1] if asked else self._messages[-1]["content"]
+            return str(asked[-1] if asked else self._messages[-1]["content"])
         return self.text(tokenizer)
 
     def text(self, tokenizer: Tokenizer) -> str:
@@ -70,7 +74,8 @@ class Prompt:
 
     def _encode(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         if self._messages is not None:
-            return tokenizer.encode_chat(self._messages)
+            tools = self.tools.functions if self.tools else ()
+            return tokenizer.encode_chat(self._messages, tools)
         return tokenizer.encode(self._text or "")
 
     def _num_characters(self) -> int:

@@ -61,6 +61,10 @@ async def run_union(
     Raises `RequestError` for options that need one vocabulary, and what engines raise.
     """
     _check(task.sampling)
+    if task.prompt.tools is not None:
+        raise RequestError(
+            "tools are not supported where members with different tokenizers are fused", "tools"
+        )
     tokenizers = [executor.catalog.tokenizer_of(Answer(members=(m,))) for m in answer.members]
     prompts = [await task.prompt.tokens(tokenizer) for tokenizer in tokenizers]
     run.prompt_tokens = max(map(len, prompts))

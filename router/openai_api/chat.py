@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from models.chat_template import Message
 from models.engines.base import Chunk
 from router.errors import bad_request
 from router.executor.prompt import Prompt
@@ -14,8 +15,15 @@ from router.openai_api.ask import Ask, Extension
 from router.openai_api.endpoint import Head
 from router.openai_api.fields import SharedFields, read_body, read_schema
 from router.openai_api.logprobs import chat_logprobs
+from router.openai_api.tools import read_tools
 
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+}
 
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
@@ -25,8 +33,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "moderation": (),
     "prediction": (),
     "reasoning_effort": ("none",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
@@ -54,11 +60,47 @@ def _read_content(value: object) -> str:
     return "\n".join(texts)
 
 
+class _CalledFunction(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    name: str
+    arguments: str
+
+
+class _ToolCall(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    id: str
+    type: Literal["function"] = "function"
+    function: _CalledFunction
+
+
 class _Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     role: Annotated[str, BeforeValidator(_read_role)]
-    content: Annotated[str, BeforeValidator(_read_content)]
+    content: Annotated[str, BeforeValidator(_read_content)] | None = None
+    tool_calls: list[_ToolCall] | None = None
+    tool_call_id: str | None = None
+
+    def problem(self) -> tuple[str, str] | None:
+        """Return which field is wrong for this role, and why; None if the message is in order."""
+        if self.tool_calls and self.role != "assistant":
+            return "tool_calls", "only an assistant's message has them"
+        if self.role == "tool" and self.tool_call_id is None:
+            return "tool_call_id", "a tool's message names the call that it answers"
+        if self.content is None and not self.tool_calls:
+            return "content", "it is missing"
+        return None
+
+    def turn(self) -> Message:
+        """Return the message as prompts are made of it."""
+        turn: dict[str, Any] = {"role": self.role, "content": self.content or ""}
+        if self.tool_calls:
+            turn["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            turn["tool_call_id"] = self.tool_call_id
+        return turn
 
 
 class ChatFields(SharedFields):
@@ -68,6 +110,8 @@ class ChatFields(SharedFields):
     logprobs: bool | None = None
     max_completion_tokens: int | None = Field(None, ge=1)
     response_format: dict[str, Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
 
@@ -84,16 +128,21 @@ class ChatEndpoint:
         if fields.top_logprobs is not None and not fields.logprobs:
             raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
         for index, message in enumerate(fields.messages):
-            for name in ("tool_calls", "function_call", "audio"):
+            problem = message.problem()
+            if problem is not None:
+                param = f"messages[{index}].{problem[0]}"
+                raise bad_request(f"{param}: {problem[1]}", param)
+            for name in ("function_call", "audio"):
                 if (message.model_extra or {}).get(name):
                     param = f"messages[{index}].{name}"
                     raise bad_request(
                         f"{param} is not supported by this server", param, "unsupported_parameter"
                     )
-        messages = [{"role": m.role, "content": m.content} for m in fields.messages]
+        messages = [message.turn() for message in fields.messages]
+        tools = read_tools(fields.tools, fields.tool_choice)
         return Ask(
             model=fields.model,
-            prompts=(Prompt(messages=messages),),
+            prompts=(Prompt(messages=messages, tools=tools),),
             n=fields.n or 1,
             max_tokens=fields.max_completion_tokens or fields.max_tokens,
             sampling=fields.sampling(
@@ -114,7 +163,7 @@ class ChatEndpoint:
             "choices": [
                 {
                     "index": index,
-                    "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                    "message": _message(choice),
                     "logprobs": chat_logprobs(choice.tokens) if ask.logprobs else None,
                     "finish_reason": choice.finish_reason,
                 }
@@ -140,6 +189,9 @@ class ChatEndpoint:
         if chunk.text or (ask.logprobs and chunk.tokens):
             logprobs = chat_logprobs(chunk.tokens) if ask.logprobs else None
             yield self._chunk(head, index, {"content": chunk.text}, logprobs, None)
+        if chunk.tool_calls:
+            calls = [{"index": i, **c.to_json()} for i, c in enumerate(chunk.tool_calls)]
+            yield self._chunk(head, index, {"tool_calls": calls}, None, None)
         if chunk.finish_reason is not None:
             yield self._chunk(head, index, {}, None, chunk.finish_reason)
 
@@ -162,3 +214,11 @@ class ChatEndpoint:
             "finish_reason": finish_reason,
         }
         return {**head.fields("chat.completion.chunk"), "choices": [choice]}
+
+
+def _message(choice: Chunk) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+    if choice.tool_calls:
+        message["content"] = choice.text or None
+        message["tool_calls"] = [call.to_json() for call in choice.tool_calls]
+    return message

@@ -7,6 +7,9 @@ import openai
 import pytest
 
 USER = {"role": "user", "content": "x"}
+CALL = {"id": "c", "function": {"name": "add", "arguments": "{}"}}
+TOOL = {"type": "function", "function": {"name": "add"}}
+OTHER = {"type": "function", "function": {"name": "subtract"}}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:,"}}
 
 
@@ -23,9 +26,11 @@ def _error(response: httpx.Response) -> dict[str, Any]:
         ({"model": 3}, "model"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
-        ({"messages": [USER, {"role": "tool", "content": "x"}]}, "messages[1].role"),
+        ({"messages": [USER, {"role": "tool", "content": "x"}]}, "messages[1].tool_call_id"),
+        ({"messages": [USER, {"role": "critic", "content": "x"}]}, "messages[1].role"),
         ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages[0].content"),
-        ({"messages": [{**USER, "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+        ({"messages": [{**USER, "tool_calls": [CALL]}]}, "messages[0].tool_calls"),
+        ({"messages": [{**USER, "tool_calls": [{}]}]}, "messages[0].tool_calls[0].id"),
         ({"temperature": 2.5}, "temperature"),
         ({"temperature": "0.5"}, "temperature"),
         ({"top_p": -0.1}, "top_p"),
@@ -46,6 +51,9 @@ def _error(response: httpx.Response) -> dict[str, Any]:
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [TOOL]}, "tools"),
+        ({"tool_choice": "perhaps"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": OTHER}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"functions": [{}]}, "functions"),
         ({"modalities": ["text", "audio"]}, "modalities"),

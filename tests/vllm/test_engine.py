@@ -62,7 +62,9 @@ def started(model: Model, run: Run) -> Iterator[VllmEngine]:
     """One engine for this file."""
     engine = create_engine(_spec(), [model])
     assert isinstance(engine, VllmEngine)
-    run(engine.start())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)  # it would win over kv_memory_bytes
+        run(engine.start())
     yield engine
     run(engine.stop())
     with pytest.raises(EngineFailed, match="not running"):

@@ -109,4 +109,4 @@ def inspect(spec: EngineSpec, models: Sequence[Model]) -> EngineTraits:
                 f"models.{model.name}: the engine {spec.name!r} asks another server; give the key "
                 "remote (a mapping, which may be empty)"
             )
-    return EngineTraits(fuses=False, logprobs=options.logprobs, here=False)
+    return EngineTraits(fuses=False, logprobs=options.logprobs, tools=True, here=False)

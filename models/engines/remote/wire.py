@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from models.engines.base import Chunk, FinishReason, GenerationRequest, Token, TopLogprob
 from models.engines.remote.failure import AttemptFailed, broke_off, from_event
 from models.engines.remote.options import RemoteOptions
 from models.errors import EngineFailed
+from models.tools import ToolCall
 
 _JSON_OBJECT = '{"type":"object"}'
 _FINISH_REASONS: dict[str, FinishReason] = {
     "stop": "stop",
     "length": "length",
     "content_filter": "content_filter",
+    "tool_calls": "tool_calls",
 }
-# A token of which only the server's usage tells: its end of sequence, or hidden reasoning.
+# A token without text: the end of sequence, hidden reasoning, a piece of a tool call.
 _HIDDEN = Token(token_id=0, text="", raw=b"", logprob=None)
 
 
@@ -52,6 +54,9 @@ def write_body(
     body |= {name: value for name, value in asked.items() if value is not None}
     if request.messages is not None:
         body["messages"] = [dict(message) for message in request.messages]
+        if request.tools is not None:
+            body["tools"] = [dict(tool) for tool in request.tools.functions]
+            body["tool_choice"] = request.tools.choice
         if options.logprobs:
             body["logprobs"] = True
             if sampling.top_logprobs:
@@ -78,6 +83,7 @@ class AnswerReader:
         self._num_tokens = 0
         self._finish_reason: FinishReason | None = None
         self._usage: Mapping[str, Any] = {}
+        self._calls: dict[int, dict[str, str]] = {}
 
     def read(self, data: str) -> Chunk | None:
         """Return what an event adds to the answer, if anything; raises `AttemptFailed`."""
@@ -101,7 +107,8 @@ class AnswerReader:
         return Chunk(
             text="",
             tokens=(_HIDDEN,) * max(0, num_hidden),
-            finish_reason=self._finish_reason,
+            finish_reason="tool_calls" if self._calls else self._finish_reason,
+            tool_calls=tuple(ToolCall(**self._calls[index]) for index in sorted(self._calls)),
             prompt_tokens=None if prompt_tokens is None else int(prompt_tokens),
         )
 
@@ -114,10 +121,23 @@ class AnswerReader:
         delta = choice.get("delta")
         text = (choice.get("text") if delta is None else delta.get("content")) or ""
         tokens = self._tokens(choice.get("logprobs"), text)
-        if not tokens and delta and (delta.get("reasoning_content") or delta.get("reasoning")):
+        if delta and delta.get("tool_calls"):
+            self._add_calls(delta["tool_calls"])
+        hidden = ("reasoning_content", "reasoning", "tool_calls")
+        if not tokens and delta and any(delta.get(name) for name in hidden):
             tokens = (_HIDDEN,)
         self._num_tokens += len(tokens)
         return Chunk(text=text, tokens=tokens) if text or tokens else None
+
+    def _add_calls(self, deltas: Sequence[Mapping[str, Any]]) -> None:
+        """Add pieces of calls: the first piece has id and name, all have some of the arguments."""
+        for delta in deltas:
+            index = int(delta.get("index", len(self._calls)))
+            call = self._calls.setdefault(index, {"id": "", "name": "", "arguments": ""})
+            function = delta.get("function") or {}
+            call["id"] = delta.get("id") or call["id"]
+            call["name"] += function.get("name") or ""
+            call["arguments"] += function.get("arguments") or ""
 
     def _tokens(self, logprobs: Mapping[str, Any] | None, text: str) -> tuple[Token, ...]:
         if not self._logprobs:

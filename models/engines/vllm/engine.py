@@ -22,6 +22,7 @@ from models.errors import (
     RequestError,
 )
 from models.pool import EngineSpec, Model
+from models.tools import Tools
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -116,11 +117,19 @@ class VllmEngine:
             prompt = {"prompt_token_ids": list(request.prompt_tokens)}
             outputs = running.llm.generate(prompt, params, request.request_id)
             async with aclosing(outputs):
+                text = ""
                 async for output in outputs:
                     [completion] = output.outputs
                     chunk = translate.chunk(completion, running.vocabulary, num_top)
-                    last = chunk.finish_reason is not None
-                    yield replace(chunk, weights=weights) if last else chunk
+                    if request.tools is not None:
+                        # Whether it is text or calls is known when all of it is there.
+                        text += chunk.text
+                        chunk = replace(chunk, text="")
+                    if chunk.finish_reason is not None:
+                        chunk = replace(chunk, weights=weights)
+                        if request.tools is not None:
+                            chunk = self._read_calls(chunk, request.tools, text, running)
+                    yield chunk
         except (VLLMClientError, ValueError) as error:
             raise _refusal(error) from None
         except GracefulHTTPError as error:
@@ -243,6 +252,8 @@ class VllmEngine:
             raise RequestError("stop: an empty string is not allowed", "stop")
         if request.rule not in ("mixture", "product") and self._fused:
             raise RequestError(f"the rule {request.rule!r} is not known inside vLLM")
+        if request.tools is not None:
+            self._check_tools(request.tools)
         if request.evidence is not None and request.evidence.update:
             raise RequestError("evidence.update: weights do not follow the answer inside vLLM")
         room = running.context_tokens - len(request.prompt_tokens)
@@ -252,6 +263,32 @@ class VllmEngine:
                 f"{', '.join(request.members)} holds {running.context_tokens}, answer included"
             )
         return room
+
+    def _check_tools(self, tools: Tools) -> None:
+        if self._options.tool_parser is None:
+            raise RequestError(
+                f"tools: {', '.join(self._cards)} cannot call any; the engine "
+                f"{self._spec.name} has no tool_parser",
+                "tools",
+            )
+        if tools.choice != "auto":
+            raise RequestError(
+                f"tool_choice: {tools.choice!r} is not supported by the engine {self._spec.name}; "
+                "allowed are auto and none",
+                "tool_choice",
+            )
+
+    def _read_calls(self, last: Chunk, tools: Tools, text: str, running: _Running) -> Chunk:
+        """Return the last chunk of an answer that may call tools: with its text, or the calls."""
+        from models.engines.vllm.tool_calls import read_calls  # noqa: PLC0415 - loads vLLM
+
+        assert self._options.tool_parser is not None, "traits allow no tools without a parser"
+        content, calls = read_calls(
+            self._options.tool_parser, running.llm.get_tokenizer(), tools, text
+        )
+        if not calls:
+            return replace(last, text=content)
+        return replace(last, text=content, tool_calls=calls, finish_reason="tool_calls")
 
     def _weights(self, request: GenerationRequest) -> tuple[float, ...] | None:
         """Return the weights that an answer reports: those asked for, unless evidence sets them."""

@@ -42,13 +42,16 @@ class VllmOptions(BaseModel):
 
     `engine_args` are vLLM's own, by the names of its `AsyncEngineArgs` (max_model_len,
     gpu_memory_utilization, tensor_parallel_size, quantization, ...); their names are checked when
-    the pool is read, their values by vLLM when the engine starts. `num_threads` is the number of
-    CPU threads where vLLM runs on CPU; None: all cores.
+    the pool is read, their values by vLLM when the engine starts. `tool_parser` is the name of
+    vLLM's parser for how the model writes tool calls (hermes, llama3_json, mistral, ...); None: the
+    model is offered no tools. `num_threads` is the number of CPU threads where vLLM runs on CPU;
+    None: all cores.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     engine_args: dict[str, Any] = Field(default_factory=dict)
+    tool_parser: str | None = None
     num_threads: int | None = Field(None, ge=1)
 
     @property
@@ -94,6 +97,7 @@ def inspect(spec: EngineSpec, models: Sequence[Model]) -> EngineTraits:
         fuses=len(models) > 1,
         rules=("mixture", "product"),
         updates_evidence=False,
+        tools=options.tool_parser is not None,
         context_tokens=options.engine_args.get("max_model_len"),
         num_workers=options.num_workers,
         metrics=True,

@@ -35,6 +35,8 @@ def sampling_params(request: GenerationRequest, *, max_tokens: int, fused: bool)
         ignore_eos=sampling.ignore_eos,
         structured_outputs=_structured(sampling.json_schema),
         output_kind=RequestOutputKind.DELTA,
+        # Models mark their calls with special tokens.
+        skip_special_tokens=request.tools is None,
         extra_args=_fusion(request) if fused else None,
     )
 

@@ -244,7 +244,7 @@ def test_missing_logprobs_say_what_to_configure() -> None:
         (Reply(events=["{"]), EngineFailed, "cannot be read", 3),
         (Reply(events=[[]]), EngineFailed, "cannot be read", 3),
         (Reply(events=[{"error": {"message": "boom"}}]), EngineFailed, "boom", 3),
-        (Reply(events=finish("tool_calls")), EngineFailed, "'tool_calls' is not supported", 3),
+        (Reply(events=finish("function_call")), EngineFailed, "'function_call' is not", 3),
     ],
 )
 def test_failures_become_our_errors(

@@ -1,0 +1,142 @@
+"""Tool calls, from a client through our server to a server that calls tools, and back."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from models.chat_template import ChatTemplate
+from tests.models.engines.remote.bad_server import BadServer, Reply, finish
+from tests.router.conftest import Running, running
+
+TOOL: Any = {
+    "type": "function",
+    "function": {"name": "add", "parameters": {"type": "object", "properties": {}}},
+}
+CHAT: Any = [{"role": "user", "content": "What is 2 + 3?"}]
+
+
+def _piece(**call: Any) -> dict[str, Any]:
+    return {"choices": [{"delta": {"tool_calls": [{"index": 0, **call}]}, "logprobs": None}]}
+
+
+CALLING = Reply(
+    events=[
+        _piece(id="call_1", type="function", function={"name": "add", "arguments": ""}),
+        _piece(function={"arguments": '{"a": 2, '}),
+        _piece(function={"arguments": '"b": 3}'}),
+        *finish("tool_calls", prompt_tokens=30, completion_tokens=12),
+    ]
+)
+
+
+@pytest.fixture(name="upstream")
+def calling_server() -> Iterator[BadServer]:
+    """A server that answers everything with one tool call, in three pieces."""
+    started, found = threading.Event(), []
+    loop = asyncio.new_event_loop()
+    over = asyncio.Event()
+
+    async def serve() -> None:
+        async with BadServer.running(CALLING) as server:
+            found.append(server)
+            started.set()
+            await over.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread.start()
+    assert started.wait(10)
+    yield found[0]
+    loop.call_soon_threadsafe(over.set)
+    thread.join(10)
+    loop.close()
+
+
+@pytest.fixture(name="front")
+def front_server(upstream: BadServer, tmp_path: Path) -> Iterator[Running]:
+    """A server with a local model that can call nothing, and one behind the other server."""
+    far = {"base_url": upstream.url}
+    with running(
+        tmp_path,
+        engines=[
+            {"name": "near", "kind": "fake", "options": {}},
+            {"name": "far", "kind": "remote", "options": far},
+        ],
+        models=[
+            {"name": "small", "engine": "near"},
+            {"name": "big", "engine": "far", "remote": {}},
+        ],
+        policies={
+            "auto": {
+                "kind": "fixed",
+                "plan": {"cascade": {"stages": ["small", "big"], "thresholds": [0.1]}},
+            }
+        },
+    ) as server:
+        yield server
+
+
+def test_calls_come_back_whole(front: Running, upstream: BadServer) -> None:
+    """The tools reach the model, its call reaches the client, and its tokens are counted."""
+    answer = front.chat(model="big", messages=CHAT, tools=[TOOL], tool_choice="required")
+    sent = upstream.requests[0]["body"]
+    assert (sent["tools"], sent["tool_choice"]) == ([TOOL], "required")
+    [choice] = answer.choices
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+    [call] = choice.message.tool_calls
+    assert (call.id, call.type, call.function.name) == ("call_1", "function", "add")
+    assert json.loads(call.function.arguments) == {"a": 2, "b": 3}
+    assert answer.usage.completion_tokens == 12
+    assert answer.shoal["tokens"]["big"] == {"prompt": 30, "output": 12}
+
+
+def test_calls_stream(front: Running) -> None:
+    """A stream ends with the calls, then the reason."""
+    chunks = list(front.chat(model="big", messages=CHAT, tools=[TOOL], stream=True))
+    [delta] = [c.choices[0].delta for c in chunks if c.choices and c.choices[0].delta.tool_calls]
+    [call] = delta.tool_calls
+    assert (call.index, call.function.arguments) == (0, '{"a": 2, "b": 3}')
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+def test_results_go_back_to_the_model(front: Running, upstream: BadServer) -> None:
+    """The assistant's call and the tool's answer are turns like others."""
+    called: Any = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+        ],
+    }
+    result: Any = {"role": "tool", "tool_call_id": "call_1", "content": "5"}
+    front.chat(model="big", messages=[*CHAT, called, result], tools=[TOOL])
+    sent = upstream.requests[0]["body"]["messages"]
+    assert sent == [*CHAT, {**called, "content": ""}, result]
+
+
+def test_models_that_call_nothing_refuse_tools(front: Running) -> None:
+    """Asked by name they answer 400; a cascade goes on to the stage that can."""
+    with pytest.raises(openai.BadRequestError, match="small cannot call any") as caught:
+        front.chat(model="small", messages=CHAT, tools=[TOOL])
+    assert caught.value.param == "tools"
+    assert front.chat("hi", "small", tools=[TOOL], tool_choice="none").choices[0].message.content
+    answer = front.chat(model="auto", messages=CHAT, tools=[TOOL])
+    assert answer.choices[0].message.tool_calls
+    assert answer.shoal["members"] == ["big"]
+
+
+def test_templates_get_tools_and_arguments_as_objects() -> None:
+    """As transformers renders them: tools as they came, the arguments of calls parsed."""
+    template = ChatTemplate(
+        "{{ tools[0].function.name }}{% for m in messages %}"
+        "{% for c in m.tool_calls or [] %} {{ c.function.arguments.a }}{% endfor %}{% endfor %}",
+        special_tokens={},
+    )
+    call = {"id": "c", "type": "function", "function": {"name": "add", "arguments": '{"a": 7}'}}
+    turns = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    assert template.render(turns, [TOOL]) == "add 7"
