@@ -14,7 +14,7 @@ from tests.ops.served import PROMETHEUS, Prometheus, prometheus, shoal, traffic,
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(2400),
     pytest.mark.skipif(
         PROMETHEUS is None, reason="prometheus is not installed (Debian's package prometheus)"
     ),
@@ -33,9 +33,9 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
             lambda: (
                 bool(server.query("shoal_shadow_quality_ratio"))
                 and bool(server.query("shoal:error_ratio:rate6h"))
-                and bool(server.query('rate(shoal_requests_total{policy="stairs"}[20s]) > 0'))
+                and bool(server.query('rate(shoal_requests_total{policy="stairs"}[60s]) > 0'))
             ),
-            timeout_s=240,
+            timeout_s=600,
             what="the slowest metrics",
         )
         yield server
@@ -60,7 +60,7 @@ def test_every_panel_has_data(scraped: Prometheus) -> None:
         # A rate may have just one scrape behind it.
         wait(
             lambda query=query: bool(scraped.query(query.expression)),
-            timeout_s=60,
+            timeout_s=120,
             what=f"{query.dashboard} / {query.panel}: {query.expression}",
         )
 
