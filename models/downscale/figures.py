@@ -173,7 +173,9 @@ def _by_domain(right_Q: Floats, domain_Q: Sequence[str]) -> dict[str, Any]:
     for right, domain in zip(right_Q, domain_Q, strict=True):
         if not np.isnan(right):
             found[domain].append(right)
-    return {domain: share([value == 1 for value in values]) for domain, values in found.items()}
+    return {
+        domain: share([bool(value == 1) for value in values]) for domain, values in found.items()
+    }
 
 
 def share(right: Sequence[bool]) -> dict[str, Any]:
@@ -223,7 +225,7 @@ def _models(
             "lineage": _lineage(name, run.domains),
             "training": facts,
             "footprint": training_footprint(
-                cpu_s=facts["cpu_s"] or facts["wall_clock_s"],
+                cpu_s=facts.get("cpu_s") or facts["wall_clock_s"],
                 flops=facts["flops"],
                 device=facts["device"],
             ),

@@ -24,6 +24,7 @@ from models.downscale.shapes import solve_shape
 from models.downscale.stage import write_json
 
 LATENCY_FILE: Final = "latency.json"
+_MOST_PARAMETERS: Final = 200_000_000
 _PROMPT_TOKENS, _ROUNDS, _TOKENS_PER_ROUND = 16, 7, 16
 
 
@@ -100,10 +101,13 @@ def measure_latency(run: Run, *, upstream: Sequence[str]) -> str:
 
 
 def _shapes_like(run: Run, parameters: int) -> dict[str, PreTrainedModel]:
-    """Untrained models of the same size, one for each depth that can be had."""
+    """Untrained models of the same size, of a few depths; none where they would fill the memory."""
     config = run.base.config
     found: dict[str, PreTrainedModel] = {}
-    for num_layers in range(1, shape_of(config).num_layers + 1):
+    if parameters > _MOST_PARAMETERS:
+        return found
+    deepest = shape_of(config).num_layers
+    for num_layers in sorted({max(1, round(deepest * i / 6)) for i in range(1, 7)}):
         try:
             shape = solve_shape(config, parameters, MemberShape(num_layers=num_layers))
         except BaseError:

@@ -51,7 +51,7 @@ LAWS_FILE: Final = "laws.json"
 FITS_FILE: Final = "fits.json"
 WEIGHTINGS: Final = ("uniform", "evidence")
 # Positions times vocabulary of the members' whole distributions that are held in memory at once.
-_MOST_ELEMENTS: Final = 2**24
+_MOST_ELEMENTS: Final = 2**22
 
 
 def fit_laws(run: Run, *, upstream: Sequence[str]) -> str:

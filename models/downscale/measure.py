@@ -131,9 +131,11 @@ def _measure(
 
 
 def as_shipped(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with its weights rounded to bf16, in fp32 for arithmetic."""
-    model.to(torch.bfloat16)  # type: ignore[arg-type]
-    model.to(torch.float32)  # type: ignore[arg-type]
+    """The model with its weights rounded to bf16 in place, still in fp32 for arithmetic."""
+    with torch.no_grad():
+        # Not model.to: that would round the rotary embedding's frequencies too.
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16))
     return model
 
 

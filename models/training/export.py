@@ -24,6 +24,9 @@ def export_model(
     ships.
     """
     model.to(torch.bfloat16)  # type: ignore[arg-type]
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.do_sample = False
     export_checkpoint(model, tokenizer, folder)
     facts = {
         "num_parameters": num_parameters(model),
@@ -42,10 +45,9 @@ def export_checkpoint(
     """Write config, weights (in the type they have), tokenizer and chat template."""
     folder.mkdir(parents=True, exist_ok=True)
     generation = model.generation_config
-    assert generation is not None
-    generation.eos_token_id = tokenizer.eos_token_id
-    generation.pad_token_id = tokenizer.pad_token_id
-    generation.do_sample = False
+    if generation is not None and generation.eos_token_id is None:
+        generation.eos_token_id = tokenizer.eos_token_id
+        generation.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     # safetensors writes files that only their owner may read.
     for file in folder.glob("*.safetensors"):
