@@ -239,6 +239,13 @@ def test_a_cluster_that_outlives_its_head() -> None:
     assert "gcsFaultToleranceOptions" not in _service()["spec"]["rayClusterConfig"]
 
 
+def test_rays_own_ports_ask_for_a_token() -> None:
+    """Whoever may submit jobs runs code, so KubeRay draws a token unless told otherwise."""
+    for sets, mode in (((), "token"), (("rayAuthentication=disabled",), "disabled")):
+        cluster = _service(sets=sets)["spec"]["rayClusterConfig"]
+        assert cluster["authOptions"] == {"mode": mode}
+
+
 def test_only_the_head_may_ask_the_kubernetes_api() -> None:
     """The autoscaler beside it needs a token; workers get none."""
     head, worker = (template["spec"] for template in pod_templates(_service()))

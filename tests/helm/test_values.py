@@ -122,6 +122,7 @@ def test_the_configuration_it_describes_is_the_servers() -> None:
         ("config.ingress.min_replicas", 0),
         ("config.num_threads", "two"),
         ("rayVersion", "2.60"),
+        ("rayAuthentication", "none"),
     ],
 )
 def test_bad_values_are_refused(path: str, value: Any) -> None:
