@@ -29,20 +29,42 @@ import torch
 
 from models.card import read_card
 from models.engines.vllm_fused.folder import write_folder
-from tests.bench.engine_models import SHIPPED, School, Size, save_model, weight_bytes
+from tests.bench.engine_models import School, Size, save_model, weight_bytes
 from tests.bench.harness import RESULTS, Row, environment, print_row, read_bytes_per_s
 from tests.bench.vllm_contenders import Contender, StackedContender, VllmContender
 
 CONCURRENT = (1, 8, 32)
 KV_BYTES = 64 * 2**20
 TARGETS = {"apart": 3.0, "base": 1.0}
-# Members of the shipped shape; the base is as wide and deep as it takes to have their parameters.
+MEMBER = Size(
+    hidden_size=192,
+    num_layers=3,
+    feed_forward_size=448,
+    num_heads=6,
+    num_kv_heads=2,
+    head_size=32,
+    vocab_size=512,
+)
+# Each base is as wide and deep as it takes to have its members' parameters.
 SCHOOLS = (
-    SHIPPED,
+    School(
+        name="4 x 1.2 M",
+        num_members=4,
+        member=MEMBER,
+        base=Size(
+            hidden_size=256,
+            num_layers=6,
+            feed_forward_size=768,
+            num_heads=8,
+            num_kv_heads=4,
+            head_size=32,
+            vocab_size=512,
+        ),
+    ),
     School(
         name="8 x 1.2 M",
         num_members=8,
-        member=SHIPPED.member,
+        member=MEMBER,
         base=Size(
             hidden_size=384,
             num_layers=6,

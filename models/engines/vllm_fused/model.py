@@ -74,10 +74,10 @@ class FusedLayer(nn.Module):
     def take(self, weights: LayerWeights) -> None:
         """Take the weights of this rank's members."""
         self.qkv_MDQ = _frozen(weights.qkv_MDQ)
-        self.qkv_bias_M1Q = _frozen(weights.qkv_bias_MQ, 1)
-        self.qk_gain_M1Hd = _frozen(weights.qk_gain_MHd, 1)
+        self.qkv_bias_M1Q = _optional(weights.qkv_bias_MQ)
+        self.qk_gain_M1Hd = _optional(weights.qk_gain_MHd)
         self.out_MQD = _frozen(weights.out_MQD)
-        self.out_bias_M1D = _frozen(weights.out_bias_MD, 1)
+        self.out_bias_M1D = _optional(weights.out_bias_MD)
         self.gate_up_MDF = _frozen(weights.gate_up_MDF)
         self.down_MFD = _frozen(weights.down_MFD)
 
@@ -95,8 +95,10 @@ class FusedLayer(nn.Module):
 
     def _attend(self, positions_T: Tensor, qkv_MTQ: Tensor) -> Tensor:
         shape = self._shape
-        heads_MTHd = qkv_MTQ.unflatten(-1, (-1, shape.head_dim))
         num_qk = shape.num_heads + shape.num_kv_heads
+        heads_MTHd = qkv_MTQ.view(
+            self._num_members, -1, num_qk + shape.num_kv_heads, shape.head_dim
+        )
         qk_MTHd, value_MTHd = heads_MTHd[:, :, :num_qk], heads_MTHd[:, :, num_qk:]
         if self.qk_gain_M1Hd is not None:
             qk_MTHd = self.head_norm(qk_MTHd.contiguous()) * self.qk_gain_M1Hd
@@ -110,8 +112,10 @@ class FusedLayer(nn.Module):
             )
         )
         query, key = self.rotary(positions_T, query, key)
-        attended = self.attention(query, key, value)
-        return attended.unflatten(-1, (self._num_members, -1)).transpose(0, 1)
+        attended: Tensor = self.attention(query, key, value)
+        return attended.view(-1, self._num_members, shape.num_heads * shape.head_dim).transpose(
+            0, 1
+        )
 
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0})
@@ -136,16 +140,17 @@ class FusedModel(nn.Module):
     def take(self, weights: Weights) -> None:
         """Take the weights of this rank's members."""
         self.embed_MVD = _frozen(weights.embed_MVD)
-        self.final_gain_M1D = _frozen(weights.final_gain_MD, 1)
+        self.final_gain_M1D = _frozen(weights.final_gain_MD[:, None])
         for layer, its in zip(self.layers, weights.layers, strict=True):
+            assert isinstance(layer, FusedLayer)
             layer.take(its)
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """Return the normed hidden states of all members side by side, [T, M·D]."""
-        x_MTD = self.embed_MVD.index_select(1, input_ids)
+        x_MTD: Tensor = self.embed_MVD.index_select(1, input_ids)
         for layer in self.layers:
             x_MTD = layer(positions, x_MTD)
-        normed_MTD = self.norm(x_MTD) * self.final_gain_M1D
+        normed_MTD: Tensor = self.norm(x_MTD) * self.final_gain_M1D
         return normed_MTD.transpose(0, 1).flatten(1)
 
 
@@ -189,9 +194,9 @@ class ShoalFusedForCausalLM(nn.Module):
         inputs_embeds: Tensor | None = None,  # noqa: ARG002 - vLLM passes it
     ) -> Tensor:
         """Return hidden states [T, M·D]; `inputs_embeds` and pipelines are not supported."""
-        hidden = self.model(input_ids, positions)
+        hidden: Tensor = self.model(input_ids, positions)
         if self._table.is_collecting:
-            self._hear_evidence(hidden)
+            self._hear_evidence(hidden, positions)
         return hidden
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
@@ -201,7 +206,7 @@ class ShoalFusedForCausalLM(nn.Module):
 
     def _log_probabilities(self, hidden: Tensor) -> Tensor:
         """Return each member's next-token log-probabilities, [M, R, V], float32."""
-        hidden_MRD = hidden.unflatten(-1, (len(self.head_MDV), -1)).transpose(0, 1)
+        hidden_MRD = hidden.view(len(hidden), len(self.head_MDV), -1).transpose(0, 1)
         return torch.bmm(hidden_MRD, self.head_MDV).float().log_softmax(-1)
 
     def _fuse(self, logp_MRV: Tensor, fusion: Fusion) -> Tensor:
@@ -217,7 +222,7 @@ class ShoalFusedForCausalLM(nn.Module):
         total_RV = terms_MRV.sum(0)
         return tensor_model_parallel_all_reduce(total_RV) if self._num_ranks > 1 else total_RV
 
-    def _hear_evidence(self, hidden: Tensor) -> None:
+    def _hear_evidence(self, hidden: Tensor, positions: Tensor) -> None:
         """Score the prompts' tokens of this step where requests weigh members by them."""
         attention = get_forward_context().attn_metadata
         if not isinstance(attention, dict):  # a warm-up run
@@ -229,14 +234,20 @@ class ShoalFusedForCausalLM(nn.Module):
                 "choose another with --attention-backend"
             )
             return
-        for row, start, tokens in self._table.collecting(row_starts.tolist()):
-            log_likelihood_M = sum(
-                self._log_likelihood(
-                    hidden[start + first :], tokens[first : first + _EVIDENCE_ROWS]
-                )
-                for first in range(0, len(tokens), _EVIDENCE_ROWS)
-            )
-            row.hear(log_likelihood_M.tolist(), len(tokens))
+        starts = row_starts.tolist()
+        for place, row in self._table.collecting():
+            start, end = starts[place], starts[place + 1]
+            # Asked, not counted: steps inside a CUDA graph are not seen here.
+            position = int(positions[start])
+            tokens = row.following(position, end - start)
+            if tokens:
+                scores_M = [
+                    self._log_likelihood(
+                        hidden[start + first :], tokens[first : first + _EVIDENCE_ROWS]
+                    )
+                    for first in range(0, len(tokens), _EVIDENCE_ROWS)
+                ]
+                row.hear(torch.stack(scores_M).sum(0).tolist(), position, len(tokens))
 
     def _log_likelihood(self, hidden: Tensor, tokens: Sequence[int]) -> Tensor:
         """Return Σ log p of `tokens`, each predicted by its row of `hidden`, for all members."""
@@ -253,9 +264,10 @@ def _finish_mixture(probs_RV: Tensor) -> Tensor:
     return probs_RV.clamp_min_(torch.finfo(probs_RV.dtype).tiny).log_()
 
 
-def _frozen(weight: Tensor | None, new_axis: int | None = None) -> nn.Parameter | None:
-    if weight is None:
-        return None
-    return nn.Parameter(
-        weight if new_axis is None else weight.unsqueeze(new_axis), requires_grad=False
-    )
+def _frozen(weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(weight, requires_grad=False)
+
+
+def _optional(weight: Tensor | None) -> nn.Parameter | None:
+    """With an axis for tokens after that of members, None as None."""
+    return None if weight is None else _frozen(weight[:, None])

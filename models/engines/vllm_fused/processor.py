@@ -24,7 +24,7 @@ class _BoundType(ABCMeta):
     """The type of classes made by `bind`: pickled as the call that makes them anew."""
 
 
-class FusionProcessor(LogitsProcessor, metaclass=_BoundType):
+class FusionProcessor(LogitsProcessor, metaclass=_BoundType):  # type: ignore[misc]
     """Keeps the worker's `FusionTable`; see the module's docstring."""
 
     members: ClassVar[tuple[str, ...]] = ()
@@ -67,7 +67,10 @@ class FusionProcessor(LogitsProcessor, metaclass=_BoundType):
 
 def bind(members: tuple[str, ...]) -> type[FusionProcessor]:
     """Return the processor for an ensemble of `members`; vLLM wants a class, not an object."""
-    return _BoundType(FusionProcessor.__name__, (FusionProcessor,), {"members": members})
+    bound: type[FusionProcessor] = _BoundType(
+        FusionProcessor.__name__, (FusionProcessor,), {"members": members}
+    )  # type: ignore[assignment]
+    return bound
 
 
 def _reduce(cls: type[FusionProcessor]) -> str | tuple[object, tuple[object, ...]]:

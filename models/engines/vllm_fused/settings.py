@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
-from torch import nn
 from vllm.config import CUDAGraphMode, ModelConfig, VllmConfig
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
@@ -19,8 +20,24 @@ LOAD_FORMAT = "shoal_fused"
 _REPLACED_FORMATS = ("auto", "hf", "safetensors")
 
 
-class FusedSettings(VerifyAndUpdateConfig):
-    """vLLM calls this once, where its configuration is made."""
+class TakesMembers(Protocol):
+    """The fused model, as far as loading goes."""
+
+    def load_members(self, cards: Sequence[ModelCard]) -> None:
+        """Load the members' weights."""
+        ...
+
+
+class FusedSettings(VerifyAndUpdateConfig):  # type: ignore[misc]
+    """vLLM calls these once, where its configuration is made."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: ModelConfig) -> None:  # noqa: ARG004 - vLLM's
+        """Choose the first model runner, before anything of the configuration depends on it.
+
+        The second one has another interface for logits processors (docs/vllm.md).
+        """
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
@@ -43,17 +60,14 @@ class FusedSettings(VerifyAndUpdateConfig):
         if load.load_format in _REPLACED_FORMATS:
             load.load_format = LOAD_FORMAT
         model.logits_processors = [*(model.logits_processors or ()), bind(tuple(members))]
-        # The second model runner has another interface for logits processors (docs/vllm.md).
-        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
 
 
-class MembersLoader(BaseModelLoader):
+class MembersLoader(BaseModelLoader):  # type: ignore[misc]
     """Loads a fused model from the folders of its members."""
 
     def download_model(self, model_config: ModelConfig) -> None:
         """Do nothing: members are folders on this machine."""
 
-    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+    def load_weights(self, model: TakesMembers, model_config: ModelConfig) -> None:
         """Let the model take the weights of its members."""
-        cards: list[ModelCard] = list(read_members(Path(model_config.model)).values())
-        model.load_members(cards)
+        model.load_members(list(read_members(Path(model_config.model)).values()))

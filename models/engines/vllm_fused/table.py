@@ -40,7 +40,7 @@ class Row:
         self.product = asked.product
         self._weights = LaneWeights(asked.weights, asked.evidence)
         self._prompt = prompt
-        self._num_seen = 0 if asked.evidence else len(prompt)
+        self._num_heard = 0 if asked.evidence else len(prompt)
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -50,15 +50,15 @@ class Row:
     @property
     def is_collecting(self) -> bool:
         """Whether tokens of its prompt still have to be heard as evidence."""
-        return self._num_seen < len(self._prompt) - 1
+        return self._num_heard < len(self._prompt) - 1
 
-    def next_tokens(self, num_tokens: int) -> Sequence[int]:
-        """Return what follows each of the prompt's next `num_tokens` tokens, in the prompt."""
-        return self._prompt[self._num_seen + 1 : self._num_seen + 1 + num_tokens]
+    def following(self, position: int, num_tokens: int) -> Sequence[int]:
+        """Return the prompt's tokens after each of `num_tokens` from `position` on."""
+        return self._prompt[position + 1 : position + 1 + num_tokens]
 
-    def hear(self, log_likelihood_M: Sequence[float], num_tokens: int) -> None:
-        """Take in what each member says of the `num_tokens` tokens that came next."""
-        self._num_seen += num_tokens
+    def hear(self, log_likelihood_M: Sequence[float], position: int, num_tokens: int) -> None:
+        """Take in what each member says of the `num_tokens` tokens after `position`."""
+        self._num_heard = position + num_tokens
         self._weights.add(log_likelihood_M, num_tokens)
 
 
@@ -103,20 +103,12 @@ class FusionTable:
             self._fusion = self._as_tensors(num_rows)
         return self._fusion
 
-    def collecting(self, row_starts: Sequence[int]) -> Iterator[tuple[Row, int, Sequence[int]]]:
-        """Yield rows that hear evidence in this step: first token's place, and what follows each.
-
-        `row_starts` are the places of the rows' first tokens in this step, and the end.
-        """
-        changed = False
-        for index, row in self._rows.items():
+    def collecting(self) -> Iterator[tuple[int, Row]]:
+        """Yield the batch's places of rows that wait for evidence; they will hear some now."""
+        self._fusion = None
+        for place, row in self._rows.items():
             if row.is_collecting:
-                start, end = row_starts[index], row_starts[index + 1]
-                if tokens := row.next_tokens(end - start):
-                    changed = True
-                    yield row, start, tokens
-        if changed:
-            self._fusion = None
+                yield place, row
 
     @property
     def is_collecting(self) -> bool:
@@ -127,7 +119,7 @@ class FusionTable:
         self, params: SamplingParams, prompt: list[int] | None, _answer: list[int]
     ) -> Row | None:
         asked = read_request(params.extra_args, self._members)
-        return asked and Row(asked, prompt or [])
+        return None if asked is None else Row(asked, prompt or [])
 
     def _as_tensors(self, num_rows: int) -> Fusion:
         uniform = (1 / len(self._members),) * len(self._members)
