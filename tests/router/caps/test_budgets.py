@@ -21,7 +21,7 @@ from router.caps.errors import BudgetExhausted, BudgetUnavailable
 from router.caps.limits import read_caps, window
 from router.caps.store import used_amounts
 from router.keys import Key
-from router.ledger.database import Database, writing
+from router.ledger.database import Database, open_database, writing
 from router.ledger.schema import BUDGET_HOLDS, BUDGET_WINDOWS
 from router.ledger.writer import Ledger
 from tests.router.ledger.records import record
@@ -48,14 +48,14 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def new_budgets(database: Database, clock: Clock) -> Iterator[NewBudgets]:
-    """Make replicas' budgets on one database; they are stopped afterwards."""
+def new_budgets(ledger_url: str, database: Database, clock: Clock) -> Iterator[NewBudgets]:
+    """Make replicas' budgets, each with connections of its own; they are stopped afterwards."""
     made: list[Budgets] = []
 
     def make(**config: object) -> Budgets:
         made.append(
             Budgets(
-                database,
+                open_database(ledger_url),
                 BudgetsConfig.model_validate(config),
                 holder=f"replica-{len(made)}",
                 logger=logging.getLogger("test.budgets"),
@@ -101,8 +101,12 @@ def test_requests_without_caps_touch_no_database(
         await budgets.close()
 
     statements: list[object] = []
-    sa.event.listen(database, "before_cursor_execute", lambda *args: statements.append(args))
-    asyncio.run(run())
+    listening = (sa.Engine, "before_cursor_execute", lambda *args: statements.append(args))
+    sa.event.listen(*listening)
+    try:
+        asyncio.run(run())
+    finally:
+        sa.event.remove(*listening)
     assert statements == []
 
 

@@ -48,12 +48,17 @@ def database(ledger_url: str) -> Iterator[Database]:
 
 
 @pytest.fixture
-def new_ledger(database: Database) -> Iterator[Callable[..., Ledger]]:
-    """Make ledgers on `database`; they are stopped afterwards."""
+def new_ledger(ledger_url: str, database: Database) -> Iterator[Callable[..., Ledger]]:
+    """Make ledgers on the database, each with connections of its own; they are stopped afterwards.
+
+    A ledger closes its connections when it stops. Were they shared, those that others have in use
+    at that moment would be left to the garbage collector.
+    """
     made: list[Ledger] = []
 
     def make(**options: float) -> Ledger:
-        made.append(Ledger(database, logger=logging.getLogger("test.ledger"), **options))
+        own = open_database(ledger_url)
+        made.append(Ledger(own, logger=logging.getLogger("test.ledger"), **options))
         return made[-1]
 
     yield make
