@@ -33,6 +33,7 @@ from models.downscale.recipe import TASKS, CorpusSettings, Recipe
 from models.downscale.run import CORPUS_FILE, Run
 from models.downscale.stage import Stages, claimed, publish
 from models.pool import load_pool
+from models.tasks import Split
 
 _PROBE_EXAMPLES: Final = 2_000
 
@@ -52,6 +53,7 @@ def downscale(
         base = _base(recipe, stages, report)
         run = Run(recipe=recipe, stages=stages, base_folder=base, report=report)
         _corpora(run)
+        _check_questions(run)
         for stage in (calibrate, cut_out, warm, select_examples):
             for domain in run.domains:
                 stage(run, domain)
@@ -122,3 +124,17 @@ def _corpora(run: Run) -> None:
         run.stages.run(
             f"corpora/{name}", action, settings=facts, files=_files(settings), upstream=["base"]
         )
+
+
+def _check_questions(run: Run) -> None:
+    """Without a question that can be checked nothing can be measured: better known before training.
+
+    Raises:
+        CorpusError: no domain has any in one of the held-out splits.
+    """
+    for split in (Split.ROUTER, Split.TEST):
+        if not any(run.corpus(domain).questions(split) for domain in run.domains):
+            raise CorpusError(
+                f"no domain has a question with an answer in the held-out split {split!s}; give "
+                "records with 'question' and 'answer', or a held_out file of them"
+            )

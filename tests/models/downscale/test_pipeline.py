@@ -17,6 +17,9 @@ from models.training.tokenizer import build_tokenizer
 from policies.outcomes import read_outcomes
 from tests.models.downscale.conftest import shoal_downscale
 
+# The toy pool takes minutes where the machine is busy.
+pytestmark = pytest.mark.timeout(1200)
+
 TINY = Shape(
     hidden_size=32, num_layers=2, feed_forward_size=48, num_heads=4, num_kv_heads=2, head_size=8
 )
@@ -208,6 +211,16 @@ def test_bad_corpora_leave_no_pool(recipe, tmp_path):
     with pytest.raises(CorpusError, match=r"words: .*the corpus is empty"):
         run(recipe, tmp_path / "out")
     assert [file.name for file in (tmp_path / "out").iterdir()] == [".work"]
+
+
+def test_corpora_without_questions_are_refused_before_training(recipe, tmp_path):
+    """Text alone can be learnt but not measured; that is said at once."""
+    for name in ("sums", "words"):
+        lines = (json.dumps({"text": f"{name} number {i}."}) for i in range(200))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    with pytest.raises(CorpusError, match="no domain has a question with an answer"):
+        run(recipe, tmp_path / "out")
+    assert not (tmp_path / "out/.work/cut").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(recipe, tmp_path):
