@@ -6,7 +6,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
 
-class LoadLogger(StatLoggerBase):
+class LoadLogger(StatLoggerBase):  # type: ignore[misc] # vLLM may be absent
     """Remembers the latest figures, and counts the tokens."""
 
     def __init__(self) -> None:
