@@ -72,9 +72,9 @@ check: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m tests.bench
 
-# Tables and plots of the routers; ENCODER=neural:FOLDER measures a sentence encoder instead.
+# Tables and plots of the routers; ENCODER=neural:FOLDER adds rows with a sentence encoder.
 bench-routing: $(STAMP)
-	$(BIN)/python -m tests.bench.routing_tables --encoder $(or $(ENCODER),ngrams)
+	$(BIN)/python -m tests.bench.routing_tables $(if $(ENCODER),--encoder $(ENCODER))
 
 # Retrains the default pool's router on its outcomes, and measures it on the held-out ones.
 pool-router: $(STAMP)

@@ -26,6 +26,9 @@ from policies.errors import PolicyError
 Hashes = NDArray[np.uint64]
 
 MAX_BYTES: Final = 2048
+BASIS_QUERIES: Final = 4096
+"""So many training queries, at most, show in which directions queries differ most."""
+
 _HALF: Final = MAX_BYTES // 2
 _BASE: Final = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
 _MIX: Final = np.uint64(0xD6E8FEB86659FD93)
@@ -68,7 +71,8 @@ class NGrams:
     worth nothing to the heads, but count in the norm: a query made of unknown n-grams is all but
     empty, and is known to be. (Two, so that a training query looks as it would if it were new.)
     The embedding is the projection on the first `num_dimensions` singular vectors (latent
-    semantic analysis, Deerwester et al. 1990), kept in half precision.
+    semantic analysis, Deerwester et al. 1990) of a sample of the training queries, kept in half
+    precision.
     """
 
     kind = "ngrams"
@@ -101,7 +105,8 @@ class NGrams:
         df = np.bincount(counts.indices, minlength=self.num_features)
         self.idf_ = (np.log((1 + len(texts)) / (1 + np.maximum(df, 1))) + 1).astype(np.float32)
         self.known_ = np.flatnonzero(df >= 2)
-        matrix = self._weigh(counts)[:, self.known_]
+        sample = np.random.default_rng(self.seed).permutation(len(texts))[:BASIS_QUERIES]
+        matrix = self._weigh(counts[np.sort(sample)])[:, self.known_]
         rank = min(self.num_dimensions, min(matrix.shape) - 1)
         self.basis_ = np.zeros((self.num_features, self.num_dimensions), np.float32)
         if rank > 0:

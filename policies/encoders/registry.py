@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from policies.encoders.base import Encoder
+from policies.encoders.finetuned import FineTuned
 from policies.encoders.neural import Neural
 from policies.encoders.ngrams import NGrams
 from policies.errors import PolicyError
@@ -29,4 +30,8 @@ def parse_encoder(text: str, settings: Mapping[str, Any]) -> Encoder:
     return build_encoder(kind, {**settings, **({"path": path} if colon else {})})
 
 
-_ENCODERS: dict[str, Callable[..., Encoder]] = {NGrams.kind: NGrams, Neural.kind: Neural}
+_ENCODERS: dict[str, Callable[..., Encoder]] = {
+    FineTuned.kind: FineTuned,
+    Neural.kind: Neural,
+    NGrams.kind: NGrams,
+}

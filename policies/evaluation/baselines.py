@@ -7,27 +7,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+import scipy.sparse as sp
 from numpy.typing import NDArray
-from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 from sklearn.linear_model import Ridge
 from sklearn.naive_bayes import ComplementNB
 
 from policies.outcomes import Outcome, score_table
-from policies.routing.router import Router
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Training and test outcomes with the scores [Q, M] of `models`, and the fitted router."""
+    """Training and test outcomes with the scores [Q, M] of `models`.
+
+    `train_QW` and `test_QW` count the queries' words and word pairs (see `count_words`).
+    """
 
     models: tuple[str, ...]
     train: Sequence[Outcome]
     test: Sequence[Outcome]
-    router: Router
+    train_QW: sp.csr_matrix
+    test_QW: sp.csr_matrix
     seed: int
 
     def scores(self, outcomes: Sequence[Outcome]) -> Floats:
@@ -38,6 +43,23 @@ class Split:
     def queries(self) -> list[str]:
         """The test queries' texts."""
         return [outcome.query for outcome in self.test]
+
+    @cached_property
+    def tfidf(self) -> tuple[sp.csr_matrix, sp.csr_matrix]:
+        """Sublinear tf-idf of training and test queries, without what stands in one of them."""
+        common = np.flatnonzero(np.bincount(self.train_QW.indices) >= 2)
+        weigh = TfidfTransformer(sublinear_tf=True)
+        return weigh.fit_transform(self.train_QW[:, common]), weigh.transform(
+            self.test_QW[:, common]
+        )
+
+
+def count_words(texts: Sequence[str]) -> sp.csr_matrix:
+    """Count words and word pairs, once for all folds: hashing learns nothing from test queries."""
+    hasher = HashingVectorizer(
+        n_features=1 << 21, ngram_range=(1, 2), norm=None, alternate_sign=False, dtype=np.float32
+    )
+    return hasher.transform(texts).tocsr()
 
 
 def random_choice(split: Split) -> Floats:
@@ -66,34 +88,22 @@ def query_oracle(split: Split) -> Floats:
 
 def task_classifier(split: Split) -> Floats:
     """Recognise the task (complement naive Bayes on tf-idf), then use its training means."""
-    vectorizer = TfidfVectorizer(sublinear_tf=True, min_df=2)
-    X = vectorizer.fit_transform([outcome.query for outcome in split.train])
+    X, test_X = split.tfidf
     tasks = [_task(outcome) for outcome in split.train]
     if len(set(tasks)) < 2:
         return best_single(split)
     model = ComplementNB().fit(X, tasks)
-    found = model.predict(vectorizer.transform(split.queries))
+    found = model.predict(test_X)
     return _of_task(_task_means(split, split.train), [str(task) for task in found], split)
 
 
 def tfidf_ridge(split: Split) -> Floats:
     """Tf-idf of words and word pairs, ridge regression on every model's scores."""
-    vectorizer = TfidfVectorizer(sublinear_tf=True, min_df=2, ngram_range=(1, 2))
-    X = vectorizer.fit_transform([outcome.query for outcome in split.train])
+    X, test_X = split.tfidf
     targets = np.nan_to_num(split.scores(split.train), nan=0.5)
     model = Ridge(alpha=10.0, solver="sparse_cg", tol=1e-2).fit(X, targets)
-    predicted: Floats = model.predict(vectorizer.transform(split.queries))
+    predicted: Floats = model.predict(test_X)
     return predicted.reshape(len(split.test), -1)
-
-
-def clusters(split: Split) -> Floats:
-    """Shoal's `Clusters`."""
-    return split.router.cluster_qualities(split.queries)
-
-
-def learned(split: Split) -> Floats:
-    """Shoal's `Learned`."""
-    return split.router.qualities(split.queries)
 
 
 BASELINES: Mapping[str, Callable[[Split], Floats]] = {
@@ -101,8 +111,9 @@ BASELINES: Mapping[str, Callable[[Split], Floats]] = {
     "best single": best_single,
     "task classifier": task_classifier,
     "TF-IDF + ridge": tfidf_ridge,
-    "Clusters": clusters,
-    "Learned": learned,
+}
+
+ORACLES: Mapping[str, Callable[[Split], Floats]] = {
     "dataset oracle": dataset_oracle,
     "per-query oracle": query_oracle,
 }

@@ -6,14 +6,14 @@ Shape legend: Q queries, M models.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from policies.encoders.base import Encoder
-from policies.evaluation.baselines import BASELINES, Split
+from policies.evaluation.baselines import BASELINES, ORACLES, Split, count_words
 from policies.evaluation.metrics import (
     Curve,
     aiq,
@@ -28,6 +28,7 @@ from policies.evaluation.protocols import Protocol, folds
 from policies.outcomes import Outcome, score_table
 from policies.routing.calibration import Reliability, reliability
 from policies.routing.fit import FitSettings, fit_router
+from policies.routing.router import Router
 
 Floats = NDArray[np.float64]
 Interval = tuple[float, float]
@@ -38,8 +39,9 @@ class Result:
     """What one method reached on the pooled test queries; intervals are 95% bootstrap.
 
     APGR and CPT exist for two models only (weak first), `diagram` for methods that predict, AIQ
-    where models differ in cost. `decision_us` is the median time of one decision, for the methods
-    that Shoal serves.
+    where models differ in cost. `fold_apgrs` are the APGRs of each fold alone: the pooled one
+    compares scores of routers that never meet. `decision_us` is the median time of one decision,
+    for the methods that Shoal serves.
     """
 
     method: str
@@ -49,6 +51,7 @@ class Result:
     aiq: float | None = None
     apgr: float | None = None
     apgr_interval: Interval | None = None
+    fold_apgrs: tuple[float, ...] = ()
     cpt50: float | None = None
     cpt80: float | None = None
     diagram: Reliability | None = None
@@ -76,7 +79,7 @@ def evaluate(
     *,
     title: str,
     protocol: Protocol,
-    make_encoder: Callable[[], Encoder],
+    encoders: Mapping[str, Callable[[], Encoder]],
     models: Sequence[str],
     relative_cost: Sequence[float],
     train: str = "train",
@@ -86,32 +89,44 @@ def evaluate(
 ) -> Report:
     """Run `protocol` over outcomes whose scores are known for all `models`.
 
+    Trains Shoal's router once per encoder, of which `encoders` makes fresh ones by name.
     `relative_cost` is the cost of a query per model (any unit). With two models the first is the
     weak one. Raises `OutcomesError` where the protocol does not fit the outcomes.
     """
-    predictions: dict[str, list[Floats]] = {name: [] for name in BASELINES}
-    timings: list[float] = []
+    learned = {name: f", {name}" if len(encoders) > 1 else "" for name in encoders}
+    ours = [f"{policy}{label}" for label in learned.values() for policy in ("Clusters", "Learned")]
+    predictions: dict[str, list[Floats]] = {name: [] for name in (*BASELINES, *ours, *ORACLES)}
+    timings: dict[str, list[float]] = {name: [] for name in ours}
     tested: list[int] = []
     num_removed = 0
+    texts = [outcome.query for outcome in outcomes]
+    alike = near_duplicates(texts)
+    words_QW = count_words(texts)
     for train_rows, test_rows in folds(outcomes, protocol, train=train, test=test, seed=seed):
-        queries = [outcomes[row].query for row in test_rows]
-        repeated = set(near_duplicates([outcomes[row].query for row in train_rows], queries))
-        kept = [outcomes[row] for i, row in enumerate(train_rows) if i not in repeated]
-        num_removed += len(repeated)
+        repeated = {other for row in test_rows for other in alike.get(row, ())}
+        kept_rows = [row for row in train_rows if row not in repeated]
+        kept = [outcomes[row] for row in kept_rows]
+        num_removed += len(train_rows) - len(kept_rows)
         split = Split(
             models=tuple(models),
             train=kept,
             test=[outcomes[row] for row in test_rows],
-            router=fit_router(kept, encoder=make_encoder(), models=models, settings=settings),
+            train_QW=words_QW[kept_rows],
+            test_QW=words_QW[test_rows],
             seed=seed,
         )
-        for name, predict in BASELINES.items():
+        for name, predict in (*BASELINES.items(), *ORACLES.items()):
             predictions[name].append(predict(split))
-        timings += _time_decisions(split)
+        for name, label in learned.items():
+            router = fit_router(kept, encoder=encoders[name](), models=models, settings=settings)
+            predictions[f"Clusters{label}"].append(router.cluster_qualities(split.queries))
+            predictions[f"Learned{label}"].append(router.qualities(split.queries))
+            times_us = _time_decisions(router, split.queries)
+            timings[f"Clusters{label}"] += times_us
+            timings[f"Learned{label}"] += times_us
         tested += test_rows
     scores_QM = score_table([outcomes[row] for row in tested], models).scores_QM
     cost_QM = np.tile(np.asarray(relative_cost, np.float64), (len(tested), 1))
-    decision_us = float(np.median(timings))
     return Report(
         title=title,
         models=tuple(models),
@@ -123,7 +138,8 @@ def evaluate(
                 np.concatenate(parts),
                 scores_QM,
                 cost_QM,
-                decision_us=decision_us if name in ("Learned", "Clusters") else None,
+                fold_sizes=[len(part) for part in parts],
+                decision_us=float(np.median(timings[name])) if name in timings else None,
             )
             for name, parts in predictions.items()
         ),
@@ -136,9 +152,13 @@ def judge(
     scores_QM: Floats,
     cost_QM: Floats,
     *,
+    fold_sizes: Sequence[int] = (),
     decision_us: float | None = None,
 ) -> Result:
-    """Return the metrics of predicted qualities against real scores."""
+    """Return the metrics of predicted qualities against real scores, row by row.
+
+    `fold_sizes` say how many rows each fold has, in order (default: all are one).
+    """
     chosen_Q = np.take_along_axis(scores_QM, quality_QM.argmax(1)[:, None], 1)[:, 0]
     num_queries, num_models = scores_QM.shape
     if num_models == 2:
@@ -150,6 +170,8 @@ def judge(
             return apgr(two_model_curve(preference_Q[rows], weak_Q[rows], strong_Q[rows]))
 
         interval = bootstrap(resampled, num_queries)
+        fold_rows = np.split(np.arange(num_queries), np.cumsum(fold_sizes or [num_queries])[:-1])
+        fold_apgrs = tuple(resampled(rows) for rows in fold_rows)
     else:
         curve = trade_curve(quality_QM, scores_QM, cost_QM)
     two = num_models == 2
@@ -162,6 +184,7 @@ def judge(
         aiq=aiq(curve, float(cost_QM.max())) if np.ptp(cost_QM) > 0 else None,
         apgr=apgr(curve) if two else None,
         apgr_interval=interval if two else None,
+        fold_apgrs=fold_apgrs if two else (),
         cpt50=cpt(curve, 0.5) if two else None,
         cpt80=cpt(curve, 0.8) if two else None,
         diagram=reliability(quality_QM.ravel(), scores_QM.ravel()) if predicts else None,
@@ -169,11 +192,11 @@ def judge(
     )
 
 
-def _time_decisions(split: Split, num_queries: int = 200) -> list[float]:
+def _time_decisions(router: Router, queries: Sequence[str], num_queries: int = 50) -> list[float]:
     """Return how long single predictions take, in microseconds."""
     times = []
-    for text in split.queries[:num_queries]:
+    for text in queries[:num_queries]:
         start_s = time.perf_counter()
-        split.router.predict(text)
+        router.predict(text)
         times.append((time.perf_counter() - start_s) * 1e6)
     return times

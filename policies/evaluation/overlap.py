@@ -1,4 +1,4 @@
-"""Finds training queries that are also test queries, exactly or nearly."""
+"""Finds queries that repeat others, exactly or nearly, so that no test query is trained on."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ NUM_SHINGLE_WORDS = 4
 LIKENESS = 0.8
 
 
-def near_duplicates(train: Sequence[str], test: Sequence[str]) -> list[int]:
-    """Return the rows of `train` that (nearly) repeat a query of `test`.
+def near_duplicates(texts: Sequence[str]) -> dict[int, set[int]]:
+    """Return, for every row of `texts` that (nearly) repeats others, the rows of those.
 
     Queries are near-duplicates if the Jaccard similarity of their sets of four-word shingles
     (upper and lower case, punctuation and white space ignored) is at least 0.8. Candidates come
     from prefix filtering (Chaudhuri, Ganti & Kaushik 2006): with all sets in one order, rarest
     shingle first, two such sets share a shingle among the first n - ⌈0.8·n⌉ + 1 of each. Exact.
     """
-    train_sets = [_shingles(text) for text in train]
-    test_sets = [_shingles(text) for text in test]
-    frequency = Counter(shingle for shingles in (*train_sets, *test_sets) for shingle in shingles)
-    where: dict[int, list[int]] = defaultdict(list)
-    for row, shingles in enumerate(train_sets):
-        for shingle in _prefix(shingles, frequency):
-            where[shingle].append(row)
-    found: set[int] = set()
-    for shingles in test_sets:
-        rows = {row for shingle in _prefix(shingles, frequency) for row in where.get(shingle, ())}
-        found |= {row for row in rows - found if _likeness(shingles, train_sets[row]) >= LIKENESS}
-    return sorted(found)
+    sets = [_shingles(text) for text in texts]
+    frequency = Counter(shingle for shingles in sets for shingle in shingles)
+    earlier: dict[int, list[int]] = defaultdict(list)
+    alike: dict[int, set[int]] = defaultdict(set)
+    for row, shingles in enumerate(sets):
+        prefix = _prefix(shingles, frequency)
+        for other in {other for shingle in prefix for other in earlier[shingle]}:
+            if _likeness(shingles, sets[other]) >= LIKENESS:
+                alike[row].add(other)
+                alike[other].add(row)
+        for shingle in prefix:
+            earlier[shingle].append(row)
+    return dict(alike)
 
 
 def _prefix(shingles: frozenset[int], frequency: Mapping[int, int]) -> list[int]:

@@ -21,3 +21,6 @@ class Clusters(Learned):
     def _quality(self, prediction: Prediction) -> NDArray[np.float32]:
         scores_M: NDArray[np.float32] = self._router.topics.scores_KM[prediction.cluster]
         return scores_M
+
+    def _spread(self, prediction: Prediction, model: int) -> float:  # noqa: ARG002
+        return 0.0  # bags vary the trained heads, which have no say here

@@ -12,42 +12,46 @@ from __future__ import annotations
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
-from scipy.sparse.linalg import lsqr
 
 from policies.routing.heads import Heads
+from policies.routing.ridge import ridge_regression
 
 Floats = NDArray[np.float64]
 
 
-def with_differences(
-    heads: Heads, X_QF: sp.csr_matrix, scores_QM: Floats, *, ridge: float
-) -> Heads:
-    """Return `heads` with their mean over models, and differences among models by least squares.
+def least_squares_heads(X_QF: sp.csr_matrix, scores_QM: Floats, *, ridge: float) -> Heads:
+    """Regress every model's known scores (NaN where unknown), less their mean, on the features.
 
-    Minimises |X·w - (s - mean)|² + ridge·|w|² for every model over its known scores (NaN where
-    unknown), by LSQR (Paige & Saunders 1982), and brings the deviations from the mean over models
-    to logits by the logistic's slope at the overall mean score.
+    Scores become logits by the logistic's slope at the overall mean score, the same for all
+    models, so that differences keep their proportions.
     """
+    mean_M = np.clip(mean_scores(scores_QM), 1e-3, 1 - 1e-3)
     known = ~np.isnan(scores_QM)
-    mean_M = np.where(known, scores_QM, 0.0).sum(0) / np.maximum(known.sum(0), 1)
-    mean_M = np.clip(mean_M, 1e-3, 1 - 1e-3)
-    solved = [
-        lsqr(
-            X_QF if known[:, m].all() else X_QF[known[:, m]],
-            scores_QM[known[:, m], m] - mean_M[m],
-            damp=ridge**0.5,
-            iter_lim=30,
-            atol=1e-3,
-            btol=1e-3,
-        )[0]
-        for m in range(len(mean_M))
-    ]
-    W_FM = np.stack(solved, axis=1)
-    mean = mean_M.mean()
-    logit_M = np.log(mean_M / (1 - mean_M))
-    weights_FM = (W_FM - W_FM.mean(1, keepdims=True)) / (mean * (1 - mean))
-    weights_FM += heads.weights_FM.mean(1, keepdims=True)
-    return Heads(
-        weights_FM=weights_FM.astype(np.float32),
-        bias_M=(logit_M - logit_M.mean() + heads.bias_M.mean()).astype(np.float32),
+    W_FM = ridge_regression(
+        X_QF, np.where(known, scores_QM - mean_M, 0.0), known.astype(np.float64), ridge=ridge
     )
+    slope = mean_M.mean() * (1 - mean_M.mean())
+    return Heads(
+        weights_FM=W_FM / np.float32(slope),
+        bias_M=np.log(mean_M / (1 - mean_M)).astype(np.float32),
+    )
+
+
+def with_differences(levels: Heads, differences: Heads) -> Heads:
+    """Return heads with the mean over models of `levels`, and the deviations of `differences`."""
+
+    def swapped(own: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.float32]:
+        gap: NDArray[np.float32] = other - other.mean(-1, keepdims=True)
+        return gap + own.mean(-1, keepdims=True)
+
+    return Heads(
+        weights_FM=swapped(levels.weights_FM, differences.weights_FM),
+        bias_M=swapped(levels.bias_M, differences.bias_M),
+    )
+
+
+def mean_scores(scores_QM: Floats) -> Floats:
+    """Return every model's mean over its known scores."""
+    known = ~np.isnan(scores_QM)
+    mean_M: Floats = np.where(known, scores_QM, 0.0).sum(0) / np.maximum(known.sum(0), 1)
+    return mean_M

@@ -1,6 +1,7 @@
 """Routers as files: one .npz of plain arrays, one of which is the JSON header. Nothing is pickled.
 
-The header names the schema, so that a later version can tell what it reads.
+The header names the schema, so that a later version can tell what it reads. A transformer's folder
+is named, not copied: relative to the router's file where it lies beside it, so that both can move.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from numpy.typing import NDArray
 
 from policies.encoders.registry import build_encoder
 from policies.errors import PolicyError
+from policies.routing.bags import Bags
 from policies.routing.router import Router
 from policies.routing.topics import Topics
 
-SCHEMA: Final = "shoal-router/1"
+SCHEMA: Final = "shoal-router/2"
+WITHOUT_BAGS: Final = "shoal-router/1"
+"""Files from before routers had bags: read all the same, and never in doubt."""
 
 
 def save_router(router: Router, path: Path | str) -> None:
@@ -30,16 +34,19 @@ def save_router(router: Router, path: Path | str) -> None:
     header = {
         "schema": SCHEMA,
         "models": list(router.models),
-        "encoder": {"kind": router.encoder.kind, "settings": router.encoder.settings()},
+        "encoder": {"kind": router.encoder.kind, "settings": _stored(router, path.parent)},
         "familiar_above": router.topics.familiar_above,
+        "usual_spread": router.bags.usual_up_to,
         "facts": router.facts,
     }
-    rows = np.flatnonzero(router.weights_FM.any(1))
+    rows = np.flatnonzero(router.weights_FM.any(1) | router.bags.weights_FBM.any((1, 2)))
     arrays: dict[str, NDArray[Any]] = {
         "header": np.frombuffer(json.dumps(header).encode(), np.uint8),
         "rows": rows,
         "weights": router.weights_FM[rows],
         "bias": router.bias_M,
+        "bag_weights": router.bags.weights_FBM[rows].astype(np.float16),
+        "bag_bias": router.bags.bias_BM,
         "centroids": router.topics.centroids_KD,
         "cluster_scores": router.topics.scores_KM,
         "cluster_sizes": router.topics.sizes_K,
@@ -63,19 +70,28 @@ def load_router(path: Path | str) -> Router:
     except (ValueError, EOFError, AttributeError, zipfile.BadZipFile, zipfile.zlib.error) as error:  # type: ignore[attr-defined]
         raise PolicyError(f"{path} is not a router file, or is damaged: {error}") from None
     try:
-        return _read(arrays)
+        return _read(arrays, path.parent)
     except KeyError as error:
         raise PolicyError(f"{path} is not a complete router file: {error} is missing") from None
     except (ValueError, TypeError, IndexError) as error:
         raise PolicyError(f"{path} is not a router file that this version reads: {error}") from None
 
 
-def _read(arrays: Mapping[str, NDArray[Any]]) -> Router:
+def _read(arrays: Mapping[str, NDArray[Any]], folder: Path) -> Router:
     header = json.loads(arrays["header"].tobytes())
-    if header["schema"] != SCHEMA:
-        raise PolicyError(f"schema {header['schema']!r} is unknown; allowed is {SCHEMA!r}")
     models = tuple(header["models"])
-    encoder = build_encoder(header["encoder"]["kind"], header["encoder"]["settings"])
+    if header["schema"] == WITHOUT_BAGS:
+        no_bags = np.zeros((len(arrays["rows"]), 0, len(models)), np.float32)
+        arrays = {**arrays, "bag_weights": no_bags, "bag_bias": no_bags[0]}
+        header["usual_spread"] = float("inf")
+    elif header["schema"] != SCHEMA:
+        raise PolicyError(
+            f"schema {header['schema']!r} is unknown; allowed are {SCHEMA!r}, {WITHOUT_BAGS!r}"
+        )
+    settings = header["encoder"]["settings"]
+    if "path" in settings:
+        settings["path"] = str(folder / settings["path"])
+    encoder = build_encoder(header["encoder"]["kind"], settings)
     encoder.restore(
         {
             name.removeprefix("encoder."): array
@@ -87,12 +103,17 @@ def _read(arrays: Mapping[str, NDArray[Any]]) -> Router:
     rows = arrays["rows"]
     _check("weights", arrays, (len(rows), len(models)))
     _check("bias", arrays, (len(models),))
+    num_bags = len(arrays["bag_bias"])
+    _check("bag_weights", arrays, (len(rows), num_bags, len(models)))
+    _check("bag_bias", arrays, (num_bags, len(models)))
     _check("output_tokens", arrays, (len(models),))
     _check("centroids", arrays, (num_clusters, encoder.num_dimensions))
     _check("cluster_scores", arrays, (num_clusters, len(models)))
     _check("cluster_sizes", arrays, (num_clusters,))
     weights = np.zeros((encoder.num_features, len(models)), np.float32)
     weights[rows] = arrays["weights"]
+    bag_weights = np.zeros((encoder.num_features, num_bags, len(models)), np.float32)
+    bag_weights[rows] = arrays["bag_weights"]
     return Router(
         models=models,
         encoder=encoder,
@@ -104,9 +125,24 @@ def _read(arrays: Mapping[str, NDArray[Any]]) -> Router:
             sizes_K=arrays["cluster_sizes"],
             familiar_above=float(header["familiar_above"]),
         ),
+        bags=Bags(
+            weights_FBM=bag_weights,
+            bias_BM=arrays["bag_bias"],
+            usual_up_to=float(header["usual_spread"]),
+        ),
         output_tokens_M=arrays["output_tokens"],
         facts=header["facts"],
     )
+
+
+def _stored(router: Router, folder: Path) -> dict[str, Any]:
+    """Return the encoder's settings; its folder relative to `folder` where it lies inside."""
+    settings = router.encoder.settings()
+    if "path" in settings:
+        full, folder = Path(settings["path"]).resolve(), folder.resolve()
+        inside = full.is_relative_to(folder)
+        settings["path"] = str(full.relative_to(folder) if inside else full)
+    return settings
 
 
 def _check(name: str, arrays: Mapping[str, NDArray[Any]], shape: tuple[int, ...]) -> None:

@@ -51,8 +51,10 @@ class Heads:
         return np.asarray(X_QF @ self.weights_FM, np.float64) + self.bias_M
 
 
-def fit_heads(X_QF: sp.csr_matrix, scores_QM: Floats, objective: Objective) -> Heads:
-    """Minimise the loss by L-BFGS, from the models' mean scores.
+def fit_heads(
+    X_QF: sp.csr_matrix, scores_QM: Floats, objective: Objective, *, start_from: Heads | None = None
+) -> Heads:
+    """Minimise the loss by L-BFGS, from the models' mean scores or from `start_from`.
 
     `scores_QM` are in [0, 1], NaN where unknown; every column needs a known score.
     """
@@ -68,6 +70,8 @@ def fit_heads(X_QF: sp.csr_matrix, scores_QM: Floats, objective: Objective) -> H
     mean_M = np.clip(mean_M, 1e-3, 1 - 1e-3)
     start = np.zeros((len(used) + 1, num_models))
     start[-1] = np.log(mean_M / (1 - mean_M))
+    if start_from is not None:
+        start[:-1], start[-1] = start_from.weights_FM[used], start_from.bias_M
 
     def loss(flat: Floats) -> tuple[float, Floats]:
         parameters = flat.reshape(start.shape)

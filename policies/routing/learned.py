@@ -19,8 +19,9 @@ NUM_NGRAMS_SHOWN = 8
 class Learned:
     """Sends each query to the member whose predicted quality is worth its price.
 
-    A query unlike the training queries gets `fallback`, the safe plan; without one the
-    predictions are used all the same, and tend to the training averages.
+    A query unlike the training queries gets `fallback`, the safe plan, as does one whose chosen
+    member's predicted quality depends too much on which queries were learned from; without a
+    fallback the predictions are used all the same, and tend to the training averages.
     """
 
     predictor: ClassVar[str] = "predicted"
@@ -66,6 +67,7 @@ class Learned:
                     {
                         "model": name,
                         "predicted_quality": round(float(quality_M[m]), 4),
+                        "spread": round(self._spread(prediction, m), 4),
                         "expected_usd": float(costs_M[m]),
                     }
                     for name, m in self._allowed
@@ -83,6 +85,9 @@ class Learned:
     def _quality(self, prediction: Prediction) -> NDArray[np.float32]:
         return prediction.quality_M
 
+    def _spread(self, prediction: Prediction, model: int) -> float:
+        return prediction.spread(model)
+
     def _decide(self, query: Query, prediction: Prediction) -> Decision:
         quality_M = self._quality(prediction)
         scores = {name: float(quality_M[m]) for name, m in self._allowed}
@@ -96,6 +101,15 @@ class Learned:
             )
         chosen = self._chooser.choose(query, quality_M)
         name = self._router.models[chosen]
+        if self._fallback is not None:
+            spread, usual = self._spread(prediction, chosen), self._router.bags.usual_up_to
+            if spread > usual:
+                return Decision(
+                    plan=self._fallback,
+                    scores=scores,
+                    reason=f"unsure of {name} ({quality_M[chosen]:.2f} ± {spread:.2f} between "
+                    f"bootstrap fits, usual up to {usual:.2f}): the safe plan",
+                )
         return Decision(
             plan=self._plans[chosen],
             scores=scores,

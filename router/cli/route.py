@@ -68,9 +68,10 @@ def route(
 def _print_details(decision: Decision) -> None:
     details: dict[str, Any] = dict(decision.details)
     for member in details.pop("members", []):
+        usd_per_million = member["expected_usd"] * 1e6
         print(
             f"  {member['model']:<24} quality {member['predicted_quality']:.3f}"
-            f"   {member['expected_usd'] * 1e6:9.4f} USD per million requests"
+            f" ± {member['spread']:.3f}   {usd_per_million:9.4f} USD per million requests"
         )
     cluster = details.pop("nearest_cluster", None)
     if cluster is not None:

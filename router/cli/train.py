@@ -28,11 +28,19 @@ def router(
         str | None, typer.Option(help="Models to route between, with commas; default: all.")
     ] = None,
     encoder: Annotated[
-        str, typer.Option(help="ngrams, or neural:FOLDER of a sentence encoder.")
+        str,
+        typer.Option(
+            help="ngrams; neural:FOLDER, n-grams and a sentence encoder's vector; or "
+            "finetuned:FOLDER, which trains that encoder end to end."
+        ),
     ] = "ngrams",
     bits: Annotated[
         int | None, typer.Option(help="ngrams: two blocks of 2^bits features each.")
     ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="finetuned: passes over the outcomes.")] = 5,
+    learning_rate: Annotated[
+        float, typer.Option(help="finetuned: the highest rate; 1e-5 (large) to 5e-5 (small).")
+    ] = 2e-5,
     beta: Annotated[
         float, typer.Option(min=0, max=1, help="A query's own share in its target (ZOOTER's β).")
     ] = 0.7,
@@ -41,24 +49,40 @@ def router(
 ) -> None:
     """Train a router: calibrated quality of every model for any query.
 
+    A fine-tuned encoder goes beside the router, to OUT's name ending in `.encoder`.
+
     With `--also` and the export of the ledger's feedback, this is also how to retrain.
     """
     from policies.encoders.registry import parse_encoder
     from policies.errors import PolicyError
     from policies.outcomes import read_outcomes
     from policies.routing.file import save_router
+    from policies.routing.finetune import FinetuneSettings, finetune_router
     from policies.routing.fit import FitSettings, fit_router
 
+    kind, _, folder = encoder.partition(":")
+    names = models.split(",") if models else None
+    settings = FitSettings(beta=beta, num_clusters=clusters, seed=seed)
     try:
         rows = read_outcomes(outcomes, split=split)
         for extra in also or []:
             rows += read_outcomes(extra)
-        trained = fit_router(
-            rows,
-            encoder=parse_encoder(encoder, {} if bits is None else {"bits": bits}),
-            models=models.split(",") if models else None,
-            settings=FitSettings(beta=beta, num_clusters=clusters, seed=seed),
-        )
+        if kind == "finetuned":
+            trained = finetune_router(
+                rows,
+                path=folder,
+                out=out.with_suffix(".encoder"),
+                models=names,
+                settings=settings,
+                training=FinetuneSettings(epochs=epochs, learning_rate=learning_rate),
+            )
+        else:
+            trained = fit_router(
+                rows,
+                encoder=parse_encoder(encoder, {} if bits is None else {"bits": bits}),
+                models=names,
+                settings=settings,
+            )
         save_router(trained, out)
     except (PolicyError, OSError) as error:
         typer.echo(f"shoal train router: {error}", err=True)

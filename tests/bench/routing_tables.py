@@ -2,22 +2,27 @@
 
 `python -m tests.bench.routing_tables` (or `make bench-routing`) needs the data sets' folder,
 `--data` (RouteLLM's MMLU answers, LLMRouter's preprocessed answers); without it only the default
-pool is measured. `--encoder neural:FOLDER` adds runs with a sentence encoder.
+pool is measured. `--encoder neural:FOLDER` adds rows with a sentence encoder; its vectors are kept
+under build/.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
+
+import numpy as np
 
 from models.pool import DEFAULT_POOL, load_pool
 from policies.encoders.base import Encoder
 from policies.encoders.ngrams import NGrams
 from policies.encoders.registry import parse_encoder
+from policies.encoders.vectors import SentenceVectors
 from policies.evaluation.harness import Report, evaluate
 from policies.evaluation.protocols import Protocol
 from policies.evaluation.report import draw_curves, draw_reliability, table
@@ -37,6 +42,9 @@ PROTOCOLS: dict[Protocol, str] = {
 }
 
 
+Encoders: TypeAlias = Mapping[str, Callable[[], Encoder]]
+
+
 class RememberingNGrams(NGrams):
     """Hashed n-grams that are counted once per query, not once per fold."""
 
@@ -48,50 +56,77 @@ class RememberingNGrams(NGrams):
         return self.counted[text]
 
 
+class RememberingVectors:
+    """A sentence encoder's vectors, each text encoded once and kept in a file under build/."""
+
+    def __init__(self, path: str) -> None:
+        self.encode = SentenceVectors(path, max_tokens=256)
+        name = hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:12]
+        self.file = REPOSITORY / "build" / f"vectors-{name}.npz"
+        self.known: dict[str, Any] = {}
+        if self.file.is_file():
+            with np.load(self.file) as arrays:
+                self.known = dict(zip(arrays["keys"].tolist(), arrays["vectors"], strict=True))
+
+    def __call__(self, texts: Sequence[str]) -> Any:
+        """Return the vectors; a single text is encoded anew, so that its time is real."""
+        if len(texts) == 1:
+            return self.encode(texts)
+        keys = [hashlib.sha256(text.encode("utf-8", "replace")).hexdigest() for text in texts]
+        new = {key: text for key, text in zip(keys, texts, strict=True) if key not in self.known}
+        if new:
+            self.known.update(zip(new, self.encode(list(new.values())), strict=True))
+        if new:
+            self.file.parent.mkdir(exist_ok=True)
+            np.savez(
+                self.file, keys=np.array(list(self.known)), vectors=np.stack([*self.known.values()])
+            )
+        return np.stack([self.known[key] for key in keys]).astype(np.float32)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print every table that the data at hand allows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--out", type=Path, default=REPOSITORY / "docs" / "routing")
-    parser.add_argument("--encoder", default="ngrams")
+    parser.add_argument("--encoder", help="neural:FOLDER, beside the default")
     parser.add_argument("--only", choices=("mmlu", "llmrouter", "pool"), action="append")
     parser.add_argument("--protocol", choices=tuple(PROTOCOLS), action="append")
     options = parser.parse_args(arguments)
     wanted = options.only or ["mmlu", "llmrouter", "pool"]
     options.out.mkdir(parents=True, exist_ok=True)
 
-    def make_encoder() -> Encoder:
-        if options.encoder == NGrams.kind:
-            return RememberingNGrams()
-        return parse_encoder(options.encoder, {})
-
-    suffix = "" if options.encoder == "ngrams" else f"-{options.encoder.partition(':')[0]}"
+    encoders: dict[str, Callable[[], Encoder]] = {"n-grams": RememberingNGrams}
+    if options.encoder:
+        vectors = RememberingVectors(options.encoder.partition(":")[2])
+        encoders["with sentence encoder"] = lambda: parse_encoder(
+            options.encoder, {"vectors": vectors}
+        )
     runs: list[tuple[str, Callable[[], Report]]] = []
     if not options.data.is_dir():
         print(f"skipped the published data sets: there is no folder {options.data}")
         wanted = [name for name in wanted if name == "pool"]
     if "mmlu" in wanted:
-        runs += _mmlu(options.data, make_encoder)
+        runs += _mmlu(options.data, encoders)
     if "llmrouter" in wanted:
-        runs += _llmrouter(options.data, make_encoder)
+        runs += _llmrouter(options.data, encoders)
     if "pool" in wanted:
-        runs += _pool(make_encoder)
+        runs += _pool(encoders)
     for name, run in runs:
         if options.protocol and name.rpartition("-")[2] not in options.protocol:
             continue
         start_s = time.perf_counter()
         report = run()
         print(f"\n{table(report)}\n\n({time.perf_counter() - start_s:.0f} s)", flush=True)
-        draw_curves(report, options.out / f"{name}{suffix}.png")
+        draw_curves(report, options.out / f"{name}.png")
         for row in report.results:
-            if row.method == "Learned" and row.diagram is not None:
-                file = options.out / f"{name}{suffix}-reliability.png"
+            if row.method.startswith("Learned") and row.diagram is not None:
+                part = "-sentence" if row.method.endswith("encoder") else ""
+                file = options.out / f"{name}-reliability{part}.png"
                 draw_reliability(row.diagram, report.title, file)
 
 
-def _mmlu(
-    data: Path, make_encoder: Callable[[], Encoder]
-) -> list[tuple[str, Callable[[], Report]]]:
+def _mmlu(data: Path, encoders: Encoders) -> list[tuple[str, Callable[[], Report]]]:
     outcomes = import_routellm_mmlu(data / "RouteLLM" / "mmlu")
     weak, strong = score_table(outcomes).models
     marked = _split_by_position(outcomes)
@@ -101,7 +136,7 @@ def _mmlu(
             marked,
             title=f"RouteLLM MMLU, {PROTOCOLS[protocol]}",
             protocol=protocol,
-            make_encoder=make_encoder,
+            encoders=encoders,
             models=(weak, strong),
             relative_cost=(0.0, 1.0),
         )
@@ -109,9 +144,7 @@ def _mmlu(
     return [(f"mmlu-{protocol}", run(protocol)) for protocol in PROTOCOLS]
 
 
-def _llmrouter(
-    data: Path, make_encoder: Callable[[], Encoder]
-) -> list[tuple[str, Callable[[], Report]]]:
+def _llmrouter(data: Path, encoders: Encoders) -> list[tuple[str, Callable[[], Report]]]:
     outcomes = [
         outcome
         for outcome in import_llmrouter(data / "LLMRouter")
@@ -127,7 +160,7 @@ def _llmrouter(
             outcomes,
             title=f"LLMRouter, nine models, {PROTOCOLS[protocol]}",
             protocol=protocol,
-            make_encoder=make_encoder,
+            encoders=encoders,
             models=models,
             relative_cost=[prices[name] for name in models],
         )
@@ -135,7 +168,7 @@ def _llmrouter(
     return [(f"llmrouter-{protocol}", run(protocol)) for protocol in reversed(PROTOCOLS)]
 
 
-def _pool(make_encoder: Callable[[], Encoder]) -> list[tuple[str, Callable[[], Report]]]:
+def _pool(encoders: Encoders) -> list[tuple[str, Callable[[], Report]]]:
     file = DEFAULT_POOL / "outcomes.jsonl"
     outcomes = read_outcomes(file)
     facts = load_pool(DEFAULT_POOL).facts()
@@ -146,7 +179,7 @@ def _pool(make_encoder: Callable[[], Encoder]) -> list[tuple[str, Callable[[], R
             outcomes,
             title=f"Default pool, single chunks, {PROTOCOLS[protocol]}",
             protocol=protocol,
-            make_encoder=make_encoder,
+            encoders=encoders,
             models=chunks,
             relative_cost=[facts[name].rates.usd_per_output_token for name in chunks],
             train="router",

@@ -43,11 +43,13 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["ngrams", "neural"])
+@pytest.fixture(scope="module", params=["ngrams", "neural", "finetuned"])
 def encoder(request: pytest.FixtureRequest, tiny_bert: Path) -> Encoder:
     """Every kind of encoder, fitted."""
     if request.param == "neural":
         return parse_encoder(f"neural:{tiny_bert}", {"bits": 10}).fit(TEXTS)
+    if request.param == "finetuned":
+        return parse_encoder(f"finetuned:{tiny_bert}", {}).fit(TEXTS)
     return build_encoder("ngrams", {"bits": 10, "num_dimensions": 8}).fit(TEXTS)
 
 
@@ -136,12 +138,14 @@ def test_only_head_and_tail_of_a_long_query_count() -> None:
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        ("word2vec", {}, "encoder: 'word2vec' is unknown; allowed are neural, ngrams"),
+        ("word2vec", {}, "encoder: 'word2vec' is unknown; allowed are finetuned, neural, ngrams"),
         ("ngrams", {"bits": 4}, r"ngrams.bits: 4 is not in \[8, 22\]"),
         ("ngrams", {"window": 1}, "ngrams.window"),
         ("ngrams", {"num_dimensions": 0}, "ngrams.num_dimensions"),
         ("ngrams", {"size": 4}, "encoder ngrams: .*size"),
-        ("neural", {"path": "/nowhere"}, "neural.path: /nowhere is not"),
+        ("neural", {"path": "/nowhere"}, "/nowhere is not a Hugging Face"),
+        ("finetuned", {"path": "."}, "is not a Hugging Face"),
+        ("finetuned", {"path": "/nowhere", "bits": 4}, "encoder finetuned: .*bits"),
     ],
 )
 def test_bad_settings_are_refused(kind: str, settings: dict[str, object], message: str) -> None:

@@ -69,15 +69,15 @@ def test_near_duplicates_are_found() -> None:
     question = (
         "A train leaves the station at nine and travels for three hours at sixty miles an hour"
     )
-    train = [
+    texts = [
         question,
         question.upper() + " !!",
         question + " today",
         "How far is the moon from the earth in miles?",
         "",
     ]
-    assert near_duplicates(train, [question]) == [0, 1, 2]
-    assert near_duplicates(train, ["short", ""]) == [4]
+    assert near_duplicates(texts) == {0: {1, 2}, 1: {0, 2}, 2: {0, 1}}
+    assert near_duplicates(["short", "", ""]) == {1: {2}, 2: {1}}
 
 
 @pytest.mark.parametrize("protocol", ["folds", "tasks", "split"])
@@ -109,17 +109,22 @@ def test_the_harness_ranks_methods_as_it_must(tmp_path: Path) -> None:
         make_outcomes(),
         title="two tasks",
         protocol="split",
-        make_encoder=lambda: NGrams(bits=10, num_dimensions=4),
+        encoders={
+            "small": lambda: NGrams(bits=10, num_dimensions=4),
+            "smaller": lambda: NGrams(bits=8, num_dimensions=4),
+        },
         models=("weak", "strong"),
         relative_cost=(0.0, 1.0),
         settings=FitSettings(num_clusters=4),
     )
     by_name = {row.method: row for row in report.results}
-    assert by_name["Learned"].accuracy == 1.0
+    assert by_name["Learned, small"].accuracy == 1.0
+    assert by_name["Learned, small"].fold_apgrs == (pytest.approx(by_name["Learned, small"].apgr),)
+    assert {"Clusters, smaller", "Learned, smaller"} <= set(by_name)
     assert by_name["task classifier"].accuracy == 1.0
     assert by_name["per-query oracle"].accuracy == 1.0
     assert by_name["best single"].accuracy < 0.7
-    assert by_name["Learned"].decision_us is not None
+    assert by_name["Learned, small"].decision_us is not None
     text = table(report)
     assert text.count("\n|") == len(report.results) + 2
     draw_curves(report, tmp_path / "curves.png")

@@ -7,9 +7,11 @@ from scipy.optimize import check_grad
 from scipy.special import expit
 
 from policies.routing import heads
+from policies.routing.bags import LEAST_SPREAD, fit_bags, with_usual_spread
 from policies.routing.calibration import fit_platt, reliability
-from policies.routing.differences import with_differences
+from policies.routing.differences import least_squares_heads, with_differences
 from policies.routing.heads import Heads, Objective, fit_heads
+from policies.routing.ridge import ridge_regression
 from policies.routing.targets import distribution, enhance
 from policies.routing.topics import fit_topics
 
@@ -66,17 +68,64 @@ def test_ties_carry_a_signal() -> None:
     np.testing.assert_allclose(expit(blind.logits(X)), 0.5, atol=0.05)
 
 
+def test_a_warm_start_ends_at_the_same_heads() -> None:
+    """The objective has one minimum: where it starts changes only how long it takes (seed 0)."""
+    rng = np.random.default_rng(0)
+    X = sp.csr_matrix(rng.normal(size=(60, 5)))
+    scores = rng.random((60, 2))
+    cold = fit_heads(X, scores, Objective(l2=0.1, max_iterations=200))
+    elsewhere = Heads(weights_FM=np.ones((5, 2), np.float32), bias_M=np.ones(2, np.float32))
+    warm = fit_heads(X, scores, Objective(l2=0.1, max_iterations=200), start_from=elsewhere)
+    np.testing.assert_allclose(warm.weights_FM, cold.weights_FM, atol=0.02)
+
+
+def test_ridge_regression_solves_the_normal_equations() -> None:
+    """Every column has its own weights and equals the closed form (seed 0)."""
+    rng = np.random.default_rng(0)
+    X, Y, weights = (
+        rng.normal(size=(40, 6)),
+        rng.normal(size=(40, 3)),
+        rng.integers(3, size=(40, 3)),
+    )
+    X[:, 2] = 0
+    got = ridge_regression(sp.csr_matrix(X), Y, weights.astype(float), ridge=2.0)
+    for column in range(3):
+        D = np.diag(weights[:, column])
+        exact = np.linalg.solve(X.T @ D @ X + 2 * np.eye(6), X.T @ D @ Y[:, column])
+        np.testing.assert_allclose(got[:, column], exact, atol=2e-3)
+
+
+def test_bags_disagree_where_the_data_say_little() -> None:
+    """A feature of three contradicting queries spreads more than one of 300 agreeing (seed 0)."""
+    X = sp.csr_matrix(np.repeat(np.eye(2, dtype=np.float32), [300, 3], axis=0))
+    scores = np.ones((303, 2))
+    scores[:, 1] = 0
+    scores[300:] = [[0, 1], [1, 0], [0, 1]]
+    scores[5, 0] = NAN
+    bags = fit_bags(X, scores, num_bags=8, ridge=1.0, seed=0)
+    known, rare = bags.spreads(sp.csr_matrix(np.eye(2, dtype=np.float32)))
+    assert known.max() < 0.02
+    assert rare.max() > 0.1
+    np.testing.assert_allclose(bags.weights_FBM.sum(1), 0, atol=2e-3)
+    chosen = np.zeros(303, np.intp)
+    usual = with_usual_spread(bags, X, chosen, doubtful_share=0.05).usual_up_to
+    assert usual == pytest.approx(max(LEAST_SPREAD, known[0]), abs=1e-6)
+    assert with_usual_spread(bags, X, chosen, doubtful_share=0.0).usual_up_to == pytest.approx(
+        rare[0], rel=2e-3
+    )
+
+
 def test_differences_are_least_squares_and_levels_the_heads() -> None:
     """Models' gaps are the ridge solution's by hand; the mean over models stays the heads'."""
     X = sp.csr_matrix(np.repeat(np.eye(2, dtype=np.float32), 10, axis=0))
     scores = np.repeat([[1.0, 0.0], [0.0, 1.0]], 10, axis=0)
     level = Heads(weights_FM=np.float32([[2, 4], [0, 0]]), bias_M=np.float32([1, 1]))
-    fitted = with_differences(level, X, scores, ridge=10.0)
+    fitted = with_differences(level, least_squares_heads(X, scores, ridge=10.0))
     # Ten rows each: w = 10·0.5 / (10 + 10), over the slope 0.25 of the logistic at 0.5.
     np.testing.assert_allclose(fitted.weights_FM, [[3 + 1, 3 - 1], [-1, 1]], atol=1e-3)
     np.testing.assert_allclose(fitted.bias_M, 1.0, atol=1e-6)
     scores[:5, 1] = NAN
-    partly = with_differences(level, X, scores, ridge=10.0)
+    partly = with_differences(level, least_squares_heads(X, scores, ridge=10.0))
     assert partly.weights_FM[0, 0] > partly.weights_FM[0, 1]
 
 

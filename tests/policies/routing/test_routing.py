@@ -210,6 +210,39 @@ def test_an_explanation_names_members_cluster_and_ngrams(policy: Learned) -> Non
     assert all(ngram in " what is 37 + 58? " for ngram in ngrams)
 
 
+def test_a_router_without_bags_still_routes(router: Router, tmp_path: Path) -> None:
+    """A file of the first schema decides as ever, and is never in doubt."""
+    file = tmp_path / "router.npz"
+    save_router(router, file)
+    with np.load(file) as arrays:
+        parts = {name: arrays[name] for name in arrays.files if not name.startswith("bag_")}
+    header = json.loads(parts["header"].tobytes())
+    del header["usual_spread"]
+    header["schema"] = "shoal-router/1"
+    parts["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+    np.savez(file, **parts)
+    old = load_router(file)
+    query = "What is 37 + 58?"
+    np.testing.assert_array_equal(old.predict(query).quality_M, router.predict(query).quality_M)
+    assert old.predict(query).spread(0) == 0.0
+    policy = Learned(old, models=FACTS, fallback=Answer(members=("large",)))
+    assert "unlike" not in policy.decide(Query(text=query)).reason
+
+
+def test_doubt_takes_the_safe_plan(router: Router) -> None:
+    """Where bootstrap fits disagree unusually, the reason says so; Clusters has no such fits."""
+    nervous = replace(router, bags=replace(router.bags, usual_up_to=0.0))
+    query = Query(text="What is 37 + 58?")
+    fallback = Answer(members=("large",))
+    decision = Learned(nervous, models=FACTS, fallback=fallback).decide(query)
+    assert decision.plan == fallback
+    assert "between bootstrap fits" in decision.reason
+    assert Learned(nervous, models=FACTS).decide(query).plan != fallback
+    assert (
+        "bootstrap" not in Clusters(nervous, models=FACTS, fallback=fallback).decide(query).reason
+    )
+
+
 def damage(file: Path, how: str) -> None:
     """Spoil a router file in one of several ways."""
     raw = file.read_bytes()
@@ -230,7 +263,7 @@ def damage(file: Path, how: str) -> None:
         elif how == "misshapen":
             parts["bias"] = parts["bias"][:-1]
         elif how == "newer":
-            header = parts["header"].tobytes().replace(b"shoal-router/1", b"shoal-router/9")
+            header = parts["header"].tobytes().replace(b"shoal-router/2", b"shoal-router/9")
             parts["header"] = np.frombuffer(header, np.uint8)
         elif how == "pickled":
             parts["bias"] = np.array([{"evil": 1}], dtype=object)
@@ -246,7 +279,7 @@ def damage(file: Path, how: str) -> None:
         ("flipped", "not a router file, or is damaged"),
         ("incomplete", "not a complete router file: 'bias.npy'|not a complete router file: 'bias'"),
         ("misshapen", "the array 'bias' has shape"),
-        ("newer", "schema 'shoal-router/9' is unknown; allowed is 'shoal-router/1'"),
+        ("newer", "schema 'shoal-router/9' is unknown; allowed are 'shoal-router/2'"),
         ("pickled", "not a router file, or is damaged"),
     ],
 )

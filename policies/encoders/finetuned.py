@@ -1,0 +1,72 @@
+"""A transformer that was trained end to end as a router: its own vector, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+import scipy.sparse as sp
+
+from policies.encoders.base import Arrays, Features, Floats
+from policies.encoders.vectors import SentenceVectors
+from policies.errors import PolicyError
+
+
+class FineTuned:
+    """The pooled unit vector of the transformer at `path`, and a constant.
+
+    The constant makes the embedding, the vector less its training mean, linear in the features.
+    `policies.routing.finetune` trains such an encoder; `fit` only learns the mean.
+    """
+
+    kind = "finetuned"
+
+    def __init__(self, *, path: str, max_tokens: int = 256) -> None:
+        self.vectors = SentenceVectors(path, max_tokens=max_tokens)
+        self.num_dimensions = self.vectors.num_dimensions
+        self.num_features = self.num_dimensions + 1
+        self.mean_: Floats = np.zeros(self.num_dimensions, np.float32)
+
+    def fit(self, texts: Sequence[str]) -> Self:
+        """Learn the mean vector."""
+        self.mean_ = self.vectors(texts).mean(0)
+        return self
+
+    def features(self, text: str) -> Features:
+        """Return the features of one query."""
+        return Features(
+            np.arange(self.num_features), np.append(self.vectors([text])[0], np.float32(1))
+        )
+
+    def matrix(self, texts: Sequence[str]) -> sp.csr_matrix:
+        """Return `features` of many queries."""
+        ones = np.ones((len(texts), 1), np.float32)
+        return sp.csr_matrix(np.hstack([self.vectors(texts), ones]))
+
+    def embeddings(self, matrix: sp.csr_matrix) -> Floats:
+        """Return the vectors less their training mean."""
+        rows = matrix.toarray()
+        return np.asarray(rows[:, :-1] - rows[:, -1:] * self.mean_, np.float32) / 2
+
+    def names(self, text: str) -> dict[int, str]:  # noqa: ARG002
+        """Return nothing: dimensions of a vector have no name."""
+        return {}
+
+    def settings(self) -> dict[str, Any]:
+        """Return the hyperparameters."""
+        return {"path": self.vectors.path, "max_tokens": self.vectors.max_tokens}
+
+    def arrays(self) -> Arrays:
+        """Return the mean."""
+        return {"mean": self.mean_}
+
+    def restore(self, arrays: Arrays) -> Self:
+        """Take back what `arrays` returned."""
+        if arrays["mean"].shape != (self.num_dimensions,):
+            raise PolicyError(
+                f"finetuned: the mean has shape {arrays['mean'].shape}, but the encoder at "
+                f"{self.vectors.path} has {self.num_dimensions} dimensions"
+            )
+        self.mean_ = arrays["mean"]
+        return self

@@ -1,0 +1,236 @@
+"""Trains a whole transformer as a router, as ZOOTER does (Lu et al. 2023, section 3).
+
+Any Hugging Face encoder, end to end, on the objective of `heads`. What comes out is a checkpoint
+folder (safetensors and JSON) and a `Router` over it. torch is imported when training starts, and
+only here; a GPU is used where there is one.
+
+Shape legend: Q queries, B batch, D dimensions, M models.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import compress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from policies.encoders.finetuned import FineTuned
+from policies.errors import PolicyError
+from policies.outcomes import Outcome, content_sha256
+from policies.routing.bags import fit_bags, with_usual_spread
+from policies.routing.calibration import fit_platt
+from policies.routing.differences import mean_scores
+from policies.routing.examples import held_out_metrics, make_examples
+from policies.routing.fit import FitSettings
+from policies.routing.heads import Heads, Objective
+from policies.routing.router import Router
+from policies.routing.targets import enhance
+from policies.routing.topics import Topics, fit_topics
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Floats = NDArray[np.float64]
+
+HEAD_RATE = 20.0
+"""The new head learns this many times faster than the transformer that has been trained before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSettings:
+    """How the transformer is trained: AdamW, its rate rising for a tenth of the steps, then falling
+    to nothing.
+
+    The paper's mDeBERTa had 1e-5 and 5 epochs; small encoders bear more. The epoch with the least
+    loss on held-out queries is kept.
+    """
+
+    learning_rate: float = 2e-5
+    epochs: int = 5
+    batch_size: int = 32
+    max_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        if not 0 < self.learning_rate < 1:
+            raise PolicyError(f"learning_rate: {self.learning_rate} is not in (0, 1)")
+        if self.epochs < 1 or self.batch_size < 1:
+            raise PolicyError(
+                f"epochs {self.epochs} and batch_size {self.batch_size} are not at least 1"
+            )
+
+
+def finetune_router(
+    outcomes: Sequence[Outcome],
+    *,
+    path: str,
+    out: Path,
+    models: Sequence[str] | None = None,
+    settings: FitSettings | None = None,
+    training: FinetuneSettings | None = None,
+) -> Router:
+    """Fine-tune the encoder at `path` on outcomes, write it to the folder `out`, return the router.
+
+    Trained once: the queries held out for calibration take no part. Raises as `fit_router` does,
+    and `PolicyError` where `path` is no encoder's folder.
+    """
+    settings, training = settings or FitSettings(), training or FinetuneSettings()
+    examples = make_examples(outcomes, models)
+    texts, scores_QM = examples.texts, examples.scores_QM
+    held_out_Q = examples.held_out(settings.held_out_share, settings.seed)
+    encoder = FineTuned(path=path, max_tokens=training.max_tokens)
+    clusters_Q = np.zeros(len(texts), np.int64)
+    if not all(outcome.tags for outcome in examples.outcomes):
+        encoder.fit(texts)
+        clusters_Q = _topics(encoder, encoder.matrix(texts), scores_QM, settings)[1]
+    seen_tags = list(compress(examples.tags(clusters_Q), ~held_out_Q))
+    targets_QM = scores_QM.copy()
+    targets_QM[~held_out_Q] = enhance(scores_QM[~held_out_Q], seen_tags, beta=settings.beta)
+    heads, losses = _train(
+        encoder, texts, targets_QM, held_out_Q, settings=settings, training=training
+    )
+    encoder.vectors.save(out)
+    encoder = FineTuned(path=str(out), max_tokens=training.max_tokens).fit(texts)
+    X_QF = encoder.matrix(texts)
+    unseen_QF, unseen_QM = X_QF[held_out_Q], scores_QM[held_out_Q]
+    logits_QM = heads.logits(unseen_QF)
+    platt = fit_platt(logits_QM, unseen_QM)
+    bags = fit_bags(
+        X_QF[~held_out_Q],
+        scores_QM[~held_out_Q],
+        num_bags=settings.num_bags,
+        ridge=settings.ridge,
+        seed=settings.seed,
+    )
+    return Router(
+        models=examples.models,
+        encoder=encoder,
+        weights_FM=heads.weights_FM * np.float32(platt.slope),
+        bias_M=heads.bias_M * np.float32(platt.slope) + np.float32(platt.offset),
+        topics=_topics(encoder, X_QF, scores_QM, settings)[0],
+        bags=with_usual_spread(
+            bags, unseen_QF, logits_QM.argmax(1), doubtful_share=settings.unfamiliar_share
+        ),
+        output_tokens_M=examples.mean_output_tokens(),
+        facts={
+            "data_sha256": content_sha256(examples.outcomes),
+            "num_queries": len(examples.outcomes),
+            "settings": asdict(settings),
+            "training": {**asdict(training), "base": path, "held_out_losses": losses},
+            "held_out": held_out_metrics(platt.scaled(logits_QM), unseen_QM),
+        },
+    )
+
+
+def distillation_loss(z_BM: Tensor, targets_BM: Tensor, objective: Objective) -> Tensor:
+    """Return the loss of `heads` without its penalty, averaged over the batch.
+
+    `targets_BM` are enhanced scores, NaN where unknown.
+    """
+    import torch  # noqa: PLC0415 - only where selected
+    from torch.nn import functional  # noqa: PLC0415
+
+    known = ~targets_BM.isnan()
+    targets = torch.where(known, targets_BM, 0.0)
+    unknown = torch.finfo(z_BM.dtype).min
+
+    def logs(scores_BM: Tensor) -> Tensor:
+        scaled = scores_BM / objective.temperature
+        return torch.where(known, scaled, unknown).log_softmax(dim=1)
+
+    wanted = logs(targets)
+    divergence = torch.where(known, wanted.exp() * (wanted - logs(z_BM.sigmoid())), 0.0)
+    surprise = functional.binary_cross_entropy_with_logits(z_BM, targets, reduction="none")
+    total = divergence + objective.tie_weight * torch.where(known, surprise, 0.0)
+    return total.sum() / len(z_BM)
+
+
+def _train(
+    encoder: FineTuned,
+    texts: Sequence[str],
+    targets_QM: Floats,
+    held_out_Q: NDArray[np.bool_],
+    *,
+    settings: FitSettings,
+    training: FinetuneSettings,
+) -> tuple[Heads, list[float]]:
+    """Train encoder and head; returns the best epoch's head and every epoch's held-out loss."""
+    import torch  # noqa: PLC0415 - only where selected
+
+    vectors = encoder.vectors
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = vectors.model.to(device)
+    num_dimensions, num_models = encoder.num_dimensions, targets_QM.shape[1]
+    seen, unseen = np.flatnonzero(~held_out_Q), np.flatnonzero(held_out_Q)
+    targets = torch.tensor(targets_QM, dtype=torch.float32, device=device)
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        head = torch.nn.Linear(num_dimensions, num_models, device=device)
+        mean_M = np.clip(mean_scores(targets_QM[seen]), 1e-3, 1 - 1e-3)
+        torch.nn.init.zeros_(head.weight)
+        head.bias.data = torch.tensor(np.log(mean_M / (1 - mean_M)), dtype=torch.float32).to(device)
+        # Coordinates of a unit vector are small; times this they are about 1.
+        scale = num_dimensions**0.5
+
+        def loss_of(rows: NDArray[np.intp]) -> Tensor:
+            z_BM = head(vectors.pooled([texts[row] for row in rows]) * scale)
+            return distillation_loss(z_BM, targets[torch.as_tensor(rows)], settings.objective)
+
+        rate = training.learning_rate
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": model.parameters(), "lr": rate},
+                {"params": head.parameters(), "lr": rate * HEAD_RATE},
+            ]
+        )
+        num_steps = training.epochs * -(-len(seen) // training.batch_size)
+        warmup = max(1, num_steps // 10)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer,
+            lambda step: min((step + 1) / warmup, (num_steps - step) / max(1, num_steps - warmup)),
+        )
+        rng = np.random.default_rng(settings.seed)
+        best, losses = (copy.deepcopy(model.state_dict()), copy.deepcopy(head.state_dict())), []
+        for _ in range(training.epochs):
+            model.train()
+            for rows in _batches(rng.permutation(seen), training.batch_size):
+                optimizer.zero_grad()
+                loss_of(rows).backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+            model.eval()
+            with torch.inference_mode():
+                batches = _batches(unseen, training.batch_size)
+                summed = sum(float(loss_of(rows)) * len(rows) for rows in batches)
+            losses.append(round(summed / len(unseen), 5))
+            if losses[-1] == min(losses):
+                best = copy.deepcopy(model.state_dict()), copy.deepcopy(head.state_dict())
+        model.load_state_dict(best[0])
+        head.load_state_dict(best[1])
+    weights_FM = np.zeros((encoder.num_features, num_models), np.float32)
+    weights_FM[:num_dimensions] = head.weight.detach().cpu().numpy().T * scale
+    return Heads(weights_FM=weights_FM, bias_M=head.bias.detach().cpu().numpy()), losses
+
+
+def _batches(rows: NDArray[np.intp], size: int) -> list[NDArray[np.intp]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _topics(
+    encoder: FineTuned, X_QF: sp.csr_matrix, scores_QM: Floats, settings: FitSettings
+) -> tuple[Topics, NDArray[np.int64]]:
+    embeddings_QD = encoder.embeddings(X_QF)
+    topics = fit_topics(
+        embeddings_QD,
+        scores_QM,
+        num_clusters=settings.num_clusters,
+        unfamiliar_share=settings.unfamiliar_share,
+        seed=settings.seed,
+    )
+    return topics, topics.assign(embeddings_QD)
