@@ -213,7 +213,7 @@ def taught_stages(run: Run) -> list[str]:
 
 def train(run: Run, domain: str) -> None:
     """Stage "adapt/…": the chunk's training, mixed with general data and the base's lessons."""
-    recipe = run.recipe
+    settings, seed = run.recipe.adapt_of(domain), run.recipe.seed
     share = general_share(run)
 
     def action(folder: Path) -> None:
@@ -223,16 +223,16 @@ def train(run: Run, domain: str) -> None:
             run.lessons[domain],
             run.lessons[GENERAL],
             general_share=share,
-            tokens=recipe.adapt.tokens,
-            settings=recipe.adapt,
-            seed=recipe.seed,
+            tokens=settings.tokens,
+            settings=settings,
+            seed=seed,
             folder=folder / "training",
             report=lambda line: run.report(f"adapt/{domain}: {line}"),
         )
         save_chunk(member, run.tokenizer, folder)
         write_json(folder / ADAPT_FILE, {**asdict(result), "general_share": share})
 
-    facts = {"adapt": recipe.adapt.model_dump(), "general_share": share, "seed": recipe.seed}
+    facts = {"adapt": settings.model_dump(), "general_share": share, "seed": seed}
     upstream = [f"cut/{domain}", *taught_stages(run)]
     run.stages.run(f"adapt/{domain}", action, settings=facts, upstream=upstream)
 

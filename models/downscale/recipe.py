@@ -223,7 +223,8 @@ Baseline = Literal["finetuned", "scratch", "average", "ties", "random", "spectru
 class Recipe(_Strict):
     """Everything that a pool depends on.
 
-    `compare` names `results.json` files of other runs on the same questions, such as one with
+    `adapt_tokens` gives the chunks that it names other tokens than `adapt.tokens`. `compare` names
+    `results.json` files of other runs on the same questions, such as one with
     other settings; their systems stand beside this run's in the report.
     """
 
@@ -236,6 +237,7 @@ class Recipe(_Strict):
     cut: CutSettings = CutSettings()
     select: SelectSettings = SelectSettings()
     adapt: AdaptSettings = AdaptSettings()
+    adapt_tokens: dict[str, Annotated[int, Field(gt=0)]] = {}
     laws: LawSettings = LawSettings()
     baselines: tuple[Baseline, ...] = ()
     measure: MeasureSettings = MeasureSettings()
@@ -247,8 +249,21 @@ class Recipe(_Strict):
         general = {} if self.general.corpus == ALL_DOMAINS else {"general": self.general}
         return {**self.domains, **general}
 
+    def adapt_of(self, domain: str) -> AdaptSettings:
+        """The settings of the training of one chunk; its warm-up is as long as the others'."""
+        tokens = self.adapt_tokens.get(domain, self.adapt.tokens)
+        if tokens == self.adapt.tokens:
+            return self.adapt
+        warmup_share = min(1.0, self.adapt.warmup_share * self.adapt.tokens / tokens)
+        return self.adapt.model_copy(update={"tokens": tokens, "warmup_share": warmup_share})
+
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
+        for name in self.adapt_tokens:
+            if name not in self.domains:
+                raise ValueError(
+                    f"adapt_tokens: {name!r} is no domain; allowed are {', '.join(self.domains)}"
+                )
         for reserved in ("base", "general", "auto"):
             if reserved in self.domains:
                 raise ValueError(f"domains: the name {reserved!r} is reserved")
