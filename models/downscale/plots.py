@@ -83,7 +83,7 @@ def _quality_compute(figures: Figures) -> Figure:
     ax.set_xlabel("parameters at work per token (millions)")
     ax.set_ylabel("exact match, mean over domains (%)")
     ax.set_title("Quality against compute")
-    ax.legend(loc="lower right", frameon=False)
+    figure.legend(loc="outside lower center", ncols=len(labelled), frameon=False)
     return figure
 
 
@@ -234,7 +234,7 @@ def _mixture(figures: Figures) -> Figure | None:
             )  # fmt: skip
         ax.axvline(100 * found["general_share"], color="#d1495b", ls="--", lw=1)
         r2 = found[kind]["r2"]
-        ax.set_title(f"{kind} loss (D-CPT fit: R² = {r2:.3f})")
+        ax.set_title(f"{kind} loss" + ("" if r2 is None else f" (D-CPT fit: R² = {r2:.3f})"))
         ax.set_xlabel("general share of the training tokens (%)")
         ax.legend(frameon=False)
     axes[0].set_ylabel("nats per answer token")

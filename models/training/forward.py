@@ -143,7 +143,9 @@ def packed_logits(
 
 def compiled(function: Compiled) -> Compiled:
     """`function` compiled for the very shapes it is called with, however many they are."""
-    return torch.compile(function, dynamic=False, recompile_limit=256)
+    compile_: Any = torch.compile  # its overloads leave recompile_limit out
+    result: Compiled = compile_(function, dynamic=False, recompile_limit=256)
+    return result
 
 
 def to_tensors(rows: Rows, device: torch.device | str = "cpu") -> dict[str, Tensor]:
