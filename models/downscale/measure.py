@@ -26,8 +26,7 @@ from models.downscale.questions import Question, questions, texts
 from models.downscale.run import Run, load_chunk
 from models.downscale.stage import write_json
 from models.tasks import check
-from models.training.generate import Completion, complete
-from models.training.outcomes import log_probability_facts
+from models.training.generate import Completion, complete, log_probability_facts
 from models.training.score import Scorer, target_log_probabilities
 
 Floats = NDArray[np.float64]

@@ -156,3 +156,14 @@ def _complete_batch(
             )
         )
     return completions
+
+
+def log_probability_facts(completion: Completion) -> dict[str, float]:
+    """What scorers look at: mean and least log-probability, mean entropy, number of tokens."""
+    values = completion.log_probabilities
+    return {
+        "mean": round(sum(values) / len(values), 3),
+        "min": round(min(values), 3),
+        "entropy": round(max(completion.mean_entropy, 0.0), 3),
+        "num_tokens": len(values),
+    }

@@ -13,7 +13,7 @@ from typing import Any, Final
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from models.tasks import DOMAINS, Split, Task, check
-from models.training.generate import Completion, complete
+from models.training.generate import Completion, complete, log_probability_facts
 from models.training.statistics import wilson_interval
 
 OUTCOMES: Final = "outcomes.jsonl"
@@ -74,17 +74,6 @@ def _outcome(index: int, asked: Asked) -> dict[str, Any]:
         "logprobs": {name: log_probability_facts(c) for name, c in by_model.items()},
         "prompt_tokens": first.num_prompt_tokens,
         "output_tokens": {name: len(c.log_probabilities) for name, c in by_model.items()},
-    }
-
-
-def log_probability_facts(completion: Completion) -> dict[str, float]:
-    """What scorers look at: mean and least log-probability, mean entropy, number of tokens."""
-    values = completion.log_probabilities
-    return {
-        "mean": round(sum(values) / len(values), 3),
-        "min": round(min(values), 3),
-        "entropy": round(max(completion.mean_entropy, 0.0), 3),
-        "num_tokens": len(values),
     }
 
 
