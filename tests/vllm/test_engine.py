@@ -64,6 +64,7 @@ def started(model: Model, run: Run) -> Iterator[VllmEngine]:
     assert isinstance(engine, VllmEngine)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)  # it would win over kv_memory_bytes
+        patch.setenv("TORCHDYNAMO_DISABLE", "1")  # compiling vLLM's sampler takes a minute
         run(engine.start())
     yield engine
     run(engine.stop())

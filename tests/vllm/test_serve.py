@@ -1,5 +1,6 @@
 """`shoal serve` on Ray with a pool that mixes engines: chunks stacked, the base on vLLM."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -23,6 +24,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1800)]
 
 CHAT: list[Any] = [{"role": "user", "content": "Write the word 'lantern' backwards."}]
 ENGINE_ARGS = {"enforce_eager": True, "max_model_len": 256, "max_num_seqs": 4}
+# Compiling vLLM's sampler takes a minute.
+ENVIRONMENT = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}
 CONFIG = {
     "pool": "pool.yaml",
     "ledger": {"url": "sqlite:///rows.db"},
@@ -84,7 +87,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     log = folder / "log"
     with (
         log.open("w") as said,
-        subprocess.Popen(command, stdout=said, stderr=said, cwd=folder) as process,
+        subprocess.Popen(command, stdout=said, stderr=said, cwd=folder, env=ENVIRONMENT) as process,
     ):
         try:
             while "Ready at" not in log.read_text():

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.card import ModelCard
-from models.engines.base import Chunk, EngineStats, GenerationRequest
+from models.engines.base import Chunk, EngineStats, GenerationRequest, SamplingOptions
 from models.engines.vllm.options import INSTALL, inspect, is_installed, read_options
 from models.errors import (
     ContextOverflow,
@@ -93,6 +93,18 @@ class VllmEngine:
             max_running=config.scheduler_config.max_num_seqs,
             kv_bytes_total=config.cache_config.kv_cache_memory_bytes or 0,
         )
+        await self._warm_up()
+
+    async def _warm_up(self) -> None:
+        """Have vLLM compile what it compiles at the first answer (its sampler, on CPU)."""
+        first = GenerationRequest(
+            request_id="warm-up",
+            prompt_tokens=(0,),
+            members=self.members,
+            sampling=SamplingOptions(max_tokens=1, top_logprobs=1),
+        )
+        async for _ in self.generate(first):
+            pass
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Chunk]:
         """Stream the answer to `request`; see the contract."""
@@ -100,6 +112,7 @@ class VllmEngine:
         running = self._running
         assert running is not None, "check_health raises before start"
         from vllm.exceptions import GracefulHTTPError, VLLMClientError  # noqa: PLC0415
+        from vllm.inputs.engine import tokens_input  # noqa: PLC0415
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError  # noqa: PLC0415
 
         from models.engines.vllm import translate  # noqa: PLC0415
@@ -114,7 +127,7 @@ class VllmEngine:
             params = translate.sampling_params(
                 request, max_tokens=min(request.sampling.max_tokens, room), fused=self._fused
             )
-            prompt = {"prompt_token_ids": list(request.prompt_tokens)}
+            prompt = tokens_input(list(request.prompt_tokens))
             outputs = running.llm.generate(prompt, params, request.request_id)
             async with aclosing(outputs):
                 text = ""
@@ -248,6 +261,15 @@ class VllmEngine:
                 )
         if not request.prompt_tokens:
             raise RequestError("the prompt is empty", "messages")
+        vocab_size = next(iter(self._cards.values())).shape.vocab_size
+        for what, tokens in (
+            ("prompt", request.prompt_tokens),
+            ("logit_bias", request.sampling.logit_bias),
+        ):
+            if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
+                raise RequestError(
+                    f"{what}: a token id is outside of the vocabulary of {vocab_size}", what
+                )
         if "" in request.sampling.stop:
             raise RequestError("stop: an empty string is not allowed", "stop")
         if request.rule not in ("mixture", "product") and self._fused:
