@@ -31,7 +31,7 @@ def _spec(**changes: Any) -> EngineSpec:
             "dtype": "float32",
             "kv_memory_bytes": 64 * 2**20,
             "max_queued_requests": 2,
-            "options": {"engine_args": engine_args},
+            "options": {"engine_args": engine_args, "num_threads": 1},
             **changes,
         }
     )
