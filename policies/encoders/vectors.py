@@ -98,18 +98,20 @@ class SentenceVectors:
         """The folder's tokenizer."""
         from transformers import AutoTokenizer  # noqa: PLC0415 - only where selected
 
-        return AutoTokenizer.from_pretrained(
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             self.path, local_files_only=True, trust_remote_code=False
         )
+        return tokenizer
 
     @cached_property
     def model(self) -> PreTrainedModel:
         """The folder's encoder."""
         from transformers import AutoModel  # noqa: PLC0415 - only where selected
 
-        return AutoModel.from_pretrained(
+        model: PreTrainedModel = AutoModel.from_pretrained(
             self.path, local_files_only=True, trust_remote_code=False, use_safetensors=True
-        ).eval()
+        )
+        return model.eval()
 
     @cached_property
     def _first_token(self) -> bool:

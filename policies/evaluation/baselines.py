@@ -59,7 +59,8 @@ def count_words(texts: Sequence[str]) -> sp.csr_matrix:
     hasher = HashingVectorizer(
         n_features=1 << 21, ngram_range=(1, 2), norm=None, alternate_sign=False, dtype=np.float32
     )
-    return hasher.transform(texts).tocsr()
+    counts: sp.csr_matrix = hasher.transform(texts).tocsr()
+    return counts
 
 
 def random_choice(split: Split) -> Floats:

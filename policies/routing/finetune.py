@@ -195,12 +195,13 @@ def _train(
             lambda step: min((step + 1) / warmup, (num_steps - step) / max(1, num_steps - warmup)),
         )
         rng = np.random.default_rng(settings.seed)
-        best, losses = (copy.deepcopy(model.state_dict()), copy.deepcopy(head.state_dict())), []
+        best = copy.deepcopy(model.state_dict()), copy.deepcopy(head.state_dict())
+        losses: list[float] = []
         for _ in range(training.epochs):
             model.train()
             for rows in _batches(rng.permutation(seen), training.batch_size):
                 optimizer.zero_grad()
-                loss_of(rows).backward()
+                loss_of(rows).backward()  # type: ignore[no-untyped-call]
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 schedule.step()

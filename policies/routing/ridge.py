@@ -51,4 +51,5 @@ def ridge_regression(
 
 
 def _squares(columns: NDArray[np.float32]) -> Floats:
-    return np.einsum("uc,uc->c", columns, columns, dtype=np.float64)
+    squares_C: Floats = np.einsum("uc,uc->c", columns, columns, dtype=np.float64)
+    return squares_C
