@@ -86,6 +86,7 @@ class RemoteEngine:
         self.check_health()
         self._check(request)
         started_s = self._clock()
+        given_s = float("inf") if request.timeout_s is None else request.timeout_s
         path, body = write_body(request, self._upstream[request.members[0]], self._options)
         async with self._slot():
             for attempt in range(self._options.max_retries + 1):
@@ -100,7 +101,7 @@ class RemoteEngine:
                     return
                 except AttemptFailed as failure:
                     wait_s = self._wait_s(failure, attempt)
-                    left_s = (request.timeout_s or float("inf")) - (self._clock() - started_s)
+                    left_s = given_s - (self._clock() - started_s)
                     last = attempt == self._options.max_retries
                     if answering or last or not failure.retry or wait_s >= left_s:
                         raise failure.error from None
