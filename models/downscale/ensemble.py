@@ -44,7 +44,7 @@ def subset_losses(answer_QTM: Floats, weights_QM: Floats, subsets_SM: NDArray[np
 
     `weights_QM` are those of the whole ensemble; a subset's are renormalised.
     """
-    known_QT = np.isfinite(answer_QTM).all(-1)
+    known_QT: NDArray[np.bool_] = np.asarray(np.isfinite(answer_QTM).all(-1))
     # exp(-60) is far below any probability that a mean loss could notice.
     p_QTM = np.exp(np.clip(np.where(known_QT[..., None], answer_QTM, 0.0), -60.0, 0.0))
     kept_MS = subsets_SM.T.astype(np.float64)

@@ -214,7 +214,7 @@ def proposition(
     }
     if curve.law is None or pruning is None:
         return found
-    constants = {
+    constants: dict[str, Any] = {
         "a": curve.law.law.a,
         "b": curve.law.law.b,
         "gamma": pruning.law.gamma,

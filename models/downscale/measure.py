@@ -72,7 +72,8 @@ def run_measurements(run: Run, *, upstream: Sequence[str]) -> list[str]:
         BASE: (run.fresh_base, everything, ["base"])
     }
     for domain in run.domains:
-        models[domain] = (partial(run.chunk, domain), everything, [f"adapt/{domain}"])
+        load: Callable[[], PreTrainedModel] = partial(run.chunk, domain)
+        models[domain] = (load, everything, [f"adapt/{domain}"])
     wanted = run.recipe.baselines
     for name in (FINETUNED, *MERGED):
         if name in wanted:

@@ -79,6 +79,9 @@ def _quality_compute(figures: Figures) -> Figure:
         labelled[kind] = True
     _label_apart(ax, [s for s in systems if s["kind"] != "chunk"])
     ax.set_xscale("log")
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter("{x:g}")
+    ax.tick_params(axis="x", which="both", labelsize=8)
     ax.margins(x=0.3)
     ax.set_xlabel("parameters at work per token (millions)")
     ax.set_ylabel("exact match, mean over domains (%)")
@@ -163,11 +166,7 @@ def _curves(figures: Figures, what: str, unit: str) -> Figure:
         for domain in figures["domains"]:
             curve = curves[f"{what}/{weighting}/{domain}"]
             ax.plot(curve["num_members"], curve["losses"], lw=0.8, color="#aaaaaa")
-            ax.annotate(
-                domain, (curve["num_members"][-1], curve["losses"][-1]),
-                xytext=(4, 0), textcoords="offset points", fontsize=7, color="#777777",
-                va="center",
-            )  # fmt: skip
+        _name_ends(ax, {d: curves[f"{what}/{weighting}/{d}"] for d in figures["domains"]})
         curve = curves[f"{what}/{weighting}/all"]
         ax.plot(curve["num_members"], curve["losses"], "o", color=_COLOURS["fused"], label="mean")
         if curve["law"]:
@@ -179,11 +178,25 @@ def _curves(figures: Figures, what: str, unit: str) -> Figure:
             )  # fmt: skip
         ax.set_title(f"weights: {weighting}")
         ax.set_xlabel("members fused, n (mean over all subsets)")
+        ax.set_xticks(curve["num_members"])
         ax.set_xlim(right=curve["num_members"][-1] * 1.18)
         ax.legend(frameon=False, fontsize=8)
     axes[0].set_ylabel(unit)
     figure.suptitle(f"Fused {what} against the number of members")
     return figure
+
+
+def _name_ends(ax: Axes, curves: Mapping[str, Mapping[str, Any]]) -> None:
+    """Name each curve at its end, pushed apart where they meet."""
+    low, high = ax.get_ylim()
+    ends = sorted((float(curve["losses"][-1]), name) for name, curve in curves.items())
+    x, last = next(iter(curves.values()))["num_members"][-1], -np.inf
+    for value, name in ends:
+        last = max(value, last + 0.035 * (high - low))
+        ax.annotate(
+            name, (x, last), xytext=(4, 0), textcoords="offset points", fontsize=7,
+            color="#777777", va="center",
+        )  # fmt: skip
 
 
 def _variants(figures: Figures, comparison: str) -> Figure | None:
@@ -283,11 +296,12 @@ def _latency(figures: Figures) -> Figure:
         )  # fmt: skip
         ax.annotate(
             timing["name"], (timing["num_layers"], timing["ms_per_token"]),
-            xytext=(6, -2 if same else 6), textcoords="offset points", fontsize=8,
+            xytext=(7, 0) if same else (-7, 0), textcoords="offset points", fontsize=8,
+            ha="left" if same else "right", va="center",
         )  # fmt: skip
     ax.set_xlabel("layers (all but the base have the chunk's size; labels: layers x width)")
     ax.set_ylabel("milliseconds per token, alone")
     ax.set_ylim(bottom=0)
     ax.margins(x=0.12)
-    ax.set_title("Latency follows depth")
+    ax.set_title("Time per token against depth")
     return figure

@@ -43,7 +43,7 @@ def percent(figure: Mapping[str, Any], *, digits: int = 1) -> str:
 
 def _claims(figures: Figures) -> Table:
     def rows() -> Iterator[Row]:
-        for claim in figures["claims"]:
+        for claim in sorted(figures["claims"], key=lambda claim: str(claim["claim"])):
             if claim["claim"] == "c":
                 value = "no fit" if claim["value"] is None else f"R² = {claim['value']:.4f}"
             elif claim["claim"] == "a":

@@ -65,6 +65,9 @@ def write_pool(
         write_report(figures, folder)
         (folder / "README.md").write_text(_readme(run, figures))
         (folder / "pool.yaml").write_text(_HEADING + _pool_file(run, figures, routed=routed))
+        for file in folder.iterdir():
+            if file.is_file():  # what was written through temporary files is private to its owner
+                file.chmod(0o644)
 
     facts: dict[str, Any] = {"name": run.recipe.name, "measured": list(names), "routed": routed}
     facts["compare"] = run.recipe.compare

@@ -53,7 +53,7 @@ def export_checkpoint(
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)
     tokenizer.save_pretrained(folder)
-    template = tokenizer.get_chat_template()  # type: ignore[no-untyped-call]
+    template = tokenizer.get_chat_template()
     (folder / "chat_template.jinja").write_text(template)
     _name_tokenizer_class(folder / "tokenizer_config.json")
 
