@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import numpy as np
 
@@ -56,7 +55,6 @@ def learn_cascade(
     num_gates: int = 8,
     seed: int = 0,
     fitted: FittedScorer | None = None,
-    top: Mapping[str, int] = MappingProxyType({}),
     prior_power: float = 1.0,
     last: Collection[str] | None = None,
 ) -> LearnedCascade:
@@ -64,11 +62,11 @@ def learn_cascade(
 
     `cost_QS` and `budget` are US dollars per query. `routed` names the stages between which the
     query-dependent stage `ROUTED` chooses; fewer than two leave it out. `fitted` is a scorer that
-    was fitted on this table already. `top` and `prior_power` say how fusions among the stages take
-    their members (`LearnedCascade`); `last` which stages a chain may end with (None: any). Raises
-    `PolicyError` for a budget below the cheapest chain, or a name that the table lacks.
+    was fitted on this table already. `prior_power` sharpens the priors where they become a fusion's
+    weights; `last` names the stages that a chain may end with (None: any). Raises `PolicyError` for
+    a budget below the cheapest chain, or a name that the table lacks.
     """
-    check_top(table.plans, top)
+    check_top(table.plans, table.top)
     for what, names in (("routed", routed), ("last", last or ())):
         for name in names:
             if name not in table.plans and not (what == "last" and name == ROUTED):
@@ -95,7 +93,7 @@ def learn_cascade(
         frontier=frontier,
         chosen=frontier.index(point),
         weights=fitted.weights,
-        top=dict(top),
+        top=dict(table.top),
         prior_power=prior_power,
     )
 
@@ -129,7 +127,7 @@ def measure_stops(
                  cascade.routed)  # fmt: skip
     chain = tuple(view.stages.names.index(name) for name in point.stages)
     stages = columns(view.stages, view.score, chain, point.gates)
-    scorer = LearnedScorer(cascade.weights, cascade.plans)
+    scorer = LearnedScorer(cascade.weights, cascade.plans, cascade.top)
     open_Q = np.ones(len(table.queries), dtype=bool)
     rates = []
     for j, threshold in enumerate(point.thresholds):

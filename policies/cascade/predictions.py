@@ -9,7 +9,7 @@ Shape legend: Q queries, S stages, E earlier stages.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -20,14 +20,17 @@ from policies.cascade.chains import Floats, Ints
 from policies.cascade.logistic import sigmoid
 from policies.cascade.scorer import LearnedScorer, ScorerWeights
 from policies.cascade.signals import NUM_OWN_SIGNALS, logit
-from policies.plan import Plan
+from policies.plan import Answer, Plan
 
 Rows: TypeAlias = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerTable:
-    """Real answers of S stages to Q queries, and whether they were right (quality in [0, 1])."""
+    """Real answers of S stages to Q queries, and whether they were right (quality in [0, 1]).
+
+    Of the fusions in `top`, so many members made the answer; which ones depended on the query.
+    """
 
     plans: Mapping[str, Plan]  # S stages by name, in order
     queries: tuple[str, ...]
@@ -37,13 +40,15 @@ class AnswerTable:
     num_tokens_QS: Floats
     quality_QS: Floats
     entropy_mean_QS: Floats | None = None  # NaN, or no table at all, where nobody knows
+    top: Mapping[str, int] = field(default_factory=dict)
 
     def attempt(self, query: int, stage: int) -> Attempt:
         """Return the answer of `stage` to `query`, as if no other stage had answered."""
+        name, plan = tuple(self.plans.items())[stage]
         entropy = np.nan if self.entropy_mean_QS is None else self.entropy_mean_QS[query, stage]
         return Attempt(
             query=self.queries[query],
-            plan=tuple(self.plans.values())[stage],
+            plan=first_members(plan, self.top.get(name)),
             answer=self.answers[stage][query],
             logprob_mean=float(self.logprob_mean_QS[query, stage]),
             logprob_min=float(self.logprob_min_QS[query, stage]),
@@ -95,7 +100,7 @@ class Predictions:
 
 def predict(weights: ScorerWeights, table: AnswerTable) -> Predictions:
     """Score every answer of `table`, through the same code that serves requests."""
-    scorer = LearnedScorer(weights, table.plans)
+    scorer = LearnedScorer(weights, table.plans, table.top)
     names = tuple(table.plans)
     rows = [weights.stages.index(name) for name in names]
     shape = table.quality_QS.shape
@@ -111,3 +116,10 @@ def predict(weights: ScorerWeights, table: AnswerTable) -> Predictions:
         context_QS2=np.broadcast_to(context_S2, (*shape, 2)),
         answer_QS=table.answer_ids(),
     )
+
+
+def first_members(plan: Plan, size: int | None) -> Plan:
+    """Return the fusion `plan` with `size` members (None: all), whichever: scorers see no more."""
+    if size is None or not isinstance(plan, Answer):
+        return plan
+    return replace(plan, members=plan.members[:size])

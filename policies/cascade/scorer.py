@@ -148,7 +148,9 @@ class LearnedScorer:
     ) -> None:
         self._weights = weights
         self._rows = {name: row for row, name in enumerate(weights.stages)}
-        self._row_of_plan = {plan: self._rows[name] for name, plan in plans.items()}
+        self._row_of_plan = {
+            plan: self._rows[name] for name, plan in plans.items() if name not in top
+        }
         self._row_of_fusion = {
             _fusion(plans[name], size): self._rows[name] for name, size in top.items()
         }

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from types import MappingProxyType
 
 import numpy as np
 
 from policies.cascade.chains import Floats
-from policies.cascade.predictions import AnswerTable
+from policies.cascade.predictions import AnswerTable, first_members
 from policies.errors import OutcomesError
 from policies.footprint import Rates, estimate
 from policies.outcomes import Outcome
-from policies.plan import Answer, Plan
+from policies.plan import Plan
 
 
 def answer_table(
@@ -54,17 +53,11 @@ def answer_table(
         num_tokens_QS=column([[o.logprobs[name].num_tokens for name in plans] for o in outcomes]),
         quality_QS=column([[o.scores[name] for name in plans] for o in outcomes]),
         entropy_mean_QS=column([[_entropy(o, name) for name in plans] for o in outcomes]),
+        top=dict(top),
     )
-    priced = {name: _first_members(plan, top.get(name)) for name, plan in plans.items()}
+    priced = {name: first_members(plan, top.get(name)) for name, plan in plans.items()}
     cost = [[_usd(o, name, plan, rates) for name, plan in priced.items()] for o in outcomes]
     return table, column(cost)
-
-
-def _first_members(plan: Plan, size: int | None) -> Plan:
-    """Return a fusion of `size` of the plan's members: which they are depends on the query."""
-    if size is None or not isinstance(plan, Answer):
-        return plan
-    return replace(plan, members=plan.members[:size])
 
 
 def _entropy(outcome: Outcome, name: str) -> float:

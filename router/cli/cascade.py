@@ -84,7 +84,6 @@ def cascade(
             routed=_routed(routed, mean_S, rates),
             max_stages=max_stages,
             seed=seed,
-            top=sizes,
             prior_power=prior_power,
         )
         unseen = answer_table(read_outcomes(outcomes, split=held_out), plans, rates, sizes)

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 
 from models.pool import DEFAULT_POOL, Pool, load_pool
 from policies.base import ModelFacts
@@ -26,7 +25,7 @@ from policies.cascade.base import normalise
 from policies.cascade.chain import LearnedCascade
 from policies.cascade.chains import Floats, pareto
 from policies.cascade.fit import FittedScorer, fit_scorer
-from policies.cascade.learn import learn_cascade, replay_cascade
+from policies.cascade.learn import learn_cascade, measure_stops, replay_cascade
 from policies.cascade.predictions import AnswerTable, predict
 from policies.cascade.scorer import LearnedScorer
 from policies.cascade.table import answer_table
@@ -35,10 +34,15 @@ from policies.fused import with_prior
 from policies.outcomes import Outcome, read_outcomes
 from policies.plan import Answer, Plan
 from tests.bench.frontier_data import fused_outcomes, likelihoods
+from tests.bench.frontier_install import install
 from tests.bench.frontier_plot import draw
 
 DOCS = Path(__file__).parents[2] / "docs" / "cascade"
 DEVICE = "h200"
+# The fusions that a cascade may have as stages, and how many members of each run (None: all).
+FUSED = {"fused": None, "fused top 2": 2}
+TOP = {name: size for name, size in FUSED.items() if size is not None}
+CASCADES = ("cascade", "cascade with fused stages", "cascade, fused last")
 SEED = 0
 
 
@@ -71,25 +75,27 @@ def main() -> None:
     parser.add_argument(
         "--queries", type=int, nargs=2, help="how many to learn from and to measure; default all"
     )
+    parser.add_argument("--out", type=Path, default=DOCS, help="where the report goes")
     parser.add_argument("--install", action="store_true", help="write cascade.npz and pool.yaml")
     options = parser.parse_args()
     torch.set_num_threads(1)  # small models: a second thread mostly waits
     pool = load_pool(options.pool)
-    bench = Bench(pool, options.budget / 100, options.queries or (10**9, 10**9))
+    options.out.mkdir(parents=True, exist_ok=True)
+    bench = Bench(pool, options.budget / 100, options.queries or (10**9, 10**9), options.out)
     text, figures = bench.run()
     print(text)
-    DOCS.mkdir(parents=True, exist_ok=True)
-    (DOCS / "results.md").write_text(text + "\n")
+    (options.out / "results.md").write_text(text + "\n")
     print(json.dumps({"bench": "frontier", "pool": pool.name, "seed": SEED, **figures}))
     if options.install:
-        install(bench, pool)
+        install(pool, bench.cascade, bench.chunks, bench.evidence)
 
 
 class Bench:
     """One run; see the module's docstring."""
 
-    def __init__(self, pool: Pool, budget: float, queries: tuple[int, int]) -> None:
+    def __init__(self, pool: Pool, budget: float, queries: tuple[int, int], out: Path) -> None:
         self.pool = pool
+        self.out = out
         self.budget = budget
         device = find_device(DEVICE)
         self.facts = {
@@ -101,6 +107,7 @@ class Bench:
         largest = max(pool.models, key=lambda m: m.card.parameters if m.card else 0)
         self.base = largest.name
         self.chunks = tuple(m.name for m in pool.models if m.name != self.base)
+        self.fitted: FittedScorer | None = None  # of all stages
         file = pool.folder / "outcomes.jsonl"
         self.train = _spread(read_outcomes(file, split="router"), queries[0])
         self.test = _spread(read_outcomes(file, split="test"), queries[1])
@@ -116,18 +123,21 @@ class Bench:
         weights_text, weights_figures = self._weigh()
         plans_test = self._fused_plans(self.prior_test)
         plans_train = self._fused_plans(self.prior_train)
-        self.test = fused_outcomes(self.pool, self.test, plans_test)
-        stages = ("fused", "fused top 2")
-        self.train = fused_outcomes(self.pool, self.train, {n: plans_train[n] for n in stages})
+        self.test = fused_outcomes(self.pool, self.test, plans_test, self.rates)
+        stages = {name: plans_train[name] for name in FUSED}
+        self.train = fused_outcomes(self.pool, self.train, stages, self.rates)
         rows = [*self._simple(plans_test), *self._best_of(LearnedScorer(fitted.weights, singles))]
-        self.cascade = self._cascade(singles, fitted)
-        fused_stages: dict[str, Plan] = {name: self.static[name] for name in stages}
-        self.composed = self._cascade({**singles, **fused_stages})
-        rows += self._chains("cascade", self.cascade, singles)
-        rows += self._chains(
-            "cascade with fused stages", self.composed, {**singles, **fused_stages}
+        every: dict[str, Plan] = {**singles, **dict.fromkeys(FUSED, self.static)}
+        plain, self.cascade = self._cascade(singles, fitted), self._cascade(every)
+        last = self._cascade(every, last=tuple(FUSED))
+        self.stops = measure_stops(self.cascade, self._table(self.test, every)[0])
+        for kind, learned, stages_of in zip(
+            CASCADES, (plain, self.cascade, last), (singles, every, every), strict=True
+        ):
+            rows += self._chains(kind, learned, stages_of)
+        draw(
+            rows, self.loss_by_n, base=self.base, num=len(self.test), file=self.out / "frontier.png"
         )
-        draw(rows, self.loss_by_n, base=self.base, num=len(self.test), file=DOCS / "frontier.png")
         text, figures = self._report(rows, weights_text)
         return text, {**figures, **weights_figures}
 
@@ -213,10 +223,7 @@ class Bench:
         """Return the fusions to try, one plan per query."""
         temperature, power = self.evidence.temperature, self.evidence.prior_power
         chunks = self.chunks
-        self.static = {
-            "fused": Answer(members=chunks, weighting="evidence", temperature=temperature),
-            "fused top 2": Answer(members=chunks, weighting="evidence", temperature=temperature),
-        }
+        self.static = Answer(members=chunks, weighting="evidence", temperature=temperature)
         ways: dict[str, tuple[Answer, float, int]] = {
             "fused uniform": (Answer(members=chunks), 1.0, 0),
             "fused router": (Answer(members=chunks, weighting="router"), self.router_power, 0),
@@ -225,8 +232,7 @@ class Bench:
                 1.0,
                 0,
             ),
-            "fused": (self.static["fused"], power, 0),
-            "fused top 2": (self.static["fused"], power, 2),
+            **{name: (self.static, power, size or 0) for name, size in FUSED.items()},
             "fused product": (
                 Answer(
                     members=chunks, weighting="evidence", temperature=temperature, rule="product"
@@ -314,30 +320,35 @@ class Bench:
             for how, chosen in picks.items()
         ]
 
+    def _table(self, outcomes: list[Outcome], plans: dict[str, Plan]) -> tuple[AnswerTable, Floats]:
+        top = {name: size for name, size in TOP.items() if name in plans}
+        return answer_table(outcomes, plans, self.rates, top)
+
     def _cascade(
-        self, plans: dict[str, Plan], fitted: FittedScorer | None = None
+        self,
+        plans: dict[str, Plan],
+        fitted: FittedScorer | None = None,
+        last: tuple[str, ...] | None = None,
     ) -> LearnedCascade:
-        table, usd = answer_table(self.train, plans, self.rates)
+        table, usd = self._table(self.train, plans)
         base = list(plans).index(self.base)
-        self._cheapen(plans, usd)
+        if fitted is None and self.fitted is None:
+            self.fitted = fit_scorer(table, seed=SEED)
         return learn_cascade(
             table,
             usd,
             budget=self.budget * usd[:, base].mean(),
             routed=self.chunks,
             seed=SEED,
-            fitted=fitted,
+            fitted=fitted or self.fitted,
+            prior_power=self.evidence.prior_power,
+            last=last,
         )
-
-    def _cheapen(self, plans: dict[str, Plan], cost_QS: Floats) -> None:
-        """Charge "fused top 2" for two members; its stage's plan names all that it may take."""
-        if "fused top 2" in plans:
-            cost_QS[:, list(plans).index("fused top 2")] *= 2 / len(self.chunks)
 
     def _flops(self, table: AnswerTable, plans: dict[str, Plan]) -> Floats:
         per_token = [
-            sum(self.rates[m].flops_per_token for m in plan.members)
-            for plan in plans.values()
+            sum(self.rates[m].flops_per_token for m in plan.members[: FUSED.get(name)])
+            for name, plan in plans.items()
             if isinstance(plan, Answer)
         ]
         read = np.array([[outcome.prompt_tokens or 0] for outcome in self.test], float)
@@ -345,10 +356,8 @@ class Bench:
 
     def _chains(self, kind: str, cascade: LearnedCascade, plans: dict[str, Plan]) -> list[Row]:
         """Return the held-out rows of every point of the frontier, the chosen one first."""
-        table, usd = answer_table(self.test, plans, self.rates)
+        table, usd = self._table(self.test, plans)
         flops = self._flops(table, plans)
-        self._cheapen(plans, usd)
-        self._cheapen(plans, flops)
         rows = []
         by_usd = replay_cascade(cascade, table, usd)
         by_flops = replay_cascade(cascade, table, flops)
@@ -365,8 +374,8 @@ class Bench:
 
     def _report(self, rows: list[Row], weights_text: str) -> tuple[str, dict[str, object]]:
         base = next(row for row in rows if row.name == self.base)
-        shown = [row for row in rows if not row.kind.startswith("cascade")]
-        for kind in ("cascade", "cascade with fused stages"):
+        shown = [row for row in rows if row.kind not in CASCADES]
+        for kind in CASCADES:
             chains = [row for row in rows if row.kind == kind]
             shown += [chains[0], *_thinned(chains[1:])]
         cost, quality = np.array([r.usd for r in rows]), np.array([r.accuracy for r in rows])
@@ -393,15 +402,12 @@ class Bench:
                 f"| {row.usd / base.usd:.0%} | {flops / 1e6:.1f} "
                 f"| {flops * self.wh_per_flop * 1e6:.4f} |"
             )
-        lines += ["", weights_text, ""]
+        lines += ["", *self._standing(rows), "", weights_text, ""]
         lines.append(
             f"Evidence: T = {self.evidence.temperature:.3g} nats, prior power "
             f"{self.evidence.prior_power:.2f}; perplexity τ = {self.perplexity:.3g}."
         )
-        chosen = {
-            kind: next(row for row in rows if row.kind == kind)
-            for kind in ("cascade", "cascade with fused stages")
-        }
+        chosen = {kind: next(row for row in rows if row.kind == kind) for kind in CASCADES}
         figures: dict[str, object] = {
             row.name if row.kind != kind else kind: [
                 round(row.accuracy, 4),
@@ -415,36 +421,29 @@ class Bench:
                 figures[row.name] = [round(row.accuracy, 4), round(row.usd / base.usd, 4)]
         return "\n".join(lines), figures
 
+    def _standing(self, rows: list[Row]) -> list[str]:
+        """Say what the installed cascade dominates, what dominates it, and what it stops early."""
+        ours = next(row for row in rows if row.kind == CASCADES[1])
+        simple = [row for row in rows if row.kind not in (*CASCADES, "oracle")]
 
-def install(bench: Bench, pool: Pool) -> None:
-    """Write the cascade and the policies that use it into the pool's folder."""
-    bench.cascade.save(pool.folder / "cascade.npz")
-    file = pool.folder / "pool.yaml"
-    text = file.read_text()
-    heading = text.partition("\n")[0] + "\n" if text.startswith("#") else ""
-    content = yaml.safe_load(text)
-    router = {"kind": "frugal", "path": "cascade.npz"}
-    content.setdefault("policies", {})
-    content["policies"]["cascade"] = dict(router)
-    content["policies"]["fused"] = {
-        "kind": "fused",
-        "answer": {
-            "members": list(bench.chunks),
-            "weights": "evidence",
-            "temperature": round(bench.evidence.temperature, 3),
-        },
-        "prior_power": round(bench.evidence.prior_power, 3),
-        "router": dict(router),
-    }
-    content["policies"]["best-of"] = {
-        "kind": "fixed",
-        "plan": {
-            "best": {"candidates": list(bench.chunks), "select": "scorer", "scorer": "cascade"}
-        },
-    }
-    partial = file.with_name(".pool.yaml.partial")
-    partial.write_text(heading + yaml.safe_dump(content, sort_keys=False))
-    partial.replace(file)
+        def names(found: list[Row]) -> str:
+            return ", ".join(row.name for row in found) or "none"
+
+        below = [r for r in simple if r.accuracy <= ours.accuracy and r.usd >= ours.usd]
+        above = [r for r in simple if r.accuracy >= ours.accuracy and r.usd <= ours.usd]
+        lines = [
+            f"The installed policy is `{ours.name}`, the most accurate on the learning half within "
+            f"{self.budget:.0%} of always-base, of all chains with and without fused stages. By "
+            f"these point estimates it is at least as accurate and at most as dear as: "
+            f"{names(below)}. The same holds against it for: {names(above)}."
+        ]
+        lines += [
+            f"Stopped early, of the answers of `{stop.stage}` that its threshold rejects: "
+            f"{stop.num_right_stops} of {stop.num_rejected}; of those that it accepts (false "
+            f"stops): {stop.num_false_stops} of {stop.num_accepted}."
+            for stop in self.stops
+        ]
+        return lines
 
 
 def _spread(outcomes: list[Outcome], num: int) -> list[Outcome]:

@@ -17,6 +17,7 @@ from models.pool import Pool
 from models.tasks import check
 from models.tokenizer import Tokenizer, load_tokenizer
 from policies.evidence import Floats
+from policies.footprint import Rates
 from policies.outcomes import AnswerLogprobs, Outcome
 from policies.plan import Answer
 
@@ -26,10 +27,19 @@ BATCH = 64
 
 
 def fused_outcomes(
-    pool: Pool, outcomes: Sequence[Outcome], plans: Mapping[str, Sequence[Answer]]
+    pool: Pool,
+    outcomes: Sequence[Outcome],
+    plans: Mapping[str, Sequence[Answer]],
+    rates: Mapping[str, Rates],
 ) -> list[Outcome]:
     """Return `outcomes` with the greedy answers of `plans`, one per name and query, added."""
-    return asyncio.run(_fused_outcomes(pool, outcomes, plans))
+    answered = asyncio.run(_fused_outcomes(pool, outcomes, plans))
+    result = list(outcomes)
+    for (index, name), answer in answered.items():
+        plan, read = plans[name][index], outcomes[index].prompt_tokens or 0
+        usd = sum(rates[member].footprint(read, len(answer.tokens)).usd for member in plan.members)
+        result[index] = _with(result[index], name, answer, usd)
+    return result
 
 
 def likelihoods(
@@ -57,7 +67,7 @@ def prompt_tokens(tokenizer: Tokenizer, outcome: Outcome) -> tuple[int, ...]:
 
 async def _fused_outcomes(
     pool: Pool, outcomes: Sequence[Outcome], plans: Mapping[str, Sequence[Answer]]
-) -> list[Outcome]:
+) -> dict[tuple[int, str], Chunk]:
     first = next(iter(plans.values()))[0].members[0]
     spec = pool.engine_of(first)
     engine = create_engine(spec, pool.models_of(spec.name))
@@ -80,10 +90,7 @@ async def _fused_outcomes(
         answered = await asyncio.gather(*(ask(index, name) for index, name in keys))
     finally:
         await engine.stop()
-    result = list(outcomes)
-    for (index, name), answer in zip(keys, answered, strict=True):
-        result[index] = _with(result[index], name, answer)
-    return result
+    return dict(zip(keys, answered, strict=True))
 
 
 def _request(request_id: str, tokens: tuple[int, ...], plan: Answer) -> GenerationRequest:
@@ -107,9 +114,10 @@ def _request(request_id: str, tokens: tuple[int, ...], plan: Answer) -> Generati
     )
 
 
-def _with(outcome: Outcome, name: str, answer: Chunk) -> Outcome:
+def _with(outcome: Outcome, name: str, answer: Chunk, usd: float) -> Outcome:
     assert outcome.answer is not None
-    logprobs = [token.logprob for token in answer.tokens]
+    logprobs = [token.logprob or 0.0 for token in answer.tokens]
+    entropies = [token.entropy or 0.0 for token in answer.tokens]
     return replace(
         outcome,
         scores={**outcome.scores, name: float(check(outcome.answer, answer.text))},
@@ -117,10 +125,14 @@ def _with(outcome: Outcome, name: str, answer: Chunk) -> Outcome:
         logprobs={
             **outcome.logprobs,
             name: AnswerLogprobs(
-                mean=float(np.mean(logprobs)), min=min(logprobs), num_tokens=len(logprobs)
+                mean=float(np.mean(logprobs)),
+                min=min(logprobs),
+                num_tokens=len(logprobs),
+                entropy=float(np.mean(entropies)),
             ),
         },
         output_tokens={**outcome.output_tokens, name: len(logprobs)},
+        costs={**outcome.costs, name: usd},
     )
 
 

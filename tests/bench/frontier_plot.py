@@ -16,6 +16,7 @@ COLOURS = {
     "best-of": "tab:purple",
     "cascade": "tab:blue",
     "cascade with fused stages": "tab:cyan",
+    "cascade, fused last": "tab:brown",
     "oracle": "tab:green",
 }
 

@@ -248,7 +248,7 @@ def test_acceptable_answers_are_hardly_ever_stopped(cascade: LearnedCascade) -> 
     assert rate.num_right_stops > 0.2 * rate.num_rejected
 
 
-def with_fusion(table: AnswerTable) -> AnswerTable:
+def with_fusion(table: AnswerTable, top: dict[str, int]) -> AnswerTable:
     """Add a stage that fuses the specialists, right where one of them is, and says so."""
     right = table.quality_QS[:, :3].max(axis=1)
     plan = Answer(members=tuple(list(table.plans)[:3]), weighting="evidence")
@@ -259,6 +259,7 @@ def with_fusion(table: AnswerTable) -> AnswerTable:
         logprob_mean_QS=np.column_stack([table.logprob_mean_QS, -0.1 - 1.5 * (1 - right)]),
         logprob_min_QS=np.column_stack([table.logprob_min_QS, -0.2 - 3 * (1 - right)]),
         num_tokens_QS=np.column_stack([table.num_tokens_QS, np.full(len(right), 4.0)]),
+        top=top,
         quality_QS=np.column_stack([table.quality_QS, right]),
     )
 
@@ -268,11 +269,11 @@ def test_a_fused_stage_takes_the_likeliest_members() -> None:
 
     The scorer knows the fusion whichever members it has. Seed 0, 400 queries.
     """
-    table = with_fusion(answer_table(0, 400))
+    table = with_fusion(answer_table(0, 400), {"pair": 2})
     price = np.column_stack([costs(table), np.full(400, 2.0)])
     cascade = learn_cascade(
         table, price, budget=2.5, routed=("sum", "date", "list"),
-        top={"pair": 2}, prior_power=2.0, last=["pair"],
+        prior_power=2.0, last=["pair"],
     )  # fmt: skip
     assert {point.stages[-1] for point in cascade.frontier} == {"pair"}
     policy = Frugal(cascade)
@@ -294,10 +295,10 @@ def test_a_fused_stage_takes_the_likeliest_members() -> None:
 @pytest.mark.parametrize(("name", "size"), [("sum", 2), ("pair", 1), ("pair", 4), ("nobody", 2)])
 def test_a_senseless_top_is_refused(name: str, size: int) -> None:
     """Only a fusion can leave members out, and it keeps two at least."""
-    table = with_fusion(answer_table(0, 40))
+    table = with_fusion(answer_table(0, 40), {name: size})
     price = np.column_stack([costs(table), np.full(40, 2.0)])
     with pytest.raises(PolicyError, match=f"stage '{name}'"):
-        learn_cascade(table, price, budget=9.0, top={name: size})
+        learn_cascade(table, price, budget=9.0)
 
 
 def test_stages_have_the_time_they_are_given(cascade: LearnedCascade) -> None:
