@@ -87,7 +87,6 @@ def vllm_engine(folder: Path, **options: Any) -> Iterator[Any]:
             "kv_cache_memory_bytes": 32 * 2**20,
             "block_size": 32,
             "max_num_batched_tokens": STEP_TOKENS,
-            "disable_log_stats": False,
             **options,
         },
     )

@@ -147,29 +147,26 @@ class TestOneEngine:
 
     @pytest.mark.parametrize("rule", ["mixture", "product"])
     def test_samples_follow_the_fused_distribution(self, world: World, llm: Any, rule: str) -> None:
-        """2,000 samples (seeds 0-1,999): χ² finds no difference from the fused distribution."""
+        """1,000 samples (the engine's seed, 0): χ² finds no difference from the distribution."""
         from vllm import SamplingParams
 
         reference = Reference(world)
         ask = Ask(prompt=random_prompt(random.Random(4), 6), weights=[1.0, 0.0, 3.0], rule=rule)
         fused_V = reference.fuse(reference.logp_MTV(ask.prompt)[:, -1], [1.0, 0.0, 3.0], rule)
         outputs = llm.generate(
-            [{"prompt_token_ids": ask.prompt}] * 2000,
-            [
-                SamplingParams(max_tokens=1, seed=seed, extra_args=ask.extra_args)
-                for seed in range(2000)
-            ],
+            [{"prompt_token_ids": ask.prompt}] * 1000,
+            SamplingParams(max_tokens=1, extra_args=ask.extra_args),
             use_tqdm=False,
         )
         counts = Counter(output.outputs[0].token_ids[0] for output in outputs)
-        expected = (fused_V.exp() * 2000).tolist()
+        expected = (fused_V.exp() * 1000).tolist()
         often = [token for token, times in enumerate(expected) if times >= 5]
         assert len(often) >= 5
         observed_n = [counts[token] for token in often]
         expected_n = [expected[token] for token in often]
         test = chisquare(
-            [*observed_n, 2000 - sum(observed_n)],
-            [*expected_n, 2000 - sum(expected_n)],
+            [*observed_n, 1000 - sum(observed_n)],
+            [*expected_n, 1000 - sum(expected_n)],
             sum_check=False,
         )
         assert test.pvalue > 0.001

