@@ -58,6 +58,7 @@ def test_it_is_installed_as_a_person_would() -> None:
     assert re.search(r"^install:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_its_steps_install_all_that_serving_needs(tmp_path: Path) -> None:
     """What COPY takes is enough: the step's own command installs it, pool and page included.
