@@ -22,6 +22,7 @@ from models.tokenizer import load_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1800)]
 
+ONE, OTHER, *_, BASE = load_pool(DEFAULT_POOL).models
 CHAT: list[Any] = [{"role": "user", "content": "Write the word 'lantern' backwards."}]
 ENGINE_ARGS = {"enforce_eager": True, "max_model_len": 256, "max_num_seqs": 4}
 # Compiling vLLM's sampler takes a minute.
@@ -49,14 +50,14 @@ def _pool() -> dict[str, Any]:
             },
         ],
         "models": [
-            {"name": "text", "checkpoint": str(DEFAULT_POOL / "text"), **chunk},
-            {"name": "code", "checkpoint": str(DEFAULT_POOL / "code"), **chunk},
-            {"name": "base", "checkpoint": str(DEFAULT_POOL / "base"), "engine": "big"},
+            {"name": "one", "checkpoint": str(ONE.card.path), **chunk},
+            {"name": "other", "checkpoint": str(OTHER.card.path), **chunk},
+            {"name": "base", "checkpoint": str(BASE.card.path), "engine": "big"},
         ],
         "policies": {
             "auto": {
                 "kind": "fixed",
-                "plan": {"cascade": {"stages": ["text", "base"], "thresholds": [1.0]}},
+                "plan": {"cascade": {"stages": ["one", "base"], "thresholds": [1.0]}},
             }
         },
     }
@@ -103,11 +104,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 def test_vllm_answers_through_the_openai_client(server: Served) -> None:
     """The base on vLLM says, greedily, what transformers says, and streams the same."""
-    model = load_pool(DEFAULT_POOL).model("base")
-    assert model.card is not None
-    tokenizer = load_tokenizer(model)
+    assert BASE.card is not None
+    tokenizer = load_tokenizer(BASE)
     prompt = torch.tensor([tokenizer.encode_chat(CHAT)])
-    reference = AutoModelForCausalLM.from_pretrained(model.card.path, dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(BASE.card.path, dtype=torch.float32)
     with torch.inference_mode():
         whole = reference.generate(prompt, do_sample=False, max_new_tokens=40)
     expected = tokenizer.decode(whole[0, prompt.shape[1] :].tolist())
@@ -129,7 +129,7 @@ def test_a_cascade_crosses_engines(server: Served) -> None:
     shoal: Any = answer.shoal  # type: ignore[attr-defined]
     assert shoal["members"] == ["base"]
     assert {name: part["engine"] for name, part in shoal["footprint"]["members"].items()} == {
-        "text": "chunks",
+        "one": "chunks",
         "base": "big",
     }
     outcomes = [stage["outcome"] for stage in shoal["stages"] if "members" in stage]
@@ -138,7 +138,7 @@ def test_a_cascade_crosses_engines(server: Served) -> None:
 
 def test_members_on_two_engines_fuse(server: Served) -> None:
     """All the weight on the member inside vLLM gives its answer, a string at a time."""
-    plan = {"answer": {"members": ["text", "base"], "weights": [0, 1]}}
+    plan = {"answer": {"members": ["one", "base"], "weights": [0, 1]}}
     asked: dict[str, Any] = {"messages": CHAT, "temperature": 0, "max_tokens": 6}
     fused = server.client.chat.completions.create(
         model="auto", **asked, extra_body={"shoal": {"plan": plan}}

@@ -50,7 +50,8 @@ def _fake() -> AbstractAsyncContextManager[tuple[Engine, GenerationRequest]]:
 
 def _stacked() -> AbstractAsyncContextManager[tuple[Engine, GenerationRequest]]:
     pool = load_pool(DEFAULT_POOL)
-    return _started(pool.engine_of("text"), list(pool.models_of("chunks")))
+    chunks = pool.engines[0]
+    return _started(chunks, list(pool.models_of(chunks.name)))
 
 
 @pytest.fixture(scope="module")
