@@ -1,6 +1,6 @@
 """What the chunks are compared with, each trained or made exactly as they are but for one thing.
 
-finetuned   the base, trained for as many tokens as all chunks together, on all their corpora
+finetuned   the base, trained on all their corpora for `adapt.tokens` times the number of chunks
 scratch     chunks of fresh weights, trained for as many tokens as the cut ones
 average     the chunks merged into one model of the base's size, by the mean of what they learnt
 ties        the same by TIES-Merging
@@ -78,7 +78,7 @@ def _finetuned(run: Run) -> str:
 
 def _scratch(run: Run, domain: str, upstream: Sequence[str]) -> str:
     recipe, name = run.recipe, f"baselines/{SCRATCH}/{domain}"
-    share = general_share(run)
+    share, settings = general_share(run), recipe.adapt_of(domain)
 
     def action(folder: Path) -> None:
         model = fresh_like(run.chunk(domain, stage="cut"), seed=recipe.seed)
@@ -87,8 +87,8 @@ def _scratch(run: Run, domain: str, upstream: Sequence[str]) -> str:
             run.lessons[domain],
             run.lessons[GENERAL],
             general_share=share,
-            tokens=recipe.adapt.tokens,
-            settings=recipe.adapt,
+            tokens=settings.tokens,
+            settings=settings,
             seed=recipe.seed,
             folder=folder,
             distill=False,
@@ -97,7 +97,7 @@ def _scratch(run: Run, domain: str, upstream: Sequence[str]) -> str:
         save_chunk(model, run.tokenizer, folder)
         write_json(folder / ADAPT_FILE, {**asdict(result), "general_share": share})
 
-    facts = {"adapt": recipe.adapt.model_dump(), "general_share": share, "seed": recipe.seed}
+    facts = {"adapt": settings.model_dump(), "general_share": share, "seed": recipe.seed}
     run.stages.run(name, action, settings=facts, upstream=[f"cut/{domain}", *upstream])
     return name
 

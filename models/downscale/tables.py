@@ -66,11 +66,24 @@ def _claims(figures: Figures) -> Table:
         title="The three claims",
         text=(
             "95% intervals from a bootstrap over the test questions, within each domain, the same "
-            "resamples for both sides. “finetuned” is the base trained on for as many tokens as "
-            "all chunks together: the reference at equal parameters and equal tokens."
+            f"resamples for both sides. {_tokens(figures)}"
         ),
         columns=("claim", "system", "against", "measured", "holds"),
         rows=tuple(rows()),
+    )
+
+
+def _tokens(figures: Figures) -> str:
+    """How many tokens the chunks and the base's own further training had."""
+    trained = {n: m["training"] for n, m in figures["models"].items() if "training" in m}
+    chunks = sum(trained[d]["tokens"] for d in figures["domains"] if d in trained)
+    text = f"The chunks were trained for {chunks / 1e6:.2f} M tokens together"
+    if "finetuned" not in trained:
+        return f"{text}."
+    tokens = trained["finetuned"]["tokens"]
+    equal = abs(tokens / chunks - 1) < 0.02 if chunks else False
+    return f"{text}, “finetuned”, the base trained on, for {tokens / 1e6:.2f} M: " + (
+        "equal parameters and equal tokens." if equal else "not the same number of tokens."
     )
 
 

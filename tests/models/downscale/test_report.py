@@ -2,6 +2,7 @@
 
 import json
 import re
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ def test_the_report_is_one_file_with_its_plots_inside(
     assert not re.search(r'(?:src|href)="(?!data:)', page)
     assert "Pool &lt;toy&gt;" in page
     for table in all_tables(figures):
-        assert table.title in page
+        assert escape(table.title) in page
 
 
 def test_what_was_not_measured_is_left_out(figures: dict[str, Any], tmp_path: Path) -> None:
