@@ -61,7 +61,7 @@ def spans(server: Running, exporter: InMemorySpanExporter, number: int) -> list[
 
 
 def test_a_cascade_is_a_tree_of_spans(server: Running, exporter: InMemorySpanExporter) -> None:
-    """Request, cascade and both stages, with GenAI names, usage, outcome, score and no text."""
+    """Request, cascade and both stages, with GenAI names, usage, outcome and no text."""
     answer: Any = server.chat(
         SECRET, model="auto", max_tokens=50, temperature=0.5, extra_body={"shoal": {"plan": PLAN}}
     )
@@ -87,8 +87,7 @@ def test_a_cascade_is_a_tree_of_spans(server: Running, exporter: InMemorySpanExp
         assert child.parent is not None
         assert child.parent.span_id == parent.context.span_id  # type: ignore[union-attr]
         assert parent.start_time <= child.start_time <= child.end_time <= parent.end_time  # type: ignore[operator]
-    assert (first.attributes or {})["shoal.plan.outcome"] == "rejected"
-    assert 0 < (first.attributes or {})["shoal.plan.score"] < 0.99  # type: ignore[operator]
+    assert (first.attributes or {})["shoal.plan.outcome"] in ("rejected", "hopeless")
     assert (second.attributes or {})["shoal.members"] == ("alpha", "beta")
     assert SECRET not in "".join(span.to_json() for span in exporter.get_finished_spans())
 
