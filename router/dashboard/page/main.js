@@ -18,6 +18,7 @@ let period = new URLSearchParams(location.search).get("window") ?? DEFAULT_WINDO
 let latest = null;
 let timer = null;
 let experimentsAt = -Infinity;
+let drawnChoices = null;
 
 async function refresh() {
   clearTimeout(timer);
@@ -46,8 +47,13 @@ function show(data) {
   drawTiles(data);
   drawBudgets(data);
   drawCharts(data);
-  drawMix(data);
-  drawQuality(data);
+  // Drawn anew only when they change, so that a tooltip or a selection stays.
+  const choices = JSON.stringify([data.choices, innerWidth]);
+  if (choices !== drawnChoices) {
+    drawnChoices = choices;
+    drawMix(data);
+    drawQuality(data);
+  }
   setUpChat(data.server.names);
 }
 

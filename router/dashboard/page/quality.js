@@ -3,8 +3,7 @@
 import { bodyOf, el, svg } from "./dom.js";
 import { amount, plain, seconds, usd } from "./format.js";
 
-const WIDTH = 640;
-const HEIGHT = 330;
+const HEIGHT = 320;
 const LEFT = 44;
 const RIGHT = 34;
 const TOP = 14;
@@ -32,7 +31,12 @@ export function drawQuality(data) {
 
 function rated(data) {
   const found = data.choices.filter((choice) => choice.quality);
-  if (found.length) return el("div", {}, toggle(data), plot(found));
+  if (found.length) {
+    // Drawn at its size on the screen, so that its text is no smaller than the page's.
+    const whole = bodyOf("quality").clientWidth;
+    const width = whole > 700 ? (whole - 24) * (5 / 11) : whole;
+    return el("div", {}, toggle(data), plot(found, Math.max(280, width)));
+  }
   return el(
     "p",
     { className: "empty" },
@@ -57,16 +61,16 @@ function toggle(data) {
   return el("div", { className: "toggle", role: "group", ariaLabel: "Cost" }, ...buttons);
 }
 
-function plot(choices) {
+function plot(choices, width) {
   const { label, of, show } = COSTS[cost];
-  const step = niceStep(Math.max(...choices.map(of)) / 4);
+  const step = niceStep(Math.max(...choices.map(of)) / (width < 450 ? 3 : 4));
   const most = step * Math.ceil((Math.max(...choices.map(of)) * 1.05) / step);
-  const x = (value) => LEFT + (value / most) * (WIDTH - LEFT - RIGHT);
+  const x = (value) => LEFT + (value / most) * (width - LEFT - RIGHT);
   const y = (value) => TOP + (1 - value) * (HEIGHT - TOP - BOTTOM);
   const parts = [];
   for (const level of [0, 0.25, 0.5, 0.75, 1]) {
     parts.push(
-      svg("line", { x1: LEFT, x2: WIDTH - RIGHT, y1: y(level), y2: y(level), class: "grid" }),
+      svg("line", { x1: LEFT, x2: width - RIGHT, y1: y(level), y2: y(level), class: "grid" }),
       svg("text", { x: LEFT - 8, y: y(level) + 4, "text-anchor": "end" }, plain(level)),
     );
   }
@@ -74,23 +78,23 @@ function plot(choices) {
     const at = { x: x(tick), y: HEIGHT - BOTTOM + 20, "text-anchor": "middle" };
     parts.push(svg("text", at, show(tick)));
   }
-  const middle = { x: (LEFT + WIDTH - RIGHT) / 2, y: HEIGHT - 4, "text-anchor": "middle" };
+  const middle = { x: (LEFT + width - RIGHT) / 2, y: HEIGHT - 4, "text-anchor": "middle" };
   parts.push(svg("text", middle, label));
   const labels = [];
   for (const choice of [...choices].sort((a, b) => b.quality.mean - a.quality.mean)) {
-    parts.push(point(choice, x(of(choice)), y, labels));
+    parts.push(point(choice, x(of(choice)), y, labels, width - 120));
   }
   return svg(
     "svg",
-    { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `Quality against ${label}` },
+    { viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-label": `Quality against ${label}` },
     ...parts,
   );
 }
 
 /** Return the point's marks; its name stands beside it, below the `labels` already placed there. */
-function point(choice, x, y, labels) {
+function point(choice, x, y, labels, lastLeft) {
   const { mean, low, high } = choice.quality;
-  const right = x > WIDTH - 140;
+  const right = x > lastLeft;
   let at = y(mean) + 4;
   while (labels.some((label) => Math.abs(label.x - x) < 110 && Math.abs(label.y - at) < 15)) at += 3;
   labels.push({ x, y: at });
