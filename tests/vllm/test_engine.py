@@ -174,14 +174,9 @@ def test_penalties_are_obeyed(engine: VllmEngine, model: Model, run: Run) -> Non
 
 def test_structured_output(engine: VllmEngine, model: Model, run: Run) -> None:
     """Whatever the model would like to say, the answer follows the schema."""
-    schema = {
-        "type": "object",
-        "properties": {"n": {"enum": [1, 22]}},
-        "required": ["n"],
-        "additionalProperties": False,
-    }
-    request = _request(model, json_schema=json.dumps(schema), max_tokens=60)
-    assert json.loads(_text(run(_read(engine, request))))["n"] in (1, 22)
+    # Without places for white space, of which so small a model finds no end.
+    request = _request(model, json_schema='{"enum": ["yes", "no"]}', max_tokens=60)
+    assert json.loads(_text(run(_read(engine, request)))) in ("yes", "no")
     with pytest.raises(RequestError):
         run(_read(engine, _request(model, json_schema='{"type": "nonsense"}')))
 
