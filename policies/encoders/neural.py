@@ -30,7 +30,7 @@ class Neural:
         *,
         path: str,
         max_tokens: int = 256,
-        weight: float = 2.0,
+        weight: float = 0.5,
         bits: int = 16,
         vectors: Callable[[Sequence[str]], Floats] | None = None,
     ) -> None:
