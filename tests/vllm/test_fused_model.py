@@ -215,13 +215,14 @@ class TestOneEngine:
         """Bad arguments and log-probabilities of the prompt with weights are refused, and the
         engine goes on."""
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMValidationError
 
         for sampling in (
             {"extra_args": {"shoal_weights": [1]}},
             {"extra_args": {"shoal_members": ["m9"]}},
             {"extra_args": {"shoal_rule": "product"}, "prompt_logprobs": 1},
         ):
-            with pytest.raises(ValueError, match="shoal_"):
+            with pytest.raises(VLLMValidationError, match="shoal_"):
                 llm.generate([{"prompt_token_ids": [5]}], SamplingParams(**sampling))
         assert len(generate(llm, [Ask(prompt=[5])])) == 1
 
