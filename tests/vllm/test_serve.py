@@ -133,7 +133,8 @@ def test_a_cascade_crosses_engines(server: Served) -> None:
         "base": "big",
     }
     outcomes = [stage["outcome"] for stage in shoal["stages"] if "members" in stage]
-    assert outcomes == ["rejected", "ok"]
+    assert outcomes[0] in ("rejected", "hopeless")
+    assert outcomes[1:] == ["ok"]
 
 
 def test_members_on_two_engines_fuse(server: Served) -> None:
