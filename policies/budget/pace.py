@@ -210,7 +210,8 @@ def _rhythms(days: NDArray[np.float64]) -> NDArray[np.float64]:
     twice = np.vstack([np.zeros(len(days)), 0.4 * np.cos(4 * np.pi * (days - hours[:12, None]))])
     swinging = np.concatenate([1 + size * once for size in (0.4, 0.7)])
     every = (swinging[:, None] + twice).reshape(-1, len(days))
-    return np.maximum(np.vstack([np.ones(len(days)), every]), 0.1)
+    rhythms: NDArray[np.float64] = np.maximum(np.vstack([np.ones(len(days)), every]), 0.1)
+    return rhythms
 
 
 def _blend(old: NDArray[np.float64] | None, new: NDArray[np.float64]) -> NDArray[np.float64]:

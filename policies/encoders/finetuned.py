@@ -47,7 +47,7 @@ class FineTuned:
     def embeddings(self, matrix: sp.csr_matrix) -> Floats:
         """Return the vectors less their training mean."""
         rows = matrix.toarray()
-        return np.asarray(rows[:, :-1] - rows[:, -1:] * self.mean_, np.float32) / 2
+        return np.asarray((rows[:, :-1] - rows[:, -1:] * self.mean_) / 2, np.float32)
 
     def names(self, text: str) -> dict[int, str]:  # noqa: ARG002
         """Return nothing: dimensions of a vector have no name."""

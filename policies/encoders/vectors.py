@@ -111,7 +111,8 @@ class SentenceVectors:
         model: PreTrainedModel = AutoModel.from_pretrained(
             self.path, local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
-        return model.eval()
+        model.eval()  # type: ignore[no-untyped-call]
+        return model
 
     @cached_property
     def _first_token(self) -> bool:

@@ -41,8 +41,9 @@ def with_differences(levels: Heads, differences: Heads) -> Heads:
     """Return heads with the mean over models of `levels`, and the deviations of `differences`."""
 
     def swapped(own: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.float32]:
-        gap: NDArray[np.float32] = other - other.mean(-1, keepdims=True)
-        return gap + own.mean(-1, keepdims=True)
+        mixed: NDArray[np.float32] = other - other.mean(-1, keepdims=True)
+        mixed += own.mean(-1, keepdims=True)
+        return mixed
 
     return Heads(
         weights_FM=swapped(levels.weights_FM, differences.weights_FM),

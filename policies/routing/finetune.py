@@ -164,7 +164,8 @@ def _train(
 
     vectors = encoder.vectors
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = vectors.model.to(device)
+    model = vectors.model
+    model.to(device)  # type: ignore[arg-type]
     num_dimensions, num_models = encoder.num_dimensions, targets_QM.shape[1]
     seen, unseen = np.flatnonzero(~held_out_Q), np.flatnonzero(held_out_Q)
     targets = torch.tensor(targets_QM, dtype=torch.float32, device=device)
@@ -205,7 +206,7 @@ def _train(
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 schedule.step()
-            model.eval()
+            model.eval()  # type: ignore[no-untyped-call]
             with torch.inference_mode():
                 batches = _batches(unseen, training.batch_size)
                 summed = sum(float(loss_of(rows)) * len(rows) for rows in batches)
