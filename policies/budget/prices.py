@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 # Prices are found to this relative precision; quality is flat around the best one.
 _PRECISION = 0.01
 # The highest price: saving what the cheapest plan costs is then worth this many right answers.
-# What would still be saved beyond lies in hair's breadths between plans that cost alike, and where
-# a budget cannot be kept at all, giving up all quality for them would not keep it either.
-_DEAREST = 10.0
+# Beyond, all that decides is hair's breadths between plans that cost alike, which estimates do not
+# know; where a budget cannot be kept, giving up quality for them would not keep it either.
+_DEAREST = 1.0
 _SWEEPS = 3
 _NOT_A_CANDIDATE = -1e9
 

@@ -55,11 +55,11 @@ def test_plenty_costs_nothing():
 
 
 @pytest.mark.parametrize("start", [0.0, 1e9])
-def test_an_impossible_allowance_takes_the_cheapest(start):
-    """What differs in cost by more than a tenth or so is given up, whatever the price was."""
+def test_an_impossible_allowance_has_the_highest_price(start):
+    """What the cheapest plan costs is then worth one right answer, whatever the price was."""
     qualities, costs = crowd()
     [price] = solve_prices(qualities, costs, allowances=[0.0], levels=NOW, start=[start])
-    assert mean_cost(qualities, costs, price) == pytest.approx(costs[:, 0, 0].mean(), rel=0.01)
+    assert price == pytest.approx(1 / costs[:, 0, 0].mean())
 
 
 def test_quality_is_not_given_up_for_hairs_breadths():
@@ -70,14 +70,6 @@ def test_quality_is_not_given_up_for_hairs_breadths():
     best = np.argmax(qualities - price * costs[:, :, 0], axis=1)
     kept = qualities[np.arange(600), best].mean()
     assert kept > 0.97 * qualities.max(axis=1).mean()
-
-
-def test_an_allowance_close_to_the_cheapest_is_kept():
-    """A budget two percent above what the cheapest plans cost is met."""
-    qualities, costs = crowd()
-    allowance = 1.02 * costs[:, 0, 0].mean()
-    [price] = solve_prices(qualities, costs, allowances=[allowance], levels=NOW, start=[0.0])
-    assert 0.99 * allowance <= mean_cost(qualities, costs, price) <= allowance
 
 
 def test_two_resources_are_held_together():
