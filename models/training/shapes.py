@@ -1,4 +1,4 @@
-"""The shapes of the shipped models: one base, and chunks of a quarter of it, shallower and wider.
+"""Shapes of models that are trained from scratch, and how a deep one grows from a shallow one.
 
 All are plain Llama checkpoints with tied embeddings and grouped-query attention.
 """
@@ -24,14 +24,6 @@ class Shape:
     num_heads: int
     num_kv_heads: int
     head_size: int = 32
-
-
-CHUNK: Final = Shape(
-    hidden_size=192, num_layers=3, feed_forward_size=448, num_heads=6, num_kv_heads=2
-)
-BASE: Final = Shape(
-    hidden_size=256, num_layers=6, feed_forward_size=768, num_heads=8, num_kv_heads=4
-)
 
 
 def build_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> LlamaForCausalLM:
