@@ -57,6 +57,8 @@ def test_conversation_goes_on_until_the_end_of_input(server: Any) -> None:
     assert result.exit_code == 0
     assert "one\n" in result.stdout
     assert "two\n" in result.stdout
+    # A record follows the answer's last byte.
+    server.wait(lambda: len(server.recorder.records) == 2)
     first, second = server.recorder.records
     assert second.prompt_tokens > first.prompt_tokens + len("two")
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -100,11 +100,14 @@ def test_a_row_that_cannot_be_counted_is_still_kept(
 
 
 @pytest.fixture(params=["ledger", "memory"])
-def store(request: pytest.FixtureRequest) -> Store:
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
     """Each kind of store, empty."""
     if request.param == "memory":
-        return MemoryStore()
-    return LedgerStore(request.getfixturevalue("database"))
+        yield MemoryStore()
+        return
+    database = open_database(f"sqlite:///{tmp_path / 'store.db'}")
+    yield LedgerStore(database)
+    database.dispose()
 
 
 def test_snapshots_replace_and_age(store: Store) -> None:
