@@ -118,6 +118,16 @@ def ask_twice(url: str, number: int) -> set[str]:
     return arms
 
 
+def settled_report(url: str) -> dict[str, Any]:
+    """Return the API's report once the ledger, which writes in batches, has every request."""
+    deadline_s = time.monotonic() + 60
+    while True:
+        told: dict[str, Any] = httpx.get(f"{url}/v1/experiments/own-or-not", timeout=60).json()
+        if told["num_requests"] == 2 * NUM_USERS or time.monotonic() > deadline_s:
+            return told
+        time.sleep(0.5)
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(900)
@@ -134,7 +144,7 @@ def test_users_of_two_replicas_find_the_better_policy(tmp_path: Path) -> None:
     with serving(config) as url:
         with ThreadPoolExecutor(8) as pool:
             arms = list(pool.map(lambda number: ask_twice(url, number), range(NUM_USERS)))
-        told = httpx.get(f"{url}/v1/experiments/own-or-not", timeout=60).json()
+        told = settled_report(url)
         command = [
             *COMMAND,
             "experiment",
