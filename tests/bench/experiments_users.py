@@ -104,18 +104,18 @@ def write_config(folder: Path, router: Path) -> Path:
     """Write the server's configuration: two policies and the experiment."""
     chunks = [model.name for model in load_pool(DEFAULT_POOL).models if model.name != "base"]
     # As FrugalGPT's chains: three stages, the last of them the largest model.
-    cascade = {"stages": [chunks[0], chunks[-1], "base"], "thresholds": [0.95, 0.95]}
+    chain = {"stages": [chunks[0], chunks[-1], "base"], "thresholds": [0.95, 0.95]}
     config = {
         "ledger": {"url": f"sqlite:///{folder.resolve() / 'shoal.db'}"},
         "policies": {
             "learned": {"kind": "learned", "path": str(router.resolve()), "members": chunks},
-            "cascade": {"kind": "fixed", "plan": {"cascade": cascade}},
+            "chain": {"kind": "fixed", "plan": {"cascade": chain}},
         },
         "experiments": {
             NAME: {
                 "unit": "user",
                 "arms": {
-                    "cascade": {"policy": "cascade", "weight": 0.5},
+                    "chain": {"policy": "chain", "weight": 0.5},
                     "learned": {"policy": "learned", "weight": 0.5},
                 },
                 "primary": {"metric": "quality", "minimum_effect": 0.05},
