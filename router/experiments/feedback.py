@@ -19,8 +19,9 @@ from router.ledger.feedback import Feedback, add_feedback
 from router.ledger.schema import REQUESTS
 from router.ledger.writer import Ledger
 
-# Another replica may hold a row that is not written yet, for at most its flush interval.
-_LAST_TRY_S = 1.0
+# Another replica may hold a row that is not written yet: for its flush interval, or longer where
+# the machine is busy.
+_LATER_TRIES_S = (0.25, 0.75, 2.0)
 
 
 class FeedbackBody(BaseModel):
@@ -113,8 +114,10 @@ async def _find(ledger: Ledger, request_id: str) -> dict[str, Any] | None:
     if row is None:
         await ledger.flush()
         row = await asyncio.to_thread(_row, ledger.database, request_id)
-    if row is None:
-        await asyncio.sleep(_LAST_TRY_S)
+    for wait_s in _LATER_TRIES_S:
+        if row is not None:
+            break
+        await asyncio.sleep(wait_s)
         row = await asyncio.to_thread(_row, ledger.database, request_id)
     return row
 
