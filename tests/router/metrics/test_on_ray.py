@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -35,16 +36,25 @@ class Served:
     def ask(self, number: int) -> None:
         """Ask so many times; what meets a dying replica may fail."""
         for _ in range(number):
-            self.http.post(
-                "/v1/chat/completions",
-                json={"model": "auto", "messages": [{"role": "user", "content": "hello"}]},
-            )
+            with contextlib.suppress(httpx.TransportError):
+                self.http.post(
+                    "/v1/chat/completions",
+                    json={"model": "auto", "messages": [{"role": "user", "content": "hello"}]},
+                )
+
+    def page(self) -> str:
+        """Return the page of a replica that lives."""
+        for _ in range(20):
+            with contextlib.suppress(httpx.TransportError):
+                response = self.http.get("/metrics")
+                if response.status_code == 200:
+                    return response.text
+            time.sleep(0.5)
+        raise AssertionError("no replica gave its page for ten seconds")
 
     def counters(self) -> dict[str, float]:
         """Return the counters of one page."""
-        response = self.http.get("/metrics")
-        assert response.status_code == 200
-        found = samples(response.text)
+        found = samples(self.page())
         return {n: v for n, v in found.items() if "_total" in n or "_bucket" in n or "_sum" in n}
 
     def num_rows(self) -> int:
@@ -132,7 +142,4 @@ def test_counters_survive_a_killed_replica(served: Served) -> None:
     _wait(lambda: _requests(served.counters()) == served.num_rows() > 30, "counters equal rows")
     after = served.counters()
     assert all(after[name] >= value for name, value in pages[0].items())
-    _wait(
-        lambda: "shoal_ingress_replicas 2.0" in served.http.get("/metrics").text,
-        "the replica is replaced",
-    )
+    _wait(lambda: "shoal_ingress_replicas 2.0" in served.page(), "the replica is replaced")
