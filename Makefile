@@ -14,7 +14,7 @@ POOL := models/pools/default
 # What `make install` brings beside the command itself; see pyproject.toml.
 EXTRAS ?= postgres,parquet
 
-.PHONY: bench-routing pool-router setup install serve test test-ops test-fast test-vllm bench-vllm check bench pool-cascade clean
+.PHONY: bench-routing pool-router setup setup-vllm install serve test test-ops test-fast test-vllm bench-vllm check bench pool-cascade clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -55,6 +55,8 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 		exit 1; }
 	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
+
+setup-vllm: $(VLLM_STAMP)
 
 # Real vLLM on CPU: the engine, and the fused ensemble inside vLLM.
 test-vllm: $(VLLM_STAMP)

@@ -1,6 +1,6 @@
 """What the chunks are compared with, each trained or made exactly as they are but for one thing.
 
-finetuned   the base, trained on all their corpora for `adapt.tokens` times the number of chunks
+finetuned   the base, trained on all their corpora for as many tokens as they together
 scratch     chunks of fresh weights, trained for as many tokens as the cut ones
 average     the chunks merged into one model of the base's size, by the mean of what they learnt
 ties        the same by TIES-Merging
@@ -49,9 +49,14 @@ def run_baselines(run: Run, *, upstream: Sequence[str]) -> list[str]:
 
 def _finetuned(run: Run) -> str:
     recipe, name = run.recipe, f"baselines/{FINETUNED}"
-    tokens = len(run.domains) * recipe.adapt.tokens
-    # As many steps as a chunk has, or a few more: the base's batch is larger.
-    larger = {"rows_per_step": 4 * recipe.adapt.rows_per_step}
+    tokens = sum(recipe.adapt_of(domain).tokens for domain in run.domains)
+    usual = len(run.domains) * recipe.adapt.tokens
+    changes = {
+        # As many steps as a chunk has, or a few more: the base's batch is larger.
+        "rows_per_step": 4 * recipe.adapt.rows_per_step,
+        # As long a warm-up as if no chunk had tokens of its own (see `Recipe.adapt_of`).
+        "warmup_share": min(1.0, recipe.adapt.warmup_share * usual / tokens),
+    }
 
     def action(folder: Path) -> None:
         model = run.fresh_base()
@@ -61,7 +66,7 @@ def _finetuned(run: Run) -> str:
             (),
             general_share=0.0,
             tokens=tokens,
-            settings=recipe.adapt.model_copy(update=larger),
+            settings=recipe.adapt.model_copy(update=changes),
             seed=recipe.seed,
             folder=folder,
             distill=False,

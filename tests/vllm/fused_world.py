@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch._dynamo
@@ -68,10 +69,16 @@ def make_world(tmp_path: Path, kind: str, num_members: int) -> World:
 
 @contextmanager
 def vllm_engine(folder: Path, **options: Any) -> Iterator[Any]:
-    """vLLM's `LLM` in this process, which it leaves as it was."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    # vLLM compiles a helper of its log-probabilities even if it is to be eager.
-    torch._dynamo.config.disable = True
+    """vLLM's `LLM` in this process, which it leaves as it was; may be nested."""
+    with (
+        patch.dict(os.environ, VLLM_ENABLE_V1_MULTIPROCESSING="0"),
+        # vLLM compiles a helper of its log-probabilities even if it is to be eager.
+        torch._dynamo.config.patch(disable=True),
+    ):
+        yield from _llm(folder, options)
+
+
+def _llm(folder: Path, options: dict[str, Any]) -> Iterator[Any]:
     import vllm
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -96,8 +103,6 @@ def vllm_engine(folder: Path, **options: Any) -> Iterator[Any]:
         llm.llm_engine.engine_core.shutdown()
         del llm
         cleanup_dist_env_and_memory()
-        os.environ.pop("VLLM_ENABLE_V1_MULTIPROCESSING")
-        torch._dynamo.config.disable = False
 
 
 def generate(llm: Any, asks: Sequence[Ask], **sampling: Any) -> list[Any]:
