@@ -86,7 +86,7 @@ LARGER = School(
         num_layers=12,
         feed_forward_size=1984,
         num_heads=10,
-        num_kv_heads=4,
+        num_kv_heads=5,
         head_size=64,
         vocab_size=4096,
     ),

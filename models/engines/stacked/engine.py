@@ -33,8 +33,8 @@ class StackedOptions(BaseModel):
     """The engine's `options` in pool.yaml.
 
     `step_rows` bounds how many token rows (tokens times lanes) one step may hold: more makes
-    prompts faster and the gaps between streamed tokens longer. `num_threads` is torch's number of
-    CPU threads; None leaves what the process has.
+    prompts faster and the gaps between streamed tokens longer. `num_threads` is the most CPU
+    threads that a step gets (see `threads`); None: as many as torch has.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -86,7 +86,6 @@ class StackedEngine:
             vocabulary=vocabulary,
             end_tokens=ends,
             max_queued_requests=self._spec.max_queued_requests,
-            num_threads=self._options.num_threads,
             event_loop=asyncio.get_running_loop(),
         )
         loop.start()
@@ -149,6 +148,7 @@ class StackedEngine:
             kv_memory_bytes=self._spec.kv_memory_bytes,
             device=device,
             dtype=_dtype(self._spec, device),
+            num_threads=self._options.num_threads,
         )
         with torch.inference_mode():
             runner.warm_up()

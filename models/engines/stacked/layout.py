@@ -77,6 +77,11 @@ class Grouping:
     runs: tuple[Run, ...]
     ends_M: Tensor  # int32: one past each member's last row, for grouped products
 
+    @property
+    def num_members(self) -> int:
+        """How many members have rows."""
+        return sum(run.num_members for run in self.runs)
+
 
 @dataclass(slots=True)
 class Span:

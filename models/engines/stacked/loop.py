@@ -43,7 +43,6 @@ class Loop(threading.Thread):
         vocabulary: Vocabulary,
         end_tokens: frozenset[int],
         max_queued_requests: int,
-        num_threads: int | None,
         event_loop: AbstractEventLoop,
     ) -> None:
         super().__init__(name="stacked-engine", daemon=True)
@@ -53,7 +52,6 @@ class Loop(threading.Thread):
         self._vocabulary = vocabulary
         self._end_tokens = end_tokens
         self._max_queued_requests = max_queued_requests
-        self._num_threads = num_threads
         self._event_loop = event_loop
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._outbox: deque[tuple[Sequence, Outcome]] = deque()
@@ -91,8 +89,6 @@ class Loop(threading.Thread):
 
     def run(self) -> None:
         """Step until stopped, or until steps keep failing."""
-        if self._num_threads is not None:
-            torch.set_num_threads(self._num_threads)
         with torch.inference_mode():
             while self._take_inbox():
                 parts = self._scheduler.next_step()

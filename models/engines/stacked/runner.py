@@ -19,6 +19,7 @@ from models.engines.stacked.model import StackedModel
 from models.engines.stacked.sampler import Draw, SamplerState, draw
 from models.engines.stacked.sequence import Sequence
 from models.engines.stacked.text import TextStream
+from models.engines.stacked.threads import StepThreads
 from models.engines.stacked.weights import load_weights
 from models.errors import PoolError
 
@@ -36,8 +37,12 @@ class Runner:
         kv_memory_bytes: int,
         device: torch.device,
         dtype: torch.dtype,
+        num_threads: int | None = None,
     ) -> None:
-        """Load the members' weights. Raises `PoolError` for a checkpoint it cannot compute."""
+        """Load the members' weights; on CPU compute with `num_threads` at most, or all of torch's.
+
+        Raises `PoolError` for a checkpoint it cannot compute.
+        """
         architectures = [read_architecture(card) for card in cards]
         self.architecture = architectures[0]
         for card, other in zip(cards, architectures, strict=True):
@@ -50,6 +55,7 @@ class Runner:
         self.arena = Arena(self.architecture.shape, kv_memory_bytes, device, dtype)
         self._model = StackedModel(self.architecture, weights)
         self._num_members = len(cards)
+        self._threads = StepThreads(num_threads, cards[0].parameters * dtype.itemsize)
         self._device = device
         self._layout: Layout | None = None
         self._drawn_R: Tensor | None = None
@@ -62,6 +68,10 @@ class Runner:
         """
         layout = self._layout_of(parts)
         self._layout = None  # until this step has succeeded
+        with self._threads.step(layout.rows.num_members, len(layout.positions_N)):
+            return self._run(parts, layout)
+
+    def _run(self, parts: Seq[Part], layout: Layout) -> Draw | None:
         hidden_ND = self._model.forward(layout, self.arena)
         self._weigh_prompts(parts, layout, hidden_ND)
         sampling = [part.sequence for part in parts if part.samples]
