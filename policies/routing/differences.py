@@ -9,6 +9,8 @@ Shape legend: Q queries, F features, M models.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
@@ -25,16 +27,49 @@ def least_squares_heads(X_QF: sp.csr_matrix, scores_QM: Floats, *, ridge: float)
     Scores become logits by the logistic's slope at the overall mean score, the same for all
     models, so that differences keep their proportions.
     """
-    mean_M = np.clip(mean_scores(scores_QM), 1e-3, 1 - 1e-3)
-    known = ~np.isnan(scores_QM)
-    W_FM = ridge_regression(
-        X_QF, np.where(known, scores_QM - mean_M, 0.0), known.astype(np.float64), ridge=ridge
-    )
+    mean_M, W_FM = _regress(X_QF, scores_QM, ridge)
     slope = mean_M.mean() * (1 - mean_M.mean())
     return Heads(
         weights_FM=W_FM / np.float32(slope),
         bias_M=np.log(mean_M / (1 - mean_M)).astype(np.float32),
     )
+
+
+def best_ridge(
+    seen_QF: sp.csr_matrix,
+    seen_QM: Floats,
+    unseen_QF: sp.csr_matrix,
+    unseen_QM: Floats,
+    *,
+    ridges: Sequence[float],
+) -> float:
+    """Return which of `ridges`, fitted on seen queries, best predicts unseen ones.
+
+    Judged by the squared error of what routing decides by: each model's score less the mean of the
+    query's known scores. Models that each know their own field want little regularisation, ones
+    that differ by luck want much.
+    """
+    known = ~np.isnan(unseen_QM)
+
+    def error(ridge: float) -> float:
+        mean_M, W_FM = _regress(seen_QF, seen_QM, ridge)
+        wrong_QM = np.where(known, mean_M + unseen_QF @ W_FM - unseen_QM, 0.0)
+        wrong_QM -= known * (wrong_QM.sum(1) / np.maximum(known.sum(1), 1))[:, None]
+        return float((wrong_QM**2).sum())
+
+    return ridges[0] if len(ridges) == 1 else min(ridges, key=error)
+
+
+def _regress(
+    X_QF: sp.csr_matrix, scores_QM: Floats, ridge: float
+) -> tuple[Floats, NDArray[np.float32]]:
+    """Return every model's mean score and the weights of its deviations."""
+    mean_M = np.clip(mean_scores(scores_QM), 1e-3, 1 - 1e-3)
+    known = ~np.isnan(scores_QM)
+    W_FM = ridge_regression(
+        X_QF, np.where(known, scores_QM - mean_M, 0.0), known.astype(np.float64), ridge=ridge
+    )
+    return mean_M, W_FM
 
 
 def with_differences(levels: Heads, differences: Heads) -> Heads:

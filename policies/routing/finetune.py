@@ -25,7 +25,7 @@ from policies.errors import PolicyError
 from policies.outcomes import Outcome, content_sha256
 from policies.routing.bags import fit_bags, with_usual_spread
 from policies.routing.calibration import fit_platt
-from policies.routing.differences import mean_scores
+from policies.routing.differences import best_ridge, mean_scores
 from policies.routing.examples import held_out_metrics, make_examples
 from policies.routing.fit import FitSettings
 from policies.routing.heads import Heads, Objective
@@ -100,13 +100,9 @@ def finetune_router(
     unseen_QF, unseen_QM = X_QF[held_out_Q], scores_QM[held_out_Q]
     logits_QM = heads.logits(unseen_QF)
     platt = fit_platt(logits_QM, unseen_QM)
-    bags = fit_bags(
-        X_QF[~held_out_Q],
-        scores_QM[~held_out_Q],
-        num_bags=settings.num_bags,
-        ridge=settings.ridge,
-        seed=settings.seed,
-    )
+    seen_QF, seen_QM = X_QF[~held_out_Q], scores_QM[~held_out_Q]
+    ridge = best_ridge(seen_QF, seen_QM, unseen_QF, unseen_QM, ridges=settings.ridges)
+    bags = fit_bags(seen_QF, seen_QM, num_bags=settings.num_bags, ridge=ridge, seed=settings.seed)
     return Router(
         models=examples.models,
         encoder=encoder,
@@ -121,6 +117,7 @@ def finetune_router(
             "data_sha256": content_sha256(examples.outcomes),
             "num_queries": len(examples.outcomes),
             "settings": asdict(settings),
+            "ridge": ridge,
             "training": {**asdict(training), "base": path, "held_out_losses": losses},
             "held_out": held_out_metrics(platt.scaled(logits_QM), unseen_QM),
         },

@@ -20,7 +20,7 @@ from policies.encoders.base import Encoder
 from policies.outcomes import Outcome, content_sha256
 from policies.routing.bags import fit_bags, with_usual_spread
 from policies.routing.calibration import fit_platt
-from policies.routing.differences import least_squares_heads, with_differences
+from policies.routing.differences import best_ridge, least_squares_heads, with_differences
 from policies.routing.examples import held_out_metrics, make_examples
 from policies.routing.heads import Heads, Objective, fit_heads
 from policies.routing.router import Router
@@ -36,14 +36,15 @@ class FitSettings:
 
     `beta` is ZOOTER's share of a query's own score in its target, the rest being its tags' (or
     cluster's) mean; the paper uses 0.3 on noisy reward-model scores, exact scores bear more.
-    `ridge` regularises what sets models apart (see `differences`).
+    What sets models apart is regularised by whichever of `ridges` predicts held-out queries best
+    (see `differences`).
     `unfamiliar_share` of queries like the training's are treated as unlike it, and as many as in
     doubt because `num_bags` bootstrap fits disagree.
     """
 
     objective: Objective = field(default_factory=Objective)
     beta: float = 0.7
-    ridge: float = 20.0
+    ridges: tuple[float, ...] = (1.0, 4.0, 20.0)
     num_bags: int = 5
     num_clusters: int = 32
     unfamiliar_share: float = 0.005
@@ -80,13 +81,12 @@ def fit_router(
     held_out_Q = examples.held_out(settings.held_out_share, settings.seed)
     seen_QF, seen_QM = X_QF[~held_out_Q], scores_QM[~held_out_Q]
     unseen_QF, unseen_QM = X_QF[held_out_Q], scores_QM[held_out_Q]
-    tried = _fit(seen_QF, seen_QM, list(compress(tags, ~held_out_Q)), settings)
+    ridge = best_ridge(seen_QF, seen_QM, unseen_QF, unseen_QM, ridges=settings.ridges)
+    tried = _fit(seen_QF, seen_QM, list(compress(tags, ~held_out_Q)), settings, ridge)
     logits_QM = tried.logits(unseen_QF)
     platt = fit_platt(logits_QM, unseen_QM)
-    bags = fit_bags(
-        seen_QF, seen_QM, num_bags=settings.num_bags, ridge=settings.ridge, seed=settings.seed
-    )
-    heads = _fit(X_QF, scores_QM, tags, settings)
+    bags = fit_bags(seen_QF, seen_QM, num_bags=settings.num_bags, ridge=ridge, seed=settings.seed)
+    heads = _fit(X_QF, scores_QM, tags, settings, ridge)
     return Router(
         models=examples.models,
         encoder=encoder,
@@ -102,15 +102,20 @@ def fit_router(
             "data_sha256": content_sha256(examples.outcomes),
             "num_queries": len(examples.outcomes),
             "settings": asdict(settings),
+            "ridge": ridge,
             "held_out": held_out_metrics(platt.scaled(logits_QM), unseen_QM),
         },
     )
 
 
 def _fit(
-    X_QF: sp.csr_matrix, scores_QM: Floats, tags: Sequence[Sequence[str]], settings: FitSettings
+    X_QF: sp.csr_matrix,
+    scores_QM: Floats,
+    tags: Sequence[Sequence[str]],
+    settings: FitSettings,
+    ridge: float,
 ) -> Heads:
     targets_QM = enhance(scores_QM, tags, beta=settings.beta)
-    differences = least_squares_heads(X_QF, targets_QM, ridge=settings.ridge)
+    differences = least_squares_heads(X_QF, targets_QM, ridge=ridge)
     levels = fit_heads(X_QF, targets_QM, settings.objective, start_from=differences)
     return with_differences(levels, differences)

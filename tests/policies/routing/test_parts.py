@@ -9,7 +9,7 @@ from scipy.special import expit
 from policies.routing import heads
 from policies.routing.bags import LEAST_SPREAD, fit_bags, with_usual_spread
 from policies.routing.calibration import fit_platt, reliability
-from policies.routing.differences import least_squares_heads, with_differences
+from policies.routing.differences import best_ridge, least_squares_heads, with_differences
 from policies.routing.heads import Heads, Objective, fit_heads
 from policies.routing.ridge import ridge_regression
 from policies.routing.targets import distribution, enhance
@@ -166,3 +166,17 @@ def test_clusters_find_groups_and_shrink_their_scores() -> None:
     assert topics.sizes_K.tolist() == [50, 50]
     assert topics.scores_KM[cluster, 0] == pytest.approx((50 + 5 * 0.5) / 55)
     assert far.max() < topics.familiar_above < near.max()
+
+
+def test_ridge_is_what_predicts_unseen_queries() -> None:
+    """Models with fields of their own get little regularisation, coin flips much (seed 0)."""
+    rng = np.random.default_rng(0)
+    fields = rng.integers(8, size=400)
+    X = sp.csr_matrix(np.eye(8, dtype=np.float32)[fields] + rng.normal(size=(400, 8), scale=0.1))
+    own = np.eye(8)[fields]
+    flips = rng.integers(2, size=(400, 8)).astype(float)
+    for scores, expected in ((own, 0.1), (flips, 1000.0)):
+        scores[3, 2] = NAN
+        halves = X[:200], scores[:200], X[200:], scores[200:]
+        assert best_ridge(*halves, ridges=(0.1, 10.0, 1000.0)) == expected
+    assert best_ridge(*halves, ridges=(7.0,)) == 7.0
