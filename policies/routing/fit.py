@@ -44,7 +44,7 @@ class FitSettings:
 
     objective: Objective = field(default_factory=Objective)
     beta: float = 0.7
-    ridges: tuple[float, ...] = (1.0, 4.0, 20.0)
+    ridges: tuple[float, ...] = (1.0, 10.0)
     num_bags: int = 5
     num_clusters: int = 32
     unfamiliar_share: float = 0.005
