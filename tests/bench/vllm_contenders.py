@@ -13,6 +13,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from models.card import read_card
 from models.engines.base import GenerationRequest, SamplingOptions
 from models.engines.registry import create_engine
@@ -45,10 +47,12 @@ class VllmContender:
         compiled: bool,
         max_requests: int,
         kv_bytes: int,
+        **options: Any,
     ) -> None:
         import vllm
 
         self._num_tokens = num_tokens
+        settings = {"enable_prefix_caching": False, **options}
         self._engines: list[Any] = [
             vllm.LLM(
                 str(folder),
@@ -57,8 +61,8 @@ class VllmContender:
                 max_model_len=512,
                 max_num_seqs=max_requests,
                 kv_cache_memory_bytes=kv_bytes,
-                enable_prefix_caching=False,
                 skip_tokenizer_init=True,
+                **settings,
             ).llm_engine
             for folder in folders
         ]
@@ -87,6 +91,57 @@ class VllmContender:
         """Free the engines."""
         for engine in self._engines:
             engine.engine_core.shutdown()
+
+
+class AveragedContender(VllmContender):
+    """Several vLLM engines in lock-step whose distributions are averaged at every token.
+
+    vLLM takes no token from outside, so each token is a request of its own to every engine, which
+    finds what came before in its prefix cache and returns all log-probabilities.
+    """
+
+    def __init__(self, folders: Sequence[Path], num_tokens: int, **settings: Any) -> None:
+        super().__init__(
+            folders,
+            num_tokens,
+            # Small blocks, so that as much as possible is found again.
+            **{"enable_prefix_caching": True, "block_size": 32, "max_logprobs": -1, **settings},
+        )
+
+    def __call__(self, num_requests: int) -> tuple[float, float]:
+        """Answer."""
+        started_s = time.perf_counter()
+        # Another first token every time: no earlier call's blocks are found.
+        texts = [[next(_ids) % 500, *prompt_tokens(place)[1:]] for place in range(num_requests)]
+        first_s = None
+        for _ in range(self._num_tokens):
+            for text, token in zip(texts, self._next_tokens(texts), strict=True):
+                text.append(token)
+            first_s = first_s or time.perf_counter() - started_s
+        assert first_s is not None
+        return first_s, time.perf_counter() - started_s
+
+    def _next_tokens(self, texts: Sequence[list[int]]) -> list[int]:
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(temperature=0, max_tokens=1, logprobs=-1, flat_logprobs=True)
+        place_of: dict[str, int] = {}
+        for engine in self._engines:
+            for place, text in enumerate(texts):
+                name = f"bench-{next(_ids)}"
+                place_of[name] = place
+                engine.add_request(name, {"prompt_token_ids": text}, sampling)
+        probs_RV: Any = 0
+        while any(engine.has_unfinished_requests() for engine in self._engines):
+            for engine in self._engines:
+                for output in engine.step():
+                    found = output.outputs[0].logprobs
+                    if isinstance(probs_RV, int):
+                        probs_RV = np.zeros((len(texts), max(found.token_ids) + 1))
+                    row_V = probs_RV[place_of[output.request_id]]
+                    row_V[found.token_ids] += np.exp(found.logprobs)
+        tokens: list[int] = probs_RV.argmax(1).tolist()
+        return tokens
 
 
 class StackedContender:
