@@ -53,7 +53,7 @@ class VllmContender:
 
         self._num_tokens = num_tokens
         settings = {"enable_prefix_caching": False, **options}
-        self._engines: list[Any] = [
+        self.engines: list[Any] = [
             vllm.LLM(
                 str(folder),
                 dtype=dtype,
@@ -72,7 +72,7 @@ class VllmContender:
         from vllm import SamplingParams
 
         started_s = time.perf_counter()
-        for engine in self._engines:
+        for engine in self.engines:
             for place in range(num_requests):
                 engine.add_request(
                     f"bench-{next(_ids)}",
@@ -80,8 +80,8 @@ class VllmContender:
                     SamplingParams(temperature=0, max_tokens=self._num_tokens, ignore_eos=True),
                 )
         first_s = None
-        while any(engine.has_unfinished_requests() for engine in self._engines):
-            outputs = [engine.step() for engine in self._engines]
+        while any(engine.has_unfinished_requests() for engine in self.engines):
+            outputs = [engine.step() for engine in self.engines]
             if first_s is None and all(outputs):
                 first_s = time.perf_counter() - started_s
         assert first_s is not None
@@ -89,24 +89,23 @@ class VllmContender:
 
     def stop(self) -> None:
         """Free the engines."""
-        for engine in self._engines:
+        for engine in self.engines:
             engine.engine_core.shutdown()
 
 
-class AveragedContender(VllmContender):
-    """Several vLLM engines in lock-step whose distributions are averaged at every token.
+class AveragedContender:
+    """The engines of another contender in lock-step, distributions averaged at every token.
 
     vLLM takes no token from outside, so each token is a request of its own to every engine, which
     finds what came before in its prefix cache and returns all log-probabilities.
     """
 
-    def __init__(self, folders: Sequence[Path], num_tokens: int, **settings: Any) -> None:
-        super().__init__(
-            folders,
-            num_tokens,
-            # Small blocks, so that as much as possible is found again.
-            **{"enable_prefix_caching": True, "block_size": 32, "max_logprobs": -1, **settings},
-        )
+    def __init__(self, others: VllmContender, num_tokens: int) -> None:
+        self._engines = others.engines
+        self._num_tokens = num_tokens
+
+    def stop(self) -> None:
+        """Nothing is its own."""
 
     def __call__(self, num_requests: int) -> tuple[float, float]:
         """Answer."""

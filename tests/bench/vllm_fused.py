@@ -104,10 +104,14 @@ def measure(
     }
     with ExitStack() as stack:
         runner = stack.enter_context(asyncio.Runner())
+        # Small blocks, so that as much as possible is found again; no prompt here fills one twice.
+        apart = VllmContender(
+            members, **settings, enable_prefix_caching=True, block_size=32, max_logprobs=-1
+        )
         contenders: dict[str, Contender] = {
             "ours": VllmContender([folder / "fused"], **settings),
-            "averaged": AveragedContender(members, **settings),
-            "apart": VllmContender(members, **settings),
+            "averaged": AveragedContender(apart, num_tokens),
+            "apart": apart,
             "base": VllmContender([base], **settings),
             "stacked": StackedContender(
                 members, num_tokens, runner, device="cpu", dtype="float32", kv_bytes=KV_BYTES
