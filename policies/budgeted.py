@@ -10,6 +10,7 @@ from typing import Any
 from policies.base import Decision, ModelFacts, Policy, Query
 from policies.budget.controller import Controller
 from policies.budget.targets import Target
+from policies.carbon.live import LiveModels
 from policies.cascade.base import ProvidesScorers, Scorer
 from policies.errors import PolicyError
 from policies.footprint import Footprint
@@ -93,6 +94,7 @@ def build_budgeted(
             ),
             expected_output_tokens=round(_number(body, "expected_output_tokens") or 128),
             window_s=(_number(body, "window_hours") or 24) * 3600,
+            announced=models.announced_gco2e_per_kwh if isinstance(models, LiveModels) else None,
         ),
         groups=groups,
     )

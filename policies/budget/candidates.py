@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import NamedTuple, TypeAlias
 
 from policies.base import Decision
@@ -42,28 +43,33 @@ def candidates(
     together, b (1 - k^-a); of a cascade that of its best stage, as the others only save.
     """
     plan, scores = decision.plan, decision.scores
-    found: dict[Key, Candidate] = {}
-
-    def add(key: Key, quality: float) -> None:
-        if key not in found:
-            found[key] = Candidate(key, 0.0 if quality < 0 else 1.0 if quality > 1 else quality)
-
-    add(key_of(plan), plan_quality(plan, scores, law))
+    found: dict[Key, float] = {key_of(plan): plan_quality(plan, scores, law)}
+    add = found.setdefault
     for trimmed in _trimmed(plan, max_members):
         add(key_of(trimmed), plan_quality(trimmed, scores, law))
     for name, score in scores.items():
         add((name,), score)
     for group in groups:
-        ranked = sorted((name for name in group if name in scores), key=lambda name: -scores[name])
+        known = [name for name in group if name in scores]
+        ranked = sorted(known, key=scores.__getitem__, reverse=True)
+        gains = _gains(law, len(ranked))
         total = 0.0
         for size, name in enumerate(ranked, start=1):
             if size > max_members:
                 break
             total += scores[name]
             if size > 1:
-                gain = law.gain(size) if law else 0.0
-                add(tuple(ranked[:size]), total / size + gain)
-    return list(found.values())
+                add(tuple(ranked[:size]), total / size + gains[size - 1])
+    return [
+        Candidate(key, 0.0 if quality < 0 else 1.0 if quality > 1 else quality)
+        for key, quality in found.items()
+    ]
+
+
+@cache
+def _gains(law: EnsembleLaw | None, num_members: int) -> tuple[float, ...]:
+    """Return what one, two ... members gain together; a pool has one law."""
+    return tuple(law.gain(size + 1) if law else 0.0 for size in range(num_members))
 
 
 def plan_quality(plan: Plan, scores: Mapping[str, float], law: EnsembleLaw | None) -> float:

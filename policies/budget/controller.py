@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,9 @@ from numpy.typing import NDArray
 
 from policies.base import Decision, ModelFacts, Query
 from policies.budget.candidates import Candidate, Key, candidates, key_of, plan_of
-from policies.budget.costs import Coefficients, Corrections, CostModel
+from policies.budget.costs import Coefficients, Corrections, CostModel, Expected
 from policies.budget.pace import Pace
-from policies.budget.prices import Level, Samples, solve_prices
+from policies.budget.prices import NOT_A_CANDIDATE, Level, Samples, solve_prices
 from policies.budget.targets import Target, spent
 from policies.errors import PolicyError
 from policies.footprint import Footprint, estimate
@@ -32,6 +33,10 @@ from policies.plan import Answer, Plan
 _FIRST_SOLVE = 24
 _SOLVE_EVERY_REQUESTS = 256
 _SOLVE_EVERY_S = 300.0
+# While the requests to come become half, a price rises or falls at most by 2 to these powers: it
+# follows what may be a passing error slowly, yet in time. What was overspent nobody brings back.
+_HASTE_UP = 6.0
+_HASTE_DOWN = 4.0
 # Future hours are grouped into this many levels of carbon intensity.
 _MAX_LEVELS = 4
 # Samples keep ensembles up to this multiple of n*, so that a falling price finds larger ones.
@@ -60,13 +65,15 @@ class Controller:
         expected_output_tokens: int = 128,
         window_s: float = 86_400,
         num_samples: int = 2048,
+        announced: Callable[[float], float | None] | None = None,
     ) -> None:
         """Build a controller.
 
         `models` are the pool's, live where rates follow the grid; `clock` returns Unix time. `law`
         is the pool's ensemble law of the error rate (None: members of an ensemble gain nothing by
         being many). `groups` are models that may be fused. `limits` hold for every request, beside
-        its own. Raises `PolicyError` for two targets of one resource.
+        its own. `announced` returns the grid's intensity announced for a Unix time, None where
+        nothing is. Raises `PolicyError` for two targets of one resource.
         """
         names = [target.resource for target in targets]
         if len(set(names)) != len(names):
@@ -76,18 +83,19 @@ class Controller:
         self._clock = clock
         self._law = law
         self._groups = tuple(tuple(group) for group in groups)
-        self._fusible: list[Key] = [(name,) for group in self._groups for name in group]
+        self._fusible = [name for group in self._groups for name in group]
         self._limits = limits
         self._expected_output_tokens = expected_output_tokens
         self._num_samples = num_samples
         self._costs = CostModel(models, names)
         self._corrections = Corrections()
-        self._pace = Pace(window_s=window_s)
+        self._pace = Pace(window_s=window_s, announced=announced)
         self._samples: Samples | None = None
         self._prices = (0.0,) * len(targets)
         self._spent = [0.0] * len(targets)
         self._pending = [0.0] * len(targets)
         self._since_solve = 0
+        self._settled = False
         self._solved_s = -math.inf
         self._mean_member: Coefficients | None = None
         self._lock = threading.Lock()
@@ -154,9 +162,7 @@ class Controller:
             for index, target in enumerate(self.targets):
                 self._spent[index] += measured[index] - expected[target.resource]
                 self._pending[index] -= expected[target.resource]
-            self._corrections.learn(
-                key, measured=measured[0], estimated=self._estimate(key, query)[0]
-            )
+            self._corrections.learn(key, measured=measured[0], estimated=self._estimate(key, query))
             self._solve_if_due(self._clock())
 
     def window_started_s(self, now_s: float) -> float:
@@ -202,10 +208,10 @@ class Controller:
             every = [
                 [
                     (read * factor, written * factor)
-                    for read, written in self._costs.coefficients(key)
+                    for read, written in self._costs.coefficients(name)
                 ]
-                for key, factor in zip(
-                    self._fusible, self._corrections.of_each(self._fusible), strict=True
+                for name, factor in zip(
+                    self._fusible, map(self._corrections.factor, self._fusible), strict=True
                 )
             ]
             self._mean_member = tuple(
@@ -217,27 +223,27 @@ class Controller:
             )
         return self._mean_member
 
-    def _estimate(self, key: Key, query: Query) -> list[float]:
-        """Return the estimated cost of `key` in each target's resource."""
+    def _estimate(self, key: Key, query: Query) -> float:
+        """Return the estimated cost of `key` in the first target's resource."""
         prompt_tokens, output_tokens = query.prompt_tokens, self._output_tokens(query)
-        return [
-            per_prompt * prompt_tokens + per_output * output_tokens
-            for per_prompt, per_output in self._costs.coefficients(key)
-        ]
+        parts: Sequence[str | Plan] = key if isinstance(key, tuple) else (key,)
+        total = 0.0
+        for part in parts:
+            per_prompt, per_output = self._costs.coefficients(part)[0]
+            total += per_prompt * prompt_tokens + per_output * output_tokens
+        return total
 
     def _expected(self, keys: Sequence[Key], query: Query) -> list[list[float]]:
         """Return, per resource, the estimates as corrected by what was measured before."""
-        if not self.targets:
-            return []
-        prompt_tokens, output_tokens = query.prompt_tokens, self._output_tokens(query)
-        factors = self._corrections.of_each(keys)
-        coefficients = self._costs.coefficients
         return [
-            [
-                (per_prompt * prompt_tokens + per_output * output_tokens) * factor
-                for (per_prompt, per_output), factor in zip(column, factors, strict=True)
-            ]
-            for column in zip(*[coefficients(key) for key in keys], strict=True)
+            Expected(
+                self._costs,
+                self._corrections,
+                resource=resource,
+                prompt_tokens=query.prompt_tokens,
+                output_tokens=self._output_tokens(query),
+            ).of(keys)
+            for resource in range(len(self.targets))
         ]
 
     def _output_tokens(self, query: Query) -> int:
@@ -304,6 +310,7 @@ class Controller:
         intensity = self._costs.gco2e_per_wh
         if self._pace.count(now_s, intensity=intensity, requests=num_requests):
             self._spent = [0.0] * len(self.targets)
+            self._settled = False
 
     def _reprice(self) -> None:
         before = self._costs.gco2e_per_wh
@@ -324,7 +331,8 @@ class Controller:
         fresh = self._since_solve >= min(_SOLVE_EVERY_REQUESTS, samples.num_samples // 4)
         if not fresh and now_s - self._solved_s < _SOLVE_EVERY_S:
             return
-        horizon = self._pace.horizon(now_s)
+        qualities, costs = samples.view()
+        horizon = self._pace.horizon(now_s, likely=self._likely_requests(qualities, costs))
         num_requests = horizon.num_requests
         allowances = []
         for target, total in zip(self.targets, self._spent, strict=True):
@@ -336,17 +344,43 @@ class Controller:
                 num_requests=self._pace.num_requests + num_requests,
             )
             allowances.append(max(0.0, due - total) / num_requests)
-        qualities, costs = samples.view()
-        self._prices = solve_prices(
+        solved = solve_prices(
             qualities,
             costs,
             allowances=allowances,
             levels=self._levels(horizon.requests, horizon.intensity),
             start=self._prices,
         )
+        if self._settled:
+            # Forecasts err, most of all on a day that goes wrong: the price follows step by step.
+            passed = self._since_solve / num_requests
+            solved = tuple(map(partial(_limited, passed=passed), solved, self._prices))
+        self._prices = solved
+        self._settled = samples.num_samples >= _SOLVE_EVERY_REQUESTS
         self._mean_member = None
         self._since_solve = 0
         self._solved_s = now_s
+
+    def _likely_requests(
+        self, qualities_SC: NDArray[np.float64], costs_SCR: NDArray[np.float64]
+    ) -> tuple[float, float] | None:
+        """Return how many requests a window has if the targets are neither idle nor impossible.
+
+        Fewer than the first could all take their best plan, more than the second not even their
+        cheapest. Of several targets per hour, the tightest; None where there is none.
+        """
+        best_S = qualities_SC.argmax(axis=1)[:, None]
+        real_SC = qualities_SC > NOT_A_CANDIDATE / 2
+        bounds = []
+        for index, target in enumerate(self.targets):
+            if target.per == "hour":
+                costs_SC = costs_SCR[:, :, index]
+                budget = target.budget(elapsed_s=self._pace.window_s, num_requests=0)
+                dear = np.take_along_axis(costs_SC, best_S, axis=1).mean()
+                cheap = costs_SC.min(axis=1, initial=np.inf, where=real_SC).mean()
+                if cheap > 0:
+                    bounds.append((budget / float(dear), budget / float(cheap)))
+        return min(bounds, default=None)
 
     def _levels(self, requests: NDArray[np.float64], intensity: NDArray[np.float64]) -> list[Level]:
         """Group the bins to come into a few levels of carbon intensity."""
@@ -380,6 +414,20 @@ def _group(bins: list[tuple[float, float]]) -> list[tuple[float, float]]:
         if weight > 0:
             levels.append((sum(f * w for f, w in group) / weight, weight / total))
     return levels
+
+
+def _limited(price: float, before: float, *, passed: float) -> float:
+    """Return `price`, or what is next to it within the steps allowed; from zero it is free.
+
+    `passed` are the requests since `before`, relative to those to come.
+    """
+    if not before:
+        return price
+    down, up = (
+        math.exp(sign * min(haste * passed, 100.0))
+        for sign, haste in ((-1, _HASTE_DOWN), (1, _HASTE_UP))
+    )
+    return min(max(price, before * down), before * up)
 
 
 def _stricter(ours: Limits, theirs: Limits) -> Limits:

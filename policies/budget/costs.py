@@ -9,7 +9,7 @@ from policies.base import ModelFacts
 from policies.budget.candidates import Key
 from policies.budget.targets import Resource, spent
 from policies.footprint import Rates, estimate
-from policies.plan import Answer
+from policies.plan import Answer, Plan
 
 _MAX_REMEMBERED = 4096
 
@@ -31,7 +31,7 @@ class CostModel:
         # One model's rates stand for all: a live mapping reprices every model at once.
         self._anchor = next(iter(models))
         self._anchor_rates = models[self._anchor].rates
-        self._by_key: dict[Key | frozenset[str], Coefficients] = {}
+        self._by_part: dict[str | Plan, Coefficients] = {}
         self.rates: dict[str, Rates] = {name: facts.rates for name, facts in models.items()}
 
     @property
@@ -46,24 +46,22 @@ class CostModel:
             return False
         self.rates = {name: facts.rates for name, facts in self._models.items()}
         self._anchor_rates = rates
-        self._by_key = {}
+        self._by_part = {}
         return True
 
-    def coefficients(self, key: Key) -> Coefficients:
-        """Return the coefficients, in the order of the resources, of the plan `key` stands for."""
-        # The order of fused members costs nothing, and follows each query's scores.
-        same = frozenset(key) if isinstance(key, tuple) and len(key) > 1 else key
-        found = self._by_key.get(same)
+    def coefficients(self, part: str | Plan) -> Coefficients:
+        """Return the coefficients of a member or a plan, in the order of the resources."""
+        found = self._by_part.get(part)
         if found is None:
-            plan = Answer(members=key) if isinstance(key, tuple) else key
+            plan = Answer(members=(part,)) if isinstance(part, str) else part
             read = estimate(plan, self.rates, prompt_tokens=1, output_tokens=0)
             written = estimate(plan, self.rates, prompt_tokens=0, output_tokens=1)
             found = tuple(
                 (spent(read, resource), spent(written, resource)) for resource in self._resources
             )
-            if len(self._by_key) >= _MAX_REMEMBERED:
-                self._by_key = {}
-            self._by_key[same] = found
+            if len(self._by_part) >= _MAX_REMEMBERED:
+                self._by_part = {}
+            self._by_part[part] = found
         return found
 
 
@@ -79,18 +77,13 @@ class Corrections:
     _MIN_WEIGHT = 0.02
 
     def __init__(self) -> None:
-        self._ratios: dict[object, tuple[float, int]] = {}
+        self._ratios: dict[str | Plan, tuple[float, int]] = {}
         self._overall = (1.0, 0)
 
-    def of_each(self, keys: Sequence[Key]) -> list[float]:
-        """Return the factors by which to multiply the estimates of `keys`."""
-        factors = _Factors(self._ratios, self._overall[0])
-        return [
-            (factors[key[0]] if len(key) == 1 else sum(map(factors.__getitem__, key)) / len(key))
-            if isinstance(key, tuple)
-            else factors[key]
-            for key in keys
-        ]
+    def factor(self, part: str | Plan) -> float:
+        """Return by what to multiply the estimate of a member or a plan."""
+        found = self._ratios.get(part)
+        return self._overall[0] if found is None else found[0]
 
     def learn(self, key: Key, *, measured: float, estimated: float) -> None:
         """Take one measurement; an estimate of zero teaches nothing."""
@@ -108,14 +101,39 @@ class Corrections:
         return mean + weight * (ratio - mean), count + 1
 
 
-class _Factors(dict[object, float]):
-    """The means alone, looked up once each, and `unknown` for what was never measured."""
+class Expected(dict[str | Plan, float]):
+    """What a request's members (or plans that are no Answer) are expected to cost in one resource.
 
-    def __init__(self, ratios: Mapping[object, tuple[float, int]], unknown: float) -> None:
-        self._ratios = ratios
-        self._unknown = unknown
+    Filled as asked for; fused members cost the sum of theirs.
+    """
 
-    def __missing__(self, part: object) -> float:
-        found = self._ratios.get(part)
-        factor = self[part] = self._unknown if found is None else found[0]
-        return factor
+    def __init__(
+        self,
+        costs: CostModel,
+        corrections: Corrections,
+        *,
+        resource: int,
+        prompt_tokens: int,
+        output_tokens: int,
+    ) -> None:
+        self._coefficients = costs.coefficients
+        self._factor = corrections.factor
+        self._resource = resource
+        self._prompt_tokens = prompt_tokens
+        self._output_tokens = output_tokens
+
+    def __missing__(self, part: str | Plan) -> float:
+        read, written = self._coefficients(part)[self._resource]
+        estimated = read * self._prompt_tokens + written * self._output_tokens
+        cost = self[part] = estimated * self._factor(part)
+        return cost
+
+    def of(self, keys: Sequence[Key]) -> list[float]:
+        """Return the costs of the plans that `keys` stand for."""
+        cost_of = self.__getitem__
+        return [
+            (cost_of(key[0]) if len(key) == 1 else sum(map(cost_of, key)))
+            if isinstance(key, tuple)
+            else cost_of(key)
+            for key in keys
+        ]

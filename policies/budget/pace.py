@@ -7,10 +7,13 @@ requests are still to come, and how dirty their electricity will be. It learns b
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from policies.budget.rhythms import daily_rhythms, guess_traffic
 
 NUM_BINS = 96
 # How far yesterday's profile yields to today: one day counts half.
@@ -24,10 +27,8 @@ _SMOOTH_BINS = 2
 _BURST = 2.0
 # Beyond that, traffic returns from what it is now to its level within about so many bins.
 _PASSING_BINS = 4.0
-# Before the first profile is known: one minute is the least to judge a rate by, and as requests
-# come in bursts, so many tell as much of the rhythm as one that came by itself.
+# Before the first profile is known, one minute is the least to judge a rate by.
 _MIN_ELAPSED_S = 60.0
-_PER_INDEPENDENT = 100.0
 # The forecast reaches at least this share of a window ahead, into the next one if need be, so that
 # the last requests of a window are neither starved nor spoilt.
 _MIN_HORIZON = 1 / 96
@@ -56,13 +57,17 @@ class Horizon:
 class Pace:
     """Counts requests by time of window and forecasts the rest of it. Not thread-safe."""
 
-    def __init__(self, *, window_s: float) -> None:
+    def __init__(
+        self, *, window_s: float, announced: Callable[[float], float | None] | None = None
+    ) -> None:
         self.window_s = window_s
+        self._announced = announced
         self._bin_s = window_s / NUM_BINS
         self._counts = np.zeros(NUM_BINS)
         self._intensity_today = np.full(NUM_BINS, np.nan)
         self._profile: NDArray[np.float64] | None = None
         self._intensity_profile: NDArray[np.float64] | None = None
+        self._rhythms = np.ones((1, NUM_BINS))
         self._started_s: float | None = None
         self._window: int | None = None
         self._elapsed_s = 0.0
@@ -108,8 +113,12 @@ class Pace:
         if missing > 0:
             self._counts[first : here + 1] += missing / (here + 1 - first)
 
-    def horizon(self, now_s: float) -> Horizon:
-        """Return the forecast from `now_s` to the end of the window, or a little beyond."""
+    def horizon(self, now_s: float, *, likely: tuple[float, float] | None = None) -> Horizon:
+        """Return the forecast from `now_s` to the end of the window, or a little beyond.
+
+        `likely` are bounds that a whole window's requests are not far from, if anything is known:
+        they matter until a whole window has been seen.
+        """
         here = self._bin(now_s)
         start_s = (now_s // self.window_s) * self.window_s
         window_left_s = start_s + self.window_s - now_s
@@ -123,7 +132,7 @@ class Pace:
         shares[-1] = max(0.0, left_s / self._bin_s - shares[:-1].sum())
         beyond = bins < here
         if self._profile is None:
-            usual = self._guess(now_s)
+            usual = self._guess(now_s, likely)
         else:
             usual = self._profile * self._level(here, 1 - left_in_bin)
         surplus = self._surplus(here, 1 - left_in_bin, usual)
@@ -134,7 +143,7 @@ class Pace:
             seconds=window_left_s,
             beyond=float(requests[beyond].sum()) / max(per_window, 1e-9),
             requests=requests,
-            intensity=self._relative(here, bins),
+            intensity=self._relative(now_s, here, bins),
         )
 
     def _level(self, here: int, share_of_bin: float) -> float:
@@ -160,26 +169,32 @@ class Pace:
         # As much again as is usual for a bin is taken to have been as usual.
         return float((counted - expected) / max(expected + usual[here], 1e-9))
 
-    def _guess(self, now_s: float) -> NDArray[np.float64]:
-        """Return the requests of a whole window's bins, before any window has been seen whole.
-
-        The mean over daily rhythms of all kinds, weighted by how well each explains the requests so
-        far: a flat forecast would take a quiet night for the whole day.
-        """
+    def _guess(self, now_s: float, likely: tuple[float, float] | None) -> NDArray[np.float64]:
+        """Return the requests of a whole window's bins, before any window has been seen whole."""
         assert self._started_s is not None
         edges_s = np.arange(NUM_BINS + 1) * self._bin_s
         start_s = (now_s // self.window_s) * self.window_s
-        seen_s = np.clip(edges_s, self._started_s - start_s, now_s - start_s)
-        rhythms = _rhythms((start_s + edges_s[:-1] + self._bin_s / 2) / 86_400)
-        passed = np.maximum(rhythms @ np.diff(seen_s), _MIN_ELAPSED_S) / self._bin_s
-        fit = np.log(rhythms) @ self._counts - self.num_requests * np.log(passed)
-        weight = np.exp((fit - fit.max()) / _PER_INDEPENDENT)
-        guess: NDArray[np.float64] = (weight / weight.sum() * self.num_requests / passed) @ rhythms
-        return guess
+        until_s = max(now_s, self._started_s + _MIN_ELAPSED_S)
+        seen_s = np.clip(edges_s, self._started_s - start_s, until_s - start_s)
+        return guess_traffic(
+            self._counts,
+            seen=np.diff(seen_s) / self._bin_s,
+            rhythms=self._rhythms,
+            likely=likely,
+        )
 
-    def _relative(self, here: int, bins: NDArray[np.int_]) -> NDArray[np.float64]:
-        """Return the grid's rhythm; a day dirtier than yesterday is taken to stay so."""
+    def _relative(self, now_s: float, here: int, bins: NDArray[np.int_]) -> NDArray[np.float64]:
+        """Return the grid's rhythm: the announced one, else the last days'.
+
+        A day that is dirtier than this rhythm is taken to stay so.
+        """
         profile = self._intensity_profile
+        if self._announced is not None:
+            times_s = now_s + self._bin_s * np.arange(NUM_BINS)
+            announced = [self._announced(time_s) for time_s in times_s.tolist()]
+            if all(announced):
+                # Aligned with the bins: the one of `now_s` comes first.
+                profile = np.roll(np.array(announced, dtype=np.float64), here)
         if profile is None or not profile[here] > 0:
             return np.ones(len(bins))
         relative = profile[bins] / profile[here]
@@ -196,22 +211,13 @@ class Pace:
             seen = _fill(self._intensity_today)
             self._intensity_profile = _blend(self._intensity_profile, seen)
         self._counts = np.zeros(NUM_BINS)
+        middles_s = window * self.window_s + (np.arange(NUM_BINS) + 0.5) * self._bin_s
+        self._rhythms = daily_rhythms(middles_s / 86_400)
         self._intensity_today = np.full(NUM_BINS, np.nan)
         first = self._window is None
         self._started_s = now_s if first else window * self.window_s
         self._window = window
         self._elapsed_s = 0.0
-
-
-def _rhythms(days: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return [rhythms, times] of mean one: flat, or with one or two peaks a day at any hour."""
-    hours = np.arange(24) / 24
-    once = np.cos(2 * np.pi * (days - hours[:, None]))
-    twice = np.vstack([np.zeros(len(days)), 0.4 * np.cos(4 * np.pi * (days - hours[:12, None]))])
-    swinging = np.concatenate([1 + size * once for size in (0.4, 0.7)])
-    every = (swinging[:, None] + twice).reshape(-1, len(days))
-    rhythms: NDArray[np.float64] = np.maximum(np.vstack([np.ones(len(days)), every]), 0.1)
-    return rhythms
 
 
 def _blend(old: NDArray[np.float64] | None, new: NDArray[np.float64]) -> NDArray[np.float64]:

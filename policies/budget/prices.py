@@ -23,7 +23,7 @@ _PRECISION = 0.01
 # know; where a budget cannot be kept, giving up quality for them would not keep it either.
 _DEAREST = 1.0
 _SWEEPS = 3
-_NOT_A_CANDIDATE = -1e9
+NOT_A_CANDIDATE = -1e9
 
 
 class Samples:
@@ -33,7 +33,7 @@ class Samples:
     """
 
     def __init__(self, *, size: int, max_candidates: int, num_resources: int) -> None:
-        self._qualities = np.full((size, max_candidates), _NOT_A_CANDIDATE)
+        self._qualities = np.full((size, max_candidates), NOT_A_CANDIDATE)
         self._costs_RSC = np.zeros((num_resources, size, max_candidates))
         self._next = 0
         self._num_candidates = 1
@@ -49,7 +49,7 @@ class Samples:
         num = len(qualities)
         self._num_candidates = max(self._num_candidates, num)
         self._qualities[row, :num] = qualities
-        self._qualities[row, num:] = _NOT_A_CANDIDATE
+        self._qualities[row, num:] = NOT_A_CANDIDATE
         for costs_SC, costs in zip(self._costs_RSC, costs_RC, strict=True):
             costs_SC[row, :num] = costs
         self._next = (row + 1) % len(self._qualities)
@@ -106,7 +106,7 @@ def solve_prices(
         # What keeps the allowance exactly must not miss it by a rounding error.
         return mean_cost(resource, price) > allowance * (1 + 1e-9)
 
-    real = qualities_SC > _NOT_A_CANDIDATE / 2
+    real = qualities_SC > NOT_A_CANDIDATE / 2
     least = [
         sum(level.share * level.factors[resource] for level in levels)
         * float(np.min(costs_SCR[:, :, resource], axis=1, initial=np.inf, where=real).mean())

@@ -41,6 +41,10 @@ class GridIntensity(Protocol):
         """Return the reading for Unix time `now_s`."""
         ...
 
+    def announced(self, then_s: float) -> float | None:
+        """Return the gCO2e per kWh announced for a time to come; None where nothing is."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class GridZone:
@@ -117,6 +121,10 @@ class StaticGrid:
         """Return the one reading."""
         return self.reading
 
+    def announced(self, then_s: float) -> float | None:  # noqa: ARG002
+        """Return nothing: a year's mean says nothing of the hours."""
+        return None
+
 
 class ScheduledGrid:
     """Intensities over time, from a file: a daily profile or a time series.
@@ -186,6 +194,12 @@ class ScheduledGrid:
         # Before a daily profile's first hour, yesterday's last value still holds.
         return self._readings[index if self._daily else max(index, 0)]
 
+    def announced(self, then_s: float) -> float | None:
+        """Return the value of the schedule, unless a series has ended by then."""
+        if not self._daily and then_s >= self._times_s[-1]:
+            return None
+        return self.at(then_s).gco2e_per_kwh
+
 
 class CachedGrid:
     """The last reading of a live feed, trusted for `max_age_s`; after that `fallback` answers.
@@ -215,6 +229,10 @@ class CachedGrid:
             gco2e_per_kwh=reading.gco2e_per_kwh,
             source=f"fallback:{reading.source.partition(':')[2]}",
         )
+
+    def announced(self, then_s: float) -> float | None:
+        """Return what the fallback announces: its rhythm, though perhaps not today's level."""
+        return self._fallback.announced(then_s)
 
 
 def _unix_s(text: str) -> float:

@@ -46,6 +46,10 @@ class LiveModels(Mapping[str, ModelFacts]):
         self._refresh()
         return self._rates
 
+    def announced_gco2e_per_kwh(self, then_s: float) -> float | None:
+        """Return the intensity announced for a time to come; None where nothing is."""
+        return self._grid.announced(then_s)
+
     def __getitem__(self, name: str) -> ModelFacts:
         self._refresh()
         return self._priced[name]

@@ -1,33 +1,47 @@
-"""A day of LLMRouter's questions under a gCO2e target: the controller against the offline optimum.
+"""A day of real questions under a gCO2e target: the controller against the offline optimum.
 
-    python -m tests.bench.budget_replay [FOLDER]
+    python -m tests.bench.budget_replay [pool] [llmrouter] [--seed N] [--dry]
 
-Nine open models of 7B to 70B answered 5,989 questions (train, and test without the questions that
-also stand in train). Real: questions, scores, prices. Modelled: energy of an H200 by LLMCarbon.
-Simulated: arrivals, a grid with Germany's mean and a solar rhythm, answer lengths (log-normal, mean
-200 tokens), which the data lacks. Every strategy sees the same cross-fitted predictions (TF-IDF,
-ridge); the optimum sees the whole day, real answer lengths included.
+On the outcomes of the pool that ships, and on LLMRouter's: nine open models of 7B to 70B answered
+5,989 questions (train, and test without the questions that also stand in train). Real: questions,
+scores, prices. Modelled: energy by LLMCarbon (of an H200; the pool's of a CPU). Simulated:
+arrivals, a grid with Germany's mean and a solar rhythm, and LLMRouter's answer lengths (log-normal,
+mean 200 tokens), which the data lacks. Every strategy sees the same cross-fitted predictions
+(TF-IDF, ridge); the optimum sees the whole day, real answer lengths included.
+
+`--dry` prints, and leaves docs/budget as it is.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from models.pool import DEFAULT_POOL, load_pool
 from policies.base import ModelFacts
-from policies.budget.replay import replay_day
+from policies.budget.replay import Replayed, Scene, replay_day
 from policies.budget.replay.offline import offline_optimum
 from policies.budget.replay.plot import draw
-from policies.budget.replay.scenarios import adversarial, ordinary, scene_of, target_between
+from policies.budget.replay.replay import CONTROLLER, OPTIMUM
+from policies.budget.replay.scenarios import (
+    Scenario,
+    adversarial,
+    ordinary,
+    scene_of,
+    target_between,
+)
 from policies.budget.replay.scene import day_costs
 from policies.carbon import find_zone
 from policies.carbon.settings import CarbonSettings
+from policies.errors import LawError
 from policies.footprint import Rates
-from policies.outcomes import score_table
+from policies.outcomes import read_outcomes, score_table
 from policies.outcomes.importers import import_llmrouter, read_llmrouter_prices
 from router.cli.replay_budget import table
 
@@ -35,14 +49,23 @@ FOLDER = Path(__file__).parents[3] / "shared" / "data" / "routing" / "LLMRouter"
 DOCS = Path(__file__).parents[2] / "docs" / "budget"
 NUM_REQUESTS = 3_000
 SHARES = (0.1, 0.3, 0.6)
+MIDDLE = 0.3
+NOON_H = 12
 # Nothing was tuned on this seed.
-SEED = 100
+SEED = 200
 
 
-def main(folder: Path) -> None:
-    """Replay, print the tables and write docs/budget."""
-    outcomes = [o for o in import_llmrouter(folder) if o.split in ("train", "test")]
-    prices = read_llmrouter_prices(folder / "example_data/llm_candidates/default_llm.json")
+def pool_scene(seed: int) -> Scene:
+    """Return what the models of the pool that ships answered, on a laptop's CPU."""
+    pool = load_pool(DEFAULT_POOL)
+    outcomes = read_outcomes(pool.folder / "outcomes.jsonl")
+    return scene_of(outcomes, pool.facts(), CarbonSettings(zone="DE"), seed=seed)
+
+
+def llmrouter_scene(seed: int) -> Scene:
+    """Return what LLMRouter's nine models answered, on an H200."""
+    outcomes = [o for o in import_llmrouter(FOLDER) if o.split in ("train", "test")]
+    prices = read_llmrouter_prices(FOLDER / "example_data/llm_candidates/default_llm.json")
     models = {}
     for name in score_table(outcomes).models:
         size = re.search(r"(\d+)b", name)
@@ -56,58 +79,106 @@ def main(folder: Path) -> None:
     carbon = CarbonSettings.model_validate(
         {"zone": "DE", "pue": 1.1, "hardware": {"device": "h200"}}
     )
+    return scene_of(outcomes, models, carbon, seed=seed)
+
+
+SCENES: dict[str, Callable[[int], Scene]] = {"pool": pool_scene, "llmrouter": llmrouter_scene}
+
+
+def replays(scene: Scene, seed: int) -> Iterator[tuple[Scenario, float, Replayed]]:
+    """Replay the ordinary day at every target, then the days that go wrong at the middle one."""
     mean = find_zone("DE").gco2e_per_kwh
-    scene = scene_of(outcomes, models, carbon, seed=SEED)
-    usual = ordinary(scene, num_requests=NUM_REQUESTS, mean_gco2e_per_kwh=mean, seed=SEED)
-    rows = []
-    scenarios = [(usual, share) for share in SHARES]
-    middle = SHARES[1]
-    scenarios += [
-        (scenario, middle)
-        for scenario in adversarial(
-            scene, num_requests=NUM_REQUESTS, mean_gco2e_per_kwh=mean, seed=SEED
-        )
-    ]
-    for scenario, share in scenarios:
+    usual = ordinary(scene, num_requests=NUM_REQUESTS, mean_gco2e_per_kwh=mean, seed=seed)
+    trouble = adversarial(scene, num_requests=NUM_REQUESTS, mean_gco2e_per_kwh=mean, seed=seed)
+    for scenario, share in [(usual, s) for s in SHARES] + [(t, MIDDLE) for t in trouble]:
         target = target_between(scene, usual.day, "gco2e", share=share)
-        replayed = replay_day(
-            scene,
-            scenario.day,
-            target,
-            yesterday=scenario.yesterday,
-            learned=scenario.learned,
-            seed=SEED,
+        try:
+            replayed = replay_day(
+                scene,
+                scenario.day,
+                target,
+                yesterday=scenario.yesterday,
+                learned=scenario.learned,
+                seed=seed,
+            )
+        except LawError as error:
+            print(f"\n{scenario.name}, target at {share:.0%}: {error}")
+            continue
+        yield scenario, share, replayed
+
+
+def from_noon(scene: Scene, scenario: Scenario, replayed: Replayed) -> dict[str, float]:
+    """Return the bounds of whoever spent like the controller until noon and then knew everything.
+
+    Trouble comes at noon, unannounced: nobody who holds ordinary days can do better. `least_spent`
+    is what even the cheapest models would spend, `best_quality` the most that the rest of the
+    budget buys (absent where it does not suffice), as shares of the budget and of the optimum.
+    """
+    day, controller = scenario.day, replayed.of(CONTROLLER)
+    costs, predicted = day_costs(scene, day, "gco2e"), scene.predicted_QM[day.queries]
+    rest = (day.times_s % 86_400) >= NOON_H * 3600
+    spent = float(controller.spent_H[:NOON_H].sum())
+    cheapest = np.where(day.available_NM, costs, np.inf)[rest].min(axis=1).sum()
+    bounds = {"least_spent": (spent + float(cheapest)) / replayed.budget}
+    try:
+        best = offline_optimum(
+            predicted[rest],
+            costs[rest],
+            day.available_NM[rest],
+            budget=replayed.budget - spent,
         )
-        title = f"{scenario.name}, target at {share:.0%}: {target.amount:.4g} gCO2e/h"
-        print(f"\n{title}, {replayed.num_requests} requests\n{table(replayed)}", flush=True)
-        rows += [
-            {
-                "scenario": scenario.name,
-                "share": share,
-                "target_gco2e_per_hour": target.amount,
-                "requests": replayed.num_requests,
-                "strategy": result.name,
-                "spent_share": round(result.spent_share, 5),
-                "predicted_quality": round(result.predicted_quality, 5),
-                "quality_share": round(result.quality_share, 5),
-                "actual_quality": round(result.actual_quality, 5),
-                "actual_quality_share": round(result.actual_quality_share, 5),
-            }
-            for result in replayed.results
-        ]
-        if scenario is usual and share == middle:
-            draw(replayed, DOCS / "day.png")
-            day = scenario.day
-            actual = scene.actual_QM[day.queries]
-            costs = day_costs(scene, day, "gco2e")
-            oracle = offline_optimum(actual, costs, day.available_NM, budget=replayed.budget)
-            quality = float((oracle * actual).sum() / len(day))
-            print(f"an oracle that knows every answer beforehand: {quality:.4f}")
-            rows.append({"scenario": "oracle", "share": share, "actual_quality": round(quality, 5)})
+    except LawError:
+        return bounds
+    quality = float(controller.predicted_H[:NOON_H].sum() + (best * predicted[rest]).sum())
+    optimum = replayed.of(OPTIMUM).predicted_quality * len(day)
+    return {**bounds, "best_quality": quality / optimum}
+
+
+def rows_of(
+    data: str, scenario: Scenario, share: float, replayed: Replayed
+) -> list[dict[str, Any]]:
+    """Return a replay as JSON rows."""
+    return [
+        {
+            "data": data,
+            "scenario": scenario.name,
+            "share": share,
+            "target_gco2e_per_hour": replayed.target.amount,
+            "requests": replayed.num_requests,
+            "strategy": result.name,
+            "spent_share": round(result.spent_share, 5),
+            "predicted_quality": round(result.predicted_quality, 5),
+            "quality_share": round(result.quality_share, 5),
+            "actual_quality": round(result.actual_quality, 5),
+            "actual_quality_share": round(result.actual_quality_share, 5),
+        }
+        for result in replayed.results
+    ]
+
+
+def main(names: list[str], *, seed: int, dry: bool) -> None:
+    """Replay, print the tables and write docs/budget."""
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        scene = SCENES[name](seed)
+        for scenario, share, replayed in replays(scene, seed):
+            title = f"{name}, {scenario.name}, target at {share:.0%}"
+            size = f"{replayed.target.amount:.4g} gCO2e/h, {replayed.num_requests} requests"
+            print(f"\n{title}: {size}\n{table(replayed)}", flush=True)
+            rows += rows_of(name, scenario, share, replayed)
+            bounds = from_noon(scene, scenario, replayed)
+            print("knowing all from noon on: " + json.dumps(bounds), flush=True)
+            rows.append({"data": name, "scenario": scenario.name, "share": share} | bounds)
+            if share == MIDDLE and scenario.name == "ordinary day" and not dry:
+                draw(replayed, DOCS / f"{name}.png")
+    if not dry:
         (DOCS / "replay.json").write_text(json.dumps(rows, indent=1) + "\n")
-    print(f"\nmean score of the best single model {np.max(scene.actual_QM.mean(axis=0)):.4f}")
 
 
 if __name__ == "__main__":
-    DOCS.mkdir(parents=True, exist_ok=True)
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[*SCENES, []], default=list(SCENES))
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--dry", action="store_true")
+    given = parser.parse_args()
+    main(given.names, seed=given.seed, dry=given.dry)

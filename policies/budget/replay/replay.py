@@ -32,7 +32,7 @@ class Result:
     `spent_share` is its spending over the budget. `predicted_quality` is the mean prediction of the
     models it took, what every strategy maximises; `actual_quality` the mean of the real outcomes.
     `quality_share` is its predicted quality over the offline optimum's. Per hour: `spent_H`,
-    `quality_H` (actual) and, for the controller, `price_H`.
+    `predicted_H` (sum), `quality_H` (actual, mean) and, for the controller, `price_H`.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Result:
     quality_share: float
     actual_quality_share: float
     spent_H: NDArray[np.float64]
+    predicted_H: NDArray[np.float64]
     quality_H: NDArray[np.float64]
     price_H: NDArray[np.float64] | None = None
     decision_p50_us: float | None = None
@@ -88,7 +89,7 @@ def replay_day(
     optimum = offline_optimum(predicted, costs, day.available_NM, budget=budget)
     judge.best = judge.judge(OPTIMUM, optimum)
 
-    controller = ByController(scene, target)
+    controller = ByController(scene, target, announced=yesterday.grid)
     if learned:
         controller.begin(yesterday)
         _play(controller, day_costs(scene, yesterday, resource))
@@ -148,7 +149,8 @@ class _Judge:
         decision_s: NDArray[np.float64] | None = None,
     ) -> Result:
         spent = (shares * self._costs).sum(axis=1)
-        predicted = float((shares * self._predicted).sum(axis=1).mean())
+        predicted_N = (shares * self._predicted).sum(axis=1)
+        predicted = float(predicted_N.mean())
         quality = (shares * self._actual).sum(axis=1)
         counts = np.maximum(np.bincount(self.hours, minlength=24), 1)
         return Result(
@@ -161,6 +163,7 @@ class _Judge:
             if self.best
             else 1.0,
             spent_H=self._sums(spent),
+            predicted_H=self._sums(predicted_N),
             quality_H=self._sums(quality) / counts,
             price_H=None if prices is None else self._sums(prices) / counts,
             decision_p50_us=None if decision_s is None else float(np.median(decision_s)) * 1e6,

@@ -33,15 +33,22 @@ class Strategy(Protocol):
 class ByController:
     """The budget controller over a policy that takes the best predicted model.
 
-    It knows predictions, estimates and the clock; not the answers' lengths nor the traffic to
-    come. `begin` moves it to another day; what it learned stays.
+    It knows predictions, estimates, the clock and what is `announced` of the grid; not the answers'
+    lengths nor the traffic to come. `begin` moves it to another day; what it learned stays.
     """
 
-    def __init__(self, scene: Scene, target: Target, *, expected_output_tokens: int = 128) -> None:
+    def __init__(
+        self,
+        scene: Scene,
+        target: Target,
+        *,
+        announced: GridIntensity,
+        expected_output_tokens: int = 128,
+    ) -> None:
         self._scene = scene
         self._resource = target.resource
         self._names = scene.names
-        self._grid = _TodaysGrid()
+        self._grid = _TodaysGrid(announced)
         self._now_s = 0.0
         self._day: Day | None = None
         self._last: tuple[Query, Decision] | None = None
@@ -64,6 +71,7 @@ class ByController:
                     clock=self._clock,
                 ),
                 clock=self._clock,
+                announced=self._grid.announced,
                 targets=(self._target,),
                 expected_output_tokens=self._expected_output_tokens,
             )
@@ -215,13 +223,20 @@ class Thinning:
 
 
 class _TodaysGrid:
-    """The grid of whichever day is being played."""
+    """The grid of whichever day is being played; what was announced of it may be wrong."""
 
     today: GridIntensity
+
+    def __init__(self, announced: GridIntensity) -> None:
+        self._announced = announced
 
     def at(self, now_s: float) -> GridReading:
         """Return the reading."""
         return self.today.at(now_s)
+
+    def announced(self, then_s: float) -> float | None:
+        """Return what was announced."""
+        return self._announced.announced(then_s)
 
 
 def _views(

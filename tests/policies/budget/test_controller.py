@@ -147,6 +147,29 @@ def test_a_restarted_controller_takes_over_what_was_spent():
     assert spent == pytest.approx(500 * 24, rel=0.02)
 
 
+def test_a_price_follows_step_by_step():
+    """Alarming news at noon does not multiply the price at once, but before it is too late."""
+    rng = random.Random(6)
+    clock = Clock()
+    controller = two_models(clock, targets=[Target(resource="wh", amount=500.0)])
+
+    def live(start, end):
+        for number in range(start, end):
+            clock.now_s = number * 86_400 / 3000
+            query = Query(text="")
+            decision = controller.choose(query, prefers_large(rng.random() * 0.5))
+            cost = 1.0 if members(decision.plan) == ("small",) else 10.0
+            controller.observe(query, decision, Footprint(wh=cost))
+
+    live(0, 1500)
+    before = controller.prices()["wh"]
+    controller.reconcile(num_requests=1500, spent={"wh": 9500.0}, first_request_s=0.0)
+    live(1500, 1520)
+    assert before < controller.prices()["wh"] < 1.2 * before
+    live(1520, 2500)
+    assert controller.prices()["wh"] > 1.4 * before
+
+
 def test_what_still_runs_is_not_forgotten_by_a_record_of_what_ended():
     """The record knows settled requests only; this process adds its running ones."""
     controller = two_models(targets=[Target(resource="wh", amount=1e6)])

@@ -45,6 +45,43 @@ def test_a_cold_start_learns_the_rhythm_while_it_lasts(peak_h):
     assert error < 0.9 * abs(np.log(so_far / to_come))
 
 
+def test_a_first_day_is_taken_to_be_of_a_likely_size():
+    """From the same quiet or busy first hour, the forecast is drawn to what targets make likely."""
+    for per_hour, closer in ((30, "more"), (600, "less")):
+        pace = Pace(window_s=DAY_S)
+        live_through(pace, np.arange(0, 3600.0, 3600 / per_hour))
+        free = pace.horizon(3600.0).num_requests
+        drawn = pace.horizon(3600.0, likely=(1500.0, 6000.0)).num_requests
+        assert drawn > 1.3 * free if closer == "more" else drawn < 0.8 * free
+
+
+def test_a_first_day_s_size_is_soon_seen():
+    """By the evening of an even day, what was likely hardly matters any more."""
+    pace = Pace(window_s=DAY_S)
+    live_through(pace, np.arange(0, 18 * 3600.0, 60.0))
+    [low, high] = [
+        pace.horizon(18 * 3600.0, likely=likely).num_requests
+        for likely in ((200.0, 800.0), (3000.0, 12_000.0))
+    ]
+    assert 0.5 * 360 < low < high < 2 * 360
+
+
+def test_an_announced_rhythm_of_the_grid_needs_no_first_day():
+    """A file's hours are known beforehand; today's level is taken to stay relative to them."""
+
+    def announced(then_s):
+        return 100.0 if 10 <= (then_s % DAY_S) / 3600 < 16 else 400.0
+
+    pace = Pace(window_s=DAY_S, announced=announced)
+    live_through(pace, np.arange(0, 120, 60.0), lambda now_s: 800.0)
+    horizon = pace.horizon(120.0)
+    assert horizon.intensity[0] == pytest.approx(1.0)
+    assert horizon.intensity[12 * 4] == pytest.approx(0.25)
+    unknown = Pace(window_s=DAY_S, announced=lambda then_s: None)
+    live_through(unknown, np.arange(0, 120, 60.0))
+    assert (unknown.horizon(120.0).intensity == 1.0).all()
+
+
 def test_a_burst_is_expected_to_pass():
     """An hour of ten times the traffic hardly raises what is expected of the evening.
 
@@ -67,7 +104,7 @@ def test_a_start_in_mid_window_counts_from_there():
     pace = Pace(window_s=DAY_S)
     live_through(pace, np.arange(12 * 3600.0, 13 * 3600.0, 60.0))
     assert pace.elapsed_s == pytest.approx(3600, rel=0.02)
-    assert 11 * 60 < pace.horizon(13 * 3600.0).num_requests < 1.7 * 11 * 60
+    assert 11 * 60 < pace.horizon(13 * 3600.0).num_requests < 2 * 11 * 60
 
 
 def test_yesterday_tells_how_much_of_today_is_to_come():
@@ -129,4 +166,4 @@ def test_a_day_seen_in_part_teaches_no_rhythm():
     pace = Pace(window_s=DAY_S)
     live_through(pace, np.arange(12 * 3600.0, DAY_S + 3600, 60.0))
     assert pace.num_requests == 60
-    assert 23 * 60 < pace.horizon(DAY_S + 3600).num_requests < 1.7 * 23 * 60
+    assert 23 * 60 < pace.horizon(DAY_S + 3600).num_requests < 2 * 23 * 60

@@ -105,3 +105,15 @@ def test_an_older_reading_does_not_replace_a_newer_one():
     grid.update(GridReading(gco2e_per_kwh=50, source="live:DE"), measured_s=1000)
     grid.update(GridReading(gco2e_per_kwh=70, source="live:DE"), measured_s=900)
     assert grid.at(1000).gco2e_per_kwh == 50
+
+
+def test_a_schedule_announces_what_is_to_come(tmp_path):
+    """A file knows the hours to come, also behind a live feed; a year's mean announces nothing."""
+    file = tmp_path / "profile.csv"
+    file.write_text("hour,gco2e_per_kwh\n0,300\n12,100\n")
+    profile = ScheduledGrid.read(file)
+    assert profile.announced(5 * 86_400 + 13 * 3600) == 100
+    assert CachedGrid(fallback=profile, max_age_s=100).announced(13 * 3600) == 100
+    series = ScheduledGrid([0.0, 3600.0, 7200.0], [5.0, 6.0, 7.0], source="file:x")
+    assert [series.announced(then_s) for then_s in (10, 3700, 7200)] == [5, 6, None]
+    assert StaticGrid.of_zone("DE").announced(0) is None
