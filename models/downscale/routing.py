@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
@@ -52,11 +53,9 @@ def train_router(run: Run) -> str | None:
         run.report(f"{ROUTING}: {router.facts['held_out']}")
 
     upstream = [f"measure/{name}" for name in (*run.domains, BASE)]
+    facts = {"encoder": _ENCODER, "fit": asdict(_settings(run))}
     try:
-        run.stages.run(
-            ROUTING, action, settings={"encoder": _ENCODER, "seed": run.recipe.seed},
-            upstream=upstream,
-        )  # fmt: skip
+        run.stages.run(ROUTING, action, settings=facts, upstream=upstream)
     except PolicyError as error:
         run.report(f"{ROUTING}: no router: {error}")
         return None
@@ -86,11 +85,11 @@ def chunk_choices(run: Run, queries: Sequence[str]) -> list[str]:
 
 
 def _fit(run: Run, rows: Sequence[Outcome]) -> Router:
-    return fit_router(
-        rows,
-        encoder=build_encoder("ngrams", _ENCODER),
-        settings=FitSettings(seed=run.recipe.seed),
-    )
+    return fit_router(rows, encoder=build_encoder("ngrams", _ENCODER), settings=_settings(run))
+
+
+def _settings(run: Run) -> FitSettings:
+    return FitSettings(seed=run.recipe.seed)
 
 
 def _qualities(run: Run, router: Router, rows: Sequence[Outcome]) -> Floats:
