@@ -117,6 +117,8 @@ class Controller:
         returned, or the best one if only the quality floor is out of reach).
         """
         now_s = self._clock()
+        with self._lock:
+            self._reprice()
         prices = self._prices
         limits = _stricter(self._limits, query.limits)
         options, n_star = self._candidates(query, decision, prices)
@@ -291,7 +293,6 @@ class Controller:
     ) -> None:
         """Count a request at what it is `expected` to cost; keep its candidates as a sample."""
         with self._lock:
-            self._reprice()
             self._count(now_s, 1)
             if self._samples is None or not self._samples.fits(len(options)):
                 self._samples = Samples(

@@ -216,6 +216,18 @@ def test_carbon_prices_shift_work_to_clean_hours():
     assert share_of_large(200) < clean / 3
 
 
+def test_a_ceiling_follows_the_live_rates():
+    """Without any target too: what fitted a ceiling no longer does once the grid is dirtier."""
+    models = facts(small=0.01, large=0.1)
+    controller = Controller(models=models, clock=Clock())
+    query = Query(text="", max_tokens=100, limits=Limits(max_gco2e=5.0))
+    assert members(controller.choose(query, prefers_large(0.5)).plan) == ("large",)
+    for name, fact in models.items():
+        dirty = rates(fact.rates.wh_per_output_token, gco2e_per_wh=0.8)
+        models[name] = ModelFacts(name=name, rates=dirty)
+    assert members(controller.choose(query, prefers_large(0.5)).plan) == ("small",)
+
+
 def test_ensembles_grow_until_a_member_no_longer_pays():
     """Members fused at price λ: n* of the law, rounded to a neighbour; more when cheap."""
     clock = Clock()
