@@ -1,4 +1,4 @@
-"""The contract of every encoder: text to features, and features to a point in a small space.
+"""The contract of every encoder: text to sparse features, and to a point in a small space.
 
 An encoder is fitted once on the training queries and frozen from then on. It knows nothing of
 models or scores.
@@ -21,17 +21,32 @@ Arrays: TypeAlias = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """One query's non-zero features: distinct `ids` in [0, num_features) and their `values`."""
+    """One query's non-zero features, distinct `ids` in [0, num_features) and their `values`.
+
+    `point_D` is its place in the small space.
+    """
 
     ids: Ids
     values: Floats
+    point_D: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Many queries' features, [Q, num_features] in float32, and points, [Q, num_dimensions].
+
+    Features that training knows nothing of may be missing, as their weights are zero.
+    """
+
+    matrix_QF: sp.csr_matrix
+    points_QD: Floats
 
 
 class Encoder(Protocol):
     """Maps text to features; any text at all, and never raises on one.
 
-    Feature rows have norm at most about 1 per block, so that one regularisation strength fits
-    every query length.
+    Feature rows and points have norm at most about 1, so that one regularisation strength fits
+    every query length. Heads weigh features; clusters and landmarks see points.
     """
 
     @property
@@ -46,7 +61,7 @@ class Encoder(Protocol):
 
     @property
     def num_dimensions(self) -> int:
-        """The length of an embedding."""
+        """The length of a point."""
         ...
 
     def fit(self, texts: Sequence[str]) -> Self:
@@ -54,21 +69,11 @@ class Encoder(Protocol):
         ...
 
     def features(self, text: str) -> Features:
-        """Return the features of one query."""
+        """Return the features and the point of one query."""
         ...
 
-    def matrix(self, texts: Sequence[str]) -> sp.csr_matrix:
-        """Return the features of many queries, [num_texts, num_features], float32.
-
-        Features that training knows nothing of may be missing, as their weights are zero.
-        """
-        ...
-
-    def embeddings(self, matrix: sp.csr_matrix) -> Floats:
-        """Return the points that clusters see, [num_texts, num_dimensions]; linear in `matrix`.
-
-        Their norms are at most about 1.
-        """
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """Return the features and points of many queries."""
         ...
 
     def names(self, text: str) -> dict[int, str]:

@@ -8,15 +8,14 @@ from typing import Any, Self
 import numpy as np
 import scipy.sparse as sp
 
-from policies.encoders.base import Arrays, Features, Floats
+from policies.encoders.base import Arrays, Encoded, Features, Floats
 from policies.encoders.vectors import SentenceVectors
 from policies.errors import PolicyError
 
 
 class FineTuned:
-    """The pooled unit vector of the transformer at `path`, and a constant.
+    """The pooled unit vector of the transformer at `path`; its point is that less the mean.
 
-    The constant makes the embedding, the vector less its training mean, linear in the features.
     `policies.routing.finetune` trains such an encoder; `fit` only learns the mean.
     """
 
@@ -25,7 +24,7 @@ class FineTuned:
     def __init__(self, *, path: str, max_tokens: int = 256) -> None:
         self.vectors = SentenceVectors(path, max_tokens=max_tokens)
         self.num_dimensions = self.vectors.num_dimensions
-        self.num_features = self.num_dimensions + 1
+        self.num_features = self.num_dimensions
         self.mean_: Floats = np.zeros(self.num_dimensions, np.float32)
 
     def fit(self, texts: Sequence[str]) -> Self:
@@ -34,20 +33,15 @@ class FineTuned:
         return self
 
     def features(self, text: str) -> Features:
-        """Return the features of one query."""
-        return Features(
-            np.arange(self.num_features), np.append(self.vectors([text])[0], np.float32(1))
-        )
+        """Return the vector of one query."""
+        vector = self.vectors([text])[0]
+        return Features(np.arange(self.num_features), vector, (vector - self.mean_) / 2)
 
-    def matrix(self, texts: Sequence[str]) -> sp.csr_matrix:
-        """Return `features` of many queries."""
-        ones = np.ones((len(texts), 1), np.float32)
-        return sp.csr_matrix(np.hstack([self.vectors(texts), ones]))
-
-    def embeddings(self, matrix: sp.csr_matrix) -> Floats:
-        """Return the vectors less their training mean."""
-        rows = matrix.toarray()
-        return np.asarray((rows[:, :-1] - rows[:, -1:] * self.mean_) / 2, np.float32)
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """Return the vectors of many queries."""
+        vectors = self.vectors(texts)
+        points = (vectors - self.mean_) / np.float32(2)
+        return Encoded(sp.csr_matrix(vectors), points)
 
     def names(self, text: str) -> dict[int, str]:  # noqa: ARG002
         """Return nothing: dimensions of a vector have no name."""

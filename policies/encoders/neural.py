@@ -6,21 +6,23 @@ from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import numpy as np
-import scipy.sparse as sp
 
-from policies.encoders.base import Arrays, Features, Floats
+from policies.encoders.base import Arrays, Encoded, Features, Floats
 from policies.encoders.ngrams import NGrams
 from policies.encoders.vectors import SentenceVectors
 from policies.errors import PolicyError
 
+LayerVectors = Callable[[Sequence[str], Sequence[int]], Floats]
+
 
 class Neural:
-    """A transformer's pooled vector beside hashed n-grams, each block of norm about 1.
+    """Hashed n-grams as features; as the point, a transformer's pooled vectors side by side.
 
-    `path` is the encoder's folder, which must still be there when the router is loaded.
-    `max_tokens` cuts long queries. `weight` scales the transformer's block: the larger, the less
-    its weights are regularised. `vectors` encodes in the folder's stead (where the vectors of
-    known queries are kept).
+    The vectors are those after `num_layers` of its layers, evenly spaced with the last among them,
+    each less its mean: routing lives off what the lower layers still know and the last, trained to
+    tell meanings apart, has given up. `path` is the encoder's folder, which must still be there
+    when the router is loaded; `max_tokens` cuts long queries. `vectors` encodes in the folder's
+    stead (where the vectors of known queries are kept).
     """
 
     kind = "neural"
@@ -30,49 +32,45 @@ class Neural:
         *,
         path: str,
         max_tokens: int = 256,
-        weight: float = 0.5,
+        num_layers: int = 6,
         bits: int = 16,
-        vectors: Callable[[Sequence[str]], Floats] | None = None,
+        vectors: LayerVectors | None = None,
     ) -> None:
         own = SentenceVectors(path, max_tokens=max_tokens)
+        if num_layers < 1:
+            raise PolicyError(f"neural.num_layers: {num_layers} is not at least 1")
+        num_taken = min(num_layers, own.num_layers)
         self.path = path
         self.max_tokens = max_tokens
-        self.weight = weight
-        self.num_dimensions = own.num_dimensions
-        self._vectors = vectors or own
+        self.num_layers = num_layers
+        self.layers = [own.num_layers * (i + 1) // num_taken for i in range(num_taken)]
+        self.num_dimensions = num_taken * own.num_dimensions
+        self._vectors = vectors or own.of_layers
         self._ngrams = NGrams(bits=bits, num_dimensions=1)
-        self.mean_: Floats = np.zeros(self.num_dimensions, np.float32)
+        self.mean_: Floats = np.zeros((num_taken, own.num_dimensions), np.float32)
 
     @property
     def num_features(self) -> int:
-        """The n-grams, then the vector."""
-        return self._ngrams.num_features + self.num_dimensions
+        """The n-grams."""
+        return self._ngrams.num_features
 
     def fit(self, texts: Sequence[str]) -> Self:
-        """Learn the n-grams' weights and the vectors' mean, which says nothing of a query."""
+        """Learn the n-grams' weights and the vectors' means, which say nothing of a query."""
         self._ngrams.fit(texts)
-        self.mean_ = self._vectors(texts).mean(0)
+        self.mean_ = self._vectors(texts, self.layers).mean(0)
         return self
 
     def features(self, text: str) -> Features:
-        """Return the features of one query."""
+        """Return the n-grams and the vectors of one query."""
         grams = self._ngrams.features(text)
-        vector = self._centred([text])[0] * np.float32(self.weight)
-        own = np.arange(self._ngrams.num_features, self.num_features)
-        return Features(np.concatenate((grams.ids, own)), np.concatenate((grams.values, vector)))
+        return Features(grams.ids, grams.values, self._points([text])[0])
 
-    def matrix(self, texts: Sequence[str]) -> sp.csr_matrix:
-        """Return `features` of many queries."""
-        dense = sp.csr_matrix(self._centred(texts) * np.float32(self.weight))
-        return sp.csr_matrix(sp.hstack([self._ngrams.matrix(texts), dense], dtype=np.float32))
-
-    def embeddings(self, matrix: sp.csr_matrix) -> Floats:
-        """Return the centred vectors."""
-        dense = matrix[:, self._ngrams.num_features :].toarray()
-        return np.asarray(dense / self.weight, np.float32)
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """Return the n-grams and the vectors of many queries."""
+        return Encoded(self._ngrams.matrix(texts), self._points(texts))
 
     def names(self, text: str) -> dict[int, str]:
-        """Return the n-grams; dimensions of a vector have no name."""
+        """Return the n-grams."""
         return self._ngrams.names(text)
 
     def settings(self) -> dict[str, Any]:
@@ -80,27 +78,28 @@ class Neural:
         return {
             "path": self.path,
             "max_tokens": self.max_tokens,
-            "weight": self.weight,
+            "num_layers": self.num_layers,
             "bits": self._ngrams.bits,
         }
 
     def arrays(self) -> Arrays:
-        """Return the n-grams' arrays and the mean."""
+        """Return the n-grams' arrays and the means."""
         return {**self._ngrams.arrays(), "mean": self.mean_}
 
     def restore(self, arrays: Arrays) -> Self:
         """Take back what `arrays` returned."""
-        if arrays["mean"].shape != (self.num_dimensions,):
+        if arrays["mean"].shape != self.mean_.shape:
             raise PolicyError(
-                f"neural: the mean has shape {arrays['mean'].shape}, but the encoder at "
-                f"{self.path} has {self.num_dimensions} dimensions"
+                f"neural: the mean has shape {arrays['mean'].shape}, but {len(self.layers)} layers "
+                f"of the encoder at {self.path} have {self.mean_.shape}"
             )
         self._ngrams.restore(arrays)
         self.mean_ = arrays["mean"]
         return self
 
-    def _centred(self, texts: Sequence[str]) -> Floats:
-        vectors = self._vectors(texts) - self.mean_
-        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-        centred: Floats = vectors / np.maximum(norms, 1e-6)
-        return centred
+    def _points(self, texts: Sequence[str]) -> Floats:
+        """Return the centred vectors, scaled alike, side by side: a point has norm 1."""
+        centred = self._vectors(texts, self.layers) - self.mean_
+        norms = np.linalg.norm(centred, axis=-1, keepdims=True)
+        centred /= np.maximum(norms * np.sqrt(len(self.layers)), 1e-6)
+        return np.asarray(centred.reshape(len(texts), -1), np.float32)

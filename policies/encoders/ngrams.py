@@ -20,7 +20,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 from sklearn.utils.extmath import randomized_svd
 
-from policies.encoders.base import Arrays, Features, Floats, Ids
+from policies.encoders.base import Arrays, Encoded, Features, Floats, Ids
 from policies.errors import PolicyError
 
 Hashes = NDArray[np.uint64]
@@ -70,7 +70,7 @@ class NGrams:
     where instructions and questions stand. N-grams that fewer than two training queries had are
     worth nothing to the heads, but count in the norm: a query made of unknown n-grams is all but
     empty, and is known to be. (Two, so that a training query looks as it would if it were new.)
-    The embedding is the projection on the first `num_dimensions` singular vectors (latent
+    The point is the projection on the first `num_dimensions` singular vectors (latent
     semantic analysis, Deerwester et al. 1990) of a sample of the training queries, kept in half
     precision.
     """
@@ -100,7 +100,7 @@ class NGrams:
         return 2 << self.bits
 
     def fit(self, texts: Sequence[str]) -> Self:
-        """Learn idf weights and the basis of the embedding."""
+        """Learn idf weights and the basis of the points."""
         counts = self._counts(texts)
         df = np.bincount(counts.indices, minlength=self.num_features)
         self.idf_ = (np.log((1 + len(texts)) / (1 + np.maximum(df, 1))) + 1).astype(np.float32)
@@ -116,7 +116,7 @@ class NGrams:
         return self
 
     def features(self, text: str) -> Features:
-        """Return the weighted n-grams of one query."""
+        """Return the weighted n-grams of one query, and its latent semantic coordinates."""
         ids, counts, num_words = self._count(text)
         values: Floats = np.log(counts, dtype=np.float32)
         values += np.float32(1)
@@ -124,10 +124,10 @@ class NGrams:
         for block in (values[:num_words], values[num_words:]):
             scale = 1 / math.sqrt(max(2 * float(block @ block), 1e-12))
             np.multiply(block, np.float32(scale), out=block)
-        return Features(ids, values)
+        return Features(ids, values, values @ self.basis_.take(ids, axis=0))
 
     def matrix(self, texts: Sequence[str]) -> sp.csr_matrix:
-        """Return `features` of many queries, known ones only."""
+        """Return the weighted n-grams of many queries, known ones only."""
         matrix = self._weigh(self._counts(texts))
         known = np.zeros(self.num_features, np.bool_)
         known[self.known_] = True
@@ -135,9 +135,10 @@ class NGrams:
         matrix.eliminate_zeros()
         return matrix
 
-    def embeddings(self, matrix: sp.csr_matrix) -> Floats:
-        """Return the latent semantic coordinates of many queries."""
-        return np.asarray(matrix @ self.basis_, np.float32)
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """Return `matrix`, and the latent semantic coordinates of many queries."""
+        matrix = self.matrix(texts)
+        return Encoded(matrix, np.asarray(matrix @ self.basis_, np.float32))
 
     def names(self, text: str) -> dict[int, str]:
         """Return the n-grams of `text` by feature id; the first one where two share an id."""

@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 from policies.encoders.registry import build_encoder
 from policies.errors import PolicyError
 from policies.routing.bags import Bags
+from policies.routing.landmarks import Landmarks, no_landmarks
 from policies.routing.router import Router
 from policies.routing.topics import Topics
 
-SCHEMA: Final = "shoal-router/2"
-WITHOUT_BAGS: Final = "shoal-router/1"
-"""Files from before routers had bags: read all the same, and never in doubt."""
+SCHEMA: Final = "shoal-router/3"
+WITHOUT_LANDMARKS: Final = "shoal-router/2"
+"""Files from before routers had landmarks: read all the same, where the encoder still fits."""
 
 
 def save_router(router: Router, path: Path | str) -> None:
@@ -36,6 +37,8 @@ def save_router(router: Router, path: Path | str) -> None:
         "models": list(router.models),
         "encoder": {"kind": router.encoder.kind, "settings": _stored(router, path.parent)},
         "familiar_above": router.topics.familiar_above,
+        "sharpness": router.landmarks.sharpness,
+        "faint": router.landmarks.faint,
         "usual_spread": router.bags.usual_up_to,
         "facts": router.facts,
     }
@@ -47,6 +50,9 @@ def save_router(router: Router, path: Path | str) -> None:
         "bias": router.bias_M,
         "bag_weights": router.bags.weights_FBM[rows].astype(np.float16),
         "bag_bias": router.bags.bias_BM,
+        "landmark_centre": router.landmarks.centre_D,
+        "landmarks": router.landmarks.units_LD,
+        "landmark_mix": router.landmarks.mix_LN,
         "centroids": router.topics.centroids_KD,
         "cluster_scores": router.topics.scores_KM,
         "cluster_sizes": router.topics.sizes_K,
@@ -80,13 +86,9 @@ def load_router(path: Path | str) -> Router:
 def _read(arrays: Mapping[str, NDArray[Any]], folder: Path) -> Router:
     header = json.loads(arrays["header"].tobytes())
     models = tuple(header["models"])
-    if header["schema"] == WITHOUT_BAGS:
-        no_bags = np.zeros((len(arrays["rows"]), 0, len(models)), np.float32)
-        arrays = {**arrays, "bag_weights": no_bags, "bag_bias": no_bags[0]}
-        header["usual_spread"] = float("inf")
-    elif header["schema"] != SCHEMA:
+    if header["schema"] not in (SCHEMA, WITHOUT_LANDMARKS):
         raise PolicyError(
-            f"schema {header['schema']!r} is unknown; allowed are {SCHEMA!r}, {WITHOUT_BAGS!r}"
+            f"schema {header['schema']!r} is unknown; allowed are {SCHEMA!r}, {WITHOUT_LANDMARKS!r}"
         )
     settings = header["encoder"]["settings"]
     if "path" in settings:
@@ -99,6 +101,12 @@ def _read(arrays: Mapping[str, NDArray[Any]], folder: Path) -> Router:
             if name.startswith("encoder.")
         }
     )
+    landmarks = (
+        _landmarks(header, arrays, encoder.num_dimensions)
+        if header["schema"] == SCHEMA
+        else no_landmarks(encoder.num_dimensions)
+    )
+    num_features = encoder.num_features + landmarks.num_features
     num_clusters = len(arrays["centroids"])
     rows = arrays["rows"]
     _check("weights", arrays, (len(rows), len(models)))
@@ -110,13 +118,14 @@ def _read(arrays: Mapping[str, NDArray[Any]], folder: Path) -> Router:
     _check("centroids", arrays, (num_clusters, encoder.num_dimensions))
     _check("cluster_scores", arrays, (num_clusters, len(models)))
     _check("cluster_sizes", arrays, (num_clusters,))
-    weights = np.zeros((encoder.num_features, len(models)), np.float32)
+    weights = np.zeros((num_features, len(models)), np.float32)
     weights[rows] = arrays["weights"]
-    bag_weights = np.zeros((encoder.num_features, num_bags, len(models)), np.float32)
+    bag_weights = np.zeros((num_features, num_bags, len(models)), np.float32)
     bag_weights[rows] = arrays["bag_weights"]
     return Router(
         models=models,
         encoder=encoder,
+        landmarks=landmarks,
         weights_FM=weights,
         bias_M=arrays["bias"],
         topics=Topics(
@@ -132,6 +141,22 @@ def _read(arrays: Mapping[str, NDArray[Any]], folder: Path) -> Router:
         ),
         output_tokens_M=arrays["output_tokens"],
         facts=header["facts"],
+    )
+
+
+def _landmarks(
+    header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], num_dimensions: int
+) -> Landmarks:
+    num_landmarks = len(arrays["landmarks"])
+    _check("landmarks", arrays, (num_landmarks, num_dimensions))
+    _check("landmark_centre", arrays, (num_dimensions,))
+    _check("landmark_mix", arrays, (num_landmarks, arrays["landmark_mix"].shape[1]))
+    return Landmarks(
+        centre_D=arrays["landmark_centre"],
+        units_LD=arrays["landmarks"],
+        mix_LN=arrays["landmark_mix"],
+        sharpness=float(header["sharpness"]),
+        faint=float(header["faint"]),
     )
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from policies.encoders.finetuned import FineTuned
@@ -29,6 +28,7 @@ from policies.routing.differences import best_ridge, mean_scores
 from policies.routing.examples import held_out_metrics, make_examples
 from policies.routing.fit import FitSettings
 from policies.routing.heads import Heads, Objective
+from policies.routing.landmarks import no_landmarks
 from policies.routing.router import Router
 from policies.routing.targets import enhance
 from policies.routing.topics import Topics, fit_topics
@@ -86,8 +86,8 @@ def finetune_router(
     encoder = FineTuned(path=path, max_tokens=training.max_tokens)
     clusters_Q = np.zeros(len(texts), np.int64)
     if not all(outcome.tags for outcome in examples.outcomes):
-        encoder.fit(texts)
-        clusters_Q = _topics(encoder, encoder.matrix(texts), scores_QM, settings)[1]
+        points_QD = encoder.fit(texts).encode(texts).points_QD
+        clusters_Q = _topics(points_QD, scores_QM, settings).assign(points_QD)
     seen_tags = list(compress(examples.tags(clusters_Q), ~held_out_Q))
     targets_QM = scores_QM.copy()
     targets_QM[~held_out_Q] = enhance(scores_QM[~held_out_Q], seen_tags, beta=settings.beta)
@@ -96,7 +96,8 @@ def finetune_router(
     )
     encoder.vectors.save(out)
     encoder = FineTuned(path=str(out), max_tokens=training.max_tokens).fit(texts)
-    X_QF = encoder.matrix(texts)
+    encoded = encoder.encode(texts)
+    X_QF = encoded.matrix_QF
     unseen_QF, unseen_QM = X_QF[held_out_Q], scores_QM[held_out_Q]
     logits_QM = heads.logits(unseen_QF)
     platt = fit_platt(logits_QM, unseen_QM)
@@ -106,9 +107,10 @@ def finetune_router(
     return Router(
         models=examples.models,
         encoder=encoder,
+        landmarks=no_landmarks(encoder.num_dimensions),
         weights_FM=heads.weights_FM * np.float32(platt.slope),
         bias_M=heads.bias_M * np.float32(platt.slope) + np.float32(platt.offset),
-        topics=_topics(encoder, X_QF, scores_QM, settings)[0],
+        topics=_topics(encoded.points_QD, scores_QM, settings),
         bags=with_usual_spread(
             bags, unseen_QF, logits_QM.argmax(1), doubtful_share=settings.unfamiliar_share
         ),
@@ -212,8 +214,7 @@ def _train(
                 best = copy.deepcopy(model.state_dict()), copy.deepcopy(head.state_dict())
         model.load_state_dict(best[0])
         head.load_state_dict(best[1])
-    weights_FM = np.zeros((encoder.num_features, num_models), np.float32)
-    weights_FM[:num_dimensions] = head.weight.detach().cpu().numpy().T * scale
+    weights_FM = head.weight.detach().cpu().numpy().T * np.float32(scale)
     return Heads(weights_FM=weights_FM, bias_M=head.bias.detach().cpu().numpy()), losses
 
 
@@ -221,15 +222,11 @@ def _batches(rows: NDArray[np.intp], size: int) -> list[NDArray[np.intp]]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def _topics(
-    encoder: FineTuned, X_QF: sp.csr_matrix, scores_QM: Floats, settings: FitSettings
-) -> tuple[Topics, NDArray[np.int64]]:
-    embeddings_QD = encoder.embeddings(X_QF)
-    topics = fit_topics(
-        embeddings_QD,
+def _topics(points_QD: NDArray[np.float32], scores_QM: Floats, settings: FitSettings) -> Topics:
+    return fit_topics(
+        points_QD,
         scores_QM,
         num_clusters=settings.num_clusters,
         unfamiliar_share=settings.unfamiliar_share,
         seed=settings.seed,
     )
-    return topics, topics.assign(embeddings_QD)

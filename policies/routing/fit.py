@@ -23,6 +23,7 @@ from policies.routing.calibration import fit_platt
 from policies.routing.differences import best_ridge, least_squares_heads, with_differences
 from policies.routing.examples import held_out_metrics, make_examples
 from policies.routing.heads import Heads, Objective, fit_heads
+from policies.routing.landmarks import fit_landmarks
 from policies.routing.router import Router
 from policies.routing.targets import enhance
 from policies.routing.topics import fit_topics
@@ -37,7 +38,8 @@ class FitSettings:
     `beta` is ZOOTER's share of a query's own score in its target, the rest being its tags' (or
     cluster's) mean; the paper uses 0.3 on noisy reward-model scores, exact scores bear more.
     What sets models apart is regularised by whichever of `ridges` predicts held-out queries best
-    (see `differences`).
+    (see `differences`). `num_landmarks`, `sharpness` and `landmark_weight` say how far heads may
+    bend (see `landmarks`); with no landmarks they are linear.
     `unfamiliar_share` of queries like the training's are treated as unlike it, and as many as in
     doubt because `num_bags` bootstrap fits disagree.
     """
@@ -45,6 +47,9 @@ class FitSettings:
     objective: Objective = field(default_factory=Objective)
     beta: float = 0.7
     ridges: tuple[float, ...] = (1.0, 10.0)
+    num_landmarks: int = 512
+    sharpness: float = 3.0
+    landmark_weight: float = 4.0
     num_bags: int = 5
     num_clusters: int = 32
     unfamiliar_share: float = 0.005
@@ -59,7 +64,7 @@ def fit_router(
     models: Sequence[str] | None = None,
     settings: FitSettings | None = None,
 ) -> Router:
-    """Fit the encoder, the heads, their calibration, the clusters and the bags.
+    """Fit the encoder, the clusters, the landmarks, the heads, their calibration and the bags.
 
     `models` (default: all that have scores) are the members to route between. Raises
     `PolicyError` for too few outcomes and `OutcomesError` for a model without scores.
@@ -68,16 +73,23 @@ def fit_router(
     examples = make_examples(outcomes, models)
     scores_QM = examples.scores_QM
     encoder = encoder.fit(examples.texts)
-    X_QF = encoder.matrix(examples.texts)
-    embeddings_QD = encoder.embeddings(X_QF)
+    encoded = encoder.encode(examples.texts)
     topics = fit_topics(
-        embeddings_QD,
+        encoded.points_QD,
         scores_QM,
         num_clusters=settings.num_clusters,
         unfamiliar_share=settings.unfamiliar_share,
         seed=settings.seed,
     )
-    tags = examples.tags(topics.assign(embeddings_QD))
+    landmarks = fit_landmarks(
+        encoded.points_QD,
+        num_landmarks=settings.num_landmarks,
+        sharpness=settings.sharpness,
+        weight=settings.landmark_weight,
+        seed=settings.seed,
+    )
+    X_QF = landmarks.beside(encoded)
+    tags = examples.tags(topics.assign(encoded.points_QD))
     held_out_Q = examples.held_out(settings.held_out_share, settings.seed)
     seen_QF, seen_QM = X_QF[~held_out_Q], scores_QM[~held_out_Q]
     unseen_QF, unseen_QM = X_QF[held_out_Q], scores_QM[held_out_Q]
@@ -90,6 +102,7 @@ def fit_router(
     return Router(
         models=examples.models,
         encoder=encoder,
+        landmarks=landmarks,
         # Calibration is affine in the logits, so it costs nothing when it is part of the heads.
         weights_FM=heads.weights_FM * np.float32(platt.slope),
         bias_M=heads.bias_M * np.float32(platt.slope) + np.float32(platt.offset),

@@ -52,7 +52,7 @@ class Learned:
         return self._decide(query, self._router.predict(query.text))
 
     def explain(self, query: Query) -> Decision:
-        """Return the same decision with `details`: members, nearest cluster, strongest n-grams."""
+        """Return the same decision with `details`: members, cluster, n-grams, likeness."""
         prediction = self._router.predict(query.text)
         decision = self._decide(query, prediction)
         quality_M = self._quality(prediction)
@@ -74,6 +74,7 @@ class Learned:
                 ],
                 "nearest_cluster": self._cluster(prediction),
                 "strongest_ngrams": self._ngrams(query.text, prediction, chosen),
+                "likeness_logit": self._likeness(prediction, chosen),
             },
         )
 
@@ -144,3 +145,9 @@ class Learned:
             for feature, value in strongest[:NUM_NGRAMS_SHOWN]
             if value != 0 and int(feature) in names
         ]
+
+    def _likeness(self, prediction: Prediction, chosen: int) -> float:
+        """Return what likeness to training queries says for `chosen`, against the other members."""
+        others = [m for _, m in self._allowed if m != chosen]
+        share_M = prediction.likeness_M
+        return round(float(share_M[chosen] - share_M[others].mean()), 4) if others else 0.0

@@ -3,7 +3,7 @@
 Used by the `Clusters` policy, by label enhancement where queries have no tags, and to tell that a
 query is unlike anything in training.
 
-Shape legend: Q queries, K clusters, D dimensions of the embedding, M models.
+Shape legend: Q queries, K clusters, D dimensions of a point, M models.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class Topics:
     sizes_K: NDArray[np.int64]
     familiar_above: float
 
-    def assign(self, embeddings_QD: Floats) -> NDArray[np.int64]:
+    def assign(self, points_QD: Floats) -> NDArray[np.int64]:
         """Return the nearest cluster of every query."""
-        return np.asarray((embeddings_QD @ self.centroids_KD.T).argmax(1))
+        return np.asarray((points_QD @ self.centroids_KD.T).argmax(1))
 
 
 def fit_topics(
-    embeddings_QD: Floats,
+    points_QD: Floats,
     scores_QM: NDArray[np.float64],
     *,
     num_clusters: int,
@@ -54,13 +54,13 @@ def fit_topics(
     At most `unfamiliar_share` of the training queries would themselves count as unfamiliar; fewer
     where they are so uniform that any other wording would.
     """
-    norms = np.linalg.norm(embeddings_QD, axis=1, keepdims=True)
-    units = embeddings_QD / np.maximum(norms, 1e-6)
+    norms = np.linalg.norm(points_QD, axis=1, keepdims=True)
+    units = points_QD / np.maximum(norms, 1e-6)
     num_clusters = max(1, min(num_clusters, len(units) // 10))
     kmeans = KMeans(num_clusters, n_init=1, max_iter=50, random_state=seed).fit(units)
     centroids = kmeans.cluster_centers_
     centroids = centroids / np.maximum(np.linalg.norm(centroids, axis=1, keepdims=True), 1e-6)
-    similarity = embeddings_QD @ centroids.T
+    similarity = points_QD @ centroids.T
     labels = similarity.argmax(1)
     known = ~np.isnan(scores_QM)
     values = np.where(known, scores_QM, 0.0)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from router.cli import cascade
+
+if TYPE_CHECKING:
+    from policies.outcomes import Outcome
 
 app = typer.Typer(help="Learn routers and cascades from outcomes.", no_args_is_help=True)
 app.command()(cascade.cascade)
@@ -22,7 +26,11 @@ def router(
     split: Annotated[str | None, typer.Option(help="Learn from this split only.")] = None,
     also: Annotated[
         list[Path] | None,
-        typer.Option(help="More outcomes, e.g. exported feedback. May be repeated."),
+        typer.Option(help="More outcomes. May be repeated."),
+    ] = None,
+    feedback: Annotated[
+        str | None,
+        typer.Option(help="Also the answers that users scored, from the ledger at this address."),
     ] = None,
     models: Annotated[
         str | None, typer.Option(help="Models to route between, with commas; default: all.")
@@ -51,7 +59,7 @@ def router(
 
     A fine-tuned encoder goes beside the router, to OUT's name ending in `.encoder`.
 
-    With `--also` and the export of the ledger's feedback, this is also how to retrain.
+    With `--feedback sqlite:///shoal.db` this is also how to retrain on what users thought.
     """
     from policies.encoders.registry import parse_encoder
     from policies.errors import PolicyError
@@ -59,6 +67,7 @@ def router(
     from policies.routing.file import save_router
     from policies.routing.finetune import FinetuneSettings, finetune_router
     from policies.routing.fit import FitSettings, fit_router
+    from router.ledger.errors import LedgerError
 
     kind, _, folder = encoder.partition(":")
     names = models.split(",") if models else None
@@ -67,6 +76,8 @@ def router(
         rows = read_outcomes(outcomes, split=split)
         for extra in also or []:
             rows += read_outcomes(extra)
+        if feedback is not None:
+            rows += _feedback(feedback)
         if kind == "finetuned":
             trained = finetune_router(
                 rows,
@@ -84,7 +95,21 @@ def router(
                 settings=settings,
             )
         save_router(trained, out)
-    except (PolicyError, OSError) as error:
+    except (PolicyError, LedgerError, OSError) as error:
         typer.echo(f"shoal train router: {error}", err=True)
         raise typer.Exit(2) from None
     print(json.dumps({"out": str(out), "models": trained.models, **trained.facts}, indent=2))
+
+
+def _feedback(ledger: str) -> list[Outcome]:
+    """Return the scored answers in the ledger at this address; an empty list where there are none.
+
+    Raises `LedgerError` where there is no ledger.
+    """
+    from policies.outcomes import read_outcomes
+    from router.cli.ledger_options import opened
+    from router.ledger.export import export
+
+    with TemporaryDirectory() as folder, opened(ledger, None) as database:
+        file = Path(folder) / "feedback.jsonl"
+        return read_outcomes(file) if export(database, file, format="outcomes") else []

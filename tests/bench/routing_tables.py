@@ -57,31 +57,33 @@ class RememberingNGrams(NGrams):
 
 
 class RememberingVectors:
-    """A sentence encoder's vectors, each text encoded once and kept in a file under build/."""
+    """A sentence encoder's vectors, all layers at once, kept by text in a file under build/."""
 
     def __init__(self, path: str) -> None:
         self.encode = SentenceVectors(path, max_tokens=256)
         name = hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:12]
-        self.file = REPOSITORY / "build" / f"vectors-{name}.npz"
+        self.file = REPOSITORY / "build" / f"layers-{name}.npz"
         self.known: dict[str, Any] = {}
         if self.file.is_file():
             with np.load(self.file) as arrays:
                 self.known = dict(zip(arrays["keys"].tolist(), arrays["vectors"], strict=True))
 
-    def __call__(self, texts: Sequence[str]) -> Any:
+    def __call__(self, texts: Sequence[str], layers: Sequence[int]) -> Any:
         """Return the vectors; a single text is encoded anew, so that its time is real."""
         if len(texts) == 1:
-            return self.encode(texts)
+            return self.encode.of_layers(texts, layers)
+        every = range(1, self.encode.num_layers + 1)
         keys = [hashlib.sha256(text.encode("utf-8", "replace")).hexdigest() for text in texts]
         new = {key: text for key, text in zip(keys, texts, strict=True) if key not in self.known}
         if new:
-            self.known.update(zip(new, self.encode(list(new.values())), strict=True))
-        if new:
+            vectors = self.encode.of_layers(list(new.values()), every).astype(np.float16)
+            self.known.update(zip(new, vectors, strict=True))
             self.file.parent.mkdir(exist_ok=True)
             np.savez(
                 self.file, keys=np.array(list(self.known)), vectors=np.stack([*self.known.values()])
             )
-        return np.stack([self.known[key] for key in keys]).astype(np.float32)
+        taken = [layer - 1 for layer in layers]
+        return np.stack([self.known[key][taken] for key in keys]).astype(np.float32)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

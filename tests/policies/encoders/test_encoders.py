@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.sparse as sp
 
 from policies.encoders.base import Encoder
+from policies.encoders.neural import Neural
 from policies.encoders.ngrams import MAX_BYTES, NGrams
 from policies.encoders.registry import build_encoder, parse_encoder
+from policies.encoders.vectors import SentenceVectors
 from policies.errors import PolicyError
 
 TEXTS = [
@@ -35,7 +36,7 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = BertConfig(
         vocab_size=len(words) + 5,
         hidden_size=16,
-        num_hidden_layers=1,
+        num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=16,
     )
@@ -55,29 +56,26 @@ def encoder(request: pytest.FixtureRequest, tiny_bert: Path) -> Encoder:
 
 @pytest.mark.parametrize("text", ODD, ids=[repr(text[:10]) for text in ODD])
 def test_any_text_has_features(encoder: Encoder, text: str) -> None:
-    """No text raises; ids are distinct and in range, values finite, the embedding small."""
+    """No text raises; ids are distinct and in range, values finite, the point small."""
     features = encoder.features(text)
     assert len(set(features.ids.tolist())) == len(features.ids) == len(features.values)
     assert np.all((features.ids >= 0) & (features.ids < encoder.num_features))
     assert np.isfinite(features.values).all()
-    points = encoder.embeddings(encoder.matrix([text]))
-    assert points.shape == (1, encoder.num_dimensions)
-    assert np.linalg.norm(points) < 1.01
+    assert features.point_D.shape == (encoder.num_dimensions,)
+    assert np.linalg.norm(features.point_D) < 1.01
 
 
 def test_one_query_looks_the_same_alone_and_among_many(encoder: Encoder) -> None:
     """The fast path and the training path agree, but for features training knows nothing of."""
-    matrix = encoder.matrix([*TEXTS[:5], *ODD[:4]])
-    points = encoder.embeddings(matrix)
+    encoded = encoder.encode([*TEXTS[:5], *ODD[:4]])
     for row, text in enumerate([*TEXTS[:5], *ODD[:4]]):
         features = encoder.features(text)
         dense = np.zeros(encoder.num_features, np.float32)
         dense[features.ids] = features.values
-        together = matrix[row].toarray()[0]
+        together = encoded.matrix_QF[row].toarray()[0]
         known = together != 0
         np.testing.assert_allclose(together[known], dense[known], atol=1e-5)
-        alone = encoder.embeddings(sp.csr_matrix(dense))[0]
-        np.testing.assert_allclose(points[row], alone, atol=1e-4)
+        np.testing.assert_allclose(encoded.points_QD[row], features.point_D, atol=1e-4)
 
 
 def test_a_restored_encoder_is_the_same(encoder: Encoder) -> None:
@@ -88,8 +86,7 @@ def test_a_restored_encoder_is_the_same(encoder: Encoder) -> None:
     one, other = encoder.features(text), copy.features(text)
     np.testing.assert_array_equal(one.ids, other.ids)
     np.testing.assert_array_equal(one.values, other.values)
-    points = [each.embeddings(each.matrix([text])) for each in (encoder, copy)]
-    np.testing.assert_array_equal(*points)
+    np.testing.assert_array_equal(one.point_D, other.point_D)
 
 
 def test_arrays_of_other_settings_are_refused(encoder: Encoder) -> None:
@@ -135,6 +132,33 @@ def test_only_head_and_tail_of_a_long_query_count() -> None:
     assert not np.array_equal(long.ids, other.ids)
 
 
+def test_layers_are_spread_and_end_with_the_last(tiny_bert: Path) -> None:
+    """Two of two layers are taken; the last layer's vectors are those of plain pooling."""
+    vectors = SentenceVectors(tiny_bert, max_tokens=16)
+    both = vectors.of_layers(TEXTS[:3], [1, 2])
+    assert both.shape == (3, 2, 16)
+    np.testing.assert_allclose(np.linalg.norm(both, axis=-1), 1, atol=1e-5)
+    np.testing.assert_allclose(both[:, 1], vectors(TEXTS[:3]), atol=1e-6)
+    assert not np.allclose(both[:, 0], both[:, 1], atol=1e-4)
+    assert Neural(path=str(tiny_bert), num_layers=1).layers == [2]
+    assert Neural(path=str(tiny_bert), num_layers=6).layers == [1, 2]
+    with pytest.raises(PolicyError, match="num_layers: 0 is not at least 1"):
+        Neural(path=str(tiny_bert), num_layers=0)
+
+
+@pytest.mark.parametrize("names", [("dim", "n_layers"), ("d_model", "num_layers")])
+def test_architectures_may_name_their_shape_differently(
+    tmp_path: Path, names: tuple[str, str]
+) -> None:
+    """DistilBERT's and T5's configurations are read too; one without any name is refused."""
+    (tmp_path / "config.json").write_text(json.dumps(dict.fromkeys(names, 4)))
+    vectors = SentenceVectors(tmp_path, max_tokens=16)
+    assert (vectors.num_dimensions, vectors.num_layers) == (4, 4)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(PolicyError, match="names none of hidden_size, dim, d_model"):
+        SentenceVectors(tmp_path, max_tokens=16)
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
@@ -144,6 +168,7 @@ def test_only_head_and_tail_of_a_long_query_count() -> None:
         ("ngrams", {"num_dimensions": 0}, "ngrams.num_dimensions"),
         ("ngrams", {"size": 4}, "encoder ngrams: .*size"),
         ("neural", {"path": "/nowhere"}, "/nowhere is not a Hugging Face"),
+        ("neural", {"path": "/nowhere", "weight": 1}, "encoder neural: .*weight"),
         ("finetuned", {"path": "."}, "is not a Hugging Face"),
         ("finetuned", {"path": "/nowhere", "bits": 4}, "encoder finetuned: .*bits"),
     ],

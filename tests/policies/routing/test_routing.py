@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.special import expit
 
 from policies.base import ModelFacts, Policy, Query
 from policies.encoders.ngrams import NGrams
@@ -154,6 +155,11 @@ def test_the_fast_path_predicts_what_the_batch_predicts(router: Router) -> None:
         prediction = router.predict(text)
         np.testing.assert_allclose(prediction.quality_M, batch[row], atol=1e-5)
         np.testing.assert_allclose(router.topics.scores_KM[prediction.cluster], clusters[row])
+        # What an explanation shows adds up to the prediction.
+        ids, values = prediction.features.ids, prediction.features.values
+        logits = values @ router.weights_FM[ids] + prediction.likeness_M + router.bias_M
+        np.testing.assert_allclose(expit(logits), prediction.quality_M, atol=1e-5)
+        assert np.abs(prediction.likeness_M).max() > 0.01
 
 
 def test_a_stored_router_decides_the_same(router: Router, tmp_path: Path) -> None:
@@ -208,25 +214,26 @@ def test_an_explanation_names_members_cluster_and_ngrams(policy: Learned) -> Non
     ngrams = [entry["ngram"] for entry in details["strongest_ngrams"]]
     assert ngrams
     assert all(ngram in " what is 37 + 58? " for ngram in ngrams)
+    assert isinstance(details["likeness_logit"], float)
 
 
-def test_a_router_without_bags_still_routes(router: Router, tmp_path: Path) -> None:
-    """A file of the first schema decides as ever, and is never in doubt."""
+def test_a_file_from_before_landmarks_still_routes(router: Router, tmp_path: Path) -> None:
+    """A file of the second schema predicts as a router that never had landmarks."""
     file = tmp_path / "router.npz"
-    save_router(router, file)
+    linear = fit_router(OUTCOMES, encoder=encoder(), settings=replace(SETTINGS, num_landmarks=0))
+    assert router.landmarks.num_features > 0 == linear.landmarks.num_features
+    save_router(linear, file)
     with np.load(file) as arrays:
-        parts = {name: arrays[name] for name in arrays.files if not name.startswith("bag_")}
+        parts = {name: arrays[name] for name in arrays.files if not name.startswith("landmark")}
     header = json.loads(parts["header"].tobytes())
-    del header["usual_spread"]
-    header["schema"] = "shoal-router/1"
+    del header["sharpness"], header["faint"]
+    header["schema"] = "shoal-router/2"
     parts["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
     np.savez(file, **parts)
     old = load_router(file)
     query = "What is 37 + 58?"
-    np.testing.assert_array_equal(old.predict(query).quality_M, router.predict(query).quality_M)
-    assert old.predict(query).spread(0) == 0.0
-    policy = Learned(old, models=FACTS, fallback=Answer(members=("large",)))
-    assert "unlike" not in policy.decide(Query(text=query)).reason
+    np.testing.assert_array_equal(old.predict(query).quality_M, linear.predict(query).quality_M)
+    assert old.predict(query).spread(0) == linear.predict(query).spread(0)
 
 
 def test_doubt_takes_the_safe_plan(router: Router) -> None:
@@ -261,7 +268,7 @@ def damage(file: Path, how: str) -> None:
         elif how == "misshapen":
             parts["bias"] = parts["bias"][:-1]
         elif how == "newer":
-            header = parts["header"].tobytes().replace(b"shoal-router/2", b"shoal-router/9")
+            header = parts["header"].tobytes().replace(b"shoal-router/3", b"shoal-router/9")
             parts["header"] = np.frombuffer(header, np.uint8)
         elif how == "pickled":
             parts["bias"] = np.array([{"evil": 1}], dtype=object)
@@ -277,7 +284,7 @@ def damage(file: Path, how: str) -> None:
         ("flipped", "not a router file, or is damaged"),
         ("incomplete", "not a complete router file: 'bias.npy'|not a complete router file: 'bias'"),
         ("misshapen", "the array 'bias' has shape"),
-        ("newer", "schema 'shoal-router/9' is unknown; allowed are 'shoal-router/2'"),
+        ("newer", "schema 'shoal-router/9' is unknown; allowed are 'shoal-router/3'"),
         ("pickled", "not a router file, or is damaged"),
     ],
 )

@@ -62,10 +62,10 @@ def test_every_format_holds_every_row(
         assert (from_csv["query_text"] or None) == from_arrow["query_text"] == want["query_text"]
 
 
-def test_a_router_learns_from_exported_feedback(
-    database: Database, new_ledger: NewLedger, tmp_path: Path
+def test_a_router_learns_from_feedback(
+    database: Database, ledger_url: str, new_ledger: NewLedger, tmp_path: Path
 ) -> None:
-    """Scored answers, exported as outcomes, train a router together with other outcomes."""
+    """Scored answers, exported or straight from the ledger, train a router with other outcomes."""
     ledger = new_ledger()
     for number in range(30):
         members = {("math", "code")[number % 2]: MemberTokens(prompt_tokens=3, output_tokens=4)}
@@ -76,12 +76,20 @@ def test_a_router_learns_from_exported_feedback(
     feedback, known, out = (tmp_path / name for name in ("feedback.jsonl", "known.jsonl", "r.npz"))
     assert export(database, feedback, format="outcomes") == 24
     known.write_text('{"query": "2+2?", "scores": {"math": 1, "code": 0}}\n')
-    arguments = ["router", str(known), "--also", str(feedback), "--out", str(out)]
+    hashes = set()
+    for source in (["--also", str(feedback)], ["--feedback", ledger_url]):
+        arguments = ["router", str(known), *source, "--out", str(out)]
+        result = CliRunner().invoke(train_cli.app, arguments)
+        assert result.exit_code == 0, result.output
+        trained = load_router(out)
+        assert trained.facts["num_queries"] == 25
+        assert trained.output_tokens_M.tolist() == [4.0, 4.0]
+        hashes.add(trained.facts["data_sha256"])
+    assert len(hashes) == 1
+    arguments = ["router", str(known), "--feedback", "sqlite:///nowhere.db", "--out", str(out)]
     result = CliRunner().invoke(train_cli.app, arguments)
-    assert result.exit_code == 0, result.output
-    trained = load_router(out)
-    assert trained.facts["num_queries"] == 25
-    assert trained.output_tokens_M.tolist() == [4.0, 4.0]
+    assert result.exit_code == 2
+    assert "there is no ledger at" in result.output
 
 
 def test_an_interrupted_export_leaves_the_old_file(
