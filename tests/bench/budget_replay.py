@@ -170,7 +170,7 @@ def main(names: list[str], *, seed: int, dry: bool) -> None:
             print("knowing all from noon on: " + json.dumps(bounds), flush=True)
             rows.append({"data": name, "scenario": scenario.name, "share": share} | bounds)
             if share == MIDDLE and scenario.name == "ordinary day" and not dry:
-                draw(replayed, DOCS / f"{name}.png")
+                draw(replayed, DOCS / ("day.png" if name == "llmrouter" else f"{name}.png"))
     if not dry:
         (DOCS / "replay.json").write_text(json.dumps(rows, indent=1) + "\n")
 
