@@ -86,7 +86,7 @@ def _print_details(decision: Decision) -> None:
         shown = ", ".join(f"{n['ngram']!r} {n['logit']:+.2f}" for n in ngrams)
         print(f"strongest n-grams for (+) and against (-) the choice: {shown}")
     likeness = details.pop("likeness_logit", None)
-    if likeness is not None:
+    if likeness:
         print(f"likeness to training queries: {likeness:+.2f}")
     for key, value in details.items():
         print(f"{key}: {json.dumps(value)}")
