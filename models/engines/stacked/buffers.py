@@ -95,15 +95,28 @@ class SpanBuffers:
 
 @dataclass(frozen=True, slots=True)
 class PaddedBuffers:
-    """The same for decoding lanes that attend together, over a copy of their cache rows."""
+    """The same for decoding lanes that attend together, over a copy of their cache rows.
 
-    cache_rows: Tensor
-    copy: Tensor
+    On CPU a layer keeps its copy while the layout stays, and a step adds only the rows that it has
+    written. On CUDA all layers share one: there copies are cheap and memory is dear.
+    """
+
+    padded: Padded
+    copies: list[PaddedCopy]  # of each layer
+    keeps: bool
     query: Tensor
-    key: Tensor
-    value: Tensor
     output: Tensor
     mask: Tensor
+
+
+@dataclass(slots=True)
+class PaddedCopy:
+    """One layer's rows, [lanes · width, row], and their keys and values, [lanes, K, width, d]."""
+
+    rows: Tensor
+    key: Tensor
+    value: Tensor
+    filled: bool = False
 
 
 class Buffers:
@@ -159,22 +172,25 @@ class Buffers:
         )
 
     def _padded(self, padded: Padded) -> PaddedBuffers:
-        num_lanes, width = padded.cache_rows_LW.shape
-        kv_size = self.kv_NQ.shape[1]
-        copy = self.kv_NQ.new_empty(num_lanes * width, kv_size)
-        key, value = (
-            half.view(num_lanes, width, self._shape.num_kv_heads, -1).transpose(1, 2)
-            for half in copy.chunk(2, dim=1)
-        )
+        num_layers, keeps = self._shape.num_layers, self.kv_NQ.device.type == "cpu"
+        copies = [self._padded_copy(padded) for _ in range(num_layers if keeps else 1)]
         return PaddedBuffers(
-            cache_rows=padded.cache_rows_LW.view(-1),
-            copy=copy,
+            padded=padded,
+            copies=copies if keeps else copies * num_layers,
+            keeps=keeps,
             query=self._grouped(self.ordered_query_NQ[padded.rows]),
-            key=key,
-            value=value,
             output=self._grouped(self.ordered_output_NQ[padded.rows]),
             mask=padded.mask_LW[:, None, None],
         )
+
+    def _padded_copy(self, padded: Padded) -> PaddedCopy:
+        num_lanes, width = padded.cache_rows_LW.shape
+        rows = self.kv_NQ.new_empty(num_lanes * width, self.kv_NQ.shape[1])
+        key, value = (
+            half.view(num_lanes, width, self._shape.num_kv_heads, -1).transpose(1, 2)
+            for half in rows.chunk(2, dim=1)
+        )
+        return PaddedCopy(rows, key, value)
 
     def _grouped(self, rows_nQ: Tensor) -> Tensor:
         """View one token's heads as [lanes, K, G, d].

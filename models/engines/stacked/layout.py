@@ -100,11 +100,15 @@ class Padded:
     """Decoding lanes attended together: cache rows padded to one width, and a mask over them.
 
     A lane's padding repeats its newest row (never an unwritten one); `mask_LW` is 0 or -inf.
+    `newest_L` is the place of each lane's newest row among all lanes' padded rows, and
+    `newest_rows_L` that row in the cache.
     """
 
     rows: slice
     cache_rows_LW: Tensor
     mask_LW: Tensor
+    newest_L: Tensor
+    newest_rows_L: Tensor
     num_cached: int  # of the longest
 
 
@@ -293,20 +297,23 @@ def _attention(
     )[:, None]
     columns = np.arange(width)
     mask = np.where(columns <= newest, 0, -np.inf).astype(np.float32)
+    lanes = np.arange(num_lanes)
     padded = Padded(
         rows=slice(0, num_lanes),
         cache_rows_LW=torch.from_numpy(first_rows[:, None] + np.minimum(columns, newest)).to(
             device
         ),
         mask_LW=torch.from_numpy(mask).to(device),
+        newest_L=torch.from_numpy(lanes * width + newest[:, 0]).to(device),
+        newest_rows_L=torch.from_numpy(first_rows + newest[:, 0]).to(device),
         num_cached=int(newest.max()) + 1,
     )
     return padded, spans[len(decoding) :]
 
 
 def _widen(padded: Padded) -> None:
-    """Let every lane see one more row: its padding becomes the row after its newest."""
-    hidden = padded.mask_LW != 0
-    padded.cache_rows_LW += hidden
-    padded.mask_LW[:, 1:].masked_fill_(~hidden[:, :-1], 0.0)
+    """Let every lane see one more row: the one after its newest."""
+    padded.newest_L += 1
+    padded.newest_rows_L += 1
+    padded.mask_LW.view(-1)[padded.newest_L] = 0.0
     padded.num_cached += 1

@@ -50,14 +50,16 @@ class StackedModel:
         b = self._buffers_of(layout)
         x_ND = b.x_ND.copy_(self._weights.embed_MVD[members_N, layout.tokens_N])
         rotations_N1d = self._rotations_T1d.index_select(0, layout.positions_N)
-        for weights, cache in zip(self._weights.layers, arena.layers, strict=True):
+        for layer, (weights, cache) in enumerate(
+            zip(self._weights.layers, arena.layers, strict=True)
+        ):
             b.norm()
             b.to_qkv.write(weights.qkv_MDQ)
             if weights.qkv_bias_MQ is not None:
                 b.qkv_NQ += weights.qkv_bias_MQ.index_select(0, members_N)
             self._rotate(b.heads_NHd, rotations_N1d, weights, members_N)
             cache.index_copy_(0, layout.cache_rows_N, b.kv_NQ)
-            self._attend(b, cache, layout)
+            self._attend(b, cache, layout, layer)
             b.from_attention.add(weights.out_MQD)
             if weights.out_bias_MD is not None:
                 x_ND += weights.out_bias_MD.index_select(0, members_N)
@@ -95,12 +97,12 @@ class StackedModel:
             rotated = _complex(heads_NHd.float()) * rotations_N1d
             heads_NHd.copy_(torch.view_as_real(rotated).flatten(-2))
 
-    def _attend(self, b: Buffers, cache: Tensor, layout: Layout) -> None:
+    def _attend(self, b: Buffers, cache: Tensor, layout: Layout, layer: int) -> None:
         """Attend from the step's rows to everything cached."""
         if layout.to_requests_N is not None:
             torch.index_select(b.query_NQ, 0, layout.to_requests_N, out=b.ordered_query_NQ)
         if b.padded is not None:
-            _attend_padded(b.padded, cache)
+            _attend_padded(b.padded, cache, layer)
         for span in b.spans:
             self._attend_span(span, cache)
         if layout.to_members_N is not None:
@@ -123,13 +125,19 @@ class StackedModel:
         buffers.output.copy_(output)
 
 
-def _attend_padded(buffers: PaddedBuffers, cache: Tensor) -> None:
+def _attend_padded(buffers: PaddedBuffers, cache: Tensor, layer: int) -> None:
     """Attend for many decoding lanes at once, over copies padded to the longest."""
-    torch.index_select(cache, 0, buffers.cache_rows, out=buffers.copy)
+    copy, padded = buffers.copies[layer], buffers.padded
+    if copy.filled:
+        newest = cache.index_select(0, padded.newest_rows_L)
+        copy.rows.index_copy_(0, padded.newest_L, newest)
+    else:
+        torch.index_select(cache, 0, padded.cache_rows_LW.view(-1), out=copy.rows)
+        copy.filled = buffers.keeps
     output = F.scaled_dot_product_attention(
         buffers.query,
-        buffers.key,
-        buffers.value,
+        copy.key,
+        copy.value,
         attn_mask=buffers.mask.to(buffers.query.dtype),
     )
     buffers.output.copy_(output)
