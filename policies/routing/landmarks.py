@@ -47,6 +47,10 @@ class Landmarks:
 
     def features(self, points_QD: Floats) -> Floats:
         """Return φ [Q, N] of points in the encoder's space."""
+        return self.kernel(points_QD) @ self.mix_LN
+
+    def kernel(self, points_QD: Floats) -> Floats:
+        """Return how near points are to the landmarks, [Q, L]; φ is a linear map of it."""
         lengths_Q1 = np.sqrt(np.einsum("qd,qd->q", points_QD, points_QD))[:, None]
         centred_QD = points_QD - self.centre_D
         norms_Q1 = np.sqrt(np.einsum("qd,qd->q", centred_QD, centred_QD))[:, None]
@@ -54,9 +58,9 @@ class Landmarks:
         cosines_QL /= np.maximum(norms_Q1, 1e-6)
         cosines_QL -= 1
         cosines_QL *= np.float32(self.sharpness)
-        near_QN: Floats = np.exp(cosines_QL, out=cosines_QL) @ self.mix_LN
-        near_QN *= np.minimum(lengths_Q1 / np.float32(self.faint), 1)
-        return near_QN
+        near_QL: Floats = np.exp(cosines_QL, out=cosines_QL)
+        near_QL *= np.minimum(lengths_Q1 / np.float32(self.faint), 1)
+        return near_QL
 
     def beside(self, encoded: Encoded) -> sp.csr_matrix:
         """Return the encoder's features with φ beside them, [Q, F + N]."""

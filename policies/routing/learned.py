@@ -87,7 +87,7 @@ class Learned:
         return prediction.quality_M
 
     def _spread(self, prediction: Prediction, model: int) -> float:
-        return prediction.spread(model)
+        return self._router.spread(prediction, model)
 
     def _decide(self, query: Query, prediction: Prediction) -> Decision:
         quality_M = self._quality(prediction)

@@ -1,14 +1,14 @@
 """A trained router: what it predicts for a query, before anybody weighs quality against cost.
 
 Shape legend: Q queries, F features of the encoder, N of the landmarks, M models, B bags,
-D dimensions of a point, L landmarks.
+D dimensions of a point, L landmarks, C columns of weights.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,21 +28,29 @@ class Prediction:
     """What a router says of one query.
 
     `quality_M` are calibrated expected scores in [0, 1]; `cluster` is the nearest, `similarity`
-    how near it is. `deviations_BM` are the bags' predictions, less their mean. `likeness_M` is the
-    share of the logits that is owed to landmarks.
+    how near it is. `near_L` says how near the landmarks are, `likeness_M` which share of the logits
+    is owed to them.
     """
 
     quality_M: NDArray[np.float32]
     cluster: int
     similarity: float
-    deviations_BM: NDArray[np.float32]
+    near_L: NDArray[np.float32]
     likeness_M: NDArray[np.float32]
     features: Features
 
-    def spread(self, model: int) -> float:
-        """Return the bags' standard deviation of that model's score (0 without bags)."""
-        deviations_B = self.deviations_BM[:, model]
-        return math.sqrt(deviations_B @ deviations_B / max(1, len(deviations_B)))
+
+@dataclass(frozen=True, slots=True)
+class _Products:
+    """Weights of C columns: of the encoder's features, and of the landmarks' kernel."""
+
+    weights_FC: NDArray[np.float32]
+    weights_LC: NDArray[np.float32]
+
+    def of_features(self, features: Features) -> NDArray[np.float32]:
+        """Return the features' share of every column."""
+        share_C: NDArray[np.float32] = features.values @ self.weights_FC.take(features.ids, axis=0)
+        return share_C
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,39 +71,46 @@ class Router:
     bags: Bags
     output_tokens_M: NDArray[np.float32]
     facts: Mapping[str, Any] = field(default_factory=dict)
-    _table: NDArray[np.float32] = field(init=False, repr=False, compare=False)
-    _raw: Landmarks = field(init=False, repr=False, compare=False)
+    _heads: _Products = field(init=False, repr=False, compare=False)
+    _bags: tuple[_Products, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        # A feature's weights stand beside its shares in the bags: one look-up per query gives all.
+        object.__setattr__(self, "_heads", self._products(self.weights_FM))
+        # By model: a decision looks at the bags of the model that it has chosen, and no other.
+        bags = np.moveaxis(self.bags.weights_FBM, 2, 0)
+        object.__setattr__(self, "_bags", tuple(self._products(weights) for weights in bags))
+
+    def _products(self, weights: NDArray[np.float32]) -> _Products:
         num_features = self.encoder.num_features
-        num_bags, num_models = self.bags.bias_BM.shape
-        bags = self.bags.weights_FBM.reshape(len(self.weights_FM), num_bags * num_models)
-        weights = np.hstack([self.weights_FM, bags])
-        object.__setattr__(self, "_table", weights[:num_features])
         # The landmarks' mixing is linear, as is what weighs it: one product instead of two.
-        mixed = self.landmarks.mix_LN @ weights[num_features:]
-        object.__setattr__(self, "_raw", replace(self.landmarks, mix_LN=mixed))
+        return _Products(
+            np.ascontiguousarray(weights[:num_features]),
+            self.landmarks.mix_LN @ weights[num_features:],
+        )
 
     def predict(self, text: str) -> Prediction:
         """Predict for one query."""
         features = self.encoder.features(text)
-        num_models = len(self.models)
-        products = features.values @ self._table.take(features.ids, axis=0)
-        near = self._raw.features(features.point_D[None])[0]
-        products += near
-        logits_M = products[:num_models] + self.bias_M
+        near_L = self.landmarks.kernel(features.point_D[None])[0]
+        likeness_M = near_L @ self._heads.weights_LC
+        logits_M = self._heads.of_features(features) + likeness_M + self.bias_M
         similarity_K = self.topics.centroids_KD @ features.point_D
-        bias_BM = self.bags.bias_BM
         cluster = int(similarity_K.argmax())
         return Prediction(
             quality_M=1 / (1 + np.exp(-logits_M)),
             cluster=cluster,
             similarity=float(similarity_K[cluster]),
-            deviations_BM=products[num_models:].reshape(bias_BM.shape) + bias_BM,
-            likeness_M=near[:num_models],
+            near_L=near_L,
+            likeness_M=likeness_M,
             features=features,
         )
+
+    def spread(self, prediction: Prediction, model: int) -> float:
+        """Return the bags' standard deviation of that model's score (0 without bags)."""
+        products, bias_B = self._bags[model], self.bags.bias_BM[:, model]
+        deviations_B = products.of_features(prediction.features) + bias_B
+        deviations_B += prediction.near_L @ products.weights_LC
+        return math.sqrt(deviations_B @ deviations_B / max(1, len(deviations_B)))
 
     def qualities(self, texts: Sequence[str]) -> Floats:
         """Return the heads' expected scores [Q, M] for many queries at once."""

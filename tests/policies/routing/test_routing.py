@@ -233,7 +233,7 @@ def test_a_file_from_before_landmarks_still_routes(router: Router, tmp_path: Pat
     old = load_router(file)
     query = "What is 37 + 58?"
     np.testing.assert_array_equal(old.predict(query).quality_M, linear.predict(query).quality_M)
-    assert old.predict(query).spread(0) == linear.predict(query).spread(0)
+    assert old.spread(old.predict(query), 0) == linear.spread(linear.predict(query), 0)
 
 
 def test_doubt_takes_the_safe_plan(router: Router) -> None:
