@@ -37,6 +37,11 @@ _SOLVE_EVERY_S = 300.0
 # follows what may be a passing error slowly, yet in time. What was overspent nobody brings back.
 _HASTE_UP = 6.0
 _HASTE_DOWN = 4.0
+# Running out costs far more quality than having some left: this many standard deviations of the
+# traffic to come are planned for beyond its mean. Over this last share of a window, in which there
+# is ever less to lose, the reserve is given up.
+_CAUTION = 0.5
+_RELEASE = 0.25
 # Future hours are grouped into this many levels of carbon intensity.
 _MAX_LEVELS = 4
 # Samples keep ensembles up to this multiple of n*, so that a falling price finds larger ones.
@@ -334,7 +339,8 @@ class Controller:
             return
         qualities, costs = samples.view()
         horizon = self._pace.horizon(now_s, likely=self._likely_requests(qualities, costs))
-        num_requests = horizon.num_requests
+        kept = min(1.0, horizon.seconds / (_RELEASE * self._pace.window_s))
+        num_requests = horizon.num_requests * (1 + _CAUTION * kept * horizon.deviation)
         allowances = []
         for target, total in zip(self.targets, self._spent, strict=True):
             # Of the next window, only the share that its forecast traffic may spend.

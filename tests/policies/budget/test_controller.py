@@ -147,6 +147,25 @@ def test_a_restarted_controller_takes_over_what_was_spent():
     assert spent == pytest.approx(500 * 24, rel=0.02)
 
 
+def test_a_reserve_is_kept_for_bursts_and_released():
+    """Of two even days (seed 7) the second has spent less than half by noon, and all at its end."""
+    rng = random.Random(7)
+    clock = Clock()
+    controller = two_models(clock, targets=[Target(resource="wh", amount=500.0)])
+    noon, end = 0.0, 0.0
+    for number in range(6000):
+        clock.now_s = number * 86_400 / 3000
+        query = Query(text="")
+        decision = controller.choose(query, prefers_large(rng.random() * 0.5))
+        cost = 1.0 if members(decision.plan) == ("small",) else 10.0
+        controller.observe(query, decision, Footprint(wh=cost))
+        if number >= 3000:
+            end += cost
+            noon += cost if number < 4500 else 0.0
+    assert 0.46 * 12_000 < noon < 0.49 * 12_000
+    assert end == pytest.approx(12_000, rel=0.01)
+
+
 def test_a_price_follows_step_by_step():
     """Alarming news at noon does not multiply the price at once, but before it is too late."""
     rng = random.Random(6)
