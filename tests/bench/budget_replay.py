@@ -177,8 +177,10 @@ def main(names: list[str], *, seed: int, dry: bool) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[*SCENES, []], default=list(SCENES))
+    parser.add_argument("names", nargs="*", help=f"of {'/'.join(SCENES)}; default all")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--dry", action="store_true")
     given = parser.parse_args()
-    main(given.names, seed=given.seed, dry=given.dry)
+    if unknown := set(given.names) - set(SCENES):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; allowed are {', '.join(SCENES)}")
+    main(given.names or list(SCENES), seed=given.seed, dry=given.dry)
