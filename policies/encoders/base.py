@@ -6,29 +6,40 @@ models or scores.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, TypeAlias
+from typing import Any, NamedTuple, Protocol, Self, TypeAlias
 
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
 Floats: TypeAlias = NDArray[np.float32]
-Ids: TypeAlias = NDArray[np.int64]
+Ids: TypeAlias = NDArray[np.int32]
 Arrays: TypeAlias = Mapping[str, NDArray[Any]]
 
 
-@dataclass(frozen=True, slots=True)
-class Features:
-    """One query's non-zero features, distinct `ids` in [0, num_features) and their `values`.
-
-    `point_D` is its place in the small space.
-    """
+class Features(NamedTuple):
+    """One query's non-zero features, distinct `ids` in [0, num_features) and their `values`."""
 
     ids: Ids
     values: Floats
+
+    def weighed(self, weights_FC: Floats) -> Floats:
+        """Return the features' sums [C], weighed by every column of `weights_FC`."""
+        sums_C: Floats = self.values.dot(weights_FC.take(self.ids, axis=0))
+        return sums_C
+
+
+class Reading(NamedTuple):
+    """One query's features, their weighted sums [C], and its place in the small space, [D]."""
+
+    features: Features
+    sums_C: Floats
     point_D: Floats
+
+
+Reader: TypeAlias = Callable[[str], Reading]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +80,14 @@ class Encoder(Protocol):
         ...
 
     def features(self, text: str) -> Features:
-        """Return the features and the point of one query."""
+        """Return the features of one query."""
+        ...
+
+    def reader(self, weights_FC: Floats) -> Reader:
+        """Return what reads one query at a time, fast, for whoever weighs features so.
+
+        Thread-safe; a later `fit` or `restore` changes nothing in it.
+        """
         ...
 
     def encode(self, texts: Sequence[str]) -> Encoded:

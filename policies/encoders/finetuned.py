@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 import scipy.sparse as sp
 
-from policies.encoders.base import Arrays, Encoded, Features, Floats
+from policies.encoders.base import Arrays, Encoded, Features, Floats, Reader, Reading
 from policies.encoders.vectors import SentenceVectors
 from policies.errors import PolicyError
 
@@ -34,8 +34,18 @@ class FineTuned:
 
     def features(self, text: str) -> Features:
         """Return the vector of one query."""
-        vector = self.vectors([text])[0]
-        return Features(np.arange(self.num_features), vector, (vector - self.mean_) / 2)
+        return Features(np.arange(self.num_features, dtype=np.int32), self.vectors([text])[0])
+
+    def reader(self, weights_FC: Floats) -> Reader:
+        """Return what encodes one query at a time."""
+        mean = self.mean_
+
+        def read(text: str) -> Reading:
+            features = self.features(text)
+            point_D = (features.values - mean) / np.float32(2)
+            return Reading(features, features.weighed(weights_FC), point_D)
+
+        return read
 
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Return the vectors of many queries."""

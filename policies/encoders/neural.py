@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from policies.encoders.base import Arrays, Encoded, Features, Floats
+from policies.encoders.base import Arrays, Encoded, Features, Floats, Reader, Reading
 from policies.encoders.ngrams import NGrams
 from policies.encoders.vectors import SentenceVectors
 from policies.errors import PolicyError
@@ -61,13 +61,22 @@ class Neural:
         return self
 
     def features(self, text: str) -> Features:
-        """Return the n-grams and the vectors of one query."""
-        grams = self._ngrams.features(text)
-        return Features(grams.ids, grams.values, self._points([text])[0])
+        """Return the n-grams of one query."""
+        return self._ngrams.features(text)
+
+    def reader(self, weights_FC: Floats) -> Reader:
+        """Return what hashes and encodes one query at a time."""
+        read_ngrams = self._ngrams.reader(weights_FC)
+        mean = self.mean_
+
+        def read(text: str) -> Reading:
+            return read_ngrams(text)._replace(point_D=self._points([text], mean)[0])
+
+        return read
 
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Return the n-grams and the vectors of many queries."""
-        return Encoded(self._ngrams.matrix(texts), self._points(texts))
+        return Encoded(self._ngrams.matrix(texts), self._points(texts, self.mean_))
 
     def names(self, text: str) -> dict[int, str]:
         """Return the n-grams."""
@@ -97,9 +106,9 @@ class Neural:
         self.mean_ = arrays["mean"]
         return self
 
-    def _points(self, texts: Sequence[str]) -> Floats:
+    def _points(self, texts: Sequence[str], mean: Floats) -> Floats:
         """Return the centred vectors, scaled alike, side by side: a point has norm 1."""
-        centred = self._vectors(texts, self.layers) - self.mean_
+        centred = self._vectors(texts, self.layers) - mean
         norms = np.linalg.norm(centred, axis=-1, keepdims=True)
         centred /= np.maximum(norms * np.sqrt(len(self.layers)), 1e-6)
         return np.asarray(centred.reshape(len(texts), -1), np.float32)

@@ -1,12 +1,7 @@
 """Hashed word and character n-grams: no download, NumPy only, tens of microseconds per query.
 
-Every n-gram of a query is hashed at once. With h the per-byte codes and B an odd base, the prefix
-sums S_i = Σ_{j<i} h_j B^j (mod 2^64) give any span's Rabin-Karp hash (S_e - S_s) B^-s, so words
-and character windows cost one subtraction and one product per span, whatever their length. Upper
-and lower case, all digits, and all white space look the same: a router should know sums from
-stories, not 37 from 38.
-
-It does not know meaning: two queries are alike when they share n-grams.
+It does not know meaning: two queries are alike when they share n-grams. `hashing` finds them, this
+weighs them.
 """
 
 from __future__ import annotations
@@ -20,46 +15,16 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 from sklearn.utils.extmath import randomized_svd
 
-from policies.encoders.base import Arrays, Encoded, Features, Floats, Ids
+from policies.encoders.base import Arrays, Encoded, Features, Floats, Ids, Reader, Reading
+from policies.encoders.hashing import MAX_BYTES, Hasher, clip
+from policies.encoders.tables import side_by_side
 from policies.errors import PolicyError
 
-Hashes = NDArray[np.uint64]
-
-MAX_BYTES: Final = 2048
 BASIS_QUERIES: Final = 4096
 """So many training queries, at most, show in which directions queries differ most."""
 
-_HALF: Final = MAX_BYTES // 2
-_BASE: Final = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
-_MIX: Final = np.uint64(0xD6E8FEB86659FD93)
-_BIGRAM: Final = np.uint64(0xC2B2AE3D27D4EB4F)
-_MODULUS: Final = 1 << 64
-
-
-def _powers(base: int) -> Hashes:
-    powers = [1]
-    for _ in range(MAX_BYTES + 8):
-        powers.append(powers[-1] * base % _MODULUS)
-    return np.array(powers, np.uint64)
-
-
-def _codes() -> Hashes:
-    """Return a random code per byte; bytes that should look the same share one."""
-    alike = np.arange(256)
-    alike[ord("0") : ord("9") + 1] = ord("0")
-    alike[[9, 10, 11, 12, 13]] = ord(" ")
-    codes = np.random.default_rng(20260101).integers(1, 1 << 63, 256, dtype=np.uint64)
-    return codes[alike]
-
-
-def _in_word() -> NDArray[np.bool_]:
-    return np.array([byte >= 128 or chr(byte).isalnum() for byte in range(256)])
-
-
-_POWERS: Final = _powers(_BASE)
-_INVERSES: Final = _powers(pow(_BASE, -1, _MODULUS))
-_CODES: Final = _codes()
-_IN_WORD: Final = _in_word()
+_SUBLINEAR: Final = np.log(np.arange(MAX_BYTES + 1).clip(1), dtype=np.float32) + np.float32(1)
+"""1 + ln(count), by count: no n-gram occurs more often than a query has bytes."""
 
 
 class NGrams:
@@ -90,9 +55,10 @@ class NGrams:
         self.window = window
         self.num_dimensions = num_dimensions
         self.seed = seed
+        self._hash = Hasher(bits=bits, window=window)
         self.known_ = np.empty(0, np.int64)
         self.idf_ = np.ones(self.num_features, np.float32)
-        self.basis_ = np.zeros((self.num_features, num_dimensions), np.float32)
+        self.basis_ = np.empty((0, num_dimensions), np.float16)  # of the known features
 
     @property
     def num_features(self) -> int:
@@ -108,23 +74,35 @@ class NGrams:
         sample = np.random.default_rng(self.seed).permutation(len(texts))[:BASIS_QUERIES]
         matrix = self._weigh(counts[np.sort(sample)])[:, self.known_]
         rank = min(self.num_dimensions, min(matrix.shape) - 1)
-        self.basis_ = np.zeros((self.num_features, self.num_dimensions), np.float32)
+        self.basis_ = np.zeros((len(self.known_), self.num_dimensions), np.float16)
         if rank > 0:
             # Two power iterations are enough for clustering.
             _, _, vectors = randomized_svd(matrix, rank, n_iter=2, random_state=self.seed)
-            self.basis_[self.known_, :rank] = vectors.T.astype(np.float16)
+            self.basis_[:, :rank] = vectors.T
         return self
 
     def features(self, text: str) -> Features:
-        """Return the weighted n-grams of one query, and its latent semantic coordinates."""
-        ids, counts, num_words = self._count(text)
-        values: Floats = np.log(counts, dtype=np.float32)
-        values += np.float32(1)
-        values *= self.idf_.take(ids)
-        for block in (values[:num_words], values[num_words:]):
-            scale = 1 / math.sqrt(max(2 * float(block @ block), 1e-12))
-            np.multiply(block, np.float32(scale), out=block)
-        return Features(ids, values, values @ self.basis_.take(ids, axis=0))
+        """Return the weighted n-grams of one query."""
+        ids, counts = self._count(text)
+        return Features(ids, self._weigh_one(ids, counts, self.idf_.take(ids)))
+
+    def reader(self, weights_FC: Floats) -> Reader:
+        """Return what hashes one query at a time.
+
+        Basis, weights and idf stand side by side: the time goes into fetching a row per n-gram from
+        a table much larger than the caches, so it is fetched once for all.
+        """
+        table = side_by_side(self._basis(), weights_FC, self.idf_[:, None])
+        first, last = self.num_dimensions, self.num_dimensions + weights_FC.shape[1]
+
+        def read(text: str) -> Reading:
+            ids, counts = self._count(text)
+            rows = table.take(ids, axis=0)
+            values = self._weigh_one(ids, counts, rows[:, last])
+            sums = values.dot(rows)
+            return Reading(Features(ids, values), sums[first:last], sums[:first])
+
+        return read
 
     def matrix(self, texts: Sequence[str]) -> sp.csr_matrix:
         """Return the weighted n-grams of many queries, known ones only."""
@@ -138,14 +116,14 @@ class NGrams:
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Return `matrix`, and the latent semantic coordinates of many queries."""
         matrix = self.matrix(texts)
-        return Encoded(matrix, np.asarray(matrix @ self.basis_, np.float32))
+        return Encoded(matrix, np.asarray(matrix @ self._basis(), np.float32))
 
     def names(self, text: str) -> dict[int, str]:
         """Return the n-grams of `text` by feature id; the first one where two share an id."""
-        raw = _clip(text)
-        starts, ends = _words(raw)
-        ids, first_pair, first_window = self._ids(raw, starts, ends)
-        words, pairs, windows = np.split(ids, [first_pair, first_window])
+        raw = clip(text)
+        grams = self._hash(raw)
+        words, pairs, windows = np.split(grams.ids, [grams.num_words, grams.first_window])
+        starts, ends = grams.edges[::2] + 1, grams.edges[1::2] + 1
         spans = [
             *zip(words, starts, ends, strict=True),
             *zip(pairs, starts[:-1], ends[1:], strict=True),
@@ -153,7 +131,7 @@ class NGrams:
         ]
         found: dict[int, str] = {}
         for feature, start, end in spans:
-            found.setdefault(int(feature), raw[start:end].tobytes().decode("utf-8", "replace"))
+            found.setdefault(int(feature), raw[start:end].decode("utf-8", "replace"))
         return found
 
     def settings(self) -> dict[str, Any]:
@@ -171,7 +149,7 @@ class NGrams:
             "known": self.known_,
             "idf": self.idf_[self.known_],
             "rare_idf": self.idf_.max(keepdims=True),
-            "basis": self.basis_[self.known_].astype(np.float16),
+            "basis": self.basis_,
         }
 
     def restore(self, arrays: Arrays) -> Self:
@@ -187,73 +165,41 @@ class NGrams:
         self.known_ = known
         self.idf_ = np.full(self.num_features, arrays["rare_idf"][0], np.float32)
         self.idf_[known] = arrays["idf"]
-        self.basis_ = np.zeros((self.num_features, self.num_dimensions), np.float32)
-        self.basis_[known] = basis
+        self.basis_ = basis.astype(np.float16)
         return self
 
-    def _ids(
-        self, raw: NDArray[np.uint8], starts: Ids, ends: Ids
-    ) -> tuple[NDArray[np.uint32], int, int]:
-        """Return the ids of words, word pairs and windows, and where pairs and windows begin."""
-        sums = np.zeros(len(raw) + 1, np.uint64)
-        np.cumsum(_CODES.take(raw) * _POWERS[: len(raw)], out=sums[1:])
-        words = (sums.take(ends) - sums.take(starts)) * _INVERSES.take(starts)
-        pairs = words[:-1] * _BIGRAM + words[1:]
-        num_windows = max(0, len(raw) - self.window + 1)
-        windows = (sums[self.window :] - sums[:num_windows]) * _INVERSES[:num_windows]
-        hashes = np.concatenate((words, pairs, windows))
-        hashes *= _MIX
-        hashes >>= np.uint64(64 - self.bits)
-        ids = hashes.astype(np.uint32)
-        first_window = len(words) + len(pairs)
-        ids[first_window:] += np.uint32(1 << self.bits)
-        return ids, len(words), first_window
+    def _basis(self) -> Floats:
+        """Return the basis of all features, [F, D]; zero for those that training did not know."""
+        basis_FD = np.zeros((self.num_features, self.num_dimensions), np.float32)
+        basis_FD[self.known_] = self.basis_
+        return basis_FD
 
-    def _count(self, text: str) -> tuple[Ids, Floats, int]:
-        """Return distinct ids in order, how often each occurs, and how many are of words."""
-        raw = _clip(text)
-        ids, _, _ = self._ids(raw, *_words(raw))
-        ids.sort()
-        # The first of each run of equal ids, and where the last run ends.
-        edge = np.empty(len(ids) + 1, np.bool_)
-        edge[0] = edge[-1] = True
-        np.not_equal(ids[1:], ids[:-1], out=edge[1:-1])
-        edges = edge.nonzero()[0]
-        distinct = ids.take(edges[:-1]) if len(ids) else ids
-        counts = (edges[1:] - edges[:-1]).astype(np.float32)
-        return distinct.astype(np.int64), counts, int(distinct.searchsorted(1 << self.bits))
+    def _count(self, text: str) -> tuple[Ids, NDArray[np.int64]]:
+        """Return distinct ids in order, and how often each occurs."""
+        return self._hash(clip(text)).counted()
+
+    def _weigh_one(self, ids: Ids, counts: NDArray[np.int64], idf: Floats) -> Floats:
+        """Return the values of one query's features, whose ids are in order."""
+        values: Floats = _SUBLINEAR.take(counts)
+        values *= idf
+        first_window = ids.searchsorted(np.int32(1 << self.bits))
+        for block in (values[:first_window], values[first_window:]):
+            scale = 1 / math.sqrt(max(2 * float(block.dot(block)), 1e-12))
+            np.multiply(block, scale, out=block)
+        return values
 
     def _counts(self, texts: Sequence[str]) -> sp.csr_matrix:
         rows = [self._count(text) for text in texts]
-        pointers = np.cumsum([0, *(len(ids) for ids, _, _ in rows)])
-        ids = np.concatenate([ids for ids, _, _ in rows] or [np.empty(0, np.int64)])
-        counts = np.concatenate([counts for _, counts, _ in rows] or [np.empty(0, np.float32)])
+        pointers = np.cumsum([0, *(len(ids) for ids, _ in rows)])
+        ids = np.concatenate([np.empty(0, np.int32), *(ids for ids, _ in rows)])
+        counts = np.concatenate([np.empty(0, np.int64), *(counts for _, counts in rows)])
         return sp.csr_matrix((counts, ids, pointers), shape=(len(texts), self.num_features))
 
     def _weigh(self, counts: sp.csr_matrix) -> sp.csr_matrix:
         weighted = counts.astype(np.float32)
-        weighted.data = (1 + np.log(weighted.data)) * self.idf_[weighted.indices]
+        weighted.data = _SUBLINEAR.take(counts.data) * self.idf_[weighted.indices]
         block = weighted.indices >> self.bits
         row = np.repeat(np.arange(len(weighted.indptr) - 1), np.diff(weighted.indptr))
         norms = np.sqrt(np.bincount(2 * row + block, weights=weighted.data**2))
         weighted.data /= (np.sqrt(2) * norms[2 * row + block]).astype(np.float32)
         return weighted
-
-
-def _clip(text: str) -> NDArray[np.uint8]:
-    """Return the bytes that count: lower case, a space at both ends, `MAX_BYTES` at most."""
-    if len(text) > MAX_BYTES:
-        text = text[:_HALF] + text[-_HALF:]
-    raw = f" {text.lower()} ".encode("utf-8", "replace")
-    if len(raw) > MAX_BYTES:
-        raw = raw[:_HALF] + raw[-_HALF:]
-    return np.frombuffer(raw, np.uint8)
-
-
-def _words(raw: NDArray[np.uint8]) -> tuple[Ids, Ids]:
-    """Return where words start and end (exclusive): runs of letters, digits, non-ASCII bytes."""
-    inside = _IN_WORD.take(raw)
-    edges = (inside[1:] != inside[:-1]).nonzero()[0] + 1
-    # The text starts and ends with a space (or was cut inside a word, at a seam only), so that
-    # edges come in pairs.
-    return edges[::2], edges[1::2]

@@ -39,7 +39,8 @@ class Learned:
         self._chooser = make_chooser(
             trade or Trade(), router.models, router.output_tokens_M, models
         )
-        self._allowed = [(router.models[m], m) for m in self._chooser.allowed]
+        self._allowed = [(router.models[m], m) for m in self._chooser.allowed.tolist()]
+        self._names = tuple(name for name, _ in self._allowed)
         self._plans = tuple(Answer(members=(name,)) for name in router.models)
 
     @property
@@ -80,8 +81,8 @@ class Learned:
 
     def members(self) -> tuple[str, ...]:
         """Return the members to choose from, and those of the fallback."""
-        names = [name for name, _ in self._allowed]
-        return tuple(dict.fromkeys([*names, *(members(self._fallback) if self._fallback else ())]))
+        safe = members(self._fallback) if self._fallback else ()
+        return tuple(dict.fromkeys([*self._names, *safe]))
 
     def _quality(self, prediction: Prediction) -> NDArray[np.float32]:
         return prediction.quality_M
@@ -91,7 +92,8 @@ class Learned:
 
     def _decide(self, query: Query, prediction: Prediction) -> Decision:
         quality_M = self._quality(prediction)
-        scores = {name: float(quality_M[m]) for name, m in self._allowed}
+        allowed: list[float] = quality_M[self._chooser.allowed].tolist()
+        scores = dict(zip(self._names, allowed, strict=True))
         familiar_above = self._router.topics.familiar_above
         if self._fallback is not None and prediction.similarity < familiar_above:
             return Decision(
@@ -108,14 +110,14 @@ class Learned:
                 return Decision(
                     plan=self._fallback,
                     scores=scores,
-                    reason=f"unsure of {name} ({quality_M[chosen]:.2f} ± {spread:.2f} between "
+                    reason=f"unsure of {name} ({scores[name]:.2f} ± {spread:.2f} between "
                     f"bootstrap fits, usual up to {usual:.2f}): the safe plan",
                 )
         return Decision(
             plan=self._plans[chosen],
             scores=scores,
             reason=f"{name} has the best {self.predictor} quality for its price "
-            f"({quality_M[chosen]:.2f})",
+            f"({scores[name]:.2f})",
         )
 
     def _cluster(self, prediction: Prediction) -> dict[str, Any]:

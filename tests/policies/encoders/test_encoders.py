@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from policies.encoders.base import Encoder
+from policies.encoders.hashing import MAX_BYTES
 from policies.encoders.neural import Neural
-from policies.encoders.ngrams import MAX_BYTES, NGrams
+from policies.encoders.ngrams import NGrams
 from policies.encoders.registry import build_encoder, parse_encoder
+from policies.encoders.tables import side_by_side
 from policies.encoders.vectors import SentenceVectors
 from policies.errors import PolicyError
 
@@ -19,6 +21,11 @@ TEXTS = [
     for verb, word in (("Add", "apples"), ("Take", "books"), ("Count", "grüne Äpfel"))
 ]
 ODD = ["", " ", "a", "ab", "\ud800 lone surrogate", "🦈🦈", "中文问题", "\x00\x01", "x" * 1_000_000]
+
+# What the first release made of "Spell shark, 2 times" with 16 bits.
+PINNED = [1205, 16388, 33473, 35732, 42811, 48421, 52016, 65962, 68774, 69864, 71547, 76696, 81092]
+PINNED += [81734, 89172, 91263, 99690, 106819, 108065, 108353, 116276, 123366, 125764, 126671]
+PINNED += [126771, 129652]
 
 
 @pytest.fixture(scope="module")
@@ -57,35 +64,42 @@ def encoder(request: pytest.FixtureRequest, tiny_bert: Path) -> Encoder:
 @pytest.mark.parametrize("text", ODD, ids=[repr(text[:10]) for text in ODD])
 def test_any_text_has_features(encoder: Encoder, text: str) -> None:
     """No text raises; ids are distinct and in range, values finite, the point small."""
-    features = encoder.features(text)
+    weights = np.ones((encoder.num_features, 2), np.float32)
+    features, sums, point = encoder.reader(weights)(text)
     assert len(set(features.ids.tolist())) == len(features.ids) == len(features.values)
     assert np.all((features.ids >= 0) & (features.ids < encoder.num_features))
     assert np.isfinite(features.values).all()
-    assert features.point_D.shape == (encoder.num_dimensions,)
-    assert np.linalg.norm(features.point_D) < 1.01
+    np.testing.assert_allclose(sums, features.values.sum(), atol=1e-4)
+    assert point.shape == (encoder.num_dimensions,)
+    assert np.linalg.norm(point) < 1.01
 
 
 def test_one_query_looks_the_same_alone_and_among_many(encoder: Encoder) -> None:
-    """The fast path and the training path agree, but for features training knows nothing of."""
+    """The fast path and training agree, but for features unknown to training (weights: seed 0)."""
     encoded = encoder.encode([*TEXTS[:5], *ODD[:4]])
+    weights = np.random.default_rng(0).normal(size=(encoder.num_features, 3)).astype(np.float32)
+    read = encoder.reader(weights)
     for row, text in enumerate([*TEXTS[:5], *ODD[:4]]):
-        features = encoder.features(text)
+        features, sums, point = read(text)
+        np.testing.assert_array_equal(features.ids, encoder.features(text).ids)
+        np.testing.assert_allclose(features.values, encoder.features(text).values, atol=1e-6)
+        np.testing.assert_allclose(sums, features.values @ weights[features.ids], atol=1e-4)
         dense = np.zeros(encoder.num_features, np.float32)
         dense[features.ids] = features.values
         together = encoded.matrix_QF[row].toarray()[0]
         known = together != 0
         np.testing.assert_allclose(together[known], dense[known], atol=1e-5)
-        np.testing.assert_allclose(encoded.points_QD[row], features.point_D, atol=1e-4)
+        np.testing.assert_allclose(encoded.points_QD[row], point, atol=1e-4)
 
 
 def test_a_restored_encoder_is_the_same(encoder: Encoder) -> None:
     """Settings and arrays are all there is."""
     settings = json.loads(json.dumps(encoder.settings()))
     copy = build_encoder(encoder.kind, settings).restore(encoder.arrays())
-    text = "Add 12 apples, says nobody"
-    one, other = encoder.features(text), copy.features(text)
-    np.testing.assert_array_equal(one.ids, other.ids)
-    np.testing.assert_array_equal(one.values, other.values)
+    weights = np.ones((encoder.num_features, 1), np.float32)
+    one, other = (each.reader(weights)("Add 12 apples, says nobody") for each in (encoder, copy))
+    np.testing.assert_array_equal(one.features.ids, other.features.ids)
+    np.testing.assert_array_equal(one.features.values, other.features.values)
     np.testing.assert_array_equal(one.point_D, other.point_D)
 
 
@@ -103,6 +117,27 @@ def test_ngram_names_are_substrings_of_the_query() -> None:
     names = encoder.names(text)
     assert set(encoder.features(text).ids.tolist()) == set(names)
     assert {"what", "37 + 58", "58? "} <= set(names.values())
+
+
+def test_ids_stay_what_stored_routers_know_them_by() -> None:
+    """A version that hashed otherwise would read every stored router as noise."""
+    ids = NGrams(bits=16).features("Spell shark, 2 times").ids.tolist()
+    assert ids == PINNED
+    assert all(feature < 1 << 16 for feature in ids[:7])
+    assert all(feature >= 1 << 16 for feature in ids[7:])
+
+
+@pytest.mark.parametrize("num_columns", [0, 1, 5, 8, 9, 16, 17])
+def test_rows_of_a_table_touch_as_few_cache_lines_as_can_be(num_columns: int) -> None:
+    """No row of a line or less crosses a line, longer ones start at one; the rest is zeros."""
+    left = np.ones((7, num_columns), np.float32)
+    table = side_by_side(left, 2 * np.ones((7, 1), np.float32))
+    np.testing.assert_array_equal(table[:, :num_columns], left)
+    assert (table[:, num_columns] == 2).all()
+    assert not table[:, num_columns + 1 :].any()
+    first = table.ctypes.data + table.strides[0] * np.arange(7)
+    lines = (first + table.strides[0] - 1) // 64 - first // 64 + 1
+    assert lines.tolist() == [-(-(num_columns + 1) // 16)] * 7
 
 
 def test_case_digits_and_white_space_do_not_matter() -> None:

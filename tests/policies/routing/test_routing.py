@@ -151,6 +151,7 @@ def test_the_fast_path_predicts_what_the_batch_predicts(router: Router) -> None:
     """One query at a time or all at once, the numbers are the same."""
     texts = [outcome.query for outcome in OUTCOMES[:20]]
     batch, clusters = router.qualities(texts), router.cluster_qualities(texts)
+    spreads = router.bags.spreads(router.landmarks.beside(router.encoder.encode(texts)))
     for row, text in enumerate(texts):
         prediction = router.predict(text)
         np.testing.assert_allclose(prediction.quality_M, batch[row], atol=1e-5)
@@ -160,6 +161,8 @@ def test_the_fast_path_predicts_what_the_batch_predicts(router: Router) -> None:
         logits = values @ router.weights_FM[ids] + prediction.likeness_M + router.bias_M
         np.testing.assert_allclose(expit(logits), prediction.quality_M, atol=1e-5)
         assert np.abs(prediction.likeness_M).max() > 0.01
+        own = [router.spread(prediction, model) for model in range(len(router.models))]
+        np.testing.assert_allclose(own, spreads[row], atol=1e-5)
 
 
 def test_a_stored_router_decides_the_same(router: Router, tmp_path: Path) -> None:
