@@ -33,8 +33,8 @@ class Grams(NamedTuple):
     """The ids of a query's words, then word pairs, then windows, in the order of the text.
 
     A word begins after each even one of `edges`, and ends with the byte at the next odd one. Pairs
-    begin at `ids[num_words]`, windows at `ids[first_window]`. `fenced` has a -1 at either end beside
-    them, so that runs of equal ids begin and end there as anywhere else.
+    begin at `ids[num_words]`, windows at `ids[first_window]`. In `fenced` a -1 stands at either end
+    of them, so that runs of equal ids begin and end there as anywhere else.
     """
 
     fenced: Ids
