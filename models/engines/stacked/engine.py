@@ -33,13 +33,16 @@ class StackedOptions(BaseModel):
     """The engine's `options` in pool.yaml.
 
     `step_rows` bounds how many token rows (tokens times lanes) one step may hold: more makes
-    prompts faster and the gaps between streamed tokens longer. `num_threads` is the most CPU
-    threads that a step gets (see `threads`); None: as many as torch has.
+    prompts faster and the gaps between streamed tokens longer. Tokens come out at most every
+    `stream_interval_ms`, several at a time if steps are faster, but the first and the last of an
+    answer at once: the event loop's work would hold up the steps otherwise. `num_threads` is the
+    most CPU threads that a step gets (see `threads`); None: as many as torch has.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     step_rows: int = Field(2048, ge=1)
+    stream_interval_ms: float = Field(10.0, ge=0)
     num_threads: int | None = Field(None, ge=1)
 
 
@@ -86,6 +89,7 @@ class StackedEngine:
             vocabulary=vocabulary,
             end_tokens=ends,
             max_queued_requests=self._spec.max_queued_requests,
+            stream_interval_s=self._options.stream_interval_ms / 1e3,
             event_loop=asyncio.get_running_loop(),
         )
         loop.start()

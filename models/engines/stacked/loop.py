@@ -1,7 +1,9 @@
 """The engine's thread: take what came in, step, send what came out, again.
 
 The thread owns the runner, the scheduler and every sequence. The event loop reaches it only
-through `submit` and `cancel`, and is reached only by one call per step.
+through `submit` and `cancel`, and is reached only by one call per `stream_interval_s`, or sooner
+where somebody waits for a first token or an end: while it handles tokens, the interpreter's lock
+keeps this thread from stepping.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ class Loop(threading.Thread):
         vocabulary: Vocabulary,
         end_tokens: frozenset[int],
         max_queued_requests: int,
+        stream_interval_s: float,
         event_loop: AbstractEventLoop,
     ) -> None:
         super().__init__(name="stacked-engine", daemon=True)
@@ -52,10 +55,14 @@ class Loop(threading.Thread):
         self._vocabulary = vocabulary
         self._end_tokens = end_tokens
         self._max_queued_requests = max_queued_requests
+        self._stream_interval_s = stream_interval_s
         self._event_loop = event_loop
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._ready: dict[Sequence, None] = {}  # in order
         self._outbox: deque[tuple[Sequence, Outcome]] = deque()
         self._delivering = False
+        self._urgent = False
+        self._delivered_s = 0.0
         self._stopping = False
         self._failed_steps = 0
         self._num_finished = 0
@@ -93,10 +100,17 @@ class Loop(threading.Thread):
             while self._take_inbox():
                 parts = self._scheduler.next_step()
                 if parts:
+                    if parts[-1].num_tokens > 1:
+                        self._deliver()  # what is ready doesn't wait for a prompt
                     started_s = time.perf_counter()
                     self._step(parts)
-                    self._busy_s += time.perf_counter() - started_s
-                self._deliver()
+                    ended_s = time.perf_counter()
+                    self._busy_s += ended_s - started_s
+                    # Due if another step as long as this one would make it late.
+                    due_s = self._delivered_s + self._stream_interval_s
+                    self._urgent |= 2 * ended_s - started_s >= due_s
+                if self._urgent:
+                    self._deliver()
         for sequence in list(self._scheduler.sequences):
             self._fail(sequence, self.failure or EngineFailed("the engine was stopped"))
         self._deliver()
@@ -133,10 +147,9 @@ class Loop(threading.Thread):
         if drawn is None:
             return
         for row, sequence in enumerate(sampling):
-            chunk = sequence.accept(
-                drawn, row, vocabulary=self._vocabulary, end_tokens=self._end_tokens
-            )
-            self._outbox.append((sequence, chunk))
+            sequence.accept(drawn, row, vocabulary=self._vocabulary, end_tokens=self._end_tokens)
+            self._ready[sequence] = None
+            self._urgent |= sequence.num_generated == 1 or sequence.finished
             self._num_tokens += 1
             if sequence.finished:
                 self._scheduler.remove(sequence)
@@ -154,17 +167,22 @@ class Loop(threading.Thread):
         if not sequence.finished:
             sequence.finished = True
             self._scheduler.remove(sequence)
+            self._ready.pop(sequence, None)
 
     def _fail(self, sequence: Sequence, error: EngineFailed | EngineOverloaded) -> None:
         if not sequence.finished:
             self._drop(sequence)
             self._outbox.append((sequence, error))
+            self._urgent = True
 
     def _halt(self) -> None:
         self._stopping = True
 
     def _deliver(self) -> None:
         """Have the event loop empty the outbox, unless it is about to anyway."""
+        self._urgent, self._delivered_s = False, time.perf_counter()
+        self._outbox.extend((sequence, sequence.take()) for sequence in self._ready)
+        self._ready.clear()
         if self._outbox and not self._delivering:
             self._delivering = True
             try:

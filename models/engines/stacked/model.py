@@ -65,7 +65,7 @@ class StackedModel:
                 x_ND += weights.out_bias_MD.index_select(0, members_N)
             b.norm()
             b.to_gate_up.write(weights.gate_up_MDF)
-            torch.mul(F.silu(b.gate_NF), b.up_NF, out=b.activated_NF)
+            torch.mul(F.silu(b.gate_NF, inplace=True), b.up_NF, out=b.activated_NF)
             b.from_activated.add(weights.down_MFD)
         return x_ND
 

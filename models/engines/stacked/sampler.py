@@ -98,10 +98,11 @@ def draw(logp_RV: Tensor, states: Seq[SamplerState]) -> Draw:
     if len(warm) == len(states):
         tokens_R = _sample(scores_RV, states)
     else:
-        tokens_R = scores_RV.argmax(-1)
+        logprobs_R, tokens_R = scores_RV.max(-1)
         if warm:
             tokens_R[warm] = _sample(scores_RV[warm], [states[row] for row in warm])
-    logprobs_R = logp_RV.gather(1, tokens_R[:, None]).squeeze(1)
+    if warm or scores_RV is not logp_RV:
+        logprobs_R = logp_RV.gather(1, tokens_R[:, None]).squeeze(1)
     entropies_R = -torch.linalg.vecdot(logp_RV.exp(), logp_RV)
     # One transfer from the device for both.
     logprobs, entropies = torch.stack([logprobs_R, entropies_R]).tolist()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 from models.engines.base import Chunk, FinishReason, GenerationRequest, Token, TopLogprob
 from models.engines.stacked.evidence import LaneWeights
@@ -24,7 +24,7 @@ class Sequence:
     `lane_of` says for each member that the request names which lane it is, None if it has none.
     `tokens` is the prompt and what was generated so far, of which the first `num_cached` have
     their keys and values in the cache, from row `region_start` on (None while it waits). `send`
-    hands an outcome to the reader, on the event loop.
+    hands an outcome to the reader, on the event loop; what `accept` collects is for its next one.
     """
 
     request: GenerationRequest
@@ -39,6 +39,9 @@ class Sequence:
     num_cached: int = 0
     region_start: int | None = None
     finished: bool = False
+    _new_tokens: list[Token] = field(default_factory=list)
+    _new_text: str = ""
+    _finish_reason: FinishReason | None = None
 
     @property
     def fusion(self) -> Fusion:
@@ -62,54 +65,74 @@ class Sequence:
         return self.num_lanes * self.capacity_tokens
 
     @property
+    def num_generated(self) -> int:
+        """Tokens drawn so far."""
+        return len(self.tokens) - len(self.request.prompt_tokens)
+
+    @property
     def num_pending(self) -> int:
         """Tokens that must still go through the model: 1 while decoding, more before."""
         return len(self.tokens) - self.num_cached
 
     def accept(
         self, drawn: Draw, row: int, *, vocabulary: Vocabulary, end_tokens: frozenset[int]
-    ) -> Chunk:
-        """Take the token drawn in `row` and return what the reader gets for it."""
+    ) -> None:
+        """Take the token drawn in `row`; `take` tells the reader."""
         token = drawn.token_ids[row]
         self.tokens.append(token)
         complete = self.sampler.accept(token)
         ends = token in end_tokens and not self.sampler.options.ignore_eos
         raw = b"" if ends else vocabulary.raw(token)
-        text = self.text.push(raw)
-        num_new_tokens = len(self.tokens) - len(self.request.prompt_tokens)
-        reason: FinishReason | None = None
+        self._new_text += self.text.push(raw)
         if ends or complete or self.text.stopped:
-            reason = "stop"
-        elif num_new_tokens == self.max_new_tokens:
-            reason = "length"
-        if reason is not None and not self.text.stopped:
-            text += self.text.finish()
-        self.finished = reason is not None
-        alternatives = tuple(
-            TopLogprob(
-                token_id=other,
-                text=vocabulary.raw(other).decode(errors="replace"),
-                raw=vocabulary.raw(other),
-                logprob=other_logprob,
+            self._finish("stop")
+        elif self.num_generated == self.max_new_tokens:
+            self._finish("length")
+        top = drawn.top[row]
+        self._new_tokens.append(
+            Token(
+                token_id=token,
+                text=raw.decode(errors="replace"),
+                raw=raw,
+                logprob=drawn.logprobs[row],
+                top=_alternatives(top, vocabulary) if top else (),
+                # Rounding can leave a sure distribution a little below none.
+                entropy=max(drawn.entropies[row], 0.0),
             )
-            for other, other_logprob in drawn.top[row]
         )
-        generated = Token(
-            token_id=token,
-            text=raw.decode(errors="replace"),
-            raw=raw,
-            logprob=drawn.logprobs[row],
-            top=alternatives,
-            # Rounding can leave a sure distribution a little below none.
-            entropy=max(drawn.entropies[row], 0.0),
-        )
-        return Chunk(
-            text=text,
-            tokens=(generated,),
-            finish_reason=reason,
+
+    def take(self) -> Chunk:
+        """Return what was accepted since the last call."""
+        chunk = Chunk(
+            text=self._new_text,
+            tokens=tuple(self._new_tokens),
+            finish_reason=self._finish_reason,
             weights=self._named_weights() if self.finished and len(self.lane_of) > 1 else None,
         )
+        self._new_text = ""
+        self._new_tokens.clear()
+        return chunk
+
+    def _finish(self, reason: FinishReason) -> None:
+        self.finished = True
+        self._finish_reason = reason
+        if not self.text.stopped:
+            self._new_text += self.text.finish()
 
     def _named_weights(self) -> tuple[float, ...]:
         values = self.weights.values
         return tuple(0.0 if lane is None else values[lane] for lane in self.lane_of)
+
+
+def _alternatives(
+    top: Iterable[tuple[int, float]], vocabulary: Vocabulary
+) -> tuple[TopLogprob, ...]:
+    return tuple(
+        TopLogprob(
+            token_id=token,
+            text=vocabulary.raw(token).decode(errors="replace"),
+            raw=vocabulary.raw(token),
+            logprob=logprob,
+        )
+        for token, logprob in top
+    )
