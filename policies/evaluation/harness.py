@@ -65,12 +65,15 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """All methods under one protocol. `num_removed` near-duplicates were kept out of training."""
+    """All methods under one protocol.
+
+    `overlap` says what was done about test queries that training may have seen (may be empty).
+    """
 
     title: str
     models: tuple[str, ...]
     num_test: int
-    num_removed: int
+    overlap: str
     results: tuple[Result, ...]
 
 
@@ -131,7 +134,7 @@ def evaluate(
         title=title,
         models=tuple(models),
         num_test=len(tested),
-        num_removed=num_removed,
+        overlap=f"{num_removed:,} near-duplicates kept out of training",
         results=tuple(
             judge(
                 name,

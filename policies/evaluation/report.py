@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import wrap
+from typing import Final
 
 from matplotlib.figure import Figure
 
@@ -12,6 +14,9 @@ from policies.routing.calibration import Reliability
 _DRAWN = ("random", "TF-IDF + ridge", "Clusters", "Learned", "dataset oracle")
 """The methods whose names begin so are in the plots."""
 
+_TITLE_CHARACTERS: Final = 40
+"""So many fit across a reliability diagram."""
+
 
 def table(report: Report) -> str:
     """Return the report as a Markdown table, one method per row."""
@@ -19,9 +24,9 @@ def table(report: Report) -> str:
     columns = ["accuracy", "AIQ", "ECE", "µs/decision"]
     if two:
         columns = ["APGR, mean of folds", "APGR, pooled", "CPT(50)", "CPT(80)", *columns]
+    overlap = f"; {report.overlap}" if report.overlap else ""
     lines = [
-        f"**{report.title}** ({report.num_test:,} test queries; "
-        f"{report.num_removed:,} near-duplicates kept out of training)",
+        f"**{report.title}** ({report.num_test:,} test queries{overlap})",
         "",
         f"| method | {' | '.join(columns)} |",
         "|---|" + "---|" * len(columns),
@@ -46,7 +51,7 @@ def draw_curves(report: Report, path: Path) -> None:
     axes.set_title(report.title, fontsize="medium")
     axes.legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, format="png", dpi=100)
 
 
 def draw_reliability(diagram: Reliability, title: str, path: Path) -> None:
@@ -57,9 +62,10 @@ def draw_reliability(diagram: Reliability, title: str, path: Path) -> None:
     axes.plot(diagram.predicted, diagram.observed, marker="o")
     axes.set_xlabel("predicted score")
     axes.set_ylabel("observed score")
-    axes.set_title(f"{title} (ECE {diagram.ece:.3f})", fontsize="medium")
+    lines = [*wrap(title, _TITLE_CHARACTERS), f"ECE {diagram.ece:.3f}"]
+    axes.set_title("\n".join(lines), fontsize="medium")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, format="png", dpi=100)
 
 
 def _cells(row: Result, two: bool) -> list[str]:

@@ -1,6 +1,7 @@
 """What every model answered to real queries: the format that routers and cascades learn from.
 
-`base` the record, its file format and its table; `importers` published data sets in that format.
+`base` the record, its file format and its table; `importers` published data sets in that format,
+`sources` either.
 """
 
 from policies.outcomes.base import (
@@ -12,12 +13,14 @@ from policies.outcomes.base import (
     score_table,
     write_outcomes,
 )
+from policies.outcomes.sources import load_outcomes
 
 __all__ = [
     "AnswerLogprobs",
     "Outcome",
     "ScoreTable",
     "content_sha256",
+    "load_outcomes",
     "read_outcomes",
     "score_table",
     "write_outcomes",

@@ -86,6 +86,11 @@ def read_outcomes(path: Path | str, *, split: str | None = None) -> list[Outcome
     outcomes = list(_read(path))
     if not outcomes:
         raise OutcomesError(f"{path}: the file holds no outcomes")
+    return of_split(path, outcomes, split)
+
+
+def of_split(path: Path, outcomes: list[Outcome], split: str | None) -> list[Outcome]:
+    """Return the outcomes of `split` (None: all); `OutcomesError` names `path` where none are."""
     if split is None:
         return outcomes
     chosen = [outcome for outcome in outcomes if outcome.split == split]

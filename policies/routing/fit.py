@@ -9,6 +9,7 @@ Shape legend: Q queries, M models.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import compress
 
@@ -94,11 +95,16 @@ def fit_router(
     seen_QF, seen_QM = X_QF[~held_out_Q], scores_QM[~held_out_Q]
     unseen_QF, unseen_QM = X_QF[held_out_Q], scores_QM[held_out_Q]
     ridge = best_ridge(seen_QF, seen_QM, unseen_QF, unseen_QM, ridges=settings.ridges)
-    tried = _fit(seen_QF, seen_QM, list(compress(tags, ~held_out_Q)), settings, ridge)
-    logits_QM = tried.logits(unseen_QF)
-    platt = fit_platt(logits_QM, unseen_QM)
-    bags = fit_bags(seen_QF, seen_QM, num_bags=settings.num_bags, ridge=ridge, seed=settings.seed)
-    heads = _fit(X_QF, scores_QM, tags, settings, ridge)
+    # Two cores' work: sparse products let other threads run.
+    with ThreadPoolExecutor(1) as aside:
+        fitting_all = aside.submit(_fit, X_QF, scores_QM, tags, settings, ridge)
+        tried = _fit(seen_QF, seen_QM, list(compress(tags, ~held_out_Q)), settings, ridge)
+        logits_QM = tried.logits(unseen_QF)
+        platt = fit_platt(logits_QM, unseen_QM)
+        bags = fit_bags(
+            seen_QF, seen_QM, num_bags=settings.num_bags, ridge=ridge, seed=settings.seed
+        )
+        heads = fitting_all.result()
     return Router(
         models=examples.models,
         encoder=encoder,

@@ -56,7 +56,8 @@ def fit_topics(
     """
     norms = np.linalg.norm(points_QD, axis=1, keepdims=True)
     units = points_QD / np.maximum(norms, 1e-6)
-    num_clusters = max(1, min(num_clusters, len(units) // 10))
+    num_distinct = len({unit.tobytes() for unit in units})
+    num_clusters = max(1, min(num_clusters, len(units) // 10, num_distinct))
     kmeans = KMeans(num_clusters, n_init=1, max_iter=50, random_state=seed).fit(units)
     centroids = kmeans.cluster_centers_
     centroids = centroids / np.maximum(np.linalg.norm(centroids, axis=1, keepdims=True), 1e-6)

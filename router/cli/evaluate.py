@@ -18,11 +18,21 @@ def _group() -> None:
 @app.command()
 def router(
     file: Annotated[Path, typer.Argument(help="A router (.npz).")],
-    outcomes: Annotated[Path, typer.Argument(help="Outcomes with scores for its models.")],
+    outcomes: Annotated[
+        Path,
+        typer.Argument(help="Outcomes with scores for its models; see `shoal train router`."),
+    ],
     *,
     split: Annotated[str | None, typer.Option(help="Measure on this split only.")] = None,
     models: Annotated[
         str | None, typer.Option(help="Choose among these models only, with commas.")
+    ] = None,
+    trained_on: Annotated[
+        Path | None,
+        typer.Option(help="Leave out queries that repeat, or nearly, one of these outcomes'."),
+    ] = None,
+    trained_split: Annotated[
+        str | None, typer.Option(help="Of --trained-on, this split only.")
     ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw the reliability diagram to this PNG.")
@@ -32,19 +42,20 @@ def router(
     from policies.errors import PolicyError
     from policies.evaluation.report import draw_reliability, table
     from policies.evaluation.trained import evaluate_router
-    from policies.outcomes import read_outcomes
+    from policies.outcomes import load_outcomes
     from policies.routing.file import load_router
 
     try:
         report, diagram = evaluate_router(
             load_router(file),
-            read_outcomes(outcomes, split=split),
+            load_outcomes(outcomes, split=split),
             models=models.split(",") if models else None,
+            trained_on=load_outcomes(trained_on, split=trained_split) if trained_on else (),
         )
-    except PolicyError as error:
+        print(table(report))
+        if plot is not None:
+            draw_reliability(diagram, report.title, plot)
+            print(f"\nPlot: {plot}")
+    except (PolicyError, OSError) as error:
         typer.echo(f"shoal evaluate router: {error}", err=True)
         raise typer.Exit(2) from None
-    print(table(report))
-    if plot is not None:
-        draw_reliability(diagram, report.title, plot)
-        print(f"\nPlot: {plot}")

@@ -54,10 +54,13 @@ def refusing() -> Iterator[None]:
 
 
 @contextmanager
-def opened(ledger: str | None, config: Path | None, *, create: bool = False) -> Iterator[Database]:
+def opened(
+    ledger: str | None, config: Path | None, *, create: bool = False, option: str = "--ledger"
+) -> Iterator[Database]:
     """Open the database that the options name, and close it on leaving.
 
-    Raises `LedgerError` for an SQLite file that is not there, unless it may be created.
+    Raises `LedgerError` for an SQLite file that is not there, unless it may be created; `option`
+    is the one that named it.
     """
     from sqlalchemy.engine import make_url
 
@@ -72,7 +75,7 @@ def opened(ledger: str | None, config: Path | None, *, create: bool = False) -> 
         ledger = configured.url
     url = make_url(database_url(ledger))
     if url.get_backend_name() == "sqlite" and not create and not Path(str(url.database)).exists():
-        raise LedgerError(f"there is no ledger at {url.database}; name it with --ledger")
+        raise LedgerError(f"there is no ledger at {url.database}; name it with {option}")
     database = open_database(ledger)
     try:
         yield database

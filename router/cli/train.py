@@ -20,7 +20,12 @@ app.command()(cascade.cascade)
 
 @app.command()
 def router(
-    outcomes: Annotated[Path, typer.Argument(help="Outcomes (JSON Lines).")],
+    outcomes: Annotated[
+        Path,
+        typer.Argument(
+            help="Outcomes (JSON Lines), or the folder of RouteLLM's MMLU answers or LLMRouter's."
+        ),
+    ],
     *,
     out: Annotated[Path, typer.Option(help="Where the router goes (.npz).")],
     split: Annotated[str | None, typer.Option(help="Learn from this split only.")] = None,
@@ -63,7 +68,7 @@ def router(
     """
     from policies.encoders.registry import parse_encoder
     from policies.errors import PolicyError
-    from policies.outcomes import read_outcomes
+    from policies.outcomes import load_outcomes
     from policies.routing.file import save_router
     from policies.routing.finetune import FinetuneSettings, finetune_router
     from policies.routing.fit import FitSettings, fit_router
@@ -73,9 +78,11 @@ def router(
     names = models.split(",") if models else None
     settings = FitSettings(beta=beta, num_clusters=clusters, seed=seed)
     try:
-        rows = read_outcomes(outcomes, split=split)
+        if not out.parent.is_dir():
+            raise PolicyError(f"--out: there is no folder {out.parent}")
+        rows = load_outcomes(outcomes, split=split)
         for extra in also or []:
-            rows += read_outcomes(extra)
+            rows += load_outcomes(extra)
         if feedback is not None:
             rows += _feedback(feedback)
         if kind == "finetuned":
@@ -110,6 +117,6 @@ def _feedback(ledger: str) -> list[Outcome]:
     from router.cli.ledger_options import opened
     from router.ledger.export import export
 
-    with TemporaryDirectory() as folder, opened(ledger, None) as database:
+    with TemporaryDirectory() as folder, opened(ledger, None, option="--feedback") as database:
         file = Path(folder) / "feedback.jsonl"
         return read_outcomes(file) if export(database, file, format="outcomes") else []

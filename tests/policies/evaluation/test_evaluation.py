@@ -1,9 +1,11 @@
 """Metrics by hand, protocols that leak nothing, the harness on outcomes with a known answer."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from policies.encoders.ngrams import NGrams
 from policies.errors import OutcomesError, PolicyError
@@ -15,6 +17,7 @@ from policies.evaluation.report import draw_curves, draw_reliability, table
 from policies.evaluation.trained import evaluate_router
 from policies.outcomes import Outcome
 from policies.outcomes.importers import import_routellm_mmlu
+from policies.routing.calibration import reliability
 from policies.routing.fit import FitSettings, fit_router
 
 DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "routing"
@@ -142,10 +145,41 @@ def test_a_trained_router_is_judged_on_new_queries(tmp_path: Path) -> None:
     report, diagram = evaluate_router(router, outcomes[120:])
     by_name = {row.method: row.accuracy for row in report.results}
     assert by_name["Learned"] == by_name["per-query oracle"] == 1.0
+    # Of two models the worse counts as the weak one, in whatever order the router has them.
+    assert report.models == ("weak", "strong")
+    assert evaluate_router(router, outcomes[120:], models=["strong", "weak"])[0].models == (
+        report.models
+    )
+    assert by_name["random"] < 0.7
     draw_reliability(diagram, "two tasks", tmp_path / "reliability.png")
     assert (tmp_path / "reliability.png").stat().st_size > 1_000
     with pytest.raises(PolicyError, match="knows nothing of 'eve'"):
         evaluate_router(router, outcomes, models=["eve"])
+
+
+def test_a_long_title_stays_inside_the_plot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protocol, data set and calibration error are all to be read."""
+    figures: list[Figure] = []
+    save = Figure.savefig
+
+    def keep(figure: Figure, *args: Any, **kwargs: Any) -> None:
+        figures.append(figure)
+        save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    diagram = reliability(np.array([0.2, 0.8]), np.array([0.0, 1.0]), num_bins=2)
+    title = "LLMRouter, nine models, trained on train, tested on test"
+    draw_reliability(diagram, title, tmp_path / "plot")
+    [figure] = figures
+    [axes] = figure.axes
+    assert " ".join(axes.get_title().split()) == f"{title} ECE 0.200"
+    box = axes.title.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width
+    assert box.y1 <= figure.bbox.height
+    assert (tmp_path / "plot").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"no published data at {DATA}")

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from policies.errors import OutcomesError
-from policies.outcomes import Outcome, content_sha256, read_outcomes, score_table, write_outcomes
+from policies.outcomes import (
+    Outcome,
+    content_sha256,
+    load_outcomes,
+    read_outcomes,
+    score_table,
+    write_outcomes,
+)
 from policies.outcomes.importers import import_llmrouter, import_routellm_mmlu
 
 DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "routing"
@@ -116,6 +123,29 @@ def test_llmrouter_has_381_clean_test_questions() -> None:
     assert scores.mean(0).max() == pytest.approx(0.597, abs=5e-4)
     assert scores.max(1).mean() == pytest.approx(0.7498, abs=5e-5)
     assert all(outcome.tags for outcome in clean)
+
+
+def test_folders_of_published_data_are_outcomes_too(tmp_path: Path) -> None:
+    """A folder is read by what lies in it, a file as JSON Lines; any other folder is refused."""
+    (tmp_path / "responses").mkdir()
+    (tmp_path / "contaminated_prompts.jsonl").write_text('{"eval_prompt": "leaked"}\n')
+    (tmp_path / "responses" / "mmlu_law.csv").write_text(
+        "prompt,a,b\nwhy,True,False\nleaked,True,True"
+    )
+    [outcome] = load_outcomes(tmp_path)
+    assert outcome == Outcome(query="why", scores={"a": 1, "b": 0}, tags=("law",))
+    with pytest.raises(OutcomesError, match="split 'test' is unknown; the file has None"):
+        load_outcomes(tmp_path, split="test")
+    write_outcomes(tmp_path / "one.jsonl", [outcome])
+    assert load_outcomes(tmp_path / "one.jsonl") == [outcome]
+    with pytest.raises(OutcomesError, match="without responses/ or dcrouter_preprocessed/"):
+        load_outcomes(tmp_path / "responses")
+
+
+@needs_data
+def test_llmrouters_folder_keeps_its_splits() -> None:
+    """The clean test questions are the split "test" of LLMRouter's folder."""
+    assert len(load_outcomes(DATA / "LLMRouter", split="test")) == 381
 
 
 def test_importers_name_the_bad_place(tmp_path: Path) -> None:

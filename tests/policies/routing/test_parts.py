@@ -168,6 +168,13 @@ def test_clusters_find_groups_and_shrink_their_scores() -> None:
     assert far.max() < topics.familiar_above < near.max()
 
 
+def test_repeated_queries_make_no_more_clusters_than_there_are() -> None:
+    """Three queries asked twenty times each have three clusters, without a warning."""
+    points = np.repeat(np.eye(3, dtype=np.float32), 20, axis=0)
+    topics = fit_topics(points, np.ones((60, 1)), num_clusters=6, unfamiliar_share=0.05, seed=0)
+    assert topics.sizes_K.tolist() == [20, 20, 20]
+
+
 def test_ridge_is_what_predicts_unseen_queries() -> None:
     """Models with fields of their own get little regularisation, coin flips much (seed 0)."""
     rng = np.random.default_rng(0)

@@ -1,0 +1,176 @@
+"""`shoal train router`, `shoal evaluate router` and `shoal route`, as a user types them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from policies.outcomes import Outcome, write_outcomes
+from policies.routing.file import load_router
+from router.cli.main import app
+from router.ledger.database import open_database
+
+MEMBERS = ("adder", "speller")
+
+
+def _shoal(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def _outcomes(num_queries: int, split: str, seed: int) -> list[Outcome]:
+    """Return sums that `adder` knows and words that `speller` knows."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(num_queries):
+        a, b, sums = rng.integers(1000), rng.integers(1000), bool(rng.integers(2))
+        query = f"What is {a} plus {b}, then?" if sums else f"Spell number {a} and word {b} aloud"
+        scores = dict(zip(MEMBERS, (float(sums), float(not sums)), strict=True))
+        rows.append(Outcome(query=query, scores=scores, split=split, tags=("sums", "words")[:1]))
+    return rows
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Outcomes (seeds 0 and 1), the router that `shoal train router` made, and a pool with it."""
+    folder = tmp_path_factory.mktemp("routed")
+    rows = [*_outcomes(120, "train", 0), *_outcomes(40, "test", 1)]
+    write_outcomes(folder / "outcomes.jsonl", rows)
+    result = _shoal(
+        *("train", "router", folder / "outcomes.jsonl", "--split", "train", "--bits", 12),
+        *("--clusters", 4, "--out", folder / "router.npz"),
+    )
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    assert said["models"] == list(MEMBERS)
+    assert said["num_queries"] == 120
+    assert {"ece", "accuracy", "best_single", "oracle"} <= set(said["held_out"])
+    assert len(said["data_sha256"]) == 64
+    members = [{"name": name, "engine": "fakes"} for name in MEMBERS]
+    pool = {
+        "name": "two",
+        "engines": [{"name": "fakes", "kind": "fake"}],
+        "models": members,
+        "policies": {
+            "auto": {"kind": "learned", "path": "router.npz", "fallback": "speller"},
+            "nearest": {"kind": "clusters", "path": "router.npz"},
+            "always": {"kind": "fixed", "plan": "adder"},
+        },
+    }
+    (folder / "pool.yaml").write_text(json.dumps(pool))
+    return folder
+
+
+def test_evaluating_compares_with_references(folder: Path) -> None:
+    """The table has every reference; the plot is a PNG; the split decides what is measured."""
+    plot = folder / "plots" / "reliability.png"
+    result = _shoal(
+        *("evaluate", "router", folder / "router.npz", folder / "outcomes.jsonl"),
+        *("--split", "test", "--plot", plot),
+    )
+    assert result.exit_code == 0, result.output
+    assert "(40 test queries)" in result.stdout
+    for method in ("random", "best single", "Clusters", "Learned", "per-query oracle"):
+        assert f"\n| {method} |" in result.stdout
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluating_says_what_training_has_seen(folder: Path) -> None:
+    """Training's own queries are called so; `--trained-on` leaves out what repeats them."""
+    router, file = folder / "router.npz", folder / "outcomes.jsonl"
+    again = _shoal("evaluate", "router", router, file, "--split", "train")
+    assert "(120 test queries; the very queries that it was trained on)" in again.stdout
+    known = ("--trained-on", file, "--trained-split", "train")
+    every = _shoal("evaluate", "router", router, file, *known)
+    assert "(40 test queries; left out as repeats of what was trained on: 120)" in every.stdout
+    none = _shoal("evaluate", "router", router, file, "--split", "train", *known)
+    assert none.exit_code == 2
+    assert "every query with all scores repeats one that was trained on" in none.stderr
+
+
+@pytest.mark.parametrize("policy", ["auto", "nearest"])
+def test_a_route_is_explained(folder: Path, policy: str) -> None:
+    """Each member's quality and cost, the nearest cluster, the strongest n-grams; also as JSON."""
+    asked = ("route", "What is 12 plus 30, then?", "--pool", folder, "--policy", policy)
+    text = _shoal(*asked, "--explain").stdout
+    assert text.startswith('plan    {"answer": {"members": ["adder"]')
+    for part in ("adder ", "speller ", "nearest cluster", "strongest n-grams", "USD per million"):
+        assert part in text
+    told = json.loads(_shoal(*asked, "--explain", "--json").stdout)
+    assert told["plan"]["answer"]["members"] == ["adder"]
+    assert set(told["scores"]) == set(MEMBERS)
+    assert [member["model"] for member in told["details"]["members"]] == list(MEMBERS)
+    assert set(told["details"]) >= {"nearest_cluster", "strongest_ngrams", "likeness_logit"}
+    assert json.loads(_shoal(*asked, "--json").stdout)["details"] == {}
+
+
+def test_a_policy_without_reasons_to_show_is_routed_too(folder: Path) -> None:
+    """A fixed plan has nothing to explain, and says its plan."""
+    result = _shoal("route", "anything", "--pool", folder, "--policy", "always", "--explain")
+    assert result.exit_code == 0
+    assert '"adder"' in result.stdout
+
+
+@pytest.mark.parametrize("query", ["", "那只鲨鱼会唱歌吗", "x" * 1_000_000])
+def test_odd_queries_are_routed_to_the_safe_plan(folder: Path, query: str) -> None:
+    """An empty, a foreign and a huge query have a plan, and the reason says why that one."""
+    result = _shoal("route", query, "--pool", folder, "--explain")
+    assert result.exit_code == 0
+    assert '"members": ["speller"]' in result.stdout
+    assert "unlike the training queries" in result.stdout
+
+
+def test_one_command_retrains_on_feedback(folder: Path, tmp_path: Path) -> None:
+    """With a ledger nobody has scored the router is that of the outcomes; see also test_export."""
+    ledger = f"sqlite:///{tmp_path / 'ledger.db'}"
+    open_database(ledger).dispose()
+    out = tmp_path / "router.npz"
+    result = _shoal(
+        *("train", "router", folder / "outcomes.jsonl", "--feedback", ledger, "--bits", 12),
+        *("--also", folder / "outcomes.jsonl", "--models", "speller,adder", "--out", out),
+    )
+    assert result.exit_code == 0, result.output
+    assert load_router(out).models == ("speller", "adder")
+    assert load_router(out).facts["num_queries"] == 320
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train router {f}/nowhere.jsonl --out {f}/x.npz", "nowhere.jsonl cannot be read"),
+        ("train router {f}/outcomes.jsonl --out {f}/no/x.npz", "--out: there is no folder"),
+        ("train router {f} --out {f}/x.npz", "is a folder without responses/"),
+        ("train router {f}/bad.jsonl --out {f}/x.npz", "bad.jsonl, line 1: scores"),
+        ("train router {f}/outcomes.jsonl --out {f}/x.npz --models eve", "'eve' has no scores"),
+        ("train router {f}/outcomes.jsonl --out {f}/x.npz --bits 4", "ngrams.bits: 4 is not in"),
+        ("train router {f}/outcomes.jsonl --out {f}/x.npz --encoder w2v", "'w2v' is unknown"),
+        (
+            "train router {f}/outcomes.jsonl --out {f}/x.npz --feedback sqlite:///{f}/no.db",
+            "name it with --feedback",
+        ),
+        ("evaluate router {f}/bad.npz {f}/outcomes.jsonl", "bad.npz is not a router file"),
+        (
+            "evaluate router {f}/router.npz {f}/outcomes.jsonl --models eve",
+            "knows nothing of 'eve'",
+        ),
+        ("evaluate router {f}/router.npz {f}/outcomes.jsonl --split dev", "split 'dev' is unknown"),
+        ("evaluate router {f}/router.npz {f}/outcomes.jsonl --plot {f}", "Is a directory"),
+        ("route hello --pool {f} --policy best", "allowed|the pool has auto, nearest, always"),
+        ("route hello --pool {f}/nowhere", "there is no pool file"),
+        ("route hello --pool {f}/broken", "router.npz is not a router file"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(folder: Path, arguments: str, message: str) -> None:
+    """The line names the command and what is wrong, and nothing is left behind."""
+    (folder / "bad.jsonl").write_text('{"query": "q", "scores": {}}\n')
+    (folder / "bad.npz").write_bytes((folder / "router.npz").read_bytes()[:500])
+    (folder / "broken").mkdir(exist_ok=True)
+    (folder / "broken" / "pool.yaml").write_text((folder / "pool.yaml").read_text())
+    (folder / "broken" / "router.npz").write_text("not a router")
+    result = _shoal(*(part.format(f=folder) for part in arguments.split()))
+    assert result.exit_code == 2, result.output
+    assert any(part in result.stderr for part in message.split("|")), result.stderr
+    assert result.stderr.startswith(f"shoal {arguments.partition(' {')[0].split(' hello')[0]}: ")
+    assert len(result.stderr.splitlines()) == 1
+    assert not (folder / "x.npz").exists()
