@@ -1,7 +1,7 @@
-"""Keeps budget targets true across replicas and restarts: what was spent is read from the ledger.
+"""Keeps budget targets current beside the requests: their prices, and what all replicas spent.
 
-A controller sees only its own process's requests. Every few seconds this asks the ledger what all
-requests of its policy have cost since the window began, and tells the controller.
+A controller sees only its own process's requests. Every few seconds `BudgetSync` asks the ledger
+what all requests of its policy have cost since the window began, and tells the controller.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -17,10 +17,12 @@ import sqlalchemy as sa
 from policies.budget import Controller
 from router.ledger.database import Database
 from router.ledger.schema import REQUESTS
+from router.threads import in_thread
 
 logger = logging.getLogger(__name__)
 
 _INTERVAL_S = 10.0
+_SOLVE_EVERY_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,7 @@ class BudgetSync:
         """Reconcile every `interval_s` until cancelled; log a failing database, and go on."""
         while True:
             try:
-                await asyncio.to_thread(self.reconcile)
+                await in_thread(self.reconcile)
             except sa.exc.SQLAlchemyError as error:
                 logger.warning("budget targets keep their own count for now: %s", error)
             await asyncio.sleep(self._interval_s)
@@ -88,3 +90,22 @@ class BudgetSync:
                     spent=spending.spent,
                     first_request_s=spending.first_request_s,
                 )
+
+
+class Pricing:
+    """Solves the controllers' prices again whenever it is time to, until cancelled."""
+
+    def __init__(
+        self, controllers: Sequence[Controller], *, interval_s: float = _SOLVE_EVERY_S
+    ) -> None:
+        """Look at the `controllers` every `interval_s`."""
+        self._controllers = tuple(controllers)
+        self._interval_s = interval_s
+
+    async def run(self) -> None:
+        """Solve, in a thread, what is due; a solution takes milliseconds."""
+        while True:
+            for controller in self._controllers:
+                if controller.due():
+                    await in_thread(controller.solve)
+            await asyncio.sleep(self._interval_s)

@@ -14,7 +14,7 @@ from policies.budgeted import Budgeted
 from policies.carbon.grid import CachedGrid
 from policies.errors import ExperimentError
 from policies.experiments.shadow import Shadow, ShadowMeter
-from router.budget_sync import BudgetSync
+from router.budget_sync import BudgetSync, Pricing
 from router.caps.budgets import Budgets
 from router.catalog import Catalog
 from router.config import AppArgs
@@ -154,6 +154,8 @@ def _background(
     background: list[Background] = []
     if args.carbon.feed is not None and isinstance(catalog.grid, CachedGrid):
         background.append(GridFeed(args.carbon.feed, catalog.grid))
+    if controllers:
+        background.append(Pricing(list(controllers.values())))
     if controllers and isinstance(recorder, Ledger):
         background.append(BudgetSync(controllers, recorder.database))
     return background

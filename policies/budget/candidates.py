@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 from policies.base import Decision
 from policies.laws.ensemble import EnsembleLaw
@@ -19,21 +19,14 @@ Key: TypeAlias = tuple[str, ...] | Plan
 _UNKNOWN_QUALITY = 0.5
 
 
-class Candidate(NamedTuple):
-    """A plan that could answer, by its key, and its predicted quality in [0, 1]."""
-
-    key: Key
-    quality: float
-
-
 def candidates(
     decision: Decision,
     *,
     law: EnsembleLaw | None,
     groups: Sequence[Sequence[str]],
     max_members: float = math.inf,
-) -> list[Candidate]:
-    """Return the plans to choose from, without repeats.
+) -> dict[Key, float]:
+    """Return the plans to choose from, by their keys, and their predicted qualities in [0, 1].
 
     First the policy's own plan, then that plan trimmed, larger ones first; then every member that
     the policy scored, alone; then, of each group that may be fused, the best-scored 2, 3 ... up to
@@ -45,8 +38,9 @@ def candidates(
     plan, scores = decision.plan, decision.scores
     found: dict[Key, float] = {key_of(plan): plan_quality(plan, scores, law)}
     add = found.setdefault
-    for trimmed in _trimmed(plan, max_members):
-        add(key_of(trimmed), plan_quality(trimmed, scores, law))
+    if not isinstance(plan, Answer) or len(plan.members) > 1:
+        for trimmed in _trimmed(plan, max_members):
+            add(key_of(trimmed), plan_quality(trimmed, scores, law))
     for name, score in scores.items():
         add((name,), score)
     for group in groups:
@@ -60,10 +54,10 @@ def candidates(
             total += scores[name]
             if size > 1:
                 add(tuple(ranked[:size]), total / size + gains[size - 1])
-    return [
-        Candidate(key, 0.0 if quality < 0 else 1.0 if quality > 1 else quality)
-        for key, quality in found.items()
-    ]
+    for key, quality in found.items():
+        if not 0.0 <= quality <= 1.0:
+            found[key] = min(max(quality, 0.0), 1.0)
+    return found
 
 
 @cache
@@ -110,8 +104,6 @@ def _trimmed(plan: Plan, max_members: float) -> list[Plan]:
     """Return smaller versions of `plan`, larger ones first."""
     if isinstance(plan, Answer):
         size = len(plan.members)
-        if size == 1:
-            return []
         if plan.rule == "contrastive":
             # Its members have roles: what can be left of it is the first one, alone.
             return [Answer(members=plan.members[:1])]

@@ -2,26 +2,28 @@
 
 Each target has a dual price λ, in quality per unit of its resource. A request takes the plan that
 maximises predicted quality - Σ λ·expected cost, within its own ceilings. Prices are solved again
-and again so that what is left of the window's budget lasts for the traffic still to come (`pace`,
-`prices`); spending is corrected by what was measured, so the aim holds whatever the estimates miss.
+and again, beside the requests, so that what is left of the window's budget lasts for the traffic
+still to come (`pace`, `reserve`, `prices`); spending is corrected by what was measured, so the aim
+holds whatever the estimates miss.
 """
 
 from __future__ import annotations
 
 import math
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from policies.base import Decision, ModelFacts, Query
-from policies.budget.candidates import Candidate, Key, candidates, key_of, plan_of
-from policies.budget.costs import Coefficients, Corrections, CostModel, Expected
-from policies.budget.pace import Pace
-from policies.budget.prices import NOT_A_CANDIDATE, Level, Samples, solve_prices
+from policies.budget.candidates import Key, candidates, key_of, plan_of
+from policies.budget.costs import Coefficients, Corrections, CostModel, expected_costs
+from policies.budget.pace import Horizon, Pace
+from policies.budget.prices import Samples, cost_bounds, levels_of, solve_prices
+from policies.budget.reserve import allowance
 from policies.budget.targets import Target, spent
 from policies.errors import PolicyError
 from policies.footprint import Footprint, estimate
@@ -29,27 +31,26 @@ from policies.laws.ensemble import EnsembleLaw
 from policies.limits import NO_LIMITS, Limits
 from policies.plan import Answer, Plan
 
-# Prices wait for this many requests, then are solved again after so many more or so many seconds.
+# Prices wait for this many requests, then are solved again after so many more, after this share of
+# those that are expected to come, or after so many seconds.
 _FIRST_SOLVE = 24
 _SOLVE_EVERY_REQUESTS = 256
+_SOLVE_EVERY_SHARE = 0.03
+_SOLVE_EVERY_LEAST = 3
 _SOLVE_EVERY_S = 300.0
 # While the requests to come become half, a price rises or falls at most by 2 to these powers: it
 # follows what may be a passing error slowly, yet in time. What was overspent nobody brings back.
 _HASTE_UP = 6.0
 _HASTE_DOWN = 4.0
-# Running out costs far more quality than having some left: this many standard deviations of the
-# traffic to come are planned for beyond its mean. Over this last share of a window, in which there
-# is ever less to lose, the reserve is given up.
-_CAUTION = 0.5
-_RELEASE = 0.25
-# Future hours are grouped into this many levels of carbon intensity.
-_MAX_LEVELS = 4
 # Samples keep ensembles up to this multiple of n*, so that a falling price finds larger ones.
 _MEMBERS_MARGIN = 2
 
 
 class Controller:
     """Chooses plans so that targets hold on average over a window. Thread-safe, without I/O.
+
+    Prices are not solved within a request: whoever owns the controller calls `solve` beside them,
+    every second or so, and between two calls all pay the same prices.
 
     Windows follow each other from Unix time zero (a day is a UTC day) and each stands alone: what
     one saved or overspent is not carried into the next.
@@ -96,10 +97,12 @@ class Controller:
         self._corrections = Corrections()
         self._pace = Pace(window_s=window_s, announced=announced)
         self._samples: Samples | None = None
+        self._fresh: deque[tuple[list[float], list[list[float]]]] = deque(maxlen=num_samples)
         self._prices = (0.0,) * len(targets)
         self._spent = [0.0] * len(targets)
         self._pending = [0.0] * len(targets)
         self._since_solve = 0
+        self._to_come = math.inf
         self._settled = False
         self._solved_s = -math.inf
         self._mean_member: Coefficients | None = None
@@ -126,12 +129,16 @@ class Controller:
             self._reprice()
         prices = self._prices
         limits = _stricter(self._limits, query.limits)
-        options, n_star = self._candidates(query, decision, prices)
-        expected_RC = self._expected([option.key for option in options], query)
-        allowed, unmet = self._allowed(options, query, limits)
-        value_C = [option.quality for option in options]
+        found, n_star = self._candidates(query, decision, prices)
+        keys, qualities = list(found), list(found.values())
+        expected_RC = self._expected(keys, query)
+        allowed, unmet = self._allowed(keys, qualities, query, limits)
+        value_C = qualities
         for price, cost_C in zip(prices, expected_RC, strict=True):
-            value_C = [value - price * cost for value, cost in zip(value_C, cost_C, strict=True)]
+            if price:
+                value_C = [
+                    value - price * cost for value, cost in zip(value_C, cost_C, strict=True)
+                ]
         best = max(allowed, key=value_C.__getitem__)
         if unmet and unmet != ("quality_floor",):
             # It cannot run within its limits: the router refuses it, and it costs nothing.
@@ -139,14 +146,14 @@ class Controller:
         else:
             expected = [cost_C[best] for cost_C in expected_RC]
         if self.targets:
-            self._note(now_s, options, expected_RC, expected)
-        chosen = options[best]
-        plan = plan_of(chosen.key, decision)
+            self._note(now_s, qualities, expected_RC, expected)
+        chosen = keys[best]
+        plan = plan_of(chosen, decision)
         details: dict[str, Any] = {
-            "quality": chosen.quality,
+            "quality": qualities[best],
             "expected": dict(zip(self._resources, expected, strict=True)),
-            "prices": dict(zip(self._resources, self._prices, strict=True)),
-            "considered": len(options),
+            "prices": dict(zip(self._resources, prices, strict=True)),
+            "considered": len(keys),
             "unmet": list(unmet),
         }
         if n_star < math.inf:
@@ -154,7 +161,7 @@ class Controller:
         return Decision(
             plan=plan,
             scores=decision.scores,
-            reason=_reason(decision, chosen.key, unmet),
+            reason=_reason(decision, chosen, unmet),
             details={**decision.details, "budget": details},
         )
 
@@ -170,7 +177,6 @@ class Controller:
                 self._spent[index] += measured[index] - expected[target.resource]
                 self._pending[index] -= expected[target.resource]
             self._corrections.learn(key, measured=measured[0], estimated=self._estimate(key, query))
-            self._solve_if_due(self._clock())
 
     def window_started_s(self, now_s: float) -> float:
         """Return the Unix time at which the window that holds `now_s` began."""
@@ -194,7 +200,7 @@ class Controller:
 
     def _candidates(
         self, query: Query, decision: Decision, prices: Sequence[float]
-    ) -> tuple[list[Candidate], float]:
+    ) -> tuple[dict[Key, float], float]:
         n_star = math.inf
         if self._law is not None and self._fusible and any(prices):
             prompt_tokens, output_tokens = query.prompt_tokens, self._output_tokens(query)
@@ -243,13 +249,14 @@ class Controller:
     def _expected(self, keys: Sequence[Key], query: Query) -> list[list[float]]:
         """Return, per resource, the estimates as corrected by what was measured before."""
         return [
-            Expected(
+            expected_costs(
+                keys,
                 self._costs,
                 self._corrections,
                 resource=resource,
                 prompt_tokens=query.prompt_tokens,
                 output_tokens=self._output_tokens(query),
-            ).of(keys)
+            )
             for resource in range(len(self.targets))
         ]
 
@@ -258,15 +265,15 @@ class Controller:
         return min(expected, query.max_tokens) if query.max_tokens else expected
 
     def _allowed(
-        self, options: Sequence[Candidate], query: Query, limits: Limits
+        self, keys: Sequence[Key], qualities: Sequence[float], query: Query, limits: Limits
     ) -> tuple[Sequence[int], tuple[str, ...]]:
         """Return the candidates within the limits, and the limits that none meets."""
-        everything = range(len(options))
+        everything = range(len(keys))
         if limits is NO_LIMITS:
             return everything, ()
         within: Sequence[int] = everything
         if limits.caps_cost:
-            worst = [self._worst_case(option.key, query) for option in options]
+            worst = [self._worst_case(key, query) for key in keys]
             exceeded = [limits.exceeded(cost) for cost in worst]
             within = [index for index in everything if not exceeded[index]]
             if not within:
@@ -275,10 +282,10 @@ class Controller:
         floor = limits.quality_floor
         if floor is None:
             return within, ()
-        good = [index for index in within if options[index].quality >= floor]
+        good = [index for index in within if qualities[index] >= floor]
         if good:
             return good, ()
-        return [max(within, key=lambda index: options[index].quality)], ("quality_floor",)
+        return [max(within, key=qualities.__getitem__)], ("quality_floor",)
 
     def _worst_case(self, key: Key, query: Query) -> Footprint:
         plan: Plan = Answer(members=key) if isinstance(key, tuple) else key
@@ -292,25 +299,18 @@ class Controller:
     def _note(
         self,
         now_s: float,
-        options: Sequence[Candidate],
-        expected_RC: Sequence[Sequence[float]],
+        qualities: list[float],
+        expected_RC: list[list[float]],
         expected: Sequence[float],
     ) -> None:
         """Count a request at what it is `expected` to cost; keep its candidates as a sample."""
         with self._lock:
             self._count(now_s, 1)
-            if self._samples is None or not self._samples.fits(len(options)):
-                self._samples = Samples(
-                    size=self._num_samples,
-                    max_candidates=2 * len(options),
-                    num_resources=len(self.targets),
-                )
-            self._samples.add([option.quality for option in options], expected_RC)
+            self._fresh.append((qualities, expected_RC))
             self._since_solve += 1
             for index, amount in enumerate(expected):
                 self._spent[index] += amount
                 self._pending[index] += amount
-            self._solve_if_due(now_s)
 
     def _count(self, now_s: float, num_requests: int) -> None:
         intensity = self._costs.gco2e_per_wh
@@ -322,6 +322,7 @@ class Controller:
         before = self._costs.gco2e_per_wh
         if self._costs.refresh():
             after = self._costs.gco2e_per_wh
+            self._take_samples()
             if self._samples is not None and before > 0:
                 for index, target in enumerate(self.targets):
                     if target.resource == "gco2e":
@@ -329,98 +330,111 @@ class Controller:
             self._mean_member = None
             self._solved_s = -math.inf
 
-    def _solve_if_due(self, now_s: float) -> None:
-        samples = self._samples
-        if samples is None or samples.num_samples < _FIRST_SOLVE:
+    def _take_samples(self) -> None:
+        """Move the candidates of the last requests to the samples."""
+        while self._fresh:
+            qualities, costs_RC = self._fresh.popleft()
+            if self._samples is None or not self._samples.fits(len(qualities)):
+                self._samples = Samples(
+                    size=self._num_samples,
+                    max_candidates=2 * len(qualities),
+                    num_resources=len(self.targets),
+                )
+            self._samples.add(qualities, costs_RC)
+
+    def due(self) -> bool:
+        """Return whether `solve` has something to do; cheap."""
+        num_samples = len(self._fresh) + (self._samples.num_samples if self._samples else 0)
+        idle = not self._since_solve and self._solved_s > -math.inf
+        if idle or num_samples < _FIRST_SOLVE:
+            return False
+        # Early on, new samples teach much: then a quarter more of them is reason enough. Late, few
+        # requests are a large share of those to come.
+        enough = min(
+            _SOLVE_EVERY_REQUESTS,
+            num_samples // 4,
+            max(_SOLVE_EVERY_LEAST, _SOLVE_EVERY_SHARE * self._to_come),
+        )
+        return self._since_solve >= enough or self._clock() - self._solved_s >= _SOLVE_EVERY_S
+
+    def solve(self) -> None:
+        """Solve prices again if it is time to; takes milliseconds, while requests go on.
+
+        To be called beside the requests, every second or so, by one thread at a time.
+        """
+        if not self.targets or not self.due():
             return
-        # Early on, new samples teach much: then a quarter more of them is reason enough.
-        fresh = self._since_solve >= min(_SOLVE_EVERY_REQUESTS, samples.num_samples // 4)
-        if not fresh and now_s - self._solved_s < _SOLVE_EVERY_S:
-            return
-        qualities, costs = samples.view()
-        horizon = self._pace.horizon(now_s, likely=self._likely_requests(qualities, costs))
-        kept = min(1.0, horizon.seconds / (_RELEASE * self._pace.window_s))
-        num_requests = horizon.num_requests * (1 + _CAUTION * kept * horizon.deviation)
-        allowances = []
-        for target, total in zip(self.targets, self._spent, strict=True):
-            # Of the next window, only the share that its forecast traffic may spend.
-            due = target.budget(
-                elapsed_s=self._pace.elapsed_s
-                + horizon.seconds
-                + horizon.beyond * self._pace.window_s,
-                num_requests=self._pace.num_requests + num_requests,
-            )
-            allowances.append(max(0.0, due - total) / num_requests)
+        now_s = self._clock()
+        with self._lock:
+            self._reprice()
+            self._count(now_s, 0)
+            self._take_samples()
+            assert self._samples is not None
+            num_samples = self._samples.num_samples
+            qualities, costs = self._samples.view()
+            bounds = cost_bounds(qualities, costs)
+            horizon = self._pace.horizon(now_s, likely=self._likely_requests(bounds))
+            allowances = [
+                self._allowance(target, total, horizon, bounds[index][0])
+                for index, (target, total) in enumerate(zip(self.targets, self._spent, strict=True))
+            ]
+            since_solve, self._since_solve = self._since_solve, 0
+            self._solved_s = now_s
+            self._to_come = horizon.num_requests
         solved = solve_prices(
             qualities,
             costs,
             allowances=allowances,
-            levels=self._levels(horizon.requests, horizon.intensity),
+            levels=levels_of(
+                horizon.requests,
+                horizon.intensity,
+                follows=[target.resource == "gco2e" for target in self.targets],
+            ),
             start=self._prices,
         )
         if self._settled:
             # Forecasts err, most of all on a day that goes wrong: the price follows step by step.
-            passed = self._since_solve / num_requests
+            passed = since_solve / horizon.num_requests
             solved = tuple(map(partial(_limited, passed=passed), solved, self._prices))
-        self._prices = solved
-        self._settled = samples.num_samples >= _SOLVE_EVERY_REQUESTS
-        self._mean_member = None
-        self._since_solve = 0
-        self._solved_s = now_s
+        with self._lock:
+            self._prices = solved
+            self._settled = num_samples >= _SOLVE_EVERY_REQUESTS
+            self._mean_member = None
 
-    def _likely_requests(
-        self, qualities_SC: NDArray[np.float64], costs_SCR: NDArray[np.float64]
-    ) -> tuple[float, float] | None:
+    def _allowance(self, target: Target, spent: float, horizon: Horizon, cheapest: float) -> float:
+        """Return what the mean request to come may cost in the resource of `target`."""
+        window_s = self._pace.window_s
+        # Of the next window, only the share that its forecast traffic may spend.
+        due = target.budget(
+            elapsed_s=self._pace.elapsed_s + horizon.seconds + horizon.beyond * window_s,
+            num_requests=self._pace.num_requests + horizon.num_requests,
+        )
+        if target.per != "hour":
+            # More requests bring more budget: they are nothing to be afraid of.
+            return max(0.0, due - spent) / horizon.num_requests
+        return allowance(
+            left=due - spent,
+            budget=target.budget(elapsed_s=window_s, num_requests=0),
+            window_left=horizon.seconds / window_s,
+            requests=horizon.requests,
+            weights=horizon.intensity
+            if target.resource == "gco2e"
+            else np.ones_like(horizon.requests),
+            cheapest=cheapest,
+        )
+
+    def _likely_requests(self, bounds: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
         """Return how many requests a window has if the targets are neither idle nor impossible.
 
         Fewer than the first could all take their best plan, more than the second not even their
         cheapest. Of several targets per hour, the tightest; None where there is none.
         """
-        best_S = qualities_SC.argmax(axis=1)[:, None]
-        real_SC = qualities_SC > NOT_A_CANDIDATE / 2
-        bounds = []
-        for index, target in enumerate(self.targets):
-            if target.per == "hour":
-                costs_SC = costs_SCR[:, :, index]
+        found = []
+        for target, (cheap, dear) in zip(self.targets, bounds, strict=True):
+            if target.per == "hour" and cheap > 0:
                 budget = target.budget(elapsed_s=self._pace.window_s, num_requests=0)
-                dear = np.take_along_axis(costs_SC, best_S, axis=1).mean()
-                cheap = costs_SC.min(axis=1, initial=np.inf, where=real_SC).mean()
-                if cheap > 0:
-                    bounds.append((budget / float(dear), budget / float(cheap)))
-        return min(bounds, default=None)
-
-    def _levels(self, requests: NDArray[np.float64], intensity: NDArray[np.float64]) -> list[Level]:
-        """Group the bins to come into a few levels of carbon intensity."""
-        groups = _group(list(zip(intensity.tolist(), requests.tolist(), strict=True)))
-        return [
-            Level(
-                share=share,
-                factors=tuple(
-                    factor if target.resource == "gco2e" else 1.0 for target in self.targets
-                ),
-            )
-            for factor, share in groups
-        ]
-
-
-def _group(bins: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return at most `_MAX_LEVELS` (intensity, share of requests) that stand for all bins."""
-    total = sum(weight for _, weight in bins)
-    if total <= 0:
-        return [(1.0, 1.0)]
-    bins = sorted(bins)
-    groups: list[list[tuple[float, float]]] = [[] for _ in range(_MAX_LEVELS)]
-    seen = 0.0
-    for factor, weight in bins:
-        middle = (seen + weight / 2) / total
-        groups[min(int(middle * _MAX_LEVELS), _MAX_LEVELS - 1)].append((factor, weight))
-        seen += weight
-    levels = []
-    for group in groups:
-        weight = sum(w for _, w in group)
-        if weight > 0:
-            levels.append((sum(f * w for f, w in group) / weight, weight / total))
-    return levels
+                found.append((budget / dear, budget / cheap))
+        return min(found, default=None)
 
 
 def _limited(price: float, before: float, *, passed: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 from policies.base import ModelFacts
@@ -101,39 +101,30 @@ class Corrections:
         return mean + weight * (ratio - mean), count + 1
 
 
-class Expected(dict[str | Plan, float]):
-    """What a request's members (or plans that are no Answer) are expected to cost in one resource.
+def expected_costs(
+    keys: Iterable[Key],
+    costs: CostModel,
+    corrections: Corrections,
+    *,
+    resource: int,
+    prompt_tokens: int,
+    output_tokens: int,
+) -> list[float]:
+    """Return what the plans that `keys` stand for are expected to cost in one resource.
 
-    Filled as asked for; fused members cost the sum of theirs.
+    Fused members cost the sum of theirs.
     """
-
-    def __init__(
-        self,
-        costs: CostModel,
-        corrections: Corrections,
-        *,
-        resource: int,
-        prompt_tokens: int,
-        output_tokens: int,
-    ) -> None:
-        self._coefficients = costs.coefficients
-        self._factor = corrections.factor
-        self._resource = resource
-        self._prompt_tokens = prompt_tokens
-        self._output_tokens = output_tokens
-
-    def __missing__(self, part: str | Plan) -> float:
-        read, written = self._coefficients(part)[self._resource]
-        estimated = read * self._prompt_tokens + written * self._output_tokens
-        cost = self[part] = estimated * self._factor(part)
-        return cost
-
-    def of(self, keys: Sequence[Key]) -> list[float]:
-        """Return the costs of the plans that `keys` stand for."""
-        cost_of = self.__getitem__
-        return [
-            (cost_of(key[0]) if len(key) == 1 else sum(map(cost_of, key)))
-            if isinstance(key, tuple)
-            else cost_of(key)
-            for key in keys
-        ]
+    coefficients, factor = costs.coefficients, corrections.factor
+    known: dict[str | Plan, float] = {}
+    found = []
+    for key in keys:
+        total = 0.0
+        for part in key if isinstance(key, tuple) else (key,):
+            cost = known.get(part)
+            if cost is None:
+                read, written = coefficients(part)[resource]
+                cost = (read * prompt_tokens + written * output_tokens) * factor(part)
+                known[part] = cost
+            total += cost
+        found.append(total)
+    return found

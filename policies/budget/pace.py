@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from policies.budget.rhythms import daily_rhythms, guess_traffic
 
 NUM_BINS = 96
+# In a window of a day.
+BINS_PER_HOUR = 4
 # How far yesterday's profile yields to today: one day counts half.
 _SMOOTHING = 0.5
 # Today's level weighs against yesterday's like this share of a day's traffic: bursts pass.
@@ -27,10 +29,6 @@ _SMOOTH_BINS = 2
 _BURST = 2.0
 # Beyond that, traffic returns from what it is now to its level within about so many bins.
 _PASSING_BINS = 4.0
-# What comes in an hour is taken to scatter around the forecast as a gamma variable of this shape
-# does (relative deviation 1/sqrt(shape)): bursts come when nobody expects them.
-_SHAPE = 6.0
-_HOUR_BINS = 4
 # Before the first profile is known, one minute is the least to judge a rate by.
 _MIN_ELAPSED_S = 60.0
 # The forecast reaches at least this share of a window ahead, into the next one if need be, so that
@@ -56,18 +54,6 @@ class Horizon:
     def num_requests(self) -> float:
         """All requests to come, at least one."""
         return max(1.0, float(self.requests.sum()))
-
-    @property
-    def deviation(self) -> float:
-        """Standard deviation of what the requests to come will weigh, relative to its mean.
-
-        A request weighs the intensity of its time. Poisson requests at a rate that scatters from
-        one hour to the next: the longer the time to come, the more of it averages out.
-        """
-        weights = self.requests * self.intensity
-        hours = np.add.reduceat(weights, np.arange(0, len(weights), _HOUR_BINS))
-        variance = (hours**2).sum() / _SHAPE + (weights * self.intensity).sum()
-        return float(np.sqrt(variance) / max(weights.sum(), 1e-9))
 
 
 class Pace:

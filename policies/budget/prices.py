@@ -23,6 +23,10 @@ _PRECISION = 0.01
 # know; where a budget cannot be kept, giving up quality for them would not keep it either.
 _DEAREST = 1.0
 _SWEEPS = 3
+# Future hours are grouped into this many levels of carbon intensity.
+_MAX_LEVELS = 4
+# The search for a price starts with this step: from one solution to the next it moves little.
+_STEP = 1.1
 NOT_A_CANDIDATE = -1e9
 
 
@@ -71,6 +75,43 @@ class Level:
 
     share: float
     factors: tuple[float, ...]
+
+
+def levels_of(
+    requests: NDArray[np.float64], intensity: NDArray[np.float64], *, follows: Sequence[bool]
+) -> list[Level]:
+    """Group future bins into a few levels of carbon intensity.
+
+    `requests` and `intensity` (relative to now's) are per bin; `follows` says, per resource,
+    whether its costs follow the intensity.
+    """
+    total = float(requests.sum())
+    if total <= 0:
+        return [Level(share=1.0, factors=(1.0,) * len(follows))]
+    order = np.argsort(intensity, kind="stable")
+    weight, factor = requests[order], intensity[order]
+    middle = (np.cumsum(weight) - weight / 2) / total
+    group = np.minimum((middle * _MAX_LEVELS).astype(int), _MAX_LEVELS - 1)
+    levels = []
+    for index in np.unique(group):
+        here = group == index
+        share = float(weight[here].sum())
+        if share > 0:
+            mean = float((weight[here] * factor[here]).sum()) / share
+            factors = tuple(mean if each else 1.0 for each in follows)
+            levels.append(Level(share=share / total, factors=factors))
+    return levels
+
+
+def cost_bounds(
+    qualities_SC: NDArray[np.float64], costs_SCR: NDArray[np.float64]
+) -> list[tuple[float, float]]:
+    """Return, per resource, the mean costs of the samples' cheapest and of their best plans."""
+    best_S11 = qualities_SC.argmax(axis=1)[:, None, None]
+    real_SC1 = (qualities_SC > NOT_A_CANDIDATE / 2)[:, :, None]
+    cheap_R = costs_SCR.min(axis=1, initial=np.inf, where=real_SC1).mean(axis=0)
+    dear_R = np.take_along_axis(costs_SCR, best_S11, axis=1).mean(axis=(0, 1))
+    return list(zip(cheap_R.tolist(), dear_R.tolist(), strict=True))
 
 
 def solve_prices(
@@ -137,17 +178,17 @@ def _bracket(
 
     Where even `ceiling` is too cheap, it is returned twice.
     """
-    factor = 1.5
+    factor = _STEP
     low = high = min(guess, ceiling)
     if too_cheap(guess):
         while high < ceiling:
             high = min(high * factor, ceiling)
             if not too_cheap(high):
                 return low, high
-            low, factor = high, factor * 1.5
+            low, factor = high, factor**1.5
         return ceiling, ceiling
     while True:
         low = high / factor
         if too_cheap(low):
             return low, high
-        high, factor = low, factor * 1.5
+        high, factor = low, factor**1.5

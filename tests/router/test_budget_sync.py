@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,10 @@ from policies.base import Decision, ModelFacts, Query
 from policies.budget import Controller, Target
 from policies.footprint import Rates
 from policies.plan import Answer
-from router.budget_sync import BudgetSync, read_spending
+from router.budget_sync import BudgetSync, Pricing, read_spending
 from router.ledger.writer import Ledger
 from router.record import RequestRecord
+from router.threads import in_thread
 from tests.router.ledger.records import record as plausible
 
 DAY_S = 86_400.0
@@ -113,3 +115,57 @@ def test_a_database_that_fails_is_logged_and_asked_again(caplog: pytest.LogCaptu
     database.dispose()
     assert "keep their own count" in caplog.text
     assert mine.spent() == {"usd": 0.0}
+
+
+def test_prices_are_solved_beside_the_requests() -> None:
+    """Requests alone leave the price at zero; the background task finds it."""
+    now = [NOON_S]
+    mine = Controller(
+        models={
+            "m": ModelFacts(name="m", rates=RATES),
+            "n": ModelFacts(name="n", rates=Rates(usd_per_input_token=0, usd_per_output_token=1.0)),
+        },
+        clock=lambda: now[0],
+        targets=[Target(resource="usd", amount=10.0)],
+    )
+    for _ in range(40):
+        now[0] += 1.0
+        mine.choose(
+            Query(text=""), Decision(plan=Answer(members=("n",)), scores={"m": 0.5, "n": 0.9})
+        )
+    assert mine.prices() == {"usd": 0.0}
+
+    async def price() -> None:
+        task = asyncio.create_task(Pricing([mine], interval_s=0.01).run())
+        async with asyncio.timeout(30):
+            while not mine.prices()["usd"]:  # noqa: ASYNC110 - it tells nobody
+                await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(price())
+    assert not mine.due()
+
+
+def test_a_cancelled_task_leaves_no_query_behind() -> None:
+    """Whoever closes the database after cancelling finds every connection given back."""
+    entered, release, left = threading.Event(), threading.Event(), threading.Event()
+
+    def query() -> None:
+        entered.set()
+        release.wait(30)
+        left.set()
+
+    async def cancel() -> None:
+        task = asyncio.create_task(in_thread(query))
+        await asyncio.to_thread(entered.wait, 30)
+        task.cancel()
+        await asyncio.sleep(0.05)
+        assert not task.done()
+        release.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        assert left.is_set()
+        assert task.cancelled()
+
+    asyncio.run(cancel())

@@ -118,6 +118,7 @@ class ByController:
         """Settle the last request."""
         assert self._last is not None
         self.controller.observe(*self._last, _footprint(self._resource, cost))
+        self.controller.solve()
 
     def _clock(self) -> float:
         return self._now_s

@@ -85,6 +85,7 @@ def test_an_hourly_target_is_held_within_a_percent():
         # Real answers are of any length: the controller learns what they cost on average.
         cost = {"small": 0.01, "large": 0.1}[name] * rng.uniform(20, 160)
         controller.observe(query, decision, Footprint(wh=cost))
+        controller.solve()
         spent += cost
     assert spent == pytest.approx(500 * 24, rel=0.01)
     assert min(gains["large"][500:]) > 0.1
@@ -105,6 +106,7 @@ def test_a_target_per_thousand_requests_is_held_whatever_the_traffic():
         decision = controller.choose(query, prefers_large(rng.random()))
         cost = Footprint(usd=10.0 if members(decision.plan) == ("large",) else 1.0)
         controller.observe(query, decision, cost)
+        controller.solve()
         spent += cost.usd
     assert spent / 3000 == pytest.approx(5.0, rel=0.02)
 
@@ -122,6 +124,7 @@ def test_two_replicas_that_share_a_record_hold_one_target():
         decision = controller.choose(query, prefers_large(rng.random() * 0.5))
         cost = 1.0 if members(decision.plan) == ("small",) else 10.0
         controller.observe(query, decision, Footprint(wh=cost))
+        controller.solve()
         spent += cost
         if number % 10 == 0:
             for one in pair:
@@ -143,6 +146,7 @@ def test_a_restarted_controller_takes_over_what_was_spent():
         decision = controller.choose(query, prefers_large(rng.random() * 0.5))
         cost = 1.0 if members(decision.plan) == ("small",) else 10.0
         controller.observe(query, decision, Footprint(wh=cost))
+        controller.solve()
         spent += cost
     assert spent == pytest.approx(500 * 24, rel=0.02)
 
@@ -159,10 +163,11 @@ def test_a_reserve_is_kept_for_bursts_and_released():
         decision = controller.choose(query, prefers_large(rng.random() * 0.5))
         cost = 1.0 if members(decision.plan) == ("small",) else 10.0
         controller.observe(query, decision, Footprint(wh=cost))
+        controller.solve()
         if number >= 3000:
             end += cost
             noon += cost if number < 4500 else 0.0
-    assert 0.46 * 12_000 < noon < 0.49 * 12_000
+    assert 0.42 * 12_000 < noon < 0.48 * 12_000
     assert end == pytest.approx(12_000, rel=0.01)
 
 
@@ -179,6 +184,7 @@ def test_a_price_follows_step_by_step():
             decision = controller.choose(query, prefers_large(rng.random() * 0.5))
             cost = 1.0 if members(decision.plan) == ("small",) else 10.0
             controller.observe(query, decision, Footprint(wh=cost))
+            controller.solve()
 
     live(0, 1500)
     before = controller.prices()["wh"]
@@ -204,6 +210,7 @@ def test_a_slack_target_costs_nothing():
     for number in range(200):
         clock.now_s = number * 60.0
         decision = controller.choose(Query(text=""), prefers_large(0.001))
+        controller.solve()
         assert members(decision.plan) == ("large",)
     assert controller.prices() == {"wh": 0.0}
 
@@ -225,6 +232,7 @@ def test_carbon_prices_shift_work_to_clean_hours():
         for _ in range(num):
             clock.now_s += 30.0
             decision = controller.choose(Query(text=""), prefers_large(rng.random()))
+            controller.solve()
             taken += members(decision.plan) == ("large",)
         return taken / num
 
@@ -268,6 +276,7 @@ def test_ensembles_grow_until_a_member_no_longer_pays():
             decision = controller.choose(
                 Query(text=""), Decision(plan=Answer(members=("m1",)), scores=scores)
             )
+            controller.solve()
             sizes.append(len(members(decision.plan)))
         details = decision.details["budget"]
         chosen[amount] = sum(sizes[100:]) / len(sizes[100:])
@@ -324,6 +333,7 @@ def test_a_quality_floor_overrides_the_price():
     for _ in range(100):
         clock.now_s += 1.0
         controller.choose(Query(text=""), prefers_large(0.2))
+        controller.solve()
     assert members(controller.choose(Query(text=""), prefers_large(0.2)).plan) == ("small",)
     floor = Query(text="", limits=Limits(quality_floor=0.8))
     assert members(controller.choose(floor, prefers_large(0.2)).plan) == ("large",)

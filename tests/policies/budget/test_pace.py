@@ -167,18 +167,3 @@ def test_a_day_seen_in_part_teaches_no_rhythm():
     live_through(pace, np.arange(12 * 3600.0, DAY_S + 3600, 60.0))
     assert pace.num_requests == 60
     assert 23 * 60 < pace.horizon(DAY_S + 3600).num_requests < 2 * 23 * 60
-
-
-def test_a_short_rest_of_a_day_is_less_sure_than_a_long_one():
-    """Bursts average out over a day, not over its last hour; dirty hours' requests weigh more."""
-    pace = Pace(window_s=DAY_S)
-    live_through(pace, np.arange(0, DAY_S + 60, 60.0))
-    morning = pace.horizon(DAY_S + 60).deviation
-    live_through(pace, np.arange(DAY_S + 60, DAY_S + 23 * 3600, 60.0))
-    night = pace.horizon(DAY_S + 23 * 3600).deviation
-    assert morning == pytest.approx(np.sqrt(1 / 6 / 24 + 1 / 1440), rel=0.05)
-    assert night == pytest.approx(np.sqrt(1 / 6 + 1 / 60), rel=0.05)
-
-    grid = Pace(window_s=DAY_S, announced=lambda then_s: 900.0 if then_s % DAY_S < 3600 else 100.0)
-    live_through(grid, np.arange(0, DAY_S + 60, 60.0))
-    assert grid.horizon(DAY_S + 60).deviation > 1.2 * morning

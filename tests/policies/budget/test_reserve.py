@@ -1,0 +1,46 @@
+"""How much the mean request to come may cost: spread evenly, less what a surprise may need."""
+
+import numpy as np
+import pytest
+
+from policies.budget.reserve import allowance
+
+EVEN = {"requests": np.full(96, 10.0), "weights": np.ones(96), "budget": 960.0}
+
+
+def test_a_reserve_shrinks_with_the_window():
+    """At midnight a fifth is kept back for what no forecast knows, at its end nothing."""
+    for share in (1.0, 0.5, 0.0):
+        rate = allowance(left=960.0, window_left=share, cheapest=0.0, **EVEN)
+        assert rate == pytest.approx(1 / (1 + 0.25 * share))
+
+
+def test_the_cheapest_plans_can_always_see_a_busy_evening_through():
+    """Where they cost most of what is left, less is planned than that, and less the dearer."""
+    rates = [
+        allowance(left=960.0, window_left=0.0, cheapest=cheapest, **EVEN)
+        for cheapest in (0.3, 0.85, 0.95)
+    ]
+    assert rates[0] == pytest.approx(1.0)
+    assert rates[0] > rates[1] > rates[2]
+
+
+def test_a_short_rest_needs_a_larger_share_in_reserve():
+    """A burst may double a window's last hour; over a day bursts average out."""
+    late = {"requests": np.full(4, 10.0), "weights": np.ones(4), "budget": 960.0}
+    early = allowance(left=960.0, window_left=0.0, cheapest=0.85, **EVEN)
+    last = allowance(left=40.0, window_left=0.0, cheapest=0.85, **late)
+    assert 0 < last < early < 1
+
+
+def test_nothing_is_allowed_once_everything_is_spent():
+    """The price is then as high as it goes; an allowance below zero would mean nothing."""
+    assert allowance(left=-5.0, window_left=0.5, cheapest=0.1, **EVEN) == 0.0
+
+
+def test_the_budget_of_the_mean_request_is_the_same_on_any_grid():
+    """A grid twice as dirty for half of the requests leaves the mean request what it was."""
+    dirty = {**EVEN, "weights": np.repeat([1.0, 2.0], 48)}
+    even = allowance(left=960.0, window_left=0.0, cheapest=0.0, **EVEN)
+    # It is the price that moves spending to the clean half.
+    assert allowance(left=960.0, window_left=0.0, cheapest=0.0, **dirty) == pytest.approx(even)
