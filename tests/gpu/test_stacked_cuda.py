@@ -9,6 +9,7 @@ import torch
 from models.card import read_card
 from models.engines.stacked.layout import Part, build_layout, order_parts
 from models.engines.stacked.runner import Runner
+from models.engines.stacked.scheduler import Scheduler
 from tests.models.engines.stacked.tiny import ARCHITECTURES, make_sequence, save_checkpoint
 
 pytestmark = [
@@ -72,3 +73,47 @@ def test_answers_stream(tmp_path: Path) -> None:
         )
     ]
     assert [len(token_ids(chunks)) for chunks in answer(engine, *wanted)] == [16] * 4
+
+
+def test_graphs_change_no_answer(tmp_path: Path) -> None:
+    """Requests that come and go get the tokens on recorded steps that they get without (greedy)."""
+    folders = [
+        save_checkpoint(tmp_path / f"{seed}", seed=seed, initializer_range=0.08)
+        for seed in range(3)
+    ]
+    answers = []
+    for records in (True, False):
+        runner = Runner(
+            [read_card(folder) for folder in folders],
+            kv_memory_bytes=2**22,
+            device=torch.device("cuda"),
+            dtype=torch.bfloat16,
+        )
+        assert runner._graphs is not None
+        if not records:
+            runner._graphs = None
+        rng, scheduler = random.Random(0), Scheduler(runner.arena, step_rows=64)
+        sequences = [
+            make_sequence([rng.randrange(300) for _ in range(length)], members)
+            for length, members in ((5, (0,)), (9, (0, 1, 2)), (70, (1, 2)), (7, (2,)))
+        ]
+        late = list(sequences)
+        with torch.inference_mode():
+            while late or scheduler.running:
+                if late:
+                    scheduler.add(late.pop())
+                parts = scheduler.next_step()
+                drawn = runner.step(parts)
+                sampling = [part.sequence for part in parts if part.samples]
+                for part in parts:
+                    part.sequence.num_cached += part.num_tokens
+                tokens = drawn.token_ids if drawn else []
+                for sequence, token in zip(sampling, tokens, strict=True):
+                    sequence.tokens.append(token)
+                    if sequence.num_generated == sequence.max_new_tokens:
+                        scheduler.remove(sequence)
+        if records:
+            assert runner._graphs is not None
+            assert runner._graphs._graphs, "nothing was recorded"
+        answers.append([sequence.tokens for sequence in sequences])
+    assert answers[0] == answers[1]

@@ -51,21 +51,22 @@ class Product:
     """
 
     def __init__(self, x_NI: Tensor, y_NO: Tensor, rows: Grouping) -> None:
-        self._grouped = x_NI.is_cuda
+        self._grouped = x_NI.is_cuda or rows.runs is None
         self._x, self._y, self._ends_M = x_NI, y_NO, rows.ends_M
-        self._whole = len(rows.runs) == 1 and rows.runs[0].num_members == len(rows.ends_M)
+        runs = rows.runs or ()
+        self._whole = len(runs) == 1 and runs[0].num_members == len(rows.ends_M)
         self._runs = [
             (
                 run.members,
                 x_NI[run.rows].view(run.num_members, run.rows_per_member, -1),
                 y_NO[run.rows].view(run.num_members, run.rows_per_member, -1),
             )
-            for run in rows.runs
+            for run in runs
             if run.num_members > 1
         ]
         self._single = [
             (run.first_member, x_NI[run.rows], y_NO[run.rows])
-            for run in rows.runs
+            for run in runs
             if run.num_members == 1
         ]
 
@@ -107,8 +108,8 @@ class SpanBuffers:
 class PaddedBuffers:
     """The same for decoding lanes that attend together, over a copy of their cache rows.
 
-    On CPU a layer keeps its copy while the layout stays, and a step adds only the rows that it has
-    written. On CUDA all layers share one: there copies are cheap and memory is dear.
+    A layer may keep its copy while the layout stays: then a step adds only the rows that it has
+    written. Otherwise all layers share one.
     """
 
     padded: Padded
@@ -132,7 +133,9 @@ class PaddedCopy:
 class Buffers:
     """Everything one layout's forward pass writes."""
 
-    def __init__(self, shape: Shape, eps: float, layout: Layout, like: Tensor) -> None:
+    def __init__(
+        self, shape: Shape, eps: float, layout: Layout, like: Tensor, *, keeps_copies: bool
+    ) -> None:
         num_rows, rows = len(layout.positions_N), layout.rows
         num_heads, num_kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
         query_size, kv_size = num_heads * head_dim, num_kv_heads * head_dim
@@ -163,7 +166,7 @@ class Buffers:
         self.ordered_query_NQ, self.ordered_output_NQ = self.query_NQ, attended_NQ
         if layout.to_requests_N is not None:
             self.ordered_query_NQ, self.ordered_output_NQ = empty(query_size), empty(query_size)
-        self._shape = shape
+        self._shape, self._keeps_copies = shape, keeps_copies
         self.spans = [self._span(span) for span in layout.spans]
         self.padded = None if layout.padded is None else self._padded(layout.padded)
 
@@ -182,7 +185,7 @@ class Buffers:
         )
 
     def _padded(self, padded: Padded) -> PaddedBuffers:
-        num_layers, keeps = self._shape.num_layers, self.kv_NQ.device.type == "cpu"
+        num_layers, keeps = self._shape.num_layers, self._keeps_copies
         copies = [self._padded_copy(padded) for _ in range(num_layers if keeps else 1)]
         return PaddedBuffers(
             padded=padded,

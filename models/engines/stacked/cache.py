@@ -14,7 +14,10 @@ from models.card import Shape
 
 
 class Arena:
-    """Rows of keys and values for every layer: `layers[i]` is [rows, 2·K·d], keys first."""
+    """Rows of keys and values for every layer: `layers[i]` is [rows + 1, 2·K·d], keys first.
+
+    The last is nobody's: padding writes to it.
+    """
 
     def __init__(
         self, shape: Shape, memory_bytes: int, device: torch.device, dtype: torch.dtype
@@ -23,8 +26,9 @@ class Arena:
         self.row_bytes = shape.num_layers * width * dtype.itemsize
         self.num_rows = memory_bytes // self.row_bytes
         self.layers: tuple[Tensor, ...] = torch.empty(
-            (shape.num_layers, self.num_rows, width), device=device, dtype=dtype
+            (shape.num_layers, self.num_rows + 1, width), device=device, dtype=dtype
         ).unbind(0)
+        self.scratch_row = self.num_rows
         self._free: list[tuple[int, int]] = [(0, self.num_rows)]  # (start, length), sorted
         self.num_rows_used = 0
 

@@ -61,8 +61,8 @@ class StackedEngine:
     """M same-shaped checkpoints as one model; see `models.engines.base.Engine`.
 
     On CPU it is tested against transformers. On CUDA it runs the same steps with grouped products
-    and padded attention, without CUDA graphs. Nobody has run that yet: `tests/gpu` waits for a
-    device.
+    and padded attention, decoding in bfloat16 as CUDA graphs (`graphs`). Nobody has run that yet:
+    `tests/gpu` waits for a device.
     """
 
     def __init__(self, spec: EngineSpec, members: Seq[tuple[str, ModelCard]]) -> None:

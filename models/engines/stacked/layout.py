@@ -26,8 +26,10 @@ from models.engines.stacked.sequence import Sequence
 Ints = NDArray[np.int64]
 
 # Reading sequences one by one costs an attention call each, reading them together costs a padded
-# copy. On CPU a call is worth about this many bytes of copying.
+# copy. On CPU a call is worth about this many bytes of copying; on CUDA all are read together, as
+# calls cannot be recorded whose shapes grow (see `graphs`), up to so many bytes a layer.
 _BYTES_PER_CALL = 128 * 1024
+_MOST_CUDA_BYTES = 256 * 2**20
 _WIDTH_STEP_TOKENS = 32
 
 
@@ -71,16 +73,19 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Grouping:
-    """Rows in member-major order: whose they are, and the products they take."""
+    """Rows in member-major order: whose they are, and the products they take.
+
+    `runs` is None where only the device knows which rows are whose (see `graphs`).
+    """
 
     members_N: Tensor
-    runs: tuple[Run, ...]
+    runs: tuple[Run, ...] | None
     ends_M: Tensor  # int32: one past each member's last row, for grouped products
 
     @property
     def num_members(self) -> int:
         """How many members have rows."""
-        return sum(run.num_members for run in self.runs)
+        return sum(run.num_members for run in self.runs or ())
 
 
 @dataclass(slots=True)
@@ -269,9 +274,11 @@ def _attention(
     width = max((sequence.num_cached for sequence in decoding), default=0) + 1
     width += -width % _WIDTH_STEP_TOKENS
     num_lanes = sum(sequence.num_lanes for sequence in decoding)
-    together = len(decoding) > 1 and (
-        device.type == "cuda" or num_lanes * width * row_bytes < len(decoding) * _BYTES_PER_CALL
-    )
+    num_bytes = num_lanes * width * row_bytes
+    if device.type == "cuda":
+        together = 0 < num_bytes <= _MOST_CUDA_BYTES
+    else:
+        together = len(decoding) > 1 and num_bytes < len(decoding) * _BYTES_PER_CALL
     spans = [
         Span(
             rows=slice(first, first + part.num_rows),
@@ -315,5 +322,6 @@ def _widen(padded: Padded) -> None:
     """Let every lane see one more row: the one after its newest."""
     padded.newest_L += 1
     padded.newest_rows_L += 1
-    padded.mask_LW.view(-1)[padded.newest_L] = 0.0
+    padded.cache_rows_LW.view(-1).index_copy_(0, padded.newest_L, padded.newest_rows_L)
+    padded.mask_LW.view(-1).index_fill_(0, padded.newest_L, 0.0)
     padded.num_cached += 1

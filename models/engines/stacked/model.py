@@ -41,13 +41,18 @@ class StackedModel:
             weights.head_MDV.device
         )
 
-    def forward(self, layout: Layout, arena: Arena) -> Tensor:
+    def buffers(self, layout: Layout, *, keeps_copies: bool) -> Buffers:
+        """Return what a forward pass over `layout` writes to; of copies see `PaddedBuffers`."""
+        head_MDV = self._weights.head_MDV
+        return Buffers(self._shape, self._norm_eps, layout, head_MDV, keeps_copies=keeps_copies)
+
+    def forward(self, layout: Layout, arena: Arena, buffers: Buffers | None = None) -> Tensor:
         """Run the step's tokens, write their keys and values; return hidden states [N, D].
 
-        The result is valid until the next call.
+        The result is valid until the next call, or with `buffers` until the next one with these.
         """
         members_N = layout.rows.members_N
-        b = self._buffers_of(layout)
+        b = buffers or self._buffers_of(layout)
         x_ND = b.x_ND.copy_(self._weights.embed_MVD[members_N, layout.tokens_N])
         rotations_N1d = self._rotations_T1d.index_select(0, layout.positions_N)
         for layer, (weights, cache) in enumerate(
@@ -80,8 +85,10 @@ class StackedModel:
 
     def _buffers_of(self, layout: Layout) -> Buffers:
         if self._buffers is None or self._layout is not layout:
+            # On CUDA copies are cheap and memory is dear.
+            keeps_copies = not layout.positions_N.is_cuda
             self._layout = layout
-            self._buffers = Buffers(self._shape, self._norm_eps, layout, self._weights.head_MDV)
+            self._buffers = self.buffers(layout, keeps_copies=keeps_copies)
         return self._buffers
 
     def _rotate(

@@ -14,6 +14,7 @@ from models.engines.stacked.architecture import read_architecture
 from models.engines.stacked.cache import Arena
 from models.engines.stacked.evidence import LaneWeights
 from models.engines.stacked.fusion import fuse
+from models.engines.stacked.graphs import DecodeGraphs, Record, record_cuda
 from models.engines.stacked.layout import Layout, Part, build_layout, group_rows
 from models.engines.stacked.model import StackedModel
 from models.engines.stacked.sampler import Draw, SamplerState, draw
@@ -38,9 +39,11 @@ class Runner:
         device: torch.device,
         dtype: torch.dtype,
         num_threads: int | None = None,
+        record: Record | None = None,
     ) -> None:
         """Load the members' weights; on CPU compute with `num_threads` at most, or all of torch's.
 
+        Decoding steps are recorded by `record`; None: as CUDA graphs in bfloat16, else not at all.
         Raises `PoolError` for a checkpoint it cannot compute.
         """
         architectures = [read_architecture(card) for card in cards]
@@ -55,6 +58,13 @@ class Runner:
         self.arena = Arena(self.architecture.shape, kv_memory_bytes, device, dtype)
         self._model = StackedModel(self.architecture, weights)
         self._num_members = len(cards)
+        self._graphs: DecodeGraphs | None = None
+        if record is None and device.type == "cuda" and dtype == torch.bfloat16:
+            record = record_cuda(device)  # grouped products of other types ask the device for sizes
+        if record is not None:
+            self._graphs = DecodeGraphs(
+                self._model, self.arena, num_members=len(cards), record=record
+            )
         self._threads = StepThreads(num_threads, cards[0].parameters * dtype.itemsize)
         self._device = device
         self._layout: Layout | None = None
@@ -72,14 +82,17 @@ class Runner:
             return self._run(parts, layout)
 
     def _run(self, parts: Seq[Part], layout: Layout) -> Draw | None:
-        hidden_ND = self._model.forward(layout, self.arena)
-        self._weigh_prompts(parts, layout, hidden_ND)
         sampling = [part.sequence for part in parts if part.samples]
-        if not sampling:
-            return None
-        if layout.sampled_rows_L is not None:
-            hidden_ND = hidden_ND.index_select(0, layout.sampled_rows_L)
-        logp_LV = self._model.logits(hidden_ND, layout.lanes).log_softmax(-1)
+        logits_LV = self._graphs.logits(layout) if self._graphs else None
+        if logits_LV is None:
+            hidden_ND = self._model.forward(layout, self.arena)
+            self._weigh_prompts(parts, layout, hidden_ND)
+            if not sampling:
+                return None
+            if layout.sampled_rows_L is not None:
+                hidden_ND = hidden_ND.index_select(0, layout.sampled_rows_L)
+            logits_LV = self._model.logits(hidden_ND, layout.lanes)
+        logp_LV = logits_LV.log_softmax(-1)
         logp_RV = fuse(logp_LV, layout.lanes_R, [sequence.fusion for sequence in sampling])
         drawn = draw(logp_RV, [sequence.sampler for sequence in sampling])
         _weigh_answers(sampling, logp_LV, layout.lanes_R, drawn.token_ids)
