@@ -7,9 +7,12 @@ is named, not copied: relative to the router's file where it lies beside it, so 
 from __future__ import annotations
 
 import json
+import math
 import os
+import struct
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -27,6 +30,18 @@ from policies.routing.topics import Topics
 SCHEMA: Final = "shoal-router/3"
 WITHOUT_LANDMARKS: Final = "shoal-router/2"
 """Files from before routers had landmarks: read all the same, where the encoder still fits."""
+
+_DAMAGED: Final = (
+    # What zipfile and NumPy raise where a byte of the archive is wrong.
+    ValueError,
+    EOFError,
+    AttributeError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+)
 
 
 def save_router(router: Router, path: Path | str) -> None:
@@ -73,7 +88,7 @@ def load_router(path: Path | str) -> Router:
             arrays = {name: file[name] for name in file.files}
     except OSError as error:
         raise PolicyError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, EOFError, AttributeError, zipfile.BadZipFile, zipfile.zlib.error) as error:  # type: ignore[attr-defined]
+    except _DAMAGED as error:
         raise PolicyError(f"{path} is not a router file, or is damaged: {error}") from None
     try:
         return _read(arrays, path.parent)
@@ -86,10 +101,16 @@ def load_router(path: Path | str) -> Router:
 def _read(arrays: Mapping[str, NDArray[Any]], folder: Path) -> Router:
     header = json.loads(arrays["header"].tobytes())
     models = tuple(header["models"])
+    if not all(isinstance(name, str) for name in models):
+        raise PolicyError(f"models: {header['models']!r} are not names")
+    if not isinstance(header["facts"], dict):
+        raise PolicyError(f"facts: {header['facts']!r} is not an object")
     if header["schema"] not in (SCHEMA, WITHOUT_LANDMARKS):
         raise PolicyError(
             f"schema {header['schema']!r} is unknown; allowed are {SCHEMA!r}, {WITHOUT_LANDMARKS!r}"
         )
+    for name, array in arrays.items():
+        _check_numbers(name, array)
     settings = header["encoder"]["settings"]
     if "path" in settings:
         settings["path"] = str(folder / settings["path"])
@@ -132,7 +153,7 @@ def _read(arrays: Mapping[str, NDArray[Any]], folder: Path) -> Router:
             centroids_KD=arrays["centroids"],
             scores_KM=arrays["cluster_scores"],
             sizes_K=arrays["cluster_sizes"],
-            familiar_above=float(header["familiar_above"]),
+            familiar_above=_number("familiar_above", header),
         ),
         bags=Bags(
             weights_FBM=bag_weights,
@@ -155,8 +176,8 @@ def _landmarks(
         centre_D=arrays["landmark_centre"],
         units_LD=arrays["landmarks"],
         mix_LN=arrays["landmark_mix"],
-        sharpness=float(header["sharpness"]),
-        faint=float(header["faint"]),
+        sharpness=_number("sharpness", header),
+        faint=_number("faint", header),
     )
 
 
@@ -174,3 +195,18 @@ def _check(name: str, arrays: Mapping[str, NDArray[Any]], shape: tuple[int, ...]
     array = arrays[name]
     if array.shape != shape:
         raise PolicyError(f"the array {name!r} has shape {array.shape}, not {shape}")
+
+
+def _check_numbers(name: str, array: NDArray[Any]) -> None:
+    """Refuse what predictions would be made of; lengths of answers may be unknown (NaN)."""
+    if array.dtype.kind not in "fiu":
+        raise PolicyError(f"the array {name!r} holds {array.dtype}, not numbers")
+    if name != "output_tokens" and not np.isfinite(array).all():
+        raise PolicyError(f"the array {name!r} holds numbers that are not finite")
+
+
+def _number(key: str, header: Mapping[str, Any]) -> float:
+    value = float(header[key])
+    if not math.isfinite(value):
+        raise PolicyError(f"{key}: {value} is not finite")
+    return value

@@ -273,6 +273,18 @@ def damage(file: Path, how: str) -> None:
         elif how == "newer":
             header = parts["header"].tobytes().replace(b"shoal-router/3", b"shoal-router/9")
             parts["header"] = np.frombuffer(header, np.uint8)
+        elif how == "infinite":
+            parts["weights"] = np.full_like(parts["weights"], np.inf)
+        elif how == "words":
+            parts["bias"] = parts["bias"].astype("U5")
+        elif how == "nameless":
+            header = json.loads(parts["header"].tobytes())
+            header["models"] = [1, 2, 3]
+            parts["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+        elif how == "blunt":
+            header = json.loads(parts["header"].tobytes())
+            header["sharpness"] = float("inf")
+            parts["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
         elif how == "pickled":
             parts["bias"] = np.array([{"evil": 1}], dtype=object)
         np.savez(file, **parts)
@@ -289,6 +301,10 @@ def damage(file: Path, how: str) -> None:
         ("misshapen", "the array 'bias' has shape"),
         ("newer", "schema 'shoal-router/9' is unknown; allowed are 'shoal-router/3'"),
         ("pickled", "not a router file, or is damaged"),
+        ("infinite", "the array 'weights' holds numbers that are not finite"),
+        ("words", "the array 'bias' holds <U5, not numbers"),
+        ("nameless", r"models: \[1, 2, 3\] are not names"),
+        ("blunt", "sharpness: inf is not finite"),
     ],
 )
 def test_a_damaged_file_is_named(router: Router, tmp_path: Path, how: str, message: str) -> None:
@@ -300,6 +316,27 @@ def test_a_damaged_file_is_named(router: Router, tmp_path: Path, how: str, messa
     with pytest.raises(PolicyError, match=message) as caught:
         load_router(file)
     assert "router.npz" in str(caught.value)
+
+
+def test_no_wrong_byte_gets_past_the_reader(router: Router, tmp_path: Path) -> None:
+    """Wherever bytes are wrong, the file is refused with our error, or predicts (seed 0)."""
+    file = tmp_path / "router.npz"
+    save_router(router, file)
+    good = file.read_bytes()
+    rng = np.random.default_rng(0)
+    refused = 0
+    # The archive's directory, at the end, is where most kinds of damage can be done.
+    for start in [*rng.integers(len(good), size=100), *rng.integers(1, 2000, size=200)]:
+        bad = bytearray(good)
+        bad[-start] ^= int(rng.integers(1, 256))
+        file.write_bytes(bad)
+        try:
+            quality = load_router(file).predict("What is 37 + 58?").quality_M
+        except PolicyError:
+            refused += 1
+        else:
+            assert np.isfinite(quality).all()
+    assert refused > 100
 
 
 @pytest.mark.parametrize(
