@@ -1,5 +1,5 @@
 """What a query looks like to a router: sparse features for its heads, a place among clusters.
 
-`base` the contract, `ngrams` the default (hashed n-grams, NumPy only), `neural` transformer
-encoders by path, `registry` encoders by kind.
+`base` the contract, `ngrams` the default (n-grams that `hashing` finds, NumPy only), `neural` and
+`finetuned` transformer encoders by path, `registry` encoders by kind; `tables` what is read fast.
 """

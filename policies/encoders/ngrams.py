@@ -56,6 +56,7 @@ class NGrams:
         self.num_dimensions = num_dimensions
         self.seed = seed
         self._hash = Hasher(bits=bits, window=window)
+        self._first_id_of_windows = np.int32(1 << bits)
         self.known_ = np.empty(0, np.int64)
         self.idf_ = np.ones(self.num_features, np.float32)
         self.basis_ = np.empty((0, num_dimensions), np.float16)  # of the known features
@@ -182,7 +183,7 @@ class NGrams:
         """Return the values of one query's features, whose ids are in order."""
         values: Floats = _SUBLINEAR.take(counts)
         values *= idf
-        first_window = ids.searchsorted(np.int32(1 << self.bits))
+        first_window = ids.searchsorted(self._first_id_of_windows)
         for block in (values[:first_window], values[first_window:]):
             scale = 1 / math.sqrt(max(2 * float(block.dot(block)), 1e-12))
             np.multiply(block, scale, out=block)

@@ -1,6 +1,7 @@
 """Routers that learn which model answers which query best.
 
-`targets` and `heads` distil outcomes into per-model predictions, `calibration` makes them
-probabilities, `choice` weighs quality against cost, `familiarity` knows the limits of the training
-data; `learned` and `clusters` are the policies, `fit` trains them, `file` stores them.
+`targets`, `heads` and `differences` distil outcomes into per-model predictions, `landmarks` let them
+bend, `calibration` makes them probabilities, `choice` weighs quality against cost, `topics` and
+`bags` know the limits of the training data; `router` predicts (`nearness` for one query),
+`learned` and `clusters` are the policies, `fit` and `finetune` train them, `file` stores them.
 """

@@ -1,5 +1,6 @@
 """Metrics by hand, protocols that leak nothing, the harness on outcomes with a known answer."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ from policies.errors import OutcomesError, PolicyError
 from policies.evaluation.harness import evaluate
 from policies.evaluation.metrics import Curve, aiq, apgr, bootstrap, cpt, two_model_curve
 from policies.evaluation.overlap import near_duplicates
-from policies.evaluation.protocols import folds
+from policies.evaluation.protocols import Protocol, folds
 from policies.evaluation.report import draw_curves, draw_reliability, table
 from policies.evaluation.trained import evaluate_router
 from policies.outcomes import Outcome
 from policies.outcomes.importers import import_routellm_mmlu
 from policies.routing.calibration import reliability
 from policies.routing.fit import FitSettings, fit_router
+from policies.routing.router import Router
 
 DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "routing"
 
@@ -132,6 +134,48 @@ def test_the_harness_ranks_methods_as_it_must(tmp_path: Path) -> None:
     assert text.count("\n|") == len(report.results) + 2
     draw_curves(report, tmp_path / "curves.png")
     assert 1_000 < (tmp_path / "curves.png").stat().st_size < 150_000
+
+
+@pytest.mark.parametrize("protocol", ["folds", "tasks", "split"])
+def test_no_test_query_nor_its_like_is_trained_on(
+    protocol: Protocol, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries repeated in other words' case or across splits are kept out, and counted."""
+    outcomes = [
+        Outcome(
+            query=f"question {row // 2} asks of {row // 2 * 7} sharks and {row // 2 + 5} corals"
+            + ("!" if row % 2 else ""),
+            scores={"weak": float(row % 4 < 2), "strong": 1.0},
+            tags=(f"task {row % 3}",),
+            split="test" if row % 5 == 0 else "train",
+        )
+        for row in range(120)
+    ]
+    trained: list[set[str]] = []
+
+    def spied(rows: Sequence[Outcome], **options: Any) -> Router:
+        trained.append({row.query.rstrip("!") for row in rows})
+        return fit_router(rows, **options)
+
+    monkeypatch.setattr("policies.evaluation.harness.fit_router", spied)
+    report = evaluate(
+        outcomes,
+        title="pairs",
+        protocol=protocol,
+        encoders={"small": lambda: NGrams(bits=10, num_dimensions=4)},
+        models=("weak", "strong"),
+        relative_cost=(0.0, 1.0),
+        settings=FitSettings(num_clusters=2),
+    )
+    parts = list(folds(outcomes, protocol))
+    assert len(trained) == len(parts)
+    num_removed = 0
+    for seen, (train, test) in zip(trained, parts, strict=True):
+        tested = {outcomes[row].query.rstrip("!") for row in test}
+        assert not seen & tested
+        num_removed += sum(outcomes[row].query.rstrip("!") in tested for row in train)
+    assert num_removed > 0
+    assert report.overlap == f"{num_removed} near-duplicates kept out of training"
 
 
 def test_a_trained_router_is_judged_on_new_queries(tmp_path: Path) -> None:
