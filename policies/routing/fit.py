@@ -16,13 +16,14 @@ from itertools import compress
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from policies.encoders.base import Encoder
 from policies.outcomes import Outcome, content_sha256
 from policies.routing.bags import fit_bags, with_usual_spread
 from policies.routing.calibration import fit_platt
 from policies.routing.differences import best_ridge, least_squares_heads, with_differences
-from policies.routing.examples import held_out_metrics, make_examples
+from policies.routing.examples import Examples, held_out_metrics, make_examples
 from policies.routing.heads import Heads, Objective, fit_heads
 from policies.routing.landmarks import fit_landmarks
 from policies.routing.router import Router
@@ -72,6 +73,12 @@ def fit_router(
     """
     settings = settings or FitSettings()
     examples = make_examples(outcomes, models)
+    # Two threads of our own do more than BLAS's, which wait for each other without giving way.
+    with threadpool_limits(1):
+        return _fit_router(examples, encoder, settings)
+
+
+def _fit_router(examples: Examples, encoder: Encoder, settings: FitSettings) -> Router:
     scores_QM = examples.scores_QM
     encoder = encoder.fit(examples.texts)
     encoded = encoder.encode(examples.texts)
