@@ -51,7 +51,7 @@ async def decide(
         unbudgeted = target.policy_name is not None and not isinstance(target.policy, Budgeted)
         if unbudgeted and query.limits != NO_LIMITS:
             decision = catalog.limiter.choose(query, decision)
-        _check_ceilings(catalog, decision.plan, query)
+        _check_ceilings(catalog, decision, query)
         decisions.append(decision)
         for _ in range(ask.n):
             task = _task(
@@ -111,13 +111,18 @@ def _read_plan(catalog: Catalog, data: object) -> Plan:
     return plan
 
 
-def _check_ceilings(catalog: Catalog, plan: Plan, query: Query) -> None:
+def _check_ceilings(catalog: Catalog, decision: Decision, query: Query) -> None:
     if not query.limits.caps_cost:
         return
     cost = estimate(
-        plan, catalog.rates, prompt_tokens=query.prompt_tokens, output_tokens=query.max_tokens
+        decision.plan,
+        catalog.rates,
+        prompt_tokens=query.prompt_tokens,
+        output_tokens=query.max_tokens,
     )
-    for name in query.limits.exceeded(cost):
+    # A controller has measured latencies, which no rate knows.
+    slow = "max_latency_s" in decision.details.get("budget", {}).get("unmet", ())
+    for name in (*query.limits.exceeded(cost), *(["max_latency_s"] if slow else [])):
         raise bad_request(
             f"shoal.{name}: the plan may cost more; lower max_tokens or raise the ceiling",
             f"shoal.{name}",

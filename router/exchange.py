@@ -131,7 +131,7 @@ class Exchange:
         return totals
 
     def settled(self, rates: Mapping[str, Rates]) -> Iterator[tuple[Query, Decision, Footprint]]:
-        """Yield each prompt's decision with what its choices have cost."""
+        """Yield each prompt's decision with what its choices have cost, and taken together."""
         num_choices = len(self.choices) // max(1, len(self.decisions))
         for index, decision in enumerate(self.decisions):
             total = Footprint()
@@ -139,7 +139,7 @@ class Exchange:
             for choice in own:
                 for cost in choice.trace.member_footprints(rates).values():
                     total = total.beside(cost)
-            yield own[0].task.query, decision, total
+            yield own[0].task.query, decision, replace(total, latency_s=self.elapsed_s)
 
     def stages(self) -> list[dict[str, Any]]:
         """Return everything that ran, in JSON; the choice's number where there are several."""

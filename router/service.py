@@ -282,9 +282,10 @@ class Service:
         if self.gate is not None:
             self.gate.settle(exchange, record)
         policy = self.catalog.policies.get(exchange.policy or "")
-        if isinstance(policy, Budgeted):
+        if policy is not None:
+            chooser = policy if isinstance(policy, Budgeted) else self.catalog.limiter
             for query, decision, cost in exchange.settled(self.catalog.rates):
-                policy.observe(query, decision, cost)
+                chooser.observe(query, decision, cost)
 
     async def _settle(self, exchange: Exchange) -> None:
         """Ask the engines what the requests used that were cancelled there."""

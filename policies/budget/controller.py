@@ -13,6 +13,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -40,8 +41,8 @@ _SOLVE_EVERY_LEAST = 3
 _SOLVE_EVERY_S = 300.0
 # While the requests to come become half, a price rises or falls at most by 2 to these powers: it
 # follows what may be a passing error slowly, yet in time. What was overspent nobody brings back.
-_HASTE_UP = 6.0
-_HASTE_DOWN = 4.0
+_HASTE_UP = 12.0
+_HASTE_DOWN = 8.0
 # Samples keep ensembles up to this multiple of n*, so that a falling price finds larger ones.
 _MEMBERS_MARGIN = 2
 
@@ -95,6 +96,7 @@ class Controller:
         self._num_samples = num_samples
         self._costs = CostModel(models, names)
         self._corrections = Corrections()
+        self._latencies = Corrections()
         self._pace = Pace(window_s=window_s, announced=announced)
         self._samples: Samples | None = None
         self._fresh: deque[tuple[list[float], list[list[float]]]] = deque(maxlen=num_samples)
@@ -167,10 +169,19 @@ class Controller:
 
     def observe(self, query: Query, decision: Decision, cost: Footprint) -> None:
         """Settle a request that this controller chose: `cost` is what it really was."""
+        key = key_of(decision.plan)
+        if cost.latency_s > 0:
+            usual = estimate(
+                decision.plan,
+                self._costs.rates,
+                prompt_tokens=query.prompt_tokens,
+                output_tokens=self._output_tokens(query),
+            )
+            with self._lock:
+                self._latencies.learn(key, measured=cost.latency_s, estimated=usual.latency_s)
         if not self.targets:
             return
         expected = decision.details["budget"]["expected"]
-        key = key_of(decision.plan)
         measured = [spent(cost, target.resource) for target in self.targets]
         with self._lock:
             for index, target in enumerate(self.targets):
@@ -288,13 +299,16 @@ class Controller:
         return [max(within, key=qualities.__getitem__)], ("quality_floor",)
 
     def _worst_case(self, key: Key, query: Query) -> Footprint:
+        """Return the cost of the longest answer; its latency as answers were measured to take."""
         plan: Plan = Answer(members=key) if isinstance(key, tuple) else key
-        return estimate(
+        cost = estimate(
             plan,
             self._costs.rates,
             prompt_tokens=query.prompt_tokens,
             output_tokens=query.max_tokens or self._output_tokens(query),
         )
+        slowest = max(map(self._latencies.factor, key if isinstance(key, tuple) else (key,)))
+        return replace(cost, latency_s=cost.latency_s * slowest)
 
     def _note(
         self,

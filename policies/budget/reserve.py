@@ -21,7 +21,7 @@ _BUSY = 2.0
 _TOLERANCE = 0.005
 # What no forecast knows, a grid that turns dirty or a new client: a whole window's plan keeps this
 # share of it back, half a window's the half.
-_UNKNOWN = 0.25
+_UNKNOWN = 0.5
 # Later times are looked at every so many bins.
 _EVERY_BINS = 2
 

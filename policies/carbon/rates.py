@@ -24,7 +24,8 @@ def rates_for(
     power and the PUE, watt-hours; times the grid's intensity, operational carbon; busy seconds over
     the device's lifetime give the embodied part. A token read and one written cost the same FLOPs;
     that decoding is slower per FLOP than reading is not modelled (measure it, or lower the device's
-    efficiency). Idle time is not counted. A model whose size or hardware nobody knows keeps its
+    efficiency). Where the rates say nothing of latency, busy seconds are the least it can be. Idle
+    time is not counted. A model whose size or hardware nobody knows keeps its
     rates, and its method says "unknown".
     """
     if facts.parameters is None or device is None:
@@ -37,6 +38,8 @@ def rates_for(
         wh_per_input_token=wh,
         wh_per_output_token=wh,
         gco2e_per_wh=gco2e_per_kwh / 1000,
+        s_per_input_token=facts.rates.s_per_input_token or busy_s,
+        s_per_output_token=facts.rates.s_per_output_token or busy_s,
         flops_per_token=flops,
         busy_s_per_token=busy_s,
         embodied_gco2e_per_s=device.embodied_gco2e_per_s,

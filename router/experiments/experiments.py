@@ -23,6 +23,7 @@ from router.experiments.definitions import policy_contents
 from router.experiments.reporting import Summary, summarise
 from router.ledger.database import Database
 from router.openai_api.ask import Ask
+from router.threads import in_thread
 
 logger = logging.getLogger(__name__)
 
@@ -116,9 +117,7 @@ class Experiments:
             made_s, cached = self._summaries.get(name, (-1.0, None))
             if cached is not None and self._clock() - made_s < _CACHE_S:
                 return cached
-            found = await asyncio.to_thread(
-                summarise, self.database, experiment, now_s=self._clock()
-            )
+            found = await in_thread(summarise, self.database, experiment, now_s=self._clock())
             self._summaries[name] = (self._clock(), found)
             return found
 
@@ -156,7 +155,7 @@ class Experiments:
                     "harm_low": found.harm_low,
                     "limit": found.limit,
                 }
-                await asyncio.to_thread(
+                await in_thread(
                     store.stop_arm, self.database, name, found.treatment,
                     reason=reason, now_s=now_s,
                 )  # fmt: skip
@@ -166,13 +165,13 @@ class Experiments:
                 arm.name: arm.means[metric] for arm in summary.report.arms if metric in arm.means
             }
             weights = thompson_weights(experiment, means, rng=self._rng)
-            await asyncio.to_thread(store.move_weights, self.database, name, weights, now_s=now_s)
+            await in_thread(store.move_weights, self.database, name, weights, now_s=now_s)
         self._summaries.pop(name, None)
         await self.reload()
 
     async def reload(self) -> None:
         """Take over what this or another replica changed."""
-        states = await asyncio.to_thread(self._load)
+        states = await in_thread(self._load)
         if states != self._states:
             self._states = states
             self._assigner = self._new_assigner()
@@ -187,7 +186,7 @@ class Experiments:
                     if self._idle(experiment) or self._clock() < checked[experiment.name]:
                         continue
                     began_s = time.monotonic()
-                    if await asyncio.to_thread(
+                    if await in_thread(
                         store.claim_check, self.database, experiment.name,
                         now_s=self._clock(), interval_s=self._check_s,
                     ):  # fmt: skip

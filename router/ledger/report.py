@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -23,6 +24,7 @@ _HEADER = (
     *("USD", "Wh", "gCO2e", "mean s"),
 )
 _MOST_SERIES = 9
+_MOST_TICKS = 30
 
 
 def table(by: Sequence[GroupBy], rows: Sequence[Sums]) -> str:
@@ -54,7 +56,6 @@ def plot(rows: Sequence[Sums], target: Path, *, unit: Unit, series: str) -> None
     `rows` are `sums(by=("day", series))`. The nine largest series are named, the rest is "other".
     """
     from matplotlib.figure import Figure  # noqa: PLC0415 (slow to import)
-    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
 
     totals: dict[str, float] = defaultdict(float)
     for row in rows:
@@ -74,15 +75,19 @@ def plot(rows: Sequence[Sums], target: Path, *, unit: Unit, series: str) -> None
     for name, by_day in heights.items():
         bars = list(by_day.values())
         if name != "other" or any(bars):
-            axes.bar(labels, bars, bottom=bottom, label=name)
+            axes.bar(range(len(days)), bars, bottom=bottom, label=name)
         bottom = [low + bar for low, bar in zip(bottom, bars, strict=True)]
     axes.set_ylabel(f"{_LABELS[unit]} per day (UTC)")
     axes.set_ylim(bottom=0)
-    axes.tick_params(axis="x", rotation=45)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=30, integer=True))
+    every = max(1, math.ceil(len(days) / _MOST_TICKS))
+    axes.set_xticks(range(0, len(days), every), labels[::every], rotation=45)
+    # A single day is one bar among others, not the whole width.
+    middle, half = (len(days) - 1) / 2, max(len(days), 7) / 2
+    axes.set_xlim(middle - half, middle + half)
     axes.grid(axis="y", alpha=0.3)
     if totals:
-        axes.legend(title=series, fontsize="small")
+        # Beside the bars: looking for the emptiest corner takes long, and warns when it does.
+        axes.legend(title=series, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     with replacing(target) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
 

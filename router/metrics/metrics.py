@@ -23,6 +23,7 @@ from router.metrics.live import Live, merge
 from router.metrics.reports import HOLDER as REPORTS
 from router.metrics.reports import Reports
 from router.metrics.store import Store
+from router.threads import in_thread
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class Metrics:
         try:
             while True:
                 try:
-                    await asyncio.to_thread(self._publish)
+                    await in_thread(self._publish)
                     failing = False
                 except SQLAlchemyError as error:
                     if not failing:
@@ -81,7 +82,7 @@ class Metrics:
                 await self._reports.close()
             # Else it would count as alive for a while.
             with suppress(SQLAlchemyError):
-                await asyncio.to_thread(self._store.forget, before_s=0.0, holder=self._holder)
+                await in_thread(self._store.forget, before_s=0.0, holder=self._holder)
 
     async def page(self, accept: str = "") -> tuple[bytes, str]:
         """Return the page and its content type, in the format that the `Accept` header wants."""
@@ -91,7 +92,7 @@ class Metrics:
         engines, others, kept = await asyncio.gather(
             engine_gauges(self._engines),
             library_metrics({name: self._engines[name] for name in native}),
-            asyncio.to_thread(self._kept),
+            in_thread(self._kept),
         )
         values = {**self._build_info(), **engines, **kept}
         return exposition(values, accept=accept, others=others)

@@ -20,6 +20,7 @@ from router.metrics import families as f
 from router.metrics.calibration import calibration_gauges
 from router.metrics.family import Series
 from router.metrics.store import Store
+from router.threads import in_thread
 
 logger = logging.getLogger(__name__)
 
@@ -67,15 +68,15 @@ class Reports:
 
     async def _renew(self) -> None:
         try:
-            if not await asyncio.to_thread(
+            if not await in_thread(
                 self._store.claim, HOLDER, now_s=self._clock(), every_s=self._every_s
             ):
                 return
             began_s = time.monotonic()
             summaries = await self._experiments.summaries()
             gauges = experiment_gauges(summary.report for summary in summaries)
-            gauges |= await asyncio.to_thread(self._read)
-            await asyncio.to_thread(self._store.publish, HOLDER, gauges, now_s=self._clock())
+            gauges |= await in_thread(self._read)
+            await in_thread(self._store.publish, HOLDER, gauges, now_s=self._clock())
             self._every_s = max(_EVERY_S, (time.monotonic() - began_s) / _SHARE)
         except SQLAlchemyError as error:
             logger.warning("metrics: the reports wait for the ledger: %s", error)

@@ -9,10 +9,10 @@ EVEN = {"requests": np.full(96, 10.0), "weights": np.ones(96), "budget": 960.0}
 
 
 def test_a_reserve_shrinks_with_the_window():
-    """At midnight a fifth is kept back for what no forecast knows, at its end nothing."""
+    """At midnight a third is kept back for what no forecast knows, at its end nothing."""
     for share in (1.0, 0.5, 0.0):
         rate = allowance(left=960.0, window_left=share, cheapest=0.0, **EVEN)
-        assert rate == pytest.approx(1 / (1 + 0.25 * share))
+        assert rate == pytest.approx(1 / (1 + 0.5 * share))
 
 
 def test_the_cheapest_plans_can_always_see_a_busy_evening_through():

@@ -28,6 +28,7 @@ def test_a_tokens_energy_follows_llmcarbon():
     busy_s = 300 * 1.6e10 / (989e12 * 0.35)
     assert cost.flops == pytest.approx(300 * 1.6e10)
     assert cost.busy_s == pytest.approx(busy_s)
+    assert cost.latency_s == pytest.approx(busy_s)
     assert cost.wh == pytest.approx(busy_s * 700 * 1.2 / 3600)
     assert cost.embodied_gco2e == pytest.approx(busy_s * device.embodied_gco2e_per_s)
     assert cost.gco2e == pytest.approx(cost.wh * 0.4 + cost.embodied_gco2e)

@@ -15,7 +15,8 @@ from router.ledger.config import LedgerConfig
 from router.ledger.database import Database, database_url, open_database, writing
 from router.ledger.errors import LedgerError
 from router.ledger.migrations import STEPS
-from router.ledger.schema import METADATA
+from router.ledger.queries import sums
+from router.ledger.schema import METADATA, REQUESTS
 
 
 def test_migrations_create_exactly_what_queries_expect(database: Database) -> None:
@@ -129,3 +130,31 @@ def test_config_makes_files_absolute_and_refuses_unknown_keys(
         LedgerConfig.model_validate({"flush_interval": 1})
     with pytest.raises(ValidationError, match="not supported"):
         LedgerConfig(url="oracle://x")
+
+
+@pytest.mark.parametrize("version", range(1, len(STEPS)))
+def test_an_older_ledger_is_upgraded_with_its_rows(tmp_path: Path, version: int) -> None:
+    """A file that an earlier Shoal wrote opens, has every column, and still counts its requests."""
+    url = f"sqlite:///{tmp_path / 'old.db'}"
+    old = sa.create_engine(url)
+    with old.begin() as connection:
+        connection.exec_driver_sql(
+            "CREATE TABLE schema_version (version INTEGER PRIMARY KEY, time_s DOUBLE PRECISION)"
+        )
+        for number, step in enumerate(STEPS[:version], start=1):
+            for statement in step:
+                connection.exec_driver_sql(statement)
+            connection.exec_driver_sql(f"INSERT INTO schema_version VALUES ({number}, 0)")
+        columns = [c for c in sa.inspect(connection).get_columns("requests") if not c["nullable"]]
+        values = ["'{}'" if isinstance(c["type"], sa.JSON | sa.TEXT) else "1" for c in columns]
+        names = ", ".join(str(c["name"]) for c in columns)
+        connection.exec_driver_sql(f"INSERT INTO requests ({names}) VALUES ({', '.join(values)})")
+    old.dispose()
+    database = open_database(url)
+    with database.connect() as connection:
+        assert {c["name"] for c in sa.inspect(connection).get_columns("requests")} == {
+            column.name for column in REQUESTS.c
+        }
+    [row] = sums(database, by=["policy"])
+    assert row.num_requests == 1
+    database.dispose()
