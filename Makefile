@@ -33,8 +33,9 @@ install:
 serve: $(STAMP)
 	$(BIN)/shoal serve
 
+# Two at a time; see tests/conftest.py.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 # Operations against the real thing: Prometheus, Chromium, Helm. What is not installed is skipped.
 test-ops: $(STAMP)
