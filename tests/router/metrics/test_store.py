@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -25,13 +24,12 @@ NewLedger = Callable[..., Ledger]
 ANSWERED = f.REQUESTS.series("learned", "none", "200")
 
 
-def test_replicas_add_up_exactly(database: Database) -> None:
+def test_replicas_add_up_exactly(database: Database, new_ledger: NewLedger) -> None:
     """Four ledgers write 60 rows each at once, every tenth row twice; each row counts once."""
 
     def replica(number: int) -> None:
-        ledger = Ledger(
-            database, flush_interval_s=0.01, close_timeout_s=120, logger=logging.getLogger("test")
-        )
+        # On connections of its own: who closes first would drop those that others have in use.
+        ledger = new_ledger(flush_interval_s=0.01, close_timeout_s=120)
         for index in range(60):
             ledger.record(record(1000 * number + index))
             if index % 10 == 0:
