@@ -35,7 +35,7 @@ serve: $(STAMP)
 
 # Two at a time; see tests/conftest.py.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2
 
 # Operations against the real thing: Prometheus, Chromium, Helm. What is not installed is skipped.
 test-ops: $(STAMP)

@@ -1,13 +1,26 @@
-"""How tests share the cores: those that start Ray run one after another, the rest file by file."""
+"""How `pytest -n 2` shares the cores: by file, and files that start Ray one after another."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Group the tests for `pytest -n`, which gives a group to one process."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        group = "ray" if item.get_closest_marker("ray") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Return what hands the tests out to the processes."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", maxsplit=1)[0]
+            return "ray" if starts_ray(config.rootpath / file) else file
+
+    return ByFile(config, log)
+
+
+@cache
+def starts_ray(file: Path) -> bool:
+    """Whether tests in this file are marked so."""
+    return "pytest.mark.ray" in file.read_text()
