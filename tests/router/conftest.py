@@ -136,9 +136,9 @@ def running(
             ready.set()
             await task
 
-    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
     thread.start()
-    assert ready.wait(30)
+    assert ready.wait(120)
     [(server, service)] = started
     try:
         url = f"http://127.0.0.1:{_port(server)}"
