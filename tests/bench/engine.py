@@ -51,7 +51,7 @@ class _School:
         self._runner = runner
         small = school is SHIPPED
         self._num_tokens = (64 if small else 24) if quick else (128 if small else 48)
-        self._pairs = 3 if quick else 7 if small else 5
+        self._pairs = 3 if quick else 15 if small else 7
 
     def rows(self) -> Iterator[Row]:
         engines = {

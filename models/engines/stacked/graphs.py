@@ -37,6 +37,7 @@ _MOST_GRAPHS = 48
 @dataclass(frozen=True, slots=True)
 class _Graph:
     layout: Layout
+    step: Callable[[], Tensor]  # holds the tensors that the recording writes to
     replay: Callable[[], Tensor]
 
 
@@ -86,7 +87,7 @@ class DecodeGraphs:
             return self._model.logits(hidden_ND, own.lanes)
 
         try:
-            graph = _Graph(own, self._record(step))
+            graph = _Graph(own, step, self._record(step))
         except RuntimeError:
             logger.exception("this device records no graphs: steps are launched kernel by kernel")
             self._failed = True
