@@ -23,7 +23,7 @@ from policies.base import Decision, ModelFacts, Query
 from policies.budget.candidates import Key, candidates, key_of, plan_of
 from policies.budget.costs import Coefficients, Corrections, CostModel, expected_costs
 from policies.budget.pace import Horizon, Pace
-from policies.budget.prices import Samples, cost_bounds, levels_of, solve_prices
+from policies.budget.prices import Frontier, Samples, frontiers, levels_of, solve_prices
 from policies.budget.reserve import allowance
 from policies.budget.targets import Target, spent
 from policies.errors import PolicyError
@@ -386,10 +386,10 @@ class Controller:
             assert self._samples is not None
             num_samples = self._samples.num_samples
             qualities, costs = self._samples.view()
-            bounds = cost_bounds(qualities, costs)
-            horizon = self._pace.horizon(now_s, likely=self._likely_requests(bounds))
+            reach = frontiers(qualities, costs)
+            horizon = self._pace.horizon(now_s, likely=self._likely_requests(reach))
             allowances = [
-                self._allowance(target, total, horizon, bounds[index][0])
+                self._allowance(target, total, horizon, reach[index])
                 for index, (target, total) in enumerate(zip(self.targets, self._spent, strict=True))
             ]
             since_solve, self._since_solve = self._since_solve, 0
@@ -415,7 +415,9 @@ class Controller:
             self._settled = num_samples >= _SOLVE_EVERY_REQUESTS
             self._mean_member = None
 
-    def _allowance(self, target: Target, spent: float, horizon: Horizon, cheapest: float) -> float:
+    def _allowance(
+        self, target: Target, spent: float, horizon: Horizon, frontier: Frontier
+    ) -> float:
         """Return what the mean request to come may cost in the resource of `target`."""
         window_s = self._pace.window_s
         # Of the next window, only the share that its forecast traffic may spend.
@@ -434,20 +436,20 @@ class Controller:
             weights=horizon.intensity
             if target.resource == "gco2e"
             else np.ones_like(horizon.requests),
-            cheapest=cheapest,
+            frontier=frontier,
         )
 
-    def _likely_requests(self, bounds: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
+    def _likely_requests(self, reach: Sequence[Frontier]) -> tuple[float, float] | None:
         """Return how many requests a window has if the targets are neither idle nor impossible.
 
         Fewer than the first could all take their best plan, more than the second not even their
         cheapest. Of several targets per hour, the tightest; None where there is none.
         """
         found = []
-        for target, (cheap, dear) in zip(self.targets, bounds, strict=True):
-            if target.per == "hour" and cheap > 0:
+        for target, frontier in zip(self.targets, reach, strict=True):
+            if target.per == "hour" and frontier.cheapest > 0:
                 budget = target.budget(elapsed_s=self._pace.window_s, num_requests=0)
-                found.append((budget / dear, budget / cheap))
+                found.append((budget / frontier.dearest, budget / frontier.cheapest))
         return min(found, default=None)
 
 

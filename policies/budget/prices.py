@@ -28,6 +28,8 @@ _MAX_LEVELS = 4
 # The search for a price starts with this step: from one solution to the next it moves little.
 _STEP = 1.1
 NOT_A_CANDIDATE = -1e9
+# The prices, relative to the highest one, at which a frontier is looked at.
+_FRONTIER = np.geomspace(1.0, 1e-4, 16)
 
 
 class Samples:
@@ -103,15 +105,47 @@ def levels_of(
     return levels
 
 
-def cost_bounds(
-    qualities_SC: NDArray[np.float64], costs_SCR: NDArray[np.float64]
-) -> list[tuple[float, float]]:
-    """Return, per resource, the mean costs of the samples' cheapest and of their best plans."""
-    best_S11 = qualities_SC.argmax(axis=1)[:, None, None]
-    real_SC1 = (qualities_SC > NOT_A_CANDIDATE / 2)[:, :, None]
-    cheap_R = costs_SCR.min(axis=1, initial=np.inf, where=real_SC1).mean(axis=0)
-    dear_R = np.take_along_axis(costs_SCR, best_S11, axis=1).mean(axis=(0, 1))
-    return list(zip(cheap_R.tolist(), dear_R.tolist(), strict=True))
+@dataclass(frozen=True, kw_only=True)
+class Frontier:
+    """The mean quality that a mean cost in one resource buys; both rise from point to point."""
+
+    costs: NDArray[np.float64]
+    qualities: NDArray[np.float64]
+
+    @property
+    def cheapest(self) -> float:
+        """The mean cost of the cheapest plans."""
+        return float(self.costs[0])
+
+    @property
+    def dearest(self) -> float:
+        """The mean cost of the best plans: more than this cannot be spent."""
+        return float(self.costs[-1])
+
+    def quality_at(self, cost: float) -> float:
+        """Return the mean quality that this mean cost buys."""
+        return float(np.interp(cost, self.costs, self.qualities))
+
+    def cost_of(self, quality: float) -> float:
+        """Return the mean cost at which this mean quality is had."""
+        return float(np.interp(quality, self.qualities, self.costs))
+
+
+def frontiers(qualities_SC: NDArray[np.float64], costs_SCR: NDArray[np.float64]) -> list[Frontier]:
+    """Return each resource's frontier, from the samples' cheapest plans to their best ones."""
+    real_SC = qualities_SC > NOT_A_CANDIDATE / 2
+    rows = np.arange(len(qualities_SC))
+    found = []
+    for costs_SC in np.moveaxis(costs_SCR, 2, 0):
+        picks = [np.where(real_SC, costs_SC, np.inf).argmin(axis=1)]
+        ceiling = _DEAREST / max(float(costs_SC[rows, picks[0]].mean()), 1e-30)
+        picks += [(qualities_SC - price * costs_SC).argmax(axis=1) for price in _FRONTIER * ceiling]
+        picks.append(qualities_SC.argmax(axis=1))
+        means = [(costs_SC[rows, p].mean(), qualities_SC[rows, p].mean()) for p in picks]
+        # Where plans cost alike, the cheapest may be worse than what the highest price takes.
+        costs, qualities = np.maximum.accumulate(np.array(means), axis=0).T
+        found.append(Frontier(costs=costs, qualities=qualities))
+    return found
 
 
 def solve_prices(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.optimize import linprog
 
-from policies.budget.prices import Level, Samples, solve_prices
+from policies.budget.prices import Level, Samples, frontiers, solve_prices
 
 NOW = (Level(share=1.0, factors=(1.0,)),)
 
@@ -111,3 +111,17 @@ def test_samples_are_a_ring_that_forgets_the_oldest():
     assert not samples.fits(5)
     samples.rescale(0, 10.0)
     assert samples.view()[1].max() == 70.0
+
+
+def test_a_frontier_is_what_the_prices_buy():
+    """From the cheapest plans to the best ones, it says what solved prices then attain."""
+    qualities, costs = crowd()
+    [frontier] = frontiers(qualities, costs)
+    assert frontier.cheapest == pytest.approx(costs[:, 0, 0].mean())
+    assert frontier.dearest == pytest.approx(costs[:, -1, 0].mean())
+    for allowance in (0.7, 1.0, 1.6):
+        [price] = solve_prices(qualities, costs, allowances=[allowance], levels=NOW, start=[0.0])
+        best = np.argmax(qualities - price * costs[:, :, 0], axis=1)
+        bought = qualities[np.arange(len(best)), best].mean()
+        assert frontier.quality_at(allowance) == pytest.approx(bought, rel=0.05)
+        assert frontier.cost_of(bought) == pytest.approx(allowance, rel=0.05)
