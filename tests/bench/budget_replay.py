@@ -56,7 +56,7 @@ MIDDLE = 0.3
 NOON_H = 12
 GONE = "most-used model gone, 10 to 16 h"
 # Nothing was tuned on these seeds.
-SEEDS = (501, 502, 503, 504, 505)
+SEEDS = (601, 602, 603, 604, 605)
 # The aim: this near the target, and this much of the optimum's quality.
 WITHIN = 0.01
 QUALITY = 0.98
