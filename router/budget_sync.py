@@ -103,9 +103,12 @@ class Pricing:
         self._interval_s = interval_s
 
     async def run(self) -> None:
-        """Solve, in a thread, what is due; a solution takes milliseconds."""
+        """Solve, in a thread, what is due; log what fails, and go on at the prices of before."""
         while True:
             for controller in self._controllers:
                 if controller.due():
-                    await in_thread(controller.solve)
+                    try:
+                        await in_thread(controller.solve)
+                    except Exception:
+                        logger.exception("budget prices stay what they were")
             await asyncio.sleep(self._interval_s)

@@ -147,6 +147,33 @@ def test_prices_are_solved_beside_the_requests() -> None:
     assert not mine.due()
 
 
+def test_a_failed_solution_does_not_end_pricing(caplog: pytest.LogCaptureFixture) -> None:
+    """What fails once is logged, and tried again: prices would never move otherwise."""
+    tries: list[int] = []
+
+    class Flaky:
+        def due(self) -> bool:
+            return len(tries) < 2
+
+        def solve(self) -> None:
+            tries.append(1)
+            if len(tries) == 1:
+                raise ValueError("no solution")
+
+    async def price() -> None:
+        flaky: Any = Flaky()
+        task = asyncio.create_task(Pricing([flaky], interval_s=0.01).run())
+        async with asyncio.timeout(30):
+            while len(tries) < 2 and not task.done():  # noqa: ASYNC110 - it tells nobody
+                await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(price())
+    assert len(tries) == 2
+    assert "no solution" in caplog.text
+
+
 def test_a_cancelled_task_leaves_no_query_behind() -> None:
     """Whoever closes the database after cancelling finds every connection given back."""
     entered, release, left = threading.Event(), threading.Event(), threading.Event()
