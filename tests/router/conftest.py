@@ -53,6 +53,8 @@ class Running:
     recorder: ListRecorder
     http: httpx.Client
     client: openai.OpenAI
+    server: uvicorn.Server
+    loop: asyncio.AbstractEventLoop
     streams: list[Any] = field(default_factory=list)
 
     def chat(self, text: str = "hello", model: str = "alpha", **fields: Any) -> Any:
@@ -67,8 +69,16 @@ class Running:
         body.setdefault("model", "alpha")
         return self.http.post(path, json=body)
 
-    def wait(self, condition: Callable[[], bool], timeout_s: float = 5) -> None:
-        """Wait until `condition` holds."""
+    def forget(self) -> None:
+        """Forget all records, also those that follow answers which are already read."""
+        tasks, settling = self.server.server_state.tasks, self.service._settling
+        self.wait(lambda: not tasks and not settling)
+        # What the last of them asked the loop to do comes before this.
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self.loop).result(60)
+        self.recorder.records.clear()
+
+    def wait(self, condition: Callable[[], bool], timeout_s: float = 60) -> None:
+        """Wait until `condition` holds; the limit is for what would never hold."""
         end = time.monotonic() + timeout_s
         while not condition():
             assert time.monotonic() < end, "waited in vain"
@@ -129,7 +139,7 @@ def running(
     async def serve() -> None:
         async with local_service(args, pool, catalog, recorder) as service:
             server = http_server(service, host="127.0.0.1", port=0, args=args)
-            started.append((server, service))
+            started.append((server, service, asyncio.get_running_loop()))
             task = asyncio.create_task(server.serve())
             while not server.started and not task.done():  # noqa: ASYNC110 - uvicorn has no event
                 await asyncio.sleep(0.005)
@@ -139,14 +149,14 @@ def running(
     thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
     thread.start()
     assert ready.wait(120)
-    [(server, service)] = started
+    [(server, service, loop)] = started
     try:
         url = f"http://127.0.0.1:{_port(server)}"
         with (
             httpx.Client(base_url=url, timeout=30) as http,
             openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
         ):
-            yield Running(url, service, recorder, http, client)
+            yield Running(url, service, recorder, http, client, server, loop)
     finally:
         server.should_exit = True
         thread.join(30)
@@ -166,7 +176,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 @pytest.fixture
 def server(shared: Running) -> Iterator[Running]:
     """The module's server, its records forgotten."""
-    shared.recorder.records.clear()
+    shared.forget()
     yield shared
 
 

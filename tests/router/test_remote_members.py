@@ -56,7 +56,7 @@ def _pool(upstream: Running, **options: Any) -> dict[str, Any]:
 
 def test_a_cascade_ends_at_a_remote_model(front: Running) -> None:
     """The unsure local answer is rejected, the remote one comes, and the price is its server's."""
-    front.recorder.records.clear()
+    front.forget()
     answer = front.chat("The answer is 42.", "auto")
     assert answer.choices[0].message.content == "The answer is 42."
     shoal = answer.shoal

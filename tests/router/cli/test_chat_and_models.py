@@ -52,7 +52,7 @@ def test_chat_takes_a_model_and_v1_urls(server: Any) -> None:
 
 def test_conversation_goes_on_until_the_end_of_input(server: Any) -> None:
     """Without a prompt every line is answered, in one conversation; empty lines are skipped."""
-    server.recorder.records.clear()
+    server.forget()
     result = _shoal("chat", "--url", server.url, stdin="one\n\ntwo\n")
     assert result.exit_code == 0
     assert "one\n" in result.stdout
