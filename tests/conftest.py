@@ -1,10 +1,22 @@
-"""How `pytest -n 2` shares the cores: by file, and files that start Ray one after another."""
+"""How `pytest -n 2` shares the cores: by file, and files that start Ray one after another.
 
+A slow machine is no fault of what is tested: property tests have no deadline.
+"""
+
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+with suppress(ImportError):  # vLLM's environment does without
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile(
+        "patient", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("patient")
 
 
 @pytest.hookimpl(optionalhook=True)

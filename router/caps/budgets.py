@@ -166,12 +166,13 @@ class Budgets:
             self._gather()
             now_s = time.monotonic()
             try:
-                if now_s - swept_s >= _SWEEP_S:
-                    swept_s = now_s
-                    self._store.sweep(self._clock())
+                # Renewed first: after a standstill the sweep must not take our own holds for dead.
                 if self._open and now_s - renewed_s >= self._config.lease_s / 3:
                     renewed_s = now_s
                     self._store.renew(self._clock())
+                if now_s - swept_s >= _SWEEP_S:
+                    swept_s = now_s
+                    self._store.sweep(self._clock())
                 if now_s - forgot_s >= _FORGET_S:
                     forgot_s = now_s
                     self._store.forget(self._clock())

@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import math
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +22,7 @@ import yaml
 
 from models.pool import DEFAULT_POOL, load_pool
 from tests.ops.queries import RULES
+from tests.ports import free_port
 
 NAMES = [model.name for model in load_pool(DEFAULT_POOL).models]
 BASE = NAMES[-1]
@@ -60,12 +60,6 @@ def configuration(folder: Path) -> dict[str, Any]:
     }
 
 
-def free_port() -> int:
-    """Return a port on which nobody listens now."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
 def wait(condition: Callable[[], bool], *, timeout_s: float, what: str) -> None:
     """Wait until `condition` holds; a server that is not there yet counts as no."""
     end_s = time.monotonic() + timeout_s
@@ -87,7 +81,7 @@ def process(*command: str, folder: Path) -> Iterator[None]:
         finally:
             running.terminate()
             try:
-                running.wait(20)
+                running.wait(60)
             except subprocess.TimeoutExpired:
                 running.kill()
                 running.wait()
@@ -130,7 +124,7 @@ def traffic(url: str) -> Iterator[None]:
         yield
     finally:
         stop.set()
-        thread.join(60)
+        thread.join(300)
 
 
 def _ask(client: openai.OpenAI, url: str, turn: int) -> None:
@@ -152,7 +146,7 @@ def _ask(client: openai.OpenAI, url: str, turn: int) -> None:
     if way["model"] in ("auto", "policy/thrifty"):
         time.sleep(0.3)  # the shadow answers after the client has its own
         label = {"id": answer_id, "label": str(turn % 50 + 58)}
-        httpx.post(f"{url}/v1/feedback", json=label, timeout=30)
+        httpx.post(f"{url}/v1/feedback", json=label, timeout=120)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +157,7 @@ class Prometheus:
 
     def query(self, expression: str) -> list[dict[str, Any]]:
         """Return the samples of an instant query that are numbers."""
-        answer = httpx.get(f"{self.url}/api/v1/query", params={"query": expression}, timeout=30)
+        answer = httpx.get(f"{self.url}/api/v1/query", params={"query": expression}, timeout=120)
         body = answer.json()
         assert body["status"] == "success", (expression, body)
         found: list[dict[str, Any]] = body["data"]["result"]
@@ -171,7 +165,7 @@ class Prometheus:
 
     def rules(self) -> list[dict[str, Any]]:
         """Return the rules with their health."""
-        body = httpx.get(f"{self.url}/api/v1/rules", timeout=30).json()
+        body = httpx.get(f"{self.url}/api/v1/rules", timeout=120).json()
         return [rule for group in body["data"]["groups"] for rule in group["rules"]]
 
 
@@ -201,7 +195,7 @@ def prometheus(folder: Path, target: str) -> Iterator[Prometheus]:
     with process(*command, folder=folder):
         wait(
             lambda: httpx.get(f"{url}/-/ready", timeout=5).status_code == 200,
-            timeout_s=60,
+            timeout_s=300,
             what=f"prometheus; its log is in {folder}",
         )
         yield Prometheus(url=url)

@@ -88,7 +88,7 @@ def test_a_stale_feed_rings(scraped: Prometheus) -> None:
 
 def test_prometheus_counts_what_was_asked(scraped: Prometheus, tmp_path: Path) -> None:
     """The server's own page and Prometheus agree on a scrape's worth of requests."""
-    [target] = httpx.get(f"{scraped.url}/api/v1/targets", timeout=30).json()["data"][
+    [target] = httpx.get(f"{scraped.url}/api/v1/targets", timeout=120).json()["data"][
         "activeTargets"
     ]
     assert target["health"] == "up", target["lastError"]

@@ -69,12 +69,16 @@ class Running:
         body.setdefault("model", "alpha")
         return self.http.post(path, json=body)
 
-    def forget(self) -> None:
-        """Forget all records, also those that follow answers which are already read."""
+    def settle(self) -> None:
+        """Wait until nothing runs, and every record is in that follows an answer already read."""
         tasks, settling = self.server.server_state.tasks, self.service._settling
         self.wait(lambda: not tasks and not settling)
         # What the last of them asked the loop to do comes before this.
         asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self.loop).result(60)
+
+    def forget(self) -> None:
+        """Forget all records, also those that are still to come."""
+        self.settle()
         self.recorder.records.clear()
 
     def wait(self, condition: Callable[[], bool], timeout_s: float = 60) -> None:
@@ -153,13 +157,13 @@ def running(
     try:
         url = f"http://127.0.0.1:{_port(server)}"
         with (
-            httpx.Client(base_url=url, timeout=30) as http,
+            httpx.Client(base_url=url, timeout=120) as http,
             openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
         ):
             yield Running(url, service, recorder, http, client, server, loop)
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(60)
 
 
 def _port(server: uvicorn.Server) -> int:

@@ -1,6 +1,5 @@
 """Another `shoal serve`, a process of its own, as a member of our pool."""
 
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from typing import Any
 import pytest
 
 from models.pool import DEFAULT_POOL, load_pool
+from tests.ports import free_port
 from tests.router.conftest import Running, running
 
 pytestmark = pytest.mark.slow
@@ -20,8 +20,7 @@ QUESTION = "Write the word 'lantern' backwards."
 @pytest.fixture(scope="module", name="url")
 def upstream_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of the shipped pool, served with `shoal serve --local`."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "router.cli", "serve", "--local", "--port", str(port)]
     folder = tmp_path_factory.mktemp("upstream")
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder) as process:

@@ -7,7 +7,6 @@ It is what `vllm serve` starts. That command itself does not run from the distri
 import asyncio
 import random
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import httpx
 import openai
 import pytest
 
+from tests.ports import free_port
 from tests.vllm.fused_world import MAX_TOKENS, Ask, Reference, World, make_world, random_prompt
 
 START_S = 600
@@ -32,9 +32,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture(scope="module")
 def url(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server that has been given nothing but the folder, a port and sizes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     log = tmp_path_factory.mktemp("log") / "vllm.log"
     module = "vllm.entrypoints.openai.api_server"
     arguments = ["--port", str(port), "--dtype", "float32", "--max-model-len", "256"]
@@ -58,7 +56,7 @@ def url(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
 
 def _is_up(address: str) -> bool:
     try:
-        return httpx.get(address).is_success
+        return httpx.get(address, timeout=60).is_success
     except httpx.TransportError:
         return False
 
@@ -143,7 +141,7 @@ def test_abort_frees_memory(world: World, url: str) -> None:
 
 
 def _gauges(url: str) -> dict[str, float]:
-    text = httpx.get(f"{url}/metrics").text
+    text = httpx.get(f"{url}/metrics", timeout=60).text
     names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
     found = {
         name: [float(v) for v in re.findall(rf"^vllm:{name}\{{[^}}]*\}} (\S+)$", text, re.M)]

@@ -1,7 +1,6 @@
 """`shoal serve` on Ray with a pool that mixes engines: chunks stacked, the base on vLLM."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from models.pool import DEFAULT_POOL, load_pool
 from models.tokenizer import load_tokenizer
+from tests.ports import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1800)]
 
@@ -72,7 +72,7 @@ class Served:
 
     def get(self, path: str) -> httpx.Response:
         """Return what stands at `path`."""
-        return httpx.get(self.url + path, timeout=60)
+        return httpx.get(self.url + path, timeout=120)
 
 
 @pytest.fixture(scope="module", name="server")
@@ -81,8 +81,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder: Path = tmp_path_factory.mktemp("mixed")
     (folder / "pool.yaml").write_text(yaml.safe_dump(_pool()))
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "router.cli", "serve", "--config", "config.yaml"]
     command += ["--port", str(port)]
     log = folder / "log"

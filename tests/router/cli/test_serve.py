@@ -10,6 +10,7 @@ import httpx
 import pytest
 import yaml
 
+from tests.ports import free_port
 from tests.router.conftest import write_pool
 
 SHOAL = (sys.executable, "-m", "router.cli", "serve")
@@ -59,8 +60,7 @@ def test_serves_here_until_it_is_told_to_stop(
     write_pool(tmp_path)
     config = {"pool": ".", "ledger": {"url": "sqlite:///rows.db"}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     command = [*SHOAL, "--config", "config.yaml", "--local", "--port", str(port), "--host", host]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
         assert process.stdout is not None
@@ -73,9 +73,9 @@ def test_serves_here_until_it_is_told_to_stop(
         assert "engine one (fake): alpha, beta" in said
         assert f"Ready at http://127.0.0.1:{port}/v1" in said
         body = {"model": "alpha", "messages": [{"role": "user", "content": "hello"}]}
-        answer = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body, timeout=30)
+        answer = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body, timeout=120)
         assert answer.json()["choices"][0]["message"]["content"] == "hello"
         process.send_signal(number)
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
         assert process.stdout.read().splitlines()[-1] == "Stopped."
     assert (tmp_path / "rows.db").is_file()

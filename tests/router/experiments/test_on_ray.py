@@ -6,7 +6,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ import yaml
 from models.pool import DEFAULT_POOL, load_pool
 from models.tasks import Split, domain
 from policies.outcomes import read_outcomes
+from tests.ports import free_port
 
 COMMAND = (sys.executable, "-c", "from router.cli.main import app; app()")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
@@ -74,9 +74,7 @@ def write_config(folder: Path) -> Path:
 @contextmanager
 def serving(config: Path) -> Iterator[str]:
     """Run `shoal serve` on Ray and yield its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     log = config.parent / "log"
     with log.open("w") as out:
         process = subprocess.Popen(

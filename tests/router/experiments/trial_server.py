@@ -123,16 +123,16 @@ def serving(config: Path) -> Iterator[Trial]:
 
     thread = threading.Thread(target=run)
     thread.start()
-    assert ready.wait(30)
+    assert ready.wait(120)
     if failed:
-        thread.join(30)
+        thread.join(60)
         raise failed[0]
     [(server, service, ledger, loop)] = started
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as http:
             yield Trial(http=http, service=service, ledger=ledger, config=config, loop=loop)
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(60)
         ledger.database.dispose()

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -10,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from tests.ports import free_port
 
 
 def _binaries() -> Path | None:
@@ -33,9 +34,7 @@ def postgresql() -> Iterator[str]:
     folder = Path(tempfile.mkdtemp(prefix="shoal-pg-"))
     if as_user:
         shutil.chown(folder, "postgres", "postgres")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
 
     def run(binary: str, *arguments: str | Path) -> None:
         command = [*as_user, binaries / binary, "-D", folder / "data", *arguments]
@@ -44,7 +43,7 @@ def postgresql() -> Iterator[str]:
     try:
         run("initdb", "-U", "shoal", "-A", "trust", "--no-sync", "-E", "UTF8")
         options = f"-p {port} -h 127.0.0.1 -k {folder} -c fsync=off"
-        run("pg_ctl", "-w", "-t", "60", "-l", folder / "log", "-o", options, "start")
+        run("pg_ctl", "-w", "-t", "120", "-l", folder / "log", "-o", options, "start")
         try:
             yield f"postgresql://shoal@127.0.0.1:{port}/postgres"
         finally:

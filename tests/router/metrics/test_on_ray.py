@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import yaml
 
 from router.ledger.database import open_database
 from router.ledger.queries import sums
+from tests.ports import free_port
 from tests.router.conftest import write_pool
 from tests.router.metrics.scrape import samples
 
@@ -44,13 +44,16 @@ class Served:
 
     def page(self) -> str:
         """Return the page of a replica that lives."""
-        for _ in range(20):
+        pages: list[str] = []
+
+        def given() -> bool:
             with contextlib.suppress(httpx.TransportError):
                 response = self.http.get("/metrics")
-                if response.status_code == 200:
-                    return response.text
-            time.sleep(0.5)
-        raise AssertionError("no replica gave its page for ten seconds")
+                pages.extend([response.text] if response.status_code == 200 else [])
+            return bool(pages)
+
+        _wait(given, "a replica gives its page")
+        return pages[0]
 
     def counters(self) -> dict[str, float]:
         """Return the counters of one page."""
@@ -105,8 +108,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         "ingress": {"min_replicas": 2, "max_replicas": 2},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "router.cli", "serve", "--config", "config.yaml"]
     with subprocess.Popen(
         [*command, "--port", str(port)],
@@ -124,7 +126,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
                 if "Ready at" in line:
                     break
             assert "Ready at" in said, said
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as http:
                 yield Served(process, http, folder)
         finally:
             process.send_signal(signal.SIGTERM)
