@@ -20,12 +20,14 @@ from router.ledger.writer import Ledger
 from tests.router.ledger.records import record
 
 MAX_TOKENS = 100
+# Longer than any test: a slow machine must not end the lease of a replica that lives.
+LEASE_S = 600
 
 
 async def spend(url: str, cap_tokens: int, name: str) -> None:
     """Run 50 clients; some leave while they wait, all go on until the budget is spent."""
     logger = logging.getLogger(name)
-    config = BudgetsConfig(server={"tokens_per_month": cap_tokens}, wait_s=5, lease_s=2)
+    config = BudgetsConfig(server={"tokens_per_month": cap_tokens}, wait_s=60, lease_s=LEASE_S)
     budgets = Budgets(open_database(url, fast_commits=True), config, holder=name, logger=logger)
     ledger = Ledger(open_database(url), flush_interval_s=0.05, logger=logger)
 
