@@ -2,12 +2,12 @@
 
 import json
 import socket
-import time
 from typing import Any
 
 import pytest
 
-SLOW = {"answers": ["x" * 1000], "token_latency_s": 0.01}
+# Longer than any test waits: who frees its lanes has cancelled it.
+SLOW = {"answers": ["x" * 1000], "token_latency_s": 0.2}
 ENGINES = [{"name": "one", "kind": "fake", "options": SLOW}, {"name": "two", "kind": "fake"}]
 NESTED = {"best": {"candidates": ["alpha", {"cascade": {"stages": ["beta"], "thresholds": []}}]}}
 
@@ -21,17 +21,15 @@ def test_hanging_up_frees_every_lane(serve: Any, stream: bool, plan: Any) -> Non
     connection = _post(server.url, body)
     lanes = 2 if plan == "alpha" else 4
     server.wait(lambda: _stats(server)["active_lanes"] == lanes)
-    server.wait(lambda: _stats(server)["generated_tokens_total"] > 20)
+    server.wait(lambda: _stats(server)["generated_tokens_total"] > 2 * lanes)
     connection.close()
-    started = time.monotonic()
     server.wait(lambda: _stats(server)["active_lanes"] == 0)
-    assert time.monotonic() - started < 2
     record = server.last_record()
     assert (record.status, record.num_choices) == (499, 2)
     settled = sum(tokens.output_tokens for tokens in record.members.values())
     assert settled == _stats(server)["generated_tokens_total"]
     assert record.usd > 0
-    time.sleep(0.05)
+    server.settle()
     assert server.recorder.records == []
 
 
@@ -39,7 +37,9 @@ def test_hanging_up_while_waiting_in_the_queue(serve: Any) -> None:
     """A request that waits for its turn leaves the queue with its client."""
     one = {**ENGINES[0], "options": {**SLOW, "max_running_requests": 1}}
     server = serve(engines=[one, ENGINES[1]])
-    first, second = _post(server.url, {}), _post(server.url, {})
+    first = _post(server.url, {})
+    server.wait(lambda: _stats(server)["running_requests"] == 1)
+    second = _post(server.url, {})
     server.wait(lambda: _stats(server)["queued_requests"] == 1)
     second.close()
     server.wait(lambda: _stats(server)["queued_requests"] == 0)

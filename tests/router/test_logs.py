@@ -42,7 +42,7 @@ def test_each_request_leaves_a_line(written: io.StringIO, tmp_path: Path) -> Non
         answer = server.chat(SECRET)
         list(server.chat(SECRET, model="auto", stream=True))
         server.post(model="x" * 10_000)
-        server.wait(lambda: written.getvalue().count("\n") >= 3)
+        server.wait(lambda: written.getvalue().count('"shoal.requests"') >= 3)
     found = [line for line in lines(written) if line["logger"] == "shoal.requests"]
     assert [line["status"] for line in found] == [200, 200, 404]
     assert found[0]["request_id"] == answer.id

@@ -1,6 +1,5 @@
 """Members that another server runs, from a client's point of view; the other one is real too."""
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import pytest
 
 from tests.router.conftest import Running, running
 
-LONG = {"answers": ["x" * 1000], "token_latency_s": 0.01}
+LONG = {"answers": ["x" * 1000], "token_latency_s": 0.2}
 LOCAL = {"name": "near", "kind": "fake", "options": {"answers": ["42"], "logprob": -2}}
 MODELS = [
     {"name": "small", "engine": "near"},
@@ -96,9 +95,8 @@ def test_hanging_up_ends_the_work_upstream(front: Running, upstream: Running) ->
     one = upstream.service.engines["one"]
     upstream.wait(lambda: one._engine.stats().active_lanes == 1)  # type: ignore[attr-defined]
     stream.close()
-    began_s = time.monotonic()
+    # Long before the answer would have ended.
     upstream.wait(lambda: one._engine.stats().active_lanes == 0)  # type: ignore[attr-defined]
-    assert time.monotonic() - began_s < 2
 
 
 def test_footprints_say_what_is_unknown(front: Running) -> None:
@@ -119,7 +117,7 @@ def test_a_server_that_is_away(tmp_path: Path, upstream: Running) -> None:
     """Its models answer 503, the circuit opens, health stays good, and a cascade falls back on
     its best rejected answer.
     """
-    pool = _pool(upstream, breaker_failures=1, backoff_s=0.01)
+    pool = _pool(upstream, breaker_failures=1, backoff_s=0.01, breaker_open_s=3600)
     pool["engines"][1]["options"]["base_url"] = "http://127.0.0.1:9/v1"
     with running(tmp_path, **pool) as server:
         with pytest.raises(openai.InternalServerError) as caught:

@@ -38,7 +38,7 @@ def chromium() -> Iterator[webdriver.Chrome]:
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
         browser = webdriver.Chrome(options=options, service=Service(driver))
         try:
-            browser.set_page_load_timeout(60)
+            browser.set_page_load_timeout(120)
             yield browser
         finally:
             browser.quit()

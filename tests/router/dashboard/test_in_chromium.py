@@ -18,7 +18,7 @@ from router.ledger.database import open_database
 from tests.router.conftest import Running, running
 from tests.router.dashboard.browser import chromium
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 HOSTILE = "<img src=x onerror=\"document.title='taken over'\">"
 EXPERIMENT = {
@@ -67,7 +67,7 @@ def _open(browser: webdriver.Chrome, server: Running, path: str = "/dashboard") 
 
 
 def _wait(browser: webdriver.Chrome, condition: Callable[[], Any]) -> None:
-    WebDriverWait(browser, 30, poll_frequency=0.1).until(lambda _: condition())
+    WebDriverWait(browser, 120, poll_frequency=0.1).until(lambda _: condition())
 
 
 def _text(browser: webdriver.Chrome, selector: str) -> str:

@@ -25,7 +25,7 @@ from router.executor.task import Task, merge
 from router.executor.trace import Trace
 
 SURE, UNSURE = math.log(0.9), math.log(0.2)
-SLOW = {"answers": ["slow"], "time_to_first_token_s": 20}
+SLOW = {"answers": ["slow"], "time_to_first_token_s": 200}
 BROKEN = {"fail_after_tokens": 1}
 
 Run = Callable[..., tuple[Chunk, Trace]]
@@ -116,7 +116,7 @@ def test_a_stage_has_its_own_time(run: Run) -> None:
         "slower": {"answers": ["in time"], "time_to_first_token_s": 0.2},
         "c": _says("never"),
     }
-    answer, trace = run({"cascade": stages}, scripts, stage_timeout_s=15)
+    answer, trace = run({"cascade": stages}, scripts, stage_timeout_s=60)
     assert answer.text == "in time"
     assert _outcomes(trace) == {"": "ok", "0": "timeout", "1": "ok"}
 
@@ -148,9 +148,9 @@ def test_cascades_last_stage_streams(run: Run, tmp_path: Path) -> None:
 
 def test_cascade_survives_failing_and_slow_stages(run: Run) -> None:
     """A stage that fails, and one that takes too long, move on to the next, and it is noted."""
-    answer, trace = run(
-        CASCADE, {"a": BROKEN, "b": SLOW, "c": _says("saved")}, stage_timeout_s=0.05
-    )
+    stages = {**CASCADE["cascade"], "timeouts_s": [60, None]}
+    scripts = {"a": BROKEN, "b": SLOW, "c": _says("saved")}
+    answer, trace = run({"cascade": stages}, scripts, stage_timeout_s=0.05)
     assert answer.text == "saved"
     assert _outcomes(trace) == {"": "ok", "0": "failed", "1": "timeout", "2": "ok"}
     assert trace.runs["0"].error == "the script fails after 1 tokens"

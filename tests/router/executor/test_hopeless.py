@@ -150,7 +150,7 @@ def test_a_slow_scorer_leaves_the_event_loop_free(tmp_path: Path) -> None:
 
         def score_batch(self, attempts: Sequence[Attempt]) -> list[float]:
             assert loop is not None
-            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(5)
+            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(60)
             batches.append(len(attempts))
             return [float(attempt.answer == "yes") for attempt in attempts]
 
