@@ -17,7 +17,7 @@ if __name__ == "__main__":
     number = 0
     while True:
         ledger.record(record(number))
-        sys.stdout.write(f"{time.time()} req-{number}\n")
+        sys.stdout.write(f"req-{number}\n")
         sys.stdout.flush()
         number += 1
         time.sleep(0.001)

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -23,6 +24,14 @@ from router.record import Recorder, RequestRecord
 from tests.router.ledger.records import record
 
 NewLedger = Callable[..., Ledger]
+
+
+def _wait(condition: Callable[[], bool]) -> None:
+    """Wait for what a ledger's thread does."""
+    end_s = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end_s, "waited in vain"
+        time.sleep(0.01)
 
 
 def test_a_row_holds_the_whole_record(database: Database, new_ledger: NewLedger) -> None:
@@ -55,10 +64,7 @@ def test_a_flush_interval_is_enough(database: Database, new_ledger: NewLedger) -
     """Rows reach the database by themselves after the flush interval."""
     ledger = new_ledger(flush_interval_s=0.05)
     ledger.record(record(1))
-    deadline = time.monotonic() + 20
-    while not list(requests(database)):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    _wait(lambda: bool(list(requests(database))))
 
 
 def test_a_request_counts_once(database: Database, new_ledger: NewLedger) -> None:
@@ -77,31 +83,30 @@ def test_a_request_counts_once(database: Database, new_ledger: NewLedger) -> Non
     assert ledger.dropped_rows == 0
 
 
-def test_a_killed_process_loses_at_most_the_flush_interval(ledger_url: str) -> None:
-    """After SIGKILL every row older than the flush interval (and one commit) is there, once."""
-    interval_s, commit_s = 0.2, 1.0
+def test_a_killed_process_loses_at_most_the_last_flush(ledger_url: str, database: Database) -> None:
+    """After SIGKILL all rows up to some are there, once; it had written them while it recorded."""
     script = str(Path(__file__).with_name("killed.py"))
     process = subprocess.Popen(
-        [sys.executable, script, ledger_url, str(interval_s)],
+        [sys.executable, script, ledger_url, "0.2"],
         stdout=subprocess.PIPE,
         text=True,
         env={"PYTHONPATH": str(Path(__file__).parents[3])},
     )
     assert process.stdout is not None
-    lines = [process.stdout.readline() for _ in range(500)]
+    recorded = [process.stdout.readline().strip() for _ in range(500)]
+    # The promise: what is recorded now is soon written, however many come after it.
+    _wait(lambda: recorded[-1] in _ids(database))
     process.kill()
-    killed_s = time.time()
-    lines += process.stdout.readlines()
+    process.stdout.read()
     process.wait()
     process.stdout.close()
-    recorded = [(float(line.split()[0]), line.split()[1]) for line in lines if line.endswith("\n")]
-    assert recorded[-1][0] - recorded[0][0] > interval_s, "nothing was ever flushed"
-    database = open_database(ledger_url)
-    written = [row["request_id"] for row in requests(database)]
-    database.dispose()
-    assert len(written) == len(set(written)) > 0
-    old = {name for time_s, name in recorded if time_s < killed_s - interval_s - commit_s}
-    assert old <= set(written)
+    written = _ids(database)
+    assert written == [f"req-{number}" for number in range(len(written))]
+    assert set(recorded) <= set(written)
+
+
+def _ids(database: Database) -> list[str]:
+    return [row["request_id"] for row in requests(database)]
 
 
 def test_rows_wait_while_the_database_is_down(
@@ -153,24 +158,31 @@ def test_text_that_databases_cannot_store_is_cleaned(
     assert row["query_text"] == "naïve 模型 🐟"
 
 
-def test_a_full_queue_drops_the_newest_without_blocking(tmp_path: Path) -> None:
+def test_a_full_queue_drops_the_newest_without_blocking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the database locked by others, `record` returns at once, keeps its bound and counts."""
     database = open_database(f"sqlite:///{tmp_path / 'x.db'}")
     ledger = Ledger(
         database, flush_interval_s=0.001, queue_rows=10, logger=logging.getLogger("test.full")
     )
+    inserting, insert = threading.Event(), ledger._insert
+
+    def noted(rows: list[dict[str, object]]) -> None:
+        inserting.set()
+        insert(rows)
+
+    monkeypatch.setattr(ledger, "_insert", noted)
     with writing(database) as connection:
         connection.execute(sa.select(REQUESTS)).all()
         ledger.record(record(0))
-        time.sleep(0.1)  # the thread now waits for the lock with what it took
-        started_s = time.perf_counter()
+        assert inserting.wait(60)  # the thread waits for the lock with what it took
+        # Would one of these wait for the lock as well, they would wait for ever.
         for number in range(1, 101):
             ledger.record(record(number))
-        assert time.perf_counter() - started_s < 1
-        assert ledger.pending_rows <= 10
-        assert ledger.dropped_rows >= 80
+        assert (ledger.pending_rows, ledger.dropped_rows) == (10, 90)
     ledger.stop()
-    assert len(list(requests(database))) == 101 - ledger.dropped_rows
+    assert len(list(requests(database))) == 11
     database.dispose()
 
 
@@ -193,10 +205,13 @@ def test_many_replicas_write_side_by_side(database: Database, new_ledger: NewLed
 
 
 def test_recording_costs_little(database: Database, new_ledger: NewLedger) -> None:
-    """`record` is a queue append: even on a busy machine 2,000 of them take well under a second."""
+    """`record` is a queue append: in the best of 20 tries, 20 of them take less than 10 ms."""
     ledger = new_ledger(flush_interval_s=60)
     made: list[RequestRecord] = [record(number) for number in range(400)]
-    started_s = time.perf_counter()
-    for item in made:
-        ledger.record(item)
-    assert (time.perf_counter() - started_s) / len(made) < 0.0005
+    took_s = []
+    for start in range(0, len(made), 20):
+        started_s = time.perf_counter()
+        for item in made[start : start + 20]:
+            ledger.record(item)
+        took_s.append(time.perf_counter() - started_s)
+    assert min(took_s) < 0.01

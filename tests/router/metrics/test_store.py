@@ -68,13 +68,13 @@ def test_rows_and_counters_die_together(ledger_url: str) -> None:
         env={"PYTHONPATH": str(Path(__file__).parents[3])},
     )
     assert process.stdout is not None
-    for _ in range(100):
-        process.stdout.readline()
+    database = open_database(ledger_url)
+    while not list(requests(database)):
+        assert process.stdout.readline()
     process.kill()
     process.stdout.read()
     process.wait()
     process.stdout.close()
-    database = open_database(ledger_url)
     num_rows = len(list(requests(database)))
     counted = LedgerStore(database).counters()[ANSWERED]
     database.dispose()
