@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,11 @@ def test_the_report_names_the_winner_everywhere_alike(tmp_path: Path) -> None:
         told = trial.http.get("/v1/experiments/race").json()
         listed = trial.http.get("/v1/experiments").json()["data"]
         scraped = trial.http.get("/metrics")
+        # A scrape waits for the reports, but not for long.
+        end_s = time.monotonic() + 60
+        while "shoal_experiment_effect_low{" not in scraped.text:
+            assert time.monotonic() < end_s, scraped.text
+            scraped = trial.http.get("/metrics")
         plot = tmp_path / "race.png"
         common = ["race", "--config", str(trial.config)]
         shown = CliRunner().invoke(app, ["experiment", "report", *common, "--plot", str(plot)])
@@ -74,6 +80,7 @@ def test_a_guardrail_stops_the_harmful_arm_while_serving(tmp_path: Path) -> None
     }
     config = write_config(tmp_path, experiments={"e": spec})
     with serving(config) as trial:
+        trial.stop_watching()
         for user in range(80):
             trial.ask("x" * (5 + user % 7), user=f"u{user}")
         trial.flush()
@@ -106,6 +113,7 @@ def test_thompson_sampling_moves_the_weights(tmp_path: Path) -> None:
         "allocation": {"kind": "thompson", "floor": 0.1},
     }
     with serving(write_config(tmp_path, experiments={"e": spec})) as trial:
+        trial.stop_watching()
         for turn in range(100):
             answer = trial.ask(f"hi {turn}")
             good = answer["shoal"]["arm"] == "new"

@@ -50,6 +50,11 @@ class Trial:
         """Run a coroutine on the server's loop."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(60)
 
+    def stop_watching(self) -> None:
+        """From now on experiments are checked only when told, not also in their own time."""
+        assert self.service.experiments is not None
+        self.run(self.service.experiments.close())
+
     def flush(self) -> None:
         """Wait until every row is written."""
         self.run(self.ledger.flush())

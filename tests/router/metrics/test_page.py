@@ -43,15 +43,21 @@ def replica(tmp_path: Path) -> Iterator[Callable[..., Running]]:
 def start(folder: Path, **app: Any) -> Any:
     """Serve two fake engines, with a ledger, a cap and a budgeted policy."""
     ledger = {"url": f"sqlite:///{folder}/shoal.db", "flush_interval_s": 0.01}
-    settings = {"ledger": ledger, "budgets": {"server": {"usd_per_day": 5}}, **app}
+    settings = {"ledger": ledger, "budgets": {"server": {"usd_per_month": 5}}, **app}
     return running(folder, app=settings, policies=POLICIES)
+
+
+def write(server: Running) -> None:
+    """Wait until the row of every request is written."""
+    server.settle()
+    flush = getattr(server.recorder, "flush", None)
+    if flush is not None:
+        asyncio.run(flush())
 
 
 def scrape(server: Running) -> dict[str, float]:
     """Return the page's samples, once every row is written."""
-    flush = getattr(server.recorder, "flush", None)
-    if flush is not None:
-        asyncio.run(flush())
+    write(server)
     response = server.http.get("/metrics")
     assert response.status_code == 200, response.text
     return samples(response.text)
@@ -71,7 +77,10 @@ def test_every_replica_shows_the_sum_of_all(replica: Callable[..., Running]) -> 
             list(server.chat(model="policy/stairs", stream=True))
             server.chat(model="policy/thrifty")
         assert server.post(model="nobody").status_code == 404
-    scrape(one)
+    for server in (one, two):
+        write(server)
+        assert server.service.metrics is not None
+        server.service.metrics._publish()  # what was published in mid-traffic is replaced
     first, second = scrape(two), scrape(one)
     assert steady(first) == steady(second)
     assert second['shoal_requests_total{arm="none",policy="auto",status="200"}'] == 5
@@ -84,7 +93,7 @@ def test_every_replica_shows_the_sum_of_all(replica: Callable[..., Running]) -> 
     assert second['shoal_ensemble_members_sum{policy="auto"}'] == 10
     assert second["shoal_ingress_replicas"] == 2
     assert second['shoal_budget_price_per_usd{policy="thrifty"}'] == 0
-    assert second['shoal_budget_used_ratio{period="day",resource="usd",scope="server"}'] > 0
+    assert second['shoal_budget_used_ratio{period="month",resource="usd",scope="server"}'] > 0
     assert second['shoal_engine_up{engine="two"}'] == 1
 
 
