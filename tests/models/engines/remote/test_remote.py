@@ -296,7 +296,7 @@ def test_a_server_that_falls_silent_is_not_asked_again() -> None:
             # From now on a minute passes in 60 ms.
             loop.time = lambda: began_s + 1000 * (true_time() - began_s)  # type: ignore[method-assign]
             reading = asyncio.ensure_future(anext(stream))
-            while not reading.done():
+            while not reading.done():  # noqa: ASYNC110 - a loop that slept would sleep a minute
                 await asyncio.sleep(0)
             with pytest.raises(EngineFailed, match="ReadTimeout"):
                 reading.result()
@@ -459,8 +459,9 @@ def test_connections_and_queue_are_bounded() -> None:
     asyncio.run(run())
 
 
-def test_connections_are_reused() -> None:
+def test_connections_are_reused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests after another go through one connection."""
+    monkeypatch.setattr("models.engines.remote.engine._DRAIN_S", 60)
 
     async def run() -> None:
         async with BadServer.running(answer("a")) as server, _engine(server) as engine:

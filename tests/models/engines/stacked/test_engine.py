@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import threading
+from collections.abc import Callable
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -128,14 +130,51 @@ def test_tokens_between_the_first_and_the_last_are_gathered(
     assert [len(chunk.tokens) for chunk in asyncio.run(run())] == sizes
 
 
-async def until(condition: Any, timeout_s: float = 20) -> None:
+async def until(condition: Callable[[], bool]) -> None:
     """Wait for a condition on the engine's thread."""
-    async with asyncio.timeout(timeout_s):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110 - the engine's thread tells nobody
             await asyncio.sleep(0.001)
 
 
-def test_only_active_lanes_are_held(folders: list[Path]) -> None:
+class Steps:
+    """The engine's steps, which begin when a test lets them, however slow its own thread is."""
+
+    def __init__(self, step: Callable[[Runner, Any], Any]) -> None:
+        self._step = step
+        self._left = threading.Semaphore(0)
+        self._held = False
+
+    def step(self, runner: Runner, parts: Any) -> Any:
+        """Run a step as soon as it may begin."""
+        assert not self._held or self._left.acquire(timeout=60)
+        return self._step(runner, parts)
+
+    def hold(self, *, after: int) -> None:
+        """Let `after` steps more begin, and no other."""
+        self._held = True
+        for _ in range(after):
+            self._left.release()
+
+    def go_on(self) -> None:
+        """Hold none any more."""
+        self._held = False
+        self._left.release()
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
+    """The steps of the engine that a test starts."""
+    found = Steps(Runner.step)
+
+    def step(runner: Runner, parts: Any) -> Any:
+        return found.step(runner, parts)
+
+    monkeypatch.setattr(Runner, "step", step)
+    return found
+
+
+def test_only_active_lanes_are_held(folders: list[Path], steps: Steps) -> None:
     """A request holds one lane per member of weight above zero, and its rows of the cache."""
 
     async def run() -> None:
@@ -144,30 +183,37 @@ def test_only_active_lanes_are_held(folders: list[Path]) -> None:
             wanted = request(
                 [5] * 10, ("m3", "m0", "m1"), weights=(1, 0, 2), max_tokens=200, ignore_eos=True
             )
+            steps.hold(after=1)
             async with aclosing(engine.generate(wanted)) as stream:  # type: ignore[type-var]
                 await anext(stream)
                 stats = engine.stats()
                 assert (stats.running_requests, stats.active_lanes) == (1, 2)
                 # 2 layers, keys and values of 2 heads of 16 floats
                 assert stats.kv_bytes_used == 2 * 209 * (2 * 2 * 2 * 16 * 4)
+            steps.go_on()
             await until(lambda: engine.stats().kv_bytes_used == 0)
 
     asyncio.run(run())
 
 
-def test_cancelling_the_reading_task_frees_its_lanes(folders: list[Path]) -> None:
+def test_cancelling_the_reading_task_frees_its_lanes(folders: list[Path], steps: Steps) -> None:
     """A cancelled reader's request is gone, and one that waited for its room runs."""
 
     async def run() -> None:
         engine = build_engine(folders, kv_memory_bytes=256 * 512)
         async with running(engine):
+            steps.hold(after=0)
             reader = asyncio.create_task(
                 read(engine, request([5] * 56, max_tokens=200, ignore_eos=True))
             )
-            await until(lambda: engine.stats().running_requests == 1)
             waiting = asyncio.create_task(read(engine, request([6] * 100, max_tokens=8)))
+            await asyncio.sleep(0)  # both are submitted
+            steps.hold(after=1)
             await until(lambda: engine.stats().queued_requests == 1)
+            assert engine.stats().running_requests == 1
             reader.cancel()
+            await asyncio.sleep(0)
+            steps.go_on()
             assert (await waiting)[-1].finish_reason is not None
             with pytest.raises(asyncio.CancelledError):
                 await reader
@@ -175,23 +221,25 @@ def test_cancelling_the_reading_task_frees_its_lanes(folders: list[Path]) -> Non
     asyncio.run(run())
 
 
-def test_the_queue_is_bounded(folders: list[Path]) -> None:
+def test_the_queue_is_bounded(folders: list[Path], steps: Steps) -> None:
     """One request too many is turned away at once, saying when to come back; the rest finish."""
 
     async def run() -> None:
         engine = build_engine(folders, kv_memory_bytes=256 * 512, max_queued_requests=2)
         async with running(engine):
             wanted = [request([5] * 100, max_tokens=100, ignore_eos=True) for _ in range(4)]
-            results = await asyncio.gather(
-                *(read(engine, one) for one in wanted), return_exceptions=True
-            )
+            steps.hold(after=0)
+            reading = [asyncio.create_task(read(engine, one)) for one in wanted]
+            await asyncio.sleep(0)  # all are submitted
+            steps.go_on()
+            results = await asyncio.gather(*reading, return_exceptions=True)
         assert [type(result) for result in results] == [list, list, list, EngineOverloaded]
         assert results[3].retry_after_s >= 1  # type: ignore[union-attr]
 
     asyncio.run(run())
 
 
-def test_clients_take_turns(folders: list[Path]) -> None:
+def test_clients_take_turns(folders: list[Path], steps: Steps) -> None:
     """A client with one request does not wait behind another's twenty."""
 
     async def run() -> None:
@@ -203,17 +251,22 @@ def test_clients_take_turns(folders: list[Path]) -> None:
             finished.append(client)
 
         async with running(engine):
+            steps.hold(after=0)
             greedy = [asyncio.create_task(one("greedy")) for _ in range(20)]
+            await asyncio.sleep(0)  # all are submitted
+            steps.hold(after=1)
             await until(lambda: engine.stats().queued_requests >= 15)
-            await one("modest")
-            await asyncio.gather(*greedy)
+            modest = asyncio.create_task(one("modest"))
+            await asyncio.sleep(0)
+            steps.go_on()
+            await asyncio.gather(modest, *greedy)
         # Those that were running or admitted next when it came, not the whole queue.
         assert finished.index("modest") <= 7
 
     asyncio.run(run())
 
 
-def test_long_prompts_do_not_stop_others(folders: list[Path]) -> None:
+def test_long_prompts_do_not_stop_others(folders: list[Path], steps: Steps) -> None:
     """While a long prompt is read in chunks, a running answer goes on with every step."""
 
     async def run() -> list[str]:
@@ -225,10 +278,13 @@ def test_long_prompts_do_not_stop_others(folders: list[Path]) -> None:
                 order.append(name)  # noqa: PERF401 - the order of both is the point
 
         async with running(engine):
+            steps.hold(after=1)
             short = asyncio.create_task(one("short", request([5], max_tokens=120, ignore_eos=True)))
             await until(lambda: len(order) > 0)
-            await one("long", request([6] * 200, max_tokens=1))
-            await short
+            long = asyncio.create_task(one("long", request([6] * 200, max_tokens=1)))
+            await asyncio.sleep(0)  # it is submitted
+            steps.go_on()
+            await asyncio.gather(short, long)
         return order
 
     order = asyncio.run(run())
@@ -357,15 +413,19 @@ def _fails(engine: Engine) -> bool:
     return False
 
 
-def test_stopping_fails_what_runs(folders: list[Path]) -> None:
+def test_stopping_fails_what_runs(folders: list[Path], steps: Steps) -> None:
     """`stop` ends running answers with an error, can be repeated, and the engine says so."""
 
     async def run() -> None:
         engine = build_engine(folders)
         await engine.start()
+        steps.hold(after=0)
         reader = asyncio.create_task(read(engine, request([5], max_tokens=250, ignore_eos=True)))
         await until(lambda: engine.stats().running_requests == 1)
-        await engine.stop()
+        stopping = asyncio.create_task(engine.stop())
+        await asyncio.sleep(0)  # it is told to
+        steps.go_on()
+        await stopping
         await engine.stop()
         with pytest.raises(EngineFailed, match="stopped"):
             await reader
