@@ -97,7 +97,7 @@ def shoal(folder: Path) -> Iterator[str]:
     url = f"http://127.0.0.1:{port}"
     with process(*command, "--port", str(port), folder=folder):
         wait(
-            lambda: httpx.get(f"{url}/health", timeout=5).status_code == 200,
+            lambda: httpx.get(f"{url}/health", timeout=60).status_code == 200,
             timeout_s=900,
             what=f"shoal serve; its log is in {folder}",
         )
@@ -194,7 +194,7 @@ def prometheus(folder: Path, target: str) -> Iterator[Prometheus]:
     url = f"http://127.0.0.1:{port}"
     with process(*command, folder=folder):
         wait(
-            lambda: httpx.get(f"{url}/-/ready", timeout=5).status_code == 200,
+            lambda: httpx.get(f"{url}/-/ready", timeout=60).status_code == 200,
             timeout_s=300,
             what=f"prometheus; its log is in {folder}",
         )

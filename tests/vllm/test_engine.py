@@ -204,8 +204,11 @@ def test_leaving_aborts(engine: VllmEngine, model: Model, run: Run) -> None:
         await anext(stream)
         assert engine.stats().running_requests == 1
         await stream.aclose()  # type: ignore[attr-defined]
+        before = engine.stats().generated_tokens_total
         reading = asyncio.create_task(_read(engine, long))
-        await asyncio.sleep(0.2)
+        async with asyncio.timeout(60):
+            while engine.stats().generated_tokens_total == before:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
         reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)
         assert engine.stats().running_requests == 0

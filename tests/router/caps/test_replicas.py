@@ -80,7 +80,7 @@ def serving(folder: Path) -> Iterator[tuple[str, int]]:
         yield f"http://127.0.0.1:{port}", process.pid
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait(60)
+        process.wait(180)
 
 
 def ingress_replicas(root: int) -> list[int]:

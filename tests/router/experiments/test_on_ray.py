@@ -92,7 +92,7 @@ def serving(config: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait(90)
+        process.wait(180)
 
 
 def ask_twice(url: str, number: int) -> set[str]:
@@ -118,9 +118,9 @@ def ask_twice(url: str, number: int) -> set[str]:
 
 def settled_report(url: str) -> dict[str, Any]:
     """Return the API's report once the ledger, which writes in batches, has every request."""
-    deadline_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + 120
     while True:
-        told: dict[str, Any] = httpx.get(f"{url}/v1/experiments/own-or-not", timeout=60).json()
+        told: dict[str, Any] = httpx.get(f"{url}/v1/experiments/own-or-not", timeout=120).json()
         if told["num_requests"] == 2 * NUM_USERS or time.monotonic() > deadline_s:
             return told
         time.sleep(0.5)

@@ -216,7 +216,7 @@ def test_stops_everything_it_started(served: Served, tmp_path_factory: Any) -> N
     started = served.processes()
     assert len(started) > 5
     os.killpg(served.process.pid, signal.SIGINT)
-    assert served.process.wait(120) == 0
+    assert served.process.wait(180) == 0
     assert served.process.stdout is not None
     assert served.process.stdout.read().splitlines()[-1] == "Stopped."
     _wait(lambda: not any(_is_running(pid) for pid in started))
