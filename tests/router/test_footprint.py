@@ -99,6 +99,7 @@ def test_a_ceiling_that_no_plan_meets_is_refused(server: Any) -> None:
 def test_a_budgeted_policy_learns_what_its_answers_cost(server: Any) -> None:
     """What the controller holds for spent is the sum of the measured footprints."""
     controller = server.service.catalog.policies["thrifty"].controller
+    server.settle()
     before = controller.spent()["gco2e"]
     used = [ask(server, model="policy/thrifty")["cost"]["gco2e"] for _ in range(3)]
     server.wait(lambda: controller.spent()["gco2e"] == pytest.approx(before + sum(used)))

@@ -14,7 +14,7 @@ from policies.footprint import Footprint
 from router.caps.amounts import Amounts
 from router.caps.budgets import Budgets
 from router.caps.config import BudgetsConfig
-from router.caps.errors import BudgetExhausted
+from router.caps.errors import BudgetExhausted, BudgetUnavailable
 from router.ledger.database import open_database
 from router.ledger.writer import Ledger
 from tests.router.ledger.records import record
@@ -29,7 +29,7 @@ async def spend(url: str, cap_tokens: int, name: str) -> None:
     logger = logging.getLogger(name)
     config = BudgetsConfig(server={"tokens_per_month": cap_tokens}, wait_s=60, lease_s=LEASE_S)
     budgets = Budgets(open_database(url, fast_commits=True), config, holder=name, logger=logger)
-    ledger = Ledger(open_database(url), flush_interval_s=0.05, logger=logger)
+    ledger = Ledger(open_database(url), flush_interval_s=0.05, close_timeout_s=120, logger=logger)
 
     async def client(number: int) -> None:
         random = Random(f"{name} {number}")
@@ -42,7 +42,7 @@ async def spend(url: str, cap_tokens: int, name: str) -> None:
             try:
                 patience_s = 0.001 if random.random() < 0.1 else None
                 reservation = await asyncio.wait_for(reserving, patience_s)
-            except TimeoutError:
+            except (TimeoutError, BudgetUnavailable):
                 continue
             except BudgetExhausted as error:
                 if error.final:

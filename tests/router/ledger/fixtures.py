@@ -58,6 +58,7 @@ def new_ledger(ledger_url: str, database: Database) -> Iterator[Callable[..., Le
 
     def make(**options: float) -> Ledger:
         own = open_database(ledger_url)
+        options = {"close_timeout_s": 120, **options}
         made.append(Ledger(own, logger=logging.getLogger("test.ledger"), **options))
         return made[-1]
 

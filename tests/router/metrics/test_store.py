@@ -29,7 +29,7 @@ def test_replicas_add_up_exactly(database: Database, new_ledger: NewLedger) -> N
 
     def replica(number: int) -> None:
         # On connections of its own: who closes first would drop those that others have in use.
-        ledger = new_ledger(flush_interval_s=0.01, close_timeout_s=120)
+        ledger = new_ledger(flush_interval_s=0.01)
         for index in range(60):
             ledger.record(record(1000 * number + index))
             if index % 10 == 0:
