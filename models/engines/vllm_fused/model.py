@@ -34,6 +34,7 @@ from vllm.model_executor.layers.rotary_embedding import get_rope
 from models.card import ModelCard
 from models.engines.stacked.architecture import Architecture, read_architecture
 from models.engines.stacked.weights import LayerWeights, Weights, load_weights
+from models.engines.vllm_fused.eager import by_columns, gated, normed, wide
 from models.engines.vllm_fused.folder import read_members
 from models.engines.vllm_fused.table import Fusion, FusionTable
 
@@ -78,20 +79,20 @@ class FusedLayer(nn.Module):
         self.qk_gain_M1Hd = _optional(weights.qk_gain_MHd)
         self.out_MQD = _frozen(weights.out_MQD)
         self.out_bias_M1D = _optional(weights.out_bias_MD)
-        self.gate_up_MDF = _frozen(weights.gate_up_MDF)
+        self.gate_up_MDF = _frozen(by_columns(weights.gate_up_MDF))
         self.down_MFD = _frozen(weights.down_MFD)
 
     def forward(self, positions_T: Tensor, x_MTD: Tensor) -> Tensor:
         """Return the hidden states after this layer."""
-        qkv_MTQ = torch.bmm(_normed(self.norm, x_MTD), self.qkv_MDQ)
+        qkv_MTQ = torch.bmm(normed(self.norm, x_MTD), self.qkv_MDQ)
         if self.qkv_bias_M1Q is not None:
             qkv_MTQ = qkv_MTQ + self.qkv_bias_M1Q
         attended_MTQ = self._attend(positions_T, qkv_MTQ)
-        x_MTD = torch.baddbmm(x_MTD, attended_MTQ, self.out_MQD)
+        x_MTD = x_MTD.baddbmm_(attended_MTQ, self.out_MQD)
         if self.out_bias_M1D is not None:
             x_MTD = x_MTD + self.out_bias_M1D
-        gate_up_MTF = torch.bmm(_normed(self.norm, x_MTD), self.gate_up_MDF)
-        return torch.baddbmm(x_MTD, self.activate(gate_up_MTF), self.down_MFD)
+        gate_up_MTF = wide(normed(self.norm, x_MTD), self.gate_up_MDF)
+        return x_MTD.baddbmm_(gated(self.activate, gate_up_MTF), self.down_MFD)
 
     def _attend(self, positions_T: Tensor, qkv_MTQ: Tensor) -> Tensor:
         shape = self._shape
@@ -153,7 +154,7 @@ class FusedModel(nn.Module):
         x_MTD: Tensor = self.embed_MVD[:, input_ids]
         for layer in self.layers:
             x_MTD = layer(positions, x_MTD)
-        normed_MTD: Tensor = _normed(self.norm, x_MTD) * self.final_gain_M1D
+        normed_MTD: Tensor = normed(self.norm, x_MTD) * self.final_gain_M1D
         return normed_MTD.transpose(0, 1).flatten(1)
 
 
@@ -261,19 +262,6 @@ class ShoalFusedForCausalLM(nn.Module):
         )
         local_M = logp_MTV.gather(-1, index_MT1).sum((1, 2))
         return tensor_model_parallel_all_gather(local_M) if self._num_ranks > 1 else local_M
-
-
-def _normed(norm: RMSNorm, x_MTD: Tensor) -> Tensor:
-    """Return `x`, each row scaled to a root mean square of one."""
-    if not x_MTD.is_cpu or torch.compiler.is_compiling():
-        scaled: Tensor = norm(x_MTD)
-        return scaled
-    # Launched one by one, as a product of each row with itself it takes half the time.
-    size = x_MTD.shape[-1]
-    rows = x_MTD.reshape(-1, 1, size).float()
-    eps = rows.new_full((1, 1, 1), norm.variance_epsilon)
-    scale = torch.baddbmm(eps, rows, rows.transpose(1, 2), alpha=1 / size).rsqrt_()
-    return (rows * scale).view(x_MTD.shape).to(x_MTD.dtype)
 
 
 def _finish_mixture(probs_RV: Tensor) -> Tensor:
