@@ -33,6 +33,21 @@ class Limits:
             name for name, ceiling, value in ceilings if ceiling is not None and value > ceiling
         )
 
+    def stricter(self, other: Limits) -> Limits:
+        """Return the limits that hold where both do."""
+        if other is NO_LIMITS:
+            return self
+        return Limits(
+            max_usd=_least(self.max_usd, other.max_usd),
+            max_wh=_least(self.max_wh, other.max_wh),
+            max_gco2e=_least(self.max_gco2e, other.max_gco2e),
+            max_latency_s=_least(self.max_latency_s, other.max_latency_s),
+            quality_floor=max(
+                (v for v in (self.quality_floor, other.quality_floor) if v is not None),
+                default=None,
+            ),
+        )
+
     @property
     def caps_cost(self) -> bool:
         """Whether any ceiling on cost or latency is set."""
@@ -43,3 +58,7 @@ class Limits:
 
 
 NO_LIMITS = Limits()
+
+
+def _least(one: float | None, other: float | None) -> float | None:
+    return min((value for value in (one, other) if value is not None), default=None)

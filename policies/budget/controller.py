@@ -130,7 +130,7 @@ class Controller:
         with self._lock:
             self._reprice()
         prices = self._prices
-        limits = _stricter(self._limits, query.limits)
+        limits = self._limits.stricter(query.limits)
         found, n_star = self._candidates(query, decision, prices)
         keys, qualities = list(found), list(found.values())
         expected_RC = self._expected(keys, query)
@@ -465,23 +465,6 @@ def _limited(price: float, before: float, *, passed: float) -> float:
         for sign, haste in ((-1, _HASTE_DOWN), (1, _HASTE_UP))
     )
     return min(max(price, before * down), before * up)
-
-
-def _stricter(ours: Limits, theirs: Limits) -> Limits:
-    if theirs is NO_LIMITS:
-        return ours
-
-    def least(one: float | None, other: float | None) -> float | None:
-        return min((v for v in (one, other) if v is not None), default=None)
-
-    floors = [v for v in (ours.quality_floor, theirs.quality_floor) if v is not None]
-    return Limits(
-        max_usd=least(ours.max_usd, theirs.max_usd),
-        max_wh=least(ours.max_wh, theirs.max_wh),
-        max_gco2e=least(ours.max_gco2e, theirs.max_gco2e),
-        max_latency_s=least(ours.max_latency_s, theirs.max_latency_s),
-        quality_floor=max(floors, default=None),
-    )
 
 
 def _size(cost: Footprint) -> tuple[float, float, float]:
