@@ -386,7 +386,9 @@ class Controller:
             assert self._samples is not None
             num_samples = self._samples.num_samples
             qualities, costs = self._samples.view()
-            reach = frontiers(qualities, costs)
+        # Without the lock: this takes a while, and requests need it.
+        reach = frontiers(qualities, costs)
+        with self._lock:
             horizon = self._pace.horizon(now_s, likely=self._likely_requests(reach))
             allowances = [
                 self._allowance(target, total, horizon, reach[index])
