@@ -386,6 +386,8 @@ class Controller:
             assert self._samples is not None
             num_samples = self._samples.num_samples
             qualities, costs = self._samples.view()
+            since_solve, self._since_solve = self._since_solve, 0
+            self._solved_s = now_s
         # Without the lock: this takes a while, and requests need it.
         reach = frontiers(qualities, costs)
         with self._lock:
@@ -394,8 +396,6 @@ class Controller:
                 self._allowance(target, total, horizon, reach[index])
                 for index, (target, total) in enumerate(zip(self.targets, self._spent, strict=True))
             ]
-            since_solve, self._since_solve = self._since_solve, 0
-            self._solved_s = now_s
             self._to_come = horizon.num_requests
         solved = solve_prices(
             qualities,
