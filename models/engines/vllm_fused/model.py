@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
-from vllm.config import VllmConfig
+from vllm.config import CompilationMode, VllmConfig
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
@@ -53,6 +53,7 @@ class FusedLayer(nn.Module):
         super().__init__()
         shape = self._shape = architecture.shape
         self._num_members = num_members
+        self._compiled = config.compilation_config.mode != CompilationMode.NONE
         # Gains are in the weights that follow, but for those of Qwen3's heads.
         self.norm = RMSNorm(shape.hidden_size, architecture.norm_eps, has_weight=False)
         self.head_norm = RMSNorm(shape.head_dim, architecture.norm_eps, has_weight=False)
@@ -79,7 +80,8 @@ class FusedLayer(nn.Module):
         self.qk_gain_M1Hd = _optional(weights.qk_gain_MHd)
         self.out_MQD = _frozen(weights.out_MQD)
         self.out_bias_M1D = _optional(weights.out_bias_MD)
-        self.gate_up_MDF = _frozen(by_columns(weights.gate_up_MDF))
+        gate_up_MDF = weights.gate_up_MDF if self._compiled else by_columns(weights.gate_up_MDF)
+        self.gate_up_MDF = _frozen(gate_up_MDF)
         self.down_MFD = _frozen(weights.down_MFD)
 
     def forward(self, positions_T: Tensor, x_MTD: Tensor) -> Tensor:
