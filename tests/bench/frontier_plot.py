@@ -83,11 +83,15 @@ def _annotate(axes: Any, rows: list[Any]) -> None:
             y = max(near) + least_gap
         placed.append((row.usd, y))
         axes.set_ylim(top=max(axes.get_ylim()[1], y + least_gap))
+        # Names of the dear ones stand on the left, where there is room.
+        dear = row.usd > 0.6 * dearest
+        aside = (-0.015 if dear else 0.012) * dearest
         axes.annotate(
             row.name,
             (row.usd * 1e3, row.accuracy),
-            xytext=((row.usd + 0.012 * dearest) * 1e3, y),
+            xytext=((row.usd + aside) * 1e3, y),
             fontsize=7,
+            ha="right" if dear else "left",
             va="center",
             arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "tab:gray"},
         )
