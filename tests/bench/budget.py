@@ -3,8 +3,8 @@
 Nine models with predicted scores, one gCO2e target, prices warmed up; then the same with eight
 fusible members and the ensemble law. Each decision includes counting the request and keeping its
 candidates as a sample. Prices are solved between requests, and what that takes is reported, too;
-then all again with a thread that solves them beside the requests, as the server has one, but with
-something to solve most of the time.
+then all again with a thread that solves them beside the requests, as the server has one. Requests
+come so fast there that it ends a few solutions only: it is at work all the time.
 """
 
 from __future__ import annotations
@@ -129,9 +129,11 @@ def _solver(controller: Controller, times: _Times, *, beside: bool) -> Iterator[
 
     thread = threading.Thread(target=run_until_ended)
     thread.start()
-    yield lambda: None
-    ended.set()
-    thread.join()
+    try:
+        yield lambda: None
+    finally:
+        ended.set()
+        thread.join()
 
 
 if __name__ == "__main__":

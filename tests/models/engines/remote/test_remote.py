@@ -2,18 +2,15 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from models.engines.base import Chunk, EngineStats, GenerationRequest, SamplingOptions
-from models.engines.registry import create_engine, engine_traits
+from models.engines.base import EngineStats
+from models.engines.registry import engine_traits
 from models.engines.remote.breaker import CircuitBreaker
-from models.engines.remote.engine import RemoteEngine
 from models.errors import (
     ContextOverflow,
     EngineFailed,
@@ -21,7 +18,16 @@ from models.errors import (
     PoolError,
     RequestError,
 )
-from models.pool import EngineSpec, Model, ModelSpec, RemoteModelSpec
+from tests.models.engines.remote.asking import (
+    KEY,
+    read,
+    remote_models,
+    request_of,
+    running_engine,
+    spec_of,
+    text_of,
+    until,
+)
 from tests.models.engines.remote.bad_server import (
     CUT,
     HANG,
@@ -32,62 +38,6 @@ from tests.models.engines.remote.bad_server import (
     finish,
 )
 
-KEY = "sk-very-secret"
-FAST = {"backoff_s": 0.01, "connect_timeout_s": 60}
-
-
-def _models(*names: str) -> list[Model]:
-    return [
-        Model(
-            spec=ModelSpec(name=name, engine="e", remote=RemoteModelSpec(model=f"up-{name}")),
-            card=None,
-        )
-        for name in names
-    ]
-
-
-def _spec(url: str, **options: Any) -> EngineSpec:
-    queued = options.pop("max_queued_requests", 8)
-    return EngineSpec(
-        name="e",
-        kind="remote",
-        options={"base_url": url, **FAST, **options},
-        max_queued_requests=queued,
-    )
-
-
-@asynccontextmanager
-async def _engine(server: BadServer, **options: Any) -> AsyncIterator[RemoteEngine]:
-    engine = create_engine(_spec(server.url, **options), _models("a", "b"))
-    assert isinstance(engine, RemoteEngine)
-    await engine.start()
-    try:
-        yield engine
-    finally:
-        await engine.stop()
-
-
-def _request(**fields: Any) -> GenerationRequest:
-    sampling = SamplingOptions(**fields.pop("sampling", {}))
-    fields.setdefault("messages", ({"role": "user", "content": "hello"},))
-    return GenerationRequest(
-        request_id="r-1", prompt_tokens=(0, 0), members=("a",), sampling=sampling, **fields
-    )
-
-
-async def _read(engine: RemoteEngine, request: GenerationRequest) -> list[Chunk]:
-    return [chunk async for chunk in engine.generate(request)]
-
-
-async def _until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
-        while not condition():  # noqa: ASYNC110 - engine and server tell nobody
-            await asyncio.sleep(0.01)
-
-
-def _text(chunks: list[Chunk]) -> str:
-    return "".join(chunk.text for chunk in chunks)
-
 
 def test_asks_as_openai_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The key, the server's own model name and every option that was asked for are sent."""
@@ -96,7 +46,7 @@ def test_asks_as_openai_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
         async with (
             BadServer.running(answer("hi")) as server,
-            _engine(server, api_key_env="UPSTREAM_KEY", headers={"x-team": "t"}) as engine,
+            running_engine(server, api_key_env="UPSTREAM_KEY", headers={"x-team": "t"}) as engine,
         ):
             sampling = {
                 "max_tokens": 7,
@@ -108,7 +58,7 @@ def test_asks_as_openai_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
                 "top_logprobs": 2,
                 "json_schema": '{"type": "string"}',
             }
-            await _read(engine, _request(sampling=sampling))
+            await read(engine, request_of(sampling=sampling))
             [sent] = server.requests
         assert sent["path"] == "/v1/chat/completions"
         assert sent["headers"]["authorization"] == f"Bearer {KEY}"
@@ -157,13 +107,13 @@ def test_texts_and_token_ids_go_to_the_completions_endpoint(text: Any, prompt: A
     async def run() -> None:
         async with (
             BadServer.running(Reply(events=events)) as server,
-            _engine(server, max_tokens_field="max_completion_tokens") as engine,
+            running_engine(server, max_tokens_field="max_completion_tokens") as engine,
         ):
-            chunks = await _read(engine, _request(messages=None, text=text))
+            chunks = await read(engine, request_of(messages=None, text=text))
             [sent] = server.requests
         assert (sent["path"], sent["body"]["prompt"]) == ("/v1/completions", prompt)
         assert sent["body"]["max_tokens"] == 256
-        assert (_text(chunks), chunks[-1].finish_reason) == (" upon", "length")
+        assert (text_of(chunks), chunks[-1].finish_reason) == (" upon", "length")
         [token] = chunks[0].tokens
         assert (token.logprob, [other.text for other in token.top]) == (-0.25, [" upon", " more"])
 
@@ -175,8 +125,8 @@ def test_usage_of_the_server_counts() -> None:
 
     async def run() -> None:
         reply = answer("one", " two", prompt_tokens=41, completion_tokens=9)
-        async with BadServer.running(reply) as server, _engine(server) as engine:
-            chunks = await _read(engine, _request())
+        async with BadServer.running(reply) as server, running_engine(server) as engine:
+            chunks = await read(engine, request_of())
         assert sum(len(chunk.tokens) for chunk in chunks) == 9
         assert [token.logprob for chunk in chunks for token in chunk.tokens][:3] == [
             -0.5,
@@ -200,13 +150,13 @@ def test_without_usage_tokens_are_counted() -> None:
         ]
         async with (
             BadServer.running(Reply(events=events)) as server,
-            _engine(server, logprobs=False) as engine,
+            running_engine(server, logprobs=False) as engine,
         ):
-            chunks = await _read(engine, _request())
+            chunks = await read(engine, request_of())
             assert "logprobs" not in server.requests[0]["body"]
             with pytest.raises(RequestError, match="returns none"):
-                await _read(engine, _request(sampling={"top_logprobs": 0}))
-        assert (_text(chunks), chunks[-1].prompt_tokens) == ("ab", None)
+                await read(engine, request_of(sampling={"top_logprobs": 0}))
+        assert (text_of(chunks), chunks[-1].prompt_tokens) == ("ab", None)
         assert sum(len(chunk.tokens) for chunk in chunks) == 3
 
     asyncio.run(run())
@@ -217,9 +167,9 @@ def test_missing_logprobs_say_what_to_configure() -> None:
 
     async def run() -> None:
         reply = Reply(events=[delta("a", None), *finish()])
-        async with BadServer.running(reply) as server, _engine(server) as engine:
+        async with BadServer.running(reply) as server, running_engine(server) as engine:
             with pytest.raises(EngineFailed, match="set logprobs: false"):
-                await _read(engine, _request())
+                await read(engine, request_of())
             assert len(server.requests) == 1
 
     asyncio.run(run())
@@ -258,9 +208,9 @@ def test_failures_become_our_errors(
     """Each failure has its error; only what may help is repeated, and never once text has come."""
 
     async def run() -> None:
-        async with BadServer.running(reply) as server, _engine(server) as engine:
+        async with BadServer.running(reply) as server, running_engine(server) as engine:
             with pytest.raises(error, match=message) as caught:
-                await _read(engine, _request())
+                await read(engine, request_of())
             assert KEY not in str(caught.value)
             assert len(server.requests) == num_requests
             assert engine.stats().running_requests == 0
@@ -274,10 +224,10 @@ def test_a_silent_server_is_asked_again() -> None:
     async def run() -> None:
         async with (
             BadServer.running(Reply(end=HANG)) as server,
-            _engine(server, read_timeout_s=0.2) as engine,
+            running_engine(server, read_timeout_s=0.2) as engine,
         ):
             with pytest.raises(EngineFailed, match="ReadTimeout"):
-                await _read(engine, _request())
+                await read(engine, request_of())
             assert len(server.requests) == 3
 
     asyncio.run(run())
@@ -288,8 +238,11 @@ def test_a_server_that_falls_silent_is_not_asked_again() -> None:
 
     async def run() -> None:
         reply = Reply(events=[delta("a")], end=HANG)
-        async with BadServer.running(reply) as server, _engine(server, read_timeout_s=60) as engine:
-            stream = engine.generate(_request())
+        async with (
+            BadServer.running(reply) as server,
+            running_engine(server, read_timeout_s=60) as engine,
+        ):
+            stream = engine.generate(request_of())
             assert (await anext(stream)).text == "a"
             loop = asyncio.get_running_loop()
             began_s, true_time = loop.time(), loop.time
@@ -311,9 +264,9 @@ def test_a_refusal_names_the_field() -> None:
 
     async def run() -> None:
         reply = Reply(400, body={"error": {"message": "m", "param": "temperature"}})
-        async with BadServer.running(reply) as server, _engine(server) as engine:
+        async with BadServer.running(reply) as server, running_engine(server) as engine:
             with pytest.raises(RequestError) as caught:
-                await _read(engine, _request())
+                await read(engine, request_of())
             assert caught.value.param == "temperature"
 
     asyncio.run(run())
@@ -326,10 +279,10 @@ def test_retry_after_is_obeyed(header: dict[str, str]) -> None:
     async def run() -> None:
         async with (
             BadServer.running(Reply(429, header), answer("late")) as server,
-            _engine(server) as engine,
+            running_engine(server) as engine,
         ):
             began_s = time.monotonic()
-            assert _text(await _read(engine, _request(timeout_s=60))) == "late"
+            assert text_of(await read(engine, request_of(timeout_s=60))) == "late"
             assert time.monotonic() - began_s >= 0.15
             assert engine.stats().circuit == "closed"
 
@@ -342,11 +295,11 @@ def test_no_waiting_past_the_deadline() -> None:
     async def run() -> None:
         async with (
             BadServer.running(Reply(429, {"retry-after": "3600"})) as server,
-            _engine(server) as engine,
+            running_engine(server) as engine,
         ):
             async with asyncio.timeout(60):
                 with pytest.raises(EngineOverloaded) as caught:
-                    await _read(engine, _request(timeout_s=600))
+                    await read(engine, request_of(timeout_s=600))
             assert caught.value.retry_after_s == 3600
             assert len(server.requests) == 1
 
@@ -359,21 +312,21 @@ def test_the_circuit_opens_and_closes_again() -> None:
     async def run() -> None:
         async with (
             BadServer.running(Reply(500), Reply(500), answer("well")) as server,
-            _engine(server, max_retries=0, breaker_failures=2, breaker_open_s=30) as engine,
+            running_engine(server, max_retries=0, breaker_failures=2, breaker_open_s=30) as engine,
         ):
             passed_s = 0.0
             engine._breaker = CircuitBreaker(failures=2, open_s=30, clock=lambda: passed_s)
             for _ in range(2):
                 with pytest.raises(EngineFailed, match="500"):
-                    await _read(engine, _request())
+                    await read(engine, request_of())
             assert engine.stats().circuit == "open"
             with pytest.raises(EngineFailed, match="left alone"):
-                await _read(engine, _request())
+                await read(engine, request_of())
             assert len(server.requests) == 2
             passed_s = 30.0
             assert engine.stats().circuit == "half-open"
             engine.check_health()
-            assert _text(await _read(engine, _request())) == "well"
+            assert text_of(await read(engine, request_of())) == "well"
             assert engine.stats().circuit == "closed"
 
     asyncio.run(run())
@@ -385,9 +338,9 @@ def test_nobody_listening_opens_the_circuit() -> None:
     async def run() -> None:
         async with BadServer.running(answer("x")) as server:
             pass
-        async with _engine(server, breaker_failures=3) as engine:
+        async with running_engine(server, breaker_failures=3) as engine:
             with pytest.raises(EngineFailed, match="ConnectError"):
-                await _read(engine, _request())
+                await read(engine, request_of())
             assert engine.stats().circuit == "open"
 
     asyncio.run(run())
@@ -400,16 +353,16 @@ def test_leaving_closes_the_upstream_stream() -> None:
         hanging = Reply(events=[delta("a")], end=HANG)
         async with (
             BadServer.running(hanging) as server,
-            _engine(server) as engine,
+            running_engine(server) as engine,
         ):
-            stream = engine.generate(_request())
+            stream = engine.generate(request_of())
             assert (await anext(stream)).text == "a"
             await stream.aclose()  # type: ignore[attr-defined]
-            reading = asyncio.create_task(_read(engine, _request()))
-            await _until(lambda: engine.stats().generated_tokens_total == 2)
+            reading = asyncio.create_task(read(engine, request_of()))
+            await until(lambda: engine.stats().generated_tokens_total == 2)
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
-            await _until(lambda: server.num_broken == 2)
+            await until(lambda: server.num_broken == 2)
             assert engine.stats() == replace(
                 EngineStats(circuit="closed"), generated_tokens_total=2
             )
@@ -424,10 +377,10 @@ def test_stopping_fails_what_runs() -> None:
         hanging = Reply(events=[delta("a")], end=HANG)
         async with (
             BadServer.running(hanging) as server,
-            _engine(server) as engine,
+            running_engine(server) as engine,
         ):
-            reading = asyncio.create_task(_read(engine, _request()))
-            await _until(lambda: engine.stats().generated_tokens_total == 1)
+            reading = asyncio.create_task(read(engine, request_of()))
+            await until(lambda: engine.stats().generated_tokens_total == 1)
             await engine.stop()
             with pytest.raises(EngineFailed, match="was stopped"):
                 await asyncio.wait_for(reading, 60)
@@ -444,17 +397,17 @@ def test_connections_and_queue_are_bounded() -> None:
         replies = Reply(events=[delta("a")], end=HANG), answer("b")
         async with (
             BadServer.running(*replies) as server,
-            _engine(server, max_connections=1, max_queued_requests=1) as engine,
+            running_engine(server, max_connections=1, max_queued_requests=1) as engine,
         ):
-            stream = engine.generate(_request())
+            stream = engine.generate(request_of())
             await anext(stream)
-            waiting = asyncio.create_task(_read(engine, _request()))
-            await _until(lambda: engine.stats().queued_requests == 1)
+            waiting = asyncio.create_task(read(engine, request_of()))
+            await until(lambda: engine.stats().queued_requests == 1)
             assert engine.stats().running_requests == 1
             with pytest.raises(EngineOverloaded):
-                await _read(engine, _request())
+                await read(engine, request_of())
             await stream.aclose()  # type: ignore[attr-defined]
-            assert _text(await waiting) == "b"
+            assert text_of(await waiting) == "b"
 
     asyncio.run(run())
 
@@ -464,9 +417,9 @@ def test_connections_are_reused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("models.engines.remote.engine._DRAIN_S", 60)
 
     async def run() -> None:
-        async with BadServer.running(answer("a")) as server, _engine(server) as engine:
+        async with BadServer.running(answer("a")) as server, running_engine(server) as engine:
             for _ in range(3):
-                await _read(engine, _request())
+                await read(engine, request_of())
             assert (len(server.requests), server.num_connections) == (3, 1)
 
     asyncio.run(run())
@@ -482,13 +435,13 @@ def test_keys_come_from_the_environment_or_a_file(
 
     async def run() -> None:
         async with BadServer.running(answer("a")) as server:
-            async with _engine(server, api_key_file=str(file)) as engine:
-                await _read(engine, _request())
+            async with running_engine(server, api_key_file=str(file)) as engine:
+                await read(engine, request_of())
                 assert KEY not in repr(vars(engine))
             assert server.requests[0]["headers"]["authorization"] == f"Bearer {KEY}"
             for bad in ({"api_key_env": "NO_SUCH_KEY"}, {"api_key_file": str(tmp_path / "no")}):
                 with pytest.raises(PoolError, match=next(iter(bad))):
-                    async with _engine(server, **bad):
+                    async with running_engine(server, **bad):
                         pass
 
     asyncio.run(run())
@@ -506,4 +459,4 @@ def test_keys_come_from_the_environment_or_a_file(
 def test_bad_options_name_the_key(options: dict[str, Any], message: str) -> None:
     """A wrong option is refused before anything starts."""
     with pytest.raises(PoolError, match=message):
-        engine_traits(_spec("http://h/v1", **options), _models("a"))
+        engine_traits(spec_of("http://h/v1", **options), remote_models("a"))

@@ -1,0 +1,75 @@
+"""A remote engine before a scripted server, and ways to ask it."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from models.engines.base import Chunk, GenerationRequest, SamplingOptions
+from models.engines.registry import create_engine
+from models.engines.remote.engine import RemoteEngine
+from models.pool import EngineSpec, Model, ModelSpec, RemoteModelSpec
+from tests.models.engines.remote.bad_server import BadServer
+
+KEY = "sk-very-secret"
+FAST = {"backoff_s": 0.01, "connect_timeout_s": 60}
+
+
+def remote_models(*names: str) -> list[Model]:
+    """Return models that the scripted server calls up-a, up-b and so on."""
+    return [
+        Model(
+            spec=ModelSpec(name=name, engine="e", remote=RemoteModelSpec(model=f"up-{name}")),
+            card=None,
+        )
+        for name in names
+    ]
+
+
+def spec_of(url: str, **options: Any) -> EngineSpec:
+    """Return the engine of a pool file for the server at `url`."""
+    queued = options.pop("max_queued_requests", 8)
+    return EngineSpec(
+        name="e",
+        kind="remote",
+        options={"base_url": url, **FAST, **options},
+        max_queued_requests=queued,
+    )
+
+
+@asynccontextmanager
+async def running_engine(server: BadServer, **options: Any) -> AsyncIterator[RemoteEngine]:
+    """Run an engine with the members a and b."""
+    engine = create_engine(spec_of(server.url, **options), remote_models("a", "b"))
+    assert isinstance(engine, RemoteEngine)
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.stop()
+
+
+def request_of(**fields: Any) -> GenerationRequest:
+    """Return a request of member a."""
+    sampling = SamplingOptions(**fields.pop("sampling", {}))
+    fields.setdefault("messages", ({"role": "user", "content": "hello"},))
+    return GenerationRequest(
+        request_id="r-1", prompt_tokens=(0, 0), members=("a",), sampling=sampling, **fields
+    )
+
+
+async def read(engine: RemoteEngine, request: GenerationRequest) -> list[Chunk]:
+    """Return all chunks of the answer."""
+    return [chunk async for chunk in engine.generate(request)]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what engine or server do."""
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110 - engine and server tell nobody
+            await asyncio.sleep(0.01)
+
+
+def text_of(chunks: list[Chunk]) -> str:
+    """Return the whole text."""
+    return "".join(chunk.text for chunk in chunks)
