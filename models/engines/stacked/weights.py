@@ -8,8 +8,8 @@ Three changes against the checkpoint, none of which changes the function compute
 
 - query, key and value are one matrix, and so are gate and up;
 - the gain of a norm is multiplied into the projection that follows it;
-- within each query and key head, dimension i stands next to dimension i + d/2, so that a rotary
-  pair is one complex number (scores do not depend on the order inside a head).
+- if wanted, dimension i stands next to dimension i + d/2 within each query and key head, so that a
+  rotary pair is one complex number (scores do not depend on the order inside a head).
 """
 
 from __future__ import annotations
@@ -79,11 +79,27 @@ class _Checkpoints:
 
 
 def load_weights(
-    cards: Sequence[ModelCard], architecture: Architecture, device: torch.device, dtype: torch.dtype
+    cards: Sequence[ModelCard],
+    architecture: Architecture,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    rotary_pairs: bool = True,
 ) -> Weights:
-    """Stack the checkpoints' weights on `device`; `PoolError` names one that is missing."""
+    """Stack the checkpoints' weights on `device`; `PoolError` names one that is missing.
+
+    `rotary_pairs` puts the two dimensions of each rotary pair side by side; without it they stand
+    half a head apart, as in the checkpoint.
+    """
     with ExitStack() as stack:
-        return _Loader(_Checkpoints(cards, stack), len(cards), architecture, device, dtype).load()
+        return _Loader(
+            _Checkpoints(cards, stack),
+            len(cards),
+            architecture,
+            device=device,
+            dtype=dtype,
+            rotary_pairs=rotary_pairs,
+        ).load()
 
 
 class _Loader:
@@ -92,14 +108,17 @@ class _Loader:
         checkpoints: _Checkpoints,
         num_members: int,
         architecture: Architecture,
+        *,
         device: torch.device,
         dtype: torch.dtype,
+        rotary_pairs: bool,
     ) -> None:
         self._checkpoints = checkpoints
         self._num_members = num_members
         self._architecture = architecture
         self._device = device
         self._dtype = dtype
+        self._rotary_pairs = rotary_pairs
 
     def load(self) -> Weights:
         if self._architecture.tied_embeddings:
@@ -124,18 +143,18 @@ class _Loader:
             query, key, value = (
                 self._read(member, f"{attention}.{name}_proj.weight") for name in "qkv"
             )
-            return (torch.cat([self._pair(query), self._pair(key), value]) * gain_D).T
+            return (torch.cat([self._order(query), self._order(key), value]) * gain_D).T
 
         def qkv_bias(member: int) -> Tensor:
             query, key, value = (
                 self._read(member, f"{attention}.{name}_proj.bias") for name in "qkv"
             )
-            return torch.cat([self._pair(query), self._pair(key), value])
+            return torch.cat([self._order(query), self._order(key), value])
 
         def qk_gain(member: int) -> Tensor:
             shape = self._architecture.shape
             query_d, key_d = (
-                self._pair(self._read(member, f"{attention}.{name}_norm.weight")) for name in "qk"
+                self._order(self._read(member, f"{attention}.{name}_norm.weight")) for name in "qk"
             )
             return torch.cat(
                 [query_d.expand(shape.num_heads, -1), key_d.expand(shape.num_kv_heads, -1)]
@@ -164,8 +183,10 @@ class _Loader:
     def _read(self, member: int, name: str) -> Tensor:
         return self._checkpoints.read(member, name)
 
-    def _pair(self, heads: Tensor) -> Tensor:
-        """Put row i of each head next to row i + d/2; `heads` is [heads·d, ...]."""
+    def _order(self, heads: Tensor) -> Tensor:
+        """Put row i of each head next to row i + d/2 if wanted; `heads` is [heads·d, ...]."""
+        if not self._rotary_pairs:
+            return heads
         half = self._architecture.shape.head_dim // 2
         return heads.view(-1, 2, half, *heads.shape[1:]).transpose(1, 2).reshape(heads.shape)
 

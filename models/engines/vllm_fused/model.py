@@ -4,9 +4,9 @@ Shapes: T tokens of a step, R rows to sample, M members of this rank, D hidden, 
 key/value heads, d head size, Q = (H + 2K)·d, F feed-forward, V vocabulary. vLLM sees one model with
 M·H heads and hidden states [T, M·D]; inside, members lead: [M, T, D], one batched product for all.
 
-Weights are those of `models.engines.stacked.weights` (rotary pairs stand side by side, norms'
-gains are in the projections). Under tensor parallelism a rank holds whole members, and ranks talk
-once per step, about the fused distribution.
+Weights are those of `models.engines.stacked.weights` (norms' gains are in the projections). Under
+tensor parallelism a rank holds whole members, and ranks talk once per step, about the fused
+distribution.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from vllm import _custom_ops as ops
 from vllm.compilation.decorators import support_torch_compile
-from vllm.config import CompilationMode, VllmConfig
+from vllm.config import VllmConfig
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
@@ -26,7 +27,6 @@ from vllm.distributed import (
 )
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
-from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.rotary_embedding import get_rope
@@ -34,7 +34,7 @@ from vllm.model_executor.layers.rotary_embedding import get_rope
 from models.card import ModelCard
 from models.engines.stacked.architecture import Architecture, read_architecture
 from models.engines.stacked.weights import LayerWeights, Weights, load_weights
-from models.engines.vllm_fused.eager import by_columns, gated, normed, wide
+from models.engines.vllm_fused.feed_forward import FeedForward
 from models.engines.vllm_fused.folder import read_members
 from models.engines.vllm_fused.table import Fusion, FusionTable
 
@@ -53,15 +53,13 @@ class FusedLayer(nn.Module):
         super().__init__()
         shape = self._shape = architecture.shape
         self._num_members = num_members
-        self._compiled = config.compilation_config.mode != CompilationMode.NONE
         # Gains are in the weights that follow, but for those of Qwen3's heads.
         self.norm = RMSNorm(shape.hidden_size, architecture.norm_eps, has_weight=False)
         self.head_norm = RMSNorm(shape.head_dim, architecture.norm_eps, has_weight=False)
-        self.activate = SiluAndMul()
+        self.feed_forward = FeedForward()
         self.rotary = get_rope(
             shape.head_dim,
             max_position=architecture.context_tokens,
-            is_neox_style=False,
             rope_parameters=config.model_config.hf_config.rope_parameters,
         )
         self.attention = Attention(
@@ -80,21 +78,18 @@ class FusedLayer(nn.Module):
         self.qk_gain_M1Hd = _optional(weights.qk_gain_MHd)
         self.out_MQD = _frozen(weights.out_MQD)
         self.out_bias_M1D = _optional(weights.out_bias_MD)
-        gate_up_MDF = weights.gate_up_MDF if self._compiled else by_columns(weights.gate_up_MDF)
-        self.gate_up_MDF = _frozen(gate_up_MDF)
-        self.down_MFD = _frozen(weights.down_MFD)
+        self.feed_forward.take(weights.gate_up_MDF, weights.down_MFD)
 
     def forward(self, positions_T: Tensor, x_MTD: Tensor) -> Tensor:
         """Return the hidden states after this layer."""
-        qkv_MTQ = torch.bmm(normed(self.norm, x_MTD), self.qkv_MDQ)
+        qkv_MTQ = torch.bmm(_normed(self.norm, x_MTD), self.qkv_MDQ)
         if self.qkv_bias_M1Q is not None:
             qkv_MTQ = qkv_MTQ + self.qkv_bias_M1Q
         attended_MTQ = self._attend(positions_T, qkv_MTQ)
         x_MTD = x_MTD.baddbmm_(attended_MTQ, self.out_MQD)
         if self.out_bias_M1D is not None:
             x_MTD = x_MTD + self.out_bias_M1D
-        gate_up_MTF = wide(normed(self.norm, x_MTD), self.gate_up_MDF)
-        return x_MTD.baddbmm_(gated(self.activate, gate_up_MTF), self.down_MFD)
+        return x_MTD.add_(self.feed_forward(_normed(self.norm, x_MTD)))
 
     def _attend(self, positions_T: Tensor, qkv_MTQ: Tensor) -> Tensor:
         shape = self._shape
@@ -156,7 +151,7 @@ class FusedModel(nn.Module):
         x_MTD: Tensor = self.embed_MVD[:, input_ids]
         for layer in self.layers:
             x_MTD = layer(positions, x_MTD)
-        normed_MTD: Tensor = normed(self.norm, x_MTD) * self.final_gain_M1D
+        normed_MTD: Tensor = _normed(self.norm, x_MTD) * self.final_gain_M1D
         return normed_MTD.transpose(0, 1).flatten(1)
 
 
@@ -184,7 +179,15 @@ class ShoalFusedForCausalLM(nn.Module):
 
     def load_members(self, cards: Sequence[ModelCard]) -> None:
         """Load the weights of those members that are this rank's."""
-        weights = load_weights(cards[self._local], self._architecture, self._device, self._dtype)
+        # vLLM's rotary embedding is vectorized on CPU only for halves.
+        weights = load_weights(
+            cards[self._local], self._architecture, self._device, self._dtype, rotary_pairs=False
+        )
+        if self._device.type == "cpu":
+            # vLLM's attention computes rows of its scratch memory that nobody wrote. After its
+            # mixture of experts, which shares that memory, they are small integers: denormal as
+            # floats, and a hundred times as slow unless they count as zero.
+            torch.set_flush_denormal(True)
         self.model.take(weights)
         self.head_MDV = _frozen(weights.head_MDV)
 
@@ -264,6 +267,17 @@ class ShoalFusedForCausalLM(nn.Module):
         )
         local_M = logp_MTV.gather(-1, index_MT1).sum((1, 2))
         return tensor_model_parallel_all_gather(local_M) if self._num_ranks > 1 else local_M
+
+
+def _normed(norm: RMSNorm, x: Tensor) -> Tensor:
+    """Return `x`, each row scaled to a root mean square of one."""
+    if x.is_cpu and not torch.compiler.is_compiling():
+        # Where operations are launched one by one, one is faster than `norm`'s six.
+        out = torch.empty_like(x)
+        ops.rms_norm(out, x, None, norm.variance_epsilon)
+        return out
+    scaled: Tensor = norm(x)
+    return scaled
 
 
 def _finish_mixture(probs_RV: Tensor) -> Tensor:

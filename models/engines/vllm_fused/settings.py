@@ -10,6 +10,7 @@ from typing import Protocol
 from vllm.config import CUDAGraphMode, ModelConfig, VllmConfig
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 
 from models.card import ModelCard
 from models.engines.vllm_fused.folder import read_members
@@ -18,6 +19,9 @@ from models.engines.vllm_fused.processor import bind
 LOAD_FORMAT = "shoal_fused"
 # Formats that mean: read the checkpoint.
 _REPLACED_FORMATS = ("auto", "hf", "safetensors")
+# vLLM's kernel on CPU keeps a block's keys column by column. Where heads are many and small, blocks
+# of 32 tokens are read and written a quarter faster than its own choice of 128.
+_CPU_BLOCK_TOKENS = 32
 
 
 class TakesMembers(Protocol):
@@ -59,6 +63,9 @@ class FusedSettings(VerifyAndUpdateConfig):  # type: ignore[misc]
             )
         if load.load_format in _REPLACED_FORMATS:
             load.load_format = LOAD_FORMAT
+        cache = vllm_config.cache_config
+        if current_platform.is_cpu() and not cache.user_specified_block_size:
+            cache.block_size, cache.user_specified_block_size = _CPU_BLOCK_TOKENS, True
         model.logits_processors = [*(model.logits_processors or ()), bind(tuple(members))]
 
 

@@ -1,0 +1,54 @@
+"""The feed-forward of all members against its definition, by each kernel that this CPU has."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+pytest.importorskip("vllm")
+
+from vllm.config import VllmConfig, set_current_vllm_config
+
+from models.engines.vllm_fused.feed_forward import FeedForward
+
+MEMBERS = 3
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 9, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+# vLLM's kernels take multiples of 32; batched products take the rest.
+@pytest.mark.parametrize(
+    ("hidden", "feed_forward"), [(64, 96), (64, 80), (48, 96)], ids=["packed", "plain", "plain-too"]
+)
+def test_is_its_definition(
+    num_tokens: int, dtype: torch.dtype, hidden: int, feed_forward: int
+) -> None:
+    """down(silu(x·gate) · (x·up)) per member, whichever kernel computes it."""
+    generator = torch.Generator().manual_seed(hidden + feed_forward + num_tokens)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(MEMBERS, *shape, generator=generator).mul(0.3).to(dtype)
+
+    x, gate, up = random(num_tokens, hidden), *(random(hidden, feed_forward) for _ in range(2))
+    down = random(feed_forward, hidden)
+    with set_current_vllm_config(VllmConfig()):
+        layer = FeedForward()
+    layer.take(torch.cat([gate, up], -1), down)
+    with torch.inference_mode():
+        out = layer(x)
+    x64, gate64, up64, down64 = (tensor.double() for tensor in (x, gate, up, down))
+    expected = (functional.silu(x64 @ gate64) * (x64 @ up64)) @ down64
+    rounding = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(
+        out.double(), expected, rtol=rounding, atol=rounding * float(expected.abs().max())
+    )
+
+
+def test_weights_are_packed_where_they_can_be() -> None:
+    """A CPU's kernel takes multiples of 32, in a layout of its own."""
+    with set_current_vllm_config(VllmConfig()):
+        packed, plain = FeedForward(), FeedForward()
+    gate_up = torch.arange(MEMBERS * 64 * 192, dtype=torch.float32).view(MEMBERS, 64, 192)
+    packed.take(gate_up, torch.ones(MEMBERS, 96, 64))
+    plain.take(gate_up[..., :160], torch.ones(MEMBERS, 80, 64))
+    assert torch.equal(plain.gate_up, gate_up[..., :160])
+    assert packed.gate_up.shape == (MEMBERS, 192, 64)
