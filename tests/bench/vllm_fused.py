@@ -216,7 +216,8 @@ def main() -> None:
     record = {"environment": environment(), "arguments": vars(arguments), "rows": rows}
     RESULTS.mkdir(exist_ok=True)
     day, host = record["environment"]["date"][:10], record["environment"]["host"]
-    file = RESULTS / f"{day}-{host}-vllm.json"
+    kind = "vllm-compiled" if arguments.compiled else "vllm"
+    file = RESULTS / f"{day}-{host}-{kind}.json"
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(record, indent=1) + "\n")
     temporary.replace(file)
