@@ -23,9 +23,9 @@ STEP_TOKENS = 64
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": {"hidden_size": 128, "head_dim": 32},
     "llama3-rope": {"hidden_size": 128, "head_dim": 32},
-    # Not a multiple of 32: no packed weights on CPU.
-    "mistral": {"head_dim": 32, "intermediate_size": 80},
-    "qwen2": {"hidden_size": 128},
+    # Not a multiple of 32: no packed weights on CPU, or padded ones.
+    "mistral": {"head_dim": 32, "hidden_size": 48},
+    "qwen2": {"hidden_size": 128, "intermediate_size": 80},
     "qwen3": {},
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.activation import SiluAndMul
 
@@ -26,10 +27,13 @@ class FeedForward(nn.Module):
     def take(self, gate_up_MDF: Tensor, down_MFD: Tensor) -> None:
         """Take the weights of this rank's members; gate and up side by side are [M, D, 2F]."""
         self._kernel = _kernel_for(down_MFD)
-        self.gate_up, self.down = (
-            nn.Parameter(self._pack(weight), requires_grad=False)
-            for weight in (gate_up_MDF, down_MFD)
-        )
+        if self._kernel is not None:
+            gate_up_MDF, down_MFD = (
+                ops.cpu_prepack_moe_weight(weight.mT.contiguous(), self._kernel)
+                for weight in _padded(gate_up_MDF, down_MFD)
+            )
+        self.gate_up = nn.Parameter(gate_up_MDF, requires_grad=False)
+        self.down = nn.Parameter(down_MFD, requires_grad=False)
 
     def forward(self, x_MTD: Tensor) -> Tensor:
         """Return what is to be added to the residual, [M, T, D]."""
@@ -54,20 +58,20 @@ class FeedForward(nn.Module):
         )
         return out_ND.view_as(x_MTD)
 
-    def _pack(self, weight_MIO: Tensor) -> Tensor:
-        if self._kernel is None:
-            return weight_MIO
-        packed: Tensor = ops.cpu_prepack_moe_weight(weight_MIO.mT.contiguous(), self._kernel)
-        return packed
+
+def _padded(gate_up_MDF: Tensor, down_MFD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both with zeros up to the next number of inner columns that the kernels take."""
+    missing = -down_MFD.shape[1] % _COLUMNS
+    halves = (functional.pad(half, (0, missing)) for half in gate_up_MDF.chunk(2, dim=-1))
+    return torch.cat(tuple(halves), dim=-1), functional.pad(down_MFD, (0, 0, 0, missing))
 
 
 def _kernel_for(down_MFD: Tensor) -> str | None:
     """Return the name of vLLM's kernel for such weights on this CPU, None if it has none."""
-    _, feed_forward, hidden = down_MFD.shape
     if not (
         down_MFD.is_cpu
         and hasattr(torch.ops._C, "cpu_fused_moe")
-        and feed_forward % _COLUMNS == hidden % _COLUMNS == 0
+        and down_MFD.shape[-1] % _COLUMNS == 0
     ):
         return None
     has_tiles = down_MFD.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
