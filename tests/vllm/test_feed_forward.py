@@ -1,4 +1,4 @@
-"""The feed-forward of all members against its definition, by each kernel that this CPU has."""
+"""The feed-forward of all members against its definition, by each kernel that this machine has."""
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from models.engines.vllm_fused.feed_forward import FeedForward
 
 MEMBERS = 3
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 9, 70])
@@ -26,7 +27,7 @@ def test_is_its_definition(
     generator = torch.Generator().manual_seed(hidden + feed_forward + num_tokens)
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(MEMBERS, *shape, generator=generator).mul(0.3).to(dtype)
+        return torch.randn(MEMBERS, *shape, generator=generator).mul(0.3).to(DEVICE, dtype)
 
     x, gate, up = random(num_tokens, hidden), *(random(hidden, feed_forward) for _ in range(2))
     down = random(feed_forward, hidden)

@@ -18,7 +18,7 @@ def test_blocks(tmp_path: Path, asked: int | None, used: int) -> None:
     with vllm_engine(world.folder, **({} if asked is None else {"block_size": asked})) as llm:
         assert llm.llm_engine.vllm_config.cache_config.block_size == used
         answers = token_ids(generate(llm, asks))
-        # Denormal numbers would slow vLLM's attention down a hundredfold.
+        # With denormal numbers vLLM's attention would take four times as long.
         assert (torch.tensor([1e-30]) * 1e-10).item() == 0
     reference = Reference(world)
     assert answers == [reference.answer(ask) for ask in asks]

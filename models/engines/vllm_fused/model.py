@@ -186,7 +186,7 @@ class ShoalFusedForCausalLM(nn.Module):
         if self._device.type == "cpu":
             # vLLM's attention computes rows of its scratch memory that nobody wrote. After its
             # mixture of experts, which shares that memory, they are small integers: denormal as
-            # floats, and a hundred times as slow unless they count as zero.
+            # floats, and attention takes four times as long unless they count as zero.
             torch.set_flush_denormal(True)
         self.model.take(weights)
         self.head_MDV = _frozen(weights.head_MDV)
