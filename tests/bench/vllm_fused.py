@@ -12,8 +12,9 @@ For 4 and for 8 members, at 1, 8 and 32 concurrent requests, tokens per second o
 - stacked: Shoal's own engine over the same members;
 
 and the time to the first token of a single request. All run in this process with the same threads,
-in turn, on random weights (speed does not depend on them), float32, greedy. Ratios are of medians
-over interleaved rounds. The ceiling is the bandwidth of reading as many bytes as all weights have.
+on random weights (speed does not depend on them), float32, greedy. A machine's clock may change
+within minutes, so ours runs right after every rival, and ratios are medians over such pairs. The
+ceiling is the bandwidth of reading as many bytes as all weights have.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ from tests.bench.vllm_contenders import (
     StackedContender,
     VllmContender,
 )
+
+# Seconds to the first token and in all: of a rival, and of ours.
+Pair = tuple[tuple[float, float], tuple[float, float]]
 
 CONCURRENT = (1, 8, 32)
 KV_BYTES = 64 * 2**20
@@ -148,28 +152,25 @@ def _compare(
     rounds: int,
     details: Row,
 ) -> list[Row]:
-    """Run all in turn, `rounds` times after one unmeasured; a row per rival (and for latency)."""
-    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+    """Run each rival and ours after it, `rounds` times after one unmeasured; a row per figure."""
+    pairs: dict[str, list[Pair]] = {name: [] for name in contenders if name != "ours"}
     for number in range(rounds + 1):
-        for name, contender in contenders.items():
-            figures = contender(num_requests)
+        for name, its in pairs.items():
+            pair = contenders[name](num_requests), contenders["ours"](num_requests)
             if number:
-                runs[name].append(figures)
+                its.append(pair)
     rows = []
     for place, unit in enumerate(("ms to the first token", "tokens/s")):
         if place == 0 and num_requests > 1:
             continue
-        median = {
-            name: statistics.median(figures[place] for figures in its) for name, its in runs.items()
-        }
-        for rival in ("averaged", "apart", "base", "stacked"):
-            faster = median[rival] / median["ours"]
+        for rival, its in pairs.items():
+            ratios = sorted(other[place] / ours[place] for other, ours in its)
+            faster = statistics.median(ratios)
             target = TARGETS.get(rival) if place == 1 else None
-            tokens = num_requests * num_tokens
-            ours, other = (
-                (tokens / median["ours"], tokens / median[rival])
-                if place == 1
-                else (1e3 * median["ours"], 1e3 * median[rival])
+            medians_s = [statistics.median(pair[side][place] for pair in its) for side in (0, 1)]
+            other, ours = (
+                num_requests * num_tokens / seconds if place == 1 else 1e3 * seconds
+                for seconds in medians_s
             )
             rows.append(
                 {
@@ -178,6 +179,8 @@ def _compare(
                     "ours": round(ours, 1),
                     "other": round(other, 1),
                     "measured": round(faster, 2),
+                    "lowest": round(ratios[0], 2),
+                    "highest": round(ratios[-1], 2),
                     "target": target,
                     "rounds": rounds,
                     **details,
@@ -193,7 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.vllm_fused")
     parser.add_argument("--members", type=int, choices=[4, 8], help="only this school")
     parser.add_argument("--tokens", type=int, default=48, help="length of every answer")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of every side")
     parser.add_argument("--compiled", action="store_true", help="vLLM compiles (all of its sides)")
     arguments = parser.parse_args()
