@@ -15,7 +15,7 @@ from models.chat_template import Message, read_chat_template
 from models.errors import PoolError, RequestError
 
 if TYPE_CHECKING:
-    from models.pool import Model
+    from models.spec import Model
 
 
 class Tokenizer(Protocol):

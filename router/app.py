@@ -8,7 +8,8 @@ from ray.serve import Application
 
 from models.engines.registry import engine_traits
 from models.errors import PoolError
-from models.pool import DeploymentSpec, load_pool
+from models.pool import load_pool
+from models.spec import DeploymentSpec
 from router.catalog import Catalog
 from router.compose import check_experiments
 from router.config import AppArgs

@@ -8,8 +8,10 @@ from typing import Any, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from models.pool import DEFAULT_POOL, DeploymentSpec, Name, explain
+from models.pool import DEFAULT_POOL
+from models.spec import DeploymentSpec, Name
 from policies.carbon.settings import CarbonSettings
+from policies.validation import explain
 from router.caps.config import BudgetsConfig
 from router.dashboard.config import DashboardConfig
 from router.keys import AuthConfig

@@ -11,7 +11,8 @@ from ray.serve.handle import DeploymentHandle
 
 from models.engines.base import Chunk, EngineStats, GenerationRequest
 from models.engines.registry import create_engine
-from models.pool import EngineSpec, Model, load_pool
+from models.pool import load_pool
+from models.spec import EngineSpec, Model
 from policies.carbon.settings import CarbonSettings
 from router.catalog import Catalog
 from router.compose import compose, open_recorder

@@ -14,7 +14,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from models.downscale.errors import RecipeError
-from models.pool import Name, explain
+from models.spec import Name
+from policies.validation import explain
 
 TASKS: Final = "tasks:"
 ALL_DOMAINS: Final = "domains"

@@ -29,8 +29,9 @@ from models.errors import (
     PoolError,
     RequestError,
 )
-from models.pool import EngineSpec, Model, explain
+from models.spec import EngineSpec, Model
 from models.tokenizer import ByteTokenizer
+from policies.validation import explain
 
 
 class Script(BaseModel):

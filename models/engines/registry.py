@@ -11,7 +11,7 @@ from models.errors import PoolError
 
 if TYPE_CHECKING:
     from models.engines.base import Engine
-    from models.pool import EngineSpec, Model
+    from models.spec import EngineSpec, Model
 
     Factory: TypeAlias = Callable[[EngineSpec, Sequence[Model]], Engine]
     Inspection: TypeAlias = Callable[[EngineSpec, Sequence[Model]], EngineTraits]

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from models.pool import EngineSpec
+from models.spec import EngineSpec
 from policies.carbon.settings import CarbonSettings
 from router.energy.base import Meter, MeterError
 from router.energy.lanes import LaneMeter

@@ -6,7 +6,7 @@ from typing import Any
 
 from models.engines.traits import EngineTraits
 from models.errors import PoolError
-from models.pool import DeploymentSpec, EngineSpec
+from models.spec import DeploymentSpec, EngineSpec
 
 
 def placement(spec: EngineSpec, traits: EngineTraits) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from models.card import read_card
 from models.engines.base import Engine
 from models.engines.registry import create_engine
-from models.pool import EngineSpec, Model, ModelSpec
+from models.spec import EngineSpec, Model, ModelSpec
 
 CONTEXT_TOKENS = 1024
 

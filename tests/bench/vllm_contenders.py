@@ -18,7 +18,7 @@ import numpy as np
 from models.card import read_card
 from models.engines.base import GenerationRequest, SamplingOptions
 from models.engines.registry import create_engine
-from models.pool import EngineSpec, Model, ModelSpec
+from models.spec import EngineSpec, Model, ModelSpec
 
 _ids = count()
 

@@ -58,7 +58,7 @@ def test_logits_are_those_of_the_cpu(kind: str, tmp_path: Path) -> None:
 def test_answers_stream(tmp_path: Path) -> None:
     """Requests of every kind finish on CUDA through the public interface."""
     from models.engines.stacked.engine import StackedEngine
-    from models.pool import EngineSpec
+    from models.spec import EngineSpec
     from tests.models.engines.stacked.tiny import answer, request, token_ids
 
     folders = [save_checkpoint(tmp_path / f"{seed}", seed=seed) for seed in range(2)]

@@ -164,7 +164,7 @@ def test_an_answer_that_is_cut_off_leaves_no_lane_behind() -> None:
 
 
 def _fake_engine() -> Any:
-    from models.pool import EngineSpec, Model, ModelSpec
+    from models.spec import EngineSpec, Model, ModelSpec
 
     spec = EngineSpec(name="one", kind="fake", options={"token_latency_s": 0.01})
     model = Model(spec=ModelSpec(name="alpha", engine="one"), card=None)

@@ -14,7 +14,8 @@ from models.engines.base import Chunk, GenerationRequest, SamplingOptions
 from models.engines.registry import create_engine
 from models.engines.vllm.engine import VllmEngine
 from models.errors import ContextOverflow, EngineFailed, EngineOverloaded, PoolError, RequestError
-from models.pool import DEFAULT_POOL, EngineSpec, Model, load_pool
+from models.pool import DEFAULT_POOL, load_pool
+from models.spec import EngineSpec, Model
 from models.tokenizer import load_tokenizer
 
 QUESTIONS = ("Write the word 'lantern' backwards.", "What is 37 + 58?", "How many m in 3 km?")

@@ -19,7 +19,7 @@ from models.engines.remote.failure import AttemptFailed, from_response, from_tra
 from models.engines.remote.options import RemoteOptions, inspect, read_options
 from models.engines.remote.wire import AnswerReader, write_body
 from models.errors import EngineFailed, EngineOverloaded, RequestError
-from models.pool import EngineSpec, Model
+from models.spec import EngineSpec, Model
 
 _MAX_ERROR_BYTES = 64 * 1024
 _DRAIN_S = 0.5

@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from models.engines.traits import EngineTraits
 from models.errors import PoolError
-
-if TYPE_CHECKING:
-    from models.pool import EngineSpec, Model
+from models.spec import EngineSpec, Model
+from policies.validation import explain
 
 
 class RemoteOptions(BaseModel):
@@ -87,8 +86,6 @@ class RemoteOptions(BaseModel):
 
 def read_options(spec: EngineSpec) -> RemoteOptions:
     """Return the engine's options; `PoolError` names a bad one."""
-    from models.pool import explain  # noqa: PLC0415 - the pool's module inspects engines
-
     try:
         return RemoteOptions.model_validate(spec.options)
     except ValidationError as error:

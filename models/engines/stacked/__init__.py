@@ -16,7 +16,8 @@ from pydantic import ValidationError
 from models.engines.base import Engine
 from models.engines.stacked.engine import StackedEngine
 from models.errors import PoolError
-from models.pool import EngineSpec, Model, explain
+from models.spec import EngineSpec, Model
+from policies.validation import explain
 
 
 def create(spec: EngineSpec, models: Sequence[Model]) -> Engine:

@@ -26,7 +26,7 @@ from models.engines.stacked.scheduler import Scheduler
 from models.engines.stacked.sequence import Outcome, Sequence
 from models.engines.stacked.text import TextStream, Vocabulary
 from models.errors import ContextOverflow, EngineFailed, PoolError, RequestError
-from models.pool import EngineSpec
+from models.spec import EngineSpec
 
 
 class StackedOptions(BaseModel):

@@ -21,7 +21,7 @@ from models.errors import (
     PoolError,
     RequestError,
 )
-from models.pool import EngineSpec, Model
+from models.spec import EngineSpec, Model
 from models.tools import Tools
 
 if TYPE_CHECKING:

@@ -8,15 +8,14 @@ from difflib import get_close_matches
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from models.engines.traits import EngineTraits
 from models.errors import PoolError
-
-if TYPE_CHECKING:
-    from models.pool import EngineSpec, Model
+from models.spec import EngineSpec, Model
+from policies.validation import explain
 
 INSTALL = (
     "it needs vLLM, which is not installed here: pip install 'shoal[vllm]' for CUDA, or "
@@ -66,8 +65,6 @@ class VllmOptions(BaseModel):
 
 def read_options(spec: EngineSpec) -> VllmOptions:
     """Return the engine's options; `PoolError` names a bad one."""
-    from models.pool import explain  # noqa: PLC0415 - the pool's module inspects engines
-
     where = f"engines.{spec.name}.options"
     try:
         options = VllmOptions.model_validate(spec.options)

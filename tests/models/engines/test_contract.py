@@ -11,7 +11,8 @@ import pytest
 from models.engines.base import Chunk, Engine, GenerationRequest, SamplingOptions
 from models.engines.registry import create_engine
 from models.errors import EngineFailed, RequestError
-from models.pool import DEFAULT_POOL, EngineSpec, Model, ModelSpec, RemoteModelSpec, load_pool
+from models.pool import DEFAULT_POOL, load_pool
+from models.spec import EngineSpec, Model, ModelSpec, RemoteModelSpec
 from models.tokenizer import load_tokenizer
 from tests.router.conftest import running
 

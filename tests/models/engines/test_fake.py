@@ -14,7 +14,7 @@ from models.errors import (
     PoolError,
     RequestError,
 )
-from models.pool import EngineSpec, Model, ModelSpec
+from models.spec import EngineSpec, Model, ModelSpec
 from models.tokenizer import ByteTokenizer
 
 CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Größe?\nJa"}]

@@ -6,7 +6,7 @@ import pytest
 
 from models.engines.traits import EngineTraits
 from models.errors import PoolError
-from models.pool import EngineSpec
+from models.spec import EngineSpec
 from router.engines.placement import on_ray, placement
 
 TWO = EngineTraits(num_workers=2)

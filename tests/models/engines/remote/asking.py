@@ -8,7 +8,7 @@ from typing import Any
 from models.engines.base import Chunk, GenerationRequest, SamplingOptions
 from models.engines.registry import create_engine
 from models.engines.remote.engine import RemoteEngine
-from models.pool import EngineSpec, Model, ModelSpec, RemoteModelSpec
+from models.spec import EngineSpec, Model, ModelSpec, RemoteModelSpec
 from tests.models.engines.remote.bad_server import BadServer
 
 KEY = "sk-very-secret"

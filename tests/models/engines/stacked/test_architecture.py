@@ -11,7 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from models.card import read_card
 from models.engines.stacked.architecture import read_architecture, read_end_tokens
 from models.errors import PoolError
-from models.pool import EngineSpec
+from models.spec import EngineSpec
 from tests.models.engines.stacked.tiny import (
     answer,
     build_engine,

@@ -21,7 +21,7 @@ from models.engines.stacked.evidence import LaneWeights
 from models.engines.stacked.sampler import SamplerState
 from models.engines.stacked.sequence import Sequence as EngineSequence
 from models.engines.stacked.text import TextStream
-from models.pool import EngineSpec, Model, ModelSpec
+from models.spec import EngineSpec, Model, ModelSpec
 
 VOCAB_SIZE = 320
 CONTEXT_TOKENS = 256

@@ -10,7 +10,8 @@ from models.card import read_card
 from models.engines.registry import create_engine, engine_traits
 from models.engines.vllm import options as module
 from models.errors import PoolError
-from models.pool import DEFAULT_POOL, EngineSpec, load_pool
+from models.pool import DEFAULT_POOL, load_pool
+from models.spec import EngineSpec
 
 SOURCE = """
 class EngineArgs:

@@ -1,0 +1,139 @@
+"""What a pool file says: the schema of pool.yaml, and a model with what its checkpoint tells.
+
+Engines are made from these; `models.pool` reads, checks and joins them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from models.card import ModelCard
+from policies.base import ModelFacts
+from policies.footprint import Rates
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DeploymentSpec(_Strict):
+    """How many replicas an engine gets, and what each holds of the machine.
+
+    With `max_replicas` above `min_replicas` the engine scales with its load, aiming at
+    `target_ongoing_requests` per replica. A replica that is taken down gets no new requests and has
+    `drain_s` to finish what it runs. Where an engine spreads over several devices, `num_gpus` are
+    shared among them.
+    """
+
+    min_replicas: int = Field(1, ge=1)
+    max_replicas: int = Field(1, ge=1)
+    target_ongoing_requests: float = Field(16, gt=0)
+    num_cpus: float = Field(0.1, ge=0)
+    num_gpus: float = Field(0, ge=0)
+    drain_s: float = Field(10, ge=0)
+
+
+class EngineSpec(_Strict):
+    """One engine: `kind` picks the implementation, `options` are that implementation's own.
+
+    `kv_memory_bytes` bounds the key/value cache; requests beyond it wait, at most
+    `max_queued_requests` of them. `device` "auto" takes CUDA where there is one.
+    """
+
+    name: Name
+    kind: str
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    kv_memory_bytes: int = Field(256 * 2**20, gt=0)
+    max_queued_requests: int = Field(256, ge=0)
+    options: dict[str, Any] = Field(default_factory=dict)
+    deployment: DeploymentSpec = Field(default_factory=DeploymentSpec)
+
+
+class RemoteModelSpec(_Strict):
+    """A model behind another server, as far as the pool file can tell.
+
+    `model` is its name there (default: its name here). `tokenizer` is a folder (relative to the
+    pool file) with its tokenizer.json and chat template: without one, prompts count as one token
+    per four bytes until the server has counted them. With `parameters`, and the hardware of its
+    engine in the configuration's `carbon.engines`, its energy and carbon are modelled; else they
+    are unknown, and footprints say so.
+    """
+
+    model: str | None = None
+    tokenizer: str | None = None
+    context_tokens: int | None = Field(None, ge=1)
+    parameters: int | None = Field(None, ge=1)
+
+
+class ModelSpec(_Strict):
+    """One model: where its checkpoint is (relative to the pool file), who runs it, its price.
+
+    `remote` takes the checkpoint's place where a `remote` engine asks another server.
+    """
+
+    name: Name
+    engine: str
+    checkpoint: str | None = None
+    remote: RemoteModelSpec | None = None
+    domains: tuple[str, ...] = ()
+    description: str = ""
+    usd_per_million_input_tokens: float = Field(0, ge=0)
+    usd_per_million_output_tokens: float = Field(0, ge=0)
+
+
+class PoolFile(_Strict):
+    """The schema of pool.yaml. `policies` and `scorers` map names to specifications.
+
+    The policy "auto" is the default; plans name the scorers beside those that policies bring along.
+    """
+
+    name: Name
+    engines: tuple[EngineSpec, ...] = Field(min_length=1)
+    models: tuple[ModelSpec, ...] = Field(min_length=1)
+    policies: dict[Name, dict[str, Any]] = Field(default_factory=dict)
+    scorers: dict[Name, dict[str, Any]] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A pool's model: what the file says and, where it has a checkpoint, what that says.
+
+    `tokenizer` is the folder that holds its tokenizer; None where nobody knows it.
+    """
+
+    spec: ModelSpec
+    card: ModelCard | None
+    tokenizer: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """The name clients use."""
+        return self.spec.name
+
+    @property
+    def context_tokens(self) -> int | None:
+        """How many tokens prompt and answer may have together; None where it isn't known."""
+        if self.card is not None:
+            return self.card.context_tokens
+        return self.spec.remote.context_tokens if self.spec.remote else None
+
+    def facts(self) -> ModelFacts:
+        """Return what policies may know about this model."""
+        stated = self.spec.remote.parameters if self.spec.remote else None
+        return ModelFacts(
+            name=self.name,
+            parameters=self.card.parameters if self.card else stated,
+            remote=self.spec.remote is not None,
+            domains=self.spec.domains,
+            rates=Rates(
+                usd_per_input_token=self.spec.usd_per_million_input_tokens / 1e6,
+                usd_per_output_token=self.spec.usd_per_million_output_tokens / 1e6,
+            ),
+        )
