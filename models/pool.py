@@ -86,11 +86,8 @@ def load_pool(path: Path | str) -> Pool:
         scorers=content.scorers,
     )
     for engine in pool.engines:
-        models = pool.models_of(engine.name)
-        if engine.kind == "stacked" or (engine.kind == "vllm" and len(models) > 1):
-            _check_same_shape(file, engine, models)
         try:
-            engine_traits(engine, models)
+            engine_traits(engine, pool.models_of(engine.name))
         except PoolError as error:
             raise PoolError(f"{file}: {error}") from None
     return pool
@@ -143,22 +140,3 @@ def _load_remote(file: Path, spec: ModelSpec, remote: RemoteModelSpec) -> Model:
     if not (folder / "tokenizer.json").is_file():
         raise PoolError(f"{where}.remote.tokenizer: there is no {folder / 'tokenizer.json'}")
     return Model(spec=spec, card=None, tokenizer=folder)
-
-
-def _check_same_shape(file: Path, engine: EngineSpec, models: tuple[Model, ...]) -> None:
-    where, what = f"{file}: engines.{engine.name}", f"members of one {engine.kind} engine"
-    for model in models:
-        if model.card is None:
-            raise PoolError(f"{where}: the model {model.name!r} has no checkpoint")
-    first, *rest = [(model.name, model.card) for model in models if model.card]
-    for name, card in rest:
-        if card.shape != first[1].shape:
-            raise PoolError(
-                f"{where}: {what} need one shape, but {name!r} has "
-                f"{card.shape} and {first[0]!r} has {first[1].shape}"
-            )
-        if card.tokenizer_sha256 != first[1].tokenizer_sha256:
-            raise PoolError(
-                f"{where}: {what} need one tokenizer, but that of {name!r} "
-                f"differs from that of {first[0]!r}"
-            )

@@ -12,7 +12,7 @@ import codecs
 import itertools
 from collections.abc import AsyncIterator, Iterable, Sequence
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from models.engines.base import (
     Chunk,
@@ -22,6 +22,7 @@ from models.engines.base import (
     Token,
     TopLogprob,
 )
+from models.engines.kind import EngineKind, EngineTraits
 from models.errors import (
     ContextOverflow,
     EngineFailed,
@@ -31,7 +32,6 @@ from models.errors import (
 )
 from models.spec import EngineSpec, Model
 from models.tokenizer import ByteTokenizer
-from policies.validation import explain
 
 
 class Script(BaseModel):
@@ -269,12 +269,7 @@ def _piece(token_id: int) -> tuple[bytes, str]:
     return raw, raw.decode(errors="replace")
 
 
-def create(spec: EngineSpec, models: Sequence[Model]) -> FakeEngine:
-    """Make the engine that `spec` describes; `PoolError` names a bad option."""
-    try:
-        options = FakeOptions.model_validate(spec.options)
-    except ValidationError as error:
-        raise PoolError(f"engines.{spec.name}.options: {explain(error)}") from None
+def _inspect(spec: EngineSpec, options: FakeOptions, models: Sequence[Model]) -> EngineTraits:
     names = [model.name for model in models]
     for name in options.models:
         if name not in names:
@@ -282,9 +277,15 @@ def create(spec: EngineSpec, models: Sequence[Model]) -> FakeEngine:
                 f"engines.{spec.name}.options.models: {name!r} is unknown; "
                 f"allowed are {', '.join(names)}"
             )
-    for model in models:
-        if model.card is not None:
-            raise PoolError(
-                f"models.{model.name}.checkpoint: a fake engine reads no checkpoint; remove it"
-            )
-    return FakeEngine(members=names, options=options, max_queued_requests=spec.max_queued_requests)
+    return EngineTraits()
+
+
+def _create(spec: EngineSpec, options: FakeOptions, models: Sequence[Model]) -> FakeEngine:
+    return FakeEngine(
+        members=[model.name for model in models],
+        options=options,
+        max_queued_requests=spec.max_queued_requests,
+    )
+
+
+KIND = EngineKind(options=FakeOptions, inspect=_inspect, create=_create)

@@ -1,68 +1,85 @@
-"""Engine kinds by name. Each is imported only when a pool uses it."""
+"""Engine kinds by name: Shoal's own, and those of the entry point group `shoal.engines`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from importlib import import_module
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
-from models.engines.traits import EngineTraits
+from pydantic import BaseModel, ValidationError
+
+from models.engines.base import Engine
+from models.engines.kind import EngineKind, EngineTraits, Format
 from models.errors import PoolError
+from models.spec import EngineSpec, Model
+from policies.plugins import PluginError, Plugins
+from policies.validation import explain
 
-if TYPE_CHECKING:
-    from models.engines.base import Engine
-    from models.spec import EngineSpec, Model
-
-    Factory: TypeAlias = Callable[[EngineSpec, Sequence[Model]], Engine]
-    Inspection: TypeAlias = Callable[[EngineSpec, Sequence[Model]], EngineTraits]
-
-# kind -> module that defines create(spec, models) -> Engine
-_MODULES: dict[str, str] = {
-    "stacked": "models.engines.stacked",
-    "fake": "models.engines.fake",
-    "remote": "models.engines.remote.engine",
-    "vllm": "models.engines.vllm.engine",
-}
-
-# kind -> module that defines inspect(spec, models) -> EngineTraits and imports no tensor library.
-_INSPECTED: dict[str, str] = {
-    "remote": "models.engines.remote.options",
-    "vllm": "models.engines.vllm.options",
-}
-
-
-def create_engine(spec: EngineSpec, models: Sequence[Model]) -> Engine:
-    """Make (not start) the engine that `spec` describes for `models`.
-
-    Raises `PoolError` for an unknown kind, or options that the kind does not know.
-    """
-    _check_kind(spec)
-    factory: Factory = import_module(_MODULES[spec.kind]).create
-    return factory(spec, models)
+KINDS: Plugins[EngineKind[Any]] = Plugins(
+    "shoal.engines",
+    EngineKind,
+    {
+        "fake": "models.engines.fake:KIND",
+        "remote": "models.engines.remote.engine:KIND",
+        "stacked": "models.engines.stacked:KIND",
+        "vllm": "models.engines.vllm:KIND",
+    },
+)
 
 
 def engine_traits(spec: EngineSpec, models: Sequence[Model]) -> EngineTraits:
     """Return what is known of the engine that `spec` describes, before it is made.
 
-    Raises `PoolError` for what can be told to be wrong already.
+    Raises `PoolError` for an unknown kind, for options that the kind does not know, and for what
+    else can be told to be wrong already.
     """
-    _check_kind(spec)
-    if spec.kind != "remote":
-        for model in models:
-            if model.spec.remote is not None:
-                raise PoolError(
-                    f"models.{model.name}.remote: the engine {spec.name!r} is of kind "
-                    f"{spec.kind!r}; only an engine of kind 'remote' runs remote models"
-                )
-    if spec.kind not in _INSPECTED:
-        return EngineTraits()
-    inspect: Inspection = import_module(_INSPECTED[spec.kind]).inspect
-    return inspect(spec, models)
+    kind, options = _read(spec, models)
+    return kind.inspect(spec, options, models)
 
 
-def _check_kind(spec: EngineSpec) -> None:
-    if spec.kind not in _MODULES:
+def create_engine(spec: EngineSpec, models: Sequence[Model]) -> Engine:
+    """Make (not start) the engine that `spec` describes for `models`.
+
+    Raises `PoolError` as `engine_traits` does, and where something is missing on this machine.
+    """
+    kind, options = _read(spec, models)
+    needs = kind.inspect(spec, options, models).needs
+    if needs is not None:
+        raise PoolError(f"engines.{spec.name}: {needs}")
+    return kind.create(spec, options, models)
+
+
+def _read(spec: EngineSpec, models: Sequence[Model]) -> tuple[EngineKind[Any], BaseModel]:
+    try:
+        kind = KINDS.load(spec.kind)
+    except PluginError as error:
+        raise PoolError(f"engines.{spec.name}.kind: {error}") from None
+    for model in models:
+        _check_checkpoint(spec, kind, model)
+    try:
+        return kind, kind.options.model_validate(spec.options)
+    except ValidationError as error:
+        raise PoolError(f"engines.{spec.name}.options: {explain(error)}") from None
+
+
+def _check_checkpoint(spec: EngineSpec, kind: EngineKind[Any], model: Model) -> None:
+    """Refuse a model that is nothing this kind can run."""
+    where, what = f"models.{model.name}", f"the {spec.kind} engine {spec.name!r}"
+    if kind.remote and model.spec.remote is None:
         raise PoolError(
-            f"engines.{spec.name}.kind: {spec.kind!r} is unknown; "
-            f"allowed are {', '.join(sorted(_MODULES))}"
+            f"{where}: {what} asks another server and reads no checkpoint; give the key remote "
+            "(a mapping, which may be empty)"
+        )
+    if model.spec.remote is not None and not kind.remote:
+        raise PoolError(f"{where}.remote: {what} runs no remote models; one of kind remote does")
+    if model.card is None:
+        if kind.formats:
+            raise PoolError(f"{where}.checkpoint: the key is missing; {what} needs one")
+        return
+    if not kind.formats:
+        raise PoolError(f"{where}.checkpoint: {what} reads no checkpoint; remove it")
+    found: Format = "gguf" if model.card.path.suffix == ".gguf" else "safetensors"
+    if found not in kind.formats:
+        raise PoolError(
+            f"{where}.checkpoint: {what} does not read {found} ({model.card.path}); allowed are "
+            f"{', '.join(kind.formats)}"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from models.engines.traits import EngineTraits
+from models.engines.kind import EngineTraits
 from models.errors import PoolError
 from models.spec import DeploymentSpec, EngineSpec
 

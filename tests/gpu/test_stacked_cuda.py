@@ -57,14 +57,20 @@ def test_logits_are_those_of_the_cpu(kind: str, tmp_path: Path) -> None:
 
 def test_answers_stream(tmp_path: Path) -> None:
     """Requests of every kind finish on CUDA through the public interface."""
-    from models.engines.stacked.engine import StackedEngine
-    from models.spec import EngineSpec
+    from models.engines.registry import create_engine
+    from models.spec import EngineSpec, Model, ModelSpec
     from tests.models.engines.stacked.tiny import answer, request, token_ids
 
     folders = [save_checkpoint(tmp_path / f"{seed}", seed=seed) for seed in range(2)]
-    engine = StackedEngine(
+    engine = create_engine(
         EngineSpec(name="cuda", kind="stacked", device="cuda", kv_memory_bytes=2**22),
-        [(f"m{i}", read_card(folder)) for i, folder in enumerate(folders)],
+        [
+            Model(
+                spec=ModelSpec(name=f"m{i}", engine="cuda", checkpoint=str(folder)),
+                card=read_card(folder),
+            )
+            for i, folder in enumerate(folders)
+        ],
     )
     wanted = [
         request([5, 6, 7], ["m0", "m1"][: 1 + i % 2], seed=i, ignore_eos=True, **options)

@@ -109,7 +109,11 @@ def test_a_pool_loads(folder: Path) -> None:
         (["models", 1, "name"], "a b", "got 'a b'"),
         (["models", 1, "engine"], "vroom", "'vroom' is unknown; allowed are chunks"),
         (["models", 1, "checkpoint"], "eve", "models.bob.checkpoint: there is no folder"),
-        (["models", 1, "checkpoint"], None, "the model 'bob' has no checkpoint"),
+        (
+            ["models", 1, "checkpoint"],
+            None,
+            r"models\.bob\.checkpoint: the key is missing; the stacked engine",
+        ),
         (["models", 1, "usd_per_million_input_tokens"], -1, "greater than or equal to 0"),
     ],
 )

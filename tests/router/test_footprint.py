@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from models.engines.base import GenerationRequest
-from models.engines.fake import create
+from models.engines.registry import create_engine
 from router.energy.chunk import energy_of
 from router.energy.lanes import LaneMeter
 from router.engines.worker import EngineWorker
@@ -168,4 +168,4 @@ def _fake_engine() -> Any:
 
     spec = EngineSpec(name="one", kind="fake", options={"token_latency_s": 0.01})
     model = Model(spec=ModelSpec(name="alpha", engine="one"), card=None)
-    return create(spec, [model])
+    return create_engine(spec, [model])

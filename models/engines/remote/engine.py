@@ -14,9 +14,10 @@ from urllib.parse import urlsplit
 import httpx
 
 from models.engines.base import Chunk, EngineStats, GenerationRequest
+from models.engines.kind import EngineKind, EngineTraits
 from models.engines.remote.breaker import CircuitBreaker
 from models.engines.remote.failure import AttemptFailed, from_response, from_transport
-from models.engines.remote.options import RemoteOptions, inspect, read_options
+from models.engines.remote.options import RemoteOptions
 from models.engines.remote.wire import AnswerReader, write_body
 from models.errors import EngineFailed, EngineOverloaded, RequestError
 from models.spec import EngineSpec, Model
@@ -246,15 +247,20 @@ async def _read_some(response: httpx.Response) -> bytes:
     return body
 
 
-def create(spec: EngineSpec, models: Sequence[Model]) -> RemoteEngine:
-    """Make the engine that `spec` describes; `PoolError` names a bad option or model."""
-    inspect(spec, models)
+def _inspect(_spec: EngineSpec, options: RemoteOptions, _models: Sequence[Model]) -> EngineTraits:
+    return EngineTraits(fuses=False, logprobs=options.logprobs, tools=True, here=False)
+
+
+def _create(spec: EngineSpec, options: RemoteOptions, models: Sequence[Model]) -> RemoteEngine:
     return RemoteEngine(
         name=spec.name,
         upstream={
             model.name: (model.spec.remote and model.spec.remote.model) or model.name
             for model in models
         },
-        options=read_options(spec),
+        options=options,
         max_queued_requests=spec.max_queued_requests,
     )
+
+
+KIND = EngineKind(options=RemoteOptions, inspect=_inspect, create=_create, remote=True)

@@ -1,18 +1,14 @@
-"""The `options` of an engine of kind `remote`, and what can be told from them."""
+"""The `options` of an engine of kind `remote`."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from models.engines.traits import EngineTraits
 from models.errors import PoolError
-from models.spec import EngineSpec, Model
-from policies.validation import explain
 
 
 class RemoteOptions(BaseModel):
@@ -82,28 +78,3 @@ class RemoteOptions(BaseModel):
                 )
             return key
         return None
-
-
-def read_options(spec: EngineSpec) -> RemoteOptions:
-    """Return the engine's options; `PoolError` names a bad one."""
-    try:
-        return RemoteOptions.model_validate(spec.options)
-    except ValidationError as error:
-        raise PoolError(f"engines.{spec.name}.options: {explain(error)}") from None
-
-
-def inspect(spec: EngineSpec, models: Sequence[Model]) -> EngineTraits:
-    """Check options and models; return what is known of the engine."""
-    options = read_options(spec)
-    for model in models:
-        if model.card is not None:
-            raise PoolError(
-                f"models.{model.name}.checkpoint: a remote engine reads no checkpoint; give the "
-                "key remote instead (a mapping, which may be empty)"
-            )
-        if model.spec.remote is None:
-            raise PoolError(
-                f"models.{model.name}: the engine {spec.name!r} asks another server; give the key "
-                "remote (a mapping, which may be empty)"
-            )
-    return EngineTraits(fuses=False, logprobs=options.logprobs, tools=True, here=False)

@@ -11,21 +11,48 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from models.engines.base import Engine
-from models.engines.stacked.engine import StackedEngine
-from models.errors import PoolError
+from models.engines.kind import EngineKind, EngineTraits, check_one_shape
 from models.spec import EngineSpec, Model
-from policies.validation import explain
 
 
-def create(spec: EngineSpec, models: Sequence[Model]) -> Engine:
-    """Make the engine for `models`; `PoolError` for options it does not know."""
-    members = [(model.name, model.card) for model in models if model.card is not None]
-    if len(members) < len(models) or not members:
-        raise PoolError(f"engines.{spec.name}: a stacked engine needs models with checkpoints")
-    try:
-        return StackedEngine(spec, members)
-    except ValidationError as error:
-        raise PoolError(f"engines.{spec.name}.options: {explain(error)}") from None
+class StackedOptions(BaseModel):
+    """The engine's `options` in pool.yaml.
+
+    `step_rows` bounds how many token rows (tokens times lanes) one step may hold: more makes
+    prompts faster and the gaps between streamed tokens longer. Tokens come out at most every
+    `stream_interval_ms`, several at a time if steps are faster, but the first and the last of an
+    answer at once: the event loop's work would hold up the steps otherwise. `num_threads` is the
+    most CPU threads that a step gets (see `threads`); None: as many as torch has.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    step_rows: int = Field(2048, ge=1)
+    stream_interval_ms: float = Field(10.0, ge=0)
+    num_threads: int | None = Field(None, ge=1)
+
+
+def _inspect(spec: EngineSpec, _options: StackedOptions, models: Sequence[Model]) -> EngineTraits:
+    check_one_shape(spec, models)
+    return EngineTraits()
+
+
+def _create(spec: EngineSpec, options: StackedOptions, models: Sequence[Model]) -> Engine:
+    from models.engines.stacked.engine import StackedEngine  # noqa: PLC0415 - loads torch
+
+    cards = {model.name: model.card for model in models if model.card is not None}
+    return StackedEngine(
+        spec,
+        cards,
+        step_rows=options.step_rows,
+        stream_interval_s=options.stream_interval_ms / 1e3,
+        num_threads=options.num_threads,
+    )
+
+
+KIND = EngineKind(
+    options=StackedOptions, inspect=_inspect, create=_create, formats=("safetensors",)
+)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import AsyncIterator
-from collections.abc import Sequence as Seq
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from llguidance import LLTokenizer
-from pydantic import BaseModel, ConfigDict, Field
 
 from models.card import ModelCard
 from models.engines.base import Chunk, EngineStats, GenerationRequest
@@ -27,23 +25,6 @@ from models.engines.stacked.sequence import Outcome, Sequence
 from models.engines.stacked.text import TextStream, Vocabulary
 from models.errors import ContextOverflow, EngineFailed, PoolError, RequestError
 from models.spec import EngineSpec
-
-
-class StackedOptions(BaseModel):
-    """The engine's `options` in pool.yaml.
-
-    `step_rows` bounds how many token rows (tokens times lanes) one step may hold: more makes
-    prompts faster and the gaps between streamed tokens longer. Tokens come out at most every
-    `stream_interval_ms`, several at a time if steps are faster, but the first and the last of an
-    answer at once: the event loop's work would hold up the steps otherwise. `num_threads` is the
-    most CPU threads that a step gets (see `threads`); None: as many as torch has.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    step_rows: int = Field(2048, ge=1)
-    stream_interval_ms: float = Field(10.0, ge=0)
-    num_threads: int | None = Field(None, ge=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +46,22 @@ class StackedEngine:
     `tests/gpu` waits for a device.
     """
 
-    def __init__(self, spec: EngineSpec, members: Seq[tuple[str, ModelCard]]) -> None:
+    def __init__(
+        self,
+        spec: EngineSpec,
+        members: Mapping[str, ModelCard],
+        *,
+        step_rows: int,
+        stream_interval_s: float,
+        num_threads: int | None,
+    ) -> None:
         """Only remember; `start` loads."""
         self._spec = spec
-        self._options = StackedOptions.model_validate(spec.options)
-        self._names = tuple(name for name, _ in members)
-        self._cards = tuple(card for _, card in members)
+        self._step_rows = step_rows
+        self._stream_interval_s = stream_interval_s
+        self._num_threads = num_threads
+        self._names = tuple(members)
+        self._cards = tuple(members.values())
         self._vocab_size = self._cards[0].shape.vocab_size
         self._running: _Running | None = None
 
@@ -85,11 +76,11 @@ class StackedEngine:
         ends = frozenset().union(*(read_end_tokens(card) for card in self._cards))
         loop = Loop(
             runner,
-            Scheduler(runner.arena, step_rows=self._options.step_rows),
+            Scheduler(runner.arena, step_rows=self._step_rows),
             vocabulary=vocabulary,
             end_tokens=ends,
             max_queued_requests=self._spec.max_queued_requests,
-            stream_interval_s=self._options.stream_interval_ms / 1e3,
+            stream_interval_s=self._stream_interval_s,
             event_loop=asyncio.get_running_loop(),
         )
         loop.start()
@@ -152,7 +143,7 @@ class StackedEngine:
             kv_memory_bytes=self._spec.kv_memory_bytes,
             device=device,
             dtype=_dtype(self._spec, device),
-            num_threads=self._options.num_threads,
+            num_threads=self._num_threads,
         )
         with torch.inference_mode():
             runner.warm_up()

@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import tempfile
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from models.card import ModelCard
 from models.engines.base import Chunk, EngineStats, GenerationRequest, SamplingOptions
-from models.engines.vllm.options import INSTALL, inspect, is_installed, read_options
 from models.errors import (
     ContextOverflow,
     EngineFailed,
@@ -21,7 +20,7 @@ from models.errors import (
     PoolError,
     RequestError,
 )
-from models.spec import EngineSpec, Model
+from models.spec import EngineSpec
 from models.tools import Tools
 
 if TYPE_CHECKING:
@@ -54,10 +53,20 @@ class VllmEngine:
     prompt; the final weights that evidence gave are not told.
     """
 
-    def __init__(self, spec: EngineSpec, members: Mapping[str, ModelCard]) -> None:
+    def __init__(
+        self,
+        spec: EngineSpec,
+        members: Mapping[str, ModelCard],
+        *,
+        engine_args: Mapping[str, Any],
+        tool_parser: str | None,
+        num_threads: int | None,
+    ) -> None:
         """Only remember; `start` loads vLLM."""
         self._spec = spec
-        self._options = read_options(spec)
+        self._engine_args = engine_args
+        self._tool_parser = tool_parser
+        self._num_threads = num_threads
         self._cards = dict(members)
         self._fused = len(members) > 1
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -226,7 +235,7 @@ class VllmEngine:
             )
         if current_platform.is_cpu():
             # Ray limits a process' threads to its num_cpus, here a scheduling weight.
-            os.environ["OMP_NUM_THREADS"] = str(self._options.num_threads or os.cpu_count() or 1)
+            os.environ["OMP_NUM_THREADS"] = str(self._num_threads or os.cpu_count() or 1)
         # On a GPU, vLLM's own rule (a share of the memory) holds unless the user says otherwise.
         says_memory = "kv_memory_bytes" in self._spec.model_fields_set or current_platform.is_cpu()
         try:
@@ -235,7 +244,7 @@ class VllmEngine:
                 served_model_name=self._spec.name,
                 dtype=self._spec.dtype,
                 kv_cache_memory_bytes=self._spec.kv_memory_bytes if says_memory else None,
-                **self._options.engine_args,
+                **self._engine_args,
             ).create_engine_config()
         except (ValueError, TypeError, NotImplementedError) as error:
             raise PoolError(f"{where}.options.engine_args: vLLM refuses them: {error}") from None
@@ -287,7 +296,7 @@ class VllmEngine:
         return room
 
     def _check_tools(self, tools: Tools) -> None:
-        if self._options.tool_parser is None:
+        if self._tool_parser is None:
             raise RequestError(
                 f"tools: {', '.join(self._cards)} cannot call any; the engine "
                 f"{self._spec.name} has no tool_parser",
@@ -304,10 +313,8 @@ class VllmEngine:
         """Return the last chunk of an answer that may call tools: with its text, or the calls."""
         from models.engines.vllm.tool_calls import read_calls  # noqa: PLC0415 - loads vLLM
 
-        assert self._options.tool_parser is not None, "traits allow no tools without a parser"
-        content, calls = read_calls(
-            self._options.tool_parser, running.llm.get_tokenizer(), tools, text
-        )
+        assert self._tool_parser is not None, "traits allow no tools without a parser"
+        content, calls = read_calls(self._tool_parser, running.llm.get_tokenizer(), tools, text)
         if not calls:
             return replace(last, text=content)
         return replace(last, text=content, tool_calls=calls, finish_reason="tool_calls")
@@ -322,11 +329,3 @@ class VllmEngine:
 
 def _refusal(error: Exception) -> RequestError:
     return RequestError(str(error), getattr(error, "parameter", None))
-
-
-def create(spec: EngineSpec, models: Sequence[Model]) -> VllmEngine:
-    """Make the engine that `spec` describes; `PoolError` if it cannot be, or vLLM is missing."""
-    inspect(spec, models)
-    if not is_installed():
-        raise PoolError(f"engines.{spec.name}: {INSTALL}")
-    return VllmEngine(spec, {model.name: model.card for model in models if model.card is not None})

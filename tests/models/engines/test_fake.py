@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from models.engines.base import Chunk, GenerationRequest, SamplingOptions
-from models.engines.fake import FakeEngine, create
+from models.engines.base import Chunk, Engine, GenerationRequest, SamplingOptions
+from models.engines.registry import create_engine
 from models.errors import (
     ContextOverflow,
     EngineFailed,
@@ -20,11 +20,11 @@ from models.tokenizer import ByteTokenizer
 CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Größe?\nJa"}]
 
 
-def _engine(*, max_queued_requests: int = 8, **options: Any) -> FakeEngine:
+def _engine(*, max_queued_requests: int = 8, **options: Any) -> Engine:
     spec = EngineSpec(
         name="e", kind="fake", options=options, max_queued_requests=max_queued_requests
     )
-    return create(spec, [Model(spec=ModelSpec(name=n, engine="e"), card=None) for n in "ab"])
+    return create_engine(spec, [Model(spec=ModelSpec(name=n, engine="e"), card=None) for n in "ab"])
 
 
 def _request(member: str = "a", prompt: str | None = None, **sampling: Any) -> GenerationRequest:
@@ -38,7 +38,7 @@ def _request(member: str = "a", prompt: str | None = None, **sampling: Any) -> G
     )
 
 
-async def _read(fake: FakeEngine, wanted: GenerationRequest) -> list[Chunk]:
+async def _read(fake: Engine, wanted: GenerationRequest) -> list[Chunk]:
     return [chunk async for chunk in fake.generate(wanted)]
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from models.engines.traits import EngineTraits
+from models.engines.kind import EngineTraits
 from models.errors import PoolError
 from models.spec import EngineSpec
 from router.engines.placement import on_ray, placement

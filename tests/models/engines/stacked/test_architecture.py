@@ -9,9 +9,10 @@ from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from models.card import read_card
+from models.engines.registry import create_engine
 from models.engines.stacked.architecture import read_architecture, read_end_tokens
 from models.errors import PoolError
-from models.spec import EngineSpec
+from models.spec import EngineSpec, Model, ModelSpec
 from tests.models.engines.stacked.tiny import (
     answer,
     build_engine,
@@ -84,9 +85,8 @@ def test_cuda_must_be_there(tmp_path: Path) -> None:
     """Asking for CUDA on a machine without it says so at start."""
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
-    from models.engines.stacked.engine import StackedEngine
-
     spec = EngineSpec(name="tiny", kind="stacked", device="cuda")
-    engine = StackedEngine(spec, [("m", read_card(save_checkpoint(tmp_path)))])
+    model = ModelSpec(name="m", engine="tiny", checkpoint=str(tmp_path))
+    engine = create_engine(spec, [Model(spec=model, card=read_card(save_checkpoint(tmp_path)))])
     with pytest.raises(PoolError, match=r"engines\.tiny\.device: cuda is not there"):
         answer(engine, request([1]))

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from models.card import read_card
 from models.engines.base import Chunk, Engine, GenerationRequest, SamplingOptions
-from models.engines.stacked import create
+from models.engines.registry import create_engine
 from models.engines.stacked.evidence import LaneWeights
 from models.engines.stacked.sampler import SamplerState
 from models.engines.stacked.sequence import Sequence as EngineSequence
@@ -125,7 +125,7 @@ def build_engine(
         max_queued_requests=max_queued_requests,
         options={"num_threads": 1, **options},
     )
-    return create(
+    return create_engine(
         spec,
         [
             Model(

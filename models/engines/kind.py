@@ -1,0 +1,84 @@
+"""What a kind of engine tells before one is made: its options, what it can do and what it needs.
+
+Each kind stands beside its engine and imports no tensor library, since every process that reads a
+pool file asks it. `registry` finds it by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeAlias, TypeVar
+
+from pydantic import BaseModel
+
+from models.engines.base import Engine, FusionRule
+from models.errors import PoolError
+from models.spec import EngineSpec, Model
+
+Options = TypeVar("Options", bound=BaseModel)
+Format: TypeAlias = Literal["safetensors", "gguf"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineTraits:
+    """What plans, requests, meters and deployments must know of one engine of a pool.
+
+    `fuses`: one request may name several members, by one of `rules`, and with `updates_evidence`
+    their weights may follow the answer's tokens. `logprobs`: answers carry log-probabilities, which
+    scorers of cascades read. `tools`: its models can be offered tools. `structured`: answers can be
+    held to a JSON schema. `here`: it draws its energy from this machine. `context_tokens` bounds
+    prompt and answer further than the models do. A replica spreads over `num_workers` devices. With
+    `metrics`, it is a `HasMetrics`. `needs` says what is missing for it to run on this machine.
+    """
+
+    fuses: bool = True
+    rules: tuple[FusionRule, ...] = ("mixture", "product", "gated", "contrastive")
+    updates_evidence: bool = True
+    logprobs: bool = True
+    tools: bool = False
+    structured: bool = True
+    here: bool = True
+    context_tokens: int | None = None
+    num_workers: int = 1
+    metrics: bool = False
+    needs: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineKind(Generic[Options]):
+    """One kind of engine.
+
+    `options` is the schema of the engine's `options` in pool.yaml; it refuses unknown keys.
+    `inspect` checks options and models as far as that goes without loading anything, and raises
+    `PoolError`. `create` makes the engine of what `inspect` has passed, and imports what that
+    takes; the engine's `start` loads. `formats` are the checkpoints that it reads: folders of
+    "safetensors", files of "gguf"; none for one that reads none. With `remote` its models are
+    another server's.
+    """
+
+    options: type[Options]
+    inspect: Callable[[EngineSpec, Options, Sequence[Model]], EngineTraits]
+    create: Callable[[EngineSpec, Options, Sequence[Model]], Engine]
+    formats: tuple[Format, ...] = ()
+    remote: bool = False
+
+
+def check_one_shape(spec: EngineSpec, models: Sequence[Model]) -> None:
+    """Refuse `models` that cannot be stacked: with other sizes or another tokenizer than the first.
+
+    Raises `PoolError`.
+    """
+    where, what = f"engines.{spec.name}", f"members of one {spec.kind} engine"
+    first, *rest = [(model.name, model.card) for model in models if model.card]
+    for name, card in rest:
+        if card.shape != first[1].shape:
+            raise PoolError(
+                f"{where}: {what} need one shape, but {name!r} has "
+                f"{card.shape} and {first[0]!r} has {first[1].shape}"
+            )
+        if card.tokenizer_sha256 != first[1].tokenizer_sha256:
+            raise PoolError(
+                f"{where}: {what} need one tokenizer, but that of {name!r} "
+                f"differs from that of {first[0]!r}"
+            )
