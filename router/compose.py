@@ -12,7 +12,6 @@ from models.pool import Pool
 from policies.budget import Controller
 from policies.budgeted import Budgeted
 from policies.carbon.grid import CachedGrid
-from policies.errors import ExperimentError
 from policies.experiments.shadow import Shadow, ShadowMeter
 from router.budget_sync import BudgetSync, Pricing
 from router.caps.budgets import Budgets
@@ -25,27 +24,25 @@ from router.experiments.shadow_report import shadow_report
 from router.gate import Gate
 from router.grid_feed import GridFeed
 from router.keys import Authenticator
-from router.ledger.database import open_database
+from router.ledger.database import Database, open_database
 from router.ledger.writer import Ledger
 from router.logs import REQUESTS_LOGGER, RequestLog
 from router.metrics.build import build_metrics
-from router.metrics.memory import CountingRecorder
-from router.record import Recorder
+from router.metrics.store import count_rows
 from router.service import Background, Service, Watcher
 from router.tracing.provider import open_tracer
 
 
-def open_recorder(args: AppArgs) -> Recorder:
-    """Return what keeps the records: the configured ledger, or only counts if it is off.
+def open_ledger(args: AppArgs) -> Ledger:
+    """Return the configured ledger, which also counts its rows for the metrics.
 
     Raises `LedgerError`.
     """
-    if args.ledger is None:
-        return CountingRecorder()
     return Ledger(
         open_database(args.ledger.url),
         flush_interval_s=args.ledger.flush_interval_s,
         queue_rows=args.ledger.queue_rows,
+        count=count_rows,
         logger=logging.getLogger("shoal.ledger"),
     )
 
@@ -56,7 +53,7 @@ def check_experiments(args: AppArgs, pool: Pool, catalog: Catalog) -> None:
     Raises `ExperimentError` and `LedgerError`.
     """
     definitions, _ = read_definitions(args)
-    if definitions and args.ledger is not None:
+    if definitions:
         database = open_database(args.ledger.url)
         try:
             Experiments(definitions, args=args, pool=pool, catalog=catalog, database=database)
@@ -70,7 +67,7 @@ def compose(
     catalog: Catalog,
     *,
     engines: Mapping[str, EngineClient],
-    recorder: Recorder,
+    ledger: Ledger,
     echo_request_id: bool = True,
 ) -> Service:
     """Return the service; it starts the configured experiments, or takes them up again.
@@ -79,34 +76,30 @@ def compose(
     """
     definitions, shadows = read_definitions(args)
     controllers = _controllers(catalog)
-    experiments = None
-    if isinstance(recorder, Ledger):
-        experiments = Experiments(
-            definitions, args=args, pool=pool, catalog=catalog, database=recorder.database
-        )
-    elif definitions or shadows:
-        raise ExperimentError("experiments: they need the ledger, which is off (ledger: null)")
+    experiments = Experiments(
+        definitions, args=args, pool=pool, catalog=catalog, database=ledger.database
+    )
     return Service(
-        gate=_gate(args, recorder),
-        keep_text=args.ledger is not None and args.ledger.keep_text,
+        gate=_gate(args, ledger.database),
+        keep_text=args.ledger.keep_text,
         catalog=catalog,
         engines=engines,
-        recorder=recorder,
+        ledger=ledger,
         limits=args.limits,
         echo_request_id=echo_request_id,
         experiments=experiments,
-        shadows=_meters(args, shadows, recorder),
+        shadows=_meters(args, shadows, ledger.database),
         metrics=build_metrics(
             args,
             catalog,
             engines=engines,
-            recorder=recorder,
+            ledger=ledger,
             experiments=experiments,
             shadows=shadows,
             controllers=controllers,
         ),
         watchers=_watchers(args),
-        background=_background(args, catalog, recorder, controllers),
+        background=_background(args, catalog, ledger.database, controllers),
     )
 
 
@@ -129,10 +122,8 @@ def _watchers(args: AppArgs) -> list[Watcher]:
     return watchers
 
 
-def _meters(args: AppArgs, shadows: Sequence[Shadow], recorder: Recorder) -> list[ShadowMeter]:
+def _meters(args: AppArgs, shadows: Sequence[Shadow], database: Database) -> list[ShadowMeter]:
     """Return a meter per shadow that knows what today's predecessors of this process spent."""
-    if not shadows or not isinstance(recorder, Ledger):
-        return []
     now_s = time.time()
     return [
         ShadowMeter(
@@ -142,13 +133,13 @@ def _meters(args: AppArgs, shadows: Sequence[Shadow], recorder: Recorder) -> lis
             now_s=now_s,
         )
         for shadow, found in zip(
-            shadows, shadow_report(recorder.database, shadows, now_s=now_s), strict=True
+            shadows, shadow_report(database, shadows, now_s=now_s), strict=True
         )
     ]
 
 
 def _background(
-    args: AppArgs, catalog: Catalog, recorder: Recorder, controllers: Mapping[str, Controller]
+    args: AppArgs, catalog: Catalog, database: Database, controllers: Mapping[str, Controller]
 ) -> list[Background]:
     """Return what keeps the grid's intensity and the budgets' spending current."""
     background: list[Background] = []
@@ -156,18 +147,15 @@ def _background(
         background.append(GridFeed(args.carbon.feed, catalog.grid))
     if controllers:
         background.append(Pricing(list(controllers.values())))
-    if controllers and isinstance(recorder, Ledger):
-        background.append(BudgetSync(controllers, recorder.database))
+        background.append(BudgetSync(controllers, database))
     return background
 
 
-def _gate(args: AppArgs, recorder: Recorder) -> Gate | None:
-    if args.ledger is None or not isinstance(recorder, Ledger):
-        return None
+def _gate(args: AppArgs, database: Database) -> Gate:
     budgets = Budgets(
         open_database(args.ledger.url, fast_commits=True),
         args.budgets,
         holder=f"{socket.gethostname()}-{uuid.uuid4().hex}",
         logger=logging.getLogger("shoal.budgets"),
     )
-    return Gate(authenticator=Authenticator(recorder.database, args.auth), budgets=budgets)
+    return Gate(authenticator=Authenticator(database, args.auth), budgets=budgets)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from models.pool import DEFAULT_POOL
 from models.spec import DeploymentSpec, Name
@@ -49,8 +49,8 @@ class AppArgs(_Strict):
     `pool` is a pool.yaml or its folder (default: the pool that comes with Shoal). `policies` adds
     to the pool's policies or replaces them by name; paths in them are relative to the pool's
     folder. `ingress` says how many replicas take HTTP requests. `num_threads` is the number of
-    CPU threads of each engine replica (default: all cores of the machine). `ledger` null keeps
-    no rows, and then there are no keys and no budgets either. `carbon` says what hardware runs the
+    CPU threads of each engine replica (default: all cores of the machine). `ledger` is
+    the database of rows, keys and budgets. `carbon` says what hardware runs the
     models and on which grid; a relative `grid_file` starts at the pool's folder. `logs` and
     `tracing` (null: off) say what the server tells of its requests while it runs. `dashboard` says
     who may see the built-in page. `experiments` and `shadows` are read by
@@ -62,7 +62,7 @@ class AppArgs(_Strict):
     limits: ServingLimits = Field(default_factory=ServingLimits)
     ingress: DeploymentSpec = Field(default_factory=DeploymentSpec)
     num_threads: int | None = Field(None, ge=1)
-    ledger: LedgerConfig | None = Field(default_factory=LedgerConfig)
+    ledger: LedgerConfig = Field(default_factory=LedgerConfig)
     auth: AuthConfig = Field(default_factory=AuthConfig)
     budgets: BudgetsConfig = Field(default_factory=BudgetsConfig)
     carbon: CarbonSettings = Field(default_factory=CarbonSettings)
@@ -71,12 +71,6 @@ class AppArgs(_Strict):
     tracing: TracingConfig | None = None
     experiments: dict[Name, Any] = Field(default_factory=dict)
     shadows: dict[Name, Any] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _keeps_what_it_needs(self) -> Self:
-        if self.ledger is None and (self.auth.required or self.budgets.any):
-            raise ValueError("auth and budgets need the ledger, which is off (ledger: null)")
-        return self
 
 
 def load_args(file: Path | None, **overrides: object) -> AppArgs:

@@ -26,7 +26,7 @@ async def decide(
     limits: ServingLimits,
     exchange: Exchange,
     ask: Ask,
-    experiments: Experiments | None = None,
+    experiments: Experiments,
 ) -> None:
     """Fill in the exchange's policy, decisions and choices.
 
@@ -36,7 +36,7 @@ async def decide(
     target = _target(catalog, ask)
     queries = [await _query(catalog, limits, exchange, ask, prompt) for prompt in ask.prompts]
     exchange.prompt_tokens = sum(query.prompt_tokens for query in queries)
-    if experiments is not None and ask.extension.policy is None and ask.extension.plan is None:
+    if ask.extension.policy is None and ask.extension.plan is None:
         arm_policy = experiments.place(exchange, ask, queries[0])
         target = (arm_policy and catalog.resolve_policy(arm_policy)) or target
     exchange.policy = target.policy_name

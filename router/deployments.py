@@ -15,7 +15,7 @@ from models.pool import load_pool
 from models.spec import EngineSpec, Model
 from policies.carbon.settings import CarbonSettings
 from router.catalog import Catalog
-from router.compose import compose, open_recorder
+from router.compose import compose, open_ledger
 from router.config import AppArgs
 from router.energy.choose import lane_meter
 from router.engines.handle import HandleClient
@@ -84,7 +84,7 @@ class Ingress:
             pool,
             Catalog(pool, policies=args.policies, carbon=args.carbon),
             engines={name: HandleClient(handle) for name, handle in engines.items()},
-            recorder=open_recorder(args),
+            ledger=open_ledger(args),
             echo_request_id=False,
         )
 

@@ -20,7 +20,6 @@ from router.dashboard.routes import add_dashboard
 from router.errors import ApiError, to_api_error
 from router.experiments.endpoints import Identify, add_experiment_routes, add_feedback_route
 from router.keys import KeyRejected, Scope
-from router.ledger.writer import Ledger
 from router.metrics.endpoint import add_metrics_route
 from router.openai_api.chat import ChatEndpoint
 from router.openai_api.completions import CompletionEndpoint
@@ -36,7 +35,7 @@ def create_api(
 ) -> FastAPI:
     """Return the application that serves `service`, and closes it when it shuts down.
 
-    With a ledger it also has the built-in page, which shows what is left of the server's `caps`.
+    The built-in page shows what is left of the server's `caps`.
     """
 
     @asynccontextmanager
@@ -51,8 +50,6 @@ def create_api(
 
     def identify(scope: Scope) -> Identify:
         async def key_id(request: Request) -> str | None:
-            if service.gate is None:
-                return None
             header = request.headers.get("authorization")
             key = await service.gate.identify(header, scope=scope)
             return key.id if key else None
@@ -63,21 +60,18 @@ def create_api(
     async def reject(_: Request, error: KeyRejected) -> JSONResponse:
         return _error(to_api_error(error))
 
-    if isinstance(service.recorder, Ledger):
-        names = [shadow.name for shadow in service.mirror.shadows]
-        add_feedback_route(api, service.recorder, identify=identify("user"), shadows=names)
-        add_dashboard(
-            api,
-            dashboard or DashboardConfig(),
-            catalog=service.catalog,
-            database=service.recorder.database,
-            caps=caps,
-            identify=identify("admin"),
-        )
-    if service.experiments is not None:
-        add_experiment_routes(api, service.experiments, service.mirror, identify=identify("admin"))
-    if service.metrics is not None:
-        add_metrics_route(api, service.metrics, identify=identify("admin"))
+    names = [shadow.name for shadow in service.mirror.shadows]
+    add_feedback_route(api, service.ledger, identify=identify("user"), shadows=names)
+    add_dashboard(
+        api,
+        dashboard or DashboardConfig(),
+        catalog=service.catalog,
+        database=service.ledger.database,
+        caps=caps,
+        identify=identify("admin"),
+    )
+    add_experiment_routes(api, service.experiments, service.mirror, identify=identify("admin"))
+    add_metrics_route(api, service.metrics, identify=identify("admin"))
 
     @api.get("/v1/models")
     async def models(request: Request) -> JSONResponse:

@@ -18,13 +18,13 @@ from router.config import AppArgs
 from router.energy.choose import lane_meter
 from router.engines.worker import EngineWorker, set_num_threads
 from router.ingress import create_api
-from router.record import Recorder
+from router.ledger.writer import Ledger
 from router.service import Service
 
 
 @asynccontextmanager
 async def local_service(
-    args: AppArgs, pool: Pool, catalog: Catalog, recorder: Recorder
+    args: AppArgs, pool: Pool, catalog: Catalog, ledger: Ledger
 ) -> AsyncIterator[Service]:
     """Start the pool's engines here and yield the service; stop them at the end."""
     async with AsyncExitStack() as stack:
@@ -36,7 +36,7 @@ async def local_service(
             stack.push_async_callback(worker.stop)
             await worker.start()
             workers[spec.name] = worker
-        yield compose(args, pool, catalog, engines=workers, recorder=recorder)
+        yield compose(args, pool, catalog, engines=workers, ledger=ledger)
 
 
 def http_server(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,15 +94,3 @@ class RequestRecord:
     def to_json(self) -> dict[str, Any]:
         """Return the record as JSON data."""
         return asdict(self)
-
-
-class Recorder(Protocol):
-    """Keeps records. Called exactly once per request, on the event loop."""
-
-    def record(self, record: RequestRecord) -> None:
-        """Take `record`; must neither block nor raise."""
-        ...
-
-    async def close(self) -> None:
-        """Write what is still held; idempotent."""
-        ...

@@ -33,11 +33,12 @@ from router.executor.task import merge
 from router.experiments.experiments import Experiments
 from router.experiments.mirror import Mirror
 from router.gate import Gate
+from router.ledger.writer import Ledger
 from router.logs import REQUEST_ID
 from router.metrics.metrics import Metrics
 from router.openai_api.ask import Ask
 from router.openai_api.endpoint import Endpoint, Head, Writer
-from router.record import Recorder, RequestRecord
+from router.record import RequestRecord
 from router.shoal_field import shoal_field
 from router.streams import before, side_by_side
 
@@ -76,28 +77,27 @@ class Service:
         *,
         catalog: Catalog,
         engines: Mapping[str, EngineClient],
-        recorder: Recorder,
+        ledger: Ledger,
         limits: ServingLimits,
+        gate: Gate,
+        experiments: Experiments,
+        metrics: Metrics,
         echo_request_id: bool = True,
-        gate: Gate | None = None,
         keep_text: bool = False,
-        experiments: Experiments | None = None,
         shadows: Sequence[ShadowMeter] = (),
-        metrics: Metrics | None = None,
         watchers: Sequence[Watcher] = (),
         background: Sequence[Background] = (),
     ) -> None:
         """Serve with `engines`, given by name; `echo_request_id` False leaves that header out.
 
-        Ray Serve adds it to every response itself. Without a `gate` everybody may ask for
-        everything. With `keep_text` records hold the last user message and the answer. The
-        `watchers` are told of every record. `metrics`, and what is in the `background`, run from
-        `start` to `close`.
+        Ray Serve adds it to every response itself. With `keep_text` records hold the last user
+        message and the answer. The `watchers` are told of every record. `metrics`, and what is in
+        the `background`, run from `start` to `close`.
         """
         self.catalog = catalog
         self.engines = engines
         self.experiments = experiments
-        self.recorder = recorder
+        self.ledger = ledger
         self.gate = gate
         self.metrics = metrics
         self._watchers = tuple(watchers)
@@ -106,16 +106,15 @@ class Service:
         self._echo_request_id = echo_request_id
         self._executor = Executor(engines=engines, catalog=catalog, limits=limits)
         self.mirror = Mirror(
-            shadows, catalog=catalog, executor=self._executor, recorder=recorder, limits=limits
+            shadows, catalog=catalog, executor=self._executor, ledger=ledger, limits=limits
         )
         self._settling: set[asyncio.Task[None]] = set()
-        self._background = (*background, *([metrics] if metrics is not None else []))
+        self._background = (*background, metrics)
         self._running: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Start what runs beside the requests."""
-        if self.experiments is not None:
-            await self.experiments.start()
+        await self.experiments.start()
         self._running = [asyncio.create_task(one.run()) for one in self._background]
 
     async def process(self, request: Request, endpoint: Endpoint) -> Response:
@@ -125,8 +124,7 @@ class Service:
         )
         REQUEST_ID.set(exchange.id)
         try:
-            if self.gate is not None:
-                exchange.key = await self.gate.identify(request.headers.get("authorization"))
+            exchange.key = await self.gate.identify(request.headers.get("authorization"))
             body = await read_body(request, self._limits.max_body_bytes)
             work = self._answer(exchange, endpoint, body, request.headers)
             response = await until_disconnected(request.receive, work)
@@ -147,13 +145,11 @@ class Service:
         for task in self._running:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
-        if self.experiments is not None:
-            await self.experiments.close()
+        await self.experiments.close()
         await self.mirror.close()
         await asyncio.gather(*self._settling, return_exceptions=True)
-        await self.recorder.close()
-        if self.gate is not None:
-            await self.gate.close()
+        await self.ledger.close()
+        await self.gate.close()
         for watcher in self._watchers:
             await asyncio.to_thread(watcher.close)
 
@@ -166,8 +162,7 @@ class Service:
         deadline_s = asyncio.get_running_loop().time() + self._timeout_s(ask, headers)
         exchange.deadline_s = deadline_s
         await decide(self.catalog, self._limits, exchange, ask, self.experiments)
-        if self.gate is not None:
-            await self.gate.admit(exchange, self.catalog)
+        await self.gate.admit(exchange, self.catalog)
         answers = before(
             deadline_s,
             side_by_side([self._executor.run(c.plan, c.task, c.trace) for c in exchange.choices]),
@@ -276,11 +271,10 @@ class Service:
 
     def _record(self, exchange: Exchange) -> None:
         record = exchange.record(self.catalog.rates, keep_text=self._keep_text)
-        self.recorder.record(record)
+        self.ledger.record(record)
         for watcher in self._watchers:
             watcher.ended(exchange, record)
-        if self.gate is not None:
-            self.gate.settle(exchange, record)
+        self.gate.settle(exchange, record)
         policy = self.catalog.policies.get(exchange.policy or "")
         if policy is not None:
             chooser = policy if isinstance(policy, Budgeted) else self.catalog.limiter

@@ -28,11 +28,6 @@ class BudgetsConfig(BaseModel):
         read_caps(value, "caps")
         return value
 
-    @property
-    def any(self) -> bool:
-        """Whether any cap is configured; keys may bring their own all the same."""
-        return bool(self.server or self.per_key)
-
     def server_caps(self) -> tuple[Cap, ...]:
         """Return the caps of all requests together."""
         return read_caps(self.server, "budgets.server")

@@ -69,10 +69,7 @@ def opened(
     from router.ledger.errors import LedgerError
 
     if ledger is None:
-        configured = load_args(config).ledger
-        if configured is None:
-            raise LedgerError(f"{config}: the ledger is off (ledger: null)")
-        ledger = configured.url
+        ledger = load_args(config).ledger.url
     url = make_url(database_url(ledger))
     if url.get_backend_name() == "sqlite" and not create and not Path(str(url.database)).exists():
         raise LedgerError(f"there is no ledger at {url.database}; name it with {option}")

@@ -111,16 +111,16 @@ def _serve_here(args: AppArgs, pool: Pool, host: str, port: int) -> None:
 
     from models.errors import EngineError
     from router.catalog import Catalog
-    from router.compose import open_recorder
+    from router.compose import open_ledger
     from router.local import http_server, local_service
     from router.logs import set_up_logs
 
     async def run() -> None:
         set_up_logs(args.logs)
         catalog = Catalog(pool, policies=args.policies, carbon=args.carbon)
-        recorder = open_recorder(args)
+        ledger = open_ledger(args)
         _say("Loading models ...")
-        async with local_service(args, pool, catalog, recorder) as service:
+        async with local_service(args, pool, catalog, ledger) as service:
             server = http_server(service, host=host, port=port, args=args)
             serving = asyncio.create_task(server.serve())
             while not server.started and not serving.done():  # noqa: ASYNC110 - has no event
@@ -153,7 +153,7 @@ def _announce(host: str, port: int, args: AppArgs) -> None:
         f"  curl http://{shown}:{port}/v1/chat/completions "
         f"-H 'content-type: application/json' -d '{json.dumps(body)}'"
     )
-    if args.dashboard.enabled and args.ledger is not None:
+    if args.dashboard.enabled:
         _say(f"Dashboard: http://{shown}:{port}/dashboard")
 
 

@@ -21,7 +21,7 @@ from router.exchange import Choice, Exchange
 from router.executor.executor import Executor
 from router.executor.scorers import attempt
 from router.executor.task import merge
-from router.record import Recorder
+from router.ledger.writer import Ledger
 
 logger = logging.getLogger(__name__)
 
@@ -43,14 +43,14 @@ class Mirror:
         *,
         catalog: Catalog,
         executor: Executor,
-        recorder: Recorder,
+        ledger: Ledger,
         limits: ServingLimits,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._meters = tuple(meters)
         self._catalog = catalog
         self._executor = executor
-        self._recorder = recorder
+        self._ledger = ledger
         self._limits = limits
         self._clock = clock
         self._running: set[asyncio.Task[None]] = set()
@@ -133,4 +133,4 @@ class Mirror:
             meter.settle(estimate_usd=estimate_usd, usd=record.usd)
             # Keyed by the original request, so that equal answers and labels compare.
             digest = None if text is None else answer_digest(original_id, text)
-            self._recorder.record(replace(record, answer_digest=digest))
+            self._ledger.record(replace(record, answer_digest=digest))

@@ -1,12 +1,12 @@
-"""The durable `Recorder`: takes records on the event loop, writes them in batches on a thread.
+"""The ledger: takes records on the event loop, writes them in batches on a thread.
 
 What is promised:
 
 - `record` never blocks and never raises; it costs a queue append.
 - A row is committed at most `flush_interval_s` (plus the commit itself) after `record`, so a
   killed process loses no older row. `close` writes everything that is left.
-- A request's row is written once, and counted once in the metrics, in the same transaction: a
-  second record with its id changes nothing.
+- A request's row is written once, and counted once, in the same transaction: a second record
+  with its id changes nothing.
 - While the database cannot be reached rows wait, and are retried until it can. Beyond
   `queue_rows` of them the newest are dropped, counted in `dropped_rows` and logged: a gateway
   that stops answering because its bookkeeping is down would be worse, and budgets, which must
@@ -20,6 +20,7 @@ import logging
 import queue
 import threading
 import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import sqlalchemy as sa
@@ -28,8 +29,6 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from router.ledger.database import Database, writing
 from router.ledger.schema import REQUESTS
-from router.metrics.derive import Tally, tally
-from router.metrics.store import add_counts
 from router.record import RequestRecord
 
 _BATCH_ROWS = 500
@@ -37,6 +36,9 @@ _RETRY_S = (0.1, 0.5, 2.0)
 
 # What travels to the thread: a row; an event to set once everything before it is written; the end.
 _Item: TypeAlias = RequestRecord | threading.Event | None
+
+# Must not raise but for the database.
+Count: TypeAlias = Callable[[sa.Connection, Sequence[Mapping[str, Any]]], None]
 
 
 class Ledger:
@@ -49,12 +51,15 @@ class Ledger:
         flush_interval_s: float = 0.2,
         queue_rows: int = 50_000,
         close_timeout_s: float = 20.0,
+        count: Count,
         logger: logging.Logger,
     ) -> None:
+        """Write to `database`; `count` notes new rows, in the transaction that adds them."""
         self.database = database
         self._flush_interval_s = flush_interval_s
         self._queue_rows = queue_rows
         self._close_timeout_s = close_timeout_s
+        self._count = count
         self._logger = logger
         self._items: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._dropped_rows = 0
@@ -169,15 +174,7 @@ class Ledger:
             new = connection.execute(insert, rows).scalars()
             # Of several rows with one id the first is kept.
             first = {row["request_id"]: row for row in reversed(rows)}
-            add_counts(connection, self._tally([first[request_id] for request_id in new]))
-
-    def _tally(self, rows: list[dict[str, Any]]) -> Tally:
-        try:
-            return tally(rows)
-        except Exception:
-            # Metrics must not cost a row.
-            self._logger.exception("ledger: %d rows are not counted in the metrics", len(rows))
-            return Tally()
+            self._count(connection, [first[request_id] for request_id in new])
 
     def _drop(self, num_rows: int, reason: str) -> None:
         # One line per doubling: a full queue must not flood the log as well.

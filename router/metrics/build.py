@@ -15,11 +15,9 @@ from router.experiments.experiments import Experiments
 from router.ledger.writer import Ledger
 from router.metrics.budgets import budget_gauges
 from router.metrics.live import Live
-from router.metrics.memory import CountingRecorder, MemoryStore
 from router.metrics.metrics import Metrics
 from router.metrics.reports import Reports
-from router.metrics.store import LedgerStore
-from router.record import Recorder
+from router.metrics.store import Store
 
 
 def build_metrics(
@@ -27,27 +25,19 @@ def build_metrics(
     catalog: Catalog,
     *,
     engines: Mapping[str, EngineClient],
-    recorder: Recorder,
-    experiments: Experiments | None,
+    ledger: Ledger,
+    experiments: Experiments,
     shadows: Sequence[Shadow],
     controllers: Mapping[str, Controller],
 ) -> Metrics:
-    """Return the metrics of a replica whose records `recorder` keeps.
-
-    With a ledger they are those of all its replicas; without, this one's alone.
-    """
-    live = Live(catalog=catalog, recorder=recorder, num_replicas=args.ingress.min_replicas)
-    holder = f"{socket.gethostname()}-{uuid.uuid4().hex}"
-    if not isinstance(recorder, Ledger) or experiments is None:
-        counted = recorder.store if isinstance(recorder, CountingRecorder) else MemoryStore()
-        return Metrics(store=counted, live=live, catalog=catalog, engines=engines, holder=holder)
-    database, store = recorder.database, LedgerStore(recorder.database)
+    """Return the metrics of a replica, which are those of all that share its `ledger`."""
+    database, store = ledger.database, Store(ledger.database)
     return Metrics(
         store=store,
-        live=live,
+        live=Live(catalog=catalog, ledger=ledger, num_replicas=args.ingress.min_replicas),
         catalog=catalog,
         engines=engines,
-        holder=holder,
+        holder=f"{socket.gethostname()}-{uuid.uuid4().hex}",
         reports=Reports(
             database=database,
             store=store,

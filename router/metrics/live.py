@@ -10,9 +10,7 @@ from policies.carbon.grid import CachedGrid
 from router.catalog import Catalog
 from router.ledger.writer import Ledger
 from router.metrics import families as f
-from router.metrics.derive import Tally
 from router.metrics.family import Merge, Series, Values
-from router.record import Recorder
 
 _STALE = "fallback:"
 
@@ -20,10 +18,10 @@ _STALE = "fallback:"
 class Live:
     """This replica's gauges, and what it has counted since it was last asked."""
 
-    def __init__(self, *, catalog: Catalog, recorder: Recorder, num_replicas: int) -> None:
-        """Watch `catalog` and `recorder`; the configuration asks for `num_replicas` replicas."""
+    def __init__(self, *, catalog: Catalog, ledger: Ledger, num_replicas: int) -> None:
+        """Watch `catalog` and `ledger`; the configuration asks for `num_replicas` replicas."""
         self._catalog = catalog
-        self._recorder = recorder
+        self._ledger = ledger
         self._num_replicas = num_replicas
         self._dropped_rows = 0
 
@@ -33,11 +31,10 @@ class Live:
         found = {
             f.REPLICAS_WANTED.series(): float(self._num_replicas),
             f.GRID_INTENSITY.series(): reading.gco2e_per_kwh,
+            f.PENDING_ROWS.series(): float(self._ledger.pending_rows),
         }
         if isinstance(self._catalog.grid, CachedGrid):
             found[f.GRID_STALE.series()] = float(reading.source.startswith(_STALE))
-        if isinstance(self._recorder, Ledger):
-            found[f.PENDING_ROWS.series()] = float(self._recorder.pending_rows)
         for name, policy in self._catalog.policies.items():
             if isinstance(policy, Budgeted):
                 for resource, price in policy.controller.prices().items():
@@ -46,11 +43,8 @@ class Live:
 
     def counted(self) -> Values:
         """Return what was counted since the last `counted`, once."""
-        counts = Tally()
-        if isinstance(self._recorder, Ledger):
-            before, self._dropped_rows = self._dropped_rows, self._recorder.dropped_rows
-            counts[f.DROPPED_ROWS.series()] = float(self._dropped_rows - before)
-        return counts
+        before, self._dropped_rows = self._dropped_rows, self._ledger.dropped_rows
+        return {f.DROPPED_ROWS.series(): float(self._dropped_rows - before)}
 
 
 def merge(replicas: Iterable[Values]) -> dict[Series, float]:

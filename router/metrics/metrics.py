@@ -50,8 +50,8 @@ class Metrics:
         catalog: Catalog,
         engines: Mapping[str, EngineClient],
         holder: str,
-        reports: Reports | None = None,
-        read_budgets: ReadBudgets | None = None,
+        reports: Reports,
+        read_budgets: ReadBudgets,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """Publish as `holder`, a name that no other replica has."""
@@ -78,16 +78,14 @@ class Metrics:
                     failing = True
                 await asyncio.sleep(_PUBLISH_EVERY_S)
         finally:
-            if self._reports is not None:
-                await self._reports.close()
+            await self._reports.close()
             # Else it would count as alive for a while.
             with suppress(SQLAlchemyError):
                 await in_thread(self._store.forget, before_s=0.0, holder=self._holder)
 
     async def page(self, accept: str = "") -> tuple[bytes, str]:
         """Return the page and its content type, in the format that the `Accept` header wants."""
-        if self._reports is not None:
-            await self._reports.renew(wait_s=_REPORTS_WAIT_S)
+        await self._reports.renew(wait_s=_REPORTS_WAIT_S)
         native = [name for name in self._catalog.engines_with_metrics() if name in self._engines]
         engines, others, kept = await asyncio.gather(
             engine_gauges(self._engines),
@@ -110,7 +108,7 @@ class Metrics:
         up = f.LEDGER_UP.series()
         try:
             snapshots = self._store.snapshots(since_s=now_s - _FORGET_AFTER_S)
-            budgets = self._read_budgets(now_s) if self._read_budgets is not None else {}
+            budgets = self._read_budgets(now_s)
             counters = {**self._zeros(), **self._store.counters()}
         except SQLAlchemyError as error:
             logger.warning("metrics: the ledger's database does not answer: %s", error)

@@ -8,14 +8,19 @@ pruning of old rows included. Snapshots are gauges under the name of who publish
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Any
 
 import sqlalchemy as sa
 
 from router.ledger.database import Database, writing
+from router.metrics.derive import tally
 from router.metrics.family import Series, Values
+
+logger = logging.getLogger(__name__)
 
 # Both SQLite and PostgreSQL understand these.
 _ADD = sa.text(
@@ -47,6 +52,17 @@ class Snapshot:
     gauges: Values
 
 
+def count_rows(connection: sa.Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Count new `rows` of the table `requests` within the transaction that writes them."""
+    try:
+        counts = tally(rows)
+    except Exception:
+        # Metrics must not cost a row.
+        logger.exception("metrics: %d rows are not counted", len(rows))
+        return
+    add_counts(connection, counts)
+
+
 def add_counts(connection: sa.Connection, counts: Values) -> None:
     """Add `counts` within the caller's transaction.
 
@@ -57,33 +73,7 @@ def add_counts(connection: sa.Connection, counts: Values) -> None:
         connection.execute(_ADD, rows)
 
 
-class Store(Protocol):
-    """Counters and snapshots. Every method may block."""
-
-    def counters(self) -> dict[Series, float]:
-        """Return every counter."""
-        ...
-
-    def publish(
-        self, holder: str, gauges: Values, *, now_s: float, counts: Values | None = None
-    ) -> None:
-        """Replace what `holder` published by `gauges`, and add `counts`."""
-        ...
-
-    def snapshots(self, *, since_s: float) -> list[Snapshot]:
-        """Return what was published after `since_s`."""
-        ...
-
-    def claim(self, holder: str, *, now_s: float, every_s: float) -> bool:
-        """Return whether the caller is to publish as `holder` now: nobody was, for `every_s`."""
-        ...
-
-    def forget(self, *, before_s: float, holder: str | None = None) -> None:
-        """Delete what was published before `before_s`, and all that `holder` published."""
-        ...
-
-
-class LedgerStore:
+class Store:
     """The store of all replicas that share a ledger. Raises SQLAlchemy's errors."""
 
     def __init__(self, database: Database) -> None:

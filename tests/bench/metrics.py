@@ -20,7 +20,7 @@ from router.ledger.schema import REQUESTS
 from router.ledger.writer import insert_new, row_of
 from router.metrics.derive import tally
 from router.metrics.exposition import exposition
-from router.metrics.store import LedgerStore, add_counts
+from router.metrics.store import Store, add_counts
 from router.record import MemberCost, MemberTokens, RequestRecord
 
 _TARGET_US = 50.0
@@ -123,7 +123,7 @@ def _scrape(rounds: int) -> dict[str, Any]:
             row["policy"], row["arm"] = f"policy-{number % 10}", f"arm-{number % 5}"
         with writing(database) as connection:
             add_counts(connection, tally(rows))
-        store = LedgerStore(database)
+        store = Store(database)
         num_series = len(store.counters())
         page_us = _median_us(lambda: exposition(store.counters(), accept=""), rounds)
         database.dispose()

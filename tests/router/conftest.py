@@ -1,6 +1,7 @@
 """A real server in this process, on real HTTP, with scripted engines."""
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,9 +18,11 @@ import yaml
 
 from models.pool import load_pool
 from router.catalog import Catalog
-from router.compose import open_recorder
 from router.config import AppArgs
+from router.ledger.database import open_database
+from router.ledger.writer import Ledger
 from router.local import http_server, local_service
+from router.metrics.store import count_rows
 from router.record import RequestRecord
 from router.service import Service
 from tests.router.ledger.fixtures import (  # noqa: F401 (fixtures of ledger, keys and caps)
@@ -30,18 +33,17 @@ from tests.router.ledger.fixtures import (  # noqa: F401 (fixtures of ledger, ke
 )
 
 
-class ListRecorder:
-    """Keeps records in memory."""
+class KeepingLedger(Ledger):
+    """A ledger that also keeps its records in memory, as they came."""
 
-    def __init__(self) -> None:
+    def __init__(self, *args: Any, **options: Any) -> None:
         self.records: list[RequestRecord] = []
+        super().__init__(*args, **options)
 
     def record(self, record: RequestRecord) -> None:
         """Keep `record`."""
         self.records.append(record)
-
-    async def close(self) -> None:
-        """Nothing to write."""
+        super().record(record)
 
 
 @dataclass
@@ -50,7 +52,7 @@ class Running:
 
     url: str
     service: Service
-    recorder: ListRecorder
+    ledger: KeepingLedger
     http: httpx.Client
     client: openai.OpenAI
     server: uvicorn.Server
@@ -79,7 +81,7 @@ class Running:
     def forget(self) -> None:
         """Forget all records, also those that are still to come."""
         self.settle()
-        self.recorder.records.clear()
+        self.ledger.records.clear()
 
     def wait(self, condition: Callable[[], bool], timeout_s: float = 60) -> None:
         """Wait until `condition` holds; the limit is for what would never hold."""
@@ -90,9 +92,9 @@ class Running:
 
     def last_record(self) -> RequestRecord:
         """Return the only record since the last call, waiting for it."""
-        self.wait(lambda: bool(self.recorder.records))
-        [record] = self.recorder.records
-        self.recorder.records.clear()
+        self.wait(lambda: bool(self.ledger.records))
+        [record] = self.ledger.records
+        self.ledger.records.clear()
         return record
 
 
@@ -131,17 +133,27 @@ def running(
     app: dict[str, Any] | None = None,
     **changes: Any,
 ) -> Iterator[Running]:
-    """Serve scripted models on a free port; with `app`, a configuration, also a real ledger."""
+    """Serve scripted models on a free port; `app` adds to the configuration."""
     args = AppArgs.model_validate(
-        {"pool": write_pool(folder, **changes), "limits": limits or {}, **(app or {})}
+        {
+            "pool": write_pool(folder, **changes),
+            "limits": limits or {},
+            "ledger": {"url": f"sqlite:///{folder}/shoal.db"},
+            **(app or {}),
+        }
     )
     pool = load_pool(args.pool)
     catalog = Catalog(pool, policies=args.policies, carbon=args.carbon)
-    recorder: Any = ListRecorder() if app is None else open_recorder(args)
+    ledger = KeepingLedger(
+        open_database(args.ledger.url),
+        flush_interval_s=args.ledger.flush_interval_s,
+        count=count_rows,
+        logger=logging.getLogger("test.ledger"),
+    )
     ready, started = threading.Event(), []
 
     async def serve() -> None:
-        async with local_service(args, pool, catalog, recorder) as service:
+        async with local_service(args, pool, catalog, ledger) as service:
             server = http_server(service, host="127.0.0.1", port=0, args=args)
             started.append((server, service, asyncio.get_running_loop()))
             task = asyncio.create_task(server.serve())
@@ -160,7 +172,7 @@ def running(
             httpx.Client(base_url=url, timeout=120) as http,
             openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
         ):
-            yield Running(url, service, recorder, http, client, server, loop)
+            yield Running(url, service, ledger, http, client, server, loop)
     finally:
         server.should_exit = True
         thread.join(60)

@@ -30,7 +30,7 @@ def test_hanging_up_frees_every_lane(serve: Any, stream: bool, plan: Any) -> Non
     assert settled == _stats(server)["generated_tokens_total"]
     assert record.usd > 0
     server.settle()
-    assert server.recorder.records == []
+    assert server.ledger.records == []
 
 
 def test_hanging_up_while_waiting_in_the_queue(serve: Any) -> None:

@@ -30,7 +30,7 @@ def serving(folder: Path, **app: Any) -> Any:
         models.append({"name": name, "engine": "chunks", "checkpoint": name})
     return running(
         folder,
-        app={"ledger": None, "carbon": {"zone": "FR", "pue": 1.5, "meter": "off"}, **app},
+        app={"carbon": {"zone": "FR", "pue": 1.5, "meter": "off"}, **app},
         engines=[{"name": "chunks", "kind": "stacked", "device": "cpu"}],
         models=models,
         policies={

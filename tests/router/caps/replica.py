@@ -17,6 +17,7 @@ from router.caps.config import BudgetsConfig
 from router.caps.errors import BudgetExhausted, BudgetUnavailable
 from router.ledger.database import open_database
 from router.ledger.writer import Ledger
+from router.metrics.store import count_rows
 from tests.router.ledger.records import record
 
 MAX_TOKENS = 100
@@ -29,7 +30,13 @@ async def spend(url: str, cap_tokens: int, name: str) -> None:
     logger = logging.getLogger(name)
     config = BudgetsConfig(server={"tokens_per_month": cap_tokens}, wait_s=60, lease_s=LEASE_S)
     budgets = Budgets(open_database(url, fast_commits=True), config, holder=name, logger=logger)
-    ledger = Ledger(open_database(url), flush_interval_s=0.05, close_timeout_s=120, logger=logger)
+    ledger = Ledger(
+        open_database(url),
+        flush_interval_s=0.05,
+        close_timeout_s=120,
+        count=count_rows,
+        logger=logger,
+    )
 
     async def client(number: int) -> None:
         random = Random(f"{name} {number}")

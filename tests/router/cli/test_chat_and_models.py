@@ -58,8 +58,8 @@ def test_conversation_goes_on_until_the_end_of_input(server: Any) -> None:
     assert "one\n" in result.stdout
     assert "two\n" in result.stdout
     # A record follows the answer's last byte.
-    server.wait(lambda: len(server.recorder.records) == 2)
-    first, second = server.recorder.records
+    server.wait(lambda: len(server.ledger.records) == 2)
+    first, second = server.ledger.records
     assert second.prompt_tokens > first.prompt_tokens + len("two")
 
 

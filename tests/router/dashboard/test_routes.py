@@ -119,12 +119,11 @@ def test_keys_are_asked_for_on_loopback_where_they_are_required(
 def test_it_can_be_left_to_a_proxy_or_switched_off(
     serve: Callable[..., Running], tmp_path: Path
 ) -> None:
-    """`anyone` asks nobody; `enabled: false`, or no ledger, leaves no route."""
+    """`anyone` asks nobody; `enabled: false` leaves no route."""
     behind = serve(app=_app(tmp_path, dashboard={"access": "anyone"}))
     assert behind.http.get(DATA, headers={"host": "shoal.example.com"}).status_code == 200
     off = serve(app=_app(tmp_path, dashboard={"enabled": False}))
     assert off.http.get("/dashboard").status_code == 404
-    assert serve(app={"ledger": None}).http.get("/dashboard").status_code == 404
 
 
 def test_what_the_file_says_wins_over_where_the_server_listens() -> None:

@@ -15,7 +15,7 @@ import yaml
 
 from models.pool import load_pool
 from router.catalog import Catalog
-from router.compose import open_recorder
+from router.compose import open_ledger
 from router.config import load_args
 from router.ledger.writer import Ledger
 from router.local import http_server, local_service
@@ -52,7 +52,6 @@ class Trial:
 
     def stop_watching(self) -> None:
         """From now on experiments are checked only when told, not also in their own time."""
-        assert self.service.experiments is not None
         self.run(self.service.experiments.close())
 
     def flush(self) -> None:
@@ -106,16 +105,15 @@ def serving(config: Path) -> Iterator[Trial]:
     ready, started, failed = threading.Event(), [], []
 
     async def serve() -> None:
-        recorder = open_recorder(args)
-        assert isinstance(recorder, Ledger)
+        ledger = open_ledger(args)
         async with local_service(
-            args, pool, Catalog(pool, policies=args.policies), recorder
+            args, pool, Catalog(pool, policies=args.policies), ledger
         ) as service:
             server = http_server(service, host="127.0.0.1", port=0)
             task = asyncio.create_task(server.serve())
             while not server.started and not task.done():  # noqa: ASYNC110 - uvicorn has no event
                 await asyncio.sleep(0.005)
-            started.append((server, service, recorder, asyncio.get_running_loop()))
+            started.append((server, service, ledger, asyncio.get_running_loop()))
             ready.set()
             await task
 

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 
 from router.ledger.database import Database, database_url, open_database
 from router.ledger.writer import Ledger
+from router.metrics.store import count_rows
 from tests.router.ledger.pgserver import postgresql
 
 
@@ -59,7 +60,9 @@ def new_ledger(ledger_url: str, database: Database) -> Iterator[Callable[..., Le
     def make(**options: float) -> Ledger:
         own = open_database(ledger_url)
         options = {"close_timeout_s": 120, **options}
-        made.append(Ledger(own, logger=logging.getLogger("test.ledger"), **options))
+        made.append(
+            Ledger(own, count=count_rows, logger=logging.getLogger("test.ledger"), **options)
+        )
         return made[-1]
 
     yield make

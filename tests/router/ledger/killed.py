@@ -6,12 +6,14 @@ import time
 
 from router.ledger.database import open_database
 from router.ledger.writer import Ledger
+from router.metrics.store import count_rows
 from tests.router.ledger.records import record
 
 if __name__ == "__main__":
     ledger = Ledger(
         open_database(sys.argv[1]),
         flush_interval_s=float(sys.argv[2]),
+        count=count_rows,
         logger=logging.getLogger("killed"),
     )
     number = 0

@@ -20,7 +20,8 @@ from router.ledger.database import Database, open_database, writing
 from router.ledger.queries import requests
 from router.ledger.schema import REQUESTS
 from router.ledger.writer import Ledger
-from router.record import Recorder, RequestRecord
+from router.metrics.store import count_rows
+from router.record import RequestRecord
 from tests.router.ledger.records import record
 
 NewLedger = Callable[..., Ledger]
@@ -36,7 +37,7 @@ def _wait(condition: Callable[[], bool]) -> None:
 
 def test_a_row_holds_the_whole_record(database: Database, new_ledger: NewLedger) -> None:
     """Every field of a record comes back as it went in, and no text is in it by default."""
-    ledger: Recorder = new_ledger()
+    ledger = new_ledger()
     sent = record(7, error=None, experiment="e", arm="b", unit="u", propensity=0.5, session="s")
     ledger.record(sent)
     asyncio.run(ledger.close())
@@ -164,7 +165,11 @@ def test_a_full_queue_drops_the_newest_without_blocking(
     """With the database locked by others, `record` returns at once, keeps its bound and counts."""
     database = open_database(f"sqlite:///{tmp_path / 'x.db'}")
     ledger = Ledger(
-        database, flush_interval_s=0.001, queue_rows=10, logger=logging.getLogger("test.full")
+        database,
+        flush_interval_s=0.001,
+        queue_rows=10,
+        count=count_rows,
+        logger=logging.getLogger("test.full"),
     )
     inserting, insert = threading.Event(), ledger._insert
 

@@ -50,9 +50,7 @@ def start(folder: Path, **app: Any) -> Any:
 def write(server: Running) -> None:
     """Wait until the row of every request is written."""
     server.settle()
-    flush = getattr(server.recorder, "flush", None)
-    if flush is not None:
-        asyncio.run(flush())
+    asyncio.run(server.ledger.flush())
 
 
 def scrape(server: Running) -> dict[str, float]:
@@ -125,22 +123,11 @@ def test_a_missing_database_leaves_a_page(
     def away(*_: object, **__: object) -> None:
         raise sa.exc.OperationalError("select", {}, Exception("down"))
 
-    monkeypatch.setattr("router.metrics.store.LedgerStore.counters", away)
+    monkeypatch.setattr("router.metrics.store.Store.counters", away)
     page = samples(server.http.get("/metrics").text)
     assert page["shoal_ledger_up"] == 0
     assert page['shoal_engine_up{engine="one"}'] == 1
     assert not any(name.startswith("shoal_requests_total") for name in page)
-
-
-def test_without_a_ledger_a_replica_counts_for_itself(replica: Callable[..., Running]) -> None:
-    """`ledger: null` has counters and gauges, but no budgets."""
-    server = replica(ledger=None, budgets={})
-    server.chat(model="auto")
-    server.wait(lambda: "shoal_model_requests_total" in server.http.get("/metrics").text)
-    page = scrape(server)
-    assert page['shoal_requests_total{arm="none",policy="auto",status="200"}'] == 1
-    assert page["shoal_ingress_replicas"] == 1
-    assert not any(name.startswith("shoal_budget_used") for name in page)
 
 
 def test_admins_only_where_keys_are_required(

@@ -16,8 +16,7 @@ from router.ledger.export import prune
 from router.ledger.queries import requests
 from router.ledger.writer import Ledger
 from router.metrics import families as f
-from router.metrics.memory import MemoryStore
-from router.metrics.store import LedgerStore, Store
+from router.metrics.store import Store
 from tests.router.ledger.records import record
 
 NewLedger = Callable[..., Ledger]
@@ -40,7 +39,7 @@ def test_replicas_add_up_exactly(database: Database, new_ledger: NewLedger) -> N
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(replica, range(4)))
-    found = LedgerStore(database).counters()
+    found = Store(database).counters()
     assert found[ANSWERED] == 240
     assert found[f.TOKENS.series("math", "learned", "none", "output")] == 20 * 240
     buckets = [v for s, v in found.items() if s[0] == f.DURATION_S.name and s[2] != "sum"]
@@ -53,9 +52,9 @@ def test_pruning_takes_nothing_away(database: Database, new_ledger: NewLedger) -
     for number in range(20):
         ledger.record(record(number))
     asyncio.run(ledger.flush())
-    before = LedgerStore(database).counters()
+    before = Store(database).counters()
     assert prune(database, before_s=2e9) == 20
-    assert LedgerStore(database).counters() == before
+    assert Store(database).counters() == before
     assert before[ANSWERED] == 20
 
 
@@ -76,7 +75,7 @@ def test_rows_and_counters_die_together(ledger_url: str) -> None:
     process.wait()
     process.stdout.close()
     num_rows = len(list(requests(database)))
-    counted = LedgerStore(database).counters()[ANSWERED]
+    counted = Store(database).counters()[ANSWERED]
     database.dispose()
     assert counted == num_rows > 0
 
@@ -89,22 +88,19 @@ def test_a_row_that_cannot_be_counted_is_still_kept(
     def broken(rows: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("router.ledger.writer.tally", broken)
+    monkeypatch.setattr("router.metrics.store.tally", broken)
     ledger = new_ledger()
     ledger.record(record(1))
     asyncio.run(ledger.flush())
     assert len(list(requests(database))) == 1
-    assert LedgerStore(database).counters() == {}
+    assert Store(database).counters() == {}
 
 
-@pytest.fixture(params=["ledger", "memory"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
-    """Each kind of store, empty."""
-    if request.param == "memory":
-        yield MemoryStore()
-        return
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    """An empty store."""
     database = open_database(f"sqlite:///{tmp_path / 'store.db'}")
-    yield LedgerStore(database)
+    yield Store(database)
     database.dispose()
 
 
