@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from models.engines.base import Chunk, FinishReason, GenerationRequest, SamplingOptions, Token
-from models.engines.stacked.text import TextStream
+from models.engines.text import TextStream
 from models.errors import RequestError
 from policies.plan import Answer
 from router.executor.task import Task

@@ -22,7 +22,7 @@ from models.engines.stacked.runner import Runner
 from models.engines.stacked.sampler import SamplerState
 from models.engines.stacked.scheduler import Scheduler
 from models.engines.stacked.sequence import Outcome, Sequence
-from models.engines.stacked.text import TextStream, Vocabulary
+from models.engines.text import TextStream, Vocabulary
 from models.errors import ContextOverflow, EngineFailed, PoolError, RequestError
 from models.spec import EngineSpec
 

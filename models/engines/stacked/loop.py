@@ -25,7 +25,7 @@ from models.engines.stacked.runner import Runner
 from models.engines.stacked.sampler import Draw
 from models.engines.stacked.scheduler import Scheduler
 from models.engines.stacked.sequence import Outcome, Sequence
-from models.engines.stacked.text import Vocabulary
+from models.engines.text import Vocabulary
 from models.errors import EngineFailed, EngineOverloaded
 
 logger = logging.getLogger(__name__)

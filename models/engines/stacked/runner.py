@@ -19,9 +19,9 @@ from models.engines.stacked.layout import Layout, Part, build_layout, group_rows
 from models.engines.stacked.model import StackedModel
 from models.engines.stacked.sampler import Draw, SamplerState, draw
 from models.engines.stacked.sequence import Sequence
-from models.engines.stacked.text import TextStream
 from models.engines.stacked.threads import StepThreads
 from models.engines.stacked.weights import load_weights
+from models.engines.text import TextStream
 from models.errors import PoolError
 
 # How many tokens' logits the evidence of a prompt holds at a time.

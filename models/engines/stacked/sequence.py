@@ -9,7 +9,7 @@ from models.engines.base import Chunk, FinishReason, GenerationRequest, Token, T
 from models.engines.stacked.evidence import LaneWeights
 from models.engines.stacked.fusion import Fusion
 from models.engines.stacked.sampler import Draw, SamplerState
-from models.engines.stacked.text import TextStream, Vocabulary
+from models.engines.text import TextStream, Vocabulary
 from models.errors import EngineError, RequestError
 
 Outcome = Chunk | EngineError | RequestError

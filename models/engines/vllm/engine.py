@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.card import ModelCard
 from models.engines.base import Chunk, EngineStats, GenerationRequest, SamplingOptions
+from models.engines.text import Vocabulary
 from models.errors import (
     ContextOverflow,
     EngineFailed,
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from models.engines.stacked.text import Vocabulary
     from models.engines.vllm.load import LoadLogger
 
 _FUSED_FOLDER = "fused"
@@ -251,8 +251,6 @@ class VllmEngine:
 
     def _read_vocabulary(self) -> Vocabulary:
         from llguidance import LLTokenizer  # noqa: PLC0415
-
-        from models.engines.stacked.text import Vocabulary  # noqa: PLC0415 - loads torch
 
         card = next(iter(self._cards.values()))
         file = card.path / "tokenizer.json"

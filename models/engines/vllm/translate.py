@@ -11,7 +11,7 @@ from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
 from models.engines.base import Chunk, FinishReason, GenerationRequest, Token, TopLogprob
-from models.engines.stacked.text import Vocabulary
+from models.engines.text import Vocabulary
 from models.errors import EngineFailed
 
 _FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}

@@ -20,7 +20,7 @@ from models.engines.registry import create_engine
 from models.engines.stacked.evidence import LaneWeights
 from models.engines.stacked.sampler import SamplerState
 from models.engines.stacked.sequence import Sequence as EngineSequence
-from models.engines.stacked.text import TextStream
+from models.engines.text import TextStream
 from models.spec import EngineSpec, Model, ModelSpec
 
 VOCAB_SIZE = 320

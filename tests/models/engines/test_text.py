@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llguidance import LLTokenizer
 
-from models.engines.stacked.text import TextStream, Vocabulary
+from models.engines.text import TextStream, Vocabulary
 from tests.models.engines.stacked.tiny import VOCAB_SIZE, build_tokenizer
 
 
