@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-from policies.footprint import Rates
+from policies.footprint import Footprint, Rates
 from policies.limits import NO_LIMITS, Limits
-from policies.plan import Plan
+from policies.plan import Plan, members
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,8 @@ class Query:
     `text` is the last user message (what embeddings and n-grams see); `prompt_tokens` is the
     length of the whole templated conversation; `max_tokens` the most the answer may take.
     `user`, `session` and `key_id` identify who asks, where known. `limits` are this request's own
-    ceilings on cost and its floor on quality, which a `Budgeted` policy obeys.
+    ceilings on cost and its floor on quality, which a `Budgeted` policy obeys. With `explain`, a
+    policy that can say more about its decision does, in `Decision.details`; it decides the same.
     """
 
     text: str
@@ -43,6 +45,7 @@ class Query:
     session: str | None = None
     key_id: str | None = None
     limits: Limits = NO_LIMITS
+    explain: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,23 +54,45 @@ class Decision:
 
     `scores` holds the predicted quality in [0, 1] of each member the policy considered (empty
     where it predicts none); `reason` is one sentence for a person; `details` is JSON data for
-    explanations (nearest cluster, strongest n-grams, propensities ...).
+    explanations (nearest cluster, strongest n-grams, propensities ...). `limited` says that the
+    plan was chosen with the query's limits in mind.
     """
 
     plan: Plan
     scores: Mapping[str, float] = field(default_factory=dict)
     reason: str = ""
     details: Mapping[str, Any] = field(default_factory=dict)
+    limited: bool = False
 
 
-@runtime_checkable
-class Policy(Protocol):
-    """Chooses a plan for each query. Must be fast, thread-safe and free of I/O in `decide`."""
+class Policy(ABC):
+    """Chooses a plan for each query; fast, thread-safe and free of I/O.
 
+    This is all that a server asks of a policy, so all that one needs to have.
+    """
+
+    @abstractmethod
     def decide(self, query: Query) -> Decision:
         """Return the plan for `query`; never raises on any text."""
-        ...
 
-    def members(self) -> tuple[str, ...]:
-        """Return every model this policy may name, so that a pool can refuse it at load."""
-        ...
+    @abstractmethod
+    def plans(self) -> Iterable[Plan]:
+        """Return every plan that `decide` may return, for a pool to check when it loads.
+
+        Where these are parts of one fusion or cascade, the whole of it stands for them all, its
+        weights left open. A single member of the pool can always answer alone.
+        """
+
+    def settle(self, query: Query, decision: Decision, cost: Footprint) -> None:  # noqa: B027
+        """Learn what a query that was decided here has cost; most policies have no use for it."""
+
+
+def members_of(policy: Policy) -> tuple[str, ...]:
+    """Return every model that the plans of `policy` name."""
+    return tuple(dict.fromkeys(name for plan in policy.plans() for name in members(plan)))
+
+
+def ignores_queries(policy: Policy) -> bool:
+    """Return whether `policy` has one plan only, which it takes as it is whatever is asked."""
+    plans = tuple(policy.plans())
+    return len(plans) == 1 and policy.decide(Query(text="")).plan == plans[0]

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from policies.base import Decision, ModelFacts, Policy, Query
 from policies.budget.controller import Controller
 from policies.budget.targets import Target
+from policies.building import BuildContext
 from policies.carbon.live import LiveModels
-from policies.cascade.base import ProvidesScorers, Scorer
 from policies.errors import PolicyError
 from policies.footprint import Footprint
 from policies.laws.ensemble import EnsembleLaw
 from policies.laws.file import read_laws
 from policies.limits import Limits
-from policies.routing.explain import explain_decision
+from policies.plan import Answer, Plan
 
 LAWS_FILE = "laws.json"
 
 
-class Budgeted:
+class Budgeted(Policy):
     """`policy` decides, `controller` trims or grows its plan to what the budget is worth."""
 
     def __init__(
@@ -31,40 +32,34 @@ class Budgeted:
         """Wrap `policy`; `groups` are the models that the controller may fuse."""
         self.policy = policy
         self.controller = controller
-        self._members = tuple(
-            dict.fromkeys((*policy.members(), *(name for group in groups for name in group)))
-        )
+        self._groups = tuple(tuple(group) for group in groups)
 
     def decide(self, query: Query) -> Decision:
         """Return the wrapped policy's decision with the plan that is worth its price."""
         return self.controller.choose(query, self.policy.decide(query))
 
-    def explain(self, query: Query) -> Decision:
-        """Return the same decision with the wrapped policy's details."""
-        return self.controller.choose(query, explain_decision(self.policy, query))
+    def plans(self) -> Iterable[Plan]:
+        """Return the wrapped policy's plans, and each group fused, in the ways that these fuse."""
+        own = tuple(self.policy.plans())
+        yield from own
+        for group in self._groups:
+            yield Answer(members=group)
+            for plan in own:
+                if isinstance(plan, Answer) and plan.rule != "contrastive":
+                    yield replace(plan, members=group, weights=None)
 
-    def observe(self, query: Query, decision: Decision, cost: Footprint) -> None:
-        """Settle a request that `decide` decided: `cost` is what it really was."""
+    def settle(self, query: Query, decision: Decision, cost: Footprint) -> None:
+        """Tell the controller what a request really was."""
         self.controller.observe(query, decision, cost)
-
-    def scorers(self) -> Mapping[str, Scorer]:
-        """Return the scorers that the wrapped policy brings along."""
-        return self.policy.scorers() if isinstance(self.policy, ProvidesScorers) else {}
-
-    def members(self) -> tuple[str, ...]:
-        """Return every model that the wrapped policy or the controller may name."""
-        return self._members
 
 
 def build_budgeted(
     body: Mapping[str, Any],
-    folder: Path,
-    models: Mapping[str, ModelFacts],
+    context: BuildContext,
     *,
-    build: Callable[..., Policy],
     clock: Callable[[], float] = time.time,
 ) -> Budgeted:
-    """Build from a specification's keys; `build` builds the wrapped policy.
+    """Build from a specification's keys.
 
     `policy` (required) is the wrapped policy's specification; `targets` a list of
     {resource: usd|wh|gco2e, amount, per: hour|1000_requests}; `window_hours` what a target is
@@ -76,28 +71,28 @@ def build_budgeted(
     inner = body["policy"]
     if not isinstance(inner, Mapping):
         raise PolicyError(f"budgeted.policy: {inner!r} is not a policy's specification")
+    models = context.models
     groups = _groups(body.get("fuse", []), models)
-    return Budgeted(
-        policy=build(inner, folder=folder, models=models),
-        controller=Controller(
-            models=models,
-            clock=clock,
-            targets=_targets(body.get("targets", [])),
-            law=_law(body.get("laws"), folder),
-            groups=groups,
-            limits=Limits(
-                max_usd=_number(body, "max_usd"),
-                max_wh=_number(body, "max_wh"),
-                max_gco2e=_number(body, "max_gco2e"),
-                max_latency_s=_number(body, "max_latency_s"),
-                quality_floor=_number(body, "quality_floor", most=1.0),
-            ),
-            expected_output_tokens=round(_number(body, "expected_output_tokens") or 128),
-            window_s=(_number(body, "window_hours") or 24) * 3600,
-            announced=models.announced_gco2e_per_kwh if isinstance(models, LiveModels) else None,
-        ),
+    policy = context.nested(inner)
+    controller = Controller(
+        models=models,
+        clock=clock,
+        targets=_targets(body.get("targets", [])),
+        law=_law(body.get("laws"), context.folder),
         groups=groups,
+        limits=Limits(
+            max_usd=_number(body, "max_usd"),
+            max_wh=_number(body, "max_wh"),
+            max_gco2e=_number(body, "max_gco2e"),
+            max_latency_s=_number(body, "max_latency_s"),
+            quality_floor=_number(body, "quality_floor", most=1.0),
+        ),
+        expected_output_tokens=round(_number(body, "expected_output_tokens") or 128),
+        window_s=(_number(body, "window_hours") or 24) * 3600,
+        announced=models.announced_gco2e_per_kwh if isinstance(models, LiveModels) else None,
     )
+    context.controllers.append(controller)
+    return Budgeted(policy=policy, controller=controller, groups=groups)
 
 
 OPTIONAL_KEYS = (

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from policies.base import Decision, Query
-from policies.plan import Plan, members
+from policies.base import Decision, Policy, Query
+from policies.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fixed:
+class Fixed(Policy):
     """Always `plan`: a single model, a fixed fusion, or a fixed cascade."""
 
     plan: Plan
@@ -18,6 +19,6 @@ class Fixed:
         """Return `plan`, whatever the query."""
         return Decision(plan=self.plan, reason="fixed plan")
 
-    def members(self) -> tuple[str, ...]:
-        """Return the members of `plan`."""
-        return members(self.plan)
+    def plans(self) -> Iterable[Plan]:
+        """Return `plan`."""
+        return (self.plan,)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
-from policies.base import Decision, Query
-from policies.cascade.base import Scorer
+from policies.base import Decision, Policy, Query
 from policies.cascade.chain import ROUTED, LearnedCascade
 from policies.cascade.frontier import CascadePoint, within_budget
 from policies.cascade.scorer import LearnedScorer
 from policies.fused import best_members, with_prior
-from policies.plan import Answer, Cascade, Plan, members
+from policies.plan import Answer, Cascade, Plan
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class _Stage:
     threshold: float
 
 
-class Frugal:
+class Frugal(Policy):
     """Runs one chain of a learned cascade's frontier.
 
     For each query the router's choice takes the place of a routed stage, stages whose prior
@@ -29,7 +29,8 @@ class Frugal:
     repeats. `budget_usd` is the mean cost per query that picks the chain from the frontier; None
     takes the one that training picked. `scorer` is the name under which plans (and clients) refer
     to the scorer. A stage that takes longer than `stage_timeout_s` gives way to the next (None: the
-    server's own limit). Raises `PolicyError` for a budget below the cheapest chain.
+    server's own limit). It predicts the quality of `models` alone (None: of every stage). Raises
+    `PolicyError` for a budget below the cheapest chain.
     """
 
     def __init__(
@@ -39,10 +40,19 @@ class Frugal:
         scorer: str = "cascade",
         budget_usd: float | None = None,
         stage_timeout_s: float | None = None,
+        models: Collection[str] | None = None,
     ) -> None:
+        self.scorer = LearnedScorer(cascade.weights, cascade.plans, cascade.top)
         self._cascade = cascade
         self._scorer_name = scorer
-        self._scorer = LearnedScorer(cascade.weights, cascade.plans, cascade.top)
+        # What is predicted of single members, by the stages that they are.
+        self._alone = {
+            name: plan.members[0]
+            for name, plan in cascade.plans.items()
+            if isinstance(plan, Answer)
+            and len(plan.members) == 1
+            and (models is None or plan.members[0] in models)
+        }
         self._stage_timeout_s = stage_timeout_s
         self._point = (
             cascade.frontier[cascade.chosen]
@@ -57,23 +67,10 @@ class Frugal:
 
     def decide(self, query: Query) -> Decision:
         """Return the chain for `query`."""
-        priors = self._scorer.priors(query.text)
-        scores = {
-            plan.members[0]: priors[name]
-            for name, plan in self._cascade.plans.items()
-            if isinstance(plan, Answer) and len(plan.members) == 1
-        }
+        priors = self.scorer.priors(query.text)
+        scores = {member: priors[name] for name, member in self._alone.items()}
         kept, skipped = self._resolve(priors, scores)
-        plan: Plan = kept[0].plan
-        if len(kept) > 1:
-            plan = Cascade(
-                stages=tuple(stage.plan for stage in kept),
-                thresholds=tuple(stage.threshold for stage in kept[:-1]),
-                scorer=self._scorer_name,
-                timeouts_s=None
-                if self._stage_timeout_s is None
-                else (self._stage_timeout_s,) * (len(kept) - 1),
-            )
+        plan = self._chain([stage.plan for stage in kept], [stage.threshold for stage in kept[:-1]])
         names = " -> ".join(stage.name for stage in kept)
         reason = f"the cheapest chain within the budget: {names}"
         if skipped:
@@ -85,19 +82,27 @@ class Frugal:
             details={"expected_accuracy": self._point.accuracy, "mean_usd": self._point.cost},
         )
 
-    def members(self) -> tuple[str, ...]:
-        """Return every model that some query's chain may name."""
-        names = dict.fromkeys(
-            name
-            for stage in self._point.stages
-            for name in (self._cascade.routed if stage == ROUTED else (stage,))
-        )
-        plans = (self._cascade.plans[name] for name in names)
-        return tuple(dict.fromkeys(member for plan in plans for member in members(plan)))
+    def plans(self) -> Iterable[Plan]:
+        """Return the chain with every plan that its routed stages may stand for."""
+        *early, last = [
+            self._cascade.routed if stage == ROUTED else (stage,) for stage in self._point.stages
+        ]
+        for final in last:
+            judged = [name for name in dict.fromkeys(chain(*early)) if name != final]
+            stages = [self._cascade.plans[name] for name in (*judged, final)]
+            yield self._chain(stages, [0.0] * len(judged))
 
-    def scorers(self) -> Mapping[str, Scorer]:
-        """Return the learned scorer under its name."""
-        return {self._scorer_name: self._scorer}
+    def _chain(self, stages: Sequence[Plan], thresholds: Sequence[float]) -> Plan:
+        """Return the cascade of `stages`; a single one is no cascade."""
+        if len(stages) == 1:
+            return stages[0]
+        limit_s = self._stage_timeout_s
+        return Cascade(
+            stages=tuple(stages),
+            thresholds=tuple(thresholds),
+            scorer=self._scorer_name,
+            timeouts_s=None if limit_s is None else (limit_s,) * len(thresholds),
+        )
 
     def _plan(self, name: str, scores: Mapping[str, float]) -> Plan:
         """Return a stage's plan; a fusion takes its members and weights from their `scores`."""

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from policies.base import Decision, Policy, Query
-from policies.cascade.base import ProvidesScorers, Scorer
 from policies.errors import PolicyError
+from policies.fixed import Fixed
 from policies.plan import Answer, Cascade, Plan, children, members
 
 # A member that the router expects nothing of still counts a little: evidence may know better.
 _LEAST_WEIGHT = 1e-3
 
 
-class Fused:
+class Fused(Policy):
     """Fuses the `top` members of `answer` that the router expects most of, at every token.
 
     `answer` says how: its rule, and its weighting, for which `router`'s scores become the prior
@@ -43,11 +43,6 @@ class Fused:
         self._top = top
         self._prior_power = prior_power
 
-    @property
-    def answer(self) -> Answer:
-        """What is fused, and how, before members are left out and weights filled in."""
-        return self._answer
-
     def decide(self, query: Query) -> Decision:
         """Return the fused answer for `query`."""
         if self._router is None:
@@ -61,16 +56,12 @@ class Fused:
             reason=f"fusion of {', '.join(answer.members)}, weighted by {answer.weighting}",
         )
 
-    def members(self) -> tuple[str, ...]:
-        """Return every member that some query may fuse."""
-        return self._answer.members
-
-    def scorers(self) -> Mapping[str, Scorer]:
-        """Return the scorers that the router brings along."""
-        return self._router.scorers() if isinstance(self._router, ProvidesScorers) else {}
+    def plans(self) -> Iterable[Plan]:
+        """Return the whole fusion, before members are left out and weights filled in."""
+        return (self._answer,)
 
 
-class Primed:
+class Primed(Policy):
     """Always `plan`, its open weights filled in with what `router` predicts for the query.
 
     A router that predicts nothing leaves them uniform.
@@ -90,9 +81,14 @@ class Primed:
             reason="fixed plan, weights by the default policy",
         )
 
-    def members(self) -> tuple[str, ...]:
-        """Return the members of the plan."""
-        return members(self._plan)
+    def plans(self) -> Iterable[Plan]:
+        """Return the plan, its weights open."""
+        return (self._plan,)
+
+
+def always(plan: Plan, *, router: Policy | None) -> Policy:
+    """Return the policy that always takes `plan`, open weights filled in by `router`."""
+    return Primed(plan, router=router) if router and needs_prior(plan) else Fixed(plan=plan)
 
 
 def best_members(answer: Answer, scores: Mapping[str, float], top: int | None) -> Answer:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -19,17 +20,18 @@ from models.pool import Pool
 from models.tokenizer import Tokenizer, load_tokenizer
 from policies.base import Policy
 from policies.budget import Controller
+from policies.building import BuildContext
 from policies.carbon.grid import GridReading
 from policies.carbon.live import LiveModels
 from policies.carbon.settings import CarbonSettings
-from policies.cascade.base import Confidence, ProvidesScorers, Ranker, Scorer
+from policies.cascade.base import Confidence, Ranker, Scorer
 from policies.cascade.registry import build_scorer
 from policies.errors import PolicyError
 from policies.fixed import Fixed
 from policies.footprint import Rates
-from policies.fused import Fused, Primed, needs_prior
+from policies.fused import always
 from policies.plan import Answer, Best, Cascade, Plan, answers, children, members
-from policies.registry import build_policy
+from policies.registry import build_in
 
 DEFAULT_POLICY = "auto"
 CONFIDENCE = "confidence"
@@ -83,6 +85,8 @@ class Catalog:
         # Trims what a policy without a budget of its own chooses to a request's ceilings.
         self.limiter = Controller(models=self.facts, clock=time.time)
         self._tokenizers = _load_tokenizers(pool)
+        # What holds the targets of policies, by the policies' names.
+        self.controllers: dict[str, Controller] = {}
         self.policies = self._build_policies({**pool.policies, **(policies or {})})
         self._targets = self._build_targets()
         self.fingerprint = self._fingerprint()
@@ -230,45 +234,43 @@ class Catalog:
             self._check_scorers(child)
 
     def _build_policies(self, specs: Mapping[str, Mapping[str, Any]]) -> dict[str, Policy]:
-        policies: dict[str, Policy] = {}
-        for name, spec in specs.items():
-            try:
-                policies[name] = build_policy(spec, folder=self.pool.folder, models=self.facts)
-            except PolicyError as error:
-                raise PolicyError(f"policies.{name}: {error}") from None
-        if DEFAULT_POLICY not in policies:
+        if DEFAULT_POLICY not in specs:
             first = self.pool.models[0].name
-            policies = {DEFAULT_POLICY: Fixed(plan=Answer(members=(first,))), **policies}
-        for name, policy in policies.items():
-            if isinstance(policy, ProvidesScorers):
-                brought = policy.scorers()
-                for scorer in self.pool.scorers.keys() & brought.keys():
-                    raise PolicyError(
-                        f"scorers.{scorer}: the policy {name!r} brings along a scorer of that name"
-                    )
-                self.scorers.update(brought)
+            specs = {DEFAULT_POLICY: {"kind": "fixed", "plan": first}, **specs}
+        context = BuildContext(
+            folder=self.pool.folder,
+            models=self.facts,
+            build=build_in,
+            scorers=self.scorers,
+            reserved=frozenset(self.scorers),
+        )
+        default = self._build(DEFAULT_POLICY, specs[DEFAULT_POLICY], context)
+        context = replace(context, default=default)
+        policies = {
+            name: default if name == DEFAULT_POLICY else self._build(name, spec, context)
+            for name, spec in specs.items()
+        }
         for name, policy in policies.items():
             # A plan may name a scorer that another policy brings along, so all are built first.
-            try:
-                if isinstance(policy, Fixed):
-                    self.check(policy.plan)
-                    policies[name] = self._primed(policy.plan, policies[DEFAULT_POLICY])
-                elif isinstance(policy, Fused):
-                    self.check(policy.answer)
-            except PolicyError as error:
-                raise PolicyError(f"policies.{name}: {error}") from None
+            with _at(f"policies.{name}"):
+                for plan in policy.plans():
+                    self.check(plan)
         return policies
+
+    def _build(self, name: str, spec: Mapping[str, Any], context: BuildContext) -> Policy:
+        context = replace(context, controllers=[])
+        with _at(f"policies.{name}"):
+            policy = build_in(spec, context)
+        for controller in context.controllers:
+            self.controllers[name] = controller
+        return policy
 
     def fixed(self, plan: Plan) -> Policy:
         """Return the policy that always takes `plan`, which `check` has passed.
 
         Weights that wait for a router get the default policy's predictions.
         """
-        return self._primed(plan, self.policies[DEFAULT_POLICY])
-
-    @staticmethod
-    def _primed(plan: Plan, router: Policy) -> Policy:
-        return Primed(plan, router=router) if needs_prior(plan) else Fixed(plan=plan)
+        return always(plan, router=self.policies[DEFAULT_POLICY])
 
     def _build_targets(self) -> dict[str, Target]:
         targets = {DEFAULT_POLICY: Target(policy=self.policies["auto"], policy_name="auto")}
@@ -295,11 +297,18 @@ def _build_scorers(pool: Pool) -> dict[str, Scorer]:
     for name, spec in pool.scorers.items():
         if name == CONFIDENCE:
             raise PolicyError(f"scorers: the name {CONFIDENCE!r} is reserved")
-        try:
+        with _at(f"scorers.{name}"):
             scorers[name] = build_scorer(spec, folder=pool.folder)
-        except PolicyError as error:
-            raise PolicyError(f"scorers.{name}: {error}") from None
     return scorers
+
+
+@contextmanager
+def _at(where: str) -> Iterator[None]:
+    """Say in a `PolicyError` where in the pool or the configuration it stands."""
+    try:
+        yield
+    except PolicyError as error:
+        raise PolicyError(f"{where}: {error}") from None
 
 
 def _load_tokenizers(pool: Pool) -> dict[str, Tokenizer]:

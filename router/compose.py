@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 
 from models.pool import Pool
 from policies.budget import Controller
-from policies.budgeted import Budgeted
 from policies.carbon.grid import CachedGrid
 from policies.experiments.shadow import Shadow, ShadowMeter
 from router.budget_sync import BudgetSync, Pricing
@@ -106,9 +105,7 @@ def compose(
 def _controllers(catalog: Catalog) -> dict[str, Controller]:
     """Return what holds the targets of policies, by the policies' names."""
     return {
-        name: policy.controller
-        for name, policy in catalog.policies.items()
-        if isinstance(policy, Budgeted) and policy.controller.targets
+        name: controller for name, controller in catalog.controllers.items() if controller.targets
     }
 
 

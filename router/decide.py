@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from policies.base import Decision, Query
-from policies.budgeted import Budgeted
 from policies.errors import PlanError, PolicyError
 from policies.footprint import estimate
 from policies.limits import NO_LIMITS
 from policies.plan import Plan, from_json
-from policies.routing.explain import explain_decision
 from router.catalog import Catalog, Target
 from router.config import ServingLimits
 from router.errors import ApiError, bad_request
@@ -43,13 +41,9 @@ async def decide(
     decisions: list[Decision] = []
     choices: list[Choice] = []
     for query in queries:
-        decision = (
-            explain_decision(target.policy, query)
-            if ask.extension.explain
-            else target.policy.decide(query)
-        )
-        unbudgeted = target.policy_name is not None and not isinstance(target.policy, Budgeted)
-        if unbudgeted and query.limits != NO_LIMITS:
+        decision = target.policy.decide(query)
+        unlimited = target.policy_name is not None and not decision.limited
+        if unlimited and query.limits != NO_LIMITS:
             decision = catalog.limiter.choose(query, decision)
         _check_ceilings(catalog, decision, query)
         decisions.append(decision)
@@ -73,6 +67,7 @@ async def _query(
         session=exchange.session,
         key_id=exchange.key_id,
         limits=ask.extension.limits(),
+        explain=ask.extension.explain,
     )
 
 

@@ -18,7 +18,6 @@ from starlette.responses import Response
 
 from models.engines.base import Chunk
 from models.errors import EngineError
-from policies.budgeted import Budgeted
 from policies.experiments.shadow import ShadowMeter
 from router.catalog import Catalog
 from router.config import ServingLimits
@@ -277,9 +276,9 @@ class Service:
         self.gate.settle(exchange, record)
         policy = self.catalog.policies.get(exchange.policy or "")
         if policy is not None:
-            chooser = policy if isinstance(policy, Budgeted) else self.catalog.limiter
             for query, decision, cost in exchange.settled(self.catalog.rates):
-                chooser.observe(query, decision, cost)
+                policy.settle(query, decision, cost)
+                self.catalog.limiter.observe(query, decision, cost)
 
     async def _settle(self, exchange: Exchange) -> None:
         """Ask the engines what the requests used that were cancelled there."""

@@ -165,6 +165,7 @@ class Controller:
             scores=decision.scores,
             reason=_reason(decision, chosen, unmet),
             details={**decision.details, "budget": details},
+            limited=True,
         )
 
     def observe(self, query: Query, decision: Decision, cost: Footprint) -> None:

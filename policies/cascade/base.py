@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -71,15 +71,6 @@ class Ranker(Protocol):
 
     def rank(self, attempts: Sequence[Attempt]) -> list[float]:
         """Return the share of its pairs that each attempt is expected to win, in [0, 1]."""
-        ...
-
-
-@runtime_checkable
-class ProvidesScorers(Protocol):
-    """A policy whose plans name scorers that it brings along."""
-
-    def scorers(self) -> Mapping[str, Scorer]:
-        """Return the scorers by the name that its plans (and a client's own) use."""
         ...
 
 

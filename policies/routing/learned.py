@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from policies.base import Decision, ModelFacts, Query
-from policies.plan import Answer, Plan, members
+from policies.base import Decision, ModelFacts, Policy, Query
+from policies.plan import Answer, Plan
 from policies.routing.choice import Trade, make_chooser
 from policies.routing.router import Prediction, Router
 
 NUM_NGRAMS_SHOWN = 8
 
 
-class Learned:
+class Learned(Policy):
     """Sends each query to the member whose predicted quality is worth its price.
 
     A query unlike the training queries gets `fallback`, the safe plan, as does one whose chosen
@@ -50,39 +51,37 @@ class Learned:
 
     def decide(self, query: Query) -> Decision:
         """Return the plan for `query`."""
-        return self._decide(query, self._router.predict(query.text))
-
-    def explain(self, query: Query) -> Decision:
-        """Return the same decision with `details`: members, cluster, n-grams, likeness."""
         prediction = self._router.predict(query.text)
         decision = self._decide(query, prediction)
+        if not query.explain:
+            return decision
+        return replace(decision, details=self._details(query, prediction))
+
+    def plans(self) -> Iterable[Plan]:
+        """Return each member to choose from, and the fallback."""
+        yield from (self._plans[m] for _, m in self._allowed)
+        if self._fallback is not None:
+            yield self._fallback
+
+    def _details(self, query: Query, prediction: Prediction) -> dict[str, Any]:
+        """Return what explains the decision: members, cluster, n-grams, likeness."""
         quality_M = self._quality(prediction)
         costs_M = self._chooser.costs_usd(query)
         chosen = self._chooser.choose(query, quality_M)
-        return Decision(
-            plan=decision.plan,
-            scores=decision.scores,
-            reason=decision.reason,
-            details={
-                "members": [
-                    {
-                        "model": name,
-                        "predicted_quality": round(float(quality_M[m]), 4),
-                        "spread": round(self._spread(prediction, m), 4),
-                        "expected_usd": float(costs_M[m]),
-                    }
-                    for name, m in self._allowed
-                ],
-                "nearest_cluster": self._cluster(prediction),
-                "strongest_ngrams": self._ngrams(query.text, prediction, chosen),
-                "likeness_logit": self._likeness(prediction, chosen),
-            },
-        )
-
-    def members(self) -> tuple[str, ...]:
-        """Return the members to choose from, and those of the fallback."""
-        safe = members(self._fallback) if self._fallback else ()
-        return tuple(dict.fromkeys([*self._names, *safe]))
+        return {
+            "members": [
+                {
+                    "model": name,
+                    "predicted_quality": round(float(quality_M[m]), 4),
+                    "spread": round(self._spread(prediction, m), 4),
+                    "expected_usd": float(costs_M[m]),
+                }
+                for name, m in self._allowed
+            ],
+            "nearest_cluster": self._cluster(prediction),
+            "strongest_ngrams": self._ngrams(query.text, prediction, chosen),
+            "likeness_logit": self._likeness(prediction, chosen),
+        }
 
     def _quality(self, prediction: Prediction) -> NDArray[np.float32]:
         return prediction.quality_M

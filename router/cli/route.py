@@ -32,7 +32,6 @@ def route(
     from policies.errors import PolicyError
     from policies.plan import to_json
     from policies.registry import build_policy
-    from policies.routing.explain import explain_decision
 
     try:
         loaded = load_pool(pool or DEFAULT_POOL)
@@ -44,8 +43,7 @@ def route(
     except (PolicyError, PoolError) as error:
         typer.echo(f"shoal route: {error}", err=True)
         raise typer.Exit(2) from None
-    asked = Query(text=query, max_tokens=max_tokens)
-    decision = explain_decision(built, asked) if explain else built.decide(asked)
+    decision = built.decide(Query(text=query, max_tokens=max_tokens, explain=explain))
     plan = to_json(decision.plan)
     if as_json:
         print(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from policies.base import Query
+from policies.base import Query, ignores_queries
 from policies.errors import ExperimentError
 from policies.experiments.config import Experiment
 from policies.experiments.replay import LoggedRequest
-from policies.fixed import Fixed
 from router.catalog import Catalog
 from router.experiments.store import State, load
 from router.ledger.database import Database
@@ -34,7 +33,7 @@ def read_log(
     if not found:
         raise ExperimentError(f"replay: the experiment {experiment.name!r} has no answers yet")
     names = {target, *(arm.policy for arm in experiment.arms)}
-    reading = sorted(n for n in names if not isinstance(catalog.policies[n], Fixed))
+    reading = sorted(n for n in names if not ignores_queries(catalog.policies[n]))
     if reading and any(outcome.row["query_text"] is None for outcome in found):
         raise ExperimentError(
             f"replay: {', '.join(reading)} reads the query, but the ledger kept no text; "

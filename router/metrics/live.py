@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 
-from policies.budgeted import Budgeted
 from policies.carbon.grid import CachedGrid
 from router.catalog import Catalog
 from router.ledger.writer import Ledger
@@ -35,10 +34,9 @@ class Live:
         }
         if isinstance(self._catalog.grid, CachedGrid):
             found[f.GRID_STALE.series()] = float(reading.source.startswith(_STALE))
-        for name, policy in self._catalog.policies.items():
-            if isinstance(policy, Budgeted):
-                for resource, price in policy.controller.prices().items():
-                    found[f.PRICES[resource].series(name)] = price
+        for name, controller in self._catalog.controllers.items():
+            for resource, price in controller.prices().items():
+                found[f.PRICES[resource].series(name)] = price
         return found
 
     def counted(self) -> Values:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from policies.base import members_of
 from router.catalog import Catalog
 
 
@@ -23,7 +24,7 @@ def describe(catalog: Catalog, name: str) -> dict[str, Any]:
     if name not in catalog.facts:
         target = catalog.resolve(name)
         assert target is not None
-        entry["shoal"] = {"kind": "policy", "members": list(target.policy.members())}
+        entry["shoal"] = {"kind": "policy", "members": list(members_of(target.policy))}
         return entry
     model, facts = catalog.pool.model(name), catalog.facts[name]
     entry["shoal"] = {

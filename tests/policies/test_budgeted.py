@@ -2,7 +2,7 @@
 
 import pytest
 
-from policies.base import ModelFacts, Policy, Query
+from policies.base import ModelFacts, Policy, Query, members_of
 from policies.budgeted import Budgeted
 from policies.errors import PolicyError
 from policies.footprint import Footprint, Rates
@@ -47,15 +47,15 @@ def test_the_pools_laws_are_read_where_there_are_any(tmp_path):
     write_laws(tmp_path / "laws.json", PoolLaws(origin="test", ensemble_error=law))
     policy = build(tmp_path, **keys)
     assert policy.decide(query).details["budget"]["quality"] == pytest.approx(without + law.gain(3))
-    assert policy.members() == ("a", "b", "c", "d")
+    assert members_of(policy) == ("a", "b", "c", "d")
 
 
 def test_what_was_measured_reaches_the_controller(tmp_path):
-    """`observe` settles the estimate."""
+    """`settle` corrects the estimate."""
     policy = build(tmp_path, targets=[{"resource": "usd", "amount": 1, "per": "1000_requests"}])
     assert isinstance(policy, Budgeted)
     query = Query(text="hi", prompt_tokens=10)
-    policy.observe(query, policy.decide(query), Footprint(usd=0.25))
+    policy.settle(query, policy.decide(query), Footprint(usd=0.25))
     assert policy.controller.spent() == {"usd": pytest.approx(0.25)}
 
 

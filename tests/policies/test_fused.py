@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from policies.base import Decision, ModelFacts, Query
+from policies.base import Decision, ModelFacts, Policy, Query, members_of
 from policies.errors import PolicyError
 from policies.footprint import Rates
 from policies.fused import Fused, needs_prior, with_prior, without_prior
@@ -18,7 +18,7 @@ FACTS = {
 EVIDENCE = Answer(members=("ada", "bob", "cyd"), weighting="evidence", temperature=8)
 
 
-class Scores:
+class Scores(Policy):
     """A router that always says the same."""
 
     def __init__(self, **scores: float) -> None:
@@ -28,9 +28,9 @@ class Scores:
         """Return the scores."""
         return Decision(plan=Answer(members=("ada",)), scores=self.scores)
 
-    def members(self) -> tuple[str, ...]:
-        """Return the members scored."""
-        return tuple(self.scores)
+    def plans(self) -> tuple[Plan, ...]:
+        """Return the one plan."""
+        return (Answer(members=("ada",)),)
 
 
 def test_the_routers_scores_become_the_prior() -> None:
@@ -49,7 +49,7 @@ def test_only_the_most_promising_members_are_fused() -> None:
     assert isinstance(plan, Answer)
     assert plan.members == ("bob", "cyd")
     assert plan.weights == pytest.approx((0.8 / 1.4, 0.6 / 1.4))
-    assert policy.members() == ("ada", "bob", "cyd")
+    assert members_of(policy) == ("ada", "bob", "cyd")
 
 
 @pytest.mark.parametrize(("power", "share"), [(0.0, 0.5), (1.0, 0.75), (2.0, 0.9)])

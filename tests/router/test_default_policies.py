@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from models.pool import DEFAULT_POOL, load_pool
+from policies.base import members_of
 from policies.cascade.chain import load_cascade
 from policies.frugal import Frugal
 from policies.outcomes import read_outcomes
@@ -161,7 +162,7 @@ def test_the_shipped_cascade_fits_the_shipped_pool() -> None:
     """The file names only models of the pool, and its chain pays within 40% of always-base."""
     file = Path(DEFAULT_POOL) / "cascade.npz"
     cascade = load_cascade(file)
-    assert set(Frugal(cascade).members()) <= {*CHUNKS, BASE}
+    assert set(members_of(Frugal(cascade))) <= {*CHUNKS, BASE}
     rates = load_pool(DEFAULT_POOL).facts()[BASE].rates
     always_base_usd = [
         rates.footprint(outcome.prompt_tokens or 0, outcome.output_tokens[BASE]).usd

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from policies.base import Query
+from policies.base import Query, members_of
 from policies.cascade.base import Attempt, Scorer
 from policies.cascade.chain import ROUTED, LearnedCascade, load_cascade
 from policies.cascade.frontier import CascadePoint, within_budget
@@ -99,7 +99,7 @@ def test_serving_equals_the_replay(
     """The policy's plans, run stage by stage with its scorer, do what the replay says."""
     policy = Frugal(cascade, budget_usd=budget)
     [run] = replay_cascade(cascade, held_out, costs(held_out), [policy.point])
-    scorers = dict(policy.scorers())
+    scorers = {"cascade": policy.scorer}
     for q in range(100):
         decision = policy.decide(Query(text=held_out.queries[q]))
         quality, cost = run_plan(decision.plan, scorers, held_out, q)
@@ -156,7 +156,7 @@ def test_gated_and_repeated_stages_leave_the_plan(cascade: LearnedCascade) -> No
 
 def test_members_are_all_that_a_query_may_meet(cascade: LearnedCascade) -> None:
     """A policy with a routed stage names every model that the stage may become."""
-    assert set(Frugal(cascade).members()) >= {"sum", "date", "list"}
+    assert set(members_of(Frugal(cascade))) >= {"sum", "date", "list"}
 
 
 def test_agreement_raises_the_score(cascade: LearnedCascade, held_out: AnswerTable) -> None:
@@ -284,12 +284,12 @@ def test_a_fused_stage_takes_the_likeliest_members() -> None:
     assert last.members[0] == "date"
     assert last.weights is not None
     assert last.weights[0] > last.weights[1]
-    scorer = policy.scorers()["cascade"]
+    scorer = policy.scorer
     whole = table.attempt(0, 4)
     for pair in (("date", "sum"), ("list", "sum")):
         reduced = replace(whole, plan=Answer(members=pair, weighting="evidence"))
         assert scorer.score(reduced) == scorer.score(whole)
-    assert set(members(plan)) <= set(policy.members())
+    assert set(members(plan)) <= set(members_of(policy))
 
 
 @pytest.mark.parametrize(("name", "size"), [("sum", 2), ("pair", 1), ("pair", 4), ("nobody", 2)])

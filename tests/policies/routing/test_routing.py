@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from policies.base import ModelFacts, Policy, Query
+from policies.base import ModelFacts, Policy, Query, members_of
 from policies.encoders.ngrams import NGrams
 from policies.errors import PolicyError
 from policies.footprint import Rates
@@ -18,7 +18,6 @@ from policies.plan import Answer
 from policies.registry import build_policy
 from policies.routing.choice import Trade
 from policies.routing.clusters import Clusters
-from policies.routing.explain import explain_decision
 from policies.routing.file import load_router, save_router
 from policies.routing.fit import FitSettings, fit_router
 from policies.routing.learned import Learned
@@ -98,7 +97,7 @@ def test_the_cheap_model_that_knows_the_task_is_chosen(
 def test_without_a_price_quality_alone_counts(router: Router) -> None:
     """Limited to two experts and no price, each query goes to the better one."""
     policy = Learned(router, models=FACTS, trade=Trade(members=("speller", "adder")))
-    assert policy.members() == ("speller", "adder")
+    assert members_of(policy) == ("speller", "adder")
     decision = policy.decide(Query(text="What is 12 + 55?"))
     assert decision.plan == Answer(members=("adder",))
     assert set(decision.scores) == {"speller", "adder"}
@@ -208,7 +207,7 @@ def test_too_few_outcomes_are_refused() -> None:
 def test_an_explanation_names_members_cluster_and_ngrams(policy: Learned) -> None:
     """The details are JSON and only come when asked for."""
     query = Query(text="What is 37 + 58?")
-    explained = explain_decision(policy, query)
+    explained = policy.decide(replace(query, explain=True))
     assert policy.decide(query).details == {}
     assert explained.plan == policy.decide(query).plan
     details = json.loads(json.dumps(explained.details))
@@ -371,4 +370,4 @@ def test_a_router_may_know_more_models_than_the_pool(router: Router, tmp_path: P
     with pytest.raises(PolicyError, match="'speller', which the pool lacks"):
         build_policy(spec, folder=tmp_path, models=pool)
     smaller = build_policy({**spec, "members": ["adder", "large"]}, folder=tmp_path, models=pool)
-    assert smaller.members() == ("adder", "large")
+    assert members_of(smaller) == ("adder", "large")
