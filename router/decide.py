@@ -13,8 +13,7 @@ from router.catalog import Catalog, Target
 from router.config import ServingLimits
 from router.errors import ApiError, bad_request
 from router.exchange import Choice, Exchange
-from router.executor.prompt import Prompt
-from router.executor.task import Task
+from router.executor.task import Prompt, Task
 from router.experiments.experiments import Experiments
 from router.openai_api.ask import Ask
 

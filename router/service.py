@@ -23,12 +23,11 @@ from router.catalog import Catalog
 from router.config import ServingLimits
 from router.decide import decide
 from router.disconnect import ClientDisconnected, until_disconnected
-from router.engines.base import EngineClient
+from router.engines.base import EngineClient, merge
 from router.errors import ApiError, bad_request, to_api_error
 from router.event_stream import DONE, EventStream, event
 from router.exchange import CLIENT_CLOSED_REQUEST, Exchange
 from router.executor.executor import Executor
-from router.executor.task import merge
 from router.experiments.experiments import Experiments
 from router.experiments.mirror import Mirror
 from router.gate import Gate

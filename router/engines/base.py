@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
 from models.engines.base import Chunk, EngineStats, GenerationRequest
@@ -41,3 +41,17 @@ class EngineClient(Protocol):
     async def stats(self) -> EngineStats:
         """Return a snapshot; raises `EngineFailed` if the engine cannot serve."""
         ...
+
+
+def merge(chunks: Sequence[Chunk]) -> Chunk:
+    """Return consecutive chunks as one."""
+    if len(chunks) == 1:
+        return chunks[0]
+    return Chunk(
+        text="".join(chunk.text for chunk in chunks),
+        tokens=tuple(token for chunk in chunks for token in chunk.tokens),
+        finish_reason=chunks[-1].finish_reason if chunks else None,
+        weights=chunks[-1].weights if chunks else None,
+        prompt_tokens=chunks[-1].prompt_tokens if chunks else None,
+        tool_calls=chunks[-1].tool_calls if chunks else (),
+    )

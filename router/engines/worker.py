@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from models.engines.base import Chunk, Engine, EngineStats, GenerationRequest, HasMetrics
 from router.energy.chunk import energy_of, metered
 from router.energy.lanes import LaneMeter
-from router.executor.task import merge
+from router.engines.base import merge
 
 # How many cancelled requests are remembered until somebody asks what they used.
 _MAX_REMEMBERED = 4096

@@ -7,20 +7,34 @@ nothing of HTTP, and of policies only their plans.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import replace
 
-from models.engines.base import Chunk
-from models.errors import EngineError, RequestError
-from policies.plan import Answer, Cascade, Plan
+from models.engines.base import Chunk, Evidence, GenerationRequest
+from models.errors import (
+    ContextOverflow,
+    EngineError,
+    EngineFailed,
+    EngineOverloaded,
+    RequestError,
+)
+from policies.cascade.base import Attempt, PrefixScorer, Ranker, Scorer, normalise
+from policies.plan import Answer, Best, Cascade, Plan
 from router.catalog import Catalog
 from router.config import ServingLimits
-from router.engines.base import EngineClient
-from router.executor.answer import run_answer
-from router.executor.best import run_best
-from router.executor.cascade import run_cascade
+from router.energy.chunk import energy_of
+from router.engines.base import EngineClient, merge
+from router.executor.judging import attempt, decided, majority, scores
 from router.executor.task import Task
-from router.executor.trace import Run, Trace
-from router.executor.union import run_union
+from router.executor.trace import Run, Trace, child_path
+from router.executor.union import unite
+
+# Shorter answers end before watching them, token by token, pays.
+_LEAST_WATCHED_TOKENS = 16
+# A bound's own rounding must not stop an answer that would just reach its threshold.
+_ROUNDING = 1e-9
 
 
 class Executor:
@@ -42,7 +56,12 @@ class Executor:
         `trace`; one that its reader closed or cancelled is left "running" there.
         """
         run = trace.begin(path, plan)
-        chunks = self._chunks(plan, task, trace, run)
+        if isinstance(plan, Answer):
+            chunks = self._answer(plan, task, run)
+        elif isinstance(plan, Cascade):
+            chunks = self._cascade(plan, task, trace, path)
+        else:
+            chunks = self._best(plan, task, trace, path)
         try:
             async for chunk in chunks:
                 if chunk.finish_reason is not None:
@@ -54,12 +73,320 @@ class Executor:
         finally:
             await chunks.aclose()
 
-    def _chunks(
-        self, plan: Plan, task: Task, trace: Trace, run: Run
+    async def whole(self, plan: Plan, task: Task, trace: Trace, path: str = "") -> Chunk:
+        """Return the whole accepted answer of `plan` as one chunk."""
+        async with aclosing(self.run(plan, replace(task, stream=False), trace, path)) as chunks:
+            return _whole([chunk async for chunk in chunks])
+
+    # -- Answer: one request to one engine
+
+    async def _answer(self, answer: Answer, task: Task, run: Run) -> AsyncGenerator[Chunk, None]:
+        """Yield the answer of `answer`'s members, fused if there are several."""
+        if self.catalog.spans_engines(answer):
+            async with aclosing(self._union(answer, task, run)) as united:
+                async for chunk in united:
+                    yield chunk
+            return
+        request = await self._request(answer, task, run)
+        run.engine = self.catalog.engine_of(answer)
+        run.request_id = request.request_id
+        run.prompt_tokens = len(request.prompt_tokens)
+        client = self.engines[run.engine]
+        try:
+            if not task.stream:
+                chunk = await client.complete(request)
+                _note(run, chunk)
+                yield chunk
+                return
+            async with aclosing(client.stream(request)) as chunks:
+                async for chunk in chunks:
+                    _note(run, chunk)
+                    yield chunk
+        except (EngineOverloaded, RequestError):
+            run.prompt_tokens = 0  # the engine refused it unread: nobody pays for that
+            raise
+
+    def _union(self, answer: Answer, task: Task, run: Run) -> AsyncGenerator[Chunk, None]:
+        alone = [Answer(members=(name,)) for name in answer.members]
+        return unite(
+            answer,
+            task,
+            run,
+            clients=[self.engines[self.catalog.engine_of(one)] for one in alone],
+            tokenizers=[self.catalog.tokenizer_of(one) for one in alone],
+            max_tokens=self._max_tokens(task),
+            context_tokens=self.catalog.context_tokens(answer),
+        )
+
+    async def _request(self, answer: Answer, task: Task, run: Run) -> GenerationRequest:
+        if task.prompt.tools is not None:
+            self.catalog.check_tools(answer)
+        tokens = await task.prompt.tokens(self.catalog.tokenizer_of(answer))
+        context_tokens = self.catalog.context_tokens(answer)
+        max_tokens = self._max_tokens(task)
+        messages = task.prompt.messages
+        if context_tokens is not None:
+            room = context_tokens - len(tokens)
+            if room < (task.max_tokens or 1):
+                raise ContextOverflow(
+                    f"The context length of {answer.members[0]!r} is {context_tokens} tokens, but "
+                    f"the prompt has {len(tokens)} and the answer may take {task.max_tokens or 1}.",
+                )
+            max_tokens = min(max_tokens, room)
+        now_s = asyncio.get_running_loop().time()
+        return GenerationRequest(
+            request_id=f"{task.request_id}:{run.path}",
+            prompt_tokens=tokens,
+            members=answer.members,
+            # PackLLM has no prior.
+            weights=None if answer.weighting == "perplexity" else answer.weights,
+            rule=answer.rule,
+            gate=answer.gate,
+            contrast=answer.contrast,
+            evidence=_evidence(answer),
+            sampling=replace(task.sampling, max_tokens=max_tokens),
+            client_id=task.client_id,
+            messages=None if messages is None else tuple(messages),
+            text=task.prompt.plain_text,
+            tools=task.prompt.tools,
+            timeout_s=None if task.deadline_s is None else max(0.0, task.deadline_s - now_s),
+        )
+
+    def _max_tokens(self, task: Task) -> int:
+        return task.max_tokens or self.limits.default_max_tokens
+
+    # -- Cascade: stages in order, until an answer is good enough (FrugalGPT)
+
+    async def _cascade(
+        self, cascade: Cascade, task: Task, trace: Trace, path: str
     ) -> AsyncGenerator[Chunk, None]:
-        if isinstance(plan, Answer):
-            answer = run_union if self.catalog.spans_engines(plan) else run_answer
-            return answer(self, plan, task, run)
-        if isinstance(plan, Cascade):
-            return run_cascade(self, plan, task, trace, run.path)
-        return run_best(self, plan, task, trace, run.path)
+        """Yield the accepted stage's answer; the last stage streams, as it is accepted unseen.
+
+        A stage that fails or takes too long moves on to the next, and so does one whose score, by
+        the answer's beginning, cannot reach the threshold any more. If the last one fails before
+        its first chunk, the best rejected answer stands in; if there is none, its error is raised.
+        """
+        scorer = self.catalog.scorers[cascade.scorer]
+        rejected: list[tuple[float, str, Chunk]] = []
+        earlier: tuple[str, ...] = ()
+        *early, last = cascade.stages
+        timeouts_s = cascade.timeouts_s or (None,) * len(early)
+        paths = [child_path(path, index) for index in range(len(cascade.stages))]
+        for stage, stage_path, threshold, given_s in zip(
+            early, paths[:-1], cascade.thresholds, timeouts_s, strict=True
+        ):
+            hopeless = self._hopeless(scorer, stage, threshold, task)
+            timeout_s = self.limits.stage_timeout_s if given_s is None else given_s
+            answer = await self._stage(
+                stage, task, trace, stage_path, hopeless=hopeless, timeout_s=timeout_s
+            )
+            if answer is None:
+                continue
+            if answer.finish_reason is not None:
+                run = trace.runs[stage_path]
+                [run.score] = await scores(scorer, [attempt(task.query, stage, answer, earlier)])
+                if run.score >= threshold:
+                    yield answer
+                    return
+                run.outcome = "rejected"
+                rejected.append((run.score, stage_path, answer))
+            earlier = (*earlier, answer.text)
+        started = False
+        try:
+            async with aclosing(self.run(last, task, trace, paths[-1])) as chunks:
+                async for chunk in chunks:
+                    started = True
+                    yield chunk
+        except (EngineError, RequestError):
+            if started or not rejected:
+                raise
+            _, best_path, answer = max(rejected, key=lambda entry: entry[0])
+            trace.runs[best_path].outcome = "ok"
+            yield answer
+
+    async def _stage(
+        self,
+        stage: Plan,
+        task: Task,
+        trace: Trace,
+        path: str,
+        *,
+        hopeless: Callable[[Chunk], bool] | None,
+        timeout_s: float,
+    ) -> Chunk | None:
+        """Return a stage's answer, or None if it failed or took too long.
+
+        It is whole, or, without a finish reason, the beginning that `hopeless` gave up.
+        """
+        end_s = asyncio.get_running_loop().time() + timeout_s
+        task = replace(task, deadline_s=min(end_s, task.deadline_s or end_s))
+        try:
+            async with asyncio.timeout(timeout_s):
+                if hopeless is not None:
+                    return await self._watch(stage, task, trace, path, hopeless=hopeless)
+                return await self.whole(stage, task, trace, path)
+        except (EngineError, RequestError):
+            return None
+        except TimeoutError:
+            trace.end_below(path, "timeout", "the stage's time was up")
+            return None
+
+    def _hopeless(
+        self, scorer: Scorer, stage: Plan, threshold: float, task: Task
+    ) -> Callable[[Chunk], bool] | None:
+        """Return what tells from an answer's beginning that it will not reach `threshold`.
+
+        None where the scorer cannot say, or the stage is no `Answer` whose tokens come in turn.
+        """
+        if not isinstance(scorer, PrefixScorer) or not isinstance(stage, Answer):
+            return None
+        # The engine may allow fewer, which only lowers the bound.
+        max_tokens = self._max_tokens(task)
+        if max_tokens < _LEAST_WATCHED_TOKENS:
+            return None
+
+        def hopeless(beginning: Chunk) -> bool:
+            prefix = attempt(task.query, stage, beginning, finished=False)
+            return scorer.ceiling(prefix, max_tokens) < threshold - _ROUNDING
+
+        return hopeless
+
+    async def _watch(
+        self,
+        stage: Plan,
+        task: Task,
+        trace: Trace,
+        path: str,
+        *,
+        hopeless: Callable[[Chunk], bool],
+    ) -> Chunk:
+        """Return a stage's answer, cut off (its lanes cancelled) as soon as it is `hopeless`.
+
+        It is judged whenever it has grown by a quarter, so that all judging together costs as much
+        as reading the answer a few times.
+        """
+        chunks: list[Chunk] = []
+        num_tokens = num_judged = 0
+        async with aclosing(self.run(stage, replace(task, stream=True), trace, path)) as stream:
+            async for chunk in stream:
+                chunks.append(chunk)
+                num_tokens += len(chunk.tokens)
+                if chunk.finish_reason is None and num_tokens > num_judged + num_judged // 4:
+                    num_judged = num_tokens
+                    chunks = [merge(chunks)]
+                    if hopeless(chunks[0]):
+                        break
+            else:
+                return _whole(chunks)
+        trace.end(trace.runs[path], "hopeless")
+        return chunks[0]
+
+    # -- Best: candidates side by side, one of them selected
+
+    async def _best(
+        self, best: Best, task: Task, trace: Trace, path: str
+    ) -> AsyncGenerator[Chunk, None]:
+        """Yield the selected candidate's answer.
+
+        A candidate that fails doesn't vote; if all fail, the first one's error is raised.
+        Candidates that cannot change a majority any more are cancelled.
+        """
+        paths = [child_path(path, index) for index in range(len(best.candidates))]
+        running = [
+            asyncio.create_task(self.whole(candidate, task, trace, candidate_path))
+            for candidate, candidate_path in zip(best.candidates, paths, strict=True)
+        ]
+        try:
+            await _until_decided(best, running)
+        finally:
+            for candidate in running:
+                candidate.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+        for child in paths:
+            trace.end_below(child, "cancelled")
+        answers = [one.result() if _answered(one) else None for one in running]
+        if not any(map(_answered, running)):
+            error = running[0].exception()
+            assert error is not None
+            raise error
+        runs = [trace.runs[child] for child in paths]
+        chosen = await self._select(best, task, answers, runs)
+        for index, run in enumerate(runs):
+            if index != chosen and answers[index] is not None:
+                run.outcome = "rejected"
+        answer = answers[chosen]
+        assert answer is not None
+        yield answer
+
+    async def _select(
+        self, best: Best, task: Task, answers: list[Chunk | None], runs: list[Run]
+    ) -> int:
+        """Return which of the answers is taken; every answer's score goes into its run."""
+        given = {index: answer for index, answer in enumerate(answers) if answer is not None}
+        if best.select == "majority":
+            votes = [None if answer is None else normalise(answer.text) for answer in answers]
+            for index in given:
+                runs[index].score = votes.count(votes[index]) / len(given)
+            winner = majority(votes)
+            assert winner is not None
+            return winner
+        attempts = [attempt(task.query, best.candidates[i], one) for i, one in given.items()]
+        for index, score in zip(given, await self._scores(best, attempts), strict=True):
+            runs[index].score = score
+        return max(given, key=lambda index: runs[index].score or 0.0)
+
+    async def _scores(self, best: Best, attempts: list[Attempt]) -> list[float]:
+        name = "confidence" if best.select == "confidence" else best.scorer
+        scorer = self.catalog.scorers[name]
+        if best.select == "ranker":
+            assert isinstance(scorer, Ranker), "the plan has been checked"
+            return scorer.rank(attempts)
+        # Each candidate's support is the others' answers.
+        others = [tuple(other.answer for other in attempts if other is not one) for one in attempts]
+        return await scores(
+            scorer,
+            [replace(one, earlier=earlier) for one, earlier in zip(attempts, others, strict=True)],
+        )
+
+
+async def _until_decided(best: Best, running: list[asyncio.Task[Chunk]]) -> None:
+    """Wait for the candidates, or until a majority stands; raise what no engine may raise."""
+    pending = set(running)
+    while pending:
+        _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        for one in running:
+            error = one.exception() if one.done() and not one.cancelled() else None
+            if error is not None and not isinstance(error, EngineError | RequestError):
+                raise error
+        votes = [normalise(one.result().text) for one in running if _answered(one)]
+        if best.select == "majority" and decided(votes, len(pending)):
+            return
+
+
+def _answered(task: asyncio.Task[Chunk]) -> bool:
+    return task.done() and not task.cancelled() and task.exception() is None
+
+
+def _whole(chunks: list[Chunk]) -> Chunk:
+    answer = merge(chunks)
+    if answer.finish_reason is None:
+        raise EngineFailed("the engine's answer broke off")
+    return answer
+
+
+def _note(run: Run, chunk: Chunk) -> None:
+    run.output_tokens += len(chunk.tokens)
+    run.weights, run.energy = chunk.weights, energy_of(chunk)
+    if chunk.prompt_tokens is not None:
+        run.prompt_tokens = chunk.prompt_tokens
+
+
+def _evidence(answer: Answer) -> Evidence | None:
+    """Return how the engine finds the weights; None where the plan has them."""
+    if answer.weighting not in ("perplexity", "evidence"):
+        return None
+    return Evidence(
+        temperature=answer.temperature or 1.0,
+        per_token=answer.weighting == "perplexity",
+        update=answer.update,
+    )

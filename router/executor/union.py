@@ -18,18 +18,15 @@ import math
 import random
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from models.engines.base import Chunk, FinishReason, GenerationRequest, SamplingOptions, Token
 from models.engines.text import TextStream
 from models.errors import RequestError
+from models.tokenizer import Tokenizer
 from policies.plan import Answer
+from router.engines.base import EngineClient
 from router.executor.task import Task
 from router.executor.trace import Run
-
-if TYPE_CHECKING:
-    from models.tokenizer import Tokenizer
-    from router.executor.executor import Executor
 
 TOP = 10
 """How many strings each member puts into the union."""
@@ -53,34 +50,40 @@ class Opinion:
         return self.named.get(text, self.named.get(first_token, self.rest))
 
 
-async def run_union(
-    executor: Executor, answer: Answer, task: Task, run: Run
+async def unite(
+    answer: Answer,
+    task: Task,
+    run: Run,
+    *,
+    clients: Sequence[EngineClient],
+    tokenizers: Sequence[Tokenizer],
+    max_tokens: int,
+    context_tokens: int | None,
 ) -> AsyncGenerator[Chunk, None]:
     """Yield the answer of members that run on different engines, a string at a time.
 
-    Raises `RequestError` for options that need one vocabulary, and what engines raise.
+    `clients` and `tokenizers` are the members', in their order. Raises `RequestError` for options
+    that need one vocabulary, and what engines raise.
     """
     _check(task.sampling)
     if task.prompt.tools is not None:
         raise RequestError(
             "tools are not supported where members with different tokenizers are fused", "tools"
         )
-    tokenizers = [executor.catalog.tokenizer_of(Answer(members=(m,))) for m in answer.members]
     prompts = [await task.prompt.tokens(tokenizer) for tokenizer in tokenizers]
     run.prompt_tokens = max(map(len, prompts))
     relative = answer.weights or (1.0,) * len(answer.members)
     run.weights = tuple(weight / sum(relative) for weight in relative)
     rng = random.Random(task.sampling.seed)
     stream = TextStream(task.sampling.stop)
-    text = ""
-    max_tokens = task.max_tokens or executor.limits.default_max_tokens
-    context_tokens = executor.catalog.context_tokens(answer) or math.inf
+    text, request_id = "", f"{task.request_id}:{run.path}"
+    longest = context_tokens or math.inf
     for step in range(max_tokens):
         reads = [
             (*prompt, *continuation(tokenizer, text))
             for prompt, tokenizer in zip(prompts, tokenizers, strict=True)
         ]
-        if step and max(map(len, reads)) >= context_tokens:
+        if step and max(map(len, reads)) >= longest:
             # A string of one tokenizer may be many tokens of another, so this is known only now.
             yield Chunk(
                 text=stream.finish(), tokens=(), finish_reason="length", weights=run.weights
@@ -88,8 +91,10 @@ async def run_union(
             return
         opinions = await asyncio.gather(
             *(
-                _ask(executor, name, tokens, f"{task.request_id}:{run.path}:{step}-{name}")
-                for name, tokens in zip(answer.members, reads, strict=True)
+                _ask(client, tokenizer, name, tokens, f"{request_id}:{step}-{name}")
+                for client, tokenizer, name, tokens in zip(
+                    clients, tokenizers, answer.members, reads, strict=True
+                )
             )
         )
         fused = fuse_strings(opinions, tokenizers, run.weights, product=answer.rule == "product")
@@ -148,10 +153,15 @@ def first_string(tokenizer: Tokenizer, text: str) -> str:
     return tokenizer.decode(ids[:1]) if ids else END
 
 
-async def _ask(executor: Executor, name: str, tokens: tuple[int, ...], request_id: str) -> Opinion:
+async def _ask(
+    client: EngineClient,
+    tokenizer: Tokenizer,
+    name: str,
+    tokens: tuple[int, ...],
+    request_id: str,
+) -> Opinion:
     """Return what a member thinks comes after `tokens`."""
-    one = Answer(members=(name,))
-    chunk = await executor.engines[executor.catalog.engine_of(one)].complete(
+    chunk = await client.complete(
         GenerationRequest(
             request_id=request_id,
             prompt_tokens=tokens,
@@ -169,7 +179,7 @@ async def _ask(executor: Executor, name: str, tokens: tuple[int, ...], request_i
         # The likelier one counts where two tokens look the same, as special ones do.
         named.setdefault(text, other.logprob)
     left = 1 - math.fsum(math.exp(other.logprob) for other in alternatives)
-    unnamed = executor.catalog.tokenizer_of(one).vocab_size - len(alternatives)
+    unnamed = tokenizer.vocab_size - len(alternatives)
     return Opinion(named=named, rest=math.log(max(left, 1e-12) / max(unnamed, 1)))
 
 

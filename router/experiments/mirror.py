@@ -17,10 +17,10 @@ from policies.footprint import estimate
 from router.catalog import Catalog
 from router.config import ServingLimits
 from router.digest import answer_digest
+from router.engines.base import merge
 from router.exchange import Choice, Exchange
 from router.executor.executor import Executor
-from router.executor.scorers import attempt
-from router.executor.task import merge
+from router.executor.judging import attempt
 from router.ledger.writer import Ledger
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from models.engines.base import SamplingOptions
 from policies.limits import Limits
-from router.executor.prompt import Prompt
+from router.executor.task import Prompt
 
 
 class Extension(BaseModel):

@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from models.chat_template import Message
 from models.engines.base import Chunk
 from router.errors import bad_request
-from router.executor.prompt import Prompt
+from router.executor.task import Prompt
 from router.openai_api.ask import Ask, Extension
 from router.openai_api.endpoint import Head
 from router.openai_api.fields import SharedFields, read_body, read_schema

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field
 from models.engines.base import Chunk
 from models.tokenizer import Tokenizer
 from router.errors import bad_request
-from router.executor.prompt import Prompt
+from router.executor.task import Prompt
 from router.openai_api.ask import Ask, Extension
 from router.openai_api.endpoint import Head
 from router.openai_api.fields import MAX_CHOICES, SharedFields, read_body

@@ -18,10 +18,10 @@ from policies.cascade.base import Attempt
 from policies.plan import Plan, from_json
 from router.catalog import Catalog
 from router.config import ServingLimits
+from router.engines.base import merge
 from router.engines.worker import EngineWorker
 from router.executor.executor import Executor
-from router.executor.prompt import Prompt
-from router.executor.task import Task, merge
+from router.executor.task import Prompt, Task
 from router.executor.trace import Trace
 
 SURE, UNSURE = math.log(0.9), math.log(0.2)

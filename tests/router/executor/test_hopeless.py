@@ -20,10 +20,10 @@ from policies.errors import PolicyError
 from policies.plan import from_json
 from router.catalog import Catalog
 from router.config import ServingLimits
+from router.engines.base import merge
 from router.engines.worker import EngineWorker
 from router.executor.executor import Executor
-from router.executor.prompt import Prompt
-from router.executor.task import Task, merge
+from router.executor.task import Prompt, Task
 from router.executor.trace import Trace
 
 CASCADE = {"cascade": {"stages": ["a", "b"], "thresholds": [0.5]}}

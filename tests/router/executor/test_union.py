@@ -24,8 +24,7 @@ from router.catalog import Catalog
 from router.config import ServingLimits
 from router.engines.worker import EngineWorker
 from router.executor.executor import Executor
-from router.executor.prompt import Prompt
-from router.executor.task import Task
+from router.executor.task import Prompt, Task
 from router.executor.trace import Trace
 from router.executor.union import Opinion, fuse_strings
 from tests.models.engines.stacked.tiny import load_reference, save_checkpoint

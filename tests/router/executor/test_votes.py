@@ -5,7 +5,7 @@ from hypothesis import given, seed
 from hypothesis import strategies as st
 
 from policies.cascade.base import normalise
-from router.executor.votes import decided, majority
+from router.executor.judging import decided, majority
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from policies.base import Query
 from router.catalog import Catalog
 from router.config import load_args
 from router.exchange import Exchange
-from router.executor.prompt import Prompt
+from router.executor.task import Prompt
 from router.experiments import store
 from router.experiments.definitions import read_definitions
 from router.experiments.experiments import Experiments
