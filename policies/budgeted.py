@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from policies.base import Decision, ModelFacts, Policy, Query
+from pydantic import Field
+
+from policies.base import Decision, Policy, Query
 from policies.budget.controller import Controller
-from policies.budget.targets import Target
-from policies.building import BuildContext
+from policies.budget.targets import Per, Resource, Target
+from policies.building import BuildContext, PolicyKind
 from policies.carbon.live import LiveModels
 from policies.errors import PolicyError
 from policies.footprint import Footprint
 from policies.laws.ensemble import EnsembleLaw
 from policies.laws.file import read_laws
 from policies.limits import Limits
-from policies.plan import Answer, Plan
+from policies.plan import Answer, Name, Plan
+from policies.validation import Settings
 
 LAWS_FILE = "laws.json"
 
@@ -53,102 +56,70 @@ class Budgeted(Policy):
         self.controller.observe(query, decision, cost)
 
 
-def build_budgeted(
-    body: Mapping[str, Any],
-    context: BuildContext,
-    *,
-    clock: Callable[[], float] = time.time,
-) -> Budgeted:
-    """Build from a specification's keys.
+class TargetSettings(Settings):
+    """One target: `amount` of a resource per hour, or per 1,000 requests."""
 
-    `policy` (required) is the wrapped policy's specification; `targets` a list of
-    {resource: usd|wh|gco2e, amount, per: hour|1000_requests}; `window_hours` what a target is
-    averaged over (24); `quality_floor`, `max_latency_s`, `max_usd`, `max_wh`, `max_gco2e` hold for
-    every request; `fuse` lists groups of models that may be fused; `laws` names the file with the
-    pool's ensemble law (default: laws.json, if there is one); `expected_output_tokens` (128) is
-    the first guess of an answer's length. Raises `PolicyError`.
-    """
-    inner = body["policy"]
-    if not isinstance(inner, Mapping):
-        raise PolicyError(f"budgeted.policy: {inner!r} is not a policy's specification")
-    models = context.models
-    groups = _groups(body.get("fuse", []), models)
-    policy = context.nested(inner)
-    controller = Controller(
-        models=models,
-        clock=clock,
-        targets=_targets(body.get("targets", [])),
-        law=_law(body.get("laws"), context.folder),
-        groups=groups,
-        limits=Limits(
-            max_usd=_number(body, "max_usd"),
-            max_wh=_number(body, "max_wh"),
-            max_gco2e=_number(body, "max_gco2e"),
-            max_latency_s=_number(body, "max_latency_s"),
-            quality_floor=_number(body, "quality_floor", most=1.0),
-        ),
-        expected_output_tokens=round(_number(body, "expected_output_tokens") or 128),
-        window_s=(_number(body, "window_hours") or 24) * 3600,
-        announced=models.announced_gco2e_per_kwh if isinstance(models, LiveModels) else None,
+    resource: Resource
+    amount: float = Field(gt=0)
+    per: Per = "hour"
+
+
+class BudgetedSettings(Settings):
+    """The keys of `kind: budgeted`."""
+
+    policy: Mapping[str, Any] = Field(description="The specification of the wrapped policy.")
+    targets: tuple[TargetSettings, ...] = Field((), strict=False)
+    window_hours: float = Field(24, gt=0, description="What a target is averaged over.")
+    quality_floor: float | None = Field(None, gt=0, le=1)
+    max_latency_s: float | None = Field(None, gt=0)
+    max_usd: float | None = Field(None, gt=0)
+    max_wh: float | None = Field(None, gt=0)
+    max_gco2e: float | None = Field(None, gt=0)
+    fuse: tuple[Annotated[tuple[Name, ...], Field(strict=False, min_length=1)], ...] = Field(
+        (), strict=False, description="Groups of models that may be fused."
     )
-    context.controllers.append(controller)
-    return Budgeted(policy=policy, controller=controller, groups=groups)
+    laws: str | None = Field(
+        None, description="The pool's ensemble law; default: laws.json, if there is one."
+    )
+    expected_output_tokens: int = Field(
+        128, ge=1, description="The first guess of an answer's length."
+    )
 
 
-OPTIONAL_KEYS = (
-    "targets",
-    "window_hours",
-    "quality_floor",
-    "max_latency_s",
-    "max_usd",
-    "max_wh",
-    "max_gco2e",
-    "fuse",
-    "laws",
-    "expected_output_tokens",
-)
-
-
-def _targets(data: object) -> tuple[Target, ...]:
-    if not isinstance(data, list):
-        raise PolicyError(f"budgeted.targets: {data!r} is not a list")
-    targets = []
-    for item in data:
-        if not isinstance(item, Mapping) or not {"resource", "amount"} <= set(item):
-            raise PolicyError(f"budgeted.targets: {item!r} needs the keys resource and amount")
-        unknown = sorted(set(item) - {"resource", "amount", "per"})
-        if unknown:
-            raise PolicyError(
-                f"budgeted.targets: the key {unknown[0]!r} is unknown; "
-                "allowed are resource, amount, per"
-            )
-        targets.append(Target(**item))
-    return tuple(targets)
-
-
-def _groups(data: object, models: Mapping[str, ModelFacts]) -> tuple[tuple[str, ...], ...]:
-    if not isinstance(data, list) or not all(isinstance(group, list) for group in data):
-        raise PolicyError(f"budgeted.fuse: {data!r} is not a list of lists of models")
-    for name in (name for group in data for name in group):
+def _build(settings: BudgetedSettings, context: BuildContext) -> Policy:
+    models = context.models
+    for name in (name for group in settings.fuse for name in group):
         if name not in models:
             raise PolicyError(
                 f"budgeted.fuse: {name!r} is unknown; the pool has {', '.join(sorted(models))}"
             )
-    return tuple(tuple(group) for group in data)
+    policy = context.nested(settings.policy)
+    controller = Controller(
+        models=models,
+        clock=time.time,
+        targets=tuple(Target(**target.model_dump()) for target in settings.targets),
+        law=_law(settings.laws, context.folder),
+        groups=settings.fuse,
+        limits=Limits(
+            max_usd=settings.max_usd,
+            max_wh=settings.max_wh,
+            max_gco2e=settings.max_gco2e,
+            max_latency_s=settings.max_latency_s,
+            quality_floor=settings.quality_floor,
+        ),
+        expected_output_tokens=settings.expected_output_tokens,
+        window_s=settings.window_hours * 3600,
+        announced=models.announced_gco2e_per_kwh if isinstance(models, LiveModels) else None,
+    )
+    context.controllers.append(controller)
+    return Budgeted(policy=policy, controller=controller, groups=settings.fuse)
 
 
-def _law(name: object, folder: Path) -> EnsembleLaw | None:
-    file = folder / (LAWS_FILE if name is None else str(name))
+def _law(name: str | None, folder: Path) -> EnsembleLaw | None:
+    file = folder / (name or LAWS_FILE)
     if name is None and not file.is_file():
         return None
     return read_laws(file).ensemble_error
 
 
-def _number(body: Mapping[str, Any], key: str, *, most: float = float("inf")) -> float | None:
-    value = body.get(key)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
-        allowed = "a number above zero" if most == float("inf") else f"a number in (0, {most:g}]"
-        raise PolicyError(f"budgeted.{key}: {value!r} is not {allowed}")
-    return float(value)
+KIND = PolicyKind(settings=BudgetedSettings, build=_build)

@@ -1,16 +1,32 @@
-"""What a policy is built from, and what it brings along for the server."""
+"""How policies are built: from settings of their own, each in a context that all share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from policies.base import ModelFacts, Policy
 from policies.budget.controller import Controller
 from policies.cascade.base import Scorer
 from policies.errors import PolicyError
+from policies.validation import Settings
+
+S = TypeVar("S", bound=Settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyKind(Generic[S]):
+    """What `kind: NAME` in a pool file stands for: the keys beside it, and what they build.
+
+    Defined beside the policy and named in `policies.registry`, or by another distribution in the
+    entry point group `shoal.policies`. `build` raises `PolicyError` for settings that do not go
+    with each other or with the pool.
+    """
+
+    settings: type[S]
+    build: Callable[[S, BuildContext], Policy]
 
 
 @dataclass(frozen=True, kw_only=True)

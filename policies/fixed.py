@@ -1,4 +1,4 @@
-"""A policy that always chooses the same plan."""
+"""Policies that always choose the same plan: a single model, a fixed fusion, a fixed cascade."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from policies.base import Decision, Policy, Query
-from policies.plan import Plan
+from policies.building import BuildContext, PolicyKind
+from policies.plan import Plan, PlanField, members
+from policies.priors import needs_prior, with_prior
+from policies.validation import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fixed(Policy):
-    """Always `plan`: a single model, a fixed fusion, or a fixed cascade."""
+    """Always `plan`, as it is."""
 
     plan: Plan
 
@@ -22,3 +25,46 @@ class Fixed(Policy):
     def plans(self) -> Iterable[Plan]:
         """Return `plan`."""
         return (self.plan,)
+
+
+class Primed(Policy):
+    """Always `plan`, its open weights filled in with what `router` predicts for the query.
+
+    A router that predicts nothing leaves them uniform.
+    """
+
+    def __init__(self, plan: Plan, *, router: Policy) -> None:
+        self._plan = plan
+        self._router = router
+
+    def decide(self, query: Query) -> Decision:
+        """Return the plan with the weights for `query`."""
+        scores = self._router.decide(query).scores
+        named = members(self._plan)
+        return Decision(
+            plan=with_prior(self._plan, scores),
+            scores={name: score for name, score in scores.items() if name in named},
+            reason="fixed plan, weights by the default policy",
+        )
+
+    def plans(self) -> Iterable[Plan]:
+        """Return the plan, its weights open."""
+        return (self._plan,)
+
+
+def always(plan: Plan, *, router: Policy | None) -> Policy:
+    """Return the policy that always takes `plan`, open weights filled in by `router`."""
+    return Primed(plan, router=router) if router and needs_prior(plan) else Fixed(plan=plan)
+
+
+class FixedSettings(Settings):
+    """`plan` is what it always chooses, as JSON (see `policies.plan`)."""
+
+    plan: PlanField
+
+
+def _build(settings: FixedSettings, context: BuildContext) -> Policy:
+    return always(settings.plan, router=context.default)
+
+
+KIND = PolicyKind(settings=FixedSettings, build=_build)

@@ -6,12 +6,16 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
+from pydantic import Field
+
 from policies.base import Decision, Policy, Query
-from policies.cascade.chain import ROUTED, LearnedCascade
+from policies.building import BuildContext, PolicyKind
+from policies.cascade.chain import ROUTED, LearnedCascade, load_cascade
 from policies.cascade.frontier import CascadePoint, within_budget
 from policies.cascade.scorer import LearnedScorer
-from policies.fused import best_members, with_prior
-from policies.plan import Answer, Cascade, Plan
+from policies.plan import Answer, Cascade, Name, Plan, Timeout
+from policies.priors import best_members, with_prior
+from policies.validation import Settings
 
 
 @dataclass(frozen=True)
@@ -132,3 +136,28 @@ class Frugal(Policy):
             threshold = 0.0 if last else point.thresholds[j]
             kept.append(_Stage(name=name, plan=self._plan(name, scores), threshold=threshold))
         return kept, skipped
+
+
+class FrugalSettings(Settings):
+    """`path` is the cascade's file, relative to the pool; the others are `Frugal`'s."""
+
+    path: str
+    scorer: Name = "cascade"
+    budget_usd_per_1000: float | None = Field(None, ge=0)
+    stage_timeout_s: Timeout | None = None
+
+
+def _build(settings: FrugalSettings, context: BuildContext) -> Policy:
+    budget = settings.budget_usd_per_1000
+    policy = Frugal(
+        load_cascade(context.folder / settings.path),
+        scorer=settings.scorer,
+        budget_usd=None if budget is None else budget / 1000,
+        stage_timeout_s=settings.stage_timeout_s,
+        models=context.models,
+    )
+    context.bring_scorer(settings.scorer, policy.scorer)
+    return policy
+
+
+KIND = PolicyKind(settings=FrugalSettings, build=_build)

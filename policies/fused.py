@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
 
 from policies.base import Decision, Policy, Query
+from policies.building import BuildContext, PolicyKind
 from policies.errors import PolicyError
-from policies.fixed import Fixed
-from policies.plan import Answer, Cascade, Plan, children, members
-
-# A member that the router expects nothing of still counts a little: evidence may know better.
-_LEAST_WEIGHT = 1e-3
+from policies.plan import Answer, Plan, from_json
+from policies.priors import best_members, needs_prior, with_prior
+from policies.validation import Settings
 
 
 class Fused(Policy):
@@ -32,8 +33,6 @@ class Fused(Policy):
     ) -> None:
         if top is not None and not 1 <= top <= len(answer.members):
             raise PolicyError(f"fused.top: {top} is not in [1, {len(answer.members)}]")
-        if not 0 <= prior_power < float("inf"):
-            raise PolicyError(f"fused.prior_power: {prior_power} is not a finite number >= 0")
         if router is None and (top is not None or needs_prior(answer)):
             raise PolicyError("fused.router is missing; top and weights by router need one")
         if top is not None and answer.weights is not None:
@@ -61,77 +60,27 @@ class Fused(Policy):
         return (self._answer,)
 
 
-class Primed(Policy):
-    """Always `plan`, its open weights filled in with what `router` predicts for the query.
-
-    A router that predicts nothing leaves them uniform.
-    """
-
-    def __init__(self, plan: Plan, *, router: Policy) -> None:
-        self._plan = plan
-        self._router = router
-
-    def decide(self, query: Query) -> Decision:
-        """Return the plan with the weights for `query`."""
-        scores = self._router.decide(query).scores
-        named = members(self._plan)
-        return Decision(
-            plan=with_prior(self._plan, scores),
-            scores={name: score for name, score in scores.items() if name in named},
-            reason="fixed plan, weights by the default policy",
-        )
-
-    def plans(self) -> Iterable[Plan]:
-        """Return the plan, its weights open."""
-        return (self._plan,)
+def _read_answer(data: object) -> Plan:
+    return from_json({"answer": data})
 
 
-def always(plan: Plan, *, router: Policy | None) -> Policy:
-    """Return the policy that always takes `plan`, open weights filled in by `router`."""
-    return Primed(plan, router=router) if router and needs_prior(plan) else Fixed(plan=plan)
+class FusedSettings(Settings):
+    """`answer` is an answer's body in JSON, `router` the specification of what predicts."""
+
+    answer: Annotated[Answer, BeforeValidator(_read_answer)]
+    router: Mapping[str, Any] | None = None
+    top: int | None = Field(None, ge=1)
+    prior_power: float = Field(1.0, ge=0, le=100)
 
 
-def best_members(answer: Answer, scores: Mapping[str, float], top: int | None) -> Answer:
-    """Return `answer` with only the `top` best-scored of its members, the best first; None: all."""
-    if top is None or top >= len(answer.members):
-        return answer
-    # A contrast's members have roles and never come with top: they take no router.
-    ranked = sorted(answer.members, key=lambda name: -scores.get(name, 0.0))
-    return replace(answer, members=tuple(ranked[:top]))
+def _build(settings: FusedSettings, context: BuildContext) -> Policy:
+    router = settings.router
+    return Fused(
+        settings.answer,
+        router=None if router is None else context.nested(router),
+        top=settings.top,
+        prior_power=settings.prior_power,
+    )
 
 
-def needs_prior(plan: Plan) -> bool:
-    """Return whether some answer's weights wait for the router."""
-    if isinstance(plan, Answer):
-        return plan.weighting in ("router", "evidence") and plan.weights is None
-    return any(needs_prior(child) for child in children(plan))
-
-
-def with_prior(plan: Plan, scores: Mapping[str, float], *, power: float = 1.0) -> Plan:
-    """Return `plan` with the router's `scores` as weights, wherever some wait for it.
-
-    Weights are score^power, normalised; a member without a score gets the mean of the others.
-    Without any scores they stay uniform.
-    """
-    if isinstance(plan, Answer):
-        known = [scores[name] for name in plan.members if name in scores]
-        if not needs_prior(plan) or not known:
-            return plan
-        mean = sum(known) / len(known)
-        raw = [max(scores.get(name, mean), _LEAST_WEIGHT) ** power for name in plan.members]
-        return replace(plan, weights=tuple(weight / sum(raw) for weight in raw))
-    inner = tuple(with_prior(child, scores, power=power) for child in children(plan))
-    if isinstance(plan, Cascade):
-        return replace(plan, stages=inner)
-    return replace(plan, candidates=inner)
-
-
-def without_prior(plan: Plan) -> Plan:
-    """Return `plan` as it was before `with_prior`: scorers know stages by that."""
-    if isinstance(plan, Answer):
-        waits = plan.weighting in ("router", "evidence")
-        return replace(plan, weights=None) if waits and plan.weights is not None else plan
-    inner = tuple(without_prior(child) for child in children(plan))
-    if isinstance(plan, Cascade):
-        return replace(plan, stages=inner)
-    return replace(plan, candidates=inner)
+KIND = PolicyKind(settings=FusedSettings, build=_build)

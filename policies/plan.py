@@ -7,25 +7,47 @@ Three combinators cover the ensemble literature (Lu et al. 2024, "Merge, Ensembl
 - `Cascade`: try stages in order, stop at the first answer that is good enough (after inference);
 - `Best`: run candidates side by side and select one (after inference).
 
-They nest freely, are frozen, and read from and write to JSON. This module knows nothing of how
-plans run.
+They nest freely, are frozen, and read from and write to JSON; a plan that exists makes sense, and
+all of its numbers are finite and bounded. This module knows nothing of how plans run.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from dataclasses import fields
+from typing import Annotated, Any, Literal, Self, TypeAlias
+
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass, rebuild_dataclass
 
 from policies.errors import PlanError
+from policies.validation import Settings, first_problem, short
 
 FusionRule: TypeAlias = Literal["mixture", "product", "gated", "contrastive"]
 Weighting: TypeAlias = Literal["static", "router", "perplexity", "evidence"]
 Selection: TypeAlias = Literal["majority", "confidence", "scorer", "ranker"]
 
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+# JSON has lists where plans have tuples.
+_LIST = Field(strict=False)
 
-@dataclass(frozen=True, kw_only=True)
+Name: TypeAlias = Annotated[str, Field(min_length=1, max_length=256)]
+Probability: TypeAlias = Annotated[float, Field(ge=0, le=1)]
+Weight: TypeAlias = Annotated[float, Field(ge=0, le=1e6)]
+# exp(log-likelihood / T) stays a number in the engines' 32 bits, and T > 1e6 is no evidence at all.
+Temperature: TypeAlias = Annotated[float, Field(ge=1e-3, le=1e6)]
+Timeout: TypeAlias = Annotated[float, Field(ge=1e-3, le=86_400)]
+
+_LEAST_LARGEST_WEIGHT = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Answer:
     """Generate with one member, or fuse several at every token.
 
@@ -48,32 +70,31 @@ class Answer:
     `update`, the evidence goes on with every token of the answer.
     """
 
-    members: tuple[str, ...]
-    weights: tuple[float, ...] | None = None
+    members: Annotated[tuple[Name, ...], _LIST]
+    weights: Annotated[tuple[Weight, ...], _LIST] | None = None
     rule: FusionRule = "mixture"
     weighting: Weighting = "static"
-    gate: float = 0.9
-    contrast: float = 0.5
-    temperature: float | None = None
+    gate: Probability = 0.9
+    contrast: Annotated[float, Field(ge=0, le=10)] = 0.5
+    temperature: Temperature | None = None
     update: bool = False
 
-    def __post_init__(self) -> None:
-        if not self.members:
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        num_members = len(self.members)
+        if not num_members:
             raise PlanError("answer.members is empty; name at least one model")
-        if len(set(self.members)) != len(self.members):
-            raise PlanError(f"answer.members names a model twice: {list(self.members)}")
-        if self.rule not in get_args(FusionRule):
-            raise PlanError(_not_among("answer.rule", self.rule, get_args(FusionRule)))
-        if not 0 <= self.gate <= 1:
-            raise PlanError(f"answer.gate: {self.gate} is not in [0, 1]")
-        if not 0 <= self.contrast <= 10:
-            raise PlanError(f"answer.contrast: {self.contrast} is not in [0, 10]")
-        if self.temperature is not None and not 0 < self.temperature < math.inf:
-            raise PlanError(f"answer.temperature: {self.temperature} is not a finite number > 0")
-        if self.weights is not None:
-            _check_relative("answer.weights", self.weights, len(self.members))
-        if self.weighting not in get_args(Weighting):
-            raise PlanError(_not_among("answer.weighting", self.weighting, get_args(Weighting)))
+        if len(set(self.members)) != num_members:
+            raise PlanError(f"answer.members names a model twice: {short(list(self.members))}")
+        if self.weights is not None and len(self.weights) != num_members:
+            raise PlanError(
+                f"answer.weights has {len(self.weights)} entries for {num_members} members"
+            )
+        if self.weights is not None and max(self.weights) < _LEAST_LARGEST_WEIGHT:
+            raise PlanError(
+                f"answer.weights {short(list(self.weights))}: the largest of them must be at "
+                f"least {_LEAST_LARGEST_WEIGHT:g}, not all of them zero"
+            )
         if self.weighting not in ("perplexity", "evidence"):
             for name, given in (
                 ("temperature", self.temperature is not None),
@@ -84,58 +105,46 @@ class Answer:
                         f"answer.{name} means nothing without weights 'perplexity' or 'evidence'"
                     )
         if self.rule == "contrastive":
-            self._check_contrastive()
-
-    def _check_contrastive(self) -> None:
-        if len(self.members) not in (2, 3):
-            raise PlanError(
-                "answer.rule 'contrastive' needs two members (expert, anti-expert) or three "
-                f"(base, expert, anti-expert), got {len(self.members)}"
-            )
-        if self.weights is not None or self.weighting != "static":
-            raise PlanError("answer.weights: the rule 'contrastive' takes none; see contrast")
+            if num_members not in (2, 3):
+                raise PlanError(
+                    "answer.rule 'contrastive' needs two members (expert, anti-expert) or three "
+                    f"(base, expert, anti-expert), got {num_members}"
+                )
+            if self.weights is not None or self.weighting != "static":
+                raise PlanError("answer.weights: the rule 'contrastive' takes none; see contrast")
+        return self
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Cascade:
     """Run `stages` in order; stop when the answer's P(correct) reaches that stage's threshold.
 
-    `thresholds` has one entry per stage but the last, each in [0, 1]; the last stage's answer is
-    always accepted. `scorer` names the model of P(correct | query, answer); "confidence" is the
-    geometric mean of the answer's token probabilities, which needs no training
-    (FrugalGPT, Chen et al. 2023, section 3). A stage that takes longer than its entry in
-    `timeouts_s` (one per stage but the last; None: the server's limit) gives way to the next.
+    `thresholds` has one entry per stage but the last; the last stage's answer is always accepted.
+    `scorer` names the model of P(correct | query, answer); "confidence" is the geometric mean of
+    the answer's token probabilities, which needs no training (FrugalGPT, Chen et al. 2023, section
+    3). A stage that takes longer than its entry in `timeouts_s` (one per stage but the last; None:
+    the server's limit) gives way to the next.
     """
 
-    stages: tuple[Plan, ...]
-    thresholds: tuple[float, ...]
-    scorer: str = "confidence"
-    timeouts_s: tuple[float | None, ...] | None = None
+    stages: Annotated[tuple[Plan, ...], _LIST]
+    thresholds: Annotated[tuple[Probability, ...], _LIST] = ()
+    scorer: Name = "confidence"
+    timeouts_s: Annotated[tuple[Timeout | None, ...], _LIST] | None = None
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
         if not self.stages:
             raise PlanError("cascade.stages is empty; name at least one plan")
-        if len(self.thresholds) != len(self.stages) - 1:
-            raise PlanError(
-                f"cascade.thresholds has {len(self.thresholds)} entries; "
-                f"{len(self.stages)} stages need {len(self.stages) - 1} (all but the last)"
-            )
-        for threshold in self.thresholds:
-            if not 0 <= threshold <= 1:
-                raise PlanError(f"cascade.thresholds: {threshold} is not in [0, 1]")
-        if self.timeouts_s is None:
-            return
-        if len(self.timeouts_s) != len(self.stages) - 1:
-            raise PlanError(
-                f"cascade.timeouts_s has {len(self.timeouts_s)} entries; {len(self.stages)} stages "
-                f"need {len(self.stages) - 1} (all but the last, which has the rest of the time)"
-            )
-        for timeout_s in self.timeouts_s:
-            if timeout_s is not None and not 0 < timeout_s < math.inf:
-                raise PlanError(f"cascade.timeouts_s: {timeout_s} is not a finite number > 0")
+        for name, entries in (("thresholds", self.thresholds), ("timeouts_s", self.timeouts_s)):
+            if entries is not None and len(entries) != len(self.stages) - 1:
+                raise PlanError(
+                    f"cascade.{name} has {len(entries)} entries; {len(self.stages)} stages need "
+                    f"{len(self.stages) - 1} (all but the last)"
+                )
+        return self
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Best:
     """Run `candidates` side by side and select one answer.
 
@@ -145,18 +154,15 @@ class Best:
     wins most of its pairs, as `scorer` compares them (LLM-Blender, Jiang et al. 2023).
     """
 
-    candidates: tuple[Plan, ...]
+    candidates: Annotated[tuple[Plan, ...], _LIST]
     select: Selection = "majority"
-    scorer: str = "confidence"
+    scorer: Name = "confidence"
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
         if not self.candidates:
             raise PlanError("best.candidates is empty; name at least one plan")
-        if self.select not in get_args(Selection):
-            raise PlanError(_not_among("best.select", self.select, get_args(Selection)))
-
-
-Plan: TypeAlias = Answer | Cascade | Best
+        return self
 
 
 def children(plan: Plan) -> tuple[Plan, ...]:
@@ -179,6 +185,81 @@ def answers(plan: Plan) -> Iterator[Answer]:
 def members(plan: Plan) -> tuple[str, ...]:
     """Return the distinct members that `plan` names, in order of first mention."""
     return tuple(dict.fromkeys(name for answer in answers(plan) for name in answer.members))
+
+
+def num_lanes(plan: Plan) -> int:
+    """Return how many members generate at the same time, at most, while `plan` runs."""
+    if isinstance(plan, Answer):
+        return len(plan.members)
+    together = sum if isinstance(plan, Best) else max
+    return together(num_lanes(child) for child in children(plan))
+
+
+class PlanBounds(Settings):
+    """How large a plan may be: beyond, it is refused before anything is made of it."""
+
+    depth: int = Field(8, ge=1, le=32, description="How deep plans nest.")
+    stages: int = Field(16, ge=1, description="Stages of one cascade.")
+    candidates: int = Field(64, ge=1, description="Candidates of one best.")
+    members: int = Field(64, ge=1, description="Members of one answer.")
+    lanes: int = Field(
+        1024, ge=1, description="Members named in all, and generating at once for all choices."
+    )
+
+    def check(self, data: object) -> None:
+        """Raise `PlanError` if `data`, a plan's JSON, is larger; whatever it is, and however deep.
+
+        Looks at sizes alone, without recursion: what else is wrong `from_json` tells.
+        """
+        todo: list[tuple[object, int]] = [(data, 1)]
+        num_members = 0
+        while todo:
+            node, depth = todo.pop()
+            if depth > self.depth:
+                raise PlanError(f"plan: it nests deeper than the {self.depth} allowed")
+            bodies = list(node.values()) if isinstance(node, Mapping) else []
+            num_members += isinstance(node, str)
+            for body in bodies:
+                for key, most in self._most_by_key(body):
+                    entries = body[key]
+                    if len(entries) > most:
+                        raise PlanError(
+                            f"plan: {key} has {len(entries)} entries; at most {most} are allowed"
+                        )
+                    if key in ("stages", "candidates"):
+                        todo += [(entry, depth + 1) for entry in entries]
+                    elif key == "members":
+                        num_members += len(entries)
+            if num_members > self.lanes:
+                raise PlanError(f"plan: it names more than the {self.lanes} members allowed in all")
+
+    def _most_by_key(self, body: object) -> Iterator[tuple[str, int]]:
+        """Yield the lists that `body` has, and how long each may be."""
+        if isinstance(body, Mapping):
+            for key, most in (
+                ("members", self.members),
+                ("weights", self.members),
+                ("stages", self.stages),
+                ("thresholds", self.stages),
+                ("timeouts_s", self.stages),
+                ("candidates", self.candidates),
+            ):
+                if isinstance(body.get(key), list | tuple):
+                    yield key, most
+
+
+# Whoever writes a pool file may need more than strangers get.
+_WIDEST = PlanBounds(depth=32, stages=1024, candidates=1024, members=1024, lanes=65_536)
+
+
+def from_json(data: object, bounds: PlanBounds = _WIDEST) -> Plan:
+    """Read a plan from JSON data, the inverse of `to_json`.
+
+    A bare string is short for an `Answer` of that one member. Raises `PlanError` that names the
+    key, the value and what is allowed; also for a plan larger than `bounds`.
+    """
+    bounds.check(data)
+    return _read(data)
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
@@ -209,91 +290,45 @@ def to_json(plan: Plan) -> dict[str, Any]:
     return {"best": best}
 
 
-def from_json(data: object) -> Plan:
-    """Read a plan from JSON data, the inverse of `to_json`.
-
-    A bare string is short for an `Answer` of that one member. Raises `PlanError` that names the
-    key, the value and what is allowed.
-    """
+def _read(data: object) -> Plan:
+    if isinstance(data, Answer | Cascade | Best):
+        return data
     if isinstance(data, str):
-        return Answer(members=(data,))
+        data = {"answer": {"members": [data]}}
     if not isinstance(data, Mapping) or len(data) != 1:
         raise PlanError(
-            f"plan: {data!r} is not a model's name or an object with one of the keys "
-            "answer, cascade, best"
+            f"plan: {short(data)} is not a model's name or an object with one of the keys "
+            f"{', '.join(_KINDS)}"
         )
     [(kind, body)] = data.items()
-    if kind not in _READERS:
-        raise PlanError(_not_among("plan", kind, tuple(_READERS)))
+    if kind not in _KINDS:
+        raise PlanError(f"plan {short(kind)} is unknown; allowed are {', '.join(_KINDS)}")
     if not isinstance(body, Mapping):
-        raise PlanError(f"plan.{kind}: {body!r} is not an object")
-    reader, allowed = _READERS[kind]
-    for key in body:
-        if key not in allowed:
-            raise PlanError(_not_among(f"plan.{kind}: key", key, allowed))
-    if allowed[0] not in body:
-        raise PlanError(f"plan.{kind}: the key {allowed[0]!r} is missing")
-    plan: Plan = reader(body)
+        raise PlanError(f"plan.{kind}: {short(body)} is not an object")
+    if kind == "answer":
+        body = _with_named_weights(body)
+    try:
+        plan: Plan = _KINDS[kind](**{str(key): value for key, value in body.items()})
+    except ValidationError as error:
+        keys = [field.name for field in fields(_KINDS[kind])]
+        raise PlanError(first_problem(error, where=kind, keys=keys)) from None
     return plan
 
 
-def _read_answer(body: Mapping[str, Any]) -> Answer:
-    members_ = _list(body, "members", "answer")
-    if not all(isinstance(name, str) for name in members_):
-        raise PlanError(f"answer.members: {members_!r} is not a list of names")
+def _with_named_weights(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return `body` with a weighting in place of its name: {"weights": "evidence"} is short."""
     given = body.get("weights")
-    weighting = body.get("weighting", _DEFAULTS.weighting)
-    weights: tuple[float, ...] | None = None
-    if isinstance(given, str):
-        # Short for weights that are found: {"weights": "evidence"}.
-        if "weighting" in body:
-            raise PlanError(f"answer.weights: {given!r} and weighting say the same; give one")
-        if given not in _NAMED_WEIGHTS:
-            raise PlanError(_not_among("answer.weights", given, tuple(_NAMED_WEIGHTS)))
-        weighting = _NAMED_WEIGHTS[given]
-    elif given is not None:
-        weights = _numbers(body, "weights", "answer")
-    temperature, update = body.get("temperature"), body.get("update", False)
-    if not isinstance(update, bool):
-        raise PlanError(f"answer.update: {update!r} is not true or false")
-    return Answer(
-        members=tuple(members_),
-        weights=weights,
-        rule=body.get("rule", _DEFAULTS.rule),
-        weighting=weighting,
-        gate=_number(body.get("gate", _DEFAULTS.gate), "answer.gate"),
-        contrast=_number(body.get("contrast", _DEFAULTS.contrast), "answer.contrast"),
-        temperature=None if temperature is None else _number(temperature, "answer.temperature"),
-        update=update,
-    )
+    if not isinstance(given, str):
+        return body
+    if "weighting" in body:
+        raise PlanError(f"answer.weights: {short(given)} and weighting say the same; give one")
+    if given not in _NAMED_WEIGHTS:
+        raise PlanError(
+            f"answer.weights {short(given)} is unknown; allowed are {', '.join(_NAMED_WEIGHTS)}"
+        )
+    return {**body, "weights": None, "weighting": _NAMED_WEIGHTS[given]}
 
 
-def _read_cascade(body: Mapping[str, Any]) -> Cascade:
-    return Cascade(
-        stages=tuple(from_json(stage) for stage in _list(body, "stages", "cascade")),
-        thresholds=_numbers(body, "thresholds", "cascade"),
-        scorer=_scorer(body, "cascade"),
-        timeouts_s=_timeouts_s(body),
-    )
-
-
-def _read_best(body: Mapping[str, Any]) -> Best:
-    return Best(
-        candidates=tuple(from_json(item) for item in _list(body, "candidates", "best")),
-        select=body.get("select", "majority"),
-        scorer=_scorer(body, "best"),
-    )
-
-
-_READERS: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "answer": (
-        _read_answer,
-        ("members", "weights", "rule", "weighting", "gate", "contrast", "temperature", "update"),
-    ),
-    "cascade": (_read_cascade, ("stages", "thresholds", "scorer", "timeouts_s")),
-    "best": (_read_best, ("candidates", "select", "scorer")),
-}
-_DEFAULTS = Answer(members=("any",))
 _NAMED_WEIGHTS: dict[str, Weighting] = {
     "uniform": "static",
     "router": "router",
@@ -301,48 +336,14 @@ _NAMED_WEIGHTS: dict[str, Weighting] = {
     "evidence": "evidence",
 }
 
+_KINDS: dict[str, type[Any]] = {"answer": Answer, "cascade": Cascade, "best": Best}
 
-def _list(body: Mapping[str, Any], key: str, owner: str) -> list[Any]:
-    value = body.get(key, [])
-    if not isinstance(value, list | tuple):
-        raise PlanError(f"{owner}.{key}: {value!r} is not a list")
-    return list(value)
+Plan: TypeAlias = Annotated[Answer | Cascade | Best, BeforeValidator(_read)]
 
+rebuild_dataclass(Cascade, force=True)
+rebuild_dataclass(Best, force=True)
 
-def _numbers(body: Mapping[str, Any], key: str, owner: str) -> tuple[float, ...]:
-    return tuple(_number(value, f"{owner}.{key}") for value in _list(body, key, owner))
+PlanField: TypeAlias = Annotated[Plan, BeforeValidator(from_json)]
+"""A plan among other settings, as JSON."""
 
-
-def _timeouts_s(body: Mapping[str, Any]) -> tuple[float | None, ...] | None:
-    if body.get("timeouts_s") is None:
-        return None
-    return tuple(
-        None if value is None else _number(value, "cascade.timeouts_s")
-        for value in _list(body, "timeouts_s", "cascade")
-    )
-
-
-def _number(value: object, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise PlanError(f"{where}: {value!r} is not a number")
-    return float(value)
-
-
-def _scorer(body: Mapping[str, Any], owner: str) -> str:
-    scorer = body.get("scorer", "confidence")
-    if not isinstance(scorer, str):
-        raise PlanError(f"{owner}.scorer: {scorer!r} is not a name")
-    return scorer
-
-
-def _check_relative(what: str, weights: tuple[float, ...], num_members: int) -> None:
-    if len(weights) != num_members:
-        raise PlanError(f"{what} has {len(weights)} entries for {num_members} members")
-    if any(not math.isfinite(w) or w < 0 for w in weights) or sum(weights) <= 0:
-        raise PlanError(
-            f"{what} {list(weights)}: allowed are finite numbers >= 0, not all of them zero"
-        )
-
-
-def _not_among(what: str, value: object, allowed: tuple[str, ...]) -> str:
-    return f"{what} {value!r} is unknown; allowed are {', '.join(allowed)}"
+_DEFAULTS = Answer(members=("any",))

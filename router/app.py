@@ -10,7 +10,7 @@ from models.engines.registry import engine_traits
 from models.errors import PoolError
 from models.pool import load_pool
 from models.spec import DeploymentSpec
-from router.catalog import Catalog
+from router.catalog.catalog import load_catalog
 from router.compose import check_experiments
 from router.config import AppArgs
 from router.deployments import EngineReplica, Ingress
@@ -29,7 +29,7 @@ def build(args: AppArgs) -> Application:
     args = args.model_copy(update={"pool": args.pool.resolve()})
     pool = load_pool(args.pool)
     # Find mistakes here, not in a replica.
-    check_experiments(args, pool, Catalog(pool, policies=args.policies, carbon=args.carbon))
+    check_experiments(args, pool, load_catalog(pool, policies=args.policies, carbon=args.carbon))
     engines = {}
     for spec in pool.engines:
         models = pool.models_of(spec.name)

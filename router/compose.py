@@ -14,7 +14,7 @@ from policies.carbon.grid import CachedGrid
 from policies.experiments.shadow import Shadow, ShadowMeter
 from router.budget_sync import BudgetSync, Pricing
 from router.caps.budgets import Budgets
-from router.catalog import Catalog
+from router.catalog.catalog import Catalog
 from router.config import AppArgs
 from router.engines.base import EngineClient
 from router.experiments.definitions import read_definitions
@@ -105,7 +105,9 @@ def compose(
 def _controllers(catalog: Catalog) -> dict[str, Controller]:
     """Return what holds the targets of policies, by the policies' names."""
     return {
-        name: controller for name, controller in catalog.controllers.items() if controller.targets
+        name: controller
+        for name, controller in catalog.policies.controllers.items()
+        if controller.targets
     }
 
 
@@ -140,8 +142,8 @@ def _background(
 ) -> list[Background]:
     """Return what keeps the grid's intensity and the budgets' spending current."""
     background: list[Background] = []
-    if args.carbon.feed is not None and isinstance(catalog.grid, CachedGrid):
-        background.append(GridFeed(args.carbon.feed, catalog.grid))
+    if args.carbon.feed is not None and isinstance(catalog.prices.grid, CachedGrid):
+        background.append(GridFeed(args.carbon.feed, catalog.prices.grid))
     if controllers:
         background.append(Pricing(list(controllers.values())))
         background.append(BudgetSync(controllers, database))

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from models.pool import DEFAULT_POOL
 from models.spec import DeploymentSpec, Name
 from policies.carbon.settings import CarbonSettings
+from policies.plan import PlanBounds
 from policies.validation import explain
 from router.caps.config import BudgetsConfig
 from router.dashboard.config import DashboardConfig
@@ -34,13 +35,15 @@ class ServingLimits(_Strict):
     `default_max_tokens` is the most an answer takes where the client names no limit (never more
     than the context has room for). `request_timeout_s` ends a request, and is the most a client
     may ask for; `stage_timeout_s` ends a stage of a cascade, the last one excepted, so that the
-    next one can run.
+    next one can run. `plans` bounds how large a plan a client may send, and how many lanes any
+    plan may take.
     """
 
     max_body_bytes: int = Field(4 * 2**20, gt=0)
     default_max_tokens: int = Field(1024, gt=0)
     request_timeout_s: float = Field(600, gt=0)
     stage_timeout_s: float = Field(60, gt=0)
+    plans: PlanBounds = Field(default_factory=PlanBounds)
 
 
 class AppArgs(_Strict):

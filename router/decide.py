@@ -8,8 +8,8 @@ from policies.base import Decision, Query
 from policies.errors import PlanError, PolicyError
 from policies.footprint import estimate
 from policies.limits import NO_LIMITS
-from policies.plan import Plan, from_json
-from router.catalog import Catalog, Target
+from policies.plan import Plan, PlanBounds, from_json, num_lanes
+from router.catalog.catalog import Catalog, Target
 from router.config import ServingLimits
 from router.errors import ApiError, bad_request
 from router.exchange import Choice, Exchange
@@ -30,12 +30,13 @@ async def decide(
     An experiment may choose the policy, unless the body names one or a plan. Raises `ApiError` for
     unknown names, plans that cannot run and ceilings that the plan exceeds.
     """
-    target = _target(catalog, ask)
+    target = _target(catalog, ask, limits.plans)
     queries = [await _query(catalog, limits, exchange, ask, prompt) for prompt in ask.prompts]
     exchange.prompt_tokens = sum(query.prompt_tokens for query in queries)
     if ask.extension.policy is None and ask.extension.plan is None:
         arm_policy = experiments.place(exchange, ask, queries[0])
-        target = (arm_policy and catalog.resolve_policy(arm_policy)) or target
+        if arm_policy is not None:
+            target = Target(policy=catalog.policies[arm_policy], policy_name=arm_policy)
     exchange.policy = target.policy_name
     decisions: list[Decision] = []
     choices: list[Choice] = []
@@ -43,7 +44,7 @@ async def decide(
         decision = target.policy.decide(query)
         unlimited = target.policy_name is not None and not decision.limited
         if unlimited and query.limits != NO_LIMITS:
-            decision = catalog.limiter.choose(query, decision)
+            decision = catalog.policies.limiter.choose(query, decision)
         _check_ceilings(catalog, decision, query)
         decisions.append(decision)
         for _ in range(ask.n):
@@ -53,14 +54,15 @@ async def decide(
             choices.append(Choice(plan=decision.plan, task=task))
     exchange.decisions = tuple(decisions)
     exchange.choices = tuple(choices)
+    _check_lanes(exchange, limits.plans.lanes)
 
 
 async def _query(
     catalog: Catalog, limits: ServingLimits, exchange: Exchange, ask: Ask, prompt: Prompt
 ) -> Query:
     return Query(
-        text=prompt.query(catalog.tokenizer),
-        prompt_tokens=len(await prompt.tokens(catalog.tokenizer)),
+        text=prompt.query(catalog.members.tokenizer),
+        prompt_tokens=len(await prompt.tokens(catalog.members.tokenizer)),
         max_tokens=ask.max_tokens or limits.default_max_tokens,
         user=exchange.user,
         session=exchange.session,
@@ -70,8 +72,8 @@ async def _query(
     )
 
 
-def _target(catalog: Catalog, ask: Ask) -> Target:
-    named = catalog.resolve(ask.model)
+def _target(catalog: Catalog, ask: Ask, bounds: PlanBounds) -> Target:
+    named = catalog.targets.get(ask.model)
     if named is None:
         raise ApiError(
             404,
@@ -83,26 +85,37 @@ def _target(catalog: Catalog, ask: Ask) -> Target:
     if extension.plan is not None and extension.policy is not None:
         raise bad_request("give a plan or a policy, not both", "shoal.plan")
     if extension.policy is not None:
-        target = catalog.resolve_policy(extension.policy)
-        if target is None:
+        if extension.policy not in catalog.policies:
             raise bad_request(
                 f"shoal.policy: {extension.policy!r} is unknown; "
                 f"allowed are {', '.join(catalog.policies)}",
                 "shoal.policy",
             )
-        return target
+        return Target(policy=catalog.policies[extension.policy], policy_name=extension.policy)
     if extension.plan is not None:
-        return Target(policy=catalog.fixed(_read_plan(catalog, extension.plan)), policy_name=None)
+        plan = _read_plan(catalog, extension.plan, bounds)
+        return Target(policy=catalog.policies.fixed(plan), policy_name=None)
     return named
 
 
-def _read_plan(catalog: Catalog, data: object) -> Plan:
+def _read_plan(catalog: Catalog, data: object, bounds: PlanBounds) -> Plan:
     try:
-        plan = from_json(data)
-        catalog.check(plan)
+        plan = from_json(data, bounds)
+        catalog.policies.check(plan)
     except (PlanError, PolicyError) as error:
         raise bad_request(f"shoal.plan: {error}", "shoal.plan") from None
     return plan
+
+
+def _check_lanes(exchange: Exchange, most: int) -> None:
+    """Refuse a request whose choices would hold more lanes at once than anybody may."""
+    lanes = sum(num_lanes(choice.plan) for choice in exchange.choices)
+    if lanes > most:
+        raise bad_request(
+            f"n: the request's {len(exchange.choices)} choices take {lanes} lanes together; "
+            f"at most {most} are allowed",
+            "n" if len(exchange.choices) > 1 else "shoal.plan",
+        )
 
 
 def _check_ceilings(catalog: Catalog, decision: Decision, query: Query) -> None:
@@ -110,7 +123,7 @@ def _check_ceilings(catalog: Catalog, decision: Decision, query: Query) -> None:
         return
     cost = estimate(
         decision.plan,
-        catalog.rates,
+        catalog.prices.rates,
         prompt_tokens=query.prompt_tokens,
         output_tokens=query.max_tokens,
     )

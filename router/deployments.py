@@ -14,7 +14,7 @@ from models.engines.registry import create_engine
 from models.pool import load_pool
 from models.spec import EngineSpec, Model
 from policies.carbon.settings import CarbonSettings
-from router.catalog import Catalog
+from router.catalog.catalog import load_catalog
 from router.compose import compose, open_ledger
 from router.config import AppArgs
 from router.energy.choose import lane_meter
@@ -82,7 +82,7 @@ class Ingress:
         self._service = compose(
             args,
             pool,
-            Catalog(pool, policies=args.policies, carbon=args.carbon),
+            load_catalog(pool, policies=args.policies, carbon=args.carbon),
             engines={name: HandleClient(handle) for name, handle in engines.items()},
             ledger=open_ledger(args),
             echo_request_id=False,

@@ -11,7 +11,7 @@ from policies.plan import Plan, answers
 from router.caps.amounts import Amounts
 from router.caps.budgets import Budgets
 from router.caps.store import used_amounts
-from router.catalog import Catalog
+from router.catalog.catalog import Catalog
 from router.exchange import Exchange
 from router.keys import Authenticator, Key, Scope
 from router.record import RequestRecord
@@ -67,7 +67,7 @@ def most(exchange: Exchange, catalog: Catalog) -> Amounts:
         cost = cost.then(
             estimate(
                 choice.plan,
-                catalog.rates,
+                catalog.prices.rates,
                 prompt_tokens=query.prompt_tokens,
                 output_tokens=output_tokens,
             )
@@ -77,6 +77,6 @@ def most(exchange: Exchange, catalog: Catalog) -> Amounts:
 
 def _most_output(plan: Plan, prompt_tokens: int, max_tokens: int, catalog: Catalog) -> int:
     """Return the most tokens an answer can have: `max_tokens`, or what the context leaves."""
-    contexts = [catalog.context_tokens(answer) for answer in answers(plan)]
+    contexts = [catalog.members.context_tokens(answer) for answer in answers(plan)]
     rooms = [max_tokens if size is None else size - prompt_tokens for size in contexts]
     return max(0, min(max_tokens, max(rooms)))

@@ -45,7 +45,7 @@ def create_api(
         await service.close()
 
     api = FastAPI(title="Shoal", version=version("shoal"), lifespan=lifespan)
-    for endpoint in (ChatEndpoint(), CompletionEndpoint(service.catalog.tokenizer)):
+    for endpoint in (ChatEndpoint(), CompletionEndpoint(service.catalog.members.tokenizer)):
         _add_endpoint(api, service, endpoint)
 
     def identify(scope: Scope) -> Identify:
@@ -83,7 +83,7 @@ def create_api(
     async def model(request: Request, name: str) -> JSONResponse:
         """Describe one of them."""
         await identify("user")(request)
-        if service.catalog.resolve(name) is None:
+        if name not in service.catalog.targets:
             return _error(
                 ApiError(
                     404,

@@ -12,7 +12,7 @@ import uvicorn
 
 from models.engines.registry import create_engine
 from models.pool import Pool
-from router.catalog import Catalog
+from router.catalog.catalog import Catalog
 from router.compose import compose
 from router.config import AppArgs
 from router.energy.choose import lane_meter

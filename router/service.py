@@ -19,7 +19,7 @@ from starlette.responses import Response
 from models.engines.base import Chunk
 from models.errors import EngineError
 from policies.experiments.shadow import ShadowMeter
-from router.catalog import Catalog
+from router.catalog.catalog import Catalog
 from router.config import ServingLimits
 from router.decide import decide
 from router.disconnect import ClientDisconnected, until_disconnected
@@ -102,7 +102,12 @@ class Service:
         self._keep_text = keep_text
         self._limits = limits
         self._echo_request_id = echo_request_id
-        self._executor = Executor(engines=engines, catalog=catalog, limits=limits)
+        self._executor = Executor(
+            engines=engines,
+            members=catalog.members,
+            scorers=catalog.policies.scorers,
+            limits=limits,
+        )
         self.mirror = Mirror(
             shadows, catalog=catalog, executor=self._executor, ledger=ledger, limits=limits
         )
@@ -268,16 +273,16 @@ class Service:
         self._record(exchange)
 
     def _record(self, exchange: Exchange) -> None:
-        record = exchange.record(self.catalog.rates, keep_text=self._keep_text)
+        record = exchange.record(self.catalog.prices.rates, keep_text=self._keep_text)
         self.ledger.record(record)
         for watcher in self._watchers:
             watcher.ended(exchange, record)
         self.gate.settle(exchange, record)
         policy = self.catalog.policies.get(exchange.policy or "")
         if policy is not None:
-            for query, decision, cost in exchange.settled(self.catalog.rates):
+            for query, decision, cost in exchange.settled(self.catalog.prices.rates):
                 policy.settle(query, decision, cost)
-                self.catalog.limiter.observe(query, decision, cost)
+                self.catalog.policies.limiter.observe(query, decision, cost)
 
     async def _settle(self, exchange: Exchange) -> None:
         """Ask the engines what the requests used that were cancelled there."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from policies.footprint import Footprint
 from policies.plan import Answer, to_json
-from router.catalog import Catalog
+from router.catalog.catalog import Catalog
 from router.exchange import Exchange
 
 
@@ -17,7 +17,7 @@ def shoal_field(exchange: Exchange, catalog: Catalog) -> dict[str, Any]:
     `plan`, `reason`, `members` and `weights` are the first choice's; the members are those whose
     text it is. Tokens and cost are of everything that ran, stages that were not accepted included.
     """
-    parts = exchange.member_footprints(catalog.rates)
+    parts = exchange.member_footprints(catalog.prices.rates)
     cost = exchange.total(parts)
     [decision, *_] = exchange.decisions
     run = exchange.choices[0].trace.accepted_run()
@@ -47,12 +47,12 @@ def shoal_field(exchange: Exchange, catalog: Catalog) -> dict[str, Any]:
 
 def _footprint(catalog: Catalog, cost: Footprint, parts: Mapping[str, Footprint]) -> dict[str, Any]:
     """Return energy and carbon with the method behind them, in total and by member."""
-    grid = catalog.grid_reading()
+    grid = catalog.prices.grid_reading()
     return {
         **cost.to_json(),
         "grid": {"gco2e_per_kwh": grid.gco2e_per_kwh, "source": grid.source},
         "members": {
-            name: {"engine": catalog.engine_of_model(name), **part.to_json()}
+            name: {"engine": catalog.members.engine_of(name), **part.to_json()}
             for name, part in parts.items()
         },
     }

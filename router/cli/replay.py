@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from policies.experiments.offpolicy import Estimate
     from policies.experiments.replay import Replayed
-    from router.catalog import Catalog
+    from router.catalog.catalog import Catalog
     from router.config import AppArgs
 
 _HEAD = ("policy", "quality", "95% interval", "IPS", "SNIPS", "worth", "requests", "USD/1,000")
@@ -48,13 +48,13 @@ def replay(
     requests of the policy itself the log equals. Refused where the past says nothing.
     """
     from models.pool import load_pool
-    from router.catalog import Catalog
+    from router.catalog.catalog import load_catalog
     from router.config import load_args
     from router.experiments.definitions import read_definitions
 
     with refusing():
         args = load_args(config)
-        catalog = Catalog(load_pool(args.pool), policies=args.policies, carbon=args.carbon)
+        catalog = load_catalog(load_pool(args.pool), policies=args.policies, carbon=args.carbon)
         definitions, _ = read_definitions(args)
         arms = [arm.policy for one in definitions for arm in one.arms]
         names = list(dict.fromkeys(policy or arms or catalog.policies))
@@ -76,7 +76,7 @@ def _from_outcomes(source: str, split: str | None, catalog: Catalog) -> Callable
 
     found = read_outcomes(source, split=split)
     return lambda name: replay_outcomes(
-        found, catalog.policies[name], rates=catalog.rates, scorers=catalog.scorers
+        found, catalog.policies[name], rates=catalog.prices.rates, scorers=catalog.policies.scorers
     )
 
 

@@ -110,14 +110,14 @@ def _serve_here(args: AppArgs, pool: Pool, host: str, port: int) -> None:
     import asyncio
 
     from models.errors import EngineError
-    from router.catalog import Catalog
+    from router.catalog.catalog import load_catalog
     from router.compose import open_ledger
     from router.local import http_server, local_service
     from router.logs import set_up_logs
 
     async def run() -> None:
         set_up_logs(args.logs)
-        catalog = Catalog(pool, policies=args.policies, carbon=args.carbon)
+        catalog = load_catalog(pool, policies=args.policies, carbon=args.carbon)
         ledger = open_ledger(args)
         _say("Loading models ...")
         async with local_service(args, pool, catalog, ledger) as service:

@@ -13,7 +13,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.responses import JSONResponse
 
 from router.caps.limits import Cap
-from router.catalog import Catalog
+from router.catalog.catalog import Catalog
 from router.dashboard.config import LOOPBACK, Access, DashboardConfig
 from router.dashboard.figures import Figures
 from router.dashboard.page import INDEX, read_page
@@ -64,14 +64,14 @@ def add_dashboard(
         if window not in WINDOWS:
             allowed = ", ".join(WINDOWS)
             return _refusal(bad_request(f"window: {window!r} is not one of {allowed}", "window"))
-        grid = catalog.grid_reading()
+        grid = catalog.prices.grid_reading()
         return JSONResponse(
             {
                 **await figures.of(window),
                 "server": {
                     "version": version("shoal"),
                     "pool": catalog.pool.name,
-                    "names": list(catalog.names()),
+                    "names": list(catalog.targets),
                     "grid": {"gco2e_per_kwh": grid.gco2e_per_kwh, "source": grid.source},
                 },
             },

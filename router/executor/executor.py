@@ -22,7 +22,7 @@ from models.errors import (
 )
 from policies.cascade.base import Attempt, PrefixScorer, Ranker, Scorer, normalise
 from policies.plan import Answer, Best, Cascade, Plan
-from router.catalog import Catalog
+from router.catalog.members import Members
 from router.config import ServingLimits
 from router.energy.chunk import energy_of
 from router.engines.base import EngineClient, merge
@@ -41,16 +41,22 @@ class Executor:
     """Runs plans on engine clients, given by engine name."""
 
     def __init__(
-        self, *, engines: Mapping[str, EngineClient], catalog: Catalog, limits: ServingLimits
+        self,
+        *,
+        engines: Mapping[str, EngineClient],
+        members: Members,
+        scorers: Mapping[str, Scorer],
+        limits: ServingLimits,
     ) -> None:
-        self.engines = engines
-        self.catalog = catalog
-        self.limits = limits
+        self._engines = engines
+        self._members = members
+        self._scorers = scorers
+        self._limits = limits
 
     async def run(
         self, plan: Plan, task: Task, trace: Trace, path: str = ""
     ) -> AsyncGenerator[Chunk, None]:
-        """Yield the accepted answer of `plan`, which `Catalog.check` has passed.
+        """Yield the accepted answer of `plan`, which `Policies.check` has passed.
 
         Raises what engines raise, when no part of the plan could answer. The run's outcome is in
         `trace`; one that its reader closed or cancelled is left "running" there.
@@ -82,16 +88,16 @@ class Executor:
 
     async def _answer(self, answer: Answer, task: Task, run: Run) -> AsyncGenerator[Chunk, None]:
         """Yield the answer of `answer`'s members, fused if there are several."""
-        if self.catalog.spans_engines(answer):
+        if self._members.span_engines(answer):
             async with aclosing(self._union(answer, task, run)) as united:
                 async for chunk in united:
                     yield chunk
             return
         request = await self._request(answer, task, run)
-        run.engine = self.catalog.engine_of(answer)
+        run.engine = self._members.engine_of(answer.members[0])
         run.request_id = request.request_id
         run.prompt_tokens = len(request.prompt_tokens)
-        client = self.engines[run.engine]
+        client = self._engines[run.engine]
         try:
             if not task.stream:
                 chunk = await client.complete(request)
@@ -107,22 +113,21 @@ class Executor:
             raise
 
     def _union(self, answer: Answer, task: Task, run: Run) -> AsyncGenerator[Chunk, None]:
-        alone = [Answer(members=(name,)) for name in answer.members]
         return unite(
             answer,
             task,
             run,
-            clients=[self.engines[self.catalog.engine_of(one)] for one in alone],
-            tokenizers=[self.catalog.tokenizer_of(one) for one in alone],
+            clients=[self._engines[self._members.engine_of(name)] for name in answer.members],
+            tokenizers=[self._members.tokenizer_of(name) for name in answer.members],
             max_tokens=self._max_tokens(task),
-            context_tokens=self.catalog.context_tokens(answer),
+            context_tokens=self._members.context_tokens(answer),
         )
 
     async def _request(self, answer: Answer, task: Task, run: Run) -> GenerationRequest:
         if task.prompt.tools is not None:
-            self.catalog.check_tools(answer)
-        tokens = await task.prompt.tokens(self.catalog.tokenizer_of(answer))
-        context_tokens = self.catalog.context_tokens(answer)
+            self._members.check_tools(answer)
+        tokens = await task.prompt.tokens(self._members.tokenizer_of(answer.members[0]))
+        context_tokens = self._members.context_tokens(answer)
         max_tokens = self._max_tokens(task)
         messages = task.prompt.messages
         if context_tokens is not None:
@@ -153,7 +158,7 @@ class Executor:
         )
 
     def _max_tokens(self, task: Task) -> int:
-        return task.max_tokens or self.limits.default_max_tokens
+        return task.max_tokens or self._limits.default_max_tokens
 
     # -- Cascade: stages in order, until an answer is good enough (FrugalGPT)
 
@@ -166,7 +171,7 @@ class Executor:
         the answer's beginning, cannot reach the threshold any more. If the last one fails before
         its first chunk, the best rejected answer stands in; if there is none, its error is raised.
         """
-        scorer = self.catalog.scorers[cascade.scorer]
+        scorer = self._scorers[cascade.scorer]
         rejected: list[tuple[float, str, Chunk]] = []
         earlier: tuple[str, ...] = ()
         *early, last = cascade.stages
@@ -176,7 +181,7 @@ class Executor:
             early, paths[:-1], cascade.thresholds, timeouts_s, strict=True
         ):
             hopeless = self._hopeless(scorer, stage, threshold, task)
-            timeout_s = self.limits.stage_timeout_s if given_s is None else given_s
+            timeout_s = self._limits.stage_timeout_s if given_s is None else given_s
             answer = await self._stage(
                 stage, task, trace, stage_path, hopeless=hopeless, timeout_s=timeout_s
             )
@@ -337,7 +342,7 @@ class Executor:
 
     async def _scores(self, best: Best, attempts: list[Attempt]) -> list[float]:
         name = "confidence" if best.select == "confidence" else best.scorer
-        scorer = self.catalog.scorers[name]
+        scorer = self._scorers[name]
         if best.select == "ranker":
             assert isinstance(scorer, Ranker), "the plan has been checked"
             return scorer.rank(attempts)

@@ -12,7 +12,7 @@ from models.pool import Pool, load_pool
 from policies.experiments.config import Experiment
 from policies.experiments.read import read_experiments
 from policies.experiments.shadow import Shadow, read_shadows
-from router.catalog import DEFAULT_POLICY
+from router.catalog.policies import DEFAULT_POLICY
 from router.config import AppArgs
 
 

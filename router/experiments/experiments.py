@@ -15,7 +15,7 @@ from policies.base import Query
 from policies.experiments.assignment import Assigner, Visit
 from policies.experiments.config import Experiment
 from policies.experiments.thompson import thompson_weights
-from router.catalog import DEFAULT_POLICY, Catalog
+from router.catalog.catalog import Catalog
 from router.config import AppArgs
 from router.exchange import Exchange
 from router.experiments import store
@@ -104,7 +104,7 @@ class Experiments:
             exchange.experiment, exchange.arm = enrolment.experiment, enrolment.arm
             exchange.unit, exchange.propensity = enrolment.unit, enrolment.propensity
             if enrolment.experiment in self._expecting:
-                scores = self._catalog.policies[DEFAULT_POLICY].decide(query).scores
+                scores = self._catalog.policies.default.decide(query).scores
                 exchange.expected_quality = max(scores.values(), default=None)
         return enrolment.policy
 
@@ -217,11 +217,11 @@ class Experiments:
 
     def _domain(self, query: Query) -> str | None:
         """Return the first domain of the model that the default policy thinks best."""
-        scores = self._catalog.policies[DEFAULT_POLICY].decide(query).scores
+        scores = self._catalog.policies.default.decide(query).scores
         if not scores:
             return None
         best = max(scores, key=lambda name: scores[name])
-        return next(iter(self._catalog.facts[best].domains), None)
+        return next(iter(self._catalog.prices.facts[best].domains), None)
 
 
 def conversation(ask: Ask) -> str | None:

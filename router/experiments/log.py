@@ -8,7 +8,7 @@ from policies.base import Query, ignores_queries
 from policies.errors import ExperimentError
 from policies.experiments.config import Experiment
 from policies.experiments.replay import LoggedRequest
-from router.catalog import Catalog
+from router.catalog.catalog import Catalog
 from router.experiments.store import State, load
 from router.ledger.database import Database
 from router.ledger.outcomes import Outcome, outcomes

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from policies.experiments.shadow import Shadow, ShadowMeter
 from policies.footprint import estimate
-from router.catalog import Catalog
+from router.catalog.catalog import Catalog
 from router.config import ServingLimits
 from router.digest import answer_digest
 from router.engines.base import merge
@@ -74,7 +74,7 @@ class Mirror:
             mirrored = self._prepare(meter.shadow, exchange)
             estimate_usd = estimate(
                 mirrored.choices[0].plan,
-                self._catalog.rates,
+                self._catalog.prices.rates,
                 prompt_tokens=exchange.prompt_tokens,
                 output_tokens=exchange.ask.max_tokens or self._limits.default_max_tokens,
             ).usd
@@ -120,7 +120,7 @@ class Mirror:
                 run = self._executor.run(choice.plan, choice.task, choice.trace)
                 answer = merge([chunk async for chunk in run])
             whole = attempt(choice.task.query, choice.plan, answer)
-            score = self._catalog.scorers["confidence"].score(whole)
+            score = self._catalog.policies.scorers["confidence"].score(whole)
             choice.trace.runs[""].score = score
             mirrored.output_tokens = len(answer.tokens)
             mirrored.status, text = 200, answer.text
@@ -129,7 +129,7 @@ class Mirror:
             mirrored.status, mirrored.error = 500, type(error).__name__
         finally:
             mirrored.ended_s = time.perf_counter()
-            record = mirrored.record(self._catalog.rates)
+            record = mirrored.record(self._catalog.prices.rates)
             meter.settle(estimate_usd=estimate_usd, usd=record.usd)
             # Keyed by the original request, so that equal answers and labels compare.
             digest = None if text is None else answer_digest(original_id, text)

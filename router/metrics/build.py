@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from policies.budget import Controller
 from policies.experiments.shadow import Shadow
-from router.catalog import Catalog
+from router.catalog.catalog import Catalog
 from router.config import AppArgs
 from router.engines.base import EngineClient
 from router.experiments.experiments import Experiments

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 
 from policies.carbon.grid import CachedGrid
-from router.catalog import Catalog
+from router.catalog.catalog import Catalog
 from router.ledger.writer import Ledger
 from router.metrics import families as f
 from router.metrics.family import Merge, Series, Values
@@ -26,15 +26,15 @@ class Live:
 
     def gauges(self) -> dict[Series, float]:
         """Return the gauges of this moment; cheap."""
-        reading = self._catalog.grid_reading()
+        reading = self._catalog.prices.grid_reading()
         found = {
             f.REPLICAS_WANTED.series(): float(self._num_replicas),
             f.GRID_INTENSITY.series(): reading.gco2e_per_kwh,
             f.PENDING_ROWS.series(): float(self._ledger.pending_rows),
         }
-        if isinstance(self._catalog.grid, CachedGrid):
+        if isinstance(self._catalog.prices.grid, CachedGrid):
             found[f.GRID_STALE.series()] = float(reading.source.startswith(_STALE))
-        for name, controller in self._catalog.controllers.items():
+        for name, controller in self._catalog.policies.controllers.items():
             for resource, price in controller.prices().items():
                 found[f.PRICES[resource].series(name)] = price
         return found

@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from router.catalog import Catalog
+from router.catalog.catalog import Catalog
 from router.engines.base import EngineClient
 from router.metrics import families as f
 from router.metrics.engines import engine_gauges
@@ -86,7 +86,8 @@ class Metrics:
     async def page(self, accept: str = "") -> tuple[bytes, str]:
         """Return the page and its content type, in the format that the `Accept` header wants."""
         await self._reports.renew(wait_s=_REPORTS_WAIT_S)
-        native = [name for name in self._catalog.engines_with_metrics() if name in self._engines]
+        telling = self._catalog.members.engines_with_metrics()
+        native = [name for name in telling if name in self._engines]
         engines, others, kept = await asyncio.gather(
             engine_gauges(self._engines),
             library_metrics({name: self._engines[name] for name in native}),

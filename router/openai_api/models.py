@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from policies.base import members_of
-from router.catalog import Catalog
+from router.catalog.catalog import Catalog
 
 
 def list_models(catalog: Catalog) -> dict[str, Any]:
     """Return the list of everything that can be asked for."""
-    return {"object": "list", "data": [describe(catalog, name) for name in catalog.names()]}
+    return {"object": "list", "data": [describe(catalog, name) for name in catalog.targets]}
 
 
 def describe(catalog: Catalog, name: str) -> dict[str, Any]:
@@ -21,12 +21,11 @@ def describe(catalog: Catalog, name: str) -> dict[str, Any]:
         "created": catalog.created_s,
         "owned_by": catalog.pool.name,
     }
-    if name not in catalog.facts:
-        target = catalog.resolve(name)
-        assert target is not None
-        entry["shoal"] = {"kind": "policy", "members": list(members_of(target.policy))}
+    if name not in catalog.prices.facts:
+        members = members_of(catalog.targets[name].policy)
+        entry["shoal"] = {"kind": "policy", "members": list(members)}
         return entry
-    model, facts = catalog.pool.model(name), catalog.facts[name]
+    model, facts = catalog.pool.model(name), catalog.prices.facts[name]
     entry["shoal"] = {
         "kind": "model",
         "engine": model.spec.engine,

@@ -62,16 +62,25 @@ def test_what_was_measured_reaches_the_controller(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"policy": "fixed"}, "not a policy's specification"),
+        (
+            {"policy": "fixed"},
+            "budgeted.policy: 'fixed' is refused: it should be a valid dictionary",
+        ),
         ({"target": []}, "'target' is unknown"),
-        ({"targets": {"resource": "wh"}}, "is not a list"),
-        ({"targets": [{"resource": "wh"}]}, "needs the keys resource and amount"),
+        ({"targets": {"resource": "wh"}}, "budgeted.targets: .* is refused: it should be a list"),
+        ({"targets": [{"resource": "wh"}]}, "budgeted.targets.0: the key 'amount' is missing"),
         ({"targets": [{"resource": "wh", "amount": 1, "each": "hour"}]}, "'each' is unknown"),
-        ({"targets": [{"resource": "wh", "amount": "1"}]}, "not a number"),
-        ({"quality_floor": 1.5}, r"quality_floor: 1.5 is not a number in \(0, 1\]"),
-        ({"max_usd": -1}, "max_usd: -1 is not a number above zero"),
+        (
+            {"targets": [{"resource": "wh", "amount": "1"}]},
+            "budgeted.targets.0.amount: '1' is refused: it should be a valid number",
+        ),
+        (
+            {"quality_floor": 1.5},
+            "quality_floor: 1.5 is refused: it should be less than or equal to 1",
+        ),
+        ({"max_usd": -1}, "max_usd: -1 is refused: it should be greater than 0"),
         ({"window_hours": True}, "window_hours: True"),
-        ({"fuse": ["a", "b"]}, "not a list of lists"),
+        ({"fuse": ["a", "b"]}, "budgeted.fuse.0: 'a' is refused: it should be a list"),
         ({"fuse": [["a", "zebra"]]}, "'zebra' is unknown; the pool has a, b, c, d"),
         ({"laws": "mine.json"}, "no laws file"),
         ({"policy": {"kind": "magic"}}, "'magic' is unknown"),

@@ -7,8 +7,9 @@ import pytest
 from policies.base import Decision, ModelFacts, Policy, Query, members_of
 from policies.errors import PolicyError
 from policies.footprint import Rates
-from policies.fused import Fused, needs_prior, with_prior, without_prior
+from policies.fused import Fused
 from policies.plan import Answer, Best, Cascade, Plan
+from policies.priors import needs_prior, with_prior, without_prior
 from policies.registry import build_policy
 
 FACTS = {
@@ -100,8 +101,11 @@ def test_a_pool_file_describes_a_fusion(tmp_path: Path) -> None:
         ({"answer": {"members": ["ada"], "weights": "router"}}, "fused.router is missing"),
         ({"answer": {"members": ["ada"]}, "top": 1}, "fused.router is missing"),
         ({"answer": {"members": ["ada"]}, "top": 2}, r"fused.top: 2 is not in \[1, 1\]"),
-        ({"answer": {"members": ["ada"]}, "top": "2"}, "'2' is not a whole number"),
-        ({"answer": {"members": ["ada"]}, "prior_power": -1}, "prior_power: -1.0"),
+        (
+            {"answer": {"members": ["ada"]}, "top": "2"},
+            "fused.top: '2' is refused: it should be a valid integer",
+        ),
+        ({"answer": {"members": ["ada"]}, "prior_power": -1}, "fused.prior_power: -1 is refused"),
         ({"answer": {"members": ["eve"]}}, "names the model 'eve'"),
         ({"answer": {"members": ["ada"]}, "tops": 1}, "'tops' is unknown"),
     ],

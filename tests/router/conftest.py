@@ -17,7 +17,7 @@ import uvicorn
 import yaml
 
 from models.pool import load_pool
-from router.catalog import Catalog
+from router.catalog.catalog import load_catalog
 from router.config import AppArgs
 from router.ledger.database import open_database
 from router.ledger.writer import Ledger
@@ -143,7 +143,7 @@ def running(
         }
     )
     pool = load_pool(args.pool)
-    catalog = Catalog(pool, policies=args.policies, carbon=args.carbon)
+    catalog = load_catalog(pool, policies=args.policies, carbon=args.carbon)
     ledger = KeepingLedger(
         open_database(args.ledger.url),
         flush_interval_s=args.ledger.flush_interval_s,

@@ -8,7 +8,7 @@ import pytest
 from models.pool import DEFAULT_POOL, load_pool
 from policies.base import Query
 from policies.errors import PolicyError
-from router.catalog import Catalog
+from router.catalog.catalog import Catalog, load_catalog
 from tests.router.conftest import write_pool
 
 CHUNKS = ["arithmetic", "stories", "conversion", "numerals", "dates", "text", "lists", "code"]
@@ -33,7 +33,7 @@ GATED = {"answer": {"members": ["text", "code"], "rule": "gated"}}
 def load(folder: Path, **policies: Any) -> Catalog:
     """Load a pool with a model that cannot be judged, `base`, and one on an engine of its own."""
     write_pool(folder, engines=ENGINES, models=MODELS, policies=policies)
-    return Catalog(load_pool(folder))
+    return load_catalog(load_pool(folder))
 
 
 def budgeted(inner: dict[str, Any], **keys: Any) -> dict[str, Any]:

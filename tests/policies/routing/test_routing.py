@@ -345,9 +345,15 @@ def test_no_wrong_byte_gets_past_the_reader(router: Router, tmp_path: Path) -> N
         ({"path": "nowhere.npz"}, "nowhere.npz cannot be read"),
         ({"path": "router.npz", "temperature": 1}, "the key 'temperature' is unknown"),
         ({"path": "router.npz", "members": ["eve"]}, "the router knows nothing of 'eve'"),
-        ({"path": "router.npz", "members": []}, r"members: \[\] is not a list"),
-        ({"path": "router.npz", "answer_value_usd": "much"}, "answer_value_usd: 'much'"),
-        ({"path": "router.npz", "answer_value_usd": -1}, "answer_value_usd: -1 is not a positive"),
+        (
+            {"path": "router.npz", "members": []},
+            r"learned.members: \[\] is refused|clusters.members: \[\] is refused",
+        ),
+        ({"path": "router.npz", "answer_value_usd": "much"}, "answer_value_usd: 'much' is refused"),
+        (
+            {"path": "router.npz", "answer_value_usd": -1},
+            "answer_value_usd: -1 is refused: it should be greater than 0",
+        ),
         ({"path": "router.npz", "fallback": {"answer": {}}}, "'members' is missing"),
         ({"path": "router.npz", "fallback": "eve"}, "names the model 'eve', which the pool lacks"),
     ],

@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from models.engines.registry import create_engine
 from models.errors import EngineFailed, EngineOverloaded
 from models.pool import load_pool
 from policies.base import Query
-from policies.cascade.base import Attempt
-from policies.plan import Plan, from_json
-from router.catalog import Catalog
+from policies.cascade.base import Attempt, Scorer
+from policies.plan import from_json
+from router.catalog.catalog import load_catalog
 from router.config import ServingLimits
 from router.engines.base import merge
 from router.engines.worker import EngineWorker
@@ -31,7 +31,12 @@ BROKEN = {"fail_after_tokens": 1}
 Run = Callable[..., tuple[Chunk, Trace]]
 
 
-def _executor(folder: Path, scripts: dict[str, Any], **limits: Any) -> Executor:
+def _executor(
+    folder: Path,
+    scripts: dict[str, Any],
+    scorers: Mapping[str, Scorer] | None = None,
+    **limits: Any,
+) -> Executor:
     content = {
         "name": "p",
         "engines": [{"name": "e", "kind": "fake", "options": {"models": scripts}}],
@@ -41,7 +46,13 @@ def _executor(folder: Path, scripts: dict[str, Any], **limits: Any) -> Executor:
     pool = load_pool(folder)
     [spec] = pool.engines
     engines = {"e": EngineWorker(create_engine(spec, pool.models))}
-    return Executor(engines=engines, catalog=Catalog(pool), limits=ServingLimits(**limits))
+    catalog = load_catalog(pool)
+    return Executor(
+        engines=engines,
+        members=catalog.members,
+        scorers={**catalog.policies.scorers, **(scorers or {})},
+        limits=ServingLimits(**limits),
+    )
 
 
 def _task(*, stream: bool = False) -> Task:
@@ -55,14 +66,8 @@ def _task(*, stream: bool = False) -> Task:
     )
 
 
-def _plan(executor: Executor, data: Any) -> Plan:
-    plan = from_json(data)
-    executor.catalog.check(plan)
-    return plan
-
-
 async def _run(executor: Executor, data: Any, trace: Trace, *, stream: bool = False) -> list[Chunk]:
-    chunks = executor.run(_plan(executor, data), _task(stream=stream), trace)
+    chunks = executor.run(from_json(data), _task(stream=stream), trace)
     return [chunk async for chunk in chunks]
 
 
@@ -131,8 +136,7 @@ def test_scorers_see_the_mean_entropy(tmp_path: Path) -> None:
             return 0.0
 
     scripts = {"a": _says("one", entropy=0.7), "b": _says("two"), "c": _says("three")}
-    executor = _executor(tmp_path, scripts)
-    executor.catalog.scorers["spy"] = Spy()
+    executor = _executor(tmp_path, scripts, {"spy": Spy()})
     body = {"stages": ["a", "b", "c"], "thresholds": [0.5, 0.5], "scorer": "spy"}
     asyncio.run(_run(executor, {"cascade": body}, Trace()))
     assert [attempt.entropy_mean for attempt in seen] == [pytest.approx(0.7), None]

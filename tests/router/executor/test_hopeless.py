@@ -18,7 +18,8 @@ from policies.base import Query
 from policies.cascade.base import Attempt, Scorer
 from policies.errors import PolicyError
 from policies.plan import from_json
-from router.catalog import Catalog
+from router.catalog.catalog import load_catalog
+from router.catalog.policies import Policies
 from router.config import ServingLimits
 from router.engines.base import merge
 from router.engines.worker import EngineWorker
@@ -42,8 +43,13 @@ def executor_of(
     pool = load_pool(folder)
     [spec] = pool.engines
     engines = {"e": EngineWorker(create_engine(spec, pool.models))}
-    catalog = Catalog(pool, scorers=scorers)
-    return Executor(engines=engines, catalog=catalog, limits=ServingLimits())
+    catalog = load_catalog(pool)
+    return Executor(
+        engines=engines,
+        members=catalog.members,
+        scorers={**catalog.policies.scorers, **(scorers or {})},
+        limits=ServingLimits(),
+    )
 
 
 async def answer_of(
@@ -51,7 +57,6 @@ async def answer_of(
 ) -> Chunk:
     """Run the plan `data` and return its whole answer."""
     plan = from_json(data)
-    executor.catalog.check(plan)
     task = Task(
         request_id="r",
         query=Query(text="q"),
@@ -178,16 +183,16 @@ def test_a_pool_file_names_scorers(tmp_path: Path) -> None:
     )
     (tmp_path / "judge" / "model.safetensors").touch()
 
-    def catalog(scorers: dict[str, Any]) -> Catalog:
+    def policies(scorers: dict[str, Any]) -> Policies:
         (tmp_path / "pool.yaml").write_text(yaml.safe_dump({**content, "scorers": scorers}))
-        return Catalog(load_pool(tmp_path))
+        return load_catalog(load_pool(tmp_path)).policies
 
     plan = from_json({"cascade": {"stages": ["a", "a"], "thresholds": [0.5], "scorer": "judge"}})
     judge = {"kind": "transformer", "path": "judge"}
-    catalog({"judge": judge}).check(plan)
+    policies({"judge": judge}).check(plan)
     with pytest.raises(PolicyError, match=r"cascade\.scorer: 'judge' is unknown"):
-        catalog({}).check(plan)
+        policies({}).check(plan)
     with pytest.raises(PolicyError, match=r"scorers\.judge: transformer\.path: .* is not"):
-        catalog({"judge": {**judge, "path": "nowhere"}})
+        policies({"judge": {**judge, "path": "nowhere"}})
     with pytest.raises(PolicyError, match="scorers: the name 'confidence' is reserved"):
-        catalog({"confidence": judge})
+        policies({"confidence": judge})

@@ -20,7 +20,7 @@ from models.pool import load_pool
 from policies.base import Query
 from policies.errors import PolicyError
 from policies.plan import from_json
-from router.catalog import Catalog
+from router.catalog.catalog import load_catalog
 from router.config import ServingLimits
 from router.engines.worker import EngineWorker
 from router.executor.executor import Executor
@@ -81,7 +81,14 @@ def executor(folders: list[Path]) -> Iterator[tuple[Executor, asyncio.AbstractEv
             stack.callback(
                 lambda worker: loop.run_until_complete(worker.stop()), workers[spec.name]
             )
-        yield Executor(engines=workers, catalog=Catalog(pool), limits=ServingLimits()), loop
+        catalog = load_catalog(pool)
+        executor = Executor(
+            engines=workers,
+            members=catalog.members,
+            scorers=catalog.policies.scorers,
+            limits=ServingLimits(),
+        )
+        yield executor, loop
 
 
 def run(
@@ -90,7 +97,6 @@ def run(
     """Run an answer of both members on the prompt."""
     its, loop = executor
     plan = from_json({"answer": answer})
-    its.catalog.check(plan)
     trace = Trace()
     task = Task(
         request_id="r",
@@ -198,12 +204,12 @@ def test_what_needs_one_vocabulary_is_refused(executor: Any, field: dict[str, An
 
 @pytest.mark.parametrize("changes", [{"rule": "gated"}, {"weights": "evidence"}])
 def test_rules_that_need_one_vocabulary_are_refused_at_load(
-    executor: Any, changes: dict[str, Any]
+    executor: Any, folders: Any, changes: dict[str, Any]
 ) -> None:
     """Across engines only mixture and product exist, with given or the router's weights."""
     plan = from_json({"answer": {"members": ["m", "n"], **changes}})
     with pytest.raises(PolicyError, match="only the rules mixture and product"):
-        executor[0].catalog.check(plan)
+        load_catalog(load_pool(folders[0].parent)).policies.check(plan)
 
 
 class Words:

@@ -10,7 +10,7 @@ import httpx
 from models.engines.base import SamplingOptions
 from models.pool import load_pool
 from policies.base import Query
-from router.catalog import Catalog
+from router.catalog.catalog import load_catalog
 from router.config import load_args
 from router.exchange import Exchange
 from router.executor.task import Prompt
@@ -55,7 +55,7 @@ def test_a_stop_reaches_every_replica_and_is_checked_by_one(tmp_path: Path) -> N
     database = open_database(args.ledger.url)
     first, second = (
         Experiments(
-            definitions, args=args, pool=pool, catalog=Catalog(pool), database=database,
+            definitions, args=args, pool=pool, catalog=load_catalog(pool), database=database,
             clock=lambda: 1000.0,
         )
         for _ in range(2)

@@ -14,7 +14,7 @@ import httpx
 import yaml
 
 from models.pool import load_pool
-from router.catalog import Catalog
+from router.catalog.catalog import load_catalog
 from router.compose import open_ledger
 from router.config import load_args
 from router.ledger.writer import Ledger
@@ -107,7 +107,7 @@ def serving(config: Path) -> Iterator[Trial]:
     async def serve() -> None:
         ledger = open_ledger(args)
         async with local_service(
-            args, pool, Catalog(pool, policies=args.policies), ledger
+            args, pool, load_catalog(pool, policies=args.policies), ledger
         ) as service:
             server = http_server(service, host="127.0.0.1", port=0)
             task = asyncio.create_task(server.serve())

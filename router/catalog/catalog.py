@@ -1,0 +1,90 @@
+"""Everything that clients can ask one pool for, by the names that they use."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+from models.pool import Pool
+from policies.base import Policy
+from policies.carbon.settings import CarbonSettings
+from policies.plan import Answer
+from router.catalog.members import Members
+from router.catalog.policies import DEFAULT_POLICY, Policies
+from router.catalog.prices import Prices
+
+_POLICY_PREFIX = "policy/"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a served name stands for; `policy_name` is None where the client named a model."""
+
+    policy: Policy
+    policy_name: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Catalog:
+    """A pool's members, prices and policies, and what each served name stands for.
+
+    `targets` has the default policy first. `fingerprint` changes with what answers, `created_s` is
+    the Unix time at which the pool was loaded.
+    """
+
+    pool: Pool
+    members: Members
+    prices: Prices
+    policies: Policies
+    targets: Mapping[str, Target]
+    fingerprint: str
+    created_s: int = field(default_factory=lambda: int(time.time()))
+
+
+def load_catalog(
+    pool: Pool,
+    *,
+    policies: Mapping[str, Mapping[str, Any]] | None = None,
+    carbon: CarbonSettings | None = None,
+) -> Catalog:
+    """Check `pool` and the `policies` added to its own; `carbon` prices energy and carbon.
+
+    Raises `PoolError` (also for a plan that no engine can run) and `PolicyError`.
+    """
+    members, prices = Members(pool), Prices(pool, carbon or CarbonSettings())
+    specs = {**pool.policies, **(policies or {})}
+    built = Policies(pool, specs=specs, members=members, models=prices.facts)
+    named = {name: Target(policy=policy, policy_name=name) for name, policy in built.items()}
+    return Catalog(
+        pool=pool,
+        members=members,
+        prices=prices,
+        policies=built,
+        targets={
+            DEFAULT_POLICY: named[DEFAULT_POLICY],
+            **{_POLICY_PREFIX + name: target for name, target in named.items()},
+            **{
+                model.name: Target(
+                    policy=built.fixed(Answer(members=(model.name,))), policy_name=None
+                )
+                for model in pool.models
+            },
+        },
+        fingerprint=_fingerprint(pool),
+    )
+
+
+def _fingerprint(pool: Pool) -> str:
+    seen = [
+        version("shoal"),
+        [
+            (m.spec.model_dump(mode="json"), m.card.tokenizer_sha256 if m.card else None)
+            for m in pool.models
+        ],
+    ]
+    return "fp_" + hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:10]

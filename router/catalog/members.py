@@ -1,0 +1,129 @@
+"""The pool's members: which engine runs each, how it reads text, and which answers it can give."""
+
+from __future__ import annotations
+
+from models.engines.registry import engine_traits
+from models.errors import PoolError, RequestError
+from models.pool import Pool
+from models.tokenizer import Tokenizer, load_tokenizer
+from policies.errors import PolicyError
+from policies.plan import Answer
+
+
+class Members:
+    """Engines and tokenizers of one pool's models."""
+
+    def __init__(self, pool: Pool) -> None:
+        """Load the tokenizers; raises `PoolError` for one that cannot be read."""
+        self._pool = pool
+        self._engine_of = {model.name: model.spec.engine for model in pool.models}
+        self._traits = {
+            engine.name: engine_traits(engine, pool.models_of(engine.name))
+            for engine in pool.engines
+        }
+        self._tokenizers = _load_tokenizers(pool)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The first model's tokenizer; policies count prompt tokens with it."""
+        return self._tokenizers[self._pool.models[0].name]
+
+    def engine_of(self, name: str) -> str:
+        """Return the engine that runs the member called `name`."""
+        return self._engine_of[name]
+
+    def engines_with_metrics(self) -> tuple[str, ...]:
+        """Return the engines whose libraries have metrics of their own."""
+        return tuple(name for name, traits in self._traits.items() if traits.metrics)
+
+    def tokenizer_of(self, name: str) -> Tokenizer:
+        """Return the tokenizer of the member called `name`."""
+        return self._tokenizers[name]
+
+    def context_tokens(self, answer: Answer) -> int | None:
+        """Return the shortest context of `answer`'s members; None where it isn't known."""
+        known = [self._pool.model(name).context_tokens for name in answer.members]
+        known += [self._traits[self._engine_of[name]].context_tokens for name in answer.members]
+        return min((tokens for tokens in known if tokens is not None), default=None)
+
+    def span_engines(self, answer: Answer) -> bool:
+        """Return whether no single engine can fuse the members of `answer`."""
+        engines = {self._engine_of[name] for name in answer.members}
+        alone = len(answer.members) == 1
+        return not alone and (len(engines) > 1 or not self._traits[engines.pop()].fuses)
+
+    def check_answer(self, answer: Answer) -> None:
+        """Raise `PolicyError` if the members of `answer` cannot give it together, saying why."""
+        for name in answer.members:
+            if name not in self._engine_of:
+                raise PolicyError(
+                    f"the plan names the model {name!r}, which the pool lacks; "
+                    f"it has {', '.join(self._engine_of)}"
+                )
+        if not self.span_engines(answer):
+            self._check_fusion(answer)
+            return
+        simple = answer.rule in ("mixture", "product") and answer.weighting in ("static", "router")
+        if not simple:
+            raise PolicyError(
+                f"the plan fuses {', '.join(answer.members)}, which no one engine runs "
+                "together: there only the rules mixture and product are known, and weights "
+                "that are given or the router's"
+            )
+        for name in answer.members:
+            self.check_tells(name, "fuses")
+            if self._pool.model(name).spec.remote and self._pool.model(name).tokenizer is None:
+                raise PolicyError(
+                    f"the plan fuses {name!r}, whose tokenizer nobody knows; "
+                    f"models.{name}.remote.tokenizer must name it"
+                )
+
+    def check_tells(self, name: str, what: str) -> None:
+        """Refuse a plan that needs log-probabilities of a member that gives none."""
+        engine = self._engine_of[name]
+        if not self._traits[engine].logprobs:
+            raise PolicyError(
+                f"the plan {what} {name!r}, whose engine {engine!r} returns no log-probabilities "
+                "(options.logprobs: false)"
+            )
+
+    def check_tools(self, answer: Answer) -> None:
+        """Raise `RequestError` if the members of `answer` cannot be offered tools."""
+        engine = self._engine_of[answer.members[0]]
+        if not self._traits[engine].tools:
+            raise RequestError(
+                f"tools: {', '.join(answer.members)} cannot call any: the engine {engine!r} knows "
+                "no way to read calls",
+                "tools",
+            )
+
+    def _check_fusion(self, answer: Answer) -> None:
+        """Refuse a fusion that the members' engine does not know."""
+        engine = self._engine_of[answer.members[0]]
+        traits = self._traits[engine]
+        if len(answer.members) > 1 and answer.rule not in traits.rules:
+            raise PolicyError(
+                f"the plan fuses by the rule {answer.rule!r}, which the engine {engine!r} does not "
+                f"know; allowed are {', '.join(traits.rules)}"
+            )
+        if answer.update and not traits.updates_evidence:
+            raise PolicyError(
+                f"the plan updates evidence as tokens come, which the engine {engine!r} cannot"
+            )
+
+
+def _load_tokenizers(pool: Pool) -> dict[str, Tokenizer]:
+    """Return every model's tokenizer; models with the same one share it."""
+    loaded: dict[object, Tokenizer] = {}
+    by_model: dict[str, Tokenizer] = {}
+    for model in pool.models:
+        remote = model.spec.remote is not None
+        key = model.card.tokenizer_sha256 if model.card else (model.tokenizer, remote)
+        if key not in loaded:
+            try:
+                loaded[key] = load_tokenizer(model)
+            except PoolError as error:
+                where = "remote.tokenizer" if remote else "checkpoint"
+                raise PoolError(f"models.{model.name}.{where}: {error}") from None
+        by_model[model.name] = loaded[key]
+    return by_model

@@ -1,0 +1,146 @@
+"""The pool's policies by name, with the scorers and targets that they bring along.
+
+Every plan that one of them may choose is checked here, when the pool loads.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from models.pool import Pool
+from policies.base import ModelFacts, Policy
+from policies.budget import Controller
+from policies.building import BuildContext
+from policies.cascade.base import Confidence, Ranker, Scorer
+from policies.cascade.registry import build_scorer
+from policies.errors import PolicyError
+from policies.fixed import always
+from policies.plan import Answer, Best, Cascade, Plan, answers, children, members
+from policies.registry import build_in
+from router.catalog.members import Members
+
+DEFAULT_POLICY = "auto"
+CONFIDENCE = "confidence"
+
+
+class Policies(Mapping[str, Policy]):
+    """Policies by name.
+
+    `scorers` are those that plans may name, `controllers` what holds the targets of policies, by
+    the policies' names. The `limiter` trims to a request's ceilings what a policy chooses that
+    knows no limits.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        *,
+        specs: Mapping[str, Mapping[str, Any]],
+        members: Members,
+        models: Mapping[str, ModelFacts],
+    ) -> None:
+        """Build what `specs` describe, and an `auto` of the first model where they have none.
+
+        Raises `PolicyError` that names the policy, also for a plan that cannot run on this pool.
+        """
+        self._members = members
+        self.scorers: dict[str, Scorer] = {CONFIDENCE: Confidence(), **_build_scorers(pool)}
+        self.controllers: dict[str, Controller] = {}
+        self.limiter = Controller(models=models, clock=time.time)
+        self._context = BuildContext(
+            folder=pool.folder,
+            models=models,
+            build=build_in,
+            scorers=self.scorers,
+            reserved=frozenset(self.scorers),
+        )
+        if DEFAULT_POLICY not in specs:
+            specs = {DEFAULT_POLICY: {"kind": "fixed", "plan": pool.models[0].name}, **specs}
+        # The default comes first: its predictions fill in the weights that others leave open.
+        self.default = self._build(DEFAULT_POLICY, specs[DEFAULT_POLICY])
+        self._by_name = {
+            name: self.default if name == DEFAULT_POLICY else self._build(name, spec)
+            for name, spec in specs.items()
+        }
+        for name, policy in self._by_name.items():
+            # A plan may name a scorer that another policy brings along, so all are built first.
+            with _at(f"policies.{name}"):
+                for plan in policy.plans():
+                    self.check(plan)
+
+    def __getitem__(self, name: str) -> Policy:
+        return self._by_name[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_name)
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    def fixed(self, plan: Plan) -> Policy:
+        """Return the policy that always takes `plan`, which `check` has passed.
+
+        Weights that wait for a router get the default policy's predictions.
+        """
+        return always(plan, router=self.default)
+
+    def check(self, plan: Plan) -> None:
+        """Raise `PolicyError` if `plan` cannot run on this pool, saying why."""
+        for answer in answers(plan):
+            self._members.check_answer(answer)
+        self._check_scorers(plan)
+
+    def _check_scorers(self, plan: Plan) -> None:
+        if isinstance(plan, Answer):
+            return
+        kind = "cascade" if isinstance(plan, Cascade) else "best"
+        if plan.scorer not in self.scorers:
+            raise PolicyError(
+                f"{kind}.scorer: {plan.scorer!r} is unknown; "
+                f"allowed are {', '.join(sorted(self.scorers))}"
+            )
+        ranks = isinstance(plan, Best) and plan.select == "ranker"
+        if ranks and not isinstance(self.scorers[plan.scorer], Ranker):
+            rankers = [name for name, s in self.scorers.items() if isinstance(s, Ranker)]
+            raise PolicyError(
+                f"best.scorer: {plan.scorer!r} cannot rank answers in pairs; "
+                f"allowed are {', '.join(sorted(rankers)) or 'none of this pool'}"
+            )
+        judged = plan.stages[:-1] if isinstance(plan, Cascade) else plan.candidates
+        if isinstance(plan, Cascade) or plan.select != "majority":
+            for name in dict.fromkeys(name for stage in judged for name in members(stage)):
+                self._members.check_tells(name, "judges answers of")
+        for child in children(plan):
+            self._check_scorers(child)
+
+    def _build(self, name: str, spec: Mapping[str, Any]) -> Policy:
+        default = None if name == DEFAULT_POLICY else self.default
+        context = replace(self._context, default=default, controllers=[])
+        with _at(f"policies.{name}"):
+            policy = build_in(spec, context)
+        for controller in context.controllers:
+            self.controllers[name] = controller
+        return policy
+
+
+def _build_scorers(pool: Pool) -> dict[str, Scorer]:
+    scorers: dict[str, Scorer] = {}
+    for name, spec in pool.scorers.items():
+        if name == CONFIDENCE:
+            raise PolicyError(f"scorers: the name {CONFIDENCE!r} is reserved")
+        with _at(f"scorers.{name}"):
+            scorers[name] = build_scorer(spec, folder=pool.folder)
+    return scorers
+
+
+@contextmanager
+def _at(where: str) -> Iterator[None]:
+    """Say in a `PolicyError` where in the pool or the configuration it stands."""
+    try:
+        yield
+    except PolicyError as error:
+        raise PolicyError(f"{where}: {error}") from None
