@@ -340,8 +340,8 @@ _KINDS: dict[str, type[Any]] = {"answer": Answer, "cascade": Cascade, "best": Be
 
 Plan: TypeAlias = Annotated[Answer | Cascade | Best, BeforeValidator(_read)]
 
-rebuild_dataclass(Cascade, force=True)
-rebuild_dataclass(Best, force=True)
+for _kind in _KINDS.values():
+    rebuild_dataclass(_kind, force=True)  # `Plan` has a meaning only now
 
 PlanField: TypeAlias = Annotated[Plan, BeforeValidator(from_json)]
 """A plan among other settings, as JSON."""

@@ -48,7 +48,7 @@ class Executor:
         scorers: Mapping[str, Scorer],
         limits: ServingLimits,
     ) -> None:
-        self._engines = engines
+        self.engines = engines
         self._members = members
         self._scorers = scorers
         self._limits = limits
@@ -97,7 +97,7 @@ class Executor:
         run.engine = self._members.engine_of(answer.members[0])
         run.request_id = request.request_id
         run.prompt_tokens = len(request.prompt_tokens)
-        client = self._engines[run.engine]
+        client = self.engines[run.engine]
         try:
             if not task.stream:
                 chunk = await client.complete(request)
@@ -117,7 +117,7 @@ class Executor:
             answer,
             task,
             run,
-            clients=[self._engines[self._members.engine_of(name)] for name in answer.members],
+            clients=[self.engines[self._members.engine_of(name)] for name in answer.members],
             tokenizers=[self._members.tokenizer_of(name) for name in answer.members],
             max_tokens=self._max_tokens(task),
             context_tokens=self._members.context_tokens(answer),
