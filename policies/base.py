@@ -90,9 +90,3 @@ class Policy(ABC):
 def members_of(policy: Policy) -> tuple[str, ...]:
     """Return every model that the plans of `policy` name."""
     return tuple(dict.fromkeys(name for plan in policy.plans() for name in members(plan)))
-
-
-def ignores_queries(policy: Policy) -> bool:
-    """Return whether `policy` has one plan only, which it takes as it is whatever is asked."""
-    plans = tuple(policy.plans())
-    return len(plans) == 1 and policy.decide(Query(text="")).plan == plans[0]

@@ -57,6 +57,11 @@ def always(plan: Plan, *, router: Policy | None) -> Policy:
     return Primed(plan, router=router) if router and needs_prior(plan) else Fixed(plan=plan)
 
 
+def ignores_queries(policy: Policy) -> bool:
+    """Return whether `policy` is known to choose the same plan whatever is asked."""
+    return isinstance(policy, Fixed)
+
+
 class FixedSettings(Settings):
     """`plan` is what it always chooses, as JSON (see `policies.plan`)."""
 

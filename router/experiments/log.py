@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from policies.base import Query, ignores_queries
+from policies.base import Query
 from policies.errors import ExperimentError
 from policies.experiments.config import Experiment
 from policies.experiments.replay import LoggedRequest
+from policies.fixed import ignores_queries
 from router.catalog.catalog import Catalog
 from router.experiments.store import State, load
 from router.ledger.database import Database

@@ -93,8 +93,7 @@ def test_a_ledger_gives_off_policy_estimates(tmp_path: Path) -> None:
 
 def test_a_ledger_without_text_cannot_judge_a_policy_that_reads(tmp_path: Path) -> None:
     """A router needs the query; a ledger that kept none is refused, and says what to set."""
-    first = {"kind": "fixed", "plan": {"answer": {"members": ["cheap", "dear"]}}}
-    reading = {"reading": {"kind": "budgeted", "policy": first}}
+    reading = {"reading": {"kind": "fused", "answer": {"members": ["cheap", "dear"]}}}
     settings: dict[str, Any] = {"experiments": {"e": EXPERIMENT}, "policies": reading}
     with serving(write_config(tmp_path, **settings)) as trial:
         fill(trial.ledger.database, 40)
