@@ -12,7 +12,7 @@ from pydantic import Field
 
 from policies.base import Decision, Policy, Query
 from policies.budget.controller import Controller
-from policies.budget.targets import Per, Resource, Target
+from policies.budget.prices import BudgetTarget, Per, Resource
 from policies.building import BuildContext, PolicyKind
 from policies.carbon.live import LiveModels
 from policies.errors import PolicyError
@@ -97,7 +97,7 @@ def _build(settings: BudgetedSettings, context: BuildContext) -> Policy:
     controller = Controller(
         models=models,
         clock=time.time,
-        targets=tuple(Target(**target.model_dump()) for target in settings.targets),
+        targets=tuple(BudgetTarget(**target.model_dump()) for target in settings.targets),
         law=_law(settings.laws, context.folder),
         groups=settings.fuse,
         limits=Limits(

@@ -1,4 +1,4 @@
-"""Keeps budget targets current beside the requests: their prices, and what all replicas spent.
+"""Keeps budget targets current beside the requests: what all replicas spent.
 
 A controller sees only its own process's requests. Every few seconds `BudgetSync` asks the ledger
 what all requests of its policy have cost since the window began, and tells the controller.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -22,7 +22,6 @@ from router.threads import in_thread
 logger = logging.getLogger(__name__)
 
 _INTERVAL_S = 10.0
-_SOLVE_EVERY_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,25 +89,3 @@ class BudgetSync:
                     spent=spending.spent,
                     first_request_s=spending.first_request_s,
                 )
-
-
-class Pricing:
-    """Solves the controllers' prices again whenever it is time to, until cancelled."""
-
-    def __init__(
-        self, controllers: Sequence[Controller], *, interval_s: float = _SOLVE_EVERY_S
-    ) -> None:
-        """Look at the `controllers` every `interval_s`."""
-        self._controllers = tuple(controllers)
-        self._interval_s = interval_s
-
-    async def run(self) -> None:
-        """Solve, in a thread, what is due; log what fails, and go on at the prices of before."""
-        while True:
-            for controller in self._controllers:
-                if controller.due():
-                    try:
-                        await in_thread(controller.solve)
-                    except Exception:
-                        logger.exception("budget prices stay what they were")
-            await asyncio.sleep(self._interval_s)

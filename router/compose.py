@@ -12,7 +12,7 @@ from models.pool import Pool
 from policies.budget import Controller
 from policies.carbon.grid import CachedGrid
 from policies.experiments.shadow import Shadow, ShadowMeter
-from router.budget_sync import BudgetSync, Pricing
+from router.budget_sync import BudgetSync
 from router.caps.budgets import Budgets
 from router.catalog.catalog import Catalog
 from router.config import AppArgs
@@ -145,7 +145,6 @@ def _background(
     if args.carbon.feed is not None and isinstance(catalog.prices.grid, CachedGrid):
         background.append(GridFeed(args.carbon.feed, catalog.prices.grid))
     if controllers:
-        background.append(Pricing(list(controllers.values())))
         background.append(BudgetSync(controllers, database))
     return background
 

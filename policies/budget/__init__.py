@@ -1,10 +1,10 @@
 """The budget controller: how much quality a request deserves at today's price.
 
-`targets` what may be spent, `pace` how much of it falls to the next request, `prices` the dual
-prices that meet it, `candidates` the plans to choose from, `controller` the choice.
+`candidates` are the plans to choose from and their expected costs, `pace` says what traffic is to
+come, `prices` holds the targets and finds the dual price of each, `controller` chooses.
 """
 
 from policies.budget.controller import Controller
-from policies.budget.targets import Target
+from policies.budget.prices import BudgetTarget
 
-__all__ = ["Controller", "Target"]
+__all__ = ["BudgetTarget", "Controller"]

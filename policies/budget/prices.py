@@ -1,228 +1,136 @@
-"""Dual prices: what a unit of each resource must cost so that the budget lasts.
+"""Targets, and the dual price that holds each: what a unit of its resource must cost.
 
-Sample-average dual: the last requests' candidates (their predicted quality and cost) stand for the
-ones to come. A price vector λ is right when, with each of them taking the plan that maximises
-quality - Σ λ·cost, their mean cost is what the budget allows per request. This is the dual of the
-offline linear program, solved again and again on fresh samples (Agrawal, Wang and Ye 2014).
+Each target has a price λ in quality per unit. A request takes the plan that maximises quality -
+Σ λ·cost; where it is expected to cost more than is allowed, the price rises, else it falls. This is
+dual mirror descent with the entropy (Balseiro, Lu and Mirrokni 2020): λ is multiplied by
+exp(η (cost - allowed) / allowed), so one step serves costs of any size.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import Literal, TypeAlias, get_args
 
-import numpy as np
-from numpy.typing import NDArray
+from policies.budget.pace import Rest
+from policies.errors import PolicyError
+from policies.footprint import Footprint
 
-# Prices are found to this relative precision; quality is flat around the best one.
-_PRECISION = 0.01
-# The highest price: saving what the cheapest plan costs is then worth this many right answers.
-# Beyond, all that decides is hair's breadths between plans that cost alike, which estimates do not
-# know; where a budget cannot be kept, giving up quality for them would not keep it either.
-_DEAREST = 1.0
-_SWEEPS = 3
-# Future hours are grouped into this many levels of carbon intensity.
-_MAX_LEVELS = 4
-# The search for a price starts with this step: from one solution to the next it moves little.
-_STEP = 1.1
-NOT_A_CANDIDATE = -1e9
-# The prices, relative to the highest one, at which a frontier is looked at.
-_FRONTIER = np.geomspace(1.0, 1e-4, 16)
+Resource: TypeAlias = Literal["usd", "wh", "gco2e"]
+Per: TypeAlias = Literal["hour", "1000_requests"]
 
+# The step η is this over the root of the requests to come, but at first, while a price is merely
+# guessed, this over the requests seen; and never more than one.
+_STEP = 3.0
+_FIRST_STEP = 10.0
+# One request counts as costing at most so many times more than is allowed.
+_LARGEST_SURPRISE = 5.0
+# Prices relative to one right answer per cost of the best plan: the first one, the least (below it
+# nothing is given up, and the price is zero), and the highest where a cheapest plan costs nothing.
+_FIRST, _LEAST, _HIGHEST = 0.1, 1e-4, 1e4
+# Means of what the cheapest and the best plans cost: over the first requests, then exponential.
+_MEAN_WEIGHT = 0.005
+# Where a budget is spent, this share of what the cheapest, or the best, plans cost stays allowed.
+_LEAST_ALLOWED, _LEAST_ALLOWED_OF_BEST = 0.05, 1e-3
 
-class Samples:
-    """A ring of the last requests' candidates; not thread-safe.
-
-    Unused candidates have a quality that no price makes attractive.
-    """
-
-    def __init__(self, *, size: int, max_candidates: int, num_resources: int) -> None:
-        self._qualities = np.full((size, max_candidates), NOT_A_CANDIDATE)
-        self._costs_RSC = np.zeros((num_resources, size, max_candidates))
-        self._next = 0
-        self._num_candidates = 1
-        self.num_samples = 0
-
-    def fits(self, num_candidates: int) -> bool:
-        """Return whether a request with so many candidates can be taken."""
-        return num_candidates <= self._qualities.shape[1]
-
-    def add(self, qualities: Sequence[float], costs_RC: Sequence[Sequence[float]]) -> None:
-        """Take one request's candidates, replacing the oldest request's."""
-        row = self._next
-        num = len(qualities)
-        self._num_candidates = max(self._num_candidates, num)
-        self._qualities[row, :num] = qualities
-        self._qualities[row, num:] = NOT_A_CANDIDATE
-        for costs_SC, costs in zip(self._costs_RSC, costs_RC, strict=True):
-            costs_SC[row, :num] = costs
-        self._next = (row + 1) % len(self._qualities)
-        self.num_samples = min(self.num_samples + 1, len(self._qualities))
-
-    def rescale(self, resource: int, factor: float) -> None:
-        """Multiply every cost in one resource (the grid's intensity has changed)."""
-        self._costs_RSC[resource] *= factor
-
-    def view(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return copies of the samples' qualities [S, C] and costs [S, C, R]."""
-        used = slice(self.num_samples), slice(self._num_candidates)
-        return self._qualities[used].copy(), np.stack([c[used] for c in self._costs_RSC], axis=2)
+# The rest of a window may be quieter by so many standard deviations of its (Poisson) requests: what
+# they would have cost is spent before, as nobody spends it afterwards.
+_QUIET_DEVIATIONS = 1.5
+# What no forecast knows, a burst or a grid that turns dirty, can be made up for only as far as the
+# cheapest plans go. A whole window's plan keeps back what this share of them costs, half a window's
+# the half; but at most this share of what can be decided on at all, and on a first day that much.
+_UNKNOWN = 0.75
+_KEPT_BACK = 0.75
 
 
 @dataclass(frozen=True, kw_only=True)
-class Level:
-    """A part of the future: its share of the requests and, per resource, its cost factor."""
+class BudgetTarget:
+    """Spend `amount` of `resource` per hour, or per 1,000 requests, on average over a window.
 
-    share: float
-    factors: tuple[float, ...]
-
-
-def levels_of(
-    requests: NDArray[np.float64], intensity: NDArray[np.float64], *, follows: Sequence[bool]
-) -> list[Level]:
-    """Group future bins into a few levels of carbon intensity.
-
-    `requests` and `intensity` (relative to now's) are per bin; `follows` says, per resource,
-    whether its costs follow the intensity.
+    A target is an aim held by a price, not a cap: use budgets for what must never be exceeded.
     """
-    total = float(requests.sum())
-    if total <= 0:
-        return [Level(share=1.0, factors=(1.0,) * len(follows))]
-    order = np.argsort(intensity, kind="stable")
-    weight, factor = requests[order], intensity[order]
-    middle = (np.cumsum(weight) - weight / 2) / total
-    group = np.minimum((middle * _MAX_LEVELS).astype(int), _MAX_LEVELS - 1)
-    levels = []
-    for index in np.unique(group):
-        here = group == index
-        share = float(weight[here].sum())
-        if share > 0:
-            mean = float((weight[here] * factor[here]).sum()) / share
-            factors = tuple(mean if each else 1.0 for each in follows)
-            levels.append(Level(share=share / total, factors=factors))
-    return levels
 
+    resource: Resource
+    amount: float
+    per: Per = "hour"
 
-@dataclass(frozen=True, kw_only=True)
-class Frontier:
-    """The mean quality that a mean cost in one resource buys; both rise from point to point."""
-
-    costs: NDArray[np.float64]
-    qualities: NDArray[np.float64]
-
-    @property
-    def cheapest(self) -> float:
-        """The mean cost of the cheapest plans."""
-        return float(self.costs[0])
-
-    @property
-    def dearest(self) -> float:
-        """The mean cost of the best plans: more than this cannot be spent."""
-        return float(self.costs[-1])
-
-    def quality_at(self, cost: float) -> float:
-        """Return the mean quality that this mean cost buys."""
-        return float(np.interp(cost, self.costs, self.qualities))
-
-    def cost_of(self, quality: float) -> float:
-        """Return the mean cost at which this mean quality is had."""
-        return float(np.interp(quality, self.qualities, self.costs))
-
-
-def frontiers(qualities_SC: NDArray[np.float64], costs_SCR: NDArray[np.float64]) -> list[Frontier]:
-    """Return each resource's frontier, from the samples' cheapest plans to their best ones."""
-    real_SC = qualities_SC > NOT_A_CANDIDATE / 2
-    rows = np.arange(len(qualities_SC))
-    found = []
-    for costs_SC in np.moveaxis(costs_SCR, 2, 0):
-        picks = [np.where(real_SC, costs_SC, np.inf).argmin(axis=1)]
-        ceiling = _DEAREST / max(float(costs_SC[rows, picks[0]].mean()), 1e-30)
-        picks += [(qualities_SC - price * costs_SC).argmax(axis=1) for price in _FRONTIER * ceiling]
-        picks.append(qualities_SC.argmax(axis=1))
-        means = [(costs_SC[rows, p].mean(), qualities_SC[rows, p].mean()) for p in picks]
-        # Where plans cost alike, the cheapest may be worse than what the highest price takes.
-        costs, qualities = np.maximum.accumulate(np.array(means), axis=0).T
-        found.append(Frontier(costs=costs, qualities=qualities))
-    return found
-
-
-def solve_prices(
-    qualities_SC: NDArray[np.float64],
-    costs_SCR: NDArray[np.float64],
-    *,
-    allowances: Sequence[float],
-    levels: Sequence[Level],
-    start: Sequence[float],
-) -> tuple[float, ...]:
-    """Return a price per resource, in quality per unit, that meets the mean cost allowed.
-
-    A resource whose allowance the best plans keep anyway costs nothing; one whose allowance not
-    even the cheapest plans keep has the highest price. Several resources are solved in turn, each
-    with the others' prices fixed.
-    """
-    prices = list(start)
-    scaled = [costs_SCR * np.array(level.factors) for level in levels]
-    rows = np.arange(len(qualities_SC))
-
-    def mean_cost(resource: int, price: float) -> float:
-        prices[resource] = price
-        total = 0.0
-        for level, costs in zip(levels, scaled, strict=True):
-            value = qualities_SC.copy()
-            for index, each in enumerate(prices):
-                if each:
-                    value -= each * costs[:, :, index]
-            total += level.share * float(costs[rows, value.argmax(axis=1), resource].mean())
-        return total
-
-    def too_cheap(resource: int, allowance: float, price: float) -> bool:
-        # What keeps the allowance exactly must not miss it by a rounding error.
-        return mean_cost(resource, price) > allowance * (1 + 1e-9)
-
-    real = qualities_SC > NOT_A_CANDIDATE / 2
-    least = [
-        sum(level.share * level.factors[resource] for level in levels)
-        * float(np.min(costs_SCR[:, :, resource], axis=1, initial=np.inf, where=real).mean())
-        for resource in range(len(prices))
-    ]
-    for _ in range(_SWEEPS if len(prices) > 1 else 1):
-        for resource, allowance in enumerate(allowances):
-            guess = prices[resource]
-            if too_cheap(resource, allowance, 0.0):
-                ceiling = _DEAREST / max(least[resource], 1e-30)
-                low, high = _bracket(
-                    partial(too_cheap, resource, allowance), guess or 0.01 * ceiling, ceiling
+    def __post_init__(self) -> None:
+        for key, value, allowed in (
+            ("resource", self.resource, get_args(Resource)),
+            ("per", self.per, get_args(Per)),
+        ):
+            if value not in allowed:
+                raise PolicyError(
+                    f"targets.{key}: {value!r} is unknown; allowed are {', '.join(allowed)}"
                 )
-                while high > low * (1 + _PRECISION):
-                    middle = math.sqrt(low * high)
-                    if too_cheap(resource, allowance, middle):
-                        low = middle
-                    else:
-                        high = middle
-                prices[resource] = high
-    return tuple(prices)
+        is_number = isinstance(self.amount, int | float) and not isinstance(self.amount, bool)
+        if not is_number or not 0 < self.amount < float("inf"):
+            raise PolicyError(f"targets.amount: {self.amount!r} is not a number above zero")
+
+    def budget(self, *, elapsed_s: float, num_requests: float) -> float:
+        """Return what may be spent in `elapsed_s` seconds with `num_requests` requests."""
+        if self.per == "hour":
+            return self.amount * elapsed_s / 3600
+        return self.amount * num_requests / 1000
 
 
-def _bracket(
-    too_cheap: Callable[[float], bool], guess: float, ceiling: float
-) -> tuple[float, float]:
-    """Return prices around the right one, searched outwards from `guess` in growing steps.
+def spent(cost: Footprint, resource: Resource) -> float:
+    """Return how much of `resource` `cost` is."""
+    return {"usd": cost.usd, "wh": cost.wh, "gco2e": cost.gco2e}[resource]
 
-    Where even `ceiling` is too cheap, it is returned twice.
+
+class DualPrice:
+    """The price of one target's resource. Not thread-safe.
+
+    `value` is in quality (0 to 1) per unit; zero until the best plans for everybody would cost more
+    than is allowed. `cheapest` and `best` are what the cheapest and the best plans cost on average.
     """
-    factor = _STEP
-    low = high = min(guess, ceiling)
-    if too_cheap(guess):
-        while high < ceiling:
-            high = min(high * factor, ceiling)
-            if not too_cheap(high):
-                return low, high
-            low, factor = high, factor**1.5
-        return ceiling, ceiling
-    while True:
-        low = high / factor
-        if too_cheap(low):
-            return low, high
-        high, factor = low, factor**1.5
+
+    def __init__(self) -> None:
+        self.value = 0.0
+        self.cheapest = 0.0
+        self.best = 0.0
+        self._num_requests = 0
+
+    def allowed(self, target: BudgetTarget, *, left: float, rest: Rest) -> float:
+        """Return what the next request may cost so that `left` lasts for the `rest`.
+
+        `left` is what the window's budget still holds.
+        """
+        num_requests = rest.dirty_requests if target.resource == "gco2e" else rest.requests
+        if target.per != "hour":
+            # More requests bring more budget: they are nothing to be afraid of.
+            allowed = left / rest.requests
+        else:
+            quiet = num_requests - _QUIET_DEVIATIONS * math.sqrt(num_requests)
+            allowed = left / max(quiet, num_requests / 4, 1.0)
+            kept_back = _KEPT_BACK * max(0.0, allowed - self.cheapest)
+            if rest.known:
+                kept_back = min(kept_back, _UNKNOWN * self.cheapest)
+            allowed -= rest.share * kept_back
+        return max(allowed, _LEAST_ALLOWED * self.cheapest, _LEAST_ALLOWED_OF_BEST * self.best)
+
+    def see(self, *, cheapest: float, best: float) -> None:
+        """Take what the cheapest plan of a request and the best one are expected to cost."""
+        self._num_requests += 1
+        weight = max(_MEAN_WEIGHT, 1 / self._num_requests)
+        self.cheapest += weight * (cheapest - self.cheapest)
+        self.best += weight * (best - self.best)
+
+    def step(self, *, expected: float, allowed: float, to_come: float) -> None:
+        """Move after a request that is `expected` to cost so much where so much was `allowed`.
+
+        `to_come` are the requests that the window may still hold.
+        """
+        if self.best <= 0:
+            return
+        unit = 1 / self.best
+        highest = min(_HIGHEST * unit, 1 / self.cheapest if self.cheapest > 0 else math.inf)
+        if self.value:
+            step = min(max(_STEP / math.sqrt(to_come), _FIRST_STEP / self._num_requests), 1.0)
+            surprise = min((expected - allowed) / allowed, _LARGEST_SURPRISE)
+            self.value = min(self.value * math.exp(step * surprise), highest)
+            if self.value < _LEAST * unit:
+                self.value = 0.0
+        elif self.best > allowed:
+            self.value = min(_FIRST * unit, highest)

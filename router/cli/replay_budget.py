@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 if TYPE_CHECKING:
-    from policies.budget.replay import Replayed
+    from policies.budget.replay import ReplayedDay
 
 
 def replay_budget(
@@ -43,8 +43,8 @@ def replay_budget(
     from models.errors import PoolError
     from models.pool import DEFAULT_POOL, load_pool
     from policies.budget.replay import replay_day
-    from policies.budget.replay.plot import draw
-    from policies.budget.replay.scenarios import adversarial, ordinary, scene_of, target_between
+    from policies.budget.replay.days import adversarial, ordinary, target_between, workload_of
+    from policies.budget.replay.replay import draw
     from policies.carbon import find_zone
     from policies.carbon.settings import CarbonSettings, DeviceSettings
     from policies.errors import PolicyError
@@ -56,20 +56,22 @@ def replay_budget(
         answered = read_outcomes(outcomes or loaded.folder / "outcomes.jsonl")
         find_zone(zone)
         carbon = CarbonSettings(zone=zone, hardware=DeviceSettings(device=device))
-        scene = scene_of(answered, loaded.facts(), carbon, seed=seed)
+        workload = workload_of(answered, loaded.facts(), carbon, seed=seed)
     except (PoolError, PolicyError, ValueError) as error:
         typer.echo(f"shoal replay-budget: {error}", err=True)
         raise typer.Exit(2) from None
     mean = find_zone(zone).gco2e_per_kwh
-    usual = ordinary(scene, num_requests=requests, mean_gco2e_per_kwh=mean, seed=seed)
-    target = target_between(scene, usual.day, resource, share=share)
+    usual = ordinary(workload, num_requests=requests, mean_gco2e_per_kwh=mean, seed=seed)
+    target = target_between(workload, usual.day, resource, share=share)
     scenarios = [usual]
     if adversity:
-        scenarios += adversarial(scene, num_requests=requests, mean_gco2e_per_kwh=mean, seed=seed)
+        scenarios += adversarial(
+            workload, num_requests=requests, mean_gco2e_per_kwh=mean, seed=seed
+        )
     print(f"Target: {target.amount:.4g} {resource} per hour.")
     for scenario in scenarios:
         replayed = replay_day(
-            scene,
+            workload,
             scenario.day,
             target,
             yesterday=scenario.yesterday,
@@ -82,7 +84,7 @@ def replay_budget(
             print(f"Plot: {plot}")
 
 
-def table(replayed: Replayed) -> str:
+def table(replayed: ReplayedDay) -> str:
     """Return the results as text; quality is the predicted one, which all of them maximise."""
     lines = [
         f"{'strategy':<24} {'spent':>8} {'quality':>8} {'of optimum':>10} {'actual':>8} "

@@ -28,18 +28,16 @@ import numpy as np
 
 from models.pool import DEFAULT_POOL, load_pool
 from policies.base import ModelFacts
-from policies.budget.replay import Replayed, Scene, replay_day
-from policies.budget.replay.offline import offline_optimum
-from policies.budget.replay.plot import draw
-from policies.budget.replay.replay import CONTROLLER, OPTIMUM
-from policies.budget.replay.scenarios import (
+from policies.budget.replay import ReplayedDay, Workload, replay_day
+from policies.budget.replay.days import (
     Scenario,
     adversarial,
+    day_costs,
     ordinary,
-    scene_of,
     target_between,
+    workload_of,
 )
-from policies.budget.replay.scene import day_costs
+from policies.budget.replay.replay import CONTROLLER, OPTIMUM, draw, offline_optimum
 from policies.carbon import find_zone
 from policies.carbon.settings import CarbonSettings
 from policies.errors import LawError
@@ -62,14 +60,14 @@ WITHIN = 0.01
 QUALITY = 0.98
 
 
-def pool_scene(seed: int) -> Scene:
+def pool_workload(seed: int) -> Workload:
     """Return what the models of the pool that ships answered, on a laptop's CPU."""
     pool = load_pool(DEFAULT_POOL)
     outcomes = read_outcomes(pool.folder / "outcomes.jsonl")
-    return scene_of(outcomes, pool.facts(), CarbonSettings(zone="DE"), seed=seed)
+    return workload_of(outcomes, pool.facts(), CarbonSettings(zone="DE"), seed=seed)
 
 
-def llmrouter_scene(seed: int) -> Scene:
+def llmrouter_workload(seed: int) -> Workload:
     """Return what LLMRouter's nine models answered, on an H200."""
     outcomes = [o for o in import_llmrouter(FOLDER) if o.split in ("train", "test")]
     prices = read_llmrouter_prices(FOLDER / "example_data/llm_candidates/default_llm.json")
@@ -86,22 +84,25 @@ def llmrouter_scene(seed: int) -> Scene:
     carbon = CarbonSettings.model_validate(
         {"zone": "DE", "pue": 1.1, "hardware": {"device": "h200"}}
     )
-    return scene_of(outcomes, models, carbon, seed=seed)
+    return workload_of(outcomes, models, carbon, seed=seed)
 
 
-SCENES: dict[str, Callable[[int], Scene]] = {"pool": pool_scene, "llmrouter": llmrouter_scene}
+WORKLOADS: dict[str, Callable[[int], Workload]] = {
+    "pool": pool_workload,
+    "llmrouter": llmrouter_workload,
+}
 
 
-def replays(scene: Scene, seed: int) -> Iterator[tuple[Scenario, float, Replayed]]:
+def replays(workload: Workload, seed: int) -> Iterator[tuple[Scenario, float, ReplayedDay]]:
     """Replay the ordinary day at every target, then the days that go wrong at the middle one."""
     mean = find_zone("DE").gco2e_per_kwh
-    usual = ordinary(scene, num_requests=NUM_REQUESTS, mean_gco2e_per_kwh=mean, seed=seed)
-    trouble = adversarial(scene, num_requests=NUM_REQUESTS, mean_gco2e_per_kwh=mean, seed=seed)
+    usual = ordinary(workload, num_requests=NUM_REQUESTS, mean_gco2e_per_kwh=mean, seed=seed)
+    trouble = adversarial(workload, num_requests=NUM_REQUESTS, mean_gco2e_per_kwh=mean, seed=seed)
     for scenario, share in [(usual, s) for s in SHARES] + [(t, MIDDLE) for t in trouble]:
-        target = target_between(scene, usual.day, "gco2e", share=share)
+        target = target_between(workload, usual.day, "gco2e", share=share)
         try:
             replayed = replay_day(
-                scene,
+                workload,
                 scenario.day,
                 target,
                 yesterday=scenario.yesterday,
@@ -114,7 +115,7 @@ def replays(scene: Scene, seed: int) -> Iterator[tuple[Scenario, float, Replayed
         yield scenario, share, replayed
 
 
-def from_noon(scene: Scene, scenario: Scenario, replayed: Replayed) -> dict[str, float]:
+def from_noon(workload: Workload, scenario: Scenario, replayed: ReplayedDay) -> dict[str, float]:
     """Return the bounds of whoever spent like the controller until noon and then knew everything.
 
     Trouble comes at noon, unannounced: nobody who holds ordinary days can do better. `least_spent`
@@ -122,7 +123,7 @@ def from_noon(scene: Scene, scenario: Scenario, replayed: Replayed) -> dict[str,
     budget buys (absent where it does not suffice), as shares of the budget and of the optimum.
     """
     day, controller = scenario.day, replayed.of(CONTROLLER)
-    costs, predicted = day_costs(scene, day, "gco2e"), scene.predicted_QM[day.queries]
+    costs, predicted = day_costs(workload, day, "gco2e"), workload.predicted_QM[day.queries]
     rest = (day.times_s % 86_400) >= NOON_H * 3600
     spent = float(controller.spent_H[:NOON_H].sum())
     cheapest = np.where(day.available_NM, costs, np.inf)[rest].min(axis=1).sum()
@@ -142,7 +143,7 @@ def from_noon(scene: Scene, scenario: Scenario, replayed: Replayed) -> dict[str,
 
 
 def rows_of(
-    data: str, seed: int, scenario: Scenario, share: float, replayed: Replayed
+    data: str, seed: int, scenario: Scenario, share: float, replayed: ReplayedDay
 ) -> list[dict[str, Any]]:
     """Return a replay as JSON rows."""
     return [
@@ -166,12 +167,12 @@ def rows_of(
 
 def replay_seed(data: str, seed: int, plot: Path | None) -> list[dict[str, Any]]:
     """Replay all scenarios of one seed, print their tables, draw the ordinary day to `plot`."""
-    scene = SCENES[data](seed)
+    workload = WORKLOADS[data](seed)
     rows: list[dict[str, Any]] = []
-    for scenario, share, replayed in replays(scene, seed):
+    for scenario, share, replayed in replays(workload, seed):
         title = f"{data}, seed {seed}, {scenario.name}, target at {share:.0%}"
         size = f"{replayed.target.amount:.4g} gCO2e/h, {replayed.num_requests} requests"
-        bounds = from_noon(scene, scenario, replayed)
+        bounds = from_noon(workload, scenario, replayed)
         print(
             f"\n{title}: {size}\n{table(replayed)}\nknowing all from noon on: {json.dumps(bounds)}",
             flush=True,
@@ -233,11 +234,11 @@ def main(names: Sequence[str], *, seeds: Sequence[int], jobs: int, dry: bool) ->
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help=f"of {'/'.join(SCENES)}; default all")
+    parser.add_argument("names", nargs="*", help=f"of {'/'.join(WORKLOADS)}; default all")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side")
     parser.add_argument("--dry", action="store_true")
     given = parser.parse_args()
-    if unknown := set(given.names) - set(SCENES):
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; allowed are {', '.join(SCENES)}")
-    main(given.names or list(SCENES), seeds=given.seeds, jobs=given.jobs, dry=given.dry)
+    if unknown := set(given.names) - set(WORKLOADS):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; allowed are {', '.join(WORKLOADS)}")
+    main(given.names or list(WORKLOADS), seeds=given.seeds, jobs=given.jobs, dry=given.dry)

@@ -11,10 +11,10 @@ import pytest
 import sqlalchemy as sa
 
 from policies.base import Decision, ModelFacts, Query
-from policies.budget import Controller, Target
+from policies.budget import BudgetTarget, Controller
 from policies.footprint import Rates
 from policies.plan import Answer
-from router.budget_sync import BudgetSync, Pricing, read_spending
+from router.budget_sync import BudgetSync, read_spending
 from router.ledger.writer import Ledger
 from router.record import RequestRecord
 from router.threads import in_thread
@@ -43,7 +43,7 @@ def controller() -> Controller:
     return Controller(
         models={"m": ModelFacts(name="m", rates=RATES)},
         clock=lambda: NOON_S,
-        targets=[Target(resource="usd", amount=10.0)],
+        targets=[BudgetTarget(resource="usd", amount=10.0)],
     )
 
 
@@ -118,63 +118,6 @@ def test_a_database_that_fails_is_logged_and_asked_again(caplog: pytest.LogCaptu
     database.dispose()
     assert "keep their own count" in caplog.text
     assert mine.spent() == {"usd": 0.0}
-
-
-def test_prices_are_solved_beside_the_requests() -> None:
-    """Requests alone leave the price at zero; the background task finds it."""
-    now = [NOON_S]
-    mine = Controller(
-        models={
-            "m": ModelFacts(name="m", rates=RATES),
-            "n": ModelFacts(name="n", rates=Rates(usd_per_input_token=0, usd_per_output_token=1.0)),
-        },
-        clock=lambda: now[0],
-        targets=[Target(resource="usd", amount=10.0)],
-    )
-    for _ in range(40):
-        now[0] += 1.0
-        mine.choose(
-            Query(text=""), Decision(plan=Answer(members=("n",)), scores={"m": 0.5, "n": 0.9})
-        )
-    assert mine.prices() == {"usd": 0.0}
-
-    async def price() -> None:
-        task = asyncio.create_task(Pricing([mine], interval_s=0.01).run())
-        async with asyncio.timeout(60):
-            while not mine.prices()["usd"]:  # noqa: ASYNC110 - it tells nobody
-                await asyncio.sleep(0.01)
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-    asyncio.run(price())
-    assert not mine.due()
-
-
-def test_a_failed_solution_does_not_end_pricing(caplog: pytest.LogCaptureFixture) -> None:
-    """What fails once is logged, and tried again: prices would never move otherwise."""
-    tries: list[int] = []
-
-    class Flaky:
-        def due(self) -> bool:
-            return len(tries) < 2
-
-        def solve(self) -> None:
-            tries.append(1)
-            if len(tries) == 1:
-                raise ValueError("no solution")
-
-    async def price() -> None:
-        flaky: Any = Flaky()
-        task = asyncio.create_task(Pricing([flaky], interval_s=0.01).run())
-        async with asyncio.timeout(60):
-            while len(tries) < 2 and not task.done():  # noqa: ASYNC110 - it tells nobody
-                await asyncio.sleep(0.01)
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-    asyncio.run(price())
-    assert len(tries) == 2
-    assert "no solution" in caplog.text
 
 
 def test_a_cancelled_task_leaves_no_query_behind() -> None:

@@ -1,11 +1,10 @@
 """Replays a day of traffic over real outcomes, to see whether a budget controller earns its keep.
 
-`traffic` when requests come, `scene` what is known and what is true of them, `offline` the optimum
-that sees the whole day, `strategies` who decides, `replay` runs and compares, `plot` draws.
+`days` says who asks when and what is true of it, `strategies` who decides, `replay` plays, compares
+with the optimum that sees the whole day, and draws.
 """
 
-from policies.budget.replay.replay import Replayed, replay_day
-from policies.budget.replay.scene import Day, Scene
-from policies.budget.replay.traffic import simulate_arrivals
+from policies.budget.replay.days import Day, Workload, simulate_arrivals
+from policies.budget.replay.replay import ReplayedDay, replay_day
 
-__all__ = ["Day", "Replayed", "Scene", "replay_day", "simulate_arrivals"]
+__all__ = ["Day", "ReplayedDay", "Workload", "replay_day", "simulate_arrivals"]

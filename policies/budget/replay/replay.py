@@ -1,17 +1,22 @@
-"""Plays a day with several strategies and compares them with the offline optimum."""
+"""Plays a day with several strategies, compares them with the offline optimum, draws the day."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import scipy.sparse as sp
 from numpy.typing import NDArray
+from scipy.optimize import linprog
 
-from policies.budget.replay.offline import offline_optimum
-from policies.budget.replay.scene import Day, Scene, day_costs
+from policies.budget.prices import BudgetTarget
+from policies.budget.replay.days import Day, Workload, day_costs
 from policies.budget.replay.strategies import (
+    ByClock,
     ByController,
     FixedPrice,
     Greedy,
@@ -19,14 +24,14 @@ from policies.budget.replay.strategies import (
     Thinning,
     calibrate,
 )
-from policies.budget.targets import Target
+from policies.errors import LawError
 
 OPTIMUM = "offline optimum"
 CONTROLLER = "controller"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
+class StrategyResult:
     """How one strategy did over a day.
 
     `spent_share` is its spending over the budget. `predicted_quality` is the mean prediction of the
@@ -49,50 +54,50 @@ class Result:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Replayed:
+class ReplayedDay:
     """All strategies over one day. `requests_H` and `intensity_H` are the day's rhythm."""
 
-    target: Target
+    target: BudgetTarget
     budget: float
     num_requests: int
-    results: tuple[Result, ...]
+    results: tuple[StrategyResult, ...]
     requests_H: NDArray[np.float64]
     intensity_H: NDArray[np.float64]
 
-    def of(self, name: str) -> Result:
+    def of(self, name: str) -> StrategyResult:
         """Return one strategy's result."""
         return next(result for result in self.results if result.name == name)
 
 
 def replay_day(
-    scene: Scene,
+    workload: Workload,
     day: Day,
-    target: Target,
+    target: BudgetTarget,
     *,
     yesterday: Day,
     learned: bool = True,
     seed: int = 0,
-) -> Replayed:
+) -> ReplayedDay:
     """Play `day` with every strategy.
 
     Static strategies are calibrated on `yesterday`; the controller has lived through it where
     `learned`, and starts cold otherwise. The target must be per hour.
     """
     resource = target.resource
-    costs = day_costs(scene, day, resource)
-    predicted = scene.predicted_QM[day.queries]
-    actual = scene.actual_QM[day.queries]
+    costs = day_costs(workload, day, resource)
+    predicted = workload.predicted_QM[day.queries]
+    actual = workload.actual_QM[day.queries]
     budget = target.budget(elapsed_s=86_400, num_requests=0)
-    settings = calibrate(scene, yesterday, resource, budget=budget)
+    settings = calibrate(workload, yesterday, resource, budget=budget)
 
     judge = _Judge(day=day, costs=costs, predicted=predicted, actual=actual, budget=budget)
     optimum = offline_optimum(predicted, costs, day.available_NM, budget=budget)
     judge.best = judge.judge(OPTIMUM, optimum)
 
-    controller = ByController(scene, target, announced=yesterday.grid)
+    controller = ByController(workload, target, announced=yesterday.grid)
     if learned:
         controller.begin(yesterday)
-        _play(controller, day_costs(scene, yesterday, resource))
+        _play(controller, day_costs(workload, yesterday, resource))
     controller.begin(day)
     shares, prices, seconds = _play(controller, costs)
     results = [
@@ -100,10 +105,13 @@ def replay_day(
         judge.judge(CONTROLLER, shares, prices=prices, decision_s=seconds),
     ]
     static: Mapping[str, Strategy] = {
-        "fixed price": FixedPrice(scene, day, resource, settings.price),
-        "greedy until exhausted": Greedy(scene, day, resource, budget_per_hour=budget / 24),
+        "fixed price": FixedPrice(workload, day, resource, settings.price),
+        "plain dual descent": ByClock(
+            workload, day, resource, budget_per_hour=budget / 24, yesterday=yesterday
+        ),
+        "greedy until exhausted": Greedy(workload, day, resource, budget_per_hour=budget / 24),
         "uniform thinning": Thinning(
-            scene,
+            workload,
             day,
             resource,
             strong_share=settings.strong_share,
@@ -113,7 +121,7 @@ def replay_day(
     results += [judge.judge(name, _play(one, costs)[0]) for name, one in static.items()]
     hours = judge.hours
     intensity = [day.grid.at(hour * 3600 + day.times_s[0] // 86400 * 86400) for hour in range(24)]
-    return Replayed(
+    return ReplayedDay(
         target=target,
         budget=budget,
         num_requests=len(day),
@@ -124,7 +132,7 @@ def replay_day(
 
 
 class _Judge:
-    """Turns who answered what into a `Result`."""
+    """Turns who answered what into a `StrategyResult`."""
 
     def __init__(
         self,
@@ -138,7 +146,7 @@ class _Judge:
         self.hours = ((day.times_s % 86_400) // 3600).astype(int)
         self._costs, self._predicted, self._actual = costs, predicted, actual
         self._budget = budget
-        self.best: Result | None = None
+        self.best: StrategyResult | None = None
 
     def judge(
         self,
@@ -147,13 +155,13 @@ class _Judge:
         *,
         prices: NDArray[np.float64] | None = None,
         decision_s: NDArray[np.float64] | None = None,
-    ) -> Result:
+    ) -> StrategyResult:
         spent = (shares * self._costs).sum(axis=1)
         predicted_N = (shares * self._predicted).sum(axis=1)
         predicted = float(predicted_N.mean())
         quality = (shares * self._actual).sum(axis=1)
         counts = np.maximum(np.bincount(self.hours, minlength=24), 1)
-        return Result(
+        return StrategyResult(
             name=name,
             spent_share=float(spent.sum()) / self._budget,
             predicted_quality=predicted,
@@ -189,3 +197,85 @@ def _play(
         if isinstance(strategy, ByController):
             prices[index] = strategy.price
     return shares, prices, seconds
+
+
+def offline_optimum(
+    qualities_NM: NDArray[np.float64],
+    costs_NM: NDArray[np.float64],
+    available_NM: NDArray[np.bool_],
+    *,
+    budget: float,
+) -> NDArray[np.float64]:
+    """Return [N, M] shares x that maximise Σ x·quality subject to Σ x·cost <= `budget`.
+
+    Each request is answered once by a model that is up; shares may be fractional (at most one
+    request is split, as there is one budget). HiGHS, sparse. Raises `LawError` where not even the
+    cheapest models keep the budget.
+    """
+    num_requests, num_models = qualities_NM.shape
+    rows = np.repeat(np.arange(num_requests), num_models)
+    once = sp.csr_matrix(
+        (np.ones(rows.size), (rows, np.arange(rows.size))), shape=(num_requests, rows.size)
+    )
+    # SciPy's stubs know no sparse constraints.
+    solve: Any = linprog
+    solution = solve(
+        c=-qualities_NM.ravel(),
+        # In units of the budget, so that the solver's tolerances mean something.
+        A_ub=sp.csr_matrix(costs_NM.ravel()[None, :] / budget),
+        b_ub=[1.0],
+        A_eq=once,
+        b_eq=np.ones(num_requests),
+        bounds=np.stack([np.zeros(rows.size), available_NM.ravel().astype(np.float64)], axis=1),
+        method="highs",
+    )
+    if solution.status != 0:
+        raise LawError(f"no assignment keeps the budget {budget:g}: {solution.message}")
+    return np.asarray(solution.x, dtype=np.float64).reshape(num_requests, num_models)
+
+
+def draw(replayed: ReplayedDay, file: Path) -> None:
+    """Write a PNG with four panels to `file`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - heavy
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    figure = Figure(figsize=(9, 9), layout="constrained")
+    FigureCanvasAgg(figure)
+    traffic, spending, price, quality = figure.subplots(4, 1, sharex=True)
+    hours = np.arange(24)
+
+    traffic.bar(hours, replayed.requests_H, color="lightgrey")
+    traffic.set(ylabel="requests per hour")
+    grid = traffic.twinx()
+    grid.step(hours, replayed.intensity_H, where="mid", color="tab:brown")
+    grid.set_ylabel("grid, gCO2e/kWh", color="tab:brown")
+
+    unit = replayed.target.resource
+    for result in replayed.results:
+        spending.plot(
+            hours,
+            result.spent_H.cumsum() / replayed.budget,
+            label=result.name,
+            linestyle="--" if result.name == OPTIMUM else "-",
+            linewidth=2 if result.name == CONTROLLER else 1,
+        )
+    spending.axhline(1, color="black", linewidth=0.8)
+    spending.set(ylabel=f"{unit} spent / day's budget")
+    spending.legend(fontsize=8)
+
+    prices = replayed.of(CONTROLLER).price_H
+    assert prices is not None
+    price.step(hours, prices, where="mid", color="tab:orange")
+    price.set(ylabel=f"controller's price\n(quality per {unit})", ylim=(0, None))
+
+    for result in replayed.results:
+        if result.name in (OPTIMUM, CONTROLLER):
+            quality.plot(
+                hours,
+                result.quality_H,
+                label=result.name,
+                linestyle="--" if result.name == OPTIMUM else "-",
+            )
+    quality.set(ylabel="actual quality", xlabel="hour of the day (UTC)")
+    quality.legend(fontsize=8)
+    figure.savefig(file, dpi=120)

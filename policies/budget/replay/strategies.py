@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from policies.base import Decision, Query
 from policies.budget.controller import Controller
-from policies.budget.replay.scene import Day, Scene, day_costs
-from policies.budget.targets import Resource, Target
+from policies.budget.prices import BudgetTarget, Resource
+from policies.budget.replay.days import Day, Workload, day_costs
 from policies.carbon.grid import GridIntensity, GridReading
 from policies.carbon.live import LiveModels
 from policies.footprint import Footprint
@@ -39,15 +39,15 @@ class ByController:
 
     def __init__(
         self,
-        scene: Scene,
-        target: Target,
+        workload: Workload,
+        target: BudgetTarget,
         *,
         announced: GridIntensity,
         expected_output_tokens: int = 128,
     ) -> None:
-        self._scene = scene
+        self._workload = workload
         self._resource = target.resource
-        self._names = scene.names
+        self._names = workload.names
         self._grid = _TodaysGrid(announced)
         self._now_s = 0.0
         self._day: Day | None = None
@@ -64,9 +64,9 @@ class ByController:
         if self._controller is None:
             self._controller = Controller(
                 models=LiveModels(
-                    self._scene.models,
+                    self._workload.models,
                     engine_of=dict.fromkeys(self._names, ""),
-                    settings=self._scene.carbon,
+                    settings=self._workload.carbon,
                     grid=self._grid,
                     clock=self._clock,
                 ),
@@ -94,7 +94,7 @@ class ByController:
         self._now_s = float(day.times_s[index])
         query = int(day.queries[index])
         available = day.available_NM[index]
-        predicted = self._scene.predicted_QM[query]
+        predicted = self._workload.predicted_QM[query]
         scores = {
             name: float(predicted[column])
             for column, name in enumerate(self._names)
@@ -102,7 +102,9 @@ class ByController:
         }
         best = max(scores, key=lambda name: scores[name])
         return (
-            Query(text="", prompt_tokens=int(self._scene.prompt_tokens_Q[query]), max_tokens=4096),
+            Query(
+                text="", prompt_tokens=int(self._workload.prompt_tokens_Q[query]), max_tokens=4096
+            ),
             Decision(plan=Answer(members=(best,)), scores=scores),
         )
 
@@ -118,7 +120,6 @@ class ByController:
         """Settle the last request."""
         assert self._last is not None
         self.controller.observe(*self._last, _footprint(self._resource, cost))
-        self.controller.solve()
 
     def _clock(self) -> float:
         return self._now_s
@@ -136,9 +137,11 @@ class Calibrated:
     strong_share: float
 
 
-def calibrate(scene: Scene, yesterday: Day, resource: Resource, *, budget: float) -> Calibrated:
+def calibrate(
+    workload: Workload, yesterday: Day, resource: Resource, *, budget: float
+) -> Calibrated:
     """Return the settings with which static strategies would have met `budget` yesterday."""
-    scores, estimates, costs = _views(scene, yesterday, resource)
+    scores, estimates, costs = _views(workload, yesterday, resource)
     rows = np.arange(len(yesterday))
 
     def spend(columns: NDArray[np.int_]) -> float:
@@ -160,8 +163,8 @@ def calibrate(scene: Scene, yesterday: Day, resource: Resource, *, budget: float
 class FixedPrice:
     """Static thresholds: one price for all time, calibrated on the day before."""
 
-    def __init__(self, scene: Scene, day: Day, resource: Resource, price: float) -> None:
-        scores, estimates, _ = _views(scene, day, resource)
+    def __init__(self, workload: Workload, day: Day, resource: Resource, price: float) -> None:
+        scores, estimates, _ = _views(workload, day, resource)
         self._best = np.argmax(scores - price * estimates, axis=1)
 
     def choose(self, index: int) -> int:
@@ -172,13 +175,55 @@ class FixedPrice:
         """Learn nothing."""
 
 
+class ByClock:
+    """Plain dual descent: λ += step · (spent - target), by the clock, with nothing forecast.
+
+    The step is such that overspending by an hour's budget raises the price by what the best models
+    are better than the cheapest ones, per what they cost more, in the mean of the day before.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        day: Day,
+        resource: Resource,
+        *,
+        budget_per_hour: float,
+        yesterday: Day,
+    ) -> None:
+        self._scores, self._estimates, _ = _views(workload, day, resource)
+        self._times_s = day.times_s
+        self._budget_per_s = budget_per_hour / 3600
+        scores, estimates, _ = _views(workload, yesterday, resource)
+        rows, best = np.arange(len(yesterday)), np.argmax(scores, axis=1)
+        cheapest = _cheapest(estimates, yesterday)
+        gain = (scores[rows, best] - scores[rows, cheapest]).mean()
+        more = (estimates[rows, best] - estimates[rows, cheapest]).mean()
+        self._step = float(gain / more) / budget_per_hour
+        self._price = float(gain / more)
+        self._spent = 0.0
+        self._last_s = float(day.times_s[0])
+
+    def choose(self, index: int) -> int:
+        """Pay the price that the time since the last request left."""
+        now_s = float(self._times_s[index])
+        due = self._budget_per_s * (now_s - self._last_s)
+        self._price = max(0.0, self._price + self._step * (self._spent - due))
+        self._last_s, self._spent = now_s, 0.0
+        return int(np.argmax(self._scores[index] - self._price * self._estimates[index]))
+
+    def observe(self, cost: float) -> None:
+        """Remember the cost until the next request."""
+        self._spent = cost
+
+
 class Greedy:
     """The best predicted model until the hour's budget is spent, then the cheapest one."""
 
     def __init__(
-        self, scene: Scene, day: Day, resource: Resource, *, budget_per_hour: float
+        self, workload: Workload, day: Day, resource: Resource, *, budget_per_hour: float
     ) -> None:
-        scores, estimates, _ = _views(scene, day, resource)
+        scores, estimates, _ = _views(workload, day, resource)
         self._best = np.argmax(scores, axis=1)
         self._cheapest = _cheapest(estimates, day)
         self._hours = (day.times_s // 3600).astype(int)
@@ -204,14 +249,14 @@ class Thinning:
 
     def __init__(
         self,
-        scene: Scene,
+        workload: Workload,
         day: Day,
         resource: Resource,
         *,
         strong_share: float,
         rng: np.random.Generator,
     ) -> None:
-        scores, estimates, _ = _views(scene, day, resource)
+        scores, estimates, _ = _views(workload, day, resource)
         strong = rng.random(len(day)) < strong_share
         self._columns = np.where(strong, np.argmax(scores, axis=1), _cheapest(estimates, day))
 
@@ -241,11 +286,15 @@ class _TodaysGrid:
 
 
 def _views(
-    scene: Scene, day: Day, resource: Resource
+    workload: Workload, day: Day, resource: Resource
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Return [N, M] predicted scores (-inf where down), estimated costs and real costs."""
-    scores = np.where(day.available_NM, scene.predicted_QM[day.queries], -np.inf)
-    return scores, day_costs(scene, day, resource, estimated=True), day_costs(scene, day, resource)
+    scores = np.where(day.available_NM, workload.predicted_QM[day.queries], -np.inf)
+    return (
+        scores,
+        day_costs(workload, day, resource, estimated=True),
+        day_costs(workload, day, resource),
+    )
 
 
 def _cheapest(estimates: NDArray[np.float64], day: Day) -> NDArray[np.int_]:

@@ -1,127 +1,131 @@
-"""Dual prices meet the mean cost allowed, at the best quality there is for it."""
+"""Targets' prices: what the next request may cost, and how a price follows."""
 
-import numpy as np
+import math
+import random
+
 import pytest
-from scipy.optimize import linprog
 
-from policies.budget.prices import Level, Samples, frontiers, solve_prices
+from policies.budget.pace import Rest
+from policies.budget.prices import BudgetTarget, DualPrice
 
-NOW = (Level(share=1.0, factors=(1.0,)),)
-
-
-def crowd(num=600, seed=5):
-    """Return random candidates: dearer ones are better, by a different amount for each."""
-    rng = np.random.default_rng(seed)
-    costs = np.cumsum(rng.uniform(0.1, 1.0, size=(num, 4)), axis=1)
-    qualities = np.sort(rng.uniform(0, 1, size=(num, 4)), axis=1)
-    return qualities, costs[:, :, None]
+HOURLY = BudgetTarget(resource="wh", amount=100.0)
+CARBON = BudgetTarget(resource="gco2e", amount=100.0)
 
 
-def mean_cost(qualities, costs, price):
-    """Return the mean cost when everybody takes the best bargain at `price`."""
-    best = np.argmax(qualities - price * costs[:, :, 0], axis=1)
-    return costs[np.arange(len(best)), best, 0].mean()
-
-
-@pytest.mark.parametrize("allowance", [0.7, 1.0, 1.6])
-def test_the_price_meets_the_allowance(allowance):
-    """Mean cost at the price is the allowance, from below, to about a percent."""
-    qualities, costs = crowd()
-    [price] = solve_prices(qualities, costs, allowances=[allowance], levels=NOW, start=[0.0])
-    assert 0.98 * allowance <= mean_cost(qualities, costs, price) <= allowance
-
-
-def test_the_price_is_the_linear_programs_dual():
-    """The same trade-off as the offline optimum: its multiplier is our price."""
-    qualities, costs = crowd(num=300)
-    num = qualities.size
-    rows = np.kron(np.eye(len(qualities)), np.ones((1, 4)))
-    solution = linprog(
-        -qualities.ravel(),
-        A_ub=costs.reshape(1, num),
-        b_ub=[1.0 * len(qualities)],
-        A_eq=rows,
-        b_eq=np.ones(len(qualities)),
-        method="highs",
-    )
-    [price] = solve_prices(qualities, costs, allowances=[1.0], levels=NOW, start=[0.0])
-    assert price == pytest.approx(-solution.ineqlin.marginals[0], rel=0.05)
-
-
-def test_plenty_costs_nothing():
-    """Where the best plans fit the allowance, the price is zero."""
-    qualities, costs = crowd()
-    assert solve_prices(qualities, costs, allowances=[9.0], levels=NOW, start=[3.0]) == (0.0,)
-
-
-@pytest.mark.parametrize("start", [0.0, 1e9])
-def test_an_impossible_allowance_has_the_highest_price(start):
-    """What the cheapest plan costs is then worth one right answer, whatever the price was."""
-    qualities, costs = crowd()
-    [price] = solve_prices(qualities, costs, allowances=[0.0], levels=NOW, start=[start])
-    assert price == pytest.approx(1 / costs[:, 0, 0].mean())
-
-
-def test_quality_is_not_given_up_for_hairs_breadths():
-    """Where plans cost alike to a percent, not even an impossible allowance takes the worse one."""
-    qualities, _ = crowd()
-    costs = np.broadcast_to(np.array([1.0, 1.002, 1.005, 1.01])[:, None], (600, 4, 1))
-    [price] = solve_prices(qualities, costs, allowances=[0.5], levels=NOW, start=[0.0])
-    best = np.argmax(qualities - price * costs[:, :, 0], axis=1)
-    kept = qualities[np.arange(600), best].mean()
-    assert kept > 0.97 * qualities.max(axis=1).mean()
-
-
-def test_two_resources_are_held_together():
-    """Each mean is within its allowance, and a slack resource is free."""
-    qualities, costs = crowd()
-    second = np.random.default_rng(6).permutation(costs)
-    both = np.concatenate([costs, second], axis=2)
-    level = (Level(share=1.0, factors=(1.0, 1.0)),)
-    prices = solve_prices(qualities, both, allowances=[1.0, 1.3], levels=level, start=[0.0, 0.0])
-    best = np.argmax(qualities - both @ np.array(prices), axis=1)
-    means = both[np.arange(len(best)), best].mean(axis=0)
-    assert (means <= np.array([1.03, 1.34])).all()
-    assert (
-        solve_prices(qualities, both, allowances=[1.0, 99.0], levels=level, start=[0.0, 0.0])[1]
-        == 0.0
+def rest(requests=1000.0, *, share=0.5, known=True, dirty_requests=None):
+    """Return what is to come of a day."""
+    return Rest(
+        seconds=share * 86_400,
+        share=share,
+        requests=requests,
+        dirty_requests=dirty_requests or requests,
+        known=known,
     )
 
 
-def test_dirty_hours_ahead_raise_the_price():
-    """If half of what comes costs twice as much, the same allowance needs a higher price."""
-    qualities, costs = crowd()
-    levels = (Level(share=0.5, factors=(1.0,)), Level(share=0.5, factors=(2.0,)))
-    [now] = solve_prices(qualities, costs, allowances=[1.0], levels=NOW, start=[0.0])
-    [ahead] = solve_prices(qualities, costs, allowances=[1.0], levels=levels, start=[0.0])
-    assert ahead > now
+def price_of(cheapest=1.0, best=10.0):
+    """Return the price of a resource of which plans cost so much."""
+    price = DualPrice()
+    price.see(cheapest=cheapest, best=best)
+    return price
 
 
-def test_samples_are_a_ring_that_forgets_the_oldest():
-    """After more requests than there is room, the first are gone; padding never wins."""
-    samples = Samples(size=3, max_candidates=4, num_resources=1)
-    for number in range(5):
-        samples.add([0.1 * number, 0.5], [[1.0 * number, 2.0]])
-    qualities, costs = samples.view()
-    assert qualities.shape == (3, 2)
-    assert sorted(costs[:, 0, 0].tolist()) == [2.0, 3.0, 4.0]
-    samples.add([0.9], [[7.0]])
-    qualities, _ = samples.view()
-    assert (qualities.max(axis=1) > 0).all()
-    assert not samples.fits(5)
-    samples.rescale(0, 10.0)
-    assert samples.view()[1].max() == 70.0
+def test_nothing_is_priced_while_the_best_plans_fit():
+    """A slack target costs no quality, whatever single requests cost."""
+    price = price_of(best=10.0)
+    price.step(expected=50.0, allowed=11.0, to_come=10.0)
+    assert price.value == 0.0
+    price.step(expected=1.0, allowed=9.0, to_come=10.0)
+    assert price.value > 0.0
 
 
-def test_a_frontier_is_what_the_prices_buy():
-    """From the cheapest plans to the best ones, it says what solved prices then attain."""
-    qualities, costs = crowd()
-    [frontier] = frontiers(qualities, costs)
-    assert frontier.cheapest == pytest.approx(costs[:, 0, 0].mean())
-    assert frontier.dearest == pytest.approx(costs[:, -1, 0].mean())
-    for allowance in (0.7, 1.0, 1.6):
-        [price] = solve_prices(qualities, costs, allowances=[allowance], levels=NOW, start=[0.0])
-        best = np.argmax(qualities - price * costs[:, :, 0], axis=1)
-        bought = qualities[np.arange(len(best)), best].mean()
-        assert frontier.quality_at(allowance) == pytest.approx(bought, rel=0.05)
-        assert frontier.cost_of(bought) == pytest.approx(allowance, rel=0.05)
+def test_a_price_rises_with_what_costs_too_much_and_falls_with_what_costs_too_little():
+    """By a factor, so that costs of any unit are alike."""
+    for unit in (1e-6, 1.0):
+        price = price_of(cheapest=unit, best=10 * unit)
+        price.step(expected=unit, allowed=4 * unit, to_come=1000.0)
+        first = price.value
+        price.step(expected=10 * unit, allowed=4 * unit, to_come=1000.0)
+        risen = price.value
+        price.step(expected=unit, allowed=4 * unit, to_come=1000.0)
+        assert risen / first == pytest.approx(math.exp(1.0 * 1.5))
+        assert price.value / risen == pytest.approx(math.exp(-0.75))
+
+
+def test_steps_shrink_as_a_price_has_learned():
+    """After a thousand requests a surprise moves it by a few percent, near the end by more."""
+    price = price_of()
+    for _ in range(1000):
+        price.see(cheapest=1.0, best=10.0)
+    price.step(expected=10.0, allowed=4.0, to_come=5000.0)
+    before = price.value
+    price.step(expected=10.0, allowed=4.0, to_come=5000.0)
+    assert 1.02 < price.value / before < 1.1
+    before = price.value
+    price.step(expected=10.0, allowed=4.0, to_come=200.0)
+    assert price.value / before > 1.3
+
+
+def test_the_price_of_a_stream_meets_its_allowance():
+    """Requests of random worth (seed 1) spend what is allowed on average, the worthiest first."""
+    rng = random.Random(1)
+    price, total, taken, left_out = DualPrice(), 0.0, [], []
+    for number in range(20_000):
+        gain = rng.random()
+        price.see(cheapest=1.0, best=10.0)
+        large = gain > price.value * 9.0
+        cost = 10.0 if large else 1.0
+        price.step(expected=cost, allowed=4.0, to_come=20_000.0 - number)
+        if number > 2000:
+            total += cost
+            (taken if large else left_out).append(gain)
+    assert total / 17_999 == pytest.approx(4.0, rel=0.02)
+    # A third may take the large plan: those with the highest gains.
+    assert sum(taken) / len(taken) > 0.78
+    assert sum(left_out) / len(left_out) < 0.40
+
+
+def test_the_highest_price_is_one_right_answer_per_cheapest_plan():
+    """Where a target cannot be kept, quality is not given up for hair's breadths of cost."""
+    price = price_of(cheapest=2.0, best=10.0)
+    for _ in range(500):
+        price.step(expected=2.0, allowed=0.1, to_come=100.0)
+    assert price.value == pytest.approx(0.5)
+
+
+def test_what_is_left_is_shared_by_what_is_to_come():
+    """Late in a window nearly evenly; a little more, as fewer may come than are expected."""
+    price = price_of(cheapest=0.1)
+    even = price.allowed(HOURLY, left=100.0, rest=rest(100.0, share=0.0))
+    assert 1.0 < even < 1.3
+    assert price.allowed(HOURLY, left=-5.0, rest=rest(100.0)) == pytest.approx(0.01)
+
+
+def test_carbon_counts_requests_of_dirty_hours_for_more():
+    """Before a dirty evening the same budget allows less than one of another resource."""
+    price = price_of(cheapest=0.1)
+    later = rest(1000.0, share=0.0, dirty_requests=2000.0)
+    ratio = price.allowed(CARBON, left=1000.0, rest=later) / price.allowed(
+        HOURLY, left=1000.0, rest=later
+    )
+    assert ratio == pytest.approx(0.5, rel=0.05)
+
+
+def test_a_reserve_is_what_the_cheapest_plans_may_need():
+    """Early more than late, the more the dearer the cheapest plans, on a first day the most."""
+
+    def kept_back(**given):
+        cheapest = given.pop("cheapest", 1.0)
+        even = 4000.0 / (1000.0 - 1.5 * math.sqrt(1000.0))
+        return even - price_of(cheapest).allowed(HOURLY, left=4000.0, rest=rest(**given))
+
+    assert kept_back(share=0.0) == pytest.approx(0.0)
+    assert 0 < kept_back(share=0.5) < kept_back(share=1.0)
+    assert kept_back(share=1.0, cheapest=0.5) < kept_back(share=1.0, cheapest=1.5)
+    assert kept_back(share=1.0, known=False) > kept_back(share=1.0)
+
+
+def test_more_requests_bring_more_budget_where_they_are_what_counts():
+    """Per thousand requests nothing is kept back."""
+    target = BudgetTarget(resource="wh", amount=100.0, per="1000_requests")
+    assert price_of().allowed(target, left=400.0, rest=rest(100.0)) == pytest.approx(4.0)
