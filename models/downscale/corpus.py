@@ -22,6 +22,7 @@ from models.downscale.errors import CorpusError
 from models.downscale.recipe import TASKS, CorpusSettings
 from models.tasks import DOMAINS, Split, Task
 from models.training.data import draw_dialogue
+from policies.files import replacing
 
 ROLES: Final = ("system", "user", "assistant")
 MIN_TRAIN_EXAMPLES: Final = 32
@@ -106,14 +107,12 @@ def load_corpus(name: str, settings: CorpusSettings, *, held_out: int, seed: int
 
 def write_corpus(corpus: Corpus, file: Path) -> None:
     """Write `corpus` as JSON lines, atomically."""
-    fresh = file.with_suffix(".new")
-    with fresh.open("w") as stream:
+    with replacing(file) as fresh, fresh.open("w") as stream:
         for example in corpus.examples:
             record = {k: v for k, v in asdict(example).items() if v not in (None, ())}
             if "turns" in record:
                 record["messages"] = record.pop("turns")
             stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-    fresh.replace(file)
 
 
 def read_corpus(name: str, file: Path) -> Corpus:

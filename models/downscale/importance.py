@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from policies.files import replacing
+
 Array = NDArray[np.float64]
 
 
@@ -32,10 +34,9 @@ class Importance:
 
 def save_importance(importance: Importance, file: Path) -> None:
     """Write an .npz, atomically."""
-    fresh = file.with_suffix(".new.npz")
     arrays = {field.name: getattr(importance, field.name) for field in fields(importance)}
-    np.savez(fresh, **arrays)
-    fresh.replace(file)
+    with replacing(file) as fresh:
+        np.savez(fresh, **arrays)
 
 
 def load_importance(file: Path) -> Importance:

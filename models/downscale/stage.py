@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from models.downscale.errors import OutputError
+from policies.files import write_atomic
 
 _MANIFEST: Final = "manifest.json"
 _STARTED: Final = "started.json"
@@ -139,9 +140,7 @@ def file_sha256(file: Path) -> str:
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Write `content`, atomically."""
-    fresh = file.with_suffix(".new")
-    fresh.write_text(json.dumps(content, indent=1) + "\n")
-    fresh.replace(file)
+    write_atomic(file, json.dumps(content, indent=1) + "\n")
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ can run code.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from policies.cascade.frontier import CascadePoint
 from policies.cascade.scorer import ScorerWeights, restore_weights
 from policies.errors import PolicyError
+from policies.files import replacing
 from policies.plan import Answer, Plan, from_json, to_json
 
 ROUTED = "routed"
@@ -68,11 +68,9 @@ class LearnedCascade:
             "top": dict(self.top),
             "prior_power": self.prior_power,
         }
-        partial = file.with_name(f".{file.name}.partial")
-        with partial.open("wb") as stream:
+        with replacing(file) as fresh, fresh.open("wb") as stream:
             arrays: dict[str, Any] = {"meta": np.array(json.dumps(meta)), **self.weights.arrays()}
             np.savez_compressed(stream, **arrays)
-        os.replace(partial, file)  # noqa: PTH105 - says what it is for: atomic
 
 
 def check_top(plans: Mapping[str, Plan], top: Mapping[str, int]) -> None:

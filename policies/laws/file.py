@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from policies.errors import LawError
+from policies.files import write_atomic
 from policies.laws.ensemble import EnsembleLaw
 from policies.laws.mixture import MixtureLaw
 from policies.laws.pruning import PostPruningLaw
@@ -66,11 +66,7 @@ def read_laws(file: Path) -> PoolLaws:
 def write_laws(file: Path, laws: PoolLaws) -> None:
     """Write `laws` to `file` atomically, leaving out what is None."""
     data = {name: value for name, value in asdict(laws).items() if value is not None}
-    with tempfile.NamedTemporaryFile(
-        "w", dir=file.parent, prefix=file.name, suffix=".tmp", delete=False
-    ) as stream:
-        stream.write(json.dumps(data, indent=2) + "\n")
-    Path(stream.name).replace(file)
+    write_atomic(file, json.dumps(data, indent=2) + "\n")
 
 
 def _read_law(where: str, kind: type[Any], constants: object) -> Any:  # noqa: ANN401 - any law

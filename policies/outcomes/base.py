@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +19,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated
 
 from policies.errors import OutcomesError
+from policies.files import replacing
 
 Score: TypeAlias = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count: TypeAlias = Annotated[int, Field(ge=0)]
@@ -102,13 +101,9 @@ def of_split(path: Path, outcomes: list[Outcome], split: str | None) -> list[Out
 
 def write_outcomes(path: Path | str, outcomes: Iterable[Outcome]) -> None:
     """Write outcomes as JSON Lines, one object per line, fields that say nothing left out."""
-    path = Path(path)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8"
-    ) as file:
+    with replacing(Path(path)) as fresh, fresh.open("w", encoding="utf-8") as file:
         for outcome in outcomes:
             file.write(json.dumps(_to_json(outcome), ensure_ascii=False) + "\n")
-    os.replace(file.name, path)  # noqa: PTH105 - atomic, as Path.replace, on the name we have
 
 
 def score_table(outcomes: Sequence[Outcome], models: Sequence[str] | None = None) -> ScoreTable:

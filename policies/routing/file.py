@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import struct
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -22,6 +20,7 @@ from numpy.typing import NDArray
 
 from policies.encoders.registry import build_encoder
 from policies.errors import PolicyError
+from policies.files import replacing
 from policies.routing.bags import Bags
 from policies.routing.landmarks import Landmarks, no_landmarks
 from policies.routing.router import Router
@@ -74,10 +73,8 @@ def save_router(router: Router, path: Path | str) -> None:
         "output_tokens": router.output_tokens_M,
         **{f"encoder.{name}": array for name, array in router.encoder.arrays().items()},
     }
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+    with replacing(path) as fresh, fresh.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
-    Path(file.name).chmod(0o644)
-    os.replace(file.name, path)  # noqa: PTH105 - atomic on the name we have
 
 
 def load_router(path: Path | str) -> Router:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from policies.files import write_atomic
 from router.cli.ledger_options import LedgerOption, opened, refusing
 
 if TYPE_CHECKING:
@@ -57,10 +58,7 @@ def report_experiment(
         else:
             typer.echo(render(summary))
         if plot is not None:
-            from router.ledger.files import replacing
-
-            with replacing(plot) as temporary:
-                temporary.write_bytes(summary.plot())
+            write_atomic(plot, summary.plot())
             typer.echo(f"plot: {plot}", err=as_json)
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from policies.files import replacing
 from router.ledger.database import Database, writing
 from router.ledger.errors import LedgerError
-from router.ledger.files import replacing
 from router.ledger.names import Format
 from router.ledger.outcomes import outcomes
 from router.ledger.queries import ALWAYS, Period, requests
@@ -31,8 +31,8 @@ def export(database: Database, target: Path, *, format: Format, period: Period =
 
     Memory stays constant however many there are, and `target` appears (or is replaced) only once
     it is complete. Nested columns are JSON text in CSV and Parquet. "outcomes" are the answers
-    that users scored, as routers learn from them (JSON Lines). Raises `LedgerError` where the
-    folder is missing, or Parquet is asked for without pyarrow.
+    that users scored, as routers learn from them (JSON Lines). Raises `PolicyError` where the
+    folder is missing, `LedgerError` where Parquet is asked for without pyarrow.
     """
     source: Generator[dict[str, Any]] = (
         _scored(database, period) if format == "outcomes" else requests(database, period=period)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from router.ledger.files import replacing
+from policies.files import replacing
 from router.ledger.names import GroupBy, Unit
 from router.ledger.queries import Sums
 

@@ -9,6 +9,7 @@ import yaml
 from models.pool import Pool
 from policies.cascade.chain import LearnedCascade
 from policies.evidence import Calibration
+from policies.files import write_atomic
 
 
 def install(
@@ -37,6 +38,4 @@ def install(
         "kind": "fixed",
         "plan": {"best": {"candidates": list(chunks), "select": "scorer", "scorer": "cascade"}},
     }
-    partial = file.with_name(".pool.yaml.partial")
-    partial.write_text(heading + yaml.safe_dump(content, sort_keys=False))
-    partial.replace(file)
+    write_atomic(file, heading + yaml.safe_dump(content, sort_keys=False))

@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from policies.files import write_atomic
+
 Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "ray", "numpy")
@@ -127,8 +129,6 @@ def save(record: Row) -> Path:
     RESULTS.mkdir(exist_ok=True)
     day = record["environment"]["date"][:10]
     file = RESULTS / f"{day}-{record['environment']['host']}.json"
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(file)
+    write_atomic(file, json.dumps(record, indent=1) + "\n")
     print(json.dumps(record))
     return file

@@ -33,6 +33,7 @@ import torch
 
 from models.card import read_card
 from models.engines.vllm_fused.folder import write_folder
+from policies.files import write_atomic
 from tests.bench.engine_models import School, Size, save_model, weight_bytes
 from tests.bench.harness import RESULTS, Row, environment, print_row, read_bytes_per_s
 from tests.bench.vllm_contenders import (
@@ -221,9 +222,7 @@ def main() -> None:
     day, host = record["environment"]["date"][:10], record["environment"]["host"]
     kind = "vllm-compiled" if arguments.compiled else "vllm"
     file = RESULTS / f"{day}-{host}-{kind}.json"
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(file)
+    write_atomic(file, json.dumps(record, indent=1) + "\n")
     print(json.dumps(record))
 
 

@@ -15,13 +15,13 @@ import sqlalchemy as sa
 import typer
 from typer.testing import CliRunner
 
+from policies.errors import PolicyError
 from policies.routing.file import load_router
 from router.cli import keys as keys_cli
 from router.cli import ledger as ledger_cli
 from router.cli import train as train_cli
 from router.cli.report import report
 from router.ledger.database import Database, open_database
-from router.ledger.errors import LedgerError
 from router.ledger.export import export, prune
 from router.ledger.feedback import Feedback, add_feedback
 from router.ledger.outcomes import outcomes
@@ -110,7 +110,7 @@ def test_an_interrupted_export_leaves_the_old_file(
         export(database, target, format="jsonl")
     assert target.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-    with pytest.raises(LedgerError, match="no folder"):
+    with pytest.raises(PolicyError, match="no folder"):
         export(database, tmp_path / "missing" / "x.csv", format="csv")
 
 

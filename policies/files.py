@@ -8,17 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from router.ledger.errors import LedgerError
+from policies.errors import PolicyError
 
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
     """Give a path to write to; on leaving without an exception it becomes `target`.
 
-    Raises `LedgerError` where the folder is missing.
+    The path has the target's suffix, by which some libraries tell the format. Raises `PolicyError`
+    where the folder is missing.
     """
     if not target.parent.is_dir():
-        raise LedgerError(f"{target}: there is no folder {target.parent}")
+        raise PolicyError(f"{target}: there is no folder {target.parent}")
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=target.suffix)
     os.close(handle)
     temporary = Path(name)
@@ -28,3 +29,9 @@ def replacing(target: Path) -> Iterator[Path]:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomic(target: Path, content: str | bytes) -> None:
+    """Write `content` (text as UTF-8) to `target`, as `replacing` does."""
+    with replacing(target) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -1,0 +1,38 @@
+"""Files are replaced whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from policies.errors import PolicyError
+from policies.files import replacing, write_atomic
+
+
+def test_content_replaces_what_stood_there(tmp_path: Path) -> None:
+    """Text (as UTF-8) or bytes take the old content's place, readable by others, alone."""
+    target = tmp_path / "facts.json"
+    write_atomic(target, b"old")
+    write_atomic(target, "new ∑")
+    assert target.read_bytes() == "new ∑".encode()
+    assert target.stat().st_mode & 0o777 == 0o644
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_an_error_on_the_way_leaves_the_old_file(tmp_path: Path) -> None:
+    """A writer that fails halfway changes nothing and leaves no temporary file behind."""
+    target = tmp_path / "plot.png"
+    target.write_text("old")
+    with pytest.raises(RuntimeError, match="halfway"), replacing(target) as fresh:
+        assert fresh.suffix == ".png"
+        fresh.write_text("half of the n")
+        raise RuntimeError("halfway")
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    """The error says which folder isn't there."""
+    with pytest.raises(PolicyError, match=r"there is no folder .*/no$"):
+        write_atomic(tmp_path / "no" / "facts.json", "{}")
