@@ -18,12 +18,10 @@ from policies.carbon.live import LiveModels
 from policies.errors import PolicyError
 from policies.footprint import Footprint
 from policies.laws.ensemble import EnsembleLaw
-from policies.laws.file import read_laws
+from policies.laws.file import LAWS_FILE, read_laws
 from policies.limits import Limits
 from policies.plan import Answer, Name, Plan
 from policies.validation import Settings
-
-LAWS_FILE = "laws.json"
 
 
 class Budgeted(Policy):
@@ -79,7 +77,7 @@ class BudgetedSettings(Settings):
         (), strict=False, description="Groups of models that may be fused."
     )
     laws: str | None = Field(
-        None, description="The pool's ensemble law; default: laws.json, if there is one."
+        None, description="The pool's ensemble law; default: laws.npz, if there is one."
     )
     expected_output_tokens: int = Field(
         128, ge=1, description="The first guess of an answer's length."

@@ -6,6 +6,7 @@ ValueError
     ├── LawError         measurements a law cannot be fitted to, or a value outside its range
     ├── CarbonError      an unknown zone, region or device, or a table that cannot be read
     ├── OutcomesError    a data file with a bad line (names file and line)
+    ├── ArtifactError    a file of something learned that cannot be read (names the file)
     └── ExperimentError  an experiment that cannot be run, changed or estimated as asked
 """
 
@@ -20,6 +21,10 @@ class PlanError(PolicyError):
 
 class OutcomesError(PolicyError):
     """An outcomes file with a bad line: names the file, the line and the key."""
+
+
+class ArtifactError(PolicyError):
+    """A file of something learned that cannot be read: names the file and what is wrong."""
 
 
 class ExperimentError(PolicyError):

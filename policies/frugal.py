@@ -10,8 +10,13 @@ from pydantic import Field
 
 from policies.base import Decision, Policy, Query
 from policies.building import BuildContext, PolicyKind
-from policies.cascade.chain import ROUTED, LearnedCascade, load_cascade
-from policies.cascade.frontier import CascadePoint, within_budget
+from policies.cascade.learned import (
+    ROUTED,
+    CascadePoint,
+    LearnedCascade,
+    load_cascade,
+    within_budget,
+)
 from policies.cascade.scorer import LearnedScorer
 from policies.plan import Answer, Cascade, Name, Plan, Timeout
 from policies.priors import best_members, with_prior

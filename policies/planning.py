@@ -2,7 +2,7 @@
 
 Answers from the laws alone. Each answer names the origin of the constants behind it, because some
 are published, some are only the paper's illustration, and some must come from your own
-measurements (`laws.json`). It knows nothing of tables or plots.
+measurements (`laws.npz`). It knows nothing of tables or plots.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from policies.carbon.hardware import Device
 from policies.carbon.llmcarbon import CarbonLaw, TrainingCarbon, run_carbon, training_flops
 from policies.errors import LawError
-from policies.laws.compression import RecoveryLaw, RuntimeLaw
+from policies.laws.downscaling import RecoveryLaw, RuntimeLaw, largest_domain_share
 from policies.laws.ensemble import (
     PAPER_LOOSE_A,
     PAPER_LOOSE_B,
@@ -23,8 +23,7 @@ from policies.laws.ensemble import (
     smallest_winning_ensemble,
 )
 from policies.laws.file import PoolLaws
-from policies.laws.mixture import largest_domain_share
-from policies.laws.shape import (
+from policies.laws.scaling import (
     InferenceEfficient,
     RankedShape,
     SharedExponent,

@@ -23,11 +23,11 @@ KINDS: Plugins[PolicyKind[Any]] = Plugins(
     PolicyKind,
     {
         "budgeted": "policies.budgeted:KIND",
-        "clusters": "policies.routing.build:CLUSTERS",
+        "clusters": "policies.routing.policy:CLUSTERS",
         "fixed": "policies.fixed:KIND",
         "frugal": "policies.frugal:KIND",
         "fused": "policies.fused:KIND",
-        "learned": "policies.routing.build:LEARNED",
+        "learned": "policies.routing.policy:LEARNED",
     },
 )
 

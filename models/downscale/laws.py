@@ -44,10 +44,9 @@ from models.training.score import Scorer
 from policies.errors import LawError
 from policies.laws import EnsembleLaw, Fitted, MixtureLaw, PostPruningLaw, ensemble_margin
 from policies.laws.ensemble import smallest_winning_ensemble
-from policies.laws.file import PoolLaws, write_laws
+from policies.laws.file import LAWS_FILE, PoolLaws, write_laws
 
 LAWS: Final = "laws"
-LAWS_FILE: Final = "laws.json"
 FITS_FILE: Final = "fits.json"
 WEIGHTINGS: Final = ("uniform", "evidence")
 # Positions times vocabulary of the members' whole distributions that are held in memory at once.
@@ -55,7 +54,7 @@ _MOST_ELEMENTS: Final = 2**22
 
 
 def fit_laws(run: Run, *, upstream: Sequence[str]) -> str:
-    """Stage "laws": `laws.json`, which serving reads, and `fits.json`, which the report shows."""
+    """Stage "laws": `laws.npz`, which serving reads, and `fits.json`, which the report shows."""
 
     def action(folder: Path) -> None:
         asked = questions(run)

@@ -17,9 +17,8 @@ from models.downscale.run import Run
 from policies.encoders.registry import build_encoder
 from policies.errors import PolicyError
 from policies.outcomes import Outcome
-from policies.routing.file import load_router, save_router
 from policies.routing.fit import FitSettings, fit_router
-from policies.routing.router import Router
+from policies.routing.router import Router, load_router, save_router
 
 ROUTING: Final = "routing"
 ROUTER_FILE: Final = "router.npz"

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from models.downscale.figures import collect
 from models.downscale.fuse import read_calibration
-from models.downscale.laws import LAWS, LAWS_FILE
+from models.downscale.laws import LAWS
 from models.downscale.measure import BASE, read_measured
 from models.downscale.outcomes import outcomes
 from models.downscale.questions import questions
@@ -24,6 +24,7 @@ from models.downscale.run import Run
 from models.downscale.stage import write_json
 from models.downscale.tables import all_tables
 from models.training.export import export_checkpoint
+from policies.laws.file import LAWS_FILE
 from policies.outcomes import write_outcomes
 
 POOL: Final = "pool"
@@ -199,7 +200,7 @@ def _readme(run: Run, figures: Mapping[str, Any]) -> str:
         f"One base and {len(run.domains)} chunks that were cut from it, each trained on its own "
         "domain, by `shoal downscale`. The whole report, with plots, is in "
         "[report.html](report.html); every figure is in `results.json`, every answer in "
-        "`outcomes.jsonl`, the fitted laws in `laws.json`.",
+        "`outcomes.jsonl`, the fitted laws in `laws.npz`.",
         "",
         "The models know the kinds of questions below and nothing else: they hold no facts, and "
         "answer anything else with confident nonsense.",

@@ -1,7 +1,7 @@
 """Cascades (FrugalGPT, Chen et al. 2023): which chains pay, and when an answer is good enough.
 
-`base` is the contract of a scorer, `signals` what a scorer looks at, `scorer` the learned
-P(correct | query, answer) in NumPy, `fit` its training with scikit-learn, `chains` the exact
-threshold search, `frontier` the cost-quality frontier, `learn` the way from outcomes to a file
-that `policies.frugal` serves.
+`base` is the contract of a scorer, `scorer` the learned P(correct | query, answer) in NumPy,
+`learned` the file that `policies.frugal` serves. What makes it: `answers` the table of real
+answers, `fit` the scorer's training, `frontier` the exact threshold search, `learn` from one to the
+other, `report` what it is worth. `transformer` is another scorer, `registry` scorers by kind.
 """

@@ -3,32 +3,39 @@
 Everything the threshold search sees is out of fold: each query's prior and scores come from
 models that were fitted without it, and Platt's calibration is fitted on those scores.
 
-Shape legend: Q queries, S stages, F dense signals, A n-gram features of an answer.
+Shape legend: Q queries, S stages, F dense signals, A n-gram features of an answer, N rows of a
+design or answers, P falling signals, K thresholds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
-from scipy.sparse import csr_array, hstack
+from scipy.optimize import lsq_linear
+from scipy.sparse import csr_array, hstack, vstack
 
-from policies.cascade.chains import Floats, Ints
-from policies.cascade.logistic import Sparse, cross_fit, fit_logistic, sigmoid, stack
-from policies.cascade.predictions import AnswerTable, Predictions
-from policies.cascade.scorer import ANY_STAGE, ScorerWeights
-from policies.cascade.signals import (
+from policies.cascade.answers import AnswerTable, Floats, Ints, Predictions, sigmoid
+from policies.cascade.scorer import (
+    ANY_STAGE,
     DENSE_SIGNALS,
     NUM_OWN_SIGNALS,
     RANK_SIGNALS,
+    THRESHOLDS_K,
+    ScorerWeights,
     falling_signals,
     own_signals,
     rank_signals,
 )
-from policies.cascade.stopping import fit_stopping
 from policies.encoders.ngrams import NGrams
 from policies.errors import PolicyError
+
+Sparse: TypeAlias = Any  # scipy.sparse.csr_array; scipy's stubs leave its element type open
+
+FALSE_STOPS = 0.01
+"""Of the answers that reach a threshold, at most this share is stopped early."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,3 +202,140 @@ def _design(
     blocks = [np.zeros((num_queries, 2)), after]
     own = csr_array(own_QF)
     return stack([hstack([own, csr_array(block), answer_QA]) for block in blocks])
+
+
+def fit_stopping(falling_NP: Floats, logit_N: Floats) -> tuple[Floats, Floats]:
+    """Return when a stage is hopeless: an estimate's weights [P], every threshold's cut [K].
+
+    While an answer grows, the sum and the least of its log-probabilities can only fall, and with
+    them any estimate that reads nothing else of the answer and rises with both. Such an estimate
+    falls below a cut somewhere on the way exactly if it lies below it in the end. So how often it
+    stops an answer that would have been accepted is counted on finished answers; no token-by-token
+    records are needed. The cut of a threshold, ascending, is the split-conformal quantile (Vovk et
+    al. 2005): of fresh answers like the training's whose score reaches the threshold, at most a
+    share `FALSE_STOPS` lies below it.
+
+    `falling_NP` are the answers' `falling_signals`; `logit_N` the logits of their out-of-fold
+    scores, at the most that earlier stages' answers could make of them. The estimate is least
+    squares, with no negative weight on what falls.
+    """
+    at_least_P = np.array([-np.inf, -np.inf, 0.0, 0.0])
+    weights_P: Floats = lsq_linear(falling_NP, logit_N, bounds=(at_least_P, np.inf)).x
+    estimate_N = falling_NP @ weights_P
+    threshold_logit_K = np.log(THRESHOLDS_K / (1 - THRESHOLDS_K))
+    cut_K = np.array([_cut(estimate_N[logit_N >= least]) for least in threshold_logit_K])
+    known = np.isfinite(cut_K)
+    if not known.any():
+        return weights_P, np.full(THRESHOLDS_K.size, -np.inf)
+    # A lower threshold is never harder to reach; one that too few reach takes the last known cut.
+    kept_K = np.minimum.accumulate(np.where(known, cut_K, np.inf)[::-1])[::-1]
+    last = int(np.flatnonzero(known)[-1])
+    kept_K[last:] = cut_K[last]
+    return weights_P, kept_K
+
+
+def _cut(estimate_n: Floats) -> float:
+    """Return the conformal quantile of the answers that reach a threshold, NaN for too few."""
+    rank = int(FALSE_STOPS * (estimate_n.size + 1))
+    return float(np.partition(estimate_n, rank - 1)[rank - 1]) if rank else float("nan")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossFit:
+    """A logistic model on all rows, its folds' weights, and what the folds said out of fold.
+
+    The calibrated logit is slope · logit + offset (Platt's scaling).
+    """
+
+    weights: Floats
+    bias: float
+    fold_weights: Floats  # [folds, features]
+    logit_N: Floats
+    slope: float
+    offset: float
+
+
+def cross_fit(
+    design: Sparse,
+    quality_N: Floats,
+    fold_N: Ints,
+    penalties: Sequence[float],
+    *,
+    num_dense: int = 0,
+) -> CrossFit:
+    """Fit logistic models in and out of fold, with the best of `penalties`, and calibrate.
+
+    `penalties` are candidates for C, scikit-learn's inverse L2 strength; the lowest out-of-fold
+    log loss wins. The first `num_dense` features are standardised, the others (n-gram vectors of
+    unit length) are not: scaling rare buckets up would drown the rest.
+    """
+    best: CrossFit | None = None
+    best_loss = np.inf
+    scale = np.ones(design.shape[1])
+    if num_dense:
+        deviation = design[:, :num_dense].toarray().std(axis=0)
+        scale[:num_dense] = np.where(deviation > 1e-9, deviation, 1.0)
+    scaled = design.multiply(1 / scale).tocsr()
+    for penalty in penalties:
+        logit_N = np.empty(quality_N.size)
+        fold_weights = []
+        for fold in range(int(fold_N.max()) + 1):
+            out = fold_N == fold
+            weights, bias = fit_logistic(scaled[~out], quality_N[~out], penalty)
+            logit_N[out] = scaled[out] @ weights + bias
+            fold_weights.append(weights / scale)
+        slope, offset = _platt(logit_N, quality_N)
+        loss = _log_loss(slope * logit_N + offset, quality_N)
+        if loss < best_loss:
+            weights, bias = fit_logistic(scaled, quality_N, penalty)
+            best_loss = loss
+            best = CrossFit(
+                weights=weights / scale,
+                bias=bias,
+                fold_weights=np.stack(fold_weights),
+                logit_N=logit_N,
+                slope=slope,
+                offset=offset,
+            )
+    assert best is not None
+    return best
+
+
+def fit_logistic(design: Sparse, quality_N: Floats, penalty: float) -> tuple[Floats, float]:
+    """Return weights and bias; soft labels become a weighted row of each class."""
+    from sklearn.linear_model import LogisticRegression  # noqa: PLC0415 - training only
+    from threadpoolctl import threadpool_limits  # noqa: PLC0415 - training only
+
+    mean = float(np.clip(quality_N.mean(), 0.5 / quality_N.size, 1 - 0.5 / quality_N.size))
+    hard = np.isin(quality_N, (0.0, 1.0)).all()
+    if hard and np.unique(quality_N).size < 2:
+        return np.zeros(design.shape[1]), float(np.log(mean / (1 - mean)))
+    model = LogisticRegression(C=penalty, max_iter=5000, tol=1e-3)
+    # More BLAS threads than one only spin on problems of this size.
+    with threadpool_limits(1, user_api="blas"):
+        if hard:
+            model.fit(design, quality_N > 0.5)
+        else:
+            labels = np.repeat([False, True], quality_N.size)
+            share = np.concatenate([1 - quality_N, quality_N])
+            model.fit(stack([design, design]), labels, sample_weight=share)
+    return model.coef_[0].astype(np.float64), float(model.intercept_[0])
+
+
+def _platt(logit_N: Floats, quality_N: Floats) -> tuple[float, float]:
+    """Fit sigmoid(slope · logit + offset), the slope kept >= 0 so that the order stays."""
+    weights, offset = fit_logistic(csr_array(logit_N[:, None]), quality_N, 1e3)
+    slope = max(float(weights[0]), 0.0)
+    if slope == 0.0:
+        mean = float(np.clip(quality_N.mean(), 0.5 / quality_N.size, 1 - 0.5 / quality_N.size))
+        offset = float(np.log(mean / (1 - mean)))
+    return slope, offset
+
+
+def _log_loss(logit_N: Floats, quality_N: Floats) -> float:
+    return float(np.mean(np.logaddexp(0, logit_N) - quality_N * logit_N))
+
+
+def stack(blocks: Sequence[Sparse]) -> Sparse:
+    """Return sparse matrices one below the other."""
+    return vstack(list(blocks)).tocsr()

@@ -1,9 +1,17 @@
-"""The cost-quality frontier: the best chain for every budget.
+"""The cost-quality frontier: every chain of stages, every threshold, the best for every budget.
 
-`search` tries every chain of the candidates, prunes those whose members hardly ever disagree
-(FrugalGPT, section 3), and keeps the points that none dominates. It then gates the promising
-chains: a stage is skipped for a query whose prior P(correct | query) lies below the gate, so that
-the chain goes straight to a later stage when the router already knows.
+FrugalGPT (Chen et al. 2023, section 3) maximises accuracy subject to mean cost ≤ budget over
+chains and thresholds, on a 40-point grid. Here every empirical quantile of the scores is a
+candidate, and all combinations of a chain are evaluated at once from cumulative histograms.
+`search` tries every chain of the candidates, prunes those whose members hardly ever disagree, and
+keeps the points that none dominates. It then gates the promising chains: a stage is skipped for a
+query whose prior P(correct | query) lies below the gate, so that the chain goes straight to a later
+stage when the router already knows.
+
+Stages are columns here; what a model or a query is, it does not know.
+
+Shape legend: Q queries, S stages, E earlier stages, K_j candidate thresholds of stage j; a grid has
+one axis per stage but the last.
 """
 
 from __future__ import annotations
@@ -14,31 +22,42 @@ from itertools import pairwise, permutations, product
 from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
-from policies.cascade.chains import Floats, StageColumn, candidate_thresholds, evaluate_chain
-from policies.cascade.chains import pareto as pareto_indices
+from policies.cascade.answers import Floats, Ints, Rows
+from policies.cascade.learned import CascadePoint
 from policies.errors import PolicyError
 
 Chain: TypeAlias = tuple[int, ...]
 # The scores of a stage, given the stages before it and for which queries they ran:
 # (stage, earlier stages E, ran_QE) -> score_Q.
-ScoreOf: TypeAlias = Callable[[int, Chain, NDArray[np.bool_]], Floats]
+ScoreOf: TypeAlias = Callable[[int, Chain, Rows], Floats]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CascadePoint:
-    """One choice on the frontier: a chain, its thresholds and gates, and what they gave.
+class StageColumn:
+    """What one stage of a chain would do on each of Q queries.
 
-    `thresholds` and `gates` have one entry per stage but the last, each in [0, 1]; a gate of 0
-    never skips. `cost` is the mean per query in the table's unit.
+    `quality_Q` is 0 or 1 (or a score in [0, 1]); `cost_Q` >= 0 in any one unit; `score_Q` the
+    scorer's P(correct). -inf means that the stage is skipped for that query: its answer is never
+    accepted, and its `cost_Q` entry must be 0. The last stage's scores are not looked at.
     """
 
-    stages: tuple[str, ...]
-    thresholds: tuple[float, ...]
-    gates: tuple[float, ...]
-    accuracy: float
-    cost: float
+    quality_Q: Floats
+    cost_Q: Floats
+    score_Q: Floats
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChainGrid:
+    """Mean accuracy and mean cost of a chain for every combination of thresholds.
+
+    `thresholds[j]` are the K_j candidates of stage j, ascending; `accuracy` and `cost` have shape
+    [K_0, ..., K_{n-2}] (no axis for a chain of one stage).
+    """
+
+    thresholds: tuple[Floats, ...]
+    accuracy: Floats
+    cost: Floats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +74,8 @@ class StageTable:
     quality_QS: Floats
     cost_QS: Floats
     prior_QS: Floats
-    model_QS: np.ndarray[tuple[int, int], np.dtype[np.intp]]
-    answer_QS: np.ndarray[tuple[int, int], np.dtype[np.intp]]
+    model_QS: Ints
+    answer_QS: Ints
 
     @property
     def num_queries(self) -> int:
@@ -104,18 +123,6 @@ def search(
     return _frontier([*ungated, *gated])
 
 
-def within_budget(frontier: Sequence[CascadePoint], budget: float) -> CascadePoint:
-    """Return the most accurate point whose mean cost is at most `budget`, the cheaper on a tie.
-
-    Raises `PolicyError` that names the cheapest cost when nothing is affordable.
-    """
-    affordable = [point for point in frontier if point.cost <= budget * (1 + 1e-12)]
-    if not affordable:
-        cheapest = min(point.cost for point in frontier)
-        raise PolicyError(f"budget: {budget:g} is below the cheapest chain's cost, {cheapest:g}")
-    return max(affordable, key=lambda point: (point.accuracy, -point.cost))
-
-
 def thin(frontier: Sequence[CascadePoint], tolerance: float) -> tuple[CascadePoint, ...]:
     """Leave out points that a better one follows within a share `tolerance` of their cost.
 
@@ -126,6 +133,79 @@ def thin(frontier: Sequence[CascadePoint], tolerance: float) -> tuple[CascadePoi
         if not kept or kept[-1].cost > point.cost * (1 + tolerance):
             kept.append(point)
     return tuple(reversed(kept))
+
+
+def candidate_thresholds(score_Q: Floats, max_thresholds: int) -> Floats:
+    """Return the empirical quantiles of the finite scores, ascending: where decisions change.
+
+    All distinct values when there are at most `max_thresholds`, else that many spread evenly
+    over the quantiles, the smallest and largest included. A threshold accepts scores >= itself.
+    """
+    values = np.unique(score_Q[np.isfinite(score_Q)])
+    if values.size <= max_thresholds:
+        return values if values.size else np.ones(1)
+    picks = np.linspace(0, score_Q.size - 1, max_thresholds).round().astype(np.intp)
+    return np.unique(np.sort(np.maximum(score_Q, values[0]))[picks])
+
+
+def evaluate_chain(stages: Sequence[StageColumn], *, max_thresholds: int) -> ChainGrid:
+    """Evaluate every combination of candidate thresholds of a chain of one or more stages.
+
+    Stage j answers a query when every earlier stage's score lies below its threshold, and stage
+    j's own reaches it (or j is last). Each stage that runs is paid for. Takes
+    O(Q + Π K_j) time and memory per stage.
+    """
+    *gated, last = stages
+    thresholds = tuple(candidate_thresholds(stage.score_Q, max_thresholds) for stage in gated)
+    # Score in bin k: it reaches thresholds 0..k-1 and no later one.
+    bins = [
+        np.searchsorted(values, stage.score_Q, side="right")
+        for values, stage in zip(thresholds, gated, strict=True)
+    ]
+    num_queries = last.quality_Q.size
+    shape = tuple(values.size for values in thresholds)
+    accuracy, cost = np.zeros(shape), np.zeros(shape)
+    for j, stage in enumerate(stages):
+        cost += _cumulate(bins[:j], shape, stage.cost_Q, accepted_here=False)
+        here = j < len(gated)
+        accuracy += _cumulate(bins[: j + 1], shape, stage.quality_Q, accepted_here=here)
+    return ChainGrid(
+        thresholds=thresholds, accuracy=accuracy / num_queries, cost=cost / num_queries
+    )
+
+
+def _cumulate(
+    bins: Sequence[Ints], shape: tuple[int, ...], weight_Q: Floats, *, accepted_here: bool
+) -> Floats:
+    """Sum `weight_Q` over the queries that come this far, for all thresholds; broadcastable.
+
+    A query passes stage i at threshold k when its bin is <= k (it reaches none from k on); with
+    `accepted_here` the last axis asks for the opposite, bin > k.
+    """
+    used = tuple(size + 1 for size in shape[: len(bins)])
+    if not bins:
+        return np.asarray(weight_Q.sum()).reshape((1,) * len(shape))
+    flat = np.ravel_multi_index(tuple(bins), used)
+    counts = np.bincount(flat, weight_Q, int(np.prod(used))).astype(np.float64)
+    total: Floats = counts.reshape(used)
+    for axis in range(len(bins)):
+        total = np.cumsum(total, axis=axis)
+    if accepted_here:
+        total = total[..., -1:] - total
+    total = total[tuple(slice(0, size) for size in shape[: len(bins)])]
+    return total.reshape(total.shape + (1,) * (len(shape) - len(bins)))
+
+
+def pareto(cost: Floats, quality: Floats) -> Ints:
+    """Return the indices of the points that no other point dominates, by ascending cost.
+
+    Flat arrays of equal length. Of points equal in both, one is kept.
+    """
+    order = np.lexsort((-quality, cost))
+    best = np.maximum.accumulate(quality[order])
+    keep = np.ones(order.size, dtype=bool)
+    keep[1:] = quality[order][1:] > best[:-1]
+    return order[keep]
 
 
 def columns(
@@ -163,7 +243,7 @@ class _Evaluator:
         grid = evaluate_chain(stages, max_thresholds=limit)
         cost, accuracy = grid.cost.ravel(), grid.accuracy.ravel()
         points = []
-        for flat in pareto_indices(cost, accuracy):
+        for flat in pareto(cost, accuracy):
             places = np.unravel_index(int(flat), grid.cost.shape)
             points.append(
                 CascadePoint(
@@ -184,7 +264,7 @@ def _frontier(points: Iterable[CascadePoint]) -> tuple[CascadePoint, ...]:
     every = sorted(points, key=lambda point: (len(point.stages), sum(point.gates)))
     cost = np.array([point.cost for point in every])
     accuracy = np.array([point.accuracy for point in every])
-    return tuple(every[index] for index in pareto_indices(cost, accuracy))
+    return tuple(every[index] for index in pareto(cost, accuracy))
 
 
 def _chains(table: StageTable, max_stages: int, min_disagreement: float) -> Iterator[Chain]:

@@ -7,19 +7,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from policies.cascade.chain import ROUTED, LearnedCascade, check_top
-from policies.cascade.chains import Floats, Ints, StageColumn
+from policies.cascade.answers import AnswerTable, Floats, Ints, Predictions, Rows, predict
 from policies.cascade.fit import FittedScorer, fit_scorer
-from policies.cascade.frontier import (
+from policies.cascade.frontier import Chain, StageColumn, StageTable, columns, search, thin
+from policies.cascade.learned import (
+    ROUTED,
     CascadePoint,
-    Chain,
-    StageTable,
-    columns,
-    search,
-    thin,
+    LearnedCascade,
+    check_top,
     within_budget,
 )
-from policies.cascade.predictions import AnswerTable, Predictions, Rows, predict
 from policies.cascade.scorer import LearnedScorer
 from policies.errors import PolicyError
 

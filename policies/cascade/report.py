@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from policies.cascade.chain import LearnedCascade
-from policies.cascade.chains import Floats, pareto
-from policies.cascade.frontier import CascadePoint
+from policies.cascade.answers import AnswerTable, Floats
+from policies.cascade.frontier import pareto
 from policies.cascade.learn import StopRate, measure_stops, replay_cascade
-from policies.cascade.predictions import AnswerTable
+from policies.cascade.learned import CascadePoint, LearnedCascade
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,39 +1,56 @@
 """The learned scorer: calibrated logistic models of P(correct | query, answer), in NumPy.
 
 One model per stage (FrugalGPT trains one per member), and one over all stages for plans it has
-not seen. Trained by `policies.cascade.fit`; a request needs NumPy alone.
+not seen. It looks at signals that an answer brings along for nothing. Trained by
+`policies.cascade.fit`; a request needs NumPy alone.
 
 Shape legend: S stages plus one for all of them, F dense signals, N n-gram features of a query,
-A of an answer, P falling signals, K thresholds (the last two: see `policies.cascade.stopping`).
+A of an answer, P falling signals, K thresholds.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from policies.artifact import check_shape
 from policies.cascade.base import Attempt, normalise
-from policies.cascade.chains import Floats
-from policies.cascade.signals import (
-    DENSE_SIGNALS,
-    RANK_SIGNALS,
-    agreement,
-    falling_signals,
-    own_signals,
-    rank_signals,
-    sigmoid,
-)
-from policies.cascade.stopping import NUM_FALLING, THRESHOLDS_K, ceiling
 from policies.encoders.ngrams import NGrams
 from policies.errors import PolicyError
 from policies.plan import Answer, Plan
 
-ANY_STAGE = "*"
+Floats = NDArray[np.float64]
+
+ANY_STAGE: Final = "*"
+
+# The last two depend on the stages before; see `agreement`.
+DENSE_SIGNALS = (
+    "prior_logit",
+    "logprob_mean",
+    "logprob_min",
+    "logprob_sum",
+    "probability_mean",
+    "probability_min",
+    "entropy_mean",
+    "log_num_tokens",
+    "log_query_length",
+    "log_answer_length",
+    "has_earlier",
+    "agreement",
+)
+NUM_OWN_SIGNALS = len(DENSE_SIGNALS) - 2
+
+# What the pairwise ranker compares; see `rank_signals`.
+RANK_SIGNALS = ("score_logit", "support", "logprob_mean", "logprob_min", "log_answer_length")
+
+NUM_FALLING: Final = 4
+THRESHOLDS_K: Final[Floats] = np.arange(1, 100) / 100
 
 _ARRAYS = (
     "prior_SN",
@@ -88,10 +105,7 @@ class ScorerWeights:
         }
         for name in _ARRAYS:
             expected = shapes.get(name, (num_stages,))
-            if getattr(self, name).shape != expected:
-                raise PolicyError(
-                    f"scorer: {name} has shape {getattr(self, name).shape}, expected {expected}"
-                )
+            check_shape(name, getattr(self, name), expected)
 
     def settings(self) -> dict[str, Any]:
         """Return what is not an array, as JSON data."""
@@ -178,11 +192,13 @@ class LearnedScorer:
         """Return a threshold that the whole answer's score will not reach.
 
         Of the answers that would reach it, at most 1% are ever said not to
-        (`policies.cascade.stopping`).
+        (`policies.cascade.fit.fit_stopping`).
         """
         weights, row = self._weights, self._row(prefix.plan)
         prior = sigmoid(float(self._prior_logits(prefix.query)[row]))
-        return ceiling(weights.falling_SP[row], weights.cut_SK[row], falling_signals(prefix, prior))
+        estimate = weights.falling_SP[row] @ np.array(falling_signals(prefix, prior))
+        passed = int(np.searchsorted(weights.cut_SK[row], estimate, side="right"))
+        return float(THRESHOLDS_K[passed]) if passed < THRESHOLDS_K.size else 1.0
 
     def rank(self, attempts: Sequence[Attempt]) -> list[float]:
         """Return the share of its pairs that each attempt is expected to win, 1 for a single one.
@@ -223,3 +239,70 @@ def _fusion(plan: Plan, size: int) -> tuple[int, Answer]:
     """Return what fusions of `size` members, whichever they are, have in common."""
     assert isinstance(plan, Answer)
     return size, replace(plan, members=("any",), weights=None)
+
+
+def own_signals(attempt: Attempt, prior: float) -> list[float]:
+    """Return the signals of `attempt` itself, in the order of `DENSE_SIGNALS`, all but two.
+
+    `prior` is P(correct | query). Log-probabilities are cut at -20 so that one impossible token
+    cannot drown the rest. An entropy that nobody knows is taken to be the mean surprise, of which
+    it is the expectation.
+    """
+    mean = max(attempt.logprob_mean, -20.0)
+    lowest = max(attempt.logprob_min, -20.0)
+    return [
+        logit(prior),
+        mean,
+        lowest,
+        max(mean * attempt.num_tokens, -50.0),
+        math.exp(min(mean, 0.0)),
+        math.exp(min(lowest, 0.0)),
+        -mean if attempt.entropy_mean is None else min(attempt.entropy_mean, 20.0),
+        math.log1p(attempt.num_tokens),
+        math.log1p(len(attempt.query)),
+        math.log1p(len(attempt.answer)),
+    ]
+
+
+def falling_signals(attempt: Attempt, prior: float) -> list[float]:
+    """Return a constant, the prior's logit, and what only falls while an answer grows.
+
+    That is the sum and the least of its log-probabilities; see `policies.cascade.fit.fit_stopping`.
+    """
+    total = max(attempt.logprob_mean * attempt.num_tokens, -50.0) if attempt.num_tokens else 0.0
+    return [1.0, logit(prior), total, max(attempt.logprob_min, -20.0)]
+
+
+def agreement(attempt: Attempt) -> list[float]:
+    """Return whether earlier stages answered, and the share of them that gave the same answer."""
+    if not attempt.earlier:
+        return [0.0, 0.0]
+    mine = normalise(attempt.answer)
+    same = sum(normalise(other) == mine for other in attempt.earlier)
+    return [1.0, same / len(attempt.earlier)]
+
+
+def rank_signals(attempt: Attempt, score: float, support: float) -> list[float]:
+    """Return what the ranker compares, in the order of `RANK_SIGNALS`.
+
+    `score` is the scorer's, as if no other had answered; `support` the share of the other
+    candidates that gave the same answer.
+    """
+    return [
+        logit(score),
+        support,
+        max(attempt.logprob_mean, -20.0),
+        max(attempt.logprob_min, -20.0),
+        math.log1p(len(attempt.answer)),
+    ]
+
+
+def logit(probability: float) -> float:
+    """Return log(p / (1 - p)), with p kept a millionth away from 0 and 1."""
+    kept = min(max(probability, 1e-6), 1 - 1e-6)
+    return math.log(kept / (1 - kept))
+
+
+def sigmoid(value: float) -> float:
+    """Return 1 / (1 + exp(-value)), without overflow."""
+    return 0.5 * (1 + math.tanh(0.5 * value))

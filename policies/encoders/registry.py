@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from policies.encoders.base import Encoder
-from policies.encoders.finetuned import FineTuned
-from policies.encoders.neural import Neural
 from policies.encoders.ngrams import NGrams
+from policies.encoders.transformer import FineTuned, Neural
 from policies.errors import PolicyError
 
 

@@ -1,4 +1,4 @@
-"""Evaluation reports as Markdown tables and as PNG plots."""
+"""A report as a Markdown table, a reliability diagram as a PNG."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ from typing import Final
 
 from matplotlib.figure import Figure
 
-from policies.evaluation.harness import Interval, Report, Result
-from policies.routing.calibration import Reliability
-
-_DRAWN = ("random", "TF-IDF + ridge", "Clusters", "Learned", "dataset oracle")
-"""The methods whose names begin so are in the plots."""
+from policies.evaluation.judge import Interval, Report, Result
+from policies.routing.fit import Reliability
 
 _TITLE_CHARACTERS: Final = 40
 """So many fit across a reliability diagram."""
@@ -33,25 +30,6 @@ def table(report: Report) -> str:
     ]
     lines += [f"| {row.method} | {' | '.join(_cells(row, two))} |" for row in report.results]
     return "\n".join(lines)
-
-
-def draw_curves(report: Report, path: Path) -> None:
-    """Draw cost against quality for the main methods."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for row in report.results:
-        if row.method.startswith(_DRAWN):
-            label = row.method if row.apgr is None else f"{row.method} (APGR {row.apgr:.3f})"
-            axes.plot(row.curve.cost_P, row.curve.quality_P, label=label)
-        elif row.method == "best single" and len(report.models) > 2:
-            axes.axhline(row.accuracy, color="grey", linestyle=":", label="best single")
-    two = len(report.models) == 2
-    axes.set_xlabel(f"share of calls to {report.models[1]}" if two else "mean cost per query")
-    axes.set_ylabel("mean score")
-    axes.set_title(report.title, fontsize="medium")
-    axes.legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=100)
 
 
 def draw_reliability(diagram: Reliability, title: str, path: Path) -> None:

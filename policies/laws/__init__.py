@@ -7,13 +7,24 @@ numbers are meant where none other is named; Bian et al. 2025; Que et al. 2024; 
 law as `PUBLISHED`; where none is, there is no default.
 """
 
-from policies.laws.compression import CompressionLaw, RecoveryLaw, RuntimeLaw
+from policies.laws.downscaling import (
+    CompressionLaw,
+    MixtureLaw,
+    PostPruningLaw,
+    RecoveryLaw,
+    RuntimeLaw,
+)
 from policies.laws.ensemble import EnsembleLaw, ensemble_margin, smallest_winning_ensemble
 from policies.laws.fitting import Fitted, Interval
-from policies.laws.mixture import MixtureLaw
-from policies.laws.pruning import PostPruningLaw
-from policies.laws.scaling import Chinchilla, Kaplan, performance_gain_carbon_factor
-from policies.laws.shape import InferenceEfficient, Shape, SharedExponent, rank_shapes
+from policies.laws.scaling import (
+    Chinchilla,
+    InferenceEfficient,
+    Kaplan,
+    Shape,
+    SharedExponent,
+    performance_gain_carbon_factor,
+    rank_shapes,
+)
 
 __all__ = [
     "Chinchilla",

@@ -1,18 +1,21 @@
-"""A pool's own laws: constants fitted to its measurements, in `laws.json` beside the pool file."""
+"""A pool's own laws: constants fitted to its measurements, in `laws.npz` beside the pool file."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from policies.artifact import Artifact, read_artifact, write_artifact
 from policies.errors import LawError
-from policies.files import write_atomic
+from policies.laws.downscaling import MixtureLaw, PostPruningLaw
 from policies.laws.ensemble import EnsembleLaw
-from policies.laws.mixture import MixtureLaw
-from policies.laws.pruning import PostPruningLaw
 from policies.laws.scaling import Chinchilla
+
+LAWS_FILE: Final = "laws.npz"
+
+_KIND: Final = "laws"
+_SCHEMA: Final = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,37 +46,34 @@ _KINDS: dict[str, type[Any]] = {
 }
 
 
-def read_laws(file: Path) -> PoolLaws:
-    """Read `file`; `LawError` names the file, the key and what is allowed."""
-    try:
-        data = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise LawError(f"there is no laws file at {file}") from None
-    except (UnicodeDecodeError, ValueError) as error:
-        raise LawError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(data, dict) or not isinstance(data.get("origin"), str):
-        raise LawError(f"{file}: origin: say in a string where the constants come from")
-    laws: dict[str, Any] = {"origin": data.pop("origin")}
-    for name, constants in data.items():
-        if name not in _KINDS:
-            raise LawError(
-                f"{file}: the key {name!r} is unknown; allowed are origin, {', '.join(_KINDS)}"
-            )
-        laws[name] = _read_law(f"{file}: {name}", _KINDS[name], constants)
-    return PoolLaws(**laws)
-
-
 def write_laws(file: Path, laws: PoolLaws) -> None:
     """Write `laws` to `file` atomically, leaving out what is None."""
-    data = {name: value for name, value in asdict(laws).items() if value is not None}
-    write_atomic(file, json.dumps(data, indent=2) + "\n")
+    fitted = {name: value for name, value in asdict(laws).items() if value is not None}
+    write_artifact(file, Artifact(settings=fitted), kind=_KIND, schema=_SCHEMA)
 
 
-def _read_law(where: str, kind: type[Any], constants: object) -> Any:  # noqa: ANN401 - any law
+def read_laws(file: Path) -> PoolLaws:
+    """Read `file`; `ArtifactError` names the file, the key and what is allowed."""
+    return read_artifact(file, _restored, kind=_KIND, schema=_SCHEMA)
+
+
+def _restored(artifact: Artifact) -> PoolLaws:
+    laws = dict(artifact.settings)
+    origin = laws.pop("origin", None)
+    if not isinstance(origin, str):
+        raise LawError(f"origin: {origin!r} does not say where the constants come from")
+    for name, constants in laws.items():
+        if name not in _KINDS:
+            raise LawError(f"the key {name!r} is unknown; allowed are origin, {', '.join(_KINDS)}")
+        laws[name] = _law(name, _KINDS[name], constants)
+    return PoolLaws(origin=origin, **laws)
+
+
+def _law(name: str, kind: type[Any], constants: object) -> Any:  # noqa: ANN401 - any law
     allowed = [field.name for field in fields(kind)]
     if not isinstance(constants, dict) or set(constants) != set(allowed):
-        raise LawError(f"{where}: exactly the keys {', '.join(allowed)} are needed")
+        raise LawError(f"{name}: exactly the keys {', '.join(allowed)} are needed")
     for key, value in constants.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise LawError(f"{where}.{key}: {value!r} is not a number")
+            raise LawError(f"{name}.{key}: {value!r} is not a number")
     return kind(**{key: float(value) for key, value in constants.items()})

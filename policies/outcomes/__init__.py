@@ -1,7 +1,6 @@
 """What every model answered to real queries: the format that routers and cascades learn from.
 
-`base` the record, its file format and its table; `importers` published data sets in that format,
-`sources` either.
+`base` the record, its file format and its table; `importers` reads that or a published data set.
 """
 
 from policies.outcomes.base import (
@@ -13,7 +12,7 @@ from policies.outcomes.base import (
     score_table,
     write_outcomes,
 )
-from policies.outcomes.sources import load_outcomes
+from policies.outcomes.importers import load_outcomes
 
 __all__ = [
     "AnswerLogprobs",

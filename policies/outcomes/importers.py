@@ -1,17 +1,18 @@
-"""Published routing data sets as outcomes.
+"""Outcomes from wherever a user points: a file of them, or the folder of a published data set.
 
-Knows only the two layouts; the data itself stays where it is, with its licence beside it.
+Of the latter it knows the two layouts; the data stays where it is, with its licence beside it.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from policies.errors import OutcomesError
-from policies.outcomes.base import Outcome
+from policies.outcomes.base import Outcome, of_split, read_outcomes
 
 _TRUTH = {"True": 1.0, "False": 0.0}
 
@@ -84,16 +85,29 @@ def import_llmrouter(folder: Path) -> list[Outcome]:
     return outcomes
 
 
-def read_llmrouter_prices(file: Path) -> dict[str, float]:
-    """Return US dollars per million tokens, input and output averaged, by model name."""
-    data = _json(file)
-    try:
-        return {
-            name: (float(entry["input_price"]) + float(entry["output_price"])) / 2
-            for name, entry in data.items()
-        }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise OutcomesError(f"{file}: {error!r}") from None
+PUBLISHED: Mapping[str, Callable[[Path], list[Outcome]]] = {
+    "responses": import_routellm_mmlu,
+    "dcrouter_preprocessed": import_llmrouter,
+}
+"""Importers by the folder that only their data set has."""
+
+
+def load_outcomes(path: Path | str, *, split: str | None = None) -> list[Outcome]:
+    """Read a JSON Lines file, RouteLLM's `mmlu` folder, or LLMRouter's.
+
+    With `split`, only that part. Raises `OutcomesError` as `read_outcomes` does, and for a folder
+    that is neither.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return read_outcomes(path, split=split)
+    for folder, read in PUBLISHED.items():
+        if (path / folder).is_dir():
+            return of_split(path, read(path), split)
+    raise OutcomesError(
+        f"{path} is a folder without {' or '.join(f'{name}/' for name in PUBLISHED)}; give a file "
+        "of outcomes (JSON Lines), RouteLLM's mmlu folder or LLMRouter's"
+    )
 
 
 def _json(file: Path) -> Any:  # noqa: ANN401 - the callers check the shape

@@ -19,19 +19,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from policies.encoders.finetuned import FineTuned
+from policies.encoders.transformer import FineTuned
 from policies.errors import PolicyError
 from policies.outcomes import Outcome, content_sha256
-from policies.routing.bags import fit_bags, with_usual_spread
-from policies.routing.calibration import fit_platt
-from policies.routing.differences import best_ridge, mean_scores
-from policies.routing.examples import held_out_metrics, make_examples
-from policies.routing.fit import FitSettings
-from policies.routing.heads import Heads, Objective
-from policies.routing.landmarks import no_landmarks
+from policies.routing.fit import FitSettings, held_out_metrics, make_examples
+from policies.routing.heads import Heads, Objective, enhance, fit_platt, mean_scores
+from policies.routing.nearness import Topics, fit_topics, no_landmarks
 from policies.routing.router import Router
-from policies.routing.targets import enhance
-from policies.routing.topics import Topics, fit_topics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,31 +91,24 @@ def finetune_router(
     encoder.vectors.save(out)
     encoder = FineTuned(path=str(out), max_tokens=training.max_tokens).fit(texts)
     encoded = encoder.encode(texts)
-    X_QF = encoded.matrix_QF
-    unseen_QF, unseen_QM = X_QF[held_out_Q], scores_QM[held_out_Q]
-    logits_QM = heads.logits(unseen_QF)
+    unseen_QM = scores_QM[held_out_Q]
+    logits_QM = heads.logits(encoded.matrix_QF[held_out_Q])
     platt = fit_platt(logits_QM, unseen_QM)
-    seen_QF, seen_QM = X_QF[~held_out_Q], scores_QM[~held_out_Q]
-    ridge = best_ridge(seen_QF, seen_QM, unseen_QF, unseen_QM, ridges=settings.ridges)
-    bags = fit_bags(seen_QF, seen_QM, num_bags=settings.num_bags, ridge=ridge, seed=settings.seed)
+    heads = platt.scaled(heads)
     return Router(
         models=examples.models,
         encoder=encoder,
         landmarks=no_landmarks(encoder.num_dimensions),
-        weights_FM=heads.weights_FM * np.float32(platt.slope),
-        bias_M=heads.bias_M * np.float32(platt.slope) + np.float32(platt.offset),
+        weights_FM=heads.weights_FM,
+        bias_M=heads.bias_M,
         topics=_topics(encoded.points_QD, scores_QM, settings),
-        bags=with_usual_spread(
-            bags, unseen_QF, logits_QM.argmax(1), doubtful_share=settings.unfamiliar_share
-        ),
         output_tokens_M=examples.mean_output_tokens(),
         facts={
             "data_sha256": content_sha256(examples.outcomes),
             "num_queries": len(examples.outcomes),
             "settings": asdict(settings),
-            "ridge": ridge,
             "training": {**asdict(training), "base": path, "held_out_losses": losses},
-            "held_out": held_out_metrics(platt.scaled(logits_QM), unseen_QM),
+            "held_out": held_out_metrics(platt.probabilities(logits_QM), unseen_QM),
         },
     )
 

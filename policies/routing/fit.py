@@ -3,7 +3,7 @@
 The heads are fitted twice: on a part of the data, to calibrate and measure on the rest, so that
 probabilities and metrics are those of new queries; then on all of it.
 
-Shape legend: Q queries, M models.
+Shape legend: Q queries, F features, M models.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import compress
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -19,18 +20,15 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from policies.encoders.base import Encoder
-from policies.outcomes import Outcome, content_sha256
-from policies.routing.bags import fit_bags, with_usual_spread
-from policies.routing.calibration import fit_platt
-from policies.routing.differences import best_ridge, least_squares_heads, with_differences
-from policies.routing.examples import Examples, held_out_metrics, make_examples
-from policies.routing.heads import Heads, Objective, fit_heads
-from policies.routing.landmarks import fit_landmarks
+from policies.errors import PolicyError
+from policies.outcomes import Outcome, content_sha256, score_table
+from policies.routing.heads import Heads, Objective, fit_heads, fit_platt, regress
+from policies.routing.nearness import fit_landmarks, fit_topics
 from policies.routing.router import Router
-from policies.routing.targets import enhance
-from policies.routing.topics import fit_topics
 
 Floats = NDArray[np.float64]
+
+MIN_QUERIES = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +38,9 @@ class FitSettings:
     `beta` is ZOOTER's share of a query's own score in its target, the rest being its tags' (or
     cluster's) mean; the paper uses 0.3 on noisy reward-model scores, exact scores bear more.
     What sets models apart is regularised by whichever of `ridges` predicts held-out queries best
-    (see `differences`). `num_landmarks`, `sharpness` and `landmark_weight` say how far heads may
-    bend (see `landmarks`); with no landmarks they are linear.
-    `unfamiliar_share` of queries like the training's are treated as unlike it, and as many as in
-    doubt because `num_bags` bootstrap fits disagree.
+    (see `heads`). `num_landmarks`, `sharpness` and `landmark_weight` say how far heads may bend
+    (see `nearness`); with no landmarks they are linear.
+    `unfamiliar_share` of queries like the training's are treated as unlike it.
     """
 
     objective: Objective = field(default_factory=Objective)
@@ -52,11 +49,64 @@ class FitSettings:
     num_landmarks: int = 512
     sharpness: float = 3.0
     landmark_weight: float = 4.0
-    num_bags: int = 5
     num_clusters: int = 32
     unfamiliar_share: float = 0.005
     held_out_share: float = 0.25
     seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """Outcomes with at least one score, and their scores (NaN where unknown)."""
+
+    models: tuple[str, ...]
+    outcomes: Sequence[Outcome]
+    scores_QM: Floats
+
+    @property
+    def texts(self) -> list[str]:
+        """The queries."""
+        return [outcome.query for outcome in self.outcomes]
+
+    def tags(self, clusters_Q: NDArray[np.int64]) -> list[tuple[str, ...]]:
+        """Return the queries' tags; their cluster where there are none."""
+        return [
+            outcome.tags or (f"cluster {cluster}",)
+            for outcome, cluster in zip(self.outcomes, clusters_Q, strict=True)
+        ]
+
+    def held_out(self, share: float, seed: int) -> NDArray[np.bool_]:
+        """Return which queries calibrate and measure, instead of training."""
+        held_out_Q = np.zeros(len(self.outcomes), np.bool_)
+        order = np.random.default_rng(seed).permutation(len(self.outcomes))
+        held_out_Q[order[: round(share * len(self.outcomes))]] = True
+        return held_out_Q
+
+    def mean_output_tokens(self) -> NDArray[np.float32]:
+        """Return the models' mean answer lengths, NaN where unknown."""
+        nan = float("nan")
+        tokens_QM = np.array(
+            [[o.output_tokens.get(name, nan) for name in self.models] for o in self.outcomes]
+        )
+        known = ~np.isnan(tokens_QM)
+        total, count = np.where(known, tokens_QM, 0).sum(0), known.sum(0)
+        return np.where(count > 0, total / np.maximum(count, 1), nan).astype(np.float32)
+
+
+def make_examples(outcomes: Sequence[Outcome], models: Sequence[str] | None = None) -> Examples:
+    """Return the examples for `models` (default: all that have scores).
+
+    Raises `PolicyError` for too few outcomes and `OutcomesError` for a model without scores.
+    """
+    if len(outcomes) < MIN_QUERIES:
+        raise PolicyError(f"{len(outcomes)} outcomes are too few to train on; give {MIN_QUERIES}")
+    table = score_table(outcomes, models)
+    scored: NDArray[np.bool_] = ~np.all(np.isnan(table.scores_QM), axis=1)
+    return Examples(
+        models=table.models,
+        outcomes=list(compress(outcomes, scored)),
+        scores_QM=table.scores_QM[scored],
+    )
 
 
 def fit_router(
@@ -66,7 +116,7 @@ def fit_router(
     models: Sequence[str] | None = None,
     settings: FitSettings | None = None,
 ) -> Router:
-    """Fit the encoder, the clusters, the landmarks, the heads, their calibration and the bags.
+    """Fit the encoder, the clusters, the landmarks, the heads and their calibration.
 
     `models` (default: all that have scores) are the members to route between. Raises
     `PolicyError` for too few outcomes and `OutcomesError` for a model without scores.
@@ -102,46 +152,118 @@ def _fit_router(examples: Examples, encoder: Encoder, settings: FitSettings) -> 
     seen_QF, seen_QM = X_QF[~held_out_Q], scores_QM[~held_out_Q]
     unseen_QF, unseen_QM = X_QF[held_out_Q], scores_QM[held_out_Q]
     ridge = best_ridge(seen_QF, seen_QM, unseen_QF, unseen_QM, ridges=settings.ridges)
+
+    def fit(rows_Q: NDArray[np.bool_]) -> Heads:
+        return fit_heads(
+            X_QF[rows_Q],
+            scores_QM[rows_Q],
+            list(compress(tags, rows_Q)),
+            settings.objective,
+            beta=settings.beta,
+            ridge=ridge,
+        )
+
     # Two cores' work: sparse products let other threads run.
     with ThreadPoolExecutor(1) as aside:
-        fitting_all = aside.submit(_fit, X_QF, scores_QM, tags, settings, ridge)
-        tried = _fit(seen_QF, seen_QM, list(compress(tags, ~held_out_Q)), settings, ridge)
-        logits_QM = tried.logits(unseen_QF)
+        fitting_all = aside.submit(fit, np.ones_like(held_out_Q))
+        logits_QM = fit(~held_out_Q).logits(unseen_QF)
         platt = fit_platt(logits_QM, unseen_QM)
-        bags = fit_bags(
-            seen_QF, seen_QM, num_bags=settings.num_bags, ridge=ridge, seed=settings.seed
-        )
-        heads = fitting_all.result()
+        heads = platt.scaled(fitting_all.result())
     return Router(
         models=examples.models,
         encoder=encoder,
         landmarks=landmarks,
-        # Calibration is affine in the logits, so it costs nothing when it is part of the heads.
-        weights_FM=heads.weights_FM * np.float32(platt.slope),
-        bias_M=heads.bias_M * np.float32(platt.slope) + np.float32(platt.offset),
+        weights_FM=heads.weights_FM,
+        bias_M=heads.bias_M,
         topics=topics,
-        bags=with_usual_spread(
-            bags, unseen_QF, logits_QM.argmax(1), doubtful_share=settings.unfamiliar_share
-        ),
         output_tokens_M=examples.mean_output_tokens(),
         facts={
             "data_sha256": content_sha256(examples.outcomes),
             "num_queries": len(examples.outcomes),
             "settings": asdict(settings),
             "ridge": ridge,
-            "held_out": held_out_metrics(platt.scaled(logits_QM), unseen_QM),
+            "held_out": held_out_metrics(platt.probabilities(logits_QM), unseen_QM),
         },
     )
 
 
-def _fit(
-    X_QF: sp.csr_matrix,
-    scores_QM: Floats,
-    tags: Sequence[Sequence[str]],
-    settings: FitSettings,
-    ridge: float,
-) -> Heads:
-    targets_QM = enhance(scores_QM, tags, beta=settings.beta)
-    differences = least_squares_heads(X_QF, targets_QM, ridge=ridge)
-    levels = fit_heads(X_QF, targets_QM, settings.objective, start_from=differences)
-    return with_differences(levels, differences)
+def best_ridge(
+    seen_QF: sp.csr_matrix,
+    seen_QM: Floats,
+    unseen_QF: sp.csr_matrix,
+    unseen_QM: Floats,
+    *,
+    ridges: Sequence[float],
+) -> float:
+    """Return which of `ridges`, fitted on seen queries, best predicts unseen ones.
+
+    Judged by the squared error of what routing decides by: each model's score less the mean of the
+    query's known scores. Models that each know their own field want little regularisation, ones
+    that differ by luck want much.
+    """
+    known = ~np.isnan(unseen_QM)
+
+    def error(ridge: float) -> float:
+        mean_M, W_FM = regress(seen_QF, seen_QM, ridge=ridge)
+        wrong_QM = np.where(known, mean_M + unseen_QF @ W_FM - unseen_QM, 0.0)
+        wrong_QM -= known * (wrong_QM.sum(1) / np.maximum(known.sum(1), 1))[:, None]
+        return float((wrong_QM**2).sum())
+
+    if len(ridges) == 1:
+        return ridges[0]
+    with ThreadPoolExecutor(2) as pool:  # sparse products let other threads run
+        errors = dict(zip(ridges, pool.map(error, ridges), strict=True))
+    return min(ridges, key=errors.__getitem__)
+
+
+def held_out_metrics(quality_QM: Floats, scores_QM: Floats) -> dict[str, Any]:
+    """Return what choosing the best predicted model scores, beside its references.
+
+    The accuracies count queries whose scores are all known; they are None if there are none.
+    """
+    known = ~np.isnan(scores_QM).any(1)
+    quality, scores = quality_QM[known], scores_QM[known]
+    metrics: dict[str, Any] = {
+        "ece": round(reliability(quality_QM.ravel(), scores_QM.ravel()).ece, 4),
+        "num_complete_queries": int(known.sum()),
+        "accuracy": None,
+        "best_single": None,
+        "oracle": None,
+    }
+    if known.any():
+        chosen = np.take_along_axis(scores, quality.argmax(1)[:, None], 1)
+        metrics["accuracy"] = round(float(chosen.mean()), 4)
+        metrics["best_single"] = round(float(scores.mean(0).max()), 4)
+        metrics["oracle"] = round(float(scores.max(1).mean()), 4)
+    return metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reliability:
+    """A reliability diagram: per bin of predictions, mean prediction, mean score, and count."""
+
+    predicted: Floats
+    observed: Floats
+    count: Floats
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error: count-weighted mean |predicted - observed|."""
+        gap = np.abs(self.predicted - self.observed)
+        return float(np.sum(gap * self.count) / np.sum(self.count))
+
+
+def reliability(predicted: Floats, observed: Floats, *, num_bins: int = 15) -> Reliability:
+    """Bin predictions by equal counts (equal widths would leave most bins empty).
+
+    Both arguments hold one number per prediction; pairs with an unknown score are left out.
+    """
+    known = ~np.isnan(observed)
+    order = np.argsort(predicted[known], kind="stable")
+    p, y = predicted[known][order], observed[known][order]
+    bins = [b for b in np.array_split(np.arange(len(p)), num_bins) if len(b)]
+    return Reliability(
+        predicted=np.array([p[b].mean() for b in bins]),
+        observed=np.array([y[b].mean() for b in bins]),
+        count=np.array([float(len(b)) for b in bins]),
+    )

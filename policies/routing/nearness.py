@@ -1,21 +1,181 @@
-"""Where one query lies: how near the landmarks are, and which cluster is nearest.
+"""What lies near a query: landmarks, which let linear heads bend, and clusters of training queries.
 
-`Landmarks.kernel` and `Topics.assign` say the same of many queries; here one product serves both.
+Landmarks are features φ whose products are the Gaussian kernel of unit vectors, φ(x)·φ(y) ≈
+exp(γ(cos(x, y) - 1)), by Nyström's method (Williams & Seeger 2001): exact where x or y is one of
+the landmarks, which are drawn from the training queries. Ridge regression on them is kernel ridge
+regression. Clusters say what each model scored in a neighbourhood: the `Clusters` policy routes by
+it, label enhancement uses it where queries have no tags, and a query near to none of them is unlike
+anything in training.
 
-Shape legend: D dimensions of a point, L landmarks, K clusters.
+Shape legend: Q queries, D dimensions of a point, L landmarks, N features (at most L), K clusters,
+M models.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
+import scipy.sparse as sp
 from numpy.typing import NDArray
+from sklearn.cluster import KMeans
 
-from policies.routing.landmarks import Landmarks
-from policies.routing.topics import Topics
+from policies.encoders.base import Encoded
 
 Floats = NDArray[np.float32]
+
+LEAST_EIGENVALUE = 1e-3
+"""Directions in which the landmarks' kernel is smaller than this say the same as others."""
+
+FAINT_SHARE = 0.01
+"""So many training queries have points so short that their direction begins to mean little."""
+
+SHRINKAGE = 5.0
+"""Pseudo-queries with the global mean score that each cluster starts with."""
+
+LEAST_LIKENESS = 0.2
+"""A query this near to a cluster, relative to the median training query, is always familiar."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Landmarks:
+    """Landmarks as unit vectors, less the training queries' mean point `centre_D`.
+
+    `mix_LN` makes features of the kernel's values. The features of a point shorter than `faint`
+    fade with its length: a query that has nothing in common with training is near to nothing.
+    """
+
+    centre_D: Floats
+    units_LD: Floats
+    mix_LN: Floats
+    sharpness: float
+    faint: float
+
+    @property
+    def num_features(self) -> int:
+        """N, the number of features."""
+        return int(self.mix_LN.shape[1])
+
+    def features(self, points_QD: Floats) -> Floats:
+        """Return φ [Q, N] of points in the encoder's space."""
+        return self.kernel(points_QD) @ self.mix_LN
+
+    def kernel(self, points_QD: Floats) -> Floats:
+        """Return how near points are to the landmarks, [Q, L]; φ is a linear map of it."""
+        lengths_Q1 = np.sqrt(np.einsum("qd,qd->q", points_QD, points_QD))[:, None]
+        centred_QD = points_QD - self.centre_D
+        norms_Q1 = np.sqrt(np.einsum("qd,qd->q", centred_QD, centred_QD))[:, None]
+        cosines_QL = centred_QD @ self.units_LD.T
+        cosines_QL /= np.maximum(norms_Q1, 1e-6)
+        cosines_QL -= 1
+        cosines_QL *= np.float32(self.sharpness)
+        near_QL: Floats = np.exp(cosines_QL, out=cosines_QL)
+        near_QL *= np.minimum(lengths_Q1 / np.float32(self.faint), 1)
+        return near_QL
+
+    def beside(self, encoded: Encoded) -> sp.csr_matrix:
+        """Return the encoder's features with φ beside them, [Q, F + N]."""
+        if not self.num_features:
+            return encoded.matrix_QF
+        near = sp.csr_matrix(self.features(encoded.points_QD))
+        return sp.csr_matrix(sp.hstack([encoded.matrix_QF, near], dtype=np.float32))
+
+
+def no_landmarks(num_dimensions: int) -> Landmarks:
+    """Return landmarks without any feature."""
+    return Landmarks(
+        centre_D=np.zeros(num_dimensions, np.float32),
+        units_LD=np.zeros((0, num_dimensions), np.float32),
+        mix_LN=np.zeros((0, 0), np.float32),
+        sharpness=1.0,
+        faint=1.0,
+    )
+
+
+def fit_landmarks(
+    points_QD: Floats, *, num_landmarks: int, sharpness: float, weight: float, seed: int
+) -> Landmarks:
+    """Draw landmarks from the training queries: `num_landmarks`, at most a tenth of them.
+
+    The features' norm is at most √`weight`: the larger, the less what the heads learn from them
+    is regularised.
+    """
+    centre_D = points_QD.mean(0)
+    num_landmarks = min(num_landmarks, len(points_QD) // 10)
+    drawn = np.random.default_rng(seed).permutation(len(points_QD))[:num_landmarks]
+    units_LD = points_QD[drawn] - centre_D
+    units_LD /= np.maximum(np.linalg.norm(units_LD, axis=1, keepdims=True), 1e-6)
+    kernel_LL = np.exp(sharpness * (units_LD @ units_LD.T - 1)).astype(np.float64)
+    eigenvalues, vectors_LL = np.linalg.eigh(kernel_LL)
+    kept = eigenvalues > LEAST_EIGENVALUE
+    mix_LN = vectors_LL[:, kept] * np.sqrt(weight / eigenvalues[kept])
+    lengths_Q = np.linalg.norm(points_QD, axis=1)
+    return Landmarks(
+        centre_D=centre_D.astype(np.float32),
+        units_LD=units_LD.astype(np.float32),
+        mix_LN=mix_LN.astype(np.float32),
+        sharpness=sharpness,
+        faint=max(float(np.quantile(lengths_Q, FAINT_SHARE)), 1e-6),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topics:
+    """Unit centroids, the models' mean scores in each cluster, and its size.
+
+    A query whose similarity to the nearest centroid is below `familiar_above` is unlike the
+    training queries.
+    """
+
+    centroids_KD: Floats
+    scores_KM: Floats
+    sizes_K: NDArray[np.int64]
+    familiar_above: float
+
+    def assign(self, points_QD: Floats) -> NDArray[np.int64]:
+        """Return the nearest cluster of every query."""
+        return np.asarray((points_QD @ self.centroids_KD.T).argmax(1))
+
+
+def fit_topics(
+    points_QD: Floats,
+    scores_QM: NDArray[np.float64],
+    *,
+    num_clusters: int,
+    unfamiliar_share: float,
+    seed: int,
+) -> Topics:
+    """Cluster by spherical k-means; scores are shrunk towards each model's global mean.
+
+    At most `unfamiliar_share` of the training queries would themselves count as unfamiliar; fewer
+    where they are so uniform that any other wording would.
+    """
+    norms = np.linalg.norm(points_QD, axis=1, keepdims=True)
+    units = points_QD / np.maximum(norms, 1e-6)
+    num_distinct = len({unit.tobytes() for unit in units})
+    num_clusters = max(1, min(num_clusters, len(units) // 10, num_distinct))
+    kmeans = KMeans(num_clusters, n_init=1, max_iter=50, random_state=seed).fit(units)
+    centroids = kmeans.cluster_centers_
+    centroids = centroids / np.maximum(np.linalg.norm(centroids, axis=1, keepdims=True), 1e-6)
+    similarity = points_QD @ centroids.T
+    labels = similarity.argmax(1)
+    known = ~np.isnan(scores_QM)
+    values = np.where(known, scores_QM, 0.0)
+    member = np.eye(num_clusters)[labels].T
+    mean_M = values.sum(0) / np.maximum(known.sum(0), 1)
+    scores = (member @ values + SHRINKAGE * mean_M) / (member @ known + SHRINKAGE)
+    return Topics(
+        centroids_KD=centroids.astype(np.float32),
+        scores_KM=scores.astype(np.float32),
+        sizes_K=np.bincount(labels, minlength=num_clusters),
+        familiar_above=_threshold(similarity.max(1), unfamiliar_share),
+    )
+
+
+def _threshold(similarity_Q: NDArray[np.floating], unfamiliar_share: float) -> float:
+    share = np.quantile(similarity_Q, unfamiliar_share)
+    return float(min(share, LEAST_LIKENESS * np.median(similarity_Q)))
 
 
 class Nearness:

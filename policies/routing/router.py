@@ -1,7 +1,10 @@
 """A trained router: what it predicts for a query, before anybody weighs quality against cost.
 
-Shape legend: Q queries, F features of the encoder, N of the landmarks, M models, B bags,
-L landmarks.
+Its file is an artifact. A transformer's folder is named in it, not copied: relative to the file
+where it lies beside it, so that both can move.
+
+Shape legend: Q queries, F features of the encoder, N of the landmarks, M models, L landmarks,
+D dimensions of a point, K clusters.
 """
 
 from __future__ import annotations
@@ -9,53 +12,46 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
+from policies.artifact import Artifact, check_shape, read_artifact, write_artifact
 from policies.encoders.base import Encoder, Features, Reader
-from policies.encoders.tables import side_by_side
-from policies.routing.bags import Bags
-from policies.routing.landmarks import Landmarks
-from policies.routing.nearness import Nearness
-from policies.routing.topics import Topics
+from policies.encoders.registry import build_encoder
+from policies.errors import PolicyError
+from policies.routing.nearness import Landmarks, Nearness, Topics
 
 Floats = NDArray[np.float64]
+
+_KIND: Final = "router"
+_SCHEMA: Final = 4
 
 
 class Prediction(NamedTuple):
     """What a router says of one query.
 
     `quality_M` are calibrated expected scores in [0, 1]; `cluster` is the nearest, `similarity`
-    how near it is. `near_L` says how near the landmarks are, `likeness_M` which share of the logits
-    is owed to them.
+    how near it is. `likeness_M` is the share of the logits that is owed to the landmarks.
     """
 
     quality_M: NDArray[np.float32]
     cluster: int
     similarity: float
-    near_L: NDArray[np.float32]
     likeness_M: NDArray[np.float32]
     features: Features
 
 
-class _Bag(NamedTuple):
-    """One model's bags: what they weigh features by (zeros behind), and the landmarks' kernel."""
-
-    weights_FB: NDArray[np.float32]
-    likeness_BL: NDArray[np.float32]
-    bias_B: NDArray[np.float32]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Router:
-    """Encoder, landmarks, calibrated heads, clusters and bags, fitted on one set of outcomes.
+    """Encoder, landmarks, calibrated heads and clusters, fitted on one set of outcomes.
 
-    `weights_FM` [F + N, M] and the bags weigh the encoder's features, then the landmarks'.
-    `output_tokens_M` are the models' mean answer lengths (NaN where unknown). `facts` is JSON
-    data about the training: data hash, numbers, held-out metrics.
+    `weights_FM` [F + N, M] weigh the encoder's features, then the landmarks'. `output_tokens_M` are
+    the models' mean answer lengths (NaN where unknown). `facts` is JSON data about the training:
+    data hash, numbers, held-out metrics.
     """
 
     models: tuple[str, ...]
@@ -64,33 +60,21 @@ class Router:
     weights_FM: NDArray[np.float32]
     bias_M: NDArray[np.float32]
     topics: Topics
-    bags: Bags
     output_tokens_M: NDArray[np.float32]
     facts: Mapping[str, Any] = field(default_factory=dict)
     _read: Reader = field(init=False, repr=False, compare=False)
     _nearness: Nearness = field(init=False, repr=False, compare=False)
     _likeness_ML: NDArray[np.float32] = field(init=False, repr=False, compare=False)
-    _bags: tuple[_Bag, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Lay the arrays out for one query at a time: what is multiplied together lies together."""
         num_features = self.encoder.num_features
-        mix_LN = self.landmarks.mix_LN
-        # By model: a decision looks at the bags of the model that it has chosen, and no other.
-        bags_MFB = np.moveaxis(self.bags.weights_FBM, 2, 0)
+        # The landmarks' mixing is linear, as is what weighs it: one product instead of two.
+        likeness_LM = self.landmarks.mix_LN @ self.weights_FM[num_features:]
         laid_out = {
             "_read": self.encoder.reader(self.weights_FM[:num_features]),
             "_nearness": Nearness(self.landmarks, self.topics),
-            # The landmarks' mixing is linear, as is what weighs it: one product instead of two.
-            "_likeness_ML": _rows(mix_LN @ self.weights_FM[num_features:]),
-            "_bags": tuple(
-                _Bag(
-                    side_by_side(weights[:num_features]),
-                    _rows(mix_LN @ weights[num_features:]),
-                    bias_B,
-                )
-                for weights, bias_B in zip(bags_MFB, self.bags.bias_BM.T, strict=True)
-            ),
+            "_likeness_ML": np.ascontiguousarray(likeness_LM.T),  # products run along memory
         }
         for name, value in laid_out.items():
             object.__setattr__(self, name, value)
@@ -102,15 +86,7 @@ class Router:
         likeness_M = self._likeness_ML.dot(near_L)
         logits_M += likeness_M
         logits_M += self.bias_M
-        return Prediction(expit(logits_M), cluster, similarity, near_L, likeness_M, features)
-
-    def spread(self, prediction: Prediction, model: int) -> float:
-        """Return the bags' standard deviation of that model's score (0 without bags)."""
-        bag = self._bags[model]
-        deviations_B = prediction.features.weighed(bag.weights_FB)[: len(bag.bias_B)]
-        deviations_B += bag.likeness_BL.dot(prediction.near_L)
-        deviations_B += bag.bias_B
-        return math.sqrt(deviations_B.dot(deviations_B) / max(1, len(deviations_B)))
+        return Prediction(expit(logits_M), cluster, similarity, likeness_M, features)
 
     def qualities(self, texts: Sequence[str]) -> Floats:
         """Return the heads' expected scores [Q, M] for many queries at once."""
@@ -125,6 +101,130 @@ class Router:
         return self.topics.scores_KM[labels].astype(np.float64)
 
 
-def _rows(columns_LC: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the transpose as an array of its own: dot products run along memory."""
-    return np.ascontiguousarray(columns_LC.T)
+def save_router(router: Router, path: Path | str) -> None:
+    """Write `router` to `path`, replacing what was there in one step."""
+    path = Path(path)
+    rows = np.flatnonzero(router.weights_FM.any(1))
+    facts = dict(router.facts)
+    artifact = Artifact(
+        data_sha256=facts.pop("data_sha256", ""),
+        metrics=facts.pop("held_out", {}),
+        settings={
+            "models": list(router.models),
+            "encoder": {
+                "kind": router.encoder.kind,
+                "settings": _portable(router.encoder.settings(), path.parent),
+            },
+            "familiar_above": router.topics.familiar_above,
+            "sharpness": router.landmarks.sharpness,
+            "faint": router.landmarks.faint,
+            "facts": facts,
+        },
+        arrays={
+            "rows": rows,
+            "weights": router.weights_FM[rows],
+            "bias": router.bias_M,
+            "landmark_centre": router.landmarks.centre_D,
+            "landmarks": router.landmarks.units_LD,
+            "landmark_mix": router.landmarks.mix_LN,
+            "centroids": router.topics.centroids_KD,
+            "cluster_scores": router.topics.scores_KM,
+            "cluster_sizes": router.topics.sizes_K,
+            "output_tokens": router.output_tokens_M,
+            **{f"encoder.{name}": array for name, array in router.encoder.arrays().items()},
+        },
+    )
+    write_artifact(path, artifact, kind=_KIND, schema=_SCHEMA)
+
+
+def load_router(path: Path | str) -> Router:
+    """Read a router; `ArtifactError` names the file and what is wrong with it."""
+    path = Path(path)
+    return read_artifact(
+        path, lambda artifact: _restored(artifact, path.parent), kind=_KIND, schema=_SCHEMA
+    )
+
+
+def _restored(artifact: Artifact, folder: Path) -> Router:
+    arrays, settings = artifact.arrays, artifact.settings
+    models = tuple(settings["models"])
+    if not all(isinstance(name, str) for name in models):
+        raise PolicyError(f"models: {settings['models']!r} are not names")
+    for name, array in arrays.items():
+        # Lengths of answers may be unknown; what predictions are made of may not.
+        if name != "output_tokens" and not np.isfinite(array).all():
+            raise PolicyError(f"the array {name!r} holds numbers that are not finite")
+    encoder = _encoder(settings["encoder"], arrays, folder)
+    num_landmarks, num_mixed = arrays["landmark_mix"].shape
+    num_features = encoder.num_features + num_mixed
+    num_clusters, rows = len(arrays["centroids"]), arrays["rows"]
+    num_dimensions, num_models = encoder.num_dimensions, len(models)
+    shapes = {
+        "weights": (len(rows), num_models),
+        "bias": (num_models,),
+        "landmark_centre": (num_dimensions,),
+        "landmarks": (num_landmarks, num_dimensions),
+        "centroids": (num_clusters, num_dimensions),
+        "cluster_scores": (num_clusters, num_models),
+        "cluster_sizes": (num_clusters,),
+        "output_tokens": (num_models,),
+    }
+    for name, shape in shapes.items():
+        check_shape(name, arrays[name], shape)
+    weights_FM = np.zeros((num_features, num_models), np.float32)
+    weights_FM[rows] = arrays["weights"]
+    return Router(
+        models=models,
+        encoder=encoder,
+        landmarks=Landmarks(
+            centre_D=arrays["landmark_centre"],
+            units_LD=arrays["landmarks"],
+            mix_LN=arrays["landmark_mix"],
+            sharpness=_number("sharpness", settings),
+            faint=_number("faint", settings),
+        ),
+        weights_FM=weights_FM,
+        bias_M=arrays["bias"],
+        topics=Topics(
+            centroids_KD=arrays["centroids"],
+            scores_KM=arrays["cluster_scores"],
+            sizes_K=arrays["cluster_sizes"],
+            familiar_above=_number("familiar_above", settings),
+        ),
+        output_tokens_M=arrays["output_tokens"],
+        facts={
+            "data_sha256": artifact.data_sha256,
+            **settings["facts"],
+            "held_out": artifact.metrics,
+        },
+    )
+
+
+def _encoder(
+    described: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], folder: Path
+) -> Encoder:
+    settings = dict(described["settings"])
+    if "path" in settings:
+        settings["path"] = str(folder / settings["path"])
+    own = {
+        name.removeprefix("encoder."): array
+        for name, array in arrays.items()
+        if name.startswith("encoder.")
+    }
+    return build_encoder(described["kind"], settings).restore(own)
+
+
+def _portable(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return an encoder's settings, its folder relative to `folder` where it lies inside."""
+    if "path" in settings:
+        full, folder = Path(settings["path"]).resolve(), folder.resolve()
+        inside = full.is_relative_to(folder)
+        settings["path"] = str(full.relative_to(folder) if inside else full)
+    return settings
+
+
+def _number(key: str, settings: Mapping[str, Any]) -> float:
+    value = float(settings[key])
+    if not math.isfinite(value):
+        raise PolicyError(f"{key}: {value} is not finite")
+    return value

@@ -63,9 +63,9 @@ def cascade(
     """Learn a FrugalGPT cascade and its whole cost-quality frontier from outcomes."""
     from models.errors import PoolError
     from models.pool import DEFAULT_POOL, load_pool
+    from policies.cascade.answers import answer_table
     from policies.cascade.learn import learn_cascade
     from policies.cascade.report import draw, render, report
-    from policies.cascade.table import answer_table
     from policies.errors import PolicyError
     from policies.outcomes import read_outcomes
 
@@ -118,7 +118,7 @@ def _plans(
 
 
 def _sizes(texts: list[str], plans: Mapping[str, Plan]) -> dict[str, int]:
-    from policies.cascade.chain import check_top
+    from policies.cascade.learned import check_top
     from policies.errors import PolicyError
 
     sizes: dict[str, int] = {}

@@ -40,10 +40,10 @@ def router(
 ) -> None:
     """Print accuracy, calibration and decision time of a router, beside best single and oracles."""
     from policies.errors import PolicyError
+    from policies.evaluation.judge import evaluate_router
     from policies.evaluation.report import draw_reliability, table
-    from policies.evaluation.trained import evaluate_router
     from policies.outcomes import load_outcomes
-    from policies.routing.file import load_router
+    from policies.routing.router import load_router
 
     try:
         report, diagram = evaluate_router(

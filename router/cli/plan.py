@@ -32,7 +32,7 @@ def plan(
         float, typer.Option(help="Share of the base's performance that pruning must keep.")
     ] = 0.9,
     laws: Annotated[
-        Path | None, typer.Option(help="A pool's laws.json; its constants replace published ones.")
+        Path | None, typer.Option(help="A pool's laws.npz; its constants replace published ones.")
     ] = None,
     general_loss_limit: Annotated[
         float | None,

@@ -69,7 +69,7 @@ def _print_details(decision: Decision) -> None:
         usd_per_million = member["expected_usd"] * 1e6
         print(
             f"  {member['model']:<24} quality {member['predicted_quality']:.3f}"
-            f" ± {member['spread']:.3f}   {usd_per_million:9.4f} USD per million requests"
+            f"   {usd_per_million:9.4f} USD per million requests"
         )
     cluster = details.pop("nearest_cluster", None)
     if cluster is not None:

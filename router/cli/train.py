@@ -69,9 +69,9 @@ def router(
     from policies.encoders.registry import parse_encoder
     from policies.errors import PolicyError
     from policies.outcomes import load_outcomes
-    from policies.routing.file import save_router
     from policies.routing.finetune import FinetuneSettings, finetune_router
     from policies.routing.fit import FitSettings, fit_router
+    from policies.routing.router import save_router
     from router.ledger.errors import LedgerError
 
     kind, _, folder = encoder.partition(":")

@@ -43,8 +43,9 @@ from policies.carbon.settings import CarbonSettings
 from policies.errors import LawError
 from policies.footprint import Rates
 from policies.outcomes import read_outcomes, score_table
-from policies.outcomes.importers import import_llmrouter, read_llmrouter_prices
+from policies.outcomes.importers import import_llmrouter
 from router.cli.replay_budget import table
+from tests.bench.routing_harness import llmrouter_prices
 
 FOLDER = Path(__file__).parents[3] / "shared" / "data" / "routing" / "LLMRouter"
 DOCS = Path(__file__).parents[2] / "docs" / "budget"
@@ -70,7 +71,7 @@ def pool_workload(seed: int) -> Workload:
 def llmrouter_workload(seed: int) -> Workload:
     """Return what LLMRouter's nine models answered, on an H200."""
     outcomes = [o for o in import_llmrouter(FOLDER) if o.split in ("train", "test")]
-    prices = read_llmrouter_prices(FOLDER / "example_data/llm_candidates/default_llm.json")
+    prices = llmrouter_prices(FOLDER)
     models = {}
     for name in score_table(outcomes).models:
         size = re.search(r"(\d+)b", name)

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from policies.cascade.chains import Floats
+from policies.cascade.answers import Floats, sigmoid
+from policies.cascade.fit import cross_fit
 from policies.cascade.frontier import StageTable, columns, search
-from policies.cascade.logistic import cross_fit, sigmoid
 from policies.encoders.ngrams import NGrams
 from policies.outcomes import score_table
 from policies.outcomes.importers import import_routellm_mmlu

@@ -30,8 +30,8 @@ from models.pool import DEFAULT_POOL, load_pool
 from models.tasks import DOMAINS, Split
 from policies.encoders.registry import parse_encoder
 from policies.outcomes import read_outcomes
-from policies.routing.file import save_router
 from policies.routing.fit import FitSettings, fit_router
+from policies.routing.router import save_router
 
 NAME = "learned-vs-cascade"
 _SHOAL = (str(Path(sys.executable).with_name("shoal")),)

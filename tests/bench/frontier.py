@@ -21,14 +21,13 @@ import torch
 from models.pool import DEFAULT_POOL, Pool, load_pool
 from policies.base import ModelFacts
 from policies.carbon import find_device, rates_for
+from policies.cascade.answers import AnswerTable, Floats, answer_table, predict
 from policies.cascade.base import normalise
-from policies.cascade.chain import LearnedCascade
-from policies.cascade.chains import Floats, pareto
 from policies.cascade.fit import FittedScorer, fit_scorer
+from policies.cascade.frontier import pareto
 from policies.cascade.learn import learn_cascade, measure_stops, replay_cascade
-from policies.cascade.predictions import AnswerTable, predict
+from policies.cascade.learned import LearnedCascade
 from policies.cascade.scorer import LearnedScorer
-from policies.cascade.table import answer_table
 from policies.evidence import HeldOutAnswers, calibrate, evidence_weights, mixture_nll
 from policies.outcomes import Outcome, read_outcomes
 from policies.plan import Answer, Plan

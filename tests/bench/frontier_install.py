@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import yaml
 
 from models.pool import Pool
-from policies.cascade.chain import LearnedCascade
+from policies.cascade.learned import LearnedCascade
 from policies.evidence import Calibration
 from policies.files import write_atomic
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from policies.cascade.chains import pareto
+from policies.cascade.frontier import pareto
 
 COLOURS = {
     "fixed": "tab:gray",

@@ -22,7 +22,7 @@ from policies.footprint import Rates
 from policies.outcomes import Outcome
 from policies.plan import Answer
 from policies.routing.fit import fit_router
-from policies.routing.learned import Learned
+from policies.routing.policy import Learned
 
 NUM_MEMBERS = 9
 TARGET_US = 200.0

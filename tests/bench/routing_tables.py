@@ -22,16 +22,15 @@ from models.pool import DEFAULT_POOL, load_pool
 from policies.encoders.base import Encoder
 from policies.encoders.ngrams import NGrams
 from policies.encoders.registry import parse_encoder
-from policies.encoders.vectors import SentenceVectors
-from policies.evaluation.harness import Report, evaluate
-from policies.evaluation.protocols import Protocol
-from policies.evaluation.report import draw_curves, draw_reliability, table
+from policies.encoders.transformer import SentenceVectors
+from policies.evaluation.judge import Report
+from policies.evaluation.report import draw_reliability, table
 from policies.outcomes import Outcome, read_outcomes, score_table
 from policies.outcomes.importers import (
     import_llmrouter,
     import_routellm_mmlu,
-    read_llmrouter_prices,
 )
+from tests.bench.routing_harness import Protocol, draw_curves, evaluate, llmrouter_prices
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DATA = REPOSITORY.parent / "shared" / "data" / "routing"
@@ -153,9 +152,7 @@ def _llmrouter(data: Path, encoders: Encoders) -> list[tuple[str, Callable[[], R
         if outcome.split != "test-in-train"
     ]
     models = score_table(outcomes).models
-    prices = read_llmrouter_prices(
-        data / "LLMRouter" / "example_data" / "llm_candidates" / "default_llm.json"
-    )
+    prices = llmrouter_prices(data / "LLMRouter")
 
     def run(protocol: Protocol) -> Callable[[], Report]:
         return lambda: evaluate(

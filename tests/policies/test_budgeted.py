@@ -39,12 +39,12 @@ def test_a_request_with_a_carbon_ceiling_uses_fewer_members(tmp_path):
 
 
 def test_the_pools_laws_are_read_where_there_are_any(tmp_path):
-    """laws.json beside the pool makes unscored ensembles worth their gain; it is optional."""
+    """laws.npz beside the pool makes unscored ensembles worth their gain; it is optional."""
     keys = {"targets": [{"resource": "wh", "amount": 3.0}], "fuse": [["a", "b", "c", "d"]]}
     query = Query(text="hi")
     without = build(tmp_path, **keys).decide(query).details["budget"]["quality"]
     law = EnsembleLaw(L0=0.5, a=1.0, b=0.3)
-    write_laws(tmp_path / "laws.json", PoolLaws(origin="test", ensemble_error=law))
+    write_laws(tmp_path / "laws.npz", PoolLaws(origin="test", ensemble_error=law))
     policy = build(tmp_path, **keys)
     assert policy.decide(query).details["budget"]["quality"] == pytest.approx(without + law.gain(3))
     assert members_of(policy) == ("a", "b", "c", "d")
@@ -82,7 +82,7 @@ def test_what_was_measured_reaches_the_controller(tmp_path):
         ({"window_hours": True}, "window_hours: True"),
         ({"fuse": ["a", "b"]}, "budgeted.fuse.0: 'a' is refused: it should be a list"),
         ({"fuse": [["a", "zebra"]]}, "'zebra' is unknown; the pool has a, b, c, d"),
-        ({"laws": "mine.json"}, "no laws file"),
+        ({"laws": "mine.npz"}, "mine.npz cannot be read"),
         ({"policy": {"kind": "magic"}}, "'magic' is unknown"),
     ],
 )

@@ -89,7 +89,7 @@ def test_a_budget_in_dollars_needs_a_price():
 
 
 def test_a_pools_own_laws_replace_published_constants():
-    """With laws.json the losses, the winning size and the domain share are the pool's."""
+    """With laws.npz the losses, the winning size and the domain share are the pool's."""
     mixture = MixtureLaw(
         A=20.0, B=15.0, C=0.2, E=1.5, alpha=0.2, beta=0.2, gamma=0.6, eta=0.5, epsilon=0.1
     )

@@ -10,7 +10,7 @@ import yaml
 
 from models.pool import DEFAULT_POOL, load_pool
 from policies.base import members_of
-from policies.cascade.chain import load_cascade
+from policies.cascade.learned import load_cascade
 from policies.frugal import Frugal
 from policies.outcomes import read_outcomes
 from tests.router.conftest import Running, running

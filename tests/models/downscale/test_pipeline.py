@@ -78,7 +78,7 @@ def test_the_toy_pool_is_whole_and_loads(toy_pool):
     for domain in domains:
         assert sizes[domain] / sizes["base"] == pytest.approx(1 / 3, rel=0.021)
         assert pool.model(domain).spec.domains == (domain,)
-    for file in ("report.html", "laws.json", "README.md", "outcomes.jsonl"):
+    for file in ("report.html", "laws.npz", "README.md", "outcomes.jsonl"):
         assert (toy_pool / file).stat().st_size > 0
 
 

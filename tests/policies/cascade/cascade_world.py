@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from policies.cascade.predictions import AnswerTable
+from policies.cascade.answers import AnswerTable
 from policies.plan import Answer
 
 DOMAINS = ("sum", "date", "list")

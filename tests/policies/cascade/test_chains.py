@@ -7,12 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policies.cascade.chains import (
-    StageColumn,
-    candidate_thresholds,
-    evaluate_chain,
-    pareto,
-)
+from policies.cascade.frontier import StageColumn, candidate_thresholds, evaluate_chain, pareto
 
 
 def random_stages(seed: int, num_stages: int, num_queries: int) -> list[StageColumn]:

@@ -5,16 +5,8 @@ from itertools import permutations, product
 import numpy as np
 import pytest
 
-from policies.cascade.frontier import (
-    CascadePoint,
-    Chain,
-    ScoreOf,
-    StageTable,
-    columns,
-    search,
-    thin,
-    within_budget,
-)
+from policies.cascade.frontier import Chain, ScoreOf, StageTable, columns, search, thin
+from policies.cascade.learned import CascadePoint, within_budget
 from policies.errors import PolicyError
 
 NAMES = ("ada", "bob", "cyd")

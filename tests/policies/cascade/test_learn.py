@@ -7,11 +7,16 @@ import numpy as np
 import pytest
 
 from policies.base import Query, members_of
+from policies.cascade.answers import AnswerTable, predict
 from policies.cascade.base import Attempt, Scorer
-from policies.cascade.chain import ROUTED, LearnedCascade, load_cascade
-from policies.cascade.frontier import CascadePoint, within_budget
 from policies.cascade.learn import learn_cascade, measure_stops, replay_cascade
-from policies.cascade.predictions import AnswerTable, predict
+from policies.cascade.learned import (
+    ROUTED,
+    CascadePoint,
+    LearnedCascade,
+    load_cascade,
+    within_budget,
+)
 from policies.cascade.scorer import LearnedScorer
 from policies.errors import PolicyError
 from policies.frugal import Frugal

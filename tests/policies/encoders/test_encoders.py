@@ -7,12 +7,9 @@ import numpy as np
 import pytest
 
 from policies.encoders.base import Encoder
-from policies.encoders.hashing import MAX_BYTES
-from policies.encoders.neural import Neural
-from policies.encoders.ngrams import NGrams
+from policies.encoders.ngrams import MAX_BYTES, NGrams, side_by_side
 from policies.encoders.registry import build_encoder, parse_encoder
-from policies.encoders.tables import side_by_side
-from policies.encoders.vectors import SentenceVectors
+from policies.encoders.transformer import Neural, SentenceVectors
 from policies.errors import PolicyError
 
 TEXTS = [

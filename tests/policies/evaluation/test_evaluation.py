@@ -10,17 +10,14 @@ from matplotlib.figure import Figure
 
 from policies.encoders.ngrams import NGrams
 from policies.errors import OutcomesError, PolicyError
-from policies.evaluation.harness import evaluate
+from policies.evaluation.judge import evaluate_router, near_duplicates
 from policies.evaluation.metrics import Curve, aiq, apgr, bootstrap, cpt, two_model_curve
-from policies.evaluation.overlap import near_duplicates
-from policies.evaluation.protocols import Protocol, folds
-from policies.evaluation.report import draw_curves, draw_reliability, table
-from policies.evaluation.trained import evaluate_router
+from policies.evaluation.report import draw_reliability, table
 from policies.outcomes import Outcome
 from policies.outcomes.importers import import_routellm_mmlu
-from policies.routing.calibration import reliability
-from policies.routing.fit import FitSettings, fit_router
+from policies.routing.fit import FitSettings, fit_router, reliability
 from policies.routing.router import Router
+from tests.bench.routing_harness import Protocol, draw_curves, evaluate, folds
 
 DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "routing"
 
@@ -157,7 +154,7 @@ def test_no_test_query_nor_its_like_is_trained_on(
         trained.append({row.query.rstrip("!") for row in rows})
         return fit_router(rows, **options)
 
-    monkeypatch.setattr("policies.evaluation.harness.fit_router", spied)
+    monkeypatch.setattr("tests.bench.routing_harness.fit_router", spied)
     report = evaluate(
         outcomes,
         title="pairs",

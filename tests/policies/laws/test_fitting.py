@@ -15,7 +15,7 @@ from policies.laws import (
     RecoveryLaw,
     RuntimeLaw,
 )
-from policies.laws.mixture import largest_domain_share
+from policies.laws.downscaling import largest_domain_share
 
 SIZES = np.repeat([1e7, 3e7, 1e8, 3e8, 1e9], 5)
 TOKENS = np.tile([1e8, 1e9, 3e9, 1e10, 1e11], 5)

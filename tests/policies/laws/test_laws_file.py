@@ -1,44 +1,39 @@
-"""laws.json beside a pool: written whole, read strictly."""
+"""laws.npz beside a pool: written whole, read strictly."""
 
-import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from policies.errors import LawError
+from policies.artifact import Artifact, write_artifact
+from policies.errors import ArtifactError
 from policies.laws import EnsembleLaw
 from policies.laws.file import PoolLaws, read_laws, write_laws
 
 
-def test_laws_come_back_as_written(tmp_path):
-    """What is written is read back; what was None stays None; no temporary file is left."""
+def test_laws_come_back_as_written(tmp_path: Path) -> None:
+    """What is written is read back; what was None stays None."""
     laws = PoolLaws(origin="measured", ensemble_error=EnsembleLaw(L0=0.4, a=0.8, b=0.2))
-    write_laws(tmp_path / "laws.json", laws)
-    assert read_laws(tmp_path / "laws.json") == laws
-    assert [path.name for path in tmp_path.iterdir()] == ["laws.json"]
+    write_laws(tmp_path / "laws.npz", laws)
+    assert read_laws(tmp_path / "laws.npz") == laws
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "not valid JSON"),
-        (json.dumps({"ensemble_error": {}}), "origin"),
-        (json.dumps({"origin": "x", "ensembles": {}}), "'ensembles' is unknown"),
-        (json.dumps({"origin": "x", "ensemble_error": {"a": 1}}), "exactly the keys L0, a, b"),
+        ({"ensemble_error": {"L0": 1, "a": 1, "b": 1}}, "origin: None"),
+        ({"origin": "x", "ensembles": {}}, "'ensembles' is unknown"),
+        ({"origin": "x", "ensemble_error": {"a": 1}}, "exactly the keys L0, a, b"),
         (
-            json.dumps({"origin": "x", "ensemble_error": {"L0": 1, "a": "1", "b": 1}}),
+            {"origin": "x", "ensemble_error": {"L0": 1, "a": "1", "b": 1}},
             "ensemble_error.a: '1' is not a number",
         ),
     ],
 )
-def test_a_bad_laws_file_is_refused(tmp_path, content, message):
+def test_a_bad_laws_file_is_refused(tmp_path: Path, content: dict[str, Any], message: str) -> None:
     """The error names the file, the key and what is allowed."""
-    file = tmp_path / "laws.json"
-    file.write_text(content)
-    with pytest.raises(LawError, match=message):
+    file = tmp_path / "laws.npz"
+    write_artifact(file, Artifact(settings=content), kind="laws", schema=1)
+    with pytest.raises(ArtifactError, match=message) as caught:
         read_laws(file)
-
-
-def test_a_missing_laws_file_is_named(tmp_path):
-    """The path that was looked for is in the message."""
-    with pytest.raises(LawError, match=r"no laws file at .*laws\.json"):
-        read_laws(tmp_path / "laws.json")
+    assert "laws.npz" in str(caught.value)

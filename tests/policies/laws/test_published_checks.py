@@ -20,7 +20,7 @@ from policies.laws import (
     smallest_winning_ensemble,
 )
 from policies.laws.ensemble import PAPER_LOOSE_B
-from policies.laws.shape import shapes_of_size
+from policies.laws.scaling import shapes_of_size
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,11 @@ from policies.errors import PolicyError
 from policies.footprint import Rates
 from policies.outcomes import Outcome
 from policies.plan import Answer
-from policies.routing.file import load_router, save_router
 from policies.routing.finetune import FinetuneSettings, distillation_loss, finetune_router
 from policies.routing.fit import FitSettings
-from policies.routing.heads import Objective
-from policies.routing.learned import Learned
-from policies.routing.targets import distribution
+from policies.routing.heads import Objective, distribution
+from policies.routing.policy import Learned
+from policies.routing.router import load_router, save_router
 
 WORDS = ["add", "spell", "two", "three", "seven", "shark", "coral"]
 

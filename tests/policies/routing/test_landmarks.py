@@ -5,8 +5,8 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from policies.encoders.ngrams import NGrams
-from policies.routing.landmarks import Landmarks, fit_landmarks, no_landmarks
-from policies.routing.ridge import ridge_regression
+from policies.routing.heads import ridge_regression
+from policies.routing.nearness import Landmarks, fit_landmarks, no_landmarks
 
 
 def drawn_points(num_points: int = 200) -> NDArray[np.float32]:

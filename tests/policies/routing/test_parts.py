@@ -7,13 +7,19 @@ from scipy.optimize import check_grad
 from scipy.special import expit
 
 from policies.routing import heads
-from policies.routing.bags import LEAST_SPREAD, fit_bags, with_usual_spread
-from policies.routing.calibration import fit_platt, reliability
-from policies.routing.differences import best_ridge, least_squares_heads, with_differences
-from policies.routing.heads import Heads, Objective, fit_heads
-from policies.routing.ridge import ridge_regression
-from policies.routing.targets import distribution, enhance
-from policies.routing.topics import fit_topics
+from policies.routing.fit import best_ridge, reliability
+from policies.routing.heads import (
+    Heads,
+    Objective,
+    distribution,
+    enhance,
+    fit_differences,
+    fit_levels,
+    fit_platt,
+    ridge_regression,
+    with_differences,
+)
+from policies.routing.nearness import fit_topics
 
 NAN = float("nan")
 
@@ -52,7 +58,7 @@ def test_heads_minimise_their_loss(monkeypatch: pytest.MonkeyPatch) -> None:
         return type("Result", (), {"x": start})
 
     monkeypatch.setattr(heads, "minimize", spy)
-    fit_heads(X, scores, Objective())
+    fit_levels(X, scores, Objective())
     assert seen["error"] < 1e-3 * seen["size"]
 
 
@@ -60,11 +66,11 @@ def test_ties_carry_a_signal() -> None:
     """Where all models agree, the heads still learn who is right (what plain KL cannot)."""
     X = sp.csr_matrix(np.repeat(np.eye(2), 50, axis=0))
     scores = np.repeat([[1.0, 1.0], [0.0, 0.0]], 50, axis=0)
-    fitted = fit_heads(X, scores, Objective(l2=1e-4))
+    fitted = fit_levels(X, scores, Objective(l2=1e-4))
     predicted = expit(fitted.logits(X))
     assert predicted[0].min() > 0.8
     assert predicted[-1].max() < 0.2
-    blind = fit_heads(X, scores, Objective(l2=1e-4, tie_weight=0))
+    blind = fit_levels(X, scores, Objective(l2=1e-4, tie_weight=0))
     np.testing.assert_allclose(expit(blind.logits(X)), 0.5, atol=0.05)
 
 
@@ -73,9 +79,9 @@ def test_a_warm_start_ends_at_the_same_heads() -> None:
     rng = np.random.default_rng(0)
     X = sp.csr_matrix(rng.normal(size=(60, 5)))
     scores = rng.random((60, 2))
-    cold = fit_heads(X, scores, Objective(l2=0.1, max_iterations=200))
+    cold = fit_levels(X, scores, Objective(l2=0.1, max_iterations=200))
     elsewhere = Heads(weights_FM=np.ones((5, 2), np.float32), bias_M=np.ones(2, np.float32))
-    warm = fit_heads(X, scores, Objective(l2=0.1, max_iterations=200), start_from=elsewhere)
+    warm = fit_levels(X, scores, Objective(l2=0.1, max_iterations=200), start_from=elsewhere)
     np.testing.assert_allclose(warm.weights_FM, cold.weights_FM, atol=0.02)
 
 
@@ -95,37 +101,17 @@ def test_ridge_regression_solves_the_normal_equations() -> None:
         np.testing.assert_allclose(got[:, column], exact, atol=2e-3)
 
 
-def test_bags_disagree_where_the_data_say_little() -> None:
-    """A feature of three contradicting queries spreads more than one of 300 agreeing (seed 0)."""
-    X = sp.csr_matrix(np.repeat(np.eye(2, dtype=np.float32), [300, 3], axis=0))
-    scores = np.ones((303, 2))
-    scores[:, 1] = 0
-    scores[300:] = [[0, 1], [1, 0], [0, 1]]
-    scores[5, 0] = NAN
-    bags = fit_bags(X, scores, num_bags=8, ridge=1.0, seed=0)
-    known, rare = bags.spreads(sp.csr_matrix(np.eye(2, dtype=np.float32)))
-    assert known.max() < 0.02
-    assert rare.max() > 0.1
-    np.testing.assert_allclose(bags.weights_FBM.sum(1), 0, atol=2e-3)
-    chosen = np.zeros(303, np.intp)
-    usual = with_usual_spread(bags, X, chosen, doubtful_share=0.05).usual_up_to
-    assert usual == pytest.approx(max(LEAST_SPREAD, known[0]), abs=1e-6)
-    assert with_usual_spread(bags, X, chosen, doubtful_share=0.0).usual_up_to == pytest.approx(
-        rare[0], rel=2e-3
-    )
-
-
 def test_differences_are_least_squares_and_levels_the_heads() -> None:
     """Models' gaps are the ridge solution's by hand; the mean over models stays the heads'."""
     X = sp.csr_matrix(np.repeat(np.eye(2, dtype=np.float32), 10, axis=0))
     scores = np.repeat([[1.0, 0.0], [0.0, 1.0]], 10, axis=0)
     level = Heads(weights_FM=np.float32([[2, 4], [0, 0]]), bias_M=np.float32([1, 1]))
-    fitted = with_differences(level, least_squares_heads(X, scores, ridge=10.0))
+    fitted = with_differences(level, fit_differences(X, scores, ridge=10.0))
     # Ten rows each: w = 10·0.5 / (10 + 10), over the slope 0.25 of the logistic at 0.5.
     np.testing.assert_allclose(fitted.weights_FM, [[3 + 1, 3 - 1], [-1, 1]], atol=1e-3)
     np.testing.assert_allclose(fitted.bias_M, 1.0, atol=1e-6)
     scores[:5, 1] = NAN
-    partly = with_differences(level, least_squares_heads(X, scores, ridge=10.0))
+    partly = with_differences(level, fit_differences(X, scores, ridge=10.0))
     assert partly.weights_FM[0, 0] > partly.weights_FM[0, 1]
 
 
@@ -138,7 +124,7 @@ def test_platt_mends_overconfidence() -> None:
     platt = fit_platt(3 * logits, scores)
     assert platt.slope == pytest.approx(1 / 3, rel=0.1)
     before = reliability(expit(3 * logits).ravel(), scores.ravel()).ece
-    after = reliability(platt.scaled(3 * logits).ravel(), scores.ravel()).ece
+    after = reliability(platt.probabilities(3 * logits).ravel(), scores.ravel()).ece
     assert before > 0.1
     assert after < 0.03
 

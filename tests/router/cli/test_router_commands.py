@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from policies.outcomes import Outcome, write_outcomes
-from policies.routing.file import load_router
+from policies.routing.router import load_router
 from router.cli.main import app
 from router.ledger.database import open_database
 

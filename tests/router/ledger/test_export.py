@@ -16,7 +16,7 @@ import typer
 from typer.testing import CliRunner
 
 from policies.errors import PolicyError
-from policies.routing.file import load_router
+from policies.routing.router import load_router
 from router.cli import keys as keys_cli
 from router.cli import ledger as ledger_cli
 from router.cli import train as train_cli

@@ -8,20 +8,23 @@ Shape legend: Q queries, S stages, E earlier stages.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from policies.cascade.base import Attempt, normalise
-from policies.cascade.chains import Floats, Ints
-from policies.cascade.logistic import sigmoid
-from policies.cascade.scorer import LearnedScorer, ScorerWeights
-from policies.cascade.signals import NUM_OWN_SIGNALS, logit
+from policies.cascade.scorer import NUM_OWN_SIGNALS, LearnedScorer, ScorerWeights, logit
+from policies.errors import OutcomesError
+from policies.footprint import Rates, estimate
+from policies.outcomes import Outcome
 from policies.plan import Answer, Plan
 
+Floats: TypeAlias = NDArray[np.float64]
+Ints: TypeAlias = NDArray[np.intp]
 Rows: TypeAlias = NDArray[np.bool_]
 
 
@@ -64,6 +67,51 @@ class AnswerTable:
             for s in range(len(self.plans)):
                 ids[q, s] = seen.setdefault(normalise(self.answers[s][q]), len(seen))
         return ids
+
+
+def answer_table(
+    outcomes: Sequence[Outcome],
+    plans: Mapping[str, Plan],
+    rates: Mapping[str, Rates],
+    top: Mapping[str, int] = MappingProxyType({}),
+) -> tuple[AnswerTable, Floats]:
+    """Return the answers of the stages `plans` (by their names in the outcomes), and their costs.
+
+    Costs, [Q, S] in US dollars, are the outcomes' own or else the tokens' price at `rates`, of a
+    fusion in `top` that of so many of its members.
+    Raises `OutcomesError` naming the query and what it lacks: a cascade needs every stage's score,
+    text and log-probabilities for every query.
+    """
+    if not outcomes:
+        raise OutcomesError("a cascade needs outcomes, got none")
+    for number, outcome in enumerate(outcomes, start=1):
+        where = f"outcome {outcome.id or number}"
+        for name in plans:
+            for what in ("scores", "outputs", "logprobs"):
+                if name not in getattr(outcome, what):
+                    raise OutcomesError(
+                        f"{where}: {what} lacks {name!r}; a cascade learns from real generations "
+                        "of every stage"
+                    )
+    shape = (len(outcomes), len(plans))
+
+    def column(values: Sequence[Sequence[float]]) -> Floats:
+        return np.array(values, np.float64).reshape(shape)
+
+    table = AnswerTable(
+        plans=dict(plans),
+        queries=tuple(outcome.query for outcome in outcomes),
+        answers=tuple(tuple(outcome.outputs[name] for outcome in outcomes) for name in plans),
+        logprob_mean_QS=column([[o.logprobs[name].mean for name in plans] for o in outcomes]),
+        logprob_min_QS=column([[o.logprobs[name].min for name in plans] for o in outcomes]),
+        num_tokens_QS=column([[o.logprobs[name].num_tokens for name in plans] for o in outcomes]),
+        quality_QS=column([[o.scores[name] for name in plans] for o in outcomes]),
+        entropy_mean_QS=column([[_entropy(o, name) for name in plans] for o in outcomes]),
+        top=dict(top),
+    )
+    priced = {name: first_members(plan, top.get(name)) for name, plan in plans.items()}
+    cost = [[_usd(o, name, plan, rates) for name, plan in priced.items()] for o in outcomes]
+    return table, column(cost)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,3 +171,25 @@ def first_members(plan: Plan, size: int | None) -> Plan:
     if size is None or not isinstance(plan, Answer):
         return plan
     return replace(plan, members=plan.members[:size])
+
+
+def sigmoid(logit: Floats) -> Floats:
+    """Return 1 / (1 + exp(-logit)), without overflow."""
+    result: Floats = 0.5 * (1 + np.tanh(0.5 * logit))
+    return result
+
+
+def _entropy(outcome: Outcome, name: str) -> float:
+    entropy = outcome.logprobs[name].entropy
+    return float("nan") if entropy is None else entropy
+
+
+def _usd(outcome: Outcome, name: str, plan: Plan, rates: Mapping[str, Rates]) -> float:
+    if name in outcome.costs:
+        return outcome.costs[name]
+    return estimate(
+        plan,
+        rates,
+        prompt_tokens=outcome.prompt_tokens or 0,
+        output_tokens=outcome.output_tokens.get(name, outcome.logprobs[name].num_tokens),
+    ).usd
