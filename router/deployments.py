@@ -10,7 +10,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from models.engines.base import Chunk, EngineStats, GenerationRequest
-from models.engines.registry import create_engine
+from models.engines.registry import supervised_engine
 from models.pool import load_pool
 from models.spec import EngineSpec, Model
 from policies.carbon.settings import CarbonSettings
@@ -35,7 +35,7 @@ class EngineReplica:
         num_threads: int | None,
         carbon: CarbonSettings,
     ) -> None:
-        self._worker = EngineWorker(create_engine(spec, models), lane_meter(carbon, spec))
+        self._worker = EngineWorker(supervised_engine(spec, models), lane_meter(carbon, spec))
         set_num_threads(num_threads)
         await self._worker.start()
 

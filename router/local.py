@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import uvicorn
 
-from models.engines.registry import create_engine
+from models.engines.registry import supervised_engine
 from models.pool import Pool
 from router.catalog.catalog import Catalog
 from router.compose import compose
@@ -30,7 +30,7 @@ async def local_service(
     async with AsyncExitStack() as stack:
         workers: dict[str, EngineWorker] = {}
         for spec in pool.engines:
-            engine = create_engine(spec, pool.models_of(spec.name))
+            engine = supervised_engine(spec, pool.models_of(spec.name))
             worker = EngineWorker(engine, lane_meter(args.carbon, spec))
             set_num_threads(args.num_threads)
             stack.push_async_callback(worker.stop)

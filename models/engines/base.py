@@ -143,7 +143,8 @@ class EngineStats:
 
     `circuit` is the state of the breaker of an engine that asks another server: "open" while that
     server is left alone because it failed, "half-open" while one request tries it. `idle_wh` is the
-    energy drawn while no request ran; engines leave it to whoever meters them.
+    energy drawn while no request ran; engines leave it to whoever meters them. `restarts_total`
+    counts how often a failed engine was started again.
     """
 
     running_requests: int = 0
@@ -153,6 +154,7 @@ class EngineStats:
     kv_bytes_total: int = 0
     generated_tokens_total: int = 0
     busy_seconds_total: float = 0.0
+    restarts_total: int = 0
     idle_wh: float = 0.0
     circuit: Circuit | None = None
 

@@ -8,7 +8,6 @@ token, and is deterministic: it does not sample.
 from __future__ import annotations
 
 import asyncio
-import codecs
 import itertools
 from collections.abc import AsyncIterator, Iterable, Sequence
 
@@ -23,13 +22,9 @@ from models.engines.base import (
     TopLogprob,
 )
 from models.engines.kind import EngineKind, EngineTraits
-from models.errors import (
-    ContextOverflow,
-    EngineFailed,
-    EngineOverloaded,
-    PoolError,
-    RequestError,
-)
+from models.engines.requests import check_request
+from models.engines.text import TextStream
+from models.errors import EngineFailed, EngineOverloaded, PoolError
 from models.spec import EngineSpec, Model
 from models.tokenizer import ByteTokenizer
 
@@ -94,7 +89,7 @@ class FakeEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Chunk]:
         """Play the script of the request's first member, one chunk per token."""
-        self._check(request)
+        max_tokens = self._check(request)
         script = self._options.models.get(request.members[0], self._options)
         turn = next(self._requests_of[request.members[0]])
         scripted_failure = script.num_failures is None or turn < script.num_failures
@@ -111,7 +106,7 @@ class FakeEngine:
         self._lanes += len(request.members)
         try:
             fail_after_tokens = script.fail_after_tokens if scripted_failure else None
-            async for chunk in self._play(request, script, turn, fail_after_tokens):
+            async for chunk in self._play(request, script, turn, fail_after_tokens, max_tokens):
                 yield chunk
         finally:
             self._running -= 1
@@ -136,20 +131,15 @@ class FakeEngine:
         """Fail what runs at its next token."""
         self._stopped = True
 
-    def _check(self, request: GenerationRequest) -> None:
+    def _check(self, request: GenerationRequest) -> int:
         self.check_health()
-        for name in request.members:
-            if name not in self._members:
-                raise RequestError(f"the engine has no member {name!r}", "model")
-        vocab_size = ByteTokenizer().vocab_size
-        if any(not 0 <= token < vocab_size for token in request.prompt_tokens):
-            raise RequestError(f"prompt: token ids must be in [0, {vocab_size})", "prompt")
-        needed = len(request.prompt_tokens) + request.sampling.max_tokens
-        if needed > self._options.context_tokens:
-            raise ContextOverflow(
-                f"the context length is {self._options.context_tokens} tokens, but prompt and "
-                f"answer may take {needed}"
-            )
+        return check_request(
+            request,
+            members=self._members,
+            traits=_TRAITS,
+            context_tokens=self._options.context_tokens,
+            vocab_size=ByteTokenizer().vocab_size,
+        )
 
     async def _play(
         self,
@@ -157,10 +147,11 @@ class FakeEngine:
         script: Script,
         turn: int,
         fail_after_tokens: int | None,
+        max_tokens: int,
     ) -> AsyncIterator[Chunk]:
         sampling = request.sampling
         answer = script.answers[turn % len(script.answers)] if script.answers else _last(request)
-        pending = _PendingText(sampling.stop)
+        stream = TextStream(sampling.stop)
         await asyncio.sleep(script.time_to_first_token_s)
         for index, token_id in enumerate(_ids(answer, forever=sampling.ignore_eos)):
             if index == fail_after_tokens:
@@ -169,14 +160,14 @@ class FakeEngine:
             if index:
                 await asyncio.sleep(script.token_latency_s)
             self._generated_tokens += 1
-            text = pending.push(token_id)
+            text = stream.push(_raw(token_id))
             finish: FinishReason | None = None
-            if pending.stopped or token_id == ByteTokenizer.END_OF_TURN:
+            if stream.stopped or token_id == ByteTokenizer.END_OF_TURN:
                 finish = "stop"
-            elif index + 1 == sampling.max_tokens:
+            elif index + 1 == max_tokens:
                 finish = "length"
-            if finish:
-                text += pending.flush()
+            if finish and not stream.stopped:
+                text += stream.finish()
             yield Chunk(
                 text=text,
                 tokens=(_token(token_id, script, sampling.top_logprobs),),
@@ -184,41 +175,6 @@ class FakeEngine:
             )
             if finish:
                 return
-
-
-class _PendingText:
-    """Turns bytes into text, holding back what may be part of a character or a stop string."""
-
-    def __init__(self, stop: tuple[str, ...]) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._stop = stop
-        self._held = ""
-        self.stopped = False
-
-    def push(self, token_id: int) -> str:
-        if token_id == ByteTokenizer.END_OF_TURN:
-            return ""
-        self._held += self._decoder.decode(bytes([token_id]))
-        for stop in self._stop:
-            if stop in self._held:
-                self.stopped = True
-                text, self._held = self._held.split(stop)[0], ""
-                return text
-        keep = max(
-            (
-                size
-                for stop in self._stop
-                for size in range(1, len(stop))
-                if self._held.endswith(stop[:size])
-            ),
-            default=0,
-        )
-        cut = len(self._held) - keep
-        text, self._held = self._held[:cut], self._held[cut:]
-        return text
-
-    def flush(self) -> str:
-        return self._held if self.stopped else self._held + self._decoder.decode(b"", final=True)
 
 
 def _ids(answer: str, *, forever: bool) -> Iterable[int]:
@@ -239,34 +195,31 @@ def _last(request: GenerationRequest) -> str:
 
 
 def _token(token_id: int, script: Script, top_logprobs: int | None) -> Token:
-    raw, text = _piece(token_id)
-    logprob = script.logprob
-    alternatives: tuple[TopLogprob, ...] = ()
-    if top_logprobs:
-        alternatives = tuple(
-            TopLogprob(
-                token_id=other,
-                text=_piece(other)[1],
-                raw=_piece(other)[0],
-                logprob=logprob - rank,
-            )
-            for rank, other in enumerate(
-                (token_id + step) % ByteTokenizer().vocab_size for step in range(top_logprobs)
-            )
-        )
+    raw, vocab_size = _raw(token_id), ByteTokenizer().vocab_size
+    others = [(token_id + step) % vocab_size for step in range(top_logprobs or 0)]
     return Token(
         token_id=token_id,
-        text=text,
+        text=raw.decode(errors="replace"),
         raw=raw,
-        logprob=logprob,
-        top=alternatives,
+        logprob=script.logprob,
+        top=tuple(
+            TopLogprob(
+                token_id=other,
+                text=_raw(other).decode(errors="replace"),
+                raw=_raw(other),
+                logprob=script.logprob - rank,
+            )
+            for rank, other in enumerate(others)
+        ),
         entropy=script.entropy,
     )
 
 
-def _piece(token_id: int) -> tuple[bytes, str]:
-    raw = b"" if token_id == ByteTokenizer.END_OF_TURN else bytes([token_id])
-    return raw, raw.decode(errors="replace")
+def _raw(token_id: int) -> bytes:
+    return b"" if token_id == ByteTokenizer.END_OF_TURN else bytes([token_id])
+
+
+_TRAITS = EngineTraits()
 
 
 def _inspect(spec: EngineSpec, options: FakeOptions, models: Sequence[Model]) -> EngineTraits:
@@ -277,7 +230,7 @@ def _inspect(spec: EngineSpec, options: FakeOptions, models: Sequence[Model]) ->
                 f"engines.{spec.name}.options.models: {name!r} is unknown; "
                 f"allowed are {', '.join(names)}"
             )
-    return EngineTraits()
+    return _TRAITS
 
 
 def _create(spec: EngineSpec, options: FakeOptions, models: Sequence[Model]) -> FakeEngine:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from models.engines.base import Engine
 from models.engines.kind import EngineKind, EngineTraits, Format
+from models.engines.supervisor import SupervisedEngine
 from models.errors import PoolError
 from models.spec import EngineSpec, Model
 from policies.plugins import PluginError, Plugins
@@ -46,6 +47,11 @@ def create_engine(spec: EngineSpec, models: Sequence[Model]) -> Engine:
     if needs is not None:
         raise PoolError(f"engines.{spec.name}: {needs}")
     return kind.create(spec, options, models)
+
+
+def supervised_engine(spec: EngineSpec, models: Sequence[Model]) -> SupervisedEngine:
+    """Make (not start) the engine, as one that is started again whenever it has failed."""
+    return SupervisedEngine(lambda: create_engine(spec, models))
 
 
 def _read(spec: EngineSpec, models: Sequence[Model]) -> tuple[EngineKind[Any], BaseModel]:

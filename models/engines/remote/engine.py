@@ -19,7 +19,8 @@ from models.engines.remote.breaker import CircuitBreaker
 from models.engines.remote.failure import AttemptFailed, from_response, from_transport
 from models.engines.remote.options import RemoteOptions
 from models.engines.remote.wire import AnswerReader, write_body
-from models.errors import EngineFailed, EngineOverloaded, RequestError
+from models.engines.requests import check_request
+from models.errors import EngineFailed, EngineOverloaded
 from models.spec import EngineSpec, Model
 
 _MAX_ERROR_BYTES = 64 * 1024
@@ -39,6 +40,7 @@ class RemoteEngine:
         name: str,
         upstream: Mapping[str, str],
         options: RemoteOptions,
+        traits: EngineTraits,
         max_queued_requests: int,
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
@@ -47,6 +49,7 @@ class RemoteEngine:
         self._name = name
         self._upstream = dict(upstream)
         self._options = options
+        self._traits = traits
         self._max_queued_requests = max_queued_requests
         self._clock = clock
         self._rng = rng or random.Random()
@@ -85,7 +88,7 @@ class RemoteEngine:
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Chunk]:
         """Stream the server's answer; see the contract."""
         self.check_health()
-        self._check(request)
+        check_request(request, members=self.members, traits=self._traits)
         started_s = self._clock()
         given_s = float("inf") if request.timeout_s is None else request.timeout_s
         path, body = write_body(request, self._upstream[request.members[0]], self._options)
@@ -131,21 +134,6 @@ class RemoteEngine:
         if client is not None:
             with contextlib.suppress(RuntimeError):  # some requests were still running
                 await client.aclose()
-
-    def _check(self, request: GenerationRequest) -> None:
-        if len(request.members) > 1:
-            raise RequestError("members that another server runs cannot be fused by this engine")
-        [member] = request.members
-        if member not in self._upstream:
-            raise RequestError(
-                f"the engine has no member {member!r}; it has {', '.join(self._upstream)}", "model"
-            )
-        if request.sampling.top_logprobs is not None and not self._options.logprobs:
-            raise RequestError(
-                f"logprobs: the server that runs {member!r} returns none", "logprobs"
-            )
-        if not request.prompt_tokens and not request.messages and not request.text:
-            raise RequestError("the prompt is empty", "messages")
 
     @contextlib.asynccontextmanager
     async def _slot(self) -> AsyncIterator[None]:
@@ -259,6 +247,7 @@ def _create(spec: EngineSpec, options: RemoteOptions, models: Sequence[Model]) -
             for model in models
         },
         options=options,
+        traits=_inspect(spec, options, models),
         max_queued_requests=spec.max_queued_requests,
     )
 

@@ -35,9 +35,12 @@ class StackedOptions(BaseModel):
     num_threads: int | None = Field(None, ge=1)
 
 
+_TRAITS = EngineTraits()
+
+
 def _inspect(spec: EngineSpec, _options: StackedOptions, models: Sequence[Model]) -> EngineTraits:
     check_one_shape(spec, models)
-    return EngineTraits()
+    return _TRAITS
 
 
 def _create(spec: EngineSpec, options: StackedOptions, models: Sequence[Model]) -> Engine:
@@ -47,6 +50,7 @@ def _create(spec: EngineSpec, options: StackedOptions, models: Sequence[Model]) 
     return StackedEngine(
         spec,
         cards,
+        _TRAITS,
         step_rows=options.step_rows,
         stream_interval_s=options.stream_interval_ms / 1e3,
         num_threads=options.num_threads,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import random
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from llguidance import LLTokenizer
 from models.card import ModelCard
 from models.engines.base import Chunk, EngineStats, GenerationRequest
 from models.engines.grammar import Grammar
+from models.engines.kind import EngineTraits
+from models.engines.requests import check_request, relative_weights
 from models.engines.stacked.architecture import read_end_tokens
 from models.engines.stacked.evidence import LaneWeights
 from models.engines.stacked.fusion import contrastive_powers
@@ -23,7 +24,7 @@ from models.engines.stacked.sampler import SamplerState
 from models.engines.stacked.scheduler import Scheduler
 from models.engines.stacked.sequence import Outcome, Sequence
 from models.engines.text import TextStream, Vocabulary
-from models.errors import ContextOverflow, EngineFailed, PoolError, RequestError
+from models.errors import EngineFailed, PoolError, RequestError
 from models.spec import EngineSpec
 
 
@@ -50,6 +51,7 @@ class StackedEngine:
         self,
         spec: EngineSpec,
         members: Mapping[str, ModelCard],
+        traits: EngineTraits,
         *,
         step_rows: int,
         stream_interval_s: float,
@@ -57,6 +59,7 @@ class StackedEngine:
     ) -> None:
         """Only remember; `start` loads."""
         self._spec = spec
+        self._traits = traits
         self._step_rows = step_rows
         self._stream_interval_s = stream_interval_s
         self._num_threads = num_threads
@@ -146,7 +149,7 @@ class StackedEngine:
             num_threads=self._num_threads,
         )
         with torch.inference_mode():
-            runner.warm_up()
+            runner.try_out()
         file = self._cards[0].path / "tokenizer.json"
         ends = sorted(read_end_tokens(self._cards[0]))
         try:
@@ -160,21 +163,22 @@ class StackedEngine:
     def _sequence(
         self, request: GenerationRequest, running: _Running, outcomes: asyncio.Queue[Outcome]
     ) -> Sequence:
+        max_new_tokens = check_request(
+            request,
+            members=self._names,
+            traits=self._traits,
+            context_tokens=running.context_tokens,
+            vocab_size=self._vocab_size,
+        )
         members, weights, lane_of = self._lanes(request)
-        self._check_tokens(request)
-        num_prompt_tokens, sampling = len(request.prompt_tokens), request.sampling
-        if num_prompt_tokens >= running.context_tokens:
-            raise ContextOverflow(
-                f"the prompt has {num_prompt_tokens} tokens, but the context of "
-                f"{', '.join(request.members)} holds {running.context_tokens}, answer included"
-            )
+        sampling = request.sampling
         sequence = Sequence(
             request=request,
             members=members,
             weights=LaneWeights(weights, request.evidence),
             lane_of=lane_of,
             tokens=list(request.prompt_tokens),
-            max_new_tokens=min(sampling.max_tokens, running.context_tokens - num_prompt_tokens),
+            max_new_tokens=max_new_tokens,
             sampler=SamplerState(sampling, None, random.Random(sampling.seed)),
             text=TextStream(sampling.stop),
             send=outcomes.put_nowait,
@@ -196,62 +200,16 @@ class StackedEngine:
         Also which of these lanes each member named by the request is. Members of zero weight need
         no lane, but for one that leads.
         """
-        self._check_rule(request)
-        weights = request.weights or (1.0,) * len(request.members)
-        if len(weights) != len(request.members) or not sum(weights) > 0 or min(weights) < 0:
-            raise RequestError(
-                f"weights {list(weights)}: one number >= 0 is needed for each of the "
-                f"{len(request.members)} members, and not all may be zero"
-            )
-        lanes: dict[int, float] = {}
-        for name, weight in zip(request.members, weights, strict=True):
-            if name not in self._names or self._names.index(name) in lanes:
-                raise RequestError(
-                    f"members: {name!r} is unknown or named twice; "
-                    f"allowed are {', '.join(self._names)}",
-                    "model",
-                )
-            lanes[self._names.index(name)] = weight / sum(weights)
+        lanes = {
+            self._names.index(name): weight
+            for name, weight in zip(request.members, relative_weights(request), strict=True)
+        }
         if request.rule == "contrastive":
             lanes = dict(zip(lanes, contrastive_powers(len(lanes), request.contrast), strict=True))
         lead = next(iter(lanes)) if request.rule in ("gated", "contrastive") else None
         used = sorted(member for member, weight in lanes.items() if weight != 0 or member == lead)
         lane_of = tuple(used.index(member) if member in used else None for member in lanes)
         return tuple(used), tuple(lanes[member] for member in used), lane_of
-
-    def _check_rule(self, request: GenerationRequest) -> None:
-        if not 0 <= request.gate <= 1:
-            raise RequestError(f"gate: {request.gate} is not in [0, 1]")
-        if request.evidence is not None and not 0 < request.evidence.temperature < math.inf:
-            raise RequestError(
-                f"evidence.temperature: {request.evidence.temperature} is not a finite number > 0"
-            )
-        if request.rule != "contrastive":
-            return
-        if len(request.members) not in (2, 3):
-            raise RequestError(
-                "the rule 'contrastive' needs two members (expert, anti-expert) or three "
-                f"(base, expert, anti-expert), got {len(request.members)}"
-            )
-        if request.weights is not None or request.evidence is not None:
-            raise RequestError("the rule 'contrastive' takes no weights; see contrast")
-
-    def _check_tokens(self, request: GenerationRequest) -> None:
-        sampling = request.sampling
-        if not request.prompt_tokens:
-            raise RequestError("the prompt is empty", "messages")
-        for what, tokens in (
-            ("prompt", request.prompt_tokens),
-            ("logit_bias", sampling.logit_bias),
-        ):
-            if tokens and not 0 <= min(tokens) <= max(tokens) < self._vocab_size:
-                raise RequestError(
-                    f"{what}: a token id is outside of the vocabulary of {self._vocab_size}", what
-                )
-        if sampling.max_tokens < 1:
-            raise RequestError(f"max_tokens {sampling.max_tokens} must be at least 1", "max_tokens")
-        if "" in sampling.stop:
-            raise RequestError("stop: an empty string is not allowed", "stop")
 
 
 def _device(spec: EngineSpec) -> torch.device:

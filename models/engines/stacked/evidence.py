@@ -8,33 +8,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from models.engines.base import Evidence
 
 
+@dataclass(frozen=True)
 class LaneWeights:
-    """A request's fusion weights, in the order of its lanes; they sum to one."""
+    """A request's fusion weights, in the order of its lanes; they sum to one, as the `prior` does.
 
-    def __init__(self, prior: Seq[float], evidence: Evidence | None = None) -> None:
-        self.evidence = evidence
-        self.values = tuple(prior)
-        self._log_prior = [math.log(weight) if weight > 0 else -math.inf for weight in prior]
-        self._log_likelihood = [0.0] * len(self.values)
-        self._num_tokens = 0
+    `log_likelihood` is what each lane said of `num_tokens` tokens, in nats; empty before the first.
+    """
 
-    def add(self, log_likelihood: Seq[float], num_tokens: int) -> None:
-        """Take in what each lane says of `num_tokens` more tokens, in nats."""
-        assert self.evidence is not None
-        self._num_tokens += num_tokens
+    prior: tuple[float, ...]
+    evidence: Evidence | None = None
+    log_likelihood: tuple[float, ...] = ()
+    num_tokens: int = 0
+
+    @cached_property
+    def values(self) -> tuple[float, ...]:
+        """The weights by now."""
+        if self.evidence is None or not self.num_tokens:
+            return self.prior
         scale = self.evidence.temperature
         if self.evidence.per_token:
-            scale *= self._num_tokens
-        for lane, value in enumerate(log_likelihood):
-            self._log_likelihood[lane] += value
+            scale *= self.num_tokens
         logs = [
-            prior + value / scale
-            for prior, value in zip(self._log_prior, self._log_likelihood, strict=True)
+            (math.log(weight) if weight > 0 else -math.inf) + value / scale
+            for weight, value in zip(self.prior, self.log_likelihood, strict=True)
         ]
         highest = max(logs)
         raw = [math.exp(value - highest) for value in logs]
-        self.values = tuple(value / sum(raw) for value in raw)
+        return tuple(value / sum(raw) for value in raw)
+
+    def heard(self, log_likelihood: Seq[float], num_tokens: int) -> LaneWeights:
+        """Return the weights once each lane has said this of `num_tokens` more tokens."""
+        so_far = self.log_likelihood or (0.0,) * len(self.prior)
+        total = tuple(old + new for old, new in zip(so_far, log_likelihood, strict=True))
+        return replace(self, log_likelihood=total, num_tokens=self.num_tokens + num_tokens)

@@ -9,6 +9,7 @@ keeps this thread from stepping.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from asyncio import AbstractEventLoop
@@ -30,8 +31,8 @@ from models.errors import EngineFailed, EngineOverloaded
 
 logger = logging.getLogger(__name__)
 
-# So many failing steps in a row are not the requests' fault.
-_MAX_FAILED_STEPS = 3
+# After so many requests that failed one by one, a step of the engine's own tells whose fault it is.
+_SUSPICIOUS_FAILURES = 3
 
 
 class Loop(threading.Thread):
@@ -64,7 +65,8 @@ class Loop(threading.Thread):
         self._urgent = False
         self._delivered_s = 0.0
         self._stopping = False
-        self._failed_steps = 0
+        self._ended = False
+        self._num_failures = 0  # in a row
         self._num_finished = 0
         self._num_tokens = 0
         self._busy_s = 0.0
@@ -72,6 +74,8 @@ class Loop(threading.Thread):
     def submit(self, sequence: Sequence) -> None:
         """Queue a request; its outcomes come through `sequence.send`."""
         self._inbox.put(partial(self._add, sequence))
+        if self._ended:  # perhaps too late to be taken
+            sequence.send(self._why_ended)
 
     def cancel(self, sequence: Sequence) -> None:
         """Drop a request before the next step; nothing happens if it has finished."""
@@ -95,25 +99,40 @@ class Loop(threading.Thread):
         )
 
     def run(self) -> None:
-        """Step until stopped, or until steps keep failing."""
-        with torch.inference_mode():
-            while self._take_inbox():
-                parts = self._scheduler.next_step()
-                if parts:
-                    if parts[-1].num_tokens > 1:
-                        self._deliver()  # what is ready doesn't wait for a prompt
-                    started_s = time.perf_counter()
-                    self._step(parts)
-                    ended_s = time.perf_counter()
-                    self._busy_s += ended_s - started_s
-                    # Due if another step as long as this one would make it late.
-                    due_s = self._delivered_s + self._stream_interval_s
-                    self._urgent |= 2 * ended_s - started_s >= due_s
-                if self._urgent:
-                    self._deliver()
+        """Step until stopped, or until steps fail whatever is in them; then fail what is left."""
+        try:
+            with torch.inference_mode():
+                while self._take_inbox():
+                    self._turn()
+        except Exception as error:
+            logger.exception("the engine's thread failed")
+            self.failure = EngineFailed(f"the engine's thread failed: {error!r}")
+        self._ended = True
+        while not self._inbox.empty():
+            self._inbox.get()()
         for sequence in list(self._scheduler.sequences):
-            self._fail(sequence, self.failure or EngineFailed("the engine was stopped"))
+            self._fail(sequence, self._why_ended)
         self._deliver()
+
+    def _turn(self) -> None:
+        """Run one step and hand over what is due."""
+        parts = self._scheduler.next_step()
+        if parts:
+            if parts[-1].num_tokens > 1:
+                self._deliver()  # what is ready doesn't wait for a prompt
+            started_s = time.perf_counter()
+            self._step(parts)
+            ended_s = time.perf_counter()
+            self._busy_s += ended_s - started_s
+            # Due if another step as long as this one would make it late.
+            due_s = self._delivered_s + self._stream_interval_s
+            self._urgent |= 2 * ended_s - started_s >= due_s
+        if self._urgent:
+            self._deliver()
+
+    @property
+    def _why_ended(self) -> EngineFailed:
+        return self.failure or EngineFailed("the engine was stopped")
 
     def _take_inbox(self) -> bool:
         """Handle what came in, waiting for something if nothing runs; return whether to go on."""
@@ -127,33 +146,57 @@ class Loop(threading.Thread):
         return not self._stopping
 
     def _step(self, parts: list[Part]) -> None:
+        """Run a step; where it raises run its halves, until only who causes that has failed."""
+        if self._stopping:
+            return
         try:
             drawn = self._runner.step(parts)
-            self._accept(parts, drawn)
-            self._failed_steps = 0
         except Exception as error:
-            logger.exception("a step of %d requests failed", len(parts))
-            for part in parts:
-                self._fail(part.sequence, EngineFailed(f"a step failed: {error!r}"))
-            self._failed_steps += 1
-            if self._failed_steps == _MAX_FAILED_STEPS:
-                self.failure = EngineFailed(f"{_MAX_FAILED_STEPS} steps failed in a row: {error!r}")
-                self._stopping = True
-
-    def _accept(self, parts: list[Part], drawn: Draw | None) -> None:
+            if len(parts) > 1:
+                half = len(parts) // 2
+                self._step(parts[:half])
+                self._step(parts[half:])
+            else:
+                logger.exception("a request's step failed")
+                self._fail(parts[0].sequence, EngineFailed(f"a step failed: {error!r}"))
+                self._suspect()
+            return
+        self._num_failures = 0
         sampling = [part.sequence for part in parts if part.samples]
         for part in parts:
             part.sequence.num_cached += part.num_tokens
-        if drawn is None:
-            return
-        for row, sequence in enumerate(sampling):
+        if drawn is not None:
+            for row, sequence in enumerate(sampling):
+                self._accept(sequence, drawn, row)
+
+    def _accept(self, sequence: Sequence, drawn: Draw, row: int) -> None:
+        try:
+            if not math.isfinite(drawn.entropies[row]):
+                raise ArithmeticError("the next token's distribution is not finite")
             sequence.accept(drawn, row, vocabulary=self._vocabulary, end_tokens=self._end_tokens)
-            self._ready[sequence] = None
-            self._urgent |= sequence.num_generated == 1 or sequence.finished
-            self._num_tokens += 1
-            if sequence.finished:
-                self._scheduler.remove(sequence)
-                self._num_finished += 1
+        except Exception as error:
+            logger.exception("a request's token failed")
+            sequence.finished = False  # it may have come so far
+            self._fail(sequence, EngineFailed(f"a step failed: {error!r}"))
+            return
+        self._ready[sequence] = None
+        self._urgent |= sequence.num_generated == 1 or sequence.finished
+        self._num_tokens += 1
+        if sequence.finished:
+            self._scheduler.remove(sequence)
+            self._num_finished += 1
+
+    def _suspect(self) -> None:
+        """Give up if not only requests fail but also a step that is none's."""
+        self._num_failures += 1
+        if self._num_failures < _SUSPICIOUS_FAILURES:
+            return
+        self._num_failures = 0
+        try:
+            self._runner.try_out()
+        except Exception as error:
+            self.failure = EngineFailed(f"every step fails, whatever is in it: {error!r}")
+            self._stopping = True
 
     def _add(self, sequence: Sequence) -> None:
         self._scheduler.add(sequence)

@@ -73,13 +73,19 @@ class Runner:
     def step(self, parts: Seq[Part]) -> Draw | None:
         """Run `parts` and draw the next token of those that are through their prompt, in order.
 
-        None where none is. Writes the cache; changes no sequence but its sampler's generator and
-        its evidence.
+        None where none is. Writes the cache; changes no sequence but its weights, where these
+        follow evidence. A step that raises can be run again, also in parts.
         """
         layout = self._layout_of(parts)
         self._layout = None  # until this step has succeeded
-        with self._threads.step(layout.rows.num_members, len(layout.positions_N)):
-            return self._run(parts, layout)
+        weights = [part.sequence.weights for part in parts]
+        try:
+            with self._threads.step(layout.rows.num_members, len(layout.positions_N)):
+                return self._run(parts, layout)
+        except Exception:
+            for part, before in zip(parts, weights, strict=True):
+                part.sequence.weights = before
+            raise
 
     def _run(self, parts: Seq[Part], layout: Layout) -> Draw | None:
         sampling = [part.sequence for part in parts if part.samples]
@@ -99,8 +105,11 @@ class Runner:
         self._layout, self._drawn_R = layout, drawn.tokens_R
         return drawn
 
-    def warm_up(self) -> None:
-        """Run one prefill and one decoding step of all members, to pay first-use costs now."""
+    def try_out(self) -> None:
+        """Run one prefill and one decoding step of all members; raises what they raise.
+
+        First-use costs are paid then.
+        """
         options = SamplingOptions(max_tokens=2)
         sequence = Sequence(
             request=GenerationRequest(
@@ -117,14 +126,16 @@ class Runner:
         )
         start = self.arena.allocate(sequence.num_rows)
         if start is None:
-            return  # too small a cache for this; requests will be told
+            return  # no room in the cache for this
         sequence.region_start = start
-        for num_tokens in (2, 1):
-            self.step([Part(sequence=sequence, num_tokens=num_tokens)])
-            sequence.num_cached += num_tokens
-            sequence.tokens.append(0)
-        self.arena.release(start, sequence.num_rows)
-        self._layout = None
+        try:
+            for num_tokens in (2, 1):
+                self.step([Part(sequence=sequence, num_tokens=num_tokens)])
+                sequence.num_cached += num_tokens
+                sequence.tokens.append(0)
+        finally:
+            self.arena.release(start, sequence.num_rows)
+            self._layout = None
 
     def _weigh_prompts(self, parts: Seq[Part], layout: Layout, hidden_ND: Tensor) -> None:
         """Add the log-likelihood of this step's prompt tokens to the evidence that asks for it.
@@ -145,7 +156,7 @@ class Runner:
             if layout.to_requests_N is not None:
                 rows_n = layout.to_requests_N[rows_n]
             hidden_KTD = hidden_ND[rows_n].view(sequence.num_lanes, part.num_tokens, -1)
-            sequence.weights.add(
+            sequence.weights = sequence.weights.heard(
                 self._log_likelihood(sequence.members, hidden_KTD, targets), len(targets)
             )
 
@@ -188,4 +199,4 @@ def _weigh_answers(
     for sequence, lanes, token in zip(sampling, lanes_R, token_ids, strict=True):
         evidence = sequence.weights.evidence
         if evidence is not None and evidence.update:
-            sequence.weights.add(logp_LV[list(lanes), token].tolist(), 1)
+            sequence.weights = sequence.weights.heard(logp_LV[list(lanes), token].tolist(), 1)

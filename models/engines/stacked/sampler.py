@@ -33,8 +33,18 @@ class SamplerState:
         self.options = options
         self.grammar = grammar
         self.rng = rng
+        self._uniform: float | None = None
         self._edits_V: Tensor | None = None
         self._seen: set[int] = set()
+
+    def uniform(self) -> float:
+        """Return the number in [0, 1) that picks the next token, the same until one is accepted.
+
+        So a step that failed can be run again.
+        """
+        if self._uniform is None:
+            self._uniform = self.rng.random()
+        return self._uniform
 
     @property
     def edits(self) -> bool:
@@ -60,6 +70,7 @@ class SamplerState:
 
     def accept(self, token: int) -> bool:
         """Note that `token` was drawn; return whether a grammar says that the answer is over."""
+        self._uniform = None
         if self._edits_V is not None:
             first = token not in self._seen
             self._seen.add(token)
@@ -74,7 +85,7 @@ class Draw:
     """The drawn tokens, and what is known before any filter.
 
     That is their log-probabilities, the entropy in nats of the distributions that they were drawn
-    from, and the likeliest alternatives.
+    from, and the likeliest alternatives. The entropy of a row that is not finite is not, either.
     """
 
     tokens_R: Tensor
@@ -122,7 +133,7 @@ def _sample(scores_RV: Tensor, states: Seq[SamplerState]) -> Tensor:
     if any(temperature != 1 for temperature in temperatures):
         scores_RV = scores_RV / scores_RV.new_tensor(temperatures)[:, None]
     uniform_R = torch.tensor(
-        [state.rng.random() for state in states], dtype=torch.float64, device=scores_RV.device
+        [state.uniform() for state in states], dtype=torch.float64, device=scores_RV.device
     )
     probs_RV = scores_RV.softmax(-1)
     filtered = [row for row, option in enumerate(options) if _filters(option)]
@@ -169,10 +180,14 @@ def _sample_filtered(probs_RV: Tensor, options: Seq[SamplingOptions], uniform_R:
 
 
 def _invert(weights_RC: Tensor, uniform_R: Tensor) -> Tensor:
-    """Return where the cumulative sum of `weights_RC` passes `uniform_R` of its total; [R]."""
+    """Return where the cumulative sum of `weights_RC` passes `uniform_R` of its total; [R].
+
+    Of a row that is not finite, any place within it.
+    """
     cumulative_RC = weights_RC.cumsum(-1, dtype=torch.float64)
     targets_R1 = (uniform_R * cumulative_RC[:, -1])[:, None]
-    return torch.searchsorted(cumulative_RC, targets_R1, right=True).squeeze(1)
+    found_R = torch.searchsorted(cumulative_RC, targets_R1, right=True).squeeze(1)
+    return found_R.clamp_(max=weights_RC.shape[-1] - 1)
 
 
 def _top(logp_RV: Tensor, counts: Seq[int]) -> list[list[tuple[int, float]]]:

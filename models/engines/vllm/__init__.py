@@ -93,6 +93,7 @@ def _create(spec: EngineSpec, options: VllmOptions, models: Sequence[Model]) -> 
     return VllmEngine(
         spec,
         cards,
+        _inspect(spec, options, models),
         engine_args=options.engine_args,
         tool_parser=options.tool_parser,
         num_threads=options.num_threads,

@@ -11,16 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llguidance import LLTokenizer
+
 from models.card import ModelCard
 from models.engines.base import Chunk, EngineStats, GenerationRequest, SamplingOptions
+from models.engines.kind import EngineTraits
+from models.engines.requests import check_request, relative_weights
 from models.engines.text import Vocabulary
-from models.errors import (
-    ContextOverflow,
-    EngineFailed,
-    EngineOverloaded,
-    PoolError,
-    RequestError,
-)
+from models.errors import EngineFailed, EngineOverloaded, PoolError, RequestError
 from models.spec import EngineSpec
 from models.tools import Tools
 
@@ -57,6 +55,7 @@ class VllmEngine:
         self,
         spec: EngineSpec,
         members: Mapping[str, ModelCard],
+        traits: EngineTraits,
         *,
         engine_args: Mapping[str, Any],
         tool_parser: str | None,
@@ -64,6 +63,7 @@ class VllmEngine:
     ) -> None:
         """Only remember; `start` loads vLLM."""
         self._spec = spec
+        self._traits = traits
         self._engine_args = engine_args
         self._tool_parser = tool_parser
         self._num_threads = num_threads
@@ -126,16 +126,14 @@ class VllmEngine:
 
         from models.engines.vllm import translate  # noqa: PLC0415
 
-        room = self._room(request, running)
+        max_tokens = self._check(request, running)
         if self._num_open >= running.max_running + self._spec.max_queued_requests:
             raise EngineOverloaded(f"{self._num_open} requests run or wait already", 1.0)
         weights = self._weights(request)
         num_top = request.sampling.top_logprobs or 0
         self._num_open += 1
         try:
-            params = translate.sampling_params(
-                request, max_tokens=min(request.sampling.max_tokens, room), fused=self._fused
-            )
+            params = translate.sampling_params(request, max_tokens=max_tokens, fused=self._fused)
             prompt = tokens_input(list(request.prompt_tokens))
             outputs = running.llm.generate(prompt, params, request.request_id)
             async with aclosing(outputs):
@@ -250,7 +248,6 @@ class VllmEngine:
             raise PoolError(f"{where}.options.engine_args: vLLM refuses them: {error}") from None
 
     def _read_vocabulary(self) -> Vocabulary:
-        from llguidance import LLTokenizer  # noqa: PLC0415
 
         card = next(iter(self._cards.values()))
         file = card.path / "tokenizer.json"
@@ -259,53 +256,21 @@ class VllmEngine:
         except ValueError as error:
             raise PoolError(f"{file}: the tokenizer cannot be loaded: {error}") from None
 
-    def _room(self, request: GenerationRequest, running: _Running) -> int:
+    def _check(self, request: GenerationRequest, running: _Running) -> int:
         """Check what vLLM would not explain in our terms; return how long the answer may be."""
-        for name in request.members:
-            if name not in self._cards:
-                raise RequestError(
-                    f"members: {name!r} is unknown; allowed are {', '.join(self._cards)}", "model"
-                )
-        if not request.prompt_tokens:
-            raise RequestError("the prompt is empty", "messages")
-        vocab_size = next(iter(self._cards.values())).shape.vocab_size
-        for what, tokens in (
-            ("prompt", request.prompt_tokens),
-            ("logit_bias", request.sampling.logit_bias),
-        ):
-            if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
-                raise RequestError(
-                    f"{what}: a token id is outside of the vocabulary of {vocab_size}", what
-                )
-        if "" in request.sampling.stop:
-            raise RequestError("stop: an empty string is not allowed", "stop")
-        if request.rule not in ("mixture", "product") and self._fused:
-            raise RequestError(f"the rule {request.rule!r} is not known inside vLLM")
-        if request.tools is not None:
-            self._check_tools(request.tools)
-        if request.evidence is not None and request.evidence.update:
-            raise RequestError("evidence.update: weights do not follow the answer inside vLLM")
-        room = running.context_tokens - len(request.prompt_tokens)
-        if room < 1:
-            raise ContextOverflow(
-                f"the prompt has {len(request.prompt_tokens)} tokens, but the context of "
-                f"{', '.join(request.members)} holds {running.context_tokens}, answer included"
-            )
-        return room
-
-    def _check_tools(self, tools: Tools) -> None:
-        if self._tool_parser is None:
+        if request.tools is not None and request.tools.choice != "auto":
             raise RequestError(
-                f"tools: {', '.join(self._cards)} cannot call any; the engine "
-                f"{self._spec.name} has no tool_parser",
-                "tools",
-            )
-        if tools.choice != "auto":
-            raise RequestError(
-                f"tool_choice: {tools.choice!r} is not supported by the engine {self._spec.name}; "
-                "allowed are auto and none",
+                f"tool_choice: {request.tools.choice!r} is not supported by the engine "
+                f"{self._spec.name}; allowed are auto and none",
                 "tool_choice",
             )
+        return check_request(
+            request,
+            members=self.members,
+            traits=self._traits,
+            context_tokens=running.context_tokens,
+            vocab_size=next(iter(self._cards.values())).shape.vocab_size,
+        )
 
     def _read_calls(self, last: Chunk, tools: Tools, text: str, running: _Running) -> Chunk:
         """Return the last chunk of an answer that may call tools: with its text, or the calls."""
@@ -321,8 +286,7 @@ class VllmEngine:
         """Return the weights that an answer reports: those asked for, unless evidence sets them."""
         if len(request.members) < 2 or request.evidence is not None:
             return None
-        relative = request.weights or (1.0,) * len(request.members)
-        return tuple(weight / sum(relative) for weight in relative)
+        return relative_weights(request)
 
 
 def _refusal(error: Exception) -> RequestError:

@@ -91,7 +91,8 @@ def _structured(json_schema: str | None) -> StructuredOutputsParams | None:
 
 def _fusion(request: GenerationRequest) -> dict[str, Any]:
     """Return what the fused model's `request` module reads."""
-    args: dict[str, Any] = {"shoal_members": list(request.members), "shoal_rule": request.rule}
+    rule = request.rule if len(request.members) > 1 else "mixture"
+    args: dict[str, Any] = {"shoal_members": list(request.members), "shoal_rule": rule}
     if request.weights is not None:
         args["shoal_weights"] = list(request.weights)
     if request.evidence is not None:

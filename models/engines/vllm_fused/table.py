@@ -59,7 +59,7 @@ class Row:
     def hear(self, log_likelihood_M: Sequence[float], position: int, num_tokens: int) -> None:
         """Take in what each member says of the `num_tokens` tokens after `position`."""
         self._num_heard = position + num_tokens
-        self._weights.add(log_likelihood_M, num_tokens)
+        self._weights = self._weights.heard(log_likelihood_M, num_tokens)
 
 
 class FusionTable:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from models.engines.base import Chunk, Engine, GenerationRequest, SamplingOptions
+from models.engines.base import Chunk, Engine, Evidence, GenerationRequest, SamplingOptions
 from models.engines.registry import create_engine
 from models.errors import EngineFailed, RequestError
 from models.pool import DEFAULT_POOL, load_pool
@@ -142,6 +142,67 @@ def test_refuses_unknown_members(start: Start) -> None:
         async with start() as (engine, request):
             with pytest.raises(RequestError, match="eve"):
                 await _read(engine, _changed(request, members=("eve",)))
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": float("nan")},
+        {"temperature": 1e308},
+        {"temperature": -1.0},
+        {"top_p": 1.5},
+        {"top_k": 0},
+        {"min_p": float("nan")},
+        {"presence_penalty": 1e38},
+        {"frequency_penalty": float("-inf")},
+        {"logit_bias": {5: float("nan")}},
+        {"seed": 2**70},
+        {"max_tokens": 2**62},
+        {"max_tokens": 0},
+        {"top_logprobs": 10**6},
+        {"stop": ("",)},
+    ],
+    ids=str,
+)
+def test_sampling_out_of_range_is_refused(start: Start, changes: dict[str, Any]) -> None:
+    """Before it takes part in anything, by the name of its field."""
+
+    async def run() -> None:
+        async with start() as (engine, request):
+            sampling = SamplingOptions(**{**vars(request.sampling), **changes})
+            with pytest.raises(RequestError, match=next(iter(changes))):
+                await _read(engine, _changed(request, sampling=sampling))
+            assert engine.stats().running_requests == 0
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights": (float("nan"),)}, "weights"),
+        ({"weights": (-1.0,)}, "weights"),
+        ({"weights": (float("inf"),)}, "weights"),
+        ({"weights": (1.0, 1.0)}, "weights"),
+        ({"gate": float("nan")}, "gate"),
+        ({"contrast": 1e300}, "contrast"),
+        ({"evidence": Evidence(temperature=1e-308)}, r"evidence\.temperature: 1e-308"),
+        ({"evidence": Evidence(temperature=float("nan"))}, r"evidence\.temperature"),
+        ({"members": ()}, "members"),
+    ],
+    ids=str,
+)
+def test_fusion_out_of_range_is_refused(
+    start: Start, changes: dict[str, Any], message: str
+) -> None:
+    """Numbers that would make a step fail, or its weights nonsense, are the request's fault."""
+
+    async def run() -> None:
+        async with start() as (engine, request):
+            with pytest.raises(RequestError, match=message):
+                await _read(engine, _changed(request, **changes))
 
     asyncio.run(run())
 

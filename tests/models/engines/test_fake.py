@@ -141,11 +141,11 @@ def test_queue_is_bounded_and_cancelling_frees_lanes() -> None:
 
 
 def test_refuses_what_it_cannot_run() -> None:
-    """Unknown members, foreign token ids and overlong requests are the client's errors."""
+    """Unknown members, foreign token ids and overlong prompts are the client's errors."""
     fake = _engine(context_tokens=10)
     for bad, error in (
         (_request("c"), RequestError),
-        (_request(prompt="abc", max_tokens=8), ContextOverflow),
+        (_request(prompt="abcdefghij"), ContextOverflow),
         (GenerationRequest(request_id="r", prompt_tokens=(999,), members=("a",)), RequestError),
     ):
         with pytest.raises(error):

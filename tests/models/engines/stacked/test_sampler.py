@@ -85,7 +85,7 @@ def test_frequencies() -> None:
     logp = torch.tensor([0.4, 0.3, 0.2, 0.05, 0.05], dtype=torch.float64).log()
     rng = random.Random(1)
     for options in ({}, {"top_k": 5}, {"min_p": 1e-6}):
-        states = [state(rng, **options)] * 20_000
+        states = [state(rng, **options) for _ in range(20_000)]
         counts = torch.bincount(torch.tensor(draw(logp.expand(20_000, -1), states).token_ids))
         assert chisquare(counts.numpy(), (logp.exp() * 20_000).numpy()).pvalue > 0.001
 

@@ -1,0 +1,159 @@
+"""What every engine checks of a request before it takes part in anything that others share.
+
+The API bounds its fields, and plans their numbers; an engine relies on neither, as one number out
+of range would fail everybody in the same step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from models.engines.base import GenerationRequest, SamplingOptions
+from models.engines.kind import EngineTraits
+from models.errors import ContextOverflow, RequestError
+
+# What each number of `SamplingOptions` may be, both ends included.
+_RANGES: dict[str, tuple[float, float]] = {
+    "max_tokens": (1, 2**31 - 1),
+    "temperature": (0, 100),
+    "top_p": (0, 1),
+    "top_k": (1, 2**31 - 1),
+    "min_p": (0, 1),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "seed": (-(2**63), 2**63 - 1),
+    "top_logprobs": (0, 20),
+}
+_MOST_BIAS = 100
+_MOST_CONTRAST = 10  # as plans have it
+# A log-likelihood divided by less would overflow; by more, all weigh alike.
+_EVIDENCE_TEMPERATURES = (1e-6, 1e6)
+
+
+def check_request(
+    request: GenerationRequest,
+    *,
+    members: Sequence[str],
+    traits: EngineTraits,
+    context_tokens: int | None = None,
+    vocab_size: int | None = None,
+) -> int:
+    """Return how many tokens the answer may have, at most `max_tokens` of the request.
+
+    `members` are the engine's. `context_tokens` is what prompt and answer may have together; None:
+    not known. `vocab_size` None: another server makes tokens of the prompt. Raises `RequestError`
+    that names the field, its value and what is allowed, or `ContextOverflow`.
+    """
+    _check_members(request, members, traits)
+    _check_fusion(request, traits)
+    _check_sampling(request.sampling, traits)
+    _check_tokens(request, vocab_size)
+    if request.tools is not None and not traits.tools:
+        raise RequestError(f"tools: {', '.join(request.members)} cannot call any", "tools")
+    if context_tokens is None:
+        return request.sampling.max_tokens
+    room = context_tokens - len(request.prompt_tokens)
+    if room < 1:
+        raise ContextOverflow(
+            f"the prompt has {len(request.prompt_tokens)} tokens, but the context of "
+            f"{', '.join(request.members)} holds {context_tokens}, answer included"
+        )
+    return min(request.sampling.max_tokens, room)
+
+
+def relative_weights(request: GenerationRequest) -> tuple[float, ...]:
+    """Return the weights that a checked request asks for, one per member; they sum to one."""
+    weights = request.weights or (1.0,) * len(request.members)
+    return tuple(weight / sum(weights) for weight in weights)
+
+
+def _check_members(
+    request: GenerationRequest, members: Sequence[str], traits: EngineTraits
+) -> None:
+    for name in request.members:
+        if name not in members or request.members.count(name) > 1:
+            raise RequestError(
+                f"members: {name!r} is unknown or named twice; allowed are {', '.join(members)}",
+                "model",
+            )
+    if not request.members:
+        raise RequestError("members: at least one is needed", "model")
+    if len(request.members) > 1 and not traits.fuses:
+        raise RequestError(
+            f"members: {', '.join(request.members)} cannot be fused by this engine", "model"
+        )
+
+
+def _check_fusion(request: GenerationRequest, traits: EngineTraits) -> None:
+    weights, evidence = request.weights, request.evidence
+    if weights is not None and (
+        len(weights) != len(request.members)
+        or not all(weight >= 0 for weight in weights)
+        or not 0 < sum(weights) < math.inf
+    ):
+        raise RequestError(
+            f"weights {list(weights)}: one finite number >= 0 is needed for each of the "
+            f"{len(request.members)} members, and not all may be zero"
+        )
+    if len(request.members) > 1 and request.rule not in traits.rules:
+        raise RequestError(
+            f"the rule {request.rule!r} is not known to this engine; allowed are "
+            f"{', '.join(traits.rules)}"
+        )
+    _check_range("gate", request.gate, 0, 1)
+    _check_range("contrast", request.contrast, 0, _MOST_CONTRAST)
+    if evidence is not None:
+        _check_range("evidence.temperature", evidence.temperature, *_EVIDENCE_TEMPERATURES)
+        if evidence.update and not traits.updates_evidence:
+            raise RequestError("evidence.update: weights do not follow the answer in this engine")
+    if request.rule != "contrastive":
+        return
+    if len(request.members) not in (2, 3):
+        raise RequestError(
+            "the rule 'contrastive' needs two members (expert, anti-expert) or three "
+            f"(base, expert, anti-expert), got {len(request.members)}"
+        )
+    if weights is not None or evidence is not None:
+        raise RequestError("the rule 'contrastive' takes no weights; see contrast")
+
+
+def _check_sampling(sampling: SamplingOptions, traits: EngineTraits) -> None:
+    for name, (least, most) in _RANGES.items():
+        value = getattr(sampling, name)
+        if value is not None:
+            _check_range(name, value, least, most)
+    for token, bias in sampling.logit_bias.items():
+        _check_range(f"logit_bias.{token}", bias, -_MOST_BIAS, _MOST_BIAS, param="logit_bias")
+    if "" in sampling.stop:
+        raise RequestError("stop: an empty string is not allowed", "stop")
+    if sampling.top_logprobs is not None and not traits.logprobs:
+        raise RequestError("logprobs: this engine returns none", "logprobs")
+    if sampling.json_schema is not None and not traits.structured:
+        raise RequestError(
+            "response_format: this engine holds no answer to a schema", "response_format"
+        )
+
+
+def _check_tokens(request: GenerationRequest, vocab_size: int | None) -> None:
+    told = request.messages or request.text if vocab_size is None else None
+    if not request.prompt_tokens and not told:
+        raise RequestError("the prompt is empty", "messages")
+    if vocab_size is None:
+        return
+    for what, tokens in (
+        ("prompt", request.prompt_tokens),
+        ("logit_bias", request.sampling.logit_bias),
+    ):
+        if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
+            raise RequestError(
+                f"{what}: a token id is outside of the vocabulary of {vocab_size}", what
+            )
+
+
+def _check_range(
+    name: str, value: float, least: float, most: float, *, param: str | None = None
+) -> None:
+    """Refuse what lies outside, and what is no number."""
+    if not least <= value <= most:
+        raise RequestError(f"{name}: {value} is not in [{least:g}, {most:g}]", param or name)
