@@ -1,15 +1,28 @@
-"""OpenAI's wire formats, from the client's side: what is asked, and what the events mean."""
+"""How another server is asked and what it answers: options, bodies, events, failures.
+
+OpenAI's wire formats from the client's side; `engine` sends and receives.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import httpx
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from models.engines.base import Chunk, FinishReason, GenerationRequest, Token, TopLogprob
-from models.engines.remote.failure import AttemptFailed, broke_off, from_event
-from models.engines.remote.options import RemoteOptions
-from models.errors import EngineFailed
+from models.errors import (
+    ContextOverflow,
+    EngineError,
+    EngineFailed,
+    EngineOverloaded,
+    PoolError,
+    RequestError,
+)
 from models.tools import ToolCall
 
 _JSON_OBJECT = '{"type":"object"}'
@@ -21,6 +34,77 @@ _FINISH_REASONS: dict[str, FinishReason] = {
 }
 # A token without text: the end of sequence, hidden reasoning, a piece of a tool call.
 _HIDDEN = Token(token_id=0, text="", raw=b"", logprob=None)
+_MAX_CHARACTERS = 300
+_RETRIED = (408, 409, 429)
+
+
+class RemoteOptions(BaseModel):
+    """Where the server is, how to ask it, and how long to be patient.
+
+    `base_url` ends where `/chat/completions` follows, usually in `/v1`. The key is read at start
+    from the environment variable `api_key_env` or the file `api_key_file` (a mounted secret), never
+    from this file. `logprobs` false for a server that returns no log-probabilities: its answers
+    cannot be judged by a cascade's scorer then. Its completions endpoint tells of at most
+    `completion_logprobs` alternatives (vLLM's of 20). Newer hosted models want `max_tokens_field`
+    "max_completion_tokens".
+
+    A connection must stand within `connect_timeout_s`, and the server may be silent for at most
+    `read_timeout_s`; at most `max_connections` requests run at once. An attempt that failed before
+    any text came is repeated up to `max_retries` times, after the time that the server asks for,
+    else after `backoff_s`, doubled each time; only if the request's deadline allows. After
+    `breaker_failures` failures in a row the server is left alone for `breaker_open_s`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    base_url: str = Field(pattern=r"^https?://[^\s?#]+$")
+    api_key_env: str | None = None
+    api_key_file: Path | None = None
+    headers: dict[str, str] = Field(default_factory=dict)
+    logprobs: bool = True
+    completion_logprobs: int = Field(5, ge=0, le=20)
+    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    connect_timeout_s: float = Field(5, gt=0)
+    read_timeout_s: float = Field(60, gt=0)
+    max_connections: int = Field(100, ge=1)
+    max_retries: int = Field(2, ge=0)
+    backoff_s: float = Field(0.5, gt=0)
+    breaker_failures: int = Field(5, ge=1)
+    breaker_open_s: float = Field(30, gt=0)
+
+    @model_validator(mode="after")
+    def _one_key(self) -> Self:
+        if self.api_key_env is not None and self.api_key_file is not None:
+            raise ValueError("give api_key_env or api_key_file, not both")
+        for name in self.headers:
+            if name.lower() == "authorization":
+                raise ValueError("a key belongs into api_key_env or api_key_file, not into headers")
+        return self
+
+    def read_key(self, engine: str) -> str | None:
+        """Return the key; None where none is configured. `PoolError` if it isn't there."""
+        if self.api_key_env is not None:
+            key = os.environ.get(self.api_key_env, "").strip()
+            if not key:
+                raise PoolError(
+                    f"engines.{engine}.options.api_key_env: the environment variable "
+                    f"{self.api_key_env} is not set where the engine runs"
+                )
+            return key
+        if self.api_key_file is not None:
+            try:
+                key = self.api_key_file.read_text().strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise PoolError(
+                    f"engines.{engine}.options.api_key_file: {self.api_key_file} cannot be read: "
+                    f"{type(error).__name__}"
+                ) from None
+            if not key:
+                raise PoolError(
+                    f"engines.{engine}.options.api_key_file: {self.api_key_file} is empty"
+                )
+            return key
+        return None
 
 
 def write_body(
@@ -202,3 +286,103 @@ def _text_token(text: str, logprob: float | None, top: Mapping[str, float]) -> T
             for other, value in ranked
         ),
     )
+
+
+class AttemptFailed(Exception):
+    """One attempt failed; `error` is what the caller is told if no other one follows.
+
+    `retry` says whether another attempt may help, `retry_after_s` when the server wants it.
+    `broken` says whether the server failed, which the circuit breaker counts; else it answered.
+    """
+
+    def __init__(
+        self,
+        error: EngineError | RequestError,
+        *,
+        retry: bool,
+        broken: bool,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.retry = retry
+        self.broken = broken
+        self.retry_after_s = retry_after_s
+
+
+def from_transport(server: str, error: httpx.HTTPError) -> AttemptFailed:
+    """Return what a failed connection, a timeout or a broken stream means."""
+    kind = type(error).__name__
+    return AttemptFailed(EngineFailed(f"{server}: {kind}"), retry=True, broken=True)
+
+
+def broke_off(server: str, why: str) -> AttemptFailed:
+    """Return what an answer means that is not whole, or none at all."""
+    return AttemptFailed(EngineFailed(f"{server}: {why}"), retry=True, broken=True)
+
+
+def from_response(
+    server: str, status: int, headers: Mapping[str, str], body: bytes
+) -> AttemptFailed:
+    """Return what a response that is no answer means: its status, and OpenAI's error body."""
+    message, param, code = _read_error(body)
+    told = f"{server} answered {status}: {message}"
+    wait_s = read_retry_after_s(headers)
+    if status in (401, 403):
+        # Such messages may repeat parts of the key.
+        error: EngineError | RequestError = EngineFailed(f"{server} refuses the key ({status})")
+        return AttemptFailed(error, retry=False, broken=False)
+    if status in (400, 413, 422):
+        if code == "context_length_exceeded" or status == 413:
+            error = ContextOverflow(told, param)
+        else:
+            error = RequestError(told, param)
+        return AttemptFailed(error, retry=False, broken=False)
+    if status == 429:
+        error = EngineOverloaded(told, 1.0 if wait_s is None else wait_s)
+    else:
+        error = EngineFailed(told)
+    retry = status in _RETRIED or status >= 500
+    if "x-should-retry" in headers:
+        retry = headers["x-should-retry"] == "true"
+    return AttemptFailed(error, retry=retry, broken=status >= 500, retry_after_s=wait_s)
+
+
+def from_event(server: str, error: object) -> AttemptFailed:
+    """Return what an error in the middle of an event stream means."""
+    message = error.get("message") if isinstance(error, dict) else error
+    return broke_off(server, f"the answer ended in an error: {_short(str(message))}")
+
+
+def read_retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """Return when the server wants to be asked again; None where it doesn't say in seconds."""
+    for name, unit_s in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        try:
+            wait_s = float(headers[name]) * unit_s
+        except (KeyError, ValueError):
+            continue
+        if 0 <= wait_s < float("inf"):
+            return wait_s
+    return None
+
+
+def _read_error(body: bytes) -> tuple[str, str | None, str | None]:
+    """Return message, param and code of an error body; as much of it as text if it is no JSON."""
+    try:
+        data = json.loads(body)
+    except ValueError:
+        return _short(body.decode(errors="replace")) or "no explanation", None, None
+    error = data.get("error", data) if isinstance(data, dict) else data
+    if not isinstance(error, dict):
+        return _short(str(error)), None, None
+    param, code = error.get("param"), error.get("code")
+    return (
+        _short(str(error.get("message", error))),
+        param if isinstance(param, str) else None,
+        code if isinstance(code, str) else None,
+    )
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _MAX_CHARACTERS else text[:_MAX_CHARACTERS] + " ..."

@@ -1,6 +1,6 @@
 """The circuit breaker's states."""
 
-from models.engines.remote.breaker import CircuitBreaker
+from models.engines.remote.engine import CircuitBreaker
 
 
 class _Clock:

@@ -10,7 +10,7 @@ import pytest
 
 from models.engines.base import EngineStats
 from models.engines.registry import engine_traits
-from models.engines.remote.breaker import CircuitBreaker
+from models.engines.remote.engine import CircuitBreaker
 from models.errors import (
     ContextOverflow,
     EngineFailed,
