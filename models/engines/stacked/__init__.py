@@ -25,7 +25,7 @@ class StackedOptions(BaseModel):
     prompts faster and the gaps between streamed tokens longer. Tokens come out at most every
     `stream_interval_ms`, several at a time if steps are faster, but the first and the last of an
     answer at once: the event loop's work would hold up the steps otherwise. `num_threads` is the
-    most CPU threads that a step gets (see `threads`); None: as many as torch has.
+    most CPU threads that a step gets (see `runner.StepThreads`); None: as many as torch has.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -12,15 +12,13 @@ from llguidance import LLTokenizer
 
 from models.card import ModelCard
 from models.engines.base import Chunk, EngineStats, GenerationRequest
-from models.engines.grammar import Grammar
 from models.engines.kind import EngineTraits
 from models.engines.requests import check_request, relative_weights
 from models.engines.stacked.architecture import read_end_tokens
-from models.engines.stacked.evidence import LaneWeights
-from models.engines.stacked.fusion import contrastive_powers
+from models.engines.stacked.fusion import LaneWeights, contrastive_powers
 from models.engines.stacked.loop import Loop
 from models.engines.stacked.runner import Runner
-from models.engines.stacked.sampler import SamplerState
+from models.engines.stacked.sampler import Grammar, SamplerState
 from models.engines.stacked.scheduler import Scheduler
 from models.engines.stacked.sequence import Outcome, Sequence
 from models.engines.text import TextStream, Vocabulary

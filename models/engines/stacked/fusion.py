@@ -12,12 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from models.engines.base import FusionRule
+from models.engines.base import Evidence, FusionRule
 
 # A token is plausible if the lead finds it at least this likely, relative to its likeliest.
 PLAUSIBLE = 0.1
@@ -53,6 +54,45 @@ def contrastive(logp_RKV: Tensor, powers_RK: Tensor, lead_RV: Tensor) -> Tensor:
     plausible_RV = lead_RV >= lead_RV.amax(-1, keepdim=True) + math.log(PLAUSIBLE)
     # Finite, as log-probabilities go into JSON.
     return score_RV.masked_fill_(~plausible_RV, -1e4).log_softmax(-1)
+
+
+@dataclass(frozen=True)
+class LaneWeights:
+    """A request's fusion weights, in the order of its lanes; they sum to one, as the `prior` does.
+
+    With `evidence` the members' own predictions set them: w_m ∝ prior_m · exp(l_m / T). The
+    prompt's l_m costs one more product with the language-model head, on states that prefill has
+    computed anyway.
+
+    `log_likelihood` is what each lane said of `num_tokens` tokens, in nats; empty before the first.
+    """
+
+    prior: tuple[float, ...]
+    evidence: Evidence | None = None
+    log_likelihood: tuple[float, ...] = ()
+    num_tokens: int = 0
+
+    @cached_property
+    def values(self) -> tuple[float, ...]:
+        """The weights by now."""
+        if self.evidence is None or not self.num_tokens:
+            return self.prior
+        scale = self.evidence.temperature
+        if self.evidence.per_token:
+            scale *= self.num_tokens
+        logs = [
+            (math.log(weight) if weight > 0 else -math.inf) + value / scale
+            for weight, value in zip(self.prior, self.log_likelihood, strict=True)
+        ]
+        highest = max(logs)
+        raw = [math.exp(value - highest) for value in logs]
+        return tuple(value / sum(raw) for value in raw)
+
+    def heard(self, log_likelihood: Seq[float], num_tokens: int) -> LaneWeights:
+        """Return the weights once each lane has said this of `num_tokens` more tokens."""
+        so_far = self.log_likelihood or (0.0,) * len(self.prior)
+        total = tuple(old + new for old, new in zip(so_far, log_likelihood, strict=True))
+        return replace(self, log_likelihood=total, num_tokens=self.num_tokens + num_tokens)
 
 
 @dataclass(frozen=True, slots=True)

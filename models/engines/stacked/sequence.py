@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from models.engines.base import Chunk, FinishReason, GenerationRequest, Token, TopLogprob
-from models.engines.stacked.evidence import LaneWeights
-from models.engines.stacked.fusion import Fusion
+from models.engines.stacked.fusion import Fusion, LaneWeights
 from models.engines.stacked.sampler import Draw, SamplerState
 from models.engines.text import TextStream, Vocabulary
 from models.errors import EngineError, RequestError

@@ -18,7 +18,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from vllm.v1.sample.logits_processor.interface import BatchUpdate
 
-from models.engines.stacked.evidence import LaneWeights
+from models.engines.stacked.fusion import LaneWeights
 from models.engines.vllm_fused.request import FusionRequest, read_request
 
 # Where the table is in what vLLM shares between the parts of one worker.

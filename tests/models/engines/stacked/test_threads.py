@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.engines.stacked.threads import StepThreads
+from models.engines.stacked.runner import StepThreads
 
 MB = 2**20
 

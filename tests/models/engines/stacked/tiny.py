@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from models.card import read_card
 from models.engines.base import Chunk, Engine, GenerationRequest, SamplingOptions
 from models.engines.registry import create_engine
-from models.engines.stacked.evidence import LaneWeights
+from models.engines.stacked.fusion import LaneWeights
 from models.engines.stacked.sampler import SamplerState
 from models.engines.stacked.sequence import Sequence as EngineSequence
 from models.engines.text import TextStream
