@@ -5,7 +5,8 @@ A JSON line is one of
     {"question": …, "answer": …}                       one that is checked by exact match
     {"text": …}                                        plain text
 each optionally with "split": "train", "router" or "test". A .txt file holds plain text, one
-example per paragraph. This module knows no tokenizer and no model.
+example per paragraph. Lines end at line feeds and nowhere else. This module knows no tokenizer and
+no model.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +24,7 @@ from models.downscale.errors import CorpusError
 from models.downscale.recipe import TASKS, CorpusSettings
 from models.tasks import DOMAINS, Split, Task
 from models.training.data import draw_dialogue
-from policies.files import replacing
+from policies.cascade.base import normalise
 
 ROLES: Final = ("system", "user", "assistant")
 MIN_TRAIN_EXAMPLES: Final = 32
@@ -57,16 +59,19 @@ class Example:
         return self.turns[0].content if self.answer is not None else None
 
     @property
-    def key(self) -> str:
-        """What tells duplicates: the question where there is one, else the whole content."""
+    def asked(self) -> tuple[str, ...]:
+        """What tells duplicates, in whichever form they are written: what the user says in each
+        turn, or the lines of a text, without what does not change a question."""
         if self.text is not None:
-            return self.text
-        return self.question or json.dumps([asdict(turn) for turn in self.turns])
+            parts = [line for line in self.text.split("\n") if line.strip()]
+        else:
+            parts = [turn.content for turn in self.turns if turn.role == "user"]
+        return tuple(normalise(part) for part in parts)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """A named list of examples; held-out keys never stand in the training split."""
+    """A named list of examples; what is held out never stands in the training split."""
 
     name: str
     examples: tuple[Example, ...]
@@ -80,34 +85,45 @@ class Corpus:
         return [example for example in self.of(split) if example.answer is not None]
 
 
-def load_corpus(name: str, settings: CorpusSettings, *, held_out: int, seed: int) -> Corpus:
-    """Read or generate the corpus of `name`; the same for the same settings, files and seed.
+def generate_corpus(name: str, settings: CorpusSettings, *, held_out: int, seed: int) -> Corpus:
+    """Draw the corpus of a built-in task domain; the same for the same settings and seed.
 
-    `held_out` is the number of questions that a generator draws for each held-out split.
+    `held_out` is the number of questions for each held-out split.
+
+    Raises:
+        CorpusError: there is no such task domain.
+    """
+    task = settings.corpus.removeprefix(TASKS)
+    if task not in DOMAINS:
+        raise CorpusError(
+            f"{name}: there is no task domain {task!r}; allowed are {', '.join(DOMAINS)}"
+        )
+    examples = _generated(task, settings.examples, held_out=held_out, seed=seed)
+    return _checked(name, settings, examples)
+
+
+def load_corpus(name: str, settings: CorpusSettings) -> Corpus:
+    """Read the corpus of `name` from its files.
 
     Raises:
         CorpusError: it is missing, malformed, empty or too small.
     """
-    if settings.corpus.startswith(TASKS):
-        task = settings.corpus.removeprefix(TASKS)
-        if task not in DOMAINS:
-            raise CorpusError(
-                f"{name}: there is no task domain {task!r}; allowed are {', '.join(DOMAINS)}"
-            )
-        examples = list(_generated(task, settings.examples, held_out=held_out, seed=seed))
-    else:
-        examples = _read_file(Path(settings.corpus))
-        if settings.held_out is not None:
-            examples = [replace(example, split=Split.TRAIN) for example in examples]
-            examples += _held_out(_read_file(Path(settings.held_out)))
+    examples = _read_file(Path(settings.corpus))
+    if settings.held_out is not None:
+        examples = [replace(example, split=Split.TRAIN) for example in examples]
+        examples += _held_out(_read_file(Path(settings.held_out), hashed=False))
+    return _checked(name, settings, examples)
+
+
+def _checked(name: str, settings: CorpusSettings, examples: Iterable[Example]) -> Corpus:
     corpus = Corpus(name=name, examples=tuple(_without_leaks(examples)))
     _check_size(corpus, settings)
     return corpus
 
 
 def write_corpus(corpus: Corpus, file: Path) -> None:
-    """Write `corpus` as JSON lines, atomically."""
-    with replacing(file) as fresh, fresh.open("w") as stream:
+    """Write `corpus` as JSON lines."""
+    with file.open("w", encoding="utf-8") as stream:
         for example in corpus.examples:
             record = {k: v for k, v in asdict(example).items() if v not in (None, ())}
             if "turns" in record:
@@ -144,23 +160,24 @@ def _dialogue(task: Task) -> tuple[Turn, Turn]:
     )
 
 
-def _read_file(file: Path) -> list[Example]:
+def _read_file(file: Path, *, hashed: bool = True) -> list[Example]:
+    """The examples of a file; those that name no split get one by `hashed`, or are for training."""
     if not file.is_file():
         raise CorpusError(f"there is no corpus at {file}")
     try:
-        content = file.read_text()
+        content = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise CorpusError(f"{file} is not UTF-8 text: {error}") from None
     if file.suffix == ".txt":
-        paragraphs = (paragraph.strip() for paragraph in content.split("\n\n"))
-        return [_with_split(Example(text=text), None, "") for text in paragraphs if text]
+        paragraphs = (paragraph.strip() for paragraph in re.split(r"\n[ \t]*\n", content))
+        return [_with_split(Example(text=text), None, "", hashed) for text in paragraphs if text]
     if file.suffix != ".jsonl":
         raise CorpusError(f"{file}: a corpus is a .jsonl or a .txt file")
-    lines = enumerate(content.splitlines(), 1)
-    return [_parse(line, f"{file}:{number}") for number, line in lines if line.strip()]
+    lines = enumerate(content.split("\n"), 1)  # not splitlines: U+2028 may stand in a string
+    return [_parse(line, f"{file}:{number}", hashed) for number, line in lines if line.strip()]
 
 
-def _parse(line: str, where: str) -> Example:
+def _parse(line: str, where: str, hashed: bool) -> Example:
     try:
         record = json.loads(line)
     except ValueError as error:
@@ -183,14 +200,15 @@ def _parse(line: str, where: str) -> Example:
         example = replace(example, text=_text(record, "text", where))
     else:
         raise CorpusError(f"{where}: needs 'messages', 'question' and 'answer', or 'text'")
-    return _with_split(example, record.get("split"), where)
+    return _with_split(example, record.get("split"), where, hashed)
 
 
 def _text(record: dict[str, Any], key: str, where: str) -> str:
     value = record.get(key)
     if not isinstance(value, str) or not value.strip():
         raise CorpusError(f"{where}: {key}: must be a text that is not empty, got {value!r}")
-    return value
+    # Half of a character, as JSON dumps of cut chats have it, is no Unicode text.
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _turns(messages: object, where: str) -> tuple[Turn, ...]:
@@ -210,9 +228,9 @@ def _turns(messages: object, where: str) -> tuple[Turn, ...]:
     return turns
 
 
-def _with_split(example: Example, split: object, where: str) -> Example:
+def _with_split(example: Example, split: object, where: str, hashed: bool) -> Example:
     if split is None:
-        return replace(example, split=_hashed_split(example.key))
+        return replace(example, split=_hashed_split(example.asked)) if hashed else example
     try:
         return replace(example, split=Split(str(split)))
     except ValueError:
@@ -221,9 +239,9 @@ def _with_split(example: Example, split: object, where: str) -> Example:
         ) from None
 
 
-def _hashed_split(key: str) -> Split:
+def _hashed_split(asked: tuple[str, ...]) -> Split:
     """90% train, 5% router, 5% test; duplicates share a split, the same on every machine."""
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    digest = hashlib.blake2b("\n".join(asked).encode(), digest_size=8).digest()
     bucket = int.from_bytes(digest, "big") % 20
     return {0: Split.ROUTER, 1: Split.TEST}.get(bucket, Split.TRAIN)
 
@@ -236,16 +254,32 @@ def _held_out(examples: Sequence[Example]) -> Iterator[Example]:
 
 
 def _without_leaks(examples: Iterable[Example]) -> Iterator[Example]:
-    """Drop from training what is held out, and from a later split what an earlier one has."""
+    """Drop from training what is held out, and from the router's split what is tested."""
     examples = list(examples)
-    seen: dict[str, Split] = {}
+    split_of: dict[tuple[str, ...], Split] = {}
     for split in (Split.TEST, Split.ROUTER):
         for example in examples:
             if example.split is split:
-                seen.setdefault(example.key, split)
+                split_of.setdefault(example.asked, split)
+    held_out = held_out_questions(examples)
     for example in examples:
-        if seen.get(example.key, example.split) is example.split:
+        asked = example.asked
+        if split_of.get(asked, example.split) is example.split and not (
+            example.split is Split.TRAIN and gives_away(asked, held_out)
+        ):
             yield example
+
+
+def held_out_questions(examples: Iterable[Example]) -> set[str]:
+    """What the held-out conversations of one question ask."""
+    asked = (e.asked for e in examples if e.split is not Split.TRAIN and e.text is None)
+    return {parts[0] for parts in asked if len(parts) == 1}
+
+
+def gives_away(asked: tuple[str, ...], held_out: set[str]) -> bool:
+    """Whether an example tells a held-out question, in whatever form: as a record with an answer,
+    as any turn of a conversation, as a line of a text."""
+    return not held_out.isdisjoint(asked)
 
 
 def _check_size(corpus: Corpus, settings: CorpusSettings) -> None:

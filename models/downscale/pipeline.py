@@ -1,41 +1,43 @@
-"""The whole way from a recipe to a pool, stage by stage.
+"""The whole way from a recipe to a pool, in the order in which it is gone.
 
-    base → corpora → calibrate → cut → warm → select → lessons → mixture → adapt → conclude
-
-Each stage reads what earlier ones left in their folders and writes into its own. The stages of one
-chunk stand in `chunks`; `conclude` makes comparisons, measurements, laws and the pool.
+What is known to fail is refused before anything is written; a pool appears where it is wanted only
+when it is whole and loads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import errno
+import fcntl
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from models.card import read_card
-from models.downscale.base import CHECKPOINT, check_base, train_base, trained_parameters
 from models.downscale.chunks import (
+    BASE,
     calibrate,
-    corpora_stages,
     cut_out,
+    general_share,
     select_examples,
-    taught_stages,
-    teach,
-    train,
-    warm,
+    train_chunk,
 )
-from models.downscale.conclude import conclude
-from models.downscale.corpus import load_corpus, write_corpus
-from models.downscale.disk import check_room, needed_bytes
-from models.downscale.errors import CorpusError
-from models.downscale.mixture import fit_mixture
-from models.downscale.recipe import TASKS, CorpusSettings, Recipe
-from models.downscale.run import CORPUS_FILE, Run
-from models.downscale.stage import Stages, claimed, publish
+from models.downscale.errors import CorpusError, OutputError, RecipeError
+from models.downscale.examples import corpora, lengths, source_files
+from models.downscale.measure.answers import measure, questions
+from models.downscale.measure.pool import pool
+from models.downscale.recipe import Recipe
+from models.downscale.stage import MARKS, Run
+from models.downscale.train.base import base, check_base, trained_parameters
 from models.pool import load_pool
-from models.tasks import Split
 
-_PROBE_EXAMPLES: Final = 2_000
+# Weights and two moments in fp32, kept at the start of the decay and at the end, and a third time
+# while the last is being replaced.
+_CHECKPOINT_BYTES_PER_PARAMETER: Final = 3 * 4 * 3
+# The base's likeliest tokens (ids and log-probabilities) and the text itself.
+_BYTES_PER_CORPUS_TOKEN: Final = 64
+_TOKENS_PER_EXAMPLE: Final = 64
+_ALWAYS_BYTES: Final = 100 * 2**20
 
 
 def downscale(
@@ -47,40 +49,45 @@ def downscale(
         DownscaleError: something that the user can put right; nothing half-written is left where
             a pool would be, and with `resume` the run goes on from what was done.
     """
-    _check_before_work(recipe, out)
-    with claimed(out, resume=resume) as work:
-        stages = Stages(work, report=report)
-        base = _base(recipe, stages, report)
-        run = Run(recipe=recipe, stages=stages, base_folder=base, report=report)
-        _corpora(run)
-        _check_questions(run)
-        for stage in (calibrate, cut_out, warm, select_examples):
+    check_before_work(recipe, out)
+    with claimed(out, resume=resume) as work, full_disk_named(out):
+        run = Run(recipe, work, report=report)
+        base(run)
+        for name in recipe.corpora:
+            corpora(run, name)
+        for name in recipe.corpora:
+            lengths(run, name)
+        questions(run)  # without any nothing can be measured: better known before training
+        for stage in (calibrate, cut_out, select_examples):
             for domain in run.domains:
                 stage(run, domain)
-        teach(run)
-        fit_mixture(
-            run, upstream=[*(f"cut/{domain}" for domain in run.domains), *taught_stages(run)]
-        )
+        general_share(run)
         for domain in run.domains:
-            train(run, domain)
-        assembled = conclude(run, corpora=corpora_stages(run), taught=taught_stages(run))
+            train_chunk(run, domain)
+        for name in (*run.domains, BASE):
+            measure(run, name)
+        assembled = pool(run)
         load_pool(assembled)  # what does not load is not published
         publish(assembled, out)
     return out
 
 
-def _check_before_work(recipe: Recipe, out: Path) -> None:
-    """Everything that can be known to fail is found before anything is written."""
+def check_before_work(recipe: Recipe, out: Path) -> None:
+    """Raise `DownscaleError` for what can be known to fail; nothing has been written yet."""
     if recipe.base.checkpoint is not None:
-        folder = Path(recipe.base.checkpoint)
-        check_base(folder)
-        base_parameters = read_card(folder).parameters
+        card = check_base(Path(recipe.base.checkpoint))
+        base_parameters = card.parameters
+        if recipe.adapt.row_tokens > card.context_tokens:
+            raise RecipeError(
+                f"adapt.row_tokens: {recipe.adapt.row_tokens} is more than the base's context of "
+                f"{card.context_tokens} tokens"
+            )
     else:
         assert recipe.base.train is not None
         base_parameters = trained_parameters(recipe.base.train)
     corpus_bytes = 0
     for name, settings in recipe.corpora.items():
-        for file in _files(settings):
+        for file in source_files(settings):
             if not file.is_file():
                 raise CorpusError(f"{name}: there is no corpus at {file}")
             corpus_bytes += file.stat().st_size
@@ -88,53 +95,86 @@ def _check_before_work(recipe: Recipe, out: Path) -> None:
     check_room(out, needed)
 
 
-def _files(settings: CorpusSettings) -> list[Path]:
-    names = [] if settings.corpus.startswith(TASKS) else [settings.corpus]
-    names += [settings.held_out] if settings.held_out is not None else []
-    return [Path(name) for name in names]
+def needed_bytes(recipe: Recipe, *, base_parameters: int, corpus_bytes: int) -> int:
+    """Return an upper estimate of what a run writes; `corpus_bytes` is the corpora's own size."""
+    target = recipe.members.target(base_parameters)
+    trained = len(recipe.domains) * target
+    trained += base_parameters if recipe.base.train is not None else 0
+    examples = sum(corpus.examples for corpus in recipe.domains.values())
+    corpora = max(2 * corpus_bytes, examples * _TOKENS_PER_EXAMPLE) * _BYTES_PER_CORPUS_TOKEN // 4
+    return _ALWAYS_BYTES + corpora + trained * _CHECKPOINT_BYTES_PER_PARAMETER
 
 
-def _base(recipe: Recipe, stages: Stages, report: Callable[[str], None]) -> Path:
-    if recipe.base.checkpoint is not None:
-        checkpoint = Path(recipe.base.checkpoint)
-        stages.run("base", lambda _: None, settings={}, files=check_base(checkpoint))
-        return checkpoint
-    training = recipe.base.train
-    assert training is not None
-    tasks = [settings.corpus.removeprefix(TASKS) for settings in recipe.domains.values()]
-
-    def action(folder: Path) -> None:
-        train_base(training, tasks, folder, report=report)
-
-    folder = stages.run("base", action, settings={"train": training.model_dump(), "tasks": tasks})
-    return folder / CHECKPOINT
+def free_bytes(folder: Path) -> int:
+    """Return the free room where `folder` is or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
-def _corpora(run: Run) -> None:
-    recipe = run.recipe
-    held_out = max(recipe.measure.router_questions, recipe.measure.test_questions)
-    for name, settings in recipe.corpora.items():
-
-        def action(folder: Path, name: str = name, settings: CorpusSettings = settings) -> None:
-            corpus = load_corpus(name, settings, held_out=held_out, seed=recipe.seed)
-            run.render(name, corpus.examples[:_PROBE_EXAMPLES])
-            write_corpus(corpus, folder / CORPUS_FILE)
-
-        facts = {"corpus": settings.model_dump(), "held_out": held_out, "seed": recipe.seed}
-        run.stages.run(
-            f"corpora/{name}", action, settings=facts, files=_files(settings), upstream=["base"]
+def check_room(out: Path, needed: int, *, free: Callable[[Path], int] = free_bytes) -> None:
+    """Raise `OutputError` if the disk of `out` has less than `needed` bytes free."""
+    room = free(out.resolve())
+    if room < needed:
+        raise OutputError(
+            f"{out}: this run needs about {needed / 2**30:.1f} GiB of disk, "
+            f"{room / 2**30:.1f} GiB are free"
         )
 
 
-def _check_questions(run: Run) -> None:
-    """Without a question that can be checked nothing can be measured: better known before training.
+@contextmanager
+def full_disk_named(out: Path) -> Iterator[None]:
+    """Turn whatever a full disk under `out` raises, in any library, into an `OutputError`."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except Exception as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        # safetensors has an error of its own, NumPy one without a number.
+        if not full and "os error 28" not in str(error) and free_bytes(out) > 2**20:
+            raise
+        raise OutputError(
+            f"{out}: no space is left on its disk; make room, then go on with --resume"
+        ) from error
+
+
+@contextmanager
+def claimed(out: Path, *, resume: bool) -> Iterator[Path]:
+    """Hold the output folder for one run, and yield its work folder.
 
     Raises:
-        CorpusError: no domain has any in one of the held-out splits.
+        OutputError: it holds something already and `resume` is off, or another run is at work.
     """
-    for split in (Split.ROUTER, Split.TEST):
-        if not any(run.corpus(domain).questions(split) for domain in run.domains):
-            raise CorpusError(
-                f"no domain has a question with an answer in the held-out split {split!s}; give "
-                "records with 'question' and 'answer', or a held_out file of them"
-            )
+    work = out / ".work"
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file; --out needs a folder")
+    if not resume and out.is_dir() and any(out.iterdir()):
+        what = "an unfinished run" if work.is_dir() else "files already"
+        what = "a pool already" if (out / "pool.yaml").exists() else what
+        raise OutputError(f"{out} holds {what}; pass --resume to go on from it, or remove it")
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise OutputError(f"another run is at work in {out}") from None
+        yield work
+
+
+def publish(assembled: Path, out: Path) -> None:
+    """Put what stands in `assembled` into `out`, `pool.yaml` last: without it there is no pool.
+
+    What an earlier run put there under the same names is replaced. `assembled` stays, so that a
+    later run need not do it again.
+    """
+    moving = out / ".work" / "moving"
+    shutil.rmtree(moving, ignore_errors=True)
+    shutil.copytree(assembled, moving, ignore=shutil.ignore_patterns(*MARKS))
+    (out / "pool.yaml").unlink(missing_ok=True)
+    for entry in sorted(moving.iterdir(), key=lambda entry: entry.name == "pool.yaml"):
+        target = out / entry.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        entry.rename(target)
+    moving.rmdir()

@@ -127,22 +127,23 @@ class MemberSettings(_Strict):
 
 
 class CutSettings(_Strict):
-    """How the base is cut: which importance decides, and how many examples it is measured on."""
+    """How many examples of a domain the importance of the base's parts is measured on."""
 
-    importance: Literal["activation", "spectrum"] = "activation"
     calibration_examples: int = Field(512, ge=1)
 
 
 class SelectSettings(_Strict):
     """Which share of a corpus is kept for training, and how it is chosen.
 
-    `by` scores examples by the members' uncertainty; `switch` keeps the most uncertain ("hard"),
+    By default all of it: on this project's corpora a choice by uncertainty was worse than as many
+    examples by lot (docs/downscale/results.md). "bald" and "disagreement" score examples by the
+    members' uncertainty; `switch` keeps the most uncertain ("hard"),
     the least ("easy"), or whichever of both a short trial finds better ("auto"). Each of the
     `ensemble` members that score is first trained for `warmup_tokens` of the general corpus.
     """
 
-    keep: Annotated[float, Field(gt=0, le=1)] = 0.7
-    by: Literal["bald", "disagreement", "random"] = "bald"
+    keep: Annotated[float, Field(gt=0, le=1)] = 1.0
+    by: Literal["random", "bald", "disagreement"] = "random"
     switch: Literal["auto", "hard", "easy"] = "auto"
     ensemble: int = Field(3, ge=2)
     warmup_tokens: int = Field(100_000, gt=0)
@@ -153,11 +154,12 @@ class DistillSettings(_Strict):
     """Distillation from the base: (1 - weight) of the loss is the labels', `weight` the base's.
 
     The base's part is temperature² · KL(base ‖ chunk), both softened by `temperature`
-    (Hinton et al. 2015).
+    (Hinton et al. 2015). Off by default: a chunk trained on its domain outgrows the base there, and
+    a teacher weaker than its pupil gained nothing (docs/downscale/results.md).
     """
 
     temperature: float = Field(1.0, gt=0)
-    weight: Share = 0.5
+    weight: Share = 0.0
 
 
 class AdaptSettings(_Strict):
@@ -189,21 +191,20 @@ class AdaptSettings(_Strict):
 
 
 class LawSettings(_Strict):
-    """The short runs that the laws are fitted on, and the bootstrap behind their intervals.
+    """The short runs that laws are fitted on, and the bootstrap behind their intervals.
 
     D-CPT: the chunks of the first `mixture_domains` domains are trained with each general share of
     `mixture_shares`, and judged after each number of `mixture_tokens`. The share that is taken has
-    the least domain loss plus `general_weight` times the general loss. P2: chunks that keep each of
-    `pruning_shares` of the base, trained likewise and judged after `pruning_tokens`. Comparisons of
-    choices (see `variants`) take the same domains and numbers of tokens, `variant_examples` of each
-    corpus, and keep `selection_keep` of those.
+    the least domain loss plus `general_weight` times the general loss. P2, if `pruning_shares` are
+    given: chunks that keep each of them of the base, trained likewise and judged after
+    `pruning_tokens`. `variant_examples` and `selection_keep` belong to `Recipe.baselines`.
     """
 
     mixture_domains: int = Field(2, ge=1)
     mixture_shares: tuple[Share, ...] = (0.0, 0.05, 0.15, 0.3, 0.6)
     mixture_tokens: tuple[int, ...] = (50_000, 100_000, 150_000, 200_000)
     general_weight: float = Field(0.2, ge=0)
-    pruning_shares: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.0625, 0.125, 0.25, 0.5)
+    pruning_shares: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
     pruning_tokens: tuple[int, ...] = (100_000, 200_000, 400_000)
     variant_examples: int = Field(12_000, ge=32)
     selection_keep: Annotated[float, Field(gt=0, lt=1)] = 0.6
@@ -211,12 +212,29 @@ class LawSettings(_Strict):
 
 
 class MeasureSettings(_Strict):
-    """How many held-out questions per domain are asked: to train routers on, and to test."""
+    """How many held-out questions per domain are asked: to train routers on, and to test.
+
+    The policy `cascade` is the most accurate one whose mean cost on the former is within
+    `cascade_budget`, a share of what always asking the base costs.
+    """
 
     router_questions: int = Field(800, ge=1)
     test_questions: int = Field(400, ge=1)
     max_new_tokens: int = Field(32, ge=1)
+    cascade_budget: float = Field(0.4, gt=0)
 
+
+# Names that a pool or a run gives to other things; on some disks case tells no names apart.
+_RESERVED: Final = {
+    "base": "the base",
+    "general": "the general corpus",
+    **dict.fromkeys(("auto", "cascade", "fused", "best-of"), "a policy of the pool"),
+    **dict.fromkeys(
+        ("pool.yaml", "router.npz", "cascade.npz", "outcomes.jsonl", "laws.npz", "results.json",
+         "report.html", "readme.md", "plots"),
+        "a file of the pool",
+    ),
+}  # fmt: skip
 
 Baseline = Literal["finetuned", "scratch", "average", "ties", "random", "spectrum", "distilled"]
 
@@ -224,9 +242,10 @@ Baseline = Literal["finetuned", "scratch", "average", "ties", "random", "spectru
 class Recipe(_Strict):
     """Everything that a pool depends on.
 
-    `adapt_tokens` gives the chunks that it names other tokens than `adapt.tokens`. `compare` names
-    `results.json` files of other runs on the same questions, such as one with
-    other settings; their systems stand beside this run's in the report.
+    `adapt_tokens` gives the chunks that it names other tokens than `adapt.tokens`. `baselines` and
+    `compare` change nothing of the pool: they say what a finished one is compared with by this
+    repository's `python -m tests.bench.downscale`; `compare` names `results.json` files of other
+    runs on the same questions.
     """
 
     name: Name
@@ -265,10 +284,12 @@ class Recipe(_Strict):
                 raise ValueError(
                     f"adapt_tokens: {name!r} is no domain; allowed are {', '.join(self.domains)}"
                 )
-        for reserved in ("base", "general", "auto"):
-            if reserved in self.domains:
-                raise ValueError(f"domains: the name {reserved!r} is reserved")
+        seen: dict[str, str] = {}
         for name, settings in self.domains.items():
+            if (use := _RESERVED.get(name.lower())) is not None:
+                raise ValueError(f"domains: the name {name!r} is reserved for {use}")
+            if (other := seen.setdefault(name.lower(), name)) != name:
+                raise ValueError(f"domains: {other!r} and {name!r} differ in case alone")
             if settings.corpus == ALL_DOMAINS:
                 raise ValueError(f"domains.{name}.corpus: only the general corpus may be 'domains'")
             if self.base.train is not None and not settings.corpus.startswith(TASKS):

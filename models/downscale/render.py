@@ -1,7 +1,9 @@
-"""Examples as token ids, with the part that the assistant wrote marked; for any chat template.
+"""Examples as token ids, with the part that the assistant writes marked; for any chat template.
 
-A conversation is cut where the template would hand over to the assistant, and prompt and answer
-are tokenized apart, exactly as at inference.
+A chunk is trained on the prompt that it is served with. So each answer follows what the template
+hands over to the assistant with, not what it writes into a finished conversation (reasoning models'
+templates put an empty block of thoughts there, or end the prompt with the opening of one), and
+prompt and answer are tokenized apart, exactly as at inference.
 """
 
 from __future__ import annotations
@@ -9,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
+from jinja2.exceptions import TemplateSyntaxError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from models.chat_template import ChatTemplate
-from models.downscale.corpus import Example, Turn
-from models.downscale.errors import CorpusError
+from models.chat_template import ChatTemplate, Message
+from models.downscale.corpus import Example
+from models.downscale.errors import BaseError, CorpusError
 from models.errors import RequestError
 from models.training.data import Conversation
 
@@ -42,93 +45,134 @@ class Renderer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        """Read the template and the end token of `tokenizer`, which must have both."""
+        """Read the template and the end token of `tokenizer`, which must have both.
+
+        Raises:
+            BaseError: the template cannot be read.
+        """
         self._backend: Tokenizer = tokenizer.backend_tokenizer
         special = {name: str(text) for name, text in tokenizer.special_tokens_map.items()}
-        self._template = ChatTemplate(
-            tokenizer.get_chat_template(),
-            special_tokens=special,
-        )
+        try:
+            self._template = ChatTemplate(tokenizer.get_chat_template(), special_tokens=special)
+        except TemplateSyntaxError as error:
+            raise BaseError(f"base.checkpoint: its chat template cannot be read: {error}") from None
         end = tokenizer.eos_token_id
         assert isinstance(end, int)
         self._end = end
-        self._layouts: dict[tuple[str, ...], list[Piece]] = {}
+        self._special = set(tokenizer.all_special_ids)
+        self._layouts: dict[tuple[str, ...], list[list[Piece]]] = {}
 
-    def render(self, examples: Sequence[Example], *, max_tokens: int) -> list[Conversation]:
+    def end_tokens(self) -> list[int]:
+        """The tokens that end an answer: the tokenizer's, and the one that the template writes."""
+        [pieces] = self._layout(("user", "assistant"))
+        closing = pieces[-1][0] if isinstance(pieces[-1][0], str) else ""
+        ids = self._backend.encode(closing, add_special_tokens=False).ids
+        written = next((token for token in ids if token in self._special), self._end)
+        return list(dict.fromkeys((self._end, written)))
+
+    def render(
+        self, examples: Sequence[Example], *, max_tokens: int | None = None
+    ) -> list[Conversation]:
         """Token ids of `examples`, in order.
 
-        A conversation longer than `max_tokens` loses its end; a longer text becomes several.
+        A text longer than `max_tokens` becomes several; a conversation stays whole, however long,
+        but becomes one for each answer where the template shows the assistant another prompt than
+        the conversation so far.
 
         Raises:
             CorpusError: the chat template refuses a conversation.
         """
-        segments = [self._segments(example) for example in examples]
-        texts = [text for one in segments for text, _ in one]
+        parts = [part for example in examples for part in self._segments(example)]
+        texts = [text for part in parts for text, _ in part]
         encoded = iter(self._backend.encode_batch(texts, add_special_tokens=False))
         conversations: list[Conversation] = []
-        for example, one in zip(examples, segments, strict=True):
+        for part in parts:
             tokens: list[int] = []
             is_answer: list[bool] = []
-            for _, written in one:
+            for _, written in part:
                 ids = next(encoded).ids
                 tokens += ids
                 is_answer += [written] * len(ids)
-            if example.text is not None:
-                tokens, is_answer = [*tokens, self._end], [*is_answer, True]
-            last = len(tokens) if example.text is not None else 1
+            if len(part) > 1:
+                conversations.append(Conversation(tokens=tokens, is_answer=is_answer))
+                continue
+            tokens.append(self._end)
+            size = max_tokens or len(tokens)
             conversations += [
-                Conversation(
-                    tokens=tokens[start : start + max_tokens],
-                    is_answer=is_answer[start : start + max_tokens],
-                )
-                for start in range(0, last, max_tokens)
+                Conversation(tokens=some, is_answer=[True] * len(some))
+                for some in (tokens[i : i + size] for i in range(0, len(tokens), size))
             ]
         return conversations
 
-    def _segments(self, example: Example) -> list[tuple[str, bool]]:
-        """The example's text, cut where it changes between prompt and answer."""
+    def _segments(self, example: Example) -> list[list[tuple[str, bool]]]:
+        """The text of each conversation that an example becomes, cut at the ends of prompts and
+        answers; a single segment is a plain text."""
         if example.text is not None:
-            return [(example.text, True)]
+            return [[(example.text, True)]]
         turns = example.turns
+        roles = tuple(turn.role for turn in turns)
         if any("<" in turn.content or turn.content.strip() != turn.content for turn in turns):
-            pieces = self._lay_out(turns, marked=False)
+            layout = self._lay_out(roles, [turn.content for turn in turns])
         else:
-            roles = tuple(turn.role for turn in turns)
-            if roles not in self._layouts:
-                self._layouts[roles] = self._lay_out(turns, marked=True)
-            pieces = self._layouts[roles]
-        segments: list[tuple[str, bool]] = []
-        for content, written in pieces:
-            text = turns[content].content if isinstance(content, int) else content
-            if segments and segments[-1][1] == written:
-                text = segments.pop()[0] + text
-            segments.append((text, written))
-        return segments
+            layout = self._layout(roles)
+        found = []
+        for pieces in layout:
+            segments: list[tuple[str, bool]] = []
+            for content, written in pieces:
+                text = turns[content].content if isinstance(content, int) else content
+                if segments and segments[-1][1] == written:
+                    text = segments.pop()[0] + text
+                segments.append((text, written))
+            found.append(segments)
+        return found
 
-    def _lay_out(self, turns: Sequence[Turn], *, marked: bool) -> list[Piece]:
-        contents = [_MARK.format(i) if marked else turn.content for i, turn in enumerate(turns)]
+    def _layout(self, roles: tuple[str, ...]) -> list[list[Piece]]:
+        """The conversations of these roles, their contents left open."""
+        if roles not in self._layouts:
+            marked = self._lay_out(roles, [_MARK.format(i) for i in range(len(roles))])
+            self._layouts[roles] = [
+                [part for piece in pieces for part in _unmark(*piece)] for pieces in marked
+            ]
+        return self._layouts[roles]
+
+    def _lay_out(self, roles: Sequence[str], contents: Sequence[str]) -> list[list[Piece]]:
         messages = [
-            {"role": turn.role, "content": content}
-            for turn, content in zip(turns, contents, strict=True)
+            {"role": role, "content": content}
+            for role, content in zip(roles, contents, strict=True)
         ]
+        answers = [i for i, role in enumerate(roles) if role == "assistant"]
         try:
-            full = self._template.render(messages, generation_prompt=False)
-            pieces: list[Piece] = []
-            done = 0
-            for i, message in enumerate(messages):
-                if message["role"] != "assistant":
-                    continue
-                prompt = self._template.render(messages[:i])
-                closed = self._template.render(messages[: i + 1], generation_prompt=False)
-                found = full.index(contents[i], done)
-                start = len(prompt) if full.startswith(prompt) else found
-                end = len(closed) if full.startswith(closed) else found + len(contents[i])
-                pieces += [(full[done:start], False), (full[start:end], True)]
-                done = end
+            written = [self._answer(messages[: i + 1]) for i in answers]
         except (RequestError, ValueError) as error:
             raise CorpusError(f"the chat template refuses a conversation: {error}") from None
-        pieces.append((full[done:], False))
-        return [part for piece in pieces for part in (_unmark(*piece) if marked else [piece])]
+        joined: list[Piece] = []
+        so_far = ""
+        for prompt, answer in written:
+            if not prompt.startswith(so_far):  # earlier answers look different from here
+                return [[(prompt, False), (answer, True)] for prompt, answer in written]
+            joined += [(prompt[len(so_far) :], False), (answer, True)]
+            so_far = prompt + answer
+        return [joined]
+
+    def _answer(self, messages: Sequence[Message]) -> tuple[str, str]:
+        """The prompt of the last turn as at inference, and what the assistant writes after it.
+
+        That is the content as the template writes it, and its end; found by comparing with the
+        same turn of a marked content, since a template may change what it is given.
+        """
+        prompt = self._template.render(messages[:-1])
+        closed = self._template.render(messages, generation_prompt=False)
+        mark = _MARK.format("")
+        marked = self._template.render(
+            [*messages[:-1], {**messages[-1], "content": mark}], generation_prompt=False
+        )
+        head, _, tail = marked.partition(mark)
+        if closed.startswith(head) and closed.endswith(tail):
+            opened = prompt.removeprefix(head) if prompt.startswith(head) else ""
+            return prompt, closed[len(head) :].removeprefix(opened)
+        if closed.startswith(prompt):
+            return prompt, closed[len(prompt) :]
+        raise ValueError("it writes an answer in another place than its prompt says")
 
 
 def _unmark(text: str | int, written: bool) -> list[Piece]:

@@ -7,7 +7,7 @@ import random
 from typing import Final
 
 from models.tasks.base import Domain, Draft, Instance, Skill
-from models.tasks.words import made_up_word
+from models.tasks.text import made_up_word
 
 _ASK: Final = (
     "What is {e}?",

@@ -1,7 +1,8 @@
-"""Training state on disk: weights and optimizer moments as safetensors, the rest as JSON.
+"""Models on disk: the state of an unfinished training, and the plain checkpoint at its end.
 
-Written to a temporary folder that replaces the old one in one rename, so that an interrupted
-write never leaves a half checkpoint behind.
+State (weights and optimizer moments as safetensors, the rest as JSON) is written to a temporary
+folder that replaces the old one in one rename, so that an interrupted write never leaves a half
+checkpoint behind.
 """
 
 import json
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 _TENSORS = "state.safetensors"
 _FACTS = "state.json"
@@ -106,3 +107,80 @@ def load_weights(folder: Path, model: PreTrainedModel) -> None:
         KeyError: the checkpoint is of another model.
     """
     load_checkpoint(folder, model, ())
+
+
+TRAINING_FACTS = "training.json"
+
+
+def export_model(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    progress: Progress,
+    folder: Path,
+) -> LlamaForCausalLM:
+    """Write the checkpoint in bf16 and `training.json`; return the model as stored.
+
+    The returned fp32 model carries the weights rounded to bf16, so that what is measured is what
+    ships.
+    """
+    model.to(torch.bfloat16)  # type: ignore[arg-type]
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.do_sample = False
+    export_checkpoint(model, tokenizer, folder)
+    facts = {
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "num_steps": progress.step,
+        "num_tokens": progress.num_tokens,
+        "wall_clock_s": round(progress.wall_clock_s),
+        "recipe": progress.recipe,
+    }
+    (folder / TRAINING_FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+    return load_model(folder)
+
+
+def export_checkpoint(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path
+) -> None:
+    """Write config, weights (in the type they have), tokenizer and chat template."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generation = model.generation_config
+    if generation is not None and generation.eos_token_id is None:
+        generation.eos_token_id = tokenizer.eos_token_id
+        generation.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    # safetensors writes files that only their owner may read.
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)
+    tokenizer.save_pretrained(folder)
+    template = tokenizer.get_chat_template()
+    (folder / "chat_template.jinja").write_text(template)
+    _say_for_older_readers(folder)
+
+
+def _say_for_older_readers(folder: Path) -> None:
+    """Name the tokenizer's class and the rotary embedding as transformers 4 and 5 both know them.
+
+    Version 5 has the rotary base in `rope_parameters` alone; older readers look for it at the top,
+    and take 10,000 where it is not there.
+    """
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(config, indent=2) + "\n")
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    rope = dict(config.get("rope_parameters") or {})
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope.pop("rope_theta")
+    if rope.get("rope_type", "default") != "default":
+        config["rope_scaling"] = rope
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_model(folder: Path) -> LlamaForCausalLM:
+    """The checkpoint in `folder` in fp32, ready for inference."""
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert isinstance(model, LlamaForCausalLM)
+    model.eval()  # type: ignore[no-untyped-call]
+    return model

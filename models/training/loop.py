@@ -20,9 +20,15 @@ from transformers import PreTrainedModel
 from models.errors import TrainingDiverged
 from models.training.checkpoint import Progress, load_checkpoint, read_progress, save_checkpoint
 from models.training.data import Rows
-from models.training.forward import compiled, geometry, low_precision, rotary_tables, to_tensors
-from models.training.losses import Distillation, packed_loss
-from models.training.schedule import learning_rate_share
+from models.training.forward import (
+    Distillation,
+    compiled,
+    geometry,
+    low_precision,
+    packed_loss,
+    rotary_tables,
+    to_tensors,
+)
 
 _REPORT_EVERY_STEPS: Final = 50
 
@@ -253,3 +259,12 @@ def _share(settings: Settings, step: int) -> float:
         num_warmup_steps=settings.num_warmup_steps,
         num_decay_steps=settings.num_decay_steps,
     )
+
+
+def learning_rate_share(
+    step: int, *, num_steps: int, num_warmup_steps: int, num_decay_steps: int
+) -> float:
+    """Share of the peak rate in (0, 1] at `step` (counted from 0): linear up, flat, linear down."""
+    warm = min(1.0, (step + 1) / num_warmup_steps) if num_warmup_steps else 1.0
+    decay = min(1.0, (num_steps - step) / num_decay_steps) if num_decay_steps else 1.0
+    return min(warm, decay)

@@ -17,15 +17,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 
+from models.downscale.measure.policies import CASCADE_FILE, Fusion, learn_stages, specify
 from models.pool import DEFAULT_POOL, Pool, load_pool
 from policies.base import ModelFacts
 from policies.carbon import find_device, rates_for
 from policies.cascade.answers import AnswerTable, Floats, answer_table, predict
 from policies.cascade.base import normalise
-from policies.cascade.fit import FittedScorer, fit_scorer
+from policies.cascade.fit import fit_scorer
 from policies.cascade.frontier import pareto
-from policies.cascade.learn import learn_cascade, measure_stops, replay_cascade
+from policies.cascade.learn import measure_stops, replay_cascade
 from policies.cascade.learned import LearnedCascade
 from policies.cascade.scorer import LearnedScorer
 from policies.evidence import HeldOutAnswers, calibrate, evidence_weights, mixture_nll
@@ -33,7 +35,6 @@ from policies.outcomes import Outcome, read_outcomes
 from policies.plan import Answer, Plan
 from policies.priors import with_prior
 from tests.bench.frontier_data import fused_outcomes, likelihoods
-from tests.bench.frontier_install import install
 from tests.bench.frontier_plot import draw
 
 DOCS = Path(__file__).parents[2] / "docs" / "cascade"
@@ -86,7 +87,23 @@ def main() -> None:
     (options.out / "results.md").write_text(text + "\n")
     print(json.dumps({"bench": "frontier", "pool": pool.name, "seed": SEED, **figures}))
     if options.install:
-        install(pool, bench.cascade, bench.chunks, bench.evidence)
+        install(pool, bench)
+
+
+def install(pool: Pool, bench: Bench) -> None:
+    """Write the cascade and the policies that use it into the pool's folder."""
+    bench.cascade.save(pool.folder / CASCADE_FILE)
+    learned = specify(
+        bench.static, prior_power=round(bench.evidence.prior_power, 3), routed=True, learned=True
+    )
+    file = pool.folder / "pool.yaml"
+    text = file.read_text()
+    content = yaml.safe_load(text)
+    content["policies"] = {**learned, "auto": content["policies"]["auto"]}
+    heading = text.partition("\n")[0] + "\n" if text.startswith("#") else ""
+    partial = file.with_name(".pool.yaml.partial")
+    partial.write_text(heading + yaml.safe_dump(content, sort_keys=False))
+    partial.replace(file)
 
 
 class Bench:
@@ -106,7 +123,6 @@ class Bench:
         largest = max(pool.models, key=lambda m: m.card.parameters if m.card else 0)
         self.base = largest.name
         self.chunks = tuple(m.name for m in pool.models if m.name != self.base)
-        self.fitted: FittedScorer | None = None  # of all stages
         file = pool.folder / "outcomes.jsonl"
         self.train = _spread(read_outcomes(file, split="router"), queries[0])
         self.test = _spread(read_outcomes(file, split="test"), queries[1])
@@ -124,11 +140,12 @@ class Bench:
         plans_train = self._fused_plans(self.prior_train)
         self.test = fused_outcomes(self.pool, self.test, plans_test, self.rates)
         stages = {name: plans_train[name] for name in FUSED}
+        plain = self._cascade(self.train)
         self.train = fused_outcomes(self.pool, self.train, stages, self.rates)
         rows = [*self._simple(plans_test), *self._best_of(LearnedScorer(fitted.weights, singles))]
         every: dict[str, Plan] = {**singles, **dict.fromkeys(FUSED, self.static)}
-        plain, self.cascade = self._cascade(singles, fitted), self._cascade(every)
-        last = self._cascade(every, last=tuple(FUSED))
+        self.cascade = self._cascade(self.train)
+        last = self._cascade(self.train, last=tuple(FUSED))
         self.stops = measure_stops(self.cascade, self._table(self.test, every)[0])
         for kind, learned, stages_of in zip(
             CASCADES, (plain, self.cascade, last), (singles, every, every), strict=True
@@ -324,24 +341,11 @@ class Bench:
         return answer_table(outcomes, plans, self.rates, top)
 
     def _cascade(
-        self,
-        plans: dict[str, Plan],
-        fitted: FittedScorer | None = None,
-        last: tuple[str, ...] | None = None,
+        self, outcomes: list[Outcome], last: tuple[str, ...] | None = None
     ) -> LearnedCascade:
-        table, usd = self._table(self.train, plans)
-        base = list(plans).index(self.base)
-        if fitted is None and self.fitted is None:
-            self.fitted = fit_scorer(table, seed=SEED)
-        return learn_cascade(
-            table,
-            usd,
-            budget=self.budget * usd[:, base].mean(),
-            routed=self.chunks,
-            seed=SEED,
-            fitted=fitted or self.fitted,
-            prior_power=self.evidence.prior_power,
-            last=last,
+        fusion = Fusion(plan=self.static, prior_power=self.evidence.prior_power, prior_QM=None)
+        return learn_stages(
+            outcomes, fusion, self.rates, budget_share=self.budget, seed=SEED, last=last
         )
 
     def _flops(self, table: AnswerTable, plans: dict[str, Plan]) -> Floats:

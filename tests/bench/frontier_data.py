@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
-from contextlib import aclosing
 from dataclasses import replace
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from models.engines.base import Chunk, Evidence, GenerationRequest, SamplingOptions
-from models.engines.registry import create_engine
+from models.downscale.measure.serving import Written, ask
 from models.pool import Pool
 from models.tasks import check
 from models.tokenizer import Tokenizer, load_tokenizer
 from policies.evidence import Floats
 from policies.footprint import Rates
-from policies.outcomes import AnswerLogprobs, Outcome
+from policies.outcomes import Outcome
 from policies.plan import Answer
 
 MAX_TOKENS = 32
-CONCURRENCY = 64
 BATCH = 64
 
 
@@ -33,12 +29,16 @@ def fused_outcomes(
     rates: Mapping[str, Rates],
 ) -> list[Outcome]:
     """Return `outcomes` with the greedy answers of `plans`, one per name and query, added."""
-    answered = asyncio.run(_fused_outcomes(pool, outcomes, plans))
+    members = dict.fromkeys(name for its in plans.values() for plan in its for name in plan.members)
+    checkpoints = {name: card.path for name in members if (card := pool.model(name).card)}
     result = list(outcomes)
-    for (index, name), answer in answered.items():
-        plan, read = plans[name][index], outcomes[index].prompt_tokens or 0
-        usd = sum(rates[member].footprint(read, len(answer.tokens)).usd for member in plan.members)
-        result[index] = _with(result[index], name, answer, usd)
+    for name, its in plans.items():
+        asked = [(one.query, plan) for one, plan in zip(outcomes, its, strict=True)]
+        for i, answer in enumerate(ask(checkpoints, asked, max_new_tokens=MAX_TOKENS)):
+            read, plan = outcomes[i].prompt_tokens or 0, its[i]
+            written = answer.logprobs.num_tokens
+            usd = sum(rates[one].footprint(read, written).usd for one in plan.members)
+            result[i] = _with(result[i], name, answer, usd)
     return result
 
 
@@ -65,73 +65,14 @@ def prompt_tokens(tokenizer: Tokenizer, outcome: Outcome) -> tuple[int, ...]:
     return tokenizer.encode_chat([{"role": "user", "content": outcome.query}])
 
 
-async def _fused_outcomes(
-    pool: Pool, outcomes: Sequence[Outcome], plans: Mapping[str, Sequence[Answer]]
-) -> dict[tuple[int, str], Chunk]:
-    first = next(iter(plans.values()))[0].members[0]
-    spec = pool.engine_of(first)
-    engine = create_engine(spec, pool.models_of(spec.name))
-    tokenizer = load_tokenizer(pool.model(first))
-    slots = asyncio.Semaphore(CONCURRENCY)
-
-    async def ask(index: int, name: str) -> Chunk:
-        async with slots:
-            plan = plans[name][index]
-            request = _request(f"{name}-{index}", prompt_tokens(tokenizer, outcomes[index]), plan)
-            async with aclosing(engine.generate(request)) as stream:  # type: ignore[type-var]
-                chunks = [chunk async for chunk in stream]
-            text = "".join(chunk.text for chunk in chunks)
-            tokens = tuple(token for chunk in chunks for token in chunk.tokens)
-            return Chunk(text=text, tokens=tokens, finish_reason=chunks[-1].finish_reason)
-
-    await engine.start()
-    try:
-        keys = [(index, name) for index in range(len(outcomes)) for name in plans]
-        answered = await asyncio.gather(*(ask(index, name) for index, name in keys))
-    finally:
-        await engine.stop()
-    return dict(zip(keys, answered, strict=True))
-
-
-def _request(request_id: str, tokens: tuple[int, ...], plan: Answer) -> GenerationRequest:
-    evidence = None
-    if plan.weighting in ("perplexity", "evidence"):
-        evidence = Evidence(
-            temperature=plan.temperature or 1.0,
-            per_token=plan.weighting == "perplexity",
-            update=plan.update,
-        )
-    return GenerationRequest(
-        request_id=request_id,
-        prompt_tokens=tokens,
-        members=plan.members,
-        weights=None if plan.weighting == "perplexity" else plan.weights,
-        rule=plan.rule,
-        gate=plan.gate,
-        contrast=plan.contrast,
-        evidence=evidence,
-        sampling=SamplingOptions(temperature=0.0, max_tokens=MAX_TOKENS),
-    )
-
-
-def _with(outcome: Outcome, name: str, answer: Chunk, usd: float) -> Outcome:
+def _with(outcome: Outcome, name: str, answer: Written, usd: float) -> Outcome:
     assert outcome.answer is not None
-    logprobs = [token.logprob or 0.0 for token in answer.tokens]
-    entropies = [token.entropy or 0.0 for token in answer.tokens]
     return replace(
         outcome,
         scores={**outcome.scores, name: float(check(outcome.answer, answer.text))},
         outputs={**outcome.outputs, name: answer.text},
-        logprobs={
-            **outcome.logprobs,
-            name: AnswerLogprobs(
-                mean=float(np.mean(logprobs)),
-                min=min(logprobs),
-                num_tokens=len(logprobs),
-                entropy=float(np.mean(entropies)),
-            ),
-        },
-        output_tokens={**outcome.output_tokens, name: len(logprobs)},
+        logprobs={**outcome.logprobs, name: answer.logprobs},
+        output_tokens={**outcome.output_tokens, name: answer.logprobs.num_tokens},
         costs={**outcome.costs, name: usd},
     )
 

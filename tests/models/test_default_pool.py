@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from models.downscale.measure.serving import ask
 from models.pool import load_pool
 from models.tasks import DOMAINS, Split, check
-from models.training.export import load_model
-from models.training.generate import complete
+from policies.plan import Answer
 
 _POOL = Path(__file__).parents[2] / "models" / "pools" / "default"
 _MEMBERS = (*DOMAINS, "base")
@@ -74,8 +74,8 @@ def test_each_chunk_is_best_on_its_own_domain() -> None:
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_the_stored_results_hold_on_fresh_questions(domain: str) -> None:
     """On 40 new held-out questions a chunk comes within sampling error of its stored result."""
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(_POOL / domain)
     tasks = DOMAINS[domain].distinct(Split.TEST, 40, seed=777)
-    answers = complete(load_model(_POOL / domain), tokenizer, [t.question for t in tasks])
+    asked = [(task.question, Answer(members=(domain,))) for task in tasks]
+    answers = ask({domain: _POOL / domain}, asked, max_new_tokens=32)
     right = sum(check(t.answer, a.text) for t, a in zip(tasks, answers, strict=True))
     assert right / 40 >= _share_right(_outcomes(), domain, domain) - 0.25

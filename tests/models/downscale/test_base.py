@@ -5,14 +5,14 @@ import json
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from models.downscale.base import check_base, load_base, trained_parameters
 from models.downscale.errors import BaseError
 from models.downscale.recipe import QUICK_RECIPE, read_recipe
 from models.downscale.render import PLAIN_TEMPLATE
-from models.training.shapes import Shape, build_model, num_parameters
+from models.downscale.train.base import check_base, load_base, trained_parameters
+from models.training.scratch import LlamaShape, build_model, num_parameters
 from models.training.tokenizer import build_tokenizer
 
-TINY = Shape(
+TINY = LlamaShape(
     hidden_size=16, num_layers=1, feed_forward_size=16, num_heads=2, num_kv_heads=1, head_size=8
 )
 
@@ -33,9 +33,8 @@ def edit(file, **changes):
 
 
 def test_a_good_checkpoint_loads(checkpoint):
-    """Config, tokenizer and weights are its inputs; the chat template is the checkpoint's own."""
-    names = {file.name for file in check_base(checkpoint)}
-    assert {"config.json", "tokenizer.json", "model.safetensors"} <= names
+    """Its card tells its size; the chat template is the checkpoint's own."""
+    assert check_base(checkpoint).shape.hidden_size == 16
     model, tokenizer = load_base(checkpoint)
     assert model.config.hidden_size == 16
     assert tokenizer.chat_template != PLAIN_TEMPLATE
@@ -70,7 +69,7 @@ def test_incomplete_checkpoints_are_refused_by_file(checkpoint):
     with pytest.raises(BaseError, match="not valid JSON"):
         check_base(checkpoint)
     (checkpoint / "config.json").unlink()
-    with pytest.raises(BaseError, match="is it a Hugging Face checkpoint"):
+    with pytest.raises(BaseError, match=r"is .* a Hugging Face checkpoint folder"):
         check_base(checkpoint)
 
 
@@ -90,10 +89,43 @@ def test_weights_that_misfit_the_config_are_refused(checkpoint):
         load_base(checkpoint)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mlp_bias": True}, "mlp_bias True"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"model_type": "mistral", "sliding_window": 8}, "sliding_window 8"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn'"),
+    ],
+)
+def test_a_base_whose_chunks_nobody_would_serve_is_refused(checkpoint, changes, message):
+    """The reader of the serving engine decides, and names the key."""
+    edit(checkpoint / "config.json", **changes)
+    with pytest.raises(BaseError, match=message):
+        check_base(checkpoint)
+
+
+def test_a_template_that_cannot_be_read_is_refused(checkpoint):
+    """Before anything is loaded; the message says that it is the template."""
+    (checkpoint / "chat_template.jinja").write_text("{% nonsense %}")
+    with pytest.raises(BaseError, match="the chat template cannot be read"):
+        check_base(checkpoint)
+
+
+def test_every_end_of_an_answer_is_inherited(checkpoint):
+    """Those that the base names, the tokenizer's, and the one that the template closes a turn with;
+    settings of sampling that transformers will not write again are left out."""
+    settings = {"do_sample": False, "temperature": 0.6, "eos_token_id": 7}
+    (checkpoint / "generation_config.json").write_text(json.dumps(settings))
+    model, tokenizer = load_base(checkpoint)
+    assert model.generation_config.eos_token_id == [7, tokenizer.eos_token_id]
+    model.save_pretrained(checkpoint)
+
+
 def test_the_size_of_a_base_is_known_before_it_is_trained():
     """The disk check and the members' size need no trained base."""
     training = read_recipe(QUICK_RECIPE).base.train
-    shape = Shape(
+    shape = LlamaShape(
         hidden_size=training.shape.hidden_size,
         num_layers=training.stages[-1].num_layers,
         feed_forward_size=training.shape.intermediate_size,

@@ -4,7 +4,15 @@ import json
 
 import pytest
 
-from models.downscale.corpus import Corpus, Example, Turn, load_corpus, read_corpus, write_corpus
+from models.downscale.corpus import (
+    Corpus,
+    Example,
+    Turn,
+    generate_corpus,
+    load_corpus,
+    read_corpus,
+    write_corpus,
+)
 from models.downscale.errors import CorpusError
 from models.downscale.recipe import CorpusSettings
 from models.downscale.render import PLAIN_TEMPLATE, Renderer
@@ -21,7 +29,7 @@ def questions(count):
 
 def load(file, **settings):
     """The corpus in `file`."""
-    return load_corpus("mine", CorpusSettings(corpus=str(file), **settings), held_out=10, seed=1)
+    return load_corpus("mine", CorpusSettings(corpus=str(file), **settings))
 
 
 def test_a_tenth_is_held_out_by_content(tmp_path):
@@ -36,7 +44,7 @@ def test_a_tenth_is_held_out_by_content(tmp_path):
     assert 25 <= sizes[Split.TEST] <= 80
     file.write_text("\n".join([*reversed(questions(1000)), *questions(1000)]))
     again = load(file)
-    assert {e.key: e.split for e in again.examples} == {e.key: e.split for e in corpus.examples}
+    assert {e.asked: e.split for e in again.examples} == {e.asked: e.split for e in corpus.examples}
 
 
 def test_all_kinds_of_lines_survive_a_file(tmp_path):
@@ -84,10 +92,57 @@ def test_a_held_out_file_keeps_its_questions_out_of_training(tmp_path):
     assert not trained & {f"What is {i} + 1?" for i in range(10)}
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"question": "what is 3 + 1", "answer": "4"},
+        {"messages": [{"role": "system", "content": "Be brief."},
+                      {"role": "user", "content": " What is  3 + 1?"},
+                      {"role": "assistant", "content": "4"}]},
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"},
+                      {"role": "user", "content": "What is 3 + 1?"},
+                      {"role": "assistant", "content": "4"}]},
+        {"text": "Sums.\nWhat is 3 + 1?\n4"},
+    ],
+    ids=["typed", "system", "turn", "text"],
+)  # fmt: skip
+def test_a_held_out_question_leaves_training_in_every_form(tmp_path, other):
+    """As it is typed, with a system prompt, as a later turn and within a text."""
+    lines = [*questions(100)[10:], json.dumps(other)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "b.jsonl").write_text("\n".join(questions(10)))
+    corpus = load(tmp_path / "a.jsonl", held_out=str(tmp_path / "b.jsonl"))
+    assert len(corpus.of(Split.TRAIN)) == 90
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0b"])
+@pytest.mark.parametrize("escaped", [True, False])
+def test_lines_end_at_line_feeds_alone(tmp_path, mark, escaped):
+    """Other separators may stand in a string, escaped or not, and survive our own copy."""
+    if not escaped and mark == "\x0b":
+        pytest.skip("JSON wants it escaped")
+    records = [{"question": f"{i}{mark}?", "answer": "x"} for i in range(200)]
+    lines = (json.dumps(record, ensure_ascii=escaped) for record in records)
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    corpus = load(tmp_path / "a.jsonl")
+    assert corpus.examples[7].question == f"7{mark}?"
+    write_corpus(corpus, tmp_path / "b.jsonl")
+    assert read_corpus("mine", tmp_path / "b.jsonl") == corpus
+
+
+def test_half_a_character_is_replaced(tmp_path):
+    """A lone surrogate, as dumps of cut chats hold it, is no Unicode text; a pair stays."""
+    lines = ['{"question": "a \\ud83d b?", "answer": "\\ud83d\\ude00"}', *questions(200)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    first = load(tmp_path / "a.jsonl").examples[0]
+    assert first.question == "a \ufffd b?"
+    assert first.answer == "\U0001f600"
+
+
 def test_built_in_tasks_are_reproducible():
     """A generator gives the same corpus for the same seed, and its held-out questions once each."""
     settings = CorpusSettings(corpus="tasks:numerals", examples=100)
-    one, two, other = (load_corpus("n", settings, held_out=10, seed=seed) for seed in (1, 1, 2))
+    one, two, other = (generate_corpus("n", settings, held_out=10, seed=seed) for seed in (1, 1, 2))
     assert one == two
     assert one != other
     assert len(one.questions(Split.TEST)) == len(one.questions(Split.ROUTER)) == 10
@@ -127,7 +182,7 @@ def test_empty_tiny_missing_and_foreign_files_are_refused(tmp_path):
         (tmp_path / "a.csv").write_text("x")
         load(tmp_path / "a.csv")
     with pytest.raises(CorpusError, match="there is no task domain 'poetry'; allowed are"):
-        load_corpus("x", CorpusSettings(corpus="tasks:poetry"), held_out=1, seed=1)
+        generate_corpus("x", CorpusSettings(corpus="tasks:poetry"), held_out=1, seed=1)
 
 
 def conversation(*contents):
@@ -169,16 +224,45 @@ def test_contents_that_templates_treat_specially_are_rendered_as_they_treat_them
     assert tokenizer.decode(rendered.tokens) == expected
 
 
-def test_long_texts_become_several_and_end_with_the_end_token():
-    """Nothing of a text is lost; a conversation too long loses its end."""
+def test_long_texts_become_several_and_conversations_stay_whole():
+    """Nothing of a text is lost and it ends with the end token; a conversation is never cut."""
     tokenizer = build_tokenizer()
     renderer = Renderer(tokenizer)
     parts = renderer.render([Example(text="abcdefghij")], max_tokens=4)
     assert [len(part.tokens) for part in parts] == [4, 4, 3]
     assert all(all(part.is_answer) for part in parts)
     assert parts[-1].tokens[-1] == tokenizer.eos_token_id
-    (short,) = renderer.render([conversation("abcdefgh", "abcdefgh")], max_tokens=6)
-    assert len(short.tokens) == 6
+    (whole,) = renderer.render([conversation("abcdefgh", "abcdefgh")], max_tokens=6)
+    assert sum(whole.is_answer) == 9
+
+
+THINKING = (
+    "{%- for m in messages -%}<|{{ m.role }}|>"
+    "{%- if m.role == 'assistant' and loop.last -%}<think></think>{%- endif -%}"
+    "{{ m.content }}<|end|>{%- endfor -%}"
+    "{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
+)
+OPENED = THINKING.replace("<think></think>", "").replace("<|assistant|>{", "<|assistant|><think>{")
+
+
+@pytest.mark.parametrize("template", [THINKING, OPENED], ids=["block", "opened"])
+@pytest.mark.parametrize("content", ["Hi", "a <b> c"])
+def test_a_chunk_is_trained_on_the_prompt_that_it_is_served_with(template, content):
+    """Whatever a template writes into a finished turn or at the end of a prompt: each answer is
+    learnt after the prompt that is served, and is its content and end."""
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = template
+    turns = [content, "Yes", "So", "No"]
+    rendered = Renderer(tokenizer).render([conversation(*turns)])
+    for at in (1, 3):
+        roles = ("user", "assistant")
+        messages = [{"role": roles[i % 2], "content": turns[i]} for i in range(at)]
+        served = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer.encode(served, add_special_tokens=False)
+        answer = tokenizer.encode(f"{turns[at]}<|end|>", add_special_tokens=False)
+        end = len(prompt) + len(answer)
+        [one] = [one for one in rendered if list(one.tokens[:end]) == [*prompt, *answer]]
+        assert list(one.is_answer[len(prompt) - 1 : end]) == [False, *[True] * len(answer)]
 
 
 def test_the_plain_template_ends_answers():

@@ -7,14 +7,22 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from models.downscale.architecture import count_parameters, num_parameters, shape_of
-from models.downscale.calibrate import activation_importance, pad
-from models.downscale.cut import cut
+from models.downscale.cut.architecture import (
+    TOLERANCE,
+    count_parameters,
+    num_parameters,
+    shape_of,
+    solve_shape,
+)
+from models.downscale.cut.cut import cut
+from models.downscale.cut.importance import (
+    activation_importance,
+    load_importance,
+    pad,
+    save_importance,
+)
 from models.downscale.errors import BaseError
-from models.downscale.importance import load_importance, save_importance
 from models.downscale.recipe import MemberShape
-from models.downscale.shapes import TOLERANCE, solve_shape
-from models.downscale.spectrum import spectrum_importance
 from tests.models.downscale.tiny_models import ARCHITECTURES, random_conversations, tiny_model
 
 HALF = {
@@ -154,21 +162,10 @@ def test_importance_formulas():
     assert importance.layers_L[1] == pytest.approx(1 - cosine, abs=1e-5)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_spectrum_needs_no_examples_and_cuts(architecture):
-    """The calibration-free scores have the same shapes, and a cut by them works."""
-    model = tiny_model(architecture)
-    importance = spectrum_importance(model)
-    shape = solve_shape(model.config, num_parameters(model) // 4, MemberShape())
-    chunk, _ = cut(model, importance, shape)
-    assert torch.isfinite(logits(chunk, random_conversations())).all()
-    assert importance.heads_LH.shape == (4, 8)
-
-
 def test_impossible_shapes_are_refused_by_name():
     """Errors name the key, the value and what is allowed."""
     llama, qwen2 = tiny_model("llama"), tiny_model("qwen2")
-    importance = spectrum_importance(llama)
+    importance = activation_importance(llama, random_conversations())
     base = shape_of(llama.config)
     with pytest.raises(BaseError, match="hidden_size: 128 is not within 1 and the base's 64"):
         cut(llama, importance, replace(base, hidden_size=128))

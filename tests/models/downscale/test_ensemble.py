@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.downscale.ensemble import (
+from models.downscale.measure.ensemble import (
     explained,
     fit_curve,
     subset_errors,

@@ -1,38 +1,49 @@
-"""Figures of other runs beside this run's."""
+"""Figures of a pool: accuracies with intervals, paired differences, energy of a training."""
 
-import json
-from pathlib import Path
-from typing import Any
-
+import numpy as np
 import pytest
 
-from models.downscale.errors import RecipeError
-from models.downscale.figures import _compared
+from models.downscale.measure.figures import Comparison, training_footprint, wilson_interval
 
-_DOMAIN_Q = ["a", "a", "b"]
-
-
-def _results(path: Path, **changes: Any) -> str:
-    systems = [
-        {"name": name, "kind": kind, "parameters": 5.0, "right": "101"}
-        for name, kind in (("base", "base"), ("finetuned", "base"), ("a", "chunk"))
-    ]
-    content = {"question_domains": {"a": 2, "b": 1}, "systems": systems, **changes}
-    path.write_text(json.dumps(content))
-    return str(path)
+_DOMAINS = ["a"] * 300 + ["b"] * 100
 
 
-def test_another_runs_systems_come_with_its_label(tmp_path: Path) -> None:
-    """All but the shared base and the single chunks, question by question."""
-    found = _compared({"strict": _results(tmp_path / "results.json")}, _DOMAIN_Q)
-    assert list(found) == ["strict: finetuned"]
-    assert found["strict: finetuned"].right_Q.tolist() == [1.0, 0.0, 1.0]
+def test_accuracy_is_a_mean_over_domains() -> None:
+    """A domain with fewer questions counts as much as one with many."""
+    comparison = Comparison(_DOMAINS, seed=0)
+    right = np.array([1.0] * 300 + [0.0] * 100)
+    assert comparison.accuracy(right) == {"value": 0.5, "interval_95": [0.5, 0.5]}
 
 
-def test_results_on_other_questions_are_refused(tmp_path: Path) -> None:
-    """They could not be compared in pairs."""
-    file = _results(tmp_path / "results.json", question_domains={"a": 3})
-    with pytest.raises(RecipeError, match=r"compare\.strict: .*measured on other questions"):
-        _compared({"strict": file}, _DOMAIN_Q)
-    with pytest.raises(RecipeError, match=r"compare\.strict: .*holds no results"):
-        _compared({"strict": str(tmp_path / "missing.json")}, _DOMAIN_Q)
+def test_intervals_cover_and_pairing_narrows_them() -> None:
+    """The interval is that of a stratified mean; a difference of near twins has a narrow one."""
+    comparison = Comparison(_DOMAINS, seed=0)
+    rng = np.random.default_rng(1)
+    one = np.concatenate([rng.random(300) < 0.7, rng.random(100) < 0.5]).astype(float)
+    low, high = comparison.accuracy(one)["interval_95"]
+    spread = np.sqrt(0.25 * (0.7 * 0.3 / 300 + 0.25 / 100))
+    assert high - low == pytest.approx(2 * 1.96 * spread, rel=0.12)
+    twin = one.copy()
+    twin[:3] = 1 - twin[:3]
+    low, high = comparison.difference(one, twin)["interval_95"]
+    assert high - low < 0.02
+
+
+def test_wilson_interval() -> None:
+    """The interval of 8 in 10 is the published one, and it stays within [0, 1]."""
+    assert wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert wilson_interval(0, 5)[0] == 0
+    assert wilson_interval(5, 5)[1] == 1
+    with pytest.raises(ValueError, match="positive"):
+        wilson_interval(0, 0)
+
+
+def test_the_footprint_of_training_says_how_it_was_got() -> None:
+    """On a CPU, one hour at the table's 3.97 W; on a GPU, from the FLOPs."""
+    cpu = training_footprint(cpu_s=3600, flops=1e15, device="cpu")
+    assert cpu["wh"] == pytest.approx(3.97)
+    assert cpu["operational_gco2e"] == pytest.approx(3.97 * 0.4806, rel=1e-3)
+    assert "measured" in cpu["method"]
+    gpu = training_footprint(cpu_s=1, flops=1e18, device="cuda")
+    assert "modelled from FLOPs" in gpu["method"]
+    assert np.isfinite(gpu["wh"])

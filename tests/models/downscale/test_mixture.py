@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from models.downscale.mixture import Point, best_share, fit_laws
+from models.downscale.data.mixture import Point, best_share, fit_mixture
 from policies.laws import MixtureLaw
 
 # Rises fast as a corpus's own share goes to nothing.
@@ -50,7 +50,7 @@ def test_losses_of_several_domains_are_pooled() -> None:
         for share in (0.05, 0.15, 0.3, 0.6)
         for tokens in (50_000, 200_000)
     ]
-    domain, general = fit_laws(points, seed=0, num_resamples=0)
+    domain, general = fit_mixture(points, seed=0, num_resamples=0)
     for point in points:
         fitted = general.law.predict(1e6, point["tokens"], point["general_share"])
         assert fitted == pytest.approx(point["general_loss"], rel=0.02)

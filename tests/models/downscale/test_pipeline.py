@@ -12,15 +12,17 @@ from models.downscale.errors import BaseError, CorpusError, DivergedError, Outpu
 from models.downscale.pipeline import downscale
 from models.downscale.recipe import QUICK_RECIPE, Recipe, read_recipe
 from models.pool import load_pool
-from models.training.shapes import Shape, build_model
+from models.training.scratch import LlamaShape, build_model
 from models.training.tokenizer import build_tokenizer
+from policies.base import Query
 from policies.outcomes import read_outcomes
+from policies.registry import build_policy
 from tests.models.downscale.conftest import shoal_downscale
 
 # The toy pool takes minutes where the machine is busy.
 pytestmark = pytest.mark.timeout(1200)
 
-TINY = Shape(
+TINY = LlamaShape(
     hidden_size=32, num_layers=2, feed_forward_size=48, num_heads=4, num_kv_heads=2, head_size=8
 )
 
@@ -43,7 +45,6 @@ def recipe(tmp_path):
             },
             "members": {"parameters": "1/2"},
             "cut": {"calibration_examples": 8},
-            "select": {"by": "random"},
             "adapt": {
                 "tokens": 2_000, "rows_per_step": 4, "row_tokens": 32, "general_share": 0.2,
                 "compiled": False, "precision": "float32",
@@ -78,8 +79,22 @@ def test_the_toy_pool_is_whole_and_loads(toy_pool):
     for domain in domains:
         assert sizes[domain] / sizes["base"] == pytest.approx(1 / 3, rel=0.021)
         assert pool.model(domain).spec.domains == (domain,)
+    assert set(pool.policies) == {"auto", "cascade", "fused", "best-of"}
     for file in ("report.html", "laws.npz", "README.md", "outcomes.jsonl"):
         assert (toy_pool / file).stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_every_policy_of_the_toy_pool_is_built_and_decides(toy_pool):
+    """Their files are beside the pool file, and what they did on the test stands in the results."""
+    pool = load_pool(toy_pool)
+    systems = {
+        one["name"]: one for one in json.loads((toy_pool / "results.json").read_text())["systems"]
+    }
+    for name, spec in pool.policies.items():
+        policy = build_policy(spec, folder=pool.folder, models=pool.facts())
+        assert policy.decide(Query(text="What is 1 + 1?", prompt_tokens=10)).plan
+        assert len(systems[name]["right"]) == len(systems["base"]["right"])
 
 
 @pytest.mark.slow
@@ -135,7 +150,7 @@ def test_interrupted_training_goes_on_from_its_checkpoint(recipe, tmp_path, monk
     def stop(*_, **__):
         raise Stop
 
-    monkeypatch.setattr(pipeline, "conclude", stop)
+    monkeypatch.setattr(pipeline, "measure", stop)
     recipe = changed(recipe, adapt={"checkpoint_every_s": 1e-6})
     with pytest.raises(Stop):
         run(recipe, tmp_path / "alone")
@@ -168,23 +183,55 @@ def test_interrupted_training_goes_on_from_its_checkpoint(recipe, tmp_path, monk
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_changed_corpus_reruns_only_what_depends_on_it(recipe, tmp_path, monkeypatch):
-    """The other domain's calibration and cut stand; its training, which mixes in general data from
-    all corpora, is done again."""
+@pytest.fixture
+def trained(recipe, tmp_path, monkeypatch):
+    """Runs everything up to the training; returns the stages that did any work."""
     from models.downscale import pipeline
 
-    monkeypatch.setattr(pipeline, "conclude", lambda *_, **__: tmp_path / "nowhere")
+    monkeypatch.setattr(pipeline, "measure", lambda *_: None)
+    monkeypatch.setattr(pipeline, "pool", lambda _: tmp_path / "nowhere")
     monkeypatch.setattr(pipeline, "load_pool", lambda _: None)
     monkeypatch.setattr(pipeline, "publish", lambda *_: None)
-    out = tmp_path / "out"
-    run(recipe, out)
+
+    def ran(changed_recipe=recipe):
+        lines = run(changed_recipe, tmp_path / "out", resume=(tmp_path / "out").exists())
+        return {line.split(": done in")[0] for line in lines if ": done in" in line}
+
+    ran()
+    return ran
+
+
+@pytest.mark.slow
+def test_each_input_reruns_exactly_what_depends_on_it(recipe, tmp_path, trained):
+    """A corpus, a held-out file, the base's files and keys of the recipe, one after another. What
+    mixes in general data from all corpora depends on all of them."""
+    adapts = {"adapt/sums", "adapt/words"}
+
+    def stages_of(*names):
+        return {f"{stage}/{name}" for stage in names for name in recipe.domains}
+
+    assert trained() == set()
     with (tmp_path / "sums.jsonl").open("a") as file:
         file.write('\n{"question": "One more?", "answer": "Yes", "split": "train"}')
-    lines = run(recipe, out, resume=True)
-    assert {line for line in lines if line.endswith("unchanged")} == {
-        f"{stage}: unchanged"
-        for stage in ("base", "corpora/words", "calibrate/words", "cut/words", "select/words")
-    }
+    own = {f"{stage}/sums" for stage in ("corpora", "lengths", "calibrate", "cut", "select")}
+    assert trained() == own | adapts
+    held_out = {"corpus": str(tmp_path / "words.jsonl"), "held_out": str(tmp_path / "held.jsonl")}
+    lines = (json.dumps({"question": f"h{i}?", "answer": "x"}) for i in range(8))
+    (tmp_path / "held.jsonl").write_text("\n".join(lines))
+    with_file = changed(recipe, domains={"words": held_out})
+    of_words = {one.replace("sums", "words") for one in own}
+    assert trained(with_file) == of_words | adapts
+    (tmp_path / "held.jsonl").write_text('{"question": "i?", "answer": "x"}\n' * 2
+                                         + '{"question": "j?", "answer": "x"}')  # fmt: skip
+    assert trained(with_file) == of_words | adapts
+    assert trained(changed(with_file, measure={"test_questions": 7})) == set()
+    assert trained(changed(with_file, adapt={"tokens": 1_500})) == adapts
+    assert trained(changed(with_file, cut={"calibration_examples": 9})) == (
+        stages_of("calibrate", "cut") | adapts
+    )
+    (tmp_path / "checkpoint/generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    everything = stages_of("lengths", "calibrate", "cut", "select") | adapts | {"base"}
+    assert trained(changed(with_file, cut={"calibration_examples": 9})) == everything
 
 
 def test_what_cannot_work_is_refused_before_anything_is_written(recipe, tmp_path, monkeypatch):
@@ -221,6 +268,27 @@ def test_corpora_without_questions_are_refused_before_training(recipe, tmp_path)
     with pytest.raises(CorpusError, match="no domain has a question with an answer"):
         run(recipe, tmp_path / "out")
     assert not (tmp_path / "out/.work/cut").exists()
+
+
+def test_examples_that_do_not_fit_are_said_and_too_few_refused(recipe, tmp_path):
+    """Long conversations are never cut: they are counted, with what would hold them; where hardly
+    any fits, the run ends before any training."""
+    for number, long in enumerate((range(0, 120, 2), range(120))):
+        lines = [
+            {"question": f"{'deep ' * 40 if i in long else ''}{i} + 1?", "answer": str(i + 1)}
+            for i in range(120)
+        ]
+        (tmp_path / "words.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        out = tmp_path / f"out-{number}"
+        if number:
+            with pytest.raises(CorpusError, match=r"words: \d+ of \d+ .* adapt.row_tokens, 32"):
+                run(recipe, out)
+            assert not (out / ".work/calibrate").exists()
+        else:
+            told = []
+            with pytest.raises(BaseError):
+                downscale(changed(recipe, members={"parameters": 100}), out, report=told.append)
+            assert any("left out" in line and "would hold" in line for line in told)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(recipe, tmp_path):

@@ -50,11 +50,13 @@ def test_paths_start_at_the_recipe(tmp_path):
         ({"adapt.tokenz": 5}, "adapt.tokenz: unknown key"),
         ({"adapt.tokens": 0}, "adapt.tokens: .* greater than 0, got 0"),
         ({"select.keep": 1.5}, "select.keep: .*, got 1.5"),
-        ({"select.by": "luck"}, "select.by: .*'bald'.*got 'luck'"),
+        ({"select.by": "luck"}, "select.by: .*'random'.*got 'luck'"),
         ({"members.parameters": "1/0"}, "'1/0' is neither a share of the base"),
         ({"members.parameters": "-3"}, "'-3' is neither a share"),
         ({"base.train": {"shape": {}}}, "base"),
-        ({"domains.base": {"corpus": "x.txt"}}, "the name 'base' is reserved"),
+        ({"domains.base": {"corpus": "x.txt"}}, "the name 'base' is reserved for the base"),
+        ({"domains.fused": {"corpus": "x.txt"}}, "'fused' is reserved for a policy of the pool"),
+        ({"domains.Law": {"corpus": "x.txt"}}, "'Law' and 'law' differ in case alone"),
         ({"domains.law.corpus": "domains"}, "only the general corpus may be 'domains'"),
         ({"baselines": ["magic"]}, "baselines.0: .*got 'magic'"),
     ],
@@ -80,3 +82,20 @@ def test_unreadable_recipes(tmp_path):
 def test_member_sizes(given, parameters):
     """A share of the base or a number of parameters, both ways of writing them."""
     assert MemberSettings(parameters=given).target(1_000_000) == parameters
+
+
+@pytest.mark.parametrize("name", ["results.json", "README.md", "plots", "cascade"])
+def test_names_that_the_pool_needs_are_no_domains(tmp_path, name):
+    """A chunk's folder would stand where a file of the pool does."""
+    content = copy.deepcopy(GOOD)
+    content["domains"][name] = {"corpus": "x.txt"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(RecipeError, match=f"the name '{name}' is reserved"):
+        read_recipe(tmp_path / "recipe.yaml")
+
+
+def test_defaults_are_what_won_here(tmp_path):
+    """All examples are kept and labels alone teach (docs/downscale/results.md)."""
+    recipe = read_recipe(write(tmp_path))
+    assert (recipe.select.by, recipe.select.keep) == ("random", 1.0)
+    assert recipe.adapt.distill.weight == 0

@@ -1,82 +1,159 @@
-"""Stages: run once, again when an input changes, and on from where they were interrupted."""
+"""Stages: run once, again when something that they read has changed, and on where they stopped."""
 
 import json
+from contextlib import suppress
 
 import pytest
 
-from models.downscale.disk import check_room, needed_bytes
+from models.downscale import stage as stages
 from models.downscale.errors import OutputError
-from models.downscale.recipe import QUICK_RECIPE, read_recipe
-from models.downscale.stage import Stages, claimed, publish
+from models.downscale.pipeline import (
+    check_room,
+    claimed,
+    full_disk_named,
+    needed_bytes,
+    publish,
+)
+from models.downscale.recipe import QUICK_RECIPE, Recipe, read_recipe
+from models.downscale.stage import Run, read_json, remembered, stage
+
+RAN = []
 
 
-class Log:
-    """Runs two stages, one upon the other, and notes which did any work."""
-
-    def __init__(self, work):
-        self.work, self.ran = work, []
-
-    def run(self, first=1, second=1, files=()):
-        """Run both with these settings; returns the names of those that did not skip."""
-        stages, self.ran = Stages(self.work, report=lambda line: None), []
-        stages.run("a", self._action("a"), settings={"x": first}, files=files)
-        stages.run("b/c", self._action("b/c"), settings={"x": second}, upstream=["a"])
-        return self.ran
-
-    def _action(self, name):
-        def action(folder):
-            self.ran.append(name)
-            (folder / "result").write_text(name)
-
-        return action
+@stage("test-source")
+def source(run, folder, name):
+    """Reads the corpus of one domain and its file, if the recipe names one."""
+    RAN.append(f"source/{name}")
+    settings = run.recipe.domains[name]
+    if not settings.corpus.startswith("tasks:"):
+        run.read(folder.parents[2] / settings.corpus)
+    (folder / "result").write_text(settings.corpus)
 
 
-def test_a_changed_input_reruns_what_depends_on_it(tmp_path):
-    """Unchanged stages are skipped; a setting or a file changes its stage and those after it."""
-    log, file = Log(tmp_path), tmp_path / "input"
-    file.write_text("one")
-    assert log.run(files=[file]) == ["a", "b/c"]
-    assert log.run(files=[file]) == []
-    assert log.run(second=2, files=[file]) == ["b/c"]
-    file.write_text("two")
-    assert log.run(second=2, files=[file]) == ["a", "b/c"]
-    assert log.run(first=2, second=2, files=[file]) == ["a", "b/c"]
-    assert (tmp_path / "b/c/result").read_text() == "b/c"
+@remembered
+def doubled(run, name):
+    """A value in memory that two stages share."""
+    return run.recipe.seed, (source(run, name) / "result").read_text()
+
+
+@stage("test-one")
+def one(run, folder, name):
+    """Builds on a source, through memory."""
+    RAN.append(f"one/{name}")
+    (folder / "result").write_text(str(doubled(run, name)))
+
+
+@stage("test-both")
+def both(run, folder):
+    """Builds on the memory of two sources and on a method of the recipe; reads no settings."""
+    RAN.append("both")
+    tokens = [run.recipe.adapt_of(name).tokens for name in run.domains]
+    (folder / "result").write_text(str([tokens, *(doubled(run, name) for name in run.domains)]))
+
+
+def recipe(**changes):
+    """Two domains, one read from the file `a`."""
+    content = {
+        "name": "x",
+        "base": {"checkpoint": "base"},
+        "domains": {"a": {"corpus": "a"}, "b": {"corpus": "tasks:dates"}},
+    }
+    return Recipe.model_validate({**content, **changes})
+
+
+@pytest.fixture
+def bring(tmp_path):
+    """Brings everything up to date for a recipe; returns the stages that ran."""
+    (tmp_path / "a").write_text("first")
+
+    def run_all(given=None):
+        RAN.clear()
+        run = Run(given or recipe(), tmp_path / "work", report=lambda line: None)
+        for name in run.domains:
+            one(run, name)
+        both(run)
+        return list(RAN)
+
+    run_all()
+    return run_all
+
+
+EVERYTHING = ["one/a", "source/a", "one/b", "source/b", "both"]
+
+
+def test_nothing_is_done_twice(bring):
+    """The same recipe and files: every stage is skipped."""
+    assert bring() == []
+
+
+def test_each_kind_of_input_reruns_what_read_it(bring, tmp_path, monkeypatch):
+    """A key, a key read by a method or from memory, a new entry of a table, a file's content and
+    the code: the stages that read it run again, and those that build on them, and no others."""
+    assert bring(recipe(select={"keep": 0.5})) == []  # nobody reads it
+    assert bring(recipe(adapt_tokens={"a": 7})) == ["both"]
+    assert bring(recipe(seed=5)) == ["one/a", "one/b", "both"]
+    bring()
+    (tmp_path / "a").write_text("second")
+    assert bring() == ["source/a", "one/a", "both"]
+    longer = {"corpus": "tasks:dates", "examples": 5}
+    assert bring(recipe(domains={"a": {"corpus": "a"}, "b": longer})) == []  # reads `corpus` alone
+    other = {"a": {"corpus": "a"}, "b": {"corpus": "tasks:lists"}}
+    assert bring(recipe(domains=other)) == ["source/b", "one/b", "both"]
+    assert bring(recipe(domains={**other, "c": longer})) == ["one/c", "source/c", "both"]
+    monkeypatch.setattr(stages, "code_digest", lambda module: "other code")
+    assert sorted(bring(recipe(domains=other))) == sorted(EVERYTHING)
+
+
+def test_code_counts_without_its_comments(tmp_path, monkeypatch):
+    """Comments and docstrings change no code; another number does, also in what is imported."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    bodies = {
+        "lab.one": '"""One."""\n\n\ndef f():\n    """Doc."""\n    return 1  # why\n',
+        "lab.two": "def f():\n    return 1\n",
+        "lab.three": "def f():\n    return 3\n",
+        "lab.four": "from lab.three import f\n",
+        "lab.five": "from lab.two import f\n",
+    }
+    (tmp_path / "lab").mkdir()
+    (tmp_path / "lab/__init__.py").write_text("")
+    for name, body in bodies.items():
+        (tmp_path / f"{name.replace('.', '/')}.py").write_text(body)
+    ways = {name: stages.code_of(name) for name in bodies}
+    assert ways["lab.one"]["lab.one"] == ways["lab.two"]["lab.two"]
+    assert ways["lab.three"]["lab.three"] != ways["lab.two"]["lab.two"]
+    assert "lab.three" in ways["lab.four"]
+    assert len({stages.code_digest(name) for name in ("lab.two", "lab.three")}) == 2
 
 
 def test_an_interrupted_stage_finds_what_it_left(tmp_path):
     """A stage that raised is not done; run again with the same inputs it finds its files, with
     others it finds an empty folder."""
-    stages = Stages(tmp_path, report=lambda line: None)
-
-    def interrupted(folder):
-        (folder / "checkpoint").write_text("half")
-        raise KeyboardInterrupt
-
     seen = []
 
-    def look(folder):
-        seen.append(sorted(file.name for file in folder.iterdir()))
+    @stage("test-interrupted")
+    def interrupted(run, folder):
+        seen.append([run.recipe.seed, sorted(file.name for file in folder.iterdir())])
+        if len(seen) != 2:
+            (folder / "checkpoint").write_text("half")
+            raise KeyboardInterrupt
 
-    for name, settings in (("same", {"x": 1}), ("other", {"x": 2})):
-        with pytest.raises(KeyboardInterrupt):
-            stages.run(name, interrupted, settings={"x": 1})
-        stages.run(name, look, settings=settings)
-    assert seen == [["checkpoint", "started.json"], ["started.json"]]
+    for seed in (1, 1, 2, 3):
+        with suppress(KeyboardInterrupt):
+            interrupted(Run(recipe(seed=seed), tmp_path, report=lambda line: None))
+    fresh = ["started.json"]
+    assert seen == [[1, fresh], [1, ["checkpoint", *fresh]], [2, fresh], [3, fresh]]
 
 
-def test_the_manifest_names_inputs_and_time(tmp_path):
-    """It holds settings, files with their hashes, upstream stages and the time taken."""
+def test_the_manifest_names_what_was_read_and_the_time(tmp_path):
+    """It holds keys with their values, files and stages with their hashes, and the time taken."""
     times = iter([10.0, 12.5])
-    stages = Stages(tmp_path, report=lambda line: None, clock=lambda: next(times))
-    (tmp_path / "input").write_text("")
-    stages.run("a", lambda _: None, settings={"x": 1}, files=[tmp_path / "input"])
-    manifest = json.loads((tmp_path / "a/manifest.json").read_text())
+    (tmp_path / "a").write_text("")
+    run = Run(recipe(), tmp_path / "work", report=lambda _: None, clock=lambda: next(times))
+    manifest = read_json(source(run, "a") / "manifest.json")
     empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
-    assert manifest["inputs"] == {
-        "settings": {"x": 1}, "files": {str(tmp_path / "input"): empty}, "upstream": {}
-    }  # fmt: skip
-    assert manifest["wall_clock_s"] == stages.wall_clock_s("a") == 2.5
+    assert manifest["read"]["recipe domains/a/corpus"] == json.dumps("a")
+    assert manifest["read"][f"content {tmp_path / 'a'}"] == empty
+    assert manifest["wall_clock_s"] == 2.5
 
 
 def test_an_output_folder_in_use_is_refused(tmp_path):
@@ -131,3 +208,19 @@ def test_too_little_disk_is_found_before_work(tmp_path):
         check_room(tmp_path / "out", needed, free=lambda _: 2**30)
     check_room(tmp_path / "out", 1)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError("Error while serializing: I/O error: No space left (os error 28)"),
+    ],
+)
+def test_a_disk_that_fills_up_is_said_in_one_line(tmp_path, error):
+    """Python's error and safetensors' own both become one that says how to go on."""
+    said = pytest.raises(OutputError, match=r"no space is left.*go on with --resume")
+    with said, full_disk_named(tmp_path):
+        raise error
+    with pytest.raises(ValueError, match="another"), full_disk_named(tmp_path):
+        raise ValueError("another")

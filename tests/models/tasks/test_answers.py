@@ -7,7 +7,7 @@ from itertools import islice
 import pytest
 
 from models.tasks import DOMAINS, Split, Task
-from models.tasks.numerals import in_words
+from models.tasks.numbers import in_words
 
 _MONTHS = [datetime.date(2023, m, 1).strftime("%B") for m in range(1, 13)]
 _DAYS = [(datetime.date(2023, 1, 2) + datetime.timedelta(days=d)).strftime("%A") for d in range(7)]

@@ -19,13 +19,14 @@ from transformers import (
 from models.errors import PoolError
 from models.training.data import Conversation, Rows, TopTokens, lay_out
 from models.training.forward import (
+    Distillation,
     geometry,
     low_precision,
     packed_logits,
+    packed_loss,
     rotary_tables,
     to_tensors,
 )
-from models.training.losses import Distillation, packed_loss
 
 _SIZES = {
     "vocab_size": 61,

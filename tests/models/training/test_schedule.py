@@ -1,6 +1,6 @@
 """Warm-up, stable, decay."""
 
-from models.training.schedule import learning_rate_share
+from models.training.loop import learning_rate_share
 
 
 def _shares(num_steps: int) -> list[float]:

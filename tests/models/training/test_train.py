@@ -10,12 +10,11 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from models.training.checkpoint import read_progress
 from models.training.data import Renderer
-from models.training.shapes import Shape, build_model, grow
-from models.training.train import Recipe, train
+from models.training.scratch import LlamaShape, TaskTraining, build_model, grow, train
 
-_TINY = Shape(hidden_size=32, num_layers=2, feed_forward_size=64, num_heads=4, num_kv_heads=2)
+_TINY = LlamaShape(hidden_size=32, num_layers=2, feed_forward_size=64, num_heads=4, num_kv_heads=2)
 _TINY = replace(_TINY, head_size=8)
-_RECIPE = Recipe(
+_RECIPE = TaskTraining(
     mixture={"arithmetic": 1.0},
     num_steps=12,
     num_decay_steps=4,
@@ -27,7 +26,7 @@ _RECIPE = Recipe(
 
 
 def _run(
-    tokenizer: PreTrainedTokenizerFast, folder: Path, recipe: Recipe, **options: object
+    tokenizer: PreTrainedTokenizerFast, folder: Path, recipe: TaskTraining, **options: object
 ) -> LlamaForCausalLM:
     model = build_model(_TINY, tokenizer, seed=0)
     train(model, Renderer(tokenizer), recipe, folder=folder, report=_ignore, **options)  # type: ignore[arg-type]

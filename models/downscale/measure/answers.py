@@ -1,0 +1,218 @@
+"""What every model makes of the held-out questions: its own answers, and the right ones' odds.
+
+Each model is measured once, as it ships and as it is served; everything else (losses of all
+subsets, accuracy of routes, fits) is arithmetic on what is stored here.
+
+Shapes: `Q` questions, `M` members, `T` answer tokens (padded with NaN).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.downscale.chunks import BASE, load_model, member
+from models.downscale.corpus import Example
+from models.downscale.errors import CorpusError
+from models.downscale.examples import corpus, render
+from models.downscale.measure.serving import Written, ask
+from models.downscale.progress import progress_bar
+from models.downscale.stage import Run, read_json, remembered, stage, write_json
+from models.tasks import Split, check
+from models.training.data import Conversation
+from models.training.score import Scorer, target_log_probabilities
+from policies.outcomes import Outcome
+from policies.outcomes.base import AnswerLogprobs
+from policies.plan import Answer
+
+Floats = NDArray[np.float64]
+
+_ANSWERS, _ODDS = "answers.json", "odds.npz"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A checkable example with its domain and its token ids, right answer included."""
+
+    domain: str
+    example: Example
+    conversation: Conversation
+
+    @property
+    def text(self) -> str:
+        """What is asked."""
+        assert self.example.question is not None
+        return self.example.question
+
+    @property
+    def answer(self) -> str:
+        """The one right answer."""
+        assert self.example.answer is not None
+        return self.example.answer
+
+    @property
+    def is_test(self) -> bool:
+        """Whether figures are reported on it; the others are for routers to learn from."""
+        return self.example.split is Split.TEST
+
+
+@remembered
+def questions(run: Run) -> list[Question]:
+    """The held-out questions that every model is asked: for routers first, then for the test, by
+    domain. Those that do not fit a row are left out, as everywhere.
+
+    Raises:
+        CorpusError: no domain has questions that can be checked.
+    """
+    limits = {
+        Split.ROUTER: run.recipe.measure.router_questions,
+        Split.TEST: run.recipe.measure.test_questions,
+    }
+    row_tokens = run.recipe.adapt.row_tokens
+    found = []
+    for split, limit in limits.items():
+        for domain in run.domains:
+            examples = corpus(run, domain).questions(split)
+            rendered = zip(examples, render(run, examples), strict=True)
+            fitting = [
+                Question(domain=domain, example=example, conversation=conversation)
+                for example, conversation in rendered
+                if len(conversation.tokens) <= row_tokens and any(conversation.is_answer)
+            ]
+            found += fitting[:limit]
+        if not any(question.example.split is split for question in found):
+            raise CorpusError(
+                f"no domain has a question with an answer in the held-out split {split!s} (that "
+                f"fits adapt.row_tokens, {row_tokens}); give records with 'question' and 'answer', "
+                "or a held_out file of them"
+            )
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One model on all questions.
+
+    `right_Q` says whether its greedy answer is right; `written` holds the answers. `answer_QT` are
+    the log-probabilities of the right answers' tokens, `prompt_Q` of the prompts, in nats.
+    """
+
+    name: str
+    right_Q: NDArray[np.bool_]
+    written: tuple[Written, ...]
+    answer_QT: Floats
+    prompt_Q: Floats
+
+    @property
+    def losses(self) -> Floats:
+        """Nats per answer token of each question, [Q]."""
+        loss: Floats = -np.nanmean(self.answer_QT, axis=1)
+        return loss
+
+
+@stage("measure")
+def measure(run: Run, folder: Path, name: str) -> None:
+    """Stage: a member's answers to all questions."""
+    measure_model(run, folder, name, member(run, name), questions(run))
+
+
+def measure_model(
+    run: Run, folder: Path, name: str, checkpoint: Path, asked: Sequence[Question]
+) -> None:
+    """Ask the model in `checkpoint` all of `asked`, and write what it says into `folder`."""
+    scorer = Scorer(load_model(checkpoint), row_tokens=run.recipe.adapt.row_tokens)
+    conversations = [question.conversation for question in asked]
+    logs = [found for (found,) in scorer.map(conversations, target_log_probabilities)]
+    answer_QT, prompt_Q = _odds(conversations, logs)
+    np.savez(folder / _ODDS, answer=answer_QT, prompt=prompt_Q)
+    with progress_bar(len(asked), f"measure/{name}", unit="questions") as advance:
+        written = ask(
+            {name: checkpoint},
+            [(question.text, Answer(members=(name,))) for question in asked],
+            max_new_tokens=run.recipe.measure.max_new_tokens,
+            progress=advance,
+        )
+    answers = [asdict(one) for one in written]
+    right = [check(q.answer, one.text) for q, one in zip(asked, written, strict=True)]
+    write_json(folder / _ANSWERS, {"answers": answers, "right": right})
+    tests = [ok for question, ok in zip(asked, right, strict=True) if question.is_test]
+    run.report(f"measure/{name}: {np.mean(tests):.1%} of {len(tests)} test questions right")
+
+
+@remembered
+def measured(run: Run, name: str) -> Measured:
+    """What the stage stored of a member."""
+    return read_measured(name, measure(run, name))
+
+
+def members_measured(run: Run) -> dict[str, Measured]:
+    """What was stored of the chunks, and of the base, which comes last."""
+    return {name: measured(run, name) for name in (*run.domains, BASE)}
+
+
+def read_measured(name: str, folder: Path) -> Measured:
+    """Read what `measure_model` wrote."""
+    content = read_json(folder / _ANSWERS)
+    with np.load(folder / _ODDS, allow_pickle=False) as arrays:
+        return Measured(
+            name=name,
+            right_Q=np.array(content["right"], bool),
+            written=tuple(map(read_written, content["answers"])),
+            answer_QT=arrays["answer"],
+            prompt_Q=arrays["prompt"],
+        )
+
+
+def answer_odds(members: Sequence[Measured]) -> Floats:
+    """The members' log-probabilities of the right answers' tokens, [Q, T, M]."""
+    return np.stack([member.answer_QT for member in members], axis=-1)
+
+
+def prompt_odds(members: Sequence[Measured]) -> Floats:
+    """The members' log-likelihoods of the prompts, [Q, M]."""
+    return np.stack([member.prompt_Q for member in members], axis=-1)
+
+
+def outcomes(asked: Sequence[Question], answered: Mapping[str, Sequence[Written]]) -> list[Outcome]:
+    """One outcome per question: what routers, cascades and scorers are trained and judged on."""
+    return [
+        Outcome(
+            id=f"{question.example.split}-{number}",
+            query=question.text,
+            tags=(question.domain,),
+            split=str(question.example.split),
+            answer=question.answer,
+            scores={name: float(check(question.answer, one.text)) for name, one in written.items()},
+            outputs={name: one.text for name, one in written.items()},
+            logprobs={name: one.logprobs for name, one in written.items()},
+            prompt_tokens=next(iter(written.values())).num_prompt_tokens,
+            output_tokens={name: one.logprobs.num_tokens for name, one in written.items()},
+        )
+        for number, question in enumerate(asked)
+        for written in [{name: found[number] for name, found in answered.items()}]
+    ]
+
+
+def _odds(
+    conversations: Sequence[Conversation], logs: Sequence[NDArray[Any]]
+) -> tuple[Floats, Floats]:
+    """Log-probabilities of the answers' tokens [Q, T] and of the prompts [Q], in nats."""
+    answers, prompts = [], []
+    for conversation, values in zip(conversations, logs, strict=True):
+        is_answer = np.asarray(conversation.is_answer[1:], bool)
+        answers.append(values[:-1][is_answer])
+        prompts.append(float(values[:-1][~is_answer].sum()))
+    padded = np.full((len(answers), max(map(len, answers))), np.nan)
+    for row, found in zip(padded, answers, strict=True):
+        row[: len(found)] = found
+    return padded, np.array(prompts)
+
+
+def read_written(content: Mapping[str, Any]) -> Written:
+    """An answer as `asdict` and JSON left it."""
+    return Written(**{**content, "logprobs": AnswerLogprobs(**content["logprobs"])})

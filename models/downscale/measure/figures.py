@@ -1,0 +1,275 @@
+"""Everything that the report, the cards and `results.json` say, in one JSON object.
+
+Rendering knows only this object, so a report can be drawn again without any model. A *system* is
+any way to get an answer: one model, a route to one of the chunks, a policy.
+
+Shapes: `Q` test questions, `R` resamples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.card import read_card
+from models.downscale.chunks import (
+    ADAPT_FILE,
+    BASE,
+    CUT_FILE,
+    cut_out,
+    member,
+    selection_of,
+    train_chunk,
+)
+from models.downscale.measure.answers import Measured, Question, members_measured, questions
+from models.downscale.measure.laws import fits_of
+from models.downscale.measure.policies import policies_of
+from models.downscale.stage import Run, read_json
+from policies.carbon import find_device, find_zone
+from policies.carbon.llmcarbon import run_carbon
+
+Floats = NDArray[np.float64]
+
+ORACLE: Final = "routed (by domain)"
+_NUM_RESAMPLES: Final = 2000
+_Z_95: Final = 1.959963984540054
+_ZONE: Final = "WORLD"
+_GPU: Final = "h100"
+
+
+@dataclass(frozen=True, kw_only=True)
+class System:
+    """`right_Q` is 1 where the answer is right, `usd_Q` what it cost; `parameters` are those that
+    work on each token, in the mean."""
+
+    name: str
+    kind: str  # base, chunk, routed, policy; a comparison may add others
+    right_Q: Floats
+    usd_Q: Floats
+    parameters: float
+
+
+def collect(run: Run) -> dict[str, Any]:
+    """The figures of a run whose every model and policy was measured."""
+    asked, measured = questions(run), members_measured(run)
+    tests = [question for question in asked if question.is_test]
+    domain_Q = [question.domain for question in tests]
+    comparison = Comparison(domain_Q, seed=run.recipe.seed)
+    return {
+        "pool": run.recipe.name,
+        "domains": list(run.domains),
+        "num_test_questions": len(tests),
+        "question_domains": {d: domain_Q.count(d) for d in dict.fromkeys(domain_Q)},
+        "seed": run.recipe.seed,
+        "models": _models(run, asked, measured),
+        "systems": [describe(one, comparison, domain_Q) for one in systems(run).values()],
+        "losses": {name: _losses(asked, one) for name, one in measured.items()},
+        "fits": fits_of(run),
+        "selection": [_selection(run, domain) for domain in run.domains],
+    }
+
+
+def systems(run: Run) -> dict[str, System]:
+    """Every model alone, the chunk of each question's own domain, and the pool's policies."""
+    asked, measured = questions(run), members_measured(run)
+    tests = [i for i, question in enumerate(asked) if question.is_test]
+    played = policies_of(run)["played"]
+    sizes = {name: read_card(member(run, name)).parameters for name in measured}
+    found = []
+    for name in (BASE, *run.domains):
+        kind = BASE if name == BASE else "chunk"
+        right_Q = measured[name].right_Q[tests].astype(float)
+        usd_Q = np.array(played["single"][name])
+        found.append(
+            System(name=name, kind=kind, right_Q=right_Q, usd_Q=usd_Q, parameters=sizes[name])
+        )
+    own = [run.domains.index(asked[i].domain) + 1 for i in tests]
+    at = np.arange(len(tests))
+    found.append(
+        System(
+            name=ORACLE,
+            kind="routed",
+            right_Q=np.stack([one.right_Q for one in found])[own, at],
+            usd_Q=np.stack([one.usd_Q for one in found])[own, at],
+            parameters=sizes[run.domains[0]],
+        )
+    )
+    for name, one in played["policies"].items():
+        right_Q, usd_Q = np.array(one["right"]), np.array(one["usd"])
+        parameters = float(np.mean(one["parameters"]))
+        found.append(
+            System(name=name, kind="policy", right_Q=right_Q, usd_Q=usd_Q, parameters=parameters)
+        )
+    return {system.name: system for system in found}
+
+
+def describe(system: System, comparison: Comparison, domain_Q: Sequence[str]) -> dict[str, Any]:
+    """A system's figures as JSON: accuracy with its interval, by domain, by question."""
+    by_domain: dict[str, list[bool]] = defaultdict(list)
+    for right, domain in zip(system.right_Q, domain_Q, strict=True):
+        if not np.isnan(right):
+            by_domain[domain].append(bool(right == 1))
+    return {
+        "name": system.name,
+        "kind": system.kind,
+        "parameters": system.parameters,
+        "usd_per_1000": float(1000 * system.usd_Q.mean()),
+        "accuracy": comparison.accuracy(system.right_Q),
+        "by_domain": {domain: share(values) for domain, values in by_domain.items()},
+        "right": "".join("01"[int(right)] for right in system.right_Q),
+    }
+
+
+class Comparison:
+    """Bootstrap over questions, within each domain, the same resamples for every system."""
+
+    def __init__(self, domain_Q: Sequence[str], *, seed: int) -> None:
+        """`domain_Q` says which domain each test question is of; figures are means over domains."""
+        self.domains = list(dict.fromkeys(domain_Q))
+        domains = np.asarray(domain_Q)
+        rng = np.random.default_rng(seed)
+        self._weights_RQ = np.zeros((_NUM_RESAMPLES, len(domains)))
+        self._plain_Q = np.zeros(len(domains))
+        for domain in self.domains:
+            rows = np.flatnonzero(domains == domain)
+            share = 1 / (len(self.domains) * len(rows))
+            self._plain_Q[rows] = share
+            counts = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), _NUM_RESAMPLES)
+            self._weights_RQ[:, rows] = counts * share
+
+    def accuracy(self, right_Q: Floats) -> dict[str, Any]:
+        """Mean over domains, with its 95% interval."""
+        return self._figure(lambda weights: weights @ right_Q)
+
+    def difference(self, right_Q: Floats, other_Q: Floats) -> dict[str, Any]:
+        """How much more often right than another system, as a difference of accuracies."""
+        return self._figure(lambda weights: weights @ (right_Q - other_Q))
+
+    def ratio(self, right_Q: Floats, other_Q: Floats) -> dict[str, Any]:
+        """The share of another system's accuracy that is kept."""
+        return self._figure(
+            lambda weights: (weights @ right_Q) / np.maximum(weights @ other_Q, 1e-12)
+        )
+
+    def _figure(self, statistic: Callable[[Floats], Any]) -> dict[str, Any]:
+        low, high = np.quantile(statistic(self._weights_RQ), [0.025, 0.975])
+        return {
+            "value": round(float(statistic(self._plain_Q)), 4),
+            "interval_95": [round(float(low), 4), round(float(high), 4)],
+        }
+
+
+def share(right: Sequence[bool]) -> dict[str, Any]:
+    """How many of how many are right, with the 95% Wilson interval."""
+    low, high = wilson_interval(sum(right), len(right))
+    return {
+        "right": sum(right),
+        "asked": len(right),
+        "exact_match": round(sum(right) / len(right), 4),
+        "interval_95": [round(low, 4), round(high, 4)],
+    }
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """The 95% Wilson score interval of a share (Wilson 1927), within [0, 1].
+
+    Raises:
+        ValueError: `trials` is not positive.
+    """
+    if trials <= 0:
+        raise ValueError(f"trials must be positive, got {trials}")
+    found, z2 = successes / trials, _Z_95**2
+    centre = (found + z2 / (2 * trials)) / (1 + z2 / trials)
+    spread = math.sqrt(found * (1 - found) / trials + z2 / (4 * trials**2))
+    half = _Z_95 * spread / (1 + z2 / trials)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def training_footprint(*, cpu_s: float, flops: float, device: str) -> dict[str, Any]:
+    """Energy and carbon of a training: watt-hours, grams of CO2 equivalent, and how they were got.
+
+    On a CPU the process's CPU time is measured and its power taken from the table of devices; on a
+    GPU both come from the FLOPs (LLMCarbon). The grid is the world's mean, since nobody knows where
+    a recipe is run.
+    """
+    grid = find_zone(_ZONE)
+    if device == "cpu":
+        vcpu = find_device("cpu")
+        wh = cpu_s * vcpu.power_w / 3600
+        operational = wh * grid.gco2e_per_kwh / 1000
+        embodied = cpu_s * vcpu.embodied_gco2e_per_s
+        method = "CPU time measured, power per vCPU from the table"
+    else:
+        run = run_carbon(
+            flops, find_device(_GPU), num_devices=1, pue=1.0, gco2e_per_kwh=grid.gco2e_per_kwh
+        )
+        wh, operational = 1e6 * run.mwh, 1e6 * run.operational_tco2e
+        embodied = 1e6 * run.embodied_tco2e
+        method = f"modelled from FLOPs (LLMCarbon, {_GPU})"
+    return {
+        "wh": round(wh, 4),
+        "operational_gco2e": round(operational, 4),
+        "embodied_gco2e": round(embodied, 4),
+        "method": f"{method}; grid {_ZONE}, {grid.gco2e_per_kwh:g} g/kWh",
+    }
+
+
+def training_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What the training that left `facts` took."""
+    footprint = training_footprint(
+        cpu_s=facts["cpu_s"], flops=facts["flops"], device=facts["device"]
+    )
+    return {"training": facts, "footprint": footprint}
+
+
+def _models(
+    run: Run, asked: Sequence[Question], measured: Mapping[str, Measured]
+) -> dict[str, Any]:
+    """Size, lineage, training and its footprint of every member."""
+    found: dict[str, Any] = {}
+    for name, one in measured.items():
+        found[name] = {"parameters": read_card(member(run, name)).parameters}
+        if name == BASE:
+            found[name]["lineage"] = "the base"
+        else:
+            cut = read_json(cut_out(run, name) / CUT_FILE)
+            keys = ("shape", "parameters", "base_parameters", "layers", "pruned_share")
+            found[name] |= {
+                "lineage": "cut from the base, then trained on its domain",
+                "corpus": run.recipe.domains[name].corpus,
+                "cut": {key: cut[key] for key in keys},
+                "distilled": run.recipe.adapt.distill.weight > 0,
+                **training_facts(read_json(train_chunk(run, name) / ADAPT_FILE)),
+            }
+        skills: dict[str, list[bool]] = defaultdict(list)
+        for question, right in zip(asked, one.right_Q, strict=True):
+            if question.is_test and question.example.skill:
+                skills[f"{question.domain}/{question.example.skill}"].append(bool(right))
+        found[name]["by_skill"] = {skill: share(v) for skill, v in sorted(skills.items())}
+    return found
+
+
+def _losses(asked: Sequence[Question], one: Measured) -> dict[str, float]:
+    """Nats per answer token on the test questions, by domain."""
+    by_domain: dict[str, list[float]] = defaultdict(list)
+    for question, loss in zip(asked, one.losses, strict=True):
+        if question.is_test:
+            by_domain[question.domain].append(float(loss))
+    return {domain: round(float(np.mean(losses)), 5) for domain, losses in by_domain.items()}
+
+
+def _selection(run: Run, domain: str) -> dict[str, Any]:
+    found = selection_of(run, domain)
+    return {
+        "domain": domain,
+        "kept": len(found["kept"]),
+        "of": found["of"],
+        "switch": found["switch"],
+        "trials": found["trials"],
+    }

@@ -1,0 +1,171 @@
+"""Assembles the pool: checkpoints with their cards, pool file, outcomes, laws and report."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from models.downscale.chunks import BASE, member
+from models.downscale.measure.answers import members_measured, outcomes, questions
+from models.downscale.measure.figures import collect
+from models.downscale.measure.laws import laws
+from models.downscale.measure.policies import (
+    CASCADE_FILE,
+    ROUTER_FILE,
+    policies,
+    policies_of,
+    prices,
+)
+from models.downscale.measure.report import all_tables, markdown, write_report
+from models.downscale.measure.serving import ENGINE_KIND
+from models.downscale.stage import MARKS, Run, stage, write_json
+from policies.laws.file import LAWS_FILE
+from policies.outcomes import write_outcomes
+
+OUTCOMES_FILE: Final = "outcomes.jsonl"
+RESULTS_FILE: Final = "results.json"
+TRAINING_FACTS: Final = "training.json"
+_KV_MEMORY_BYTES: Final = 256 * 2**20
+_HEADING: Final = "# Written by shoal downscale; prices are examples.\n"
+
+
+@stage("pool")
+def pool(run: Run, folder: Path) -> None:
+    """Stage: the whole pool, ready to be moved to where it is served from."""
+    figures, measured = collect(run), members_measured(run)
+    write_json(folder / RESULTS_FILE, figures)
+    for name in measured:
+        shutil.copytree(
+            member(run, name),
+            folder / name,
+            ignore=shutil.ignore_patterns(*MARKS),
+            dirs_exist_ok=True,
+        )
+        facts = figures["models"][name]
+        write_json(
+            folder / name / TRAINING_FACTS, {k: v for k, v in facts.items() if k != "by_skill"}
+        )
+        (folder / name / "README.md").write_text(_member_card(name, figures))
+    written = {name: one.written for name, one in measured.items()}
+    write_outcomes(folder / OUTCOMES_FILE, outcomes(questions(run), written))
+    for source, names in (
+        (laws(run), (LAWS_FILE,)),
+        (policies(run), (ROUTER_FILE, CASCADE_FILE)),
+    ):
+        for name in names:
+            if (source / name).exists():
+                shutil.copy(source / name, folder / name)
+    write_report(figures, folder)
+    (folder / "README.md").write_text(_readme(run, figures))
+    (folder / "pool.yaml").write_text(_HEADING + _pool_file(run))
+    for file in folder.iterdir():
+        if file.is_file():  # what was written through temporary files is private to its owner
+            file.chmod(0o644)
+
+
+def _pool_file(run: Run) -> str:
+    engines = [
+        {
+            "name": name,
+            "kind": ENGINE_KIND,
+            "device": "auto",
+            "dtype": "float32",
+            "kv_memory_bytes": _KV_MEMORY_BYTES,
+        }
+        for name in ("chunks", BASE)
+    ]
+    models = [
+        {
+            "name": name,
+            "checkpoint": name,
+            "engine": BASE if name == BASE else "chunks",
+            "domains": list(run.domains) if name == BASE else [name],
+            "usd_per_million_input_tokens": read,
+            "usd_per_million_output_tokens": written,
+        }
+        for name, (read, written) in prices(run).items()
+    ]
+    content = {
+        "name": run.recipe.name,
+        "engines": engines,
+        "models": models,
+        "policies": policies_of(run)["specs"],
+    }
+    return yaml.dump(content, sort_keys=False, Dumper=_Plain)
+
+
+class _Plain(yaml.SafeDumper):
+    """Writes a list that occurs twice out twice."""
+
+    def ignore_aliases(self, data: object) -> bool:  # noqa: ARG002 - none are wanted
+        return True
+
+
+def _member_card(name: str, figures: Mapping[str, Any]) -> str:
+    facts = figures["models"][name]
+    lines = [f"# {name}", "", f"A member of the pool `{figures['pool']}`: {facts['lineage']}.", ""]
+    rows = {"parameters": f"{facts['parameters']:,}"}
+    cut = facts.get("cut")
+    if cut:
+        shape = ", ".join(f"{key} {value}" for key, value in cut["shape"].items())
+        rows |= {
+            "shape": shape,
+            "base": f"{cut['base_parameters']:,} parameters, in `../base`",
+            "pruned": f"{cut['pruned_share']:.1%} of the base; its layers {cut['layers']} are kept",
+        }
+    training = facts.get("training")
+    if training:
+        footprint = facts["footprint"]
+        rows |= {
+            "data": f"{facts['corpus']}, {training['examples']:,} examples, "
+            f"{training['general_share']:.1%} general data",
+            "tokens": f"{training['tokens']:,} in {training['num_steps']:,} steps",
+            "distilled from": "the base" if facts["distilled"] else "nothing, labels alone",
+            "energy": f"{footprint['wh']} Wh ({footprint['method']})",
+            "carbon": f"{footprint['operational_gco2e']} gCO2e operational, "
+            f"{footprint['embodied_gco2e']} gCO2e embodied",
+        }
+    [system] = [s for s in figures["systems"] if s["name"] == name]
+    for domain, share in system["by_domain"].items():
+        low, high = (100 * v for v in share["interval_95"])
+        right = f"{100 * share['exact_match']:.1f}% [{low:.1f}, {high:.1f}]"
+        rows[f"exact match, {domain}"] = f"{right} of {share['asked']} test questions"
+    lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _readme(run: Run, figures: Mapping[str, Any]) -> str:
+    skip = {"Fitted laws"}
+    tables = [markdown(table) for table in all_tables(figures) if table.title not in skip]
+    examples = ["| domain | question | answer |", "|---|---|---|"]
+    seen: set[tuple[str, str | None]] = set()
+    for question in questions(run):
+        kind = question.domain, question.example.skill
+        if question.is_test and kind not in seen and sum(d == kind[0] for d, _ in seen) < 3:
+            seen.add(kind)
+            examples.append(f"| {question.domain} | `{question.text}` | `{question.answer}` |")
+    head = [
+        f"# The pool `{figures['pool']}`",
+        "",
+        f"One base and {len(run.domains)} chunks that were cut from it, each trained on its own "
+        "domain, by `shoal downscale`. The whole report, with plots, is in "
+        "[report.html](report.html); every figure is in `results.json`, every answer in "
+        "`outcomes.jsonl`, the fitted laws in `laws.npz`.",
+        "",
+        "The models know the kinds of questions below and nothing else: they hold no facts, and "
+        "answer anything else with confident nonsense.",
+        "",
+        "![Quality against compute](plots/quality-compute.png)",
+        "",
+        "![Fused loss against the number of members](plots/fused-loss.png)",
+        "",
+        "## What they can be asked",
+        "",
+        *examples,
+        "",
+    ]
+    return "\n".join(head) + "\n" + "\n".join(tables)

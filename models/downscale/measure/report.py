@@ -1,0 +1,221 @@
+"""The report: its tables, for HTML and Markdown alike, and `report.html`, one self-contained page
+that needs no network, with its plots as PNG beside it."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any, Final
+
+from models.downscale.measure.plots import draw_all
+
+REPORT_FILE: Final = "report.html"
+PLOTS_FOLDER: Final = "plots"
+
+_STYLE: Final = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem;
+       color: #222; }
+table { border-collapse: collapse; margin: 0.5rem 0 1.5rem; font-size: 0.85rem; }
+th, td { text-align: left; padding: 0.25rem 0.7rem; border-bottom: 1px solid #ddd; }
+th { border-bottom: 2px solid #888; }
+.wide { overflow-x: auto; }
+img { max-width: 100%; margin: 0.5rem 0; }
+"""
+
+
+Figures = Mapping[str, Any]
+Row = tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A heading, what to know before reading, the column names and the rows."""
+
+    title: str
+    text: str
+    columns: Row
+    rows: tuple[Row, ...]
+
+
+def write_report(figures: Mapping[str, Any], folder: Path) -> None:
+    """Draw the plots into `folder/plots` and write `folder/report.html` with them inside."""
+    plots = draw_all(figures, folder / PLOTS_FOLDER)
+    (folder / REPORT_FILE).write_text(render(figures, plots))
+
+
+def render(figures: Mapping[str, Any], plots: Sequence[Path]) -> str:
+    """The page."""
+    title = f"Pool {figures['pool']}: from one base to {len(figures['domains'])} chunks"
+    first, *others = all_tables(figures)
+    body = "".join([_table(first), *map(_image, plots), *map(_table, others)])
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f"<style>{_STYLE}</style></head><body><h1>{escape(title)}</h1>{body}</body></html>\n"
+    )
+
+
+def markdown(table: Table) -> str:
+    """A table for README files."""
+    lines = [table.columns, ("---",) * len(table.columns), *table.rows]
+    rows = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"## {table.title}\n\n{table.text}\n\n{rows}\n"
+
+
+def _table(table: Table) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in table.columns)
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows
+    )
+    return (
+        f"<h2>{escape(table.title)}</h2><p>{escape(table.text)}</p>"
+        f'<div class="wide"><table><tr>{head}</tr>{rows}</table></div>'
+    )
+
+
+def _image(plot: Path) -> str:
+    data = base64.b64encode(plot.read_bytes()).decode()
+    return f'<p><img alt="{escape(plot.stem)}" src="data:image/png;base64,{data}"></p>'
+
+
+def all_tables(figures: Figures) -> list[Table]:
+    """Every table that the figures allow, in the report's order."""
+    tables = [_systems(figures), _training(figures), _laws(figures), _selection(figures)]
+    return [table for table in tables if table.rows]
+
+
+def percent(figure: Mapping[str, Any], *, digits: int = 1) -> str:
+    """A share with its interval."""
+    low, high = (100 * value for value in figure["interval_95"])
+    value = 100 * figure.get("value", figure.get("exact_match", 0))
+    return f"{value:.{digits}f}% [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _systems(figures: Figures) -> Table:
+    domains = figures["domains"]
+    rows = tuple(
+        (
+            system["name"],
+            f"{system['parameters'] / 1e6:.2f} M",
+            f"{system['usd_per_1000']:.5f}",
+            percent(system["accuracy"]),
+            *(
+                f"{100 * system['by_domain'][d]['exact_match']:.1f}"
+                if d in system["by_domain"]
+                else "–"
+                for d in domains
+            ),
+        )
+        for system in figures["systems"]
+    )
+    return Table(
+        title="Exact match",
+        text=(
+            f"Greedy answers to {figures['num_test_questions']:,} held-out test questions, by the "
+            "engine that serves; the mean is over domains, with 95% intervals from a bootstrap. "
+            "“Parameters” are those at work on each token; the policies auto, cascade, fused and "
+            "best-of decide for each question which models that are. Prices are the pool file's "
+            "examples."
+        ),
+        columns=("system", "parameters", "USD / 1,000", "mean", *domains),
+        rows=rows,
+    )
+
+
+def _training(figures: Figures) -> Table:
+    def rows() -> Iterator[Row]:
+        for name, model in figures["models"].items():
+            training = model.get("training")
+            if training is None:
+                continue
+            footprint = model["footprint"]
+            yield (
+                name,
+                model["lineage"],
+                f"{model['parameters']:,}",
+                f"{training['tokens'] / 1e6:.2f} M",
+                f"{training.get('general_share', 0):.1%}",
+                f"{training['losses'][-1][1]:.4f}" if training["losses"] else "–",
+                f"{footprint['wh']:.3f}",
+                f"{footprint['operational_gco2e'] + footprint['embodied_gco2e']:.3f}",
+            )
+
+    found = tuple(rows())
+    methods = {m["footprint"]["method"] for m in figures["models"].values() if "footprint" in m}
+    return Table(
+        title="Training",
+        text=f"Energy and carbon: {'; '.join(sorted(methods))}.",
+        columns=(
+            "model",
+            "lineage",
+            "parameters",
+            "tokens",
+            "general",
+            "training loss (nats)",
+            "Wh",
+            "gCO2e",
+        ),
+        rows=found,
+    )
+
+
+def _laws(figures: Figures) -> Table:
+    def rows() -> Iterator[Row]:
+        for name, curve in figures["fits"]["curves"].items():
+            if curve["law"] is None:
+                continue
+            r2 = "–" if curve["r2"] is None else f"{curve['r2']:.4f}"
+            yield ("ensemble L(n)", name, _constants(curve["law"], curve["intervals"]), r2)
+        pruning = figures["fits"]["pruning"]
+        if pruning:
+            yield ("P2", "loss after a cut", _constants(pruning["law"], _pairs(pruning)), "–")
+        mixture = figures["fits"]["mixture"]
+        for kind in ("domain", "general") if mixture else ():
+            law = mixture[kind]
+            r2 = "–" if law["r2"] is None else f"{law['r2']:.4f}"
+            yield ("D-CPT", f"{kind} loss", _constants(law["law"], _pairs(law)), r2)
+
+    return Table(
+        title="Fitted laws",
+        text=(
+            "Constants with 95% residual-bootstrap intervals. The ensemble law is fitted to the "
+            "mean over all subsets of each size; the name says what is fused (loss in nats or the "
+            "share of wrong answers), with which weights, on which domain. With one size of base, "
+            "P2's δ, α and Nc, and D-CPT's A and α, cannot be told apart; their predictions can."
+        ),
+        columns=("law", "of", "constants", "R²"),
+        rows=tuple(rows()),
+    )
+
+
+def _pairs(fitted: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    return {name: (one["low"], one["high"]) for name, one in fitted["intervals"].items()}
+
+
+def _constants(law: Mapping[str, float], intervals: Mapping[str, Any] | None) -> str:
+    parts = []
+    for name, value in law.items():
+        low, high = (intervals or {}).get(name, (None, None))
+        bounds = "" if low is None else f" [{low:.3g}, {high:.3g}]"
+        parts.append(f"{name} {value:.3g}{bounds}")
+    return ", ".join(parts)
+
+
+def _selection(figures: Figures) -> Table:
+    def rows() -> Iterator[Row]:
+        for row in figures["selection"]:
+            trials = ", ".join(f"{k} {v:.4f}" for k, v in row["trials"].items())
+            kept = f"{row['kept']:,} of {row['of']:,}"
+            yield row["domain"], kept, row["switch"] or "by lot", trials or "–"
+
+    return Table(
+        title="Selected examples",
+        text=(
+            "Scored by the uncertainty of an ensemble of members; which end is kept was decided "
+            "by the held-out loss of two short trials where both are given."
+        ),
+        columns=("domain", "kept", "which", "trials (nats)"),
+        rows=tuple(rows()),
+    )

@@ -1,0 +1,206 @@
+"""The base: a checkpoint that is checked before work begins, or one that is trained here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from models.card import ModelCard, read_card, weight_files
+from models.chat_template import read_chat_template
+from models.downscale.errors import BaseError, DivergedError
+from models.downscale.recipe import TASKS, BaseShape, BaseStage, BaseTraining
+from models.downscale.render import PLAIN_TEMPLATE, Renderer
+from models.downscale.stage import Run, remembered, stage
+from models.engines.stacked.architecture import read_architecture
+from models.errors import PoolError, TrainingDiverged
+from models.training.checkpoint import export_model
+from models.training.data import Renderer as TaskRenderer
+from models.training.scratch import (
+    LlamaShape,
+    TaskTraining,
+    build_model,
+    grow,
+    num_parameters,
+    train,
+)
+from models.training.tokenizer import build_tokenizer
+
+CHECKPOINT: Final = "checkpoint"
+
+
+@stage("base")
+def base(run: Run, folder: Path) -> None:
+    """Stage: the base, trained into the stage's folder or read from where it is."""
+    settings = run.recipe.base
+    if settings.checkpoint is not None:
+        run.read(Path(settings.checkpoint))
+        return
+    training = settings.train
+    assert training is not None
+    tasks = [run.recipe.domains[name].corpus.removeprefix(TASKS) for name in run.domains]
+    train_base(training, tasks, folder, report=run.report)
+
+
+@remembered
+def base_model(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """The base in fp32, shared and not to be trained, and the tokenizer of all members."""
+    trained = base(run) / CHECKPOINT
+    given = run.recipe.base.checkpoint
+    return load_base(trained if given is None else Path(given))
+
+
+def check_base(folder: Path) -> ModelCard:
+    """Read the card of a base, with the reader of the engine that will serve what is cut from it.
+
+    Raises:
+        BaseError: a file is missing, or its chunks could not be served; names the file and the key.
+    """
+    try:
+        card = read_card(folder)
+        read_architecture(card)
+        read_chat_template(folder)
+        weight_files(folder)
+    except PoolError as error:
+        raise BaseError(f"base.checkpoint: {error}") from None
+    if "quantization_config" in json.loads((folder / "config.json").read_text()):
+        raise BaseError(f"base.checkpoint: {folder}: a quantized checkpoint cannot be cut")
+    return card
+
+
+def load_base(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Load a base in fp32 and its tokenizer, which gets a plain chat template if it has none.
+
+    Raises:
+        BaseError: the weights do not fit the config, or the tokenizer not the weights.
+    """
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise BaseError(f"base.checkpoint: {folder} cannot be loaded: {error}") from None
+    model, found = loaded
+    if found["missing_keys"] or found["mismatched_keys"]:
+        bad = sorted([*found["missing_keys"], *found["mismatched_keys"]])
+        raise BaseError(f"base.checkpoint: {folder}: the weights lack or misfit {bad[:3]}")
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise BaseError(f"base.checkpoint: {folder}: the tokenizer is no fast tokenizer")
+    if len(tokenizer) > model.config.vocab_size:
+        raise BaseError(
+            f"base.checkpoint: {folder}: tokenizer and weights do not belong together: the "
+            f"tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}"
+        )
+    if tokenizer.eos_token_id is None:
+        raise BaseError(f"base.checkpoint: {folder}: the tokenizer has no eos_token")
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    assert isinstance(model, PreTrainedModel)
+    model.generation_config = _generation(model, Renderer(tokenizer).end_tokens())
+    model.eval()  # type: ignore[no-untyped-call]
+    return model, tokenizer
+
+
+def _generation(model: PreTrainedModel, ends: Sequence[int]) -> GenerationConfig:
+    """What the base says of generation, and the tokens that end an answer in its chat template.
+
+    What transformers reads but refuses to write (do_sample off beside a temperature) is left out.
+    """
+    generation = model.generation_config or GenerationConfig()  # type: ignore[no-untyped-call]
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        kept = {name: getattr(generation, name) for name in ("bos_token_id", "pad_token_id")}
+        kept["eos_token_id"] = generation.eos_token_id
+        generation = GenerationConfig(**kept)  # type: ignore[no-untyped-call]
+    given = generation.eos_token_id
+    every = list(dict.fromkeys((*(given if isinstance(given, list) else [given]), *ends)))
+    known = [token for token in every if token is not None]
+    generation.eos_token_id = known[0] if len(known) == 1 else known
+    return generation
+
+
+def train_base(
+    settings: BaseTraining,
+    domains: Sequence[str],
+    folder: Path,
+    *,
+    report: Callable[[str], None],
+) -> Path:
+    """Train a base on the task `domains`, in equal parts, and return its checkpoint's folder.
+
+    Training state is kept under `folder`; an interrupted run goes on from it.
+
+    Raises:
+        BaseError: a stage's depth is no multiple of the one before.
+        DivergedError: the loss is not finite.
+    """
+    tokenizer = build_tokenizer()
+    renderer = TaskRenderer(tokenizer)
+    model: LlamaForCausalLM | None = None
+    for number, stretch in enumerate(settings.stages):
+        deeper = build_model(_shape(settings.shape, stretch), tokenizer, seed=stretch.seed)
+        if model is not None:
+            try:
+                grow(model, deeper)
+            except ValueError as error:
+                raise BaseError(f"base.train.stages.{number}.num_layers: {error}") from None
+        model = deeper
+        try:
+            progress = train(
+                model,
+                renderer,
+                _recipe(settings, stretch, domains),
+                folder=folder / f"stage-{number}",
+                resume=True,
+                report=report,
+            )
+        except TrainingDiverged as error:
+            raise DivergedError(f"base.train.stages.{number}: {error}") from None
+    assert model is not None
+    export_model(model, tokenizer, progress, folder / CHECKPOINT)
+    return folder / CHECKPOINT
+
+
+def trained_parameters(settings: BaseTraining) -> int:
+    """Return how many parameters the base will have, without training it."""
+    with torch.device("meta"):
+        shape = _shape(settings.shape, settings.stages[-1])
+        return num_parameters(build_model(shape, build_tokenizer(), seed=0))
+
+
+def _shape(shape: BaseShape, stretch: BaseStage) -> LlamaShape:
+    return LlamaShape(
+        hidden_size=shape.hidden_size,
+        num_layers=stretch.num_layers,
+        feed_forward_size=shape.intermediate_size,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_size=shape.head_dim,
+    )
+
+
+def _recipe(settings: BaseTraining, stretch: BaseStage, domains: Sequence[str]) -> TaskTraining:
+    return TaskTraining(
+        mixture={name: 1 / len(domains) for name in domains},
+        num_steps=stretch.steps,
+        num_decay_steps=stretch.decay_steps,
+        rows_per_step=stretch.rows_per_step,
+        row_tokens=stretch.row_tokens,
+        learning_rate=stretch.learning_rate,
+        muon_learning_rate=stretch.muon_learning_rate,
+        seed=stretch.seed,
+        compiled=settings.compiled,
+    )

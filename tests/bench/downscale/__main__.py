@@ -1,0 +1,94 @@
+"""Compares a pool with what it might have been: `python -m tests.bench.downscale RECIPE OUT`.
+
+OUT is where `shoal downscale RECIPE --out OUT` made the pool; its stages are read, or made, there,
+and the comparisons that the recipe's `baselines` name become stages beside them. Writes
+comparisons.{json,md} and plots into --report (default: OUT/comparisons), and prints one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from models.downscale.chunks import BASE
+from models.downscale.measure.answers import questions
+from models.downscale.measure.figures import ORACLE, Comparison, collect, describe, systems
+from models.downscale.measure.report import all_tables, markdown
+from models.downscale.pipeline import claimed
+from models.downscale.recipe import read_recipe
+from models.downscale.stage import Run, read_json, write_json
+from tests.bench.downscale.baselines import FINETUNED, baseline_systems, baseline_training
+from tests.bench.downscale.claims import (
+    claims,
+    claims_table,
+    compression,
+    compression_table,
+    other_runs,
+    proposition,
+    proposition_table,
+)
+from tests.bench.downscale.latency import LATENCY_FILE, latency
+from tests.bench.downscale.plots import draw
+from tests.bench.downscale.variants import results_of
+
+
+def main() -> None:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.downscale")
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--report", type=Path, help="where the report goes")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    report = arguments.report or arguments.out / "comparisons"
+    report.mkdir(parents=True, exist_ok=True)
+    with claimed(arguments.out, resume=True) as work:
+        figures = compare(Run(read_recipe(arguments.recipe), work, report=print))
+    write_json(report / "comparisons.json", figures)
+    tables = [claims_table(figures), *all_tables(figures)]
+    tables += [proposition_table(figures), compression_table(figures)]
+    (report / "comparisons.md").write_text("\n".join(map(markdown, tables)))
+    draw(figures, report)
+    print(json.dumps({"bench": "downscale", "claims": figures["claims"]}))
+
+
+def compare(run: Run) -> dict[str, object]:
+    """The pool's figures with those of everything that it is compared with."""
+    domain_Q = [question.domain for question in questions(run) if question.is_test]
+    comparison = Comparison(domain_Q, seed=run.recipe.seed)
+    pool = systems(run)
+    every = {**pool, **baseline_systems(run), **other_runs(run.recipe.compare, domain_Q)}
+    figures = collect(run)
+    curve = figures["fits"]["curves"]["loss/evidence/all"]
+    timings = read_json(latency(run) / LATENCY_FILE)["timings"]
+    return {
+        **figures,
+        "systems": [describe(one, comparison, domain_Q) for one in every.values()],
+        "models": {**figures["models"], **baseline_training(run)},
+        "claims": claims(
+            every,
+            comparison,
+            routed=[ORACLE, "auto"],
+            fused=["fused"],
+            references=[name for name in every if name == BASE or name.endswith(FINETUNED)],
+            curve=curve,
+        ),
+        "proposition": proposition(
+            curve,
+            figures["fits"]["pruning"],
+            base_parameters=pool[BASE].parameters,
+            base_loss=sum(figures["losses"][BASE].values()) / len(figures["losses"][BASE]),
+        ),
+        "compression": compression(run, pool, timings),
+        "timings": timings,
+        "variants": results_of(run),
+    }
+
+
+if __name__ == "__main__":
+    main()
