@@ -14,7 +14,7 @@ POOL := models/pools/default
 # What `make install` brings beside the command itself; see pyproject.toml.
 EXTRAS ?= postgres,parquet
 
-.PHONY: bench-routing pool-router setup setup-vllm install serve test test-ops test-fast test-vllm bench-vllm check bench pool-cascade clean
+.PHONY: bench-routing pool-router setup setup-vllm install serve test test-ops test-fast test-vllm bench-vllm check bench bench-downscale pool-cascade clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -87,6 +87,10 @@ pool-router: $(STAMP)
 # Relearns the default pool's cascade and fusion weights, measures every policy, writes both.
 pool-cascade: $(STAMP)
 	$(BIN)/python -m tests.bench.frontier --pool $(POOL) --install
+
+# Compares a pool with baselines: make bench-downscale RECIPE=recipe.yaml OUT=pool
+bench-downscale: $(STAMP)
+	$(BIN)/python -m tests.bench.downscale $(RECIPE) $(OUT)
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info
