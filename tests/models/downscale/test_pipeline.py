@@ -221,8 +221,8 @@ def test_each_input_reruns_exactly_what_depends_on_it(recipe, tmp_path, trained)
     with_file = changed(recipe, domains={"words": held_out})
     of_words = {one.replace("sums", "words") for one in own}
     assert trained(with_file) == of_words | adapts
-    (tmp_path / "held.jsonl").write_text('{"question": "i?", "answer": "x"}\n' * 2
-                                         + '{"question": "j?", "answer": "x"}')  # fmt: skip
+    with (tmp_path / "held.jsonl").open("a") as file:
+        file.write('\n{"question": "i?", "answer": "x"}')
     assert trained(with_file) == of_words | adapts
     assert trained(changed(with_file, measure={"test_questions": 7})) == set()
     assert trained(changed(with_file, adapt={"tokens": 1_500})) == adapts
