@@ -109,7 +109,7 @@ def test_a_tuned_transformer_routes_and_moves_with_its_file(
     policy = Learned(moved, models=facts, fallback=Answer(members=("adder",)))
     decision = policy.decide(Query(text=texts[1]))
     assert decision.plan == Answer(members=("speller",)), decision.reason
-    assert policy.explain(Query(text=texts[0])).details["strongest_ngrams"] == []
+    assert policy.decide(Query(text=texts[0], explain=True)).details["strongest_ngrams"] == []
 
 
 def test_bad_training_settings_are_refused(tmp_path: Path) -> None:
