@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from policies.encoders.transformer import FineTuned
 from policies.errors import PolicyError
 from policies.outcomes import Outcome, content_sha256
-from policies.routing.fit import FitSettings, held_out_metrics, make_examples
+from policies.routing.fit import FitSettings, held_out_metrics, make_doubt, make_examples
 from policies.routing.heads import Heads, Objective, enhance, fit_platt, mean_scores
 from policies.routing.nearness import Topics, fit_topics, no_landmarks
 from policies.routing.router import Router
@@ -95,13 +95,20 @@ def finetune_router(
     logits_QM = heads.logits(encoded.matrix_QF[held_out_Q])
     platt = fit_platt(logits_QM, unseen_QM)
     heads = platt.scaled(heads)
+    topics = _topics(encoded.points_QD, scores_QM, settings)
     return Router(
         models=examples.models,
         encoder=encoder,
         landmarks=no_landmarks(encoder.num_dimensions),
         weights_FM=heads.weights_FM,
         bias_M=heads.bias_M,
-        topics=_topics(encoded.points_QD, scores_QM, settings),
+        topics=topics,
+        doubt=make_doubt(
+            encoded.points_QD,
+            scores_QM,
+            examples.tags(topics.assign(encoded.points_QD)),
+            settings,
+        ),
         output_tokens_M=examples.mean_output_tokens(),
         facts={
             "data_sha256": content_sha256(examples.outcomes),
@@ -214,6 +221,5 @@ def _topics(points_QD: NDArray[np.float32], scores_QM: Floats, settings: FitSett
         points_QD,
         scores_QM,
         num_clusters=settings.num_clusters,
-        unfamiliar_share=settings.unfamiliar_share,
         seed=settings.seed,
     )

@@ -23,7 +23,7 @@ from policies.encoders.base import Encoder
 from policies.errors import PolicyError
 from policies.outcomes import Outcome, content_sha256, score_table
 from policies.routing.heads import Heads, Objective, fit_heads, fit_platt, regress
-from policies.routing.nearness import fit_landmarks, fit_topics
+from policies.routing.nearness import Doubt, fit_doubt, fit_landmarks, fit_topics
 from policies.routing.router import Router
 
 Floats = NDArray[np.float64]
@@ -40,7 +40,7 @@ class FitSettings:
     What sets models apart is regularised by whichever of `ridges` predicts held-out queries best
     (see `heads`). `num_landmarks`, `sharpness` and `landmark_weight` say how far heads may bend
     (see `nearness`); with no landmarks they are linear.
-    `unfamiliar_share` of queries like the training's are treated as unlike it.
+    About `unfamiliar_share` of new queries like the training's are treated as unlike it.
     """
 
     objective: Objective = field(default_factory=Objective)
@@ -50,7 +50,7 @@ class FitSettings:
     sharpness: float = 3.0
     landmark_weight: float = 4.0
     num_clusters: int = 32
-    unfamiliar_share: float = 0.005
+    unfamiliar_share: float = 0.0175
     held_out_share: float = 0.25
     seed: int = 0
 
@@ -136,7 +136,6 @@ def _fit_router(examples: Examples, encoder: Encoder, settings: FitSettings) -> 
         encoded.points_QD,
         scores_QM,
         num_clusters=settings.num_clusters,
-        unfamiliar_share=settings.unfamiliar_share,
         seed=settings.seed,
     )
     landmarks = fit_landmarks(
@@ -148,6 +147,7 @@ def _fit_router(examples: Examples, encoder: Encoder, settings: FitSettings) -> 
     )
     X_QF = landmarks.beside(encoded)
     tags = examples.tags(topics.assign(encoded.points_QD))
+    doubt = make_doubt(encoded.points_QD, scores_QM, tags, settings)
     held_out_Q = examples.held_out(settings.held_out_share, settings.seed)
     seen_QF, seen_QM = X_QF[~held_out_Q], scores_QM[~held_out_Q]
     unseen_QF, unseen_QM = X_QF[held_out_Q], scores_QM[held_out_Q]
@@ -176,6 +176,7 @@ def _fit_router(examples: Examples, encoder: Encoder, settings: FitSettings) -> 
         weights_FM=heads.weights_FM,
         bias_M=heads.bias_M,
         topics=topics,
+        doubt=doubt,
         output_tokens_M=examples.mean_output_tokens(),
         facts={
             "data_sha256": content_sha256(examples.outcomes),
@@ -184,6 +185,23 @@ def _fit_router(examples: Examples, encoder: Encoder, settings: FitSettings) -> 
             "ridge": ridge,
             "held_out": held_out_metrics(platt.probabilities(logits_QM), unseen_QM),
         },
+    )
+
+
+def make_doubt(
+    points_QD: NDArray[np.float32],
+    scores_QM: Floats,
+    tags: Sequence[Sequence[str]],
+    settings: FitSettings,
+) -> Doubt:
+    """Return `fit_doubt` of the settings; a query's task is its first tag."""
+    return fit_doubt(
+        points_QD,
+        scores_QM,
+        [row[0] for row in tags],
+        num_clusters=settings.num_clusters,
+        unfamiliar_share=settings.unfamiliar_share,
+        seed=settings.seed,
     )
 
 

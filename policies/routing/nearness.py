@@ -5,21 +5,23 @@ exp(γ(cos(x, y) - 1)), by Nyström's method (Williams & Seeger 2001): exact whe
 the landmarks, which are drawn from the training queries. Ridge regression on them is kernel ridge
 regression. Clusters say what each model scored in a neighbourhood: the `Clusters` policy routes by
 it, label enhancement uses it where queries have no tags, and a query near to none of them is unlike
-anything in training.
+anything in training: `Doubt` says what to expect then.
 
 Shape legend: Q queries, D dimensions of a point, L landmarks, N features (at most L), K clusters,
-M models.
+M models, U steps of a distribution.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 from sklearn.cluster import KMeans
+from sklearn.model_selection import GroupKFold, KFold
 
 from policies.encoders.base import Encoded
 
@@ -34,8 +36,14 @@ FAINT_SHARE = 0.01
 SHRINKAGE = 5.0
 """Pseudo-queries with the global mean score that each cluster starts with."""
 
-LEAST_LIKENESS = 0.2
-"""A query this near to a cluster, relative to the median training query, is always familiar."""
+LEAST_LIKENESS = 0.4
+"""A query this near to a cluster, relative to the median new query like training, is familiar."""
+
+NUM_FOLDS = 5
+"""Parts of the training queries, by which similarities of new ones are estimated."""
+
+NUM_STEPS = 101
+"""Quantiles that a distribution of similarities is kept as."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,20 +130,20 @@ def fit_landmarks(
 
 @dataclass(frozen=True, kw_only=True)
 class Topics:
-    """Unit centroids, the models' mean scores in each cluster, and its size.
-
-    A query whose similarity to the nearest centroid is below `familiar_above` is unlike the
-    training queries.
-    """
+    """Unit centroids, the models' mean scores in each cluster, and its size."""
 
     centroids_KD: Floats
     scores_KM: Floats
     sizes_K: NDArray[np.int64]
-    familiar_above: float
 
     def assign(self, points_QD: Floats) -> NDArray[np.int64]:
         """Return the nearest cluster of every query."""
         return np.asarray((points_QD @ self.centroids_KD.T).argmax(1))
+
+    def similarities(self, points_QD: Floats) -> Floats:
+        """Return how similar every query is to its nearest cluster, [Q]."""
+        nearest_Q: Floats = (points_QD @ self.centroids_KD.T).max(1)
+        return nearest_Q
 
 
 def fit_topics(
@@ -143,14 +151,9 @@ def fit_topics(
     scores_QM: NDArray[np.float64],
     *,
     num_clusters: int,
-    unfamiliar_share: float,
     seed: int,
 ) -> Topics:
-    """Cluster by spherical k-means; scores are shrunk towards each model's global mean.
-
-    At most `unfamiliar_share` of the training queries would themselves count as unfamiliar; fewer
-    where they are so uniform that any other wording would.
-    """
+    """Cluster by spherical k-means; scores are shrunk towards each model's global mean."""
     norms = np.linalg.norm(points_QD, axis=1, keepdims=True)
     units = points_QD / np.maximum(norms, 1e-6)
     num_distinct = len({unit.tobytes() for unit in units})
@@ -169,13 +172,83 @@ def fit_topics(
         centroids_KD=centroids.astype(np.float32),
         scores_KM=scores.astype(np.float32),
         sizes_K=np.bincount(labels, minlength=num_clusters),
-        familiar_above=_threshold(similarity.max(1), unfamiliar_share),
     )
 
 
-def _threshold(similarity_Q: NDArray[np.floating], unfamiliar_share: float) -> float:
-    share = np.quantile(similarity_Q, unfamiliar_share)
-    return float(min(share, LEAST_LIKENESS * np.median(similarity_Q)))
+@dataclass(frozen=True, kw_only=True)
+class Doubt:
+    """What to expect of models where a query is unlike the training queries.
+
+    It is where its similarity to the nearest cluster is below `familiar_above`. Whole tasks that
+    were left out of training show what then remains: `left_out_M` are the models' mean scores on
+    those of their queries that were unfamiliar, `left_out_similarity_U` (ascending) how similar
+    these were. A query less like training than they were has less to go by than they had, and so
+    its prediction shrinks further, to nothing where no left-out query was as strange.
+    """
+
+    familiar_above: float
+    left_out_M: Floats
+    left_out_similarity_U: Floats
+
+    def trust(self, similarity: float) -> float:
+        """Return the share of left-out, unfamiliar queries that were no more like training."""
+        below = int(self.left_out_similarity_U.searchsorted(similarity, side="right"))
+        return below / max(1, len(self.left_out_similarity_U))
+
+    def shrunk(self, quality_QM: NDArray[np.float64], similarity_Q: Floats) -> NDArray[np.float64]:
+        """Return the predictions, those of unfamiliar queries replaced by what is left of them."""
+        kept_QM = quality_QM.copy()
+        for q in np.flatnonzero(similarity_Q < self.familiar_above):
+            kept_QM[q] = self.left_out_M * self.trust(float(similarity_Q[q]))
+        return kept_QM
+
+
+def fit_doubt(
+    points_QD: Floats,
+    scores_QM: NDArray[np.float64],
+    tasks: Sequence[str],
+    *,
+    num_clusters: int,
+    unfamiliar_share: float,
+    seed: int,
+) -> Doubt:
+    """Set the threshold and see what left-out tasks would have got, both by cross-validation.
+
+    About `unfamiliar_share` of new queries like the training's fall below the threshold, fewer
+    where they are so uniform that any other wording would. With a single task nothing was left out:
+    then nothing is expected of any model on unfamiliar queries.
+    """
+
+    def unseen(folds: Iterable[tuple[NDArray[np.intp], NDArray[np.intp]]]) -> Floats:
+        similarity_Q = np.empty(len(points_QD), np.float32)
+        for seen, out in folds:
+            topics = fit_topics(
+                points_QD[seen], scores_QM[seen], num_clusters=num_clusters, seed=seed
+            )
+            similarity_Q[out] = topics.similarities(points_QD[out])
+        return similarity_Q
+
+    in_domain_Q = unseen(KFold(NUM_FOLDS, shuffle=True, random_state=seed).split(points_QD))
+    median, tail = np.quantile(in_domain_Q, [0.5, unfamiliar_share])
+    familiar_above = float(min(tail, LEAST_LIKENESS * median))
+    num_tasks = len(set(tasks))
+    left_out_M = np.zeros(scores_QM.shape[1], np.float32)
+    similarity_U = np.empty(0, np.float32)
+    if num_tasks > 1:
+        left_out = GroupKFold(min(2 * NUM_FOLDS, num_tasks)).split(points_QD, groups=tasks)
+        left_out_Q = unseen(left_out)
+        strange_Q = left_out_Q < familiar_above
+        if strange_Q.any():
+            known = ~np.isnan(scores_QM[strange_Q])
+            total_M = np.where(known, scores_QM[strange_Q], 0.0).sum(0)
+            left_out_M = (total_M / np.maximum(known.sum(0), 1)).astype(np.float32)
+            steps = np.linspace(0, 1, NUM_STEPS)
+            similarity_U = np.quantile(left_out_Q[strange_Q], steps).astype(np.float32)
+    return Doubt(
+        familiar_above=familiar_above,
+        left_out_M=left_out_M,
+        left_out_similarity_U=similarity_U,
+    )
 
 
 class Nearness:

@@ -108,8 +108,8 @@ class Learned(Policy):
     """Sends each query to the member whose predicted quality is worth its price.
 
     As ZOOTER does (Lu et al. 2023), less the price. A query unlike the training queries gets
-    `fallback`, the safe plan; without one the predictions are used all the same, and tend to the
-    training averages.
+    `fallback`, the safe plan: by default the member that did best, whatever its price, on whole
+    tasks that training had not seen.
     """
 
     predictor: ClassVar[str] = "predicted"
@@ -130,6 +130,7 @@ class Learned(Policy):
         self._allowed = [(router.models[m], m) for m in self._chooser.allowed.tolist()]
         self._names = tuple(name for name, _ in self._allowed)
         self._plans = tuple(Answer(members=(name,)) for name in router.models)
+        self._safe_plan = fallback or self._plans[self._safest()]
 
     @property
     def router(self) -> Router:
@@ -164,6 +165,7 @@ class Learned(Policy):
                 }
                 for name, m in self._allowed
             ],
+            "doubt": self._doubt(prediction),
             "nearest_cluster": self._cluster(prediction),
             "strongest_ngrams": self._ngrams(query.text, prediction, chosen),
             "likeness_logit": self._likeness(prediction, chosen),
@@ -176,13 +178,12 @@ class Learned(Policy):
         quality_M = self._quality(prediction)
         allowed: list[float] = quality_M[self._chooser.allowed].tolist()
         scores = dict(zip(self._names, allowed, strict=True))
-        familiar_above = self._router.topics.familiar_above
-        if self._fallback is not None and prediction.similarity < familiar_above:
+        if not prediction.familiar:
             return Decision(
-                plan=self._fallback,
+                plan=self._safe_plan,
                 scores=scores,
                 reason=f"unlike the training queries (similarity {prediction.similarity:.2f}, "
-                f"familiar from {familiar_above:.2f}): the safe plan",
+                f"familiar from {self._router.doubt.familiar_above:.2f}): the safe plan",
             )
         chosen = self._chooser.choose(query, quality_M)
         name = self._router.models[chosen]
@@ -193,14 +194,31 @@ class Learned(Policy):
             f"({scores[name]:.2f})",
         )
 
+    def _safest(self) -> int:
+        """Return the member that left-out tasks recommend, its own mean score where they tie."""
+        topics = self._router.topics
+        mean_M = topics.sizes_K @ topics.scores_KM
+        expected_M = self._router.doubt.left_out_M
+        allowed: list[int] = [m for _, m in self._allowed]
+        return max(allowed, key=lambda m: (float(expected_M[m]), float(mean_M[m])))
+
+    def _doubt(self, prediction: Prediction) -> dict[str, Any]:
+        """Return whether the query is unlike training, and how much its predictions shrank."""
+        doubt = self._router.doubt
+        trust = 1.0 if prediction.familiar else doubt.trust(prediction.similarity)
+        return {
+            "familiar": prediction.familiar,
+            "similarity": round(prediction.similarity, 4),
+            "familiar_above": round(doubt.familiar_above, 4),
+            "trust": round(trust, 4),
+        }
+
     def _cluster(self, prediction: Prediction) -> dict[str, Any]:
         topics = self._router.topics
         scores_M = topics.scores_KM[prediction.cluster]
         return {
             "id": prediction.cluster,
             "num_training_queries": int(topics.sizes_K[prediction.cluster]),
-            "similarity": round(prediction.similarity, 4),
-            "familiar_above": round(topics.familiar_above, 4),
             "mean_scores": {name: round(float(scores_M[m]), 4) for name, m in self._allowed},
         }
 
@@ -238,6 +256,8 @@ class Clusters(Learned):
     predictor = "mean"
 
     def _quality(self, prediction: Prediction) -> Floats:
+        if not prediction.familiar:
+            return prediction.quality_M
         scores_M: Floats = self._router.topics.scores_KM[prediction.cluster]
         return scores_M
 

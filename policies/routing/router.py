@@ -23,24 +23,27 @@ from policies.artifact import Artifact, check_shape, read_artifact, write_artifa
 from policies.encoders.base import Encoder, Features, Reader
 from policies.encoders.registry import build_encoder
 from policies.errors import PolicyError
-from policies.routing.nearness import Landmarks, Nearness, Topics
+from policies.routing.nearness import Doubt, Landmarks, Nearness, Topics
 
 Floats = NDArray[np.float64]
 
 _KIND: Final = "router"
-_SCHEMA: Final = 4
+_SCHEMA: Final = 5
 
 
 class Prediction(NamedTuple):
     """What a router says of one query.
 
     `quality_M` are calibrated expected scores in [0, 1]; `cluster` is the nearest, `similarity`
-    how near it is. `likeness_M` is the share of the logits that is owed to the landmarks.
+    how near it is. Where the query is not `familiar`, `quality_M` is what whole tasks that training
+    had not seen make one expect (see `Doubt`). `likeness_M` is the share of the logits that is owed
+    to the landmarks.
     """
 
     quality_M: NDArray[np.float32]
     cluster: int
     similarity: float
+    familiar: bool
     likeness_M: NDArray[np.float32]
     features: Features
 
@@ -60,6 +63,7 @@ class Router:
     weights_FM: NDArray[np.float32]
     bias_M: NDArray[np.float32]
     topics: Topics
+    doubt: Doubt
     output_tokens_M: NDArray[np.float32]
     facts: Mapping[str, Any] = field(default_factory=dict)
     _read: Reader = field(init=False, repr=False, compare=False)
@@ -86,19 +90,28 @@ class Router:
         likeness_M = self._likeness_ML.dot(near_L)
         logits_M += likeness_M
         logits_M += self.bias_M
-        return Prediction(expit(logits_M), cluster, similarity, likeness_M, features)
+        familiar = similarity >= self.doubt.familiar_above
+        quality_M = expit(logits_M) if familiar else self._expected(similarity)
+        return Prediction(quality_M, cluster, similarity, familiar, likeness_M, features)
 
     def qualities(self, texts: Sequence[str]) -> Floats:
-        """Return the heads' expected scores [Q, M] for many queries at once."""
-        features = self.landmarks.beside(self.encoder.encode(texts))
-        logits = np.asarray(features @ self.weights_FM, np.float64)
-        quality: Floats = expit(logits + self.bias_M)
-        return quality
+        """Return the expected scores [Q, M] of many queries at once."""
+        encoded = self.encoder.encode(texts)
+        logits = np.asarray(self.landmarks.beside(encoded) @ self.weights_FM, np.float64)
+        similarity_Q = self.topics.similarities(encoded.points_QD)
+        return self.doubt.shrunk(expit(logits + self.bias_M), similarity_Q)
 
     def cluster_qualities(self, texts: Sequence[str]) -> Floats:
-        """Return the mean scores [Q, M] of each query's nearest cluster."""
-        labels = self.topics.assign(self.encoder.encode(texts).points_QD)
-        return self.topics.scores_KM[labels].astype(np.float64)
+        """Return the mean scores [Q, M] of each query's nearest cluster, with the same doubt."""
+        points_QD = self.encoder.encode(texts).points_QD
+        quality_QM = self.topics.scores_KM[self.topics.assign(points_QD)].astype(np.float64)
+        return self.doubt.shrunk(quality_QM, self.topics.similarities(points_QD))
+
+    def _expected(self, similarity: float) -> NDArray[np.float32]:
+        expected_M: NDArray[np.float32] = self.doubt.left_out_M * np.float32(
+            self.doubt.trust(similarity)
+        )
+        return expected_M
 
 
 def save_router(router: Router, path: Path | str) -> None:
@@ -115,7 +128,7 @@ def save_router(router: Router, path: Path | str) -> None:
                 "kind": router.encoder.kind,
                 "settings": _portable(router.encoder.settings(), path.parent),
             },
-            "familiar_above": router.topics.familiar_above,
+            "familiar_above": router.doubt.familiar_above,
             "sharpness": router.landmarks.sharpness,
             "faint": router.landmarks.faint,
             "facts": facts,
@@ -130,6 +143,8 @@ def save_router(router: Router, path: Path | str) -> None:
             "centroids": router.topics.centroids_KD,
             "cluster_scores": router.topics.scores_KM,
             "cluster_sizes": router.topics.sizes_K,
+            "left_out_scores": router.doubt.left_out_M,
+            "left_out_similarity": router.doubt.left_out_similarity_U,
             "output_tokens": router.output_tokens_M,
             **{f"encoder.{name}": array for name, array in router.encoder.arrays().items()},
         },
@@ -167,6 +182,8 @@ def _restored(artifact: Artifact, folder: Path) -> Router:
         "centroids": (num_clusters, num_dimensions),
         "cluster_scores": (num_clusters, num_models),
         "cluster_sizes": (num_clusters,),
+        "left_out_scores": (num_models,),
+        "left_out_similarity": (len(arrays["left_out_similarity"]),),
         "output_tokens": (num_models,),
     }
     for name, shape in shapes.items():
@@ -189,7 +206,11 @@ def _restored(artifact: Artifact, folder: Path) -> Router:
             centroids_KD=arrays["centroids"],
             scores_KM=arrays["cluster_scores"],
             sizes_K=arrays["cluster_sizes"],
+        ),
+        doubt=Doubt(
             familiar_above=_number("familiar_above", settings),
+            left_out_M=arrays["left_out_scores"],
+            left_out_similarity_U=arrays["left_out_similarity"],
         ),
         output_tokens_M=arrays["output_tokens"],
         facts={

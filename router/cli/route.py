@@ -71,13 +71,20 @@ def _print_details(decision: Decision) -> None:
             f"  {member['model']:<24} quality {member['predicted_quality']:.3f}"
             f"   {usd_per_million:9.4f} USD per million requests"
         )
+    doubt = details.pop("doubt", None)
+    if doubt is not None:
+        known = "like" if doubt["familiar"] else "unlike"
+        shrunk = "" if doubt["familiar"] else f", trust in predictions {doubt['trust']:.2f}"
+        print(
+            f"{known} the training queries: similarity {doubt['similarity']:.2f}, familiar from "
+            f"{doubt['familiar_above']:.2f}{shrunk}"
+        )
     cluster = details.pop("nearest_cluster", None)
     if cluster is not None:
         means = ", ".join(f"{name} {mean:.2f}" for name, mean in cluster["mean_scores"].items())
         print(
             f"nearest cluster {cluster['id']} of {cluster['num_training_queries']} training "
-            f"queries, similarity {cluster['similarity']:.2f} "
-            f"(familiar from {cluster['familiar_above']:.2f})\n  mean scores: {means}"
+            f"queries\n  mean scores: {means}"
         )
     ngrams = details.pop("strongest_ngrams", [])
     if ngrams:

@@ -145,19 +145,19 @@ def test_clusters_find_groups_and_shrink_their_scores() -> None:
     points = np.repeat(np.eye(2, dtype=np.float32), 50, axis=0)
     points += rng.normal(scale=0.05, size=points.shape).astype(np.float32)
     scores = np.repeat([[1.0], [0.0]], 50, axis=0)
-    topics = fit_topics(points, scores, num_clusters=2, unfamiliar_share=0.05, seed=0)
+    topics = fit_topics(points, scores, num_clusters=2, seed=0)
     near, far = np.array([[1, 0], [0.05, 0.05]], np.float32) @ topics.centroids_KD.T
     [cluster] = topics.assign(np.array([[1, 0]], np.float32))
     assert near[cluster] == near.max() == pytest.approx(1, abs=0.05)
     assert topics.sizes_K.tolist() == [50, 50]
     assert topics.scores_KM[cluster, 0] == pytest.approx((50 + 5 * 0.5) / 55)
-    assert far.max() < topics.familiar_above < near.max()
+    assert far.max() < 0.2
 
 
 def test_repeated_queries_make_no_more_clusters_than_there_are() -> None:
     """Three queries asked twenty times each have three clusters, without a warning."""
     points = np.repeat(np.eye(3, dtype=np.float32), 20, axis=0)
-    topics = fit_topics(points, np.ones((60, 1)), num_clusters=6, unfamiliar_share=0.05, seed=0)
+    topics = fit_topics(points, np.ones((60, 1)), num_clusters=6, seed=0)
     assert topics.sizes_K.tolist() == [20, 20, 20]
 
 
