@@ -12,7 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
+
+from pydantic import ValidationError
+
+from policies.errors import PolicyError
+from policies.validation import Settings, first_problem, short
 
 T = TypeVar("T")
 
@@ -58,3 +63,36 @@ class Plugins(Generic[T]):
                 f"{type(loaded).__name__}, not a {self._expected.__name__}"
             )
         return loaded
+
+
+class HasSettings(Protocol):
+    """A kind that a specification names, and the schema of the keys beside it."""
+
+    @property
+    def settings(self) -> type[Settings]:
+        """The keys."""
+        ...
+
+
+K = TypeVar("K", bound=HasSettings)
+
+
+def read_spec(kinds: Plugins[K], spec: Mapping[str, Any]) -> tuple[K, Any]:
+    """Return the kind that `spec` names, and its settings: an instance of the kind's schema.
+
+    Raises `PolicyError` that names the key, the value and what is allowed.
+    """
+    name = spec.get("kind")
+    if not isinstance(name, str):
+        allowed = ", ".join(kinds.names())
+        raise PolicyError(f"kind: {short(name)} is unknown; allowed are {allowed}")
+    try:
+        kind = kinds.load(name)
+    except PluginError as error:
+        raise PolicyError(f"kind: {error}") from None
+    body = {key: value for key, value in spec.items() if key != "kind"}
+    try:
+        return kind, kind.settings.model_validate(body)
+    except ValidationError as error:
+        keys = kind.settings.model_fields
+        raise PolicyError(first_problem(error, where=name, keys=keys)) from None

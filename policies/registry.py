@@ -10,13 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from policies.base import ModelFacts, Policy, members_of
 from policies.building import BuildContext, PolicyKind
 from policies.errors import PolicyError
-from policies.plugins import PluginError, Plugins
-from policies.validation import first_problem, short
+from policies.plugins import Plugins, read_spec
 
 KINDS: Plugins[PolicyKind[Any]] = Plugins(
     "shoal.policies",
@@ -44,19 +41,7 @@ def build_in(spec: Mapping[str, Any], context: BuildContext) -> Policy:
 
     Raises `PolicyError` for an unknown kind or key, or a policy that names a model the pool lacks.
     """
-    name = spec.get("kind")
-    if not isinstance(name, str):
-        raise PolicyError(f"kind: {short(name)} is unknown; allowed are {', '.join(KINDS.names())}")
-    try:
-        kind = KINDS.load(name)
-    except PluginError as error:
-        raise PolicyError(f"kind: {error}") from None
-    body = {key: value for key, value in spec.items() if key != "kind"}
-    try:
-        settings = kind.settings.model_validate(body)
-    except ValidationError as error:
-        keys = kind.settings.model_fields
-        raise PolicyError(first_problem(error, where=name, keys=keys)) from None
+    kind, settings = read_spec(KINDS, spec)
     policy = kind.build(settings, context)
     for member in members_of(policy):
         if member not in context.models:

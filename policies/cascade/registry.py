@@ -1,14 +1,33 @@
-"""Scorers of a pool file, from their specifications (JSON/YAML data)."""
+"""Scorers of a pool file by kind: ours, and those of the entry point group `shoal.scorers`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from policies.cascade.base import Scorer
-from policies.cascade.transformer import build_transformer
-from policies.errors import PolicyError
+from policies.plugins import Plugins, read_spec
+from policies.validation import Settings
+
+S = TypeVar("S", bound=Settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorerKind(Generic[S]):
+    """What `kind: NAME` of a scorer stands for: the keys beside it, and what they build.
+
+    `build` takes the folder where relative paths start, and raises `PolicyError`.
+    """
+
+    settings: type[S]
+    build: Callable[[S, Path], Scorer]
+
+
+KINDS: Plugins[ScorerKind[Any]] = Plugins(
+    "shoal.scorers", ScorerKind, {"transformer": "policies.cascade.transformer:KIND"}
+)
 
 
 def build_scorer(spec: Mapping[str, Any], *, folder: Path) -> Scorer:
@@ -16,12 +35,5 @@ def build_scorer(spec: Mapping[str, Any], *, folder: Path) -> Scorer:
 
     `folder` is where relative paths start. Raises `PolicyError` for an unknown kind, key or value.
     """
-    kind = spec.get("kind")
-    if kind not in _BUILDERS:
-        raise PolicyError(f"kind: {kind!r} is unknown; allowed are {', '.join(sorted(_BUILDERS))}")
-    return _BUILDERS[kind]({key: value for key, value in spec.items() if key != "kind"}, folder)
-
-
-_BUILDERS: dict[str, Callable[[Mapping[str, Any], Path], Scorer]] = {
-    "transformer": build_transformer,
-}
+    kind, settings = read_spec(KINDS, spec)
+    return kind.build(settings, folder)

@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
+
 from policies.cascade.base import Attempt
+from policies.cascade.registry import ScorerKind
 from policies.errors import PolicyError
+from policies.validation import Settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,8 +40,6 @@ class Transformer:
     def __init__(self, path: Path | str, *, max_tokens: int = 512) -> None:
         folder = Path(path)
         config = _read_config(folder)
-        if max_tokens < 8:
-            raise PolicyError(f"transformer.max_tokens: {max_tokens} is not at least 8")
         if not any("SequenceClassification" in name for name in config.get("architectures") or ()):
             raise PolicyError(f"transformer.path: {path} is no sequence-classification checkpoint")
         # Hugging Face's configurations leave out the default, two.
@@ -104,19 +106,19 @@ class Transformer:
         return scores
 
 
-def build_transformer(body: Mapping[str, Any], folder: Path) -> Transformer:
-    """Return the scorer that a pool file's `body` describes; `folder` is where paths start."""
-    for key in body:
-        if key not in ("path", "max_tokens"):
-            raise PolicyError(
-                f"transformer: the key {key!r} is unknown; allowed are path, max_tokens"
-            )
-    path, max_tokens = body.get("path"), body.get("max_tokens", 512)
-    if not isinstance(path, str):
-        raise PolicyError("transformer: the key 'path' must name the checkpoint's folder")
-    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int):
-        raise PolicyError(f"transformer.max_tokens: {max_tokens!r} is not a whole number")
-    return Transformer(folder / path, max_tokens=max_tokens)
+class TransformerSettings(Settings):
+    """`path` is the checkpoint's folder; a pair longer than `max_tokens` is cut."""
+
+    path: str
+    max_tokens: int = Field(512, ge=8)
+
+
+KIND = ScorerKind(
+    settings=TransformerSettings,
+    build=lambda settings, folder: Transformer(
+        folder / settings.path, max_tokens=settings.max_tokens
+    ),
+)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -125,9 +125,12 @@ def test_a_model_without_padding_scores_one_by_one(tmp_path: Path) -> None:
     [
         ({"kind": "bert"}, "kind: 'bert' is unknown; allowed are transformer"),
         ({"path": "/nowhere"}, "/nowhere is not a Hugging Face model's folder"),
-        ({"path": 3}, "the key 'path' must name the checkpoint's folder"),
-        ({"max_tokens": "9"}, "transformer.max_tokens: '9' is not a whole number"),
-        ({"max_tokens": 2}, "transformer.max_tokens: 2 is not at least 8"),
+        ({"path": 3}, "transformer.path: 3 is refused: it should be a valid string"),
+        (
+            {"max_tokens": "9"},
+            "transformer.max_tokens: '9' is refused: it should be a valid integer",
+        ),
+        ({"max_tokens": 2}, "max_tokens: 2 is refused: it should be greater than or equal to 8"),
         ({"device": "cpu"}, "the key 'device' is unknown; allowed are path, max_tokens"),
     ],
 )
