@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from policies.base import Decision, Policy, Query
-from policies.building import BuildContext, PolicyKind
+from policies.fused import needs_prior, with_prior
 from policies.plan import Plan, PlanField, members
-from policies.priors import needs_prior, with_prior
+from policies.registry import BuildContext, PolicyKind
 from policies.validation import Settings
 
 

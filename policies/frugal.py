@@ -9,7 +9,6 @@ from itertools import chain
 from pydantic import Field
 
 from policies.base import Decision, Policy, Query
-from policies.building import BuildContext, PolicyKind
 from policies.cascade.learned import (
     ROUTED,
     CascadePoint,
@@ -18,8 +17,9 @@ from policies.cascade.learned import (
     within_budget,
 )
 from policies.cascade.scorer import LearnedScorer
+from policies.fused import best_members, with_prior
 from policies.plan import Answer, Cascade, Name, Plan, Timeout
-from policies.priors import best_members, with_prior
+from policies.registry import BuildContext, PolicyKind
 from policies.validation import Settings
 
 

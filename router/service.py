@@ -22,10 +22,8 @@ from policies.experiments.shadow import ShadowMeter
 from router.catalog.catalog import Catalog
 from router.config import ServingLimits
 from router.decide import decide
-from router.disconnect import ClientDisconnected, until_disconnected
 from router.engines.base import EngineClient, merge
 from router.errors import ApiError, bad_request, to_api_error
-from router.event_stream import DONE, EventStream, event
 from router.exchange import CLIENT_CLOSED_REQUEST, Exchange
 from router.executor.executor import Executor
 from router.experiments.experiments import Experiments
@@ -38,7 +36,15 @@ from router.openai_api.ask import Ask
 from router.openai_api.endpoint import Endpoint, Head, Writer
 from router.record import RequestRecord
 from router.shoal_field import shoal_field
-from router.streams import before, side_by_side
+from router.streams import (
+    DONE,
+    ClientDisconnected,
+    EventStream,
+    before,
+    event,
+    side_by_side,
+    until_disconnected,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -1,13 +1,22 @@
-"""Several streams read as one."""
+"""Streams of answers: several read as one, ended in time, and sent as server-sent events.
+
+What a client no longer waits for is cancelled: by the end of its time, or when it hangs up.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+import json
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from contextlib import aclosing
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
+
+DONE = b"data: [DONE]\n\n"
 
 
 async def side_by_side(
@@ -61,3 +70,64 @@ async def before(deadline_s: float, stream: AsyncGenerator[T, None]) -> AsyncGen
             except StopAsyncIteration:
                 return
             yield item
+
+
+class ClientDisconnected(Exception):
+    """The client hung up before it had its answer."""
+
+
+async def until_disconnected(receive: Receive, work: Coroutine[object, object, T]) -> T:
+    """Return what `work` returns; cancel it and raise `ClientDisconnected` if the client leaves.
+
+    The request's body must have been read.
+    """
+    worker = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait((worker, watcher), return_when=asyncio.FIRST_COMPLETED)
+        if worker.done():
+            return worker.result()
+        raise ClientDisconnected
+    finally:
+        watcher.cancel()
+        if not worker.done():
+            worker.cancel()
+            await asyncio.gather(worker, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def event(data: Mapping[str, Any]) -> bytes:
+    """Return one event."""
+    return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
+
+
+class EventStream(Response):
+    """Sends events as they come; closes their generator when the client hangs up."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
+        super().__init__(
+            headers={**headers, "cache-control": "no-cache", "x-accel-buffering": "no"}
+        )
+        del self.headers["content-length"]
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        """Send the response."""
+        async with aclosing(self._events):
+            try:
+                await until_disconnected(receive, self._send(send))
+            except (ClientDisconnected, OSError):
+                return
+
+    async def _send(self, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(start)
+        async for data in self._events:
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from policies.base import Decision, ModelFacts, Policy, Query
-from policies.building import BuildContext, PolicyKind
 from policies.errors import PolicyError
 from policies.plan import Answer, Name, Plan, PlanField
+from policies.registry import BuildContext, PolicyKind
 from policies.routing.router import Prediction, Router, load_router
 from policies.validation import Settings
 

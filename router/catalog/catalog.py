@@ -14,9 +14,8 @@ from models.pool import Pool
 from policies.base import Policy
 from policies.carbon.settings import CarbonSettings
 from policies.plan import Answer
-from router.catalog.members import Members
+from router.catalog.members import Members, Prices
 from router.catalog.policies import DEFAULT_POLICY, Policies
-from router.catalog.prices import Prices
 
 _POLICY_PREFIX = "policy/"
 

@@ -1,12 +1,19 @@
-"""The pool's members: which engine runs each, how it reads text, and which answers it can give."""
+"""The pool's members: which engine runs each, how it reads text, what it can answer and costs."""
 
 from __future__ import annotations
+
+import time
+from collections.abc import Mapping
 
 from models.engines.registry import engine_traits
 from models.errors import PoolError, RequestError
 from models.pool import Pool
 from models.tokenizer import Tokenizer, load_tokenizer
+from policies.carbon.grid import GridReading
+from policies.carbon.live import LiveModels
+from policies.carbon.settings import CarbonSettings
 from policies.errors import PolicyError
+from policies.footprint import Rates
 from policies.plan import Answer
 
 
@@ -110,6 +117,33 @@ class Members:
             raise PolicyError(
                 f"the plan updates evidence as tokens come, which the engine {engine!r} cannot"
             )
+
+
+class Prices:
+    """The models' facts with their present rates.
+
+    `grid` is where the grid's intensity comes from; its readings follow a live feed, where one is
+    configured and started. `facts` are what policies know of each model, by name.
+    """
+
+    def __init__(self, pool: Pool, carbon: CarbonSettings) -> None:
+        self.grid = carbon.grid(pool.folder)
+        self.facts = LiveModels(
+            pool.facts(),
+            engine_of={model.name: model.spec.engine for model in pool.models},
+            settings=carbon,
+            grid=self.grid,
+            clock=time.time,
+        )
+
+    @property
+    def rates(self) -> Mapping[str, Rates]:
+        """What each model costs per token, at the grid's present intensity."""
+        return self.facts.rates()
+
+    def grid_reading(self) -> GridReading:
+        """Return the grid's present intensity and where the figure comes from."""
+        return self.grid.at(time.time())
 
 
 def _load_tokenizers(pool: Pool) -> dict[str, Tokenizer]:

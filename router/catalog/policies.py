@@ -14,13 +14,12 @@ from typing import Any
 from models.pool import Pool
 from policies.base import ModelFacts, Policy
 from policies.budget import Controller
-from policies.building import BuildContext
 from policies.cascade.base import Confidence, Ranker, Scorer
 from policies.cascade.registry import build_scorer
 from policies.errors import PolicyError
 from policies.fixed import always
 from policies.plan import Answer, Best, Cascade, Plan, answers, children, members
-from policies.registry import build_in
+from policies.registry import BuildContext
 from router.catalog.members import Members
 
 DEFAULT_POLICY = "auto"
@@ -54,7 +53,6 @@ class Policies(Mapping[str, Policy]):
         self._context = BuildContext(
             folder=pool.folder,
             models=models,
-            build=build_in,
             scorers=self.scorers,
             reserved=frozenset(self.scorers),
         )
@@ -121,7 +119,7 @@ class Policies(Mapping[str, Policy]):
         default = None if name == DEFAULT_POLICY else self.default
         context = replace(self._context, default=default, controllers=[])
         with _at(f"policies.{name}"):
-            policy = build_in(spec, context)
+            policy = context.build(spec)
         for controller in context.controllers:
             self.controllers[name] = controller
         return policy

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from models.engines.base import Chunk
 from policies.base import Query
 from policies.cascade.base import Attempt, BatchScorer, Scorer
+from policies.fused import without_prior
 from policies.plan import Plan
-from policies.priors import without_prior
 
 
 def attempt(

@@ -31,9 +31,9 @@ from policies.cascade.learn import measure_stops, replay_cascade
 from policies.cascade.learned import LearnedCascade
 from policies.cascade.scorer import LearnedScorer
 from policies.evidence import HeldOutAnswers, calibrate, evidence_weights, mixture_nll
+from policies.fused import with_prior
 from policies.outcomes import Outcome, read_outcomes
 from policies.plan import Answer, Plan
-from policies.priors import with_prior
 from tests.bench.frontier_data import fused_outcomes, likelihoods
 from tests.bench.frontier_plot import draw
 

@@ -7,9 +7,8 @@ import pytest
 from policies.base import Decision, ModelFacts, Policy, Query, members_of
 from policies.errors import PolicyError
 from policies.footprint import Rates
-from policies.fused import Fused
+from policies.fused import Fused, needs_prior, with_prior, without_prior
 from policies.plan import Answer, Best, Cascade, Plan
-from policies.priors import needs_prior, with_prior, without_prior
 from policies.registry import build_policy
 
 FACTS = {

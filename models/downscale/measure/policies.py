@@ -48,9 +48,9 @@ from policies.errors import PolicyError
 from policies.evidence import Calibration, HeldOutAnswers, calibrate
 from policies.fixed import Fixed
 from policies.footprint import Rates
+from policies.fused import best_members, with_prior
 from policies.outcomes import Outcome
 from policies.plan import Answer, Best, Cascade, Plan
-from policies.priors import best_members, with_prior
 from policies.registry import build_policy
 from policies.routing.fit import FitSettings, fit_router
 from policies.routing.router import save_router
