@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import replace
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -230,7 +231,7 @@ def _inspect(spec: EngineSpec, options: FakeOptions, models: Sequence[Model]) ->
                 f"engines.{spec.name}.options.models: {name!r} is unknown; "
                 f"allowed are {', '.join(names)}"
             )
-    return _TRAITS
+    return replace(_TRAITS, context_tokens=options.context_tokens)
 
 
 def _create(spec: EngineSpec, options: FakeOptions, models: Sequence[Model]) -> FakeEngine:
