@@ -5,13 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from models.chat_template import PromptFacts, prompt_facts_of, read_prompt_facts
 from models.errors import PoolError
+from models.families import FAMILIES
+from models.sources.gguf import GgufFile, read_gguf
+from models.sources.safetensors import StoredTensor, read_json, read_tensors
 
+# What downscaling can cut.
 SUPPORTED_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+
+CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,73 +38,145 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """Architecture facts of one checkpoint folder.
+    """Facts of one checkpoint, a folder of safetensors or a .gguf file at `path`.
 
-    `parameters` counts every stored weight once (tied embeddings are stored once);
-    `tokenizer_sha256` identifies the tokenizer, so that members can be checked to share one.
+    `source` finds the same files on another machine (see `sources.locate`). `parameters` counts
+    every stored weight once (tied embeddings are stored once). `quantization` names how the weights
+    are packed; None: they are plain floating-point numbers. `end_tokens` end an answer.
+    The tokenizer's own end
+    token is one of them, as it ends a turn of its template.
+    `tokenizer_sha256` identifies the tokenizer, so that members can be checked to share one;
+    `prompt_sha256` also the chat template and what it writes, so that conversations become the
+    same tokens.
     """
 
     path: Path
+    source: str
     shape: Shape
     parameters: int
     context_tokens: int
+    quantization: str | None
+    end_tokens: frozenset[int]
     tokenizer_sha256: str
+    prompt_sha256: str
 
     @property
     def flops_per_token(self) -> float:
         """Inference FLOPs per token, 2N (Sengupta et al. 2025, eq. 15)."""
         return 2.0 * self.parameters
 
+    @property
+    def is_gguf(self) -> bool:
+        """Whether it is a GGUF file; else it is a folder."""
+        return self.path.suffix == ".gguf"
 
-def read_card(path: Path, *, any_architecture: bool = False) -> ModelCard:
-    """Read the card of a Hugging Face checkpoint folder with safetensors weights.
 
-    Reads config.json, the safetensors headers and tokenizer.json, not the weights. Where another
-    library computes the model, `any_architecture` lets others than our own through. Raises
-    `PoolError` that names the missing file or the unsupported value.
+def read_card(path: Path, *, source: str | None = None) -> ModelCard:
+    """Read the card of a checkpoint, of whatever architecture; weights are not read.
+
+    `source` is where it comes from, by default `path` itself. Raises `PoolError` that names the
+    file that is missing or damaged, or the key, its value and what is allowed. Which engine can
+    run it is for the engines to say.
     """
-    config = _read_json(path / "config.json")
-    if any_architecture:
-        config = _flat(config)
-    architecture = str(config.get("model_type"))
-    if architecture not in SUPPORTED_ARCHITECTURES and not any_architecture:
-        raise PoolError(
-            f"{path / 'config.json'}: model_type {architecture!r} is not supported; "
-            f"allowed are {', '.join(SUPPORTED_ARCHITECTURES)}"
-        )
-    tokenizer = path / "tokenizer.json"
-    if not tokenizer.is_file():
-        raise PoolError(f"{tokenizer} is missing; a checkpoint needs its tokenizer beside it")
-    try:
-        num_heads = int(config["num_attention_heads"])
-        shape = Shape(
-            architecture=architecture,
-            num_layers=int(config["num_hidden_layers"]),
-            hidden_size=int(config["hidden_size"]),
-            intermediate_size=int(config["intermediate_size"]),
-            num_heads=num_heads,
-            num_kv_heads=int(config.get("num_key_value_heads") or num_heads),
-            head_dim=int(config.get("head_dim") or int(config["hidden_size"]) // num_heads),
-            vocab_size=int(config["vocab_size"]),
-        )
-        context_tokens = int(config["max_position_embeddings"])
-    except KeyError as error:
-        raise PoolError(f"{path / 'config.json'}: the key {error} is missing") from None
+    if path.suffix == ".gguf":
+        return _card_of_file(read_gguf(path), source or str(path))
+    config = read_config(path)
+    tokenizer = path / TOKENIZER
+    facts = read_json(tokenizer)
+    tensors = read_tensors(path)
+    tokenizer_sha256 = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
+    prompts = read_prompt_facts(path)
     return ModelCard(
         path=path,
-        shape=shape,
-        parameters=_count_parameters(path),
-        context_tokens=context_tokens,
-        tokenizer_sha256=hashlib.sha256(tokenizer.read_bytes()).hexdigest(),
+        source=source or str(path),
+        shape=_read_shape(path / CONFIG, config),
+        parameters=sum(math.prod(tensor.shape) for tensor in tensors.values()),
+        context_tokens=read_count(path / CONFIG, config, "max_position_embeddings"),
+        quantization=_quantization(path, config, tensors),
+        end_tokens=_read_end_tokens(path, config)
+        | _ids_of(prompts.special_tokens.get("eos_token"), facts),
+        tokenizer_sha256=tokenizer_sha256,
+        prompt_sha256=_prompt_sha256(tokenizer_sha256, prompts),
     )
 
 
-def weight_files(path: Path) -> tuple[Path, ...]:
-    """Return the safetensors files of a checkpoint folder; `PoolError` if there are none."""
-    files = tuple(sorted(path.glob("*.safetensors")))
-    if not files:
-        raise PoolError(f"{path} holds no *.safetensors file; no other weight format is read")
-    return files
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return config.json of a checkpoint folder, completed as transformers would.
+
+    What it leaves out is its architecture's default (`families`); of an architecture that is not
+    there, the keys are brought to the names that most use.
+    """
+    config = read_json(folder / CONFIG)
+    family = FAMILIES.get(str(config.get("model_type")))
+    return _flat(config) if family is None else {**family.defaults, **config}
+
+
+def read_count(file: Path, config: Mapping[str, Any], key: str) -> int:
+    """Return the positive whole number at `key` of `file`; raises `PoolError`."""
+    if key not in config:
+        raise PoolError(f"{file}: the key {key!r} is missing")
+    value = config[key]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise PoolError(f"{file}: {key} {value!r} is not allowed; a whole number above 0 is")
+    return value
+
+
+def _card_of_file(file: GgufFile, source: str) -> ModelCard:
+    num_heads = int(file.value("attention.head_count"))
+    hidden_size = int(file.value("embedding_length"))
+    tokenizer = {
+        key: value
+        for key, value in file.metadata.items()
+        if key.startswith("tokenizer.") and not key.startswith("tokenizer.chat_template")
+    }
+    tokenizer_sha256 = _sha256(tokenizer)
+    return ModelCard(
+        path=file.path,
+        source=source,
+        shape=Shape(
+            architecture=file.architecture,
+            num_layers=int(file.value("block_count")),
+            hidden_size=hidden_size,
+            intermediate_size=int(file.value("feed_forward_length", 4 * hidden_size)),
+            num_heads=num_heads,
+            num_kv_heads=int(file.value("attention.head_count_kv", num_heads)),
+            head_dim=int(file.value("attention.key_length", hidden_size // num_heads)),
+            vocab_size=len(file.tokens()),
+        ),
+        parameters=file.parameters,
+        context_tokens=int(file.value("context_length")),
+        quantization=file.quantization,
+        end_tokens=file.end_tokens(),
+        tokenizer_sha256=tokenizer_sha256,
+        prompt_sha256=_prompt_sha256(tokenizer_sha256, prompt_facts_of(file)),
+    )
+
+
+def _prompt_sha256(tokenizer_sha256: str, facts: PromptFacts) -> str:
+    return _sha256([tokenizer_sha256, dict(facts.templates), dict(facts.special_tokens)])
+
+
+def _sha256(facts: object) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _read_shape(file: Path, config: Mapping[str, Any]) -> Shape:
+    num_heads = read_count(file, config, "num_attention_heads")
+    hidden_size = read_count(file, config, "hidden_size")
+
+    def or_default(key: str, default: int) -> int:
+        return default if config.get(key) is None else read_count(file, config, key)
+
+    return Shape(
+        architecture=str(config.get("model_type")),
+        num_layers=read_count(file, config, "num_hidden_layers"),
+        hidden_size=hidden_size,
+        intermediate_size=read_count(file, config, "intermediate_size"),
+        num_heads=num_heads,
+        num_kv_heads=or_default("num_key_value_heads", num_heads),
+        head_dim=or_default("head_dim", hidden_size // num_heads),
+        vocab_size=read_count(file, config, "vocab_size"),
+    )
 
 
 # GPT-2's names, which several families have kept.
@@ -117,29 +197,69 @@ def _flat(config: dict[str, Any]) -> dict[str, Any]:
         given = [flat[key] for key in (name, *others) if flat.get(key) is not None]
         if given:
             flat[name] = given[0]
-    if flat.get("intermediate_size") is None and "hidden_size" in flat:
+    if flat.get("intermediate_size") is None and isinstance(flat.get("hidden_size"), int):
         flat["intermediate_size"] = 4 * int(flat["hidden_size"])  # as transformers assumes
     return flat
 
 
-def _count_parameters(path: Path) -> int:
-    total = 0
-    for file in weight_files(path):
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        total += sum(
-            math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__"
-        )
-    return total
+# Where quantized checkpoints say that they are: keys of config.json, files of their own, and the
+# scales and packed values that stand beside or in place of a weight.
+_QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
+_QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+_QUANTIZED_TENSORS = (
+    *("weight_scale", "weight_scale_inv", "weight_scale_2", "weight_zero_point", "weight_packed"),
+    *("weight_shape", "weight_g_idx", "input_scale", "activation_scale", "k_scale", "v_scale"),
+    *("scales", "biases", "qweight", "qzeros", "g_idx", "SCB", "weight_format"),
+    *("absmax", "nested_absmax", "quant_map", "nested_quant_map", "_data", "_scale"),
+)
+_PLAIN_TYPES = ("F64", "F32", "F16", "BF16")
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise PoolError(f"{file} is missing; is {file.parent} a Hugging Face checkpoint folder?")
-    try:
-        data = json.loads(file.read_text())
-    except ValueError as error:
-        raise PoolError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise PoolError(f"{file} does not hold a JSON object")
-    return data
+def _quantization(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
+) -> str | None:
+    """Say how the weights are quantized, and where that is written; None if they are not."""
+    for key in _QUANTIZATION_KEYS:
+        if config.get(key) is not None:
+            method = config[key].get("quant_method") if isinstance(config[key], dict) else None
+            return f"{method or key} ({CONFIG}: {key})"
+    for name in _QUANTIZATION_FILES:
+        if (folder / name).is_file():
+            return f"by {name}"
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _PLAIN_TYPES and not name.endswith(".inv_freq"):
+            return f"{tensor.dtype} ({tensor.file.name}: {name})"
+        end = name.rpartition(".")[2]
+        if end in _QUANTIZED_TENSORS or end.startswith("quant_state"):
+            return f"with scales of its own ({tensor.file.name}: {name})"
+    return None
+
+
+def _read_end_tokens(folder: Path, config: Mapping[str, Any]) -> frozenset[int]:
+    """Return what ends an answer: generation_config.json's tokens, else config.json's."""
+    generation = folder / GENERATION
+    files = [(generation, read_json(generation))] if generation.is_file() else []
+    stated = []
+    for file, facts in (*files, (folder / CONFIG, config)):
+        found = facts.get("eos_token_id")
+        if found is None:
+            continue
+        ends = found if isinstance(found, list) else [found]
+        if not all(isinstance(end, int) and not isinstance(end, bool) for end in ends):
+            raise PoolError(
+                f"{file}: eos_token_id {found!r} is not allowed; a token id or a list of them is"
+            )
+        stated.append(frozenset(ends))
+    return stated[0] if stated else frozenset()
+
+
+def _ids_of(text: str | None, tokenizer: Mapping[str, Any]) -> set[int]:
+    """Return the id of the token `text` in tokenizer.json; nothing if it has none."""
+    for token in tokenizer.get("added_tokens") or ():
+        if token.get("content") == text:
+            return {int(token["id"])}
+    vocabulary = (tokenizer.get("model") or {}).get("vocab")
+    if isinstance(vocabulary, dict):
+        return {int(vocabulary[text])} if text in vocabulary else set()
+    # Unigram: pairs of token and score
+    return {index for index, entry in enumerate(vocabulary or ()) if entry[0] == text}

@@ -1,37 +1,61 @@
-"""Chat templates: the Jinja text by which a checkpoint turns a conversation into its prompt."""
+"""Chat templates: the Jinja text by which a checkpoint turns a conversation into its prompt.
+
+They are rendered as transformers does (its `utils/chat_template_utils.py`), without importing it.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from jinja2 import nodes
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from models.errors import PoolError, RequestError
+from models.sources.gguf import GgufFile, read_gguf
+from models.sources.safetensors import TEMPLATES, read_json
 
 Message: TypeAlias = Mapping[str, Any]
 """One turn of a conversation: `role` and `content`, both text. An assistant's turn that calls tools
 has `tool_calls`, a tool's turn the `tool_call_id` that it answers, as OpenAI writes them.
 """
 
+_DEFAULT = "default"  # transformers' name of the template that stands alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptFacts:
+    """What a checkpoint says of prompts: templates by name, and named special tokens' texts."""
+
+    templates: Mapping[str, str]
+    special_tokens: Mapping[str, str]
+
 
 class ChatTemplate:
     """Renders conversations as Hugging Face does: sandboxed, with the model's special tokens."""
 
-    def __init__(self, source: str, *, special_tokens: Mapping[str, str]) -> None:
-        """Compile `source`; raises jinja2's `TemplateSyntaxError`."""
+    def __init__(
+        self, source: str, *, special_tokens: Mapping[str, str], tool_use: str | None = None
+    ) -> None:
+        """Compile `source`, and `tool_use` if there is another for requests that offer tools.
+
+        Raises jinja2's `TemplateSyntaxError`.
+        """
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         self._template = environment.from_string(source)
+        self._tool_use = environment.from_string(tool_use) if tool_use else self._template
         self._special_tokens = dict(special_tokens)
 
     def render(
@@ -45,10 +69,11 @@ class ChatTemplate:
 
         The assistant may call `tools`, where the template knows how to say so.
 
-        Raises `RequestError` where the template refuses the conversation.
+        Raises `RequestError` where the template refuses the conversation or fails on it.
         """
+        template = self._tool_use if tools else self._template
         try:
-            return self._template.render(
+            return template.render(
                 messages=[_turn(message) for message in messages],
                 add_generation_prompt=generation_prompt,
                 tools=[dict(tool) for tool in tools] or None,
@@ -59,33 +84,101 @@ class ChatTemplate:
             raise RequestError(
                 f"messages: the chat template refuses them: {error}", "messages"
             ) from None
+        except Exception as error:  # a template is a program of somebody else's
+            raise RequestError(
+                f"messages: the chat template fails on them: {type(error).__name__}: {error}",
+                "messages",
+            ) from None
 
 
-def read_chat_template(folder: Path) -> ChatTemplate | None:
-    """Return the template of a checkpoint folder, None if it has none.
+def read_chat_template(path: Path) -> ChatTemplate | None:
+    """Return the template of a checkpoint (a folder or a .gguf file), None if it has none.
 
-    It is in chat_template.jinja, or in tokenizer_config.json, alone or as the one called
-    "default". Raises `PoolError` that names the file.
+    Raises `PoolError` that names the file.
     """
-    config = _read(folder / "tokenizer_config.json")
-    file = folder / "chat_template.jinja"
-    source = file.read_text() if file.is_file() else config.get("chat_template")
-    if isinstance(source, list):
-        named = {entry.get("name"): entry.get("template") for entry in source}
-        source = named.get("default")
-    if source is None:
+    facts = read_prompt_facts(path)
+    if not facts.templates:
         return None
-    special = {**_read(folder / "special_tokens_map.json"), **config}
+    if _DEFAULT not in facts.templates:
+        raise PoolError(
+            f"{path}: of its chat templates {', '.join(sorted(facts.templates))} none is called "
+            f"{_DEFAULT!r}"
+        )
+    try:
+        return ChatTemplate(
+            facts.templates[_DEFAULT],
+            special_tokens=facts.special_tokens,
+            tool_use=facts.templates.get("tool_use"),
+        )
+    except TemplateSyntaxError as error:
+        raise PoolError(f"{path}: the chat template cannot be read: {error}") from None
+
+
+def read_prompt_facts(path: Path) -> PromptFacts:
+    """Read templates and named special tokens of a folder or a .gguf file; raises `PoolError`.
+
+    In a folder the templates are chat_template.jinja and additional_chat_templates/, or in
+    tokenizer_config.json, alone or by name.
+    """
+    if path.suffix == ".gguf":
+        return prompt_facts_of(read_gguf(path))
+    config = read_tokenizer_config(path)
+    source = config.get("chat_template")
+    if isinstance(source, list):
+        templates = {str(entry.get("name")): str(entry.get("template")) for entry in source}
+    else:
+        templates = {} if source is None else {_DEFAULT: str(source)}
+    files = [path / "chat_template.jinja", *path.glob(f"{TEMPLATES}/*.jinja")]
+    written = {
+        _DEFAULT if file == files[0] else file.stem: _read_text(file)
+        for file in files
+        if file.is_file()
+    }
+    named = {**config, **_dict(config.get("extra_special_tokens"))}
     tokens = {
         name: text
-        for name, value in special.items()
-        if name.endswith("_token")
+        for name, value in named.items()
+        if (name.endswith("_token") or name in _dict(config.get("extra_special_tokens")))
         and isinstance(text := value.get("content") if isinstance(value, dict) else value, str)
     }
-    try:
-        return ChatTemplate(str(source), special_tokens=tokens)
-    except TemplateSyntaxError as error:
-        raise PoolError(f"{folder}: the chat template cannot be read: {error}") from None
+    return PromptFacts(templates=written or templates, special_tokens=tokens)
+
+
+def read_tokenizer_config(folder: Path) -> dict[str, Any]:
+    """Return tokenizer_config.json; without its own list of added tokens, older files complete it.
+
+    That is transformers' rule for special_tokens_map.json. Raises `PoolError`.
+    """
+    config, older = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
+    facts = read_json(config) if config.is_file() else {}
+    if "added_tokens_decoder" not in facts and older.is_file():
+        facts.update(read_json(older))
+    return facts
+
+
+def prompt_facts_of(file: GgufFile) -> PromptFacts:
+    """Return the same of a GGUF file that has been read."""
+    key = "tokenizer.chat_template"
+    return PromptFacts(
+        templates={
+            name.removeprefix(key).removeprefix(".") or _DEFAULT: str(source)
+            for name, source in file.metadata.items()
+            if name == key or name.startswith(f"{key}.")
+        },
+        special_tokens=file.special_tokens(),
+    )
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what an assistant wrote, for training; rendering ignores it."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2's own declaration
+
+    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+        """Return the block's body, in a scope of its own as in transformers."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
 
 
 def _turn(message: Message) -> dict[str, Any]:
@@ -106,19 +199,32 @@ def _arguments(function: Mapping[str, Any]) -> object:
         return function["arguments"]
 
 
-def _read(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
+def _dict(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _read_text(file: Path) -> str:
     try:
-        data = json.loads(file.read_text())
-    except ValueError as error:
-        raise PoolError(f"{file} is not valid JSON: {error}") from None
-    return data if isinstance(data, dict) else {}
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PoolError(f"{file} cannot be read: {error}") from None
 
 
-def _to_json(value: object, indent: int | None = None) -> str:
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """Jinja's own filter escapes HTML, which prompts must not."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
 
 
 def _refuse(message: str) -> None:

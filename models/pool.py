@@ -18,9 +18,13 @@ from pydantic import ValidationError
 from models.card import read_card
 from models.engines.registry import engine_traits
 from models.errors import PoolError
+from models.sources.locate import locate
 from models.spec import EngineSpec, Model, ModelSpec, PoolFile, RemoteModelSpec
 from policies.base import ModelFacts
 from policies.validation import explain
+
+# Beside the pool file: which commits its Hub sources stand for (see `sources.hub`).
+LOCK = "pool.lock"
 
 DEFAULT_POOL = Path(__file__).parent / "pools" / "default"
 
@@ -76,12 +80,11 @@ def load_pool(path: Path | str) -> Pool:
     except ValidationError as error:
         raise PoolError(f"{file}: {explain(error)}") from None
     _check_names(file, content)
-    kinds = {engine.name: engine.kind for engine in content.engines}
     pool = Pool(
         name=content.name,
         folder=file.parent,
         engines=content.engines,
-        models=tuple(_load_model(file, spec, kinds[spec.engine]) for spec in content.models),
+        models=tuple(_load_model(file, spec) for spec in content.models),
         policies=content.policies,
         scorers=content.scorers,
     )
@@ -115,17 +118,15 @@ def _check_names(file: Path, content: PoolFile) -> None:
         raise PoolError(f"{file}: engines.{name} runs no model; give it one or remove it")
 
 
-def _load_model(file: Path, spec: ModelSpec, kind: str) -> Model:
+def _load_model(file: Path, spec: ModelSpec) -> Model:
     if spec.remote is not None:
         return _load_remote(file, spec, spec.remote)
     if spec.checkpoint is None:
         return Model(spec=spec, card=None)
-    folder = file.parent / spec.checkpoint
-    if not folder.is_dir():
-        raise PoolError(f"{file}: models.{spec.name}.checkpoint: there is no folder {folder}")
     try:
-        card = read_card(folder, any_architecture=kind == "vllm")
-        return Model(spec=spec, card=card, tokenizer=folder)
+        found = locate(spec.checkpoint, folder=file.parent, lock=file.parent / LOCK)
+        card = read_card(found.path, source=found.source)
+        return Model(spec=spec, card=card, tokenizer=found.path)
     except PoolError as error:
         raise PoolError(f"{file}: models.{spec.name}.checkpoint: {error}") from None
 
@@ -136,7 +137,10 @@ def _load_remote(file: Path, spec: ModelSpec, remote: RemoteModelSpec) -> Model:
         raise PoolError(f"{where}: a model has a checkpoint or is remote, not both")
     if remote.tokenizer is None:
         return Model(spec=spec, card=None)
-    folder = file.parent / remote.tokenizer
-    if not (folder / "tokenizer.json").is_file():
-        raise PoolError(f"{where}.remote.tokenizer: there is no {folder / 'tokenizer.json'}")
-    return Model(spec=spec, card=None, tokenizer=folder)
+    try:
+        found = locate(remote.tokenizer, folder=file.parent, lock=file.parent / LOCK)
+    except PoolError as error:
+        raise PoolError(f"{where}.remote.tokenizer: {error}") from None
+    if found.path.is_dir() and not (found.path / "tokenizer.json").is_file():
+        raise PoolError(f"{where}.remote.tokenizer: there is no {found.path / 'tokenizer.json'}")
+    return Model(spec=spec, card=None, tokenizer=found.path)

@@ -59,11 +59,11 @@ class EngineSpec(_Strict):
 class RemoteModelSpec(_Strict):
     """A model behind another server, as far as the pool file can tell.
 
-    `model` is its name there (default: its name here). `tokenizer` is a folder (relative to the
-    pool file) with its tokenizer.json and chat template: without one, prompts count as one token
-    per four bytes until the server has counted them. With `parameters`, and the hardware of its
-    engine in the configuration's `carbon.engines`, its energy and carbon are modelled; else they
-    are unknown, and footprints say so.
+    `model` is its name there (default: its name here). `tokenizer` is a source like `checkpoint`,
+    with its tokenizer and chat template: without one, prompts count as one token per four bytes
+    until the server has counted them. With `parameters`, and the hardware of its engine in the
+    configuration's `carbon.engines`, its energy and carbon are modelled; else they are unknown, and
+    footprints say so.
     """
 
     model: str | None = None
@@ -73,7 +73,10 @@ class RemoteModelSpec(_Strict):
 
 
 class ModelSpec(_Strict):
-    """One model: where its checkpoint is (relative to the pool file), who runs it, its price.
+    """One model: where its checkpoint is, who runs it, its price.
+
+    `checkpoint` is a source as `sources.locate` reads it: a folder or a .gguf file (relative to the
+    pool file), `hf:ORG/NAME[@REVISION]`, `package:DISTRIBUTION/FILE`.
 
     `remote` takes the checkpoint's place where a `remote` engine asks another server.
     """
@@ -105,7 +108,7 @@ class PoolFile(_Strict):
 class Model:
     """A pool's model: what the file says and, where it has a checkpoint, what that says.
 
-    `tokenizer` is the folder that holds its tokenizer; None where nobody knows it.
+    `tokenizer` is the folder or .gguf file that holds its tokenizer; None where nobody knows it.
     """
 
     spec: ModelSpec

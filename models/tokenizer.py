@@ -7,14 +7,18 @@ from the engines. It knows nothing of HTTP or plans.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from models.chat_template import Message, read_chat_template
+from models.chat_template import Message, read_chat_template, read_tokenizer_config
 from models.errors import PoolError, RequestError
+from models.sources.gguf import build_tokenizer, read_gguf
+from models.sources.safetensors import read_json
 
 if TYPE_CHECKING:
+    import tokenizers
+
     from models.spec import Model
 
 
@@ -82,23 +86,20 @@ class ByteTokenizer:
 
 
 class CheckpointTokenizer:
-    """The tokenizer and chat template that a Hugging Face checkpoint folder holds.
+    """The tokenizer and chat template of a checkpoint, a Hugging Face folder or a .gguf file.
 
-    Reads tokenizer.json with the `tokenizers` library: the same ids as transformers' tokenizers,
-    without the ten seconds of CPU time that importing those takes.
+    Uses the `tokenizers` library: the same ids as transformers' tokenizers, without the ten seconds
+    of CPU time that importing those takes.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Load from `folder`, without network; `PoolError` names what cannot be read."""
-        import tokenizers  # noqa: PLC0415 - not needed where no model has a checkpoint
+    def __init__(self, path: Path) -> None:
+        """Load from `path`, without network; `PoolError` names what cannot be read."""
+        self._tokenizer = read_tokenizer(path)
+        self._template = read_chat_template(path)
 
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the library raises bare exceptions
-            raise PoolError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from None
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
-        self._template = read_chat_template(folder)
+    def token_text(self, token_id: int) -> str:
+        """Return a token as the vocabulary has it; empty if it hasn't."""
+        return self._tokenizer.id_to_token(token_id) or ""
 
     @property
     def has_chat_template(self) -> bool:
@@ -158,6 +159,99 @@ class RoughTokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:  # noqa: ARG002 - the contract
         """Return nothing: the text is not in the ids."""
         return ""
+
+
+def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    """Return the tokenizer of a checkpoint (a folder or a .gguf file) as transformers would.
+
+    That is tokenizer.json, with what tokenizer_config.json adds to it: tokens, which of them are
+    special, and whether a text begins or ends with one. Raises `PoolError` that names the file.
+    """
+    import tokenizers  # noqa: PLC0415 - not needed where no model has a checkpoint
+
+    if path.suffix == ".gguf":
+        return build_tokenizer(read_gguf(path))
+    file = path / "tokenizer.json"
+    read_json(file)  # says what is wrong with it more plainly than the library
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        _complete(tokenizer, read_tokenizer_config(path))
+    except PoolError:
+        raise
+    except Exception as error:  # the library raises bare exceptions
+        raise PoolError(f"{file} cannot be read: {error}") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def special_ids(tokenizer: tokenizers.Tokenizer) -> frozenset[int]:
+    """Return the ids that decoding leaves out; other added tokens are text."""
+    added = tokenizer.get_added_tokens_decoder()
+    return frozenset(index for index, token in added.items() if token.special)
+
+
+def _complete(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
+    """Do to `tokenizer` what transformers does with tokenizer_config.json."""
+    from tokenizers import AddedToken  # noqa: PLC0415
+    from tokenizers.processors import TemplateProcessing  # noqa: PLC0415
+
+    def token(value: str | Mapping[str, Any], **flags: bool) -> AddedToken:
+        if isinstance(value, str):
+            return AddedToken(value, special=True)
+        return AddedToken(**{k: v for k, v in value.items() if k != "__type"} | flags)
+
+    listed = config.get("added_tokens_decoder") or {}
+    named = {
+        key: token(value, special=True)
+        for key, value in config.items()
+        if key.endswith("_token") and isinstance(value, str | dict)
+    }
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or ()
+    extra = extra.values() if isinstance(extra, dict) else extra
+    known = {repr(added) for added in tokenizer.get_added_tokens_decoder().values()}
+    additions = [token(listed[index]) for index in sorted(listed, key=int)]
+    additions = [added for added in additions if repr(added) not in known]
+    texts = {added.content for added in tokenizer.get_added_tokens_decoder().values()}
+    texts |= {added.content for added in additions}
+    for added in (*named.values(), *(token(value, special=True) for value in extra)):
+        if added.content not in texts:
+            additions.append(added)
+            texts.add(added.content)
+    for added in additions:
+        added.special = added.special or any(added.content == n.content for n in named.values())
+        tokenizer.add_tokens([added])
+    if "add_bos_token" in config or "add_eos_token" in config:
+        begin, end = (
+            named[f"{name}_token"].content
+            if config.get(f"add_{name}_token") and f"{name}_token" in named
+            else ""
+            for name in ("bos", "eos")
+        )
+        tokenizer.post_processor = TemplateProcessing(
+            single=f"{begin} $A {end}".strip(),
+            special_tokens=[(text, tokenizer.token_to_id(text)) for text in (begin, end) if text],
+        )
+
+
+def load_tokenizers(models: Iterable[Model]) -> dict[str, Tokenizer]:
+    """Return every model's tokenizer by name; models that prompt alike share one.
+
+    Two models with one tokenizer and different chat templates have one each. Raises `PoolError`.
+    """
+    loaded: dict[object, Tokenizer] = {}
+    by_model: dict[str, Tokenizer] = {}
+    for model in models:
+        remote = model.spec.remote is not None
+        key = model.card.prompt_sha256 if model.card else (model.tokenizer, remote)
+        if key not in loaded:
+            try:
+                loaded[key] = load_tokenizer(model)
+            except PoolError as error:
+                where = "remote.tokenizer" if remote else "checkpoint"
+                raise PoolError(f"models.{model.name}.{where}: {error}") from None
+        by_model[model.name] = loaded[key]
+    return by_model
 
 
 def load_tokenizer(model: Model) -> Tokenizer:

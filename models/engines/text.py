@@ -5,17 +5,25 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterable
 
+import tokenizers
 from llguidance import LLTokenizer
 
 
 class Vocabulary:
-    """The raw bytes of every token; empty for special tokens, which leave no text."""
+    """The raw bytes of every token; empty for special tokens, which leave no text.
 
-    def __init__(self, tokenizer: LLTokenizer) -> None:
-        self._raw = tuple(
-            b"" if tokenizer.is_special_token(i) else bytes(tokenizer.decode_bytes([i]))
-            for i in range(tokenizer.vocab_size)
-        )
+    Which are special is the tokenizer's own word: `<think>` is text where it says no more.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, grammars: LLTokenizer) -> None:
+        """Take the bytes of ordinary tokens from `grammars`, which has them all at hand."""
+        raw = [bytes(grammars.decode_bytes([i])) for i in range(grammars.vocab_size)]
+        for i in range(tokenizer.get_vocab_size(), grammars.vocab_size):  # a padded vocabulary
+            raw[i] = b""
+        for i, token in tokenizer.get_added_tokens_decoder().items():
+            if i < len(raw):
+                raw[i] = b"" if token.special else token.content.encode()
+        self._raw = tuple(raw)
 
     def raw(self, token: int) -> bytes:
         """Return the bytes that `token` stands for."""

@@ -82,7 +82,7 @@ def _fingerprint(pool: Pool) -> str:
     seen = [
         version("shoal"),
         [
-            (m.spec.model_dump(mode="json"), m.card.tokenizer_sha256 if m.card else None)
+            (m.spec.model_dump(mode="json"), m.card.prompt_sha256 if m.card else None)
             for m in pool.models
         ],
     ]

@@ -6,9 +6,9 @@ import time
 from collections.abc import Mapping
 
 from models.engines.registry import engine_traits
-from models.errors import PoolError, RequestError
+from models.errors import RequestError
 from models.pool import Pool
-from models.tokenizer import Tokenizer, load_tokenizer
+from models.tokenizer import Tokenizer, load_tokenizers
 from policies.carbon.grid import GridReading
 from policies.carbon.live import LiveModels
 from policies.carbon.settings import CarbonSettings
@@ -28,7 +28,7 @@ class Members:
             engine.name: engine_traits(engine, pool.models_of(engine.name))
             for engine in pool.engines
         }
-        self._tokenizers = _load_tokenizers(pool)
+        self._tokenizers = load_tokenizers(pool.models)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -144,20 +144,3 @@ class Prices:
     def grid_reading(self) -> GridReading:
         """Return the grid's present intensity and where the figure comes from."""
         return self.grid.at(time.time())
-
-
-def _load_tokenizers(pool: Pool) -> dict[str, Tokenizer]:
-    """Return every model's tokenizer; models with the same one share it."""
-    loaded: dict[object, Tokenizer] = {}
-    by_model: dict[str, Tokenizer] = {}
-    for model in pool.models:
-        remote = model.spec.remote is not None
-        key = model.card.tokenizer_sha256 if model.card else (model.tokenizer, remote)
-        if key not in loaded:
-            try:
-                loaded[key] = load_tokenizer(model)
-            except PoolError as error:
-                where = "remote.tokenizer" if remote else "checkpoint"
-                raise PoolError(f"models.{model.name}.{where}: {error}") from None
-        by_model[model.name] = loaded[key]
-    return by_model

@@ -9,6 +9,7 @@ import typer
 
 from router.cli import (
     chat,
+    checkpoints,
     downscale,
     evaluate,
     experiment,
@@ -56,6 +57,8 @@ app.command()(serve.serve)
 app.command()(chat.chat)
 app.command()(models.models)
 app.command()(plan.plan)
+app.command()(checkpoints.inspect)
+app.command()(checkpoints.pull)
 app.command()(replay.replay)
 app.command()(replay_budget.replay_budget)
 app.command()(report.report)

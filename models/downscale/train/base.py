@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from models.card import ModelCard, read_card, weight_files
+from models.card import ModelCard, read_card
 from models.chat_template import read_chat_template
 from models.downscale.errors import BaseError, DivergedError
 from models.downscale.recipe import TASKS, BaseShape, BaseStage, BaseTraining
@@ -71,11 +70,8 @@ def check_base(folder: Path) -> ModelCard:
         card = read_card(folder)
         read_architecture(card)
         read_chat_template(folder)
-        weight_files(folder)
     except PoolError as error:
         raise BaseError(f"base.checkpoint: {error}") from None
-    if "quantization_config" in json.loads((folder / "config.json").read_text()):
-        raise BaseError(f"base.checkpoint: {folder}: a quantized checkpoint cannot be cut")
     return card
 
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from models.engines.base import Engine
 from models.engines.kind import EngineKind, EngineTraits, check_one_shape
+from models.engines.stacked.architecture import read_stack
 from models.spec import EngineSpec, Model
 
 
@@ -40,6 +41,7 @@ _TRAITS = EngineTraits()
 
 def _inspect(spec: EngineSpec, _options: StackedOptions, models: Sequence[Model]) -> EngineTraits:
     check_one_shape(spec, models)
+    read_stack([model.card for model in models if model.card is not None])
     return _TRAITS
 
 

@@ -146,20 +146,20 @@ class Buffers:
         self.x_ND, normed_ND = empty(shape.hidden_size), empty(shape.hidden_size)
         qkv_NQ = empty(query_size + 2 * kv_size)
         attended_NQ = empty(query_size)
-        gate_up_NF, self.activated_NF = (
+        self.gate_up_NF, self.activated_NF = (
             empty(2 * shape.intermediate_size),
             empty(shape.intermediate_size),
         )
         self.norm = Norm(self.x_ND, normed_ND, eps)
         self.to_qkv = Product(normed_ND, qkv_NQ, rows)
         self.from_attention = Product(attended_NQ, self.x_ND, rows)
-        self.to_gate_up = Product(normed_ND, gate_up_NF, rows)
+        self.to_gate_up = Product(normed_ND, self.gate_up_NF, rows)
         self.from_activated = Product(self.activated_NF, self.x_ND, rows)
 
         self.qkv_NQ = qkv_NQ
         self.kv_NQ = qkv_NQ[:, query_size:]
         self.heads_NHd = qkv_NQ[:, : query_size + kv_size].view(num_rows, -1, head_dim)
-        self.gate_NF, self.up_NF = gate_up_NF.chunk(2, dim=-1)
+        self.gate_NF, self.up_NF = self.gate_up_NF.chunk(2, dim=-1)
 
         # Attention runs in request-major order: on copies where that is another order.
         self.query_NQ, self.attended_NQ = qkv_NQ[:, :query_size], attended_NQ

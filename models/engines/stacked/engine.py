@@ -14,7 +14,6 @@ from models.card import ModelCard
 from models.engines.base import Chunk, EngineStats, GenerationRequest
 from models.engines.kind import EngineTraits
 from models.engines.requests import check_request, relative_weights
-from models.engines.stacked.architecture import read_end_tokens
 from models.engines.stacked.fusion import LaneWeights, contrastive_powers
 from models.engines.stacked.loop import Loop
 from models.engines.stacked.runner import Runner
@@ -24,6 +23,7 @@ from models.engines.stacked.sequence import Outcome, Sequence
 from models.engines.text import TextStream, Vocabulary
 from models.errors import EngineFailed, PoolError, RequestError
 from models.spec import EngineSpec
+from models.tokenizer import read_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +74,10 @@ class StackedEngine:
     async def start(self) -> None:
         """Load the weights, run a first step, and start the engine's thread."""
         runner, tokenizer, vocabulary = await asyncio.to_thread(self._load)
-        ends = frozenset().union(*(read_end_tokens(card) for card in self._cards))
         loop = Loop(
             runner,
             Scheduler(runner.arena, step_rows=self._step_rows),
             vocabulary=vocabulary,
-            end_tokens=ends,
             max_queued_requests=self._spec.max_queued_requests,
             stream_interval_s=self._stream_interval_s,
             event_loop=asyncio.get_running_loop(),
@@ -148,15 +146,16 @@ class StackedEngine:
         )
         with torch.inference_mode():
             runner.try_out()
-        file = self._cards[0].path / "tokenizer.json"
-        ends = sorted(read_end_tokens(self._cards[0]))
+        path = self._cards[0].path
+        ends = sorted(frozenset().union(*(card.end_tokens for card in self._cards)))
+        tokenizer = read_tokenizer(path)
         try:
-            tokenizer = LLTokenizer(
-                file.read_text(), n_vocab=self._vocab_size, eos_token=ends or None
+            grammars = LLTokenizer(
+                tokenizer.to_str(), n_vocab=self._vocab_size, eos_token=ends or None
             )
         except ValueError as error:
-            raise PoolError(f"{file}: the tokenizer cannot be loaded: {error}") from None
-        return runner, tokenizer, Vocabulary(tokenizer)
+            raise PoolError(f"{path}: the tokenizer cannot be loaded: {error}") from None
+        return runner, grammars, Vocabulary(tokenizer, grammars)
 
     def _sequence(
         self, request: GenerationRequest, running: _Running, outcomes: asyncio.Queue[Outcome]
@@ -175,6 +174,7 @@ class StackedEngine:
             members=members,
             weights=LaneWeights(weights, request.evidence),
             lane_of=lane_of,
+            end_tokens=frozenset().union(*(self._cards[member].end_tokens for member in members)),
             tokens=list(request.prompt_tokens),
             max_new_tokens=max_new_tokens,
             sampler=SamplerState(sampling, None, random.Random(sampling.seed)),

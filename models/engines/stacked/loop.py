@@ -44,7 +44,6 @@ class Loop(threading.Thread):
         scheduler: Scheduler,
         *,
         vocabulary: Vocabulary,
-        end_tokens: frozenset[int],
         max_queued_requests: int,
         stream_interval_s: float,
         event_loop: AbstractEventLoop,
@@ -54,7 +53,6 @@ class Loop(threading.Thread):
         self._runner = runner
         self._scheduler = scheduler
         self._vocabulary = vocabulary
-        self._end_tokens = end_tokens
         self._max_queued_requests = max_queued_requests
         self._stream_interval_s = stream_interval_s
         self._event_loop = event_loop
@@ -173,7 +171,7 @@ class Loop(threading.Thread):
         try:
             if not math.isfinite(drawn.entropies[row]):
                 raise ArithmeticError("the next token's distribution is not finite")
-            sequence.accept(drawn, row, vocabulary=self._vocabulary, end_tokens=self._end_tokens)
+            sequence.accept(drawn, row, vocabulary=self._vocabulary)
         except Exception as error:
             logger.exception("a request's token failed")
             sequence.finished = False  # it may have come so far

@@ -20,6 +20,7 @@ from models.engines.stacked.architecture import Architecture
 from models.engines.stacked.buffers import Buffers, Norm, PaddedBuffers, Product, SpanBuffers
 from models.engines.stacked.cache import Arena
 from models.engines.stacked.layout import Grouping, Layout
+from models.engines.stacked.rotary import rotations
 from models.engines.stacked.weights import LayerWeights, Weights
 
 
@@ -32,14 +33,10 @@ class StackedModel:
         self._weights = weights
         self._layout: Layout | None = None
         self._buffers: Buffers | None = None
-        angles = torch.outer(
-            torch.arange(architecture.context_tokens, dtype=torch.float32),
-            architecture.frequencies(),
-        )
+        shape = architecture.shape
+        rotations_Td = rotations(architecture.rotary, shape.head_dim, architecture.context_tokens)
         # [positions, 1, d / 2], complex: one rotation for all heads
-        self._rotations_T1d = torch.polar(torch.ones_like(angles), angles)[:, None].to(
-            weights.head_MDV.device
-        )
+        self._rotations_T1d = rotations_Td[:, None].to(weights.head_MDV.device)
 
     def buffers(self, layout: Layout, *, keeps_copies: bool) -> Buffers:
         """Return what a forward pass over `layout` writes to; of copies see `PaddedBuffers`."""
@@ -70,8 +67,12 @@ class StackedModel:
                 x_ND += weights.out_bias_MD.index_select(0, members_N)
             b.norm()
             b.to_gate_up.write(weights.gate_up_MDF)
+            if weights.gate_up_bias_MF is not None:
+                b.gate_up_NF += weights.gate_up_bias_MF.index_select(0, members_N)
             torch.mul(F.silu(b.gate_NF, inplace=True), b.up_NF, out=b.activated_NF)
             b.from_activated.add(weights.down_MFD)
+            if weights.down_bias_MD is not None:
+                x_ND += weights.down_bias_MD.index_select(0, members_N)
         return x_ND
 
     def logits(self, hidden_LD: Tensor, lanes: Grouping) -> Tensor:

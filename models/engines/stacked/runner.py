@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.card import ModelCard
 from models.engines.base import GenerationRequest, SamplingOptions
-from models.engines.stacked.architecture import read_architecture
+from models.engines.stacked.architecture import read_stack
 from models.engines.stacked.cache import Arena
 from models.engines.stacked.fusion import LaneWeights, fuse
 from models.engines.stacked.graphs import DecodeGraphs, Record, record_cuda
@@ -22,7 +22,6 @@ from models.engines.stacked.sampler import Draw, SamplerState, draw
 from models.engines.stacked.sequence import Sequence
 from models.engines.stacked.weights import load_weights
 from models.engines.text import TextStream
-from models.errors import PoolError
 
 # How many tokens' logits the evidence of a prompt holds at a time.
 _EVIDENCE_TOKENS = 256
@@ -52,14 +51,7 @@ class Runner:
         Decoding steps are recorded by `record`; None: as CUDA graphs in bfloat16, else not at all.
         Raises `PoolError` for a checkpoint it cannot compute.
         """
-        architectures = [read_architecture(card) for card in cards]
-        self.architecture = architectures[0]
-        for card, other in zip(cards, architectures, strict=True):
-            if other != self.architecture:
-                raise PoolError(
-                    f"{card.path / 'config.json'}: members of a stacked engine need one "
-                    f"architecture, but this is {other}, and the first member's {self.architecture}"
-                )
+        self.architecture = read_stack(cards)
         weights = load_weights(cards, self.architecture, device, dtype)
         self.arena = Arena(self.architecture.shape, kv_memory_bytes, device, dtype)
         self._model = StackedModel(self.architecture, weights)
@@ -124,6 +116,7 @@ class Runner:
             members=tuple(range(self._num_members)),
             weights=LaneWeights((1 / self._num_members,) * self._num_members),
             lane_of=tuple(range(self._num_members)),
+            end_tokens=frozenset(),
             tokens=[0, 0],
             max_new_tokens=2,
             sampler=SamplerState(options, None, random.Random(0)),

@@ -21,15 +21,17 @@ class Sequence:
 
     `members` are indices, ascending, without those that do not count; `weights` are theirs.
     `lane_of` says for each member that the request names which lane it is, None if it has none.
-    `tokens` is the prompt and what was generated so far, of which the first `num_cached` have
-    their keys and values in the cache, from row `region_start` on (None while it waits). `send`
-    hands an outcome to the reader, on the event loop; what `accept` collects is for its next one.
+    `end_tokens` end an answer of any of its members. `tokens` is the prompt and what was generated
+    so far, of which the first `num_cached` have their keys and values in the cache, from row
+    `region_start` on (None while it waits). `send` hands an outcome to the reader, on the event
+    loop; what `accept` collects is for its next one.
     """
 
     request: GenerationRequest
     members: tuple[int, ...]
     weights: LaneWeights
     lane_of: tuple[int | None, ...]
+    end_tokens: frozenset[int]
     tokens: list[int]
     max_new_tokens: int
     sampler: SamplerState
@@ -73,14 +75,12 @@ class Sequence:
         """Tokens that must still go through the model: 1 while decoding, more before."""
         return len(self.tokens) - self.num_cached
 
-    def accept(
-        self, drawn: Draw, row: int, *, vocabulary: Vocabulary, end_tokens: frozenset[int]
-    ) -> None:
+    def accept(self, drawn: Draw, row: int, *, vocabulary: Vocabulary) -> None:
         """Take the token drawn in `row`; `take` tells the reader."""
         token = drawn.token_ids[row]
         self.tokens.append(token)
         complete = self.sampler.accept(token)
-        ends = token in end_tokens and not self.sampler.options.ignore_eos
+        ends = token in self.end_tokens and not self.sampler.options.ignore_eos
         raw = b"" if ends else vocabulary.raw(token)
         self._new_text += self.text.push(raw)
         if ends or complete or self.text.stopped:

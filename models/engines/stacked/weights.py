@@ -22,9 +22,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from models.card import ModelCard, weight_files
-from models.engines.stacked.architecture import Architecture
+from models.card import ModelCard
+from models.engines.stacked.architecture import EMBEDDING, HEAD, Architecture
 from models.errors import PoolError
+from models.sources.safetensors import weight_files
 
 _ReadMember = Callable[[int], Tensor]
 
@@ -39,7 +40,9 @@ class LayerWeights:
     out_MQD: Tensor
     out_bias_MD: Tensor | None
     gate_up_MDF: Tensor  # gate, then up: 2F columns
+    gate_up_bias_MF: Tensor | None
     down_MFD: Tensor
+    down_bias_MD: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +70,8 @@ class _Checkpoints:
             for card in cards
         ]
 
-    def has(self, name: str) -> bool:
-        return name in self._files[0]
+    def has(self, member: int, name: str) -> bool:
+        return name in self._files[member]
 
     def read(self, member: int, name: str) -> Tensor:
         file = self._files[member].get(name)
@@ -121,12 +124,11 @@ class _Loader:
         self._rotary_pairs = rotary_pairs
 
     def load(self) -> Weights:
-        if self._architecture.tied_embeddings:
-            head_MDV = self._stack(lambda m: self._read(m, "model.embed_tokens.weight").T)
+        head_MDV = self._stack(lambda m: self._read_either(m, HEAD, EMBEDDING).T)
+        if all(self._is_tied(member) for member in range(self._num_members)):
             embed_MVD = head_MDV.transpose(1, 2)
         else:
-            head_MDV = self._stack(lambda m: self._read(m, "lm_head.weight").T)
-            embed_MVD = self._stack(lambda m: self._read(m, "model.embed_tokens.weight"))
+            embed_MVD = self._stack(lambda m: self._read_either(m, EMBEDDING, HEAD))
         return Weights(
             embed_MVD=embed_MVD,
             layers=tuple(self._layer(i) for i in range(self._architecture.shape.num_layers)),
@@ -160,6 +162,9 @@ class _Loader:
                 [query_d.expand(shape.num_heads, -1), key_d.expand(shape.num_kv_heads, -1)]
             )
 
+        def bias(member: int, *names: str) -> Tensor:
+            return torch.cat([self._read(member, f"{layer}.{name}.bias") for name in names])
+
         def gate_up(member: int) -> Tensor:
             gain_D = self._read(member, f"{layer}.post_attention_layernorm.weight")
             gate, up = (
@@ -167,18 +172,36 @@ class _Loader:
             )
             return (torch.cat([gate, up]) * gain_D).T
 
-        has = self._checkpoints.has
+        known = self._architecture
         return LayerWeights(
             qkv_MDQ=self._stack(qkv),
-            qkv_bias_MQ=self._stack(qkv_bias) if has(f"{attention}.q_proj.bias") else None,
-            qk_gain_MHd=self._stack(qk_gain) if self._architecture.qk_norm else None,
+            qkv_bias_MQ=self._stack(qkv_bias) if known.qkv_bias else None,
+            qk_gain_MHd=self._stack(qk_gain) if known.qk_norm else None,
             out_MQD=self._stack(lambda m: self._read(m, f"{attention}.o_proj.weight").T),
-            out_bias_MD=self._stack(lambda m: self._read(m, f"{attention}.o_proj.bias"))
-            if has(f"{attention}.o_proj.bias")
+            out_bias_MD=self._stack(lambda m: bias(m, "self_attn.o_proj"))
+            if known.output_bias
             else None,
             gate_up_MDF=self._stack(gate_up),
+            gate_up_bias_MF=self._stack(lambda m: bias(m, "mlp.gate_proj", "mlp.up_proj"))
+            if known.mlp_bias
+            else None,
             down_MFD=self._stack(lambda m: self._read(m, f"{layer}.mlp.down_proj.weight").T),
+            down_bias_MD=self._stack(lambda m: bias(m, "mlp.down_proj"))
+            if known.mlp_bias
+            else None,
         )
+
+    def _is_tied(self, member: int) -> bool:
+        """Whether a member's embeddings are its head, as it is where its file has but one of them.
+
+        A file with two that differ has two, whatever its config says (transformers' rule).
+        """
+        if all(self._checkpoints.has(member, name) for name in (EMBEDDING, HEAD)):
+            return torch.equal(self._read(member, EMBEDDING), self._read(member, HEAD))
+        return True
+
+    def _read_either(self, member: int, name: str, other: str) -> Tensor:
+        return self._read(member, name if self._checkpoints.has(member, name) else other)
 
     def _read(self, member: int, name: str) -> Tensor:
         return self._checkpoints.read(member, name)

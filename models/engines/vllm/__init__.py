@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from models.engines.base import Engine
 from models.engines.kind import EngineKind, EngineTraits, check_one_shape
+from models.engines.stacked.architecture import read_stack
 from models.errors import PoolError
 from models.spec import EngineSpec, Model
 
@@ -74,6 +75,7 @@ def _inspect(spec: EngineSpec, options: VllmOptions, models: Sequence[Model]) ->
     _check_engine_args(f"engines.{spec.name}.options.engine_args", options.engine_args)
     if len(models) > 1:
         check_one_shape(spec, models)
+        read_stack([model.card for model in models if model.card is not None])
     return EngineTraits(
         fuses=len(models) > 1,
         rules=("mixture", "product"),

@@ -20,6 +20,7 @@ from models.engines.requests import check_request, relative_weights
 from models.engines.text import Vocabulary
 from models.errors import EngineFailed, EngineOverloaded, PoolError, RequestError
 from models.spec import EngineSpec
+from models.tokenizer import read_tokenizer
 from models.tools import Tools
 
 if TYPE_CHECKING:
@@ -250,11 +251,12 @@ class VllmEngine:
     def _read_vocabulary(self) -> Vocabulary:
 
         card = next(iter(self._cards.values()))
-        file = card.path / "tokenizer.json"
+        tokenizer = read_tokenizer(card.path)
         try:
-            return Vocabulary(LLTokenizer(file.read_text(), n_vocab=card.shape.vocab_size))
+            grammars = LLTokenizer(tokenizer.to_str(), n_vocab=card.shape.vocab_size)
         except ValueError as error:
-            raise PoolError(f"{file}: the tokenizer cannot be loaded: {error}") from None
+            raise PoolError(f"{card.path}: the tokenizer cannot be loaded: {error}") from None
+        return Vocabulary(tokenizer, grammars)
 
     def _check(self, request: GenerationRequest, running: _Running) -> int:
         """Check what vLLM would not explain in our terms; return how long the answer may be."""

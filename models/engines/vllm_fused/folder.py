@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from models.card import ModelCard, read_card
-from models.engines.stacked.architecture import read_architecture, read_end_tokens
+from models.engines.stacked.architecture import read_architecture
 from models.errors import PoolError
 
 ARCHITECTURE = "ShoalFusedForCausalLM"
@@ -78,10 +78,9 @@ def _check_fits(name: str, first: ModelCard, other_name: str, other: ModelCard) 
 
 def _wide_config(members: Mapping[str, ModelCard], folder: Path) -> dict[str, Any]:
     first = next(iter(members.values()))
-    read_architecture(first)  # refuses what the model does not compute
+    if read_architecture(first).mlp_bias:
+        raise PoolError(f"{first.path / 'config.json'}: mlp_bias is not computed in vLLM")
     config = json.loads((first.path / "config.json").read_text())
-    if "quantization_config" in config:
-        raise PoolError(f"{first.path / 'config.json'}: quantized members cannot be fused")
     shape = first.shape
     config |= {"num_key_value_heads": shape.num_kv_heads, "head_dim": shape.head_dim}
     config |= {key: config[key] * len(members) for key in _WIDE}
@@ -104,7 +103,7 @@ def _generation_config(members: Mapping[str, ModelCard]) -> dict[str, Any]:
     """The first member's, ended by the end tokens of all: an ensemble ends where one may."""
     first = next(iter(members.values())).path / "generation_config.json"
     config: dict[str, Any] = json.loads(first.read_text()) if first.is_file() else {}
-    ends = sorted(frozenset().union(*(read_end_tokens(card) for card in members.values())))
+    ends = sorted(frozenset().union(*(card.end_tokens for card in members.values())))
     return {**config, "eos_token_id": ends} if ends else config
 
 

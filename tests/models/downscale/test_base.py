@@ -56,11 +56,11 @@ def test_other_architectures_are_refused(checkpoint):
 def test_incomplete_checkpoints_are_refused_by_file(checkpoint):
     """The message names the file that is missing or broken."""
     edit(checkpoint / "config.json", quantization_config={"bits": 4})
-    with pytest.raises(BaseError, match="a quantized checkpoint cannot be cut"):
+    with pytest.raises(BaseError, match="the weights are quantized: quantization_config"):
         check_base(checkpoint)
     (checkpoint / "model.safetensors").unlink()
     edit(checkpoint / "config.json", quantization_config=None)
-    with pytest.raises(BaseError, match=r"no \*\.safetensors file"):
+    with pytest.raises(BaseError, match=r"neither model\.safetensors nor"):
         check_base(checkpoint)
     (checkpoint / "tokenizer.json").unlink()
     with pytest.raises(BaseError, match=r"tokenizer\.json is missing"):
@@ -92,10 +92,9 @@ def test_weights_that_misfit_the_config_are_refused(checkpoint):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mlp_bias": True}, "mlp_bias True"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"model_type": "mistral", "sliding_window": 8}, "sliding_window 8"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn'"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "rope_type 'longrope'"),
     ],
 )
 def test_a_base_whose_chunks_nobody_would_serve_is_refused(checkpoint, changes, message):

@@ -51,7 +51,8 @@ def test_an_incomplete_character_at_the_end_is_replaced() -> None:
 def test_vocabulary_bytes_join_to_the_text() -> None:
     """The raw bytes of a text's tokens are the text's bytes; special tokens leave none."""
     tokenizer = build_tokenizer()
-    vocabulary = Vocabulary(LLTokenizer(tokenizer.to_str(), n_vocab=VOCAB_SIZE, eos_token=[0]))
+    grammars = LLTokenizer(tokenizer.to_str(), n_vocab=VOCAB_SIZE, eos_token=[0])
+    vocabulary = Vocabulary(tokenizer, grammars)
     text = "hello wörld 你好 🙂\n"
     assert b"".join(vocabulary.raw(i) for i in tokenizer.encode(text).ids) == text.encode()
     assert vocabulary.raw(0) == vocabulary.raw(1) == vocabulary.raw(VOCAB_SIZE - 1) == b""

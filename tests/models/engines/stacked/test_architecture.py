@@ -10,7 +10,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from models.card import read_card
 from models.engines.registry import create_engine
-from models.engines.stacked.architecture import read_architecture, read_end_tokens
+from models.engines.stacked.architecture import read_architecture, read_stack
+from models.engines.stacked.rotary import frequencies
 from models.errors import PoolError
 from models.spec import EngineSpec, Model, ModelSpec
 from tests.models.engines.stacked.tiny import (
@@ -26,16 +27,24 @@ def test_llama3_frequencies_are_those_of_transformers(tmp_path: Path) -> None:
     """The rescaled rotary frequencies agree to float32 precision."""
     folder = save_checkpoint(tmp_path, "llama3-rope", head_dim=64)
     theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](AutoConfig.from_pretrained(folder), "cpu")
-    torch.testing.assert_close(read_architecture(read_card(folder)).frequencies(), theirs)
+    architecture = read_architecture(read_card(folder))
+    ours = frequencies(architecture.rotary, architecture.shape.head_dim)
+    torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize(
     ("kind", "changes", "named"),
     [
+        ("llama", {"model_type": "gpt2"}, "model_type 'gpt2' is not supported; allowed are llama"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ("llama", {"mlp_bias": True}, "mlp_bias True"),
-        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4}}, "rope_type 'yarn'"),
-        ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "'factor' is missing"),
+        ("llama", {"rope_parameters": {"rope_type": "longrope"}}, "rope_type 'longrope'"),
+        ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "factor None is not allowed"),
+        ("llama", {"rope_parameters": {"rope_theta": "1"}}, "rope_theta '1' is not allowed"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ("llama", {"rms_norm_eps": True}, "rms_norm_eps True is not allowed"),
+        ("llama", {"tie_word_embeddings": "no"}, "tie_word_embeddings 'no' is not allowed"),
+        ("llama", {"num_hidden_layers": 2.0}, "num_hidden_layers 2.0 is not allowed"),
+        ("llama", {"eos_token_id": [1, "2"]}, "eos_token_id .* is not allowed"),
         ("mistral", {"sliding_window": 64}, "sliding_window 64"),
         ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
     ],
@@ -43,36 +52,67 @@ def test_llama3_frequencies_are_those_of_transformers(tmp_path: Path) -> None:
 def test_refuses_what_it_does_not_compute(
     kind: str, changes: dict[str, Any], named: str, tmp_path: Path
 ) -> None:
-    """A key that would change the result is refused with its name and value."""
+    """A key that would change the result is refused with its file, name and value."""
     folder = save_checkpoint(tmp_path, kind)
     edit_config(folder, **changes)
+    with pytest.raises(PoolError, match=rf"config\.json: {named}"):
+        read_architecture(read_card(folder))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "named"),
+    [
+        (
+            "llama",
+            {"num_key_value_heads": 4},
+            r"k_proj\.weight has the shape \[32, 64\].*\[64, 64\]",
+        ),
+        ("llama", {"num_key_value_heads": 1}, r"k_proj\.weight has the shape"),
+        ("llama", {"vocab_size": 310}, r"embed_tokens\.weight has the shape \[320, 64\]"),
+        ("llama", {"intermediate_size": 128}, r"gate_proj\.weight has the shape"),
+        ("llama", {"hidden_size": 32, "head_dim": 16}, r"embed_tokens\.weight has the shape"),
+        ("llama", {"num_hidden_layers": 3}, r"model\.layers\.2\.\S+ is missing"),
+        ("llama", {"num_hidden_layers": 1}, r"tensor model\.layers\.1\.\S+ is none that"),
+        ("llama", {"attention_bias": False}, r"the bias model\.layers\.0\.\S+ is none that"),
+        ("llama", {"model_type": "mistral"}, r"the bias model\.layers\.0\.\S+ is none that"),
+        ("llama", {"mlp_bias": True}, r"model\.layers\.0\.mlp\.\S+bias is missing"),
+        ("qwen3", {"head_dim": ...}, r"q_norm\.weight has the shape \[32\].*\[128\]"),
+        ("mistral", {"tie_word_embeddings": True}, None),  # a head of its own is used, as it is
+    ],
+)
+def test_tensors_and_config_must_agree(
+    kind: str, changes: dict[str, Any], named: str | None, tmp_path: Path
+) -> None:
+    """A tensor that is missing, of another shape or unknown to the config is named."""
+    folder = save_checkpoint(tmp_path, kind)
+    edit_config(folder, **changes)
+    if named is None:
+        read_architecture(read_card(folder))
+        return
     with pytest.raises(PoolError, match=named):
         read_architecture(read_card(folder))
 
 
 def test_end_tokens(tmp_path: Path) -> None:
-    """generation_config.json comes before config.json; one token or a list."""
+    """generation_config.json comes before config.json; the tokenizer's own end counts, too."""
     folder = save_checkpoint(tmp_path)
     (folder / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
-    assert read_end_tokens(read_card(folder)) == {3, 4}
+    assert read_card(folder).end_tokens == {3, 4}
     (folder / "generation_config.json").unlink()
-    assert read_end_tokens(read_card(folder)) == {0}
+    assert read_card(folder).end_tokens == {0}
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|user|>"}')
+    assert read_card(folder).end_tokens == {0, 1}
 
 
 def test_members_need_one_architecture(tmp_path: Path) -> None:
-    """A member with another norm or rotary base is refused, naming its file."""
+    """A member with another norm or without biases is refused, naming its file and the fact."""
     folders = [save_checkpoint(tmp_path / name) for name in ("a", "b")]
+    folders.append(save_checkpoint(tmp_path / "c", attention_bias=False))
     edit_config(folders[1], rms_norm_eps=0.5)
-    with pytest.raises(PoolError, match=r"b/config\.json: members of a stacked engine need one"):
-        answer(build_engine(folders), request([1]))
-
-
-def test_a_missing_weight_is_named(tmp_path: Path) -> None:
-    """A checkpoint without one of the weights is refused with the weight's name."""
-    folder = save_checkpoint(tmp_path)
-    edit_config(folder, num_hidden_layers=3)
-    with pytest.raises(PoolError, match=r"model\.layers\.2\.\S+' is missing"):
-        answer(build_engine([folder]), request([1]))
+    for other, fact in ((1, "norm_eps is 0.5"), (2, "qkv_bias is False")):
+        cards = [read_card(folders[0]), read_card(folders[other])]
+        with pytest.raises(PoolError, match=rf"config\.json: members of a .* but its {fact}"):
+            read_stack(cards)
 
 
 def test_unknown_options_are_refused(tmp_path: Path) -> None:

@@ -64,7 +64,14 @@ def build_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def save_checkpoint(folder: Path, kind: str = "llama", *, seed: int = 0, **overrides: Any) -> Path:
+def save_checkpoint(
+    folder: Path,
+    kind: str = "llama",
+    *,
+    seed: int = 0,
+    max_shard_size: str = "1GB",
+    **overrides: Any,
+) -> Path:
     """Save a random checkpoint with gains and biases that are not their initial ones."""
     options = {**ARCHITECTURES[kind], **overrides}
     config = AutoConfig.for_model(
@@ -90,7 +97,7 @@ def save_checkpoint(folder: Path, kind: str = "llama", *, seed: int = 0, **overr
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
     (folder / "tokenizer.json").write_text(build_tokenizer().to_str())
     return folder
 
@@ -101,10 +108,10 @@ def load_reference(folder: Path) -> PreTrainedModel:
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
-    """Change keys of config.json; None removes one."""
+    """Change keys of config.json; `...` removes one."""
     file = folder / "config.json"
     config = {**json.loads(file.read_text()), **changes}
-    file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    file.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
 
 
 def build_engine(
@@ -200,6 +207,7 @@ def make_sequence(tokens: Sequence[int], members: tuple[int, ...]) -> EngineSequ
         members=members,
         weights=LaneWeights((1 / len(members),) * len(members)),
         lane_of=tuple(range(len(members))),
+        end_tokens=frozenset({END}),
         tokens=list(tokens),
         max_new_tokens=8,
         sampler=SamplerState(SamplingOptions(), None, random.Random(0)),

@@ -48,6 +48,7 @@ def test_ends_where_a_member_ends(tmp_path: Path) -> None:
     """The end tokens are those of all members."""
     cards = _cards(tmp_path)
     (cards["m1"].path / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
+    cards["m1"] = read_card(cards["m1"].path)
     write_folder(cards, tmp_path / "stacked")
     written = json.loads((tmp_path / "stacked" / "generation_config.json").read_text())
     assert written["eos_token_id"] == [0, 3, 5]
@@ -77,7 +78,8 @@ def test_refuses_quantized_members(tmp_path: Path) -> None:
     """Quantized weights cannot be stacked."""
     cards = _cards(tmp_path)
     edit_config(cards["m0"].path, quantization_config={"quant_method": "fp8"})
-    with pytest.raises(PoolError, match="quantized members"):
+    cards["m0"] = read_card(cards["m0"].path)
+    with pytest.raises(PoolError, match="weights are quantized: fp8"):
         write_folder(cards, tmp_path / "stacked")
 
 
