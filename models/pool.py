@@ -8,7 +8,7 @@ interpret.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,19 @@ class Pool:
     def facts(self) -> dict[str, ModelFacts]:
         """Return what policies may know about every model, by name."""
         return {model.name: model.facts() for model in self.models}
+
+
+def found_here(model: Model) -> Model:
+    """Return `model` as this machine has it, which may not be the one that read the pool.
+
+    What a Hub or a package brings along is looked for again, by the same commit, and fetched if
+    it must be; folders and files are where the pool says. Raises `PoolError`.
+    """
+    if model.card is None:
+        return model
+    found = locate(model.card.source, folder=Path())
+    card = replace(model.card, path=found.path)
+    return replace(model, card=card, tokenizer=found.path)
 
 
 def load_pool(path: Path | str) -> Pool:

@@ -164,8 +164,8 @@ class RoughTokenizer:
 def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
     """Return the tokenizer of a checkpoint (a folder or a .gguf file) as transformers would.
 
-    That is tokenizer.json, with what tokenizer_config.json adds to it: tokens, which of them are
-    special, and whether a text begins or ends with one. Raises `PoolError` that names the file.
+    That is tokenizer.json, with the tokens that tokenizer_config.json adds to it and says are
+    special. Raises `PoolError` that names the file.
     """
     import tokenizers  # noqa: PLC0415 - not needed where no model has a checkpoint
 
@@ -185,53 +185,43 @@ def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def special_ids(tokenizer: tokenizers.Tokenizer) -> frozenset[int]:
-    """Return the ids that decoding leaves out; other added tokens are text."""
-    added = tokenizer.get_added_tokens_decoder()
-    return frozenset(index for index, token in added.items() if token.special)
+# Those that transformers knows by name, in the order in which it adds them.
+_NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
 def _complete(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
-    """Do to `tokenizer` what transformers does with tokenizer_config.json."""
+    """Add the tokens of tokenizer_config.json as transformers does: listed, named, and extra ones.
+
+    What a text begins and ends with is tokenizer.json's own affair, whatever the config says.
+    """
     from tokenizers import AddedToken  # noqa: PLC0415
-    from tokenizers.processors import TemplateProcessing  # noqa: PLC0415
 
     def token(value: str | Mapping[str, Any], **flags: bool) -> AddedToken:
         if isinstance(value, str):
             return AddedToken(value, special=True)
         return AddedToken(**{k: v for k, v in value.items() if k != "__type"} | flags)
 
+    known = tokenizer.get_added_tokens_decoder().values()
     listed = config.get("added_tokens_decoder") or {}
-    named = {
-        key: token(value, special=True)
-        for key, value in config.items()
-        if key.endswith("_token") and isinstance(value, str | dict)
-    }
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or ()
-    extra = extra.values() if isinstance(extra, dict) else extra
-    known = {repr(added) for added in tokenizer.get_added_tokens_decoder().values()}
     additions = [token(listed[index]) for index in sorted(listed, key=int)]
-    additions = [added for added in additions if repr(added) not in known]
-    texts = {added.content for added in tokenizer.get_added_tokens_decoder().values()}
-    texts |= {added.content for added in additions}
-    for added in (*named.values(), *(token(value, special=True) for value in extra)):
+    as_they_are = {repr(added) for added in known}
+    additions = [added for added in additions if repr(added) not in as_they_are]
+    extra = config.get("extra_special_tokens") or []
+    unnamed = config.get("additional_special_tokens") or []
+    if isinstance(extra, list):
+        extra, unnamed = {}, extra or unnamed
+    own = {key: value for key, value in config.items() if key.endswith("_token")}
+    names = [*_NAMED, *(key for key in own if key not in _NAMED)]
+    named = [own[key] for key in names if isinstance(own.get(key), str | dict)]
+    texts = {added.content for added in (*known, *additions)}
+    specials = [token(value, special=True) for value in (*named, *extra.values(), *unnamed)]
+    for added in specials:
         if added.content not in texts:
             additions.append(added)
             texts.add(added.content)
     for added in additions:
-        added.special = added.special or any(added.content == n.content for n in named.values())
-        tokenizer.add_tokens([added])
-    if "add_bos_token" in config or "add_eos_token" in config:
-        begin, end = (
-            named[f"{name}_token"].content
-            if config.get(f"add_{name}_token") and f"{name}_token" in named
-            else ""
-            for name in ("bos", "eos")
-        )
-        tokenizer.post_processor = TemplateProcessing(
-            single=f"{begin} $A {end}".strip(),
-            special_tokens=[(text, tokenizer.token_to_id(text)) for text in (begin, end) if text],
-        )
+        added.special = added.special or any(added.content == each.content for each in specials)
+    tokenizer.add_tokens(additions)
 
 
 def load_tokenizers(models: Iterable[Model]) -> dict[str, Tokenizer]:

@@ -11,7 +11,7 @@ from ray.serve.handle import DeploymentHandle
 
 from models.engines.base import Chunk, EngineStats, GenerationRequest
 from models.engines.registry import supervised_engine
-from models.pool import load_pool
+from models.pool import found_here, load_pool
 from models.spec import EngineSpec, Model
 from policies.carbon.settings import CarbonSettings
 from router.catalog.catalog import load_catalog
@@ -35,7 +35,10 @@ class EngineReplica:
         num_threads: int | None,
         carbon: CarbonSettings,
     ) -> None:
-        self._worker = EngineWorker(supervised_engine(spec, models), lane_meter(carbon, spec))
+        self._worker = EngineWorker(
+            supervised_engine(spec, [found_here(model) for model in models]),
+            lane_meter(carbon, spec),
+        )
         set_num_threads(num_threads)
         await self._worker.start()
 

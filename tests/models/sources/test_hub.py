@@ -96,6 +96,15 @@ def test_a_pool_keeps_its_revision(tmp_path: Path, files: dict[str, bytes]) -> N
         assert first.returncode == 0, first.stderr
         hub.commit = "b" * 40
         other = run(tmp_path / "other-home", hub.address, "-c", LOAD, str(pool))
+        # A replica on a third machine gets the model as the first has read it.
+        replica = (
+            "import sys; from dataclasses import replace; from pathlib import Path;"
+            "from models.pool import found_here, load_pool; m = load_pool(sys.argv[1]).models[0];"
+            "gone = replace(m, card=replace(m.card, path=Path('/gone')), tokenizer=Path('/gone'));"
+            "assert found_here(gone) == m and m.card.path.is_dir()"
+        )
+        third = run(tmp_path / "third-home", hub.address, "-c", replica, str(pool))
+        assert third.returncode == 0, third.stderr
     assert json.loads((pool / "pool.lock").read_text()) == {f"hf:{REPOSITORY}@main": "a" * 40}
     assert f"hf:{REPOSITORY}@{'a' * 40}" in other.stdout
     offline = run(tmp_path / "home", NOWHERE, "-c", LOAD, str(pool))
