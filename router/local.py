@@ -19,6 +19,7 @@ from router.energy.choose import lane_meter
 from router.engines.worker import EngineWorker, set_num_threads
 from router.ingress import create_api
 from router.ledger.writer import Ledger
+from router.local_http import ImpatientProtocol
 from router.service import Service
 
 
@@ -51,7 +52,7 @@ def http_server(
             port=port,
             log_level="warning",
             access_log=False,
-            # Streams are ended, not waited for, when the server stops.
-            timeout_graceful_shutdown=2,
+            http=ImpatientProtocol,  # type: ignore[arg-type] # a protocol, whatever its base
+            timeout_graceful_shutdown=round(args.ingress.drain_s),
         )
     )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import signal
 import sys
-import threading
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -43,6 +44,7 @@ def serve(
     from models.pool import load_pool
     from router.cluster import check_free
     from router.config import load_args
+    from router.keeper import kept
 
     try:
         args = load_args(config, pool=pool)
@@ -58,21 +60,23 @@ def serve(
             "configuration, and make keys with `shoal keys create`."
         )
     _catch_signals(_interrupt)
-    try:
-        if local:
-            _serve_here(args, loaded, host, port)
-        else:
-            _serve_on_ray(args, host, port)
-    except KeyboardInterrupt:
-        pass
+    with tempfile.TemporaryDirectory(prefix="shoal-") as folder, kept(Path(folder)):
+        try:
+            if local:
+                _serve_here(args, loaded, host, port)
+            else:
+                _serve_on_ray(args, host, port, Path(folder))
+        except KeyboardInterrupt:
+            pass
     _say("Stopped.")
 
 
-def _serve_on_ray(args: AppArgs, host: str, port: int) -> None:
-    from router.cluster import find_haproxy, local_cluster, prepared_environment
+def _serve_on_ray(args: AppArgs, host: str, port: int, folder: Path) -> None:
+    from router.cluster import ClusterFailed, local_cluster, prepared_environment, watch
+    from router.haproxy import drain, find_haproxy
 
     haproxy = find_haproxy()
-    with prepared_environment(haproxy):
+    with prepared_environment(folder, haproxy):
         if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
             _say(f"Ray Serve's HAProxy ingress: {haproxy}")
         else:
@@ -97,11 +101,17 @@ def _serve_on_ray(args: AppArgs, host: str, port: int) -> None:
                 _say("Loading models ...")
                 serve.run(application, name="shoal")
                 _announce(host, port, args)
+                _warn_of_ports(port)
                 try:
-                    threading.Event().wait()
+                    watch(host, port)
+                except KeyboardInterrupt:
+                    _say("Stopping: running requests are finished, new ones are not taken ...")
+                    with contextlib.suppress(KeyboardInterrupt):  # a second signal: at once
+                        drain(folder, args.ingress.drain_s)
                 finally:
-                    _say("Stopping ...")
                     _catch_signals(signal.SIG_IGN)
+        except ClusterFailed as error:
+            _fail(str(error))
         except RuntimeError as error:
             _fail(f"the application could not start: {error}")
 
@@ -155,6 +165,19 @@ def _announce(host: str, port: int, args: AppArgs) -> None:
     )
     if args.dashboard.enabled:
         _say(f"Dashboard: http://{shown}:{port}/dashboard")
+
+
+def _warn_of_ports(own: int) -> None:
+    """Name what Ray opens wider than the host says; it has no switch for these."""
+    from router.keeper import wide_ports
+
+    others = sorted(port for port in wide_ports() if port != own)
+    if others:
+        _say(
+            "Ray's replicas also listen on all interfaces, for calls among themselves that nothing "
+            f"guards: ports {', '.join(map(str, others))}. Where others reach this machine, close "
+            "them by a firewall."
+        )
 
 
 def _catch_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:

@@ -35,10 +35,14 @@ _TARGET = 1.3
 
 def run(quick: bool) -> list[dict[str, Any]]:
     """Measure, and return the row of the table."""
-    from router.cluster import find_haproxy, free_port, local_cluster, prepared_environment
+    from router.cluster import free_port, local_cluster, prepared_environment
+    from router.haproxy import find_haproxy
 
     haproxy, port = find_haproxy(), free_port()
-    with prepared_environment(haproxy), tempfile.TemporaryDirectory() as folder:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        prepared_environment(Path(folder), haproxy),
+    ):
         Path(folder, "pool.yaml").write_text(_POOL)
         with local_cluster():
             _deploy(Path(folder), port)
