@@ -84,7 +84,7 @@ def complete(configuration: str) -> str:
     ):
         added = "".join(f"    {line}\n" for line in lines)
         if added not in text:  # a reload may start with what is complete already
-            text = re.sub(heading, lambda found, added=added: found[0] + added, text, flags=re.M)
+            text = re.sub(heading, rf"\g<0>{added}", text, flags=re.M)
     return text
 
 

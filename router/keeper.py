@@ -92,7 +92,7 @@ def wide_ports() -> dict[int, str]:
             address, _, port = local.partition(":")
             if state == _LISTEN and address == nowhere:
                 listening[f"socket:[{inode}]"] = int(port, 16)
-    found = {}
+    ports: dict[int, str] = {}
     for pid in [pid for pid, name in _named() if name == os.environ.get(VARIABLE)]:
         with contextlib.suppress(OSError):
             program = (_PROC / str(pid) / "comm").read_text().strip()
@@ -100,8 +100,8 @@ def wide_ports() -> dict[int, str]:
                 with contextlib.suppress(OSError):
                     port = listening.get(str(descriptor.readlink()))
                     if port is not None:
-                        found[port] = program
-    return found
+                        ports[port] = program
+    return ports
 
 
 def _named() -> Iterator[tuple[int, str]]:
