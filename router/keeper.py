@@ -89,9 +89,9 @@ def wide_ports() -> dict[int, str]:
     for table, nowhere in (("tcp", "0" * 8), ("tcp6", "0" * 32)):
         for line in (_PROC / "net" / table).read_text().splitlines()[1:]:
             local, _, state, *_, inode = line.split()[1:10]
-            address, _, port = local.partition(":")
+            address, _, digits = local.partition(":")
             if state == _LISTEN and address == nowhere:
-                listening[f"socket:[{inode}]"] = int(port, 16)
+                listening[f"socket:[{inode}]"] = int(digits, 16)
     ports: dict[int, str] = {}
     for pid in [pid for pid, name in _named() if name == os.environ.get(VARIABLE)]:
         with contextlib.suppress(OSError):
