@@ -52,7 +52,7 @@ def http_server(
             port=port,
             log_level="warning",
             access_log=False,
-            http=ImpatientProtocol,  # type: ignore[arg-type] # a protocol, whatever its base
+            http=ImpatientProtocol,
             timeout_graceful_shutdown=round(args.ingress.drain_s),
         )
     )
