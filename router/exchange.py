@@ -45,7 +45,8 @@ class Exchange:
     `time_s` is Unix time, `started_s` and `ended_s` count seconds of `time.perf_counter`. `user`
     and `session` come from headers until the body names them. `experiment` to `expected_quality`
     are `RequestRecord`'s. `traceparent` is the W3C header of the trace that the client is in.
-    `answer` gathers the first choice's text. At `deadline_s`, by the event
+    `cached_tokens` of the prompt had been read before; None where no engine says. `answer` gathers
+    the first choice's text. At `deadline_s`, by the event
     loop's clock, the request is ended.
     """
 
@@ -64,6 +65,7 @@ class Exchange:
     choices: tuple[Choice, ...] = ()
     prompt_tokens: int = 0
     output_tokens: int = 0
+    cached_tokens: int | None = None
     status: int = CLIENT_CLOSED_REQUEST
     error: str | None = None
     key: Key | None = None

@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -319,18 +319,25 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
 
 def _count(exchange: Exchange, index: int, chunk: Chunk) -> None:
     exchange.output_tokens += len(chunk.tokens)
+    if chunk.cached_tokens is not None:
+        exchange.cached_tokens = (exchange.cached_tokens or 0) + chunk.cached_tokens
     if index == 0:
         exchange.answer.append(chunk.text)
     if exchange.first_text_s is None and chunk.text:
         exchange.first_text_s = time.perf_counter()
 
 
-def _usage(exchange: Exchange) -> dict[str, int]:
-    return {
+def _usage(exchange: Exchange) -> dict[str, Any]:
+    usage: dict[str, Any] = {
         "prompt_tokens": exchange.prompt_tokens,
         "completion_tokens": exchange.output_tokens,
         "total_tokens": exchange.prompt_tokens + exchange.output_tokens,
     }
+    if exchange.cached_tokens is not None:
+        # Every choice reads the prompt, which counts once.
+        cached = min(exchange.cached_tokens, exchange.prompt_tokens)
+        usage["prompt_tokens_details"] = {"cached_tokens": cached}
+    return usage
 
 
 def _json_response(status: int, content: object, headers: Mapping[str, str]) -> Response:

@@ -126,7 +126,8 @@ class Chunk:
     string. `tokens` holds every generated token, the end-of-sequence token included in the count
     but with empty text. The last chunk, and only it, has a `finish_reason`, where several members
     were fused the `weights` that they had in the end, in the request's order, and where another
-    server counted them the number of `prompt_tokens`. `tool_calls` come whole, with the last one.
+    server counted them the number of `prompt_tokens`, and where the engine keeps prompts, how many
+    of this one's tokens it had not to read again. `tool_calls` come whole, with the last one.
     """
 
     text: str
@@ -134,6 +135,7 @@ class Chunk:
     finish_reason: FinishReason | None = None
     weights: tuple[float, ...] | None = None
     prompt_tokens: int | None = None
+    cached_tokens: int | None = None
     tool_calls: tuple[ToolCall, ...] = ()
 
 

@@ -20,6 +20,7 @@ KINDS: Plugins[EngineKind[Any]] = Plugins(
     EngineKind,
     {
         "fake": "models.engines.fake:KIND",
+        "llamacpp": "models.engines.llamacpp:KIND",
         "remote": "models.engines.remote.engine:KIND",
         "stacked": "models.engines.stacked:KIND",
         "vllm": "models.engines.vllm:KIND",

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from llguidance import LLMatcher, LLTokenizer
+
 from models.engines.base import GenerationRequest, SamplingOptions
 from models.engines.kind import EngineTraits
 from models.errors import ContextOverflow, RequestError
@@ -60,6 +62,20 @@ def check_request(
             f"{', '.join(request.members)} holds {context_tokens}, answer included"
         )
     return min(request.sampling.max_tokens, room)
+
+
+def compile_schema(tokenizer: LLTokenizer, json_schema: str) -> str:
+    """Return llguidance's grammar of `json_schema`; takes up to a second, and releases the GIL.
+
+    Raises `RequestError` for a schema that is not valid or not supported.
+    """
+    grammar: str = LLMatcher.grammar_from_json_schema(json_schema)
+    problem = LLMatcher.validate_grammar(grammar, tokenizer)
+    if problem and not problem.startswith("WARNING"):
+        raise RequestError(
+            f"response_format: the JSON schema cannot be used: {problem}", "response_format"
+        )
+    return grammar
 
 
 def relative_weights(request: GenerationRequest) -> tuple[float, ...]:

@@ -53,5 +53,6 @@ def merge(chunks: Sequence[Chunk]) -> Chunk:
         finish_reason=chunks[-1].finish_reason if chunks else None,
         weights=chunks[-1].weights if chunks else None,
         prompt_tokens=chunks[-1].prompt_tokens if chunks else None,
+        cached_tokens=chunks[-1].cached_tokens if chunks else None,
         tool_calls=chunks[-1].tool_calls if chunks else (),
     )

@@ -74,7 +74,7 @@ class Writer:
     head: Head
     _offsets: Counter[int] = field(default_factory=Counter, init=False)
 
-    def whole(self, choices: list[Chunk], usage: Mapping[str, int]) -> dict[str, Any]:
+    def whole(self, choices: list[Chunk], usage: Mapping[str, Any]) -> dict[str, Any]:
         """Return the whole response."""
         return {**self.endpoint.response(self.head, self.ask, choices), "usage": usage}
 
@@ -89,7 +89,7 @@ class Writer:
         pieces = self.endpoint.stream_chunk(self.head, self.ask, index, chunk, offset)
         return [self._with_usage(data) for data in pieces]
 
-    def end(self, usage: Mapping[str, int]) -> list[dict[str, Any]]:
+    def end(self, usage: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return the chunk that carries the usage, if it was asked for."""
         return [self.endpoint.stream_end(self.head) | {"usage": usage}] * self.ask.include_usage
 

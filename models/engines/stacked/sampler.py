@@ -20,7 +20,7 @@ from llguidance import LLMatcher, LLTokenizer
 from torch import Tensor
 
 from models.engines.base import SamplingOptions
-from models.errors import RequestError
+from models.engines.requests import compile_schema
 
 # How many of the likeliest tokens are sorted at first; all are where these don't suffice.
 _NUM_CANDIDATES = 256
@@ -32,17 +32,8 @@ class Grammar:
     """The state of an answer that must follow a JSON schema: which tokens may come next."""
 
     def __init__(self, tokenizer: LLTokenizer, json_schema: str) -> None:
-        """Compile `json_schema`; takes up to a second for a large one, and releases the GIL.
-
-        Raises `RequestError` for a schema that is not valid or not supported.
-        """
-        grammar = LLMatcher.grammar_from_json_schema(json_schema)
-        problem = LLMatcher.validate_grammar(grammar, tokenizer)
-        if problem and not problem.startswith("WARNING"):
-            raise RequestError(
-                f"response_format: the JSON schema cannot be used: {problem}", "response_format"
-            )
-        self._matcher = LLMatcher(tokenizer, grammar)
+        """Start an answer that follows `json_schema`; see `compile_schema`."""
+        self._matcher = LLMatcher(tokenizer, compile_schema(tokenizer, json_schema))
 
     def allowed(self, vocab_size: int) -> Tensor:
         """Return which tokens may come next, [V], bool."""

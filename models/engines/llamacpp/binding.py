@@ -1,0 +1,165 @@
+"""llama.cpp's server in this process, without a door: nobody but its owner can ask it.
+
+The binding always opens an HTTP listener, by default on a loopback port without a key. Here it is a
+socket file in a folder that only this user can enter, with a random key; and the file is removed as
+soon as the server runs, after which nothing can connect. Requests are calls into the library.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from models.errors import EngineFailed, PoolError, RequestError
+
+Event: TypeAlias = Mapping[str, Any]
+"""One message of an answer, as llama.cpp's server streams them."""
+
+# Makes GNU OpenMP's threads sleep where they wait; read once, when the library is loaded.
+_WAITING = "OMP_WAIT_POLICY"
+_ERRORS_ONLY = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What the server is started with; `device` as in the pool file."""
+
+    path: Path
+    device: str
+    num_slots: int
+    context_tokens: int
+    step_tokens: int
+    prompt_cache_mib: int
+    num_threads: int
+    polling: bool
+
+
+class Server:
+    """One loaded model. `ask` may be called from several threads at once, one per slot."""
+
+    def __init__(self, setting: Setting) -> None:
+        """Load the model and run it once. Raises `PoolError` for what llama.cpp cannot run."""
+        with _waiting(polling=setting.polling):
+            import xllamacpp  # noqa: PLC0415 - an extra
+
+        params = xllamacpp.CommonParams()
+        params.model.path = str(setting.path)
+        _choose_device(xllamacpp, params, setting.device)
+        params.n_parallel = setting.num_slots
+        params.n_ctx = setting.num_slots * setting.context_tokens
+        # Slots apart: what stands in one changes no other's rounding.
+        params.kv_unified = False
+        params.n_batch = params.n_ubatch = setting.step_tokens
+        params.cache_ram_mib = setting.prompt_cache_mib
+        params.fit_params = False  # what is asked for, or an error
+        params.ctx_shift = False
+        for threads in (params.cpuparams, params.cpuparams_batch):
+            threads.n_threads = setting.num_threads
+            threads.poll = 100 if setting.polling else 0
+        params.ui = params.endpoint_slots = False
+        params.n_threads_http = 1
+        params.verbosity = _ERRORS_ONLY
+        params.api_keys = [secrets.token_urlsafe(32)]
+        params.cors_origins = ""
+        with tempfile.TemporaryDirectory(prefix="shoal-") as folder:
+            params.hostnames = [f"{folder}/closed.sock"]
+            try:
+                self._server = xllamacpp.Server(params)
+            except RuntimeError as error:
+                raise PoolError(f"{setting.path}: llama.cpp cannot run it: {error}") from None
+
+    def close(self) -> None:
+        """End llama.cpp's threads and free its memory, once no call is running."""
+        self._server = None
+
+    def ask(
+        self, body: Mapping[str, Any], on_event: Callable[[Event], bool], *, chat: bool
+    ) -> None:
+        """Answer the request `body`, on the calling thread, until it is done.
+
+        Each message goes to `on_event`, which returns whether to stop. With `chat` the body has
+        messages, else the prompt's token ids. Raises `RequestError` or `EngineFailed`.
+        """
+        handle = self._server.handle_chat_completions if chat else self._server.handle_completions
+        try:
+            handle(dict(body), on_event)
+        except (ValueError, TypeError) as error:
+            raise RequestError(str(error)) from None
+        except RuntimeError as error:
+            raise EngineFailed(f"llama.cpp failed: {error}") from error
+
+
+class Call:
+    """One request to a server, on a thread of its own; its messages come to the event loop.
+
+    `done` is set once the thread has left llama.cpp, which then has the request's slot free.
+    """
+
+    def __init__(
+        self, server: Server, threads: Executor, body: Mapping[str, Any], *, chat: bool
+    ) -> None:
+        """Start it; see `Server.ask`."""
+        self._loop = asyncio.get_running_loop()
+        self._received: asyncio.Queue[Event | BaseException | None] = asyncio.Queue()
+        self._cancelled = False
+        self.done = self._loop.run_in_executor(
+            threads, partial(server.ask, body, self._receive, chat=chat)
+        )
+        self.done.add_done_callback(lambda done: self._received.put_nowait(done.exception()))
+
+    async def events(self) -> AsyncIterator[Event]:
+        """Yield the messages until the last; raises what `Server.ask` raises."""
+        while (received := await self._received.get()) is not None:
+            if isinstance(received, BaseException):
+                raise received
+            yield received
+
+    def cancel(self) -> None:
+        """Stop at the next message; llama.cpp sends one per token and per step of a prompt."""
+        self._cancelled = True
+
+    def fail(self, error: EngineFailed) -> None:
+        """Cancel it, and have its reader raise `error`."""
+        self.cancel()
+        self._received.put_nowait(error)
+
+    def _receive(self, event: Event) -> bool:
+        """Runs on the call's thread; returns whether to stop."""
+        if not self._cancelled:
+            self._loop.call_soon_threadsafe(self._received.put_nowait, event)
+        return self._cancelled
+
+
+def _choose_device(xllamacpp: Any, params: Any, device: str) -> None:  # noqa: ANN401 - untyped
+    kind, _, index = device.partition(":")
+    if kind == "cpu":
+        params.n_gpu_layers = 0
+        return
+    if kind == "cuda":
+        if not any("GPU" in str(found["type"]) for found in xllamacpp.get_device_info()):
+            raise PoolError(f"device: {device} is not there for this xllamacpp; try auto or cpu")
+        if index:
+            params.main_gpu = int(index)
+            params.split_mode = xllamacpp.llama_split_mode.LLAMA_SPLIT_MODE_NONE
+
+
+@contextmanager
+def _waiting(*, polling: bool) -> Iterator[None]:
+    """Set how threads wait, around the library's import and for no other library."""
+    if polling or _WAITING in os.environ:
+        yield
+        return
+    os.environ[_WAITING] = "passive"
+    try:
+        yield
+    finally:
+        del os.environ[_WAITING]

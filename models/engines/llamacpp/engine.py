@@ -1,0 +1,193 @@
+"""The llamacpp engine as the rest of Shoal sees it: llama.cpp's server behind our contract."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from llguidance import LLTokenizer
+
+from models.card import ModelCard
+from models.engines.base import Chunk, EngineStats, GenerationRequest
+from models.engines.kind import EngineTraits
+from models.engines.llamacpp import LlamacppOptions, slots
+from models.engines.llamacpp.admission import Admission
+from models.engines.llamacpp.binding import Call, Server, Setting
+from models.engines.llamacpp.translate import AnswerReader, write_body
+from models.engines.requests import check_request, compile_schema
+from models.engines.text import Vocabulary
+from models.errors import EngineFailed, RequestError
+from models.spec import EngineSpec
+from models.tokenizer import read_tokenizer
+
+# So many answers that fail in a row are not the requests' fault.
+_MAX_FAILED_ANSWERS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Running:
+    """What exists between start and stop; `calls` are those that somebody reads."""
+
+    server: Server
+    grammars: LLTokenizer
+    vocabulary: Vocabulary
+    admission: Admission
+    threads: ThreadPoolExecutor
+    calls: set[Call] = field(default_factory=set)
+
+
+class LlamacppEngine:
+    """One GGUF file inside llama.cpp; see `models.engines.base.Engine`.
+
+    Each request is a call into the library on a thread of its own, which does nothing but wait for
+    the next token; llama.cpp's own threads compute all requests together.
+    """
+
+    def __init__(
+        self,
+        spec: EngineSpec,
+        options: LlamacppOptions,
+        name: str,
+        card: ModelCard,
+        traits: EngineTraits,
+    ) -> None:
+        """Only remember; `start` loads llama.cpp and the model `name`."""
+        self._spec = spec
+        self._options = options
+        self._name = name
+        self._card = card
+        self._traits = traits
+        self._num_slots, self._context_tokens = slots(spec, options, card)
+        self._num_tokens = 0
+        self._failed_answers = 0
+        self._running: _Running | None = None
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The one model."""
+        return (self._name,)
+
+    async def start(self) -> None:
+        """Load the model. Raises `PoolError` where llama.cpp cannot run it."""
+        self._running = await asyncio.to_thread(self._load)
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[Chunk]:
+        """Stream the answer to `request`; see the contract."""
+        self.check_health()
+        running = self._running
+        assert running is not None, "check_health raises before start"
+        max_tokens = self._check(request)
+        if request.sampling.json_schema is not None:
+            # llama.cpp itself would answer freely where it cannot use a schema.
+            await asyncio.to_thread(compile_schema, running.grammars, request.sampling.json_schema)
+        body = write_body(request, max_tokens=max_tokens, context_tokens=self._context_tokens)
+        ticket = await running.admission.enter(request.client_id)
+        call = Call(running.server, running.threads, body, chat=request.tools is not None)
+        call.done.add_done_callback(lambda _: running.admission.leave(ticket))
+        running.calls.add(call)
+        try:
+            async for chunk in self._read(call, AnswerReader(request, running.vocabulary)):
+                yield chunk
+        finally:
+            call.cancel()
+            running.calls.discard(call)
+
+    def stats(self) -> EngineStats:
+        """Return a snapshot; cheap. Of the cache it tells whose slots are taken."""
+        if self._running is None:
+            return EngineStats()
+        admission = self._running.admission
+        slot_bytes = self._spec.kv_memory_bytes // self._num_slots
+        return EngineStats(
+            running_requests=admission.num_running,
+            queued_requests=admission.num_waiting,
+            active_lanes=admission.num_running,
+            kv_bytes_used=admission.num_running * slot_bytes,
+            kv_bytes_total=self._num_slots * slot_bytes,
+            generated_tokens_total=self._num_tokens,
+            busy_seconds_total=admission.busy_s,
+        )
+
+    def check_health(self) -> None:
+        """Raise `EngineFailed` if the engine cannot serve (any more)."""
+        if self._running is None:
+            raise EngineFailed(f"the engine {self._spec.name} is not running")
+        if self._failed_answers >= _MAX_FAILED_ANSWERS:
+            raise EngineFailed(
+                f"the engine {self._spec.name}: {self._failed_answers} answers failed in a row"
+            )
+
+    async def stop(self) -> None:
+        """Fail what runs and waits, and free everything; idempotent."""
+        running, self._running = self._running, None
+        if running is None:
+            return
+        stopped = EngineFailed(f"the engine {self._spec.name} was stopped")
+        running.admission.close(stopped)
+        for call in running.calls:
+            call.fail(stopped)
+        await asyncio.to_thread(running.threads.shutdown)
+        await asyncio.to_thread(running.server.close)
+
+    async def _read(self, call: Call, reader: AnswerReader) -> AsyncIterator[Chunk]:
+        try:
+            async for event in call.events():
+                chunk = reader.read(event)
+                if chunk is not None:
+                    self._num_tokens += len(chunk.tokens)
+                    yield chunk
+                if reader.stopped:
+                    break
+            yield reader.last()
+        except EngineFailed:
+            self._failed_answers += 1
+            raise
+        self._failed_answers = 0
+
+    def _load(self) -> _Running:
+        options = self._options
+        tokenizer = read_tokenizer(self._card.path)
+        grammars = LLTokenizer(
+            tokenizer.to_str(),
+            n_vocab=self._card.shape.vocab_size,
+            eos_token=sorted(self._card.end_tokens) or None,
+        )
+        server = Server(
+            Setting(
+                path=self._card.path,
+                device=self._spec.device,
+                num_slots=self._num_slots,
+                context_tokens=self._context_tokens,
+                step_tokens=options.step_tokens,
+                prompt_cache_mib=options.prompt_cache_mib,
+                num_threads=options.num_threads or len(os.sched_getaffinity(0)),
+                polling=options.polling,
+            )
+        )
+        return _Running(
+            server=server,
+            grammars=grammars,
+            vocabulary=Vocabulary(tokenizer, grammars),
+            admission=Admission(
+                num_slots=self._num_slots, max_queued=self._spec.max_queued_requests
+            ),
+            threads=ThreadPoolExecutor(self._num_slots, thread_name_prefix="llamacpp"),
+        )
+
+    def _check(self, request: GenerationRequest) -> int:
+        """Refuse what cannot run; return how many tokens the answer may have."""
+        max_tokens = check_request(
+            request,
+            members=self.members,
+            traits=self._traits,
+            context_tokens=self._context_tokens,
+            vocab_size=self._card.shape.vocab_size,
+        )
+        if request.tools is not None and request.messages is None:
+            raise RequestError("tools: only conversations can offer any", "tools")
+        if request.tools is not None and request.sampling.top_logprobs is not None:
+            raise RequestError("logprobs: llama.cpp tells none where tools are offered", "logprobs")
+        return max_tokens

@@ -1,0 +1,184 @@
+"""Between Shoal's requests and llama.cpp's server: its request there, chunks back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from models.engines.base import Chunk, FinishReason, GenerationRequest, Token, TopLogprob
+from models.engines.llamacpp.binding import Event
+from models.engines.text import TextStream, Vocabulary
+from models.errors import (
+    ContextOverflow,
+    EngineError,
+    EngineFailed,
+    EngineOverloaded,
+    RequestError,
+)
+from models.tools import ToolCall, Tools
+
+# llama.cpp reads the largest as "draw a fresh one".
+_NUM_SEEDS = 2**32 - 1
+_FINISH_REASONS: dict[str, FinishReason] = {
+    "stop": "stop",
+    "length": "length",
+    "tool_calls": "tool_calls",
+}
+
+
+def write_body(
+    request: GenerationRequest, *, max_tokens: int, context_tokens: int
+) -> dict[str, Any]:
+    """Return `request` as llama.cpp's server wants it.
+
+    Filters apply in the order of our own sampler. Penalties count the prompt's tokens, too:
+    llama.cpp cannot leave them out. Stop strings are ours.
+    """
+    sampling = request.sampling
+    body: dict[str, Any] = {
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "return_progress": True,  # so that a long prompt can be cancelled
+        "timings_per_token": True,  # counts the tokens
+        "max_tokens": max_tokens,
+        "samplers": ["penalties", "temperature", "top_k", "top_p", "min_p"],
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k or 0,
+        "top_p": sampling.top_p,
+        "min_p": sampling.min_p or 0.0,
+        "presence_penalty": sampling.presence_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
+        "repeat_last_n": context_tokens,
+        "logit_bias": [[token, bias] for token, bias in sampling.logit_bias.items()],
+        "seed": -1 if sampling.seed is None else sampling.seed % _NUM_SEEDS,
+        # What a prompt is read with rounds it: with a seed, the same each time.
+        "cache_prompt": sampling.seed is None,
+        "ignore_eos": sampling.ignore_eos,
+    }
+    if sampling.json_schema is not None:
+        body["json_schema"] = json.loads(sampling.json_schema)
+    if request.tools is None:
+        # One at least: without any, tokens come without their ids.
+        return {
+            **body,
+            "prompt": list(request.prompt_tokens),
+            "n_probs": max(sampling.top_logprobs or 0, 1),
+        }
+    return {
+        **body,
+        "messages": [dict(message) for message in request.messages or ()],
+        "reasoning_format": "none",
+        **_offer(request.tools),
+    }
+
+
+def _offer(tools: Tools) -> dict[str, Any]:
+    """Return the functions to offer; one that must be called is offered alone, and required."""
+    functions = [dict(function) for function in tools.functions]
+    if isinstance(tools.choice, str):
+        return {"tools": functions, "tool_choice": tools.choice}
+    name = tools.choice["function"]["name"]
+    named = [tool for tool in functions if tool["function"]["name"] == name]
+    return {"tools": named, "tool_choice": "required"}
+
+
+class AnswerReader:
+    """Reads one answer's messages. `stopped` turns true once a stop string stands in its text."""
+
+    def __init__(self, request: GenerationRequest, vocabulary: Vocabulary) -> None:
+        self.num_tokens = 0
+        self._vocabulary = vocabulary
+        self._num_top = request.sampling.top_logprobs or 0
+        self._text = TextStream(request.sampling.stop)
+        self._calls: dict[int, dict[str, str]] = {}
+        self._reason: FinishReason | None = None
+        self._num_cached: int | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the answer is over before llama.cpp knows."""
+        return self._text.stopped
+
+    def read(self, event: Event) -> Chunk | None:
+        """Return what a message adds, None if nothing; raises what it reports."""
+        if "error" in event:
+            raise _failure(event["error"])
+        usage = event.get("usage")
+        tokens: tuple[Token, ...] = ()
+        text = ""
+        for choice in event["choices"]:
+            reason = choice["finish_reason"]
+            if reason is not None:
+                self._reason = _FINISH_REASONS.get(reason, "stop")
+            delta = choice.get("delta") or choice
+            content = delta.get("text") or delta.get("content") or ""
+            text += self._text.push(content.encode())
+            self._read_calls(delta.get("tool_calls") or ())
+            logprobs = choice.get("logprobs") or {}
+            tokens += tuple(self._token(entry) for entry in logprobs.get("content") or ())
+        counted = (event.get("timings") or {}).get("predicted_n", 0)
+        if usage is not None:
+            counted = usage["completion_tokens"]
+            self._num_cached = usage["prompt_tokens_details"]["cached_tokens"]
+        # Tokens that end within a character are only counted: it comes with the one that ends it.
+        missing = max(counted - self.num_tokens - len(tokens), 0)
+        tokens = (Token(token_id=0, text="", raw=b"", logprob=None),) * missing + tokens
+        self.num_tokens += len(tokens)
+        return Chunk(text=text, tokens=tokens) if tokens or text else None
+
+    def last(self) -> Chunk:
+        """Return the end of the answer; raises `EngineFailed` where llama.cpp did not reach it."""
+        if self.stopped:
+            self._reason = "stop"
+        if self._reason is None:
+            raise EngineFailed("llama.cpp ended an answer before its end")
+        calls = tuple(
+            ToolCall(id=call["id"], name=call["name"], arguments=call["arguments"])
+            for _, call in sorted(self._calls.items())
+        )
+        return Chunk(
+            text=self._text.finish(),
+            cached_tokens=self._num_cached,
+            tokens=(),
+            finish_reason="tool_calls" if calls else self._reason,
+            tool_calls=calls,
+        )
+
+    def _read_calls(self, deltas: Any) -> None:  # noqa: ANN401 - as the server has it
+        for delta in deltas:
+            call = self._calls.setdefault(delta["index"], {"id": "", "name": "", "arguments": ""})
+            call["id"] += delta.get("id") or ""
+            for key, text in (delta.get("function") or {}).items():
+                call[key] += text or ""
+
+    def _token(self, entry: Mapping[str, Any]) -> Token:
+        raw = self._vocabulary.raw(entry["id"])
+        return Token(
+            token_id=entry["id"],
+            text=raw.decode(errors="replace"),
+            raw=raw,
+            logprob=entry["logprob"],
+            top=tuple(self._top(other) for other in entry["top_logprobs"][: self._num_top]),
+        )
+
+    def _top(self, entry: Mapping[str, Any]) -> TopLogprob:
+        raw = self._vocabulary.raw(entry["id"])
+        return TopLogprob(
+            token_id=entry["id"],
+            text=raw.decode(errors="replace"),
+            raw=raw,
+            logprob=entry["logprob"],
+        )
+
+
+def _failure(error: Mapping[str, Any]) -> EngineError | RequestError:
+    """Return what an error message means."""
+    message = str(error.get("message"))
+    if error.get("type") == "exceed_context_size_error":
+        return ContextOverflow(message)
+    if error.get("code") == 400:
+        return RequestError(message)
+    if error.get("code") == 503:
+        return EngineOverloaded(message)
+    return EngineFailed(f"llama.cpp failed: {message}")
