@@ -1,59 +1,130 @@
-"""What transformers assumes of an architecture where a config.json is silent.
+"""The architectures that are read and computed here: how each differs from Llama.
 
-Only keys that files do leave out have a default here: sizes must be stated.
+`defaults` are what transformers 5 assumes where a config.json is silent, for keys that files do
+leave out (sizes must be stated). Keys that are not among them mean nothing to that architecture.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+Norms: TypeAlias = Literal["before", "after", "around"]
+"""Where a layer's norms stand: before attention and feed-forward, after them, or both."""
+
+HeadNorms: TypeAlias = Literal["none", "each", "all"]
+"""What queries and keys are normed over: each head by itself, or all heads together."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One `model_type`; `defaults` are those of its configuration class in transformers 5."""
+    """One `model_type`.
 
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    `qkv_bias`: always has biases of query, key and value. `gains_from_one`: gains of norms are
+    stored less one. `packed`: query, key and value are one matrix in the file, and gate and up.
+    `embedding_root`: embeddings are multiplied by the root of their size. `scaled_positions`:
+    transformers knows scaled rotary frequencies for it that are computed here.
+    """
+
+    defaults: Mapping[str, Any]
+    norms: Norms = "before"
+    head_norms: HeadNorms = "none"
+    qkv_bias: bool = False
+    gains_from_one: bool = False
+    packed: bool = False
+    embedding_root: bool = False
+    scaled_positions: bool = True
 
 
-_LLAMA: dict[str, Any] = {
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 2048,
+def _defaults(**changes: Any) -> Mapping[str, Any]:  # noqa: ANN401 - as JSON has them
+    llama = {
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10_000.0,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 2048,
+    }
+    return llama | changes
+
+
+_QWEN: dict[str, Any] = {
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 32,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "layer_types": None,
 }
 
 FAMILIES: Mapping[str, Family] = {
-    "llama": Family(defaults={**_LLAMA, "attention_bias": False, "mlp_bias": False}),
+    "llama": Family(defaults=_defaults(attention_bias=False, mlp_bias=False)),
     "mistral": Family(
-        defaults={
-            **_LLAMA,
-            "max_position_embeddings": 4096 * 32,
-            "num_key_value_heads": 8,
-            "sliding_window": 4096,
-        }
+        defaults=_defaults(
+            max_position_embeddings=4096 * 32, num_key_value_heads=8, sliding_window=4096
+        )
     ),
-    "qwen2": Family(
-        defaults={
-            **_LLAMA,
-            "max_position_embeddings": 32768,
-            "num_key_value_heads": 32,
-            "use_sliding_window": False,
-            "sliding_window": 4096,
-            "max_window_layers": 28,
-        }
-    ),
+    "qwen2": Family(defaults=_defaults(**_QWEN), qkv_bias=True),
     "qwen3": Family(
-        defaults={
-            **_LLAMA,
-            "max_position_embeddings": 32768,
-            "num_key_value_heads": 32,
-            "head_dim": 128,
-            "attention_bias": False,
-            "use_sliding_window": False,
-            "sliding_window": 4096,
-            "max_window_layers": 28,
-        }
+        defaults=_defaults(**_QWEN, head_dim=128, attention_bias=False), head_norms="each"
+    ),
+    "phi3": Family(
+        defaults=_defaults(rms_norm_eps=1e-5, max_position_embeddings=4096, sliding_window=None),
+        packed=True,
+        scaled_positions=False,
+    ),
+    "smollm3": Family(
+        defaults=_defaults(
+            rope_theta=2_000_000.0,
+            tie_word_embeddings=True,
+            max_position_embeddings=32768,
+            num_key_value_heads=4,
+            attention_bias=False,
+            mlp_bias=False,
+            use_sliding_window=False,
+            sliding_window=None,
+            layer_types=None,
+            no_rope_layers=None,
+            no_rope_layer_interval=4,
+        )
+    ),
+    "granite": Family(
+        defaults=_defaults(
+            attention_bias=False,
+            mlp_bias=False,
+            embedding_multiplier=1.0,
+            residual_multiplier=1.0,
+            attention_multiplier=1.0,
+            logits_scaling=1.0,
+        )
+    ),
+    "olmo2": Family(
+        defaults=_defaults(rms_norm_eps=1e-5, attention_bias=False),
+        norms="after",
+        head_norms="all",
+    ),
+    "gemma3_text": Family(
+        defaults=_defaults(
+            hidden_act=None,
+            hidden_activation="gelu_pytorch_tanh",
+            rope_theta=1_000_000.0,
+            rope_local_base_freq=10_000.0,
+            tie_word_embeddings=True,
+            max_position_embeddings=131_072,
+            num_key_value_heads=4,
+            head_dim=256,
+            attention_bias=False,
+            query_pre_attn_scalar=256,
+            sliding_window=4096,
+            sliding_window_pattern=6,
+            layer_types=None,
+            final_logit_softcapping=None,
+            attn_logit_softcapping=None,
+            use_bidirectional_attention=False,
+        ),
+        norms="around",
+        head_norms="each",
+        gains_from_one=True,
+        embedding_root=True,
     ),
 }

@@ -5,16 +5,21 @@ step and the greedy tokens of the next must be its own.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from models.card import read_card
+from models.tokenizer import CheckpointTokenizer
 from tests.models.engines.stacked.tiny import (
     answer,
     build_engine,
+    build_tokenizer,
     edit_config,
     load_reference,
     request,
@@ -93,6 +98,76 @@ GRID: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "a window longer than the context": ("mistral", {"sliding_window": 4096}, {}),
     "a window that is off": ("qwen2", {}, {"sliding_window": 8, "use_sliding_window": False}),
+    "a window": ("mistral", {"sliding_window": 16}, {}),
+    "a window in later layers": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+        {},
+    ),
+    "a window in some layers": (
+        "qwen3",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 24,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        {},
+    ),
+    "phi3": ("phi3", {"sliding_window": 40}, {}),
+    "phi3, plain": ("phi3", {"num_key_value_heads": 4}, {"num_key_value_heads": ...}),
+    "smollm3": ("smollm3", {"num_hidden_layers": 5, "attention_bias": True, "mlp_bias": True}, {}),
+    "smollm3, a window": (
+        "smollm3",
+        {
+            "num_hidden_layers": 4,
+            "no_rope_layers": [1, 0, 0, 1],
+            "use_sliding_window": True,
+            "sliding_window": 16,
+        },
+        {},
+    ),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.05,
+            "logits_scaling": 5.0,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+        {},
+    ),
+    "granite, tied": (
+        "granite",
+        {"tie_word_embeddings": True, "embedding_multiplier": 2.0},
+        {"attention_multiplier": 0.1, "rope_scaling": YARN},
+    ),
+    "olmo2": ("olmo2", {"attention_bias": True}, {}),
+    "olmo2, grouped": ("olmo2", {"num_key_value_heads": 1}, {"rms_norm_eps": ...}),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "num_hidden_layers": 7,
+            "head_dim": 32,
+            "query_pre_attn_scalar": 20,
+            "sliding_window": 16,
+            "final_logit_softcapping": 3.0,
+        },
+        {},
+    ),
+    "gemma3, older spelling": (
+        "gemma3_text",
+        {"num_hidden_layers": 3, "head_dim": 16, "sliding_window": 24},
+        {
+            "layer_types": ...,
+            "sliding_window_pattern": 2,
+            "rope_parameters": ...,
+            "rope_theta": 5000.0,
+            "rope_local_base_freq": 300.0,
+            "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        },
+    ),
     "swish": ("llama", {}, {"hidden_act": "swish"}),
     "a padded vocabulary": ("llama", {"vocab_size": 384}, {}),
     "key/value heads by default": (
@@ -155,3 +230,81 @@ def test_shards_and_what_lies_beside_them(tmp_path: Path) -> None:
     check(folder)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert read_card(folder).parameters == index["metadata"]["total_parameters"]
+
+
+@pytest.mark.parametrize("case", ["a window in some layers", "gemma3", "smollm3", "olmo2"])
+def test_many_at_once_and_in_pieces(case: str, tmp_path: Path) -> None:
+    """Prompts read in pieces, and lanes that decode together, give transformers' tokens."""
+    kind, options, changes = GRID[case]
+    folders = [save_checkpoint(tmp_path / f"{i}", kind, seed=i, **options) for i in range(2)]
+    for folder in folders:
+        edit_config(folder, **changes)
+    prompts = [PROMPT[:5], PROMPT[:33], PROMPT]
+    wanted = [
+        request(prompt, (f"m{member}",), max_tokens=40, ignore_eos=True)
+        for prompt in prompts
+        for member in range(2)
+    ]
+    answers = answer(build_engine(folders, step_rows=16), *wanted)
+    references = [load_reference(folder) for folder in folders]
+    for number, chunks in enumerate(answers):
+        tokens = torch.tensor([prompts[number // 2]])
+        with torch.no_grad():
+            expected = references[number % 2].generate(
+                tokens, max_new_tokens=40, min_new_tokens=40, do_sample=False, eos_token_id=None
+            )
+        assert token_ids(chunks) == expected[0, tokens.shape[1] :].tolist()
+
+
+def byte_level() -> Tokenizer:
+    """As GPT-2, Qwen and Llama 3 have."""
+    return build_tokenizer()
+
+
+def sentence_piece() -> Tokenizer:
+    """As Llama 2 and Mistral have: spaces are letters, unknown characters are bytes."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokens += ["▁", *"abcdeé", "ab", "▁a", "▁ab"]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    merges = [("a", "b"), ("▁", "a"), ("▁", "ab")]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return tokenizer
+
+
+def unigram() -> Tokenizer:
+    """As T5's descendants have: the likeliest pieces, with a score each."""
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), ("▁", -2.0), *((c, -3.0) for c in "abcdeé,")]
+    tokenizer = Tokenizer(models.Unigram([*pieces, ("▁ab", -4.0), ("cd", -4.0)], unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.add_special_tokens(["<unk>", "</s>"])
+    return tokenizer
+
+
+@pytest.mark.parametrize("family", [byte_level, sentence_piece, unigram])
+def test_three_families_of_tokenizers(family: Callable[[], Tokenizer], tmp_path: Path) -> None:
+    """An answer's text is what transformers decodes of its tokens: added tokens that are not
+    special are text, special ones and rows without a token are nothing."""
+    folder = save_checkpoint(tmp_path)
+    tokenizer = family()
+    tokenizer.add_tokens([AddedToken("<think>", special=False, normalized=False)])
+    tokenizer.add_special_tokens([AddedToken("<|sep|>", special=True)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    written = "é ab<think>cd<|sep|> a, abé"
+    ids = theirs(written, add_special_tokens=False)["input_ids"]
+    [*answers] = answer(
+        build_engine([folder]),
+        *(request([5], max_tokens=1, ignore_eos=True, logit_bias={i: 100.0}) for i in ids),
+        request([5], max_tokens=1, ignore_eos=True, logit_bias={319: 100.0}),
+    )
+    assert [token_ids(chunks) for chunks in answers[:-1]] == [[i] for i in ids]
+    raw = b"".join(token.raw for chunks in answers for chunk in chunks for token in chunk.tokens)
+    assert raw.decode() == theirs.decode(ids, skip_special_tokens=True)
+    assert CheckpointTokenizer(folder).decode(ids) == raw.decode()

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from models.card import ModelCard, read_card
+from models.card import SUPPORTED_ARCHITECTURES, ModelCard, read_card
 from models.chat_template import read_chat_template
 from models.downscale.errors import BaseError, DivergedError
 from models.downscale.recipe import TASKS, BaseShape, BaseStage, BaseTraining
@@ -68,6 +68,12 @@ def check_base(folder: Path) -> ModelCard:
     """
     try:
         card = read_card(folder)
+        if card.shape.architecture not in SUPPORTED_ARCHITECTURES:
+            raise BaseError(
+                f"base.checkpoint: {folder / 'config.json'}: model_type "
+                f"{card.shape.architecture!r} is not supported; "
+                f"allowed are {', '.join(SUPPORTED_ARCHITECTURES)}"
+            )
         read_architecture(card)
         read_chat_template(folder)
     except PoolError as error:

@@ -7,64 +7,70 @@ needed, so that every process that reads a pool can ask.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast, get_args
+from typing import Any, Literal, TypeAlias
 
-from models.card import CONFIG, SUPPORTED_ARCHITECTURES, ModelCard, Shape, read_config, read_count
+from models.card import CONFIG, ModelCard, Shape, read_config
+from models.engines.stacked.layers import LayerKind, read_layers, read_number
+from models.engines.stacked.tensors import check_tensors
 from models.errors import PoolError
-from models.families import FAMILIES
-from models.sources.safetensors import StoredTensor, read_tensors
+from models.families import FAMILIES, Family, HeadNorms, Norms
+from models.sources.safetensors import read_tensors
 
-Scaling: TypeAlias = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+Activation: TypeAlias = Literal["silu", "gelu_tanh"]
 
-_DEFAULT_ROPE_THETA = 10_000.0  # transformers'
-_SILU = ("silu", "swish")  # two names of one function
-_BOUNDED = ("llama3", "yarn")  # scalings that start from the context the model was made with
-_NEEDED: Mapping[Scaling, tuple[str, ...]] = {
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+_ACTIVATIONS: Mapping[str, Activation] = {  # transformers' names
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
 }
-_YARN = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")  # if given
-
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_ENDS = {EMBEDDING, HEAD}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rotary:
-    """The rotary embedding: its base, and how its frequencies are scaled (see `rotary`).
-
-    `factors` are the scaling's own numbers by the names of config.json.
-    """
-
-    theta: float
-    scaling: Scaling = "default"
-    original_context_tokens: int
-    truncate: bool = True
-    factors: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """Everything the forward pass must know that the weights don't say.
 
-    `qk_norm` is Qwen3's norm of each query and key head. `tied_embeddings`: a checkpoint without a
-    language-model head uses its embeddings.
+    `tied_embeddings`: a checkpoint without a language-model head uses its embeddings. Scores are
+    multiplied by `attention_scale`, what a layer adds by `residual_scale`, embeddings by
+    `embedding_scale` and logits by `logit_scale`; `logit_cap` bounds them by a tanh.
     """
 
     shape: Shape
     context_tokens: int
+    layers: tuple[LayerKind, ...]
+    norms: Norms
+    head_norms: HeadNorms
     norm_eps: float
-    rotary: Rotary
+    gains_from_one: bool
+    packed: bool
+    activation: Activation
     tied_embeddings: bool
-    qk_norm: bool
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
+    attention_scale: float
+    residual_scale: float
+    embedding_scale: float
+    logit_scale: float
+    logit_cap: float | None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether layers are alike and as Llama's, Mistral's or Qwen's, without a window."""
+        return (
+            len(set(self.layers)) == 1
+            and self.layers[0].window_tokens is None
+            and self.norms == "before"
+            and self.head_norms != "all"
+            and self.activation == "silu"
+            and self.attention_scale == 1 / math.sqrt(self.shape.head_dim)
+            and (self.residual_scale, self.embedding_scale, self.logit_scale) == (1, 1, 1)
+            and self.logit_cap is None
+            and not (self.mlp_bias or self.packed or self.gains_from_one)
+        )
 
 
 def read_architecture(card: ModelCard) -> Architecture:
@@ -75,10 +81,9 @@ def read_architecture(card: ModelCard) -> Architecture:
     if card.is_gguf:
         raise PoolError(f"{card.path}: the stacked engine reads folders of safetensors, no GGUF")
     file, kind = card.path / CONFIG, card.shape.architecture
-    if kind not in SUPPORTED_ARCHITECTURES:
+    if kind not in FAMILIES:
         raise PoolError(
-            f"{file}: model_type {kind!r} is not supported; "
-            f"allowed are {', '.join(SUPPORTED_ARCHITECTURES)}"
+            f"{file}: model_type {kind!r} is not supported; allowed are {', '.join(FAMILIES)}"
         )
     if card.quantization is not None:
         raise PoolError(
@@ -86,21 +91,37 @@ def read_architecture(card: ModelCard) -> Architecture:
             "computes with F32, F16 and BF16"
         )
     config = read_config(card.path)
-    _check_supported(file, config)
-    known = FAMILIES[kind].defaults  # of others transformers takes no notice
-    biased = "attention_bias" in known and _flag(file, config, "attention_bias")
+    family = FAMILIES[kind]
+    for key in ("per_layer_config", "attn_logit_softcapping", "use_bidirectional_attention"):
+        if config.get(key):
+            raise PoolError(f"{file}: {key} {config[key]!r} is not supported by the stacked engine")
+    biased = _known_flag(file, config, family, "attention_bias")
     architecture = Architecture(
         shape=card.shape,
         context_tokens=card.context_tokens,
-        norm_eps=_number(file, config, "rms_norm_eps"),
-        rotary=_read_rotary(file, config),
-        tied_embeddings=_flag(file, config, "tie_word_embeddings"),
-        qk_norm=kind == "qwen3",
-        qkv_bias=biased or kind == "qwen2",
+        layers=read_layers(file, config, family),
+        norms=family.norms,
+        head_norms=family.head_norms,
+        norm_eps=read_number(file, config, "rms_norm_eps"),
+        gains_from_one=family.gains_from_one,
+        packed=family.packed,
+        activation=_activation(file, config, family),
+        tied_embeddings=_known_flag(file, config, family, "tie_word_embeddings"),
+        qkv_bias=biased or family.qkv_bias,
         output_bias=biased,
-        mlp_bias="mlp_bias" in known and _flag(file, config, "mlp_bias"),
+        mlp_bias=_known_flag(file, config, family, "mlp_bias"),
+        attention_scale=_attention_scale(file, config, family, card.shape),
+        residual_scale=_known_scale(file, config, family, "residual_multiplier"),
+        embedding_scale=math.sqrt(card.shape.hidden_size)
+        if family.embedding_root
+        else _known_scale(file, config, family, "embedding_multiplier"),
+        logit_scale=1 / _known_scale(file, config, family, "logits_scaling"),
+        logit_cap=None
+        if "final_logit_softcapping" not in family.defaults
+        or config["final_logit_softcapping"] is None
+        else read_number(file, config, "final_logit_softcapping"),
     )
-    _check_tensors(card.path, architecture, read_tensors(card.path))
+    check_tensors(card.path, architecture, read_tensors(card.path))
     return architecture
 
 
@@ -124,136 +145,30 @@ def read_stack(cards: Sequence[ModelCard]) -> Architecture:
     return architecture
 
 
-def _check_supported(file: Path, config: Mapping[str, Any]) -> None:
-    if config.get("hidden_act") not in _SILU:
+def _activation(file: Path, config: Mapping[str, Any], family: Family) -> Activation:
+    key = "hidden_act" if family.defaults["hidden_act"] else "hidden_activation"
+    if config.get(key) not in _ACTIVATIONS:
         raise PoolError(
-            f"{file}: hidden_act {config.get('hidden_act')!r} is not supported by the stacked "
-            f"engine; allowed are {', '.join(_SILU)}"
+            f"{file}: {key} {config.get(key)!r} is not supported by the stacked engine; "
+            f"allowed are {', '.join(_ACTIVATIONS)}"
         )
-    if config.get("per_layer_config"):
-        raise PoolError(f"{file}: per_layer_config is not supported by the stacked engine")
-    if "sliding_attention" in (config.get("layer_types") or ()):
-        raise PoolError(
-            f"{file}: layer_types {config['layer_types']!r} are not supported by the stacked "
-            "engine; allowed is full_attention"
-        )
-    window_tokens = config.get("sliding_window")
-    windowed = config["model_type"] == "mistral" or config.get("use_sliding_window")
-    # A window that no sequence outgrows changes nothing.
-    if windowed and window_tokens is not None and window_tokens < config["max_position_embeddings"]:
-        raise PoolError(
-            f"{file}: sliding_window {window_tokens} is not supported by the stacked engine; "
-            "null, or at least max_position_embeddings, is"
-        )
+    return _ACTIVATIONS[config[key]]
 
 
-def _read_rotary(file: Path, config: Mapping[str, Any]) -> Rotary:
-    """Read either spelling as transformers 5 does: `rope_scaling` first, else `rope_parameters`."""
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise PoolError(f"{file}: rope_parameters {rope!r} is not a mapping")
-    theta = rope if "rope_theta" in rope else {"rope_theta": _DEFAULT_ROPE_THETA, **config}
-    kind = cast(Scaling, rope.get("rope_type", rope.get("type", "default")))
-    if kind not in get_args(Scaling):
-        raise PoolError(
-            f"{file}: rope_type {kind!r} is not supported by the stacked engine; "
-            f"allowed are {', '.join(get_args(Scaling))}"
-        )
-    for found in (rope, config):
-        if found.get("partial_rotary_factor") not in (None, 1, 1.0):
-            raise PoolError(
-                f"{file}: partial_rotary_factor {found['partial_rotary_factor']!r} is not "
-                "supported by the stacked engine; allowed is 1.0"
-            )
-    context_tokens = read_count(file, config, "max_position_embeddings")
-    if kind in _BOUNDED:
-        if "original_max_position_embeddings" in config:
-            raise PoolError(
-                f"{file}: original_max_position_embeddings belongs within rope_parameters"
-            )
-        if rope.get("original_max_position_embeddings") is not None:
-            context_tokens = read_count(file, rope, "original_max_position_embeddings")
-    if kind == "yarn" and "factor" in rope and rope["factor"] is None:
-        rope = {**rope, "factor": config["max_position_embeddings"] / context_tokens}
-    given = _NEEDED.get(kind, ())
-    if kind == "yarn":
-        given = ("factor", *(key for key in _YARN if rope.get(key) is not None))
-    return Rotary(
-        theta=_number(file, theta, "rope_theta"),
-        scaling=kind,
-        original_context_tokens=context_tokens,
-        truncate=_flag(file, {"truncate": True, **rope}, "truncate"),
-        factors=tuple((key, _number(file, rope, key)) for key in given),
-    )
+def _attention_scale(file: Path, config: Mapping[str, Any], family: Family, shape: Shape) -> float:
+    if "attention_multiplier" in family.defaults:
+        return read_number(file, config, "attention_multiplier")
+    if "query_pre_attn_scalar" in family.defaults:
+        return 1 / math.sqrt(read_number(file, config, "query_pre_attn_scalar"))
+    return 1 / math.sqrt(shape.head_dim)
 
 
-def _check_tensors(
-    folder: Path, architecture: Architecture, stored: Mapping[str, StoredTensor]
-) -> None:
-    """Refuse tensors that are missing, of another shape, or that the config knows nothing of."""
-    expected = _expected_tensors(architecture)
-    for name, shape in expected.items():
-        if name not in stored:
-            if architecture.tied_embeddings and name in _ENDS and _ENDS & stored.keys():
-                continue
-            raise PoolError(
-                f"{folder}: the tensor {name} is missing, which {CONFIG} asks for with the shape "
-                f"{list(shape)}"
-            )
-        if stored[name].shape != shape:
-            raise PoolError(
-                f"{stored[name].file}: the tensor {name} has the shape "
-                f"{list(stored[name].shape)}, but {CONFIG} asks for {list(shape)}"
-            )
-    for name, tensor in stored.items():
-        if name not in expected and not name.endswith(".inv_freq"):  # frequencies are computed
-            what = "bias" if name.endswith("bias") else "tensor"
-            raise PoolError(
-                f"{tensor.file}: the {what} {name} is none that {CONFIG} asks for; transformers "
-                "would leave it out"
-            )
+def _known_scale(file: Path, config: Mapping[str, Any], family: Family, key: str) -> float:
+    return read_number(file, config, key) if key in family.defaults else 1.0
 
 
-def _expected_tensors(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    shape = architecture.shape
-    hidden, inner, head = shape.hidden_size, shape.intermediate_size, shape.head_dim
-    query, key = shape.num_heads * head, shape.num_kv_heads * head
-    products = {
-        "self_attn.q_proj": (query, hidden, architecture.qkv_bias),
-        "self_attn.k_proj": (key, hidden, architecture.qkv_bias),
-        "self_attn.v_proj": (key, hidden, architecture.qkv_bias),
-        "self_attn.o_proj": (hidden, query, architecture.output_bias),
-        "mlp.gate_proj": (inner, hidden, architecture.mlp_bias),
-        "mlp.up_proj": (inner, hidden, architecture.mlp_bias),
-        "mlp.down_proj": (hidden, inner, architecture.mlp_bias),
-    }
-    gains = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
-    if architecture.qk_norm:
-        gains |= {"self_attn.q_norm": head, "self_attn.k_norm": head}
-    tensors: dict[str, tuple[int, ...]] = {
-        EMBEDDING: (shape.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
-        HEAD: (shape.vocab_size, hidden),
-    }
-    for index in range(shape.num_layers):
-        layer = f"model.layers.{index}"
-        tensors |= {f"{layer}.{name}.weight": (size,) for name, size in gains.items()}
-        for name, (rows, columns, biased) in products.items():
-            tensors[f"{layer}.{name}.weight"] = (rows, columns)
-            if biased:
-                tensors[f"{layer}.{name}.bias"] = (rows,)
-    return tensors
-
-
-def _number(file: Path, config: Mapping[str, Any], key: str) -> float:
-    value = config.get(key)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-        raise PoolError(f"{file}: {key} {value!r} is not allowed; a number above 0 is")
-    return float(value)
-
-
-def _flag(file: Path, config: Mapping[str, Any], key: str) -> bool:
-    value = config.get(key)
+def _known_flag(file: Path, config: Mapping[str, Any], family: Family, key: str) -> bool:
+    value = config[key] if key in family.defaults else False
     if not isinstance(value, bool):
         raise PoolError(f"{file}: {key} {value!r} is not allowed; true or false is")
     return value

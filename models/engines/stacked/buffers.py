@@ -7,12 +7,13 @@ decode, reuses them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from models.card import Shape
+from models.engines.stacked.architecture import Architecture
 from models.engines.stacked.layout import Grouping, Layout, Padded, Span
 
 
@@ -101,7 +102,7 @@ class SpanBuffers:
     span: Span
     query: Tensor  # decoding [K lanes, K heads, G, d], else [lanes, H, T, d]
     output: Tensor
-    mask: Tensor | None  # [T, cached]; None where causality needs none
+    masks: Mapping[int | None, Tensor | None]  # by window; None where causality needs none
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +135,15 @@ class Buffers:
     """Everything one layout's forward pass writes."""
 
     def __init__(
-        self, shape: Shape, eps: float, layout: Layout, like: Tensor, *, keeps_copies: bool
+        self,
+        architecture: Architecture,
+        layout: Layout,
+        like: Tensor,
+        *,
+        keeps_copies: bool,
     ) -> None:
+        shape, eps = architecture.shape, architecture.norm_eps
+        self._windows = {layer.window_tokens for layer in architecture.layers}
         num_rows, rows = len(layout.positions_N), layout.rows
         num_heads, num_kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
         query_size, kv_size = num_heads * head_dim, num_kv_heads * head_dim
@@ -151,6 +159,12 @@ class Buffers:
             empty(shape.intermediate_size),
         )
         self.norm = Norm(self.x_ND, normed_ND, eps)
+        self.normed_ND = normed_ND
+        if architecture.norms != "before":  # what a layer adds is normed before it is added
+            self.added_ND = empty(shape.hidden_size)
+            self.norm_added = Norm(self.added_ND, normed_ND, eps)
+            self.attention_apart = Product(attended_NQ, self.added_ND, rows)
+            self.feed_forward_apart = Product(self.activated_NF, self.added_ND, rows)
         self.to_qkv = Product(normed_ND, qkv_NQ, rows)
         self.from_attention = Product(attended_NQ, self.x_ND, rows)
         self.to_gate_up = Product(normed_ND, self.gate_up_NF, rows)
@@ -172,16 +186,12 @@ class Buffers:
 
     def _span(self, span: Span) -> SpanBuffers:
         query, output = self.ordered_query_NQ[span.rows], self.ordered_output_NQ[span.rows]
-        if span.num_tokens == 1:
-            return SpanBuffers(span, self._grouped(query), self._grouped(output), None)
+        if span.num_tokens == 1:  # a window is a shorter view
+            return SpanBuffers(span, self._grouped(query), self._grouped(output), {})
         split = (span.num_lanes, span.num_tokens, self._shape.num_heads, self._shape.head_dim)
-        mask = None
-        if span.num_cached > span.num_tokens:  # which cached tokens each token of this chunk sees
-            mask = torch.ones(
-                span.num_tokens, span.num_cached, dtype=torch.bool, device=query.device
-            ).tril_(span.num_cached - span.num_tokens)
+        masks = {window: _mask(span, window, query.device) for window in self._windows}
         return SpanBuffers(
-            span, query.view(split).transpose(1, 2), output.view(split).transpose(1, 2), mask
+            span, query.view(split).transpose(1, 2), output.view(split).transpose(1, 2), masks
         )
 
     def _padded(self, padded: Padded) -> PaddedBuffers:
@@ -212,3 +222,14 @@ class Buffers:
         attention expects the tokens of a sequence, and no mask or repetition is needed.
         """
         return rows_nQ.view(len(rows_nQ), self._shape.num_kv_heads, -1, self._shape.head_dim)
+
+
+def _mask(span: Span, window_tokens: int | None, device: torch.device) -> Tensor | None:
+    """Return which cached tokens each token of a chunk sees, [T, cached]; None: causality says."""
+    narrow = window_tokens is not None and window_tokens < span.num_cached
+    if span.num_cached == span.num_tokens and not narrow:
+        return None
+    earlier = span.num_cached - span.num_tokens
+    mask = torch.ones(span.num_tokens, span.num_cached, dtype=torch.bool, device=device)
+    mask.tril_(earlier)
+    return mask.triu_(earlier - window_tokens + 1) if window_tokens is not None else mask

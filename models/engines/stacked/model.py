@@ -12,6 +12,8 @@ requests, sampling or fusion.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
@@ -28,20 +30,29 @@ class StackedModel:
     """Computes next-token logits of every lane; see the module's docstring."""
 
     def __init__(self, architecture: Architecture, weights: Weights) -> None:
-        self._shape = architecture.shape
+        self._architecture, self._shape = architecture, architecture.shape
         self._norm_eps = architecture.norm_eps
         self._weights = weights
         self._layout: Layout | None = None
         self._buffers: Buffers | None = None
-        shape = architecture.shape
-        rotations_Td = rotations(architecture.rotary, shape.head_dim, architecture.context_tokens)
+        windows = {layer.window_tokens for layer in architecture.layers}
+        self._windows = [window for window in windows if window is not None]
+        device, dtype = weights.head_MDV.device, weights.head_MDV.dtype
         # [positions, 1, d / 2], complex: one rotation for all heads
-        self._rotations_T1d = rotations_Td[:, None].to(weights.head_MDV.device)
+        self._rotations_T1d = {
+            rotary: rotations(rotary, self._shape.head_dim, architecture.context_tokens)[
+                :, None
+            ].to(device)
+            for rotary in {layer.rotary for layer in architecture.layers}
+            if rotary is not None
+        }
+        # Rounded as the weights are.
+        self._embedding_scale = torch.tensor(architecture.embedding_scale).to(dtype).item()
 
     def buffers(self, layout: Layout, *, keeps_copies: bool) -> Buffers:
         """Return what a forward pass over `layout` writes to; of copies see `PaddedBuffers`."""
         head_MDV = self._weights.head_MDV
-        return Buffers(self._shape, self._norm_eps, layout, head_MDV, keeps_copies=keeps_copies)
+        return Buffers(self._architecture, layout, head_MDV, keeps_copies=keeps_copies)
 
     def forward(self, layout: Layout, arena: Arena, buffers: Buffers | None = None) -> Tensor:
         """Run the step's tokens, write their keys and values; return hidden states [N, D].
@@ -51,28 +62,42 @@ class StackedModel:
         members_N = layout.rows.members_N
         b = buffers or self._buffers_of(layout)
         x_ND = b.x_ND.copy_(self._weights.embed_MVD[members_N, layout.tokens_N])
-        rotations_N1d = self._rotations_T1d.index_select(0, layout.positions_N)
-        for layer, (weights, cache) in enumerate(
-            zip(self._weights.layers, arena.layers, strict=True)
+        if self._embedding_scale != 1:
+            x_ND *= self._embedding_scale
+        rotations_N1d = {
+            rotary: table.index_select(0, layout.positions_N)
+            for rotary, table in self._rotations_T1d.items()
+        }
+        masks = self._padded_masks(b, layout)
+        for index, (kind, weights, cache) in enumerate(
+            zip(self._architecture.layers, self._weights.layers, arena.layers, strict=True)
         ):
-            b.norm()
+            self._norm(b)
             b.to_qkv.write(weights.qkv_MDQ)
-            if weights.qkv_bias_MQ is not None:
-                b.qkv_NQ += weights.qkv_bias_MQ.index_select(0, members_N)
-            self._rotate(b.heads_NHd, rotations_N1d, weights, members_N)
+            _add_bias(b.qkv_NQ, weights.qkv_bias_MQ, members_N)
+            self._norm_heads(b, weights, members_N)
+            if kind.rotary is not None:
+                _rotate(b.heads_NHd, rotations_N1d[kind.rotary])
             cache.index_copy_(0, layout.cache_rows_N, b.kv_NQ)
-            self._attend(b, cache, layout, layer)
-            b.from_attention.add(weights.out_MQD)
-            if weights.out_bias_MD is not None:
-                x_ND += weights.out_bias_MD.index_select(0, members_N)
-            b.norm()
+            self._attend(b, cache, layout, index, masks)
+            if weights.out_gain_MD is None:
+                b.from_attention.add(weights.out_MQD)
+                _add_bias(x_ND, weights.out_bias_MD, members_N)
+            else:
+                b.attention_apart.write(weights.out_MQD)
+                _add_bias(b.added_ND, weights.out_bias_MD, members_N)
+                self._add_normed(b, weights.out_gain_MD, members_N)
+            self._norm(b)
             b.to_gate_up.write(weights.gate_up_MDF)
-            if weights.gate_up_bias_MF is not None:
-                b.gate_up_NF += weights.gate_up_bias_MF.index_select(0, members_N)
-            torch.mul(F.silu(b.gate_NF, inplace=True), b.up_NF, out=b.activated_NF)
-            b.from_activated.add(weights.down_MFD)
-            if weights.down_bias_MD is not None:
-                x_ND += weights.down_bias_MD.index_select(0, members_N)
+            _add_bias(b.gate_up_NF, weights.gate_up_bias_MF, members_N)
+            torch.mul(self._activate(b.gate_NF), b.up_NF, out=b.activated_NF)
+            if weights.down_gain_MD is None:
+                b.from_activated.add(weights.down_MFD)
+                _add_bias(x_ND, weights.down_bias_MD, members_N)
+            else:
+                b.feed_forward_apart.write(weights.down_MFD)
+                _add_bias(b.added_ND, weights.down_bias_MD, members_N)
+                self._add_normed(b, weights.down_gain_MD, members_N)
         return x_ND
 
     def logits(self, hidden_LD: Tensor, lanes: Grouping) -> Tensor:
@@ -82,7 +107,9 @@ class StackedModel:
         normed_LD *= self._weights.final_gain_MD.index_select(0, lanes.members_N)
         logits_LV = hidden_LD.new_empty(len(hidden_LD), self._shape.vocab_size)
         Product(normed_LD, logits_LV, lanes).write(self._weights.head_MDV)
-        return logits_LV.float()
+        logits_LV = logits_LV.float()
+        cap = self._architecture.logit_cap
+        return logits_LV if cap is None else torch.tanh(logits_LV / cap) * cap
 
     def _buffers_of(self, layout: Layout) -> Buffers:
         if self._buffers is None or self._layout is not layout:
@@ -92,48 +119,100 @@ class StackedModel:
             self._buffers = self.buffers(layout, keeps_copies=keeps_copies)
         return self._buffers
 
-    def _rotate(
-        self, heads_NHd: Tensor, rotations_N1d: Tensor, weights: LayerWeights, members_N: Tensor
-    ) -> None:
-        """Apply the rotary embedding to queries and keys in place (after Qwen3's norm)."""
-        if weights.qk_gain_MHd is not None:
-            normed_NHd = F.rms_norm(heads_NHd, heads_NHd.shape[-1:], None, self._norm_eps)
-            torch.mul(normed_NHd, weights.qk_gain_MHd.index_select(0, members_N), out=heads_NHd)
-        if heads_NHd.dtype == torch.float32:
-            _complex(heads_NHd).mul_(rotations_N1d)
+    def _norm(self, b: Buffers) -> None:
+        """Norm a layer's input, where its architecture does."""
+        if self._architecture.norms == "after":
+            b.normed_ND.copy_(b.x_ND)
         else:
-            rotated = _complex(heads_NHd.float()) * rotations_N1d
-            heads_NHd.copy_(torch.view_as_real(rotated).flatten(-2))
+            b.norm()
 
-    def _attend(self, b: Buffers, cache: Tensor, layout: Layout, layer: int) -> None:
-        """Attend from the step's rows to everything cached."""
+    def _add_normed(self, b: Buffers, gain_MD: Tensor, members_N: Tensor) -> None:
+        """Norm what attention or feed-forward made, and add it."""
+        b.norm_added()
+        b.x_ND.addcmul_(b.normed_ND, gain_MD.index_select(0, members_N))
+
+    def _norm_heads(self, b: Buffers, weights: LayerWeights, members_N: Tensor) -> None:
+        """Norm queries and keys, each head by itself or all together, where that is done."""
+        if weights.qk_gain_MHd is None:
+            return
+        heads_NHd, num_heads, eps = b.heads_NHd, self._shape.num_heads, self._norm_eps
+        if self._architecture.head_norms == "each":
+            normed_NHd = F.rms_norm(heads_NHd, heads_NHd.shape[-1:], None, eps)
+        else:
+            normed_NHd = torch.cat(
+                [
+                    F.rms_norm(part, part.shape[1:], None, eps)
+                    for part in (heads_NHd[:, :num_heads], heads_NHd[:, num_heads:])
+                ],
+                dim=1,
+            )
+        torch.mul(normed_NHd, weights.qk_gain_MHd.index_select(0, members_N), out=heads_NHd)
+
+    def _activate(self, gate_NF: Tensor) -> Tensor:
+        if self._architecture.activation == "silu":
+            return F.silu(gate_NF, inplace=True)
+        return F.gelu(gate_NF, approximate="tanh")
+
+    def _padded_masks(self, b: Buffers, layout: Layout) -> dict[int | None, Tensor]:
+        """Return the masks of the lanes that decode together, by window."""
+        if b.padded is None:
+            return {}
+        masks: dict[int | None, Tensor] = {None: b.padded.mask}
+        if not self._windows:
+            return masks
+        positions_N = layout.positions_N
+        if layout.to_requests_N is not None:
+            positions_N = positions_N.index_select(0, layout.to_requests_N)
+        newest_L1 = positions_N[b.padded.padded.rows][:, None]
+        mask_LW = b.padded.padded.mask_LW
+        columns_W = torch.arange(mask_LW.shape[1], device=mask_LW.device)
+        for window in self._windows:
+            outside_LW = columns_W <= newest_L1 - window
+            masks[window] = mask_LW.masked_fill(outside_LW, float("-inf"))[:, None, None]
+        return masks
+
+    def _attend(
+        self,
+        b: Buffers,
+        cache: Tensor,
+        layout: Layout,
+        layer: int,
+        masks: Mapping[int | None, Tensor],
+    ) -> None:
+        """Attend from the step's rows to everything cached, or as far as the layer's window."""
+        window_tokens = self._architecture.layers[layer].window_tokens
         if layout.to_requests_N is not None:
             torch.index_select(b.query_NQ, 0, layout.to_requests_N, out=b.ordered_query_NQ)
         if b.padded is not None:
-            _attend_padded(b.padded, cache, layer)
+            _attend_padded(b.padded, cache, layer, masks[window_tokens])
         for span in b.spans:
-            self._attend_span(span, cache)
+            self._attend_span(span, cache, window_tokens)
         if layout.to_members_N is not None:
             torch.index_select(b.ordered_output_NQ, 0, layout.to_members_N, out=b.attended_NQ)
 
-    def _attend_span(self, buffers: SpanBuffers, cache: Tensor) -> None:
+    def _attend_span(self, buffers: SpanBuffers, cache: Tensor, window_tokens: int | None) -> None:
         """Attend within one request; its keys and values are views of the cache."""
         span, row_size, head_dim = buffers.span, cache.shape[1], self._shape.head_dim
-        shape = (span.num_lanes, self._shape.num_kv_heads, span.num_cached, head_dim)
+        mask = buffers.masks.get(window_tokens)
+        num_seen = span.num_cached
+        if span.num_tokens == 1 and window_tokens is not None:
+            num_seen = min(num_seen, window_tokens)
+        shape = (span.num_lanes, self._shape.num_kv_heads, num_seen, head_dim)
         strides = (span.capacity_tokens * row_size, head_dim, row_size, 1)
-        first = cache.storage_offset() + span.cache_row * row_size
+        first_row = span.cache_row + span.num_cached - num_seen
+        first = cache.storage_offset() + first_row * row_size
         output = F.scaled_dot_product_attention(
             buffers.query,
             cache.as_strided(shape, strides, first),
             cache.as_strided(shape, strides, first + row_size // 2),
-            attn_mask=buffers.mask,
-            is_causal=span.num_tokens > 1 and buffers.mask is None,
+            attn_mask=mask,
+            is_causal=span.num_tokens > 1 and mask is None,
             enable_gqa=span.num_tokens > 1,
         )
         buffers.output.copy_(output)
 
 
-def _attend_padded(buffers: PaddedBuffers, cache: Tensor, layer: int) -> None:
+def _attend_padded(buffers: PaddedBuffers, cache: Tensor, layer: int, mask: Tensor) -> None:
     """Attend for many decoding lanes at once, over copies padded to the longest."""
     copy, padded = buffers.copies[layer], buffers.padded
     if copy.filled:
@@ -146,9 +225,23 @@ def _attend_padded(buffers: PaddedBuffers, cache: Tensor, layer: int) -> None:
         buffers.query,
         copy.key,
         copy.value,
-        attn_mask=buffers.mask.to(buffers.query.dtype),
+        attn_mask=mask.to(buffers.query.dtype),
     )
     buffers.output.copy_(output)
+
+
+def _rotate(heads_NHd: Tensor, rotations_N1d: Tensor) -> None:
+    """Apply the rotary embedding to queries and keys in place."""
+    if heads_NHd.dtype == torch.float32:
+        _complex(heads_NHd).mul_(rotations_N1d)
+    else:
+        rotated = _complex(heads_NHd.float()) * rotations_N1d
+        heads_NHd.copy_(torch.view_as_real(rotated).flatten(-2))
+
+
+def _add_bias(x_NO: Tensor, bias_MO: Tensor | None, members_N: Tensor) -> None:
+    if bias_MO is not None:
+        x_NO += bias_MO.index_select(0, members_N)
 
 
 def _complex(heads_NHd: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from models.engines.stacked.architecture import Rotary
+from models.engines.stacked.layers import Rotary
 
 
 def rotations(rotary: Rotary, head_dim: int, context_tokens: int) -> Tensor:

@@ -4,16 +4,18 @@ Shapes: M members, D hidden, H query heads, K key/value heads, d head size, F fe
 vocabulary. Projections are stored `[M, in, out]`, which is the fastest operand order of a batched
 product on CPU (measured: 1.1 to 3 times faster than `[M, out, in]`).
 
-Three changes against the checkpoint, none of which changes the function computed:
+Changes against the checkpoint, none of which changes the function computed:
 
 - query, key and value are one matrix, and so are gate and up;
-- the gain of a norm is multiplied into the projection that follows it;
+- the gain of a norm is multiplied into the projection that follows it, and so is what multiplies
+  scores, logits or what a layer adds into the matrix that makes them;
 - if wanted, dimension i stands next to dimension i + d/2 within each query and key head, so that a
   rotary pair is one complex number (scores do not depend on the order inside a head).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,7 +25,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from models.card import ModelCard
-from models.engines.stacked.architecture import EMBEDDING, HEAD, Architecture
+from models.engines.stacked.architecture import Architecture
+from models.engines.stacked.tensors import EMBEDDING, HEAD, NORMS_AFTER, NORMS_BEFORE
 from models.errors import PoolError
 from models.sources.safetensors import weight_files
 
@@ -39,10 +42,12 @@ class LayerWeights:
     qk_gain_MHd: Tensor | None  # query heads, then key heads
     out_MQD: Tensor
     out_bias_MD: Tensor | None
+    out_gain_MD: Tensor | None  # of a norm after attention
     gate_up_MDF: Tensor  # gate, then up: 2F columns
     gate_up_bias_MF: Tensor | None
     down_MFD: Tensor
     down_bias_MD: Tensor | None
+    down_gain_MD: Tensor | None  # of a norm after the feed-forward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,64 +137,75 @@ class _Loader:
         return Weights(
             embed_MVD=embed_MVD,
             layers=tuple(self._layer(i) for i in range(self._architecture.shape.num_layers)),
-            final_gain_MD=self._stack(lambda m: self._read(m, "model.norm.weight")),
+            final_gain_MD=self._stack(
+                lambda m: self._gain(m, "model.norm") * self._architecture.logit_scale
+            ),
             head_MDV=head_MDV,
         )
 
     def _layer(self, index: int) -> LayerWeights:
-        layer = f"model.layers.{index}"
-        attention = f"{layer}.self_attn"
+        layer, known, shape = f"model.layers.{index}", self._architecture, self._architecture.shape
+        query_size, key_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+        # Attention multiplies scores by d ** -0.5; whatever else is wanted goes into the queries.
+        score_scale = known.attention_scale * math.sqrt(shape.head_dim)
+        before, after = NORMS_BEFORE[known.norms], NORMS_AFTER[known.norms]
 
-        def qkv(member: int) -> Tensor:
-            gain_D = self._read(member, f"{layer}.input_layernorm.weight")
-            query, key, value = (
-                self._read(member, f"{attention}.{name}_proj.weight") for name in "qkv"
-            )
-            return (torch.cat([self._order(query), self._order(key), value]) * gain_D).T
+        def projections(member: int, packed: str, apart: tuple[str, ...], kind: str) -> Tensor:
+            names = (packed,) if known.packed else apart
+            return torch.cat([self._read(member, f"{layer}.{name}_proj.{kind}") for name in names])
 
-        def qkv_bias(member: int) -> Tensor:
-            query, key, value = (
-                self._read(member, f"{attention}.{name}_proj.bias") for name in "qkv"
-            )
+        def qkv(member: int, kind: str) -> Tensor:
+            names = tuple(f"self_attn.{name}" for name in "qkv")
+            rows = projections(member, "self_attn.qkv", names, kind)
+            query, key, value = torch.split(rows, [query_size, key_size, key_size])
+            if known.head_norms == "none":
+                query = query * score_scale
             return torch.cat([self._order(query), self._order(key), value])
 
+        def gate_up(member: int, kind: str) -> Tensor:
+            return projections(member, "mlp.gate_up", ("mlp.gate", "mlp.up"), kind)
+
+        def back(member: int, name: str, kind: str) -> Tensor:
+            """Weight or bias of a projection whose output a layer adds to its input."""
+            return self._read(member, f"{layer}.{name}_proj.{kind}") * known.residual_scale
+
+        def normed(matrix: Tensor, member: int, norm: int) -> Tensor:
+            """Multiply the gain of the norm that stands before into `matrix`, if one does."""
+            return matrix * self._gain(member, f"{layer}.{before[norm]}") if before else matrix
+
         def qk_gain(member: int) -> Tensor:
-            shape = self._architecture.shape
-            query_d, key_d = (
-                self._order(self._read(member, f"{attention}.{name}_norm.weight")) for name in "qk"
+            query, key = (
+                self._order(self._gain(member, f"{layer}.self_attn.{name}_norm")) for name in "qk"
             )
-            return torch.cat(
-                [query_d.expand(shape.num_heads, -1), key_d.expand(shape.num_kv_heads, -1)]
-            )
+            heads = [
+                gain.view(-1, shape.head_dim).expand(number, -1)
+                for gain, number in ((query, shape.num_heads), (key, shape.num_kv_heads))
+            ]
+            return torch.cat([heads[0] * score_scale, heads[1]])
 
-        def bias(member: int, *names: str) -> Tensor:
-            return torch.cat([self._read(member, f"{layer}.{name}.bias") for name in names])
+        def after_gain(norm: int) -> Tensor | None:
+            return self._stack(lambda m: self._gain(m, f"{layer}.{after[norm]}")) if after else None
 
-        def gate_up(member: int) -> Tensor:
-            gain_D = self._read(member, f"{layer}.post_attention_layernorm.weight")
-            gate, up = (
-                self._read(member, f"{layer}.mlp.{name}_proj.weight") for name in ("gate", "up")
-            )
-            return (torch.cat([gate, up]) * gain_D).T
+        def if_(wanted: bool, one: _ReadMember) -> Tensor | None:
+            return self._stack(one) if wanted else None
 
-        known = self._architecture
         return LayerWeights(
-            qkv_MDQ=self._stack(qkv),
-            qkv_bias_MQ=self._stack(qkv_bias) if known.qkv_bias else None,
-            qk_gain_MHd=self._stack(qk_gain) if known.qk_norm else None,
-            out_MQD=self._stack(lambda m: self._read(m, f"{attention}.o_proj.weight").T),
-            out_bias_MD=self._stack(lambda m: bias(m, "self_attn.o_proj"))
-            if known.output_bias
-            else None,
-            gate_up_MDF=self._stack(gate_up),
-            gate_up_bias_MF=self._stack(lambda m: bias(m, "mlp.gate_proj", "mlp.up_proj"))
-            if known.mlp_bias
-            else None,
-            down_MFD=self._stack(lambda m: self._read(m, f"{layer}.mlp.down_proj.weight").T),
-            down_bias_MD=self._stack(lambda m: bias(m, "mlp.down_proj"))
-            if known.mlp_bias
-            else None,
+            qkv_MDQ=self._stack(lambda m: normed(qkv(m, "weight"), m, 0).T),
+            qkv_bias_MQ=if_(known.qkv_bias, lambda m: qkv(m, "bias")),
+            qk_gain_MHd=if_(known.head_norms != "none", qk_gain),
+            out_MQD=self._stack(lambda m: back(m, "self_attn.o", "weight").T),
+            out_bias_MD=if_(known.output_bias, lambda m: back(m, "self_attn.o", "bias")),
+            out_gain_MD=after_gain(0),
+            gate_up_MDF=self._stack(lambda m: normed(gate_up(m, "weight"), m, 1).T),
+            gate_up_bias_MF=if_(known.mlp_bias, lambda m: gate_up(m, "bias")),
+            down_MFD=self._stack(lambda m: back(m, "mlp.down", "weight").T),
+            down_bias_MD=if_(known.mlp_bias, lambda m: back(m, "mlp.down", "bias")),
+            down_gain_MD=after_gain(1),
         )
+
+    def _gain(self, member: int, norm: str) -> Tensor:
+        gain = self._read(member, f"{norm}.weight")
+        return gain + 1 if self._architecture.gains_from_one else gain
 
     def _is_tied(self, member: int) -> bool:
         """Whether a member's embeddings are its head, as it is where its file has but one of them.

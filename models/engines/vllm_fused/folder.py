@@ -78,8 +78,11 @@ def _check_fits(name: str, first: ModelCard, other_name: str, other: ModelCard) 
 
 def _wide_config(members: Mapping[str, ModelCard], folder: Path) -> dict[str, Any]:
     first = next(iter(members.values()))
-    if read_architecture(first).mlp_bias:
-        raise PoolError(f"{first.path / 'config.json'}: mlp_bias is not computed in vLLM")
+    if not read_architecture(first).is_plain:
+        raise PoolError(
+            f"{first.path / 'config.json'}: only layers as Llama's, Mistral's or Qwen's, without "
+            "a window or biases of the feed-forward, are fused in vLLM"
+        )
     config = json.loads((first.path / "config.json").read_text())
     shape = first.shape
     config |= {"num_key_value_heads": shape.num_kv_heads, "head_dim": shape.head_dim}

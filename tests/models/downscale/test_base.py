@@ -93,7 +93,7 @@ def test_weights_that_misfit_the_config_are_refused(checkpoint):
     ("changes", "message"),
     [
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"model_type": "mistral", "sliding_window": 8}, "sliding_window 8"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "rope_type 'longrope'"),
     ],
 )

@@ -28,7 +28,9 @@ def test_llama3_frequencies_are_those_of_transformers(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path, "llama3-rope", head_dim=64)
     theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](AutoConfig.from_pretrained(folder), "cpu")
     architecture = read_architecture(read_card(folder))
-    ours = frequencies(architecture.rotary, architecture.shape.head_dim)
+    rotary = architecture.layers[0].rotary
+    assert rotary is not None
+    ours = frequencies(rotary, architecture.shape.head_dim)
     torch.testing.assert_close(ours, theirs)
 
 
@@ -45,8 +47,14 @@ def test_llama3_frequencies_are_those_of_transformers(tmp_path: Path) -> None:
         ("llama", {"tie_word_embeddings": "no"}, "tie_word_embeddings 'no' is not allowed"),
         ("llama", {"num_hidden_layers": 2.0}, "num_hidden_layers 2.0 is not allowed"),
         ("llama", {"eos_token_id": [1, "2"]}, "eos_token_id .* is not allowed"),
-        ("mistral", {"sliding_window": 64}, "sliding_window 64"),
-        ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ("mistral", {"sliding_window": 0}, "sliding_window 0 is not allowed"),
+        ("qwen2", {"layer_types": ["full_attention"]}, "layer_types .* must have one of"),
+        ("qwen2", {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types"),
+        (
+            "qwen3",
+            {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": None},
+            "layer_types has sliding_attention, but sliding_window is null",
+        ),
     ],
 )
 def test_refuses_what_it_does_not_compute(

@@ -73,7 +73,7 @@ def save_checkpoint(
     **overrides: Any,
 ) -> Path:
     """Save a random checkpoint with gains and biases that are not their initial ones."""
-    options = {**ARCHITECTURES[kind], **overrides}
+    options = {**ARCHITECTURES.get(kind, {}), **overrides}
     config = AutoConfig.for_model(
         kind.split("-", maxsplit=1)[0].removesuffix("3") if kind == "llama3-rope" else kind,
         **{

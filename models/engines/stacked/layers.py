@@ -1,0 +1,186 @@
+"""What differs from layer to layer: how far it sees back, and how it encodes positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, cast, get_args
+
+from models.card import read_count
+from models.errors import PoolError
+from models.families import Family
+
+Scaling: TypeAlias = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+
+_BOUNDED = ("llama3", "yarn")  # these start from the context that the model was made with
+_NEEDED: Mapping[Scaling, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
+_YARN = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")  # if given
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rotary:
+    """The rotary embedding: its base, and how its frequencies are scaled (see `rotary`).
+
+    `factors` are the scaling's own numbers by the names of config.json.
+    """
+
+    theta: float
+    scaling: Scaling = "default"
+    original_context_tokens: int
+    truncate: bool = True
+    factors: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerKind:
+    """One layer: it sees the last `window_tokens`, its own one included, or all (None).
+
+    Without a `rotary` embedding it does not know positions.
+    """
+
+    window_tokens: int | None
+    rotary: Rotary | None
+
+
+def read_layers(file: Path, config: Mapping[str, Any], family: Family) -> tuple[LayerKind, ...]:
+    """Read every layer's kind from `config`, which is `file`; raises `PoolError`."""
+    num_layers = read_count(file, config, "num_hidden_layers")
+    rotates = _rotating(file, config, family, num_layers)
+    windowed = _windowed(file, config, family, rotates)
+    window_tokens = None
+    if any(windowed):
+        if config.get("sliding_window") is None:
+            raise PoolError(f"{file}: layer_types has {_SLIDING}, but sliding_window is null")
+        window_tokens = read_count(file, config, "sliding_window")
+        if window_tokens >= read_count(file, config, "max_position_embeddings"):
+            window_tokens = None  # no sequence outgrows it
+    full, local = _rotaries(file, config, family)
+    return tuple(
+        LayerKind(
+            window_tokens=window_tokens if narrow else None,
+            rotary=(local if narrow else full) if turns else None,
+        )
+        for narrow, turns in zip(windowed, rotates, strict=True)
+    )
+
+
+def _rotating(file: Path, config: Mapping[str, Any], family: Family, num_layers: int) -> list[bool]:
+    """Which layers have a rotary embedding (SmolLM3 leaves every fourth without)."""
+    if "no_rope_layers" not in family.defaults:
+        return [True] * num_layers
+    given = config["no_rope_layers"]  # 1 where there is one, whatever the name says
+    if given is None:
+        interval = read_count(file, config, "no_rope_layer_interval")
+        return [(index + 1) % interval != 0 for index in range(num_layers)]
+    if not isinstance(given, list) or len(given) != num_layers:
+        raise PoolError(f"{file}: no_rope_layers {given!r} must have one number for each layer")
+    return [bool(turns) for turns in given]
+
+
+def _windowed(
+    file: Path, config: Mapping[str, Any], family: Family, rotates: list[bool]
+) -> list[bool]:
+    """Which layers see only a window."""
+    known, num_layers = family.defaults, len(rotates)
+    if "sliding_window" not in known:
+        return [False] * num_layers
+    if "layer_types" not in known:
+        return [config["sliding_window"] is not None] * num_layers
+    types = config["layer_types"]
+    if types is not None:
+        if not isinstance(types, list) or len(types) != num_layers or {*types} - {_FULL, _SLIDING}:
+            raise PoolError(
+                f"{file}: layer_types {types!r} must have one of {_FULL}, {_SLIDING} for each of "
+                f"the {num_layers} layers"
+            )
+        return [kind == _SLIDING for kind in types]
+    if "sliding_window_pattern" in known:
+        pattern = read_count(file, config, "sliding_window_pattern")
+        return [(index + 1) % pattern != 0 for index in range(num_layers)]
+    if not config["use_sliding_window"] or config["sliding_window"] is None:
+        return [False] * num_layers
+    if "no_rope_layers" in known:
+        return [not turns for turns in rotates]
+    return [index >= config["max_window_layers"] for index in range(num_layers)]
+
+
+def _rotaries(file: Path, config: Mapping[str, Any], family: Family) -> tuple[Rotary, Rotary]:
+    """Return the rotary embeddings of layers that see all, and of those that see a window.
+
+    Either spelling is read as transformers 5 does: `rope_scaling` first, else `rope_parameters`;
+    where the two kinds of layers differ (Gemma 3), the second is a mapping of both.
+    """
+    legacy, rope = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
+    for found in (legacy, rope):
+        if not isinstance(found, dict):
+            raise PoolError(f"{file}: the rotary parameters {found!r} are not a mapping")
+    if "rope_local_base_freq" not in family.defaults:
+        rotary = _read_rotary(file, legacy or rope, config, family)
+        return rotary, rotary
+    if rope.keys() - {_FULL, _SLIDING}:
+        raise PoolError(f"{file}: rope_parameters {rope!r} must map {_FULL} and {_SLIDING}")
+    return (
+        _read_rotary(file, {**(rope.get(_FULL) or {}), **legacy}, config, family),
+        _read_rotary(
+            file,
+            rope.get(_SLIDING) or {},
+            {**config, "rope_theta": config["rope_local_base_freq"]},
+            family,
+        ),
+    )
+
+
+def _read_rotary(
+    file: Path, rope: Mapping[str, Any], config: Mapping[str, Any], family: Family
+) -> Rotary:
+    kind = cast(Scaling, rope.get("rope_type", rope.get("type", "default")))
+    allowed = get_args(Scaling) if family.scaled_positions else ("default",)
+    if kind not in allowed:
+        raise PoolError(
+            f"{file}: rope_type {kind!r} is not supported by the stacked engine; "
+            f"allowed are {', '.join(allowed)}"
+        )
+    for found in (rope, config):
+        if found.get("partial_rotary_factor") not in (None, 1, 1.0):
+            raise PoolError(
+                f"{file}: partial_rotary_factor {found['partial_rotary_factor']!r} is not "
+                "supported by the stacked engine; allowed is 1.0"
+            )
+    context_tokens = read_count(file, config, "max_position_embeddings")
+    if kind in _BOUNDED:
+        if "original_max_position_embeddings" in config:
+            raise PoolError(
+                f"{file}: original_max_position_embeddings belongs within rope_parameters"
+            )
+        if rope.get("original_max_position_embeddings") is not None:
+            context_tokens = read_count(file, rope, "original_max_position_embeddings")
+    if kind == "yarn" and "factor" in rope and rope["factor"] is None:
+        rope = {**rope, "factor": config["max_position_embeddings"] / context_tokens}
+    given = _NEEDED.get(kind, ())
+    if kind == "yarn":
+        given += tuple(key for key in _YARN if rope.get(key) is not None)
+    truncate = rope.get("truncate", True)
+    if not isinstance(truncate, bool):
+        raise PoolError(f"{file}: truncate {truncate!r} is not allowed; true or false is")
+    return Rotary(
+        theta=read_number(file, rope if "rope_theta" in rope else config, "rope_theta"),
+        scaling=kind,
+        original_context_tokens=context_tokens,
+        truncate=truncate,
+        factors=tuple((key, read_number(file, rope, key)) for key in given),
+    )
+
+
+def read_number(file: Path, config: Mapping[str, Any], key: str) -> float:
+    """Return the number above 0 at `key` of `file`; raises `PoolError`."""
+    value = config.get(key)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        raise PoolError(f"{file}: {key} {value!r} is not allowed; a number above 0 is")
+    return float(value)
