@@ -13,11 +13,9 @@ IDLE_SHARE = "excluded"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Footprint:
-    """One request's cost: US dollars, watt-hours, grams of CO2 equivalent, seconds.
+class Cost:
+    """US dollars, watt-hours and grams of CO2 equivalent (operational plus embodied).
 
-    `gco2e` is operational plus embodied carbon, `embodied_gco2e` the embodied part of it. `flops`
-    and `busy_s` (seconds of a whole device) are what energy was derived from or attributed by.
     `method` says how energy was found: "measured:nvml", "measured:rapl", "modelled:llmcarbon",
     "modelled:stated" (a remote model of stated size), "unknown" (and then not in the figures);
     several joined by "+", empty where nobody has said. Idle energy is excluded.
@@ -26,11 +24,26 @@ class Footprint:
     usd: float = 0.0
     wh: float = 0.0
     gco2e: float = 0.0
+    method: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint(Cost):
+    """One request's cost with its time, and what it was worked out from.
+
+    `embodied_gco2e` is the embodied part of `gco2e`. `flops` and `busy_s` (seconds of a whole
+    device) are what energy was derived from or attributed by.
+    """
+
     latency_s: float = 0.0
     embodied_gco2e: float = 0.0
     flops: float = 0.0
     busy_s: float = 0.0
-    method: str = ""
+
+    @property
+    def cost(self) -> Cost:
+        """The cost alone."""
+        return Cost(usd=self.usd, wh=self.wh, gco2e=self.gco2e, method=self.method)
 
     def then(self, other: Footprint) -> Footprint:
         """Return the cost of this followed by `other`: everything adds up."""

@@ -10,12 +10,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import sqlalchemy as sa
 
 from policies.budget import Controller
 from router.ledger.database import Database
+from router.ledger.queries import ANSWERED, Spend, spend
 from router.ledger.schema import REQUESTS
 from router.threads import in_thread
 
@@ -24,32 +24,10 @@ logger = logging.getLogger(__name__)
 _INTERVAL_S = 10.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Spending:
-    """What the answered requests of one policy cost since some time."""
-
-    num_requests: int
-    first_request_s: float
-    spent: Mapping[str, float]
-
-
-def read_spending(database: Database, *, policy: str, since_s: float) -> Spending | None:
-    """Return what `policy` has cost since `since_s`; None if nobody asked for it."""
-    columns = REQUESTS.c
-    query = sa.select(
-        sa.func.count(),
-        sa.func.min(columns.time_s),
-        *(sa.func.coalesce(sa.func.sum(columns[name]), 0.0) for name in ("usd", "wh", "gco2e")),
-    ).where(columns.policy == policy, columns.time_s >= since_s, columns.status < 400)
-    with database.connect() as connection:
-        count, first_s, usd, wh, gco2e = connection.execute(query).one()
-    if not count:
-        return None
-    return Spending(
-        num_requests=count,
-        first_request_s=first_s,
-        spent={"usd": usd, "wh": wh, "gco2e": gco2e},
-    )
+def read_spending(database: Database, *, policy: str, since_s: float) -> Spend | None:
+    """Return what `policy`'s answers have cost since `since_s`; None if nobody asked for any."""
+    wanted = (REQUESTS.c.policy == policy, REQUESTS.c.time_s >= since_s, ANSWERED)
+    return next(iter(spend(database, where=wanted)), None)
 
 
 class BudgetSync:
@@ -86,6 +64,6 @@ class BudgetSync:
             if spending is not None:
                 controller.reconcile(
                     num_requests=spending.num_requests,
-                    spent=spending.spent,
-                    first_request_s=spending.first_request_s,
+                    spent={"usd": spending.usd, "wh": spending.wh, "gco2e": spending.gco2e},
+                    first_request_s=spending.first_s,
                 )

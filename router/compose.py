@@ -29,7 +29,7 @@ from router.logs import REQUESTS_LOGGER, RequestLog
 from router.metrics.build import build_metrics
 from router.metrics.store import count_rows
 from router.service import Background, Service, Watcher
-from router.tracing.provider import open_tracer
+from router.tracing import open_tracer
 
 
 def open_ledger(args: AppArgs) -> Ledger:

@@ -14,11 +14,11 @@ from policies.carbon.settings import CarbonSettings
 from policies.plan import PlanBounds
 from policies.validation import explain
 from router.caps.config import BudgetsConfig
-from router.dashboard.config import DashboardConfig
+from router.dashboard.routes import DashboardConfig
 from router.keys import AuthConfig
-from router.ledger.config import LedgerConfig
+from router.ledger.database import LedgerConfig
 from router.logs import LogsConfig
-from router.tracing.config import TracingConfig
+from router.tracing import TracingConfig
 
 
 class ConfigError(ValueError):

@@ -32,12 +32,12 @@ async def decide(
     """
     target = _target(catalog, ask, limits.plans)
     queries = [await _query(catalog, limits, exchange, ask, prompt) for prompt in ask.prompts]
-    exchange.prompt_tokens = sum(query.prompt_tokens for query in queries)
+    exchange.record.prompt_tokens = sum(query.prompt_tokens for query in queries)
     if ask.extension.policy is None and ask.extension.plan is None:
         arm_policy = experiments.place(exchange, ask, queries[0])
         if arm_policy is not None:
             target = Target(policy=catalog.policies[arm_policy], policy_name=arm_policy)
-    exchange.policy = target.policy_name
+    exchange.record.policy = target.policy_name
     decisions: list[Decision] = []
     choices: list[Choice] = []
     for query in queries:
@@ -65,7 +65,7 @@ async def _query(
         prompt_tokens=len(await prompt.tokens(catalog.members.tokenizer)),
         max_tokens=ask.max_tokens or limits.default_max_tokens,
         user=exchange.user,
-        session=exchange.session,
+        session=exchange.record.session,
         key_id=exchange.key_id,
         limits=ask.extension.limits(),
         explain=ask.extension.explain,

@@ -11,22 +11,20 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from policies.base import Decision, Query
+from policies.cascade.base import normalise
 from policies.footprint import Footprint, Rates
 from policies.plan import Plan, to_json
 from router.caps.budgets import Reservation
-from router.digest import answer_digest
 from router.executor.task import Task
 from router.executor.trace import Trace
 from router.keys import Key
 from router.openai_api.ask import Ask
-from router.record import MemberCost, MemberTokens, RequestRecord
+from router.record import MemberTokens, RequestRecord, who_ran
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 USER_HEADER, SESSION_HEADER = "x-shoal-user", "x-shoal-session"
 _MOST_CHARACTERS = 256
-
-CLIENT_CLOSED_REQUEST = 499  # nginx's; the client never sees it
 
 
 @dataclass(kw_only=True)
@@ -40,43 +38,26 @@ class Choice:
 
 @dataclass(kw_only=True)
 class Exchange:
-    """What is known of a request while it is served; every part of `record` is filled in here.
+    """A request while it is served: its record, filled in as facts become known, and what is not
+    to be recorded.
 
-    `time_s` is Unix time, `started_s` and `ended_s` count seconds of `time.perf_counter`. `user`
-    and `session` come from headers until the body names them. `experiment` to `expected_quality`
-    are `RequestRecord`'s. `traceparent` is the W3C header of the trace that the client is in.
-    `cached_tokens` of the prompt had been read before; None where no engine says. `answer` gathers
-    the first choice's text. At `deadline_s`, by the event
-    loop's clock, the request is ended.
+    `started_s` and `ended_s` count seconds of `time.perf_counter`. `user` and the record's session
+    come from headers until the body names them. `traceparent` is the W3C header of the trace that
+    the client is in. `answer` gathers the first choice's text. At `deadline_s`, by the event loop's
+    clock, the request is ended.
     """
 
-    id: str
-    endpoint: str
-    client_request_id: str
-    time_s: float
+    record: RequestRecord
     traceparent: str | None = None
     started_s: float = field(default_factory=time.perf_counter)
     deadline_s: float | None = None
     ended_s: float | None = None
-    first_text_s: float | None = None
     ask: Ask | None = None
-    policy: str | None = None
     decisions: tuple[Decision, ...] = ()
     choices: tuple[Choice, ...] = ()
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    cached_tokens: int | None = None
-    status: int = CLIENT_CLOSED_REQUEST
-    error: str | None = None
     key: Key | None = None
     reservation: Reservation | None = None
     user: str | None = None
-    session: str | None = None
-    experiment: str | None = None
-    arm: str | None = None
-    unit: str | None = None
-    propensity: float | None = None
-    expected_quality: float | None = None
     answer: list[str] = field(default_factory=list)
     recorded: bool = False
 
@@ -85,15 +66,23 @@ class Exchange:
         """Return the exchange of a request that has just arrived."""
         unique = uuid.uuid4().hex
         asked = headers.get("x-request-id", "")
-        return cls(
-            id=id_prefix + unique,
-            endpoint=endpoint,
+        record = RequestRecord(
+            request_id=id_prefix + unique,
             client_request_id=asked if _SANE_ID.fullmatch(asked) else f"req_{unique}",
+            endpoint=endpoint,
             time_s=time.time(),
-            traceparent=headers.get("traceparent"),
-            user=_name(headers, USER_HEADER),
             session=_name(headers, SESSION_HEADER),
         )
+        return cls(
+            record=record,
+            traceparent=headers.get("traceparent"),
+            user=_name(headers, USER_HEADER),
+        )
+
+    @property
+    def id(self) -> str:
+        """The response's id."""
+        return self.record.request_id
 
     @property
     def key_id(self) -> str | None:
@@ -153,53 +142,47 @@ class Exchange:
             for run in choice.trace.runs.values()
         ]
 
-    def record(self, rates: Mapping[str, Rates], *, keep_text: bool = False) -> RequestRecord:
-        """Return the record of the request, which is over; with the texts if they are kept."""
+    def complete(self, rates: Mapping[str, Rates], *, keep_text: bool = False) -> RequestRecord:
+        """Fill in the rest of the record, now that the request is over, and return it.
+
+        With the texts if they are to be kept.
+        """
         assert self.ended_s is not None
+        record, answer = self.record, "".join(self.answer)
         parts = self.member_footprints(rates)
-        ask, cost = self.ask, self.total(parts)
-        decision = self.decisions[0] if self.decisions else None
-        return RequestRecord(
-            request_id=self.id,
-            client_request_id=self.client_request_id,
-            time_s=self.time_s,
-            endpoint=self.endpoint,
-            model=ask.model if ask else "",
-            status=self.status,
-            latency_s=cost.latency_s,
-            stream=bool(ask and ask.stream),
-            ttft_s=None if self.first_text_s is None else self.first_text_s - self.started_s,
-            error=self.error,
-            policy=self.policy,
-            plan=to_json(decision.plan) if decision else None,
-            prompt_tokens=self.prompt_tokens,
-            output_tokens=self.output_tokens,
-            num_choices=len(self.choices),
-            members=self.member_tokens(),
-            costs={
-                name: MemberCost(usd=part.usd, wh=part.wh, gco2e=part.gco2e, method=part.method)
-                for name, part in parts.items()
-            },
-            usd=cost.usd,
-            wh=cost.wh,
-            gco2e=cost.gco2e,
-            energy_method=cost.method or None,
-            scores=decision.scores if decision else {},
-            stages=tuple(self.stages()),
-            user_hash=_hash(self.user) if self.user else None,
-            session=self.session,
-            key_id=self.key_id,
-            experiment=self.experiment,
-            arm=self.arm,
-            unit=self.unit,
-            propensity=self.propensity,
-            expected_quality=self.expected_quality,
-            query_text=self.choices[0].task.query.text if keep_text and self.choices else None,
-            answer_text="".join(self.answer) if keep_text and self.answer else None,
-            answer_digest=(
-                answer_digest(self.id, "".join(self.answer)) if self.status < 400 else None
-            ),
-        )
+        record.latency_s = self.elapsed_s
+        record.cost = self.total(parts).cost
+        record.costs = {name: part.cost for name, part in parts.items()}
+        record.members = self.member_tokens()
+        record.answered_by = who_ran(record.members)
+        record.num_choices = len(self.choices)
+        record.stages = tuple(self.stages())
+        began_s = [run.started_s for choice in self.choices for run in choice.trace.leaves()]
+        record.queue_s = min(began_s) - self.started_s if began_s else None
+        record.key_id = self.key_id
+        record.user_hash = _hash(self.user) if self.user else None
+        if self.ask is not None:
+            record.model, record.stream = self.ask.model, self.ask.stream
+        if self.decisions:
+            record.plan = to_json(self.decisions[0].plan)
+            record.scores = self.decisions[0].scores
+        if record.status < 400:
+            record.answer_digest = answer_digest(self.id, answer)
+        if keep_text:
+            record.query_text = self.choices[0].task.query.text if self.choices else None
+            record.answer_text = answer if self.answer else None
+        return record
+
+
+def answer_digest(request_id: str, text: str) -> str:
+    """Return 16 hexadecimal digits that stand for `text`, but for case, spacing and closing marks.
+
+    So servers that keep no text can tell whether an answer equals a label. Keyed by the request, so
+    that equal answers to different requests do not look equal. It is not a secret: who has the
+    ledger can test guesses against it, and short answers are easily guessed.
+    """
+    key = hashlib.blake2b(request_id.encode(), digest_size=32).digest()
+    return hashlib.blake2b(normalise(text).encode(), key=key, digest_size=8).hexdigest()
 
 
 def _hash(user: str) -> str:

@@ -43,14 +43,7 @@ class Gate:
     def settle(self, exchange: Exchange, record: RequestRecord) -> None:
         """Charge what `record` says; neither blocks nor raises."""
         if exchange.reservation is not None:
-            used = used_amounts(
-                ran=bool(record.ran()),
-                tokens=record.prompt_tokens + record.output_tokens,
-                usd=record.usd,
-                wh=record.wh,
-                gco2e=record.gco2e,
-            )
-            self._budgets.settle(exchange.reservation, used)
+            self._budgets.settle(exchange.reservation, used_amounts(record))
 
     async def close(self) -> None:
         """Charge what is still to be charged; idempotent."""
@@ -59,7 +52,7 @@ class Gate:
 
 def most(exchange: Exchange, catalog: Catalog) -> Amounts:
     """Return the most that answering may use: every stage of every choice, to its last token."""
-    tokens, cost = exchange.prompt_tokens, Footprint()
+    tokens, cost = exchange.record.prompt_tokens, Footprint()
     for choice in exchange.choices:
         query = choice.task.query
         output_tokens = _most_output(choice.plan, query.prompt_tokens, query.max_tokens, catalog)
@@ -72,7 +65,7 @@ def most(exchange: Exchange, catalog: Catalog) -> Amounts:
                 output_tokens=output_tokens,
             )
         )
-    return Amounts.of(tokens=tokens, footprint=cost)
+    return Amounts.of(tokens=tokens, cost=cost)
 
 
 def _most_output(plan: Plan, prompt_tokens: int, max_tokens: int, catalog: Catalog) -> int:

@@ -15,8 +15,7 @@ from starlette.responses import JSONResponse
 
 from models.errors import EngineError
 from router.caps.limits import Cap
-from router.dashboard.config import DashboardConfig
-from router.dashboard.routes import add_dashboard
+from router.dashboard.routes import DashboardConfig, add_dashboard
 from router.errors import ApiError, to_api_error
 from router.experiments.endpoints import Identify, add_experiment_routes, add_feedback_route
 from router.keys import KeyRejected, Scope

@@ -11,13 +11,11 @@ import logging
 import sys
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeAlias
+from typing import Any, Literal, TextIO, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
 
-if TYPE_CHECKING:
-    from router.exchange import Exchange
-    from router.record import RequestRecord
+from router.record import RequestRecord
 
 LOGGERS = ("shoal", "router", "models", "policies")
 REQUESTS_LOGGER = "shoal.requests"
@@ -88,35 +86,12 @@ class RequestLog:
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
 
-    def ended(self, exchange: Exchange, record: RequestRecord) -> None:  # noqa: ARG002
+    def ended(self, exchange: object, record: RequestRecord) -> None:  # noqa: ARG002
         """Write what became of the request."""
-        fields = {
-            "request_id": record.request_id,
-            "client_request_id": record.client_request_id,
-            "endpoint": record.endpoint,
-            "model": record.model[:_MOST_CHARACTERS],
-            "policy": record.policy,
-            "arm": record.arm and f"{record.experiment}/{record.arm}",
-            "status": record.status,
-            "error": record.error,
-            "members": record.ran(),
-            "prompt_tokens": record.prompt_tokens,
-            "output_tokens": record.output_tokens,
-            "latency_s": round(record.latency_s, 6),
-            "ttft_s": record.ttft_s and round(record.ttft_s, 6),
-            "usd": record.usd,
-            "wh": record.wh,
-            "gco2e": record.gco2e,
-            "key_id": record.key_id,
-        }
         self._logger.info(
             "%s %d in %.3f s", record.endpoint, record.status, record.latency_s,
-            extra={"shoal": fields},
+            extra={"shoal": record.log_fields()},
         )  # fmt: skip
 
     def close(self) -> None:
         """Nothing is held."""
-
-
-# A client may ask for a model by any name, however long.
-_MOST_CHARACTERS = 256

@@ -1,15 +1,32 @@
-"""What is known of one request after it ended: the row behind ledger, metrics and experiments.
+"""What is known of one request: the one place that names what ledger, log and traces say of it.
 
 One `RequestRecord` per HTTP request that asked for an answer, whatever became of it: answered,
-streamed, refused, failed or left by its client. Text is in it only where the ledger is told to
-keep text.
+streamed, refused, failed or left by its client. Every field is a column of the table `requests`,
+made from its annotation, and so stands in each export; `shown` puts it into the log's line and the
+trace's span too. Text is in it only where the ledger is told to keep text.
+
+A new fact is a field here, a line where it is known (mostly `router.exchange`), and, once there
+are released databases, a step in `router.ledger.schema`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
+
+from policies.footprint import Cost
+
+SHADOW = "shadow"  # the endpoint of what another policy answered unseen
+CLIENT_CLOSED_REQUEST = 499  # nginx's status of a client that left, which it never sees
+
+# A client may ask for a model by any name, however long.
+_MOST_CHARACTERS = 256
+
+
+def shown(*, log: bool = True, span: str | None = None) -> dict[str, Any]:
+    """Return a field's metadata: whether the log's line has it, and its name in the span."""
+    return {"log": log, "span": span}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,77 +37,118 @@ class MemberTokens:
     output_tokens: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class MemberCost:
-    """What one member cost, summed likewise; `method` says how its energy is known."""
-
-    usd: float = 0.0
-    wh: float = 0.0
-    gco2e: float = 0.0
-    method: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class RequestRecord:
-    """One request.
+    """One request. `Exchange` fills it in while it is served; then it does not change any more.
 
     `request_id` is unique (the primary key) and the `id` of the response's body;
     `client_request_id` is the `x-request-id` header, which clients may repeat. `time_s` is the Unix
     time at which it arrived. `model` is what the client asked for, `policy` what decided (None
     where a model or a plan was named), `plan` its JSON (None if refused before a plan was made).
-    `prompt_tokens` and `output_tokens` are the client's usage, `members` and `costs` everything
-    that ran for it, stages that were not accepted included. `energy_method` says how `wh` and
-    `gco2e` are known (`Footprint.method`; None where nothing ran). `status` is the HTTP status, 499
-    where the client left; `error` the error's code. `ttft_s` is the time to the first text (None if
-    there was none). `user_hash` is SHA-256 of the body's `user`, cut to 16 hexadecimal digits.
-    `scores` are the policy's predictions, `stages` what ran, in order: plan path, members, score,
-    tokens, seconds, outcome. `experiment` and `arm` are where the request took part, `unit` the
-    hash of the randomised unit and `propensity` the probability with which it got this arm; None
-    outside of experiments. `expected_quality` is the default policy's prediction, whichever policy
-    decided: a covariate. `answer_digest` tells whether a label equals the answer (`router.digest`).
-    `query_text` (the last user message) and `answer_text` are None unless `ledger.keep_text`.
+    `answered_by` are the members that read or wrote anything, sorted, joined by "+" (None: nobody).
+    `prompt_tokens` and `output_tokens` are the client's usage; `cached_tokens` of the prompt,
+    summed over choices, had been read before (None where no engine says). `members` and `costs` are
+    everything that ran for it, stages that were not accepted included. `energy_method` says how
+    `wh` and `gco2e` are known (`Cost.method`; None where nothing ran). `status` is the HTTP status,
+    499 where the client left; `error` the error's code. `queue_s` is the time until the first
+    engine was asked: for the key, the plan, and room in the budgets (None: none was). `ttft_s` is
+    the time to the first text (None if there was none). `user_hash` is SHA-256 of the body's
+    `user`, cut to 16 hexadecimal digits. `scores` are the policy's predictions, `stages` what ran,
+    in order: plan path, members, score, tokens, seconds, outcome. `experiment` and `arm` are where
+    the request took part, `unit` the hash of the randomised unit and `propensity` the probability
+    with which it got this arm; None outside of experiments. `expected_quality` is the default
+    policy's prediction, whichever policy decided: a covariate. `answer_digest` tells whether a
+    label equals the answer. `query_text` (the last user message) and `answer_text` are None unless
+    `ledger.keep_text`.
     """
 
-    request_id: str
+    request_id: str = field(metadata=shown(span="gen_ai.response.id"))
     time_s: float
-    endpoint: str
-    model: str
-    status: int
-    latency_s: float
-    client_request_id: str = ""
-    stream: bool = False
-    ttft_s: float | None = None
-    error: str | None = None
-    policy: str | None = None
-    plan: Mapping[str, Any] | None = None
-    prompt_tokens: int = 0
-    output_tokens: int = 0
+    endpoint: str = field(metadata=shown())
+    model: str = field(default="", metadata=shown(span="gen_ai.request.model"))
+    policy: str | None = field(default=None, metadata=shown(span="shoal.policy"))
+    answered_by: str | None = field(default=None, metadata=shown(span="gen_ai.response.model"))
+    status: int = field(
+        default=CLIENT_CLOSED_REQUEST, metadata=shown(span="http.response.status_code")
+    )
+    error: str | None = field(default=None, metadata=shown(span="error.type"))
+    stream: bool = field(default=False, metadata=shown(log=False, span="gen_ai.request.stream"))
+    latency_s: float = field(default=0.0, metadata=shown())
+    queue_s: float | None = field(default=None, metadata=shown(span="shoal.queue_s"))
+    ttft_s: float | None = field(
+        default=None, metadata=shown(span="gen_ai.response.time_to_first_chunk")
+    )
+    prompt_tokens: int = field(default=0, metadata=shown(span="gen_ai.usage.input_tokens"))
+    output_tokens: int = field(default=0, metadata=shown(span="gen_ai.usage.output_tokens"))
+    cached_tokens: int | None = field(
+        default=None, metadata=shown(span="gen_ai.usage.cache_read.input_tokens")
+    )
     num_choices: int = 0
-    members: Mapping[str, MemberTokens] = field(default_factory=dict)
-    costs: Mapping[str, MemberCost] = field(default_factory=dict)
-    usd: float = 0.0
-    wh: float = 0.0
-    gco2e: float = 0.0
+    usd: float = field(default=0.0, metadata=shown(span="shoal.cost.usd"))
+    wh: float = field(default=0.0, metadata=shown(span="shoal.energy.wh"))
+    gco2e: float = field(default=0.0, metadata=shown(span="shoal.carbon.gco2e"))
     energy_method: str | None = None
-    scores: Mapping[str, float] = field(default_factory=dict)
-    stages: tuple[Mapping[str, Any], ...] = ()
+    key_id: str | None = field(default=None, metadata=shown())
     user_hash: str | None = None
-    session: str | None = None
-    key_id: str | None = None
+    session: str | None = field(
+        default=None, metadata=shown(log=False, span="gen_ai.conversation.id")
+    )
     experiment: str | None = None
-    arm: str | None = None
+    arm: str | None = field(default=None, metadata=shown(span="shoal.arm"))
     unit: str | None = None
     propensity: float | None = None
     expected_quality: float | None = None
+    client_request_id: str = field(default="", metadata=shown())
+    plan: Mapping[str, Any] | None = None
+    members: Mapping[str, MemberTokens] = field(default_factory=dict)
+    costs: Mapping[str, Cost] = field(default_factory=dict)
+    scores: Mapping[str, float] = field(default_factory=dict)
+    stages: tuple[Mapping[str, Any], ...] = ()
     answer_digest: str | None = None
     query_text: str | None = None
     answer_text: str | None = None
 
-    def ran(self) -> tuple[str, ...]:
-        """Return the members that read or wrote anything for this request, sorted by name."""
-        used = (name for name, m in self.members.items() if m.prompt_tokens or m.output_tokens)
-        return tuple(sorted(used))
+    @property
+    def cost(self) -> Cost:
+        """What the request cost in all."""
+        return Cost(usd=self.usd, wh=self.wh, gco2e=self.gco2e, method=self.energy_method or "")
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the record as JSON data."""
-        return asdict(self)
+    @cost.setter
+    def cost(self, cost: Cost) -> None:
+        self.usd, self.wh, self.gco2e = cost.usd, cost.wh, cost.gco2e
+        self.energy_method = cost.method or None
+
+    def log_fields(self) -> dict[str, Any]:
+        """Return what the log's line says; times in microseconds' precision, `members` a list."""
+        line = {name: _short(self._shown(name)) for name in _LOGGED}
+        del line["answered_by"]
+        line["members"] = self.answered_by.split("+") if self.answered_by else []
+        return line
+
+    def span_attributes(self) -> dict[str, Any]:
+        """Return what the trace's span says; what is not known is left out."""
+        found = {span: self._shown(name) for name, span in _TRACED.items()}
+        if not self.stream:
+            del found["gen_ai.response.time_to_first_chunk"]
+        return {name: value for name, value in found.items() if value not in (None, "")}
+
+    def _shown(self, name: str) -> Any:  # noqa: ANN401 - any field
+        """Return a field as people read it: an arm with its experiment."""
+        value = getattr(self, name)
+        return f"{self.experiment}/{value}" if name == "arm" and value is not None else value
+
+
+_LOGGED = tuple(f.name for f in fields(RequestRecord) if f.metadata.get("log"))
+_TRACED = {f.name: f.metadata["span"] for f in fields(RequestRecord) if f.metadata.get("span")}
+
+
+def who_ran(members: Mapping[str, MemberTokens]) -> str | None:
+    """Return the `answered_by` of a request for which `members` worked."""
+    ran = [name for name, m in members.items() if m.prompt_tokens or m.output_tokens]
+    return "+".join(sorted(ran)) or None
+
+
+def _short(value: object) -> object:
+    if isinstance(value, str):
+        return value[:_MOST_CHARACTERS]
+    return round(value, 6) if isinstance(value, float) else value

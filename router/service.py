@@ -24,7 +24,7 @@ from router.config import ServingLimits
 from router.decide import decide
 from router.engines.base import EngineClient, merge
 from router.errors import ApiError, bad_request, to_api_error
-from router.exchange import CLIENT_CLOSED_REQUEST, Exchange
+from router.exchange import Exchange
 from router.executor.executor import Executor
 from router.experiments.experiments import Experiments
 from router.experiments.mirror import Mirror
@@ -34,7 +34,7 @@ from router.logs import REQUEST_ID
 from router.metrics.metrics import Metrics
 from router.openai_api.ask import Ask
 from router.openai_api.endpoint import Endpoint, Head, Writer
-from router.record import RequestRecord
+from router.record import CLIENT_CLOSED_REQUEST, RequestRecord
 from router.shoal_field import shoal_field
 from router.streams import (
     DONE,
@@ -167,7 +167,7 @@ class Service:
     ) -> Response:
         ask = exchange.ask = endpoint.parse(body)
         exchange.user = ask.user or exchange.user
-        exchange.session = ask.extension.session or exchange.session
+        exchange.record.session = ask.extension.session or exchange.record.session
         deadline_s = asyncio.get_running_loop().time() + self._timeout_s(ask, headers)
         exchange.deadline_s = deadline_s
         await decide(self.catalog, self._limits, exchange, ask, self.experiments)
@@ -178,7 +178,7 @@ class Service:
         )
         head = Head(
             id=exchange.id,
-            created_s=int(exchange.time_s),
+            created_s=int(exchange.record.time_s),
             model=ask.model,
             fingerprint=self.catalog.fingerprint,
         )
@@ -195,9 +195,9 @@ class Service:
             chunks[index].append(chunk)
             _count(exchange, index, chunk)
         await self._settle(exchange)
-        content = writer.whole([merge(parts) for parts in chunks], _usage(exchange))
+        content = writer.whole([merge(parts) for parts in chunks], _usage(exchange.record))
         content["shoal"] = shoal_field(exchange, self.catalog)
-        exchange.status = 200
+        exchange.record.status = 200
         return _json_response(200, content, self._headers(exchange))
 
     async def _events(
@@ -215,13 +215,13 @@ class Service:
                 data += writer.chunk(index, chunk)
                 if not num_open:
                     await self._settle(exchange)
-                    data += writer.end(_usage(exchange))
+                    data += writer.end(_usage(exchange.record))
                     data[-1]["shoal"] = shoal_field(exchange, self.catalog)
                 if data:
                     yield b"".join(map(event, data))
                 data = []
                 got = await anext(answers, None)
-            exchange.status = 200
+            exchange.record.status = 200
             yield DONE
         except Exception as error:
             yield event(self._note(exchange, error).body()) + DONE
@@ -243,7 +243,7 @@ class Service:
     def _headers(self, exchange: Exchange) -> dict[str, str]:
         headers = {"openai-processing-ms": str(max(1, round(exchange.elapsed_s * 1000)))}
         if self._echo_request_id:
-            headers["x-request-id"] = exchange.client_request_id
+            headers["x-request-id"] = exchange.record.client_request_id
         if exchange.reservation is not None:
             headers |= exchange.reservation.headers
         return headers
@@ -256,7 +256,7 @@ class Service:
         told = to_api_error(error)
         if told.status >= 500:
             logger.error("%s: %r", exchange.id, error, exc_info=told.status == 500)
-        exchange.status, exchange.error = told.status, told.code
+        exchange.record.status, exchange.record.error = told.status, told.code
         return told
 
     def _finish(self, exchange: Exchange) -> None:
@@ -279,12 +279,12 @@ class Service:
         self._record(exchange)
 
     def _record(self, exchange: Exchange) -> None:
-        record = exchange.record(self.catalog.prices.rates, keep_text=self._keep_text)
+        record = exchange.complete(self.catalog.prices.rates, keep_text=self._keep_text)
         self.ledger.record(record)
         for watcher in self._watchers:
             watcher.ended(exchange, record)
         self.gate.settle(exchange, record)
-        policy = self.catalog.policies.get(exchange.policy or "")
+        policy = self.catalog.policies.get(record.policy or "")
         if policy is not None:
             for query, decision, cost in exchange.settled(self.catalog.prices.rates):
                 policy.settle(query, decision, cost)
@@ -318,24 +318,25 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
 
 
 def _count(exchange: Exchange, index: int, chunk: Chunk) -> None:
-    exchange.output_tokens += len(chunk.tokens)
+    record = exchange.record
+    record.output_tokens += len(chunk.tokens)
     if chunk.cached_tokens is not None:
-        exchange.cached_tokens = (exchange.cached_tokens or 0) + chunk.cached_tokens
+        record.cached_tokens = (record.cached_tokens or 0) + chunk.cached_tokens
     if index == 0:
         exchange.answer.append(chunk.text)
-    if exchange.first_text_s is None and chunk.text:
-        exchange.first_text_s = time.perf_counter()
+    if record.ttft_s is None and chunk.text:
+        record.ttft_s = exchange.elapsed_s
 
 
-def _usage(exchange: Exchange) -> dict[str, Any]:
+def _usage(record: RequestRecord) -> dict[str, Any]:
     usage: dict[str, Any] = {
-        "prompt_tokens": exchange.prompt_tokens,
-        "completion_tokens": exchange.output_tokens,
-        "total_tokens": exchange.prompt_tokens + exchange.output_tokens,
+        "prompt_tokens": record.prompt_tokens,
+        "completion_tokens": record.output_tokens,
+        "total_tokens": record.prompt_tokens + record.output_tokens,
     }
-    if exchange.cached_tokens is not None:
+    if record.cached_tokens is not None:
         # Every choice reads the prompt, which counts once.
-        cached = min(exchange.cached_tokens, exchange.prompt_tokens)
+        cached = min(record.cached_tokens, record.prompt_tokens)
         usage["prompt_tokens_details"] = {"cached_tokens": cached}
     return usage
 

@@ -23,7 +23,7 @@ def shoal_field(exchange: Exchange, catalog: Catalog) -> dict[str, Any]:
     run = exchange.choices[0].trace.accepted_run()
     accepted = run.plan if run is not None and isinstance(run.plan, Answer) else None
     data: dict[str, Any] = {
-        "policy": exchange.policy,
+        "policy": exchange.record.policy,
         "plan": to_json(decision.plan),
         "reason": decision.reason,
         "members": list(accepted.members) if accepted else [],
@@ -35,9 +35,9 @@ def shoal_field(exchange: Exchange, catalog: Catalog) -> dict[str, Any]:
         "cost": {"usd": cost.usd, "wh": cost.wh, "gco2e": cost.gco2e},
         "footprint": _footprint(catalog, cost, parts),
     }
-    if exchange.arm is not None:
-        data["experiment"] = exchange.experiment
-        data["arm"] = exchange.arm
+    if exchange.record.arm is not None:
+        data["experiment"] = exchange.record.experiment
+        data["arm"] = exchange.record.arm
     if exchange.ask is not None and exchange.ask.extension.explain:
         data["scores"] = dict(decision.scores)
         data["details"] = dict(decision.details)

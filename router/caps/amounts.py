@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple, TypeAlias
 
-from policies.footprint import Footprint
+from policies.footprint import Cost
 
 Resource: TypeAlias = Literal["requests", "tokens", "usd", "wh", "gco2e"]
 
@@ -23,12 +23,12 @@ class Amounts(NamedTuple):
     nano_gco2e: int = 0
 
     @classmethod
-    def of(cls, *, requests: int = 1, tokens: int, footprint: Footprint) -> Amounts:
-        """Return `requests` requests that took `tokens` tokens and cost `footprint`."""
+    def of(cls, *, requests: int = 1, tokens: int, cost: Cost) -> Amounts:
+        """Return `requests` requests that took `tokens` tokens and cost `cost`."""
         return cls(
             requests,
             tokens,
-            *(math.ceil(max(0.0, x) * 1e9) for x in (footprint.usd, footprint.wh, footprint.gco2e)),
+            *(math.ceil(max(0.0, x) * 1e9) for x in (cost.usd, cost.wh, cost.gco2e)),
         )
 
     def plus(self, other: Amounts) -> Amounts:

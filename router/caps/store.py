@@ -21,12 +21,14 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from policies.footprint import Footprint
+from policies.footprint import Cost
 from router.caps.amounts import Amounts
 from router.caps.book import Book, Hold, Shortage, Tally
 from router.caps.limits import SERVER, Limit, Window
 from router.ledger.database import BUDGET_LOCK, Database, writing
+from router.ledger.queries import SERVED, Period, spend, total
 from router.ledger.schema import BUDGET_HOLDS, BUDGET_WINDOWS, REQUESTS
+from router.record import RequestRecord
 
 # A window is forgotten two days after its end, a lapsed hold after one: nothing runs that long.
 _KEPT_WINDOW_S = 2 * 86400
@@ -148,10 +150,12 @@ class BudgetStore:
         return Outcome(shortage=shortage, remaining=remaining)
 
 
-def used_amounts(*, ran: bool, tokens: int, usd: float, wh: float, gco2e: float) -> Amounts:
-    """Return what a request that ended counts for: nothing, unless a model `ran` for it."""
-    footprint = Footprint(usd=usd, wh=wh, gco2e=gco2e)
-    return Amounts.of(requests=int(ran), tokens=tokens if ran else 0, footprint=footprint)
+def used_amounts(request: RequestRecord | sa.Row[Any]) -> Amounts:
+    """Return what a request that ended counts for: nothing, unless a model ran for it."""
+    ran = request.answered_by is not None
+    cost = Cost(usd=request.usd, wh=request.wh, gco2e=request.gco2e)
+    tokens = request.prompt_tokens + request.output_tokens if ran else 0
+    return Amounts.of(requests=int(ran), tokens=tokens, cost=cost)
 
 
 def _holds(connection: sa.Connection, ids: Collection[str]) -> list[Hold]:
@@ -167,7 +171,7 @@ def _load(connection: sa.Connection, holds: Iterable[Hold], windows: dict[str, W
     held = {hold.request_id: hold for hold in holds}
     wanted = set(windows) | {name for hold in held.values() for name in hold.windows}
     rows = connection.execute(_SELECT_WINDOWS, {"ids": list(wanted)})
-    tallies = {row.window_id: _read_tally(row) for row in rows}
+    tallies = {row.window_id: read_tally(row) for row in rows}
     for name, window in windows.items():
         if name not in tallies:
             spent = _spent_before(connection, window)
@@ -198,47 +202,25 @@ def _save(connection: sa.Connection, before: Book, after: Book) -> None:
 
 
 def _spent_before(connection: sa.Connection, window: Window) -> Amounts:
-    """Return what the ledger says was used in `window`."""
-    columns = REQUESTS.c
-    tokens = columns.prompt_tokens + columns.output_tokens
-    ran = columns.answered_by.is_not(None)
-    query = sa.select(
-        *(
-            sa.func.coalesce(sa.func.sum(expression), 0)
-            for expression in (
-                sa.case((ran, 1), else_=0),
-                sa.case((ran, tokens), else_=0),
-                *(columns.usd, columns.wh, columns.gco2e),
-            )
-        )
-    ).where(
-        columns.time_s >= window.start_s,
-        columns.time_s < window.end_s,
-        columns.endpoint != "shadow",  # what nobody asked for has caps of its own
-    )
+    """Return what the ledger says was used in `window`; shadows have caps of their own."""
+    row = REQUESTS.c
+    where = [*Period(since_s=window.start_s, until_s=window.end_s).holds(), SERVED]
+    where.append(row.answered_by.is_not(None))
     if window.scope != SERVER:
-        query = query.where(columns.key_id == window.scope)
-    requests, num_tokens, usd, wh, gco2e = connection.execute(query).one()
-    footprint = Footprint(usd=float(usd), wh=float(wh), gco2e=float(gco2e))
-    return Amounts.of(requests=int(requests), tokens=int(num_tokens), footprint=footprint)
+        where.append(row.key_id == window.scope)
+    found = total(spend(connection, where=where))
+    tokens = found.prompt_tokens + found.output_tokens
+    return Amounts.of(requests=found.num_requests, tokens=tokens, cost=found)
 
 
 def _recorded(connection: sa.Connection, ids: Collection[str]) -> dict[str, Amounts]:
     """Return what the ledger says that the requests `ids` used, where it has them."""
     query = sa.select(REQUESTS).where(REQUESTS.c.request_id.in_(ids))
-    return {
-        row.request_id: used_amounts(
-            ran=row.answered_by is not None,
-            tokens=row.prompt_tokens + row.output_tokens,
-            usd=row.usd,
-            wh=row.wh,
-            gco2e=row.gco2e,
-        )
-        for row in connection.execute(query)
-    }
+    return {row.request_id: used_amounts(row) for row in connection.execute(query)}
 
 
-def _read_tally(row: sa.Row[Any]) -> Tally:
+def read_tally(row: sa.Row[Any]) -> Tally:
+    """Return the window that a row of the table `budget_windows` holds."""
     values = row._mapping
     return Tally(
         **{

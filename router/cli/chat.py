@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from router.cli.server import KeyOption, UrlOption, connect, refuse_errors
+from router.cli.console import KeyOption, UrlOption, connect, refuse_errors
 
 if TYPE_CHECKING:
     import httpx

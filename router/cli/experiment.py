@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from policies.files import write_atomic
-from router.cli.ledger_options import LedgerOption, opened, refusing
+from router.cli.console import LedgerOption, opened, refusing
 
 if TYPE_CHECKING:
     from policies.experiments.report import Comparison

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from router.cli.ledger_options import ConfigOption, LedgerOption, opened, refusing
+from router.cli.console import ConfigOption, LedgerOption, opened, refusing
 
 app = typer.Typer(help="Create, list and revoke API keys.", no_args_is_help=True)
 

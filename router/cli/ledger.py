@@ -7,7 +7,7 @@ from typing import Annotated, get_args
 
 import typer
 
-from router.cli.ledger_options import (
+from router.cli.console import (
     ConfigOption,
     LedgerOption,
     SinceOption,
@@ -17,7 +17,7 @@ from router.cli.ledger_options import (
     read_time,
     refusing,
 )
-from router.ledger.names import Format
+from router.ledger import Format
 
 app = typer.Typer(help="Export the ledger's rows, or remove old ones.", no_args_is_help=True)
 

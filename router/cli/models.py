@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from router.cli.server import KeyOption, UrlOption, connect, refuse_errors
+from router.cli.console import KeyOption, UrlOption, connect, refuse_errors
 
 _HEADER = ("NAME", "KIND", "PARAMETERS", "USD/M IN", "USD/M OUT", "DOMAINS OR MEMBERS")
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from router.cli.ledger_options import refusing
+from router.cli.console import refusing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -84,7 +84,7 @@ def _from_ledger(
     source: str, experiment: str | None, args: AppArgs, catalog: Catalog
 ) -> Callable[[str], Replayed]:
     from policies.experiments.replay import replay_log
-    from router.cli.ledger_options import opened
+    from router.cli.console import opened
     from router.experiments.definitions import read_definitions
     from router.experiments.log import read_log
 

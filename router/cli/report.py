@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from router.cli.ledger_options import (
+from router.cli.console import (
     ConfigOption,
     LedgerOption,
     SinceOption,
@@ -15,8 +15,9 @@ from router.cli.ledger_options import (
     opened,
     read_period,
     refusing,
+    show,
 )
-from router.ledger.names import GroupBy, Unit, read_groups
+from router.ledger import GroupBy, Unit, read_groups
 
 
 def report(
@@ -39,17 +40,19 @@ def report(
     config: ConfigOption = None,
 ) -> None:
     """Print requests, tokens, USD, Wh and gCO2e from the ledger, by day and model."""
-    from router.ledger import report as reporting
-    from router.ledger.queries import sums
+    from router.ledger.export import plot as draw
+    from router.ledger.export import report_lines
+    from router.ledger.queries import spend
 
     with refusing(), opened(ledger, config) as database:
         groups = read_groups(by)
-        period = read_period(since, until)
-        typer.echo(reporting.table(groups, sums(database, by=groups, period=period)))
+        within = read_period(since, until).holds()
+        rows = spend(database, by=groups, where=within)
+        show(report_lines(groups, rows), num_left=len(groups))
         if plot is not None:
             series: GroupBy = next(
                 (name for name in groups if name not in {"day", "hour"}), "model"
             )
-            by_day = sums(database, by=("day", series), period=period)
-            reporting.plot(by_day, plot, unit=unit, series=series)
+            by_day = spend(database, by=("day", series), where=within)
+            draw(by_day, plot, unit=unit, series=series)
             typer.echo(f"plot: {plot}")

@@ -72,7 +72,7 @@ def router(
     from policies.routing.finetune import FinetuneSettings, finetune_router
     from policies.routing.fit import FitSettings, fit_router
     from policies.routing.router import save_router
-    from router.ledger.errors import LedgerError
+    from router.ledger import LedgerError
 
     kind, _, folder = encoder.partition(":")
     names = models.split(",") if models else None
@@ -114,7 +114,7 @@ def _feedback(ledger: str) -> list[Outcome]:
     Raises `LedgerError` where there is no ledger.
     """
     from policies.outcomes import read_outcomes
-    from router.cli.ledger_options import opened
+    from router.cli.console import opened
     from router.ledger.export import export
 
     with TemporaryDirectory() as folder, opened(ledger, None, option="--feedback") as database:

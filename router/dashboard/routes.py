@@ -1,31 +1,110 @@
 """The routes of the page: its files for everybody, its figures for admins.
 
-The files say nothing of the server, so they need no key: the page itself asks for one.
+The files say nothing of the server, so they need no key: the page itself asks for one. They are
+read once: what is not among them cannot be asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import hashlib
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TypeAlias
+from pathlib import Path
+from typing import Literal, TypeAlias
 
 from fastapi import FastAPI, Request, Response
+from pydantic import BaseModel, ConfigDict
 from starlette.responses import JSONResponse
 
 from router.caps.limits import Cap
 from router.catalog.catalog import Catalog
-from router.dashboard.config import LOOPBACK, Access, DashboardConfig
-from router.dashboard.figures import Figures
-from router.dashboard.page import INDEX, read_page
-from router.dashboard.windows import WINDOWS
+from router.dashboard.figures import WINDOWS, Figures
 from router.errors import ApiError, bad_request
 from router.keys import KeyRejected
 from router.ledger.database import Database
+
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+
+Access: TypeAlias = Literal["key", "loopback", "anyone"]
+
+FOLDER = Path(__file__).parent / "page"
+INDEX = "index.html"
+
+_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+# Nothing is loaded from elsewhere, nothing runs that is not one of our files.
+_HEADERS = {
+    "content-security-policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+        "img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "cache-control": "no-cache",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}
 
 _FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
 
 # Tells the key id of an admin, None for an anonymous request. Raises `KeyRejected`.
 Identify: TypeAlias = Callable[[Request], Awaitable[str | None]]
+
+
+class DashboardConfig(BaseModel):
+    """The `dashboard:` section of the configuration.
+
+    It says who may see the figures of `GET /dashboard`, which are those of all users together.
+
+    `access` "key" asks for an admin's key. "loopback" asks for none of those who come from this
+    machine by one of its own names (localhost, 127.0.0.1, ::1); `shoal serve` takes it where it
+    listens on loopback only and the file does not say. "anyone" is for a server behind a proxy
+    that authenticates. Where `auth.required`, a key is needed all the same.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    enabled: bool = True
+    access: Access = "key"
+
+    def listening_on(self, host: str) -> DashboardConfig:
+        """Return what holds for a server that listens on `host` and nowhere else."""
+        if "access" in self.model_fields_set or host not in LOOPBACK:
+            return self
+        return self.model_copy(update={"access": "loopback"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class File:
+    """One file as it is sent."""
+
+    content: bytes
+    media_type: str
+    etag: str
+
+    def response(self, if_none_match: str | None) -> Response:
+        """Return the file, or 304 where the browser has it."""
+        headers = {**_HEADERS, "etag": self.etag}
+        if if_none_match == self.etag:
+            return Response(status_code=304, headers=headers)
+        return Response(self.content, headers=headers, media_type=self.media_type)
+
+
+def read_page(folder: Path = FOLDER) -> Mapping[str, File]:
+    """Return every file that a browser may load, by its path below `folder`."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in _TYPES:
+            content = path.read_bytes()
+            files[path.relative_to(folder).as_posix()] = File(
+                content=content,
+                media_type=_TYPES[path.suffix],
+                etag=f'"{hashlib.sha256(content).hexdigest()[:32]}"',
+            )
+    return files
 
 
 def add_dashboard(

@@ -97,15 +97,16 @@ class Experiments:
             key_id=query.key_id,
             domain=self._domain(query) if self._by_domain else None,
         )
-        enrolment = self._assigner.assign(visit, now_s=exchange.time_s)
+        enrolment = self._assigner.assign(visit, now_s=exchange.record.time_s)
         if enrolment is None:
             return None
         if enrolment.arm is not None:
-            exchange.experiment, exchange.arm = enrolment.experiment, enrolment.arm
-            exchange.unit, exchange.propensity = enrolment.unit, enrolment.propensity
+            record = exchange.record
+            record.experiment, record.arm = enrolment.experiment, enrolment.arm
+            record.unit, record.propensity = enrolment.unit, enrolment.propensity
             if enrolment.experiment in self._expecting:
                 scores = self._catalog.policies.default.decide(query).scores
-                exchange.expected_quality = max(scores.values(), default=None)
+                record.expected_quality = max(scores.values(), default=None)
         return enrolment.policy
 
     async def summary(self, name: str) -> Summary | None:

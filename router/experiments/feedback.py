@@ -11,13 +11,14 @@ from typing import Any, Literal, Self
 import sqlalchemy as sa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from router.digest import answer_digest
 from router.errors import ApiError, bad_request
-from router.experiments.mirror import SHADOW_ENDPOINT, mirrored_request_id
+from router.exchange import answer_digest
+from router.experiments.mirror import mirrored_request_id
 from router.ledger.database import Database
 from router.ledger.feedback import Feedback, add_feedback
 from router.ledger.schema import REQUESTS
 from router.ledger.writer import Ledger
+from router.record import SHADOW
 
 # Another replica may hold a row that is not written yet: for its flush interval, or longer where
 # the machine is busy.
@@ -66,7 +67,7 @@ async def take_feedback(
     did), 409 where the request got no answer.
     """
     row = await _find(ledger, feedback.id)
-    if row is None or row["endpoint"] == SHADOW_ENDPOINT or row["key_id"] not in (None, key_id):
+    if row is None or row["endpoint"] == SHADOW or row["key_id"] not in (None, key_id):
         raise ApiError(
             404,
             f"There is no response {feedback.id!r}; give the id of a response, as in its body.",

@@ -12,7 +12,7 @@ from policies.fixed import ignores_queries
 from router.catalog.catalog import Catalog
 from router.experiments.store import State, load
 from router.ledger.database import Database
-from router.ledger.outcomes import Outcome, outcomes
+from router.ledger.feedback import Outcome, outcomes
 
 
 def read_log(

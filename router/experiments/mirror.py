@@ -16,16 +16,15 @@ from policies.experiments.shadow import Shadow, ShadowMeter
 from policies.footprint import estimate
 from router.catalog.catalog import Catalog
 from router.config import ServingLimits
-from router.digest import answer_digest
 from router.engines.base import merge
-from router.exchange import Choice, Exchange
+from router.exchange import Choice, Exchange, answer_digest
 from router.executor.executor import Executor
 from router.executor.judging import attempt
 from router.ledger.writer import Ledger
+from router.record import SHADOW, RequestRecord
 
 logger = logging.getLogger(__name__)
 
-SHADOW_ENDPOINT = "shadow"
 ROOT = ""  # the path of a plan's root in its trace
 
 
@@ -66,7 +65,7 @@ class Mirror:
         Returns at once; nothing that happens later reaches the client. Requests for several
         answers are not mirrored.
         """
-        if exchange.status != 200 or len(exchange.choices) != 1 or exchange.ask is None:
+        if exchange.record.status != 200 or len(exchange.choices) != 1 or exchange.ask is None:
             return
         for meter in self._meters:
             if not meter.wants(exchange.id, model=exchange.ask.model):
@@ -75,7 +74,7 @@ class Mirror:
             estimate_usd = estimate(
                 mirrored.choices[0].plan,
                 self._catalog.prices.rates,
-                prompt_tokens=exchange.prompt_tokens,
+                prompt_tokens=exchange.record.prompt_tokens,
                 output_tokens=exchange.ask.max_tokens or self._limits.default_max_tokens,
             ).usd
             if meter.admit(estimate_usd=estimate_usd, now_s=self._clock()):
@@ -97,16 +96,18 @@ class Mirror:
         task = replace(
             original, request_id=shadow_id, stream=False, client_id=f"shadow {shadow.name}"
         )
-        return Exchange(
-            id=shadow_id,
-            endpoint=SHADOW_ENDPOINT,
-            client_request_id="",
+        record = RequestRecord(
+            request_id=shadow_id,
+            endpoint=SHADOW,
             time_s=self._clock(),
-            ask=exchange.ask,
             policy=shadow.policy,
+            prompt_tokens=exchange.record.prompt_tokens,
+        )
+        return Exchange(
+            record=record,
+            ask=exchange.ask,
             decisions=(decision,),
             choices=(Choice(plan=decision.plan, task=task),),
-            prompt_tokens=exchange.prompt_tokens,
         )
 
     async def _run(
@@ -122,15 +123,15 @@ class Mirror:
             whole = attempt(choice.task.query, choice.plan, answer)
             score = self._catalog.policies.scorers["confidence"].score(whole)
             choice.trace.runs[""].score = score
-            mirrored.output_tokens = len(answer.tokens)
-            mirrored.status, text = 200, answer.text
+            mirrored.record.output_tokens = len(answer.tokens)
+            mirrored.record.status, text = 200, answer.text
         except Exception as error:
-            logger.warning("shadow %s: %r", mirrored.policy, error)
-            mirrored.status, mirrored.error = 500, type(error).__name__
+            logger.warning("shadow %s: %r", mirrored.record.policy, error)
+            mirrored.record.status, mirrored.record.error = 500, type(error).__name__
         finally:
             mirrored.ended_s = time.perf_counter()
-            record = mirrored.record(self._catalog.prices.rates)
+            record = mirrored.complete(self._catalog.prices.rates)
             meter.settle(estimate_usd=estimate_usd, usd=record.usd)
             # Keyed by the original request, so that equal answers and labels compare.
-            digest = None if text is None else answer_digest(original_id, text)
-            self._ledger.record(replace(record, answer_digest=digest))
+            record.answer_digest = None if text is None else answer_digest(original_id, text)
+            self._ledger.record(record)

@@ -9,7 +9,7 @@ from policies.experiments.analysis import arm_names
 from policies.experiments.config import Experiment
 from policies.experiments.observations import Observation, Observations
 from router.ledger.database import Database
-from router.ledger.outcomes import Outcome, outcomes
+from router.ledger.feedback import Outcome, outcomes
 from router.ledger.queries import Period
 
 _OVERLOADED, _SERVER_ERROR, _CLIENT_ERROR = 429, 500, 400

@@ -8,9 +8,10 @@ from typing import Any
 import sqlalchemy as sa
 
 from policies.experiments.shadow import Shadow
-from router.experiments.mirror import SHADOW_ENDPOINT, mirrored_request_id
+from router.experiments.mirror import mirrored_request_id
 from router.ledger.database import Database
 from router.ledger.schema import FEEDBACK, REQUESTS
+from router.record import SHADOW
 
 _DAY_S = 86_400
 
@@ -51,7 +52,7 @@ def _report(database: Database, shadow: Shadow, now_s: float) -> dict[str, Any]:
         .join(served, served.c.request_id == sa.func.substr(row.request_id, len(prefix) + 1))
         .outerjoin(FEEDBACK, FEEDBACK.c.request_id == row.request_id)
         .outerjoin(served_feedback, served_feedback.c.request_id == served.c.request_id)
-        .where(row.endpoint == SHADOW_ENDPOINT, row.request_id.startswith(prefix, autoescape=True))
+        .where(row.endpoint == SHADOW, row.request_id.startswith(prefix, autoescape=True))
     )
     with database.connect() as connection:
         found = connection.execute(query).mappings().one()

@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import sqlalchemy as sa
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from sqlalchemy import event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, OperationalError
 
-from router.ledger.errors import LedgerError
-from router.ledger.migrations import migrate
+from router.ledger import LedgerError
+from router.ledger.schema import migrate
 
 Database: TypeAlias = sa.Engine
+
+DEFAULT_URL = "sqlite:///shoal.db"
 
 # PostgreSQL's advisory locks are numbers; these are ours, nothing else uses the database.
 MIGRATION_LOCK = 5_350_001
@@ -28,6 +31,29 @@ BUDGET_LOCK = 5_350_002
 
 _BUSY_TIMEOUT_MS = 10_000
 _LOCK = sa.text("SELECT pg_advisory_xact_lock(:lock)")
+
+
+class LedgerConfig(BaseModel):
+    """The `ledger:` section of the configuration: where rows go and how eagerly.
+
+    `url` is any SQLAlchemy address of SQLite or PostgreSQL; a relative file is made absolute
+    here, since replicas may run in another folder. A row reaches the database at most
+    `flush_interval_s` after its request ended. At most `queue_rows` rows wait (while the database
+    is down, say); later ones are counted as dropped. `keep_text` also stores the last user
+    message and the answer, which retraining a router needs; without it no text is stored.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    url: str = Field(DEFAULT_URL, validate_default=True)
+    flush_interval_s: float = Field(0.2, gt=0, le=60)
+    queue_rows: int = Field(50_000, ge=1)
+    keep_text: bool = False
+
+    @field_validator("url")
+    @classmethod
+    def _usable(cls, value: str) -> str:
+        return database_url(value)
 
 
 def database_url(value: str) -> str:

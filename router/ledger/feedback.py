@@ -1,13 +1,21 @@
-"""What users thought of answers: a score in [0, 1], a thumb, or the right answer as a label."""
+"""What users thought of answers: kept, and joined with the requests.
+
+A score in [0, 1], a thumb, or the right answer as a label. The join is what experiments compare and
+routers learn from.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import sqlalchemy as sa
 
+from router.ledger import LedgerError
 from router.ledger.database import Database, writing
-from router.ledger.errors import LedgerError
+from router.ledger.queries import ALWAYS, Period, stream
 from router.ledger.schema import FEEDBACK, REQUESTS
 from router.ledger.writer import insert_new
 
@@ -58,3 +66,72 @@ def add_feedback(database: Database, feedback: Feedback) -> None:
             )
             .values(**row)
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One request and what its user thought of the answer, if anything (yet).
+
+    `row` is the row of the table `requests`. `score` is the user's, in [0, 1]; `label` the right
+    answer, where given: whoever reads the answer may score it by that. `feedback_s` is when the
+    feedback came.
+    """
+
+    row: dict[str, Any]
+    score: float | None
+    label: str | None
+    feedback_s: float | None
+
+    def to_line(self) -> dict[str, Any] | None:
+        """Return a line of the outcomes format that routers are trained on, or None.
+
+        None where no text was kept, no score was given, or several members had a hand in the
+        answer: the score is then no single member's.
+        """
+        text, score = self.row["query_text"], self.score
+        members = self.row["members"] or {}
+        if text is None or score is None or len(members) != 1:
+            return None
+        [(name, tokens)] = members.items()
+        return {
+            "query": text,
+            "scores": {name: score},
+            "costs": {name: self.row["usd"]},
+            "output_tokens": {name: tokens["output_tokens"]},
+        }
+
+
+def outcomes(
+    database: Database,
+    *,
+    period: Period = ALWAYS,
+    experiment: str | None = None,
+    only_with_feedback: bool = False,
+) -> Generator[Outcome]:
+    """Yield the requests of `period` with their feedback, in order of time.
+
+    Requests that failed are among them (`row["status"]`): leaving them out would flatter an arm
+    that fails on hard queries.
+    """
+    query = (
+        sa.select(
+            REQUESTS,
+            FEEDBACK.c.score.label("feedback_score"),
+            FEEDBACK.c.label.label("feedback_label"),
+            FEEDBACK.c.time_s.label("feedback_s"),
+        )
+        .join_from(
+            REQUESTS,
+            FEEDBACK,
+            REQUESTS.c.request_id == FEEDBACK.c.request_id,
+            isouter=not only_with_feedback,
+        )
+        .where(*period.holds())
+        .order_by(REQUESTS.c.time_s)
+    )
+    if experiment is not None:
+        query = query.where(REQUESTS.c.experiment == experiment)
+    with closing(stream(database, query)) as rows:
+        for row in rows:
+            score, label = row.pop("feedback_score"), row.pop("feedback_label")
+            yield Outcome(row=row, score=score, label=label, feedback_s=row.pop("feedback_s"))

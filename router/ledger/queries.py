@@ -1,26 +1,34 @@
-"""Sums over the ledger's rows, and the rows themselves as a stream."""
+"""What requests cost, summed, and the rows themselves as a stream."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeAlias
 
 import sqlalchemy as sa
 
+from policies.footprint import Cost
+from router.ledger import GroupBy
 from router.ledger.database import Database
-from router.ledger.names import GroupBy
-from router.ledger.schema import REQUESTS
+from router.ledger.schema import FEEDBACK, REQUESTS
+from router.record import SHADOW
 
 _ROWS_PER_FETCH = 1000
 _PERIOD_S = {"hour": 3600, "day": 86400}
-_COLUMNS: dict[str, sa.Column[Any]] = {
-    "key": REQUESTS.c.key_id,
-    "members": REQUESTS.c.answered_by,
-    **{name: REQUESTS.c[name] for name in ("model", "policy", "experiment", "arm", "endpoint")},
-    "status": REQUESTS.c.status,
-    "method": REQUESTS.c.energy_method,
+_R = REQUESTS.c
+_GROUPS: dict[str, sa.ColumnElement[Any]] = {
+    "key": _R.key_id,
+    "members": _R.answered_by,
+    "method": _R.energy_method,
+    **{name: _R[name] for name in ("model", "policy", "experiment", "arm", "endpoint", "status")},
 }
+
+Condition: TypeAlias = sa.ColumnElement[bool]
+
+ANSWERED: Condition = _R.status < 400
+# What a client asked for; a shadow's rows nobody did.
+SERVED: Condition = _R.endpoint != SHADOW
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +38,13 @@ class Period:
     since_s: float | None = None
     until_s: float | None = None
 
-    def holds(self) -> list[sa.ColumnElement[bool]]:
+    def holds(self) -> list[Condition]:
         """Return the conditions that a row's time must meet."""
-        conditions: list[sa.ColumnElement[bool]] = []
+        conditions: list[Condition] = []
         if self.since_s is not None:
-            conditions.append(REQUESTS.c.time_s >= self.since_s)
+            conditions.append(_R.time_s >= self.since_s)
         if self.until_s is not None:
-            conditions.append(REQUESTS.c.time_s < self.until_s)
+            conditions.append(_R.time_s < self.until_s)
         return conditions
 
 
@@ -44,69 +52,109 @@ ALWAYS = Period()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sums:
-    """What the requests of one group used. `group` has one value per name that was asked for.
+class Spend(Cost):
+    """What the requests of one group used, in sums.
 
-    A day or hour is the Unix time of its start (UTC). `num_answered` counts those that got an
-    answer (status below 400), `num_failed` those that did not through the server's fault (5xx).
+    `group` has one value per name or expression that was asked for; a day or hour is the Unix time
+    of its start (UTC). `num_answered` counts those that got an answer (status below 400),
+    `num_failed` those that did not through the server's fault (5xx). `latency_s` is over all,
+    `answered_s` and `ttft_s` over answers, `num_ttft` of which have a time to first text. `score`
+    is the sum of users' scores of `num_rated` answers, where ratings were asked for. The first
+    request came at Unix time `first_s`.
     """
 
-    group: tuple[str | int | None, ...]
-    num_requests: int
-    num_answered: int
-    num_failed: int
-    prompt_tokens: int
-    output_tokens: int
-    usd: float
-    wh: float
-    gco2e: float
-    latency_s: float
+    group: tuple[str | int | None, ...] = ()
+    num_requests: int = 0
+    num_answered: int = 0
+    num_failed: int = 0
+    num_ttft: int = 0
+    num_rated: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    latency_s: float = 0.0
+    answered_s: float = 0.0
+    ttft_s: float = 0.0
+    score: float = 0.0
+    first_s: float = 0.0
 
 
-def sums(
-    database: Database,
+def _sum(value: sa.ColumnElement[Any], where: Condition | None = None) -> sa.ColumnElement[Any]:
+    return sa.func.coalesce(sa.func.sum(value if where is None else sa.case((where, value))), 0)
+
+
+_ONE: sa.ColumnElement[int] = sa.literal_column("1")
+_SUMS: Mapping[str, sa.ColumnElement[Any]] = {
+    "num_requests": sa.func.count(),
+    "num_answered": _sum(_ONE, ANSWERED),
+    "num_failed": _sum(_ONE, _R.status >= 500),
+    "num_ttft": _sum(_ONE, ANSWERED & _R.ttft_s.is_not(None)),
+    **{name: _sum(_R[name]) for name in ("prompt_tokens", "output_tokens", "usd", "wh", "gco2e")},
+    "latency_s": _sum(_R.latency_s),
+    "answered_s": _sum(_R.latency_s, ANSWERED),
+    "ttft_s": _sum(_R.ttft_s, ANSWERED),
+    "first_s": sa.func.min(_R.time_s),
+}
+_RATINGS = {"num_rated": sa.func.count(FEEDBACK.c.score), "score": _sum(FEEDBACK.c.score)}
+# PostgreSQL returns its sums as decimals.
+_NUMBER = {field.name: int if field.type == "int" else float for field in fields(Spend)}
+
+
+def spend(
+    source: Database | sa.Connection,
     *,
-    by: Sequence[GroupBy] = (),
-    period: Period = ALWAYS,
-    where: Mapping[GroupBy, str | int] | None = None,
-) -> list[Sums]:
-    """Sum the rows of `period` that match `where`, one entry per group, largest spend first."""
-    groups = [_grouping(name).label(f"group_{i}") for i, name in enumerate(by)]
-    conditions = [_grouping(name) == value for name, value in (where or {}).items()]
-    status = REQUESTS.c.status
+    by: Sequence[GroupBy | sa.ColumnElement[Any]] = (),
+    where: Iterable[Condition] = (),
+    rated: bool = False,
+) -> list[Spend]:
+    """Sum the rows that meet `where`, one entry per group, largest spend first.
+
+    With `rated` users' scores too. Groups without requests have no entry.
+    """
+    if isinstance(source, sa.Engine):
+        with source.connect() as connection:
+            return spend(connection, by=by, where=where, rated=rated)
+    columns = {**_SUMS, **(_RATINGS if rated else {})}
+    groups = [
+        (grouping(part) if isinstance(part, str) else part).label(f"group_{i}")
+        for i, part in enumerate(by)
+    ]
     query = (
-        sa.select(
-            *groups,
-            sa.func.count().label("num_requests"),
-            _count(status < 400).label("num_answered"),
-            _count(status >= 500).label("num_failed"),
-            *(
-                sa.func.coalesce(sa.func.sum(REQUESTS.c[name]), 0).label(name)
-                for name in ("prompt_tokens", "output_tokens", "usd", "wh", "gco2e", "latency_s")
-            ),
-        )
-        .where(*period.holds(), *conditions)
+        sa.select(*groups, *(column.label(name) for name, column in columns.items()))
+        .where(*where)
         .group_by(*groups)
         .order_by(sa.desc("usd"), sa.desc("num_requests"))
     )
-    with database.connect() as connection:
-        rows = connection.execute(query).mappings().all()
-    return [
-        Sums(
-            group=tuple(_plain(row[f"group_{i}"]) for i in range(len(groups))),
-            num_requests=int(row["num_requests"]),
-            num_answered=int(row["num_answered"]),
-            num_failed=int(row["num_failed"]),
-            prompt_tokens=int(row["prompt_tokens"]),
-            output_tokens=int(row["output_tokens"]),
-            usd=float(row["usd"]),
-            wh=float(row["wh"]),
-            gco2e=float(row["gco2e"]),
-            latency_s=float(row["latency_s"]),
+    if rated:
+        query = query.join_from(
+            REQUESTS, FEEDBACK, _R.request_id == FEEDBACK.c.request_id, isouter=True
         )
-        for row in rows
-        if row["num_requests"]
-    ]
+    found = []
+    for row in source.execute(query).mappings():
+        if row["num_requests"]:
+            sums: dict[str, Any] = {name: _NUMBER[name](row[name]) for name in columns}
+            group = tuple(_plain(row[f"group_{i}"]) for i in range(len(groups)))
+            found.append(Spend(group=group, **sums))
+    return found
+
+
+def total(rows: Iterable[Spend]) -> Spend:
+    """Return the sum of all groups, as one without a name."""
+    found = list(rows)
+    summed: dict[str, Any] = {
+        name: sum(getattr(row, name) for row in found) for name in (*_SUMS, *_RATINGS)
+    }
+    summed["first_s"] = min((row.first_s for row in found), default=0.0)
+    return Spend(**summed)
+
+
+def grouping(name: GroupBy) -> sa.ColumnElement[Any]:
+    """Return what rows are grouped by."""
+    return start_of(_PERIOD_S[name]) if name in _PERIOD_S else _GROUPS[name]
+
+
+def start_of(period_s: int) -> sa.ColumnElement[Any]:
+    """Return the Unix time at which the row's period of this length began."""
+    return sa.cast(sa.func.floor(_R.time_s / period_s), sa.BigInteger) * period_s
 
 
 def stream(
@@ -120,25 +168,9 @@ def stream(
                 yield dict(row)
 
 
-def requests(
-    database: Database, *, period: Period = ALWAYS, experiment: str | None = None
-) -> Generator[dict[str, Any]]:
-    """Yield the rows of the table `requests` in order of time, all or one experiment's."""
-    query = sa.select(REQUESTS).where(*period.holds()).order_by(REQUESTS.c.time_s)
-    if experiment is not None:
-        query = query.where(REQUESTS.c.experiment == experiment)
-    return stream(database, query)
-
-
-def _grouping(name: GroupBy) -> sa.ColumnElement[Any]:
-    if name in _PERIOD_S:
-        seconds = _PERIOD_S[name]
-        return sa.cast(sa.func.floor(REQUESTS.c.time_s / seconds), sa.BigInteger) * seconds
-    return _COLUMNS[name]
-
-
-def _count(condition: sa.ColumnElement[bool]) -> sa.ColumnElement[int]:
-    return sa.func.coalesce(sa.func.sum(sa.case((condition, 1), else_=0)), 0)
+def requests(database: Database, *, period: Period = ALWAYS) -> Generator[dict[str, Any]]:
+    """Yield the rows of the table `requests` in order of time."""
+    return stream(database, sa.select(REQUESTS).where(*period.holds()).order_by(_R.time_s))
 
 
 def _plain(value: object) -> str | int | None:

@@ -1,61 +1,59 @@
-"""The tables, as queries see them. `migrations` creates them; a test holds the two together."""
+"""The tables of the ledger's database, and how an older database gets there.
+
+The table `requests` has a column per field of `RequestRecord`.
+"""
 
 from __future__ import annotations
 
+import time
+import types
+from collections.abc import Iterator
+from typing import Any, get_args, get_type_hints
+
 import sqlalchemy as sa
 
+from router.ledger import LedgerError
+from router.record import RequestRecord
+
 METADATA = sa.MetaData()
+
+_TYPES: dict[type, type[sa.types.TypeEngine[Any]]] = {
+    str: sa.Text,
+    bool: sa.Boolean,
+    int: sa.BigInteger,
+    float: sa.Double,
+}
 
 
 def _json(name: str) -> sa.Column[object]:
     return sa.Column(name, sa.JSON(none_as_null=True))
 
 
+def _columns(record: type) -> Iterator[sa.Column[Any]]:
+    """Yield a column per field of `record`: a plain type, null where it may be None, or JSON."""
+    for name, hint in get_type_hints(record).items():
+        kinds = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        if kinds[0] in _TYPES:
+            yield sa.Column(name, _TYPES[kinds[0]], nullable=types.NoneType in kinds)
+        else:
+            yield _json(name)
+
+
 REQUESTS = sa.Table(
     "requests",
     METADATA,
-    sa.Column("request_id", sa.Text, primary_key=True),
-    sa.Column("time_s", sa.Double, nullable=False),
-    sa.Column("endpoint", sa.Text, nullable=False),
-    sa.Column("model", sa.Text, nullable=False),
-    sa.Column("policy", sa.Text),
-    sa.Column("answered_by", sa.Text),  # the members that ran, sorted, joined by "+"
-    sa.Column("status", sa.Integer, nullable=False),
-    sa.Column("error", sa.Text),
-    sa.Column("stream", sa.Boolean, nullable=False),
-    sa.Column("latency_s", sa.Double, nullable=False),
-    sa.Column("ttft_s", sa.Double),
-    sa.Column("prompt_tokens", sa.BigInteger, nullable=False),
-    sa.Column("output_tokens", sa.BigInteger, nullable=False),
-    sa.Column("num_choices", sa.Integer, nullable=False),
-    sa.Column("usd", sa.Double, nullable=False),
-    sa.Column("wh", sa.Double, nullable=False),
-    sa.Column("gco2e", sa.Double, nullable=False),
-    sa.Column("energy_method", sa.Text),  # of wh and gco2e, several joined by "+"
-    sa.Column("key_id", sa.Text),
-    sa.Column("user_hash", sa.Text),
-    sa.Column("session", sa.Text),
-    sa.Column("experiment", sa.Text),
-    sa.Column("arm", sa.Text),
-    sa.Column("unit", sa.Text),
-    sa.Column("client_request_id", sa.Text, nullable=False),
-    sa.Column("propensity", sa.Double),
-    sa.Column("expected_quality", sa.Double),
-    sa.Column("answer_digest", sa.Text),
-    _json("plan"),
-    _json("members"),
-    _json("costs"),
-    _json("scores"),
-    _json("stages"),
-    sa.Column("query_text", sa.Text),
-    sa.Column("answer_text", sa.Text),
+    *_columns(RequestRecord),
+    sa.PrimaryKeyConstraint("request_id"),
+    sa.Index("requests_by_time", "time_s"),
+    sa.Index("requests_by_key", "key_id", "time_s"),
+    sa.Index("requests_by_experiment", "experiment", "time_s"),
 )
 
 FEEDBACK = sa.Table(
     "feedback",
     METADATA,
     sa.Column("request_id", sa.Text, primary_key=True),
-    sa.Column("time_s", sa.Double, nullable=False),
+    sa.Column("time_s", sa.Double, nullable=False, index=True),
     sa.Column("score", sa.Double),
     sa.Column("label", sa.Text),
     sa.Column("key_id", sa.Text),
@@ -102,15 +100,17 @@ API_KEYS = sa.Table(
 )
 
 # Amounts of budgets are integers (money, energy and carbon in billionths), so that sums are exact.
+_AMOUNTS = ("requests", "tokens", "nano_usd", "nano_wh", "nano_gco2e")
+
 BUDGET_WINDOWS = sa.Table(
     "budget_windows",
     METADATA,
     sa.Column("window_id", sa.Text, primary_key=True),
-    sa.Column("end_s", sa.BigInteger, nullable=False),
+    sa.Column("end_s", sa.BigInteger, nullable=False, index=True),
     *(
-        sa.Column(f"{state}_{resource}", sa.BigInteger, nullable=False)
+        sa.Column(f"{state}_{name}", sa.BigInteger, nullable=False)
         for state in ("spent", "held", "estimated")
-        for resource in ("requests", "tokens", "nano_usd", "nano_wh", "nano_gco2e")
+        for name in _AMOUNTS
     ),
 )
 
@@ -118,12 +118,47 @@ BUDGET_HOLDS = sa.Table(
     "budget_holds",
     METADATA,
     sa.Column("request_id", sa.Text, primary_key=True),
-    sa.Column("holder", sa.Text, nullable=False),
+    sa.Column("holder", sa.Text, nullable=False, index=True),
     sa.Column("expires_s", sa.Double, nullable=False),
     sa.Column("lapsed", sa.Boolean, nullable=False),
     _json("windows"),
-    *(
-        sa.Column(resource, sa.BigInteger, nullable=False)
-        for resource in ("requests", "tokens", "nano_usd", "nano_wh", "nano_gco2e")
-    ),
+    *(sa.Column(name, sa.BigInteger, nullable=False) for name in _AMOUNTS),
+    sa.Index("budget_holds_by_expiry", "lapsed", "expires_s"),
 )
+
+SCHEMA_VERSION = sa.Table(
+    "schema_version",
+    METADATA,
+    sa.Column("version", sa.Integer, primary_key=True),
+    sa.Column("time_s", sa.Double, nullable=False),
+)
+
+# What brings a database of version n to n + 1, the first entry from 1 to 2: plain SQL that SQLite
+# and PostgreSQL both understand, such as "ALTER TABLE requests ADD COLUMN colour TEXT". A released
+# step never changes. A new database has the tables above from the start.
+STEPS: tuple[tuple[str, ...], ...] = ()
+
+
+def migrate(connection: sa.Connection) -> None:
+    """Bring the schema to the newest version; nothing happens when it is there already.
+
+    Runs inside the caller's exclusive transaction, so that a step happens wholly or not at all, and
+    once, however many replicas start together. Raises `LedgerError` for a database that a newer
+    Shoal has upgraded.
+    """
+    newest = 1 + len(STEPS)
+    SCHEMA_VERSION.create(connection, checkfirst=True)
+    found = connection.execute(sa.select(sa.func.max(SCHEMA_VERSION.c.version))).scalar()
+    if found == newest:
+        return
+    if found is None:
+        METADATA.create_all(connection)
+    elif found > newest:
+        raise LedgerError(
+            f"ledger.url: the database has schema version {found}, this Shoal knows up to "
+            f"{newest}; use a newer Shoal, or another database"
+        )
+    else:
+        for statement in (text for step in STEPS[found - 1 :] for text in step):
+            connection.exec_driver_sql(statement)
+    connection.execute(sa.insert(SCHEMA_VERSION).values(version=newest, time_s=time.time()))

@@ -21,6 +21,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import is_dataclass
 from typing import Any, TypeAlias
 
 import sqlalchemy as sa
@@ -192,24 +193,15 @@ def insert_new(connection: sa.Connection, table: sa.Table) -> sa.Insert:
 
 def row_of(record: RequestRecord) -> dict[str, Any]:
     """Return the row of the table `requests` that holds `record`."""
-    row = {column: getattr(record, column) for column in _PLAIN}
-    row["answered_by"] = "+".join(record.ran()) or None
-    row["plan"] = None if record.plan is None else dict(record.plan)
-    row["members"] = {
-        name: {"prompt_tokens": tokens.prompt_tokens, "output_tokens": tokens.output_tokens}
-        for name, tokens in record.members.items()
-    }
-    row["costs"] = {name: dict(vars(cost)) for name, cost in record.costs.items()}
-    row["scores"] = dict(record.scores)
-    row["stages"] = [dict(stage) for stage in record.stages]
-    return {name: _clean(value) if isinstance(value, str) else value for name, value in row.items()}
+    return {column.name: _stored(getattr(record, column.name)) for column in REQUESTS.columns}
 
 
-_PLAIN = tuple(
-    column.name
-    for column in REQUESTS.columns
-    if column.name not in {"answered_by", "plan", "members", "costs", "scores", "stages"}
-)
+def _stored(value: object) -> object:
+    if isinstance(value, str):
+        return _clean(value)
+    if isinstance(value, Mapping):
+        return {name: vars(v) if is_dataclass(v) else v for name, v in value.items()}
+    return [dict(stage) for stage in value] if isinstance(value, tuple) else value
 
 
 def _clean(text: str) -> str:

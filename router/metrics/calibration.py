@@ -10,6 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from router.ledger.database import Database
+from router.ledger.queries import ANSWERED, SERVED
 from router.ledger.schema import FEEDBACK, REQUESTS
 from router.metrics import families as f
 from router.metrics.family import Series
@@ -23,8 +24,8 @@ _RATED = (
     .join_from(FEEDBACK, REQUESTS, REQUESTS.c.request_id == FEEDBACK.c.request_id)
     .where(
         FEEDBACK.c.score.is_not(None),
-        REQUESTS.c.status < 400,
-        REQUESTS.c.endpoint != "shadow",
+        ANSWERED,
+        SERVED,
     )
     .order_by(FEEDBACK.c.time_s.desc())
     .limit(_LAST)

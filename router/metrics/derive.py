@@ -8,9 +8,8 @@ from typing import Any
 
 from router.metrics import families as f
 from router.metrics.family import SUM, Family, Series
+from router.record import CLIENT_CLOSED_REQUEST, SHADOW
 
-_SHADOW = "shadow"
-_CLIENT_LEFT = 499
 _ESCALATING = ("rejected", "hopeless", "failed", "timeout")
 
 
@@ -37,8 +36,8 @@ def tally(rows: Iterable[Mapping[str, Any]]) -> Tally:
 def _count(row: Mapping[str, Any], counts: Tally) -> None:
     """Add one row; what a shadow answered costs like all else, but is no request of a client."""
     policy = row["policy"] or f.NONE
-    if row["endpoint"] == _SHADOW:
-        _count_models(row, policy, f"{_SHADOW}/{row['request_id'].partition('/')[0]}", counts)
+    if row["endpoint"] == SHADOW:
+        _count_models(row, policy, f"{SHADOW}/{row['request_id'].partition('/')[0]}", counts)
         return
     arm = f"{row['experiment']}/{row['arm']}" if row["arm"] is not None else f.NONE
     _count_models(row, policy, arm, counts)
@@ -137,4 +136,4 @@ def _shape(plan: Mapping[str, Any]) -> str:
 def _error_type(row: Mapping[str, Any]) -> str:
     if row["error"] is not None:
         return str(row["error"])
-    return "client_left" if row["status"] == _CLIENT_LEFT else f"http_{row['status']}"
+    return "client_left" if row["status"] == CLIENT_CLOSED_REQUEST else f"http_{row['status']}"

@@ -139,9 +139,9 @@ def _target_gauges(
             continue
         for target in controller.targets:
             due = target.budget(
-                elapsed_s=now_s - spending.first_request_s, num_requests=spending.num_requests
+                elapsed_s=now_s - spending.first_s, num_requests=spending.num_requests
             )
             if due > 0:
-                share = spending.spent[target.resource] / due
+                share = getattr(spending, target.resource) / due
                 found[f.TARGET_USED_RATIO.series(policy, target.resource)] = share
     return found

@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from policies.footprint import Footprint
+from policies.footprint import Cost, Footprint
 from router.ledger.database import open_database, writing
 from router.ledger.schema import REQUESTS
 from router.ledger.writer import insert_new, row_of
 from router.metrics.derive import tally
 from router.metrics.exposition import exposition
 from router.metrics.store import Store, add_counts
-from router.record import MemberCost, MemberTokens, RequestRecord
+from router.record import MemberTokens, RequestRecord
 
 _TARGET_US = 50.0
 _NUM_MEMBERS = 4
@@ -57,11 +57,8 @@ def run(quick: bool) -> Iterator[dict[str, Any]]:
     yield _scrape(rounds)
 
 
-def _costs(parts: dict[str, Footprint]) -> dict[str, MemberCost]:
-    return {
-        name: MemberCost(usd=part.usd, wh=part.wh, gco2e=part.gco2e, method=part.method)
-        for name, part in parts.items()
-    }
+def _costs(parts: dict[str, Footprint]) -> dict[str, Cost]:
+    return {name: part.cost for name, part in parts.items()}
 
 
 def _row(number: int) -> dict[str, Any]:
@@ -82,7 +79,7 @@ def _row(number: int) -> dict[str, Any]:
             output_tokens=50,
             num_choices=1,
             members=dict.fromkeys(names, MemberTokens(prompt_tokens=100, output_tokens=50)),
-            costs=dict.fromkeys(names, MemberCost(usd=1e-5, wh=1e-4, gco2e=1e-5, method="x")),
+            costs=dict.fromkeys(names, Cost(usd=1e-5, wh=1e-4, gco2e=1e-5, method="x")),
             scores=dict.fromkeys(names, 0.8),
             stages=(
                 {"path": "", "combinator": "cascade", "outcome": "ok"},

@@ -71,7 +71,7 @@ def _deploy(folder: Path, port: int) -> None:
 
     from router.app import build
     from router.config import AppArgs
-    from router.ledger.config import LedgerConfig
+    from router.ledger.database import LedgerConfig
     from tests.bench.echo import application
 
     serve.start(http_options={"host": "127.0.0.1", "port": port})

@@ -10,7 +10,7 @@ import sys
 import time
 from random import Random
 
-from policies.footprint import Footprint
+from policies.footprint import Cost
 from router.caps.amounts import Amounts
 from router.caps.budgets import Budgets
 from router.caps.config import BudgetsConfig
@@ -44,7 +44,7 @@ async def spend(url: str, cap_tokens: int, name: str) -> None:
         while True:
             turn += 1
             request_id = f"{name}-{number}-{turn}"
-            estimate = Amounts.of(tokens=MAX_TOKENS, footprint=Footprint())
+            estimate = Amounts.of(tokens=MAX_TOKENS, cost=Cost())
             reserving = budgets.reserve(request_id=request_id, key=None, estimate=estimate)
             try:
                 patience_s = 0.001 if random.random() < 0.1 else None
@@ -61,7 +61,7 @@ async def spend(url: str, cap_tokens: int, name: str) -> None:
             sys.stdout.flush()
             fields = {"request_id": request_id, "time_s": time.time(), "prompt_tokens": 0}
             ledger.record(record(0, **fields, output_tokens=used))
-            budgets.settle(reservation, Amounts.of(tokens=used, footprint=Footprint()))
+            budgets.settle(reservation, Amounts.of(tokens=used, cost=Cost()))
 
     await asyncio.gather(*map(client, range(50)))
     await ledger.close()

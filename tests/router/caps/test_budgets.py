@@ -12,7 +12,7 @@ from random import Random
 import pytest
 import sqlalchemy as sa
 
-from policies.footprint import Footprint
+from policies.footprint import Cost
 from router.caps.amounts import NOTHING, Amounts
 from router.caps.budgets import Budgets
 from router.caps.config import BudgetsConfig
@@ -70,7 +70,7 @@ def new_budgets(ledger_url: str, database: Database, clock: Clock) -> Iterator[N
 
 def tokens(count: int) -> Amounts:
     """Return one request of `count` tokens."""
-    return Amounts.of(tokens=count, footprint=Footprint())
+    return Amounts.of(tokens=count, cost=Cost())
 
 
 def key(**caps: float) -> Key:
@@ -428,6 +428,7 @@ def test_what_is_long_over_is_forgotten(
 
 def test_refused_requests_do_not_count() -> None:
     """A request for which no model ran counts as nothing, not even its prompt."""
-    assert used_amounts(ran=False, tokens=7, usd=0, wh=0, gco2e=0) == NOTHING
-    used = used_amounts(ran=True, tokens=7, usd=0.5, wh=0, gco2e=0)
-    assert used == Amounts(1, 7, 500_000_000, 0, 0)
+    refused = record(status=429, members={}, prompt_tokens=7, output_tokens=0, usd=0)
+    assert used_amounts(refused)[:3] == (0, 0, 0)
+    ran = record(prompt_tokens=3, output_tokens=4, usd=0.5, wh=0, gco2e=0)
+    assert used_amounts(ran) == Amounts(1, 7, 500_000_000, 0, 0)

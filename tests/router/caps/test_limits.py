@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 import pytest
 from pydantic import ValidationError
 
-from policies.footprint import Footprint
+from policies.footprint import Cost
 from router.caps.amounts import Amounts, to_text
 from router.caps.config import BudgetsConfig
 from router.caps.errors import CapError
@@ -90,7 +90,7 @@ def test_a_keys_own_cap_replaces_the_default_of_that_name() -> None:
 
 def test_amounts_round_up() -> None:
     """A cost below a billionth still counts, so that no cap leaks by rounding."""
-    found = Amounts.of(tokens=3, footprint=Footprint(usd=1e-12, wh=0.0, gco2e=2e-9))
+    found = Amounts.of(tokens=3, cost=Cost(usd=1e-12, wh=0.0, gco2e=2e-9))
     assert found == Amounts(1, 3, 1, 0, 2)
     assert to_text("usd", 30_500_000) == "0.0305 USD"
     assert to_text("tokens", 12) == "12 tokens"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from policies.footprint import Footprint
+from policies.footprint import Cost
 from router.caps.amounts import NOTHING, Amounts
 from router.caps.limits import SERVER, limits, read_caps
 from router.caps.store import BudgetStore, Reserve, Settle
@@ -63,7 +63,7 @@ def test_a_cap_holds_over_four_processes_one_of_them_killed(
     store = BudgetStore(database, holder="test", lease_s=LEASE_S)
     # Until the test gives back half of the cap, nobody comes to its end.
     cap = limits(SERVER, read_caps({"tokens_per_month": CAP_TOKENS}, "test"), time.time())
-    half = Amounts.of(requests=0, tokens=CAP_TOKENS // 2, footprint=Footprint())
+    half = Amounts.of(requests=0, tokens=CAP_TOKENS // 2, cost=Cost())
     store.apply([], [Reserve(request_id="half", amounts=half, limits=cap)], time.time())
     replicas = [Replica(ledger_url, f"replica-{number}") for number in range(4)]
     deadline_s = time.monotonic() + 120

@@ -11,17 +11,20 @@ import pytest
 import sqlalchemy as sa
 
 from router.caps.limits import read_caps
-from router.dashboard.caps import spent_of_caps
-from router.dashboard.choices import OWN_PLAN, choices, wilson
-from router.dashboard.figures import Figures
-from router.dashboard.spending import spending
-from router.dashboard.windows import WINDOWS
-from router.experiments.mirror import SHADOW_ENDPOINT
+from router.dashboard.figures import (
+    OWN_PLAN,
+    WINDOWS,
+    Figures,
+    choices,
+    spending,
+    spent_of_caps,
+    wilson,
+)
 from router.ledger.database import Database, writing
 from router.ledger.feedback import Feedback, add_feedback
 from router.ledger.schema import BUDGET_WINDOWS
 from router.ledger.writer import Ledger
-from router.record import MemberTokens
+from router.record import SHADOW, MemberTokens
 from tests.router.ledger.records import record
 
 NewLedger = Callable[..., Ledger]
@@ -51,7 +54,7 @@ def test_totals_are_the_sum_of_the_series(database: Database, new_ledger: NewLed
     ledger.record(record(3, time_s=NOW_S - 1, usd=2.0, latency_s=3.0, ttft_s=None))
     ledger.record(record(4, time_s=NOW_S - 1, usd=0.0, status=503, latency_s=9.0))
     ledger.record(record(5, time_s=NOW_S - 1, usd=0.5, status=429, latency_s=9.0))
-    ledger.record(record(6, time_s=NOW_S - 1, usd=7.0, endpoint=SHADOW_ENDPOINT))
+    ledger.record(record(6, time_s=NOW_S - 1, usd=7.0, endpoint=SHADOW))
     ledger.stop()
     found = _spending(database)
     totals = found["totals"]
@@ -86,7 +89,7 @@ def test_choices_are_policies_models_and_plans(database: Database, new_ledger: N
     ledger.record(record(4, policy=None, model="math", members=ONE))
     ledger.record(record(5, policy=None, model="auto"))
     ledger.record(record(6, policy=None, model="<script>", status=404))
-    ledger.record(record(7, endpoint=SHADOW_ENDPOINT, policy="mirrored"))
+    ledger.record(record(7, endpoint=SHADOW, policy="mirrored"))
     ledger.stop()
     with database.connect() as connection:
         found = choices(connection, since_s=0)

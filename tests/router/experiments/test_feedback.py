@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from router.ledger.outcomes import outcomes
+from router.ledger.feedback import outcomes
 from tests.router.experiments.trial_server import EXPERIMENT, Trial, serving, write_config
 
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from router.cli.main import app
 from router.experiments.rows import observation
-from router.ledger.outcomes import Outcome
+from router.ledger.feedback import Outcome
 from router.ledger.writer import row_of
 from router.record import MemberTokens
 from tests.router.experiments.trial_server import EXPERIMENT, Trial, serving, write_config

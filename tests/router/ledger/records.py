@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from router.record import MemberTokens, RequestRecord
+from router.record import MemberTokens, RequestRecord, who_ran
 
 
 def record(number: int = 0, **fields: Any) -> RequestRecord:
@@ -33,4 +33,5 @@ def record(number: int = 0, **fields: Any) -> RequestRecord:
         "stages": ({"path": "0", "members": ["math"], "score": 0.9},),
         "key_id": "key_a",
     }
-    return RequestRecord(**(values | fields))
+    values |= fields
+    return RequestRecord(**{"answered_by": who_ran(values["members"]), **values})

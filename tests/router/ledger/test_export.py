@@ -22,11 +22,9 @@ from router.cli import ledger as ledger_cli
 from router.cli import train as train_cli
 from router.cli.report import report
 from router.ledger.database import Database, open_database
-from router.ledger.export import export, prune
-from router.ledger.feedback import Feedback, add_feedback
-from router.ledger.outcomes import outcomes
-from router.ledger.queries import Sums, requests, stream
-from router.ledger.report import plot, table
+from router.ledger.export import export, plot, prune, report_lines
+from router.ledger.feedback import Feedback, add_feedback, outcomes
+from router.ledger.queries import Spend, requests, stream
 from router.ledger.schema import REQUESTS
 from router.ledger.writer import Ledger
 from router.record import MemberTokens
@@ -147,20 +145,19 @@ def test_prune_removes_old_rows_and_their_feedback(
 def test_report_table_and_plot(tmp_path: Path) -> None:
     """The table has a line per group and a total; the plot is a PNG, also for many series."""
 
-    def spent(*group: str | int) -> Sums:
+    def spent(*group: str | int) -> Spend:
         tokens = {"prompt_tokens": 1, "output_tokens": 2}
         counts = {"num_requests": 5, "num_answered": 4, "num_failed": 1}
-        return Sums(group=group, usd=0.005, wh=1, gco2e=0.4, latency_s=1.0, **counts, **tokens)
+        return Spend(group=group, usd=0.005, wh=1, gco2e=0.4, latency_s=1.0, **counts, **tokens)
 
-    text = table(["model"], [spent(f"m{number}") for number in range(12)])
-    lines = text.splitlines()
-    assert lines[0].split()[:3] == ["model", "requests", "answered"]
-    assert len(lines) == 2 + 12 + 1
-    assert " ".join(lines[-1].split()) == "total 60 48 12 12 24 0.06 12 4.8 0.200"
+    lines = report_lines(["model"], [spent(f"m{number}") for number in range(12)])
+    assert lines[0][:3] == ("model", "requests", "answered")
+    assert len(lines) == 1 + 12 + 1
+    assert " ".join(lines[-1]) == "total 60 48 12 12 24 0.06 12 4.8 0.200"
     rows = [spent(day * 86400, f"m{number}") for day in (20_000, 20_050) for number in range(12)]
     plot(rows, tmp_path / "p.png", unit="usd", series="model")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
-    assert table(["day"], []).splitlines()[0].startswith("day")
+    assert [line[0] for line in report_lines(["day"], [])] == ["day"]
     plot([], tmp_path / "empty.png", unit="tokens", series="model")
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from router.ledger import LedgerError
 from router.ledger.database import Database
-from router.ledger.errors import LedgerError
-from router.ledger.feedback import Feedback, add_feedback
-from router.ledger.outcomes import outcomes
-from router.ledger.queries import Period, requests, sums
+from router.ledger.feedback import Feedback, add_feedback, outcomes
+from router.ledger.queries import Period, requests, spend
+from router.ledger.schema import REQUESTS
 from router.ledger.writer import Ledger
 from router.record import MemberTokens
 from tests.router.ledger.records import record
@@ -33,34 +33,39 @@ def _fill(ledger: Ledger) -> None:
 def test_sums_by_any_combination(database: Database, new_ledger: NewLedger) -> None:
     """Groups add up to the total, days are cut at UTC midnight, largest spend comes first."""
     _fill(new_ledger())
-    [total] = sums(database)
-    assert [row.group for row in sums(database, by=["method"])] == [("modelled:llmcarbon",)]
+    [total] = spend(database)
+    assert [row.group for row in spend(database, by=["method"])] == [("modelled:llmcarbon",)]
     assert (total.num_requests, total.num_answered, total.num_failed) == (5, 3, 1)
     assert (total.usd, total.prompt_tokens, total.output_tokens) == (7.5, 50, 100)
-    by_key = sums(database, by=["key"])
+    by_key = spend(database, by=["key"])
     assert [(row.group, row.usd) for row in by_key] == [(("b",), 4.5), (("a",), 3.0), ((None,), 0)]
-    by_day = {row.group: row.num_requests for row in sums(database, by=["day", "key"])}
+    by_day = {row.group: row.num_requests for row in spend(database, by=["day", "key"])}
     assert by_day == {
         (MIDNIGHT_S - DAY_S, "a"): 1,
         (MIDNIGHT_S, "a"): 1,
         (MIDNIGHT_S, "b"): 2,
         (MIDNIGHT_S, None): 1,
     }
-    assert {row.group[0] for row in sums(database, by=["hour"])} == {
+    assert {row.group[0] for row in spend(database, by=["hour"])} == {
         MIDNIGHT_S + offset for offset in (-3600, 0, 3600, 7200)
     }
     for name in ("model", "policy", "members", "experiment", "arm", "endpoint", "status", "method"):
-        assert sum(row.usd for row in sums(database, by=[name])) == 7.5
+        assert sum(row.usd for row in spend(database, by=[name])) == 7.5
 
 
 def test_periods_are_half_open(database: Database, new_ledger: NewLedger) -> None:
     """A row at the end of a period belongs to the next; nothing there sums to no groups."""
     _fill(new_ledger())
-    [first] = sums(database, period=Period(until_s=MIDNIGHT_S))
-    [second] = sums(database, period=Period(since_s=MIDNIGHT_S), where={"key": "a"})
+    [first] = spend(database, where=Period(until_s=MIDNIGHT_S).holds())
+    [second] = spend(
+        database, where=[*Period(since_s=MIDNIGHT_S).holds(), REQUESTS.c.key_id == "a"]
+    )
     assert (first.usd, second.usd) == (1.0, 2.0)
-    assert sums(database, period=Period(since_s=MIDNIGHT_S + DAY_S)) == []
-    assert [row["request_id"] for row in requests(database, experiment="e")] == ["req-3"]
+    assert spend(database, where=Period(since_s=MIDNIGHT_S + DAY_S).holds()) == []
+    last = [
+        row["request_id"] for row in requests(database, period=Period(since_s=MIDNIGHT_S + 7200))
+    ]
+    assert last == ["req-4", "req-5"]
 
 
 def test_feedback_is_idempotent_and_the_latest_counts(

@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 
+from policies.footprint import Cost
 from router.ledger.writer import row_of
 from router.metrics.derive import tally
 from router.metrics.families import BY_NAME
 from router.metrics.family import SUM
-from router.record import MemberCost
 from tests.router.ledger.records import record
 
 COSTS = {
-    "math": MemberCost(usd=0.1, wh=0.2, gco2e=0.3, method="measured:rapl"),
-    "code": MemberCost(usd=1.0, wh=2.0, gco2e=3.0),
+    "math": Cost(usd=0.1, wh=0.2, gco2e=0.3, method="measured:rapl"),
+    "code": Cost(usd=1.0, wh=2.0, gco2e=3.0),
 }
 
 

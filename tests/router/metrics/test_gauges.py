@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from policies.footprint import Footprint
+from policies.footprint import Cost
 from router.caps.amounts import Amounts
 from router.caps.config import BudgetsConfig
 from router.caps.limits import SERVER, limits
@@ -30,7 +30,7 @@ def test_caps_show_use_rest_and_time(database: Database) -> None:
     store = BudgetStore(database, holder="here", lease_s=60)
     cap = limits(SERVER, BudgetsConfig(server={"usd_per_day": 10}).server_caps(), NOON_S)
     store.apply([], [_reserve("a", 1.0, cap), _reserve("b", 3.0, cap)], NOON_S)
-    spent = Amounts.of(tokens=1, footprint=Footprint(usd=0.5))
+    spent = Amounts.of(tokens=1, cost=Cost(usd=0.5))
     store.apply([Settle(request_id="a", used=spent)], [], NOON_S)
     found = budget_gauges(database, config, now_s=NOON_S)
     assert found[f.BUDGET_USED["usd"].series("server", "day")] == pytest.approx(3.5)
@@ -43,7 +43,7 @@ def test_caps_show_use_rest_and_time(database: Database) -> None:
 
 
 def _reserve(request_id: str, usd: float, cap: object) -> Reserve:
-    amounts = Amounts.of(tokens=1, footprint=Footprint(usd=usd))
+    amounts = Amounts.of(tokens=1, cost=Cost(usd=usd))
     return Reserve(request_id=request_id, amounts=amounts, limits=cap)  # type: ignore[arg-type]
 
 

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from router.ledger.database import open_database
-from router.ledger.queries import sums
+from router.ledger.queries import spend
 from tests.ports import free_port
 from tests.router.conftest import write_pool
 from tests.router.metrics.scrape import samples
@@ -63,7 +63,7 @@ class Served:
     def num_rows(self) -> int:
         """Return how many requests the ledger has."""
         database = open_database(f"sqlite:///{self.folder}/rows.db")
-        total = sum(group.num_requests for group in sums(database))
+        total = sum(group.num_requests for group in spend(database))
         database.dispose()
         return total
 

@@ -13,9 +13,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from router.tracing.config import TracingConfig
-from router.tracing.provider import TracingUnavailable, open_tracer
-from router.tracing.tracer import RequestTracer
+from router.tracing import RequestTracer, TracingConfig, TracingUnavailable, open_tracer
 from tests.router.conftest import Running, running
 
 SECRET = "the-prompt-is-secret"

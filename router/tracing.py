@@ -1,27 +1,79 @@
 """A request as OpenTelemetry spans: one for the request, one per stage of its plan that ran.
 
-Spans are made when the request is over, from what is known of it anyway, so that a request pays
-nothing while it is served. Names follow the GenAI semantic conventions; what they have no name for
-starts with "shoal.". No span holds a prompt or an answer.
+Off unless configured; OpenTelemetry is an extra. Spans are made when the request is over, from what
+is known of it anyway, so that a request pays nothing while it is served. Names follow the GenAI
+semantic conventions; what they have no name for starts with "shoal.". No span holds a prompt or an
+answer.
 """
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from policies.plan import Answer, Cascade, Plan
-from router.exchange import Choice, Exchange
-from router.executor.trace import Run
-from router.record import RequestRecord
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.trace import Span
 
+    from router.exchange import Choice, Exchange
+    from router.executor.trace import Run
+    from router.record import RequestRecord
+
 _PROVIDER = "shoal"
-_CLIENT_ERROR, _SERVER_ERROR = 400, 500
+_SERVER_ERROR = 500
 _FAILED = ("failed", "timeout")
+
+
+class TracingConfig(BaseModel):
+    """The `tracing:` section of the configuration.
+
+    Traces go to an OTLP collector that takes HTTP, such as http://localhost:4318/v1/traces.
+
+    `sample_ratio` of the traces that begin here are kept; one that a client began is kept if the
+    client keeps it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    endpoint: str = Field(pattern=r"^https?://")
+    service_name: str = "shoal"
+    sample_ratio: float = Field(1.0, ge=0, le=1)
+
+
+class TracingUnavailable(ValueError):
+    """Tracing was asked for, and its packages are missing."""
+
+
+def open_tracer(config: TracingConfig) -> RequestTracer:
+    """Return what sends the traces of requests to the configured collector, in the background.
+
+    Raises `TracingUnavailable` where the extra is not installed.
+    """
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import (  # noqa: PLC0415
+            OTLPSpanExporter,
+        )
+        from opentelemetry.sdk.resources import Resource  # noqa: PLC0415
+        from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
+        from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio  # noqa: PLC0415
+    except ImportError:
+        raise TracingUnavailable(
+            "tracing: it needs OpenTelemetry: pip install 'shoal[tracing]'"
+        ) from None
+    provider: TracerProvider = TracerProvider(
+        resource=Resource.create(
+            {"service.name": config.service_name, "service.version": version("shoal")}
+        ),
+        sampler=ParentBasedTraceIdRatio(config.sample_ratio),
+    )
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=config.endpoint)))
+    return RequestTracer(provider)
 
 
 class RequestTracer:
@@ -47,9 +99,12 @@ class RequestTracer:
             context=self._parent(exchange),
             kind=self._trace.SpanKind.SERVER,
             start_time=clock.ns(exchange.started_s),
-            attributes=_present(
-                {"gen_ai.operation.name": operation, **_request(exchange), **_result(record)}
-            ),
+            attributes={
+                "gen_ai.operation.name": operation,
+                "gen_ai.provider.name": _PROVIDER,
+                **_present(_request(exchange)),
+                **record.span_attributes(),
+            },
         )
         if root.is_recording():
             if record.status >= _SERVER_ERROR:
@@ -95,7 +150,7 @@ class _Clock:
 
     def __init__(self, exchange: Exchange) -> None:
         assert exchange.ended_s is not None
-        self._origin_s = exchange.time_s - exchange.started_s
+        self._origin_s = exchange.record.time_s - exchange.started_s
         self._end_s = exchange.ended_s
 
     def ns(self, at_s: float | None) -> int:
@@ -104,36 +159,16 @@ class _Clock:
 
 
 def _request(exchange: Exchange) -> dict[str, Any]:
+    """Return what the record does not know of what was asked for."""
     ask = exchange.ask
     if ask is None:
         return {}
     return {
-        "gen_ai.request.model": ask.model,
         "gen_ai.request.max_tokens": ask.max_tokens,
         "gen_ai.request.temperature": ask.sampling.temperature,
         "gen_ai.request.top_p": ask.sampling.top_p,
         "gen_ai.request.seed": ask.sampling.seed,
         "gen_ai.request.choice.count": ask.n if ask.n > 1 else None,
-        "gen_ai.request.stream": ask.stream,
-        "gen_ai.conversation.id": exchange.session,
-    }
-
-
-def _result(record: RequestRecord) -> dict[str, Any]:
-    return {
-        "gen_ai.provider.name": _PROVIDER,
-        "gen_ai.response.id": record.request_id,
-        "gen_ai.response.model": "+".join(record.ran()) or None,
-        "gen_ai.response.time_to_first_chunk": record.ttft_s if record.stream else None,
-        "gen_ai.usage.input_tokens": record.prompt_tokens,
-        "gen_ai.usage.output_tokens": record.output_tokens,
-        "http.response.status_code": record.status,
-        "error.type": record.error if record.status >= _CLIENT_ERROR else None,
-        "shoal.policy": record.policy,
-        "shoal.arm": record.arm and f"{record.experiment}/{record.arm}",
-        "shoal.cost.usd": record.usd,
-        "shoal.energy.wh": record.wh,
-        "shoal.carbon.gco2e": record.gco2e,
     }
 
 

@@ -1,18 +1,20 @@
-"""What the commands on the ledger share: which database, and which rows."""
+"""What commands share: tables, refusals, which ledger and which rows, and a running server."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
 if TYPE_CHECKING:
+    import httpx
+
     from router.ledger.database import Database
     from router.ledger.queries import Period
 
@@ -41,6 +43,33 @@ UntilOption = Annotated[
 ]
 
 _UNITS_S = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+UrlOption: TypeAlias = Annotated[
+    str, typer.Option(envvar="SHOAL_URL", help="The server's address.")
+]
+KeyOption: TypeAlias = Annotated[
+    str | None, typer.Option(envvar="SHOAL_API_KEY", help="An API key, if the server wants one.")
+]
+
+
+def show(lines: Sequence[Sequence[str]], *, num_left: int = 1) -> None:
+    """Print a table whose first line is its head; all columns but the first ones are numbers.
+
+    As wide as it is where the output is no terminal.
+    """
+    from rich.console import Console
+    from rich.measure import Measurement
+    from rich.table import Table
+    from rich.text import Text
+
+    head, *rows = lines
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for index, name in enumerate(head):
+        table.add_column(Text(name), justify="left" if index < num_left else "right")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console = Console()
+    wide = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
+    console.print(table, width=None if console.is_terminal else wide)
 
 
 @contextmanager
@@ -65,8 +94,8 @@ def opened(
     from sqlalchemy.engine import make_url
 
     from router.config import load_args
+    from router.ledger import LedgerError
     from router.ledger.database import database_url, open_database
-    from router.ledger.errors import LedgerError
 
     if ledger is None:
         ledger = load_args(config).ledger.url
@@ -102,3 +131,35 @@ def read_time(text: str) -> float:
             "nor an age (45m, 12h, 30d, 4w)"
         ) from None
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def connect(url: str, key: str | None) -> httpx.Client:
+    """Return a client of the server at `url`, with or without "/v1" at its end."""
+    import httpx
+
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    base = url.rstrip("/").removesuffix("/v1")
+    return httpx.Client(base_url=base, headers=headers, timeout=30)
+
+
+@contextmanager
+def refuse_errors(url: str) -> Iterator[None]:
+    """End the command with one clear line when the server isn't there or says no."""
+    import httpx
+
+    try:
+        yield
+    except httpx.HTTPStatusError as error:
+        try:
+            message = error.response.json()["error"]["message"]
+        except (ValueError, KeyError, TypeError):
+            message = f"status {error.response.status_code}"
+        typer.echo(f"shoal: the server refused: {message}", err=True)
+        raise typer.Exit(1) from None
+    except (httpx.TransportError, httpx.InvalidURL) as error:
+        typer.echo(
+            f"shoal: no server answers at {url} ({error}); start one with `shoal serve`, "
+            "or name another with --url",
+            err=True,
+        )
+        raise typer.Exit(1) from None

@@ -1,1 +1,0 @@
-"""OpenTelemetry traces of requests: off unless configured, an extra of its own."""

@@ -1,0 +1,115 @@
+"""One record: a field of it stands in the ledger, in exports, in the log and in the trace."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from dataclasses import Field, asdict, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from policies.footprint import Cost
+from router.exchange import Exchange
+from router.ledger.database import open_database
+from router.ledger.export import export
+from router.ledger.writer import Ledger
+from router.logs import JsonLines, RequestLog
+from router.metrics.store import count_rows
+from router.record import MemberTokens, RequestRecord
+from router.tracing import RequestTracer
+
+# Nested facts; of all others the test makes up a value from their type.
+NESTED = {
+    "answered_by": "code+math",
+    "plan": {"answer": {"members": ["code", "math"]}},
+    "members": {name: MemberTokens(prompt_tokens=3, output_tokens=4) for name in ("code", "math")},
+    "costs": {"math": Cost(usd=0.5, wh=0.25, gco2e=0.125, method="measured:rapl")},
+    "scores": {"math": 0.75},
+    "stages": ({"path": "", "outcome": "ok", "members": ["code", "math"]},),
+    "status": 200,
+}
+FIELDS = fields(RequestRecord)
+
+
+def value(number: int, field: Field[Any]) -> Any:
+    """Return a value that no other field has."""
+    if field.name in NESTED:
+        return NESTED[field.name]
+    kind = str(field.type).partition(" |")[0]
+    made: dict[str, Any] = {"str": f"<{field.name}>", "int": number, "float": number + 0.5}
+    return {**made, "bool": True}[kind]
+
+
+@pytest.fixture
+def record() -> RequestRecord:
+    """A record of which every field holds something."""
+    return RequestRecord(**{f.name: value(i, f) for i, f in enumerate(FIELDS, start=1)})
+
+
+@pytest.fixture
+def exported(record: RequestRecord, tmp_path: Path) -> dict[str, Any]:
+    """The record's line in an export of the ledger that kept it."""
+    ledger = Ledger(
+        open_database(f"sqlite:///{tmp_path / 'shoal.db'}"),
+        count=count_rows,
+        logger=logging.getLogger("test.ledger"),
+    )
+    ledger.record(record)
+    ledger.stop()
+    database = open_database(f"sqlite:///{tmp_path / 'shoal.db'}")
+    assert export(database, tmp_path / "rows.jsonl", format="jsonl") == 1
+    database.dispose()
+    line: dict[str, Any] = json.loads((tmp_path / "rows.jsonl").read_text())
+    return line
+
+
+def test_every_field_is_in_ledger_and_export(
+    record: RequestRecord, exported: dict[str, Any]
+) -> None:
+    """A row that went through the database and out again holds every field as it was."""
+    assert exported == json.loads(json.dumps(asdict(record)))
+
+
+def test_every_field_that_is_to_be_shown_is(record: RequestRecord) -> None:
+    """The log's line and the span hold each field whose metadata says so, and no other's value."""
+    written, exporter, provider = io.StringIO(), InMemorySpanExporter(), TracerProvider()
+    handler = logging.StreamHandler(written)
+    handler.setFormatter(JsonLines())
+    logger = logging.Logger("shoal.requests")
+    logger.addHandler(handler)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    exchange = Exchange(record=record, started_s=1.0, ended_s=2.0)
+    for watcher in (RequestLog(logger), RequestTracer(provider)):
+        watcher.ended(exchange, record)
+    line = json.loads(written.getvalue())
+    [span] = exporter.get_finished_spans()
+    told = dict(span.attributes or {})
+    shown = {"arm": "<experiment>/<arm>", "answered_by": ["code", "math"]}
+    for field in FIELDS:
+        want = getattr(record, field.name)
+        name = "members" if field.name == "answered_by" else field.name
+        if field.metadata.get("log"):
+            assert line.pop(name) == shown.get(field.name, want), field.name
+        if field.metadata.get("span"):
+            attribute = told.pop(field.metadata["span"])
+            assert attribute == (shown[field.name] if field.name == "arm" else want), field.name
+    assert set(line) == {"time", "level", "logger", "message"}
+    assert set(told) == {"gen_ai.operation.name", "gen_ai.provider.name"}
+    assert "<query_text>" not in written.getvalue() + span.to_json()
+    provider.shutdown()
+
+
+def test_what_is_unknown_stays_out_of_the_span() -> None:
+    """Empty facts are no attributes; an answer that did not stream has no first chunk."""
+    record = RequestRecord(request_id="r", time_s=1.0, endpoint="e", status=200, ttft_s=0.5)
+    assert "gen_ai.response.time_to_first_chunk" not in record.span_attributes()
+    assert {"gen_ai.request.model", "error.type", "shoal.arm"}.isdisjoint(record.span_attributes())
+    assert record.log_fields()["members"] == []
+    record.model = "x" * 999
+    assert len(record.log_fields()["model"]) == 256
