@@ -172,7 +172,7 @@ def test_an_engine_that_failed_is_started_again(
             for error in await together(engine, healthy(4)):
                 assert isinstance(error, EngineFailed)
             async with asyncio.timeout(60):
-                with pytest.raises(EngineFailed, match="started again"):
+                with pytest.raises(EngineFailed, match="a broken device"):
                     while True:
                         engine.check_health()
                         await asyncio.sleep(0.001)
