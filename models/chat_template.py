@@ -27,6 +27,7 @@ Message: TypeAlias = Mapping[str, Any]
 has `tool_calls`, a tool's turn the `tool_call_id` that it answers, as OpenAI writes them.
 """
 
+_SYSTEM_ROLES = ("system", "developer")
 _DEFAULT = "default"  # transformers' name of the template that stands alone
 
 
@@ -89,6 +90,13 @@ class ChatTemplate:
                 f"messages: the chat template fails on them: {type(error).__name__}: {error}",
                 "messages",
             ) from None
+
+
+def open_conversation(messages: Sequence[Message], system: str | None) -> Sequence[Message]:
+    """Return `messages`, after `system` where they have no message of that kind themselves."""
+    if system is None or any(message["role"] in _SYSTEM_ROLES for message in messages):
+        return messages
+    return ({"role": "system", "content": system}, *messages)
 
 
 def read_chat_template(path: Path) -> ChatTemplate | None:

@@ -8,7 +8,7 @@ interpret.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,20 @@ DEFAULT_POOL = Path(__file__).parent / "pools" / "default"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Absent:
+    """Why this machine cannot have a model, and which one of the pool stands in for it."""
+
+    why: str
+    otherwise: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pool:
-    """A validated pool. `folder` is where relative paths in the file start."""
+    """A validated pool. `folder` is where relative paths in the file start.
+
+    `absent` are the file's models that this machine does without, by name; `models` and `engines`
+    hold the others.
+    """
 
     name: str
     folder: Path
@@ -39,6 +51,7 @@ class Pool:
     models: tuple[Model, ...]
     policies: dict[str, dict[str, Any]]
     scorers: dict[str, dict[str, Any]]
+    absent: dict[str, Absent] = field(default_factory=dict)
 
     def model(self, name: str) -> Model:
         """Return the model called `name`; `KeyError` if there is none."""
@@ -93,13 +106,17 @@ def load_pool(path: Path | str) -> Pool:
     except ValidationError as error:
         raise PoolError(f"{file}: {explain(error)}") from None
     _check_names(file, content)
+    absent = _find_absent(file, content)
+    models = [spec for spec in content.models if spec.name not in absent]
+    used = {spec.engine for spec in models}
     pool = Pool(
         name=content.name,
         folder=file.parent,
-        engines=content.engines,
-        models=tuple(_load_model(file, spec) for spec in content.models),
+        engines=tuple(engine for engine in content.engines if engine.name in used),
+        models=tuple(_load_model(file, spec) for spec in models),
         policies=content.policies,
         scorers=content.scorers,
+        absent=absent,
     )
     for engine in pool.engines:
         try:
@@ -126,9 +143,47 @@ def _check_names(file: Path, content: PoolFile) -> None:
             )
         if model.name == "auto":
             raise PoolError(f"{file}: models: the name 'auto' is reserved for the default policy")
+        others = [other.name for other in content.models if other is not model]
+        if model.otherwise is not None and model.otherwise not in others:
+            raise PoolError(
+                f"{file}: models.{model.name}.otherwise: {model.otherwise!r} is unknown; allowed "
+                f"are {', '.join(others)}"
+            )
     used = {model.engine for model in content.models}
     for name in sorted(engines - used):
         raise PoolError(f"{file}: engines.{name} runs no model; give it one or remove it")
+
+
+def _find_absent(file: Path, content: PoolFile) -> dict[str, Absent]:
+    absent = {
+        spec.name: Absent(why=why, otherwise=spec.otherwise)
+        for spec in content.models
+        if spec.otherwise is not None and (why := _hindrance(file, content, spec)) is not None
+    }
+    for name, model in absent.items():
+        if model.otherwise in absent:
+            raise PoolError(
+                f"{file}: models.{name}.otherwise: {model.otherwise!r} cannot be had here either: "
+                f"{absent[model.otherwise].why}"
+            )
+    return absent
+
+
+def _hindrance(file: Path, content: PoolFile, spec: ModelSpec) -> str | None:
+    """Say what keeps this machine from having a model; None where nothing does.
+
+    A checkpoint that is there and cannot be read is no reason to do without it, but an error.
+    """
+    if spec.checkpoint is not None:
+        try:
+            locate(spec.checkpoint, folder=file.parent, lock=file.parent / LOCK)
+        except PoolError as error:
+            return str(error)
+    engine = next(engine for engine in content.engines if engine.name == spec.engine)
+    try:
+        return engine_traits(engine, [_load_model(file, spec)]).needs
+    except PoolError:  # said with its place when the engine is checked with all its models
+        return None
 
 
 def _load_model(file: Path, spec: ModelSpec) -> Model:

@@ -5,6 +5,7 @@ Engines are made from these; `models.pool` reads, checks and joins them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from models.card import ModelCard
+from models.chat_template import Message, open_conversation
 from policies.base import ModelFacts
 from policies.footprint import Rates
 
@@ -78,13 +80,19 @@ class ModelSpec(_Strict):
     `checkpoint` is a source as `sources.locate` reads it: a folder or a .gguf file (relative to the
     pool file), `hf:ORG/NAME[@REVISION]`, `package:DISTRIBUTION/FILE`.
 
-    `remote` takes the checkpoint's place where a `remote` engine asks another server.
+    `remote` takes the checkpoint's place where a `remote` engine asks another server. `system`
+    opens conversations that bring no system message of their own.
+
+    With `otherwise`, the pool does without the model on a machine that lacks its package, its file
+    or its engine's library; policies that name it then take the model `otherwise` in its place.
     """
 
     name: Name
     engine: str
     checkpoint: str | None = None
     remote: RemoteModelSpec | None = None
+    system: str | None = None
+    otherwise: Name | None = None
     domains: tuple[str, ...] = ()
     description: str = ""
     usd_per_million_input_tokens: float = Field(0, ge=0)
@@ -126,6 +134,10 @@ class Model:
         if self.card is not None:
             return self.card.context_tokens
         return self.spec.remote.context_tokens if self.spec.remote else None
+
+    def opened(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Return a conversation as the model gets it: with its `system` message, if it has none."""
+        return open_conversation(messages, self.spec.system)
 
     def facts(self) -> ModelFacts:
         """Return what policies may know about this model."""

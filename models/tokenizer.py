@@ -11,7 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from models.chat_template import Message, read_chat_template, read_tokenizer_config
+from models.chat_template import (
+    Message,
+    open_conversation,
+    read_chat_template,
+    read_tokenizer_config,
+)
 from models.errors import PoolError, RequestError
 from models.sources.gguf import build_tokenizer, read_gguf
 from models.sources.safetensors import read_json
@@ -92,8 +97,12 @@ class CheckpointTokenizer:
     of CPU time that importing those takes.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Load from `path`, without network; `PoolError` names what cannot be read."""
+    def __init__(self, path: Path, *, system: str | None = None) -> None:
+        """Load from `path`, without network; `PoolError` names what cannot be read.
+
+        The message `system` opens conversations that have none of its kind.
+        """
+        self._system = system
         self._tokenizer = read_tokenizer(path)
         self._template = read_chat_template(path)
 
@@ -125,7 +134,7 @@ class CheckpointTokenizer:
         if self._template is None:
             raise RequestError("the model has no chat template; use /v1/completions", "messages")
         # The template writes the special tokens itself.
-        text = self._template.render(messages, tools)
+        text = self._template.render(open_conversation(messages, self._system), tools)
         return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -233,7 +242,8 @@ def load_tokenizers(models: Iterable[Model]) -> dict[str, Tokenizer]:
     by_model: dict[str, Tokenizer] = {}
     for model in models:
         remote = model.spec.remote is not None
-        key = model.card.prompt_sha256 if model.card else (model.tokenizer, remote)
+        prompts = model.card.prompt_sha256 if model.card else (model.tokenizer, remote)
+        key = (prompts, model.spec.system)
         if key not in loaded:
             try:
                 loaded[key] = load_tokenizer(model)
@@ -250,7 +260,7 @@ def load_tokenizer(model: Model) -> Tokenizer:
     For a remote model without one, a tokenizer that only counts. Raises `PoolError`.
     """
     if model.tokenizer is not None:
-        tokenizer = CheckpointTokenizer(model.tokenizer)
+        tokenizer = CheckpointTokenizer(model.tokenizer, system=model.spec.system)
         if model.spec.remote is not None and not tokenizer.has_chat_template:
             raise PoolError(f"{model.tokenizer} holds no chat template")
         return tokenizer

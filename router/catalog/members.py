@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from models.chat_template import Message
 from models.engines.registry import engine_traits
 from models.errors import RequestError
 from models.pool import Pool
@@ -46,6 +47,10 @@ class Members:
     def tokenizer_of(self, name: str) -> Tokenizer:
         """Return the tokenizer of the member called `name`."""
         return self._tokenizers[name]
+
+    def opened(self, name: str, messages: Sequence[Message]) -> tuple[Message, ...]:
+        """Return a conversation as the member called `name` gets it."""
+        return tuple(self._pool.model(name).opened(messages))
 
     def context_tokens(self, answer: Answer) -> int | None:
         """Return the shortest context of `answer`'s members; None where it isn't known."""

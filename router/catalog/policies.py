@@ -20,6 +20,7 @@ from policies.errors import PolicyError
 from policies.fixed import always
 from policies.plan import Answer, Best, Cascade, Plan, answers, children, members
 from policies.registry import BuildContext
+from policies.standins import StandInFacts, StandIns
 from router.catalog.members import Members
 
 DEFAULT_POLICY = "auto"
@@ -47,12 +48,13 @@ class Policies(Mapping[str, Policy]):
         Raises `PolicyError` that names the policy, also for a plan that cannot run on this pool.
         """
         self._members = members
+        self._stand_ins = {name: model.otherwise for name, model in pool.absent.items()}
         self.scorers: dict[str, Scorer] = {CONFIDENCE: Confidence(), **_build_scorers(pool)}
         self.controllers: dict[str, Controller] = {}
         self.limiter = Controller(models=models, clock=time.time)
         self._context = BuildContext(
             folder=pool.folder,
-            models=models,
+            models=StandInFacts(models, self._stand_ins),
             scorers=self.scorers,
             reserved=frozenset(self.scorers),
         )
@@ -120,6 +122,8 @@ class Policies(Mapping[str, Policy]):
         context = replace(self._context, default=default, controllers=[])
         with _at(f"policies.{name}"):
             policy = context.build(spec)
+        if self._stand_ins:
+            policy = StandIns(policy, self._stand_ins)
         for controller in context.controllers:
             self.controllers[name] = controller
         return policy

@@ -153,6 +153,8 @@ def _describe(pool: Pool) -> None:
     for engine in pool.engines:
         names = ", ".join(model.name for model in pool.models_of(engine.name))
         _say(f"  engine {engine.name} ({engine.kind}): {names}")
+    for name, model in pool.absent.items():
+        _say(f"  without {name}, for which {model.otherwise} stands in: {model.why}")
 
 
 def _announce(host: str, port: int, args: AppArgs) -> None:

@@ -151,7 +151,9 @@ class Executor:
             evidence=_evidence(answer),
             sampling=replace(task.sampling, max_tokens=max_tokens),
             client_id=task.client_id,
-            messages=None if messages is None else tuple(messages),
+            messages=(
+                None if messages is None else self._members.opened(answer.members[0], messages)
+            ),
             text=task.prompt.plain_text,
             tools=task.prompt.tools,
             timeout_s=None if task.deadline_s is None else max(0.0, task.deadline_s - now_s),

@@ -188,3 +188,59 @@ def test_a_missing_pool_file_is_refused(tmp_path: Path) -> None:
     """A path with no pool file is named in the error."""
     with pytest.raises(PoolError, match="there is no pool file"):
         load_pool(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("engine", "checkpoint", "why"),
+    [
+        ({"kind": "stacked"}, "package:no-such-distribution/model.gguf", "is not installed"),
+        ({"kind": "vllm"}, "bob", "it needs vLLM"),
+    ],
+    ids=["its file is missing", "its engine is missing"],
+)
+def test_a_pool_does_without_an_optional_model(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    engine: dict[str, str],
+    checkpoint: str,
+    why: str,
+) -> None:
+    """The model and its engine are left out, the pool says why, and who stands in."""
+    monkeypatch.setattr("models.engines.vllm.find_spec", lambda _: None)
+    data = pool_data()
+    data["engines"].append({"name": "own", **engine})
+    data["models"][1] |= {"engine": "own", "checkpoint": checkpoint, "otherwise": "ada"}
+    pool = load_pool(write(folder, data))
+    assert [model.name for model in pool.models] == ["ada"]
+    assert [kept.name for kept in pool.engines] == ["chunks"]
+    assert pool.absent["bob"].otherwise == "ada"
+    assert why in pool.absent["bob"].why
+    del data["models"][1]["otherwise"]
+    if "package" in checkpoint:
+        with pytest.raises(PoolError, match=why):
+            load_pool(write(folder, data))
+
+
+def test_an_optional_model_that_is_there_is_served(folder: Path) -> None:
+    """Nothing is left out where nothing is missing; a damaged checkpoint is still an error."""
+    data = pool_data()
+    data["models"][1]["otherwise"] = "ada"
+    file = write(folder, data)
+    assert not load_pool(file).absent
+    (folder / "bob" / "config.json").write_text("{")
+    with pytest.raises(PoolError, match=r"config\.json"):
+        load_pool(file)
+
+
+def test_a_stand_in_must_be_there(folder: Path) -> None:
+    """Who stands in is another model of the pool, and one that can be had."""
+    data = pool_data()
+    for name in ("bob", "eve"):
+        data["models"][1]["otherwise"] = name
+        with pytest.raises(PoolError, match=f"otherwise: '{name}' is unknown; allowed are ada"):
+            load_pool(write(folder, data))
+    missing = "package:no-such-distribution/model.gguf"
+    for model, other in zip(data["models"], ("bob", "ada"), strict=True):
+        model |= {"otherwise": other, "checkpoint": missing}
+    with pytest.raises(PoolError, match="cannot be had here either"):
+        load_pool(write(folder, data))

@@ -54,6 +54,17 @@ def test_checkpoint_text_and_chat(tmp_path: Path) -> None:
     assert tokenizer.vocab_size == 5
 
 
+def test_a_system_message_opens_conversations_that_have_none(tmp_path: Path) -> None:
+    """It stands before the first turn, and gives way to the conversation's own."""
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    folder = _checkpoint(tmp_path, bos_token="<s>", chat_template=template)
+    tokenizer = CheckpointTokenizer(folder, system="b")
+    user = {"role": "user", "content": "a"}
+    assert tokenizer.encode_chat([user]) == (2, 1)
+    assert tokenizer.encode_chat([{"role": "system", "content": "a"}, user]) == (1, 1)
+    assert CheckpointTokenizer(folder).encode_chat([user]) == (1,)
+
+
 def test_template_that_refuses_or_lacks(tmp_path: Path) -> None:
     """A conversation the template refuses, or a model without one, is the client's error."""
     folder = _checkpoint(tmp_path, bos_token="<s>", chat_template=TEMPLATE)
