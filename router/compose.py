@@ -12,22 +12,21 @@ from models.pool import Pool
 from policies.budget import Controller
 from policies.carbon.grid import CachedGrid
 from policies.experiments.shadow import Shadow, ShadowMeter
+from router.access.budgets import Budgets
+from router.access.keys import Authenticator
 from router.budget_sync import BudgetSync
-from router.caps.budgets import Budgets
 from router.catalog.catalog import Catalog
 from router.config import AppArgs
 from router.engines.base import EngineClient
-from router.experiments.definitions import read_definitions
-from router.experiments.experiments import Experiments
-from router.experiments.shadow_report import shadow_report
+from router.experiments.experiments import Experiments, read_definitions
+from router.experiments.shadows import shadow_report
 from router.gate import Gate
 from router.grid_feed import GridFeed
-from router.keys import Authenticator
 from router.ledger.database import Database, open_database
 from router.ledger.writer import Ledger
 from router.logs import REQUESTS_LOGGER, RequestLog
-from router.metrics.build import build_metrics
-from router.metrics.store import count_rows
+from router.metrics.counting import count_rows
+from router.metrics.page import build_metrics
 from router.service import Background, Service, Watcher
 from router.tracing import open_tracer
 

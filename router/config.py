@@ -13,9 +13,9 @@ from models.spec import DeploymentSpec, Name
 from policies.carbon.settings import CarbonSettings
 from policies.plan import PlanBounds
 from policies.validation import explain
-from router.caps.config import BudgetsConfig
+from router.access.keys import AuthConfig
+from router.access.limits import BudgetsConfig
 from router.dashboard.routes import DashboardConfig
-from router.keys import AuthConfig
 from router.ledger.database import LedgerConfig
 from router.logs import LogsConfig
 from router.tracing import TracingConfig

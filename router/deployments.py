@@ -17,7 +17,7 @@ from policies.carbon.settings import CarbonSettings
 from router.catalog.catalog import load_catalog
 from router.compose import compose, open_ledger
 from router.config import AppArgs
-from router.energy.choose import lane_meter
+from router.energy import lane_meter
 from router.engines.handle import HandleClient
 from router.engines.worker import EngineWorker, set_num_threads
 from router.ingress import create_api

@@ -17,8 +17,8 @@ from typing import Any
 
 from models.errors import ContextOverflow, EngineError, EngineOverloaded, RequestError
 from policies.errors import PolicyError
-from router.caps.errors import BudgetExhausted, BudgetUnavailable
-from router.keys import KeyRejected
+from router.access.keys import KeyRejected
+from router.access.limits import BudgetExhausted, BudgetUnavailable
 
 
 class ApiError(Exception):

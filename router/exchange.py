@@ -14,10 +14,10 @@ from policies.base import Decision, Query
 from policies.cascade.base import normalise
 from policies.footprint import Footprint, Rates
 from policies.plan import Plan, to_json
-from router.caps.budgets import Reservation
+from router.access.budgets import Reservation
+from router.access.keys import Key
 from router.executor.task import Task
 from router.executor.trace import Trace
-from router.keys import Key
 from router.openai_api.ask import Ask
 from router.record import MemberTokens, RequestRecord, who_ran
 

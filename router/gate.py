@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from policies.footprint import Footprint, estimate
 from policies.plan import Plan, answers
-from router.caps.amounts import Amounts
-from router.caps.budgets import Budgets
-from router.caps.store import used_amounts
+from router.access.budgets import Budgets
+from router.access.keys import Authenticator, Key, Scope
+from router.access.limits import Amounts
+from router.access.store import used_amounts
 from router.catalog.catalog import Catalog
 from router.exchange import Exchange
-from router.keys import Authenticator, Key, Scope
 from router.record import RequestRecord
 
 

@@ -14,12 +14,12 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from models.errors import EngineError
-from router.caps.limits import Cap
+from router.access.keys import KeyRejected, Scope
+from router.access.limits import Cap
 from router.dashboard.routes import DashboardConfig, add_dashboard
 from router.errors import ApiError, to_api_error
 from router.experiments.endpoints import Identify, add_experiment_routes, add_feedback_route
-from router.keys import KeyRejected, Scope
-from router.metrics.endpoint import add_metrics_route
+from router.metrics.page import add_metrics_route
 from router.openai_api.chat import ChatEndpoint
 from router.openai_api.completions import CompletionEndpoint
 from router.openai_api.endpoint import Endpoint

@@ -15,7 +15,7 @@ from models.pool import Pool
 from router.catalog.catalog import Catalog
 from router.compose import compose
 from router.config import AppArgs
-from router.energy.choose import lane_meter
+from router.energy import lane_meter
 from router.engines.worker import EngineWorker, set_num_threads
 from router.ingress import create_api
 from router.ledger.writer import Ledger

@@ -27,11 +27,11 @@ from router.errors import ApiError, bad_request, to_api_error
 from router.exchange import Exchange
 from router.executor.executor import Executor
 from router.experiments.experiments import Experiments
-from router.experiments.mirror import Mirror
+from router.experiments.shadows import Mirror
 from router.gate import Gate
 from router.ledger.writer import Ledger
 from router.logs import REQUEST_ID
-from router.metrics.metrics import Metrics
+from router.metrics.page import Metrics
 from router.openai_api.ask import Ask
 from router.openai_api.endpoint import Endpoint, Head, Writer
 from router.record import CLIENT_CLOSED_REQUEST, RequestRecord

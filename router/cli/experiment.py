@@ -156,7 +156,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def _summaries(config: Path, ledger: str | None, name: str | None) -> list[Summary]:
     from policies.errors import ExperimentError
     from router.config import load_args
-    from router.experiments.definitions import read_definitions
+    from router.experiments.experiments import read_definitions
     from router.experiments.reporting import summarise
 
     definitions, _ = read_definitions(load_args(config))

@@ -35,7 +35,7 @@ def create(
     config: ConfigOption = None,
 ) -> None:
     """Make a key and print it, once: only its hash is kept."""
-    from router.keys import create_key
+    from router.access.keys import create_key
 
     named = {
         "usd_per_day": usd_per_day,
@@ -69,7 +69,7 @@ def import_all(
     A file's name is the key's, its content the key; NAME.admin is an admin's. Keys that are known
     already, revoked ones too, stay as they are.
     """
-    from router.keys import import_key
+    from router.access.keys import import_key
 
     with refusing():
         if not folder.is_dir():
@@ -87,8 +87,8 @@ def import_all(
 @app.command("list")
 def list_all(ledger: LedgerOption = None, config: ConfigOption = None) -> None:
     """Print all keys, revoked ones too: id, name, first characters, scope, caps."""
-    from router.caps.amounts import to_number
-    from router.keys import list_keys
+    from router.access.keys import list_keys
+    from router.access.limits import to_number
 
     with refusing(), opened(ledger, config) as database:
         keys = list_keys(database)
@@ -108,7 +108,7 @@ def revoke(
     config: ConfigOption = None,
 ) -> None:
     """Revoke a key for good; running servers refuse it within seconds."""
-    from router.keys import revoke_key
+    from router.access.keys import revoke_key
 
     with refusing(), opened(ledger, config) as database:
         revoked = revoke_key(database, key)

@@ -50,7 +50,7 @@ def replay(
     from models.pool import load_pool
     from router.catalog.catalog import load_catalog
     from router.config import load_args
-    from router.experiments.definitions import read_definitions
+    from router.experiments.experiments import read_definitions
 
     with refusing():
         args = load_args(config)
@@ -85,8 +85,8 @@ def _from_ledger(
 ) -> Callable[[str], Replayed]:
     from policies.experiments.replay import replay_log
     from router.cli.console import opened
-    from router.experiments.definitions import read_definitions
-    from router.experiments.log import read_log
+    from router.experiments.experiments import read_definitions
+    from router.experiments.reporting import read_log
 
     definitions, _ = read_definitions(args)
     chosen = [one for one in definitions if experiment in (None, one.name)]

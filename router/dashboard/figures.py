@@ -16,9 +16,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from router.caps.amounts import to_number
-from router.caps.limits import SERVER, Cap, limits
-from router.caps.store import read_tally
+from router.access.book import Tally
+from router.access.limits import SERVER, Cap, limits, to_number
+from router.access.store import read_tally
 from router.ledger.database import Database
 from router.ledger.queries import ANSWERED, SERVED, Spend, spend, start_of, total
 from router.ledger.schema import BUDGET_WINDOWS, REQUESTS
@@ -217,12 +217,12 @@ def spent_of_caps(
     tallies = {row.window_id: read_tally(row) for row in connection.execute(wanted)}
     found = []
     for limit in open_now:
-        tally, resource = tallies.get(limit.window.id), limit.cap.resource
+        tally, resource = tallies.get(limit.window.id, Tally()), limit.cap.resource
         found.append(
             {
                 "name": limit.cap.name,
                 "resource": resource,
-                "spent": to_number(resource, tally.spent.get(resource) if tally else 0),
+                "spent": to_number(resource, tally.spent.get(resource)),
                 "limit": to_number(resource, limit.cap.limit),
                 "ends_s": limit.window.end_s,
             }

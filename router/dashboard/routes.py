@@ -17,11 +17,11 @@ from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, ConfigDict
 from starlette.responses import JSONResponse
 
-from router.caps.limits import Cap
+from router.access.keys import KeyRejected
+from router.access.limits import Cap
 from router.catalog.catalog import Catalog
 from router.dashboard.figures import WINDOWS, Figures
 from router.errors import ApiError, bad_request
-from router.keys import KeyRejected
 from router.ledger.database import Database
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})

@@ -15,8 +15,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from models.engines.base import Chunk, Engine, EngineStats, GenerationRequest, HasMetrics
-from router.energy.chunk import energy_of, metered
-from router.energy.lanes import LaneMeter
+from router.energy import LaneMeter, energy_of, metered
 from router.engines.base import merge
 
 # How many cancelled requests are remembered until somebody asks what they used.

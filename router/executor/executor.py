@@ -24,7 +24,7 @@ from policies.cascade.base import Attempt, PrefixScorer, Ranker, Scorer, normali
 from policies.plan import Answer, Best, Cascade, Plan
 from router.catalog.members import Members
 from router.config import ServingLimits
-from router.energy.chunk import energy_of
+from router.energy import energy_of
 from router.engines.base import EngineClient, merge
 from router.executor.judging import attempt, decided, majority, scores
 from router.executor.task import Task

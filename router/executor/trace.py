@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 
 from policies.footprint import Footprint, Rates
 from policies.plan import Answer, Cascade, Plan
-from router.energy.lanes import EnergyUse
+from router.energy import EnergyUse
 from router.record import MemberTokens
 
 Outcome: TypeAlias = Literal[

@@ -1,23 +1,35 @@
-"""The routes of experiments: feedback, reports, and what shadows found."""
+"""The routes of experiments: reports, what shadows found, and what users thought of an answer.
+
+Feedback is joined to its answer's row whenever it comes.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeAlias
+from dataclasses import replace
+from typing import Any, Literal, Self, TypeAlias
 
+import sqlalchemy as sa
 from fastapi import FastAPI, Request
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.responses import JSONResponse, Response
 
-from router.errors import ApiError, to_api_error
+from router.errors import ApiError, bad_request, to_api_error
+from router.exchange import answer_digest
 from router.experiments.experiments import Experiments
-from router.experiments.feedback import FeedbackBody, read_feedback, take_feedback
-from router.experiments.mirror import Mirror
-from router.experiments.shadow_report import shadow_report
+from router.experiments.shadows import Mirror, mirrored_request_id, shadow_report
+from router.ledger.database import Database
+from router.ledger.feedback import Feedback, add_feedback
+from router.ledger.schema import REQUESTS
 from router.ledger.writer import Ledger
+from router.record import SHADOW
 
 _MAX_FEEDBACK_BYTES = 2**20
+# Another replica may hold a row that is not written yet: for its flush interval, or longer where
+# the machine is busy.
+_LATER_TRIES_S = (0.25, 0.75, 2.0)
 
 # Tells the key id of who sends a request, None for an anonymous one. Raises `ApiError`.
 Identify: TypeAlias = Callable[[Request], Awaitable[str | None]]
@@ -98,3 +110,113 @@ def _mapped(
             return JSONResponse(told.body(), told.status, told.headers)
 
     return handle
+
+
+class FeedbackBody(BaseModel):
+    """Exactly one of thumb, score and label, about the response `id`.
+
+    `score` is in [0, 1]; `label` is the right answer: the score is then 1 if the answer equals it
+    but for case, spacing and closing marks, else 0.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    id: str = Field(min_length=1, max_length=256)
+    thumb: Literal["up", "down"] | None = None
+    score: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    label: str | None = Field(None, max_length=65_536)
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if sum(part is not None for part in (self.thumb, self.score, self.label)) != 1:
+            raise ValueError("give exactly one of thumb, score and label")
+        return self
+
+
+def read_feedback(body: bytes) -> FeedbackBody:
+    """Read a request's body; raises `ApiError` 400 that names the field."""
+    try:
+        return FeedbackBody.model_validate_json(body)
+    except ValidationError as failure:
+        error = failure.errors(include_url=False)[0]
+        param = ".".join(str(part) for part in error["loc"]) or None
+        message = error["msg"].removeprefix("Value error, ")
+        raise bad_request(f"{param}: {message}" if param else message, param) from None
+
+
+async def take_feedback(
+    ledger: Ledger, feedback: FeedbackBody, *, key_id: str | None, shadows: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Keep `feedback` and return what is now known; the same again changes nothing.
+
+    A label also scores what the `shadows`, by name, answered to the same request. Only the key
+    that asked may rate. Raises `ApiError` 404 where nobody got such a response (or another key
+    did), 409 where the request got no answer.
+    """
+    row = await _find(ledger, feedback.id)
+    if row is None or row["endpoint"] == SHADOW or row["key_id"] not in (None, key_id):
+        raise ApiError(
+            404,
+            f"There is no response {feedback.id!r}; give the id of a response, as in its body.",
+            param="id",
+            code="response_not_found",
+        )
+    if row["status"] >= 400:
+        raise ApiError(
+            409, f"The request {feedback.id!r} got no answer.", param="id", code="not_answered"
+        )
+    score = _score(feedback, feedback.id, row["answer_digest"])
+    kept = Feedback(
+        request_id=feedback.id,
+        time_s=time.time(),
+        score=score,
+        label=feedback.label,
+        key_id=key_id,
+    )
+    await asyncio.to_thread(add_feedback, ledger.database, kept)
+    if feedback.label is not None:
+        for shadow in shadows:
+            mirrored_id = mirrored_request_id(shadow, feedback.id)
+            mirrored = await asyncio.to_thread(_row, ledger.database, mirrored_id)
+            if mirrored is not None and mirrored["status"] < 400:
+                right = _score(feedback, feedback.id, mirrored["answer_digest"])
+                await asyncio.to_thread(
+                    add_feedback,
+                    ledger.database,
+                    replace(kept, request_id=mirrored_id, score=right, key_id=None),
+                )
+    return {"object": "feedback", "id": feedback.id, "score": score}
+
+
+def _score(feedback: FeedbackBody, request_id: str, digest: str | None) -> float:
+    if feedback.thumb is not None:
+        return float(feedback.thumb == "up")
+    if feedback.score is not None:
+        return feedback.score
+    assert feedback.label is not None
+    return float(answer_digest(request_id, feedback.label) == digest)
+
+
+async def _find(ledger: Ledger, request_id: str) -> dict[str, Any] | None:
+    row = await asyncio.to_thread(_row, ledger.database, request_id)
+    if row is None:
+        await ledger.flush()
+        row = await asyncio.to_thread(_row, ledger.database, request_id)
+    for wait_s in _LATER_TRIES_S:
+        if row is not None:
+            break
+        await asyncio.sleep(wait_s)
+        row = await asyncio.to_thread(_row, ledger.database, request_id)
+    return row
+
+
+def _row(database: Database, request_id: str) -> dict[str, Any] | None:
+    wanted = sa.select(
+        REQUESTS.c.status,
+        REQUESTS.c.endpoint,
+        REQUESTS.c.key_id,
+        REQUESTS.c.answer_digest,
+    ).where(REQUESTS.c.request_id == request_id)
+    with database.connect() as connection:
+        row = connection.execute(wanted).mappings().first()
+    return None if row is None else dict(row)

@@ -1,25 +1,33 @@
-"""The experiments of one server process: arms for requests, and what changes while they run."""
+"""The experiments of one server process: arms for requests, and what changes while they run.
+
+They and the shadows are read from the configuration and checked against the pool's policies.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import logging
 import time
-from collections.abc import Callable, Sequence
-from hashlib import blake2b
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from models.pool import Pool
+from models.pool import Pool, load_pool
 from policies.base import Query
 from policies.experiments.assignment import Assigner, Visit
 from policies.experiments.config import Experiment
+from policies.experiments.read import read_experiments
+from policies.experiments.shadow import Shadow, read_shadows
 from policies.experiments.thompson import thompson_weights
 from router.catalog.catalog import Catalog
+from router.catalog.policies import DEFAULT_POLICY
 from router.config import AppArgs
 from router.exchange import Exchange
 from router.experiments import store
-from router.experiments.definitions import policy_contents
 from router.experiments.reporting import Summary, summarise
 from router.ledger.database import Database
 from router.openai_api.ask import Ask
@@ -233,9 +241,48 @@ def conversation(ask: Ask) -> str | None:
     messages = ask.prompts[0].messages
     if messages is None:
         return None
-    digest = blake2b(digest_size=16)
+    digest = hashlib.blake2b(digest_size=16)
     for message in messages:
         digest.update(f"{message['role']}\x1f{message['content']}\x1e".encode())
         if message["role"] == "user":
             return digest.hexdigest()
     return None
+
+
+def read_definitions(args: AppArgs) -> tuple[tuple[Experiment, ...], tuple[Shadow, ...]]:
+    """Return the configured experiments and shadows.
+
+    Raises `ExperimentError`, also for a policy that neither the pool nor the configuration has.
+    """
+    names = policy_specs(args, load_pool(args.pool))
+    return (
+        read_experiments(args.experiments, policies=names),
+        read_shadows(args.shadows, policies=names),
+    )
+
+
+def policy_specs(args: AppArgs, pool: Pool) -> Mapping[str, Mapping[str, Any]]:
+    """Return every policy's specification by name; the default one exists without any."""
+    return {DEFAULT_POLICY: {}, **pool.policies, **args.policies}
+
+
+def policy_contents(args: AppArgs, pool: Pool) -> dict[str, str]:
+    """Return a description of each policy that changes when its settings or files change."""
+    return {
+        name: json.dumps(spec, sort_keys=True, default=str) + _files_sha256(spec, pool.folder)
+        for name, spec in policy_specs(args, pool).items()
+    }
+
+
+def _files_sha256(spec: Mapping[str, Any], folder: Path) -> str:
+    """Hash the files that `spec` names, and those in the folders that it names."""
+    digest = hashlib.sha256()
+    for value in spec.values():
+        if not isinstance(value, str):
+            continue
+        path = folder / value
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        for file in files:
+            if file.is_file():
+                digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()

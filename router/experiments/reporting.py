@@ -1,20 +1,32 @@
-"""An experiment's report from the ledger: the same data for the API, the command and metrics."""
+"""From the ledger's rows to what an experiment found, and to a log for replays of policies.
+
+The report is the same for the API, the command and the metrics.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from policies.experiments.analysis import analyse, trajectory
+from policies.base import Query
+from policies.errors import ExperimentError
+from policies.experiments.analysis import analyse, arm_names, trajectory
 from policies.experiments.config import Experiment
-from policies.experiments.observations import Observations
+from policies.experiments.observations import Observation, Observations
 from policies.experiments.plot import draw
+from policies.experiments.replay import LoggedRequest
 from policies.experiments.report import Report
-from router.experiments.rows import observe
+from policies.fixed import ignores_queries
+from router.catalog.catalog import Catalog
 from router.experiments.store import State, load
 from router.ledger.database import Database
+from router.ledger.feedback import RatedRequest, rated_requests
+from router.ledger.queries import Period
 
 Status: TypeAlias = Literal["not started", "running", "ended"]
+
+_OVERLOADED, _SERVER_ERROR, _CLIENT_ERROR = 429, 500, 400
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,3 +85,116 @@ def _status(experiment: Experiment, state: State | None, now_s: float) -> Status
     if state is None or now_s < experiment.start_s:
         return "not started"
     return "running"
+
+
+def observe(database: Database, experiment: Experiment, *, since_s: float) -> Observations:
+    """Return all that the ledger knows of `experiment` from `since_s` on; blocks."""
+    found = rated_requests(database, experiment=experiment.name, period=Period(since_s=since_s))
+    rows = (observation(request) for request in found if request.row["arm"] is not None)
+    return Observations.from_rows(rows, arms=arm_names(experiment))
+
+
+def observation(request: RatedRequest) -> Observation:
+    """Return one request as experiments see it.
+
+    Time and feedback count for answered requests only, cost for all; what the client got wrong
+    (status 4xx) is no error of the arm's, being turned away (429) is.
+    """
+    row = request.row
+    status = row["status"]
+    answered = status < _CLIENT_ERROR
+    failed = status >= _SERVER_ERROR or status == _OVERLOADED
+    members: Mapping[str, Mapping[str, int]] = row["members"] or {}
+    return Observation(
+        unit=row["unit"],
+        arm=row["arm"],
+        propensity=row["propensity"],
+        time_s=row["time_s"],
+        values={
+            "quality": request.score,
+            "feedback_rate": float(request.score is not None) if answered else None,
+            "predicted_quality": predicted_quality(row["scores"] or {}, members),
+            "usd": row["usd"],
+            "wh": row["wh"],
+            "gco2e": row["gco2e"],
+            "latency_s": row["latency_s"] if answered else None,
+            "ttft_s": row["ttft_s"] if answered else None,
+            "tokens": float(sum(sum(tokens.values()) for tokens in members.values())),
+            "error_rate": float(failed) if answered or failed else None,
+            "escalation_rate": float(_escalated(row["stages"] or ())) if answered else None,
+            "prompt_tokens": float(row["prompt_tokens"]),
+            "expected_quality": row["expected_quality"],
+        },
+    )
+
+
+def predicted_quality(scores: Mapping[str, float], members: Mapping[str, object]) -> float | None:
+    """Return the best prediction for a member that had a hand in the answer."""
+    return max((scores[name] for name in members if name in scores), default=None)
+
+
+def _escalated(stages: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether some cascade went on to its second stage."""
+    paths = {(stage.get("choice", 0), stage["path"]) for stage in stages}
+    return any(
+        (stage.get("choice", 0), f"{stage['path']}.1".lstrip(".")) in paths
+        for stage in stages
+        if stage.get("combinator") == "cascade"
+    )
+
+
+def read_log(
+    database: Database, experiment: Experiment, catalog: Catalog, *, target: str
+) -> list[LoggedRequest]:
+    """Return the answered requests of `experiment` that tell something of the policy `target`.
+
+    Raises `ExperimentError` if there are none, or if they were kept without text and some policy
+    reads it.
+    """
+    state = load(database, experiment.name)
+    if state is None:
+        raise ExperimentError(f"replay: the experiment {experiment.name!r} never ran here")
+    found = [
+        request
+        for request in rated_requests(database, experiment=experiment.name)
+        if request.row["arm"] is not None and request.row["status"] < 400 and request.row["plan"]
+    ]
+    if not found:
+        raise ExperimentError(f"replay: the experiment {experiment.name!r} has no answers yet")
+    names = {target, *(arm.policy for arm in experiment.arms)}
+    reading = sorted(n for n in names if not ignores_queries(catalog.policies[n]))
+    if reading and any(request.row["query_text"] is None for request in found):
+        raise ExperimentError(
+            f"replay: {', '.join(reading)} reads the query, but the ledger kept no text; "
+            "set ledger.keep_text before the requests come, or replay on outcomes"
+        )
+    return [_request(request, experiment, state) for request in found]
+
+
+def _request(request: RatedRequest, experiment: Experiment, state: State) -> LoggedRequest:
+    row = request.row
+    return LoggedRequest(
+        query=Query(text=row["query_text"] or "", prompt_tokens=row["prompt_tokens"]),
+        chances=_chances(experiment, state, row["time_s"]),
+        policy=row["policy"],
+        plan=row["plan"],
+        usd=row["usd"],
+        score=request.score,
+    )
+
+
+def _chances(experiment: Experiment, state: State, time_s: float) -> Mapping[str, float]:
+    """Return the probability of each policy at that time, the holdout and stopped arms included."""
+    weights = next(
+        (since.weights for since in reversed(state.allocations) if since.time_s <= time_s),
+        state.allocations[0].weights,
+    )
+    control = experiment.control_arm.policy
+    chances = {control: experiment.holdout}
+    for arm in experiment.arms:
+        stopped = time_s >= state.stopped_s.get(arm.name, float("inf"))
+        # Requests of a stopped arm count for no arm, so they are not in the log either.
+        share = 0.0 if stopped else (1 - experiment.holdout) * weights[arm.name]
+        chances[arm.policy] = chances.get(arm.policy, 0.0) + share
+    total = sum(chances.values())
+    return {name: share / total for name, share in chances.items() if share > 0}

@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from policies.files import replacing
 from router.ledger import Format, GroupBy, LedgerError, Unit
 from router.ledger.database import Database, writing
-from router.ledger.feedback import outcomes
+from router.ledger.feedback import rated_requests
 from router.ledger.queries import ALWAYS, Period, Spend, requests, total
 from router.ledger.schema import FEEDBACK, REQUESTS
 
@@ -26,6 +26,20 @@ _ROWS_PER_GROUP = 10_000
 _PRUNED_PER_TRANSACTION = 5_000
 _NAMES = tuple(column.name for column in REQUESTS.columns)
 _JSON_NAMES = {column.name for column in REQUESTS.columns if isinstance(column.type, sa.JSON)}
+
+_LABELS: dict[Unit, str] = {
+    "usd": "USD",
+    "wh": "Wh",
+    "gco2e": "gCO2e",
+    "tokens": "tokens",
+    "requests": "requests",
+}
+_HEADER = (
+    *("requests", "answered", "failed", "prompt tokens", "output tokens"),
+    *("USD", "Wh", "gCO2e", "mean s"),
+)
+_MOST_SERIES = 9
+_MOST_TICKS = 30
 
 
 def export(database: Database, target: Path, *, format: Format, period: Period = ALWAYS) -> int:
@@ -53,19 +67,19 @@ def prune(database: Database, *, before_s: float) -> int:
         .where(REQUESTS.c.time_s < before_s)
         .limit(_PRUNED_PER_TRANSACTION)
     )
-    total = 0
+    num_rows = 0
     while True:
         with writing(database) as connection:
             ids = connection.execute(old).scalars().all()
             connection.execute(sa.delete(FEEDBACK).where(FEEDBACK.c.request_id.in_(ids)))
             connection.execute(sa.delete(REQUESTS).where(REQUESTS.c.request_id.in_(ids)))
-        total += len(ids)
+        num_rows += len(ids)
         if len(ids) < _PRUNED_PER_TRANSACTION:
-            return total
+            return num_rows
 
 
 def _scored(database: Database, period: Period) -> Generator[dict[str, Any]]:
-    with closing(outcomes(database, period=period, only_with_feedback=True)) as scored:
+    with closing(rated_requests(database, period=period, only_with_feedback=True)) as scored:
         for outcome in scored:
             if line := outcome.to_line():
                 yield line
@@ -137,21 +151,6 @@ def _groups(rows: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str
     iterator = iter(rows)
     while group := list(islice(iterator, size)):
         yield group
-
-
-_LABELS: dict[Unit, str] = {
-    "usd": "USD",
-    "wh": "Wh",
-    "gco2e": "gCO2e",
-    "tokens": "tokens",
-    "requests": "requests",
-}
-_HEADER = (
-    *("requests", "answered", "failed", "prompt tokens", "output tokens"),
-    *("USD", "Wh", "gCO2e", "mean s"),
-)
-_MOST_SERIES = 9
-_MOST_TICKS = 30
 
 
 def report_lines(by: Sequence[GroupBy], rows: Sequence[Spend]) -> list[tuple[str, ...]]:

@@ -69,7 +69,7 @@ def add_feedback(database: Database, feedback: Feedback) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class RatedRequest:
     """One request and what its user thought of the answer, if anything (yet).
 
     `row` is the row of the table `requests`. `score` is the user's, in [0, 1]; `label` the right
@@ -101,13 +101,13 @@ class Outcome:
         }
 
 
-def outcomes(
+def rated_requests(
     database: Database,
     *,
     period: Period = ALWAYS,
     experiment: str | None = None,
     only_with_feedback: bool = False,
-) -> Generator[Outcome]:
+) -> Generator[RatedRequest]:
     """Yield the requests of `period` with their feedback, in order of time.
 
     Requests that failed are among them (`row["status"]`): leaving them out would flatter an arm
@@ -134,4 +134,4 @@ def outcomes(
     with closing(stream(database, query)) as rows:
         for row in rows:
             score, label = row.pop("feedback_score"), row.pop("feedback_label")
-            yield Outcome(row=row, score=score, label=label, feedback_s=row.pop("feedback_s"))
+            yield RatedRequest(row=row, score=score, label=label, feedback_s=row.pop("feedback_s"))

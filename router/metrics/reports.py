@@ -1,12 +1,19 @@
-"""Figures that take a look at many rows: worked out by one replica, now and then, for all."""
+"""Figures that take a look at many rows: worked out by one replica, now and then, for all.
+
+Experiments, shadows, budget targets, and whether the router's predictions still hold: predicted
+quality against users' scores.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
+import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
 from policies.budget import Controller
@@ -14,12 +21,14 @@ from policies.experiments.report import Report
 from policies.experiments.shadow import Shadow
 from router.budget_sync import read_spending
 from router.experiments.experiments import Experiments
-from router.experiments.shadow_report import shadow_report
+from router.experiments.reporting import predicted_quality
+from router.experiments.shadows import shadow_report
 from router.ledger.database import Database
+from router.ledger.queries import ANSWERED, SERVED
+from router.ledger.schema import FEEDBACK, REQUESTS
 from router.metrics import families as f
-from router.metrics.calibration import calibration_gauges
-from router.metrics.family import Series
-from router.metrics.store import Store
+from router.metrics.counting import Store
+from router.metrics.families import Series
 from router.threads import in_thread
 
 logger = logging.getLogger(__name__)
@@ -29,6 +38,18 @@ HOLDER = "reports"
 # They are renewed this often, but take no more than this share of one core's time.
 _EVERY_S = 10.0
 _SHARE = 0.05
+
+# As many rated answers are looked at, the latest ones.
+_LAST = 2000
+_NUM_BINS = 10
+
+_RATED = (
+    sa.select(REQUESTS.c.policy, REQUESTS.c.scores, REQUESTS.c.members, FEEDBACK.c.score)
+    .join_from(FEEDBACK, REQUESTS, REQUESTS.c.request_id == FEEDBACK.c.request_id)
+    .where(FEEDBACK.c.score.is_not(None), ANSWERED, SERVED)
+    .order_by(FEEDBACK.c.time_s.desc())
+    .limit(_LAST)
+)
 
 
 class Reports:
@@ -145,3 +166,49 @@ def _target_gauges(
                 share = getattr(spending, target.resource) / due
                 found[f.TARGET_USED_RATIO.series(policy, target.resource)] = share
     return found
+
+
+@dataclass(kw_only=True)
+class _Rated:
+    """One policy's rated answers: their scores, and (prediction, score) where one was made."""
+
+    scores: list[float] = field(default_factory=list)
+    pairs: list[tuple[float, float]] = field(default_factory=list)
+
+
+def calibration_gauges(database: Database) -> dict[Series, float]:
+    """Return users' mean score and the predictions' error per policy; blocks."""
+    policies: dict[str, _Rated] = defaultdict(_Rated)
+    with database.connect() as connection:
+        for policy, scores, members, score in connection.execute(_RATED):
+            rated = policies[policy or f.NONE]
+            rated.scores.append(score)
+            predicted = predicted_quality(scores or {}, members or {})
+            if predicted is not None:
+                rated.pairs.append((predicted, score))
+    found: dict[Series, float] = {}
+    for policy, rated in policies.items():
+        found[f.FEEDBACK_SCORE.series(policy)] = sum(rated.scores) / len(rated.scores)
+        found[f.FEEDBACK_ANSWERS.series(policy)] = float(len(rated.scores))
+        if rated.pairs:
+            found[f.CALIBRATION_ANSWERS.series(policy)] = float(len(rated.pairs))
+            found[f.CALIBRATION_BIAS.series(policy)] = _gap(rated.pairs)
+            found[f.CALIBRATION_ERROR.series(policy)] = expected_error(rated.pairs)
+    return found
+
+
+def expected_error(pairs: list[tuple[float, float]]) -> float:
+    """Return the expected calibration error of (prediction, outcome) pairs, in [0, 1].
+
+    Predictions are put into ten bins of equal width; the error is the mean of the bins' gaps
+    between mean prediction and mean outcome, weighted by their sizes (Naeini et al. 2015; Guo et
+    al. 2017, equation 3).
+    """
+    bins: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    for pair in pairs:
+        bins[min(int(pair[0] * _NUM_BINS), _NUM_BINS - 1)].append(pair)
+    return sum(abs(_gap(found)) * len(found) for found in bins.values()) / len(pairs)
+
+
+def _gap(pairs: list[tuple[float, float]]) -> float:
+    return sum(predicted - score for predicted, score in pairs) / len(pairs)

@@ -18,9 +18,8 @@ from policies.footprint import Cost, Footprint
 from router.ledger.database import open_database, writing
 from router.ledger.schema import REQUESTS
 from router.ledger.writer import insert_new, row_of
-from router.metrics.derive import tally
-from router.metrics.exposition import exposition
-from router.metrics.store import Store, add_counts
+from router.metrics.counting import Store, add_counts, tally
+from router.metrics.page import exposition
 from router.record import MemberTokens, RequestRecord
 
 _TARGET_US = 50.0

@@ -22,7 +22,7 @@ from router.config import AppArgs
 from router.ledger.database import open_database
 from router.ledger.writer import Ledger
 from router.local import http_server, local_service
-from router.metrics.store import count_rows
+from router.metrics.counting import count_rows
 from router.record import RequestRecord
 from router.service import Service
 from tests.router.ledger.fixtures import (  # noqa: F401 (fixtures of ledger, keys and caps)

@@ -10,8 +10,7 @@ import pytest
 
 from models.engines.base import GenerationRequest
 from models.engines.registry import create_engine
-from router.energy.chunk import energy_of
-from router.energy.lanes import LaneMeter
+from router.energy import LaneMeter, energy_of
 from router.engines.worker import EngineWorker
 from tests.models.engines.stacked.tiny import save_checkpoint
 from tests.router.conftest import running

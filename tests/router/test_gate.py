@@ -14,8 +14,8 @@ import pytest
 import sqlalchemy as sa
 from pydantic import ValidationError
 
+from router.access.keys import create_key, revoke_key
 from router.config import AppArgs
-from router.keys import create_key, revoke_key
 from router.ledger.database import open_database
 from router.ledger.queries import requests
 from router.ledger.schema import BUDGET_HOLDS, BUDGET_WINDOWS

@@ -20,7 +20,7 @@ from router.ledger.database import open_database
 from router.ledger.export import export
 from router.ledger.writer import Ledger
 from router.logs import JsonLines, RequestLog
-from router.metrics.store import count_rows
+from router.metrics.counting import count_rows
 from router.record import MemberTokens, RequestRecord
 from router.tracing import RequestTracer
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from router.caps.limits import read_caps
+from router.access.limits import read_caps
 from router.dashboard.figures import (
     OWN_PLAN,
     WINDOWS,

@@ -13,7 +13,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from router.keys import create_key
+from router.access.keys import create_key
 from router.ledger.database import open_database
 from tests.router.conftest import Running, running
 from tests.router.dashboard.browser import chromium

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from router.access.keys import create_key
 from router.dashboard.routes import FOLDER, DashboardConfig, read_page
-from router.keys import create_key
 from router.ledger.database import open_database
 from tests.router.conftest import Running, running
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from router.energy.lanes import LaneMeter
+from router.energy import LaneMeter
 
 
 class Device:

@@ -2,10 +2,7 @@
 
 import pytest
 
-from router.energy.base import MeterError
-from router.energy.choose import open_meter
-from router.energy.nvml import NvmlMeter, visible_device
-from router.energy.rapl import RaplMeter
+from router.energy import MeterError, NvmlMeter, RaplMeter, open_meter, visible_device
 
 WH_UJ = 3_600_000_000
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from router.ledger.feedback import outcomes
+from router.ledger.feedback import rated_requests
 from tests.router.experiments.trial_server import EXPERIMENT, Trial, serving, write_config
 
 
@@ -22,7 +22,7 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trial]:
 def kept(trial: Trial, response_id: str) -> tuple[float | None, str | None]:
     """The score and label in the ledger."""
     trial.flush()
-    found = [o for o in outcomes(trial.ledger.database) if o.row["request_id"] == response_id]
+    found = [o for o in rated_requests(trial.ledger.database) if o.row["request_id"] == response_id]
     return found[0].score, found[0].label
 
 
@@ -99,7 +99,7 @@ def test_requests_without_an_answer_cannot_be_rated(trial: Trial) -> None:
     )
     assert refused.status_code == 404
     trial.flush()
-    failed = [o.row for o in outcomes(trial.ledger.database) if o.row["status"] == 404]
+    failed = [o.row for o in rated_requests(trial.ledger.database) if o.row["status"] == 404]
     response = trial.rate(failed[0]["request_id"], thumb="up")
     assert (response.status_code, response.json()["error"]["code"]) == (409, "not_answered")
 
@@ -108,6 +108,8 @@ def test_no_text_is_kept(trial: Trial) -> None:
     """The ledger holds a digest, neither question nor answer."""
     answer = trial.ask("a very private question", user="u")
     trial.flush()
-    [row] = [o.row for o in outcomes(trial.ledger.database) if o.row["request_id"] == answer["id"]]
+    [row] = [
+        o.row for o in rated_requests(trial.ledger.database) if o.row["request_id"] == answer["id"]
+    ]
     assert "private" not in str(row)
     assert len(row["answer_digest"]) == 16

@@ -10,14 +10,13 @@ import httpx
 from models.engines.base import SamplingOptions
 from models.pool import load_pool
 from policies.base import Query
+from router.access.keys import create_key
 from router.catalog.catalog import load_catalog
 from router.config import load_args
 from router.exchange import Exchange
 from router.executor.task import Prompt
 from router.experiments import store
-from router.experiments.definitions import read_definitions
-from router.experiments.experiments import Experiments
-from router.keys import create_key
+from router.experiments.experiments import Experiments, read_definitions
 from router.ledger.database import open_database
 from router.openai_api.ask import Ask
 from tests.router.experiments.trial_server import EXPERIMENT, serving, write_config

@@ -13,8 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
 
 from router.cli.main import app
-from router.experiments.rows import observation
-from router.ledger.feedback import Outcome
+from router.experiments.reporting import observation
+from router.ledger.feedback import RatedRequest
 from router.ledger.writer import row_of
 from router.record import MemberTokens
 from tests.router.experiments.trial_server import EXPERIMENT, Trial, serving, write_config
@@ -177,5 +177,5 @@ def test_rows_become_metrics(fields: dict[str, Any], expected: dict[str, float |
     """What each kind of request counts for."""
     placed = {"experiment": "e", "arm": "a", "unit": "u", "propensity": 0.5}
     row = row_of(record(**placed, **fields))
-    seen = observation(Outcome(row=row, score=None, label=None, feedback_s=None))
+    seen = observation(RatedRequest(row=row, score=None, label=None, feedback_s=None))
     assert {key: seen.values[key] for key in expected} == expected

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from router.ledger.database import Database, database_url, open_database
 from router.ledger.writer import Ledger
-from router.metrics.store import count_rows
+from router.metrics.counting import count_rows
 from tests.router.ledger.pgserver import postgresql
 
 

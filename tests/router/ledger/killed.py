@@ -6,7 +6,7 @@ import time
 
 from router.ledger.database import open_database
 from router.ledger.writer import Ledger
-from router.metrics.store import count_rows
+from router.metrics.counting import count_rows
 from tests.router.ledger.records import record
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from router.cli import train as train_cli
 from router.cli.report import report
 from router.ledger.database import Database, open_database
 from router.ledger.export import export, plot, prune, report_lines
-from router.ledger.feedback import Feedback, add_feedback, outcomes
+from router.ledger.feedback import Feedback, add_feedback, rated_requests
 from router.ledger.queries import Spend, requests, stream
 from router.ledger.schema import REQUESTS
 from router.ledger.writer import Ledger
@@ -138,7 +138,9 @@ def test_prune_removes_old_rows_and_their_feedback(
         add_feedback(database, Feedback(request_id=f"req-{number}", time_s=1, score=1.0))
     assert prune(database, before_s=1_800_000_010.0) == 10
     assert [row["request_id"] for row in requests(database)] == [f"req-{i}" for i in range(10, 20)]
-    assert [o.row["request_id"] for o in outcomes(database, only_with_feedback=True)] == ["req-15"]
+    assert [o.row["request_id"] for o in rated_requests(database, only_with_feedback=True)] == [
+        "req-15"
+    ]
     assert prune(database, before_s=1_800_000_010.0) == 0
 
 

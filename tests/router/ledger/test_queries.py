@@ -9,7 +9,7 @@ import pytest
 
 from router.ledger import LedgerError
 from router.ledger.database import Database
-from router.ledger.feedback import Feedback, add_feedback, outcomes
+from router.ledger.feedback import Feedback, add_feedback, rated_requests
 from router.ledger.queries import Period, requests, spend
 from router.ledger.schema import REQUESTS
 from router.ledger.writer import Ledger
@@ -76,7 +76,9 @@ def test_feedback_is_idempotent_and_the_latest_counts(
     for time_s, score in ((10, 1.0), (10, 1.0), (20, 0.25), (15, 0.75)):
         add_feedback(database, Feedback(request_id="req-2", time_s=time_s, score=score))
     add_feedback(database, Feedback(request_id="req-3", time_s=10, label="42"))
-    found = {o.row["request_id"]: (o.score, o.label, o.feedback_s) for o in outcomes(database)}
+    found = {
+        o.row["request_id"]: (o.score, o.label, o.feedback_s) for o in rated_requests(database)
+    }
     assert found == {
         "req-1": (None, None, None),
         "req-2": (0.25, None, 20.0),
@@ -84,9 +86,9 @@ def test_feedback_is_idempotent_and_the_latest_counts(
         "req-4": (None, None, None),
         "req-5": (None, None, None),
     }
-    joined = [o.row["request_id"] for o in outcomes(database, only_with_feedback=True)]
+    joined = [o.row["request_id"] for o in rated_requests(database, only_with_feedback=True)]
     assert joined == ["req-2", "req-3"]
-    assert [o.label for o in outcomes(database, experiment="e")] == ["42"]
+    assert [o.label for o in rated_requests(database, experiment="e")] == ["42"]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +108,7 @@ def test_bad_feedback_is_refused(
     _fill(new_ledger())
     with pytest.raises(LedgerError, match=message):
         add_feedback(database, Feedback(time_s=1, **said))
-    assert list(outcomes(database, only_with_feedback=True)) == []
+    assert list(rated_requests(database, only_with_feedback=True)) == []
 
 
 def test_outcomes_train_routers_only_where_they_can(
@@ -122,7 +124,7 @@ def test_outcomes_train_routers_only_where_they_can(
     ledger.stop()
     for number in (1, 2, 3):
         add_feedback(database, Feedback(request_id=f"req-{number}", time_s=1, score=1.0))
-    lines = [line for o in outcomes(database) if (line := o.to_line())]
+    lines = [line for o in rated_requests(database) if (line := o.to_line())]
     assert lines == [
         {
             "query": "2+2?",

@@ -19,7 +19,7 @@ from router.ledger.database import Database, open_database, writing
 from router.ledger.queries import requests
 from router.ledger.schema import REQUESTS
 from router.ledger.writer import Ledger
-from router.metrics.store import count_rows
+from router.metrics.counting import count_rows
 from router.record import RequestRecord
 from tests.router.ledger.records import record
 

@@ -8,9 +8,8 @@ import pytest
 
 from policies.footprint import Cost
 from router.ledger.writer import row_of
-from router.metrics.derive import tally
-from router.metrics.families import BY_NAME
-from router.metrics.family import SUM
+from router.metrics.counting import tally
+from router.metrics.families import BY_NAME, SUM
 from tests.router.ledger.records import record
 
 COSTS = {

@@ -6,9 +6,8 @@ import re
 from pathlib import Path
 
 from router.metrics import families as f
-from router.metrics.exposition import exposition
-from router.metrics.families import FAMILIES
-from router.metrics.family import SUM
+from router.metrics.families import FAMILIES, SUM
+from router.metrics.page import exposition
 from tests.router.metrics.scrape import samples
 
 ROOT = Path(__file__).parents[3]

@@ -8,17 +8,14 @@ from collections.abc import Callable
 import pytest
 
 from policies.footprint import Cost
-from router.caps.amounts import Amounts
-from router.caps.config import BudgetsConfig
-from router.caps.limits import SERVER, limits
-from router.caps.store import BudgetStore, Reserve, Settle
+from router.access.limits import SERVER, Amounts, BudgetsConfig, limits
+from router.access.store import BudgetStore, Reserve, Settle
 from router.ledger.database import Database
 from router.ledger.feedback import Feedback, add_feedback
 from router.ledger.writer import Ledger
 from router.metrics import families as f
-from router.metrics.budgets import budget_gauges
-from router.metrics.calibration import calibration_gauges, expected_error
-from router.metrics.live import merge
+from router.metrics.gauges import budget_gauges, merge
+from router.metrics.reports import calibration_gauges, expected_error
 from tests.router.ledger.records import record
 
 NOON_S = 1_800_014_400 - 1_800_014_400 % 86_400 + 43_200.0

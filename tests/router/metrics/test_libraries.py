@@ -5,8 +5,8 @@ import asyncio
 from prometheus_client.parser import text_string_to_metric_families
 
 from models.errors import EngineFailed
-from router.metrics.exposition import exposition
-from router.metrics.libraries import library_metrics
+from router.metrics.gauges import library_metrics
+from router.metrics.page import exposition
 
 TEXT = """# HELP vllm:generation_tokens_total Number of generation tokens processed.
 # TYPE vllm:generation_tokens_total counter

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from router.keys import Scope, create_key
+from router.access.keys import Scope, create_key
 from router.ledger.database import open_database
 from tests.router.conftest import Running, running
 from tests.router.metrics.scrape import samples
@@ -123,7 +123,7 @@ def test_a_missing_database_leaves_a_page(
     def away(*_: object, **__: object) -> None:
         raise sa.exc.OperationalError("select", {}, Exception("down"))
 
-    monkeypatch.setattr("router.metrics.store.Store.counters", away)
+    monkeypatch.setattr("router.metrics.counting.Store.counters", away)
     page = samples(server.http.get("/metrics").text)
     assert page["shoal_ledger_up"] == 0
     assert page['shoal_engine_up{engine="one"}'] == 1

@@ -16,7 +16,7 @@ from router.ledger.export import prune
 from router.ledger.queries import requests
 from router.ledger.writer import Ledger
 from router.metrics import families as f
-from router.metrics.store import Store
+from router.metrics.counting import Store
 from tests.router.ledger.records import record
 
 NewLedger = Callable[..., Ledger]
@@ -88,7 +88,7 @@ def test_a_row_that_cannot_be_counted_is_still_kept(
     def broken(rows: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("router.metrics.store.tally", broken)
+    monkeypatch.setattr("router.metrics.counting.tally", broken)
     ledger = new_ledger()
     ledger.record(record(1))
     asyncio.run(ledger.flush())

@@ -13,13 +13,18 @@ import pytest
 import sqlalchemy as sa
 
 from policies.footprint import Cost
-from router.caps.amounts import NOTHING, Amounts
-from router.caps.budgets import Budgets
-from router.caps.config import BudgetsConfig
-from router.caps.errors import BudgetExhausted, BudgetUnavailable
-from router.caps.limits import read_caps, window
-from router.caps.store import used_amounts
-from router.keys import Key
+from router.access.budgets import Budgets
+from router.access.keys import Key
+from router.access.limits import (
+    NOTHING,
+    Amounts,
+    BudgetExhausted,
+    BudgetsConfig,
+    BudgetUnavailable,
+    read_caps,
+    window,
+)
+from router.access.store import used_amounts
 from router.ledger.database import Database, open_database, writing
 from router.ledger.schema import BUDGET_HOLDS, BUDGET_WINDOWS
 from router.ledger.writer import Ledger

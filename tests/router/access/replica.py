@@ -11,13 +11,11 @@ import time
 from random import Random
 
 from policies.footprint import Cost
-from router.caps.amounts import Amounts
-from router.caps.budgets import Budgets
-from router.caps.config import BudgetsConfig
-from router.caps.errors import BudgetExhausted, BudgetUnavailable
+from router.access.budgets import Budgets
+from router.access.limits import Amounts, BudgetExhausted, BudgetsConfig, BudgetUnavailable
 from router.ledger.database import open_database
 from router.ledger.writer import Ledger
-from router.metrics.store import count_rows
+from router.metrics.counting import count_rows
 from tests.router.ledger.records import record
 
 MAX_TOKENS = 100

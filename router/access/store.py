@@ -22,9 +22,8 @@ from typing import Any
 import sqlalchemy as sa
 
 from policies.footprint import Cost
-from router.caps.amounts import Amounts
-from router.caps.book import Book, Hold, Shortage, Tally
-from router.caps.limits import SERVER, Limit, Window
+from router.access.book import Book, Hold, Shortage, Tally
+from router.access.limits import SERVER, Amounts, Limit, Window
 from router.ledger.database import BUDGET_LOCK, Database, writing
 from router.ledger.queries import SERVED, Period, spend, total
 from router.ledger.schema import BUDGET_HOLDS, BUDGET_WINDOWS, REQUESTS
@@ -70,7 +69,7 @@ class Settle:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class Admission:
     """Whether a request was admitted (`shortage` is None), and what each limit has left."""
 
     shortage: Shortage | None
@@ -87,10 +86,10 @@ class BudgetStore:
 
     def apply(
         self, settles: Sequence[Settle], reserves: Sequence[Reserve], now_s: float
-    ) -> list[Outcome]:
+    ) -> list[Admission]:
         """Settle, then try the reservations in order, all in one transaction.
 
-        Returns one outcome per reservation. Raises SQLAlchemy's errors, and then nothing happened.
+        Returns an admission per reservation. Raises SQLAlchemy's errors; then nothing happened.
         """
         windows = {limit.window.id: limit.window for r in reserves for limit in r.limits}
         with writing(self._database, lock=BUDGET_LOCK) as connection:
@@ -99,9 +98,9 @@ class BudgetStore:
             after = Book(before.tallies, before.holds)
             for settle in settles:
                 after.settle(settle.request_id, settle.used)
-            outcomes = [self._reserve(after, reserve, now_s) for reserve in reserves]
+            admissions = [self._reserve(after, reserve, now_s) for reserve in reserves]
             _save(connection, before, after)
-        return outcomes
+        return admissions
 
     def renew(self, now_s: float) -> None:
         """Prolong all holds of this replica."""
@@ -137,7 +136,7 @@ class BudgetStore:
                 )
             )
 
-    def _reserve(self, book: Book, reserve: Reserve, now_s: float) -> Outcome:
+    def _reserve(self, book: Book, reserve: Reserve, now_s: float) -> Admission:
         hold = Hold(
             request_id=reserve.request_id,
             holder=self._holder,
@@ -147,7 +146,7 @@ class BudgetStore:
         )
         shortage = book.reserve(hold, reserve.limits)
         remaining = tuple((limit, book.remaining(limit)) for limit in reserve.limits)
-        return Outcome(shortage=shortage, remaining=remaining)
+        return Admission(shortage=shortage, remaining=remaining)
 
 
 def used_amounts(request: RequestRecord | sa.Row[Any]) -> Amounts:

@@ -1,7 +1,8 @@
-"""Runs shadows: after a client has its answer, another policy answers the same, for nobody.
+"""Shadows: after a client has its answer, another policy answers the same, for nobody.
 
 A mirrored request leaves a row of its own in the ledger (endpoint "shadow"), so its cost never
-mixes with what clients cost, and no key or user pays for it.
+mixes with what clients cost, and no key or user pays for it. The report says what shadows found:
+cost, agreement with the answers that were served, and quality by labels.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
+
+import sqlalchemy as sa
 
 from policies.experiments.shadow import Shadow, ShadowMeter
 from policies.footprint import estimate
@@ -20,12 +24,14 @@ from router.engines.base import merge
 from router.exchange import Choice, Exchange, answer_digest
 from router.executor.executor import Executor
 from router.executor.judging import attempt
+from router.ledger.database import Database
+from router.ledger.schema import FEEDBACK, REQUESTS
 from router.ledger.writer import Ledger
 from router.record import SHADOW, RequestRecord
 
 logger = logging.getLogger(__name__)
 
-ROOT = ""  # the path of a plan's root in its trace
+_DAY_S = 86_400
 
 
 def mirrored_request_id(shadow: str, request_id: str) -> str:
@@ -122,7 +128,7 @@ class Mirror:
                 answer = merge([chunk async for chunk in run])
             whole = attempt(choice.task.query, choice.plan, answer)
             score = self._catalog.policies.scorers["confidence"].score(whole)
-            choice.trace.runs[""].score = score
+            choice.trace.runs[""].score = score  # the plan's root
             mirrored.record.output_tokens = len(answer.tokens)
             mirrored.record.status, text = 200, answer.text
         except Exception as error:
@@ -135,3 +141,59 @@ class Mirror:
             # Keyed by the original request, so that equal answers and labels compare.
             record.answer_digest = None if text is None else answer_digest(original_id, text)
             self._ledger.record(record)
+
+
+def shadow_report(
+    database: Database, shadows: Sequence[Shadow], *, now_s: float
+) -> list[dict[str, Any]]:
+    """Return one object per shadow, over all its rows; blocks.
+
+    `agreement` is the share of mirrored answers that equal the served ones, `quality` the mean
+    score of those with a label beside `served_quality`, that of the served answers to the same.
+    """
+    return [_report(database, shadow, now_s) for shadow in shadows]
+
+
+def _report(database: Database, shadow: Shadow, now_s: float) -> dict[str, Any]:
+    prefix = mirrored_request_id(shadow.name, "")
+    served = REQUESTS.alias("served")
+    served_feedback = FEEDBACK.alias("served_feedback")
+    row, answered = REQUESTS.c, REQUESTS.c.status < 400
+    today_s = now_s - now_s % _DAY_S
+    both = sa.and_(FEEDBACK.c.score.is_not(None), served_feedback.c.score.is_not(None))
+    query = (
+        sa.select(
+            sa.func.count().label("num_mirrored"),
+            _share(answered, None).label("answered"),
+            sa.func.coalesce(sa.func.sum(row.usd), 0.0).label("usd"),
+            sa.func.coalesce(sa.func.sum(sa.case((row.time_s >= today_s, row.usd))), 0.0).label(
+                "usd_today"
+            ),
+            sa.func.avg(sa.case((answered, row.latency_s))).label("latency_s"),
+            _share(row.answer_digest == served.c.answer_digest, answered).label("agreement"),
+            sa.func.avg(sa.case((both, FEEDBACK.c.score))).label("quality"),
+            sa.func.avg(sa.case((both, served_feedback.c.score))).label("served_quality"),
+            sa.func.sum(sa.case((both, 1), else_=0)).label("num_labelled"),
+        )
+        .select_from(REQUESTS)
+        .join(served, served.c.request_id == sa.func.substr(row.request_id, len(prefix) + 1))
+        .outerjoin(FEEDBACK, FEEDBACK.c.request_id == row.request_id)
+        .outerjoin(served_feedback, served_feedback.c.request_id == served.c.request_id)
+        .where(row.endpoint == SHADOW, row.request_id.startswith(prefix, autoescape=True))
+    )
+    with database.connect() as connection:
+        found = connection.execute(query).mappings().one()
+    return {
+        "object": "shadow",
+        "name": shadow.name,
+        "policy": shadow.policy,
+        "usd_per_day": shadow.usd_per_day,
+        **found,
+    }
+
+
+def _share(
+    condition: sa.ColumnElement[bool], among: sa.ColumnElement[bool] | None
+) -> sa.ColumnElement[Any]:
+    flag = sa.case((condition, 1.0), else_=0.0)
+    return sa.func.avg(flag if among is None else sa.case((among, flag)))

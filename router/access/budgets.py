@@ -20,14 +20,21 @@ from typing import TypeAlias
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from router.caps.amounts import NOTHING, Amounts, to_text
-from router.caps.book import Shortage
-from router.caps.config import BudgetsConfig
-from router.caps.errors import BudgetExhausted, BudgetUnavailable
-from router.caps.headers import rate_limit_headers
-from router.caps.limits import SERVER, Limit, limits
-from router.caps.store import BudgetStore, Outcome, Reserve, Settle
-from router.keys import Key
+from router.access.book import Shortage
+from router.access.keys import Key
+from router.access.limits import (
+    NOTHING,
+    SERVER,
+    Amounts,
+    BudgetExhausted,
+    BudgetsConfig,
+    BudgetUnavailable,
+    Limit,
+    limits,
+    rate_limit_headers,
+    to_text,
+)
+from router.access.store import Admission, BudgetStore, Reserve, Settle
 from router.ledger.database import Database
 
 _RETRY_S = 0.05  # how often a waiting request is tried again
@@ -49,24 +56,24 @@ class Reservation:
 
 @dataclass(kw_only=True, eq=False)
 class _Waiting:
-    """A request that waits for its outcome on the event loop `loop` until `deadline_s`."""
+    """A request that waits for its admission on the event loop `loop` until `deadline_s`."""
 
     reserve: Reserve
-    future: asyncio.Future[Outcome]
+    future: asyncio.Future[Admission]
     loop: asyncio.AbstractEventLoop
     deadline_s: float
 
-    def answer(self, outcome: Outcome | Exception) -> None:
+    def answer(self, admission: Admission | Exception) -> None:
         with suppress(RuntimeError):  # the loop is closed, nobody waits
-            self.loop.call_soon_threadsafe(self._answer, outcome)
+            self.loop.call_soon_threadsafe(self._answer, admission)
 
-    def _answer(self, outcome: Outcome | Exception) -> None:
+    def _answer(self, admission: Admission | Exception) -> None:
         if self.future.done():
             return
-        if isinstance(outcome, Exception):
-            self.future.set_exception(outcome)
+        if isinstance(admission, Exception):
+            self.future.set_exception(admission)
         else:
-            self.future.set_result(outcome)
+            self.future.set_result(admission)
 
 
 _Item: TypeAlias = _Waiting | Settle | None
@@ -122,14 +129,14 @@ class Budgets:
         )
         self._items.put(waiting)
         try:
-            outcome = await waiting.future
+            admission = await waiting.future
         except asyncio.CancelledError:
             # The client left; whatever the thread decided meanwhile is undone.
             self._items.put(Settle(request_id=request_id, used=NOTHING))
             raise
-        headers = rate_limit_headers(outcome.remaining, now_s)
-        if outcome.shortage is not None:
-            raise _exhausted(outcome.shortage, key, now_s, headers)
+        headers = rate_limit_headers(admission.remaining, now_s)
+        if admission.shortage is not None:
+            raise _exhausted(admission.shortage, key, now_s, headers)
         return Reservation(request_id=request_id, counted=True, headers=headers)
 
     def settle(self, reservation: Reservation, used: Amounts) -> None:
@@ -214,18 +221,18 @@ class Budgets:
         settles, waiting = self._settles, self._waiting
         if not settles and not waiting:
             return
-        outcomes = self._store.apply(settles, [w.reserve for w in waiting], self._clock())
+        admissions = self._store.apply(settles, [w.reserve for w in waiting], self._clock())
         self._settles, self._waiting = [], []
         self._open.difference_update(settle.request_id for settle in settles)
         now_s = time.monotonic()
-        for item, outcome in zip(waiting, outcomes, strict=True):
-            shortage = outcome.shortage
+        for item, admission in zip(waiting, admissions, strict=True):
+            shortage = admission.shortage
             if shortage is not None and not shortage.final and now_s < item.deadline_s:
                 self._waiting.append(item)
                 continue
             if shortage is None:
                 self._open.add(item.reserve.request_id)
-            item.answer(outcome)
+            item.answer(admission)
 
     def _refuse_waiting(self) -> None:
         for item in self._waiting:

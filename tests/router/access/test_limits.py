@@ -8,11 +8,20 @@ import pytest
 from pydantic import ValidationError
 
 from policies.footprint import Cost
-from router.caps.amounts import Amounts, to_text
-from router.caps.config import BudgetsConfig
-from router.caps.errors import CapError
-from router.caps.headers import duration, rate_limit_headers
-from router.caps.limits import CAP_NAMES, SERVER, Limit, limits, read_caps, window
+from router.access.limits import (
+    CAP_NAMES,
+    SERVER,
+    Amounts,
+    BudgetsConfig,
+    CapError,
+    Limit,
+    duration,
+    limits,
+    rate_limit_headers,
+    read_caps,
+    to_text,
+    window,
+)
 
 
 def _time_s(text: str) -> float:

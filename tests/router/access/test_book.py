@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from router.caps.amounts import NOTHING, Amounts
-from router.caps.book import Book, Hold, Shortage, Tally
-from router.caps.limits import SERVER, Cap, Limit, window
+from router.access.book import Book, Hold, Shortage, Tally
+from router.access.limits import NOTHING, SERVER, Amounts, Cap, Limit, window
 
 NOW_S = 1_800_000_000.0
 DAY = window(SERVER, "day", NOW_S)

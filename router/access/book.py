@@ -17,8 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from router.caps.amounts import NOTHING, RESOURCES, Amounts
-from router.caps.limits import Limit
+from router.access.limits import NOTHING, RESOURCES, Amounts, Limit
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.exc import IntegrityError
 
-from router.caps.limits import Cap, read_caps
+from router.access.limits import Cap, read_caps
 from router.ledger.database import Database, writing
 from router.ledger.schema import API_KEYS
 

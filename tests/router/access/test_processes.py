@@ -12,13 +12,12 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from policies.footprint import Cost
-from router.caps.amounts import NOTHING, Amounts
-from router.caps.limits import SERVER, limits, read_caps
-from router.caps.store import BudgetStore, Reserve, Settle
+from router.access.limits import NOTHING, SERVER, Amounts, limits, read_caps
+from router.access.store import BudgetStore, Reserve, Settle
 from router.ledger.database import Database, writing
 from router.ledger.queries import requests
 from router.ledger.schema import BUDGET_HOLDS, BUDGET_WINDOWS
-from tests.router.caps.replica import LEASE_S
+from tests.router.access.replica import LEASE_S
 
 CAP_TOKENS = 40_000
 

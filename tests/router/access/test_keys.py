@@ -11,9 +11,7 @@ import pytest
 import sqlalchemy as sa
 from typer.testing import CliRunner
 
-from router.caps.errors import CapError
-from router.cli import keys as keys_cli
-from router.keys import (
+from router.access.keys import (
     AuthConfig,
     Authenticator,
     Key,
@@ -23,6 +21,8 @@ from router.keys import (
     list_keys,
     revoke_key,
 )
+from router.access.limits import CapError
+from router.cli import keys as keys_cli
 from router.ledger.database import Database, open_database
 from router.ledger.schema import API_KEYS
 
@@ -117,7 +117,7 @@ def test_the_cache_saves_queries_and_is_bounded(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A known key costs one query per cache age; guessed keys cannot fill the memory."""
-    monkeypatch.setattr("router.keys._MOST_CACHED", 5)
+    monkeypatch.setattr("router.access.keys._MOST_CACHED", 5)
     _, secret = create_key(database, name="team")
     queries: list[str] = []
 

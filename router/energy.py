@@ -1,0 +1,276 @@
+"""Energy measured at the engines and attributed to requests, by lane-time.
+
+A meter counts the energy of the device that an engine runs on: NVML an NVIDIA GPU's, RAPL that of
+CPU packages and their memory. A lane is one member answering one request. At every moment the
+device's power is shared equally by the lanes that run, so a request pays Σ lanes / all lanes of
+what is drawn while it runs. What is drawn while no lane runs is idle and belongs to no request.
+Nothing is lost or counted twice: the requests' energy, without the data centre's PUE, plus the idle
+energy is what the meter read.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeAlias
+
+from models.engines.base import Chunk
+from models.spec import EngineSpec
+from policies.carbon.settings import CarbonSettings
+
+logger = logging.getLogger(__name__)
+
+MeterKind: TypeAlias = Literal["auto", "rapl", "nvml", "off"]
+
+POWERCAP = Path("/sys/class/powercap")
+_MILLIJOULES_PER_WH = 3.6e6
+_MICROJOULES_PER_WH = 3.6e9
+
+
+class MeterError(RuntimeError):
+    """A meter that this machine lacks or does not let us read; the message says what would help."""
+
+
+class Meter(Protocol):
+    """Counts the energy of the device an engine runs on, other programs' share included."""
+
+    @property
+    def method(self) -> str:
+        """How it measures: "measured:nvml" or "measured:rapl"."""
+        ...
+
+    def read_wh(self) -> float:
+        """Return watt-hours since the meter was opened; never falls. Raises `MeterError`."""
+        ...
+
+
+class NvmlMeter:
+    """Reads a GPU's total energy consumption (Volta and later); the whole board is counted."""
+
+    method = "measured:nvml"
+
+    def __init__(self, device: str = "0", *, nvml: Any = None) -> None:  # noqa: ANN401 - a module
+        """Open the GPU with this index or UUID; `nvml` replaces the pynvml module.
+
+        Raises `MeterError` without the nvidia-ml-py package, a driver, or such a counter.
+        """
+        self._nvml = nvml if nvml is not None else _load_nvml()
+        try:
+            self._nvml.nvmlInit()
+            self._handle = (
+                self._nvml.nvmlDeviceGetHandleByIndex(int(device))
+                if device.isdigit()
+                else self._nvml.nvmlDeviceGetHandleByUUID(device)
+            )
+            self._start_mj = self._energy_mj()
+        except self._nvml.NVMLError as error:
+            raise MeterError(f"GPU {device} has no energy counter: {error}") from None
+
+    def read_wh(self) -> float:
+        """Return watt-hours since the meter was opened."""
+        try:
+            return (self._energy_mj() - self._start_mj) / _MILLIJOULES_PER_WH
+        except self._nvml.NVMLError as error:
+            raise MeterError(f"the GPU's energy counter cannot be read: {error}") from None
+
+    def _energy_mj(self) -> int:
+        return int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle))
+
+
+def visible_device() -> str:
+    """Return this process's first GPU, which CUDA_VISIBLE_DEVICES may have renumbered."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip() or "0"
+
+
+def _load_nvml() -> Any:  # noqa: ANN401 - an optional module without types
+    try:
+        return import_module("pynvml")
+    except ImportError:
+        raise MeterError(
+            "measuring a GPU's energy needs the package nvidia-ml-py: pip install nvidia-ml-py"
+        ) from None
+
+
+class RaplMeter:
+    """Sums the package and DRAM counters of all sockets; counters that wrap are unwrapped.
+
+    Packages cover the whole socket, so what other programs burn is counted too. A counter must be
+    read at least once per wrap (minutes at full load).
+    """
+
+    method = "measured:rapl"
+
+    def __init__(self, root: Path = POWERCAP) -> None:
+        """Open every package below `root`; raises `MeterError` if there is none to read."""
+        zones = [
+            zone
+            for zone in sorted(root.glob("intel-rapl:*"))
+            if _read(zone / "name").startswith(("package", "dram"))
+        ]
+        if not zones:
+            raise MeterError(f"{root} holds no RAPL package; this machine has no such meter")
+        self._counters = [_Counter(zone) for zone in zones]
+
+    def read_wh(self) -> float:
+        """Return watt-hours since the meter was opened."""
+        return sum(counter.advance() for counter in self._counters) / _MICROJOULES_PER_WH
+
+
+class _Counter:
+    """One zone's microjoules since it was opened."""
+
+    def __init__(self, zone: Path) -> None:
+        self._file = zone / "energy_uj"
+        self._range_uj = int(_read(zone / "max_energy_range_uj"))
+        self._last_uj = int(_read(self._file))
+        self._total_uj = 0
+
+    def advance(self) -> int:
+        now_uj = int(_read(self._file))
+        step_uj = now_uj - self._last_uj
+        if step_uj < 0:
+            step_uj += self._range_uj
+        self._last_uj = now_uj
+        self._total_uj += step_uj
+        return self._total_uj
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text().strip()
+    except PermissionError:
+        raise MeterError(
+            f"{file} may not be read; allow it with `chmod a+r {file}` (Linux keeps it to root)"
+        ) from None
+    except OSError as error:
+        raise MeterError(f"{file}: {error.strerror}") from None
+
+
+def open_meter(kind: MeterKind, *, on_gpu: bool, powercap: Path = POWERCAP) -> Meter | None:
+    """Open the meter that `kind` names; "auto" takes NVML for GPUs, RAPL for CPUs, or none.
+
+    Where "auto" finds nothing to read, energy is modelled instead, and the log says why. Raises
+    `MeterError` where a meter was asked for by name and cannot be read.
+    """
+    if kind == "off":
+        return None
+    try:
+        if kind == "nvml" or (kind == "auto" and on_gpu):
+            return NvmlMeter(visible_device())
+        return RaplMeter(powercap)
+    except MeterError as error:
+        if kind != "auto":
+            raise
+        logger.info("energy is modelled, not measured: %s", error)
+        return None
+
+
+def lane_meter(carbon: CarbonSettings, spec: EngineSpec) -> LaneMeter | None:
+    """Return what attributes the energy of the engine that `spec` describes; None to model it.
+
+    To be called when the engine has been made: only then is its tensor library loaded. What a
+    remote engine draws, no meter of this machine sees.
+    """
+    if spec.kind == "remote":
+        return None
+    torch = sys.modules.get("torch")
+    on_gpu = spec.device.startswith("cuda") or (
+        spec.device == "auto" and torch is not None and torch.cuda.is_available()
+    )
+    meter = open_meter(carbon.meter, on_gpu=on_gpu)
+    return None if meter is None else LaneMeter(meter, clock=time.monotonic, pue=carbon.pue)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnergyUse:
+    """What one request used: watt-hours, its share of the device's busy seconds, and how known."""
+
+    wh: float
+    busy_s: float
+    method: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Running:
+    lanes: int
+    wh_per_lane: float
+    s_per_lane: float
+
+
+class LaneMeter:
+    """Attributes one engine's energy. Called on the engine's event loop, not thread-safe.
+
+    Constant work per request: it integrates energy and time per lane, and a request takes the
+    difference between its end and its begin (the virtual time of fair queueing).
+    """
+
+    def __init__(self, meter: Meter, *, clock: Callable[[], float], pue: float = 1.0) -> None:
+        """Attribute what `meter` reads; requests also pay for cooling, by the PUE."""
+        self._meter = meter
+        self._pue = pue
+        self._clock = clock
+        self._running: dict[str, _Running] = {}
+        self._num_lanes = 0
+        self._wh_per_lane = 0.0
+        self._s_per_lane = 0.0
+        self._idle_wh = 0.0
+        self._last_wh = meter.read_wh()
+        self._last_s = clock()
+
+    @property
+    def idle_wh(self) -> float:
+        """Watt-hours drawn while no request ran."""
+        self._settle()
+        return self._idle_wh
+
+    def begin(self, request_id: str, *, lanes: int) -> None:
+        """Note that a request starts on `lanes` members."""
+        self._settle()
+        self._num_lanes += lanes
+        self._running[request_id] = _Running(
+            lanes=lanes, wh_per_lane=self._wh_per_lane, s_per_lane=self._s_per_lane
+        )
+
+    def end(self, request_id: str) -> EnergyUse:
+        """Note that a request ended, however it did, and return what it used."""
+        self._settle()
+        began = self._running.pop(request_id)
+        self._num_lanes -= began.lanes
+        return EnergyUse(
+            wh=began.lanes * (self._wh_per_lane - began.wh_per_lane) * self._pue,
+            busy_s=began.lanes * (self._s_per_lane - began.s_per_lane),
+            method=self._meter.method,
+        )
+
+    def _settle(self) -> None:
+        wh, now_s = self._meter.read_wh(), self._clock()
+        step_wh, step_s = wh - self._last_wh, now_s - self._last_s
+        self._last_wh, self._last_s = wh, now_s
+        if self._num_lanes:
+            self._wh_per_lane += step_wh / self._num_lanes
+            self._s_per_lane += step_s / self._num_lanes
+        else:
+            self._idle_wh += step_wh
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeteredChunk(Chunk):
+    """A chunk that also says what the whole answer used."""
+
+    energy: EnergyUse
+
+
+def metered(chunk: Chunk, energy: EnergyUse) -> MeteredChunk:
+    """Return `chunk` with what the answer used."""
+    return MeteredChunk(**{f.name: getattr(chunk, f.name) for f in fields(Chunk)}, energy=energy)
+
+
+def energy_of(chunk: Chunk) -> EnergyUse | None:
+    """Return what the answer used, if this is its last chunk and somebody measured it."""
+    return chunk.energy if isinstance(chunk, MeteredChunk) else None

@@ -1,1 +1,0 @@
-"""Energy measured at the engines and attributed to requests."""
