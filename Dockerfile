@@ -48,9 +48,9 @@ CMD ["shoal", "serve", "--host", "0.0.0.0"]
 
 FROM base AS cpu
 COPY --from=build-cpu /opt/shoal/.venv /opt/shoal/.venv
-RUN python -c "from router.cluster import find_haproxy; assert find_haproxy(), 'no HAProxy'"
+RUN python -c "from router.haproxy import find_haproxy; assert find_haproxy(), 'no HAProxy'"
 
 FROM base AS cuda
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=build-cuda /opt/shoal/.venv /opt/shoal/.venv
-RUN python -c "from router.cluster import find_haproxy; assert find_haproxy(), 'no HAProxy'"
+RUN python -c "from router.haproxy import find_haproxy; assert find_haproxy(), 'no HAProxy'"

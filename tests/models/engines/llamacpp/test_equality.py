@@ -38,7 +38,7 @@ def test_same_tokens_and_probabilities() -> None:
     not it is nearly tied; and log-probabilities differ as little as rounding explains.
 
     llama.cpp rounds the activations of quantized products to eight bits, transformers computes
-    the dequantized weights in float32: so a hundredth of a nat at likely tokens, more at unlikely.
+    the dequantized weights in float32: so some hundredths of a nat, more at unlikely tokens.
     """
     model = Model(
         spec=ModelSpec(name="m", engine="e", checkpoint=SOURCE),
@@ -87,9 +87,14 @@ def test_same_tokens_and_probabilities() -> None:
             logp_TV = reference(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         for token, logp_V in zip(tokens, logp_TV, strict=True):
             assert token.logprob is not None
-            differences.append(abs(token.logprob - float(logp_V[token.token_id])))
-            num_first += int(logp_V.argmax()) == token.token_id
-            assert float(logp_V.max() - logp_V[token.token_id]) < 0.3
+            differences.append(token.logprob - float(logp_V[token.token_id]))
+            # Told to ignore ends, llama.cpp draws the likeliest of all other tokens.
+            others_V = logp_V.clone()
+            others_V[reference.config.eos_token_id] = -torch.inf
+            num_first += int(others_V.argmax()) == token.token_id
+            assert float(others_V.max() - logp_V[token.token_id]) < 0.3
     assert num_first >= 0.95 * len(differences)
-    assert sum(differences) / len(differences) < 0.05
-    assert max(differences) < 0.5
+    # Rounding has no side. (Rounding transformers' own weights to bfloat16 gives 0.03 in the mean.)
+    assert abs(sum(differences)) / len(differences) < 0.03
+    assert sum(map(abs, differences)) / len(differences) < 0.1
+    assert max(map(abs, differences)) < 0.5
