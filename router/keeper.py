@@ -2,9 +2,11 @@
 
 Every process that a server starts, or that these start, inherits a variable that names the server.
 A keeper, a small process beside the server, waits for its end (also by `kill -9`) and then ends all
-that carry the name. Where the keeper was killed too, the next server does it when it starts. Only
-processes whose server is provably gone are touched: the name holds its process id, that process's
-start and its namespace. It knows nothing of Ray, HAProxy or models.
+that carry the name, and all that it has seen below the server (a program that sets its own title,
+as Ray's do, loses what it inherited). Where the keeper was killed too, the next server ends those
+with the name when it starts. Only processes whose server is provably gone are touched: the name
+holds its process id, that process's start and its namespace. It knows nothing of Ray, HAProxy or
+models.
 
 Run as a program: `python keeper.py NAME [FOLDER]` (its standard input is the server's pipe).
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -26,6 +29,7 @@ from typing import Final
 VARIABLE: Final = "SHOAL_SERVER"
 _PROC: Final = Path("/proc")
 _LISTEN: Final = "0A"  # TCP_LISTEN in /proc/net/tcp
+_LOOK_S: Final = 1.0  # how often the keeper looks who is there
 _SWEEP_S: Final = 5.0  # a killed process is gone at once, unless the disk holds it
 
 
@@ -146,12 +150,38 @@ def _stat(pid: int) -> list[str] | None:
         return None
 
 
+def _below(family: dict[int, str]) -> dict[int, str]:
+    """Return `family`, processes and when each started, with the running ones that it started."""
+    parents: dict[int, list[tuple[int, str]]] = {}
+    for entry in _PROC.glob("[0-9]*"):
+        stat = _stat(int(entry.name))
+        if stat is not None and stat[0] != "Z":
+            parents.setdefault(int(stat[1]), []).append((int(entry.name), stat[19]))
+    found, fresh = dict(family), list(family)
+    while fresh:
+        started = [
+            child for pid in fresh for child in parents.get(pid, []) if child[0] not in found
+        ]
+        found.update(started)
+        fresh = [pid for pid, _ in started]
+    return found
+
+
 def main() -> None:
     """Wait until the server is gone, then end its processes and remove its folder."""
     name, *folders = sys.argv[1:]
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the server decides when, a terminal does not
-    sys.stdin.buffer.read()
+    server, started = name.split(":")[:2]
+    family = {int(server): started}
+    while not select.select([sys.stdin], [], [], _LOOK_S)[0]:
+        running = {pid: at for pid, at in family.items() if (_stat(pid) or [""] * 20)[19] == at}
+        family = _below(running)
+    for pid, at in family.items():
+        mine = pid in (int(server), os.getpid())
+        if not mine and (_stat(pid) or [""] * 20)[19] == at:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
     sweep(name)
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)

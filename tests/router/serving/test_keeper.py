@@ -21,7 +21,8 @@ child = "import subprocess, time; p = subprocess.Popen(['sleep', '600']); print(
 child += "; time.sleep(600)"
 with kept(Path(sys.argv[1])):
     started = subprocess.Popen(
-        [sys.executable, "-c", child], stdout=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", child], stdout=subprocess.PIPE, text=True, start_new_session=True,
+        env={} if sys.argv[2:] else None,
     )
     print(started.pid, started.stdout.readline().strip(), flush=True)
     sys.stdin.readline()
@@ -31,11 +32,11 @@ with kept(Path(sys.argv[1])):
 class Server:
     """The server's process and the ids of what it started."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, nameless: bool = False) -> None:
         folder.mkdir()
         self.folder = folder
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER, str(folder)],
+            [sys.executable, "-c", SERVER, str(folder), *(["nameless"] if nameless else [])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -74,12 +75,12 @@ def _ended(server: Server) -> bool:
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[[], Server]]:
+def start(tmp_path: Path) -> Iterator[Callable[..., Server]]:
     """Start servers, and end them after the test."""
     servers: list[Server] = []
 
-    def start() -> Server:
-        servers.append(Server(tmp_path / f"server-{len(servers)}"))
+    def start(*, nameless: bool = False) -> Server:
+        servers.append(Server(tmp_path / f"server-{len(servers)}", nameless=nameless))
         return servers[-1]
 
     yield start
@@ -92,7 +93,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[], Server]]:
         server.process.communicate()
 
 
-def test_nothing_outlives_a_killed_server(start: Callable[[], Server]) -> None:
+def test_nothing_outlives_a_killed_server(start: Callable[..., Server]) -> None:
     """After kill -9 its processes end, those in other sessions too, and its folder goes."""
     server, other = start(), start()
     server.process.kill()
@@ -102,7 +103,15 @@ def test_nothing_outlives_a_killed_server(start: Callable[[], Server]) -> None:
     assert other.folder.exists()
 
 
-def test_nothing_outlives_a_server_that_stops(start: Callable[[], Server]) -> None:
+def test_who_lost_the_name_is_known_by_descent(start: Callable[..., Server]) -> None:
+    """A process that overwrote what it inherited, as programs with a title do, ends as well."""
+    server = start(nameless=True)
+    time.sleep(3)  # for the keeper to have looked
+    server.process.kill()
+    _until(lambda: _ended(server))
+
+
+def test_nothing_outlives_a_server_that_stops(start: Callable[..., Server]) -> None:
     """What a server forgets to end at its regular end is ended before it returns."""
     server = start()
     server.process.communicate("\n")
@@ -110,7 +119,7 @@ def test_nothing_outlives_a_server_that_stops(start: Callable[[], Server]) -> No
     assert not server.folder.exists()
 
 
-def test_the_next_server_ends_what_server_and_keeper_left(start: Callable[[], Server]) -> None:
+def test_the_next_server_ends_what_server_and_keeper_left(start: Callable[..., Server]) -> None:
     """Where the keeper was killed as well, the next start cleans up, and spares who still lives."""
     lost, living = start(), start()
     os.kill(lost.keeper(), signal.SIGKILL)
@@ -122,7 +131,7 @@ def test_the_next_server_ends_what_server_and_keeper_left(start: Callable[[], Se
     assert all(is_running(pid) for pid in living.started)
 
 
-def test_a_variable_of_that_name_alone_is_no_reason(start: Callable[[], Server]) -> None:
+def test_a_variable_of_that_name_alone_is_no_reason(start: Callable[..., Server]) -> None:
     """Somebody else's process that happens to have the variable is left alone."""
     values = ("https://example.org", "1:2", "1:2:3", "999999999:1:1")
     others = [
