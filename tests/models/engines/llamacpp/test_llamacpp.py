@@ -103,18 +103,25 @@ def _text(chunks: list[Chunk]) -> str:
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
+def loop() -> Iterator[asyncio.Runner]:
+    """The one event loop of the shared engine, which hears there of threads that end late."""
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def engine(loop: asyncio.Runner) -> Iterator[Engine]:
     """A started engine of two slots."""
     engine = create_engine(_spec(options={"num_slots": 2}), [MODEL])
-    asyncio.run(engine.start())
+    loop.run(engine.start())
     yield engine
-    asyncio.run(engine.stop())
+    loop.run(engine.stop())
 
 
 @pytest.fixture
-def read(engine: Engine) -> Read:
+def read(loop: asyncio.Runner, engine: Engine) -> Read:
     """Return what reads an answer of the engine."""
-    return lambda request: asyncio.run(_read(engine, request))
+    return lambda request: loop.run(_read(engine, request))
 
 
 def test_answers_people(read: Read, ask: Ask) -> None:
@@ -180,7 +187,7 @@ def test_ignores_the_end_where_asked(read: Read, ask: Ask) -> None:
     assert (len(_tokens(chunks)), chunks[-1].finish_reason) == (24, "length")
 
 
-def test_seeds_repeat(engine: Engine, ask: Ask) -> None:
+def test_seeds_repeat(loop: asyncio.Runner, engine: Engine, ask: Ask) -> None:
     """A seed gives the same answer, alone or beside others; another seed another."""
 
     async def run() -> None:
@@ -191,7 +198,7 @@ def test_seeds_repeat(engine: Engine, ask: Ask) -> None:
         )
         assert [_text(chunks) == alone for chunks in beside] == [True, False, True]
 
-    asyncio.run(run())
+    loop.run(run())
 
 
 @pytest.mark.parametrize(
@@ -235,7 +242,9 @@ def test_prompts_are_kept(read: Read, ask: Ask) -> None:
     assert 0 < num_cached < len(question.prompt_tokens)
 
 
-def test_closing_frees_the_slot_during_the_prompt(engine: Engine, ask: Ask) -> None:
+def test_closing_frees_the_slot_during_the_prompt(
+    loop: asyncio.Runner, engine: Engine, ask: Ask
+) -> None:
     """A request that is cancelled while its long prompt is read frees its slot and its rows."""
 
     async def run() -> None:
@@ -250,7 +259,7 @@ def test_closing_frees_the_slot_during_the_prompt(engine: Engine, ask: Ask) -> N
                 await asyncio.sleep(0.01)
         assert engine.stats().kv_bytes_used == 0
 
-    asyncio.run(run())
+    loop.run(run())
 
 
 def test_the_queue_is_bounded(ask: Ask) -> None:
