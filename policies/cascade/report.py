@@ -12,6 +12,7 @@ from policies.cascade.answers import AnswerTable, Floats
 from policies.cascade.frontier import pareto
 from policies.cascade.learn import StopRate, measure_stops, replay_cascade
 from policies.cascade.learned import CascadePoint, LearnedCascade
+from policies.tables import text_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,18 +85,22 @@ def render(report: CascadeReport, *, max_rows: int = 12) -> str:
     dearest = max(single.usd for single in report.singles)
     picks = np.linspace(0, len(report.chains) - 1, min(max_rows, len(report.chains)))
     shown = sorted({*picks.round().astype(int).tolist(), report.chosen})
-    header = f"  {'USD/1000':>9} {'of dearest':>10} {'accuracy':>15} {'learned':>8}  chain"
-    lines = [f"Held out: {report.num_queries} queries.", header]
-    for index in shown:
-        row, mark = report.chains[index], "*" if index == report.chosen else " "
-        learned = f"{report.points[index].accuracy:.1%}"
-        lines.append(f"{mark} {_figures(row, dearest)} {learned:>8}  {row.name}")
-    lines.append("")
-    lines += [
-        f"  {_figures(row, dearest)} {'':>8}  {row.name}"
-        for row in (*report.singles, report.oracle)
+    head = ("chain", "USD/1000", "of dearest", "accuracy", "learned")
+    chains = [
+        _cells(
+            report.chains[index],
+            dearest,
+            mark="*" if index == report.chosen else "",
+            learned=f"{report.points[index].accuracy:.1%}",
+        )
+        for index in shown
     ]
-    lines.append("* the chain within the budget; ± is a 95% interval over queries.")
+    others = [_cells(row, dearest) for row in (*report.singles, report.oracle)]
+    lines = [
+        f"Held out: {report.num_queries} queries.",
+        text_table([head, *chains, [""] * len(head), *others]),
+        "* the chain within the budget; ± is a 95% interval over queries.",
+    ]
     lines += [
         f"Stopped early, of what {stop.stage} would have had rejected: {stop.num_right_stops} of "
         f"{stop.num_rejected}; accepted: {stop.num_false_stops} of {stop.num_accepted}."
@@ -147,6 +152,7 @@ def _annotated(axes: object, rows: Sequence[Measured], marker: str, color: str, 
         )  # fmt: skip
 
 
-def _figures(row: Measured, dearest: float) -> str:
+def _cells(row: Measured, dearest: float, *, mark: str = "", learned: str = "") -> tuple[str, ...]:
     accuracy = f"{row.accuracy:.1%} ± {1.96 * row.error:.1%}"
-    return f"{row.usd * 1e3:>9.4f} {row.usd / dearest:>10.1%} {accuracy:>15}"
+    name = f"{mark} {row.name}".strip()
+    return name, f"{row.usd * 1e3:.4f}", f"{row.usd / dearest:.1%}", accuracy, learned

@@ -1,10 +1,10 @@
-"""What commands share: tables, refusals, which ledger and which rows, and a running server."""
+"""What commands share: refusals, which ledger and which rows, and a running server."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -51,35 +51,26 @@ KeyOption: TypeAlias = Annotated[
 ]
 
 
-def show(lines: Sequence[Sequence[str]], *, num_left: int = 1) -> None:
-    """Print a table whose first line is its head; all columns but the first ones are numbers.
-
-    As wide as it is where the output is no terminal.
-    """
-    from rich.console import Console
-    from rich.measure import Measurement
-    from rich.table import Table
-    from rich.text import Text
-
-    head, *rows = lines
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for index, name in enumerate(head):
-        table.add_column(Text(name), justify="left" if index < num_left else "right")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    console = Console()
-    wide = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
-    console.print(table, width=None if console.is_terminal else wide)
-
-
 @contextmanager
-def refusing() -> Iterator[None]:
-    """Turn what the user got wrong into one line on stderr and exit code 1."""
+def refusing(command: str | None = None, *more: type[Exception]) -> Iterator[None]:
+    """Turn what the user got wrong into one line on stderr.
+
+    With a `command`: settings, pools, data and files that cannot be used, and `more`; exit code 2.
+    Without: any `ValueError`; exit code 1.
+    """
+    from models.downscale.errors import DownscaleError
+    from models.errors import PoolError
+    from policies.errors import PolicyError
+    from router.ledger import LedgerError
+
+    refused: tuple[type[Exception], ...] = (ValueError,)
+    if command:
+        refused = (PolicyError, PoolError, LedgerError, DownscaleError, OSError, *more)
     try:
         yield
-    except ValueError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from None
+    except refused as error:
+        typer.echo(f"{f'shoal {command}' if command else 'Error'}: {error}", err=True)
+        raise typer.Exit(2 if command else 1) from None
 
 
 @contextmanager

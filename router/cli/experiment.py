@@ -1,11 +1,9 @@
-"""`shoal experiment`: what runs, and what may be concluded from it so far."""
+"""What an experiment found, and what to expect of a policy: `shoal experiment`, `shoal replay`."""
 
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,18 +13,24 @@ from policies.files import write_atomic
 from router.cli.console import LedgerOption, opened, refusing
 
 if TYPE_CHECKING:
-    from policies.experiments.report import Comparison
+    from collections.abc import Callable
+
+    from policies.experiments.offpolicy import Estimate
+    from policies.experiments.replay import Replayed
+    from router.catalog.catalog import Catalog
+    from router.config import AppArgs
     from router.experiments.reporting import Summary
+
 
 app = typer.Typer(help="List A/B experiments, or report on one.", no_args_is_help=True)
 
-ConfigOption = Annotated[
+_ExperimentsOption = Annotated[
     Path, typer.Option("--config", help="The server's configuration, with its experiments.")
 ]
 
 
 @app.command("list")
-def list_experiments(*, config: ConfigOption, ledger: LedgerOption = None) -> None:
+def list_experiments(*, config: _ExperimentsOption, ledger: LedgerOption = None) -> None:
     """Print every configured experiment: status, arms, units and the advice of the moment."""
     with refusing():
         for summary in _summaries(config, ledger, None):
@@ -40,7 +44,7 @@ def list_experiments(*, config: ConfigOption, ledger: LedgerOption = None) -> No
 def report_experiment(
     *,
     name: Annotated[str, typer.Argument(help="The experiment.")],
-    config: ConfigOption,
+    config: _ExperimentsOption,
     ledger: LedgerOption = None,
     plot: Annotated[
         Path | None,
@@ -51,106 +55,17 @@ def report_experiment(
     ] = False,
 ) -> None:
     """Print means per arm, lift with its always-valid interval and p, power, and what to do."""
+    from router.experiments.reporting import as_text
+
     with refusing():
         [summary] = _summaries(config, ledger, name)
         if as_json:
             typer.echo(json.dumps(summary.to_json(), indent=2))
         else:
-            typer.echo(render(summary))
+            typer.echo(as_text(summary))
         if plot is not None:
             write_atomic(plot, summary.plot())
             typer.echo(f"plot: {plot}", err=as_json)
-
-
-def render(summary: Summary) -> str:
-    """Return the report as text."""
-    report = summary.report
-    lines = [
-        f"{report.name}: {summary.status}; {report.num_requests:,} requests of "
-        f"{report.num_units:,} {report.unit}s"
-        + (f"; {report.num_crossed:,} left out (moved arms)" if report.num_crossed else ""),
-        "",
-    ]
-    metrics = [metric for metric in _METRICS if any(metric in arm.means for arm in report.arms)]
-    lines += _table(
-        ("arm", "policy", f"{report.unit}s", "requests", *metrics),
-        [
-            (
-                arm.name + (" (stopped)" if arm.stopped else ""),
-                arm.policy,
-                f"{arm.num_units:,}",
-                f"{arm.num_requests:,}",
-                *(
-                    f"{arm.means[metric].mean:.4g}" if metric in arm.means else "-"
-                    for metric in metrics
-                ),
-            )
-            for arm in report.arms
-        ],
-    )
-    compared = (*report.primary, *report.secondary)
-    lines += ["", *_table(_COMPARED, [_cells(found) for found in compared])]
-    if report.guardrails:
-        rows = [
-            (
-                guard.treatment,
-                guard.metric,
-                _number(guard.harm),
-                _number(guard.harm_low),
-                f"{guard.limit:.4g}",
-                "BREACHED" if guard.breached else "ok",
-            )
-            for guard in report.guardrails
-        ]
-        lines += [
-            "",
-            *_table(("guardrail", "metric", "harm", "at least", "allowed", ""), rows),
-        ]
-    ratio = report.sample_ratio
-    seen = ", ".join(
-        f"{arm} {count:,} of {want:,.0f} expected"
-        for arm, count, want in zip(ratio.arms, ratio.observed, ratio.expected, strict=True)
-    )
-    alarm = "MISMATCH" if ratio.alarm else "ok"
-    lines += ["", f"sample ratio: {alarm} (p = {ratio.p:.3g}; {seen})"]
-    kept = {found.variance_kept for found in report.primary if found.variance_kept < 1}
-    if kept:
-        lines.append(f"CUPED leaves {min(kept):.0%} of the variance of {report.primary_metric}")
-    lines += [f"note: {note}" for note in report.notes]
-    return "\n".join([*lines, "", report.recommendation])
-
-
-_METRICS = (
-    *("quality", "feedback_rate", "usd", "wh", "gco2e", "latency_s", "ttft_s", "tokens"),
-    *("error_rate", "escalation_rate", "predicted_quality"),
-)
-_COMPARED = ("metric", "arm", "difference", "relative", "interval", "p", "power", "")
-
-
-def _cells(found: Comparison) -> tuple[str, ...]:
-    verdict = {True: "better", False: "worse", None: ""}[found.better]
-    return (
-        found.metric,
-        found.treatment,
-        _number(found.estimate),
-        f"{found.relative:+.1%}" if math.isfinite(found.relative) else "-",
-        f"[{_number(found.low)}, {_number(found.high)}]",
-        f"{found.p:.3g}" if found.p else "<1e-300",
-        f"{found.power:.0%}",
-        verdict,
-    )
-
-
-def _number(value: float) -> str:
-    return f"{value:+.4g}" if math.isfinite(value) else "-"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in (head, *rows)
-    ]
 
 
 def _summaries(config: Path, ledger: str | None, name: str | None) -> list[Summary]:
@@ -166,3 +81,131 @@ def _summaries(config: Path, ledger: str | None, name: str | None) -> list[Summa
         raise ExperimentError(f"there is no experiment {name!r} in {config}; it has {known}")
     with opened(ledger, config) as database:
         return [summarise(database, one, now_s=time.time()) for one in chosen]
+
+
+_HEAD = ("policy", "quality", "95% interval", "IPS", "SNIPS", "worth", "requests", "USD/1,000")
+
+
+def replay(
+    *,
+    config: Annotated[Path, typer.Argument(help="The server's configuration, with the policies.")],
+    source: Annotated[
+        str,
+        typer.Option(
+            "--from",
+            help="Outcomes (a .jsonl file of every model's answers), or a ledger's address "
+            "or SQLite file.",
+        ),
+    ],
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="Replay this policy; may be repeated. [default: every arm's]"),
+    ] = None,
+    experiment: Annotated[
+        str | None,
+        typer.Option(help="The experiment whose traffic to use. [default: the only one]"),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Only this split of the outcomes.")] = None,
+) -> None:
+    """Estimate a policy's quality and cost before anybody is sent to it.
+
+    From outcomes every plan of single models and cascades is played out. From a ledger the
+    estimate is off-policy, doubly robust; IPS and SNIPS stand beside it, and "worth" is how many
+    requests of the policy itself the log equals. Refused where the past says nothing.
+    """
+    from models.pool import load_pool
+    from router.catalog.catalog import load_catalog
+    from router.config import load_args
+    from router.experiments.experiments import read_definitions
+
+    with refusing():
+        args = load_args(config)
+        catalog = load_catalog(load_pool(args.pool), policies=args.policies, carbon=args.carbon)
+        definitions, _ = read_definitions(args)
+        arms = [arm.policy for one in definitions for arm in one.arms]
+        names = list(dict.fromkeys(policy or arms or catalog.policies))
+        for name in names:
+            if name not in catalog.policies:
+                raise ValueError(
+                    f"--policy {name!r} is unknown; allowed are {', '.join(catalog.policies)}"
+                )
+        if source.endswith(".jsonl"):
+            play = _from_outcomes(source, split, catalog)
+        else:
+            play = _from_ledger(source, experiment, args, catalog)
+        _print({name: _try(play, name) for name in names})
+
+
+def _from_outcomes(source: str, split: str | None, catalog: Catalog) -> Callable[[str], Replayed]:
+    from policies.experiments.replay import replay_outcomes
+    from policies.outcomes import read_outcomes
+
+    found = read_outcomes(source, split=split)
+    return lambda name: replay_outcomes(
+        found, catalog.policies[name], rates=catalog.prices.rates, scorers=catalog.policies.scorers
+    )
+
+
+def _from_ledger(
+    source: str, experiment: str | None, args: AppArgs, catalog: Catalog
+) -> Callable[[str], Replayed]:
+    from policies.experiments.replay import replay_log
+    from router.experiments.experiments import read_definitions
+    from router.experiments.reporting import read_log
+
+    definitions, _ = read_definitions(args)
+    chosen = [one for one in definitions if experiment in (None, one.name)]
+    if len(chosen) != 1:
+        known = ", ".join(one.name for one in definitions) or "none"
+        raise ValueError(f"--experiment: name one of the configuration's: {known}")
+    address = source if "://" in source else f"sqlite:///{source}"
+
+    def play(name: str) -> Replayed:
+        with opened(address, None) as database:
+            log = read_log(database, chosen[0], catalog, target=name)
+        return replay_log(log, catalog.policies[name], policies=catalog.policies)
+
+    return play
+
+
+def _try(play: Callable[[str], Replayed], name: str) -> Replayed | str:
+    from policies.errors import ExperimentError
+
+    try:
+        return play(name)
+    except ExperimentError as error:
+        return str(error)
+
+
+def _print(results: dict[str, Replayed | str]) -> None:
+    from policies.tables import text_table
+
+    rows = [
+        _HEAD,
+        *(_cells(n, found) for n, found in results.items() if not isinstance(found, str)),
+    ]
+    if len(rows) > 1:
+        typer.echo(text_table(rows))
+    refused = {name: found for name, found in results.items() if isinstance(found, str)}
+    for name, reason in refused.items():
+        typer.echo(f"{name}: refused. {reason}", err=True)
+    if refused and len(rows) == 1:
+        raise typer.Exit(1)
+
+
+def _cells(name: str, found: Replayed) -> tuple[str, ...]:
+    off = found.off_policy
+    return (
+        name,
+        f"{found.quality.value:.4f}",
+        f"[{found.quality.low:.4f}, {found.quality.high:.4f}]",
+        _short(off.ips if off else None),
+        _short(off.snips if off else None),
+        f"{off.num_effective:,.0f}" if off else "all",
+        f"{found.num_requests:,}",
+        f"{1000 * found.usd.value:.4g}" if found.usd else "-",
+    )
+
+
+def _short(value: Estimate | None) -> str:
+    return "-" if value is None else f"{value.value:.4f}"

@@ -7,24 +7,7 @@ from typing import Annotated
 
 import typer
 
-from router.cli import (
-    chat,
-    checkpoints,
-    downscale,
-    evaluate,
-    experiment,
-    keys,
-    ledger,
-    models,
-    plan,
-    replay,
-    replay_budget,
-    report,
-    route,
-    serve,
-    stack,
-    train,
-)
+from router.cli import asking, experiment, ledger, plan, pools, serve, train
 
 app = typer.Typer(
     help="Serves a school of small language models as one.",
@@ -54,19 +37,19 @@ def _options(
 
 
 app.command()(serve.serve)
-app.command()(chat.chat)
-app.command()(models.models)
+app.command()(asking.chat)
+app.command()(asking.models)
 app.command()(plan.plan)
-app.command()(checkpoints.inspect)
-app.command()(checkpoints.pull)
-app.command()(replay.replay)
-app.command()(replay_budget.replay_budget)
-app.command()(report.report)
-app.command()(route.route)
-app.command()(downscale.downscale)
-app.command()(stack.stack)
+app.command()(pools.inspect)
+app.command()(pools.pull)
+app.command()(experiment.replay)
+app.command()(plan.replay_budget)
+app.command()(ledger.report)
+app.command()(asking.route)
+app.command()(pools.downscale)
+app.command()(pools.stack)
 app.add_typer(train.app, name="train")
-app.add_typer(evaluate.app, name="evaluate")
+app.add_typer(train.evaluate_app, name="evaluate")
 app.add_typer(experiment.app, name="experiment")
-app.add_typer(keys.app, name="keys")
+app.add_typer(ledger.keys_app, name="keys")
 app.add_typer(ledger.app, name="ledger")

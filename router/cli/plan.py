@@ -1,11 +1,13 @@
-"""`shoal plan`: planning questions answered by the laws, as a table and a plot."""
+"""What to expect before anything is trained or spent: `shoal plan` and `shoal replay-budget`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+from router.cli.console import refusing
 
 if TYPE_CHECKING:
     from policies.planning import PlanningReport
@@ -42,11 +44,10 @@ def plan(
 ) -> None:
     """Answer how many chunks of which size, at what loss and carbon, before any training."""
     from policies.carbon import find_device, find_zone
-    from policies.errors import PolicyError
     from policies.laws.file import read_laws
     from policies.planning import Site, budget_flops, plan_training
 
-    try:
+    with refusing("plan"):
         grid = find_zone(zone)
         site = Site(
             device=find_device(device),
@@ -64,18 +65,41 @@ def plan(
             laws=read_laws(laws) if laws else None,
             general_loss_limit=general_loss_limit,
         )
-    except PolicyError as error:
-        typer.echo(f"shoal plan: {error}", err=True)
-        raise typer.Exit(2) from None
-    print(render(report, place=f"{devices} × {device}, {grid.name}, PUE {pue:g}"))
+    print(planning_text(report, place=f"{devices} × {device}, {grid.name}, PUE {pue:g}"))
     if plot is not None:
-        draw(report, plot)
+        draw_planning(report, plot)
         print(f"\nPlot: {plot}")
 
 
-def render(report: PlanningReport, *, place: str) -> str:
+_SIZES = ("chunks", "each", "loss of one", "loss of all", "eq. 13 margin")
+_SHAPES = ("d_model", "layers", "R", "loss", "latency")
+
+
+def planning_text(report: PlanningReport, *, place: str) -> str:
     """Return the report as text."""
+    from policies.tables import text_table
+
     carbon = report.carbon
+    sizes = [
+        (
+            str(row.num_chunks),
+            _si(row.chunk_parameters),
+            f"{row.chunk_loss:.4f}",
+            f"{row.ensemble_loss:.4f}",
+            "base" if row.margin is None else f"{row.margin:+.4f}",
+        )
+        for row in report.rows
+    ]
+    shapes = [
+        (
+            str(item.shape.d_model),
+            str(item.shape.num_layers),
+            f"{item.shape.aspect_ratio:.0f}",
+            f"{item.loss:.4f}",
+            f"{item.relative_latency:.2f}",
+        )
+        for item in report.shapes
+    ]
     lines = [
         f"Base of {_si(report.base_parameters)} parameters; each chunk sees "
         f"{_si(report.tokens_per_chunk)} tokens.",
@@ -83,14 +107,8 @@ def render(report: PlanningReport, *, place: str) -> str:
         f"{carbon.operational_tco2e:.3f} t CO2e operational + {carbon.embodied_tco2e:.3f} t "
         "embodied.",
         "",
-        f"{'chunks':>6} {'each':>8} {'loss of one':>12} {'loss of all':>12} {'eq. 13 margin':>16}",
+        text_table([_SIZES, *sizes], num_left=0),
     ]
-    for row in report.rows:
-        margin = "base" if row.margin is None else f"{row.margin:+.4f}"
-        lines.append(
-            f"{row.num_chunks:>6} {_si(row.chunk_parameters):>8} {row.chunk_loss:>12.4f} "
-            f"{row.ensemble_loss:>12.4f} {margin:>16}"
-        )
     winning = report.smallest_winning
     if winning is None:
         lines += ["", "No number of chunks beats the base by eq. 13."]
@@ -116,19 +134,15 @@ def render(report: PlanningReport, *, place: str) -> str:
         ),
         "",
         f"Shapes of {_si(report.shape_parameters)} parameters:",
-        f"{'d_model':>8} {'layers':>7} {'R':>6} {'loss':>8} {'latency':>8}",
+        text_table([_SHAPES, *shapes], num_left=0),
+        "",
+        "Where the constants come from:",
     ]
-    lines += [
-        f"{item.shape.d_model:>8} {item.shape.num_layers:>7} {item.shape.aspect_ratio:>6.0f} "
-        f"{item.loss:>8.4f} {item.relative_latency:>8.2f}"
-        for item in report.shapes
-    ]
-    lines += ["", "Where the constants come from:"]
     lines += [f"  {name}: {origin}" for name, origin in report.origins.items()]
     return "\n".join(lines)
 
 
-def draw(report: PlanningReport, file: Path) -> None:
+def draw_planning(report: PlanningReport, file: Path) -> None:
     """Draw losses, eq. 13's margin and the shapes to a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -172,3 +186,71 @@ def _si(value: float) -> str:
         if value >= scale:
             return f"{value / scale:.3g}{suffix}"
     return f"{value:.3g}"
+
+
+def replay_budget(
+    *,
+    pool: Annotated[
+        Path | None, typer.Option(help="The pool; default: the one that comes with Shoal.")
+    ] = None,
+    outcomes: Annotated[
+        Path | None, typer.Option(help="What its models answered; default: the pool's own file.")
+    ] = None,
+    resource: Annotated[
+        Literal["usd", "wh", "gco2e"], typer.Option(help="What the target limits.")
+    ] = "gco2e",
+    share: Annotated[
+        float,
+        typer.Option(
+            min=0.01,
+            max=1,
+            help="The target, between the cheapest model (0) and the best one (1) for everybody.",
+        ),
+    ] = 0.3,
+    requests: Annotated[int, typer.Option(min=100, help="Requests in the day.")] = 5000,
+    zone: Annotated[str, typer.Option(help="Grid zone whose mean the simulated grid has.")] = "DE",
+    device: Annotated[str, typer.Option(help="Device of the shipped hardware table.")] = "cpu",
+    adversity: Annotated[
+        bool, typer.Option("--adversity", help="Also replay a cold start, a burst and the like.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of traffic and folds.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="Draw the ordinary day to this PNG.")] = None,
+) -> None:
+    """Replay 24 simulated hours over real answers, with the controller and simpler strategies."""
+    from models.pool import DEFAULT_POOL, load_pool
+    from policies.budget.replay import replay_day
+    from policies.budget.replay.days import adversarial, ordinary, target_between, workload_of
+    from policies.budget.replay.replay import draw, table_of
+    from policies.carbon import find_zone
+    from policies.carbon.settings import CarbonSettings, DeviceSettings
+    from policies.outcomes import read_outcomes
+
+    folder = pool or DEFAULT_POOL
+    with refusing("replay-budget", ValueError):
+        loaded = load_pool(folder)
+        answered = read_outcomes(outcomes or loaded.folder / "outcomes.jsonl")
+        find_zone(zone)
+        carbon = CarbonSettings(zone=zone, hardware=DeviceSettings(device=device))
+        workload = workload_of(answered, loaded.facts(), carbon, seed=seed)
+    mean = find_zone(zone).gco2e_per_kwh
+    usual = ordinary(workload, num_requests=requests, mean_gco2e_per_kwh=mean, seed=seed)
+    target = target_between(workload, usual.day, resource, share=share)
+    scenarios = [usual]
+    if adversity:
+        scenarios += adversarial(
+            workload, num_requests=requests, mean_gco2e_per_kwh=mean, seed=seed
+        )
+    print(f"Target: {target.amount:.4g} {resource} per hour.")
+    for scenario in scenarios:
+        replayed = replay_day(
+            workload,
+            scenario.day,
+            target,
+            yesterday=scenario.yesterday,
+            learned=scenario.learned,
+            seed=seed,
+        )
+        print(f"\n{scenario.name}, {replayed.num_requests} requests\n{table_of(replayed)}")
+        if plot is not None and scenario is usual:
+            draw(replayed, plot)
+            print(f"Plot: {plot}")

@@ -1,25 +1,30 @@
-"""`shoal train`: learn from outcomes what serving will use."""
+"""Learn from outcomes what serving will use, and measure it: `shoal train`, `shoal evaluate`."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from router.cli import cascade
+from router.cli.console import opened, refusing
 
 if TYPE_CHECKING:
+    from policies.footprint import Rates
     from policies.outcomes import Outcome
+    from policies.plan import Plan
 
 app = typer.Typer(help="Learn routers and cascades from outcomes.", no_args_is_help=True)
-app.command()(cascade.cascade)
+evaluate_app = typer.Typer(
+    help="Measure what was learned on unseen outcomes.", no_args_is_help=True
+)
 
 
-@app.command()
-def router(
+@app.command("router")
+def train_router(
     outcomes: Annotated[
         Path,
         typer.Argument(
@@ -72,12 +77,11 @@ def router(
     from policies.routing.finetune import FinetuneSettings, finetune_router
     from policies.routing.fit import FitSettings, fit_router
     from policies.routing.router import save_router
-    from router.ledger import LedgerError
 
     kind, _, folder = encoder.partition(":")
     names = models.split(",") if models else None
     settings = FitSettings(beta=beta, num_clusters=clusters, seed=seed)
-    try:
+    with refusing("train router"):
         if not out.parent.is_dir():
             raise PolicyError(f"--out: there is no folder {out.parent}")
         rows = load_outcomes(outcomes, split=split)
@@ -102,9 +106,6 @@ def router(
                 settings=settings,
             )
         save_router(trained, out)
-    except (PolicyError, LedgerError, OSError) as error:
-        typer.echo(f"shoal train router: {error}", err=True)
-        raise typer.Exit(2) from None
     print(json.dumps({"out": str(out), "models": trained.models, **trained.facts}, indent=2))
 
 
@@ -114,9 +115,191 @@ def _feedback(ledger: str) -> list[Outcome]:
     Raises `LedgerError` where there is no ledger.
     """
     from policies.outcomes import read_outcomes
-    from router.cli.console import opened
     from router.ledger.export import export
 
     with TemporaryDirectory() as folder, opened(ledger, None, option="--feedback") as database:
         file = Path(folder) / "feedback.jsonl"
         return read_outcomes(file) if export(database, file, format="outcomes") else []
+
+
+@app.command("cascade")
+def train_cascade(
+    outcomes: Annotated[Path, typer.Argument(help="Outcomes with real generations (JSON Lines).")],
+    *,
+    budget: Annotated[
+        str,
+        typer.Option(
+            help="Mean cost per query: a share of always using the dearest stage (40%), or US "
+            "dollars per 1,000 queries (0.25)."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Where the learned cascade goes (.npz).")],
+    pool: Annotated[
+        Path | None, typer.Option(help="Pool file or folder, for prices; default: Shoal's own.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="The outcomes' split to learn from.")] = "router",
+    held_out: Annotated[str, typer.Option(help="The split to measure on.")] = "test",
+    stage: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='A stage that is more than one model: NAME=PLAN, e.g. fused={"answer": ...}; '
+            "NAME is its name in the outcomes. May be repeated."
+        ),
+    ] = None,
+    top: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=K: of the fused stage NAME, run the K members likeliest to be right "
+            "on a query. May be repeated."
+        ),
+    ] = None,
+    prior_power: Annotated[
+        float, typer.Option(min=0, help="Sharpens the priors that become fusion weights.")
+    ] = 1.0,
+    routed: Annotated[
+        str | None,
+        typer.Option(
+            help="Models between which a query-dependent stage chooses, with commas; default: all "
+            "but the dearest; empty: no such stage."
+        ),
+    ] = None,
+    max_stages: Annotated[int, typer.Option(min=1, max=4, help="Longest chain to try.")] = 3,
+    plot: Annotated[
+        Path | None, typer.Option(help="The frontier's PNG; default: beside OUT.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the folds.")] = 0,
+) -> None:
+    """Learn a FrugalGPT cascade and its whole cost-quality frontier from outcomes."""
+    from models.pool import DEFAULT_POOL, load_pool
+    from policies.cascade.answers import answer_table
+    from policies.cascade.learn import learn_cascade
+    from policies.cascade.report import draw, render, report
+    from policies.outcomes import read_outcomes
+
+    with refusing("train cascade"):
+        facts = load_pool(pool or DEFAULT_POOL).facts()
+        rates = {name: fact.rates for name, fact in facts.items()}
+        train = read_outcomes(outcomes, split=split)
+        plans = _plans(train[0].scores, rates, stage or [])
+        sizes = _sizes(top or [], plans)
+        table, cost_QS = answer_table(train, plans, rates, sizes)
+        mean_S = dict(zip(plans, cost_QS.mean(axis=0).tolist(), strict=True))
+        learned = learn_cascade(
+            table,
+            cost_QS,
+            budget=_budget_usd(budget, max(mean_S.values())),
+            routed=_routed(routed, mean_S, rates),
+            max_stages=max_stages,
+            seed=seed,
+            prior_power=prior_power,
+        )
+        unseen = answer_table(read_outcomes(outcomes, split=held_out), plans, rates, sizes)
+        measured = report(learned, *unseen)
+    learned.save(out)
+    picture = plot or out.with_suffix(".png")
+    draw(measured, picture)
+    print(render(measured))
+    print(f"\nCascade: {out}\nPlot: {picture}")
+
+
+def _plans(
+    scored: Mapping[str, float], rates: Mapping[str, Rates], stages: list[str]
+) -> dict[str, Plan]:
+    """Return the stages by their names in the outcomes: the pool's scored models, then `stages`."""
+    from policies.errors import PolicyError
+    from policies.plan import Answer, from_json
+
+    plans: dict[str, Plan] = {name: Answer(members=(name,)) for name in rates if name in scored}
+    for text in stages:
+        name, equals, plan = text.partition("=")
+        if not equals or not name:
+            raise PolicyError(f"--stage {text!r} is not NAME=PLAN")
+        try:
+            plans[name] = from_json(json.loads(plan))
+        except json.JSONDecodeError as error:
+            raise PolicyError(f"--stage {name}: the plan is not valid JSON: {error}") from None
+    return plans
+
+
+def _sizes(texts: list[str], plans: Mapping[str, Plan]) -> dict[str, int]:
+    from policies.cascade.learned import check_top
+    from policies.errors import PolicyError
+
+    sizes: dict[str, int] = {}
+    for text in texts:
+        name, _, size = text.partition("=")
+        if not size.isdecimal():
+            raise PolicyError(f"--top {text!r} is not NAME=K")
+        sizes[name] = int(size)
+    check_top(plans, sizes)
+    return sizes
+
+
+def _budget_usd(text: str, dearest_usd: float) -> float:
+    from policies.errors import PolicyError
+
+    try:
+        if text.endswith("%"):
+            return float(text[:-1]) / 100 * dearest_usd
+        return float(text) / 1000
+    except ValueError:
+        raise PolicyError(
+            f"--budget {text!r} is neither a percentage (40%) nor US dollars per 1,000 queries"
+        ) from None
+
+
+def _routed(
+    text: str | None, mean_usd: Mapping[str, float], rates: Mapping[str, Rates]
+) -> list[str]:
+    if text is not None:
+        return [name.strip() for name in text.split(",") if name.strip()]
+    models = [name for name in mean_usd if name in rates]
+    dearest = max(models, key=mean_usd.__getitem__, default=None)
+    return [name for name in models if name != dearest]
+
+
+@evaluate_app.callback()
+def _group() -> None:
+    pass
+
+
+@evaluate_app.command("router")
+def evaluate_router(
+    file: Annotated[Path, typer.Argument(help="A router (.npz).")],
+    outcomes: Annotated[
+        Path,
+        typer.Argument(help="Outcomes with scores for its models; see `shoal train router`."),
+    ],
+    *,
+    split: Annotated[str | None, typer.Option(help="Measure on this split only.")] = None,
+    models: Annotated[
+        str | None, typer.Option(help="Choose among these models only, with commas.")
+    ] = None,
+    trained_on: Annotated[
+        Path | None,
+        typer.Option(help="Leave out queries that repeat, or nearly, one of these outcomes'."),
+    ] = None,
+    trained_split: Annotated[
+        str | None, typer.Option(help="Of --trained-on, this split only.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the reliability diagram to this PNG.")
+    ] = None,
+) -> None:
+    """Print accuracy, calibration and decision time of a router, beside best single and oracles."""
+    from policies.evaluation.judge import evaluate_router
+    from policies.evaluation.report import draw_reliability, table
+    from policies.outcomes import load_outcomes
+    from policies.routing.router import load_router
+
+    with refusing("evaluate router"):
+        report, diagram = evaluate_router(
+            load_router(file),
+            load_outcomes(outcomes, split=split),
+            models=models.split(",") if models else None,
+            trained_on=load_outcomes(trained_on, split=trained_split) if trained_on else (),
+        )
+        print(table(report))
+        if plot is not None:
+            draw_reliability(diagram, report.title, plot)
+            print(f"\nPlot: {plot}")

@@ -5,6 +5,7 @@ The report is the same for the API, the command and the metrics.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -16,8 +17,9 @@ from policies.experiments.config import Experiment
 from policies.experiments.observations import Observation, Observations
 from policies.experiments.plot import draw
 from policies.experiments.replay import LoggedRequest
-from policies.experiments.report import Report
+from policies.experiments.report import Comparison, Report
 from policies.fixed import ignores_queries
+from policies.tables import text_table
 from router.catalog.catalog import Catalog
 from router.experiments.store import State, load
 from router.ledger.database import Database
@@ -25,6 +27,12 @@ from router.ledger.feedback import RatedRequest, rated_requests
 from router.ledger.queries import Period
 
 Status: TypeAlias = Literal["not started", "running", "ended"]
+
+_METRICS = (
+    *("quality", "feedback_rate", "usd", "wh", "gco2e", "latency_s", "ttft_s", "tokens"),
+    *("error_rate", "escalation_rate", "predicted_quality"),
+)
+_COMPARED = ("metric", "arm", "difference", "relative", "interval", "p", "power", "")
 
 _OVERLOADED, _SERVER_ERROR, _CLIENT_ERROR = 429, 500, 400
 
@@ -85,6 +93,75 @@ def _status(experiment: Experiment, state: State | None, now_s: float) -> Status
     if state is None or now_s < experiment.start_s:
         return "not started"
     return "running"
+
+
+def as_text(summary: Summary) -> str:
+    """Return the report for a terminal."""
+    report = summary.report
+    metrics = [metric for metric in _METRICS if any(metric in arm.means for arm in report.arms)]
+    arms = [
+        (
+            arm.name + (" (stopped)" if arm.stopped else ""),
+            arm.policy,
+            f"{arm.num_units:,}",
+            f"{arm.num_requests:,}",
+            *(f"{arm.means[m].mean:.4g}" if m in arm.means else "-" for m in metrics),
+        )
+        for arm in report.arms
+    ]
+    lines = [
+        f"{report.name}: {summary.status}; {report.num_requests:,} requests of "
+        f"{report.num_units:,} {report.unit}s"
+        + (f"; {report.num_crossed:,} left out (moved arms)" if report.num_crossed else ""),
+        "",
+        text_table([("arm", "policy", f"{report.unit}s", "requests", *metrics), *arms], num_left=2),
+        "",
+        text_table([_COMPARED, *map(_compared, (*report.primary, *report.secondary))], num_left=2),
+    ]
+    if report.guardrails:
+        guards = [
+            (
+                guard.treatment,
+                guard.metric,
+                _number(guard.harm),
+                _number(guard.harm_low),
+                f"{guard.limit:.4g}",
+                "BREACHED" if guard.breached else "ok",
+            )
+            for guard in report.guardrails
+        ]
+        head = ("guardrail", "metric", "harm", "at least", "allowed", "")
+        lines += ["", text_table([head, *guards], num_left=2)]
+    ratio = report.sample_ratio
+    seen = ", ".join(
+        f"{arm} {count:,} of {want:,.0f} expected"
+        for arm, count, want in zip(ratio.arms, ratio.observed, ratio.expected, strict=True)
+    )
+    alarm = "MISMATCH" if ratio.alarm else "ok"
+    lines += ["", f"sample ratio: {alarm} (p = {ratio.p:.3g}; {seen})"]
+    kept = {found.variance_kept for found in report.primary if found.variance_kept < 1}
+    if kept:
+        lines.append(f"CUPED leaves {min(kept):.0%} of the variance of {report.primary_metric}")
+    lines += [f"note: {note}" for note in report.notes]
+    return "\n".join([*lines, "", report.recommendation])
+
+
+def _compared(found: Comparison) -> tuple[str, ...]:
+    verdict = {True: "better", False: "worse", None: ""}[found.better]
+    return (
+        found.metric,
+        found.treatment,
+        _number(found.estimate),
+        f"{found.relative:+.1%}" if math.isfinite(found.relative) else "-",
+        f"[{_number(found.low)}, {_number(found.high)}]",
+        f"{found.p:.3g}" if found.p else "<1e-300",
+        f"{found.power:.0%}",
+        verdict,
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value:+.4g}" if math.isfinite(value) else "-"
 
 
 def observe(database: Database, experiment: Experiment, *, since_s: float) -> Observations:

@@ -37,14 +37,13 @@ from policies.budget.replay.days import (
     target_between,
     workload_of,
 )
-from policies.budget.replay.replay import CONTROLLER, OPTIMUM, draw, offline_optimum
+from policies.budget.replay.replay import CONTROLLER, OPTIMUM, draw, offline_optimum, table_of
 from policies.carbon import find_zone
 from policies.carbon.settings import CarbonSettings
 from policies.errors import LawError
 from policies.footprint import Rates
 from policies.outcomes import read_outcomes, score_table
 from policies.outcomes.importers import import_llmrouter
-from router.cli.replay_budget import table
 from tests.bench.routing_harness import llmrouter_prices
 
 FOLDER = Path(__file__).parents[3] / "shared" / "data" / "routing" / "LLMRouter"
@@ -175,7 +174,8 @@ def replay_seed(data: str, seed: int, plot: Path | None) -> list[dict[str, Any]]
         size = f"{replayed.target.amount:.4g} gCO2e/h, {replayed.num_requests} requests"
         bounds = from_noon(workload, scenario, replayed)
         print(
-            f"\n{title}: {size}\n{table(replayed)}\nknowing all from noon on: {json.dumps(bounds)}",
+            f"\n{title}: {size}\n{table_of(replayed)}\n"
+            f"knowing all from noon on: {json.dumps(bounds)}",
             flush=True,
         )
         found = rows_of(data, seed, scenario, share, replayed)

@@ -9,7 +9,7 @@ import yaml
 from typer.testing import CliRunner
 
 from models.pool import DEFAULT_POOL
-from router.cli.keys import app
+from router.cli.ledger import keys_app
 from router.config import load_args
 from tests.helm.helm_chart import CHART, example, notes, one, render
 from tests.helm.kubernetes import check, pod_templates
@@ -65,7 +65,9 @@ def test_the_keys_job_runs_a_command_that_exists(tmp_path: Path) -> None:
     (tmp_path / "shoal.yaml").write_text(f"ledger: {{url: 'sqlite:///{tmp_path}/shoal.db'}}\n")
     here = {"/etc/shoal-keys": tmp_path / "keys", "/etc/shoal/shoal.yaml": tmp_path / "shoal.yaml"}
     assert set(here) <= set(arguments)
-    done = CliRunner().invoke(app, [str(here.get(argument, argument)) for argument in arguments])
+    done = CliRunner().invoke(
+        keys_app, [str(here.get(argument, argument)) for argument in arguments]
+    )
     assert done.exit_code == 0, done.output
     assert done.output.startswith("me: key_")
     assert "keys-job.yaml" not in render()

@@ -25,6 +25,7 @@ from policies.budget.replay.strategies import (
     calibrate,
 )
 from policies.errors import LawError
+from policies.tables import text_table
 
 OPTIMUM = "offline optimum"
 CONTROLLER = "controller"
@@ -232,6 +233,23 @@ def offline_optimum(
     if solution.status != 0:
         raise LawError(f"no assignment keeps the budget {budget:g}: {solution.message}")
     return np.asarray(solution.x, dtype=np.float64).reshape(num_requests, num_models)
+
+
+def table_of(replayed: ReplayedDay) -> str:
+    """Return the results as text; quality is the predicted one, which all of them maximise."""
+    head = ("strategy", "spent", "quality", "of optimum", "actual", "of optimum")
+    rows = [
+        (
+            result.name,
+            f"{result.spent_share:.2%}",
+            f"{result.predicted_quality:.4f}",
+            f"{result.quality_share:.2%}",
+            f"{result.actual_quality:.4f}",
+            f"{result.actual_quality_share:.2%}",
+        )
+        for result in replayed.results
+    ]
+    return text_table([head, *rows])
 
 
 def draw(replayed: ReplayedDay, file: Path) -> None:

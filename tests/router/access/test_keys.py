@@ -22,7 +22,7 @@ from router.access.keys import (
     revoke_key,
 )
 from router.access.limits import CapError
-from router.cli import keys as keys_cli
+from router.cli.ledger import keys_app
 from router.ledger.database import Database, open_database
 from router.ledger.schema import API_KEYS
 
@@ -173,16 +173,16 @@ def test_keys_from_the_command_line(
     runner, env = CliRunner(), {"SHOAL_LEDGER": ledger_url}
     with caplog.at_level(logging.DEBUG):
         arguments = ["create", "--name", "team", "--usd-per-day", "5", "--cap", "wh_per_hour=2.5"]
-        made = runner.invoke(keys_cli.app, arguments, env=env)
+        made = runner.invoke(keys_app, arguments, env=env)
         assert made.exit_code == 0, made.output
         secret = made.stdout.strip()
         checker = Authenticator(database, AuthConfig(required=True))
         key = _authenticate(checker, f"Bearer {secret}")
-        listed = runner.invoke(keys_cli.app, ["list"], env=env).output
+        listed = runner.invoke(keys_app, ["list"], env=env).output
         assert key is not None and key.id in listed and key.prefix in listed
         assert "usd_per_day=5, wh_per_hour=2.5" in listed and "active" in listed
-        assert runner.invoke(keys_cli.app, ["revoke", "team"], env=env).exit_code == 0
-        assert "revoked" in runner.invoke(keys_cli.app, ["list"], env=env).output
+        assert runner.invoke(keys_app, ["revoke", "team"], env=env).exit_code == 0
+        assert "revoked" in runner.invoke(keys_app, ["list"], env=env).output
     assert secret not in listed and secret not in caplog.text
 
 
@@ -195,7 +195,7 @@ def test_keys_of_a_folder_are_imported_once(tmp_path: Path) -> None:
     (folder / "boss.admin").write_text(f"sk-shoal-{'b' * 32}")
     (folder / "..data").mkdir()
     command = ["import", str(folder), "--ledger", url]
-    first = CliRunner().invoke(keys_cli.app, command)
+    first = CliRunner().invoke(keys_app, command)
     assert first.exit_code == 0, first.output
     database = open_database(url)
     made = {key.name: (key.id, key.scope) for key in list_keys(database)}
@@ -205,13 +205,13 @@ def test_keys_of_a_folder_are_imported_once(tmp_path: Path) -> None:
     assert key is not None
     assert key.name == "boss"
     revoke_key(database, "team-a")
-    assert "team-a: known already" in CliRunner().invoke(keys_cli.app, command).output
+    assert "team-a: known already" in CliRunner().invoke(keys_app, command).output
     assert {key.name for key in list_keys(database) if key.revoked_s} == {"team-a"}
     (folder / "weak").write_text("sk-shoal-123")
-    refused = CliRunner().invoke(keys_cli.app, command)
+    refused = CliRunner().invoke(keys_app, command)
     assert refused.exit_code == 1
     assert "the secret of 'weak' cannot be used" in refused.stderr
     (folder / "weak").write_text(f"sk-shoal-{'c' * 32}")
     (folder / "team-a").write_text(f"sk-shoal-{'d' * 32}")
-    assert "the name 'team-a' is taken" in CliRunner().invoke(keys_cli.app, command).stderr
+    assert "the name 'team-a' is taken" in CliRunner().invoke(keys_app, command).stderr
     database.dispose()

@@ -5,7 +5,7 @@ import json
 import typer
 from typer.testing import CliRunner
 
-from router.cli.replay_budget import replay_budget
+from router.cli.plan import replay_budget
 
 app = typer.Typer()
 app.command()(replay_budget)

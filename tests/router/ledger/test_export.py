@@ -12,15 +12,11 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-import typer
 from typer.testing import CliRunner
 
 from policies.errors import PolicyError
 from policies.routing.router import load_router
-from router.cli import keys as keys_cli
-from router.cli import ledger as ledger_cli
-from router.cli import train as train_cli
-from router.cli.report import report
+from router.cli.main import app
 from router.ledger.database import Database, open_database
 from router.ledger.export import export, plot, prune, report_lines
 from router.ledger.feedback import Feedback, add_feedback, rated_requests
@@ -77,7 +73,7 @@ def test_a_router_learns_from_feedback(
     hashes = set()
     for source in (["--also", str(feedback)], ["--feedback", ledger_url]):
         arguments = ["router", str(known), *source, "--out", str(out)]
-        result = CliRunner().invoke(train_cli.app, arguments)
+        result = CliRunner().invoke(app, ["train", *arguments])
         assert result.exit_code == 0, result.output
         trained = load_router(out)
         assert trained.facts["num_queries"] == 25
@@ -85,7 +81,7 @@ def test_a_router_learns_from_feedback(
         hashes.add(trained.facts["data_sha256"])
     assert len(hashes) == 1
     arguments = ["router", str(known), "--feedback", "sqlite:///nowhere.db", "--out", str(out)]
-    result = CliRunner().invoke(train_cli.app, arguments)
+    result = CliRunner().invoke(app, ["train", *arguments])
     assert result.exit_code == 2
     assert "there is no ledger at" in result.output
 
@@ -163,14 +159,6 @@ def test_report_table_and_plot(tmp_path: Path) -> None:
     plot([], tmp_path / "empty.png", unit="tokens", series="model")
 
 
-def _app() -> typer.Typer:
-    app = typer.Typer()
-    app.add_typer(ledger_cli.app, name="ledger")
-    app.add_typer(keys_cli.app, name="keys")
-    app.command("report")(report)
-    return app
-
-
 def test_commands_on_a_ledger(
     database: Database, new_ledger: NewLedger, ledger_url: str, tmp_path: Path
 ) -> None:
@@ -183,7 +171,7 @@ def test_commands_on_a_ledger(
     env = {"SHOAL_LEDGER": ledger_url}
 
     def run(*arguments: str) -> str:
-        result = CliRunner().invoke(_app(), arguments, env=env)
+        result = CliRunner().invoke(app, arguments, env=env)
         assert result.exit_code == 0, result.output
         return result.output
 
@@ -217,6 +205,6 @@ def test_commands_refuse_what_makes_no_sense(
     monkeypatch.chdir(tmp_path)
     open_database(f"sqlite:///{tmp_path / 'shoal.db'}").dispose()
     monkeypatch.setenv("SHOAL_LEDGER", f"sqlite:///{tmp_path / 'shoal.db'}")
-    result = CliRunner().invoke(_app(), arguments)
+    result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 1
     assert message in result.stderr.replace("\n", " ")
