@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models.card import read_card
-from models.engines.stacked.layout import Part, build_layout, order_parts
+from models.engines.stacked.layout import Part, build_step, order_parts
 from models.engines.stacked.runner import Runner
 from models.engines.stacked.scheduler import Scheduler
 from tests.models.engines.stacked.tiny import ARCHITECTURES, make_sequence, save_checkpoint
@@ -46,9 +46,9 @@ def test_logits_are_those_of_the_cpu(kind: str, tmp_path: Path) -> None:
                     Part(sequence=sequence, num_tokens=sequence.num_pending - leave)
                     for sequence in (sequences[:2] if leave else sequences)
                 )
-                layout = build_layout(parts, num_members=3, row_bytes=1, device=device)
-                hidden = runner._model.forward(layout, runner.arena)
-                logits = runner._model.logits(hidden, layout.rows)
+                step = build_step(parts, num_members=3, row_bytes=1, device=device)
+                hidden = runner._model.forward(step.layout, runner.arena)
+                logits = runner._model.logits(hidden, step.layout.rows)
                 for part in parts:
                     part.sequence.num_cached += part.num_tokens
         probabilities.append(logits.cpu().softmax(-1))

@@ -7,14 +7,19 @@ decode, reuses them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from models.engines.stacked.architecture import Architecture
-from models.engines.stacked.layout import Grouping, Layout, Padded, Span
+from models.engines.stacked.attention import (
+    Attention,
+    Padded,
+    PaddedAttention,
+    Path,
+    Span,
+    SpanAttention,
+)
+from models.engines.stacked.layout import Grouping, Layout
 
 
 class Norm:
@@ -52,9 +57,9 @@ class Product:
     """
 
     def __init__(self, x_NI: Tensor, y_NO: Tensor, rows: Grouping) -> None:
-        self._grouped = x_NI.is_cuda or rows.runs is None
+        self._grouped = x_NI.is_cuda or not rows.runs
         self._x, self._y, self._ends_M = x_NI, y_NO, rows.ends_M
-        runs = rows.runs or ()
+        runs = rows.runs
         self._whole = len(runs) == 1 and runs[0].num_members == len(rows.ends_M)
         self._runs = [
             (
@@ -95,42 +100,6 @@ class Product:
         return torch.nn.functional.grouped_mm(self._x, weight_MIO, offs=self._ends_M)
 
 
-@dataclass(frozen=True, slots=True)
-class SpanBuffers:
-    """One request's queries and outputs, in the shapes that attention takes."""
-
-    span: Span
-    query: Tensor  # decoding [K lanes, K heads, G, d], else [lanes, H, T, d]
-    output: Tensor
-    masks: Mapping[int | None, Tensor | None]  # by window; None where causality needs none
-
-
-@dataclass(frozen=True, slots=True)
-class PaddedBuffers:
-    """The same for decoding lanes that attend together, over a copy of their cache rows.
-
-    A layer may keep its copy while the layout stays: then a step adds only the rows that it has
-    written. Otherwise all layers share one.
-    """
-
-    padded: Padded
-    copies: list[PaddedCopy]  # of each layer
-    keeps: bool
-    query: Tensor
-    output: Tensor
-    mask: Tensor
-
-
-@dataclass(slots=True)
-class PaddedCopy:
-    """One layer's rows, [lanes · width, row], and their keys and values, [lanes, K, width, d]."""
-
-    rows: Tensor
-    key: Tensor
-    value: Tensor
-    filled: bool = False
-
-
 class Buffers:
     """Everything one layout's forward pass writes."""
 
@@ -143,7 +112,6 @@ class Buffers:
         keeps_copies: bool,
     ) -> None:
         shape, eps = architecture.shape, architecture.norm_eps
-        self._windows = {layer.window_tokens for layer in architecture.layers}
         num_rows, rows = len(layout.positions_N), layout.rows
         num_heads, num_kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
         query_size, kv_size = num_heads * head_dim, num_kv_heads * head_dim
@@ -178,58 +146,14 @@ class Buffers:
         # Attention runs in request-major order: on copies where that is another order.
         self.query_NQ, self.attended_NQ = qkv_NQ[:, :query_size], attended_NQ
         self.ordered_query_NQ, self.ordered_output_NQ = self.query_NQ, attended_NQ
-        if layout.to_requests_N is not None:
+        if layout.order is not None:
             self.ordered_query_NQ, self.ordered_output_NQ = empty(query_size), empty(query_size)
-        self._shape, self._keeps_copies = shape, keeps_copies
-        self.spans = [self._span(span) for span in layout.spans]
-        self.padded = None if layout.padded is None else self._padded(layout.padded)
+        self.attention = [self._bind(path, architecture, keeps_copies) for path in layout.paths]
 
-    def _span(self, span: Span) -> SpanBuffers:
-        query, output = self.ordered_query_NQ[span.rows], self.ordered_output_NQ[span.rows]
-        if span.num_tokens == 1:  # a window is a shorter view
-            return SpanBuffers(span, self._grouped(query), self._grouped(output), {})
-        split = (span.num_lanes, span.num_tokens, self._shape.num_heads, self._shape.head_dim)
-        masks = {window: _mask(span, window, query.device) for window in self._windows}
-        return SpanBuffers(
-            span, query.view(split).transpose(1, 2), output.view(split).transpose(1, 2), masks
-        )
-
-    def _padded(self, padded: Padded) -> PaddedBuffers:
-        num_layers, keeps = self._shape.num_layers, self._keeps_copies
-        copies = [self._padded_copy(padded) for _ in range(num_layers if keeps else 1)]
-        return PaddedBuffers(
-            padded=padded,
-            copies=copies if keeps else copies * num_layers,
-            keeps=keeps,
-            query=self._grouped(self.ordered_query_NQ[padded.rows]),
-            output=self._grouped(self.ordered_output_NQ[padded.rows]),
-            mask=padded.mask_LW[:, None, None],
-        )
-
-    def _padded_copy(self, padded: Padded) -> PaddedCopy:
-        num_lanes, width = padded.cache_rows_LW.shape
-        rows = self.kv_NQ.new_empty(num_lanes * width, self.kv_NQ.shape[1])
-        key, value = (
-            half.view(num_lanes, width, self._shape.num_kv_heads, -1).transpose(1, 2)
-            for half in rows.chunk(2, dim=1)
-        )
-        return PaddedCopy(rows, key, value)
-
-    def _grouped(self, rows_nQ: Tensor) -> Tensor:
-        """View one token's heads as [lanes, K, G, d].
-
-        The queries of one key/value head all see every cached token, so they may stand where
-        attention expects the tokens of a sequence, and no mask or repetition is needed.
-        """
-        return rows_nQ.view(len(rows_nQ), self._shape.num_kv_heads, -1, self._shape.head_dim)
-
-
-def _mask(span: Span, window_tokens: int | None, device: torch.device) -> Tensor | None:
-    """Return which cached tokens each token of a chunk sees, [T, cached]; None: causality says."""
-    narrow = window_tokens is not None and window_tokens < span.num_cached
-    if span.num_cached == span.num_tokens and not narrow:
-        return None
-    earlier = span.num_cached - span.num_tokens
-    mask = torch.ones(span.num_tokens, span.num_cached, dtype=torch.bool, device=device)
-    mask.tril_(earlier)
-    return mask.triu_(earlier - window_tokens + 1) if window_tokens is not None else mask
+    def _bind(self, path: Path, architecture: Architecture, keeps_copies: bool) -> Attention:
+        query, output = self.ordered_query_NQ[path.rows], self.ordered_output_NQ[path.rows]
+        match path:
+            case Span():
+                return SpanAttention(path, architecture, query, output)
+            case Padded():
+                return PaddedAttention(path, architecture, query, output, keeps_copies=keeps_copies)

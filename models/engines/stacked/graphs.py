@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.engines.stacked.cache import Arena
-from models.engines.stacked.layout import Grouping, Layout, Padded
+from models.engines.stacked.attention import Padded
+from models.engines.stacked.layout import Arena, Grouping, Layout, Order, Step
 from models.engines.stacked.model import StackedModel
 
 logger = logging.getLogger(__name__)
@@ -34,9 +34,55 @@ _MOST_COPIED_BYTES = 64 * 2**20
 _MOST_GRAPHS = 48
 
 
+class _GraphLayout:
+    """The layout that a graph reads, of fixed shapes; each step's is loaded into it."""
+
+    def __init__(
+        self, num_rows: int, width: int, *, num_members: int, scratch_row: int, device: torch.device
+    ) -> None:
+        def indices() -> Tensor:
+            return torch.zeros(num_rows, dtype=torch.int64, device=device)
+
+        self._scratch_row = scratch_row
+        self._order = Order(indices(), indices())
+        self._padded = Padded.empty(num_rows, width, device)
+        self._unordered_N = torch.arange(num_rows, device=device)
+        self.layout = Layout(
+            rows=Grouping(
+                members_N=indices(),
+                runs=(),
+                ends_M=torch.zeros(num_members, dtype=torch.int32, device=device),
+            ),
+            tokens_N=indices(),
+            positions_N=indices(),
+            cache_rows_N=indices(),
+            order=self._order,
+            paths=(self._padded,),
+        )
+
+    def load(self, layout: Layout, padded: Padded) -> None:
+        """Copy a step's `layout`, whose one path is `padded`; rows beyond are the last member's."""
+        own, count = self.layout, len(layout.positions_N)
+        own.rows.members_N[:count].copy_(layout.rows.members_N)
+        own.rows.members_N[count:].fill_(len(own.rows.ends_M) - 1)
+        own.rows.ends_M.copy_(layout.rows.ends_M)
+        own.rows.ends_M[-1:].fill_(len(own.positions_N))
+        self._order.to_requests_N.copy_(self._unordered_N)
+        self._order.to_members_N.copy_(self._unordered_N)
+        if layout.order is not None:
+            self._order.to_requests_N[:count].copy_(layout.order.to_requests_N)
+            self._order.to_members_N[:count].copy_(layout.order.to_members_N)
+        own.tokens_N[:count].copy_(layout.tokens_N)
+        own.positions_N[:count].copy_(layout.positions_N)
+        own.positions_N[count:].fill_(0)
+        own.cache_rows_N[:count].copy_(layout.cache_rows_N)
+        own.cache_rows_N[count:].fill_(self._scratch_row)
+        self._padded.load(padded, self._scratch_row)
+
+
 @dataclass(frozen=True, slots=True)
 class _Graph:
-    layout: Layout
+    loaded: _GraphLayout
     step: Callable[[], Tensor]  # holds the tensors that the recording writes to
     replay: Callable[[], Tensor]
 
@@ -52,42 +98,48 @@ class DecodeGraphs:
         self._graphs: OrderedDict[tuple[int, int], _Graph] = OrderedDict()
         self._failed = False
 
-    def logits(self, layout: Layout) -> Tensor | None:
+    def logits(self, step: Step) -> Tensor | None:
         """Run a step; return next-token logits [L, V] of its lanes, valid until the next call.
 
         None where the step must be run otherwise: part of it is no decoding, or it is too large, or
         the device could not record one.
         """
-        padded = layout.padded
-        if padded is None or layout.spans or layout.sampled_rows_L is not None or self._failed:
+        padded = step.decoding()
+        if padded is None or self._failed:
             return None
-        num_rows = 1 << (len(layout.positions_N) - 1).bit_length()
-        width = max(_LEAST_WIDTH, 1 << (padded.mask_LW.shape[1] - 1).bit_length())
+        num_rows = 1 << (step.num_rows - 1).bit_length()
+        width = max(_LEAST_WIDTH, 1 << (padded.width - 1).bit_length())
         cache = self._arena.layers[0]
         copied_bytes = num_rows * width * cache.shape[1] * cache.element_size()
         if num_rows > _MOST_ROWS or copied_bytes > _MOST_COPIED_BYTES:
             return None
         graph = self._graphs.get((num_rows, width))
         if graph is None:
-            graph = self._recorded(layout, num_rows, width)
+            graph = self._recorded(step.layout, padded, num_rows, width)
             if graph is None:
                 return None
         else:
             self._graphs.move_to_end((num_rows, width))
-            _load(graph.layout, layout, self._arena.scratch_row)
-        return graph.replay()[: len(layout.positions_N)]
+            graph.loaded.load(step.layout, padded)
+        return graph.replay()[: step.num_rows]
 
-    def _recorded(self, layout: Layout, num_rows: int, width: int) -> _Graph | None:
-        own = _empty_layout(num_rows, width, self._num_members, layout.positions_N.device)
-        _load(own, layout, self._arena.scratch_row)
-        buffers = self._model.buffers(own, keeps_copies=False)
+    def _recorded(self, layout: Layout, padded: Padded, num_rows: int, width: int) -> _Graph | None:
+        loaded = _GraphLayout(
+            num_rows,
+            width,
+            num_members=self._num_members,
+            scratch_row=self._arena.scratch_row,
+            device=layout.positions_N.device,
+        )
+        loaded.load(layout, padded)
+        own, buffers = loaded.layout, self._model.buffers(loaded.layout, keeps_copies=False)
 
         def step() -> Tensor:
             hidden_ND = self._model.forward(own, self._arena, buffers)
-            return self._model.logits(hidden_ND, own.lanes)
+            return self._model.logits(hidden_ND, own.rows)
 
         try:
-            graph = _Graph(own, step, self._record(step))
+            graph = _Graph(loaded, step, self._record(step))
         except RuntimeError:
             logger.exception("this device records no graphs: steps are launched kernel by kernel")
             self._failed = True
@@ -124,71 +176,3 @@ def record_cuda(device: torch.device) -> Record:
         return replay
 
     return record
-
-
-def _empty_layout(num_rows: int, width: int, num_members: int, device: torch.device) -> Layout:
-    """Return a decoding step's layout of fixed shapes, to be loaded."""
-
-    def indices(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.int64, device=device)
-
-    grouping = Grouping(
-        members_N=indices(num_rows),
-        runs=None,
-        ends_M=torch.zeros(num_members, dtype=torch.int32, device=device),
-    )
-    return Layout(
-        parts=(),
-        rows=grouping,
-        tokens_N=indices(num_rows),
-        positions_N=indices(num_rows),
-        cache_rows_N=indices(num_rows),
-        request_of_N=None,
-        to_requests_N=indices(num_rows),
-        to_members_N=indices(num_rows),
-        padded=Padded(
-            rows=slice(0, num_rows),
-            cache_rows_LW=indices(num_rows, width),
-            mask_LW=torch.zeros(num_rows, width, device=device),
-            newest_L=indices(num_rows),
-            newest_rows_L=indices(num_rows),
-            num_cached=0,
-        ),
-        spans=[],
-        lanes=grouping,
-        sampled_rows_L=None,
-        lanes_R=[],
-    )
-
-
-def _load(own: Layout, layout: Layout, scratch_row: int) -> None:
-    """Copy `layout` into the graph's `own`; its rows beyond are the last member's."""
-    padded, own_padded = layout.padded, own.padded
-    assert padded is not None
-    assert own_padded is not None
-    assert own.to_requests_N is not None
-    assert own.to_members_N is not None
-    count, width = padded.mask_LW.shape
-    own.rows.members_N[:count].copy_(layout.rows.members_N)
-    own.rows.members_N[count:].fill_(len(own.rows.ends_M) - 1)
-    own.rows.ends_M.copy_(layout.rows.ends_M)
-    own.rows.ends_M[-1:].fill_(len(own.positions_N))
-    order_N = torch.arange(len(own.positions_N), device=own.positions_N.device)
-    for mine, its in (
-        (own.to_requests_N, layout.to_requests_N),
-        (own.to_members_N, layout.to_members_N),
-    ):
-        mine.copy_(order_N)
-        if its is not None:
-            mine[:count].copy_(its)
-    own.tokens_N[:count].copy_(layout.tokens_N)
-    own.positions_N[:count].copy_(layout.positions_N)
-    own.positions_N[count:].fill_(0)
-    own.cache_rows_N[:count].copy_(layout.cache_rows_N)
-    own.cache_rows_N[count:].fill_(scratch_row)
-    own_padded.cache_rows_LW.fill_(scratch_row)
-    own_padded.cache_rows_LW[:count, :width].copy_(padded.cache_rows_LW)
-    # Nobody sees the padding but rows of padding, which must see something.
-    own_padded.mask_LW.fill_(float("-inf"))
-    own_padded.mask_LW[count:, 0].fill_(0.0)
-    own_padded.mask_LW[:count, :width].copy_(padded.mask_LW)

@@ -1,13 +1,17 @@
-"""Which token of which lane is in which row of a step's tensors.
+"""Where a step's tokens stand: in the rows of its tensors, and in those of the key/value cache.
 
 Shapes: N rows of a step (one per token per lane), L lanes that sample, R requests that sample,
-M members, W cached tokens.
+M members, K key/value heads, d head size.
 
 Two orders of the same rows are used. *Member-major* keeps the rows of one member together, so that
 a projection is one batched product per run of members with equally many rows; everything but
 attention runs in it. *Request-major* keeps a request's rows together, lane by lane, so that its
 attention is one call on plain views of its cache region. Parts are ordered such that for routed
 requests (one lane each) and for a single fused one the two orders are the same.
+
+A cache row holds the keys and values of one token of one lane in one layer. A request with k lanes
+gets one contiguous region of k times its capacity when it is admitted and gives it back when it
+ends, so that nothing runs out of memory on the way, and its lanes' keys are plain views.
 """
 
 from __future__ import annotations
@@ -21,16 +25,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from models.card import Shape
+from models.engines.stacked.attention import Padded, Path, Span, choose_paths
 from models.engines.stacked.sequence import Sequence
 
 Ints = NDArray[np.int64]
-
-# Reading sequences one by one costs an attention call each, reading them together costs a padded
-# copy. On CPU a call is worth about this many bytes of copying; on CUDA all are read together, as
-# calls cannot be recorded whose shapes grow (see `graphs`), up to so many bytes a layer.
-_BYTES_PER_CALL = 128 * 1024
-_MOST_CUDA_BYTES = 256 * 2**20
-_WIDTH_STEP_TOKENS = 32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,65 +74,61 @@ class Run:
 class Grouping:
     """Rows in member-major order: whose they are, and the products they take.
 
-    `runs` is None where only the device knows which rows are whose (see `graphs`).
+    `runs` is empty where only the device knows which rows are whose (see `graphs`).
     """
 
     members_N: Tensor
-    runs: tuple[Run, ...] | None
+    runs: tuple[Run, ...]
     ends_M: Tensor  # int32: one past each member's last row, for grouped products
 
     @property
     def num_members(self) -> int:
         """How many members have rows."""
-        return sum(run.num_members for run in self.runs or ())
+        return sum(run.num_members for run in self.runs)
 
 
-@dataclass(slots=True)
-class Span:
-    """One request's rows in request-major order, and where its cached tokens are."""
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Permutations between the two orders: each says where the rows of the other come from."""
 
-    rows: slice
-    num_lanes: int
-    num_tokens: int
-    cache_row: int
-    capacity_tokens: int
-    num_cached: int  # tokens, with those of this step
-
-
-@dataclass(slots=True)
-class Padded:
-    """Decoding lanes attended together: cache rows padded to one width, and a mask over them.
-
-    A lane's padding repeats its newest row (never an unwritten one); `mask_LW` is 0 or -inf.
-    `newest_L` is the place of each lane's newest row among all lanes' padded rows, and
-    `newest_rows_L` that row in the cache.
-    """
-
-    rows: slice
-    cache_rows_LW: Tensor
-    mask_LW: Tensor
-    newest_L: Tensor
-    newest_rows_L: Tensor
-    num_cached: int  # of the longest
+    to_requests_N: Tensor
+    to_members_N: Tensor
 
 
 @dataclass(slots=True)
 class Layout:
-    """The index tensors of one step. `advance` reuses them while the same requests decode."""
+    """What the forward pass reads, in member-major order."""
 
-    parts: tuple[Part, ...]
     rows: Grouping
     tokens_N: Tensor
     positions_N: Tensor
     cache_rows_N: Tensor
+    order: Order | None  # None: both orders are the same
+    paths: tuple[Path, ...]  # their rows are request-major
+
+
+@dataclass(slots=True)
+class Step:
+    """A layout, and whose its rows are. `advance` reuses both while the same requests decode."""
+
+    parts: tuple[Part, ...]
+    layout: Layout
     request_of_N: Tensor | None  # None: one request
-    to_requests_N: Tensor | None  # None: both orders are the same
-    to_members_N: Tensor | None
-    padded: Padded | None
-    spans: list[Span]
     lanes: Grouping  # of the lanes that sample
     sampled_rows_L: Tensor | None  # None: every row samples
     lanes_R: list[list[int]]  # of each request that samples, its lanes in L
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all parts."""
+        return len(self.layout.positions_N)
+
+    def decoding(self) -> Padded | None:
+        """Return the path of all, if they decode together and nothing else is in the step."""
+        match self.layout.paths:
+            case (Padded() as padded,) if self.sampled_rows_L is None:
+                return padded
+        return None
 
     def continues(self, parts: Seq[Part]) -> bool:
         """Whether `parts` are this step again, one drawn token further.
@@ -146,20 +141,16 @@ class Layout:
         )
 
     def advance(self, tokens_R: Tensor) -> bool:
-        """Move on by one token, in place; False where the padding is too narrow for it."""
-        padded = self.padded
-        if padded is not None:
-            if padded.num_cached == padded.mask_LW.shape[1]:
-                return False
-            _widen(padded)
-        self.positions_N += 1
-        self.cache_rows_N += 1
+        """Move on by one token, in place; False where a path has no room for it."""
+        layout = self.layout
+        if not all(path.advance() for path in layout.paths):
+            return False
+        layout.positions_N += 1
+        layout.cache_rows_N += 1
         if self.request_of_N is None:
-            self.tokens_N = tokens_R.expand(len(self.positions_N))
+            layout.tokens_N = tokens_R.expand(self.num_rows)
         else:
-            self.tokens_N = tokens_R.index_select(0, self.request_of_N)
-        for span in self.spans:
-            span.num_cached += 1
+            layout.tokens_N = tokens_R.index_select(0, self.request_of_N)
         return True
 
 
@@ -168,20 +159,18 @@ def order_parts(parts: Iterable[Part]) -> list[Part]:
     return sorted(parts, key=lambda part: (part.num_tokens > 1, part.sequence.members))
 
 
-def build_layout(
-    parts: Seq[Part], *, num_members: int, row_bytes: int, device: torch.device
-) -> Layout:
+def build_step(parts: Seq[Part], *, num_members: int, row_bytes: int, device: torch.device) -> Step:
     """Lay out `parts` (ordered by `order_parts`); `row_bytes` is a cache row's, in one layer."""
-    starts = [_cache_row(part.sequence) for part in parts]
+    spans = _spans(parts)
     members, positions, cache_rows, tokens, requests = [], [], [], [], []
-    for r, (part, start) in enumerate(zip(parts, starts, strict=True)):
+    for r, (part, span) in enumerate(zip(parts, spans, strict=True)):
         sequence = part.sequence
-        new = np.arange(sequence.num_cached, sequence.num_cached + part.num_tokens)
-        lanes = np.arange(sequence.num_lanes)
+        new = np.arange(sequence.num_cached, span.num_cached)
+        lanes = np.arange(span.num_lanes)
         members.append(np.repeat(sequence.members, part.num_tokens))
-        positions.append(np.tile(new, sequence.num_lanes))
-        cache_rows.append((start + lanes[:, None] * sequence.capacity_tokens + new).ravel())
-        tokens.append(np.tile(sequence.tokens[new[0] : new[-1] + 1], sequence.num_lanes))
+        positions.append(np.tile(new, span.num_lanes))
+        cache_rows.append((span.cache_row + lanes[:, None] * span.capacity_tokens + new).ravel())
+        tokens.append(np.tile(sequence.tokens[new[0] : new[-1] + 1], span.num_lanes))
         requests.append(np.full(part.num_rows, r))
 
     member_of = np.concatenate(members)
@@ -190,13 +179,16 @@ def build_layout(
     inverse[order] = np.arange(len(order))
     same = bool((order[1:] > order[:-1]).all())
 
+    def tensor(values: Ints) -> Tensor:
+        return torch.from_numpy(values).to(device)
+
     def rows(values: list[Ints]) -> Tensor:
-        return torch.from_numpy(np.concatenate(values)[order]).to(device)
+        return tensor(np.concatenate(values)[order])
 
     last_rows = np.concatenate(
         [
-            first + (np.arange(part.sequence.num_lanes) + 1) * part.num_tokens - 1
-            for first, part in zip(_first_rows(parts), parts, strict=True)
+            span.rows.start + (np.arange(span.num_lanes) + 1) * part.num_tokens - 1
+            for part, span in zip(parts, spans, strict=True)
             if part.samples
         ]
         or [np.empty(0, np.int64)]
@@ -208,26 +200,23 @@ def build_layout(
     num_lanes = [part.sequence.num_lanes for part in parts if part.samples]
     lanes_R = [lanes.tolist() for lanes in np.split(lane_rank, np.cumsum(num_lanes)[:-1])]
 
-    padded, spans = _attention(parts, starts, row_bytes, device)
     all_sample = len(sampled_rows) == len(order)
     grouping = _group(member_of[order], num_members, device)
-    return Layout(
+    return Step(
         parts=tuple(parts),
-        rows=grouping,
-        tokens_N=rows(tokens),
-        positions_N=rows(positions),
-        cache_rows_N=rows(cache_rows),
+        layout=Layout(
+            rows=grouping,
+            tokens_N=rows(tokens),
+            positions_N=rows(positions),
+            cache_rows_N=rows(cache_rows),
+            order=None if same else Order(tensor(inverse), tensor(order)),
+            paths=choose_paths(spans, row_bytes, device),
+        ),
         request_of_N=None if len(parts) == 1 else rows(requests),
-        to_requests_N=None if same else torch.from_numpy(inverse).to(device),
-        to_members_N=None if same else torch.from_numpy(order).to(device),
-        padded=padded,
-        spans=spans,
         lanes=grouping
         if all_sample
         else _group(member_of[last_rows[lane_order]], num_members, device),
-        sampled_rows_L=None
-        if all_sample
-        else torch.from_numpy(sampled_rows[lane_order]).to(device),
+        sampled_rows_L=None if all_sample else tensor(sampled_rows[lane_order]),
         lanes_R=lanes_R if num_lanes else [],
     )
 
@@ -239,13 +228,23 @@ def group_rows(
     return _group(np.repeat(np.asarray(members), rows_per_member), num_members, device)
 
 
-def _cache_row(sequence: Sequence) -> int:
-    assert sequence.region_start is not None, "only admitted requests take part in a step"
-    return sequence.region_start
-
-
-def _first_rows(parts: Seq[Part]) -> list[int]:
-    return [0, *np.cumsum([part.num_rows for part in parts])[:-1].tolist()]
+def _spans(parts: Seq[Part]) -> list[Span]:
+    spans, first = list[Span](), 0
+    for part in parts:
+        sequence = part.sequence
+        assert sequence.region_start is not None, "only admitted requests take part in a step"
+        spans.append(
+            Span(
+                rows=slice(first, first + part.num_rows),
+                num_lanes=sequence.num_lanes,
+                num_tokens=part.num_tokens,
+                cache_row=sequence.region_start,
+                capacity_tokens=sequence.capacity_tokens,
+                num_cached=sequence.num_cached + part.num_tokens,
+            )
+        )
+        first += part.num_rows
+    return spans
 
 
 def _group(member_of: Ints, num_members: int, device: torch.device) -> Grouping:
@@ -266,62 +265,42 @@ def _group(member_of: Ints, num_members: int, device: torch.device) -> Grouping:
     )
 
 
-def _attention(
-    parts: Seq[Part], starts: Seq[int], row_bytes: int, device: torch.device
-) -> tuple[Padded | None, list[Span]]:
-    """Choose how each request attends: the decoding ones together, or each by itself."""
-    decoding = [part.sequence for part in parts if part.num_tokens == 1]
-    width = max((sequence.num_cached for sequence in decoding), default=0) + 1
-    width += -width % _WIDTH_STEP_TOKENS
-    num_lanes = sum(sequence.num_lanes for sequence in decoding)
-    num_bytes = num_lanes * width * row_bytes
-    if device.type == "cuda":
-        together = 0 < num_bytes <= _MOST_CUDA_BYTES
-    else:
-        together = len(decoding) > 1 and num_bytes < len(decoding) * _BYTES_PER_CALL
-    spans = [
-        Span(
-            rows=slice(first, first + part.num_rows),
-            num_lanes=part.sequence.num_lanes,
-            num_tokens=part.num_tokens,
-            cache_row=start,
-            capacity_tokens=part.sequence.capacity_tokens,
-            num_cached=part.sequence.num_cached + part.num_tokens,
-        )
-        for first, start, part in zip(_first_rows(parts), starts, parts, strict=True)
-    ]
-    if not together:
-        return None, spans
-    first_rows = np.concatenate(
-        [
-            span.cache_row + np.arange(span.num_lanes) * span.capacity_tokens
-            for span in spans[: len(decoding)]
-        ]
-    )
-    newest = np.repeat(
-        [sequence.num_cached for sequence in decoding],
-        [sequence.num_lanes for sequence in decoding],
-    )[:, None]
-    columns = np.arange(width)
-    mask = np.where(columns <= newest, 0, -np.inf).astype(np.float32)
-    lanes = np.arange(num_lanes)
-    padded = Padded(
-        rows=slice(0, num_lanes),
-        cache_rows_LW=torch.from_numpy(first_rows[:, None] + np.minimum(columns, newest)).to(
-            device
-        ),
-        mask_LW=torch.from_numpy(mask).to(device),
-        newest_L=torch.from_numpy(lanes * width + newest[:, 0]).to(device),
-        newest_rows_L=torch.from_numpy(first_rows + newest[:, 0]).to(device),
-        num_cached=int(newest.max()) + 1,
-    )
-    return padded, spans[len(decoding) :]
+class Arena:
+    """Rows of keys and values for every layer: `layers[i]` is [rows + 1, 2·K·d], keys first.
 
+    The last is nobody's: padding writes to it.
+    """
 
-def _widen(padded: Padded) -> None:
-    """Let every lane see one more row: the one after its newest."""
-    padded.newest_L += 1
-    padded.newest_rows_L += 1
-    padded.cache_rows_LW.view(-1).index_copy_(0, padded.newest_L, padded.newest_rows_L)
-    padded.mask_LW.view(-1).index_fill_(0, padded.newest_L, 0.0)
-    padded.num_cached += 1
+    def __init__(
+        self, shape: Shape, memory_bytes: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        width = 2 * shape.num_kv_heads * shape.head_dim
+        self.row_bytes = shape.num_layers * width * dtype.itemsize
+        self.num_rows = memory_bytes // self.row_bytes
+        self.layers: tuple[Tensor, ...] = torch.empty(
+            (shape.num_layers, self.num_rows + 1, width), device=device, dtype=dtype
+        ).unbind(0)
+        self.scratch_row = self.num_rows
+        self._free: list[tuple[int, int]] = [(0, self.num_rows)]  # (start, length), sorted
+        self.num_rows_used = 0
+
+    def allocate(self, num_rows: int) -> int | None:
+        """Take the first free region of `num_rows` rows and return its start; None: no room."""
+        for i, (start, length) in enumerate(self._free):
+            if length >= num_rows:
+                rest = (start + num_rows, length - num_rows)
+                self._free[i : i + 1] = [rest] if rest[1] else []
+                self.num_rows_used += num_rows
+                return start
+        return None
+
+    def release(self, start: int, num_rows: int) -> None:
+        """Give a region back."""
+        merged: list[tuple[int, int]] = []
+        for region in sorted([*self._free, (start, num_rows)]):
+            if merged and sum(merged[-1]) == region[0]:
+                merged[-1] = (merged[-1][0], merged[-1][1] + region[1])
+            else:
+                merged.append(region)
+        self._free = merged
+        self.num_rows_used -= num_rows

@@ -12,17 +12,16 @@ requests, sampling or fusion.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
 from models.engines.stacked.architecture import Architecture
-from models.engines.stacked.buffers import Buffers, Norm, PaddedBuffers, Product, SpanBuffers
-from models.engines.stacked.cache import Arena
-from models.engines.stacked.layout import Grouping, Layout
-from models.engines.stacked.rotary import rotations
+from models.engines.stacked.buffers import Buffers, Norm, Product
+from models.engines.stacked.layers import Rotary
+from models.engines.stacked.layout import Arena, Grouping, Layout, Order
 from models.engines.stacked.weights import LayerWeights, Weights
 
 
@@ -35,8 +34,6 @@ class StackedModel:
         self._weights = weights
         self._layout: Layout | None = None
         self._buffers: Buffers | None = None
-        windows = {layer.window_tokens for layer in architecture.layers}
-        self._windows = [window for window in windows if window is not None]
         device, dtype = weights.head_MDV.device, weights.head_MDV.dtype
         # [positions, 1, d / 2], complex: one rotation for all heads
         self._rotations_T1d = {
@@ -50,7 +47,7 @@ class StackedModel:
         self._embedding_scale = torch.tensor(architecture.embedding_scale).to(dtype).item()
 
     def buffers(self, layout: Layout, *, keeps_copies: bool) -> Buffers:
-        """Return what a forward pass over `layout` writes to; of copies see `PaddedBuffers`."""
+        """Return what a forward pass over `layout` writes to; of copies see `PaddedAttention`."""
         head_MDV = self._weights.head_MDV
         return Buffers(self._architecture, layout, head_MDV, keeps_copies=keeps_copies)
 
@@ -68,7 +65,8 @@ class StackedModel:
             rotary: table.index_select(0, layout.positions_N)
             for rotary, table in self._rotations_T1d.items()
         }
-        masks = self._padded_masks(b, layout)
+        for path in b.attention:
+            path.begin()
         for index, (kind, weights, cache) in enumerate(
             zip(self._architecture.layers, self._weights.layers, arena.layers, strict=True)
         ):
@@ -79,7 +77,7 @@ class StackedModel:
             if kind.rotary is not None:
                 _rotate(b.heads_NHd, rotations_N1d[kind.rotary])
             cache.index_copy_(0, layout.cache_rows_N, b.kv_NQ)
-            self._attend(b, cache, layout, index, masks)
+            _attend(b, cache, layout.order, index)
             if weights.out_gain_MD is None:
                 b.from_attention.add(weights.out_MQD)
                 _add_bias(x_ND, weights.out_bias_MD, members_N)
@@ -153,81 +151,15 @@ class StackedModel:
             return F.silu(gate_NF, inplace=True)
         return F.gelu(gate_NF, approximate="tanh")
 
-    def _padded_masks(self, b: Buffers, layout: Layout) -> dict[int | None, Tensor]:
-        """Return the masks of the lanes that decode together, by window."""
-        if b.padded is None:
-            return {}
-        masks: dict[int | None, Tensor] = {None: b.padded.mask}
-        if not self._windows:
-            return masks
-        positions_N = layout.positions_N
-        if layout.to_requests_N is not None:
-            positions_N = positions_N.index_select(0, layout.to_requests_N)
-        newest_L1 = positions_N[b.padded.padded.rows][:, None]
-        mask_LW = b.padded.padded.mask_LW
-        columns_W = torch.arange(mask_LW.shape[1], device=mask_LW.device)
-        for window in self._windows:
-            outside_LW = columns_W <= newest_L1 - window
-            masks[window] = mask_LW.masked_fill(outside_LW, float("-inf"))[:, None, None]
-        return masks
 
-    def _attend(
-        self,
-        b: Buffers,
-        cache: Tensor,
-        layout: Layout,
-        layer: int,
-        masks: Mapping[int | None, Tensor],
-    ) -> None:
-        """Attend from the step's rows to everything cached, or as far as the layer's window."""
-        window_tokens = self._architecture.layers[layer].window_tokens
-        if layout.to_requests_N is not None:
-            torch.index_select(b.query_NQ, 0, layout.to_requests_N, out=b.ordered_query_NQ)
-        if b.padded is not None:
-            _attend_padded(b.padded, cache, layer, masks[window_tokens])
-        for span in b.spans:
-            self._attend_span(span, cache, window_tokens)
-        if layout.to_members_N is not None:
-            torch.index_select(b.ordered_output_NQ, 0, layout.to_members_N, out=b.attended_NQ)
-
-    def _attend_span(self, buffers: SpanBuffers, cache: Tensor, window_tokens: int | None) -> None:
-        """Attend within one request; its keys and values are views of the cache."""
-        span, row_size, head_dim = buffers.span, cache.shape[1], self._shape.head_dim
-        mask = buffers.masks.get(window_tokens)
-        num_seen = span.num_cached
-        if span.num_tokens == 1 and window_tokens is not None:
-            num_seen = min(num_seen, window_tokens)
-        shape = (span.num_lanes, self._shape.num_kv_heads, num_seen, head_dim)
-        strides = (span.capacity_tokens * row_size, head_dim, row_size, 1)
-        first_row = span.cache_row + span.num_cached - num_seen
-        first = cache.storage_offset() + first_row * row_size
-        output = F.scaled_dot_product_attention(
-            buffers.query,
-            cache.as_strided(shape, strides, first),
-            cache.as_strided(shape, strides, first + row_size // 2),
-            attn_mask=mask,
-            is_causal=span.num_tokens > 1 and mask is None,
-            enable_gqa=span.num_tokens > 1,
-        )
-        buffers.output.copy_(output)
-
-
-def _attend_padded(buffers: PaddedBuffers, cache: Tensor, layer: int, mask: Tensor) -> None:
-    """Attend for many decoding lanes at once, over copies padded to the longest."""
-    copy, padded = buffers.copies[layer], buffers.padded
-    if copy.filled:
-        newest = cache.index_select(0, padded.newest_rows_L)
-        copy.rows.index_copy_(0, padded.newest_L, newest)
-    else:
-        torch.index_select(cache, 0, padded.cache_rows_LW.view(-1), out=copy.rows)
-        copy.filled = buffers.keeps
-    output = F.scaled_dot_product_attention(
-        buffers.query,
-        copy.key,
-        copy.value,
-        attn_mask=mask.to(buffers.query.dtype),
-    )
-    buffers.output.copy_(output)
+def _attend(b: Buffers, cache: Tensor, order: Order | None, layer: int) -> None:
+    """Attend from the step's rows to everything cached, or as far as the layer's window."""
+    if order is not None:
+        torch.index_select(b.query_NQ, 0, order.to_requests_N, out=b.ordered_query_NQ)
+    for path in b.attention:
+        path.attend(layer, cache)
+    if order is not None:
+        torch.index_select(b.ordered_output_NQ, 0, order.to_members_N, out=b.attended_NQ)
 
 
 def _rotate(heads_NHd: Tensor, rotations_N1d: Tensor) -> None:
@@ -247,3 +179,75 @@ def _add_bias(x_NO: Tensor, bias_MO: Tensor | None, members_N: Tensor) -> None:
 def _complex(heads_NHd: Tensor) -> Tensor:
     """View neighbouring pairs as complex numbers."""
     return torch.view_as_complex(heads_NHd.view(*heads_NHd.shape[:2], -1, 2))
+
+
+def rotations(rotary: Rotary, head_dim: int, context_tokens: int) -> Tensor:
+    """Return the turn of every position and pair, [T, head_dim / 2], complex64.
+
+    Their length is 1, or what YaRN multiplies queries and keys by.
+    """
+    positions_T = torch.arange(context_tokens, dtype=torch.float32)
+    angles = torch.outer(positions_T, frequencies(rotary, head_dim))
+    return torch.polar(torch.full_like(angles, _length(rotary)), angles)
+
+
+def frequencies(rotary: Rotary, head_dim: int) -> Tensor:
+    """Return the frequencies, [head_dim / 2], float32, in radians per token."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    plain = 1.0 / rotary.theta**exponents
+    factors = dict(rotary.factors)
+    match rotary.scaling:
+        case "linear":
+            return plain / factors["factor"]
+        case "llama3":
+            return _llama3(plain, rotary)
+        case "yarn":
+            return _yarn(plain, rotary, head_dim)
+        case "default" | "dynamic":  # dynamic changes nothing within the model's context
+            return plain
+
+
+def _llama3(plain: Tensor, rotary: Rotary) -> Tensor:
+    """Grattafiori et al. 2024, section 3.2: slow waves are stretched by `factor`, fast ones kept,
+    those between interpolated.
+    """
+    factors = dict(rotary.factors)
+    low, high = factors["low_freq_factor"], factors["high_freq_factor"]
+    waves_in_context = rotary.original_context_tokens * plain / (2 * math.pi)
+    kept = ((waves_in_context - low) / (high - low)).clamp(0, 1)
+    return kept * plain + (1 - kept) * plain / factors["factor"]
+
+
+def _yarn(plain: Tensor, rotary: Rotary, head_dim: int) -> Tensor:
+    """Peng et al. 2023, section 3.2: as above, with a ramp over the dimensions."""
+    factors = {"beta_fast": 32.0, "beta_slow": 1.0, **dict(rotary.factors)}
+
+    def dimension(turns: float) -> float:
+        """Return the dimension that turns so often within the original context."""
+        waves = rotary.original_context_tokens / (turns * 2 * math.pi)
+        return head_dim * math.log(waves) / (2 * math.log(rotary.theta))
+
+    low, high = dimension(factors["beta_fast"]), dimension(factors["beta_slow"])
+    if rotary.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = (torch.arange(head_dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+    kept = 1 - ramp.clamp(0, 1)
+    return kept * plain + (1 - kept) * plain / factors["factor"]
+
+
+def _length(rotary: Rotary) -> float:
+    """Return what YaRN multiplies queries and keys by (section 3.4, "attention temperature")."""
+    factors = dict(rotary.factors)
+    if rotary.scaling != "yarn":
+        return 1.0
+    if "attention_factor" in factors:
+        return factors["attention_factor"]
+
+    def temperature(weight: float) -> float:
+        factor = factors["factor"]
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    if "mscale" in factors and "mscale_all_dim" in factors:
+        return temperature(factors["mscale"]) / temperature(factors["mscale_all_dim"])
+    return temperature(1.0)

@@ -13,10 +13,9 @@ from torch import Tensor
 from models.card import ModelCard
 from models.engines.base import GenerationRequest, SamplingOptions
 from models.engines.stacked.architecture import read_stack
-from models.engines.stacked.cache import Arena
 from models.engines.stacked.fusion import LaneWeights, fuse
 from models.engines.stacked.graphs import DecodeGraphs, Record, record_cuda
-from models.engines.stacked.layout import Layout, Part, build_layout, group_rows
+from models.engines.stacked.layout import Arena, Part, Step, build_step, group_rows
 from models.engines.stacked.model import StackedModel
 from models.engines.stacked.sampler import Draw, SamplerState, draw
 from models.engines.stacked.sequence import Sequence
@@ -65,7 +64,7 @@ class Runner:
             )
         self._threads = StepThreads(num_threads, cards[0].parameters * dtype.itemsize)
         self._device = device
-        self._layout: Layout | None = None
+        self._step: Step | None = None
         self._drawn_R: Tensor | None = None
 
     def step(self, parts: Seq[Part]) -> Draw | None:
@@ -74,33 +73,33 @@ class Runner:
         None where none is. Writes the cache; changes no sequence but its weights, where these
         follow evidence. A step that raises can be run again, also in parts.
         """
-        layout = self._layout_of(parts)
-        self._layout = None  # until this step has succeeded
+        step = self._step_of(parts)
+        self._step = None  # until this step has succeeded
         weights = [part.sequence.weights for part in parts]
         try:
-            with self._threads.step(layout.rows.num_members, len(layout.positions_N)):
-                return self._run(parts, layout)
+            with self._threads.step(step.layout.rows.num_members, step.num_rows):
+                return self._run(step)
         except Exception:
             for part, before in zip(parts, weights, strict=True):
                 part.sequence.weights = before
             raise
 
-    def _run(self, parts: Seq[Part], layout: Layout) -> Draw | None:
-        sampling = [part.sequence for part in parts if part.samples]
-        logits_LV = self._graphs.logits(layout) if self._graphs else None
+    def _run(self, step: Step) -> Draw | None:
+        sampling = [part.sequence for part in step.parts if part.samples]
+        logits_LV = self._graphs.logits(step) if self._graphs else None
         if logits_LV is None:
-            hidden_ND = self._model.forward(layout, self.arena)
-            self._weigh_prompts(parts, layout, hidden_ND)
+            hidden_ND = self._model.forward(step.layout, self.arena)
+            self._weigh_prompts(step, hidden_ND)
             if not sampling:
                 return None
-            if layout.sampled_rows_L is not None:
-                hidden_ND = hidden_ND.index_select(0, layout.sampled_rows_L)
-            logits_LV = self._model.logits(hidden_ND, layout.lanes)
+            if step.sampled_rows_L is not None:
+                hidden_ND = hidden_ND.index_select(0, step.sampled_rows_L)
+            logits_LV = self._model.logits(hidden_ND, step.lanes)
         logp_LV = logits_LV.log_softmax(-1)
-        logp_RV = fuse(logp_LV, layout.lanes_R, [sequence.fusion for sequence in sampling])
+        logp_RV = fuse(logp_LV, step.lanes_R, [sequence.fusion for sequence in sampling])
         drawn = draw(logp_RV, [sequence.sampler for sequence in sampling])
-        _weigh_answers(sampling, logp_LV, layout.lanes_R, drawn.token_ids)
-        self._layout, self._drawn_R = layout, drawn.tokens_R
+        _weigh_answers(sampling, logp_LV, step.lanes_R, drawn.token_ids)
+        self._step, self._drawn_R = step, drawn.tokens_R
         return drawn
 
     def try_out(self) -> None:
@@ -134,15 +133,15 @@ class Runner:
                 sequence.tokens.append(0)
         finally:
             self.arena.release(start, sequence.num_rows)
-            self._layout = None
+            self._step = None
 
-    def _weigh_prompts(self, parts: Seq[Part], layout: Layout, hidden_ND: Tensor) -> None:
+    def _weigh_prompts(self, step: Step, hidden_ND: Tensor) -> None:
         """Add the log-likelihood of this step's prompt tokens to the evidence that asks for it.
 
         The hidden state of each prompt token but the last says what its lane thought of the next.
         """
-        next_row = 0
-        for part in parts:
+        next_row, order = 0, step.layout.order
+        for part in step.parts:
             first_row, next_row = next_row, next_row + part.num_rows
             sequence = part.sequence
             if sequence.weights.evidence is None:
@@ -152,8 +151,8 @@ class Runner:
             if not targets:
                 continue
             rows_n = torch.arange(first_row, next_row, device=self._device)
-            if layout.to_requests_N is not None:
-                rows_n = layout.to_requests_N[rows_n]
+            if order is not None:
+                rows_n = order.to_requests_N[rows_n]
             hidden_KTD = hidden_ND[rows_n].view(sequence.num_lanes, part.num_tokens, -1)
             sequence.weights = sequence.weights.heard(
                 self._log_likelihood(sequence.members, hidden_KTD, targets), len(targets)
@@ -174,16 +173,16 @@ class Runner:
         values: list[float] = totals.tolist()
         return values
 
-    def _layout_of(self, parts: Seq[Part]) -> Layout:
-        layout = self._layout
+    def _step_of(self, parts: Seq[Part]) -> Step:
+        step = self._step
         if (
-            layout is not None
+            step is not None
             and self._drawn_R is not None
-            and layout.continues(parts)
-            and layout.advance(self._drawn_R)
+            and step.continues(parts)
+            and step.advance(self._drawn_R)
         ):
-            return layout
-        return build_layout(
+            return step
+        return build_step(
             parts,
             num_members=self._num_members,
             row_bytes=self.arena.row_bytes // self.architecture.shape.num_layers,

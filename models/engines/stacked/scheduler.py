@@ -13,8 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 
-from models.engines.stacked.cache import Arena
-from models.engines.stacked.layout import Part, order_parts
+from models.engines.stacked.layout import Arena, Part, order_parts
 from models.engines.stacked.sequence import Sequence
 
 

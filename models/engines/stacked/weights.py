@@ -25,8 +25,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from models.card import ModelCard
-from models.engines.stacked.architecture import Architecture
-from models.engines.stacked.tensors import EMBEDDING, HEAD, NORMS_AFTER, NORMS_BEFORE
+from models.engines.stacked.architecture import (
+    EMBEDDING,
+    HEAD,
+    NORMS_AFTER,
+    NORMS_BEFORE,
+    Architecture,
+)
 from models.errors import PoolError
 from models.sources.safetensors import weight_files
 

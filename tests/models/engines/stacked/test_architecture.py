@@ -11,7 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from models.card import read_card
 from models.engines.registry import create_engine
 from models.engines.stacked.architecture import read_architecture, read_stack
-from models.engines.stacked.rotary import frequencies
+from models.engines.stacked.model import frequencies
 from models.errors import PoolError
 from models.spec import EngineSpec, Model, ModelSpec
 from tests.models.engines.stacked.tiny import (

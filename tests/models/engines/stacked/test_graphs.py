@@ -14,16 +14,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models.card import read_card
 from models.engines.stacked.architecture import read_architecture
-from models.engines.stacked.cache import Arena
 from models.engines.stacked.graphs import DecodeGraphs
-from models.engines.stacked.layout import Part, Run, build_layout
+from models.engines.stacked.layout import Arena, Part, Run, build_step
 from models.engines.stacked.model import StackedModel
 from models.engines.stacked.runner import Runner
 from models.engines.stacked.scheduler import Scheduler
 from models.engines.stacked.weights import load_weights
 from tests.models.engines.stacked.tiny import ARCHITECTURES, make_sequence, save_checkpoint
 
-Step = Callable[[], Tensor]
+Launch = Callable[[], Tensor]
 
 
 def save_school(folder: Path, kind: str, size: int) -> list[Path]:
@@ -31,7 +30,7 @@ def save_school(folder: Path, kind: str, size: int) -> list[Path]:
     return [save_checkpoint(folder / f"{seed}", kind, seed=seed) for seed in range(size)]
 
 
-def answers(folders: list[Path], record: Callable[[Step], Step] | None) -> list[list[int]]:
+def answers(folders: list[Path], record: Callable[[Launch], Launch] | None) -> list[list[int]]:
     """The tokens of ten requests that come and go (seed 0): all lengths and sets of members."""
     runner = Runner(
         [read_card(folder) for folder in folders],
@@ -73,7 +72,7 @@ def test_recorded_steps_change_no_token(kind: str, tmp_path: Path) -> None:
     tokens of steps that are laid out for each batch."""
     recorded = []
 
-    def record(step: Step) -> Step:
+    def record(step: Launch) -> Launch:
         # A recording holds addresses, not the tensors there.
         reference = weakref.ref(step)
         recorded.append(reference)
@@ -96,7 +95,7 @@ def test_a_device_that_records_nothing_still_answers(
     """Where recording fails, once, steps run as they would without."""
     tries = []
 
-    def fail(step: Step) -> Step:
+    def fail(step: Launch) -> Launch:
         tries.append(step)
         raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -117,10 +116,10 @@ def test_a_recorded_step_waits_for_no_value(kind: str, tmp_path: Path) -> None:
     for start, sequence in enumerate(sequences):
         sequence.region_start, sequence.num_cached = 500 * start, len(sequence.tokens) - 1
     parts = [Part(sequence=sequence, num_tokens=1) for sequence in sequences]
-    layout = build_layout(parts, num_members=3, row_bytes=512, device=cpu)
+    step = build_step(parts, num_members=3, row_bytes=512, device=cpu)
     steps = []
 
-    def record(step: Step) -> Step:
+    def record(step: Launch) -> Launch:
         steps.append(step)
         return step
 
@@ -128,7 +127,7 @@ def test_a_recorded_step_waits_for_no_value(kind: str, tmp_path: Path) -> None:
         model = StackedModel(architecture, without_data(weights))
         arena = Arena(architecture.shape, 2**20, cpu, torch.bfloat16)
         graphs = DecodeGraphs(model, arena, num_members=3, record=record)
-        logits = graphs.logits(without_data(layout))
+        logits = graphs.logits(without_data(step))
     assert logits is not None
     assert (logits.shape, logits.dtype) == ((4, 320), torch.float32)
     assert len(steps) == 1

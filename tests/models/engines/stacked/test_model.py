@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from models.card import Shape, read_card
-from models.engines.stacked import layout as layout_module
+from models.engines.stacked import attention
 from models.engines.stacked.architecture import read_architecture
-from models.engines.stacked.cache import Arena
-from models.engines.stacked.layout import Part, build_layout, order_parts
+from models.engines.stacked.layout import Arena, Part, build_step, order_parts
 from models.engines.stacked.model import StackedModel
 from models.engines.stacked.sequence import Sequence
 from models.engines.stacked.weights import load_weights
@@ -49,12 +48,12 @@ class Bench:
     def step(self, *parts: tuple[Sequence, int]) -> dict[Sequence, torch.Tensor]:
         """Run a step; return every sequence's logits, [lanes, tokens, V]."""
         ordered = order_parts([Part(sequence=s, num_tokens=n) for s, n in parts])
-        layout = build_layout(ordered, num_members=self.num_members, row_bytes=512, device=CPU)
+        step = build_step(ordered, num_members=self.num_members, row_bytes=512, device=CPU)
         with torch.inference_mode():
-            hidden = self.model.forward(layout, self.arena)
-            logits = self.model.logits(hidden, layout.rows)
-        if layout.to_requests_N is not None:
-            logits = logits[layout.to_requests_N]
+            hidden = self.model.forward(step.layout, self.arena)
+            logits = self.model.logits(hidden, step.layout.rows)
+        if step.layout.order is not None:
+            logits = logits[step.layout.order.to_requests_N]
         split = logits.split([part.num_rows for part in ordered])
         for part in ordered:
             part.sequence.num_cached += part.num_tokens
@@ -103,7 +102,7 @@ def test_greedy_tokens_are_those_of_transformers(kind: str, tmp_path: Path) -> N
 def test_mixed_batches(tmp_path: Path, together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Different member sets, lengths and phases in one step, attended together or one by one,
     give what each gives alone."""
-    monkeypatch.setattr(layout_module, "_BYTES_PER_CALL", 1e9 if together else 0)
+    monkeypatch.setattr(attention, "_BYTES_PER_CALL", 1e9 if together else 0)
     bench = Bench([save_checkpoint(tmp_path / f"{seed}", seed=seed) for seed in range(4)])
     wanted = [([5, 6, 7], (0, 2)), (PROMPT, (1,)), (PROMPT[:6], (0, 1, 2, 3)), ([9], (3,))]
     alone = []
