@@ -180,8 +180,8 @@ class SpanAttention:
         """Prepare for a step's layers."""
         num_cached = self._span.num_cached
         for window in self._masks:
-            narrow = self._decodes and window is not None
-            self._seen[window] = min(num_cached, window) if narrow else num_cached
+            most = num_cached if window is None or not self._decodes else window
+            self._seen[window] = min(num_cached, most)
 
     def attend(self, layer: int, cache: Tensor) -> None:
         """Attend in `layer`, whose rows of keys and values `cache` holds."""
