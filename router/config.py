@@ -18,7 +18,6 @@ from router.access.limits import BudgetsConfig
 from router.dashboard.routes import DashboardConfig
 from router.ledger.database import LedgerConfig
 from router.logs import LogsConfig
-from router.tracing import TracingConfig
 
 
 class ConfigError(ValueError):
@@ -44,6 +43,18 @@ class ServingLimits(_Strict):
     request_timeout_s: float = Field(600, gt=0)
     stage_timeout_s: float = Field(60, gt=0)
     plans: PlanBounds = Field(default_factory=PlanBounds)
+
+
+class TracingConfig(_Strict):
+    """Where traces go: to an OTLP collector that takes HTTP, as http://localhost:4318/v1/traces.
+
+    `sample_ratio` of the traces that begin here are kept; one that a client began is kept if the
+    client keeps it.
+    """
+
+    endpoint: str = Field(pattern=r"^https?://")
+    service_name: str = "shoal"
+    sample_ratio: float = Field(1.0, ge=0, le=1)
 
 
 class AppArgs(_Strict):

@@ -67,7 +67,7 @@ def retry_headers(retry_after_s: float) -> dict[str, str]:
     }
 
 
-def to_api_error(error: BaseException) -> ApiError:
+def to_api_error(error: BaseException) -> ApiError:  # noqa: PLR0911 - one per kind of error
     """Return what the client is told of `error`; unknown errors tell nothing of our insides."""
     if isinstance(error, ApiError):
         return error

@@ -76,7 +76,7 @@ class Watcher(Protocol):
 class Service:
     """Answers requests with the models of one pool."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what it is composed of, named at the one call
         self,
         *,
         catalog: Catalog,

@@ -11,9 +11,8 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field
-
 from policies.plan import Answer, Cascade, Plan
+from router.config import TracingConfig
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
@@ -27,22 +26,6 @@ if TYPE_CHECKING:
 _PROVIDER = "shoal"
 _SERVER_ERROR = 500
 _FAILED = ("failed", "timeout")
-
-
-class TracingConfig(BaseModel):
-    """The `tracing:` section of the configuration.
-
-    Traces go to an OTLP collector that takes HTTP, such as http://localhost:4318/v1/traces.
-
-    `sample_ratio` of the traces that begin here are kept; one that a client began is kept if the
-    client keeps it.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    endpoint: str = Field(pattern=r"^https?://")
-    service_name: str = "shoal"
-    sample_ratio: float = Field(1.0, ge=0, le=1)
 
 
 class TracingUnavailable(ValueError):

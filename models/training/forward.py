@@ -37,7 +37,6 @@ class Geometry:
     num_layers: int
     head_size: int
     eps: float
-    longest_row_tokens: int
 
 
 def geometry(model: PreTrainedModel) -> Geometry:
@@ -57,12 +56,10 @@ def geometry(model: PreTrainedModel) -> Geometry:
     head_size = getattr(config, "head_dim", None) or (
         config.hidden_size // config.num_attention_heads
     )
-    window = getattr(config, "sliding_window", None) or config.max_position_embeddings
     return Geometry(
         num_layers=int(config.num_hidden_layers),
         head_size=int(head_size),
         eps=float(config.rms_norm_eps),
-        longest_row_tokens=min(int(window), int(config.max_position_embeddings)),
     )
 
 
@@ -183,7 +180,7 @@ class Distillation:
             raise ValueError(f"distill.weight: {self.weight} is not in [0, 1]")
 
 
-def packed_loss(
+def packed_loss(  # noqa: PLR0913 - torch.compile wants tensors, not what holds them
     weights: Weights,
     *,
     tokens_BT: Tensor,

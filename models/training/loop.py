@@ -173,7 +173,7 @@ class _Meter:
         )
 
 
-def run(
+def run(  # noqa: PLR0913 - each names a fact of the run
     model: PreTrainedModel,
     batches: Callable[[int], Iterator[Rows]],
     settings: Settings,

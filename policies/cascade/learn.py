@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from policies.cascade.answers import AnswerTable, Floats, Ints, Predictions, Rows, predict
-from policies.cascade.fit import FittedScorer, fit_scorer
+from policies.cascade.fit import fit_scorer
 from policies.cascade.frontier import Chain, StageColumn, StageTable, columns, search, thin
 from policies.cascade.learned import (
     ROUTED,
@@ -48,20 +48,17 @@ def learn_cascade(
     budget: float,
     routed: Sequence[str] = (),
     max_stages: int = 3,
-    min_disagreement: float = 0.02,
-    num_gates: int = 8,
     seed: int = 0,
-    fitted: FittedScorer | None = None,
     prior_power: float = 1.0,
     last: Collection[str] | None = None,
 ) -> LearnedCascade:
     """Fit the scorer, search every chain, and pick the best within `budget`.
 
     `cost_QS` and `budget` are US dollars per query. `routed` names the stages between which the
-    query-dependent stage `ROUTED` chooses; fewer than two leave it out. `fitted` is a scorer that
-    was fitted on this table already. `prior_power` sharpens the priors where they become a fusion's
-    weights; `last` names the stages that a chain may end with (None: any). Raises `PolicyError` for
-    a budget below the cheapest chain, or a name that the table lacks.
+    query-dependent stage `ROUTED` chooses; fewer than two leave it out. `prior_power` sharpens the
+    priors where they become a fusion's weights; `last` names the stages that a chain may end with
+    (None: any). Raises `PolicyError` for a budget below the cheapest chain, or a name that the
+    table lacks.
     """
     check_top(table.plans, table.top)
     for what, names in (("routed", routed), ("last", last or ())):
@@ -70,14 +67,12 @@ def learn_cascade(
                 raise PolicyError(
                     f"{what}: {name!r} is unknown; allowed are {', '.join(table.plans)}"
                 )
-    fitted = fitted or fit_scorer(table, seed=seed)
+    fitted = fit_scorer(table, seed=seed)
     view = _View(table, cost_QS, fitted.out_of_fold, tuple(routed) if len(routed) > 1 else ())
     frontier = search(
         view.stages,
         view.score,
         max_stages=max_stages,
-        min_disagreement=min_disagreement,
-        num_gates=num_gates,
         last=last,
     )
     point = within_budget(frontier, budget)

@@ -130,6 +130,11 @@ class Experiment:
 
     def __post_init__(self) -> None:
         where = f"experiments.{self.name}"
+        self._check_arms(where)
+        self._check_bounds(where)
+        self._check_metrics(where)
+
+    def _check_arms(self, where: str) -> None:
         names = [arm.name for arm in self.arms]
         if len(names) < 2:
             raise ExperimentError(f"{where}.arms: {names} is too few; name at least two arms")
@@ -149,6 +154,8 @@ class Experiment:
             raise ExperimentError(
                 f"{where}.control: {self.control!r} is not an arm; allowed are {', '.join(names)}"
             )
+
+    def _check_bounds(self, where: str) -> None:
         if not 0 < self.traffic <= 1:
             raise ExperimentError(f"{where}.traffic: {self.traffic} is not in (0, 1]")
         if self.offset is not None:
@@ -157,7 +164,8 @@ class Experiment:
             raise ExperimentError(f"{where}.holdout: {self.holdout} is not in [0, 1)")
         if not 0 < self.alpha < 1:
             raise ExperimentError(f"{where}.alpha: {self.alpha} is not in (0, 1)")
-        _within(f"{where}.allocation.floor", self.allocation.floor, low=0, high=1 / len(names))
+        floor = self.allocation.floor
+        _within(f"{where}.allocation.floor", floor, low=0, high=1 / len(self.arms))
         if self.start and self.stop and self.start_s >= self.stop_s:
             raise ExperimentError(
                 f"{where}.stop: {self.stop.isoformat()} is not after {self.start.isoformat()}"
@@ -166,6 +174,8 @@ class Experiment:
             raise ExperimentError(
                 f"{where}.primary.minimum_effect: {self.primary.minimum_effect} is not above 0"
             )
+
+    def _check_metrics(self, where: str) -> None:
         for key, metric in (
             ("primary.metric", self.primary.metric),
             *(("secondary", metric) for metric in self.secondary),

@@ -23,10 +23,12 @@ Law = TypeVar("Law")
 # A scalar or an array of one value per measurement; laws predict elementwise.
 Number = TypeVar("Number", float, Array)
 
+_CONFIDENCE = 0.95
+
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A bootstrap percentile interval."""
+    """A bootstrap percentile interval, of 95%."""
 
     low: float
     high: float
@@ -36,15 +38,14 @@ class Interval:
 class Fitted(Generic[Law]):
     """A law fitted to measurements.
 
-    `intervals` holds the `confidence` interval of each constant by name, from `num_resamples`
-    residual bootstrap resamples; `rmse` is in the units of what the law predicts.
+    `intervals` holds each constant's by name, from `num_resamples` residual bootstrap resamples;
+    `rmse` is in the units of what the law predicts.
     """
 
     law: Law
     intervals: dict[str, Interval]
     rmse: float
     num_points: int
-    confidence: float
     num_resamples: int
 
 
@@ -101,7 +102,6 @@ def fit_constants(
     method: Literal["trf", "lm"] = "trf",
     seed: int = 0,
     num_resamples: int = 200,
-    confidence: float = 0.95,
 ) -> Fitted[Law]:
     """Return the law whose predictions come closest to `measured`, with bootstrap intervals.
 
@@ -166,7 +166,7 @@ def fit_constants(
         ]
     ).reshape(num_resamples, len(constants))
     samples = np.where(is_log, np.exp(np.clip(samples, -60, 60)), samples)
-    tail = (1 - confidence) / 2
+    tail = (1 - _CONFIDENCE) / 2
     intervals = {}
     for column, constant in enumerate(constants):
         low, high = np.quantile(samples[:, column], [tail, 1 - tail]) if num_resamples else (0, 0)
@@ -177,7 +177,6 @@ def fit_constants(
         intervals=intervals,
         rmse=float(np.sqrt(np.mean((predict(law) - measured) ** 2))),
         num_points=len(measured),
-        confidence=confidence,
         num_resamples=num_resamples,
     )
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from transformers import PreTrainedModel
@@ -45,7 +45,7 @@ class AdaptResult:
     device: str
 
 
-def adapt(
+def adapt(  # noqa: PLR0913 - each names a fact of the run
     model: PreTrainedModel,
     own: Sequence[Conversation],
     general: Sequence[Conversation],
@@ -220,11 +220,6 @@ def _conversations_sha256(conversations: Sequence[Conversation]) -> str:
 
 # Enough for a mean loss to about 1%; trials judge often.
 NUM_JUDGED: Final = 400
-
-
-def trial_facts(settings: AdaptSettings) -> dict[str, Any]:
-    """What of the settings a trial depends on, as JSON."""
-    return settings.model_dump(exclude={"tokens", "general_share", "decay_share", "distill"})
 
 
 @dataclass(frozen=True, kw_only=True)

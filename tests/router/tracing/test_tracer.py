@@ -13,7 +13,8 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from router.tracing import RequestTracer, TracingConfig, TracingUnavailable, open_tracer
+from router.config import TracingConfig
+from router.tracing import RequestTracer, TracingUnavailable, open_tracer
 from tests.router.conftest import Running, running
 
 SECRET = "the-prompt-is-secret"
