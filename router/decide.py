@@ -150,5 +150,6 @@ def _task(exchange: Exchange, ask: Ask, *, prompt_index: int, query: Query, i: i
         max_tokens=ask.max_tokens,
         stream=ask.stream,
         client_id=exchange.key_id or exchange.user or "",
+        sent=ask.sent,
         deadline_s=exchange.deadline_s,
     )

@@ -29,10 +29,11 @@ _MOST_CHARACTERS = 256
 
 @dataclass(kw_only=True)
 class Choice:
-    """One answer to generate, and what ran for it."""
+    """One answer to generate, what ran for it, and how many tokens its client got."""
 
     plan: Plan
     task: Task
+    num_tokens: int = 0
     trace: Trace = field(default_factory=Trace)
 
 

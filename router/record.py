@@ -47,7 +47,8 @@ class RequestRecord:
     where a model or a plan was named), `plan` its JSON (None if refused before a plan was made).
     `answered_by` are the members that read or wrote anything, sorted, joined by "+" (None: nobody).
     `prompt_tokens` and `output_tokens` are the client's usage; `cached_tokens` of the prompt,
-    summed over choices, had been read before (None where no engine says). `members` and `costs` are
+    summed over choices, had been read before, and `reasoning_tokens` of the output came before the
+    answers (None where no engine says). `members` and `costs` are
     everything that ran for it, stages that were not accepted included. `energy_method` says how
     `wh` and `gco2e` are known (`Cost.method`; None where nothing ran). `status` is the HTTP status,
     499 where the client left; `error` the error's code. `queue_s` is the time until the first
@@ -83,6 +84,7 @@ class RequestRecord:
     cached_tokens: int | None = field(
         default=None, metadata=shown(span="gen_ai.usage.cache_read.input_tokens")
     )
+    reasoning_tokens: int | None = None
     num_choices: int = 0
     usd: float = field(default=0.0, metadata=shown(span="shoal.cost.usd"))
     wh: float = field(default=0.0, metadata=shown(span="shoal.energy.wh"))

@@ -318,8 +318,18 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
 
 
 def _count(exchange: Exchange, index: int, chunk: Chunk) -> None:
-    record = exchange.record
-    record.output_tokens += len(chunk.tokens)
+    """Count what `chunk` of choice `index` adds; what another server counted is believed."""
+    record, choice = exchange.record, exchange.choices[index]
+    before = choice.num_tokens
+    choice.num_tokens += len(chunk.tokens)
+    if chunk.output_tokens is not None:
+        choice.num_tokens = chunk.output_tokens
+    record.output_tokens += choice.num_tokens - before
+    first = index % (len(exchange.choices) // len(exchange.decisions)) == 0  # of its prompt
+    if chunk.prompt_tokens is not None and first:
+        record.prompt_tokens += chunk.prompt_tokens - choice.task.query.prompt_tokens
+    if chunk.reasoning_tokens is not None:
+        record.reasoning_tokens = (record.reasoning_tokens or 0) + chunk.reasoning_tokens
     if chunk.cached_tokens is not None:
         record.cached_tokens = (record.cached_tokens or 0) + chunk.cached_tokens
     if index == 0:
@@ -338,6 +348,8 @@ def _usage(record: RequestRecord) -> dict[str, Any]:
         # Every choice reads the prompt, which counts once.
         cached = min(record.cached_tokens, record.prompt_tokens)
         usage["prompt_tokens_details"] = {"cached_tokens": cached}
+    if record.reasoning_tokens is not None:
+        usage["completion_tokens_details"] = {"reasoning_tokens": record.reasoning_tokens}
     return usage
 
 

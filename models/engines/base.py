@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from models.chat_template import Message
 from models.tools import ToolCall, Tools
@@ -70,8 +70,9 @@ class GenerationRequest:
 
     `prompt_tokens` is the whole templated prompt in the engine's tokenizer; `messages` or `text` is
     what it was made of, for engines that ask another server, and neither where the client sent
-    token ids. `tools` are offered only to engines whose traits allow them. `request_id` is unique;
-    cancellation and logs use it. `client_id` groups requests for fair queueing. After `timeout_s`
+    token ids. `sent` is the client's own body, where another server gets it as it came. `tools` are
+    offered only to engines whose traits allow them. `request_id` is unique; cancellation and logs
+    use it. `client_id` groups requests for fair queueing. After `timeout_s`
     nobody waits for the answer any more (None: not known).
     """
 
@@ -87,6 +88,7 @@ class GenerationRequest:
     client_id: str = ""
     messages: tuple[Message, ...] | None = None
     text: str | None = None
+    sent: Mapping[str, Any] | None = None
     tools: Tools | None = None
     timeout_s: float | None = None
 
@@ -124,19 +126,25 @@ class Chunk:
     """A piece of the answer. `text` may lag behind `tokens` while a stop string or a character
     may still be incomplete; the texts of all chunks joined are the answer, without the stop
     string. `tokens` holds every generated token, the end-of-sequence token included in the count
-    but with empty text. The last chunk, and only it, has a `finish_reason`, where several members
-    were fused the `weights` that they had in the end, in the request's order, and where another
-    server counted them the number of `prompt_tokens`, and where the engine keeps prompts, how many
-    of this one's tokens it had not to read again. `tool_calls` come whole, with the last one.
+    but with empty text. What the model thought before it answered is `reasoning`, why it would not
+    is the `refusal`; neither is in the text. `tool_calls` are calls, or pieces of them. The last
+    chunk, and only it, has a `finish_reason`, and where several members were fused the `weights`
+    that they had in the end, in the request's order. Where another server counted, it says how many
+    tokens prompt and answer had, whatever was shown of them; and where the engine knows, how many
+    of the prompt's were kept from earlier ones, and how many of the answer's were reasoning.
     """
 
     text: str
     tokens: tuple[Token, ...]
     finish_reason: FinishReason | None = None
     weights: tuple[float, ...] | None = None
-    prompt_tokens: int | None = None
-    cached_tokens: int | None = None
+    reasoning: str = ""
+    refusal: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+    cached_tokens: int | None = None
+    reasoning_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

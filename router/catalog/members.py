@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from models.chat_template import Message
 from models.engines.registry import engine_traits
@@ -51,6 +52,15 @@ class Members:
     def opened(self, name: str, messages: Sequence[Message]) -> tuple[Message, ...]:
         """Return a conversation as the member called `name` gets it."""
         return tuple(self._pool.model(name).opened(messages))
+
+    def sent(self, name: str, body: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+        """Return a client's `body` as another server gets it that runs the member called `name`.
+
+        None for a member of ours, which is asked in our own words.
+        """
+        if body is None or self._pool.model(name).spec.remote is None:
+            return None
+        return {**body, "messages": self.opened(name, body.get("messages", ()))}
 
     def context_tokens(self, answer: Answer) -> int | None:
         """Return the shortest context of `answer`'s members; None where it isn't known."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from models.engines.base import Chunk, EngineStats, GenerationRequest
+from models.tools import join_calls
 
 
 class EngineClient(Protocol):
@@ -44,15 +46,14 @@ class EngineClient(Protocol):
 
 
 def merge(chunks: Sequence[Chunk]) -> Chunk:
-    """Return consecutive chunks as one."""
-    if len(chunks) == 1:
-        return chunks[0]
-    return Chunk(
+    """Return consecutive chunks as one; what the last one says of the whole answer stays."""
+    if len(chunks) < 2:
+        return chunks[0] if chunks else Chunk(text="", tokens=())
+    return replace(
+        chunks[-1],
         text="".join(chunk.text for chunk in chunks),
         tokens=tuple(token for chunk in chunks for token in chunk.tokens),
-        finish_reason=chunks[-1].finish_reason if chunks else None,
-        weights=chunks[-1].weights if chunks else None,
-        prompt_tokens=chunks[-1].prompt_tokens if chunks else None,
-        cached_tokens=chunks[-1].cached_tokens if chunks else None,
-        tool_calls=chunks[-1].tool_calls if chunks else (),
+        reasoning="".join(chunk.reasoning for chunk in chunks),
+        refusal="".join(chunk.refusal for chunk in chunks),
+        tool_calls=join_calls(call for chunk in chunks for call in chunk.tool_calls),
     )

@@ -155,6 +155,7 @@ class Executor:
                 None if messages is None else self._members.opened(answer.members[0], messages)
             ),
             text=task.prompt.plain_text,
+            sent=self._members.sent(answer.members[0], task.sent),
             tools=task.prompt.tools,
             timeout_s=None if task.deadline_s is None else max(0.0, task.deadline_s - now_s),
         )
@@ -383,6 +384,8 @@ def _whole(chunks: list[Chunk]) -> Chunk:
 
 def _note(run: Run, chunk: Chunk) -> None:
     run.output_tokens += len(chunk.tokens)
+    if chunk.output_tokens is not None:
+        run.output_tokens = chunk.output_tokens
     run.weights, run.energy = chunk.weights, energy_of(chunk)
     if chunk.prompt_tokens is not None:
         run.prompt_tokens = chunk.prompt_tokens

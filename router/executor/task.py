@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from models.chat_template import Message
 from models.engines.base import SamplingOptions
@@ -93,8 +94,8 @@ class Task:
 
     `request_id` is unique per choice. `max_tokens` None means as many as the context and the
     serving limits allow. With `stream`, chunks come as they are generated; without, an engine is
-    called once per answer, which is cheaper. At `deadline_s`, by the event loop's clock, nobody
-    waits for the answer any more (None: not known).
+    called once per answer, which is cheaper. `sent` is the client's body as it came. At
+    `deadline_s`, by the event loop's clock, nobody waits for the answer any more (None: not known).
     """
 
     request_id: str
@@ -104,4 +105,5 @@ class Task:
     max_tokens: int | None
     stream: bool
     client_id: str = ""
+    sent: Mapping[str, Any] | None = None
     deadline_s: float | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +52,7 @@ class Ask:
 
     `max_tokens` None leaves it to the server. `logprobs` says whether the response shows them;
     how many alternatives is in `sampling.top_logprobs`. `echo` puts the prompt before the answer.
+    `sent` is the whole body, as a member on another server gets it.
     """
 
     model: str
@@ -63,6 +65,7 @@ class Ask:
     logprobs: bool = False
     echo: bool = False
     user: str | None = None
+    sent: Mapping[str, Any] | None = None
     extension: Extension = field(default_factory=Extension)
 
     @property

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import from_json
 
 from models.chat_template import Message
 from models.engines.base import Chunk
@@ -153,6 +154,7 @@ class ChatEndpoint:
             include_usage=fields.include_usage(),
             logprobs=bool(fields.logprobs),
             user=fields.user,
+            sent=from_json(body),
             extension=fields.shoal or Extension(),
         )
 
@@ -185,12 +187,16 @@ class ChatEndpoint:
         chunk: Chunk,
         offset: int,  # noqa: ARG002 - the contract
     ) -> Iterator[dict[str, Any]]:
-        """Yield what `chunk` of choice `index` becomes: text, then why it ended."""
+        """Yield what `chunk` of choice `index` becomes: thoughts, text, then why it ended."""
+        if chunk.reasoning:
+            yield self._chunk(head, index, _reasoning(chunk), None, None)
         if chunk.text or (ask.logprobs and chunk.tokens):
             logprobs = chat_logprobs(chunk.tokens) if ask.logprobs else None
             yield self._chunk(head, index, {"content": chunk.text}, logprobs, None)
+        if chunk.refusal:
+            yield self._chunk(head, index, {"refusal": chunk.refusal}, None, None)
         if chunk.tool_calls:
-            calls = [{"index": i, **c.to_json()} for i, c in enumerate(chunk.tool_calls)]
+            calls = [call.to_delta() for call in chunk.tool_calls]
             yield self._chunk(head, index, {"tool_calls": calls}, None, None)
         if chunk.finish_reason is not None:
             yield self._chunk(head, index, {}, None, chunk.finish_reason)
@@ -217,8 +223,19 @@ class ChatEndpoint:
 
 
 def _message(choice: Chunk) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
-    if choice.tool_calls:
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": choice.text,
+        "refusal": choice.refusal or None,
+        **(_reasoning(choice) if choice.reasoning else {}),
+    }
+    if choice.tool_calls or choice.refusal:
         message["content"] = choice.text or None
+    if choice.tool_calls:
         message["tool_calls"] = [call.to_json() for call in choice.tool_calls]
     return message
+
+
+def _reasoning(chunk: Chunk) -> dict[str, str]:
+    """Return what the model thought, by both names under which clients look for it."""
+    return {"reasoning": chunk.reasoning, "reasoning_content": chunk.reasoning}

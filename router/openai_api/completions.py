@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
+from pydantic_core import from_json
 
 from models.engines.base import Chunk
 from models.tokenizer import Tokenizer
@@ -92,6 +93,7 @@ class CompletionEndpoint:
             logprobs=fields.logprobs is not None,
             echo=bool(fields.echo),
             user=fields.user,
+            sent=from_json(body),
             extension=fields.shoal or Extension(),
         )
 

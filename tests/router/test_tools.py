@@ -96,11 +96,15 @@ def test_calls_come_back_whole(front: Running, upstream: BadServer) -> None:
 
 
 def test_calls_stream(front: Running) -> None:
-    """A stream ends with the calls, then the reason."""
+    """A call streams in pieces, its id and name with the first; then comes the reason."""
     chunks = list(front.chat(model="big", messages=CHAT, tools=[TOOL], stream=True))
-    [delta] = [c.choices[0].delta for c in chunks if c.choices and c.choices[0].delta.tool_calls]
-    [call] = delta.tool_calls
-    assert (call.index, call.function.arguments) == (0, '{"a": 2, "b": 3}')
+    pieces = [c.choices[0].delta.tool_calls for c in chunks if c.choices[0].delta.tool_calls]
+    calls = [call for [call] in pieces]
+    assert [(c.index, c.id, c.function.name) for c in calls] == [
+        (0, "call_1", "add"),
+        (0, None, None),
+    ]
+    assert "".join(c.function.arguments for c in calls) == '{"a": 2, "b": 3}'
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
 
 
@@ -116,7 +120,39 @@ def test_results_go_back_to_the_model(front: Running, upstream: BadServer) -> No
     result: Any = {"role": "tool", "tool_call_id": "call_1", "content": "5"}
     front.chat(model="big", messages=[*CHAT, called, result], tools=[TOOL])
     sent = upstream.requests[0]["body"]["messages"]
-    assert sent == [*CHAT, {**called, "content": ""}, result]
+    assert sent == [*CHAT, called, result]
+
+
+def test_requests_go_on_as_they_came(front: Running, upstream: BadServer) -> None:
+    """Names, strictness, null contents and fields that only that server knows arrive unchanged."""
+    schema = {"name": "person", "strict": False, "schema": {"type": "object"}}
+    part = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}
+    fields: Any = {
+        "messages": [
+            {"role": "developer", "content": "be brief", "name": "boss"},
+            {"role": "user", "content": [part], "name": "bob"},
+        ],
+        "tools": [{**TOOL, "function": {**TOOL["function"], "strict": True}}],
+        "parallel_tool_calls": False,
+        "response_format": {"type": "json_schema", "json_schema": schema},
+        "repetition_penalty": 1.2,
+        "provider": {"order": ["x"]},
+        "user": "u",
+    }
+    front.post(model="big", n=2, max_completion_tokens=9, shoal={"explain": True}, **fields)
+    ours = {"model": "big", "stream": True, "stream_options": {"include_usage": True}}
+    ours |= {"max_tokens": 9, "logprobs": True}
+    assert [sent["body"] for sent in upstream.requests] == [{**fields, **ours}] * 2
+
+
+def test_the_server_counts(front: Running) -> None:
+    """Usage is the server's, for the client, the price and the record; thoughts count apart."""
+    front.forget()
+    answer = front.chat(model="big", messages=CHAT, n=2)
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (30, 24)
+    assert answer.shoal["tokens"]["big"] == {"prompt": 60, "output": 24}
+    record = front.last_record()
+    assert (record.prompt_tokens, record.output_tokens) == (30, 24)
 
 
 def test_models_that_call_nothing_refuse_tools(front: Running) -> None:

@@ -15,14 +15,9 @@ import httpx
 
 from models.engines.base import Chunk, Circuit, EngineStats, GenerationRequest
 from models.engines.kind import EngineKind, EngineTraits
-from models.engines.remote.wire import (
-    AnswerReader,
-    AttemptFailed,
-    RemoteOptions,
-    from_response,
-    from_transport,
-    write_body,
-)
+from models.engines.remote.answer import DONE, AnswerReader, read_events, read_whole
+from models.engines.remote.failures import AttemptFailed, from_response, from_transport
+from models.engines.remote.request import RemoteOptions, write_body
 from models.engines.requests import check_request
 from models.errors import EngineFailed, EngineOverloaded
 from models.spec import EngineSpec, Model
@@ -152,13 +147,16 @@ class RemoteEngine:
         path, body = write_body(request, self._upstream[request.members[0]], self._options)
         async with self._slot():
             for attempt in range(self._options.max_retries + 1):
-                answering = False
+                answering, num_tokens = False, 0
                 try:
                     chunks = self._attempt(self._url + path, body, request.request_id)
                     async with aclosing(chunks):
                         async for chunk in chunks:
                             answering = True
+                            num_tokens += len(chunk.tokens)
                             self._generated_tokens += len(chunk.tokens)
+                            hidden = (chunk.output_tokens or 0) - num_tokens
+                            self._generated_tokens += max(0, hidden)
                             yield chunk
                     return
                 except AttemptFailed as failure:
@@ -250,7 +248,10 @@ class RemoteEngine:
     ) -> AsyncGenerator[Chunk, None]:
         client = self._client
         assert client is not None, "check_health raises before"
-        reader = AnswerReader(server=self._server, logprobs=self._options.logprobs)
+        offered = [tool.get("function", {}).get("name") for tool in body.get("tools", ())]
+        reader = AnswerReader(
+            server=self._server, logprobs=self._options.logprobs, functions=offered
+        )
         try:
             async with client.stream(
                 "POST", url, json=body, headers={"x-request-id": request_id}
@@ -258,29 +259,41 @@ class RemoteEngine:
                 if response.status_code != httpx.codes.OK:
                     told = await _read_some(response)
                     raise from_response(self._server, response.status_code, response.headers, told)
-                lines = response.aiter_lines()
-                async for line in lines:
-                    data = line.removeprefix("data:").strip()
-                    if data == "[DONE]":
-                        await _drain(lines)
+                parts = response.aiter_bytes()
+                async for event in _events_of(response, parts):
+                    if event == DONE:
+                        reader.done()
+                        await _drain(parts)
                         break
-                    if line.startswith("data:") and data:
-                        chunk = reader.read(data)
-                        if chunk is not None:
-                            yield chunk
-                yield reader.last()
+                    chunk = reader.read(event)
+                    if chunk is not None:
+                        yield chunk
         except httpx.HTTPError as error:
             if self._client is None:
                 stopped = EngineFailed(f"the engine {self._name} was stopped")
                 raise AttemptFailed(stopped, retry=False, broken=False) from None
-            raise from_transport(self._server, error) from None
+            if not reader.ended:
+                raise from_transport(self._server, error) from None
+        yield reader.last()
 
 
-async def _drain(lines: AsyncIterator[str]) -> None:
+async def _events_of(
+    response: httpx.Response, parts: AsyncIterator[bytes]
+) -> AsyncIterator[dict[str, Any] | str]:
+    """Yield the events of a response, which is one where the server does not stream."""
+    if "application/json" in response.headers.get("content-type", ""):
+        body = b"".join([part async for part in parts])
+        yield read_whole(body) or body.decode(errors="replace")
+        return
+    async for event in read_events(parts):
+        yield event
+
+
+async def _drain(parts: AsyncIterator[bytes]) -> None:
     """Read a response to its end, which lets its connection be used again."""
-    with contextlib.suppress(TimeoutError):
+    with contextlib.suppress(TimeoutError, httpx.HTTPError):
         async with asyncio.timeout(_DRAIN_S):
-            async for _ in lines:
+            async for _ in parts:
                 pass
 
 

@@ -14,7 +14,10 @@ CUT = "cut"
 
 @dataclass
 class Reply:
-    """One scripted response. `events` are sent as an event stream where the status is 200."""
+    """One scripted response. `events` are sent as an event stream where the status is 200.
+
+    Bytes are sent as they are, each as a chunk of its own.
+    """
 
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
@@ -82,6 +85,8 @@ class BadServer:
 
 
 def _event(data: Any) -> bytes:
+    if isinstance(data, bytes):
+        return data
     text = data if isinstance(data, str) else json.dumps(data)
     return f"data: {text}\n\n".encode()
 

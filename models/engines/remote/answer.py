@@ -1,0 +1,388 @@
+"""What a server answers: the events of a stream, and what they add to an answer.
+
+Servers differ, and a good answer is believed however it is told: what an event lacks is left out,
+what it has too much is ignored, and only an error, a cut stream or an event that cannot be read
+fails.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+import uuid
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from models.engines.base import Chunk, FinishReason, Token, TopLogprob
+from models.engines.remote.failures import AttemptFailed, broke_off, from_event
+from models.errors import EngineFailed
+from models.tools import ToolCall
+
+DONE = "[DONE]"
+_LINE_END = re.compile(r"\r\n|\r|\n")
+_MOST_CHARACTERS = 16 * 2**20  # of one line; whoever sends more sends no answer
+# No context is longer; a greater count is a server's mistake, which nobody shall pay for.
+_MOST_TOKENS = 10_000_000
+# What servers call the ends that are not "stop", in lower case; every other word means that.
+_ENDS: dict[str, FinishReason] = {
+    **dict.fromkeys(("length", "max_tokens", "max_output_tokens", "model_length"), "length"),
+    **dict.fromkeys(
+        ("content_filter", "safety", "recitation", "blocklist", "prohibited_content"),
+        "content_filter",
+    ),
+}
+_BREAKS = ("error", "abort", "aborted", "cancelled", "insufficient_system_resource")
+# A token without text: the end of sequence, hidden reasoning, a piece of a tool call.
+_HIDDEN = Token(token_id=0, text="", raw=b"", logprob=None)
+
+
+async def read_events(parts: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any] | str]:
+    """Yield an event stream's JSON objects, and as text its end (`DONE`) and what cannot be read.
+
+    Lines end at CR, LF or both, and nowhere else: texts may hold U+2028 and its kin as they are.
+    A line that is a whole object is an event, whether a blank line follows or not; data over
+    several lines are joined, as the standard says. What begins no object is a heartbeat. An event
+    of type error is an object with the key error.
+    """
+    kind, data = "", ""
+    async for line in _lines(parts):
+        name, _, value = line.partition(":")
+        if name == "event":
+            kind = value.strip()
+        elif name == "data":
+            data = f"{data}\n{value}" if data else value.strip()
+            found = _object(data)
+            if found is not None:
+                yield {"error": found} if kind == "error" and "error" not in found else found
+                data = ""
+            elif data == DONE:
+                yield DONE
+                data = ""
+            elif not data.startswith("{"):
+                data = ""
+        elif not line:
+            if data:
+                yield data
+            kind, data = "", ""
+    if data:
+        yield data
+
+
+def read_whole(body: bytes) -> dict[str, Any] | None:
+    """Return the one object that a server tells that does not stream; None if it is none."""
+    return _object(body.decode(errors="replace"))
+
+
+async def _lines(parts: AsyncIterator[bytes]) -> AsyncIterator[str]:
+    decode = codecs.getincrementaldecoder("utf-8-sig")(errors="replace").decode
+    held = ""
+    async for part in parts:
+        text = decode(part)
+        held += text
+        if "\n" not in text and "\r" not in text and len(held) <= _MOST_CHARACTERS:
+            continue
+        # A CR at the end may be half of a CR LF.
+        whole = held[:-1] if held.endswith("\r") else held
+        *lines, rest = _LINE_END.split(whole)
+        held = rest + held[len(whole) :]
+        if len(held) > _MOST_CHARACTERS:
+            yield "data: {"  # cannot be read, which says what is wrong
+            return
+        for line in lines:
+            yield line
+    for line in _LINE_END.split(held):
+        yield line
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+@dataclass(kw_only=True)
+class _Call:
+    """A call as far as it came; `num_shown` characters of the arguments are with the client."""
+
+    index: int
+    number: object
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+    num_shown: int | None = None
+
+    def piece(self) -> ToolCall:
+        """Return what the client does not have yet."""
+        first, start = self.num_shown is None, self.num_shown or 0
+        self.num_shown = len(self.arguments)
+        return ToolCall(
+            index=self.index,
+            id=self.id if first else "",
+            name=self.name if first else "",
+            arguments=self.arguments[start:],
+        )
+
+
+class CallReader:
+    """Assembles calls of pieces: by their ids, else by their index, else one after another.
+
+    `functions` are the names on offer: a name that is one of them does not go on.
+    """
+
+    def __init__(self, functions: Collection[str]) -> None:
+        self._functions = functions
+        self._calls: list[_Call] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._calls)
+
+    def add(self, delta: Mapping[str, Any]) -> None:
+        """Add a piece."""
+        function = delta.get("function") or {}
+        identity, name = _text(delta.get("id")), _text(function.get("name"))
+        told = function.get("arguments")
+        arguments = json.dumps(told) if isinstance(told, Mapping | list) else _text(told)
+        call = self._find(identity, delta.get("index"), name, arguments)
+        call.id = call.id or identity
+        if name != call.name:  # some repeat it with every piece
+            call.name += name
+        call.arguments += arguments
+
+    def shown(self) -> tuple[ToolCall, ...]:
+        """Return what may be shown by now: calls whose id and whole name are known."""
+        return tuple(
+            call.piece()
+            for call in self._calls
+            if call.id and call.name and len(call.arguments) > (call.num_shown or 0)
+        )
+
+    def rest(self, *, truncated: bool) -> tuple[ToolCall, ...]:
+        """Return what is left at the end; calls that were given no id or arguments get them."""
+        for call in self._calls:
+            call.id = call.id or f"call_{uuid.uuid4().hex[:24]}"
+            if not truncated:
+                call.arguments = call.arguments or "{}"
+        return tuple(
+            call.piece()
+            for call in self._calls
+            if call.num_shown is None or len(call.arguments) > call.num_shown
+        )
+
+    def _find(self, identity: str, number: object, name: str, arguments: str) -> _Call:
+        """Return the call that a piece belongs to, which may be a new one."""
+        same = [
+            call
+            for call in self._calls
+            if (call.id == identity if identity else number is None or call.number == number)
+        ]
+        if identity and not same:  # an id may come after the call's first piece
+            same = [call for call in self._calls if call.number == number and not call.id]
+        if same and not self._begins(same[-1], identity, number, name, arguments):
+            return same[-1]
+        call = _Call(index=len(self._calls), number=number)
+        self._calls.append(call)
+        return call
+
+    def _begins(
+        self, call: _Call, identity: str, number: object, name: str, arguments: str
+    ) -> bool:
+        """Return whether a piece that names a function begins another call than `call`."""
+        if not name or not call.name:
+            return False
+        if None not in (call.number, number) and call.number != number:
+            return True  # there are servers where all calls have one id
+        if identity:
+            return False
+        if name != call.name:
+            return call.name in self._functions or bool(call.arguments)
+        return bool(arguments.strip()) and _object(call.arguments) is not None
+
+
+class AnswerReader:
+    """Turns the events of one answer into chunks.
+
+    Counts tokens as the log-probabilities list them, else one per event; where the server tells its
+    usage, the last chunk says so.
+    """
+
+    def __init__(self, *, server: str, logprobs: bool, functions: Collection[str] = ()) -> None:
+        self._server = server
+        self._logprobs = logprobs
+        self._reason: FinishReason | None = None
+        self._done = False
+        self._usage: dict[str, int] = {}
+        self._calls = CallReader(functions)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the server said that the answer is whole."""
+        return self._done or self._reason is not None
+
+    def done(self) -> None:
+        """Note that the stream's end was announced; some servers say nothing else."""
+        self._done = True
+
+    def read(self, event: Mapping[str, Any] | str) -> Chunk | None:
+        """Return what an event adds to the answer, if anything; raises `AttemptFailed`."""
+        try:
+            if isinstance(event, str):
+                raise ValueError("no JSON")
+            if event.get("error") or event.get("object") == "error":
+                raise from_event(self._server, event.get("error") or event)
+            self._read_usage(event.get("usage"))
+            choices = [one for one in event.get("choices") or () if one and not one.get("index")]
+            return self._chunk(choices[0]) if choices else None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise broke_off(
+                self._server, f"an event cannot be read: {error!r} in {str(event)[:200]!r}"
+            ) from None
+
+    def last(self) -> Chunk:
+        """Return the last chunk, when the stream has ended; raises `AttemptFailed`."""
+        if not self.ended:
+            raise broke_off(self._server, "the answer broke off")
+        reason = self._reason or "stop"
+        calls = self._calls.rest(truncated=reason == "length")
+        return Chunk(
+            text="",
+            tokens=(),
+            finish_reason="tool_calls" if self._calls and reason == "stop" else reason,
+            tool_calls=calls,
+            prompt_tokens=self._usage.get("prompt_tokens"),
+            output_tokens=self._usage.get("completion_tokens"),
+            cached_tokens=self._usage.get("cached_tokens"),
+            reasoning_tokens=self._usage.get("reasoning_tokens"),
+        )
+
+    def _read_usage(self, usage: object) -> None:
+        """Keep what is told of tokens, as far as it can be true."""
+        if not isinstance(usage, Mapping):
+            return
+        told = {
+            "prompt_tokens": usage.get("prompt_tokens"),
+            "completion_tokens": usage.get("completion_tokens"),
+            "cached_tokens": _part(usage, "prompt_tokens_details", "cached_tokens"),
+            "reasoning_tokens": _part(usage, "completion_tokens_details", "reasoning_tokens"),
+        }
+        for name, value in told.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                whole = 0 <= value <= _MOST_TOKENS and value == int(value)
+                self._usage |= {name: int(value)} if whole else {}
+
+    def _chunk(self, choice: Mapping[str, Any]) -> Chunk | None:
+        self._read_reason(choice.get("finish_reason"))
+        # A server that does not stream tells a whole message.
+        delta = choice.get("delta") or choice.get("message") or {}
+        text, thought = _read_content(delta.get("content"))
+        text = text or _text(choice.get("text"))
+        reasoning = thought or _text(delta.get("reasoning_content") or delta.get("reasoning"))
+        refusal = _text(delta.get("refusal"))
+        for piece in delta.get("tool_calls") or ():
+            self._calls.add(piece)
+        tokens = self._tokens(choice.get("logprobs"), text)
+        if not tokens and (reasoning or refusal or delta.get("tool_calls")):
+            tokens = (_HIDDEN,)
+        calls = self._calls.shown()
+        if not (text or tokens or calls):
+            return None
+        return Chunk(
+            text=text, tokens=tokens, reasoning=reasoning, refusal=refusal, tool_calls=calls
+        )
+
+    def _read_reason(self, told: object) -> None:
+        if not told:
+            return
+        word = str(told).lower()
+        if word in _BREAKS:
+            raise broke_off(self._server, f"the answer broke off: finish reason {told!r}")
+        self._reason = _ENDS.get(word, "stop")
+
+    def _tokens(self, logprobs: Mapping[str, Any] | None, text: str) -> tuple[Token, ...]:
+        if not self._logprobs:
+            return (_unknown(text),) if text else ()
+        if logprobs is None:
+            if text:
+                # A property of the server, not a failure that another attempt would mend.
+                error = EngineFailed(
+                    f"{self._server} returns no log-probabilities; set logprobs: false in the "
+                    "engine's options"
+                )
+                raise AttemptFailed(error, retry=False, broken=False)
+            return ()
+        if "content" in logprobs:
+            return tuple(_chat_token(item) for item in logprobs["content"] or ())
+        tops = logprobs.get("top_logprobs") or [None] * len(logprobs["tokens"])
+        return tuple(
+            _text_token(token, logprob, top or {})
+            for token, logprob, top in zip(
+                logprobs["tokens"], logprobs["token_logprobs"], tops, strict=True
+            )
+        )
+
+
+def _text(value: object) -> str:
+    """Return a text that can be sent on: halves of surrogate pairs are none."""
+    if not isinstance(value, str) or value.isascii():
+        return value if isinstance(value, str) else ""
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _part(usage: Mapping[str, Any], details: str, name: str) -> object:
+    found = usage.get(details)
+    return found.get(name) if isinstance(found, Mapping) else None
+
+
+def _read_content(content: object) -> tuple[str, str]:
+    """Return text and reasoning of a content, which some servers tell in parts."""
+    if not isinstance(content, Sequence) or isinstance(content, str):
+        return _text(content), ""
+    text, reasoning = "", ""
+    for part in content:
+        if part.get("type") == "thinking":
+            told = part.get("thinking")
+            reasoning += told if isinstance(told, str) else _read_content(told)[0]
+        else:
+            text += _text(part.get("text"))
+    return text, reasoning
+
+
+def _unknown(text: str) -> Token:
+    return Token(token_id=0, text=text, raw=text.encode(errors="replace"), logprob=None)
+
+
+def _chat_token(item: Mapping[str, Any]) -> Token:
+    top = tuple(
+        TopLogprob(token_id=0, text=i["token"], raw=_raw(i), logprob=float(i["logprob"]))
+        for i in item.get("top_logprobs") or ()
+    )
+    logprob = item.get("logprob")
+    return Token(
+        token_id=0,
+        text=item["token"],
+        raw=_raw(item),
+        logprob=None if logprob is None else float(logprob),
+        top=top,
+    )
+
+
+def _raw(item: Mapping[str, Any]) -> bytes:
+    listed = item.get("bytes")
+    return str(item["token"]).encode(errors="replace") if listed is None else bytes(listed)
+
+
+def _text_token(text: str, logprob: float | None, top: Mapping[str, float]) -> Token:
+    ranked = sorted(top.items(), key=lambda entry: -entry[1])
+    return Token(
+        token_id=0,
+        text=text,
+        raw=text.encode(errors="replace"),
+        logprob=logprob,
+        top=tuple(
+            TopLogprob(token_id=0, text=other, raw=other.encode(errors="replace"), logprob=value)
+            for other, value in ranked
+        ),
+    )

@@ -1,0 +1,157 @@
+"""How a server is asked: where it is, with what patience, and in which words."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from models.engines.base import GenerationRequest
+from models.errors import PoolError
+
+_JSON_OBJECT = '{"type":"object"}'
+# What a client's body tells Shoal and not the model: who answers, how often, and in which form. The
+# seed is here because choices of one prompt differ in it.
+_OURS = (
+    *("model", "shoal", "n", "best_of", "echo", "stream", "stream_options"),
+    *("messages", "prompt", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs"),
+    "seed",
+)
+
+
+class RemoteOptions(BaseModel):
+    """Where the server is, how to ask it, and how long to be patient.
+
+    `base_url` ends where `/chat/completions` follows, usually in `/v1`. The key is read at start
+    from the environment variable `api_key_env` or the file `api_key_file` (a mounted secret), never
+    from this file. `logprobs` false for a server that returns no log-probabilities: its answers
+    cannot be judged by a cascade's scorer then. Its completions endpoint tells of at most
+    `completion_logprobs` alternatives (vLLM's of 20). Newer hosted models want `max_tokens_field`
+    "max_completion_tokens".
+
+    A connection must stand within `connect_timeout_s`, and the server may be silent for at most
+    `read_timeout_s`; at most `max_connections` requests run at once. An attempt that failed before
+    any text came is repeated up to `max_retries` times, after the time that the server asks for,
+    else after `backoff_s`, doubled each time; only if the request's deadline allows. After
+    `breaker_failures` failures in a row the server is left alone for `breaker_open_s`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    base_url: str = Field(pattern=r"^https?://[^\s?#]+$")
+    api_key_env: str | None = None
+    api_key_file: Path | None = None
+    headers: dict[str, str] = Field(default_factory=dict)
+    logprobs: bool = True
+    completion_logprobs: int = Field(5, ge=0, le=20)
+    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    connect_timeout_s: float = Field(5, gt=0)
+    read_timeout_s: float = Field(60, gt=0)
+    max_connections: int = Field(100, ge=1)
+    max_retries: int = Field(2, ge=0)
+    backoff_s: float = Field(0.5, gt=0)
+    breaker_failures: int = Field(5, ge=1)
+    breaker_open_s: float = Field(30, gt=0)
+
+    @model_validator(mode="after")
+    def _one_key(self) -> Self:
+        if self.api_key_env is not None and self.api_key_file is not None:
+            raise ValueError("give api_key_env or api_key_file, not both")
+        for name in self.headers:
+            if name.lower() == "authorization":
+                raise ValueError("a key belongs into api_key_env or api_key_file, not into headers")
+        return self
+
+    def read_key(self, engine: str) -> str | None:
+        """Return the key; None where none is configured. `PoolError` if it isn't there."""
+        if self.api_key_env is not None:
+            key = os.environ.get(self.api_key_env, "").strip()
+            if not key:
+                raise PoolError(
+                    f"engines.{engine}.options.api_key_env: the environment variable "
+                    f"{self.api_key_env} is not set where the engine runs"
+                )
+            return key
+        if self.api_key_file is not None:
+            try:
+                key = self.api_key_file.read_text().strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise PoolError(
+                    f"engines.{engine}.options.api_key_file: {self.api_key_file} cannot be read: "
+                    f"{type(error).__name__}"
+                ) from None
+            if not key:
+                raise PoolError(
+                    f"engines.{engine}.options.api_key_file: {self.api_key_file} is empty"
+                )
+            return key
+        return None
+
+
+def write_body(
+    request: GenerationRequest, model: str, options: RemoteOptions
+) -> tuple[str, dict[str, Any]]:
+    """Return the path and the JSON body that ask the server's `model` for `request`.
+
+    What the client sent goes on unchanged, fields that only that server knows included; what it did
+    not send is left to the server. A conversation goes to the chat endpoint. A text, or token ids
+    (which must be that model's own), go to the completions endpoint.
+    """
+    sampling, sent = request.sampling, request.sent or {}
+    body = {name: value for name, value in sent.items() if name not in _OURS and value is not None}
+    if not sent:
+        body = _written(request)
+    body |= {
+        "model": model,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        options.max_tokens_field: sampling.max_tokens,
+    }
+    if sampling.seed is not None:
+        body["seed"] = sampling.seed
+    if request.messages is not None:
+        messages = sent.get("messages", request.messages)
+        body["messages"] = [dict(message) for message in messages]
+        if options.logprobs:
+            body["logprobs"] = True
+            if sampling.top_logprobs:
+                body["top_logprobs"] = sampling.top_logprobs
+        return "/chat/completions", body
+    body["prompt"] = list(request.prompt_tokens) if request.text is None else request.text
+    if options.logprobs:
+        body["logprobs"] = min(sampling.top_logprobs or 0, options.completion_logprobs)
+    # This endpoint has never known another name for it.
+    body["max_tokens"] = body.pop(options.max_tokens_field)
+    return "/completions", body
+
+
+def _written(request: GenerationRequest) -> dict[str, Any]:
+    """Return the fields of a request that no client sent, as far as they are not the defaults."""
+    sampling, tools = request.sampling, request.tools
+    asked = {
+        "temperature": sampling.temperature if sampling.temperature != 1 else None,
+        "top_p": sampling.top_p if sampling.top_p < 1 else None,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "presence_penalty": sampling.presence_penalty or None,
+        "frequency_penalty": sampling.frequency_penalty or None,
+        "logit_bias": {str(i): bias for i, bias in sampling.logit_bias.items()} or None,
+        "stop": list(sampling.stop) or None,
+        "ignore_eos": sampling.ignore_eos or None,
+        "response_format": _response_format(sampling.json_schema),
+        "tools": [dict(tool) for tool in tools.functions] if tools else None,
+        "tool_choice": tools.choice if tools else None,
+    }
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+def _response_format(json_schema: str | None) -> dict[str, Any] | None:
+    if json_schema is None:
+        return None
+    if json_schema == _JSON_OBJECT:
+        return {"type": "json_object"}
+    wanted = {"name": "answer", "schema": json.loads(json_schema), "strict": True}
+    return {"type": "json_schema", "json_schema": wanted}

@@ -1,0 +1,335 @@
+"""Good answers, told in the many ways in which servers tell them."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from models.engines.base import Chunk
+from models.errors import ContextOverflow, EngineError, EngineFailed, EngineOverloaded, RequestError
+from models.tools import ToolCall, Tools, join_calls
+from tests.models.engines.remote.asking import read, request_of, running_engine, text_of
+from tests.models.engines.remote.bad_server import CUT, BadServer, Reply, finish
+
+HELLO = {"choices": [{"index": 0, "delta": {"content": "Hello"}}]}
+STOP = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+OFFERED = Tools(
+    functions=tuple({"type": "function", "function": {"name": name}} for name in ("find", "open"))
+)
+
+
+def ask(*events: Any, reply: Reply | None = None, tools: Tools | None = None) -> list[Chunk]:
+    """Return the chunks of the answer that a server tells in `events`."""
+
+    async def run() -> list[Chunk]:
+        told = reply or Reply(events=list(events))
+        async with (
+            BadServer.running(told) as server,
+            running_engine(server, logprobs=False, max_retries=0) as engine,
+        ):
+            return await read(engine, request_of(tools=tools))
+
+    return asyncio.run(run())
+
+
+def calls_of(*pieces: Any, reason: str = "tool_calls") -> tuple[ToolCall, ...]:
+    """Return the calls that a server tells in `pieces`, one per event."""
+    events = [{"choices": [{"delta": {"tool_calls": [piece]}}]} for piece in pieces]
+    chunks = ask(*events, *finish(reason), tools=OFFERED)
+    return join_calls(call for chunk in chunks for call in chunk.tool_calls)
+
+
+def piece(
+    name: str | None = None, arguments: Any = None, *, key: str | None = None, **more: Any
+) -> dict[str, Any]:
+    """Return a piece of a call; `key` is its id."""
+    function = {"name": name, "arguments": arguments}
+    told = {name: value for name, value in function.items() if value is not None}
+    return {"function": told, **({"id": key} if key else {}), **more}
+
+
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        ("eos", "stop"),
+        ("end_turn", "stop"),
+        ("anything", "stop"),
+        ("function_call", "stop"),
+        ("MAX_TOKENS", "length"),
+        ("length", "length"),
+        ("SAFETY", "content_filter"),
+    ],
+)
+def test_ends_are_read_by_any_name(told: str, reason: str) -> None:
+    """A word that nobody knows ends an answer as well as "stop" does."""
+    chunks = ask(HELLO, *finish(told))
+    assert (text_of(chunks), chunks[-1].finish_reason) == ("Hello", reason)
+
+
+@pytest.mark.parametrize("reason", ["", None])
+def test_an_end_without_a_reason_is_an_end(reason: Any) -> None:
+    """Where the stream's end is announced, no reason is needed."""
+    nothing = {"choices": [{"delta": {"content": "Hello"}, "finish_reason": reason}]}
+    chunks = ask(nothing, "[DONE]")
+    assert (text_of(chunks), chunks[-1].finish_reason) == ("Hello", "stop")
+    with pytest.raises(EngineFailed, match="broke off"):
+        ask(nothing)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        b": a comment\n\n",
+        b"event: ping\ndata: {}\n\n",
+        b'data: {"type": "ping"}\n\n',
+        b"data: ping\n\n",
+        b"data:\n\n",
+        b"id: 7\nretry: 1000\n\n",
+        {"choices": []},
+        {"choices": None, "error": None},
+        {"choices": [{"index": 0, "delta": None, "finish_reason": None}]},
+        {"choices": [{"index": 0, "delta": {"content": None, "role": "assistant"}}]},
+        {"choices": [{"index": 1, "delta": {"content": "another choice"}}]},
+        {"usage": {"prompt_tokens": 3}},
+        {"usage": "unknown", "object": "chat.completion.info"},
+        [],
+        7,
+    ],
+)
+def test_harmless_events_change_nothing(event: Any) -> None:
+    """Pings, comments, events without choices and those of unknown types are passed over."""
+    chunks = ask(event, HELLO, event, STOP, event, "[DONE]")
+    assert (text_of(chunks), chunks[-1].finish_reason) == ("Hello", "stop")
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+def test_lines_end_at_cr_and_lf_only(end: bytes) -> None:
+    """Other separators of Unicode belong to the text, wherever the network cuts it."""
+    text = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg"
+    events = json.dumps(
+        {"choices": [{"delta": {"content": text}, "finish_reason": "stop"}]}, ensure_ascii=False
+    )
+    # JSON escapes control characters, but not the separators.
+    stream = b"data: " + events.encode() + end + end + b"data: [DONE]" + end + end
+    bytewise = Reply(events=[stream[i : i + 1] for i in range(len(stream))])
+    assert text_of(ask(reply=bytewise)) == text_of(ask(stream)) == text
+
+
+def test_data_over_several_lines_and_without_blank_ones() -> None:
+    """The standard's data of several lines are one event; a line that is whole needs no blank."""
+    pretty = json.dumps(HELLO, indent=1).replace("\n", "\ndata: ")
+    told = f"data: {pretty}\n\ndata: {json.dumps(HELLO)}\ndata: {json.dumps(STOP)}\ndata: [DONE]"
+    assert text_of(ask(told.encode())) == "HelloHello"
+
+
+def test_a_server_that_does_not_stream() -> None:
+    """A whole completion in place of events is an answer, with its usage."""
+    message = {"role": "assistant", "content": "Hello", "reasoning_content": "hm"}
+    body = {
+        "choices": [{"index": 0, "message": message, "finish_reason": "length"}],
+        "usage": {"prompt_tokens": 5, "completion_tokens": 2},
+    }
+    chunks = ask(reply=Reply(headers={"content-type": "application/json"}, body=body))
+    assert (text_of(chunks), chunks[0].reasoning) == ("Hello", "hm")
+    assert (chunks[-1].finish_reason, chunks[-1].output_tokens) == ("length", 2)
+
+
+def test_thoughts_and_refusals_are_kept_apart() -> None:
+    """Reasoning by either name or as a part, and refusals, stand beside the text."""
+    for told in (
+        {"reasoning": "hm"},
+        {"reasoning_content": "hm", "reasoning": "hm"},
+        {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}]},
+    ):
+        chunks = ask({"choices": [{"delta": told}]}, HELLO, *finish())
+        assert (text_of(chunks), "".join(c.reasoning for c in chunks)) == ("Hello", "hm")
+    refused = ask({"choices": [{"delta": {"refusal": "no"}}]}, *finish())
+    assert (text_of(refused), refused[0].refusal) == ("", "no")
+
+
+@pytest.mark.parametrize(
+    ("usage", "expected"),
+    [
+        (
+            {
+                "prompt_tokens": 500,
+                "completion_tokens": 9,
+                "prompt_tokens_details": {"cached_tokens": 400},
+                "completion_tokens_details": {"reasoning_tokens": 7},
+            },
+            (500, 9, 400, 7),
+        ),
+        ({"prompt_tokens": 0, "completion_tokens": 9.0}, (0, 9, None, None)),
+        ({"prompt_tokens": 2**62, "completion_tokens": -3}, (None,) * 4),
+        ({"prompt_tokens": "many", "completion_tokens": 1.5}, (None,) * 4),
+        ({"prompt_tokens": float("inf"), "completion_tokens": float("nan")}, (None,) * 4),
+        ({"prompt_tokens": True, "prompt_tokens_details": 3}, (None,) * 4),
+        ({"prompt_tokens": [1], "completion_tokens": None}, (None,) * 4),
+    ],
+)
+def test_usage_is_believed_as_far_as_it_can_be(usage: Any, expected: tuple[int | None]) -> None:
+    """Counts that no model can have are left out, and harm nothing."""
+    last = ask(HELLO, STOP, {"choices": [], "usage": usage}, "[DONE]")[-1]
+    told = (last.prompt_tokens, last.output_tokens, last.cached_tokens, last.reasoning_tokens)
+    assert told == expected
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        # one index for all
+        [piece("find", '{"x": 1}', key="a", index=0), piece("open", '{"y": 2}', key="b", index=0)],
+        # no index, ids only with the first pieces
+        [
+            piece("find", '{"x"', key="a"),
+            piece(None, ": 1}"),
+            piece("open", '{"y"', key="b"),
+            piece(None, ": 2}"),
+        ],
+        # interleaved by index
+        [
+            piece("find", "", key="a", index=0),
+            piece("open", "", key="b", index=1),
+            piece(None, '{"x": 1}', index=0),
+            piece(None, '{"y": 2}', index=1),
+        ],
+        # interleaved by id, without an index
+        [
+            piece("find", '{"x"', key="a"),
+            piece("open", '{"y"', key="b"),
+            piece(None, ": 1}", key="a"),
+            piece(None, ": 2}", key="b"),
+        ],
+        # id and name with every piece
+        [
+            piece("find", '{"x"', key="a", index=0),
+            piece("find", ": 1}", key="a", index=0),
+            piece("open", '{"y": 2}', key="b", index=1),
+        ],
+        # arguments as an object, and a name in two pieces
+        [
+            piece("fi", key="a", index=0),
+            piece("nd", {"x": 1}, index=0),
+            piece("open", {"y": 2}, key="b", index=1),
+        ],
+        # the id comes last
+        [
+            piece("find", '{"x": 1}', index=0),
+            piece(None, "", key="a", index=0),
+            piece("open", '{"y": 2}', key="b", index=1),
+        ],
+    ],
+)
+def test_calls_are_assembled_however_they_come(pieces: list[Any]) -> None:
+    """Two calls come back whole, with the names and ids that the server sent."""
+    assert [(c.id, c.name, c.arguments) for c in calls_of(*pieces)] == [
+        ("a", "find", '{"x": 1}'),
+        ("b", "open", '{"y": 2}'),
+    ]
+
+
+def test_calls_without_ids_or_arguments_get_them() -> None:
+    """Whole calls one after another, as some servers send them, are told apart."""
+    calls = calls_of(piece("find", '{"x": 1}'), piece("find", '{"x": 2}'), piece("open"))
+    assert [(c.name, c.arguments) for c in calls] == [
+        ("find", '{"x": 1}'),
+        ("find", '{"x": 2}'),
+        ("open", "{}"),
+    ]
+    assert len({call.id for call in calls}) == 3
+    assert all(call.id for call in calls)
+
+
+def test_calls_stream_as_they_come() -> None:
+    """Pieces of arguments are shown at once, the first with the call's id and name."""
+    events = [
+        {"choices": [{"delta": {"tool_calls": [one]}}]}
+        for one in (piece("find", "", key="a", index=0), piece(None, '{"x"'), piece(None, ": 1}"))
+    ]
+    shown = [c.tool_calls for c in ask(*events, *finish("tool_calls"), tools=OFFERED)]
+    assert shown[1:] == [
+        (ToolCall(id="a", name="find", arguments='{"x"'),),
+        (ToolCall(id="", name="", arguments=": 1}"),),
+        (),
+    ]
+
+
+def test_truncated_calls_say_so() -> None:
+    """A call that the limit cut off is no whole call: the reason is told as it is."""
+    events = [{"choices": [{"delta": {"tool_calls": [piece("find", '{"pa', key="a")]}}]}]
+    chunks = ask(*events, *finish("length"), tools=OFFERED)
+    assert chunks[-1].finish_reason == "length"
+    assert [c.arguments for chunk in chunks for c in chunk.tool_calls] == ['{"pa']
+    whole = ask(*events, *finish("stop"), tools=OFFERED)
+    assert whole[-1].finish_reason == "tool_calls"
+
+
+def test_a_cut_stream_is_no_answer() -> None:
+    """A connection that breaks before the end is an error; after it the answer is whole."""
+    with pytest.raises(EngineFailed, match="Error"):
+        ask(reply=Reply(events=[HELLO], end=CUT))
+    with pytest.raises(EngineFailed, match="cannot be read"):
+        ask(b'data: {"choices": [{"delta": {"content": "Hel')
+    assert text_of(ask(reply=Reply(events=[HELLO, STOP], end=CUT))) == "Hello"
+
+
+def test_half_characters_do_no_harm() -> None:
+    """A lone half of a surrogate pair, which no UTF-8 can hold, becomes the replacement."""
+    half = {"choices": [{"delta": {"content": "a\ud83db"}}]}
+    assert text_of(ask(half, *finish())) == "a\ufffdb"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "This model's maximum context length is 10 tokens. However, you requested 33 tokens.",
+        "You passed 33 input tokens and requested 20 output tokens. However, the model's context "
+        "length is only 10 tokens, resulting in a maximum input length of 9 tokens.",
+        "The decoder prompt (length 33) is longer than the maximum model length of 10.",
+        "The input (33 tokens) is longer than the model's context length (10 tokens).",
+        "the request exceeds the available context size, try increasing it",
+        "request (33 tokens) exceeds the available context size (10 tokens)",
+        "Context size has been exceeded.",
+        "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 10. Given: 33",
+        "Input validation error: `inputs` must have less than 10 tokens. Given: 33",
+        "the input length exceeds the context length",
+        "prompt too long; exceeded max context length by 23 tokens",
+        "Input tokens exceed the configured limit of 10 tokens.",
+        "The input token count (33) exceeds the maximum number of tokens allowed (10).",
+        "prompt is too long: 33 tokens > 10 maximum",
+        "Please reduce the length of the messages or completion.",
+        "Prompt contains 33 tokens, too large for model with 10 maximum context length",
+    ],
+)
+def test_overflows_are_recognised_in_many_words(message: str) -> None:
+    """However a server says it, and even late or as its own fault, the prompt is too long."""
+    for status, body in (
+        (400, {"error": {"message": message, "type": "invalid_request_error", "code": 400}}),
+        (400, {"object": "error", "message": message, "code": 400}),
+        (422, {"error": message, "error_type": "validation"}),
+        (500, {"error": {"code": 500, "message": message, "type": "server_error"}}),
+    ):
+        with pytest.raises(ContextOverflow, match="maximum context length"):
+            ask(reply=Reply(status, body=body))
+    with pytest.raises(ContextOverflow, match="maximum context length"):
+        ask({"error": {"message": message}})
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "error"),
+    [
+        (400, "max_tokens is too large: 5000. This model supports at most 4096.", RequestError),
+        (400, "temperature must be at most 2", RequestError),
+        (400, "messages: the context of this call is unclear", RequestError),
+        (429, "Request too large: maximum context length per minute reached", EngineOverloaded),
+        (500, "worker died", EngineFailed),
+    ],
+)
+def test_other_refusals_are_no_overflows(
+    status: int, message: str, error: type[EngineError | RequestError]
+) -> None:
+    """What speaks of other limits keeps its own error."""
+    with pytest.raises(error) as caught:
+        ask(reply=Reply(status, body={"error": {"message": message}}))
+    assert not isinstance(caught.value, ContextOverflow)
