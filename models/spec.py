@@ -53,7 +53,7 @@ class EngineSpec(_Strict):
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     kv_memory_bytes: int = Field(256 * 2**20, gt=0)
-    max_queued_requests: int = Field(256, ge=0)
+    max_queued_requests: int = Field(256, ge=0, le=1_000_000)
     options: dict[str, Any] = Field(default_factory=dict)
     deployment: DeploymentSpec = Field(default_factory=DeploymentSpec)
 
@@ -95,8 +95,8 @@ class ModelSpec(_Strict):
     otherwise: Name | None = None
     domains: tuple[str, ...] = ()
     description: str = ""
-    usd_per_million_input_tokens: float = Field(0, ge=0)
-    usd_per_million_output_tokens: float = Field(0, ge=0)
+    usd_per_million_input_tokens: float = Field(0, ge=0, le=1e6)
+    usd_per_million_output_tokens: float = Field(0, ge=0, le=1e6)
 
 
 class PoolFile(_Strict):

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Iterable
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from policies.errors import PolicyError
+
+# What such keys hold is not shown: an address may have a password in it.
+_SECRET = re.compile("url|token|secret|password")
+# Sums of so many rows as anybody keeps then fit 64 bits, in which databases and engines count.
+MOST_COUNT = 2**31 - 1
+Count = Annotated[int, Field(ge=1, le=MOST_COUNT)]
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
@@ -29,6 +37,8 @@ def explain(error: ValidationError) -> str:
             lines.append(f"{where}: unknown key")
         elif detail["type"] == "missing":
             lines.append(f"{where}: the key is missing")
+        elif _SECRET.search(where):
+            lines.append(f"{where}: {detail['msg']}")
         else:
             lines.append(f"{where}: {detail['msg']}, got {detail['input']!r}")
     return "; ".join(lines)

@@ -17,7 +17,6 @@ from policies.budget import Controller
 from router.ledger.database import Database
 from router.ledger.queries import ANSWERED, Spend, spend
 from router.ledger.schema import REQUESTS
-from router.threads import in_thread
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +50,7 @@ class BudgetSync:
         """Reconcile every `interval_s` until cancelled; log a failing database, and go on."""
         while True:
             try:
-                await in_thread(self.reconcile)
+                await self._database.reports.run(self.reconcile)
             except sa.exc.SQLAlchemyError as error:
                 logger.warning("budget targets keep their own count for now: %s", error)
             await asyncio.sleep(self._interval_s)

@@ -30,6 +30,9 @@ from router.metrics.page import build_metrics
 from router.service import Background, Service, Watcher
 from router.tracing import open_tracer
 
+# PostgreSQL ends what takes longer, so that nothing hangs on a lock for ever.
+_STATEMENT_TIMEOUT_S = 30.0
+
 
 def open_ledger(args: AppArgs) -> Ledger:
     """Return the configured ledger, which also counts its rows for the metrics.
@@ -37,7 +40,7 @@ def open_ledger(args: AppArgs) -> Ledger:
     Raises `LedgerError`.
     """
     return Ledger(
-        open_database(args.ledger.url),
+        open_database(args.ledger.url, statement_timeout_s=_STATEMENT_TIMEOUT_S),
         flush_interval_s=args.ledger.flush_interval_s,
         queue_rows=args.ledger.queue_rows,
         count=count_rows,
@@ -46,17 +49,16 @@ def open_ledger(args: AppArgs) -> Ledger:
 
 
 def check_experiments(args: AppArgs, pool: Pool, catalog: Catalog) -> None:
-    """Find what is wrong with the experiments before any replica starts.
+    """Find what is wrong with the ledger or the experiments before any replica starts.
 
     Raises `ExperimentError` and `LedgerError`.
     """
     definitions, _ = read_definitions(args)
-    if definitions:
-        database = open_database(args.ledger.url)
-        try:
-            Experiments(definitions, args=args, pool=pool, catalog=catalog, database=database)
-        finally:
-            database.dispose()
+    database = open_database(args.ledger.url)
+    try:
+        Experiments(definitions, args=args, pool=pool, catalog=catalog, database=database)
+    finally:
+        database.dispose()
 
 
 def compose(
@@ -150,7 +152,7 @@ def _background(
 
 def _gate(args: AppArgs, database: Database) -> Gate:
     budgets = Budgets(
-        open_database(args.ledger.url, fast_commits=True),
+        open_database(args.ledger.url, fast_commits=True, statement_timeout_s=_STATEMENT_TIMEOUT_S),
         args.budgets,
         holder=f"{socket.gethostname()}-{uuid.uuid4().hex}",
         logger=logging.getLogger("shoal.budgets"),

@@ -12,7 +12,7 @@ from models.pool import DEFAULT_POOL
 from models.spec import DeploymentSpec, Name
 from policies.carbon.settings import CarbonSettings
 from policies.plan import PlanBounds
-from policies.validation import explain
+from policies.validation import Count, explain
 from router.access.keys import AuthConfig
 from router.access.limits import BudgetsConfig
 from router.dashboard.routes import DashboardConfig
@@ -38,10 +38,10 @@ class ServingLimits(_Strict):
     plan may take.
     """
 
-    max_body_bytes: int = Field(4 * 2**20, gt=0)
-    default_max_tokens: int = Field(1024, gt=0)
-    request_timeout_s: float = Field(600, gt=0)
-    stage_timeout_s: float = Field(60, gt=0)
+    max_body_bytes: Count = 4 * 2**20
+    default_max_tokens: Count = 1024
+    request_timeout_s: float = Field(600, gt=0, le=86_400)
+    stage_timeout_s: float = Field(60, gt=0, le=86_400)
     plans: PlanBounds = Field(default_factory=PlanBounds)
 
 

@@ -141,7 +141,8 @@ def _task(exchange: Exchange, ask: Ask, *, prompt_index: int, query: Query, i: i
     sampling = ask.sampling
     if sampling.seed is not None and ask.n > 1:
         # Choices of one prompt differ, and are still the same whenever they are asked for.
-        sampling = replace(sampling, seed=sampling.seed + i % ask.n)
+        seed = sampling.seed + i % ask.n
+        sampling = replace(sampling, seed=(seed + 2**63) % 2**64 - 2**63)
     return Task(
         request_id=f"{exchange.id}-{i}",
         query=query,

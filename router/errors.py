@@ -15,10 +15,13 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from models.errors import ContextOverflow, EngineError, EngineOverloaded, RequestError
 from policies.errors import PolicyError
 from router.access.keys import KeyRejected
 from router.access.limits import BudgetExhausted, BudgetUnavailable
+from router.ledger.calls import is_away
 
 
 class ApiError(Exception):
@@ -85,13 +88,11 @@ def to_api_error(error: BaseException) -> ApiError:  # noqa: PLR0911 - one per k
     if isinstance(error, BudgetExhausted):
         return _budget_exhausted(error)
     if isinstance(error, BudgetUnavailable):
-        return ApiError(
-            503,
-            str(error),
-            kind="server_error",
-            code="budgets_unavailable",
-            headers=retry_headers(1.0),
-        )
+        return _unavailable(str(error), "budgets_unavailable")
+    if isinstance(error, SQLAlchemyError) and is_away(error):
+        retry_after_s = getattr(error, "retry_after_s", 1.0)
+        message = "The server's database does not answer now; try again shortly."
+        return _unavailable(message, "database_unavailable", retry_after_s)
     if isinstance(error, EngineOverloaded):
         return ApiError(
             429,
@@ -101,13 +102,7 @@ def to_api_error(error: BaseException) -> ApiError:  # noqa: PLR0911 - one per k
             headers=retry_headers(error.retry_after_s),
         )
     if isinstance(error, EngineError):
-        return ApiError(
-            503,
-            f"No engine could answer: {error}",
-            kind="server_error",
-            code="engine_failed",
-            headers=retry_headers(1.0),
-        )
+        return _unavailable(f"No engine could answer: {error}", "engine_failed")
     if isinstance(error, TimeoutError):
         return ApiError(
             504,
@@ -117,6 +112,11 @@ def to_api_error(error: BaseException) -> ApiError:  # noqa: PLR0911 - one per k
             headers={"x-should-retry": "false"},
         )
     return ApiError(500, "Internal server error.", kind="server_error", code="internal_error")
+
+
+def _unavailable(message: str, code: str, retry_after_s: float = 1.0) -> ApiError:
+    headers = retry_headers(retry_after_s)
+    return ApiError(503, message, kind="server_error", code=code, headers=headers)
 
 
 def _budget_exhausted(error: BudgetExhausted) -> ApiError:

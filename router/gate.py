@@ -15,6 +15,7 @@ from router.access.store import used_amounts
 from router.catalog.catalog import Catalog
 from router.exchange import Exchange
 from router.record import RequestRecord
+from router.workers import Worker
 
 
 class Gate:
@@ -34,7 +35,7 @@ class Gate:
     async def admit(self, exchange: Exchange, catalog: Catalog) -> None:
         """Hold the most that the exchange's choices may use, in every budget that counts it.
 
-        Raises `BudgetExhausted` and `BudgetUnavailable`.
+        Waits a bounded time. Raises `BudgetExhausted` and `BudgetUnavailable`.
         """
         exchange.reservation = await self._budgets.reserve(
             request_id=exchange.id, key=exchange.key, estimate=most(exchange, catalog)
@@ -44,6 +45,11 @@ class Gate:
         """Charge what `record` says; neither blocks nor raises."""
         if exchange.reservation is not None:
             self._budgets.settle(exchange.reservation, used_amounts(record))
+
+    @property
+    def worker(self) -> Worker:
+        """What settles the budgets."""
+        return self._budgets.worker
 
     async def close(self) -> None:
         """Charge what is still to be charged; idempotent."""

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
@@ -55,9 +56,12 @@ def create_api(
 
         return key_id
 
-    @api.exception_handler(KeyRejected)
-    async def reject(_: Request, error: KeyRejected) -> JSONResponse:
+    async def tell(_: Request, error: Exception) -> JSONResponse:
         return _error(to_api_error(error))
+
+    # Those of requests for answers are told, and recorded, by the service.
+    for kind in (ApiError, KeyRejected, SQLAlchemyError, TimeoutError, Exception):
+        api.add_exception_handler(kind, tell)
 
     names = [shadow.name for shadow in service.mirror.shadows]
     add_feedback_route(api, service.ledger, identify=identify("user"), shadows=names)
@@ -95,7 +99,7 @@ def create_api(
 
     @api.get("/health")
     async def health() -> JSONResponse:
-        """Say whether every engine can serve: 200, or 503 with the names of those that can't."""
+        """Say whether all that serves is well: 200, or 503 that names what is not."""
         return await _health(service)
 
     @api.exception_handler(HTTPException)
@@ -137,9 +141,14 @@ async def _health(service: Service) -> JSONResponse:
             return name, {"ok": False, "error": str(error) or "no answer"}
 
     engines = dict(await asyncio.gather(*map(ask, service.engines)))
-    ok = all(engine["ok"] for engine in engines.values())
+    workers = {
+        worker.name: {"ok": worker.failure is None, "failures": worker.num_failures}
+        for worker in service.workers
+    }
+    ok = all(part["ok"] for part in (*engines.values(), *workers.values()))
+    status = "ok" if ok else "unhealthy"
     return JSONResponse(
-        {"status": "ok" if ok else "unhealthy", "engines": engines}, 200 if ok else 503
+        {"status": status, "engines": engines, "workers": workers}, 200 if ok else 503
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
@@ -26,13 +27,13 @@ from router.engines.base import EngineClient, merge
 from router.errors import ApiError, bad_request, to_api_error
 from router.exchange import Exchange
 from router.executor.executor import Executor
+from router.executor.trace import Run
 from router.experiments.experiments import Experiments
 from router.experiments.shadows import Mirror
 from router.gate import Gate
 from router.ledger.writer import Ledger
 from router.logs import REQUEST_ID
 from router.metrics.page import Metrics
-from router.openai_api.ask import Ask
 from router.openai_api.endpoint import Endpoint, Head, Writer
 from router.record import CLIENT_CLOSED_REQUEST, RequestRecord
 from router.shoal_field import shoal_field
@@ -45,6 +46,7 @@ from router.streams import (
     side_by_side,
     until_disconnected,
 )
+from router.workers import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +56,10 @@ Answers = AsyncGenerator[tuple[int, Chunk], None]
 
 
 class Background(Protocol):
-    """Something that runs beside the requests."""
+    """Something that runs beside the requests, and again where it raises."""
 
     async def run(self) -> None:
-        """Run until cancelled."""
+        """Run until cancelled, or until there is nothing to do."""
         ...
 
 
@@ -118,13 +120,23 @@ class Service:
             shadows, catalog=catalog, executor=self._executor, ledger=ledger, limits=limits
         )
         self._settling: set[asyncio.Task[None]] = set()
-        self._background = (*background, metrics)
+        self._background = {
+            Worker(type(one).__name__.lower()): one for one in (*background, metrics, experiments)
+        }
         self._running: list[asyncio.Task[None]] = []
+        metrics.workers = self.workers
+
+    @property
+    def workers(self) -> tuple[Worker, ...]:
+        """What runs beside the requests."""
+        return (self.ledger.worker, self.gate.worker, *self._background)
 
     async def start(self) -> None:
         """Start what runs beside the requests."""
-        await self.experiments.start()
-        self._running = [asyncio.create_task(one.run()) for one in self._background]
+        self._running = [
+            asyncio.create_task(worker.run(one.run), name=worker.name)
+            for worker, one in self._background.items()
+        ]
 
     async def process(self, request: Request, endpoint: Endpoint) -> Response:
         """Answer `request`, whatever happens; exactly one record is kept of it."""
@@ -133,9 +145,11 @@ class Service:
         )
         REQUEST_ID.set(exchange.id)
         try:
-            exchange.key = await self.gate.identify(request.headers.get("authorization"))
-            body = await read_body(request, self._limits.max_body_bytes)
-            work = self._answer(exchange, endpoint, body, request.headers)
+            exchange.deadline_s = self._deadline_s(exchange, _timeout_s(request.headers))
+            async with asyncio.timeout_at(exchange.deadline_s):
+                exchange.key = await self.gate.identify(request.headers.get("authorization"))
+                body = await read_body(request, self._limits.max_body_bytes)
+            work = self._answer(exchange, endpoint, body)
             response = await until_disconnected(request.receive, work)
         except ClientDisconnected:
             response = Response(status_code=CLIENT_CLOSED_REQUEST)
@@ -154,26 +168,24 @@ class Service:
         for task in self._running:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
-        await self.experiments.close()
         await self.mirror.close()
         await asyncio.gather(*self._settling, return_exceptions=True)
-        await self.ledger.close()
-        await self.gate.close()
+        await asyncio.gather(self.ledger.close(), self.gate.close())
         for watcher in self._watchers:
             await asyncio.to_thread(watcher.close)
 
-    async def _answer(
-        self, exchange: Exchange, endpoint: Endpoint, body: bytes, headers: Mapping[str, str]
-    ) -> Response:
+    async def _answer(self, exchange: Exchange, endpoint: Endpoint, body: bytes) -> Response:
         ask = exchange.ask = endpoint.parse(body)
         exchange.user = ask.user or exchange.user
         exchange.record.session = ask.extension.session or exchange.record.session
-        deadline_s = asyncio.get_running_loop().time() + self._timeout_s(ask, headers)
-        exchange.deadline_s = deadline_s
-        await decide(self.catalog, self._limits, exchange, ask, self.experiments)
-        await self.gate.admit(exchange, self.catalog)
+        if ask.extension.timeout_s is not None:
+            exchange.deadline_s = self._deadline_s(exchange, ask.extension.timeout_s)
+        assert exchange.deadline_s is not None
+        async with asyncio.timeout_at(exchange.deadline_s):
+            await decide(self.catalog, self._limits, exchange, ask, self.experiments)
+            await self.gate.admit(exchange, self.catalog)
         answers = before(
-            deadline_s,
+            exchange.deadline_s,
             side_by_side([self._executor.run(c.plan, c.task, c.trace) for c in exchange.choices]),
         )
         head = Head(
@@ -229,16 +241,10 @@ class Service:
             await answers.aclose()
             self._finish(exchange)
 
-    def _timeout_s(self, ask: Ask, headers: Mapping[str, str]) -> float:
-        asked = ask.extension.timeout_s
-        if asked is None and TIMEOUT_HEADER in headers:
-            try:
-                asked = float(headers[TIMEOUT_HEADER])
-            except ValueError:
-                asked = 0.0
-            if not asked > 0:
-                raise bad_request(f"{TIMEOUT_HEADER} is not a positive number", TIMEOUT_HEADER)
-        return min(asked or self._limits.request_timeout_s, self._limits.request_timeout_s)
+    def _deadline_s(self, exchange: Exchange, asked_s: float | None) -> float:
+        """Return when the request ends, by the event loop's clock, counted from its arrival."""
+        timeout_s = min(asked_s or math.inf, self._limits.request_timeout_s)
+        return asyncio.get_running_loop().time() - exchange.elapsed_s + timeout_s
 
     def _headers(self, exchange: Exchange) -> dict[str, str]:
         headers = {"openai-processing-ms": str(max(1, round(exchange.elapsed_s * 1000)))}
@@ -280,10 +286,12 @@ class Service:
 
     def _record(self, exchange: Exchange) -> None:
         record = exchange.complete(self.catalog.prices.rates, keep_text=self._keep_text)
+        self.gate.settle(exchange, record)
         self.ledger.record(record)
         for watcher in self._watchers:
             watcher.ended(exchange, record)
-        self.gate.settle(exchange, record)
+        if record.answered_by is None:
+            return  # refused: nothing to learn from
         policy = self.catalog.policies.get(record.policy or "")
         if policy is not None:
             for query, decision, cost in exchange.settled(self.catalog.prices.rates):
@@ -292,16 +300,35 @@ class Service:
 
     async def _settle(self, exchange: Exchange) -> None:
         """Ask the engines what the requests used that were cancelled there."""
-        runs = [run for choice in exchange.choices for run in choice.trace.interrupted()]
-        for run in runs:
+
+        async def settle(run: Run) -> None:
             assert run.engine is not None
             assert run.request_id is not None
             run.settled = True
             try:
                 num_tokens = await self.engines[run.engine].settle(run.request_id)
-            except (EngineError, TimeoutError):
-                continue  # the engine is gone; what reached us stays counted
+            except Exception as error:
+                # The engine is gone; what reached us stays counted.
+                if not isinstance(error, EngineError | TimeoutError):
+                    logger.exception("%s: cannot be settled", exchange.id)
+                return
             run.output_tokens = max(run.output_tokens, num_tokens)
+
+        interrupted = [run for choice in exchange.choices for run in choice.trace.interrupted()]
+        await asyncio.gather(*map(settle, interrupted))
+
+
+def _timeout_s(headers: Mapping[str, str]) -> float | None:
+    """Return the time that a header asks for; `ApiError` 400 if it is none."""
+    if TIMEOUT_HEADER not in headers:
+        return None
+    try:
+        asked_s = float(headers[TIMEOUT_HEADER])
+    except ValueError:
+        asked_s = 0.0
+    if not asked_s > 0:
+        raise bad_request(f"{TIMEOUT_HEADER} is not a positive number", TIMEOUT_HEADER)
+    return asked_s
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
@@ -309,12 +336,12 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     too_large = ApiError(413, f"The body is larger than {max_bytes} bytes.", code="body_too_large")
     if int(request.headers.get("content-length", "0")) > max_bytes:
         raise too_large
-    body = b""
+    body = bytearray()
     async for part in request.stream():
         body += part
         if len(body) > max_bytes:
             raise too_large
-    return body
+    return bytes(body)
 
 
 def _count(exchange: Exchange, index: int, chunk: Chunk) -> None:

@@ -34,7 +34,8 @@ class Hold:
     """What one request in flight holds in the windows named, until it settles or expires.
 
     `holder` is the replica that runs it and renews it. A `lapsed` hold has expired and given back
-    what it held; it is remembered because its request may be alive after all, and settle late.
+    what it held; it is remembered because its request may be alive after all, and settle late:
+    to no effect if it has no windows any more, being settled from the ledger.
     """
 
     request_id: str
@@ -84,7 +85,8 @@ class Book:
     def settle(self, request_id: str, used: Amounts) -> bool:
         """Turn a hold into what was used, in the windows that admitted it.
 
-        Returns False, and changes nothing, where there is no such hold: it was settled before.
+        Returns False, and changes nothing, where there is no such hold: it was settled before, or
+        never committed. One that was settled from the ledger is known, and changes nothing.
         """
         hold = self.holds.pop(request_id, None)
         if hold is None:
@@ -100,6 +102,15 @@ class Book:
             )
         return True
 
+    def charge(self, windows: Sequence[str], used: Amounts) -> None:
+        """Add what a request used whose hold is lost to the `windows` that admitted it."""
+        for name in windows:
+            tally = self.tallies.get(name)
+            if tally is not None:
+                self.tallies[name] = replace(
+                    tally, spent=tally.spent.plus(used), estimated=tally.estimated.plus(used)
+                )
+
     def lapse(self, now_s: float, recorded: Mapping[str, Amounts]) -> None:
         """Give back what holds past their expiry held.
 
@@ -111,6 +122,8 @@ class Book:
                 continue
             if hold.request_id in recorded:
                 self.settle(hold.request_id, recorded[hold.request_id])
+                # Remembered, so that its replica, should it live after all, finds it settled.
+                self.holds[hold.request_id] = replace(hold, lapsed=True, windows=())
                 continue
             self.holds[hold.request_id] = replace(hold, lapsed=True)
             for name in hold.windows:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TypeAlias
 
@@ -36,8 +36,13 @@ from router.access.limits import (
 )
 from router.access.store import Admission, BudgetStore, Reserve, Settle
 from router.ledger.database import Database
+from router.workers import Worker
 
 _RETRY_S = 0.05  # how often a waiting request is tried again
+_ANSWER_S = 0.5  # what the database has to answer, beside the wait for others in flight
+_AWAY_S = 0.5  # how often a database that is away is tried again
+_CLOSE_S = 10.0
+_UNCHECKED = "Budgets cannot be checked now; try again shortly."
 _SWEEP_S = 1.0
 _FORGET_S = 3600.0
 
@@ -46,12 +51,17 @@ _FORGET_S = 3600.0
 class Reservation:
     """An admitted request. `headers` are the x-ratelimit headers of its response.
 
-    `counted` is False where no cap applies; settling it then costs nothing.
+    `windows` admitted it; where no cap applies there are none, and settling costs nothing.
     """
 
     request_id: str
-    counted: bool
     headers: dict[str, str]
+    windows: tuple[str, ...] = ()
+
+    @property
+    def counted(self) -> bool:
+        """Whether a cap applies."""
+        return bool(self.windows)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -105,8 +115,9 @@ class Budgets:
         self._settles: list[Settle] = []
         self._open: set[str] = set()
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="shoal-budgets", daemon=True)
-        self._thread.start()
+        self._away = False
+        self.worker = Worker("budgets")
+        self._thread = self.worker.start_thread(self._run)
 
     async def reserve(self, *, request_id: str, key: Key | None, estimate: Amounts) -> Reservation:
         """Admit a request that may use up to `estimate`; `settle` must follow.
@@ -117,9 +128,11 @@ class Budgets:
         now_s = self._clock()
         found = self._limits(key, now_s)
         if not found:
-            return Reservation(request_id=request_id, counted=False, headers={})
+            return Reservation(request_id=request_id, headers={})
         if self._closed.is_set():
             raise BudgetUnavailable("The server is shutting down.")
+        if self._away:
+            raise BudgetUnavailable(_UNCHECKED)
         loop = asyncio.get_running_loop()
         waiting = _Waiting(
             reserve=Reserve(request_id=request_id, amounts=estimate, limits=found),
@@ -129,15 +142,19 @@ class Budgets:
         )
         self._items.put(waiting)
         try:
-            admission = await waiting.future
-        except asyncio.CancelledError:
-            # The client left; whatever the thread decided meanwhile is undone.
+            async with asyncio.timeout(self._config.wait_s + _ANSWER_S):
+                admission = await waiting.future
+        except (asyncio.CancelledError, TimeoutError) as error:
+            # The client left, or the database is slow; what the thread may still decide is undone.
             self._items.put(Settle(request_id=request_id, used=NOTHING))
+            if isinstance(error, TimeoutError):
+                raise BudgetUnavailable(_UNCHECKED) from None
             raise
         headers = rate_limit_headers(admission.remaining, now_s)
         if admission.shortage is not None:
             raise _exhausted(admission.shortage, key, now_s, headers)
-        return Reservation(request_id=request_id, counted=True, headers=headers)
+        windows = tuple(dict.fromkeys(limit.window.id for limit in found))
+        return Reservation(request_id=request_id, headers=headers, windows=windows)
 
     def settle(self, reservation: Reservation, used: Amounts) -> None:
         """Charge what a request used instead of its estimate; neither blocks nor raises.
@@ -145,7 +162,9 @@ class Budgets:
         Call it exactly once per reservation, also where the request failed or its client left.
         """
         if reservation.counted:
-            self._items.put(Settle(request_id=reservation.request_id, used=used))
+            self._items.put(
+                Settle(request_id=reservation.request_id, used=used, windows=reservation.windows)
+            )
 
     async def close(self) -> None:
         """Write what is still to be settled and end the thread; idempotent."""
@@ -156,7 +175,7 @@ class Budgets:
         if not self._closed.is_set():
             self._closed.set()
             self._items.put(None)
-        self._thread.join(10)
+        self._thread.join(_CLOSE_S)
         self._database.dispose()
 
     def _limits(self, key: Key | None, now_s: float) -> tuple[Limit, ...]:
@@ -174,29 +193,39 @@ class Budgets:
             now_s = time.monotonic()
             try:
                 # Renewed first: after a standstill the sweep must not take our own holds for dead.
-                if self._open and now_s - renewed_s >= self._config.lease_s / 3:
+                if (self._open or self._settles) and now_s - renewed_s >= self._config.lease_s / 3:
                     renewed_s = now_s
                     self._store.renew(self._clock())
-                if now_s - swept_s >= _SWEEP_S:
+                if self._away or now_s - swept_s >= _SWEEP_S:
                     swept_s = now_s
                     self._store.sweep(self._clock())
                 if now_s - forgot_s >= _FORGET_S:
                     forgot_s = now_s
                     self._store.forget(self._clock())
-                self._transact()
+                self._transact(self._settles, self._waiting)
+                if self._away:
+                    self._away = False
+                    self._logger.warning("budgets: the database answers again")
             except SQLAlchemyError as error:
-                self._logger.error("budgets: the database does not answer: %s", error)
+                if not self._away:
+                    self._logger.error("budgets: the database does not answer: %s", error)
+                self._away = True
+                self._settles = [replace(settle, again=True) for settle in self._settles]
                 self._refuse_waiting()
                 if self._closed.is_set():
+                    self._logger.error(
+                        "budgets: %d requests are charged from the ledger, when their holds lapse",
+                        len(self._settles),
+                    )
                     return
-                time.sleep(0.2)
+                time.sleep(_AWAY_S)
             if self._closed.is_set() and not self._settles and self._items.empty():
                 self._refuse_waiting()
                 return
 
     def _gather(self) -> None:
         """Wait for something to do, then take all there is."""
-        timeout_s = None
+        timeout_s = _RETRY_S if self._away else None
         if self._waiting or self._settles:
             timeout_s = _RETRY_S
         elif self._open:
@@ -215,15 +244,39 @@ class Budgets:
         elif isinstance(item, Settle):
             # A request that is still waiting holds nothing yet.
             self._waiting = [w for w in self._waiting if w.reserve.request_id != item.request_id]
-            self._settles.append(item)
+            # Settled once already, or never admitted here: nothing is charged without a hold.
+            admitted = item.request_id in self._open
+            self._open.discard(item.request_id)
+            self._settles.append(item if admitted else replace(item, windows=()))
 
-    def _transact(self) -> None:
-        settles, waiting = self._settles, self._waiting
+    def _transact(self, settles: list[Settle], waiting: list[_Waiting]) -> None:
+        """Put `settles` and `waiting` into the book; where that fails, its halves.
+
+        So what cannot be counted, whatever the reason, fails alone. Raises SQLAlchemy's errors.
+        """
         if not settles and not waiting:
             return
-        admissions = self._store.apply(settles, [w.reserve for w in waiting], self._clock())
-        self._settles, self._waiting = [], []
-        self._open.difference_update(settle.request_id for settle in settles)
+        try:
+            admissions, unknown = self._store.apply(
+                settles, [w.reserve for w in waiting], self._clock()
+            )
+        except SQLAlchemyError:
+            raise
+        except Exception as error:
+            if len(settles) + len(waiting) > 1:
+                half, rest = len(settles) // 2, len(waiting) // 2
+                self._transact(settles[:half], waiting[:rest])
+                self._transact(settles[half:], waiting[rest:])
+                return
+            self._logger.exception("budgets: a request cannot be counted")
+            self._done(settles, waiting)
+            for item in waiting:
+                item.answer(error)
+            return
+        self._done(settles, waiting)
+        for settle in unknown:
+            told = "perhaps settled before" if settle.again else "it is charged all the same"
+            self._logger.warning("budgets: %s has no hold; %s", settle.request_id, told)
         now_s = time.monotonic()
         for item, admission in zip(waiting, admissions, strict=True):
             shortage = admission.shortage
@@ -234,9 +287,14 @@ class Budgets:
                 self._open.add(item.reserve.request_id)
             item.answer(admission)
 
+    def _done(self, settles: list[Settle], waiting: list[_Waiting]) -> None:
+        done = {id(item) for item in (*settles, *waiting)}
+        self._settles = [settle for settle in self._settles if id(settle) not in done]
+        self._waiting = [item for item in self._waiting if id(item) not in done]
+
     def _refuse_waiting(self) -> None:
         for item in self._waiting:
-            item.answer(BudgetUnavailable("Budgets cannot be checked now; try again shortly."))
+            item.answer(BudgetUnavailable(_UNCHECKED))
         self._waiting = []
 
 

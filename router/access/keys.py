@@ -7,7 +7,6 @@ logged; `prefix`, its first characters, is what people recognise it by.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import secrets
 import time
@@ -182,7 +181,7 @@ class Authenticator:
 
         The database is asked off the event loop, at most every `cache_s` per key. Raises
         `KeyRejected` for a missing, unknown or revoked key, or one without `scope` (an admin's
-        key may do everything that a user's may).
+        key may do everything that a user's may), `DatabaseUnavailable` where it cannot be asked.
         """
         secret = _secret(header)
         if secret is None or not (self._config.required or secret.startswith(PREFIX)):
@@ -203,7 +202,7 @@ class Authenticator:
         key, fresh_until_s = self._cache.get(sha256, (None, -1.0))
         if now_s < fresh_until_s:
             return key
-        key = await asyncio.to_thread(_find, self._database, sha256)
+        key = await self._database.calls.run(_find, self._database, sha256)
         if len(self._cache) >= _MOST_CACHED:
             self._cache.clear()  # someone guesses keys; the real ones come back with one query
         self._cache[sha256] = (key, now_s + self._config.cache_s)

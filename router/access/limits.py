@@ -27,6 +27,9 @@ Period: TypeAlias = Literal["minute", "hour", "day", "month"]
 PERIODS: tuple[Period, ...] = get_args(Period)
 SERVER = "server"
 
+MOST = 2**53  # of one request: nine million USD
+_MOST_SUM = 2**63 - 1  # what a column holds
+
 CAP_NAMES = tuple(f"{resource}_per_{period}" for resource in RESOURCES for period in PERIODS)
 
 
@@ -71,16 +74,17 @@ class Amounts(NamedTuple):
 
     @classmethod
     def of(cls, *, requests: int = 1, tokens: int, cost: Cost) -> Amounts:
-        """Return `requests` requests that took `tokens` tokens and cost `cost`."""
+        """Return `requests` requests that took `tokens` tokens and cost `cost`, none above MOST."""
+        billionths = (max(0.0, x) * 1e9 for x in (cost.usd, cost.wh, cost.gco2e))
         return cls(
-            requests,
-            tokens,
-            *(math.ceil(max(0.0, x) * 1e9) for x in (cost.usd, cost.wh, cost.gco2e)),
+            min(requests, MOST),
+            min(tokens, MOST),
+            *(math.ceil(x) if x < MOST else MOST for x in billionths),
         )
 
     def plus(self, other: Amounts) -> Amounts:
-        """Return the sum."""
-        return Amounts(*(a + b for a, b in zip(self, other, strict=True)))
+        """Return the sum, as much of it as the database holds."""
+        return Amounts(*(min(a + b, _MOST_SUM) for a, b in zip(self, other, strict=True)))
 
     def minus(self, other: Amounts) -> Amounts:
         """Return the difference."""

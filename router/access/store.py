@@ -8,22 +8,23 @@ save this trip, at the price of budget stranded in idle replicas and of recallin
 a replica's concurrent requests share one trip (`budgets`), so that is a bad trade. A hold is itself
 a lease on one request's estimate: renewed while its replica lives, given back when it does not.
 
-Commits survive the death of a process. A power cut may lose the last moments of them (SQLite's
-`synchronous = NORMAL`, PostgreSQL's `synchronous_commit = off`): fsync on the request path would
-cost more than such a moment's spend.
+Commits survive the death of a process, and PostgreSQL's own. A power cut may lose the last moments
+of an SQLite file (`synchronous = NORMAL`): fsync on the request path would cost more than such a
+moment's spend.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import sqlalchemy as sa
 
 from policies.footprint import Cost
 from router.access.book import Book, Hold, Shortage, Tally
-from router.access.limits import SERVER, Amounts, Limit, Window
+from router.access.limits import NOTHING, SERVER, Amounts, Limit, Window
 from router.ledger.database import BUDGET_LOCK, Database, writing
 from router.ledger.queries import SERVED, Period, spend, total
 from router.ledger.schema import BUDGET_HOLDS, BUDGET_WINDOWS, REQUESTS
@@ -43,6 +44,7 @@ _SELECT_EXPIRED = sa.select(BUDGET_HOLDS).where(
 _DELETE_HOLDS = sa.delete(BUDGET_HOLDS).where(
     BUDGET_HOLDS.c.request_id.in_(sa.bindparam("ids", expanding=True))
 )
+_UPDATE_HOLD = sa.update(BUDGET_HOLDS).where(BUDGET_HOLDS.c.request_id == sa.bindparam("id"))
 _INSERT_HOLD = sa.insert(BUDGET_HOLDS)
 _SELECT_WINDOWS = sa.select(BUDGET_WINDOWS).where(
     BUDGET_WINDOWS.c.window_id.in_(sa.bindparam("ids", expanding=True))
@@ -62,10 +64,16 @@ class Reserve:
 
 @dataclass(frozen=True, kw_only=True)
 class Settle:
-    """A request that ended, and what it used."""
+    """A request that ended, and what it used.
+
+    `windows` are those that admitted it. Where its hold is not found they are charged all the
+    same, unless this is `again`: then the first try may have been committed unseen.
+    """
 
     request_id: str
     used: Amounts
+    windows: tuple[str, ...] = ()
+    again: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,21 +94,26 @@ class BudgetStore:
 
     def apply(
         self, settles: Sequence[Settle], reserves: Sequence[Reserve], now_s: float
-    ) -> list[Admission]:
+    ) -> tuple[list[Admission], list[Settle]]:
         """Settle, then try the reservations in order, all in one transaction.
 
-        Returns an admission per reservation. Raises SQLAlchemy's errors; then nothing happened.
+        Returns an admission per reservation, and what was settled without a hold. Raises
+        SQLAlchemy's errors; then nothing happened.
         """
         windows = {limit.window.id: limit.window for r in reserves for limit in r.limits}
         with writing(self._database, lock=BUDGET_LOCK) as connection:
             ids = [s.request_id for s in settles] + [r.request_id for r in reserves]
-            before = _load(connection, _holds(connection, ids), windows)
+            settled = [name for settle in settles for name in settle.windows]
+            before = _load(connection, _holds(connection, ids), windows, settled)
             after = Book(before.tallies, before.holds)
-            for settle in settles:
-                after.settle(settle.request_id, settle.used)
+            unknown = [s for s in settles if not after.settle(s.request_id, s.used)]
+            unknown = [settle for settle in unknown if settle.used != NOTHING]
+            for settle in unknown:
+                if not settle.again:
+                    after.charge(settle.windows, settle.used)
             admissions = [self._reserve(after, reserve, now_s) for reserve in reserves]
             _save(connection, before, after)
-        return admissions
+        return admissions, unknown
 
     def renew(self, now_s: float) -> None:
         """Prolong all holds of this replica."""
@@ -119,7 +132,7 @@ class BudgetStore:
         with writing(self._database, lock=BUDGET_LOCK) as connection:
             expired = connection.execute(_SELECT_EXPIRED, {"now_s": now_s})
             holds = [_read_hold(row) for row in expired]
-            before = _load(connection, holds, {})
+            before = _load(connection, holds)
             after = Book(before.tallies, before.holds)
             after.lapse(now_s, _recorded(connection, before.holds))
             _save(connection, before, after)
@@ -161,14 +174,21 @@ def _holds(connection: sa.Connection, ids: Collection[str]) -> list[Hold]:
     return [_read_hold(row) for row in connection.execute(_SELECT_HOLDS, {"ids": list(ids)})]
 
 
-def _load(connection: sa.Connection, holds: Iterable[Hold], windows: dict[str, Window]) -> Book:
-    """Read `windows` and those that `holds` are in; a new window starts with what the ledger has.
+def _load(
+    connection: sa.Connection,
+    holds: Iterable[Hold],
+    windows: Mapping[str, Window] = MappingProxyType({}),
+    others: Iterable[str] = (),
+) -> Book:
+    """Read `windows`, those that `holds` are in, and `others`, where there are such.
+
+    One of `windows` that is new starts with what the ledger has.
 
     What the ledger has is nothing for a window that has just begun, and what was spent so far
     where a cap was put on a window that is under way.
     """
     held = {hold.request_id: hold for hold in holds}
-    wanted = set(windows) | {name for hold in held.values() for name in hold.windows}
+    wanted = {*windows, *others, *(name for hold in held.values() for name in hold.windows)}
     rows = connection.execute(_SELECT_WINDOWS, {"ids": list(wanted)})
     tallies = {row.window_id: read_tally(row) for row in rows}
     for name, window in windows.items():
@@ -194,10 +214,13 @@ def _save(connection: sa.Connection, before: Book, after: Book) -> None:
     new = [hold for name, hold in after.holds.items() if name not in before.holds]
     if new:
         connection.execute(_INSERT_HOLD, [_hold_values(hold) for hold in new])
-    lapsed = [n for n, h in after.holds.items() if h.lapsed and not before.holds[n].lapsed]
+    lapsed = [
+        {"id": name, "lapsed": True, "windows": list(hold.windows)}
+        for name, hold in after.holds.items()
+        if hold.lapsed and name in before.holds and not before.holds[name].lapsed
+    ]
     if lapsed:
-        mine = BUDGET_HOLDS.c.request_id.in_(lapsed)
-        connection.execute(sa.update(BUDGET_HOLDS).where(mine).values(lapsed=True))
+        connection.execute(_UPDATE_HOLD, lapsed)
 
 
 def _spent_before(connection: sa.Connection, window: Window) -> Amounts:

@@ -82,7 +82,7 @@ class Figures:
             if self._clock() < until_s:
                 return found
             began_s = time.perf_counter()
-            found = await asyncio.to_thread(self._query, window)
+            found = await self._database.reports.run(self._query, window)
             took_s = time.perf_counter() - began_s
             self._kept[window] = (self._clock() + max(_FRESH_S, took_s / _SHARE), found)
             return found

@@ -14,9 +14,9 @@ from typing import Any, Literal, Self, TypeAlias
 import sqlalchemy as sa
 from fastapi import FastAPI, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse
 
-from router.errors import ApiError, bad_request, to_api_error
+from router.errors import ApiError, bad_request
 from router.exchange import answer_digest
 from router.experiments.experiments import Experiments
 from router.experiments.shadows import Mirror, mirrored_request_id, shadow_report
@@ -29,6 +29,7 @@ from router.record import SHADOW
 _MAX_FEEDBACK_BYTES = 2**20
 # Another replica may hold a row that is not written yet: for its flush interval, or longer where
 # the machine is busy.
+_FLUSH_S = 2.0
 _LATER_TRIES_S = (0.25, 0.75, 2.0)
 
 # Tells the key id of who sends a request, None for an anonymous one. Raises `ApiError`.
@@ -53,7 +54,7 @@ def add_feedback_route(
     schema = {"application/json": {"schema": FeedbackBody.model_json_schema()}}
     api.add_api_route(
         "/v1/feedback",
-        _mapped(feedback),
+        feedback,
         methods=["POST"],
         openapi_extra={"requestBody": {"required": True, "content": schema}},
     )
@@ -85,31 +86,14 @@ def add_experiment_routes(
 
     async def shadows(request: Request) -> JSONResponse:
         await identify(request)
-        data = await asyncio.to_thread(
+        data = await experiments.database.reports.run(
             shadow_report, experiments.database, mirror.shadows, now_s=time.time()
         )
         return JSONResponse({"object": "list", "data": data})
 
-    api.add_api_route("/v1/experiments", _mapped(every), methods=["GET"])
-    api.add_api_route("/v1/experiments/{name}", _mapped(one), methods=["GET"])
-    api.add_api_route("/v1/shadows", _mapped(shadows), methods=["GET"])
-
-
-def _mapped(
-    handler: Callable[[Request], Awaitable[Response]],
-) -> Callable[[Request], Awaitable[Response]]:
-    """Return `handler` with its exceptions told in OpenAI's shape."""
-
-    async def handle(request: Request) -> Response:
-        try:
-            return await handler(request)
-        except Exception as error:
-            told = to_api_error(error)
-            if told.status == 500:
-                raise
-            return JSONResponse(told.body(), told.status, told.headers)
-
-    return handle
+    api.add_api_route("/v1/experiments", every, methods=["GET"])
+    api.add_api_route("/v1/experiments/{name}", one, methods=["GET"])
+    api.add_api_route("/v1/shadows", shadows, methods=["GET"])
 
 
 class FeedbackBody(BaseModel):
@@ -173,14 +157,15 @@ async def take_feedback(
         label=feedback.label,
         key_id=key_id,
     )
-    await asyncio.to_thread(add_feedback, ledger.database, kept)
+    calls = ledger.database.calls
+    await calls.run(add_feedback, ledger.database, kept)
     if feedback.label is not None:
         for shadow in shadows:
             mirrored_id = mirrored_request_id(shadow, feedback.id)
-            mirrored = await asyncio.to_thread(_row, ledger.database, mirrored_id)
+            mirrored = await calls.run(_row, ledger.database, mirrored_id)
             if mirrored is not None and mirrored["status"] < 400:
                 right = _score(feedback, feedback.id, mirrored["answer_digest"])
-                await asyncio.to_thread(
+                await calls.run(
                     add_feedback,
                     ledger.database,
                     replace(kept, request_id=mirrored_id, score=right, key_id=None),
@@ -198,15 +183,15 @@ def _score(feedback: FeedbackBody, request_id: str, digest: str | None) -> float
 
 
 async def _find(ledger: Ledger, request_id: str) -> dict[str, Any] | None:
-    row = await asyncio.to_thread(_row, ledger.database, request_id)
+    row = await ledger.database.calls.run(_row, ledger.database, request_id)
     if row is None:
-        await ledger.flush()
-        row = await asyncio.to_thread(_row, ledger.database, request_id)
+        await ledger.flush(within_s=_FLUSH_S)
+        row = await ledger.database.calls.run(_row, ledger.database, request_id)
     for wait_s in _LATER_TRIES_S:
         if row is not None:
             break
         await asyncio.sleep(wait_s)
-        row = await asyncio.to_thread(_row, ledger.database, request_id)
+        row = await ledger.database.calls.run(_row, ledger.database, request_id)
     return row
 
 

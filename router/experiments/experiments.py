@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sqlalchemy.exc import SQLAlchemyError
 
 from models.pool import Pool, load_pool
 from policies.base import Query
@@ -31,7 +32,6 @@ from router.experiments import store
 from router.experiments.reporting import Summary, summarise
 from router.ledger.database import Database
 from router.openai_api.ask import Ask
-from router.threads import in_thread
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,6 @@ class Experiments:
         self._expecting = {e.name for e in self.definitions if "expected_quality" in e.covariates}
         self._summaries: dict[str, tuple[float, Summary]] = {}
         self._summarising = asyncio.Lock()
-        self._watch: asyncio.Task[None] | None = None
 
     def place(self, exchange: Exchange, ask: Ask, query: Query) -> str | None:
         """Put the request into an arm, noted in `exchange`; return the policy that answers it.
@@ -126,7 +125,9 @@ class Experiments:
             made_s, cached = self._summaries.get(name, (-1.0, None))
             if cached is not None and self._clock() - made_s < _CACHE_S:
                 return cached
-            found = await in_thread(summarise, self.database, experiment, now_s=self._clock())
+            found = await self.database.reports.run(
+                summarise, self.database, experiment, now_s=self._clock()
+            )
             self._summaries[name] = (self._clock(), found)
             return found
 
@@ -134,18 +135,6 @@ class Experiments:
         """Return the report on every experiment."""
         found = [await self.summary(experiment.name) for experiment in self.definitions]
         return [summary for summary in found if summary is not None]
-
-    async def start(self) -> None:
-        """Begin to watch, on the running event loop; idempotent."""
-        if self.definitions and self._watch is None:
-            self._watch = asyncio.create_task(self._run())
-
-    async def close(self) -> None:
-        """Stop watching; idempotent."""
-        if self._watch is not None:
-            self._watch.cancel()
-            await asyncio.gather(self._watch, return_exceptions=True)
-            self._watch = None
 
     async def check(self, experiment: Experiment) -> None:
         """Stop arms that breach a guardrail, and move adaptive weights."""
@@ -164,7 +153,7 @@ class Experiments:
                     "harm_low": found.harm_low,
                     "limit": found.limit,
                 }
-                await in_thread(
+                await self.database.reports.run(
                     store.stop_arm, self.database, name, found.treatment,
                     reason=reason, now_s=now_s,
                 )  # fmt: skip
@@ -174,20 +163,23 @@ class Experiments:
                 arm.name: arm.means[metric] for arm in summary.report.arms if metric in arm.means
             }
             weights = thompson_weights(experiment, means, rng=self._rng)
-            await in_thread(store.move_weights, self.database, name, weights, now_s=now_s)
+            await self.database.reports.run(
+                store.move_weights, self.database, name, weights, now_s=now_s
+            )
         self._summaries.pop(name, None)
         await self.reload()
 
     async def reload(self) -> None:
         """Take over what this or another replica changed."""
-        states = await in_thread(self._load)
+        states = await self.database.reports.run(self._load)
         if states != self._states:
             self._states = states
             self._assigner = self._new_assigner()
 
-    async def _run(self) -> None:
+    async def run(self) -> None:
+        """Watch until cancelled; an experiment needs somebody who does."""
         checked = dict.fromkeys((e.name for e in self.definitions), 0.0)
-        while True:
+        while self.definitions:
             await asyncio.sleep(_POLL_S)
             try:
                 await self.reload()
@@ -195,16 +187,16 @@ class Experiments:
                     if self._idle(experiment) or self._clock() < checked[experiment.name]:
                         continue
                     began_s = time.monotonic()
-                    if await in_thread(
+                    if await self.database.reports.run(
                         store.claim_check, self.database, experiment.name,
                         now_s=self._clock(), interval_s=self._check_s,
                     ):  # fmt: skip
                         await self.check(experiment)
                     pause_s = (time.monotonic() - began_s) / _CHECK_SHARE
                     checked[experiment.name] = self._clock() + pause_s
-            except Exception:
+            except SQLAlchemyError as error:
                 # The database may be away for a while; assignment goes on with what is known.
-                logger.exception("experiments: cannot check now")
+                logger.warning("experiments: cannot check now: %s", error)
 
     def _idle(self, experiment: Experiment) -> bool:
         """Whether there is nothing to act on: no guardrails, fixed weights, or not its time."""

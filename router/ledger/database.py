@@ -1,7 +1,8 @@
 """Opens the database that holds ledger, keys and budgets: an SQLite file, or PostgreSQL.
 
 SQLite runs in WAL mode: readers never wait, and writers take turns (`busy_timeout`). A commit
-survives the death of the process and, unless `fast_commits` are asked for, a power cut.
+survives the death of the process and, unless `fast_commits` are asked for, a power cut. Neither
+passwords nor values of statements are in what errors say.
 """
 
 from __future__ import annotations
@@ -10,18 +11,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import sqlalchemy as sa
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from sqlalchemy import event
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError
 
+from policies.validation import Count
 from router.ledger import LedgerError
+from router.ledger.calls import STATEMENT_DEADLINE_S, Calls
 from router.ledger.schema import migrate
-
-Database: TypeAlias = sa.Engine
 
 DEFAULT_URL = "sqlite:///shoal.db"
 
@@ -30,7 +31,42 @@ MIGRATION_LOCK = 5_350_001
 BUDGET_LOCK = 5_350_002
 
 _BUSY_TIMEOUT_MS = 10_000
+_CONNECT_TIMEOUT_S = 5
+_CALL_TIMEOUT_S = 5.0
+_REPORT_TIMEOUT_S = 30.0
+_INSTRUCTIONS = 100_000  # of SQLite, between two looks at the clock: some milliseconds
+# Every distinct statement is kept compiled, and the ledger's grow with the batch.
+_CACHED_STATEMENTS = 32
+_MOST_ROWS_PER_INSERT = 50
 _LOCK = sa.text("SELECT pg_advisory_xact_lock(:lock)")
+
+
+class Database:
+    """An open database: connections for threads, and calls for the event loop.
+
+    `calls` are what a request waits for, `reports` what may take longer: neither holds up the
+    other.
+    """
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self.engine = engine
+        self.calls = Calls(timeout_s=_CALL_TIMEOUT_S)
+        self.reports = Calls(timeout_s=_REPORT_TIMEOUT_S, num_threads=2)
+
+    @property
+    def dialect(self) -> sa.Dialect:
+        """The SQL that it speaks; its name is sqlite or postgresql."""
+        return self.engine.dialect
+
+    def connect(self) -> sa.Connection:
+        """Return a connection; blocks, and raises SQLAlchemy's errors."""
+        return self.engine.connect()
+
+    def dispose(self) -> None:
+        """Close it; calls that hang are left behind."""
+        self.calls.close()
+        self.reports.close()
+        self.engine.dispose()
 
 
 class LedgerConfig(BaseModel):
@@ -45,9 +81,9 @@ class LedgerConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    url: str = Field(DEFAULT_URL, validate_default=True)
+    url: str = Field(DEFAULT_URL, validate_default=True, repr=False)
     flush_interval_s: float = Field(0.2, gt=0, le=60)
-    queue_rows: int = Field(50_000, ge=1)
+    queue_rows: Count = 50_000
     keep_text: bool = False
 
     @field_validator("url")
@@ -63,8 +99,8 @@ def database_url(value: str) -> str:
     """
     try:
         url = make_url(value)
-    except ArgumentError:
-        raise LedgerError(f"ledger.url: {value!r} is not a database address; {_ALLOWED}") from None
+    except (ArgumentError, ValueError):  # whose text may hold a password
+        raise LedgerError(f"ledger.url: it is not a database address; {_ALLOWED}") from None
     if url.drivername in {"postgres", "postgresql"}:
         url = url.set(drivername="postgresql+psycopg")
     if url.drivername not in {"sqlite", "sqlite+pysqlite", "postgresql+psycopg"}:
@@ -82,20 +118,24 @@ def database_url(value: str) -> str:
 _ALLOWED = "allowed are sqlite:///path/to/file.db and postgresql://user:password@host/database"
 
 
-def open_database(value: str, *, fast_commits: bool = False) -> Database:
+def open_database(
+    value: str, *, fast_commits: bool = False, statement_timeout_s: float | None = None
+) -> Database:
     """Open the database at `value`, creating or upgrading its tables.
 
-    With `fast_commits` a commit does not wait for the disk: a power cut may undo the last ones,
-    the death of a process may not. Safe when several processes open it at once. Raises
-    `LedgerError` when it cannot be opened.
+    With `fast_commits` a commit to an SQLite file does not wait for the disk: a power cut may undo
+    the last ones, the death of a process may not. PostgreSQL ends statements that take longer than
+    `statement_timeout_s`. Safe when several processes open it at once. Raises `LedgerError` when it
+    cannot be opened, or is no ledger of this Shoal's.
     """
     url = make_url(database_url(value))
+    is_file = url.get_backend_name() == "sqlite"
     try:
-        if url.get_backend_name() == "sqlite":
-            database = _open_sqlite(url, fast_commits)
+        if is_file:
+            engine = _open_sqlite(url, fast_commits)
         else:
-            options = {"options": "-c synchronous_commit=off"} if fast_commits else {}
-            database = sa.create_engine(url, pool_pre_ping=True, connect_args=options)
+            engine = _open_postgresql(url, statement_timeout_s)
+        database = Database(engine)
         try:
             with writing(database, lock=MIGRATION_LOCK) as connection:
                 migrate(connection)
@@ -106,9 +146,12 @@ def open_database(value: str, *, fast_commits: bool = False) -> Database:
         raise LedgerError(
             "ledger.url: PostgreSQL needs the package psycopg: pip install 'shoal[postgres]'"
         ) from None
-    except (OperationalError, OSError) as error:
+    except LedgerError as error:
+        raise LedgerError(f"ledger.url: {url!r}: {error}") from None
+    except (DBAPIError, OSError) as error:
         reason = str(getattr(error, "orig", error)).strip()
-        raise LedgerError(f"ledger.url: cannot open {url!r}: {reason}") from None
+        advice = "; name another file, or move this one away" if is_file else ""
+        raise LedgerError(f"ledger.url: cannot open {url!r}: {reason}{advice}") from None
     return database
 
 
@@ -128,7 +171,7 @@ def writing(database: Database, *, lock: int | None = None) -> Iterator[sa.Conne
             yield connection
 
 
-def _open_sqlite(url: sa.URL, fast_commits: bool) -> Database:
+def _open_sqlite(url: sa.URL, fast_commits: bool) -> sa.Engine:
     def on_connect(connection: Any, _record: object) -> None:  # noqa: ANN401 (of the driver)
         connection.isolation_level = None  # transactions are ours to begin, see _on_begin
         cursor = connection.cursor()
@@ -136,12 +179,41 @@ def _open_sqlite(url: sa.URL, fast_commits: bool) -> Database:
         _use_wal(cursor)
         cursor.execute(f"PRAGMA synchronous = {'NORMAL' if fast_commits else 'FULL'}")
         cursor.close()
+        connection.set_progress_handler(_is_late, _INSTRUCTIONS)
 
     Path(str(url.database)).parent.mkdir(parents=True, exist_ok=True)
-    database = sa.create_engine(url)
-    event.listen(database, "connect", on_connect)
-    event.listen(database, "begin", _on_begin)
-    return database
+    engine = sa.create_engine(
+        url,
+        hide_parameters=True,
+        insertmanyvalues_page_size=_MOST_ROWS_PER_INSERT,
+        connect_args={"cached_statements": _CACHED_STATEMENTS},
+    )
+    event.listen(engine, "connect", on_connect)
+    event.listen(engine, "begin", _on_begin)
+    return engine
+
+
+def _is_late() -> bool:
+    return time.monotonic() > STATEMENT_DEADLINE_S.get()
+
+
+def _open_postgresql(url: sa.URL, statement_timeout_s: float | None) -> sa.Engine:
+    arguments: dict[str, Any] = {
+        "connect_timeout": _CONNECT_TIMEOUT_S,
+        # A machine that is gone says nothing: these notice.
+        "keepalives_idle": 10,
+        "tcp_user_timeout": 10_000,
+    }
+    if statement_timeout_s is not None:
+        arguments["options"] = f"-c statement_timeout={round(statement_timeout_s * 1000)}"
+    return sa.create_engine(
+        url,
+        hide_parameters=True,
+        insertmanyvalues_page_size=_MOST_ROWS_PER_INSERT,
+        pool_pre_ping=True,
+        pool_timeout=_CALL_TIMEOUT_S,
+        connect_args=arguments,
+    )
 
 
 def _use_wal(cursor: Any) -> None:  # noqa: ANN401

@@ -110,7 +110,7 @@ def spend(
 
     With `rated` users' scores too. Groups without requests have no entry.
     """
-    if isinstance(source, sa.Engine):
+    if isinstance(source, Database):
         with source.connect() as connection:
             return spend(connection, by=by, where=where, rated=rated)
     columns = {**_SUMS, **(_RATINGS if rated else {})}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, get_args, get_type_hints
 
 import sqlalchemy as sa
@@ -144,21 +144,48 @@ def migrate(connection: sa.Connection) -> None:
 
     Runs inside the caller's exclusive transaction, so that a step happens wholly or not at all, and
     once, however many replicas start together. Raises `LedgerError` for a database that a newer
-    Shoal has upgraded.
+    Shoal has upgraded, and for one that is not a Shoal's, or an unreleased one's.
     """
     newest = 1 + len(STEPS)
-    SCHEMA_VERSION.create(connection, checkfirst=True)
-    found = connection.execute(sa.select(sa.func.max(SCHEMA_VERSION.c.version))).scalar()
-    if found == newest:
-        return
-    if found is None:
+    tables = sa.inspect(connection).get_table_names()
+    if SCHEMA_VERSION.name not in tables:
+        # A file is wholly ours; in PostgreSQL others' tables may be beside ours.
+        own = connection.dialect.name == "sqlite"
+        foreign = tables if own else METADATA.tables.keys() & set(tables)
+        if foreign:
+            raise LedgerError(
+                f"it is not a ledger, but holds others' tables ({', '.join(sorted(foreign)[:3])}); "
+                "use another database"
+            )
         METADATA.create_all(connection)
-    elif found > newest:
+        _note_version(connection, newest)
+        return
+    _check_columns(connection, [SCHEMA_VERSION])
+    found = connection.execute(sa.select(sa.func.max(SCHEMA_VERSION.c.version))).scalar() or 0
+    if found > newest:
         raise LedgerError(
-            f"ledger.url: the database has schema version {found}, this Shoal knows up to "
+            f"the database has schema version {found}, this Shoal knows up to "
             f"{newest}; use a newer Shoal, or another database"
         )
-    else:
+    if 0 < found < newest:
         for statement in (text for step in STEPS[found - 1 :] for text in step):
             connection.exec_driver_sql(statement)
-    connection.execute(sa.insert(SCHEMA_VERSION).values(version=newest, time_s=time.time()))
+        _note_version(connection, newest)
+    _check_columns(connection, METADATA.sorted_tables)
+
+
+def _note_version(connection: sa.Connection, version: int) -> None:
+    connection.execute(sa.insert(SCHEMA_VERSION).values(version=version, time_s=time.time()))
+
+
+def _check_columns(connection: sa.Connection, tables: Iterable[sa.Table]) -> None:
+    """Raise `LedgerError` if one of `tables` is not as this Shoal would have made it."""
+    inspector = sa.inspect(connection)
+    for table in tables:
+        found = inspector.get_columns(table.name) if inspector.has_table(table.name) else []
+        missing = set(table.columns.keys()) - {column["name"] for column in found}
+        if missing:
+            raise LedgerError(
+                f"its table {table.name!r} lacks {', '.join(sorted(missing)[:3])}: another Shoal, "
+                "or none, made it; use another database, or move this one away"
+            )

@@ -21,22 +21,24 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import is_dataclass
 from typing import Any, TypeAlias
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
+from router.ledger.calls import is_away
 from router.ledger.database import Database, writing
 from router.ledger.schema import REQUESTS
 from router.record import RequestRecord
+from router.workers import Worker
 
 _BATCH_ROWS = 500
 _RETRY_S = (0.1, 0.5, 2.0)
 
-# What travels to the thread: a row; an event to set once everything before it is written; the end.
-_Item: TypeAlias = RequestRecord | threading.Event | None
+# What travels to the thread: a row; what to call once everything before it is written; the end.
+_Item: TypeAlias = RequestRecord | Callable[[], object] | None
 
 # Must not raise but for the database.
 Count: TypeAlias = Callable[[sa.Connection, Sequence[Mapping[str, Any]]], None]
@@ -51,7 +53,7 @@ class Ledger:
         *,
         flush_interval_s: float = 0.2,
         queue_rows: int = 50_000,
-        close_timeout_s: float = 20.0,
+        close_timeout_s: float = 10.0,
         count: Count,
         logger: logging.Logger,
     ) -> None:
@@ -66,8 +68,8 @@ class Ledger:
         self._dropped_rows = 0
         self._closing = threading.Event()
         self._urgent = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="shoal-ledger", daemon=True)
-        self._thread.start()
+        self.worker = Worker("ledger")
+        self._thread = self.worker.start_thread(self._run)
 
     @property
     def pending_rows(self) -> int:
@@ -86,9 +88,14 @@ class Ledger:
             return
         self._items.put(record)
 
-    async def flush(self) -> None:
-        """Return once every row recorded before this call is written (or the ledger closed)."""
-        await asyncio.to_thread(self._flush)
+    async def flush(self, *, within_s: float = 60.0) -> None:
+        """Return once every row recorded before this call is written, or the time is over."""
+        loop, written = asyncio.get_running_loop(), asyncio.Event()
+        self._items.put(lambda: loop.call_soon_threadsafe(written.set))
+        self._urgent.set()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_s if self._thread.is_alive() else 0):
+                await written.wait()
 
     async def close(self) -> None:
         """Write what is still held and end the thread; idempotent."""
@@ -109,23 +116,16 @@ class Ledger:
             )
         self.database.dispose()
 
-    def _flush(self) -> None:
-        written = threading.Event()
-        self._items.put(written)
-        self._urgent.set()
-        while not written.wait(0.1):
-            if not self._thread.is_alive():
-                return
-
     def _run(self) -> None:
         ended = False
         while not ended:
             batch, flushed, ended = self._take()
             self._write(batch)
-            for event in flushed:
-                event.set()
+            for tell in flushed:
+                with suppress(RuntimeError):  # its event loop is closed
+                    tell()
 
-    def _take(self) -> tuple[list[RequestRecord], list[threading.Event], bool]:
+    def _take(self) -> tuple[list[RequestRecord], list[Callable[[], object]], bool]:
         """Wait for a first row, then one flush interval or until told to flush, and take all.
 
         Waking for every row would cost each request a turn of the interpreter's lock.
@@ -147,29 +147,28 @@ class Ledger:
         return batch, [item] if item else [], item is None
 
     def _write(self, batch: list[RequestRecord]) -> None:
-        rows = [row_of(record) for record in batch]
+        """Write `batch`, waiting for the database; where it refuses it, only what it refuses."""
         attempt = 0
-        while rows:
+        while batch:
             try:
-                self._insert(rows)
+                self._insert(batch)
                 return
-            except SQLAlchemyError as error:
-                if not _transient(error):
-                    self._write_one_by_one(rows)
+            except Exception as error:
+                if is_away(error):
+                    if attempt == 0:
+                        self._logger.warning("ledger: cannot write, rows wait: %s", error)
+                    time.sleep(_RETRY_S[min(attempt, len(_RETRY_S) - 1)])
+                    attempt += 1
+                    continue
+                if len(batch) == 1:
+                    self._drop(1, f"the database refuses {batch[0].request_id}: {error}")
                     return
-                if attempt == 0:
-                    self._logger.warning("ledger: cannot write, rows wait: %s", error)
-                time.sleep(_RETRY_S[min(attempt, len(_RETRY_S) - 1)])
-                attempt += 1
+            middle = len(batch) // 2
+            self._write(batch[:middle])
+            batch = batch[middle:]
 
-    def _write_one_by_one(self, rows: list[dict[str, Any]]) -> None:
-        for row in rows:
-            try:
-                self._insert([row])
-            except SQLAlchemyError as error:
-                self._drop(1, f"the database refuses {row['request_id']}: {error}")
-
-    def _insert(self, rows: list[dict[str, Any]]) -> None:
+    def _insert(self, batch: list[RequestRecord]) -> None:
+        rows = [row_of(record) for record in batch]
         with writing(self.database) as connection:
             insert = insert_new(connection, REQUESTS).returning(REQUESTS.c.request_id)
             new = connection.execute(insert, rows).scalars()
@@ -207,10 +206,3 @@ def _stored(value: object) -> object:
 def _clean(text: str) -> str:
     # PostgreSQL stores neither NUL nor half a surrogate pair, both of which JSON bodies may carry.
     return text.replace("\0", "").encode("utf-8", "replace").decode("utf-8")
-
-
-def _transient(error: SQLAlchemyError) -> bool:
-    """Whether the same rows may well be accepted later: the connection or a lock is at fault."""
-    if isinstance(error, DBAPIError) and error.connection_invalidated:
-        return True
-    return isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError | sa.exc.TimeoutError)

@@ -207,11 +207,11 @@ class Store:
     """The store of all replicas that share a ledger. Raises SQLAlchemy's errors."""
 
     def __init__(self, database: Database) -> None:
-        self._database = database
+        self.database = database
 
     def counters(self) -> dict[Series, float]:
         """Return every counter."""
-        with self._database.connect() as connection:
+        with self.database.connect() as connection:
             return {_unpack(text): value for text, value in connection.execute(_COUNTERS)}
 
     def publish(
@@ -219,13 +219,13 @@ class Store:
     ) -> None:
         """Replace what `holder` published by `gauges`, and add `counts`."""
         text = json.dumps([[*series, value] for series, value in gauges.items()])
-        with writing(self._database) as connection:
+        with writing(self.database) as connection:
             connection.execute(_PUBLISH, {"holder": holder, "time_s": now_s, "gauges": text})
             add_counts(connection, counts or {})
 
     def snapshots(self, *, since_s: float) -> list[Snapshot]:
         """Return what was published after `since_s`."""
-        with self._database.connect() as connection:
+        with self.database.connect() as connection:
             rows = connection.execute(_SNAPSHOTS, {"since_s": since_s}).all()
         return [
             Snapshot(
@@ -238,14 +238,14 @@ class Store:
 
     def claim(self, holder: str, *, now_s: float, every_s: float) -> bool:
         """Return whether the caller is to publish as `holder` now: nobody was, for `every_s`."""
-        with writing(self._database) as connection:
+        with writing(self.database) as connection:
             connection.execute(_ENTER, {"holder": holder, "time_s": 0.0, "gauges": "[]"})
             due = {"holder": holder, "now_s": now_s, "due_s": now_s - every_s}
             return connection.execute(_CLAIM, due).rowcount == 1
 
     def forget(self, *, before_s: float, holder: str | None = None) -> None:
         """Delete what was published before `before_s`, and all that `holder` published."""
-        with writing(self._database) as connection:
+        with writing(self.database) as connection:
             connection.execute(_FORGET, {"before_s": before_s, "holder": holder})
 
 

@@ -137,6 +137,9 @@ CONFIDENCE = _histogram("shoal_router_confidence_ratio", "policy", buckets=_SHAR
 DROPPED_ROWS = _counter("shoal_ledger_dropped_rows_total",
     help="Rows that the ledger could not keep: its queue was full, or the database refused.")
 
+WORKER_FAILURES = _counter("shoal_worker_failures_total", "worker",
+    help="Failures of what runs beside the requests; each time it began again.")
+
 # Published by every ingress replica, and merged.
 
 REPLICAS = _gauge("shoal_ingress_replicas",

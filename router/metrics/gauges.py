@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping
 
 import sqlalchemy as sa
@@ -32,6 +32,7 @@ from router.ledger.schema import API_KEYS, BUDGET_WINDOWS
 from router.ledger.writer import Ledger
 from router.metrics import families as f
 from router.metrics.families import Family, Merge, Series, Values
+from router.workers import Worker
 
 _STALE = "fallback:"
 _TIMEOUT_S = 3.0  # a scrape is given up after ten
@@ -48,6 +49,7 @@ class Live:
         self._ledger = ledger
         self._num_replicas = num_replicas
         self._dropped_rows = 0
+        self._failures: Counter[str] = Counter()
 
     def gauges(self) -> dict[Series, float]:
         """Return the gauges of this moment; cheap."""
@@ -64,10 +66,15 @@ class Live:
                 found[f.PRICES[resource].series(name)] = price
         return found
 
-    def counted(self) -> Values:
+    def counted(self, workers: Iterable[Worker] = ()) -> Values:
         """Return what was counted since the last `counted`, once."""
         before, self._dropped_rows = self._dropped_rows, self._ledger.dropped_rows
-        return {f.DROPPED_ROWS.series(): float(self._dropped_rows - before)}
+        found = {f.DROPPED_ROWS.series(): float(self._dropped_rows - before)}
+        for worker in workers:
+            new = worker.num_failures - self._failures[worker.name]
+            self._failures[worker.name] += new
+            found[f.WORKER_FAILURES.series(worker.name)] = float(new)
+        return found
 
 
 def merge(replicas: Iterable[Values]) -> dict[Series, float]:

@@ -44,7 +44,7 @@ from router.metrics.families import BY_NAME, FAMILIES, SUM, Family, Series, Valu
 from router.metrics.gauges import Live, budget_gauges, engine_gauges, library_metrics, merge
 from router.metrics.reports import HOLDER as REPORTS
 from router.metrics.reports import Reports
-from router.threads import in_thread
+from router.workers import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +75,12 @@ class Metrics:
         read_budgets: ReadBudgets,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """Publish as `holder`, a name that no other replica has."""
+        """Publish as `holder`, a name that no other replica has.
+
+        The failures of `workers`, which the service sets, are counted.
+        """
         self._store = store
+        self._database = store.database
         self._live = live
         self._catalog = catalog
         self._engines = engines
@@ -84,6 +88,7 @@ class Metrics:
         self._reports = reports
         self._read_budgets = read_budgets
         self._clock = clock
+        self.workers: tuple[Worker, ...] = ()
 
     async def run(self) -> None:
         """Publish every few seconds until cancelled; a failing database is logged once."""
@@ -91,7 +96,7 @@ class Metrics:
         try:
             while True:
                 try:
-                    await in_thread(self._publish)
+                    await self._database.calls.run(self._publish)
                     failing = False
                 except SQLAlchemyError as error:
                     if not failing:
@@ -102,7 +107,9 @@ class Metrics:
             await self._reports.close()
             # Else it would count as alive for a while.
             with suppress(SQLAlchemyError):
-                await in_thread(self._store.forget, before_s=0.0, holder=self._holder)
+                await self._database.calls.run(
+                    self._store.forget, before_s=0.0, holder=self._holder
+                )
 
     async def page(self, accept: str = "") -> tuple[bytes, str]:
         """Return the page and its content type, in the format that the `Accept` header wants."""
@@ -112,7 +119,7 @@ class Metrics:
         engines, others, kept = await asyncio.gather(
             engine_gauges(self._engines),
             library_metrics({name: self._engines[name] for name in native}),
-            in_thread(self._kept),
+            self._database.reports.run(self._kept),
         )
         values = {**self._build_info(), **engines, **kept}
         return exposition(values, accept=accept, others=others)
@@ -120,7 +127,7 @@ class Metrics:
     def _publish(self) -> None:
         now_s = self._clock()
         self._store.publish(
-            self._holder, self._live.gauges(), now_s=now_s, counts=self._live.counted()
+            self._holder, self._live.gauges(), now_s=now_s, counts=self._live.counted(self.workers)
         )
         self._store.forget(before_s=now_s - _FORGET_AFTER_S)
 

@@ -29,7 +29,6 @@ from router.ledger.schema import FEEDBACK, REQUESTS
 from router.metrics import families as f
 from router.metrics.counting import Store
 from router.metrics.families import Series
-from router.threads import in_thread
 
 logger = logging.getLogger(__name__)
 
@@ -89,15 +88,17 @@ class Reports:
 
     async def _renew(self) -> None:
         try:
-            if not await in_thread(
+            if not await self._database.reports.run(
                 self._store.claim, HOLDER, now_s=self._clock(), every_s=self._every_s
             ):
                 return
             began_s = time.monotonic()
             summaries = await self._experiments.summaries()
             gauges = experiment_gauges(summary.report for summary in summaries)
-            gauges |= await in_thread(self._read)
-            await in_thread(self._store.publish, HOLDER, gauges, now_s=self._clock())
+            gauges |= await self._database.reports.run(self._read)
+            await self._database.reports.run(
+                self._store.publish, HOLDER, gauges, now_s=self._clock()
+            )
             self._every_s = max(_EVERY_S, (time.monotonic() - began_s) / _SHARE)
         except SQLAlchemyError as error:
             logger.warning("metrics: the reports wait for the ledger: %s", error)

@@ -10,6 +10,7 @@ from pydantic_core import from_json
 
 from models.chat_template import Message
 from models.engines.base import Chunk
+from policies.validation import Count
 from router.errors import bad_request
 from router.executor.task import Prompt
 from router.openai_api.ask import Ask, Extension
@@ -40,9 +41,9 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 
 
 def _read_role(value: object) -> str:
-    if value not in _ROLES:
+    if not isinstance(value, str) or value not in _ROLES:
         raise ValueError(f"{value!r} is not supported; allowed are {', '.join(_ROLES)}")
-    return _ROLES[str(value)]
+    return _ROLES[value]
 
 
 def _read_content(value: object) -> str:
@@ -109,7 +110,7 @@ class ChatFields(SharedFields):
 
     messages: list[_Message] = Field(min_length=1)
     logprobs: bool | None = None
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: Count | None = None
     response_format: dict[str, Any] | None = None
     tool_choice: str | dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None

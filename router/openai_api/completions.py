@@ -10,6 +10,7 @@ from pydantic_core import from_json
 
 from models.engines.base import Chunk
 from models.tokenizer import Tokenizer
+from policies.validation import MOST_COUNT
 from router.errors import bad_request
 from router.executor.task import Prompt
 from router.openai_api.ask import Ask, Extension
@@ -40,7 +41,9 @@ def _read_prompt(value: object) -> tuple[Prompt, ...]:
 
 
 def _is_token_ids(value: list[Any]) -> bool:
-    return all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value)
+    return all(
+        isinstance(i, int) and not isinstance(i, bool) and 0 <= i <= MOST_COUNT for i in value
+    )
 
 
 class CompletionFields(SharedFields):

@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from models.engines.base import SamplingOptions
+from policies.validation import MOST_COUNT, Count
 from router.errors import ApiError, bad_request
 from router.openai_api.ask import Extension
 
@@ -35,7 +36,7 @@ def _read_logit_bias(value: object) -> dict[int, float]:
         raise ValueError("must be an object of token ids and biases")
     biases: dict[int, float] = {}
     for key, bias in value.items():
-        if not str(key).isdecimal():
+        if not (str(key).isdecimal() and len(key) <= 10 and int(key) <= MOST_COUNT):
             raise ValueError(f"the key {key!r} is not a token id")
         if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
             raise ValueError(f"the bias {bias!r} of token {key} is not a number in [-100, 100]")
@@ -61,7 +62,7 @@ class SharedFields(BaseModel):
     logit_bias: Annotated[dict[int, float], BeforeValidator(_read_logit_bias)] = Field(
         default_factory=dict
     )
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: Count | None = None
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
@@ -72,7 +73,7 @@ class SharedFields(BaseModel):
     top_p: float | None = Field(None, ge=0, le=1)
     user: str | None = None
     shoal: Extension | None = None
-    top_k: int | None = Field(None, ge=-1)
+    top_k: int | None = Field(None, ge=-1, le=MOST_COUNT)
     min_p: float | None = Field(None, ge=0, le=1)
     ignore_eos: bool | None = None
 

@@ -15,9 +15,10 @@ from policies.budget import BudgetTarget, Controller
 from policies.footprint import Rates
 from policies.plan import Answer
 from router.budget_sync import BudgetSync, read_spending
+from router.ledger.calls import Calls
+from router.ledger.database import Database
 from router.ledger.writer import Ledger
 from router.record import RequestRecord
-from router.threads import in_thread
 from tests.router.ledger.records import record as plausible
 
 DAY_S = 86_400.0
@@ -101,7 +102,7 @@ def test_a_controller_learns_what_other_replicas_spent(
 
 def test_a_database_that_fails_is_logged_and_asked_again(caplog: pytest.LogCaptureFixture) -> None:
     """Without the table nothing is raised into the server; the own count goes on."""
-    database = sa.create_engine("sqlite://")
+    database = Database(sa.create_engine("sqlite://"))
     mine = controller()
 
     async def sync() -> None:
@@ -129,8 +130,10 @@ def test_a_cancelled_task_leaves_no_query_behind() -> None:
         release.wait(60)
         left.set()
 
+    calls = Calls(timeout_s=60)
+
     async def cancel() -> None:
-        task = asyncio.create_task(in_thread(query))
+        task = asyncio.create_task(calls.run(query))
         await asyncio.to_thread(entered.wait, 60)
         task.cancel()
         await asyncio.sleep(0.05)
@@ -142,3 +145,4 @@ def test_a_cancelled_task_leaves_no_query_behind() -> None:
         assert task.cancelled()
 
     asyncio.run(cancel())
+    calls.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,15 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 import sqlalchemy as sa
 from pydantic import ValidationError
 
 from router.access.keys import create_key, revoke_key
+from router.access.store import BudgetStore
 from router.config import AppArgs
 from router.ledger.database import open_database
 from router.ledger.queries import requests
 from router.ledger.schema import BUDGET_HOLDS, BUDGET_WINDOWS
+from tests.router.ledger.pgserver import postgresql
 
 Serve = Callable[..., Any]
 USER = {"role": "user", "content": "go"}
@@ -224,3 +228,105 @@ def test_unknown_settings_are_refused() -> None:
     for section in ("ledger", "auth", "budgets"):
         with pytest.raises(ValidationError, match="colour"):
             AppArgs.model_validate({section: {"colour": "red"}})
+
+
+def _stoppable(address: str) -> list[psutil.Process]:
+    """Return the processes of the PostgreSQL server at `address`."""
+    port = int(address.rpartition(":")[2].partition("/")[0])
+    [pid] = {
+        c.pid for c in psutil.net_connections() if c.status == "LISTEN" and c.laddr.port == port
+    }
+    server = psutil.Process(pid)
+    return [server, *server.children(recursive=True)]
+
+
+def test_a_database_that_is_away_is_told_and_comes_back(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While it hangs keyed requests and feedback get 503 with retry-after; then all is well again.
+
+    Requests without a key are answered throughout. No log line shows a statement's values.
+    """
+    with postgresql() as address:
+        app = {"ledger": {"url": address}, "auth": {"cache_s": 0}}
+        server = serve(app=app, limits={"request_timeout_s": 60})
+        database = open_database(address)
+        _, secret = create_key(database, name="team", caps={"requests_per_day": 1000})
+        database.dispose()
+        client = _as(server, secret)
+        _say(client)
+        stopped = _stoppable(address)
+        for process in stopped:
+            process.suspend()
+        try:
+            with pytest.raises(openai.InternalServerError) as caught:
+                _say(client)
+            assert caught.value.status_code == 503
+            assert caught.value.code == "database_unavailable"
+            assert int(caught.value.response.headers["retry-after"]) >= 1
+            rated = server.http.post("/v1/feedback", json={"id": "chatcmpl-1", "thumb": "up"})
+            assert rated.status_code == 503
+            assert server.http.get("/health").status_code == 200
+            assert _say(server.client)
+        finally:
+            for process in stopped:
+                process.resume()
+        deadline_s = time.monotonic() + 60
+        while True:
+            try:
+                assert _say(client)
+                break
+            except openai.InternalServerError:
+                assert time.monotonic() < deadline_s, "it did not come back"
+        lines = [record for record in caplog.records if "does not answer" in record.getMessage()]
+        assert 1 <= len(lines) <= 4, "one per part that uses it"
+        assert secret not in caplog.text and hashlib.sha256(secret.encode()).hexdigest() not in (
+            caplog.text
+        )
+        server.server.should_exit = True
+        server.wait(lambda: not server.loop.is_running())
+
+
+def test_a_locked_database_makes_nobody_wait_long(kept: Kept, serve: Serve) -> None:
+    """While another program holds the file a capped request gets 503 soon after `wait_s`."""
+    server = serve(app=kept.app(budgets={"server": {"requests_per_day": 1000}, "wait_s": 0.2}))
+    with kept.database.connect() as connection:
+        connection.execution_options(shoal_writing=True)
+        with connection.begin(), pytest.raises(openai.InternalServerError) as caught:
+            _say(server.client)
+    assert (caught.value.status_code, caught.value.code) == (503, "budgets_unavailable")
+    deadline_s = time.monotonic() + 60
+    while True:
+        try:
+            assert _say(server.client)
+            break
+        except openai.InternalServerError:
+            assert time.monotonic() < deadline_s, "it did not come back"
+
+
+def test_numbers_that_no_column_holds_harm_nobody(
+    kept: Kept, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Absurd numbers are refused by name; what cannot be counted all the same fails alone."""
+    server = serve(app=kept.app(budgets={"server": {"tokens_per_day": 10_000}}))
+    for number in (2**31, 2**62, 2**63, 2**64, 10**400):
+        refused = server.post(max_tokens=number)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "max_tokens"
+    apply = BudgetStore.apply
+
+    def break_down(store: BudgetStore, settles: Any, reserves: Any, now_s: float) -> Any:
+        if any(reserve.amounts.tokens > 5000 for reserve in reserves):
+            raise OverflowError("int too large")
+        return apply(store, settles, reserves, now_s)
+
+    monkeypatch.setattr(BudgetStore, "apply", break_down)
+    with ThreadPoolExecutor(8) as clients:
+        found = list(clients.map(lambda i: server.post(max_tokens=6000 if i == 4 else 5), range(8)))
+    assert sorted(answer.status_code for answer in found) == [200] * 7 + [500]
+    monkeypatch.setattr(BudgetStore, "sweep", None)
+    server.wait(lambda: server.post() and server.service.gate.worker.num_failures > 0)
+    assert server.http.get("/health").json()["workers"]["budgets"]["failures"] > 0
+    monkeypatch.undo()
+    assert server.post(max_tokens=5).status_code == 200
+    server.wait(lambda: server.http.get("/health").status_code == 200)

@@ -280,8 +280,14 @@ def test_a_dead_replicas_holds_come_back(
         alive.settle(reservation, tokens(80))
         await alive.close()
         # It was only slow: its request is charged late, and the others count once.
-        dead.settle(reservation.__class__(request_id="req-2", counted=True, headers={}), tokens(4))
-        dead.settle(reservation.__class__(request_id="req-1", counted=True, headers={}), tokens(9))
+        dead.settle(
+            reservation.__class__(request_id="req-2", windows=reservation.windows, headers={}),
+            tokens(4),
+        )
+        dead.settle(
+            reservation.__class__(request_id="req-1", windows=reservation.windows, headers={}),
+            tokens(9),
+        )
         await dead.close()
 
     asyncio.run(run())
@@ -437,3 +443,23 @@ def test_refused_requests_do_not_count() -> None:
     assert used_amounts(refused)[:3] == (0, 0, 0)
     ran = record(prompt_tokens=3, output_tokens=4, usd=0.5, wh=0, gco2e=0)
     assert used_amounts(ran) == Amounts(1, 7, 500_000_000, 0, 0)
+
+
+def test_a_lost_hold_is_charged_all_the_same(
+    database: Database, new_budgets: NewBudgets, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where a crash of the database undid a reservation, its request still counts, and is told."""
+    budgets = new_budgets(server={"tokens_per_day": 100})
+
+    async def run() -> None:
+        lost = await budgets.reserve(request_id="a", key=None, estimate=tokens(40))
+        with writing(database) as connection:
+            connection.execute(sa.delete(BUDGET_HOLDS))
+            connection.execute(sa.update(BUDGET_WINDOWS).values(held_tokens=0, held_requests=0))
+        budgets.settle(lost, tokens(15))
+        budgets.settle(lost, tokens(15))
+        await budgets.close()
+
+    asyncio.run(run())
+    assert spent(database) == (15, 0)
+    assert "a has no hold" in caplog.text

@@ -124,7 +124,7 @@ def test_the_cache_saves_queries_and_is_bounded(
     def note(connection: object, cursor: object, statement: str, *rest: object) -> None:
         queries.extend([statement] if statement.startswith("SELECT api_keys") else [])
 
-    sa.event.listen(database, "before_cursor_execute", note)
+    sa.event.listen(database.engine, "before_cursor_execute", note)
     checker = Authenticator(database, AuthConfig(required=True), clock=Clock())
     for _ in range(10):
         _authenticate(checker, f"Bearer {secret}")

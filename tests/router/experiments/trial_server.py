@@ -52,7 +52,13 @@ class Trial:
 
     def stop_watching(self) -> None:
         """From now on experiments are checked only when told, not also in their own time."""
-        self.run(self.service.experiments.close())
+
+        async def stop() -> None:
+            for task in asyncio.all_tasks():
+                if task.get_name() == "experiments":
+                    task.cancel()
+
+        self.run(stop())
 
     def flush(self) -> None:
         """Wait until every row is written."""

@@ -21,7 +21,7 @@ from tests.router.ledger.records import record
 
 def test_a_new_database_has_what_queries_expect(database: Database) -> None:
     """Every table has the columns, keys and NOT NULLs of the schema."""
-    inspector = sa.inspect(database)
+    inspector = sa.inspect(database.engine)
     for name, table in METADATA.tables.items():
         found = {column["name"]: column for column in inspector.get_columns(name)}
         assert set(found) == {column.name for column in table.columns}
@@ -61,10 +61,10 @@ def test_a_failed_migration_leaves_nothing_behind(
     broken = (*STEPS, ("CREATE TABLE half (x INTEGER)", "CREATE TABLE half (x INTEGER)"))
     with monkeypatch.context() as patch:
         patch.setattr("router.ledger.schema.STEPS", broken)
-        with pytest.raises((LedgerError, sa.exc.ProgrammingError), match="half"):
+        with pytest.raises(LedgerError, match="half"):
             open_database(ledger_url)
     database = open_database(ledger_url)
-    tables = sa.inspect(database).get_table_names()
+    tables = sa.inspect(database.engine).get_table_names()
     database.dispose()
     assert "half" not in tables and "requests" in tables
 

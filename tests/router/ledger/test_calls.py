@@ -1,0 +1,83 @@
+"""Database calls of the event loop, while the database hangs, fails and comes back."""
+
+import asyncio
+import logging
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from sqlalchemy.exc import IntegrityError, OperationalError
+
+from router.ledger.calls import Calls, DatabaseUnavailable
+
+
+def _refuse() -> None:
+    raise OperationalError("SELECT secret", {}, OSError("nobody listens"))
+
+
+def test_a_database_that_hangs_is_given_up_and_taken_up_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Who waits is told in time, others at once; then one tries, and all goes on. Two log lines."""
+    calls, hanging = Calls(timeout_s=0.2, num_threads=1), threading.Event()
+
+    async def run() -> None:
+        with pytest.raises(DatabaseUnavailable, match="no answer within"):
+            await calls.run(hanging.wait, 60)
+        with pytest.raises(DatabaseUnavailable, match="away") as caught:
+            await calls.run(str, 1)
+        assert 0 < caught.value.retry_after_s <= 1
+        hanging.set()
+        async with asyncio.timeout(60):
+            while True:
+                try:
+                    assert await calls.run(str, 1) == "1"
+                    break
+                except DatabaseUnavailable:
+                    await asyncio.sleep(0.05)
+
+    with caplog.at_level(logging.WARNING, "router.ledger.calls"):
+        asyncio.run(run())
+    calls.close()
+    assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
+
+
+def test_only_an_absent_database_opens_the_circuit() -> None:
+    """A refused connection does, and tells no statement; what a statement did wrong does not."""
+    calls = Calls(timeout_s=60)
+
+    def collide() -> None:
+        raise IntegrityError("INSERT", {}, ValueError("taken"))
+
+    async def run() -> None:
+        with pytest.raises(IntegrityError):
+            await calls.run(collide)
+        assert await calls.run(str, 1) == "1"
+        with pytest.raises(DatabaseUnavailable) as caught:
+            await calls.run(_refuse)
+        assert str(caught.value) == "nobody listens"
+        with pytest.raises(DatabaseUnavailable):
+            await calls.run(str, 1)
+
+    asyncio.run(run())
+    calls.close()
+
+
+def test_a_call_that_hangs_keeps_no_process_from_ending() -> None:
+    """The interpreter does not wait for the thread."""
+    program = (
+        "import asyncio, time\n"
+        "from router.ledger.calls import Calls\n"
+        "async def main():\n"
+        "    try: await Calls(timeout_s=0.1).run(time.sleep, 600)\n"
+        "    except Exception as error: print(type(error).__name__)\n"
+        "asyncio.run(main())\n"
+    )
+    began_s = time.monotonic()
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300
+    )
+    assert ended.stdout.strip() == "DatabaseUnavailable"
+    assert time.monotonic() - began_s < 300
