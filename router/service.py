@@ -207,8 +207,9 @@ class Service:
             chunks[index].append(chunk)
             _count(exchange, index, chunk)
         await self._settle(exchange)
-        content = writer.whole([merge(parts) for parts in chunks], _usage(exchange.record))
-        content["shoal"] = shoal_field(exchange, self.catalog)
+        whole = [merge(parts) for parts in chunks]
+        content = writer.whole(whole, _usage(exchange.record))
+        content["shoal"] = shoal_field(exchange, self.catalog, whole)
         exchange.record.status = 200
         return _json_response(200, content, self._headers(exchange))
 

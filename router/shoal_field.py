@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
+from models.engines.base import Chunk
 from policies.footprint import Footprint
 from policies.plan import Answer, to_json
 from router.catalog.catalog import Catalog
 from router.exchange import Exchange
+from router.executor.judging import logprobs
 
 
-def shoal_field(exchange: Exchange, catalog: Catalog) -> dict[str, Any]:
+def shoal_field(
+    exchange: Exchange, catalog: Catalog, answers: Sequence[Chunk] = ()
+) -> dict[str, Any]:
     """Return the `shoal` object of an answered request.
+
+    Where it is to explain itself and has whole `answers`, it says what scorers see of the first.
 
     `plan`, `reason`, `members` and `weights` are the first choice's; the members are those whose
     text it is. Tokens and cost are of everything that ran, stages that were not accepted included.
@@ -42,6 +49,8 @@ def shoal_field(exchange: Exchange, catalog: Catalog) -> dict[str, Any]:
         data["scores"] = dict(decision.scores)
         data["details"] = dict(decision.details)
         data["stages"] = exchange.stages()
+        seen = logprobs(answers[0].tokens) if answers else None
+        data["logprobs"] = None if seen is None else asdict(seen)
     return data
 
 

@@ -9,6 +9,7 @@ plans holds the weights.
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Sequence
 from functools import cached_property
@@ -60,16 +61,20 @@ class Transformer:
         return self.score_batch([attempt])[0]
 
     def score_batch(self, attempts: Sequence[Attempt]) -> list[float]:
-        """Return `score` of every attempt, `BATCH_SIZE` at a time (one, where nothing can pad)."""
-        scores: list[float] = []
+        """Return `score` of every attempt."""
+        return [0.5 * (1 + math.tanh(logit / 2)) for logit in self.logits(attempts)]
+
+    def logits(self, attempts: Sequence[Attempt]) -> list[float]:
+        """Return the logit of every score, `BATCH_SIZE` at a time (one, where nothing can pad)."""
+        logits: list[float] = []
         # The tokenizer keeps its truncation as state, so threads must take turns.
         with self._lock:
             tokenizer, model = self._model
             pads = tokenizer.pad_token is not None and model.config.pad_token_id is not None
             size = BATCH_SIZE if pads else 1
             for start in range(0, len(attempts), size):
-                scores += self._scores(attempts[start : start + size])
-        return scores
+                logits += self._logits(attempts[start : start + size])
+        return logits
 
     @cached_property
     def _model(self) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
@@ -86,7 +91,7 @@ class Transformer:
         )
         return tokenizer, model.eval()
 
-    def _scores(self, attempts: Sequence[Attempt]) -> list[float]:
+    def _logits(self, attempts: Sequence[Attempt]) -> list[float]:
         import torch  # noqa: PLC0415 - only where selected
 
         tokenizer, model = self._model
@@ -100,10 +105,11 @@ class Transformer:
         )
         with torch.inference_mode():
             logits_BC = model(**batch).logits.float()
+        # A softmax over two is the sigmoid of their difference.
         one_label = logits_BC.shape[1] == 1
-        scores_B = logits_BC.sigmoid()[:, 0] if one_label else logits_BC.softmax(dim=1)[:, 1]
-        scores: list[float] = scores_B.tolist()
-        return scores
+        logits_B = logits_BC[:, 0] if one_label else logits_BC[:, 1] - logits_BC[:, 0]
+        logits: list[float] = logits_B.tolist()
+        return logits
 
 
 class TransformerSettings(Settings):

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ from policies.files import replacing
 
 Score: TypeAlias = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count: TypeAlias = Annotated[int, Field(ge=0)]
-Usd: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Amount: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -49,6 +49,9 @@ class Outcome:
     `scores` are quality in [0, 1] (1 means right). `tags` name the task or domain; `split` the
     part of the data it belongs to; `answer` is the reference. `outputs` are the models' texts,
     `costs` US dollars, `output_tokens` their lengths.
+
+    Since `format` 2: `energies` in watt-hours, `latencies` in seconds, and `grades`, what each
+    grader said of each model on its own scale.
     """
 
     query: str
@@ -61,7 +64,11 @@ class Outcome:
     logprobs: dict[str, AnswerLogprobs] = field(default_factory=dict)
     prompt_tokens: Count | None = None
     output_tokens: dict[str, Count] = field(default_factory=dict)
-    costs: dict[str, Usd] = field(default_factory=dict)
+    costs: dict[str, Amount] = field(default_factory=dict)
+    format: Literal[1, 2] = 1
+    energies: dict[str, Amount] = field(default_factory=dict)
+    latencies: dict[str, Amount] = field(default_factory=dict)
+    grades: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +80,7 @@ class ScoreTable:
 
 
 _ADAPTER = TypeAdapter(Outcome)
+_OLD = ("format", 1)
 
 
 def read_outcomes(path: Path | str, *, split: str | None = None) -> list[Outcome]:
@@ -166,5 +174,5 @@ def _to_json(outcome: Outcome) -> Mapping[str, Any]:
     return {
         key: value
         for key, value in data.items()
-        if key in ("query", "scores") or value not in ("", (), {}, None)
+        if key in ("query", "scores") or (value not in ("", (), {}, None) and (key, value) != _OLD)
     }

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from router.cli import asking, experiment, ledger, plan, pools, serve, train
+from router.cli import asking, experiment, learn, ledger, plan, pools, serve, train
 
 app = typer.Typer(
     help="Serves a school of small language models as one.",
@@ -53,3 +53,4 @@ app.add_typer(train.evaluate_app, name="evaluate")
 app.add_typer(experiment.app, name="experiment")
 app.add_typer(ledger.keys_app, name="keys")
 app.add_typer(ledger.app, name="ledger")
+app.add_typer(learn.outcomes, name="outcomes")

@@ -10,10 +10,11 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from models.engines.base import Chunk
+from models.engines.base import Chunk, Token
 from policies.base import Query
 from policies.cascade.base import Attempt, BatchScorer, Scorer
 from policies.fused import without_prior
+from policies.outcomes import AnswerLogprobs
 from policies.plan import Plan
 
 
@@ -21,18 +22,32 @@ def attempt(
     query: Query, plan: Plan, answer: Chunk, earlier: tuple[str, ...] = (), *, finished: bool = True
 ) -> Attempt:
     """Return `answer` (all its chunks merged into one) of the stage `plan` for a scorer."""
-    logprobs = [token.logprob for token in answer.tokens if token.logprob is not None]
-    entropies = [token.entropy for token in answer.tokens if token.entropy is not None]
+    known = logprobs(answer.tokens)
     return Attempt(
         query=query.text,
         plan=without_prior(plan),
         answer=answer.text,
-        logprob_mean=math.fsum(logprobs) / len(logprobs) if logprobs else 0.0,
-        logprob_min=min(logprobs, default=0.0),
+        logprob_mean=known.mean if known else 0.0,
+        logprob_min=known.min if known else 0.0,
         num_tokens=len(answer.tokens),
-        entropy_mean=math.fsum(entropies) / len(entropies) if entropies else None,
+        entropy_mean=known.entropy if known else None,
         earlier=earlier,
         finished=finished,
+    )
+
+
+def logprobs(tokens: Sequence[Token]) -> AnswerLogprobs | None:
+    """Return what scorers see of an answer's tokens; None where no log-probability is known."""
+    known = [token.logprob for token in tokens if token.logprob is not None]
+    entropies = [token.entropy for token in tokens if token.entropy is not None]
+    if not known:
+        return None
+    return AnswerLogprobs(
+        mean=math.fsum(known) / len(known),
+        min=min(known),
+        num_tokens=len(tokens),
+        # Rounding may leave a sure thing's entropy just below zero.
+        entropy=max(math.fsum(entropies) / len(entropies), 0.0) if entropies else None,
     )
 
 

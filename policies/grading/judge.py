@@ -1,0 +1,119 @@
+"""A language model as judge: every pair of answers by a rubric, in both orders.
+
+Judges favour what stands first (Zheng et al. 2023, "Judging LLM-as-a-Judge"), so a pair is won only
+where both orders agree and is a tie otherwise. A model's score is the mean of its pairs: 1 won,
+0.5 tied, 0 lost. A single answer is graded from 1 to 10 instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from itertools import combinations
+from typing import Final
+
+from policies.cascade.base import normalise
+from policies.errors import PolicyError
+from policies.grading.base import Ask, Graded, GraderKind, GradingContext, Question, Ungradable
+
+_RUBRIC: Final = (
+    "Judge by correctness first, then by whether it answers what was asked, then by brevity."
+)
+_PAIR: Final = """{rubric}
+
+[Question]
+{query}
+{reference}
+[Answer A]
+{first}
+
+[Answer B]
+{second}
+
+Which answer is better? Reply with one word: A, B or tie."""
+_SINGLE: Final = """{rubric}
+
+[Question]
+{query}
+{reference}
+[Answer]
+{first}
+
+How good is the answer, from 1 (useless) to 10 (perfect)? Reply with the number."""
+_VERDICT = re.compile(r"\b(A|B|tie)\b", re.IGNORECASE)
+_GRADE = re.compile(r"\b(10|[1-9])\b")
+
+
+class Judge:
+    """Asks `model` through `ask`."""
+
+    def __init__(self, model: str, ask: Ask) -> None:
+        self._model = model
+        self._ask = ask
+
+    async def grade(self, question: Question, answers: Mapping[str, str]) -> Graded:
+        """Return each model's share of pairs won; raises `Ungradable` for a judge without words."""
+        if len(answers) == 1:
+            [(name, text)] = answers.items()
+            said = await self._say(_SINGLE, question, text, "")
+            grade = _GRADE.search(said)
+            if grade is None:
+                raise Ungradable(f"the judge {self._model} gave no grade but {said[:60]!r}")
+            return Graded(scores={name: (int(grade[1]) - 1) / 9})
+        pairs = list(combinations(answers, 2))
+        verdicts = await asyncio.gather(
+            *(self._compare(question, answers[one], answers[other]) for one, other in pairs)
+        )
+        won: dict[str, list[float]] = defaultdict(list)
+        for (one, other), share in zip(pairs, verdicts, strict=True):
+            if share is not None:
+                won[one].append(share)
+                won[other].append(1 - share)
+        if not won:
+            raise Ungradable(f"the judge {self._model} named no winner of any pair")
+        return Graded(scores={name: sum(shares) / len(shares) for name, shares in won.items()})
+
+    async def _compare(self, question: Question, one: str, other: str) -> float | None:
+        """Return 1 where `one` wins in both orders, 0 where `other` does, 0.5 where they tie.
+
+        None where the judge says nothing of use.
+        """
+        if normalise(one) == normalise(other):
+            return 0.5
+        first, second = await asyncio.gather(
+            self._say(_PAIR, question, one, other), self._say(_PAIR, question, other, one)
+        )
+        shares = [_share(first, "a"), _share(second, "b")]
+        if None in shares:
+            return None
+        return shares[0] if shares[0] == shares[1] else 0.5
+
+    async def _say(self, template: str, question: Question, first: str, second: str) -> str:
+        reference = ""
+        if question.references:
+            reference = f"\n[Reference answer]\n{question.references[0]}\n"
+        prompt = template.format(
+            rubric=_RUBRIC, query=question.query, reference=reference, first=first, second=second
+        )
+        return await self._ask(self._model, prompt)
+
+
+def _share(said: str, winner: str) -> float | None:
+    verdict = _VERDICT.search(said)
+    if verdict is None:
+        return None
+    word = verdict[1].lower()
+    return 0.5 if word == "tie" else float(word == winner)
+
+
+def _build(argument: str, context: GradingContext) -> Judge:
+    if not argument:
+        raise PolicyError("grade: judge needs a model of the pool or server, as in judge:base")
+    if context.ask is None:
+        raise PolicyError(f"grade: judge:{argument}: there is no pool or server to ask")
+    return Judge(argument, context.ask)
+
+
+JUDGE = GraderKind(_build)

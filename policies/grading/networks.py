@@ -1,0 +1,84 @@
+"""Graders that compute: a sentence encoder's likeness to a reference, a reward model's opinion.
+
+Their weights are read at the first question, and one question computes at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from policies.cascade.base import Attempt
+from policies.cascade.transformer import Transformer
+from policies.encoders.transformer import SentenceVectors
+from policies.errors import PolicyError
+from policies.grading.base import Graded, GraderKind, GradingContext, Question
+from policies.plan import Answer
+
+_MOST_TOKENS = 512
+
+
+class Similarity:
+    """The cosine between the vectors of an answer and its likest reference, at least 0."""
+
+    def __init__(self, vectors: SentenceVectors) -> None:
+        self._vectors = vectors
+
+    async def grade(self, question: Question, answers: Mapping[str, str]) -> Graded:
+        """Return each answer's likeness; raises `Ungradable` without a reference."""
+        right = question.right()
+        texts = [*right, *answers.values()]
+        vectors_ND = await asyncio.to_thread(self._vectors, texts)
+        cosines_AR = vectors_ND[len(right) :] @ vectors_ND[: len(right)].T
+        best_A = np.clip(cosines_AR.max(axis=1), 0, 1).tolist()
+        return Graded(scores=dict(zip(answers, best_A, strict=True)))
+
+
+class Reward:
+    """A reward model's logits of (question, answer), raw, and as a softmax over the models.
+
+    ZOOTER learns from such a softmax (Lu et al. 2023, eq. 3). With one answer it is the sigmoid.
+    """
+
+    def __init__(self, classifier: Transformer) -> None:
+        self._classifier = classifier
+
+    async def grade(self, question: Question, answers: Mapping[str, str]) -> Graded:
+        """Return each answer's share of the softmax, and its logit."""
+        attempts = [
+            Attempt(
+                query=question.query,
+                plan=Answer(members=(name,)),
+                answer=text,
+                logprob_mean=0.0,
+                logprob_min=0.0,
+                num_tokens=0,
+            )
+            for name, text in answers.items()
+        ]
+        logits = await asyncio.to_thread(self._classifier.logits, attempts)
+        raw = dict(zip(answers, logits, strict=True))
+        if len(logits) == 1:
+            return Graded(scores={n: 0.5 * (1 + math.tanh(x / 2)) for n, x in raw.items()}, raw=raw)
+        odds = np.exp(np.array(logits) - max(logits))
+        shares = (odds / odds.sum()).tolist()
+        return Graded(scores=dict(zip(answers, shares, strict=True)), raw=raw)
+
+
+def _build_similarity(argument: str, context: GradingContext) -> Similarity:
+    if not argument:
+        raise PolicyError("grade: similarity needs an encoder, as in similarity:hf:ORG/NAME")
+    return Similarity(SentenceVectors(context.locate(argument), max_tokens=_MOST_TOKENS))
+
+
+def _build_reward(argument: str, context: GradingContext) -> Reward:
+    if not argument:
+        raise PolicyError("grade: reward needs a sequence classifier, as in reward:hf:ORG/NAME")
+    return Reward(Transformer(context.locate(argument), max_tokens=_MOST_TOKENS))
+
+
+SIMILARITY = GraderKind(_build_similarity)
+REWARD = GraderKind(_build_reward)

@@ -1,0 +1,196 @@
+"""`shoal outcomes`: what every model answers to your questions, graded, and tables of it."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeAlias
+
+import typer
+
+if TYPE_CHECKING:
+    from policies.outcomes import Outcome
+    from router.learning.collect import Line, Problems, Sampling
+
+outcomes = typer.Typer(help="Collect, read and arrange outcomes.", no_args_is_help=True)
+
+PoolOption: TypeAlias = Annotated[
+    Path | None, typer.Option(help="The pool whose models answer, a file or folder.")
+]
+QueriesOption: TypeAlias = Annotated[
+    Path,
+    typer.Option(
+        help="Questions (JSON Lines): query or messages, and reference, choices, tags, tests, "
+        "schema, tools as there are."
+    ),
+]
+ServerOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option(help="Any OpenAI-compatible server that answers, instead of a pool."),
+]
+KeyOption: TypeAlias = Annotated[
+    str | None, typer.Option(envvar="SHOAL_API_KEY", help="An API key, if the server wants one.")
+]
+ModelsOption: TypeAlias = Annotated[
+    str | None, typer.Option(help="The models to ask, with commas; default: all.")
+]
+GradeOption: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="[WEIGHT*]NAME[:ARGUMENT]: exact, contains, regex, numeric, choice, json, code, "
+        "similarity:ENCODER, reward:CLASSIFIER, judge:MODEL or command:PROGRAM. May be repeated. "
+        "[default: exact]",
+        show_default=False,
+    ),
+]
+SamplesOption: TypeAlias = Annotated[int, typer.Option(min=1, help="Answers of each model.")]
+TokensOption: TypeAlias = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+TemperatureOption: TypeAlias = Annotated[
+    float, typer.Option(min=0, help="Where there are several samples; one is greedy.")
+]
+CodeOption: TypeAlias = Annotated[
+    bool, typer.Option("--allow-code", help="Let the grader code run what models wrote.")
+]
+AtOnceOption: TypeAlias = Annotated[int, typer.Option(min=1, help="Requests at a time.")]
+
+
+@outcomes.callback()
+def _group() -> None:
+    pass
+
+
+@outcomes.command()
+def collect(
+    *,
+    queries: QueriesOption,
+    out: Annotated[Path, typer.Option(help="Where the outcomes go (JSON Lines).")],
+    pool: PoolOption = None,
+    server: ServerOption = None,
+    key: KeyOption = None,
+    models: ModelsOption = None,
+    grade: GradeOption = None,
+    samples: SamplesOption = 1,
+    max_tokens: TokensOption = 512,
+    temperature: TemperatureOption = 1.0,
+    allow_code: CodeOption = False,
+    at_once: AtOnceOption = 16,
+) -> None:
+    """Ask every model every question, and grade the answers.
+
+    Interrupted, the same command goes on where it stopped: OUT.journal holds what is known.
+    """
+    from policies.outcomes import write_outcomes
+    from router.cli.console import refusing
+    from router.learning.collect import Problems, Sampling
+
+    problems = Problems()
+    with refusing("outcomes collect"):
+        found = collected(
+            queries,
+            out,
+            pool=pool,
+            server=server,
+            key=key,
+            models=models,
+            grade=grade or ["exact"],
+            sampling=Sampling(
+                max_tokens=max_tokens,
+                num_samples=samples,
+                temperature=temperature if samples > 1 else 0.0,
+            ),
+            allow_code=allow_code,
+            at_once=at_once,
+            problems=problems,
+        )
+        write_outcomes(out, found)
+    show_problems(problems)
+    print(f"Outcomes: {out} ({len(found):,}); shoal outcomes stats {out} says what they hold")
+
+
+def collected(
+    queries: Path,
+    out: Path,
+    *,
+    pool: Path | None,
+    server: str | None,
+    key: str | None,
+    models: str | None,
+    grade: list[str],
+    sampling: Sampling,
+    allow_code: bool,
+    at_once: int,
+    problems: Problems,
+) -> list[Outcome]:
+    """Return the outcomes, from the journal beside `out` as far as that goes.
+
+    Raises `ValueError` where nothing can be collected.
+    """
+    from tqdm import tqdm
+
+    from policies.errors import PolicyError
+    from policies.grading.base import GradingContext, Panel
+    from router.learning.asking import AskError, ask_pool, ask_server
+    from router.learning.collect import Collector, Journal, journal_of, read_lines
+
+    if (pool is None) == (server is None):
+        raise PolicyError("give either --pool or --server")
+    lines: list[Line] = read_lines(queries, problems)
+    if not out.parent.is_dir():
+        raise PolicyError(f"--out: there is no folder {out.parent}")
+
+    async def run() -> list[Outcome]:
+        asking = (
+            ask_server(server, key=key, num_at_once=at_once)
+            if server is not None
+            else ask_pool(pool or Path(), num_at_once=at_once)
+        )
+        async with asking as asker:
+            names = await asker.models()
+            wanted = tuple(models.split(",")) if models else names
+            for name in wanted:
+                if name not in names:
+                    raise PolicyError(f"--models: {name!r} is unknown; it has {', '.join(names)}")
+            panel = Panel(grade, GradingContext(asker.say, located, allow_code))
+            with ExitStack() as stack:
+                bar = stack.enter_context(
+                    tqdm(total=len(lines) * sampling.num_samples, unit="questions", disable=None)
+                )
+                collector = Collector(
+                    asker=asker,
+                    panel=panel,
+                    journal=stack.enter_context(Journal(journal_of(out))),
+                    problems=problems,
+                    sampling=sampling,
+                    num_at_once=at_once,
+                )
+                return await collector.collect(lines, wanted, progress=bar.update)
+
+    try:
+        found = asyncio.run(run())
+    except AskError as error:
+        raise PolicyError(str(error)) from None
+    if not found:
+        show_problems(problems)
+        raise PolicyError("no question was answered and graded")
+    return found
+
+
+def located(source: str) -> Path:
+    """Return the folder that a grader's `source` stands for; `PolicyError` where there is none."""
+    from models.errors import PoolError
+    from models.sources.locate import locate
+    from policies.errors import PolicyError
+
+    try:
+        return locate(source, folder=Path()).path
+    except PoolError as error:
+        raise PolicyError(f"grade: {error}") from None
+
+
+def show_problems(problems: Problems) -> None:
+    """Say on stderr what went wrong, and how often."""
+    for text in problems.examples:
+        typer.echo(f"  {text}", err=True)
+    for kind, count in problems.counts.most_common():
+        typer.echo(f"{kind}: {count:,}", err=True)

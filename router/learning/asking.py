@@ -1,0 +1,221 @@
+"""Asks models for answers, over the API that clients use: of a server, or of a pool started here.
+
+So what is learned from is what a client would have got. Any OpenAI-compatible server will do; what
+only Shoal tells (costs, energy, entropies) is missing from the others' answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final
+
+import httpx
+
+from models.pool import load_pool
+from policies.grading.base import Ungradable
+from policies.outcomes import AnswerLogprobs
+from router.access.keys import AuthConfig
+from router.catalog.catalog import load_catalog
+from router.compose import open_ledger
+from router.config import AppArgs
+from router.ingress import create_api
+from router.ledger.database import LedgerConfig
+from router.local import local_service
+
+_NUM_TRIES: Final = 6
+_FIRST_PAUSE_S: Final = 0.25
+_TIMEOUT_S: Final = 600.0
+_JUDGED_TOKENS: Final = 32
+_BUSY: Final = (408, 429, 502, 503, 504)
+# What only some servers take; asked for again without it where a server refuses.
+_EXTRAS: Final = {"logprobs": True, "shoal": {"explain": True}}
+
+
+class AskError(Exception):
+    """A model that gave no answer: says which and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """One answer, and what is known of it; None where the server does not say."""
+
+    text: str
+    latency_s: float
+    logprobs: AnswerLogprobs | None = None
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+    usd: float | None = None
+    wh: float | None = None
+
+
+class Asker:
+    """Asks the models behind `client`, at most `num_at_once` at a time.
+
+    `url` says where they are: answers of two places are never mistaken for each other.
+    """
+
+    def __init__(self, client: httpx.AsyncClient, *, url: str, num_at_once: int) -> None:
+        self.url = url
+        self._client = client
+        self._slots = asyncio.Semaphore(num_at_once)
+        self._plain: set[str] = set()
+
+    async def models(self) -> tuple[str, ...]:
+        """Return the names of the models, without those of policies; raises `AskError`."""
+        try:
+            response = await self._client.get("/models")
+            response.raise_for_status()
+            names = [str(model["id"]) for model in response.json()["data"]]
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            raise AskError(f"{self.url} lists no models: {error}") from None
+        return tuple(n for n in names if n != "auto" and not n.startswith("policy/"))
+
+    async def ask(
+        self,
+        model: str,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        max_tokens: int,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> Reply:
+        """Return `model`'s answer; waits and asks again where the server is busy.
+
+        Raises `AskError`.
+        """
+        body: dict[str, Any] = {
+            "model": model,
+            "messages": list(messages),
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+        }
+        body |= {"seed": seed} if seed is not None else {}
+        body |= {"tools": list(tools)} if tools else {}
+        async with self._slots:
+            start_s = time.perf_counter()
+            content = await self._post(model, body)
+        return _read(model, content, time.perf_counter() - start_s)
+
+    async def say(self, model: str, prompt: str) -> str:
+        """Return `model`'s answer to `prompt`, for a grader; raises `Ungradable`."""
+        try:
+            reply = await self.ask(
+                model, [{"role": "user", "content": prompt}], max_tokens=_JUDGED_TOKENS
+            )
+        except AskError as error:
+            raise Ungradable(str(error)) from None
+        return reply.text
+
+    async def _post(self, model: str, body: dict[str, Any]) -> dict[str, Any]:
+        pause_s = _FIRST_PAUSE_S
+        why = ""
+        for attempt in range(_NUM_TRIES):
+            if attempt:
+                await asyncio.sleep(pause_s)
+                pause_s *= 2
+            extras = {} if model in self._plain else _EXTRAS
+            try:
+                response = await self._client.post("/chat/completions", json={**body, **extras})
+            except httpx.TransportError as error:
+                why = f"{type(error).__name__} {error}".strip()
+                continue
+            if response.status_code == 400 and extras:
+                self._plain.add(model)
+                response = await self._client.post("/chat/completions", json=body)
+            if response.status_code == 200:
+                try:
+                    return dict(response.json())
+                except ValueError:
+                    raise AskError(f"{model}: the answer is not JSON") from None
+            why = _message(response)
+            if response.status_code not in _BUSY:
+                break
+        raise AskError(f"{model}: {why}")
+
+
+@asynccontextmanager
+async def ask_server(
+    url: str, *, key: str | None = None, num_at_once: int = 16
+) -> AsyncIterator[Asker]:
+    """Ask the server at `url`, with or without "/v1" at its end."""
+    base = url.rstrip("/").removesuffix("/v1") + "/v1"
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    async with httpx.AsyncClient(base_url=base, headers=headers, timeout=_TIMEOUT_S) as client:
+        yield Asker(client, url=base, num_at_once=num_at_once)
+
+
+@asynccontextmanager
+async def ask_pool(path: Path, *, num_at_once: int = 16) -> AsyncIterator[Asker]:
+    """Start the pool at `path` in this process, without a port, and ask it.
+
+    Its ledger is forgotten. Raises `PoolError` or `PolicyError` where the pool cannot be used.
+    """
+    pool = load_pool(path)
+    with TemporaryDirectory() as folder:
+        args = AppArgs(
+            pool=path,
+            ledger=LedgerConfig(url=f"sqlite:///{folder}/asked.db"),
+            auth=AuthConfig(),
+        )
+        catalog = load_catalog(pool)
+        ledger = open_ledger(args)
+        async with local_service(args, pool, catalog, ledger) as service:
+            await service.start()
+            try:
+                transport = httpx.ASGITransport(app=create_api(service))
+                async with httpx.AsyncClient(
+                    transport=transport, base_url="http://pool/v1", timeout=None
+                ) as client:
+                    yield Asker(client, url=_place(path), num_at_once=num_at_once)
+            finally:
+                await service.close()
+
+
+def _place(path: Path) -> str:
+    return str(path.resolve())
+
+
+def _message(response: httpx.Response) -> str:
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"status {response.status_code}"
+
+
+def _read(model: str, content: Mapping[str, Any], latency_s: float) -> Reply:
+    try:
+        choice = content["choices"][0]
+        message = choice["message"]
+        calls = message.get("tool_calls")
+        text = message.get("content") or (json.dumps(calls) if calls else "")
+        usage = content.get("usage") or {}
+        told = content.get("shoal") or {}
+        cost = told.get("cost") or {}
+        seen = told.get("logprobs")
+        return Reply(
+            text=text,
+            latency_s=latency_s,
+            logprobs=AnswerLogprobs(**seen) if seen else _summary(choice.get("logprobs")),
+            prompt_tokens=usage.get("prompt_tokens"),
+            output_tokens=usage.get("completion_tokens"),
+            usd=cost.get("usd"),
+            wh=cost.get("wh"),
+        )
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise AskError(f"{model}: the answer has no text: {error!r}") from None
+
+
+def _summary(logprobs: Mapping[str, Any] | None) -> AnswerLogprobs | None:
+    """Return what another server's `logprobs` tell; they lack the end-of-sequence token."""
+    known = [token["logprob"] for token in (logprobs or {}).get("content") or ()]
+    if not known:
+        return None
+    return AnswerLogprobs(mean=sum(known) / len(known), min=min(known), num_tokens=len(known))

@@ -1,0 +1,232 @@
+"""Graders by name: what each scores, what it refuses, and how several are weighed."""
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+from policies.errors import PolicyError
+from policies.grading.base import GradingContext, Panel, Question, Sheet
+
+
+def graded(
+    spec: str | list[str], question: Question, context: GradingContext | None = None, **answers: str
+) -> Sheet:
+    """Return what the graders say of the models' answers."""
+    panel = Panel([spec] if isinstance(spec, str) else spec, context or GradingContext())
+    return asyncio.run(panel.grade(question, answers))
+
+
+@pytest.mark.parametrize(
+    ("spec", "references", "answer", "score"),
+    [
+        ("exact", ("Paris",), " paris. ", 1),
+        ("exact", ("Paris", "Lutetia"), "Lutetia", 1),
+        ("exact", ("Paris",), "It is Paris", 0),
+        ("contains", ("Paris",), "It is PARIS, of course", 1),
+        ("contains", ("art",), "a party", 0),
+        ("regex:^\\d+$", (), "42", 1),
+        ("regex:^\\d+$", (), "42!", 0),
+        ("regex", ("[Yy]es",), "Well, yes", 1),
+        ("numeric", ("1234",), "That makes 1,234.0", 1),
+        ("numeric", ("1234",), "1234 or 1235", 0),
+        ("numeric:0.01", ("100",), "about 100.9", 1),
+        ("numeric:0.01", ("100",), "about 102", 0),
+        ("numeric", ("5 km",), "5000 m", 1),
+        ("numeric", ("5 km",), "5000", 0),
+        ("numeric", ("5 km",), "5 kg", 0),
+        ("numeric", ("-3",), "minus three", 0),
+        ("numeric", ("0.5",), "50%", 0),
+        ("json", ('{"a": [1, 2]}',), '```json\n{"a": [1, 2]}\n```', 1),
+        ("json", ('{"a": [1, 2]}',), '{"a": [2, 1]}', 0),
+        ("json", ('{"a": 1}',), "a is 1", 0),
+    ],
+)
+def test_an_answer_is_compared_with_the_references(
+    spec: str, references: tuple[str, ...], answer: str, score: float
+) -> None:
+    """Each text grader says right or wrong by its own rule."""
+    question = Question(query="?", references=references)
+    assert graded(spec, question, ada=answer).scores == {"ada": score}
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        ("B", 1),
+        ("b", 1),
+        ("(B)", 1),
+        ("B. Rome", 1),
+        ("rome", 1),
+        ("The answer is B.", 1),
+        ("It must be Rome, I think", 1),
+        ("A", 0),
+        ("Paris or Rome", 0),
+        ("no idea", 0),
+    ],
+)
+def test_a_choice_is_named_by_letter_or_by_text(answer: str, score: float) -> None:
+    """The reference may be a letter too; an answer that names two texts names none."""
+    for right in ("B", "Rome"):
+        question = Question(query="?", references=(right,), choices=("Paris", "Rome", "Oslo"))
+        assert graded("choice", question, ada=answer).scores == {"ada": score}, right
+
+
+def test_a_schema_holds_json_without_a_reference() -> None:
+    """Answers that the schema refuses score 0."""
+    question = Question(query="?", schema={"type": "object", "required": ["name"]})
+    sheet = graded("json", question, ada='{"name": 1}', bob="{}", cy="[")
+    assert sheet.scores == {"ada": 1, "bob": 0, "cy": 0}
+
+
+def test_code_runs_apart_and_only_where_it_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right code passes; wrong, greedy and early-ending code do not; no environment is seen."""
+    monkeypatch.setenv("SECRET", "of this process")
+    tests = "assert double(4) == 8\nimport os\nassert 'SECRET' not in os.environ"
+    question = Question(query="?", tests=tests)
+    with pytest.raises(PolicyError, match="--allow-code"):
+        graded("code", question, ada="")
+    sheet = graded(
+        "code",
+        question,
+        GradingContext(allow_code=True),
+        right="So:\n```python\ndef double(x):\n    return 2 * x\n```\nDone.",
+        wrong="def double(x): return x",
+        leaves="import os\nos._exit(0)",
+        greedy="x = bytearray(2 << 30)\ndef double(x): return 2 * x",
+    )
+    assert sheet.scores == {"right": 1, "wrong": 0, "leaves": 0, "greedy": 0}
+
+
+def test_a_command_is_asked_once_for_all_answers(tmp_path: Path) -> None:
+    """It gets the question and the answers as JSON; scores out of range are refused."""
+    program = tmp_path / "grade.py"
+    program.write_text(
+        "import json, sys\n"
+        "told = json.load(sys.stdin)\n"
+        "right = told['question']['references'][0]\n"
+        "scores = {name: len(text) / len(right) for name, text in told['answers'].items()}\n"
+        "print(json.dumps(scores))"
+    )
+    question = Question(query="?", references=("four",))
+    spec = f"command:{sys.executable} {program}"
+    assert graded(spec, question, ada="yo", bob="four").scores == {"ada": 0.5, "bob": 1}
+    sheet = graded(spec, question, ada="far too long")
+    assert sheet.scores == {} and "not in [0, 1]" in sheet.problems[spec]
+
+
+def test_a_judge_compares_in_both_orders() -> None:
+    """A judge who always prefers what stands first finds only ties; a fair one ranks."""
+
+    async def biased(_: str, prompt: str) -> str:
+        return "A"
+
+    async def fair(model: str, prompt: str) -> str:
+        assert model == "judge-dredd"
+        first, second = prompt.split("[Answer A]")[1].split("[Answer B]")
+        return "A" if first.count("!") > second.split("Which")[0].count("!") else "B"
+
+    question = Question(query="?")
+    answers = {"ada": "hm", "bob": "yes! well", "cy": "yes!! so"}
+    sheet = graded("judge:judge-dredd", question, GradingContext(ask=biased), **answers)
+    assert sheet.scores == {"ada": 0.5, "bob": 0.5, "cy": 0.5}
+    sheet = graded("judge:judge-dredd", question, GradingContext(ask=fair), **answers)
+    assert sheet.scores == {"ada": 0, "bob": 0.5, "cy": 1}
+
+
+def test_a_judge_without_a_verdict_gives_no_score() -> None:
+    """A single answer is graded from 1 to 10; words without a number are a problem, not a zero."""
+
+    async def ask(_: str, prompt: str) -> str:
+        return "10" if "splendid" in prompt else "Well..."
+
+    context = GradingContext(ask=ask)
+    assert graded("judge:j", Question(query="?"), context, ada="splendid").scores == {"ada": 1}
+    sheet = graded("judge:j", Question(query="?"), context, ada="bad")
+    assert sheet.scores == {} and "no grade" in sheet.problems["judge:j"]
+
+
+def classifier(folder: Path) -> Path:
+    """Write a tiny reward model with one label, and its tokenizer."""
+    torch.manual_seed(0)
+    words = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "yes", "no", "why"])}
+    fast = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    fast.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=fast, pad_token="[PAD]", unk_token="[UNK]", model_max_length=16
+    ).save_pretrained(folder)
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=5, intermediate_size=16, num_labels=1, pad_token_id=0, **shape)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_reward_models_logits_are_kept_raw_and_as_a_softmax(tmp_path: Path) -> None:
+    """The shares are transformers' own logits through a softmax, and sum to one."""
+    folder = classifier(tmp_path / "reward")
+    sheet = graded(f"reward:{folder}", Question(query="why"), ada="yes", bob="no no")
+    model = BertForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    with torch.no_grad():
+        pairs = [tokenizer("why", text, return_tensors="pt") for text in ("yes", "no no")]
+        logits = torch.cat([model(**pair).logits[0] for pair in pairs])
+    assert list(sheet.grades[f"reward:{folder}"].values()) == pytest.approx(
+        logits.tolist(), abs=1e-5
+    )
+    assert list(sheet.scores.values()) == pytest.approx(logits.softmax(0).tolist(), abs=1e-5)
+
+
+def test_similarity_is_highest_for_the_reference_itself(tmp_path: Path) -> None:
+    """The answer that equals a reference has cosine 1; the closest of several references counts."""
+    folder = classifier(tmp_path / "encoder")
+    question = Question(query="?", references=("yes yes", "no"))
+    sheet = graded(f"similarity:{folder}", question, ada="no", bob="why why no")
+    assert sheet.scores["ada"] == pytest.approx(1, abs=1e-5)
+    assert 0 <= sheet.scores["bob"] < 1
+
+
+def test_graders_are_weighed_and_a_missing_one_is_left_out() -> None:
+    """Weights are relative; where one grader cannot grade, the others' mean stands."""
+    specs = ["3*exact", "contains"]
+    question = Question(query="?", references=("Paris",))
+    sheet = graded(specs, question, ada="Paris", bob="in Paris")
+    assert sheet.scores == {"ada": 1, "bob": 0.25}
+    assert sheet.grades == {"exact": {"ada": 1, "bob": 0}, "contains": {"ada": 1, "bob": 1}}
+    sheet = graded(["exact", "regex:a"], Question(query="?"), ada="a")
+    assert sheet.scores == {"ada": 1}
+    assert sheet.problems == {"exact": "the question has no reference"}
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("exakt", "'exakt' is unknown; allowed are choice, code"),
+        ("0*exact", "must be > 0"),
+        ("x*exact", "is not \\[WEIGHT"),
+        ("exact:x", "takes no argument"),
+        ("numeric:some", "not a number"),
+        ("regex:(", "not a pattern"),
+        ("judge", "needs a model"),
+        ("judge:base", "no pool or server"),
+        ("reward", "needs a sequence classifier"),
+        ("reward:/nowhere", "/nowhere"),
+        ("similarity:/nowhere", "/nowhere"),
+        ("command:", "needs a program"),
+    ],
+)
+def test_a_grader_that_cannot_be_is_refused_by_name(spec: str, message: str) -> None:
+    """Before anything is asked, with what is allowed."""
+    with pytest.raises(PolicyError, match=message):
+        Panel([spec], GradingContext())
+
+
+def test_a_sheet_survives_json() -> None:
+    """The journal of a collection keeps sheets as JSON."""
+    sheet = graded("exact", Question(query="?", references=("a",)), ada="a")
+    told = {"scores": sheet.scores, "grades": sheet.grades, "problems": sheet.problems}
+    assert Sheet(**json.loads(json.dumps(told))) == sheet

@@ -1,0 +1,153 @@
+"""`shoal outcomes collect`: answers of a pool or a server, graded, resumable."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from policies.outcomes import read_outcomes
+from router.cli.main import app
+from tests.router.conftest import write_pool
+
+SCRIPTS = {
+    "one": {"models": {"alpha": {"answers": ["4"]}, "beta": {"answers": ["It is 4"]}}},
+    "two": {"answers": ["five"]},
+}
+
+
+def pool_at(folder: Path, **scripts: Any) -> Path:
+    """Write a pool of three scripted models."""
+    found = {**SCRIPTS, **scripts}
+    engines = [{"name": name, "kind": "fake", "options": found[name]} for name in ("one", "two")]
+    return write_pool(folder, engines=engines)
+
+
+def questions_at(folder: Path, *lines: object) -> Path:
+    """Write a file of questions, as they are or as JSON."""
+    file = folder / "questions.jsonl"
+    file.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines))
+    return file
+
+
+def collect(queries: Path, out: Path, *options: str) -> Result:
+    """Run the command."""
+    words = ["outcomes", "collect", "--queries", str(queries), "--out", str(out), *options]
+    return CliRunner().invoke(app, words)
+
+
+def test_a_pools_answers_are_graded_and_kept_with_all_that_is_known(tmp_path: Path) -> None:
+    """Scores, texts, log-probabilities, tokens, costs, energy and time of each model."""
+    queries = questions_at(tmp_path, {"query": "2 + 2?", "reference": "4", "tags": ["sums"]})
+    out = tmp_path / "outcomes.jsonl"
+    result = collect(
+        queries, out, "--pool", str(pool_at(tmp_path)), "--grade", "exact", "--grade", "contains"
+    )
+    assert result.exit_code == 0, result.output
+    [outcome] = read_outcomes(out)
+    assert outcome.query == "2 + 2?" and outcome.answer == "4" and outcome.tags == ("sums",)
+    assert outcome.scores == {"alpha": 1, "beta": 0.5, "gamma": 0}
+    assert outcome.outputs == {"alpha": "4", "beta": "It is 4", "gamma": "five"}
+    assert outcome.grades["contains"] == {"alpha": 1, "beta": 1, "gamma": 0}
+    # The fake engine writes a byte per token and ends with one that has no text.
+    assert outcome.output_tokens == {"alpha": 2, "beta": 8, "gamma": 5}
+    assert outcome.logprobs["beta"].num_tokens == 8
+    assert outcome.logprobs["beta"].mean == pytest.approx(-0.1)
+    read = outcome.prompt_tokens
+    assert read is not None
+    assert outcome.costs["alpha"] == pytest.approx((read + 2 * 2) / 1e6)
+    assert set(outcome.energies) == set(outcome.latencies) == {"alpha", "beta", "gamma"}
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    """What the journal knows is not asked again, a torn last line is forgotten."""
+    queries = questions_at(tmp_path, *({"query": f"q{n}", "reference": "4"} for n in range(3)))
+    out, pool = tmp_path / "outcomes.jsonl", pool_at(tmp_path)
+    assert collect(queries, out, "--pool", str(pool)).exit_code == 0
+    first = read_outcomes(out)
+    # Nobody could answer any more: whatever is there must come from the journal.
+    pool_at(tmp_path, one={"refuse": True}, two={"fail_after_tokens": 0})
+    journal = tmp_path / "outcomes.jsonl.journal"
+    journal.write_text(journal.read_text() + '\n["torn", {"te')
+    out.unlink()
+    result = collect(queries, out, "--pool", str(pool))
+    assert result.exit_code == 0, result.output
+    assert read_outcomes(out) == first
+
+
+def test_what_is_wrong_with_a_line_or_a_model_is_named_and_counted(tmp_path: Path) -> None:
+    """Bad lines, answers that failed and questions nobody can grade do not end the run."""
+    queries = questions_at(
+        tmp_path,
+        "{",
+        {"query": "a", "messages": [{"role": "user", "content": "b"}]},
+        {"query": "right?", "reference": "4"},
+        {"query": "no reference"},
+        {"query": "x", "colour": "red"},
+    )
+    pool = pool_at(tmp_path, two={"fail_after_tokens": 0})
+    out = tmp_path / "outcomes.jsonl"
+    result = collect(queries, out, "--pool", str(pool))
+    assert result.exit_code == 0, result.output
+    [outcome] = read_outcomes(out)
+    assert outcome.scores == {"alpha": 1, "beta": 0}
+    assert "bad lines: 3" in result.stderr
+    assert "line 1: " in result.stderr and "colour: unknown key" in result.stderr
+    assert "no answer of gamma: 2" in result.stderr
+    assert "not graded at all: 1" in result.stderr
+
+
+def test_samples_are_outcomes_of_their_own(tmp_path: Path) -> None:
+    """Several samples draw several answers; the fake plays its script in turn."""
+    pool = pool_at(tmp_path, two={"answers": ["4", "5"]})
+    queries, out = questions_at(tmp_path, {"query": "q", "reference": "4"}), tmp_path / "o.jsonl"
+    result = collect(queries, out, "--pool", str(pool), "--models", "gamma", "--samples", "2")
+    assert result.exit_code == 0, result.output
+    found = read_outcomes(out)
+    assert [outcome.id for outcome in found] == ["1/0", "1/1"]
+    assert sorted(outcome.scores["gamma"] for outcome in found) == [0, 1]
+
+
+def test_a_running_server_is_asked_as_a_client_would(
+    serve: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Over HTTP, a conversation as it is; a model of the server may be the judge."""
+    server = serve(
+        engines=[
+            {"name": "one", "kind": "fake", "options": {"models": {"beta": {"answers": ["9"]}}}},
+            {"name": "two", "kind": "fake", "options": {}},
+        ]
+    )
+    said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    queries = questions_at(tmp_path, {"messages": [*said, {"role": "user", "content": "and?"}]})
+    out = tmp_path / "o.jsonl"
+    result = collect(
+        queries, out, "--server", server.url, "--models", "alpha", "--grade", "judge:beta"
+    )
+    assert result.exit_code == 0, result.output
+    [outcome] = read_outcomes(out)
+    assert outcome.query == "and?" and outcome.outputs == {"alpha": "and?"}
+    assert outcome.scores["alpha"] == pytest.approx(8 / 9)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "either --pool or --server"),
+        (("--pool", "nowhere"), "no pool file"),
+        (("--pool", "POOL", "--models", "delta"), "'delta' is unknown; it has alpha, beta, gamma"),
+        (("--pool", "POOL", "--grade", "guess"), "'guess' is unknown"),
+        (("--server", "http://127.0.0.1:9"), "lists no models"),
+    ],
+)
+def test_what_cannot_start_is_refused_in_a_sentence(
+    tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    """Status 2 and the reason, before anything is asked."""
+    pool = str(pool_at(tmp_path))
+    queries = questions_at(tmp_path, {"query": "q", "reference": "4"})
+    result = collect(queries, tmp_path / "o.jsonl", *(pool if x == "POOL" else x for x in options))
+    assert result.exit_code == 2
+    assert message in result.stderr
