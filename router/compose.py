@@ -17,7 +17,7 @@ from router.access.keys import Authenticator
 from router.budget_sync import BudgetSync
 from router.catalog.catalog import Catalog
 from router.config import AppArgs
-from router.engines.base import EngineClient
+from router.engines import EngineClient
 from router.experiments.experiments import Experiments, read_definitions
 from router.experiments.shadows import shadow_report
 from router.gate import Gate

@@ -1,4 +1,4 @@
-"""One HTTP request for an answer, from its arrival to its record."""
+"""One HTTP request for an answer, from its arrival to its record; what the answer tells of it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import hashlib
 import re
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from models.engines.base import Chunk
 from policies.base import Decision, Query
 from policies.cascade.base import normalise
 from policies.footprint import Footprint, Rates
-from policies.plan import Plan, to_json
+from policies.plan import Answer, Plan, to_json
 from router.access.budgets import Reservation
 from router.access.keys import Key
+from router.catalog.catalog import Catalog
+from router.executor.judging import logprobs
 from router.executor.task import Task
 from router.executor.trace import Trace
 from router.openai_api.ask import Ask
@@ -173,6 +176,65 @@ class Exchange:
             record.query_text = self.choices[0].task.query.text if self.choices else None
             record.answer_text = answer if self.answer else None
         return record
+
+
+def shoal_field(
+    exchange: Exchange, catalog: Catalog, answers: Sequence[Chunk] = ()
+) -> dict[str, Any]:
+    """Return the `shoal` object of an answered request.
+
+    Where it is to explain itself and has whole `answers`, it says what scorers see of the first.
+
+    `plan`, `reason`, `members` and `weights` are the first choice's; the members are those whose
+    text it is. Tokens and cost are of everything that ran, stages that were not accepted included.
+    """
+    parts = exchange.member_footprints(catalog.prices.rates)
+    cost = exchange.total(parts)
+    [decision, *_] = exchange.decisions
+    run = exchange.choices[0].trace.accepted_run()
+    accepted = run.plan if run is not None and isinstance(run.plan, Answer) else None
+    data: dict[str, Any] = {
+        "policy": exchange.record.policy,
+        "plan": to_json(decision.plan),
+        "reason": decision.reason,
+        "members": list(accepted.members) if accepted else [],
+        "weights": _weights(accepted, run.weights) if run and accepted else [],
+        "tokens": {
+            name: {"prompt": tokens.prompt_tokens, "output": tokens.output_tokens}
+            for name, tokens in exchange.member_tokens().items()
+        },
+        "cost": {"usd": cost.usd, "wh": cost.wh, "gco2e": cost.gco2e},
+        "footprint": _footprint(catalog, cost, parts),
+    }
+    if exchange.record.arm is not None:
+        data["experiment"] = exchange.record.experiment
+        data["arm"] = exchange.record.arm
+    if exchange.ask is not None and exchange.ask.extension.explain:
+        data["scores"] = dict(decision.scores)
+        data["details"] = dict(decision.details)
+        data["stages"] = exchange.stages()
+        seen = logprobs(answers[0].tokens) if answers else None
+        data["logprobs"] = None if seen is None else asdict(seen)
+    return data
+
+
+def _footprint(catalog: Catalog, cost: Footprint, parts: Mapping[str, Footprint]) -> dict[str, Any]:
+    """Return energy and carbon with the method behind them, in total and by member."""
+    grid = catalog.prices.grid_reading()
+    return {
+        **cost.to_json(),
+        "grid": {"gco2e_per_kwh": grid.gco2e_per_kwh, "source": grid.source},
+        "members": {
+            name: {"engine": catalog.members.engine_of(name), **part.to_json()}
+            for name, part in parts.items()
+        },
+    }
+
+
+def _weights(answer: Answer, used: tuple[float, ...] | None) -> list[float]:
+    """Return the members' weights, summing to one: those that were used, else the plan's."""
+    weights = used or answer.weights or (1.0,) * len(answer.members)
+    return [weight / sum(weights) for weight in weights]
 
 
 def answer_digest(request_id: str, text: str) -> str:

@@ -1,14 +1,18 @@
 """The application in one process, without Ray: for laptops and debugging (`shoal serve --local`).
 
-Engines and HTTP share an event loop; there is one replica of each.
+Engines and HTTP share an event loop; there is one replica of each. uvicorn waits for ever for the
+end of a request's head; Ray Serve has HAProxy in front for that, this server closes connections.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING
 
 import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from models.engines.registry import supervised_engine
 from models.pool import Pool
@@ -16,11 +20,57 @@ from router.catalog.catalog import Catalog
 from router.compose import compose
 from router.config import AppArgs
 from router.energy import lane_meter
-from router.engines.worker import EngineWorker, set_num_threads
+from router.engines import EngineWorker, set_num_threads
+from router.haproxy import HEADER_TIMEOUT_S
 from router.ingress import create_api
 from router.ledger.writer import Ledger
-from router.local_http import ImpatientProtocol
 from router.service import Service
+
+if TYPE_CHECKING:
+    _Base = asyncio.Protocol
+else:
+    _Base = AutoHTTPProtocol
+
+
+class ImpatientProtocol(_Base):
+    """Closes a connection whose request head, once awaited, takes longer than `head_timeout_s`."""
+
+    head_timeout_s: float = HEADER_TIMEOUT_S
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin to wait for the first request."""
+        super().connection_made(transport)
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        """Wait on while no request has begun that is not answered yet."""
+        super().data_received(data)
+        cycle = getattr(self, "cycle", None)
+        if cycle is not None and not cycle.response_complete:
+            self._stop_waiting()
+        elif self._timer is None:
+            self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait no more."""
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _wait(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(self.head_timeout_s, self._close)
+
+    def _stop_waiting(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _close(self) -> None:
+        self._timer = None
+        transport = getattr(self, "transport", None)
+        if transport is not None:
+            transport.close()
 
 
 @asynccontextmanager

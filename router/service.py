@@ -23,9 +23,9 @@ from policies.experiments.shadow import ShadowMeter
 from router.catalog.catalog import Catalog
 from router.config import ServingLimits
 from router.decide import decide
-from router.engines.base import EngineClient, merge
+from router.engines import EngineClient, merge
 from router.errors import ApiError, bad_request, to_api_error
-from router.exchange import Exchange
+from router.exchange import Exchange, shoal_field
 from router.executor.executor import Executor
 from router.executor.trace import Run
 from router.experiments.experiments import Experiments
@@ -36,7 +36,6 @@ from router.logs import REQUEST_ID
 from router.metrics.page import Metrics
 from router.openai_api.endpoint import Endpoint, Head, Writer
 from router.record import CLIENT_CLOSED_REQUEST, RequestRecord
-from router.shoal_field import shoal_field
 from router.streams import (
     DONE,
     ClientDisconnected,

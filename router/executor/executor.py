@@ -25,7 +25,7 @@ from policies.plan import Answer, Best, Cascade, Plan
 from router.catalog.members import Members
 from router.config import ServingLimits
 from router.energy import energy_of
-from router.engines.base import EngineClient, merge
+from router.engines import EngineClient, merge
 from router.executor.judging import attempt, decided, majority, scores
 from router.executor.task import Task
 from router.executor.trace import Run, Trace, child_path

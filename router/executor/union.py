@@ -24,7 +24,7 @@ from models.engines.text import TextStream
 from models.errors import RequestError
 from models.tokenizer import Tokenizer
 from policies.plan import Answer
-from router.engines.base import EngineClient
+from router.engines import EngineClient
 from router.executor.task import Task
 from router.executor.trace import Run
 

@@ -20,7 +20,7 @@ from policies.experiments.shadow import Shadow, ShadowMeter
 from policies.footprint import estimate
 from router.catalog.catalog import Catalog
 from router.config import ServingLimits
-from router.engines.base import merge
+from router.engines import merge
 from router.exchange import Choice, Exchange, answer_digest
 from router.executor.executor import Executor
 from router.executor.judging import attempt

@@ -26,7 +26,7 @@ from router.access.limits import (
 )
 from router.access.store import read_tally
 from router.catalog.catalog import Catalog
-from router.engines.base import EngineClient
+from router.engines import EngineClient
 from router.ledger.database import Database
 from router.ledger.schema import API_KEYS, BUDGET_WINDOWS
 from router.ledger.writer import Ledger

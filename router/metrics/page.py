@@ -34,7 +34,7 @@ from policies.budget import Controller
 from policies.experiments.shadow import Shadow
 from router.catalog.catalog import Catalog
 from router.config import AppArgs
-from router.engines.base import EngineClient
+from router.engines import EngineClient
 from router.experiments.endpoints import Identify
 from router.experiments.experiments import Experiments
 from router.ledger.writer import Ledger

@@ -11,7 +11,7 @@ import pytest
 from models.engines.base import GenerationRequest
 from models.engines.registry import create_engine
 from router.energy import LaneMeter, energy_of
-from router.engines.worker import EngineWorker
+from router.engines import EngineWorker
 from tests.models.engines.stacked.tiny import save_checkpoint
 from tests.router.conftest import running
 

@@ -18,8 +18,7 @@ from policies.cascade.base import Attempt, Scorer
 from policies.plan import from_json
 from router.catalog.catalog import load_catalog
 from router.config import ServingLimits
-from router.engines.base import merge
-from router.engines.worker import EngineWorker
+from router.engines import EngineWorker, merge
 from router.executor.executor import Executor
 from router.executor.task import Prompt, Task
 from router.executor.trace import Trace

@@ -21,8 +21,7 @@ from policies.plan import from_json
 from router.catalog.catalog import load_catalog
 from router.catalog.policies import Policies
 from router.config import ServingLimits
-from router.engines.base import merge
-from router.engines.worker import EngineWorker
+from router.engines import EngineWorker, merge
 from router.executor.executor import Executor
 from router.executor.task import Prompt, Task
 from router.executor.trace import Trace

@@ -22,7 +22,7 @@ from policies.errors import PolicyError
 from policies.plan import from_json
 from router.catalog.catalog import load_catalog
 from router.config import ServingLimits
-from router.engines.worker import EngineWorker
+from router.engines import EngineWorker
 from router.executor.executor import Executor
 from router.executor.task import Prompt, Task
 from router.executor.trace import Trace

@@ -1,4 +1,7 @@
-"""What of the cluster an engine's replica holds: shares of CPU and GPU, several GPUs together."""
+"""What Ray Serve is told of a deployment: how many replicas, and what of the cluster each holds.
+
+A replica holds shares of CPU and GPU, or several GPUs together. Nothing here needs Ray.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,30 @@ from typing import Any
 from models.engines.kind import EngineTraits
 from models.errors import PoolError
 from models.spec import DeploymentSpec, EngineSpec
+
+# Replicas take what comes: the engines bound their own queues, and say so in OpenAI's shape.
+_MAX_ONGOING_REQUESTS = 10_000
+
+
+def replicas(spec: DeploymentSpec) -> dict[str, Any]:
+    """Return Ray Serve's options for how many replicas run, and how they are watched."""
+    options: dict[str, Any] = {
+        "max_ongoing_requests": _MAX_ONGOING_REQUESTS,
+        "health_check_period_s": 5,
+        "health_check_timeout_s": 15,
+        "graceful_shutdown_timeout_s": spec.drain_s,
+        "graceful_shutdown_wait_loop_s": 0.5,
+        "logging_config": {"enable_access_log": False},
+    }
+    if spec.max_replicas > spec.min_replicas:
+        options["autoscaling_config"] = {
+            "min_replicas": spec.min_replicas,
+            "max_replicas": spec.max_replicas,
+            "target_ongoing_requests": spec.target_ongoing_requests,
+        }
+    else:
+        options["num_replicas"] = spec.min_replicas
+    return options
 
 
 def placement(spec: EngineSpec, traits: EngineTraits) -> dict[str, Any]:

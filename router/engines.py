@@ -1,6 +1,6 @@
-"""An engine in this process, as the executor sees it: the client of `shoal serve --local`.
+"""Engines as the executor sees them, and one in this process: the client of `shoal serve --local`.
 
-A Ray Serve replica wraps the same worker, so that both ways behave alike.
+A Ray Serve replica wraps the same worker (`router.app`), so that both ways behave alike.
 """
 
 from __future__ import annotations
@@ -10,17 +10,67 @@ import os
 import socket
 import sys
 from collections import OrderedDict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from models.engines.base import Chunk, Engine, EngineStats, GenerationRequest, HasMetrics
+from models.tools import join_calls
 from router.energy import LaneMeter, energy_of, metered
-from router.engines.base import merge
 
 # How many cancelled requests are remembered until somebody asks what they used.
 _MAX_REMEMBERED = 4096
 _SETTLE_TIMEOUT_S = 5.0
+
+
+class EngineClient(Protocol):
+    """One engine of the pool, wherever it runs.
+
+    Both ways to generate raise `RequestError`, `ContextOverflow`, `EngineOverloaded` and
+    `EngineFailed` as engines do; cancelling the caller, or closing the stream, cancels the request
+    at the engine within one step.
+    """
+
+    async def complete(self, request: GenerationRequest) -> Chunk:
+        """Return the whole answer as one chunk."""
+        ...
+
+    def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+        """Yield the answer as it is generated."""
+        ...
+
+    async def settle(self, request_id: str) -> int:
+        """Return how many tokens a cancelled request generated, once it is over.
+
+        Raises `EngineFailed` if the engine that ran it cannot be asked.
+        """
+        ...
+
+    async def metrics(self) -> list[tuple[str, str]]:
+        """Return each replica's name and its library's own metrics, in Prometheus' text format.
+
+        Raises `EngineFailed` if the engine cannot be asked.
+        """
+        ...
+
+    async def stats(self) -> EngineStats:
+        """Return a snapshot; raises `EngineFailed` if the engine cannot serve."""
+        ...
+
+
+def merge(chunks: Sequence[Chunk]) -> Chunk:
+    """Return consecutive chunks as one; what the last one says of the whole answer stays."""
+    if len(chunks) < 2:
+        return chunks[0] if chunks else Chunk(text="", tokens=())
+    return replace(
+        chunks[-1],
+        text="".join(chunk.text for chunk in chunks),
+        tokens=tuple(token for chunk in chunks for token in chunk.tokens),
+        reasoning="".join(chunk.reasoning for chunk in chunks),
+        refusal="".join(chunk.refusal for chunk in chunks),
+        tool_calls=join_calls(call for chunk in chunks for call in chunk.tool_calls),
+    )
 
 
 @dataclass(kw_only=True)
