@@ -72,15 +72,20 @@ async def _query(
     )
 
 
-def _target(catalog: Catalog, ask: Ask, bounds: PlanBounds) -> Target:
-    named = catalog.targets.get(ask.model)
-    if named is None:
+def named_target(catalog: Catalog, name: str) -> Target:
+    """Return what a served name stands for; raises `ApiError`, 404."""
+    if name not in catalog.targets:
         raise ApiError(
             404,
-            f"The model {ask.model!r} does not exist; GET /v1/models lists what there is.",
+            f"The model {name!r} does not exist; GET /v1/models lists what there is.",
             param="model",
             code="model_not_found",
         )
+    return catalog.targets[name]
+
+
+def _target(catalog: Catalog, ask: Ask, bounds: PlanBounds) -> Target:
+    named = named_target(catalog, ask.model)
     extension = ask.extension
     if extension.plan is not None and extension.policy is not None:
         raise bad_request("give a plan or a policy, not both", "shoal.plan")
@@ -152,5 +157,6 @@ def _task(exchange: Exchange, ask: Ask, *, prompt_index: int, query: Query, i: i
         stream=ask.stream,
         client_id=exchange.key_id or exchange.user or "",
         sent=ask.sent,
+        ceiling=ask.ceiling,
         deadline_s=exchange.deadline_s,
     )

@@ -6,6 +6,8 @@ known, `settle` charges what it used once its record is.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from policies.footprint import Footprint, estimate
 from policies.plan import Plan, answers
 from router.access.budgets import Budgets
@@ -54,6 +56,12 @@ class Gate:
     async def close(self) -> None:
         """Charge what is still to be charged; idempotent."""
         await self._budgets.close()
+
+
+def credentials(headers: Mapping[str, str]) -> str | None:
+    """Return what a request says of itself as OpenAI's clients do; Anthropic's use `x-api-key`."""
+    key = headers.get("x-api-key")
+    return headers.get("authorization") or (f"Bearer {key}" if key else None)
 
 
 def most(exchange: Exchange, catalog: Catalog) -> Amounts:

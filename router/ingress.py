@@ -17,13 +17,17 @@ from starlette.responses import JSONResponse
 from models.errors import EngineError
 from router.access.keys import KeyRejected, Scope
 from router.access.limits import Cap
+from router.anthropic_api.answer import MessagesEndpoint
+from router.anthropic_api.counting import add_count_route
 from router.dashboard.routes import DashboardConfig, add_dashboard
+from router.decide import named_target
 from router.errors import ApiError, to_api_error
 from router.experiments.endpoints import Identify, add_experiment_routes, add_feedback_route
+from router.gate import credentials
 from router.metrics.page import add_metrics_route
 from router.openai_api.chat import ChatEndpoint
 from router.openai_api.completions import CompletionEndpoint
-from router.openai_api.endpoint import Endpoint
+from router.openai_api.endpoint import WireFormat
 from router.openai_api.models import describe, list_models
 from router.service import Service
 
@@ -45,13 +49,17 @@ def create_api(
         await service.close()
 
     api = FastAPI(title="Shoal", version=version("shoal"), lifespan=lifespan)
-    for endpoint in (ChatEndpoint(), CompletionEndpoint(service.catalog.members.tokenizer)):
+    endpoints: tuple[WireFormat, ...] = (
+        ChatEndpoint(),
+        CompletionEndpoint(service.catalog.members.tokenizer),
+        MessagesEndpoint(),
+    )
+    for endpoint in endpoints:
         _add_endpoint(api, service, endpoint)
 
     def identify(scope: Scope) -> Identify:
         async def key_id(request: Request) -> str | None:
-            header = request.headers.get("authorization")
-            key = await service.gate.identify(header, scope=scope)
+            key = await service.gate.identify(credentials(request.headers), scope=scope)
             return key.id if key else None
 
         return key_id
@@ -63,6 +71,12 @@ def create_api(
     for kind in (ApiError, KeyRejected, SQLAlchemyError, TimeoutError, Exception):
         api.add_exception_handler(kind, tell)
 
+    add_count_route(
+        api,
+        service.catalog,
+        identify=identify("user"),
+        max_body_bytes=service.limits.max_body_bytes,
+    )
     names = [shadow.name for shadow in service.mirror.shadows]
     add_feedback_route(api, service.ledger, identify=identify("user"), shadows=names)
     add_dashboard(
@@ -86,15 +100,7 @@ def create_api(
     async def model(request: Request, name: str) -> JSONResponse:
         """Describe one of them."""
         await identify("user")(request)
-        if name not in service.catalog.targets:
-            return _error(
-                ApiError(
-                    404,
-                    f"The model {name!r} does not exist.",
-                    param="model",
-                    code="model_not_found",
-                )
-            )
+        named_target(service.catalog, name)
         return JSONResponse(describe(service.catalog, name))
 
     @api.get("/health")
@@ -116,7 +122,7 @@ def create_api(
     return api
 
 
-def _add_endpoint(api: FastAPI, service: Service, endpoint: Endpoint) -> None:
+def _add_endpoint(api: FastAPI, service: Service, endpoint: WireFormat) -> None:
     async def answer(request: Request) -> Response:
         return await service.process(request, endpoint)
 

@@ -1,6 +1,6 @@
 """Serves one request for an answer: deadline, dispatch, error mapping and its record.
 
-It knows neither which wire format the request came in (an `Endpoint` does) nor where the engines
+It knows neither which wire format the request came in (a `WireFormat` does) nor where the engines
 run (their clients do).
 """
 
@@ -30,11 +30,11 @@ from router.executor.executor import Executor
 from router.executor.trace import Run
 from router.experiments.experiments import Experiments
 from router.experiments.shadows import Mirror
-from router.gate import Gate
+from router.gate import Gate, credentials
 from router.ledger.writer import Ledger
 from router.logs import REQUEST_ID
 from router.metrics.page import Metrics
-from router.openai_api.endpoint import Endpoint, Head, Writer
+from router.openai_api.endpoint import Head, ResponseWriter, WireFormat
 from router.record import CLIENT_CLOSED_REQUEST, RequestRecord
 from router.streams import (
     DONE,
@@ -107,7 +107,7 @@ class Service:
         self.metrics = metrics
         self._watchers = tuple(watchers)
         self._keep_text = keep_text
-        self._limits = limits
+        self.limits = limits
         self._echo_request_id = echo_request_id
         self._executor = Executor(
             engines=engines,
@@ -137,7 +137,7 @@ class Service:
             for worker, one in self._background.items()
         ]
 
-    async def process(self, request: Request, endpoint: Endpoint) -> Response:
+    async def process(self, request: Request, endpoint: WireFormat) -> Response:
         """Answer `request`, whatever happens; exactly one record is kept of it."""
         exchange = Exchange.begin(
             id_prefix=endpoint.id_prefix, endpoint=endpoint.path, headers=request.headers
@@ -146,14 +146,14 @@ class Service:
         try:
             exchange.deadline_s = self._deadline_s(exchange, _timeout_s(request.headers))
             async with asyncio.timeout_at(exchange.deadline_s):
-                exchange.key = await self.gate.identify(request.headers.get("authorization"))
-                body = await read_body(request, self._limits.max_body_bytes)
+                exchange.key = await self.gate.identify(credentials(request.headers))
+                body = await read_body(request, self.limits.max_body_bytes)
             work = self._answer(exchange, endpoint, body)
             response = await until_disconnected(request.receive, work)
         except ClientDisconnected:
             response = Response(status_code=CLIENT_CLOSED_REQUEST)
         except Exception as error:
-            response = self._refuse(exchange, error)
+            response = self._refuse(exchange, endpoint, error)
         except BaseException:
             self._finish(exchange)
             raise
@@ -173,7 +173,7 @@ class Service:
         for watcher in self._watchers:
             await asyncio.to_thread(watcher.close)
 
-    async def _answer(self, exchange: Exchange, endpoint: Endpoint, body: bytes) -> Response:
+    async def _answer(self, exchange: Exchange, endpoint: WireFormat, body: bytes) -> Response:
         ask = exchange.ask = endpoint.parse(body)
         exchange.user = ask.user or exchange.user
         exchange.record.session = ask.extension.session or exchange.record.session
@@ -181,7 +181,7 @@ class Service:
             exchange.deadline_s = self._deadline_s(exchange, ask.extension.timeout_s)
         assert exchange.deadline_s is not None
         async with asyncio.timeout_at(exchange.deadline_s):
-            await decide(self.catalog, self._limits, exchange, ask, self.experiments)
+            await decide(self.catalog, self.limits, exchange, ask, self.experiments)
             await self.gate.admit(exchange, self.catalog)
         answers = before(
             exchange.deadline_s,
@@ -192,15 +192,18 @@ class Service:
             created_s=int(exchange.record.time_s),
             model=ask.model,
             fingerprint=self.catalog.fingerprint,
+            prompt_tokens=exchange.record.prompt_tokens,
         )
-        writer = Writer(endpoint=endpoint, ask=ask, head=head)
+        writer = endpoint.writer(head, ask)
         if not ask.stream:
             return await self._whole(exchange, writer, answers)
         # Read before 200 is sent, so that early errors keep their status.
         first = await anext(answers)
         return EventStream(self._events(exchange, writer, first, answers), self._headers(exchange))
 
-    async def _whole(self, exchange: Exchange, writer: Writer, answers: Answers) -> Response:
+    async def _whole(
+        self, exchange: Exchange, writer: ResponseWriter, answers: Answers
+    ) -> Response:
         chunks: list[list[Chunk]] = [[] for _ in exchange.choices]
         async for index, chunk in answers:
             chunks[index].append(chunk)
@@ -213,7 +216,7 @@ class Service:
         return _json_response(200, content, self._headers(exchange))
 
     async def _events(
-        self, exchange: Exchange, writer: Writer, first: tuple[int, Chunk], answers: Answers
+        self, exchange: Exchange, writer: ResponseWriter, first: tuple[int, Chunk], answers: Answers
     ) -> AsyncGenerator[bytes, None]:
         """Yield the response's events; its record is kept when this ends, however it ends."""
         num_open = len(exchange.choices)
@@ -230,20 +233,22 @@ class Service:
                     data += writer.end(_usage(exchange.record))
                     data[-1]["shoal"] = shoal_field(exchange, self.catalog)
                 if data:
-                    yield b"".join(map(event, data))
+                    yield _events_of(writer, data)
                 data = []
                 got = await anext(answers, None)
             exchange.record.status = 200
-            yield DONE
+            if not writer.named_events:
+                yield DONE
         except Exception as error:
-            yield event(self._note(exchange, error).body()) + DONE
+            told = _events_of(writer, writer.failed(self._note(exchange, error)))
+            yield told if writer.named_events else told + DONE
         finally:
             await answers.aclose()
             self._finish(exchange)
 
     def _deadline_s(self, exchange: Exchange, asked_s: float | None) -> float:
         """Return when the request ends, by the event loop's clock, counted from its arrival."""
-        timeout_s = min(asked_s or math.inf, self._limits.request_timeout_s)
+        timeout_s = min(asked_s or math.inf, self.limits.request_timeout_s)
         return asyncio.get_running_loop().time() - exchange.elapsed_s + timeout_s
 
     def _headers(self, exchange: Exchange) -> dict[str, str]:
@@ -254,9 +259,10 @@ class Service:
             headers |= exchange.reservation.headers
         return headers
 
-    def _refuse(self, exchange: Exchange, error: Exception) -> Response:
+    def _refuse(self, exchange: Exchange, endpoint: WireFormat, error: Exception) -> Response:
         told = self._note(exchange, error)
-        return _json_response(told.status, told.body(), {**self._headers(exchange), **told.headers})
+        body = endpoint.error(told)
+        return _json_response(told.status, body, {**self._headers(exchange), **told.headers})
 
     def _note(self, exchange: Exchange, error: Exception) -> ApiError:
         told = to_api_error(error)
@@ -363,6 +369,10 @@ def _count(exchange: Exchange, index: int, chunk: Chunk) -> None:
         exchange.answer.append(chunk.text)
     if record.ttft_s is None and chunk.text:
         record.ttft_s = exchange.elapsed_s
+
+
+def _events_of(writer: ResponseWriter, data: Sequence[dict[str, Any]]) -> bytes:
+    return b"".join(event(one, named=writer.named_events) for one in data)
 
 
 def _usage(record: RequestRecord) -> dict[str, Any]:

@@ -100,9 +100,10 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-def event(data: Mapping[str, Any]) -> bytes:
-    """Return one event."""
-    return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
+def event(data: Mapping[str, Any], *, named: bool = False) -> bytes:
+    """Return one event; `named` by its type."""
+    name = f"event: {data['type']}\n".encode() if named else b""
+    return name + b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
 
 
 class EventStream(Response):

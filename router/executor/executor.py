@@ -132,7 +132,7 @@ class Executor:
         messages = task.prompt.messages
         if context_tokens is not None:
             room = context_tokens - len(tokens)
-            if room < (task.max_tokens or 1):
+            if room < (1 if task.ceiling else task.max_tokens or 1):
                 raise ContextOverflow(
                     f"The context length of {answer.members[0]!r} is {context_tokens} tokens, but "
                     f"the prompt has {len(tokens)} and the answer may take {task.max_tokens or 1}.",

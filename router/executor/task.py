@@ -94,8 +94,9 @@ class Task:
 
     `request_id` is unique per choice. `max_tokens` None means as many as the context and the
     serving limits allow. With `stream`, chunks come as they are generated; without, an engine is
-    called once per answer, which is cheaper. `sent` is the client's body as it came. At
-    `deadline_s`, by the event loop's clock, nobody waits for the answer any more (None: not known).
+    called once per answer, which is cheaper. `sent` is the client's body as it came. With
+    `ceiling`, an answer may be shorter than `max_tokens` where the context ends. At `deadline_s`,
+    by the event loop's clock, nobody waits for the answer any more (None: not known).
     """
 
     request_id: str
@@ -106,4 +107,5 @@ class Task:
     stream: bool
     client_id: str = ""
     sent: Mapping[str, Any] | None = None
+    ceiling: bool = False
     deadline_s: float | None = None

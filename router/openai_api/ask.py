@@ -52,7 +52,8 @@ class Ask:
 
     `max_tokens` None leaves it to the server. `logprobs` says whether the response shows them;
     how many alternatives is in `sampling.top_logprobs`. `echo` puts the prompt before the answer.
-    `sent` is the whole body, as a member on another server gets it.
+    `sent` is the whole body, as a member on another server gets it. With `ceiling`, `max_tokens` is
+    no promise: the answer may be shorter where the model's context ends.
     """
 
     model: str
@@ -66,6 +67,7 @@ class Ask:
     echo: bool = False
     user: str | None = None
     sent: Mapping[str, Any] | None = None
+    ceiling: bool = False
     extension: Extension = field(default_factory=Extension)
 
     @property

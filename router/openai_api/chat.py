@@ -14,7 +14,7 @@ from policies.validation import Count
 from router.errors import bad_request
 from router.executor.task import Prompt
 from router.openai_api.ask import Ask, Extension
-from router.openai_api.endpoint import Head
+from router.openai_api.endpoint import ByChunks, Head
 from router.openai_api.fields import SharedFields, read_body, read_schema
 from router.openai_api.logprobs import chat_logprobs
 from router.openai_api.tools import read_tools
@@ -117,12 +117,12 @@ class ChatFields(SharedFields):
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
 
-class ChatEndpoint:
+class ChatEndpoint(ByChunks):
     """Reads and writes chat completions."""
 
     path = "/v1/chat/completions"
     id_prefix = "chatcmpl-"
-    schema: type[SharedFields] = ChatFields
+    schema: type[BaseModel] = ChatFields
 
     def parse(self, body: bytes) -> Ask:
         """Return what `body` asks for; raises `ApiError`."""

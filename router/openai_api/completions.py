@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, Field
 from pydantic_core import from_json
 
 from models.engines.base import Chunk
@@ -14,7 +14,7 @@ from policies.validation import MOST_COUNT
 from router.errors import bad_request
 from router.executor.task import Prompt
 from router.openai_api.ask import Ask, Extension
-from router.openai_api.endpoint import Head
+from router.openai_api.endpoint import ByChunks, Head
 from router.openai_api.fields import MAX_CHOICES, SharedFields, read_body
 from router.openai_api.logprobs import text_logprobs
 
@@ -55,12 +55,12 @@ class CompletionFields(SharedFields):
     logprobs: int | None = Field(None, ge=0, le=5)
 
 
-class CompletionEndpoint:
+class CompletionEndpoint(ByChunks):
     """Reads and writes text completions. The tokenizer turns echoed token ids into text."""
 
     path = "/v1/completions"
     id_prefix = "cmpl-"
-    schema: type[SharedFields] = CompletionFields
+    schema: type[BaseModel] = CompletionFields
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer

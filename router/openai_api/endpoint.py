@@ -7,19 +7,25 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from pydantic import BaseModel
+
 from models.engines.base import Chunk
+from router.errors import ApiError
 from router.openai_api.ask import Ask
-from router.openai_api.fields import SharedFields
 
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """What every object of one response carries; `created_s` is Unix time."""
+    """What every object of one response carries; `created_s` is Unix time.
+
+    `prompt_tokens` is what the prompt has before anybody has answered.
+    """
 
     id: str
     created_s: int
     model: str
     fingerprint: str
+    prompt_tokens: int = 0
 
     def fields(self, kind: str) -> dict[str, Any]:
         """Return the fields that open an object of this `kind`."""
@@ -37,7 +43,7 @@ class Endpoint(Protocol):
 
     path: str
     id_prefix: str
-    schema: type[SharedFields]
+    schema: type[BaseModel]
 
     def parse(self, body: bytes) -> Ask:
         """Return what `body` asks for; raises `ApiError`, 400, that names the field."""
@@ -67,7 +73,9 @@ class Endpoint(Protocol):
 
 @dataclass(kw_only=True)
 class Writer:
-    """Writes one response: an endpoint, the request it answers, and how far it got."""
+    """Writes one response in chunks: an endpoint, the request it answers, and how far it got."""
+
+    named_events = False
 
     endpoint: Endpoint
     ask: Ask
@@ -93,5 +101,67 @@ class Writer:
         """Return the chunk that carries the usage, if it was asked for."""
         return [self.endpoint.stream_end(self.head) | {"usage": usage}] * self.ask.include_usage
 
+    def failed(self, error: ApiError) -> list[dict[str, Any]]:
+        """Return what ends a stream that failed."""
+        return [error.body()]
+
     def _with_usage(self, data: dict[str, Any]) -> dict[str, Any]:
         return data | {"usage": None} if self.ask.include_usage else data
+
+
+class ResponseWriter(Protocol):
+    """Writes one response, whole or as events; those carry their type's name if `named_events`."""
+
+    named_events: bool
+
+    def whole(self, choices: list[Chunk], usage: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the whole response; `usage` is OpenAI's, of a chat completion."""
+        ...
+
+    def start(self) -> list[dict[str, Any]]:
+        """Return what comes before the first token."""
+        ...
+
+    def chunk(self, index: int, chunk: Chunk) -> list[dict[str, Any]]:
+        """Return what `chunk` of choice `index` becomes; may be nothing."""
+        ...
+
+    def end(self, usage: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return what comes after the last chunk; together with the last chunk's not nothing."""
+        ...
+
+    def failed(self, error: ApiError) -> list[dict[str, Any]]:
+        """Return what ends a stream that failed."""
+        ...
+
+
+class WireFormat(Protocol):
+    """What the service needs of an endpoint: a way to read requests, and a writer of answers."""
+
+    path: str
+    id_prefix: str
+    schema: type[BaseModel]
+
+    def parse(self, body: bytes) -> Ask:
+        """Return what `body` asks for; raises `ApiError`, 400, that names the field."""
+        ...
+
+    def writer(self, head: Head, ask: Ask) -> ResponseWriter:
+        """Return what writes the answer to `ask`."""
+        ...
+
+    def error(self, error: ApiError) -> dict[str, Any]:
+        """Return the body of a response that refuses a request."""
+        ...
+
+
+class ByChunks:
+    """The rest of an `Endpoint`, which makes it a `WireFormat`."""
+
+    def writer(self: Endpoint, head: Head, ask: Ask) -> ResponseWriter:
+        """Return a writer of chunks."""
+        return Writer(endpoint=self, ask=ask, head=head)
+
+    def error(self, error: ApiError) -> dict[str, Any]:
+        """Return OpenAI's error body."""
+        return error.body()

@@ -107,7 +107,7 @@ class SharedFields(BaseModel):
         return bool(self.stream_options.include_usage)
 
 
-Fields = TypeVar("Fields", bound=SharedFields)
+Fields = TypeVar("Fields", bound=BaseModel)
 
 
 def read_body(

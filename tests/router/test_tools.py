@@ -1,8 +1,6 @@
 """Tool calls, from a client through our server to a server that calls tools, and back."""
 
-import asyncio
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ import openai
 import pytest
 
 from models.chat_template import ChatTemplate
-from tests.models.engines.remote.bad_server import BadServer, Reply, finish
+from tests.models.engines.remote.bad_server import BadServer, Reply, finish, in_thread
 from tests.router.conftest import Running, running
 
 TOOL: Any = {
@@ -38,23 +36,8 @@ CALLING = Reply(
 @pytest.fixture(name="upstream")
 def calling_server() -> Iterator[BadServer]:
     """A server that answers everything with one tool call, in three pieces."""
-    started, found = threading.Event(), []
-    loop = asyncio.new_event_loop()
-    over = asyncio.Event()
-
-    async def serve() -> None:
-        async with BadServer.running(CALLING) as server:
-            found.append(server)
-            started.set()
-            await over.wait()
-
-    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
-    thread.start()
-    assert started.wait(60)
-    yield found[0]
-    loop.call_soon_threadsafe(over.set)
-    thread.join(60)
-    loop.close()
+    with in_thread(CALLING) as server:
+        yield server
 
 
 @pytest.fixture(name="front")

@@ -2,8 +2,9 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -82,6 +83,28 @@ class BadServer:
             raise ConnectionResetError
         writer.write(b"0\r\n\r\n")
         await writer.drain()
+
+
+@contextmanager
+def in_thread(*replies: Reply) -> Iterator[BadServer]:
+    """Run such a server on a loop of its own, for tests that have none."""
+    started, found = threading.Event(), []
+    loop = asyncio.new_event_loop()
+    over = asyncio.Event()
+
+    async def serve() -> None:
+        async with BadServer.running(*replies) as server:
+            found.append(server)
+            started.set()
+            await over.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread.start()
+    assert started.wait(60)
+    yield found[0]
+    loop.call_soon_threadsafe(over.set)
+    thread.join(60)
+    loop.close()
 
 
 def _event(data: Any) -> bytes:

@@ -1,0 +1,188 @@
+"""`/v1/messages`: answers, events and errors as Anthropic's clients read them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel
+
+from models.engines.base import Chunk
+from models.tools import ToolCall
+from router.anthropic_api.request import MessagesFields, read_messages
+from router.errors import ApiError
+from router.openai_api.ask import Ask
+from router.openai_api.endpoint import Head, ResponseWriter
+from router.openai_api.parts import Part, PartReader, parts_of
+
+_STOP_REASONS = {
+    "stop": "end_turn",
+    "length": "max_tokens",
+    "tool_calls": "tool_use",
+    "content_filter": "refusal",
+}
+_ERRORS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+class MessagesEndpoint:
+    """Reads and writes messages."""
+
+    path = "/v1/messages"
+    id_prefix = "msg_"
+    schema: type[BaseModel] = MessagesFields
+
+    def parse(self, body: bytes) -> Ask:
+        """Return what `body` asks for; raises `ApiError`."""
+        return read_messages(body)
+
+    def writer(self, head: Head, ask: Ask) -> ResponseWriter:  # noqa: ARG002 - the contract
+        """Return what writes the answer."""
+        return MessageWriter(head=head)
+
+    def error(self, error: ApiError) -> dict[str, Any]:
+        """Return Anthropic's error body; clients shorten conversations whose prompt is too long."""
+        usual = "invalid_request_error" if error.status < 500 else "api_error"
+        kind = _ERRORS.get(error.status, usual)
+        message = error.body()["error"]["message"]
+        if error.code == "context_length_exceeded":
+            message = f"prompt is too long: {message}"
+        return {"type": "error", "error": {"type": kind, "message": message}}
+
+
+@dataclass(kw_only=True)
+class MessageWriter:
+    """Writes one message; `_open` is the part whose content block is open."""
+
+    named_events = True
+
+    head: Head
+    _reader: PartReader = field(default_factory=PartReader)
+    _open: tuple[str, int] | None = None
+    _index: int = -1
+    _stop_reason: str | None = None
+
+    def whole(self, choices: list[Chunk], usage: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the whole message."""
+        [answer] = choices
+        return {
+            **self._message(),
+            "content": [_block(part) for part in parts_of(answer)],
+            "stop_reason": _stop_reason(answer),
+            "usage": _usage(usage),
+        }
+
+    def start(self) -> list[dict[str, Any]]:
+        """Return the start of the message, which tells the prompt's length."""
+        usage = _usage({"prompt_tokens": self.head.prompt_tokens, "completion_tokens": 0})
+        return [{"type": "message_start", "message": {**self._message(), "usage": usage}}]
+
+    def chunk(self, index: int, chunk: Chunk) -> list[dict[str, Any]]:  # noqa: ARG002 - one choice
+        """Return starts, pieces and ends of content blocks."""
+        events: list[dict[str, Any]] = []
+        for part in self._reader.read(chunk):
+            if part.key != self._open:
+                events += self._close()
+                self._open, self._index = part.key, self._index + 1
+                events.append(self._event("content_block_start", content_block=_empty(part)))
+            delta = _delta(part)
+            if delta:
+                events.append(self._event("content_block_delta", delta=delta))
+        if chunk.finish_reason is not None:
+            events += self._close()
+            self._stop_reason = _stop_reason(chunk)
+        return events
+
+    def end(self, usage: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return why the message ended, and its usage."""
+        delta = {"stop_reason": self._stop_reason, "stop_sequence": None}
+        return [
+            {"type": "message_delta", "delta": delta, "usage": _usage(usage)},
+            {"type": "message_stop"},
+        ]
+
+    def failed(self, error: ApiError) -> list[dict[str, Any]]:
+        """Return the error's event."""
+        return [MessagesEndpoint().error(error)]
+
+    def _message(self) -> dict[str, Any]:
+        return {
+            "id": self.head.id,
+            "type": "message",
+            "role": "assistant",
+            "model": self.head.model,
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+        }
+
+    def _close(self) -> list[dict[str, Any]]:
+        events = [self._event("content_block_stop")] if self._open is not None else []
+        self._open = None
+        return events
+
+    def _event(self, kind: str, **more: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON
+        return {"type": kind, "index": self._index, **more}
+
+
+def _stop_reason(answer: Chunk) -> str:
+    return "refusal" if answer.refusal else _STOP_REASONS[answer.finish_reason or "stop"]
+
+
+def _usage(usage: Mapping[str, Any]) -> dict[str, Any]:
+    """Return Anthropic's usage, where the prompt's tokens are those that no cache had."""
+    cached = usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
+    return {
+        "input_tokens": usage["prompt_tokens"] - cached,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": cached,
+        "output_tokens": usage["completion_tokens"],
+    }
+
+
+def _block(part: Part) -> dict[str, Any]:
+    """Return a whole content block."""
+    if part.call is not None:
+        return {**_called(part.call), "input": _arguments(part.call)}
+    if part.kind == "reasoning":
+        return {"type": "thinking", "thinking": part.text, "signature": ""}
+    return {"type": "text", "text": part.text}
+
+
+def _empty(part: Part) -> dict[str, Any]:
+    """Return the block that a stream begins with."""
+    if part.call is not None:
+        return {**_called(part.call), "input": {}}
+    return _block(Part(kind=part.kind))
+
+
+def _delta(part: Part) -> dict[str, Any] | None:
+    if part.call is not None:
+        told = part.call.arguments
+        return {"type": "input_json_delta", "partial_json": told} if told else None
+    if part.kind == "reasoning":
+        return {"type": "thinking_delta", "thinking": part.text}
+    return {"type": "text_delta", "text": part.text}
+
+
+def _called(call: ToolCall) -> dict[str, Any]:
+    return {"type": "tool_use", "id": call.id, "name": call.name}
+
+
+def _arguments(call: ToolCall) -> dict[str, Any]:
+    """Return a call's arguments; none where the answer was cut off before they were whole."""
+    try:
+        found = json.loads(call.arguments)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

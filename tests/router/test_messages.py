@@ -1,0 +1,268 @@
+"""`/v1/messages`, asked by Anthropic's own client, answered by a model on another server."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import httpx
+import pytest
+
+from tests.models.engines.remote.bad_server import BadServer, Reply, answer, finish, in_thread
+from tests.router.conftest import Running, running
+
+TOOL: Any = {
+    "name": "add",
+    "description": "Add.",
+    "input_schema": {"type": "object", "properties": {"a": {"type": "integer"}}},
+}
+CHAT: Any = [{"role": "user", "content": "What is 2 + 3?"}]
+
+
+def event(**delta: Any) -> dict[str, Any]:
+    """Return an event of the other server."""
+    return {"choices": [{"index": 0, "delta": delta}]}
+
+
+def called(name: str | None, arguments: str, index: int = 0) -> dict[str, Any]:
+    """Return a piece of a call."""
+    head = {"id": f"call_{index}", "type": "function"} if name else {}
+    function = {"arguments": arguments} | ({"name": name} if name else {})
+    return event(tool_calls=[{"index": index, **head, "function": function}])
+
+
+# It thinks, speaks, and calls twice at once.
+EVENTS: list[Any] = [
+    event(reasoning_content="Two "),
+    event(reasoning_content="numbers."),
+    event(content="I "),
+    event(content="add."),
+    called("add", '{"a"'),
+    called("add", '{"a": 4', 1),
+    called(None, ": 2}"),
+    called(None, "}", 1),
+    {"choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]},
+    {
+        "choices": [],
+        "usage": {
+            "prompt_tokens": 30,
+            "completion_tokens": 12,
+            "prompt_tokens_details": {"cached_tokens": 10},
+        },
+    },
+    "[DONE]",
+]
+
+
+@pytest.fixture(scope="module", name="upstream")
+def other_server() -> Iterator[BadServer]:
+    """A server whose replies each test sets."""
+    with in_thread(Reply(events=EVENTS)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module", name="front")
+def front_server(
+    upstream: BadServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
+    """A server with a scripted model, and one behind the other server."""
+    options = {"base_url": upstream.url, "logprobs": False, "max_retries": 0}
+    with running(
+        tmp_path_factory.mktemp("pool"),
+        engines=[
+            {"name": "near", "kind": "fake", "options": {}},
+            {"name": "far", "kind": "remote", "options": options},
+        ],
+        models=[
+            {"name": "small", "engine": "near"},
+            {"name": "big", "engine": "far", "remote": {}},
+        ],
+        policies={"auto": {"kind": "fixed", "plan": "big"}},
+    ) as server:
+        yield server
+
+
+@pytest.fixture(name="client")
+def anthropic_client(front: Running, upstream: BadServer) -> Iterator[anthropic.Anthropic]:
+    """Anthropic's own client; the other server answers with thoughts, text and two calls."""
+    upstream.replies[:] = [Reply(events=EVENTS)]
+    upstream.requests.clear()
+    front.forget()
+    with anthropic.Anthropic(base_url=front.url, api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_a_message_has_its_blocks(client: anthropic.Anthropic, front: Running) -> None:
+    """Thoughts, text and calls are blocks; usage tells what a cache had; one record is kept."""
+    message = client.messages.create(model="auto", max_tokens=64, messages=CHAT, tools=[TOOL])
+    assert (message.type, message.role, message.model) == ("message", "assistant", "auto")
+    assert message.id.startswith("msg_")
+    assert [block.to_dict() for block in message.content] == [
+        {"type": "thinking", "thinking": "Two numbers.", "signature": ""},
+        {"type": "text", "text": "I add."},
+        {"type": "tool_use", "id": "call_0", "name": "add", "input": {"a": 2}},
+        {"type": "tool_use", "id": "call_1", "name": "add", "input": {"a": 4}},
+    ]
+    assert message.stop_reason == "tool_use"
+    usage = message.usage
+    assert (usage.input_tokens, usage.cache_read_input_tokens, usage.output_tokens) == (20, 10, 12)
+    assert message.to_dict()["shoal"]["members"] == ["big"]  # type: ignore[index]
+    record = front.last_record()
+    assert (record.endpoint, record.status, record.output_tokens) == ("/v1/messages", 200, 12)
+
+
+def test_a_stream_tells_the_same_message(client: anthropic.Anthropic) -> None:
+    """The client assembles from the events the message that it gets whole; blocks never mix."""
+    whole = client.messages.create(model="auto", max_tokens=64, messages=CHAT, tools=[TOOL])
+    with client.messages.stream(model="auto", max_tokens=64, messages=CHAT, tools=[TOOL]) as stream:
+        kinds = [event.type for event in stream]
+        final = stream.get_final_message()
+    assert [block.to_dict() for block in final.content] == [b.to_dict() for b in whole.content]
+    assert (final.stop_reason, final.usage.output_tokens) == ("tool_use", 12)
+    assert kinds[0] == "message_start"
+    assert kinds[-2:] == ["message_delta", "message_stop"]
+    assert kinds.count("content_block_start") == kinds.count("content_block_stop") == 4
+
+
+def test_what_claude_code_sends_is_answered(front: Running, upstream: BadServer) -> None:
+    """Its request, recorded: betas, cached system blocks, metadata, thinking, results of calls."""
+    upstream.replies[:] = [answer("Five.", prompt_tokens=9, completion_tokens=2)]
+    upstream.replies[0].events[0]["choices"][0]["logprobs"] = None
+    upstream.requests.clear()
+    cached = {"cache_control": {"type": "ephemeral"}}
+    body = {
+        "model": "big",
+        "max_tokens": 32000,
+        "temperature": 1,
+        "stream": True,
+        "system": [
+            {"type": "text", "text": "You are Claude Code.", **cached},
+            {"type": "text", "text": "Be brief.", **cached},
+        ],
+        "metadata": {"user_id": "user_1_account__session_2"},
+        "thinking": {"type": "enabled", "budget_tokens": 31999},
+        "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+        "tools": [{**TOOL, **cached, "eager_input_streaming": True}],
+        "tool_choice": {"type": "auto", "disable_parallel_tool_use": True},
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "What is 2 + 3?"}]},
+            {
+                "role": "assistant",
+                "content": [
+                    {"type": "thinking", "thinking": "I add.", "signature": ""},
+                    {"type": "text", "text": "Let me see."},
+                    {"type": "tool_use", "id": "t1", "name": "add", "input": {"a": 2}},
+                ],
+            },
+            {
+                "role": "user",
+                "content": [
+                    {
+                        "type": "tool_result",
+                        "tool_use_id": "t1",
+                        "content": [{"type": "text", "text": "5"}],
+                        **cached,
+                    },
+                    {"type": "text", "text": "Well?"},
+                ],
+            },
+        ],
+    }
+    headers = {"anthropic-version": "2023-06-01", "anthropic-beta": "x", "x-api-key": "k"}
+    response = front.http.post("/v1/messages?beta=true", json=body, headers=headers)
+    assert response.status_code == 200
+    names = [line for line in response.text.splitlines() if line.startswith("event: ")]
+    assert names[-1] == "event: message_stop"
+    assert "[DONE]" not in response.text
+    [request] = upstream.requests
+    sent = request["body"]
+    assert sent["messages"] == [
+        {"role": "system", "content": "You are Claude Code.\n\nBe brief."},
+        {"role": "user", "content": [{"type": "text", "text": "What is 2 + 3?"}]},
+        {
+            "role": "assistant",
+            "content": "Let me see.",
+            "reasoning_content": "I add.",
+            "tool_calls": [
+                {
+                    "id": "t1",
+                    "type": "function",
+                    "function": {"name": "add", "arguments": '{"a": 2}'},
+                }
+            ],
+        },
+        {"role": "tool", "tool_call_id": "t1", "content": "5"},
+        {"role": "user", "content": [{"type": "text", "text": "Well?"}]},
+    ]
+    function = {"name": "add", "description": "Add.", "parameters": TOOL["input_schema"]}
+    assert sent["tools"] == [{"type": "function", "function": function}]
+    assert (sent["tool_choice"], sent["parallel_tool_calls"]) == ("auto", False)
+    assert sent["max_tokens"] == 32000
+    assert "thinking" not in sent
+
+
+def test_a_ceiling_of_tokens_is_no_promise(client: anthropic.Anthropic) -> None:
+    """`max_tokens` beyond the model's context shortens the answer and refuses nothing."""
+    with client.messages.stream(model="small", max_tokens=10**6, messages=CHAT) as stream:
+        assert stream.get_final_text()
+
+
+def test_tokens_are_counted(client: anthropic.Anthropic, front: Running) -> None:
+    """Counting agrees with usage, answers nothing and keeps no record."""
+    counted = client.messages.count_tokens(model="small", messages=CHAT, system="Be brief.")
+    message = client.messages.create(model="small", max_tokens=8, messages=CHAT, system="Be brief.")
+    assert counted.input_tokens == message.usage.input_tokens
+    assert front.last_record().endpoint == "/v1/messages"
+    with pytest.raises(anthropic.NotFoundError, match="does not exist"):
+        client.messages.count_tokens(model="nobody", messages=CHAT)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"temperature": 3}, "temperature"),
+        ({"messages": []}, "messages"),
+        ({"mcp_servers": [{"type": "url"}]}, "mcp_servers is not supported"),
+        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "web_search_20250305"),
+        ({"tool_choice": {"type": "tool", "name": "no"}, "tools": [TOOL]}, "tool_choice"),
+        ({"messages": [{"role": "user", "content": [{"type": "document"}]}]}, "'document' is not"),
+    ],
+)
+def test_bad_requests_are_told_in_anthropics_shape(
+    client: anthropic.Anthropic, fields: dict[str, Any], message: str
+) -> None:
+    """A 400 is the client's own exception and names what is wrong."""
+    asked: Any = {"model": "small", "max_tokens": 8, "messages": CHAT, "extra_body": fields}
+    with pytest.raises(anthropic.BadRequestError, match=message) as caught:
+        client.messages.create(**asked)
+    assert caught.value.body["type"] == "error"  # type: ignore[index]
+    assert caught.value.body["error"]["type"] == "invalid_request_error"  # type: ignore[index]
+
+
+def test_overflow_and_failure_are_told_as_anthropic_does(
+    client: anthropic.Anthropic, upstream: BadServer, front: Running
+) -> None:
+    """Clients look for "prompt is too long"; a stream that breaks off ends in an error event."""
+    words = "This model's maximum context length is 10 tokens."
+    upstream.replies[:] = [Reply(400, body={"error": {"message": words}})]
+    with pytest.raises(anthropic.BadRequestError, match="prompt is too long"):
+        client.messages.create(model="big", max_tokens=8, messages=CHAT)
+    upstream.replies[:] = [Reply(events=[event(content="Half")])]
+    with (
+        pytest.raises(anthropic.APIStatusError, match="broke off"),
+        client.messages.stream(model="big", max_tokens=8, messages=CHAT) as stream,
+    ):
+        list(stream)
+    upstream.replies[:] = [Reply(events=[event(content="x"), *finish("length")])]
+    cut = client.messages.create(model="big", max_tokens=8, messages=CHAT)
+    assert cut.stop_reason == "max_tokens"
+
+
+def test_keys_come_in_anthropics_header(tmp_path: Path) -> None:
+    """`x-api-key` is a key as well as a bearer's; errors keep Anthropic's shape."""
+    with running(tmp_path, app={"auth": {"required": True}}) as server:
+        body = {"model": "alpha", "max_tokens": 4, "messages": CHAT}
+        refused = httpx.post(f"{server.url}/v1/messages", json=body, headers={"x-api-key": "no"})
+        assert refused.status_code == 401
+        assert refused.json()["error"]["type"] == "authentication_error"
