@@ -129,11 +129,7 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the application that this replica serves."""
-        return create_api(
-            self._service,
-            dashboard=self._args.dashboard,
-            caps=self._args.budgets.server_caps(),
-        )
+        return create_api(self._service, self._args)
 
 
 class HandleClient:

@@ -23,7 +23,7 @@ from router.experiments.shadows import shadow_report
 from router.gate import Gate
 from router.grid_feed import GridFeed
 from router.ledger.database import Database, open_database
-from router.ledger.writer import Ledger
+from router.ledger.writer import Ledger, installation_secret
 from router.logs import REQUESTS_LOGGER, RequestLog
 from router.metrics.counting import count_rows
 from router.metrics.page import build_metrics
@@ -43,6 +43,8 @@ def open_ledger(args: AppArgs) -> Ledger:
         open_database(args.ledger.url, statement_timeout_s=_STATEMENT_TIMEOUT_S),
         flush_interval_s=args.ledger.flush_interval_s,
         queue_rows=args.ledger.queue_rows,
+        refused_rows_per_minute=args.ledger.refused_rows_per_minute,
+        max_gb=args.ledger.max_gb,
         count=count_rows,
         logger=logging.getLogger("shoal.ledger"),
     )
@@ -82,6 +84,7 @@ def compose(
     return Service(
         gate=_gate(args, ledger.database),
         keep_text=args.ledger.keep_text,
+        user_secret=installation_secret(ledger.database, "users"),
         catalog=catalog,
         engines=engines,
         ledger=ledger,

@@ -15,7 +15,7 @@ from policies.plan import PlanBounds
 from policies.validation import Count, explain
 from router.access.keys import AuthConfig
 from router.access.limits import BudgetsConfig
-from router.dashboard.routes import DashboardConfig
+from router.dashboard.routes import LOOPBACK, DashboardConfig
 from router.ledger.database import LedgerConfig
 from router.logs import LogsConfig
 
@@ -67,8 +67,9 @@ class AppArgs(_Strict):
     the database of rows, keys and budgets. `carbon` says what hardware runs the
     models and on which grid; a relative `grid_file` starts at the pool's folder. `logs` and
     `tracing` (null: off) say what the server tells of its requests while it runs. `dashboard` says
-    who may see the built-in page. `experiments` and `shadows` are read by
-    `router.experiments.definitions`, which knows the policies they may name.
+    who may see the built-in page, the metrics and the reports. `hosts` are the names by which
+    clients address the server; others are refused (null: none is). `experiments` and `shadows` are
+    read by `router.experiments`, which knows the policies they may name.
     """
 
     pool: Path = DEFAULT_POOL
@@ -85,6 +86,20 @@ class AppArgs(_Strict):
     tracing: TracingConfig | None = None
     experiments: dict[Name, Any] = Field(default_factory=dict)
     shadows: dict[Name, Any] = Field(default_factory=dict)
+    hosts: tuple[str, ...] | None = None
+
+    def listening_on(self, host: str) -> AppArgs:
+        """Return what holds for a server that listens on `host` and nowhere else.
+
+        Where nobody needs a key, pages that a person's browser loads from elsewhere must not reach
+        a server on loopback by a name of their own.
+        """
+        hosts = self.hosts
+        behind_proxy = self.auth.required or self.dashboard.access == "anyone"
+        if hosts is None and host in LOOPBACK and not behind_proxy:
+            hosts = tuple(sorted(LOOPBACK))
+        dashboard = self.dashboard.listening_on(host)
+        return self.model_copy(update={"dashboard": dashboard, "hosts": hosts})
 
 
 def load_args(file: Path | None, **overrides: object) -> AppArgs:

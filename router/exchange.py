@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import re
 import time
 import uuid
@@ -27,7 +28,7 @@ from router.record import MemberTokens, RequestRecord, who_ran
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 USER_HEADER, SESSION_HEADER = "x-shoal-user", "x-shoal-session"
-_MOST_CHARACTERS = 256
+_MOST_CHARACTERS = 200
 
 
 @dataclass(kw_only=True)
@@ -146,10 +147,12 @@ class Exchange:
             for run in choice.trace.runs.values()
         ]
 
-    def complete(self, rates: Mapping[str, Rates], *, keep_text: bool = False) -> RequestRecord:
+    def complete(
+        self, rates: Mapping[str, Rates], *, keep_text: bool = False, user_secret: bytes = b""
+    ) -> RequestRecord:
         """Fill in the rest of the record, now that the request is over, and return it.
 
-        With the texts if they are to be kept.
+        With the texts if they are to be kept. Users are hashed with the `user_secret`.
         """
         assert self.ended_s is not None
         record, answer = self.record, "".join(self.answer)
@@ -164,7 +167,7 @@ class Exchange:
         began_s = [run.started_s for choice in self.choices for run in choice.trace.leaves()]
         record.queue_s = min(began_s) - self.started_s if began_s else None
         record.key_id = self.key_id
-        record.user_hash = _hash(self.user) if self.user else None
+        record.user_hash = _hash(self.user, user_secret) if self.user else None
         if self.ask is not None:
             record.model, record.stream = self.ask.model, self.ask.stream
         if self.decisions:
@@ -248,8 +251,9 @@ def answer_digest(request_id: str, text: str) -> str:
     return hashlib.blake2b(normalise(text).encode(), key=key, digest_size=8).hexdigest()
 
 
-def _hash(user: str) -> str:
-    return hashlib.sha256(user.encode()).hexdigest()[:16]
+def _hash(user: str, secret: bytes) -> str:
+    name = user.encode("utf-8", "replace")
+    return hmac.new(secret, name, hashlib.sha256).hexdigest()[:16]
 
 
 def _name(headers: Mapping[str, str], header: str) -> str | None:

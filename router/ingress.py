@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import re
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -11,15 +12,16 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from sqlalchemy.exc import SQLAlchemyError
+from starlette import types
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from models.errors import EngineError
 from router.access.keys import KeyRejected, Scope
-from router.access.limits import Cap
 from router.anthropic_api.answer import MessagesEndpoint
 from router.anthropic_api.counting import add_count_route
-from router.dashboard.routes import DashboardConfig, add_dashboard
+from router.config import AppArgs
+from router.dashboard.routes import add_dashboard, may_see
 from router.decide import named_target
 from router.errors import ApiError, to_api_error
 from router.experiments.endpoints import Identify, add_experiment_routes, add_feedback_route
@@ -32,15 +34,11 @@ from router.openai_api.models import describe, list_models
 from router.service import Service
 
 _HEALTH_TIMEOUT_S = 5.0
+_HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]\s]+)(?::[0-9]*)?")
 
 
-def create_api(
-    service: Service, *, dashboard: DashboardConfig | None = None, caps: tuple[Cap, ...] = ()
-) -> FastAPI:
-    """Return the application that serves `service`, and closes it when it shuts down.
-
-    The built-in page shows what is left of the server's `caps`.
-    """
+def create_api(service: Service, args: AppArgs) -> FastAPI:
+    """Return the application that serves `service`, and closes it when it shuts down."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -64,6 +62,17 @@ def create_api(
 
         return key_id
 
+    async def admin(request: Request) -> str | None:
+        key_id = await identify("admin")(request)
+        if key_id is None and not may_see(args.dashboard.access, request):
+            raise KeyRejected(
+                "This needs an admin's key: make one with "
+                "`shoal keys create --scope admin --name ...`."
+            )
+        return key_id
+
+    api.add_middleware(Guard, hosts=args.hosts, keyless=not args.auth.required)
+
     async def tell(_: Request, error: Exception) -> JSONResponse:
         return _error(to_api_error(error))
 
@@ -78,30 +87,25 @@ def create_api(
         max_body_bytes=service.limits.max_body_bytes,
     )
     names = [shadow.name for shadow in service.mirror.shadows]
-    add_feedback_route(api, service.ledger, identify=identify("user"), shadows=names)
+    add_feedback_route(
+        api,
+        service.ledger,
+        identify=identify("user"),
+        shadows=names,
+        keep_text=args.ledger.keep_text,
+    )
     add_dashboard(
         api,
-        dashboard or DashboardConfig(),
+        args.dashboard,
         catalog=service.catalog,
         database=service.ledger.database,
-        caps=caps,
-        identify=identify("admin"),
+        caps=args.budgets.server_caps(),
+        identify=admin,
     )
-    add_experiment_routes(api, service.experiments, service.mirror, identify=identify("admin"))
-    add_metrics_route(api, service.metrics, identify=identify("admin"))
+    add_experiment_routes(api, service.experiments, service.mirror, identify=admin)
+    add_metrics_route(api, service.metrics, identify=admin)
 
-    @api.get("/v1/models")
-    async def models(request: Request) -> JSONResponse:
-        """List every name that `model` takes: policies and the pool's models."""
-        await identify("user")(request)
-        return JSONResponse(list_models(service.catalog))
-
-    @api.get("/v1/models/{name:path}")
-    async def model(request: Request, name: str) -> JSONResponse:
-        """Describe one of them."""
-        await identify("user")(request)
-        named_target(service.catalog, name)
-        return JSONResponse(describe(service.catalog, name))
+    _add_models(api, service, identify("user"))
 
     @api.get("/health")
     async def health() -> JSONResponse:
@@ -122,6 +126,49 @@ def create_api(
     return api
 
 
+class Guard:
+    """Refuses what a web page from elsewhere could have a browser send.
+
+    Pages may send text without asking, and point a name of their own at this machine. `hosts` are
+    the names that the server goes by (None: any); a `keyless` one takes posts only as JSON.
+    """
+
+    def __init__(self, app: types.ASGIApp, *, hosts: Collection[str] | None, keyless: bool) -> None:
+        self._app = app
+        self._hosts = None if hosts is None else frozenset(hosts)
+        self._keyless = keyless
+
+    async def __call__(self, scope: types.Scope, receive: types.Receive, send: types.Send) -> None:
+        """Pass the request on, or refuse it."""
+        refusal = self._refusal(Request(scope)) if scope["type"] == "http" else None
+        await (self._app if refusal is None else _error(refusal))(scope, receive, send)
+
+    def _refusal(self, request: Request) -> ApiError | None:
+        if self._hosts is not None and _hostname(request) not in self._hosts:
+            return ApiError(
+                421,
+                f"This server goes by {', '.join(sorted(self._hosts))} only; "
+                "the configuration's hosts may name others.",
+                code="misdirected_request",
+            )
+        if not self._keyless or request.method != "POST":
+            return None
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind == "application/json" or (not kind and "origin" not in request.headers):
+            return None
+        return ApiError(
+            415,
+            f"The content-type {kind[:80]!r} is not supported; send application/json.",
+            code="unsupported_media_type",
+        )
+
+
+def _hostname(request: Request) -> str:
+    """Return the name that the request's Host header gives; empty if it is none."""
+    found = _HOST.fullmatch(request.headers.get("host", ""))
+    return found[1].strip("[]").lower() if found else ""
+
+
 def _add_endpoint(api: FastAPI, service: Service, endpoint: WireFormat) -> None:
     async def answer(request: Request) -> Response:
         return await service.process(request, endpoint)
@@ -136,6 +183,21 @@ def _add_endpoint(api: FastAPI, service: Service, endpoint: WireFormat) -> None:
         # The body is read and checked by the endpoint itself, once.
         openapi_extra={"requestBody": body},
     )
+
+
+def _add_models(api: FastAPI, service: Service, identify: Identify) -> None:
+    @api.get("/v1/models")
+    async def models(request: Request) -> JSONResponse:
+        """List every name that `model` takes: policies and the pool's models."""
+        await identify(request)
+        return JSONResponse(list_models(service.catalog))
+
+    @api.get("/v1/models/{name:path}")
+    async def model(request: Request, name: str) -> JSONResponse:
+        """Describe one of them."""
+        await identify(request)
+        named_target(service.catalog, name)
+        return JSONResponse(describe(service.catalog, name))
 
 
 async def _health(service: Service) -> JSONResponse:

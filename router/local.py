@@ -94,10 +94,10 @@ def http_server(
     service: Service, *, host: str, port: int, args: AppArgs | None = None
 ) -> uvicorn.Server:
     """Return the HTTP server of `service`, not yet started; `args` is its configuration."""
-    args = args or AppArgs()
+    args = (args or AppArgs()).listening_on(host)
     return uvicorn.Server(
         uvicorn.Config(
-            create_api(service, dashboard=args.dashboard, caps=args.budgets.server_caps()),
+            create_api(service, args),
             host=host,
             port=port,
             log_level="warning",

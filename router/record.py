@@ -20,8 +20,9 @@ from policies.footprint import Cost
 SHADOW = "shadow"  # the endpoint of what another policy answered unseen
 CLIENT_CLOSED_REQUEST = 499  # nginx's status of a client that left, which it never sees
 
-# A client may ask for a model by any name, however long.
-_MOST_CHARACTERS = 256
+# A client may ask for a model by any name, however long. Nothing but kept texts is longer.
+MOST_CHARACTERS = 200
+TEXTS = ("query_text", "answer_text")
 
 
 def shown(*, log: bool = True, span: str | None = None) -> dict[str, Any]:
@@ -53,8 +54,9 @@ class RequestRecord:
     `wh` and `gco2e` are known (`Cost.method`; None where nothing ran). `status` is the HTTP status,
     499 where the client left; `error` the error's code. `queue_s` is the time until the first
     engine was asked: for the key, the plan, and room in the budgets (None: none was). `ttft_s` is
-    the time to the first text (None if there was none). `user_hash` is SHA-256 of the body's
-    `user`, cut to 16 hexadecimal digits. `scores` are the policy's predictions, `stages` what ran,
+    the time to the first text (None if there was none). `user_hash` stands for the body's
+    `user`: HMAC-SHA-256 with the installation's secret, cut to 16 hexadecimal digits.
+    `scores` are the policy's predictions, `stages` what ran,
     in order: plan path, members, score, tokens, seconds, outcome. `experiment` and `arm` are where
     the request took part, `unit` the hash of the randomised unit and `propensity` the probability
     with which it got this arm; None outside of experiments. `expected_quality` is the default
@@ -120,6 +122,12 @@ class RequestRecord:
         self.usd, self.wh, self.gco2e = cost.usd, cost.wh, cost.gco2e
         self.energy_method = cost.method or None
 
+    @property
+    def is_refusal(self) -> bool:
+        """Whether nothing ran for it, and no experiment counts it: such can be sent without end."""
+        refused = 400 <= self.status < CLIENT_CLOSED_REQUEST or self.status == 503
+        return refused and self.answered_by is None and self.arm is None
+
     def log_fields(self) -> dict[str, Any]:
         """Return what the log's line says; times in microseconds' precision, `members` a list."""
         line = {name: _short(self._shown(name)) for name in _LOGGED}
@@ -152,5 +160,5 @@ def who_ran(members: Mapping[str, MemberTokens]) -> str | None:
 
 def _short(value: object) -> object:
     if isinstance(value, str):
-        return value[:_MOST_CHARACTERS]
+        return value[:MOST_CHARACTERS]
     return round(value, 6) if isinstance(value, float) else value

@@ -89,6 +89,7 @@ class Service:
         metrics: Metrics,
         echo_request_id: bool = True,
         keep_text: bool = False,
+        user_secret: bytes = b"",
         shadows: Sequence[ShadowMeter] = (),
         watchers: Sequence[Watcher] = (),
         background: Sequence[Background] = (),
@@ -96,7 +97,8 @@ class Service:
         """Serve with `engines`, given by name; `echo_request_id` False leaves that header out.
 
         Ray Serve adds it to every response itself. With `keep_text` records hold the last user
-        message and the answer. The `watchers` are told of every record. `metrics`, and what is in
+        message and the answer; users are hashed with the `user_secret`. The
+        `watchers` are told of every record. `metrics`, and what is in
         the `background`, run from `start` to `close`.
         """
         self.catalog = catalog
@@ -107,6 +109,7 @@ class Service:
         self.metrics = metrics
         self._watchers = tuple(watchers)
         self._keep_text = keep_text
+        self._user_secret = user_secret
         self.limits = limits
         self._echo_request_id = echo_request_id
         self._executor = Executor(
@@ -291,7 +294,9 @@ class Service:
         self._record(exchange)
 
     def _record(self, exchange: Exchange) -> None:
-        record = exchange.complete(self.catalog.prices.rates, keep_text=self._keep_text)
+        record = exchange.complete(
+            self.catalog.prices.rates, keep_text=self._keep_text, user_secret=self._user_secret
+        )
         self.gate.settle(exchange, record)
         self.ledger.record(record)
         for watcher in self._watchers:

@@ -63,7 +63,7 @@ def prune_rows(
     config: ConfigOption = None,
 ) -> None:
     """Delete rows (and the feedback on them) that are older than --older-than."""
-    from router.ledger.export import prune
+    from router.ledger.sizes import prune
 
     with refusing(), opened(ledger, config) as database:
         num_rows = prune(database, before_s=read_time(older_than))

@@ -50,7 +50,7 @@ def serve(
         args = load_args(config, pool=pool)
         loaded = load_pool(args.pool)
         check_free(host, port)
-        args = args.model_copy(update={"dashboard": args.dashboard.listening_on(host)})
+        args = args.listening_on(host)
     except ValueError as error:
         _refuse(error)
     _describe(loaded)

@@ -37,9 +37,17 @@ Identify: TypeAlias = Callable[[Request], Awaitable[str | None]]
 
 
 def add_feedback_route(
-    api: FastAPI, ledger: Ledger, *, identify: Identify, shadows: Sequence[str] = ()
+    api: FastAPI,
+    ledger: Ledger,
+    *,
+    identify: Identify,
+    shadows: Sequence[str] = (),
+    keep_text: bool = False,
 ) -> None:
-    """Add `POST /v1/feedback`; labels also score the answers of `shadows`, by name."""
+    """Add `POST /v1/feedback`; labels also score the answers of `shadows`, by name.
+
+    A label is text: it is kept with `keep_text` only, its score always.
+    """
 
     async def feedback(request: Request) -> JSONResponse:
         body = b""
@@ -48,7 +56,9 @@ def add_feedback_route(
             if len(body) > _MAX_FEEDBACK_BYTES:
                 raise ApiError(413, "The feedback is too long.", code="body_too_large")
         key_id = await identify(request)
-        taken = await take_feedback(ledger, read_feedback(body), key_id=key_id, shadows=shadows)
+        taken = await take_feedback(
+            ledger, read_feedback(body), key_id=key_id, shadows=shadows, keep_text=keep_text
+        )
         return JSONResponse(taken)
 
     schema = {"application/json": {"schema": FeedbackBody.model_json_schema()}}
@@ -129,7 +139,12 @@ def read_feedback(body: bytes) -> FeedbackBody:
 
 
 async def take_feedback(
-    ledger: Ledger, feedback: FeedbackBody, *, key_id: str | None, shadows: Sequence[str] = ()
+    ledger: Ledger,
+    feedback: FeedbackBody,
+    *,
+    key_id: str | None,
+    shadows: Sequence[str] = (),
+    keep_text: bool = False,
 ) -> dict[str, Any]:
     """Keep `feedback` and return what is now known; the same again changes nothing.
 
@@ -154,7 +169,7 @@ async def take_feedback(
         request_id=feedback.id,
         time_s=time.time(),
         score=score,
-        label=feedback.label,
+        label=feedback.label if keep_text else None,
         key_id=key_id,
     )
     calls = ledger.database.calls

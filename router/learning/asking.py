@@ -170,7 +170,7 @@ async def ask_pool(path: Path, *, num_at_once: int = 16) -> AsyncIterator[Asker]
         async with local_service(args, pool, catalog, ledger) as service:
             await service.start()
             try:
-                transport = httpx.ASGITransport(app=create_api(service))
+                transport = httpx.ASGITransport(app=create_api(service, args))
                 async with httpx.AsyncClient(
                     transport=transport, base_url="http://pool/v1", timeout=None
                 ) as client:

@@ -75,8 +75,11 @@ class LedgerConfig(BaseModel):
     `url` is any SQLAlchemy address of SQLite or PostgreSQL; a relative file is made absolute
     here, since replicas may run in another folder. A row reaches the database at most
     `flush_interval_s` after its request ended. At most `queue_rows` rows wait (while the database
-    is down, say); later ones are counted as dropped. `keep_text` also stores the last user
-    message and the answer, which retraining a router needs; without it no text is stored.
+    is down, say); later ones are counted as dropped. Requests that are refused before anything runs
+    are all counted, and `refused_rows_per_minute` of them, per replica, leave a row. When the rows
+    take more than `max_gb` (null: no limit), the oldest are deleted. `keep_text` also stores the
+    last user message, the answer and feedback's labels, which retraining a router needs; without it
+    no text is stored.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -84,6 +87,8 @@ class LedgerConfig(BaseModel):
     url: str = Field(DEFAULT_URL, validate_default=True, repr=False)
     flush_interval_s: float = Field(0.2, gt=0, le=60)
     queue_rows: Count = 50_000
+    refused_rows_per_minute: int = Field(60, ge=0, le=1_000_000)
+    max_gb: float | None = Field(10, gt=0)
     keep_text: bool = False
 
     @field_validator("url")

@@ -17,13 +17,12 @@ import sqlalchemy as sa
 
 from policies.files import replacing
 from router.ledger import Format, GroupBy, LedgerError, Unit
-from router.ledger.database import Database, writing
+from router.ledger.database import Database
 from router.ledger.feedback import rated_requests
 from router.ledger.queries import ALWAYS, Period, Spend, requests, total
-from router.ledger.schema import FEEDBACK, REQUESTS
+from router.ledger.schema import REQUESTS
 
 _ROWS_PER_GROUP = 10_000
-_PRUNED_PER_TRANSACTION = 5_000
 _NAMES = tuple(column.name for column in REQUESTS.columns)
 _JSON_NAMES = {column.name for column in REQUESTS.columns if isinstance(column.type, sa.JSON)}
 
@@ -55,27 +54,6 @@ def export(database: Database, target: Path, *, format: Format, period: Period =
     )
     with replacing(target) as temporary, closing(source) as rows:
         return _WRITERS[format](temporary, rows)
-
-
-def prune(database: Database, *, before_s: float) -> int:
-    """Delete the requests (with their feedback) that arrived before `before_s`; return how many.
-
-    In small transactions, so that a running server's own writes are never held up for long.
-    """
-    old = (
-        sa.select(REQUESTS.c.request_id)
-        .where(REQUESTS.c.time_s < before_s)
-        .limit(_PRUNED_PER_TRANSACTION)
-    )
-    num_rows = 0
-    while True:
-        with writing(database) as connection:
-            ids = connection.execute(old).scalars().all()
-            connection.execute(sa.delete(FEEDBACK).where(FEEDBACK.c.request_id.in_(ids)))
-            connection.execute(sa.delete(REQUESTS).where(REQUESTS.c.request_id.in_(ids)))
-        num_rows += len(ids)
-        if len(ids) < _PRUNED_PER_TRANSACTION:
-            return num_rows
 
 
 def _scored(database: Database, period: Period) -> Generator[dict[str, Any]]:

@@ -126,6 +126,14 @@ BUDGET_HOLDS = sa.Table(
     sa.Index("budget_holds_by_expiry", "lapsed", "expires_s"),
 )
 
+# What only this installation's servers know.
+SECRETS = sa.Table(
+    "secrets",
+    METADATA,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("value", sa.Text, nullable=False),
+)
+
 SCHEMA_VERSION = sa.Table(
     "schema_version",
     METADATA,

@@ -7,6 +7,8 @@ What is promised:
   killed process loses no older row. `close` writes everything that is left.
 - A request's row is written once, and counted once, in the same transaction: a second record
   with its id changes nothing.
+- Of requests that were refused before anything ran only so many a minute leave a row; all are
+  counted. Rows have a bounded length, and the oldest go when all take more than `max_gb`.
 - While the database cannot be reached rows wait, and are retried until it can. Beyond
   `queue_rows` of them the newest are dropped, counted in `dropped_rows` and logged: a gateway
   that stops answering because its bookkeeping is down would be worse, and budgets, which must
@@ -17,28 +19,51 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import queue
+import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, TypeAlias
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import SQLAlchemyError
 
 from router.ledger.calls import is_away
 from router.ledger.database import Database, writing
-from router.ledger.schema import REQUESTS
-from router.record import RequestRecord
+from router.ledger.schema import REQUESTS, SECRETS
+from router.ledger.sizes import keep_within
+from router.record import MOST_CHARACTERS, TEXTS, RequestRecord
 from router.workers import Worker
 
 _BATCH_ROWS = 500
 _RETRY_S = (0.1, 0.5, 2.0)
 
+# Numbers as a column holds them.
+_LEAST, _MOST = -(2**63), 2**63 - 1
+_LOOK_S = 60.0  # how often the ledger's size is looked at
+_MINUTE_S = 60.0
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """A record that leaves no row, but is counted."""
+
+    record: RequestRecord
+
+    @property
+    def request_id(self) -> str:
+        """Whose it is."""
+        return self.record.request_id
+
+
+_Record: TypeAlias = RequestRecord | _Counted
 # What travels to the thread: a row; what to call once everything before it is written; the end.
-_Item: TypeAlias = RequestRecord | Callable[[], object] | None
+_Item: TypeAlias = _Record | Callable[[], object] | None
 
 # Must not raise but for the database.
 Count: TypeAlias = Callable[[sa.Connection, Sequence[Mapping[str, Any]]], None]
@@ -54,6 +79,8 @@ class Ledger:
         flush_interval_s: float = 0.2,
         queue_rows: int = 50_000,
         close_timeout_s: float = 10.0,
+        refused_rows_per_minute: int = 60,
+        max_gb: float | None = None,
         count: Count,
         logger: logging.Logger,
     ) -> None:
@@ -65,6 +92,9 @@ class Ledger:
         self._count = count
         self._logger = logger
         self._items: queue.SimpleQueue[_Item] = queue.SimpleQueue()
+        self._refused_rows_per_minute = refused_rows_per_minute
+        self._minute, self._refused_rows = -1, 0
+        self._max_gb = max_gb
         self._dropped_rows = 0
         self._closing = threading.Event()
         self._urgent = threading.Event()
@@ -86,7 +116,8 @@ class Ledger:
         if self._items.qsize() >= self._queue_rows or self._closing.is_set():
             self._drop(1, "the queue is full" if not self._closing.is_set() else "it is closed")
             return
-        self._items.put(record)
+        sampled = not record.is_refusal or self._samples()
+        self._items.put(record if sampled else _Counted(record))
 
     async def flush(self, *, within_s: float = 60.0) -> None:
         """Return once every row recorded before this call is written, or the time is over."""
@@ -116,26 +147,37 @@ class Ledger:
             )
         self.database.dispose()
 
+    def _samples(self) -> bool:
+        """Whether another refused request of this minute leaves a row."""
+        minute = int(time.monotonic() / _MINUTE_S)
+        if minute != self._minute:
+            self._minute, self._refused_rows = minute, 0
+        self._refused_rows += 1
+        return self._refused_rows <= self._refused_rows_per_minute
+
     def _run(self) -> None:
-        ended = False
+        ended, looked_s = False, time.monotonic()
         while not ended:
             batch, flushed, ended = self._take()
             self._write(batch)
+            if self._max_gb is not None and time.monotonic() - looked_s > _LOOK_S:
+                looked_s = time.monotonic()
+                self._keep_within(self._max_gb * 1e9)
             for tell in flushed:
                 with suppress(RuntimeError):  # its event loop is closed
                     tell()
 
-    def _take(self) -> tuple[list[RequestRecord], list[Callable[[], object]], bool]:
+    def _take(self) -> tuple[list[_Record], list[Callable[[], object]], bool]:
         """Wait for a first row, then one flush interval or until told to flush, and take all.
 
         Waking for every row would cost each request a turn of the interpreter's lock.
         """
-        batch: list[RequestRecord] = []
+        batch: list[_Record] = []
         item = self._items.get()
-        if isinstance(item, RequestRecord) and self._items.qsize() < _BATCH_ROWS:
+        if isinstance(item, _Record) and self._items.qsize() < _BATCH_ROWS:
             self._urgent.wait(self._flush_interval_s)
         self._urgent.clear()  # before taking: whoever is urgent from here on is heard next time
-        while isinstance(item, RequestRecord):
+        while isinstance(item, _Record):
             batch.append(item)
             if len(batch) >= _BATCH_ROWS:
                 self._urgent.set()  # somebody may wait behind the rest
@@ -146,7 +188,7 @@ class Ledger:
                 return batch, [], False
         return batch, [item] if item else [], item is None
 
-    def _write(self, batch: list[RequestRecord]) -> None:
+    def _write(self, batch: list[_Record]) -> None:
         """Write `batch`, waiting for the database; where it refuses it, only what it refuses."""
         attempt = 0
         while batch:
@@ -161,20 +203,36 @@ class Ledger:
                     attempt += 1
                     continue
                 if len(batch) == 1:
-                    self._drop(1, f"the database refuses {batch[0].request_id}: {error}")
+                    reason = getattr(error, "orig", error)
+                    self._drop(1, f"the database refuses {batch[0].request_id}: {reason}")
                     return
             middle = len(batch) // 2
             self._write(batch[:middle])
             batch = batch[middle:]
 
-    def _insert(self, batch: list[RequestRecord]) -> None:
-        rows = [row_of(record) for record in batch]
+    def _insert(self, batch: list[_Record]) -> None:
+        rows = [row_of(record) for record in batch if isinstance(record, RequestRecord)]
+        counted = [row_of(item.record) for item in batch if isinstance(item, _Counted)]
         with writing(self.database) as connection:
-            insert = insert_new(connection, REQUESTS).returning(REQUESTS.c.request_id)
-            new = connection.execute(insert, rows).scalars()
-            # Of several rows with one id the first is kept.
-            first = {row["request_id"]: row for row in reversed(rows)}
-            self._count(connection, [first[request_id] for request_id in new])
+            if rows:
+                insert = insert_new(connection, REQUESTS).returning(REQUESTS.c.request_id)
+                new = connection.execute(insert, rows).scalars()
+                # Of several rows with one id the first is kept.
+                first = {row["request_id"]: row for row in reversed(rows)}
+                counted += [first[request_id] for request_id in new]
+            self._count(connection, counted)
+
+    def _keep_within(self, max_bytes: float) -> None:
+        """Delete old rows if all take more than `max_bytes`; the next look finds the rest."""
+        try:
+            num_rows = keep_within(self.database, max_bytes)
+        except SQLAlchemyError as error:
+            self._logger.warning("ledger: its size is not known now: %s", error)
+            return
+        if num_rows:
+            self._logger.warning(
+                "ledger: %d old rows deleted, since all took more than ledger.max_gb", num_rows
+            )
 
     def _drop(self, num_rows: int, reason: str) -> None:
         # One line per doubling: a full queue must not flood the log as well.
@@ -190,17 +248,35 @@ def insert_new(connection: sa.Connection, table: sa.Table) -> sa.Insert:
     return sqlite.insert(table).on_conflict_do_nothing()
 
 
+def installation_secret(database: Database, name: str) -> bytes:
+    """Return the random secret called `name` that all servers of this database share; blocks."""
+    wanted = sa.select(SECRETS.c.value).where(SECRETS.c.name == name)
+    with writing(database) as connection:
+        drawn = {"name": name, "value": secrets.token_hex(32)}
+        connection.execute(insert_new(connection, SECRETS), drawn)
+        return bytes.fromhex(connection.execute(wanted).scalar_one())
+
+
 def row_of(record: RequestRecord) -> dict[str, Any]:
-    """Return the row of the table `requests` that holds `record`."""
-    return {column.name: _stored(getattr(record, column.name)) for column in REQUESTS.columns}
+    """Return the row of the table `requests` that holds `record`, as every database takes it."""
+    row = {column.name: _stored(getattr(record, column.name)) for column in REQUESTS.columns}
+    return row | {name: _clean(getattr(record, name)) for name in TEXTS if row[name] is not None}
 
 
-def _stored(value: object) -> object:
+def _stored(value: object) -> Any:  # noqa: ANN401 - whatever a column or JSON holds
     if isinstance(value, str):
-        return _clean(value)
+        return _clean(value)[:MOST_CHARACTERS]
+    if isinstance(value, bool) or value is None:
+        return value
+    if isinstance(value, int):
+        return max(_LEAST, min(value, _MOST))
+    if isinstance(value, float):
+        return value if math.isfinite(value) else 0.0
+    if is_dataclass(value):
+        return _stored(vars(value))
     if isinstance(value, Mapping):
-        return {name: vars(v) if is_dataclass(v) else v for name, v in value.items()}
-    return [dict(stage) for stage in value] if isinstance(value, tuple) else value
+        return {name[:MOST_CHARACTERS]: _stored(part) for name, part in value.items()}
+    return [_stored(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def _clean(text: str) -> str:

@@ -50,7 +50,7 @@ def test_each_request_leaves_a_line(written: io.StringIO, tmp_path: Path) -> Non
     assert found[1]["policy"] == "auto"
     assert found[1]["ttft_s"] > 0
     assert found[2]["error"] == "model_not_found"
-    assert len(found[2]["model"]) == 256
+    assert len(found[2]["model"]) == 200
     assert SECRET not in written.getvalue()
 
 

@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def guarded(folder: Path) -> Iterator[Running]:
     """A server that asks for an admin's key."""
-    with running(folder, app=_app(folder)) as server:
+    with running(folder, app=_app(folder, dashboard={"access": "key"})) as server:
         yield server
 
 
@@ -89,8 +89,8 @@ def test_nothing_else_can_be_fetched(guarded: Running, path: str) -> None:
         ({}, 200),
         ({"host": "localhost:8000"}, 200),
         ({"host": "[::1]:8000"}, 200),
-        ({"host": "shoal.example.com"}, 401),
-        ({"host": "127.0.0.1.example.com"}, 401),
+        ({"host": "shoal.example.com"}, 421),
+        ({"host": "127.0.0.1.example.com"}, 421),
         ({"x-forwarded-for": "203.0.113.9"}, 401),
         ({"x-forwarded-for": "127.0.0.1, 203.0.113.9"}, 401),
         ({"forwarded": "for=203.0.113.9"}, 401),

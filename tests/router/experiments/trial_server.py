@@ -115,7 +115,7 @@ def serving(config: Path) -> Iterator[Trial]:
         async with local_service(
             args, pool, load_catalog(pool, policies=args.policies), ledger
         ) as service:
-            server = http_server(service, host="127.0.0.1", port=0)
+            server = http_server(service, host="127.0.0.1", port=0, args=args)
             task = asyncio.create_task(server.serve())
             while not server.started and not task.done():  # noqa: ASYNC110 - uvicorn has no event
                 await asyncio.sleep(0.005)

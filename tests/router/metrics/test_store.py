@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from router.ledger.database import Database, open_database
-from router.ledger.export import prune
 from router.ledger.queries import requests
+from router.ledger.sizes import prune
 from router.ledger.writer import Ledger
 from router.metrics import families as f
 from router.metrics.counting import Store
