@@ -14,13 +14,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from policies.experiments import sequences
-from policies.experiments.advice import advise
-from policies.experiments.config import HOLDOUT, Arm, Experiment, Goal, Guardrail
-from policies.experiments.effects import Effect, arm_mean, effect
-from policies.experiments.metrics import METRICS
-from policies.experiments.mismatch import SampleRatio, sample_ratio
-from policies.experiments.observations import Observations
-from policies.experiments.report import ArmReport, Comparison, GuardrailReport, Report
+from policies.experiments.effects import Effect, Observations, arm_mean, effect
+from policies.experiments.experiment import HOLDOUT, METRICS, Arm, Experiment, Goal, Guardrail
+from policies.experiments.report import (
+    ArmReport,
+    Comparison,
+    GuardrailReport,
+    Report,
+    SampleRatio,
+    advise,
+    sample_ratio,
+)
 
 # Below this many units in either arm, normal approximations do not hold and nothing is concluded.
 MIN_UNITS = 30
@@ -130,17 +134,6 @@ def check_guardrails(
                 )
             )
     return tuple(reports)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """The primary comparison as it stood after `num_requests` requests."""
-
-    time_s: float
-    num_requests: int
-    estimate: float
-    low: float
-    high: float
 
 
 def trajectory(

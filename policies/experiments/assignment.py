@@ -4,6 +4,12 @@ Arms are drawn by weighted rendezvous hashing (Thaler & Ravishankar 1998): each 
 exponential waiting time from hash(salt, arm, unit) with its weight as the rate, and the first
 one wins. An arm's win probability is its weight, and when one arm's weight grows, units only
 ever move to that arm. With two arms a change from w to w' moves exactly the share |w' - w|.
+
+Thompson sampling moves the weights: each arm gets the probability that it is the best one
+(Thompson 1933). It earns more while it learns, and pays for it: weights that follow the data bias
+plain means, and the confidence sequence's coverage and the sample-ratio test no longer hold as
+proven. Use it to choose among many arms; then confirm the winner with fixed weights. Propensities
+are logged, so inverse-propensity estimates (`replay`) stay unbiased.
 """
 
 from __future__ import annotations
@@ -14,8 +20,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b, shake_128
 
-from policies.experiments.config import HOLDOUT, Experiment
-from policies.experiments.layers import place
+import numpy as np
+
+from policies.experiments.effects import ArmMean
+from policies.experiments.experiment import HOLDOUT, Experiment
+from policies.experiments.read import place
 
 _LN_2_64 = 64 * math.log(2)
 
@@ -204,3 +213,31 @@ def unit_of(experiment: Experiment, visit: Visit) -> bytes | None:
     if name is None:
         return None
     return f"{visit.key_id or ''}\x1f{name}".encode()
+
+
+_DRAWS = 4096
+_PRIOR_UNITS = 30
+
+
+def thompson_weights(
+    experiment: Experiment, means: Mapping[str, ArmMean], *, rng: np.random.Generator
+) -> dict[str, float]:
+    """Return each arm's new weight: P(best) under normal posteriors, at least the floor.
+
+    `means` are the arms' means of the primary metric. Until every arm has 30 units, the
+    configured weights stay.
+    """
+    names = [arm.name for arm in experiment.arms]
+    if any(
+        name not in means or means[name].num_units < _PRIOR_UNITS or not means[name].se > 0
+        for name in names
+    ):
+        return {arm.name: arm.weight for arm in experiment.arms}
+    centre = np.array([means[name].mean for name in names])
+    spread = np.array([means[name].se for name in names])
+    draws = rng.normal(centre, spread, size=(_DRAWS, len(names)))
+    best = draws.argmax(1) if experiment.direction == "increase" else draws.argmin(1)
+    share = np.bincount(best, minlength=len(names)) / _DRAWS
+    floor = experiment.allocation.floor
+    weights = floor + (1 - floor * len(names)) * share
+    return dict(zip(names, (weights / weights.sum()).tolist(), strict=True))

@@ -12,11 +12,148 @@ the arms so that adjusting moves no arm's expectation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Observation:
+    """One request: who (`unit`), where (`arm`, with its `propensity`), when, and what came of it.
+
+    `values` holds metrics and covariates by name; what is not known is left out or None.
+    """
+
+    unit: str
+    arm: str
+    propensity: float
+    time_s: float
+    values: Mapping[str, float | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observations:
+    """Columns over N requests in order of time, each unit in the first arm it was seen in.
+
+    `arm` indexes `arms`, `unit` numbers the units in order of first appearance, `columns` hold
+    NaN where a value is not known. `num_crossed` counts the rows left out because their unit had
+    moved to another arm (changed weights): its first arm was random, its moving was not.
+    """
+
+    arms: tuple[str, ...]
+    arm: Ints
+    unit: Ints
+    propensity: Floats
+    time_s: Floats
+    columns: Mapping[str, Floats]
+    num_crossed: int = 0
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[Observation], *, arms: Sequence[str]) -> Observations:
+        """Arrange `rows`, in any order; rows of arms not in `arms` are left out."""
+        number = {name: i for i, name in enumerate(arms)}
+        ordered = sorted((row for row in rows if row.arm in number), key=lambda row: row.time_s)
+        units: dict[str, int] = {}
+        first_arm: list[int] = []
+        kept: list[Observation] = []
+        kept_units: list[int] = []
+        for row in ordered:
+            unit = units.setdefault(row.unit, len(units))
+            if unit == len(first_arm):
+                first_arm.append(number[row.arm])
+            if first_arm[unit] == number[row.arm]:
+                kept.append(row)
+                kept_units.append(unit)
+        names = sorted({name for row in kept for name in row.values})
+        return cls(
+            arms=tuple(arms),
+            arm=np.array([number[row.arm] for row in kept], dtype=np.int64),
+            unit=np.array(kept_units, dtype=np.int64),
+            propensity=np.array([row.propensity for row in kept], dtype=np.float64),
+            time_s=np.array([row.time_s for row in kept], dtype=np.float64),
+            columns={
+                # None becomes NaN.
+                name: np.array([row.values.get(name) for row in kept], dtype=np.float64)
+                for name in names
+            },
+            num_crossed=len(ordered) - len(kept),
+        )
+
+    def __len__(self) -> int:
+        return len(self.arm)
+
+    @property
+    def num_units(self) -> int:
+        """Distinct units."""
+        return int(self.unit.max()) + 1 if len(self) else 0
+
+    def first(self, num_requests: int) -> Observations:
+        """Return what was known after the first `num_requests` requests."""
+        return self._where(np.arange(len(self)) < num_requests)
+
+    def before(self, time_s: float) -> Observations:
+        """Return the requests that arrived before `time_s`."""
+        return self._where(self.time_s < time_s)
+
+    def _where(self, kept: NDArray[np.bool_]) -> Observations:
+        """Return a prefix, so that the units' numbers stay dense."""
+        return Observations(
+            arms=self.arms,
+            arm=self.arm[kept],
+            unit=self.unit[kept],
+            propensity=self.propensity[kept],
+            time_s=self.time_s[kept],
+            columns={name: column[kept] for name, column in self.columns.items()},
+            num_crossed=self.num_crossed,
+        )
+
+    def first_seen(self) -> tuple[Ints, Floats]:
+        """Return the arm and the time of first appearance of every unit."""
+        _, index = np.unique(self.unit, return_index=True)
+        return self.arm[index], self.time_s[index]
+
+    def sums(self, arm: str, metric: str, covariates: Sequence[str] = ()) -> UnitSums:
+        """Return `metric` summed per unit of `arm`, weighted by one over the propensity.
+
+        The weights are all one while the arm's weight never changed; if it did, they undo that
+        the arm then saw more of one period's traffic than of another's.
+        """
+        here = self.arm == self.arms.index(arm)
+        value = self.columns.get(metric, np.full(len(self), np.nan))[here]
+        known = ~np.isnan(value)
+        # A request that lacks a covariate gets the mean of the others: it then explains nothing.
+        x_NC = np.column_stack(
+            [self._covariate(name)[here][known] for name in covariates]
+            or [np.zeros((int(known.sum()), 0))]
+        )
+        unit, propensity = self.unit[here][known], self.propensity[here][known]
+        weight = propensity.max() / propensity if len(propensity) else propensity
+        _, code = np.unique(unit, return_inverse=True)
+
+        def total(column: Floats) -> Floats:
+            return np.bincount(code, weights=weight * column).astype(np.float64)
+
+        sums = [total(x) for x in x_NC.T]
+        counts = total(np.ones(len(code)))
+        return UnitSums(
+            values=total(value[known]),
+            counts=counts,
+            covariates=np.column_stack(sums) if sums else np.zeros((len(counts), 0)),
+        )
+
+    def _covariate(self, name: str) -> Floats:
+        column = self.columns.get(name, np.full(len(self), np.nan))
+        return _filled(column)
+
+
+def _filled(column: Floats) -> Floats:
+    known = column[~np.isnan(column)]
+    return np.where(np.isnan(column), known.mean() if len(known) else 0.0, column)
+
 
 Floats = NDArray[np.float64]
 

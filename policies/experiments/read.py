@@ -1,4 +1,9 @@
-"""Reads experiments from configuration data (YAML or JSON), refusing what it does not know."""
+"""Reads experiments from configuration data, refusing what it does not know or what does not fit.
+
+Mutual exclusion: a unit's place in its layer is a salted hash, uniform in [0, 1). Every experiment
+of the layer takes one stretch of it, so a unit is in at most one of them. Experiments of different
+layers must target different traffic, because one request can follow only one policy.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from policies.errors import ExperimentError
-from policies.experiments.config import Experiment
-from policies.experiments.layers import place
+from policies.experiments.experiment import Experiment
 
 _ADAPTER = TypeAdapter(Experiment)
 
@@ -67,3 +71,67 @@ def refusal(
     if error["type"].startswith("missing"):
         return ExperimentError(f"{key}: this key is missing")
     return ExperimentError(f"{key}: {error['input']!r}; {error['msg']}")
+
+
+Stretch = tuple[float, float]
+
+_TOLERANCE = 1e-9
+
+
+def place(experiments: Sequence[Experiment]) -> dict[str, Stretch]:
+    """Return [start, end) of each experiment in its layer, by name.
+
+    One without an `offset` goes to the first free place, in the order listed: append new
+    experiments rather than insert them, so that those that run stay where they are.
+    Raises `ExperimentError` for a name used twice, for shares that do not fit beside each other,
+    and for layers that compete for the same requests.
+    """
+    placed: dict[str, Stretch] = {}
+    before: list[Experiment] = []
+    for experiment in experiments:
+        if experiment.name in placed:
+            raise ExperimentError(f"experiments: the name {experiment.name!r} is used twice")
+        rivals = [other for other in before if _compete(experiment, other)]
+        for other in rivals:
+            _check_exclusive(experiment, other)
+        placed[experiment.name] = _stretch(experiment, [placed[other.name] for other in rivals])
+        before.append(experiment)
+    return placed
+
+
+def _compete(a: Experiment, b: Experiment) -> bool:
+    """Whether some request could take part in both: same traffic at the same time."""
+    return a.target.overlaps(b.target) and a.start_s < b.stop_s and b.start_s < a.stop_s
+
+
+def _check_exclusive(experiment: Experiment, other: Experiment) -> None:
+    if experiment.layer != other.layer:
+        raise ExperimentError(
+            f"experiments.{experiment.name}.layer: {experiment.layer!r} overlaps the layer "
+            f"{other.layer!r} of {other.name!r}: both target the same requests. Put them into one "
+            "layer, or give them different targets or times"
+        )
+    if experiment.unit != other.unit:
+        raise ExperimentError(
+            f"experiments.{experiment.name}.unit: {experiment.unit!r}, but {other.name!r} in the "
+            f"same layer splits by {other.unit!r}; a layer has one unit"
+        )
+
+
+def _stretch(experiment: Experiment, taken: Sequence[Stretch]) -> Stretch:
+    offsets = (
+        [0.0, *sorted(end for _, end in taken)]
+        if experiment.offset is None
+        else [experiment.offset]
+    )
+    for offset in offsets:
+        start, end = offset, offset + experiment.traffic
+        fits = end <= 1 + _TOLERANCE
+        if fits and all(end <= s + _TOLERANCE or e <= start + _TOLERANCE for s, e in taken):
+            return start, end
+    used = ", ".join(f"[{start:g}, {end:g})" for start, end in sorted(taken))
+    raise ExperimentError(
+        f"experiments.{experiment.name}.traffic: {experiment.traffic:g} does not fit into the "
+        f"layer {experiment.layer!r}, where {used} is taken; shares of competing experiments "
+        "may sum to 1 at most and must not overlap"
+    )

@@ -19,11 +19,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from models.pool import Pool, load_pool
 from policies.base import Query
-from policies.experiments.assignment import Assigner, Visit
-from policies.experiments.config import Experiment
+from policies.experiments.assignment import Assigner, Visit, thompson_weights
+from policies.experiments.experiment import Experiment
 from policies.experiments.read import read_experiments
 from policies.experiments.shadow import Shadow, read_shadows
-from policies.experiments.thompson import thompson_weights
 from router.catalog.catalog import Catalog
 from router.catalog.policies import DEFAULT_POLICY
 from router.config import AppArgs

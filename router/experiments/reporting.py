@@ -13,11 +13,10 @@ from typing import Any, Literal, TypeAlias
 from policies.base import Query
 from policies.errors import ExperimentError
 from policies.experiments.analysis import analyse, arm_names, trajectory
-from policies.experiments.config import Experiment
-from policies.experiments.observations import Observation, Observations
-from policies.experiments.plot import draw
+from policies.experiments.effects import Observation, Observations
+from policies.experiments.experiment import Experiment
 from policies.experiments.replay import LoggedRequest
-from policies.experiments.report import Comparison, Report
+from policies.experiments.report import Comparison, Report, draw
 from policies.fixed import ignores_queries
 from policies.tables import text_table
 from router.catalog.catalog import Catalog

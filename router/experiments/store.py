@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from policies.errors import ExperimentError
 from policies.experiments.analysis import WeightsSince
-from policies.experiments.config import Experiment
+from policies.experiments.experiment import Experiment
 from router.ledger.database import Database, writing
 from router.ledger.schema import EXPERIMENTS, REQUESTS
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from policies.experiments.analysis import analyse, arm_names
 from policies.experiments.assignment import Assigner, Visit
-from policies.experiments.config import Arm, Experiment, Guardrail
-from policies.experiments.observations import Observations
+from policies.experiments.effects import Observations
+from policies.experiments.experiment import Arm, Experiment, Guardrail
 
 TARGET_US = 20.0
 

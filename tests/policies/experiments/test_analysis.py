@@ -17,9 +17,9 @@ from policies.experiments.analysis import (
     trajectory,
 )
 from policies.experiments.assignment import Assigner, Visit
-from policies.experiments.config import Allocation, Arm, Experiment, Goal, Guardrail
-from policies.experiments.observations import Observation, Observations
-from policies.experiments.plot import draw
+from policies.experiments.effects import Observation, Observations
+from policies.experiments.experiment import Allocation, Arm, Experiment, Goal, Guardrail
+from policies.experiments.report import draw
 
 
 def experiment(**changes: Any) -> Experiment:

@@ -12,7 +12,7 @@ import pytest
 from scipy.stats import chisquare, kstest
 
 from policies.experiments.assignment import ArmDraw, Assigner, Uniform, Visit
-from policies.experiments.config import Arm, Experiment, Target
+from policies.experiments.experiment import Arm, Audience, Experiment
 
 NUM_UNITS = 20_000
 
@@ -183,7 +183,7 @@ def test_only_the_target_is_taken(visit: dict[str, Any], now_s: float, taken: bo
     assigner = Assigner(
         [
             experiment(
-                target=Target(models=("auto",), keys=("k",), domains=("code",)),
+                target=Audience(models=("auto",), keys=("k",), domains=("code",)),
                 start=datetime.fromtimestamp(100, UTC),
                 stop=datetime.fromtimestamp(200, UTC),
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from policies.experiments.mismatch import sample_ratio
+from policies.experiments.report import sample_ratio
 
 
 def test_one_percent_misassigned_of_100_000_units_is_caught() -> None:

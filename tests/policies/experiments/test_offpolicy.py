@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from policies.errors import ExperimentError
 from policies.experiments.effects import Floats
-from policies.experiments.offpolicy import Logged, OffPolicy, estimate, fit_rewards
+from policies.experiments.replay import Logged, OffPolicy, estimate, fit_rewards
 
 LLM_ROUTER = Path("../shared/data/routing/LLMRouter/dcrouter_preprocessed/train.json")
 

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 
 from policies.errors import ExperimentError
-from policies.experiments.config import Arm, Experiment
-from policies.experiments.layers import place
-from policies.experiments.read import read_experiments
+from policies.experiments.experiment import Arm, Experiment
+from policies.experiments.read import place, read_experiments
 
 POLICIES = ("learned", "cascade", "base")
 

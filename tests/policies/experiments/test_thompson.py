@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from policies.experiments.config import Allocation, Arm, Experiment, Goal
+from policies.experiments.assignment import thompson_weights
 from policies.experiments.effects import ArmMean
-from policies.experiments.thompson import thompson_weights
+from policies.experiments.experiment import Allocation, Arm, Experiment, Goal
 
 
 def experiment(metric: str = "quality") -> Experiment:

@@ -1,4 +1,4 @@
-"""What an experiment is: its arms, who takes part, what decides, and what stops it."""
+"""What an experiment is: its arms, who takes part, what is measured, and what stops it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,53 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import Literal, TypeAlias
 
 from pydantic import with_config
 
 from policies.errors import ExperimentError
-from policies.experiments.metrics import METRICS, Direction
+
+Direction: TypeAlias = Literal["increase", "decrease"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A mean over those requests that have a value. `direction` is the good one."""
+
+    name: str
+    direction: Direction
+    unit: str
+    meaning: str
+
+    @property
+    def is_share(self) -> bool:
+        """Whether it lies in [0, 1] by its nature."""
+        return self.unit in ("share", "[0, 1]")
+
+
+def _metric(name: str, direction: Direction, unit: str, meaning: str) -> tuple[str, Metric]:
+    return name, Metric(name=name, direction=direction, unit=unit, meaning=meaning)
+
+
+METRICS: Mapping[str, Metric] = MappingProxyType(
+    dict(
+        (
+            _metric("quality", "increase", "[0, 1]", "feedback, of the requests that have any"),
+            _metric("predicted_quality", "increase", "[0, 1]", "the policy's own prediction"),
+            _metric("feedback_rate", "increase", "share", "requests with feedback"),
+            _metric("usd", "decrease", "USD", "money per request"),
+            _metric("wh", "decrease", "Wh", "energy per request"),
+            _metric("gco2e", "decrease", "gCO2e", "carbon per request"),
+            _metric("latency_s", "decrease", "s", "time to the whole answer"),
+            _metric("ttft_s", "decrease", "s", "time to the first text"),
+            _metric("tokens", "decrease", "tokens", "read and written by all members"),
+            _metric("error_rate", "decrease", "share", "requests that failed at the server"),
+            _metric("escalation_rate", "decrease", "share", "requests that needed a later stage"),
+        )
+    )
+)
+
 
 Unit: TypeAlias = Literal["user", "session", "request"]
 
@@ -33,7 +74,7 @@ class Arm:
 
 @with_config(extra="forbid")
 @dataclass(frozen=True, kw_only=True)
-class Target:
+class Audience:
     """Which requests may take part; an empty tuple means all.
 
     `models` are the names that clients ask for: an experiment never overrules a client that
@@ -45,7 +86,7 @@ class Target:
     keys: tuple[str, ...] = ()
     domains: tuple[str, ...] = ()
 
-    def overlaps(self, other: Target) -> bool:
+    def overlaps(self, other: Audience) -> bool:
         """Return whether some request could match both."""
         pairs = (
             (self.models, other.models),
@@ -89,7 +130,7 @@ class Allocation:
     """How weights move: "fixed", or "thompson" (each arm's probability of being the best).
 
     `floor` is the least weight that Thompson sampling leaves an arm. Adaptive weights lose the
-    guarantees that fixed ones have: see `policies.experiments.thompson`.
+    guarantees that fixed ones have: see `policies.experiments.assignment`.
     """
 
     kind: Literal["fixed", "thompson"] = "fixed"
@@ -120,7 +161,7 @@ class Experiment:
     layer: str = "default"
     offset: float | None = None
     holdout: float = 0.0
-    target: Target = field(default_factory=Target)
+    target: Audience = field(default_factory=Audience)
     start: datetime | None = None
     stop: datetime | None = None
     covariates: tuple[str, ...] = ()
