@@ -20,6 +20,7 @@ from policies.experiments.report import (
     ArmReport,
     Comparison,
     GuardrailReport,
+    Point,
     Report,
     SampleRatio,
     advise,
