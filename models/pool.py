@@ -21,7 +21,7 @@ from models.errors import PoolError
 from models.sources.locate import locate
 from models.spec import EngineSpec, Model, ModelSpec, PoolFile, RemoteModelSpec
 from policies.base import ModelFacts
-from policies.validation import explain
+from policies.kinds import explain
 
 # Beside the pool file: which commits its Hub sources stand for (see `sources.hub`).
 LOCK = "pool.lock"

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from policies.footprint import Footprint, Rates
-from policies.limits import NO_LIMITS, Limits
+from policies.footprint import NO_LIMITS, Footprint, Limits, Rates
 from policies.plan import Plan, members
 
 

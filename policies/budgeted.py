@@ -13,15 +13,14 @@ from pydantic import Field
 from policies.base import Decision, Policy, Query
 from policies.budget.controller import Controller
 from policies.budget.prices import BudgetTarget, Per, Resource
-from policies.carbon.live import LiveModels
+from policies.carbon.settings import LiveModels
 from policies.errors import PolicyError
-from policies.footprint import Footprint
+from policies.footprint import Footprint, Limits
+from policies.kinds import Settings
 from policies.laws.ensemble import EnsembleLaw
 from policies.laws.file import LAWS_FILE, read_laws
-from policies.limits import Limits
 from policies.plan import Answer, Name, Plan
 from policies.registry import BuildContext, PolicyKind
-from policies.validation import Settings
 
 
 class Budgeted(Policy):

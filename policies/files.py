@@ -1,14 +1,23 @@
-"""Writes files so that a reader sees the old one or the whole new one, never a part."""
+"""Files that last: written whole or not at all, and one format for everything that is learned."""
 
 from __future__ import annotations
 
+import json
 import os
+import struct
 import tempfile
-from collections.abc import Iterator
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Final, TypeVar
 
-from policies.errors import PolicyError
+import numpy as np
+from numpy.typing import NDArray
+
+from policies.errors import ArtifactError, PolicyError
 
 
 @contextmanager
@@ -35,3 +44,103 @@ def write_atomic(target: Path, content: str | bytes) -> None:
     """Write `content` (text as UTF-8) to `target`, as `replacing` does."""
     with replacing(target) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+Built = TypeVar("Built")
+
+_META: Final = "meta"
+_DAMAGED: Final = (
+    # What zipfile and NumPy raise where a byte of the archive is wrong.
+    ValueError,
+    EOFError,
+    AttributeError,
+    RuntimeError,
+    MemoryError,
+    KeyError,
+    TypeError,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """What a file of a kind of its own holds.
+
+    `settings` is the JSON data that stands beside the `arrays`; `data_sha256` the hash of what it
+    was learned from, empty where nobody knows; `metrics` (JSON data) how good it proved to be.
+    """
+
+    settings: Mapping[str, Any]
+    arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    data_sha256: str = ""
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write_artifact(file: Path, artifact: Artifact, *, kind: str, schema: int) -> None:
+    """Write `artifact` to `file`, replacing what was there in one step.
+
+    `kind` says what it is ("router"), `schema` by which version of that kind's layout.
+    """
+    meta = {
+        "kind": kind,
+        "schema": schema,
+        "data_sha256": artifact.data_sha256,
+        "metrics": artifact.metrics,
+        "settings": artifact.settings,
+    }
+    text = np.frombuffer(json.dumps(meta).encode(), np.uint8)
+    with replacing(file) as fresh, fresh.open("wb") as stream:
+        np.savez_compressed(stream, allow_pickle=False, **{_META: text, **artifact.arrays})
+
+
+def read_artifact(
+    file: Path, build: Callable[[Artifact], Built], *, kind: str, schema: int
+) -> Built:
+    """Return what `build` makes of `file`'s content.
+
+    `build` may raise `KeyError`, `TypeError`, `IndexError` or `ValueError` (so any `PolicyError`)
+    for what is missing or makes no sense. Raises `ArtifactError`, which names the file and what is
+    wrong with it.
+    """
+    artifact = _read(file, kind, schema)
+    try:
+        return build(artifact)
+    except KeyError as error:
+        raise ArtifactError(f"{file} is not a complete {kind} file: {error} is missing") from None
+    except (IndexError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{file} is not a {kind} file that can be used: {error}") from None
+
+
+def check_shape(name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
+    """Raise `ArtifactError` unless the array has this shape."""
+    if array.shape != shape:
+        raise ArtifactError(f"the array {name!r} has shape {array.shape}, not {shape}")
+
+
+def _read(file: Path, kind: str, schema: int) -> Artifact:
+    try:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        meta = json.loads(arrays.pop(_META).tobytes())
+        found = meta["kind"], meta["schema"]
+        artifact = Artifact(
+            settings=dict(meta["settings"]),
+            arrays=arrays,
+            data_sha256=str(meta["data_sha256"]),
+            metrics=dict(meta["metrics"]),
+        )
+    except OSError as error:
+        raise ArtifactError(f"{file} cannot be read: {error.strerror or error}") from None
+    except _DAMAGED as error:
+        raise ArtifactError(f"{file} is not a {kind} file, or is damaged: {error}") from None
+    if found != (kind, schema):
+        raise ArtifactError(
+            f"{file} is a {found[0]} file of schema {found[1]!r}, not a {kind} file of schema "
+            f"{schema}; learn it anew"
+        )
+    for name, array in arrays.items():
+        if array.dtype.kind not in "fiu":
+            raise ArtifactError(f"{file}: the array {name!r} holds {array.dtype}, not numbers")
+    return artifact

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from policies.base import Decision, Policy, Query
 from policies.fused import needs_prior, with_prior
+from policies.kinds import Settings
 from policies.plan import Plan, PlanField, members
 from policies.registry import BuildContext, PolicyKind
-from policies.validation import Settings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,9 +18,9 @@ from policies.cascade.learned import (
 )
 from policies.cascade.scorer import LearnedScorer
 from policies.fused import best_members, with_prior
+from policies.kinds import Settings
 from policies.plan import Answer, Cascade, Name, Plan, Timeout
 from policies.registry import BuildContext, PolicyKind
-from policies.validation import Settings
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from pydantic import BeforeValidator, Field
 
 from policies.base import Decision, Policy, Query
 from policies.errors import PolicyError
+from policies.kinds import Settings
 from policies.plan import Answer, Cascade, Plan, children, from_json
 from policies.registry import BuildContext, PolicyKind
-from policies.validation import Settings
 
 # A member that the router expects nothing of still counts a little: evidence may know better.
 _LEAST_WEIGHT = 1e-3

@@ -27,7 +27,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass, rebuild_dataclass
 
 from policies.errors import PlanError
-from policies.validation import Settings, first_problem, short
+from policies.kinds import Settings, first_problem, short
 
 FusionRule: TypeAlias = Literal["mixture", "product", "gated", "contrastive"]
 Weighting: TypeAlias = Literal["static", "router", "perplexity", "evidence"]

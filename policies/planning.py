@@ -11,8 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from policies.carbon.hardware import Device
-from policies.carbon.llmcarbon import CarbonLaw, TrainingCarbon, run_carbon, training_flops
+from policies.carbon.llmcarbon import CarbonLaw, Device, TrainingCarbon, run_carbon, training_flops
 from policies.errors import LawError
 from policies.laws.downscaling import RecoveryLaw, RuntimeLaw, largest_domain_share
 from policies.laws.ensemble import (

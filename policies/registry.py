@@ -15,8 +15,7 @@ from policies.base import ModelFacts, Policy, members_of
 from policies.budget.controller import Controller
 from policies.cascade.base import Scorer
 from policies.errors import PolicyError
-from policies.plugins import Plugins, read_spec
-from policies.validation import Settings
+from policies.kinds import Plugins, Settings, read_spec
 
 S = TypeVar("S", bound=Settings)
 

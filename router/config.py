@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from models.pool import DEFAULT_POOL
 from models.spec import DeploymentSpec, Name
 from policies.carbon.settings import CarbonSettings
+from policies.kinds import Count, explain
 from policies.plan import PlanBounds
-from policies.validation import Count, explain
 from router.access.keys import AuthConfig
 from router.access.limits import BudgetsConfig
 from router.dashboard.routes import LOOPBACK, DashboardConfig

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 from policies.base import Decision, Query
 from policies.errors import PlanError, PolicyError
-from policies.footprint import estimate
-from policies.limits import NO_LIMITS
+from policies.footprint import NO_LIMITS, estimate
 from policies.plan import Plan, PlanBounds, from_json, num_lanes
 from router.catalog.catalog import Catalog, Target
 from router.config import ServingLimits

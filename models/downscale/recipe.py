@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from models.downscale.errors import RecipeError
 from models.spec import Name
-from policies.validation import explain
+from policies.kinds import explain
 
 TASKS: Final = "tasks:"
 ALL_DOMAINS: Final = "domains"

@@ -12,8 +12,7 @@ from models.engines.kind import EngineKind, EngineTraits, Format
 from models.engines.supervisor import SupervisedEngine
 from models.errors import PoolError
 from models.spec import EngineSpec, Model
-from policies.plugins import PluginError, Plugins
-from policies.validation import explain
+from policies.kinds import PluginError, Plugins, explain
 
 KINDS: Plugins[EngineKind[Any]] = Plugins(
     "shoal.engines",

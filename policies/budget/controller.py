@@ -27,9 +27,8 @@ from policies.budget.candidates import (
 from policies.budget.pace import Pace
 from policies.budget.prices import BudgetTarget, DualPrice, spent
 from policies.errors import PolicyError
-from policies.footprint import Footprint, estimate
+from policies.footprint import NO_LIMITS, Footprint, Limits, estimate
 from policies.laws.ensemble import EnsembleLaw
-from policies.limits import NO_LIMITS, Limits
 from policies.plan import Answer, Plan
 
 # Ensembles are looked at up to this multiple of n*, which is that of a member of mean cost.

@@ -5,9 +5,15 @@ devices and of the grid. This package does no I/O but reading those tables and, 
 """
 
 from policies.carbon.grid import CachedGrid, GridIntensity, GridReading, StaticGrid, find_zone
-from policies.carbon.hardware import Device, find_device
-from policies.carbon.llmcarbon import CarbonLaw, TrainingCarbon, inference_flops, training_flops
-from policies.carbon.rates import rates_for
+from policies.carbon.llmcarbon import (
+    CarbonLaw,
+    Device,
+    TrainingCarbon,
+    find_device,
+    inference_flops,
+    rates_for,
+    training_flops,
+)
 
 __all__ = [
     "CachedGrid",

@@ -1,13 +1,18 @@
-"""The contract of a scorer: P(correct | query, answer), from what is free when the answer is in."""
+"""The contract of a scorer: P(correct | query, answer), from what is free when the answer is in.
+
+Scorers of a pool file go by kind: ours, and those of the entry point group `shoal.scorers`.
+"""
 
 from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
+from policies.kinds import Plugins, Settings, read_spec
 from policies.plan import Plan
 
 
@@ -94,3 +99,31 @@ def normalise(text: str) -> str:
     """Return `text` without what doesn't change an answer: case, spacing, closing punctuation."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(folded.split()).strip(".!?,;:\"'` ")
+
+
+S = TypeVar("S", bound=Settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorerKind(Generic[S]):
+    """What `kind: NAME` of a scorer stands for: the keys beside it, and what they build.
+
+    `build` takes the folder where relative paths start, and raises `PolicyError`.
+    """
+
+    settings: type[S]
+    build: Callable[[S, Path], Scorer]
+
+
+KINDS: Plugins[ScorerKind[Any]] = Plugins(
+    "shoal.scorers", ScorerKind, {"transformer": "policies.cascade.transformer:KIND"}
+)
+
+
+def build_scorer(spec: Mapping[str, Any], *, folder: Path) -> Scorer:
+    """Build the scorer that `spec` describes: its `kind` and that kind's own keys.
+
+    `folder` is where relative paths start. Raises `PolicyError` for an unknown kind, key or value.
+    """
+    kind, settings = read_spec(KINDS, spec)
+    return kind.build(settings, folder)

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from policies.artifact import Artifact, read_artifact, write_artifact
 from policies.cascade.scorer import ScorerWeights, restore_weights
 from policies.errors import PolicyError
+from policies.files import Artifact, read_artifact, write_artifact
 from policies.plan import Answer, Plan, from_json, to_json
 
 ROUTED: Final = "routed"

@@ -19,10 +19,10 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from policies.artifact import check_shape
 from policies.cascade.base import Attempt, normalise
 from policies.encoders.ngrams import NGrams
 from policies.errors import PolicyError
+from policies.files import check_shape
 from policies.plan import Answer, Plan
 
 Floats = NDArray[np.float64]

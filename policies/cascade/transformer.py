@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from policies.cascade.base import Attempt
-from policies.cascade.registry import ScorerKind
+from policies.cascade.base import Attempt, ScorerKind
 from policies.errors import PolicyError
-from policies.validation import Settings
+from policies.kinds import Settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -1,7 +1,7 @@
 """The contract of every encoder: text to sparse features, and to a point in a small space.
 
 An encoder is fitted once on the training queries and frozen from then on. It knows nothing of
-models or scores.
+models or scores. Encoders go by kind: ours, and those of the entry point group `shoal.encoders`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from typing import Any, NamedTuple, Protocol, Self, TypeAlias
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
+
+from policies.errors import PolicyError
+from policies.kinds import PluginError, Plugins
 
 Floats: TypeAlias = NDArray[np.float32]
 Ids: TypeAlias = NDArray[np.int32]
@@ -109,3 +112,32 @@ class Encoder(Protocol):
     def restore(self, arrays: Arrays) -> Self:
         """Take back what `arrays` returned; `PolicyError` where it does not fit the settings."""
         ...
+
+
+KINDS: Plugins[type[Any]] = Plugins(
+    "shoal.encoders",
+    type,
+    {
+        "finetuned": "policies.encoders.transformer:FineTuned",
+        "neural": "policies.encoders.transformer:Neural",
+        "ngrams": "policies.encoders.ngrams:NGrams",
+    },
+)
+"""Classes that are an `Encoder` each, made of their settings."""
+
+
+def build_encoder(kind: str, settings: Mapping[str, Any]) -> Encoder:
+    """Return an unfitted encoder; `PolicyError` for an unknown kind or setting."""
+    try:
+        encoder: Encoder = KINDS.load(kind)(**settings)
+    except PluginError as error:
+        raise PolicyError(f"encoder: {error}") from None
+    except TypeError as error:
+        raise PolicyError(f"encoder {kind}: {error}") from None
+    return encoder
+
+
+def parse_encoder(text: str, settings: Mapping[str, Any]) -> Encoder:
+    """Return the encoder that a command line names: a kind, or kind:FOLDER; see `build_encoder`."""
+    kind, colon, path = text.partition(":")
+    return build_encoder(kind, {**settings, **({"path": path} if colon else {})})

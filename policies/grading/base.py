@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from policies.errors import PolicyError
-from policies.plugins import PluginError, Plugins
+from policies.kinds import PluginError, Plugins
 
 Ask = Callable[[str, str], Awaitable[str]]
 """From a model's name and a prompt to its answer; raises `Ungradable` where there is none."""

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
-from policies.artifact import Artifact, read_artifact, write_artifact
 from policies.errors import LawError
+from policies.files import Artifact, read_artifact, write_artifact
 from policies.laws.downscaling import MixtureLaw, PostPruningLaw
 from policies.laws.ensemble import EnsembleLaw
 from policies.laws.scaling import Chinchilla

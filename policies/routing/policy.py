@@ -12,10 +12,10 @@ from pydantic import Field
 
 from policies.base import Decision, ModelFacts, Policy, Query
 from policies.errors import PolicyError
+from policies.kinds import Settings
 from policies.plan import Answer, Name, Plan, PlanField
 from policies.registry import BuildContext, PolicyKind
 from policies.routing.router import Prediction, Router, load_router
-from policies.validation import Settings
 
 Floats = NDArray[np.float32]
 

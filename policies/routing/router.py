@@ -19,10 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
-from policies.artifact import Artifact, check_shape, read_artifact, write_artifact
-from policies.encoders.base import Encoder, Features, Reader
-from policies.encoders.registry import build_encoder
+from policies.encoders.base import Encoder, Features, Reader, build_encoder
 from policies.errors import PolicyError
+from policies.files import Artifact, check_shape, read_artifact, write_artifact
 from policies.routing.nearness import Doubt, Landmarks, Nearness, Topics
 
 Floats = NDArray[np.float64]

@@ -12,8 +12,7 @@ from models.errors import RequestError
 from models.pool import Pool
 from models.tokenizer import Tokenizer, load_tokenizers
 from policies.carbon.grid import GridReading
-from policies.carbon.live import LiveModels
-from policies.carbon.settings import CarbonSettings
+from policies.carbon.settings import CarbonSettings, LiveModels
 from policies.errors import PolicyError
 from policies.footprint import Rates
 from policies.plan import Answer

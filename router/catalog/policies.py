@@ -14,8 +14,7 @@ from typing import Any
 from models.pool import Pool
 from policies.base import ModelFacts, Policy
 from policies.budget import Controller
-from policies.cascade.base import Confidence, Ranker, Scorer
-from policies.cascade.registry import build_scorer
+from policies.cascade.base import Confidence, Ranker, Scorer, build_scorer
 from policies.errors import PolicyError
 from policies.fixed import always
 from policies.plan import Answer, Best, Cascade, Plan, answers, children, members

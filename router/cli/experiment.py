@@ -15,8 +15,7 @@ from router.cli.console import LedgerOption, opened, refusing
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from policies.experiments.offpolicy import Estimate
-    from policies.experiments.replay import Replayed
+    from policies.experiments.replay import Estimate, ReplayedPolicy
     from router.catalog.catalog import Catalog
     from router.config import AppArgs
     from router.experiments.reporting import Summary
@@ -136,7 +135,9 @@ def replay(
         _print({name: _try(play, name) for name in names})
 
 
-def _from_outcomes(source: str, split: str | None, catalog: Catalog) -> Callable[[str], Replayed]:
+def _from_outcomes(
+    source: str, split: str | None, catalog: Catalog
+) -> Callable[[str], ReplayedPolicy]:
     from policies.experiments.replay import replay_outcomes
     from policies.outcomes import read_outcomes
 
@@ -148,7 +149,7 @@ def _from_outcomes(source: str, split: str | None, catalog: Catalog) -> Callable
 
 def _from_ledger(
     source: str, experiment: str | None, args: AppArgs, catalog: Catalog
-) -> Callable[[str], Replayed]:
+) -> Callable[[str], ReplayedPolicy]:
     from policies.experiments.replay import replay_log
     from router.experiments.experiments import read_definitions
     from router.experiments.reporting import read_log
@@ -160,7 +161,7 @@ def _from_ledger(
         raise ValueError(f"--experiment: name one of the configuration's: {known}")
     address = source if "://" in source else f"sqlite:///{source}"
 
-    def play(name: str) -> Replayed:
+    def play(name: str) -> ReplayedPolicy:
         with opened(address, None) as database:
             log = read_log(database, chosen[0], catalog, target=name)
         return replay_log(log, catalog.policies[name], policies=catalog.policies)
@@ -168,7 +169,7 @@ def _from_ledger(
     return play
 
 
-def _try(play: Callable[[str], Replayed], name: str) -> Replayed | str:
+def _try(play: Callable[[str], ReplayedPolicy], name: str) -> ReplayedPolicy | str:
     from policies.errors import ExperimentError
 
     try:
@@ -177,7 +178,7 @@ def _try(play: Callable[[str], Replayed], name: str) -> Replayed | str:
         return str(error)
 
 
-def _print(results: dict[str, Replayed | str]) -> None:
+def _print(results: dict[str, ReplayedPolicy | str]) -> None:
     from policies.tables import text_table
 
     rows = [
@@ -193,7 +194,7 @@ def _print(results: dict[str, Replayed | str]) -> None:
         raise typer.Exit(1)
 
 
-def _cells(name: str, found: Replayed) -> tuple[str, ...]:
+def _cells(name: str, found: ReplayedPolicy) -> tuple[str, ...]:
     off = found.off_policy
     return (
         name,

@@ -71,7 +71,7 @@ def train_router(
 
     With `--feedback sqlite:///shoal.db` this is also how to retrain on what users thought.
     """
-    from policies.encoders.registry import parse_encoder
+    from policies.encoders.base import parse_encoder
     from policies.errors import PolicyError
     from policies.outcomes import load_outcomes
     from policies.routing.finetune import FinetuneSettings, finetune_router
@@ -172,8 +172,7 @@ def train_cascade(
     """Learn a FrugalGPT cascade and its whole cost-quality frontier from outcomes."""
     from models.pool import DEFAULT_POOL, load_pool
     from policies.cascade.answers import answer_table
-    from policies.cascade.learn import learn_cascade
-    from policies.cascade.report import draw, render, report
+    from policies.cascade.learn import draw, learn_cascade, render, report
     from policies.outcomes import read_outcomes
 
     with refusing("train cascade"):

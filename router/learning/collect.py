@@ -21,8 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from policies.errors import OutcomesError
 from policies.grading.base import Panel, Question, Sheet
+from policies.kinds import explain
 from policies.outcomes import AnswerLogprobs, Outcome
-from policies.validation import explain
 from router.learning.asking import Asker, AskError, Reply
 
 

@@ -19,7 +19,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 
-from policies.validation import Count
+from policies.kinds import Count
 from router.ledger import LedgerError
 from router.ledger.calls import STATEMENT_DEADLINE_S, Calls
 from router.ledger.schema import migrate

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from models.engines.base import SamplingOptions
-from policies.limits import Limits
+from policies.footprint import Limits
 from router.executor.task import Prompt
 
 

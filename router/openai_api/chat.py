@@ -10,7 +10,7 @@ from pydantic_core import from_json
 
 from models.chat_template import Message
 from models.engines.base import Chunk
-from policies.validation import Count
+from policies.kinds import Count
 from router.errors import bad_request
 from router.executor.task import Prompt
 from router.openai_api.ask import Ask, Extension

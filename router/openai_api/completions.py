@@ -10,7 +10,7 @@ from pydantic_core import from_json
 
 from models.engines.base import Chunk
 from models.tokenizer import Tokenizer
-from policies.validation import MOST_COUNT
+from policies.kinds import MOST_COUNT
 from router.errors import bad_request
 from router.executor.task import Prompt
 from router.openai_api.ask import Ask, Extension

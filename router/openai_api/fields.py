@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from models.engines.base import SamplingOptions
-from policies.validation import MOST_COUNT, Count
+from policies.kinds import MOST_COUNT, Count
 from router.errors import ApiError, bad_request
 from router.openai_api.ask import Extension
 

@@ -28,7 +28,7 @@ import yaml
 
 from models.pool import DEFAULT_POOL, load_pool
 from models.tasks import DOMAINS, Split
-from policies.encoders.registry import parse_encoder
+from policies.encoders.base import parse_encoder
 from policies.outcomes import read_outcomes
 from policies.routing.fit import FitSettings, fit_router
 from policies.routing.router import save_router

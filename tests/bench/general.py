@@ -24,8 +24,7 @@ from models.pool import DEFAULT_POOL, Pool, load_pool
 from models.tasks import check
 from models.tasks.everyday import Everyday, everyday
 from models.tokenizer import Tokenizer, load_tokenizer
-from policies.outcomes import Outcome, read_outcomes, write_outcomes
-from policies.outcomes.base import AnswerLogprobs
+from policies.outcomes import AnswerLogprobs, Outcome, read_outcomes, write_outcomes
 
 GENERAL, TAG = "general", "general"
 MOST_TOKENS = {"pool": 12, "everyday": 40}

@@ -19,16 +19,17 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 
 from models.pool import DEFAULT_POOL, load_pool
-from policies.encoders.base import Encoder
+from policies.encoders.base import Encoder, parse_encoder
 from policies.encoders.ngrams import NGrams
-from policies.encoders.registry import parse_encoder
 from policies.encoders.transformer import SentenceVectors
 from policies.evaluation.judge import Report
 from policies.evaluation.report import draw_reliability, table
-from policies.outcomes import Outcome, read_outcomes, score_table
-from policies.outcomes.importers import (
+from policies.outcomes import (
+    Outcome,
     import_llmrouter,
     import_routellm_mmlu,
+    read_outcomes,
+    score_table,
 )
 from tests.bench.routing_harness import Protocol, draw_curves, evaluate, llmrouter_prices
 

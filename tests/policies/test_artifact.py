@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from policies.artifact import Artifact, read_artifact, write_artifact
 from policies.errors import ArtifactError, PolicyError
+from policies.files import Artifact, read_artifact, write_artifact
 
 WRITTEN = Artifact(
     settings={"stages": ["a", "b"]},

@@ -12,8 +12,7 @@ from urllib.parse import parse_qs, urlparse
 import pytest
 
 from policies.base import ModelFacts
-from policies.carbon.live import LiveModels
-from policies.carbon.settings import CarbonSettings
+from policies.carbon.settings import CarbonSettings, LiveModels
 from policies.footprint import Rates
 from router.grid_feed import GridFeed
 

@@ -26,8 +26,7 @@ from models.downscale.stage import Run, read_json, remembered, stage, write_json
 from models.tasks import Split, check
 from models.training.data import Conversation
 from models.training.score import Scorer, target_log_probabilities
-from policies.outcomes import Outcome
-from policies.outcomes.base import AnswerLogprobs
+from policies.outcomes import AnswerLogprobs, Outcome
 from policies.plan import Answer
 
 Floats = NDArray[np.float64]

@@ -43,7 +43,7 @@ from policies.cascade.fit import fit_scorer
 from policies.cascade.learn import learn_cascade
 from policies.cascade.learned import LearnedCascade
 from policies.cascade.scorer import LearnedScorer
-from policies.encoders.registry import build_encoder
+from policies.encoders.base import build_encoder
 from policies.errors import PolicyError
 from policies.evidence import Calibration, HeldOutAnswers, calibrate
 from policies.fixed import Fixed

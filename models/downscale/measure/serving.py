@@ -18,7 +18,7 @@ from models.engines.base import Chunk, Engine, Evidence, GenerationRequest, Samp
 from models.engines.registry import create_engine
 from models.spec import EngineSpec, Model, ModelSpec
 from models.tokenizer import CheckpointTokenizer
-from policies.outcomes.base import AnswerLogprobs
+from policies.outcomes import AnswerLogprobs
 from policies.plan import Answer
 
 ENGINE_KIND: Final = "stacked"

@@ -13,7 +13,7 @@ from policies.budget.controller import Controller
 from policies.budget.prices import BudgetTarget, Resource
 from policies.budget.replay.days import Day, Workload, day_costs
 from policies.carbon.grid import GridIntensity, GridReading
-from policies.carbon.live import LiveModels
+from policies.carbon.settings import LiveModels
 from policies.footprint import Footprint
 from policies.plan import Answer, members
 

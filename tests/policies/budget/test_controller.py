@@ -8,9 +8,8 @@ import pytest
 from policies.base import Decision, ModelFacts, Query
 from policies.budget import BudgetTarget, Controller
 from policies.errors import PolicyError
-from policies.footprint import Footprint, Rates
+from policies.footprint import Footprint, Limits, Rates
 from policies.laws import EnsembleLaw
-from policies.limits import Limits
 from policies.plan import Answer, Cascade, members
 
 LAW = EnsembleLaw(L0=0.5, a=0.8, b=0.3)

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from policies.cascade.base import Attempt, BatchScorer, Scorer
-from policies.cascade.registry import build_scorer
+from policies.cascade.base import Attempt, BatchScorer, Scorer, build_scorer
 from policies.cascade.transformer import Transformer
 from policies.errors import PolicyError
 from policies.plan import Answer

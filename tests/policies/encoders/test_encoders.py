@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from policies.encoders.base import Encoder
+from policies.encoders.base import Encoder, build_encoder, parse_encoder
 from policies.encoders.ngrams import MAX_BYTES, NGrams, side_by_side
-from policies.encoders.registry import build_encoder, parse_encoder
 from policies.encoders.transformer import Neural, SentenceVectors
 from policies.errors import PolicyError
 

@@ -13,8 +13,7 @@ from policies.errors import OutcomesError, PolicyError
 from policies.evaluation.judge import evaluate_router, near_duplicates
 from policies.evaluation.metrics import Curve, aiq, apgr, bootstrap, cpt, two_model_curve
 from policies.evaluation.report import draw_reliability, table
-from policies.outcomes import Outcome
-from policies.outcomes.importers import import_routellm_mmlu
+from policies.outcomes import Outcome, import_routellm_mmlu
 from policies.routing.fit import FitSettings, fit_router, reliability
 from policies.routing.router import Router
 from tests.bench.routing_harness import Protocol, draw_curves, evaluate, folds

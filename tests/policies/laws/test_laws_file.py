@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from policies.artifact import Artifact, write_artifact
 from policies.errors import ArtifactError
+from policies.files import Artifact, write_artifact
 from policies.laws import EnsembleLaw
 from policies.laws.file import PoolLaws, read_laws, write_laws
 
