@@ -31,6 +31,7 @@ from router.openai_api.chat import ChatEndpoint
 from router.openai_api.completions import CompletionEndpoint
 from router.openai_api.endpoint import WireFormat
 from router.openai_api.models import describe, list_models
+from router.openai_api.responses import ResponsesEndpoint
 from router.service import Service
 
 _HEALTH_TIMEOUT_S = 5.0
@@ -51,6 +52,7 @@ def create_api(service: Service, args: AppArgs) -> FastAPI:
         ChatEndpoint(),
         CompletionEndpoint(service.catalog.members.tokenizer),
         MessagesEndpoint(),
+        ResponsesEndpoint(),
     )
     for endpoint in endpoints:
         _add_endpoint(api, service, endpoint)

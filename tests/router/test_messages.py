@@ -8,8 +8,9 @@ import anthropic
 import httpx
 import pytest
 
-from tests.models.engines.remote.bad_server import BadServer, Reply, answer, finish, in_thread
+from tests.models.engines.remote.bad_server import BadServer, Reply, answer, finish
 from tests.router.conftest import Running, running
+from tests.router.upstream import EVENTS, event, front_server, other_server  # noqa: F401 (fixtures)
 
 TOOL: Any = {
     "name": "add",
@@ -17,69 +18,6 @@ TOOL: Any = {
     "input_schema": {"type": "object", "properties": {"a": {"type": "integer"}}},
 }
 CHAT: Any = [{"role": "user", "content": "What is 2 + 3?"}]
-
-
-def event(**delta: Any) -> dict[str, Any]:
-    """Return an event of the other server."""
-    return {"choices": [{"index": 0, "delta": delta}]}
-
-
-def called(name: str | None, arguments: str, index: int = 0) -> dict[str, Any]:
-    """Return a piece of a call."""
-    head = {"id": f"call_{index}", "type": "function"} if name else {}
-    function = {"arguments": arguments} | ({"name": name} if name else {})
-    return event(tool_calls=[{"index": index, **head, "function": function}])
-
-
-# It thinks, speaks, and calls twice at once.
-EVENTS: list[Any] = [
-    event(reasoning_content="Two "),
-    event(reasoning_content="numbers."),
-    event(content="I "),
-    event(content="add."),
-    called("add", '{"a"'),
-    called("add", '{"a": 4', 1),
-    called(None, ": 2}"),
-    called(None, "}", 1),
-    {"choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]},
-    {
-        "choices": [],
-        "usage": {
-            "prompt_tokens": 30,
-            "completion_tokens": 12,
-            "prompt_tokens_details": {"cached_tokens": 10},
-        },
-    },
-    "[DONE]",
-]
-
-
-@pytest.fixture(scope="module", name="upstream")
-def other_server() -> Iterator[BadServer]:
-    """A server whose replies each test sets."""
-    with in_thread(Reply(events=EVENTS)) as server:
-        yield server
-
-
-@pytest.fixture(scope="module", name="front")
-def front_server(
-    upstream: BadServer, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Running]:
-    """A server with a scripted model, and one behind the other server."""
-    options = {"base_url": upstream.url, "logprobs": False, "max_retries": 0}
-    with running(
-        tmp_path_factory.mktemp("pool"),
-        engines=[
-            {"name": "near", "kind": "fake", "options": {}},
-            {"name": "far", "kind": "remote", "options": options},
-        ],
-        models=[
-            {"name": "small", "engine": "near"},
-            {"name": "big", "engine": "far", "remote": {}},
-        ],
-        policies={"auto": {"kind": "fixed", "plan": "big"}},
-    ) as server:
-        yield server
 
 
 @pytest.fixture(name="client")
