@@ -22,9 +22,9 @@ from models.engines.base import GenerationRequest, SamplingOptions
 from models.engines.registry import create_engine
 from models.pool import DEFAULT_POOL, Pool, load_pool
 from models.tasks import check
-from models.tasks.everyday import Everyday, everyday
 from models.tokenizer import Tokenizer, load_tokenizer
 from policies.outcomes import AnswerLogprobs, Outcome, read_outcomes, write_outcomes
+from tests.bench.everyday import Everyday, everyday
 
 GENERAL, TAG = "general", "general"
 MOST_TOKENS = {"pool": 12, "everyday": 40}

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from models.engines.vllm.load import LoadLogger
+    from models.engines.vllm.translate import LoadLogger
 
 _FUSED_FOLDER = "fused"
 
@@ -86,7 +86,7 @@ class VllmEngine:
 
         from vllm.v1.engine.async_llm import AsyncLLM  # noqa: PLC0415 - takes seconds to import
 
-        from models.engines.vllm.load import LoadLogger  # noqa: PLC0415
+        from models.engines.vllm.translate import LoadLogger  # noqa: PLC0415
 
         load = LoadLogger()
 
@@ -276,7 +276,7 @@ class VllmEngine:
 
     def _read_calls(self, last: Chunk, tools: Tools, text: str, running: _Running) -> Chunk:
         """Return the last chunk of an answer that may call tools: with its text, or the calls."""
-        from models.engines.vllm.tool_calls import read_calls  # noqa: PLC0415 - loads vLLM
+        from models.engines.vllm.translate import read_calls  # noqa: PLC0415 - loads vLLM
 
         assert self._tool_parser is not None, "traits allow no tools without a parser"
         content, calls = read_calls(self._tool_parser, running.llm.get_tokenizer(), tools, text)

@@ -1,4 +1,4 @@
-"""Between Shoal's requests and vLLM's: sampling parameters there, chunks back."""
+"""Between Shoal and vLLM: requests there; chunks, tool calls and the scheduler's figures back."""
 
 from __future__ import annotations
 
@@ -6,13 +6,19 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+from vllm.tokenizers import TokenizerLike
+from vllm.tool_parsers import ToolParserManager
+from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
 from models.engines.base import Chunk, FinishReason, GenerationRequest, Token, TopLogprob
 from models.engines.text import Vocabulary
-from models.errors import EngineFailed
+from models.errors import EngineFailed, PoolError
+from models.tools import ToolCall, Tools
 
 _FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
@@ -99,3 +105,62 @@ def _fusion(request: GenerationRequest) -> dict[str, Any]:
         args["shoal_evidence"] = "mean" if request.evidence.per_token else "sum"
         args["shoal_evidence_temperature"] = request.evidence.temperature
     return args
+
+
+def read_calls(
+    parser: str, tokenizer: TokenizerLike, tools: Tools, text: str
+) -> tuple[str, tuple[ToolCall, ...]]:
+    """Return the text beside the calls in `text`, and the calls; all of the text if there is none.
+
+    Raises `PoolError` for a parser that vLLM does not know.
+    """
+    functions = [dict(tool) for tool in tools.functions]
+    request = ChatCompletionRequest.model_validate({"messages": [], "tools": functions})
+    reader = check_parser(parser)(tokenizer, request.tools)
+    found = reader.extract_tool_calls(text, request)
+    if not found.tools_called:
+        return text, ()
+    calls = tuple(
+        ToolCall(id=call.id, name=call.function.name, arguments=call.function.arguments)
+        for call in found.tool_calls
+    )
+    return found.content or "", calls
+
+
+def check_parser(name: str) -> type:
+    """Return the parser's class; `PoolError` lists the names that vLLM knows."""
+    try:
+        parser: type = ToolParserManager.get_tool_parser(name)
+    except KeyError:
+        known = ", ".join(sorted(ToolParserManager.list_registered()))
+        raise PoolError(
+            f"options.tool_parser: {name!r} is unknown to vLLM; allowed are {known}"
+        ) from None
+    return parser
+
+
+class LoadLogger(StatLoggerBase):  # type: ignore[misc] # vLLM may be absent
+    """Remembers the latest figures, and counts the tokens."""
+
+    def __init__(self) -> None:
+        """Start from nothing; vLLM's own loggers read its configuration here."""
+        self.num_queued = 0
+        self.kv_share = 0.0
+        self.num_generated_tokens = 0
+
+    def record(
+        self,
+        scheduler_stats: SchedulerStats | None,
+        iteration_stats: IterationStats | None,
+        mm_cache_stats: MultiModalCacheStats | None = None,  # noqa: ARG002 - vLLM's interface
+        engine_idx: int = 0,  # noqa: ARG002
+    ) -> None:
+        """Take the figures of one step."""
+        if scheduler_stats is not None:
+            self.num_queued = scheduler_stats.num_waiting_reqs
+            self.kv_share = scheduler_stats.kv_cache_usage
+        if iteration_stats is not None:
+            self.num_generated_tokens += iteration_stats.num_generation_tokens
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to tell."""

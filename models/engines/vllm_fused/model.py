@@ -36,7 +36,7 @@ from models.engines.stacked.architecture import Architecture, read_architecture
 from models.engines.stacked.weights import LayerWeights, Weights, load_weights
 from models.engines.vllm_fused.feed_forward import FeedForward
 from models.engines.vllm_fused.folder import read_members
-from models.engines.vllm_fused.table import Fusion, FusionTable
+from models.engines.vllm_fused.processor import Fusion, FusionTable
 
 logger = init_logger(__name__)
 

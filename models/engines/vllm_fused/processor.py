@@ -1,23 +1,142 @@
-"""vLLM's logits processor that hears which requests want which fusion.
+"""Which fusion each row of vLLM's batch wants: heard by a logits processor, kept for the model.
 
-It edits no logits: fusing needs every member's, which only the model has. vLLM calls
-`validate_params` in the API server (a `ValueError` becomes status 400) and the rest in the worker.
+vLLM tells its logits processors how the batch changes, before every step, and asks the model for
+logits of the batch's rows in that order, after it. `FusionProcessor` edits no logits, since fusing
+needs every member's, which only the model has; it keeps the `FusionTable` that the model reads.
+vLLM calls its `validate_params` in the API server (a `ValueError` becomes status 400) and the rest
+in the worker.
+
+Shapes: R rows (requests of the batch), M members.
 """
 
 from __future__ import annotations
 
 import copyreg
 from abc import ABCMeta
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, LogitsProcessor
 
-from models.engines.vllm_fused.request import read_request
-from models.engines.vllm_fused.table import FusionTable
+from models.engines.stacked.fusion import LaneWeights
+from models.engines.vllm_fused.request import FusionRequest, read_request
+
+# Where the table is in what vLLM shares between the parts of one worker.
+_KEY = "shoal.fusion_table"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fusion:
+    """Weights of every row (they sum to one); `product_R1` None means that all rows mix."""
+
+    weights_RM: Tensor
+    product_R1: Tensor | None
+
+
+class Row:
+    """One request of the batch that asked for something of its own."""
+
+    def __init__(self, asked: FusionRequest, prompt: Sequence[int]) -> None:
+        self.product = asked.product
+        self._weights = LaneWeights(asked.weights, asked.evidence)
+        self._prompt = prompt
+        self._num_heard = 0 if asked.evidence else len(prompt)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """What its members weigh by now."""
+        return self._weights.values
+
+    @property
+    def is_collecting(self) -> bool:
+        """Whether tokens of its prompt still have to be heard as evidence."""
+        return self._num_heard < len(self._prompt) - 1
+
+    def following(self, position: int, num_tokens: int) -> Sequence[int]:
+        """Return the prompt's tokens after each of `num_tokens` from `position` on."""
+        return self._prompt[position + 1 : position + 1 + num_tokens]
+
+    def hear(self, log_likelihood_M: Sequence[float], position: int, num_tokens: int) -> None:
+        """Take in what each member says of the `num_tokens` tokens after `position`."""
+        self._num_heard = position + num_tokens
+        self._weights = self._weights.heard(log_likelihood_M, num_tokens)
+
+
+class FusionTable:
+    """The rows that differ from the default (a uniform mixture), and what they become as tensors.
+
+    Not thread-safe: vLLM's worker is one thread.
+    """
+
+    def __init__(self, members: Sequence[str], device: torch.device) -> None:
+        self._members = tuple(members)
+        self._device = device
+        self._uniform_1M = torch.full((1, len(members)), 1 / len(members), device=device)
+        self._rows: dict[int, Row] = {}
+        self._fusion: Fusion | None = None
+        self._step_pending = False
+
+    @staticmethod
+    def of(config: VllmConfig, members: Sequence[str], device: torch.device) -> FusionTable:
+        """Return this worker's table: processor and model, made apart, must share one."""
+        shared = config.compilation_config.static_forward_context
+        table = shared.setdefault(_KEY, FusionTable(members, device))
+        assert isinstance(table, FusionTable)
+        return table
+
+    def begin_step(self, update: BatchUpdate | None) -> None:
+        """Take in how the batch changed; the next `take` is for its rows."""
+        if process_dict_updates(self._rows, update, self._admit) or update:
+            self._fusion = None
+        self._step_pending = True
+
+    def take(self, num_rows: int) -> Fusion:
+        """Return how to fuse `num_rows` rows.
+
+        vLLM asks once per step for the rows of the batch. Whatever else it asks for (warm-up, the
+        log-probabilities of a prompt) is not of the batch and gets the default.
+        """
+        of_batch, self._step_pending = self._step_pending, False
+        if not of_batch or not self._rows:
+            return Fusion(weights_RM=self._uniform_1M.expand(num_rows, -1), product_R1=None)
+        if self._fusion is None:
+            self._fusion = self._as_tensors(num_rows)
+        return self._fusion
+
+    def collecting(self) -> Iterator[tuple[int, Row]]:
+        """Yield the batch's places of rows that wait for evidence; they will hear some now."""
+        self._fusion = None
+        for place, row in self._rows.items():
+            if row.is_collecting:
+                yield place, row
+
+    @property
+    def is_collecting(self) -> bool:
+        """Whether any row still waits for evidence."""
+        return any(row.is_collecting for row in self._rows.values())
+
+    def _admit(
+        self, params: SamplingParams, prompt: list[int] | None, _answer: list[int]
+    ) -> Row | None:
+        asked = read_request(params.extra_args, self._members)
+        return None if asked is None else Row(asked, prompt or [])
+
+    def _as_tensors(self, num_rows: int) -> Fusion:
+        uniform = (1 / len(self._members),) * len(self._members)
+        rows = [self._rows.get(index) for index in range(num_rows)]
+        products = [bool(row and row.product) for row in rows]
+        return Fusion(
+            weights_RM=torch.tensor([row.weights if row else uniform for row in rows]).to(
+                self._device
+            ),
+            product_R1=torch.tensor(products)[:, None].to(self._device) if any(products) else None,
+        )
 
 
 class _BoundType(ABCMeta):
