@@ -1,8 +1,14 @@
-"""What can go wrong while computing.
+"""What can go wrong with pools, checkpoints, training and engines.
 
 ValueError
 ├── PoolError             a pool file or checkpoint that cannot be used
 ├── TrainingDiverged      a loss that is not finite
+├── DownscaleError        anything that the user of `shoal downscale` can put right
+│   ├── RecipeError       a recipe with a bad key or value
+│   ├── CorpusError       a corpus that is missing, empty, too small or of another shape
+│   ├── BaseError         a base checkpoint that cannot be cut (architecture, tokenizer, size)
+│   ├── OutputError       an output folder that is in use, or a disk with too little room
+│   └── DivergedError     training whose loss is no longer a number
 └── RequestError          a request that this engine cannot run as asked (the client's fault)
     └── ContextOverflow   prompt plus answer do not fit the model's context
 RuntimeError
@@ -31,6 +37,30 @@ class TrainingDiverged(ValueError):
             f"the loss is {loss} at step {step}: nothing was updated and the last checkpoint "
             f"stays; try a learning_rate below {rate:g}, or look for broken examples"
         )
+
+
+class DownscaleError(ValueError):
+    """A downscaling run that cannot go on as asked."""
+
+
+class RecipeError(DownscaleError):
+    """A recipe that cannot be used: names the file, the key, the value and what is allowed."""
+
+
+class CorpusError(DownscaleError):
+    """A corpus that cannot be used: names the file and, where there is one, the line."""
+
+
+class BaseError(DownscaleError):
+    """A base checkpoint that cannot be cut, or a size that it cannot be cut to."""
+
+
+class OutputError(DownscaleError):
+    """An output folder that already holds a run, or a disk with too little room."""
+
+
+class DivergedError(DownscaleError):
+    """Training stopped because the loss was not finite; the last good checkpoint is kept."""
 
 
 class RequestError(ValueError):

@@ -20,28 +20,34 @@ from typing import Any, Final
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from models.downscale.cut.architecture import num_parameters, solve_shape
-from models.downscale.cut.cut import cut
-from models.downscale.cut.importance import (
+from models.downscale.adapt import NUM_JUDGED, adapt, choose_device, mean_loss, trial
+from models.downscale.base import base_model
+from models.downscale.cut import (
     Importance,
     activation_importance,
+    cut,
     load_importance,
     save_importance,
 )
-from models.downscale.data.lessons import with_lessons, write_lessons
-from models.downscale.data.mixture import Point, best_share, fit_mixture
-from models.downscale.data.select import Selection, select, select_at_random
-from models.downscale.errors import DownscaleError
+from models.downscale.data import (
+    Point,
+    Selection,
+    best_share,
+    fit_mixture,
+    select,
+    select_at_random,
+    with_lessons,
+    write_lessons,
+)
 from models.downscale.examples import GENERAL, conversations
-from models.downscale.progress import progress_bar
 from models.downscale.recipe import ALL_DOMAINS
-from models.downscale.stage import Run, read_json, remembered, stage, write_json
-from models.downscale.train.adapt import NUM_JUDGED, adapt, choose_device, mean_loss, trial
-from models.downscale.train.base import base_model
+from models.downscale.shape import num_parameters, solve_shape
+from models.downscale.stage import Run, progress_bar, read_json, remembered, stage, write_json
+from models.errors import DownscaleError
 from models.tasks import Split
 from models.training.checkpoint import export_checkpoint
 from models.training.data import Conversation
-from models.training.score import Scorer
+from models.training.forward import Scorer
 from policies.errors import LawError
 
 BASE: Final = "base"

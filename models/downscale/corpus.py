@@ -20,10 +20,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from models.downscale.errors import CorpusError
 from models.downscale.recipe import TASKS, CorpusSettings
+from models.errors import CorpusError
 from models.tasks import DOMAINS, Split, Task
-from models.training.data import draw_dialogue
+from models.training.scratch import draw_dialogue
 from policies.cascade.base import normalise
 
 ROLES: Final = ("system", "user", "assistant")

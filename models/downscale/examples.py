@@ -12,6 +12,7 @@ from typing import Final
 
 import numpy as np
 
+from models.downscale.base import base_model
 from models.downscale.corpus import (
     MIN_TRAIN_EXAMPLES,
     Corpus,
@@ -23,11 +24,10 @@ from models.downscale.corpus import (
     read_corpus,
     write_corpus,
 )
-from models.downscale.errors import CorpusError
 from models.downscale.recipe import ALL_DOMAINS, TASKS, CorpusSettings
 from models.downscale.render import Renderer
 from models.downscale.stage import Run, remembered, stage, write_json
-from models.downscale.train.base import base_model
+from models.errors import CorpusError
 from models.tasks import Split
 from models.training.data import Conversation
 

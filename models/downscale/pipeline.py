@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from models.downscale.answers import measure, questions
+from models.downscale.base import base, check_base, trained_parameters
 from models.downscale.chunks import (
     BASE,
     calibrate,
@@ -22,13 +24,11 @@ from models.downscale.chunks import (
     select_examples,
     train_chunk,
 )
-from models.downscale.errors import CorpusError, OutputError, RecipeError
 from models.downscale.examples import corpora, lengths, source_files
-from models.downscale.measure.answers import measure, questions
-from models.downscale.measure.pool import pool
+from models.downscale.pool import pool
 from models.downscale.recipe import Recipe
 from models.downscale.stage import MARKS, Run
-from models.downscale.train.base import base, check_base, trained_parameters
+from models.errors import CorpusError, OutputError, RecipeError
 from models.pool import load_pool
 
 # Weights and two moments in fp32, kept at the start of the decay and at the end, and a third time

@@ -13,7 +13,7 @@ from typing import Annotated, Final, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from models.downscale.errors import RecipeError
+from models.errors import RecipeError
 from models.spec import Name
 from policies.kinds import explain
 

@@ -17,8 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from models.chat_template import ChatTemplate, Message
 from models.downscale.corpus import Example
-from models.downscale.errors import BaseError, CorpusError
-from models.errors import RequestError
+from models.errors import BaseError, CorpusError, RequestError
 from models.training.data import Conversation
 
 # For checkpoints that come without a template: they could not be served for chat otherwise.

@@ -27,6 +27,7 @@ from types import FunctionType, MappingProxyType, MethodType
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar, cast
 
 from pydantic import BaseModel
+from tqdm import tqdm
 
 from models.downscale.recipe import Recipe
 from policies.files import write_atomic
@@ -345,6 +346,22 @@ def _source(module: str) -> Path | None:
     except ModuleNotFoundError:
         return None
     return Path(spec.origin) if spec is not None and spec.origin is not None else None
+
+
+@contextmanager
+def progress_bar(total: int, name: str, *, unit: str) -> Iterator[Callable[[int], None]]:
+    """Show a bar while the block runs; it yields the function that advances it."""
+    with tqdm(total=total, desc=name, unit=f" {unit}", disable=None, leave=False) as bar:
+
+        def advance(count: int) -> None:
+            bar.update(count)
+
+        yield advance
+
+
+def say(line: str) -> None:
+    """Print a line above the bars that are being shown."""
+    tqdm.write(line)
 
 
 def _content_sha256(path: Path) -> str:

@@ -1,30 +1,19 @@
-"""Conversations drawn from a mixture of domains and packed into rows of fixed length.
+"""Conversations as token ids, packed into rows of fixed length.
 
 Shapes: `B` rows, `T` tokens a row. A row holds whole conversations; each is a *segment* that
-attends only to itself and starts at position 0, exactly as at inference. Most conversations have
-one turn; some have several, or a system prompt.
-
-Data is a function of (mixture, seed, shard index) alone, so training resumes at any step.
+attends only to itself and starts at position 0, exactly as at inference. It knows no tokenizer, and
+nothing of where conversations come from.
 """
 
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerFast
 
-from models.tasks import DOMAINS, Split, Task
-from models.training.tokenizer import ASSISTANT, END, SYSTEM, SYSTEM_PROMPTS, USER
-
-_SHARE_MULTI_TURN: Final = 0.10
-_SHARE_SYSTEM_PROMPT: Final = 0.08
 _OPEN_ROWS: Final = 16
-_STEPS_PER_SHARD: Final = 32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,52 +69,6 @@ class Rows:
                 log_probabilities=self.teacher.log_probabilities[rows],
             ),
         )
-
-
-class Renderer:
-    """Turns tasks into token ids exactly as the chat template does, but in batches."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        """Look up the control tokens once."""
-        self._backend = tokenizer.backend_tokenizer
-        self._id: Callable[[str], int] = partial(_token_id, tokenizer)
-
-    def render(self, dialogues: Sequence[tuple[str | None, Sequence[Task]]]) -> list[Conversation]:
-        """Render (system prompt or None, turns) pairs."""
-        texts: list[str] = []
-        for system, turns in dialogues:
-            texts += [system] if system is not None else []
-            for task in turns:
-                texts += [task.question, task.answer]
-        encoded = iter(self._backend.encode_batch(texts, add_special_tokens=False))
-        end = self._id(END)
-        rendered = []
-        for system, turns in dialogues:
-            roles = ([SYSTEM] if system is not None else []) + [USER, ASSISTANT] * len(turns)
-            tokens: list[int] = []
-            is_answer: list[bool] = []
-            for role in roles:
-                body = [*next(encoded).ids, end]
-                tokens += [self._id(role), *body]
-                is_answer += [False] + [role == ASSISTANT] * len(body)
-            rendered.append(Conversation(tokens=tokens, is_answer=is_answer))
-        return rendered
-
-
-def _token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
-    index = tokenizer.convert_tokens_to_ids(token)
-    assert isinstance(index, int)
-    return index
-
-
-def draw_dialogue(
-    rng: random.Random, mixture: Mapping[str, float]
-) -> tuple[str | None, list[Task]]:
-    """One training dialogue: a domain by its share, one turn or a few, now and then a system."""
-    name = rng.choices(list(mixture), list(mixture.values()))[0]
-    num_turns = rng.randint(2, 3) if rng.random() < _SHARE_MULTI_TURN else 1
-    system = rng.choice(SYSTEM_PROMPTS) if rng.random() < _SHARE_SYSTEM_PROMPT else None
-    return system, [DOMAINS[name].sample(rng, Split.TRAIN) for _ in range(num_turns)]
 
 
 def fill_rows(
@@ -212,35 +155,3 @@ def _no_teacher(rows: Sequence[Sequence[Conversation]], shape: tuple[int, int]) 
     silence = np.zeros((*shape, width), np.float16)
     silence[..., 0] = 1
     return TopTokens(ids=np.zeros((*shape, width), np.int32), log_probabilities=silence)
-
-
-def steps(
-    renderer: Renderer,
-    mixture: Mapping[str, float],
-    *,
-    seed: int,
-    first_step: int,
-    rows_per_step: int,
-    row_tokens: int,
-    question_weight: float,
-) -> Iterator[Rows]:
-    """Endless training batches from step `first_step` on."""
-    shard, skip = divmod(first_step, _STEPS_PER_SHARD)
-    while True:
-        rng = random.Random(f"{sorted(mixture.items())}/{seed}/{shard}")
-        rows = pack(
-            _conversations(renderer, rng, mixture),
-            num_rows=_STEPS_PER_SHARD * rows_per_step,
-            row_tokens=row_tokens,
-            question_weight=question_weight,
-        )
-        for step in range(skip, _STEPS_PER_SHARD):
-            yield rows.part(slice(step * rows_per_step, (step + 1) * rows_per_step))
-        shard, skip = shard + 1, 0
-
-
-def _conversations(
-    renderer: Renderer, rng: random.Random, mixture: Mapping[str, float]
-) -> Iterator[Conversation]:
-    while True:
-        yield from renderer.render([draw_dialogue(rng, mixture) for _ in range(256)])

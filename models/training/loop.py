@@ -22,7 +22,7 @@ from models.training.checkpoint import Progress, load_checkpoint, read_progress,
 from models.training.data import Rows
 from models.training.forward import (
     Distillation,
-    compiled,
+    compile_shapes,
     geometry,
     low_precision,
     packed_loss,
@@ -95,7 +95,7 @@ class Trainer:
         self._peaks = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
         precision = settings.precision or ("bfloat16" if settings.compiled else "float32")
         self._dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-        self._loss = compiled(packed_loss) if settings.compiled else packed_loss
+        self._loss = compile_shapes(packed_loss) if settings.compiled else packed_loss
         cos, sin = rotary_tables(model, settings.row_tokens)
         self._constants: dict[str, Any] = {
             "cos": cos,

@@ -58,8 +58,7 @@ def refusing(command: str | None = None, *more: type[Exception]) -> Iterator[Non
     With a `command`: settings, pools, data and files that cannot be used, and `more`; exit code 2.
     Without: any `ValueError`; exit code 1.
     """
-    from models.downscale.errors import DownscaleError
-    from models.errors import PoolError
+    from models.errors import DownscaleError, PoolError
     from policies.errors import PolicyError
     from router.ledger import LedgerError
 

@@ -40,8 +40,8 @@ def downscale(
     from transformers.utils import logging
 
     from models.downscale.pipeline import downscale as run
-    from models.downscale.progress import say
     from models.downscale.recipe import QUICK_RECIPE, read_recipe
+    from models.downscale.stage import say
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if threads is not None:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import yaml
 
-from models.downscale.measure.policies import CASCADE_FILE, Fusion, learn_stages, specify
+from models.downscale.policies import CASCADE_FILE, Fusion, learn_stages, specify
 from models.pool import DEFAULT_POOL, Pool, load_pool
 from policies.base import ModelFacts
 from policies.carbon import find_device, rates_for

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from models.downscale.measure.serving import Written, ask
+from models.downscale.answers import Written, ask
 from models.pool import Pool
 from models.tasks import check
 from models.tokenizer import Tokenizer, load_tokenizer

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from models.downscale.measure.serving import ask
+from models.downscale.answers import ask
 from models.pool import load_pool
 from models.tasks import DOMAINS, Split, check
 from policies.plan import Answer

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
+from models.downscale.answers import questions
 from models.downscale.chunks import BASE
-from models.downscale.measure.answers import questions
-from models.downscale.measure.figures import ORACLE, Comparison, collect, describe, systems
-from models.downscale.measure.report import all_tables, markdown
+from models.downscale.figures import ORACLE, Comparison, collect, describe, systems
 from models.downscale.pipeline import claimed
 from models.downscale.recipe import read_recipe
+from models.downscale.report import all_tables, markdown
 from models.downscale.stage import Run, read_json, write_json
 from tests.bench.downscale.baselines import FINETUNED, baseline_systems, baseline_training
 from tests.bench.downscale.claims import (

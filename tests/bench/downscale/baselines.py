@@ -19,6 +19,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from models.downscale.adapt import adapt
+from models.downscale.answers import measure_model, questions, read_measured
+from models.downscale.base import base_model
 from models.downscale.chunks import (
     ADAPT_FILE,
     CUT_FILE,
@@ -29,13 +32,10 @@ from models.downscale.chunks import (
     train_chunk,
     training_data,
 )
-from models.downscale.cut.architecture import num_parameters
 from models.downscale.examples import GENERAL, conversations
-from models.downscale.measure.answers import measure_model, questions, read_measured
-from models.downscale.measure.figures import System, training_facts
+from models.downscale.figures import System, training_facts
+from models.downscale.shape import num_parameters
 from models.downscale.stage import Run, read_json, stage, write_json
-from models.downscale.train.adapt import adapt
-from models.downscale.train.base import base_model
 from models.tasks import Split
 from models.training.checkpoint import export_checkpoint
 from tests.bench.downscale.merge import Descendant, merge

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from models.downscale.chunks import BASE
-from models.downscale.errors import RecipeError
-from models.downscale.measure.figures import ORACLE, Comparison, System
-from models.downscale.measure.report import Table, percent
+from models.downscale.figures import ORACLE, Comparison, System
+from models.downscale.report import Table, percent
 from models.downscale.stage import Run
+from models.errors import RecipeError
 from policies.laws import (
     CompressionLaw,
     RecoveryLaw,

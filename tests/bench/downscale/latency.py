@@ -16,18 +16,18 @@ from typing import Final, TypedDict
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+from models.downscale.base import base_model
 from models.downscale.chunks import cut_out, load_model
-from models.downscale.cut.architecture import (
+from models.downscale.recipe import MemberShape
+from models.downscale.shape import (
     CutShape,
     cut_config,
     num_parameters,
     shape_of,
     solve_shape,
 )
-from models.downscale.errors import BaseError
-from models.downscale.recipe import MemberShape
 from models.downscale.stage import Run, stage, write_json
-from models.downscale.train.base import base_model
+from models.errors import BaseError
 
 LATENCY_FILE: Final = "latency.json"
 _MOST_PARAMETERS: Final = 200_000_000

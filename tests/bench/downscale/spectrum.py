@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from models.downscale.cut.architecture import layers_of, shape_of
-from models.downscale.cut.importance import Array, Importance
+from models.downscale.cut import Array, Importance
+from models.downscale.shape import layers_of, shape_of
 
 
 @torch.inference_mode()

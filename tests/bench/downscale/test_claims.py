@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models.downscale.errors import RecipeError
-from models.downscale.measure.figures import Comparison, System
+from models.downscale.figures import Comparison, System
+from models.errors import RecipeError
 from tests.bench.downscale.claims import claims, other_runs
 
 _DOMAINS = ["a"] * 300 + ["b"] * 100

@@ -6,10 +6,9 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from models.downscale.cut.architecture import num_parameters, shape_of, solve_shape
-from models.downscale.cut.cut import cut
-from models.downscale.cut.importance import activation_importance
+from models.downscale.cut import activation_importance, cut
 from models.downscale.recipe import MemberShape
+from models.downscale.shape import num_parameters, shape_of, solve_shape
 from tests.bench.downscale.merge import Descendant, merge
 from tests.bench.downscale.spectrum import spectrum_importance
 from tests.models.downscale.tiny_models import ARCHITECTURES, random_conversations, tiny_model

@@ -19,19 +19,24 @@ from typing import Final, TypedDict
 import torch
 from transformers import PreTrainedModel
 
+from models.downscale.adapt import adapt, trial
+from models.downscale.base import base_model
 from models.downscale.chunks import cut_out, importance_of, load_model, loss_on
-from models.downscale.cut.architecture import shape_of
-from models.downscale.cut.cut import cut
-from models.downscale.data.lessons import with_lessons, write_lessons
-from models.downscale.data.select import keep_by, select_at_random, uncertainty
+from models.downscale.cut import cut
+from models.downscale.data import (
+    keep_by,
+    select_at_random,
+    uncertainty,
+    with_lessons,
+    write_lessons,
+)
 from models.downscale.examples import GENERAL, conversations
 from models.downscale.recipe import DistillSettings
+from models.downscale.shape import shape_of
 from models.downscale.stage import Run, read_json, stage, write_json
-from models.downscale.train.adapt import adapt, trial
-from models.downscale.train.base import base_model
 from models.tasks import Split
 from models.training.data import Conversation
-from models.training.score import Scorer
+from models.training.forward import Scorer
 from tests.bench.downscale.spectrum import spectrum_importance
 
 VARIANTS_FILE: Final = "variants.json"

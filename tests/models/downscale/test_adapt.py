@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from models.downscale.data.lessons import with_lessons, write_lessons
-from models.downscale.errors import CorpusError, DivergedError
+from models.downscale.adapt import adapt, mean_loss, mix
+from models.downscale.data import with_lessons, write_lessons
 from models.downscale.recipe import AdaptSettings, DistillSettings
-from models.downscale.train.adapt import adapt, mean_loss, mix
+from models.errors import CorpusError, DivergedError
 from models.training.data import Conversation
-from models.training.score import Scorer
+from models.training.forward import Scorer
 from tests.models.downscale.tiny_models import random_conversations, tiny_model
 
 _SETTINGS = AdaptSettings(

@@ -5,12 +5,12 @@ import json
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from models.downscale.errors import BaseError
+from models.downscale.base import check_base, load_base, trained_parameters
 from models.downscale.recipe import QUICK_RECIPE, read_recipe
 from models.downscale.render import PLAIN_TEMPLATE
-from models.downscale.train.base import check_base, load_base, trained_parameters
-from models.training.scratch import LlamaShape, build_model, num_parameters
-from models.training.tokenizer import build_tokenizer
+from models.downscale.shape import num_parameters
+from models.errors import BaseError
+from models.training.scratch import LlamaShape, build_model, build_tokenizer
 
 TINY = LlamaShape(
     hidden_size=16, num_layers=1, feed_forward_size=16, num_heads=2, num_kv_heads=1, head_size=8

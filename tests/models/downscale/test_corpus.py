@@ -13,11 +13,11 @@ from models.downscale.corpus import (
     read_corpus,
     write_corpus,
 )
-from models.downscale.errors import CorpusError
 from models.downscale.recipe import CorpusSettings
 from models.downscale.render import PLAIN_TEMPLATE, Renderer
+from models.errors import CorpusError
 from models.tasks import Split
-from models.training.tokenizer import build_tokenizer
+from models.training.scratch import build_tokenizer
 
 
 def questions(count):

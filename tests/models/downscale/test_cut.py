@@ -7,22 +7,22 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from models.downscale.cut.architecture import (
+from models.downscale.cut import (
+    activation_importance,
+    cut,
+    load_importance,
+    pad,
+    save_importance,
+)
+from models.downscale.recipe import MemberShape
+from models.downscale.shape import (
     TOLERANCE,
     count_parameters,
     num_parameters,
     shape_of,
     solve_shape,
 )
-from models.downscale.cut.cut import cut
-from models.downscale.cut.importance import (
-    activation_importance,
-    load_importance,
-    pad,
-    save_importance,
-)
-from models.downscale.errors import BaseError
-from models.downscale.recipe import MemberShape
+from models.errors import BaseError
 from tests.models.downscale.tiny_models import ARCHITECTURES, random_conversations, tiny_model
 
 HALF = {

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.downscale.measure.ensemble import (
+from models.downscale.ensemble import (
     explained,
     fit_curve,
     subset_errors,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from models.downscale.measure.figures import Comparison, training_footprint, wilson_interval
+from models.downscale.figures import Comparison, training_footprint, wilson_interval
 
 _DOMAINS = ["a"] * 300 + ["b"] * 100
 

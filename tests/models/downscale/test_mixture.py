@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from models.downscale.data.mixture import Point, best_share, fit_mixture
+from models.downscale.data import Point, best_share, fit_mixture
 from policies.laws import MixtureLaw
 
 # Rises fast as a corpus's own share goes to nothing.

@@ -8,12 +8,11 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from models.downscale.errors import BaseError, CorpusError, DivergedError, OutputError
 from models.downscale.pipeline import downscale
 from models.downscale.recipe import QUICK_RECIPE, Recipe, read_recipe
+from models.errors import BaseError, CorpusError, DivergedError, OutputError
 from models.pool import load_pool
-from models.training.scratch import LlamaShape, build_model
-from models.training.tokenizer import build_tokenizer
+from models.training.scratch import LlamaShape, build_model, build_tokenizer
 from policies.base import Query
 from policies.outcomes import read_outcomes
 from policies.registry import build_policy

@@ -5,8 +5,8 @@ import copy
 import pytest
 import yaml
 
-from models.downscale.errors import RecipeError
 from models.downscale.recipe import DEFAULT_RECIPE, QUICK_RECIPE, MemberSettings, read_recipe
+from models.errors import RecipeError
 
 GOOD = {
     "name": "mine",

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from models.downscale.measure.figures import share, training_footprint
-from models.downscale.measure.report import all_tables, markdown, write_report
+from models.downscale.figures import share, training_footprint
+from models.downscale.report import all_tables, markdown, write_report
 
 _DOMAINS = ["numbers", "words"]
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.downscale.data.select import keep_by, select, select_at_random, uncertainty
+from models.downscale.data import keep_by, select, select_at_random, uncertainty
 from models.training.data import Conversation
 from tests.models.downscale.tiny_models import random_conversations, tiny_model
 

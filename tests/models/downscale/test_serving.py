@@ -3,11 +3,10 @@
 import torch
 from transformers import AutoModelForCausalLM
 
-from models.downscale.measure.serving import ask
+from models.downscale.answers import ask
 from models.tasks import DOMAINS, Split
 from models.training.checkpoint import export_checkpoint
-from models.training.scratch import LlamaShape, build_model
-from models.training.tokenizer import build_tokenizer
+from models.training.scratch import LlamaShape, build_model, build_tokenizer
 from policies.plan import Answer
 
 _TINY = LlamaShape(

@@ -6,7 +6,6 @@ from contextlib import suppress
 import pytest
 
 from models.downscale import stage as stages
-from models.downscale.errors import OutputError
 from models.downscale.pipeline import (
     check_room,
     claimed,
@@ -16,6 +15,7 @@ from models.downscale.pipeline import (
 )
 from models.downscale.recipe import QUICK_RECIPE, Recipe, read_recipe
 from models.downscale.stage import Run, read_json, remembered, stage
+from models.errors import OutputError
 
 RAN = []
 

@@ -8,7 +8,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from models.tasks import DOMAINS, Split
-from models.training.data import Conversation, Renderer, draw_dialogue, pack, steps
+from models.training.data import Conversation, pack
+from models.training.scratch import Renderer, draw_dialogue, steps
 
 _EVEN = dict.fromkeys(DOMAINS, 1.0)
 

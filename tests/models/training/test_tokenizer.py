@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from models.tasks import DOMAINS, Split
-from models.training.tokenizer import SPECIAL_TOKENS, build_tokenizer
+from models.training.scratch import SPECIAL_TOKENS, build_tokenizer
 
 
 def _pieces(tokenizer: PreTrainedTokenizerFast, text: str) -> list[str]:

@@ -9,8 +9,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from models.training.checkpoint import read_progress
-from models.training.data import Renderer
-from models.training.scratch import LlamaShape, TaskTraining, build_model, grow, train
+from models.training.scratch import LlamaShape, Renderer, TaskTraining, build_model, grow, train
 
 _TINY = LlamaShape(hidden_size=32, num_layers=2, feed_forward_size=64, num_heads=4, num_kv_heads=2)
 _TINY = replace(_TINY, head_size=8)

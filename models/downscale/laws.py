@@ -18,19 +18,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.downscale.chunks import importance_of, load_model, loss_on, member, mixture_of
-from models.downscale.cut.architecture import num_parameters, solve_shape
-from models.downscale.cut.cut import cut
-from models.downscale.errors import BaseError
-from models.downscale.examples import GENERAL, conversations
-from models.downscale.measure.answers import (
+from models.downscale.adapt import NUM_JUDGED, trial
+from models.downscale.answers import (
     Question,
     answer_odds,
     measured,
     prompt_odds,
     questions,
 )
-from models.downscale.measure.ensemble import (
+from models.downscale.base import base_model
+from models.downscale.chunks import importance_of, load_model, loss_on, member, mixture_of
+from models.downscale.cut import cut
+from models.downscale.ensemble import (
     Curve,
     Floats,
     answer_rows,
@@ -40,12 +39,13 @@ from models.downscale.measure.ensemble import (
     subset_losses,
     subsets,
 )
+from models.downscale.examples import GENERAL, conversations
 from models.downscale.recipe import MemberShape
+from models.downscale.shape import num_parameters, solve_shape
 from models.downscale.stage import Run, read_json, stage, write_json
-from models.downscale.train.adapt import NUM_JUDGED, trial
-from models.downscale.train.base import base_model
+from models.errors import BaseError
 from models.tasks import Split
-from models.training.score import Scorer
+from models.training.forward import Scorer
 from policies.errors import LawError
 from policies.evidence import HeldOutAnswers, calibrate, evidence_weights
 from policies.laws import EnsembleLaw, Fitted, MixtureLaw, PostPruningLaw

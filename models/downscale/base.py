@@ -18,23 +18,22 @@ from transformers import (
 
 from models.card import SUPPORTED_ARCHITECTURES, ModelCard, read_card
 from models.chat_template import read_chat_template
-from models.downscale.errors import BaseError, DivergedError
 from models.downscale.recipe import TASKS, BaseShape, BaseStage, BaseTraining
 from models.downscale.render import PLAIN_TEMPLATE, Renderer
+from models.downscale.shape import num_parameters
 from models.downscale.stage import Run, remembered, stage
 from models.engines.stacked.architecture import read_architecture
-from models.errors import PoolError, TrainingDiverged
+from models.errors import BaseError, DivergedError, PoolError, TrainingDiverged
 from models.training.checkpoint import export_model
-from models.training.data import Renderer as TaskRenderer
 from models.training.scratch import (
     LlamaShape,
     TaskTraining,
     build_model,
+    build_tokenizer,
     grow,
-    num_parameters,
     train,
 )
-from models.training.tokenizer import build_tokenizer
+from models.training.scratch import Renderer as TaskRenderer
 
 CHECKPOINT: Final = "checkpoint"
 

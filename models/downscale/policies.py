@@ -24,18 +24,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.card import read_card
-from models.downscale.chunks import BASE, member
-from models.downscale.measure.answers import (
+from models.downscale.answers import (
+    Written,
     answer_odds,
+    ask,
     members_measured,
     outcomes,
     prompt_odds,
     questions,
     read_written,
 )
-from models.downscale.measure.serving import Written, ask
-from models.downscale.progress import progress_bar
-from models.downscale.stage import Run, read_json, stage, write_json
+from models.downscale.chunks import BASE, member
+from models.downscale.stage import Run, progress_bar, read_json, stage, write_json
 from policies.base import ModelFacts, Policy, Query
 from policies.cascade.answers import answer_table, predict
 from policies.cascade.base import Attempt, Confidence, Scorer

@@ -9,19 +9,18 @@ from typing import Any, Final
 
 import yaml
 
+from models.downscale.answers import ENGINE_KIND, members_measured, outcomes, questions
 from models.downscale.chunks import BASE, member
-from models.downscale.measure.answers import members_measured, outcomes, questions
-from models.downscale.measure.figures import collect
-from models.downscale.measure.laws import laws
-from models.downscale.measure.policies import (
+from models.downscale.figures import collect
+from models.downscale.laws import laws
+from models.downscale.policies import (
     CASCADE_FILE,
     ROUTER_FILE,
     policies,
     policies_of,
     prices,
 )
-from models.downscale.measure.report import all_tables, markdown, write_report
-from models.downscale.measure.serving import ENGINE_KIND
+from models.downscale.report import all_tables, markdown, write_report
 from models.downscale.stage import MARKS, Run, stage, write_json
 from policies.laws.file import LAWS_FILE
 from policies.outcomes import write_outcomes

@@ -21,8 +21,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from models.card import SUPPORTED_ARCHITECTURES
-from models.downscale.errors import BaseError
 from models.downscale.recipe import MemberShape
+from models.errors import BaseError
 
 
 @dataclass(frozen=True, kw_only=True)

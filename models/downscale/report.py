@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, Final
 
-from models.downscale.measure.plots import draw_all
+from models.downscale.plots import draw_all
 
 REPORT_FILE: Final = "report.html"
 PLOTS_FOLDER: Final = "plots"

@@ -17,14 +17,12 @@ from typing import Final
 import torch
 from transformers import PreTrainedModel
 
-from models.downscale.errors import CorpusError, DivergedError
 from models.downscale.recipe import AdaptSettings
-from models.errors import TrainingDiverged
+from models.errors import CorpusError, DivergedError, TrainingDiverged
 from models.training.checkpoint import Progress
 from models.training.data import Conversation, Rows, fill_rows, lay_out
-from models.training.forward import Distillation
+from models.training.forward import Distillation, Scorer, answer_loss, target_log_probabilities
 from models.training.loop import Settings, run
-from models.training.score import Scorer, answer_loss, target_log_probabilities
 from policies.carbon import training_flops
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.card import read_card
+from models.downscale.answers import Measured, Question, members_measured, questions
 from models.downscale.chunks import (
     ADAPT_FILE,
     BASE,
@@ -27,9 +28,8 @@ from models.downscale.chunks import (
     selection_of,
     train_chunk,
 )
-from models.downscale.measure.answers import Measured, Question, members_measured, questions
-from models.downscale.measure.laws import fits_of
-from models.downscale.measure.policies import policies_of
+from models.downscale.laws import fits_of
+from models.downscale.policies import policies_of
 from models.downscale.stage import Run, read_json
 from policies.carbon import find_device, find_zone
 from policies.carbon.llmcarbon import run_carbon

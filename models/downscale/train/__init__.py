@@ -1,1 +1,0 @@
-"""Training: of a base from nothing, and of what was cut from one."""
