@@ -36,21 +36,22 @@ from models.downscale.answers import (
 )
 from models.downscale.chunks import BASE, member
 from models.downscale.stage import Run, progress_bar, read_json, stage, write_json
-from policies.base import ModelFacts, Policy, Query
+from policies.base import ModelFacts, Policy
 from policies.cascade.answers import answer_table, predict
-from policies.cascade.base import Attempt, Confidence, Scorer
+from policies.cascade.base import Confidence, Scorer
 from policies.cascade.fit import fit_scorer
 from policies.cascade.learn import learn_cascade
 from policies.cascade.learned import LearnedCascade
 from policies.cascade.scorer import LearnedScorer
 from policies.encoders.base import build_encoder
 from policies.errors import PolicyError
+from policies.evaluation.play import play as play_one
 from policies.evidence import Calibration, HeldOutAnswers, calibrate
 from policies.fixed import Fixed
 from policies.footprint import Rates
 from policies.fused import best_members, with_prior
 from policies.outcomes import Outcome
-from policies.plan import Answer, Best, Cascade, Plan
+from policies.plan import Answer, Plan
 from policies.registry import build_policy
 from policies.routing.fit import FitSettings, fit_router
 from policies.routing.router import save_router
@@ -352,77 +353,22 @@ def play(
     Returns, per question, whether the answer was right, what it cost in US dollars, and the
     parameters that were at work on each token.
     """
-    found: dict[str, list[float]] = {"right": [], "usd": [], "parameters": []}
-    for row in rows:
-        query = Query(text=row.query, prompt_tokens=row.prompt_tokens or 0)
-        game = _Game(row, scorers)
-        attempt = game.play(policy.decide(query).plan)
-        sizes = [facts[name].parameters or 0 for name, _ in game.used]
-        spent = [
-            facts[name].rates.footprint(row.prompt_tokens or 0, tokens).usd
-            for name, tokens in game.used
-        ]
-        found["right"].append(float(row.scores[game.name_of(attempt.plan)]))
-        found["usd"].append(float(sum(spent)))
-        found["parameters"].append(float(sum(sizes)))
-    return found
+    rates = {name: fact.rates for name, fact in facts.items()}
+    played = [play_one(policy, row, rates=rates, scorers=scorers, name_of=_name_of) for row in rows]
+    sizes = {name: fact.parameters or 0 for name, fact in facts.items()}
+    return {
+        "right": [one.quality for one in played],
+        "usd": [one.usd or 0.0 for one in played],
+        "parameters": [float(sum(sizes[name] for name, _ in one.used)) for one in played],
+    }
 
 
-class _Game:
-    """One question whose plan is played on stored answers; `used` are members and their tokens."""
-
-    def __init__(self, row: Outcome, scorers: Mapping[str, Scorer]) -> None:
-        self._row = row
-        self._scorers = scorers
-        self.used: list[tuple[str, int]] = []
-
-    def play(self, plan: Plan, earlier: tuple[str, ...] = ()) -> Attempt:
-        """The answer that `plan` ends with."""
-        if isinstance(plan, Answer):
-            return self._answer(plan, earlier)
-        if isinstance(plan, Cascade):
-            return self._cascade(plan, earlier)
-        return self._best(plan)
-
-    def name_of(self, plan: Plan) -> str:
-        """The name under which the outcomes hold what a plan of one answer wrote."""
-        assert isinstance(plan, Answer)
-        if len(plan.members) == 1:
-            return plan.members[0]
-        name, size = _TOP
-        return name if len(plan.members) == size and name in self._row.scores else FUSED
-
-    def _answer(self, plan: Answer, earlier: tuple[str, ...]) -> Attempt:
-        name = self.name_of(plan)
-        logprobs = self._row.logprobs[name]
-        self.used += [(one, logprobs.num_tokens) for one in plan.members]
-        return Attempt(
-            query=self._row.query,
-            plan=plan,
-            answer=self._row.outputs[name],
-            logprob_mean=logprobs.mean,
-            logprob_min=logprobs.min,
-            num_tokens=logprobs.num_tokens,
-            entropy_mean=logprobs.entropy,
-            earlier=earlier,
-        )
-
-    def _cascade(self, plan: Cascade, earlier: tuple[str, ...]) -> Attempt:
-        scorer = self._scorers[plan.scorer]
-        for stage_plan, threshold in zip(plan.stages, plan.thresholds, strict=False):
-            attempt = self.play(stage_plan, earlier)
-            if scorer.score(attempt) >= threshold:
-                return attempt
-            earlier = (*earlier, attempt.answer)
-        return self.play(plan.stages[-1], earlier)
-
-    def _best(self, plan: Best) -> Attempt:
-        attempts = [self.play(candidate) for candidate in plan.candidates]
-        if plan.select == "majority":
-            answers = [attempt.answer for attempt in attempts]
-            return max(attempts, key=lambda attempt: answers.count(attempt.answer))
-        scorer = self._scorers[plan.scorer]
-        return max(attempts, key=scorer.score)
+def _name_of(answer: Answer, row: Outcome) -> str:
+    """The name under which the outcomes hold what an answer's members wrote."""
+    if len(answer.members) == 1:
+        return answer.members[0]
+    name, size = _TOP
+    return name if len(answer.members) == size and name in row.scores else FUSED
 
 
 def _members_written(run: Run) -> dict[str, Sequence[Written]]:

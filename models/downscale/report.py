@@ -4,7 +4,7 @@ that needs no network, with its plots as PNG beside it."""
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -50,11 +50,22 @@ def render(figures: Mapping[str, Any], plots: Sequence[Path]) -> str:
     """The page."""
     title = f"Pool {figures['pool']}: from one base to {len(figures['domains'])} chunks"
     first, *others = all_tables(figures)
-    body = "".join([_table(first), *map(_image, plots), *map(_table, others)])
+    return page(title, [first, *plots, *others])
+
+
+def page(title: str, parts: Iterable[Table | Path | str]) -> str:
+    """An HTML page of tables, pictures (files) and paragraphs that needs nothing beside it."""
+    body = "".join(map(_part, parts))
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f"<style>{_STYLE}</style></head><body><h1>{escape(title)}</h1>{body}</body></html>\n"
     )
+
+
+def _part(part: Table | Path | str) -> str:
+    if isinstance(part, str):
+        return f"<p>{escape(part)}</p>"
+    return _table(part) if isinstance(part, Table) else _image(part)
 
 
 def markdown(table: Table) -> str:

@@ -20,7 +20,7 @@ from policies.cascade.base import Attempt, normalise
 from policies.cascade.scorer import NUM_OWN_SIGNALS, LearnedScorer, ScorerWeights, logit
 from policies.errors import OutcomesError
 from policies.footprint import Rates, estimate
-from policies.outcomes import Outcome
+from policies.outcomes import AnswerLogprobs, Outcome
 from policies.plan import Answer, Plan
 
 Floats: TypeAlias = NDArray[np.float64]
@@ -78,21 +78,20 @@ def answer_table(
     """Return the answers of the stages `plans` (by their names in the outcomes), and their costs.
 
     Costs, [Q, S] in US dollars, are the outcomes' own or else the tokens' price at `rates`, of a
-    fusion in `top` that of so many of its members.
-    Raises `OutcomesError` naming the query and what it lacks: a cascade needs every stage's score,
-    text and log-probabilities for every query.
+    fusion in `top` that of so many of its members. Outcomes that lack a stage's score or text are
+    left out. Log-probabilities that nobody told are 0, as they are in serving.
+    Raises `OutcomesError` where no outcome is left, naming what the first one lacks.
     """
     if not outcomes:
         raise OutcomesError("a cascade needs outcomes, got none")
-    for number, outcome in enumerate(outcomes, start=1):
-        where = f"outcome {outcome.id or number}"
-        for name in plans:
-            for what in ("scores", "outputs", "logprobs"):
-                if name not in getattr(outcome, what):
-                    raise OutcomesError(
-                        f"{where}: {what} lacks {name!r}; a cascade learns from real generations "
-                        "of every stage"
-                    )
+    lacks = [_lacking(outcome, plans) for outcome in outcomes]
+    if all(lacks):
+        raise OutcomesError(
+            f"no outcome is complete: outcome {outcomes[0].id or 1}: {lacks[0]}; a cascade learns "
+            "from real generations of every stage"
+        )
+    outcomes = [outcome for outcome, lack in zip(outcomes, lacks, strict=True) if not lack]
+    logprobs = [[_logprobs(outcome, name) for name in plans] for outcome in outcomes]
     shape = (len(outcomes), len(plans))
 
     def column(values: Sequence[Sequence[float]]) -> Floats:
@@ -102,11 +101,13 @@ def answer_table(
         plans=dict(plans),
         queries=tuple(outcome.query for outcome in outcomes),
         answers=tuple(tuple(outcome.outputs[name] for outcome in outcomes) for name in plans),
-        logprob_mean_QS=column([[o.logprobs[name].mean for name in plans] for o in outcomes]),
-        logprob_min_QS=column([[o.logprobs[name].min for name in plans] for o in outcomes]),
-        num_tokens_QS=column([[o.logprobs[name].num_tokens for name in plans] for o in outcomes]),
+        logprob_mean_QS=column([[seen.mean for seen in row] for row in logprobs]),
+        logprob_min_QS=column([[seen.min for seen in row] for row in logprobs]),
+        num_tokens_QS=column([[seen.num_tokens for seen in row] for row in logprobs]),
         quality_QS=column([[o.scores[name] for name in plans] for o in outcomes]),
-        entropy_mean_QS=column([[_entropy(o, name) for name in plans] for o in outcomes]),
+        entropy_mean_QS=column(
+            [[np.nan if seen.entropy is None else seen.entropy for seen in row] for row in logprobs]
+        ),
         top=dict(top),
     )
     priced = {name: first_members(plan, top.get(name)) for name, plan in plans.items()}
@@ -179,9 +180,19 @@ def sigmoid(logit: Floats) -> Floats:
     return result
 
 
-def _entropy(outcome: Outcome, name: str) -> float:
-    entropy = outcome.logprobs[name].entropy
-    return float("nan") if entropy is None else entropy
+def _lacking(outcome: Outcome, plans: Mapping[str, Plan]) -> str:
+    """Return what a stage's answer lacks in `outcome`; empty where it is complete."""
+    for name in plans:
+        for what in ("scores", "outputs"):
+            if name not in getattr(outcome, what):
+                return f"{what} lacks {name!r}"
+    return ""
+
+
+def _logprobs(outcome: Outcome, name: str) -> AnswerLogprobs:
+    known = outcome.logprobs.get(name)
+    num_tokens = outcome.output_tokens.get(name, 0)
+    return known or AnswerLogprobs(mean=0.0, min=0.0, num_tokens=num_tokens)
 
 
 def _usd(outcome: Outcome, name: str, plan: Plan, rates: Mapping[str, Rates]) -> float:
@@ -191,5 +202,5 @@ def _usd(outcome: Outcome, name: str, plan: Plan, rates: Mapping[str, Rates]) ->
         plan,
         rates,
         prompt_tokens=outcome.prompt_tokens or 0,
-        output_tokens=outcome.output_tokens.get(name, outcome.logprobs[name].num_tokens),
+        output_tokens=outcome.output_tokens.get(name, _logprobs(outcome, name).num_tokens),
     ).usd

@@ -5,13 +5,10 @@ Shape legend: Q queries, M models.
 
 from __future__ import annotations
 
-import math
-import re
 import time
-import zlib
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +23,7 @@ from policies.evaluation.metrics import (
     trade_curve,
     two_model_curve,
 )
+from policies.outcome_sets import fold_names, near_duplicates
 from policies.outcomes import Outcome, content_sha256, score_table
 from policies.routing.fit import Reliability, reliability
 from policies.routing.router import Router
@@ -33,8 +31,8 @@ from policies.routing.router import Router
 Floats = NDArray[np.float64]
 Interval = tuple[float, float]
 
-NUM_SHINGLE_WORDS = 4
-LIKENESS = 0.8
+Protocol = Literal["folds", "tasks", "split"]
+
 NUM_TIMED = 500
 
 
@@ -72,6 +70,7 @@ class Report:
     """All methods under one protocol.
 
     `overlap` says what was done about test queries that training may have seen (may be empty).
+    `by_task` holds each method's accuracy by task, empty for a single one.
     """
 
     title: str
@@ -79,6 +78,7 @@ class Report:
     num_test: int
     overlap: str
     results: tuple[Result, ...]
+    by_task: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 def evaluate_router(
@@ -87,13 +87,22 @@ def evaluate_router(
     *,
     models: Sequence[str] | None = None,
     trained_on: Sequence[Outcome] = (),
+    seen: bool = False,
 ) -> tuple[Report, Reliability]:
     """Judge `router`'s choice among `models` (default: all it knows) on queries scored for all.
 
     Queries that repeat one of `trained_on`, or nearly, are left out. Of two models the one with the
-    lower mean score counts as the weak one. Returns the report and the heads' reliability diagram.
-    Raises `PolicyError` for a model the router does not know, or where no query is left.
+    lower mean score counts as the weak one. AIQ needs every model's cost of every query. Returns
+    the report and the heads' reliability diagram. Raises `PolicyError` for a model the router does
+    not know, for the queries that it was trained on unless `seen` allows that, or where no query is
+    left.
     """
+    known = router.facts.get("data_sha256") == content_sha256(outcomes)
+    if known and not seen and not trained_on:
+        raise PolicyError(
+            "these are the very outcomes that the router was trained on, and it would look better "
+            "than it is; give others, let --protocol train anew on parts of them, or say --seen"
+        )
     names = tuple(models or router.models)
     for name in names:
         if name not in router.models:
@@ -106,48 +115,161 @@ def evaluate_router(
         raise PolicyError(f"no outcome has scores for all of {', '.join(names)}")
     if len(names) == 2 and np.diff(scores_QM[complete].mean(0)) < 0:
         names, scores_QM = names[::-1], scores_QM[:, ::-1]
-    seen = _seen(outcomes, trained_on)
-    tested = complete & ~seen
+    repeats = _repeats(outcomes, trained_on)
+    tested = complete & ~repeats
     if not tested.any():
         raise PolicyError("every query with all scores repeats one that was trained on")
     scores_QM = scores_QM[tested]
     rows = [outcomes[q] for q in np.flatnonzero(tested).tolist()]
     queries = [row.query for row in rows]
     columns = [router.models.index(name) for name in names]
-    tasks = np.array([row.tags[0] if row.tags else "" for row in rows])
-    task_QM = np.empty_like(scores_QM)
-    for task in np.unique(tasks):
-        task_QM[tasks == task] = scores_QM[tasks == task].mean(0)
+    tasks = [row.tags[0] if row.tags else "" for row in rows]
     learned_QM = router.qualities(queries)[:, columns]
-    predictions = {
-        "random": np.random.default_rng(0).random(scores_QM.shape),
-        "best single": np.tile(scores_QM.mean(0), (len(rows), 1)),
-        "Clusters": router.cluster_qualities(queries)[:, columns],
-        "Learned": learned_QM,
-        "dataset oracle": task_QM,
-        "per-query oracle": scores_QM,
-    }
-    cost_QM = np.ones_like(scores_QM)  # the file knows no prices
-    report = Report(
-        title=f"Choice among {', '.join(names)}",
-        models=names,
-        num_test=len(rows),
-        overlap=_overlap(router, outcomes, trained_on, int((complete & seen).sum())),
-        results=tuple(
-            judge(
-                name,
-                quality_QM,
-                scores_QM,
-                cost_QM,
-                decision_us=median_decision_us(router, queries) if name == "Learned" else None,
-            )
-            for name, quality_QM in predictions.items()
+    return (
+        compare(
+            f"Choice among {', '.join(names)}",
+            names,
+            {
+                "Clusters": router.cluster_qualities(queries)[:, columns],
+                "Learned": learned_QM,
+            },
+            scores_QM,
+            tasks=tasks,
+            cost_QM=_costs(rows, names),
+            overlap=_overlap(router, outcomes, trained_on, int((complete & repeats).sum())),
+            decision_us=median_decision_us(router, queries),
         ),
+        reliability(learned_QM.ravel(), scores_QM.ravel()),
     )
-    return report, reliability(learned_QM.ravel(), scores_QM.ravel())
 
 
-def _seen(outcomes: Sequence[Outcome], trained_on: Sequence[Outcome]) -> NDArray[np.bool_]:
+def compare(
+    title: str,
+    models: Sequence[str],
+    predictions: Mapping[str, Floats],
+    scores_QM: Floats,
+    *,
+    tasks: Sequence[str],
+    cost_QM: Floats,
+    overlap: str = "",
+    decision_us: float | None = None,
+) -> Report:
+    """Judge `predictions` of quality by method, beside chance, the best single model and oracles.
+
+    With several `tasks` (one per query) there are the oracle that knows each query's task, and each
+    method's accuracy by task. `decision_us` is the last method's.
+    """
+    labels, tasks_Q = sorted(set(tasks)), np.array(tasks)
+    where = {label: tasks_Q == label for label in labels}
+    every = {
+        "random": np.random.default_rng(0).random(scores_QM.shape),
+        "best single": np.tile(scores_QM.mean(0), (len(scores_QM), 1)),
+        **predictions,
+    }
+    if len(labels) > 1:
+        task_QM = np.empty_like(scores_QM)
+        for rows_Q in where.values():
+            task_QM[rows_Q] = scores_QM[rows_Q].mean(0)
+        every["dataset oracle"] = task_QM
+    every["per-query oracle"] = scores_QM
+    *_, timed = predictions
+    results = [
+        judge(
+            name, quality_QM, scores_QM, cost_QM, decision_us=decision_us if name == timed else None
+        )
+        for name, quality_QM in every.items()
+    ]
+    by_task = {
+        label: {name: float(chosen_scores(quality_QM[rows_Q], scores_QM[rows_Q]).mean())
+                for name, quality_QM in every.items()}
+        for label, rows_Q in where.items()
+    }  # fmt: skip
+    return Report(
+        title=title,
+        models=tuple(models),
+        num_test=len(scores_QM),
+        overlap=overlap,
+        results=tuple(results),
+        by_task=by_task if len(labels) > 1 else {},
+    )
+
+
+def evaluate_protocol(
+    outcomes: Sequence[Outcome],
+    *,
+    fit: Callable[[Sequence[Outcome]], Router],
+    protocol: Protocol,
+    models: Sequence[str] | None = None,
+    num_folds: int = 5,
+    seed: int = 0,
+) -> Report:
+    """Train by `fit` on parts of the outcomes and judge on the rest, pooled.
+
+    `folds`: each fifth in turn, by a hash of the query, repeats together. `tasks`: each task (first
+    tag) in turn, which shows what unheard-of questions get. `split`: what the outcomes call "train"
+    and "test". Raises `PolicyError` where there is nothing to train or judge on.
+    """
+    parts = _parts(outcomes, protocol, num_folds, seed)
+    names = tuple(models or score_table(outcomes).models)
+    predicted: list[Floats] = []
+    tested: list[Outcome] = []
+    for train, test in parts:
+        complete = [row for row in test if all(name in row.scores for name in names)]
+        if not complete:
+            continue
+        router = fit(train)
+        columns = [router.models.index(name) for name in names]
+        predicted.append(router.qualities([row.query for row in complete])[:, columns])
+        tested += complete
+    if not tested:
+        raise PolicyError(f"no outcome has scores for all of {', '.join(names)}")
+    return compare(
+        f"Choice among {', '.join(names)}, trained anew: {protocol}",
+        names,
+        {"Learned": np.concatenate(predicted)},
+        score_table(tested, names).scores_QM,
+        tasks=[row.tags[0] if row.tags else "" for row in tested],
+        cost_QM=_costs(tested, names),
+    )
+
+
+def _parts(
+    outcomes: Sequence[Outcome], protocol: Protocol, num_folds: int, seed: int
+) -> list[tuple[list[Outcome], list[Outcome]]]:
+    """Return pairs of what to train on and what to judge on."""
+    if protocol == "split":
+        marked = list(outcomes)
+        labels = ["train" if row.split != "test" else "test" for row in marked]
+        tests = ["test"]
+    elif protocol == "tasks":
+        labels = [row.tags[0] if row.tags else "" for row in outcomes]
+        tests = sorted(set(labels))
+    else:
+        labels = fold_names(outcomes, num_folds=num_folds, seed=seed)
+        tests = sorted(set(labels))
+    pairs = [
+        (
+            [row for row, at in zip(outcomes, labels, strict=True) if at != test],
+            [row for row, at in zip(outcomes, labels, strict=True) if at == test],
+        )
+        for test in tests
+    ]
+    if not all(train and test for train, test in pairs):
+        raise PolicyError(
+            f"--protocol {protocol}: there is nothing to train or nothing to judge on; the "
+            f"outcomes have {', '.join(sorted(set(labels)))}"
+        )
+    return pairs
+
+
+def _costs(outcomes: Sequence[Outcome], models: Sequence[str]) -> Floats:
+    """Return US dollars [Q, M]; ones where an outcome does not know every model's."""
+    if not all(name in outcome.costs for outcome in outcomes for name in models):
+        return np.ones((len(outcomes), len(models)))
+    return np.array([[outcome.costs[name] for name in models] for outcome in outcomes])
+
+
+def _repeats(outcomes: Sequence[Outcome], trained_on: Sequence[Outcome]) -> NDArray[np.bool_]:
     """Return which outcomes' queries (nearly) repeat one that was trained on."""
     first = len(trained_on)
     if not first:
@@ -180,7 +302,7 @@ def judge(
 
     `fold_sizes` say how many rows each fold has, in order (default: all are one).
     """
-    chosen_Q = np.take_along_axis(scores_QM, quality_QM.argmax(1)[:, None], 1)[:, 0]
+    chosen_Q = chosen_scores(quality_QM, scores_QM)
     num_queries, num_models = scores_QM.shape
     if num_models == 2:
         preference_Q = quality_QM[:, 1] - quality_QM[:, 0]
@@ -213,6 +335,12 @@ def judge(
     )
 
 
+def chosen_scores(quality_QM: Floats, scores_QM: Floats) -> Floats:
+    """Return the score of the model that is predicted best for each query, [Q]."""
+    chosen_Q: Floats = np.take_along_axis(scores_QM, quality_QM.argmax(1)[:, None], 1)[:, 0]
+    return chosen_Q
+
+
 def median_decision_us(router: Router, queries: Sequence[str]) -> float:
     """Return how long one prediction takes, in microseconds."""
     times_s = []
@@ -221,48 +349,3 @@ def median_decision_us(router: Router, queries: Sequence[str]) -> float:
         router.predict(text)
         times_s.append(time.perf_counter() - start_s)
     return float(np.median(times_s)) * 1e6
-
-
-def near_duplicates(texts: Sequence[str]) -> dict[int, set[int]]:
-    """Return, for every row of `texts` that (nearly) repeats others, the rows of those.
-
-    Queries are near-duplicates if the Jaccard similarity of their sets of four-word shingles
-    (upper and lower case, punctuation and white space ignored) is at least 0.8. Candidates come
-    from prefix filtering (Chaudhuri, Ganti & Kaushik 2006): with all sets in one order, rarest
-    shingle first, two such sets share a shingle among the first n - ⌈0.8·n⌉ + 1 of each. Exact.
-    """
-    sets = [_shingles(text) for text in texts]
-    frequency = Counter(shingle for shingles in sets for shingle in shingles)
-    earlier: dict[int, list[int]] = defaultdict(list)
-    alike: dict[int, set[int]] = defaultdict(set)
-    for row, shingles in enumerate(sets):
-        prefix = _prefix(shingles, frequency)
-        for other in {other for shingle in prefix for other in earlier[shingle]}:
-            if _likeness(shingles, sets[other]) >= LIKENESS:
-                alike[row].add(other)
-                alike[other].add(row)
-        for shingle in prefix:
-            earlier[shingle].append(row)
-    return dict(alike)
-
-
-def _prefix(shingles: frozenset[int], frequency: Mapping[int, int]) -> list[int]:
-    num_shingles = len(shingles)
-    length = num_shingles - math.ceil(LIKENESS * num_shingles) + 1
-    return sorted(shingles, key=lambda shingle: (frequency[shingle], shingle))[:length]
-
-
-def _shingles(text: str) -> frozenset[int]:
-    words = re.findall(r"\w+", text.lower())
-    last = max(1, len(words) - NUM_SHINGLE_WORDS + 1)
-    return frozenset(
-        zlib.crc32(" ".join(words[i : i + NUM_SHINGLE_WORDS]).encode("utf-8", "replace"))
-        for i in range(last)
-    )
-
-
-def _likeness(one: frozenset[int], other: frozenset[int]) -> float:
-    if min(len(one), len(other)) < LIKENESS * max(len(one), len(other)):
-        return 0.0  # too different in size to be worth intersecting
-    shared = len(one & other)
-    return shared / (len(one) + len(other) - shared)

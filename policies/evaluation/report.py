@@ -29,7 +29,25 @@ def table(report: Report) -> str:
         "|---|" + "---|" * len(columns),
     ]
     lines += [f"| {row.method} | {' | '.join(_cells(row, two))} |" for row in report.results]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_tasks(report)])
+
+
+def _tasks(report: Report) -> list[str]:
+    """Return the lines of a table of accuracies by task, and their mean over tasks."""
+    if not report.by_task:
+        return []
+    methods = [row.method for row in report.results]
+    rows = {task or "(no tag)": found for task, found in report.by_task.items()}
+    mean = {name: sum(r[name] for r in rows.values()) / len(rows) for name in methods}
+    return [
+        "",
+        f"| task | {' | '.join(methods)} |",
+        "|---|" + "---|" * len(methods),
+        *(
+            f"| {task} | " + " | ".join(f"{found[name]:.4f}" for name in methods) + " |"
+            for task, found in {**rows, "mean over tasks": mean}.items()
+        ),
+    ]
 
 
 def draw_reliability(diagram: Reliability, title: str, path: Path) -> None:

@@ -1,7 +1,7 @@
 """Replay: what a policy would have earned on traffic of the past.
 
-Two kinds of past. *Outcomes* hold every model's answer to every query, so a plan of single
-answers and cascades can be played out exactly. A *log* holds one answer per request, chosen by an
+Two kinds of past. *Outcomes* hold every model's answer to every query, so any plan but a
+fusion can be played out exactly. A *log* holds one answer per request, chosen by an
 experiment's arms with known probabilities, so its estimates are off-policy. Requests that got no
 rating are left out of quality, which assumes that rating does not depend on the arm.
 
@@ -29,12 +29,13 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 
 from policies.base import Policy, Query
-from policies.cascade.base import Attempt, Scorer
-from policies.errors import ExperimentError
+from policies.cascade.base import Scorer
+from policies.errors import ExperimentError, OutcomesError
+from policies.evaluation.play import play
 from policies.experiments.effects import Floats
 from policies.footprint import Rates
 from policies.outcomes import Outcome
-from policies.plan import Answer, Cascade, Plan, to_json
+from policies.plan import to_json
 
 # Normal intervals around fewer effective requests than this say nothing.
 MIN_EFFECTIVE = 30.0
@@ -206,14 +207,13 @@ def replay_outcomes(
     """Play `policy` on every query of `outcomes`.
 
     Raises `ExperimentError` where its plan needs an answer that the outcomes lack: a fusion, a
-    vote, a model without a score, or a cascade's stage without log-probabilities.
+    model without a score, or a judged answer's text.
     """
-    scores, costs = [], []
-    for outcome in outcomes:
-        query = Query(text=outcome.query, prompt_tokens=outcome.prompt_tokens or 0)
-        ran = _play(policy.decide(query).plan, outcome, scorers, ())
-        scores.append(outcome.scores[ran[-1]])
-        costs.append(_usd(outcome, ran, rates))
+    try:
+        played = [play(policy, one, rates=rates, scorers=scorers) for one in outcomes]
+    except OutcomesError as error:
+        raise ExperimentError(f"replay: {error}") from None
+    scores, costs = [one.quality for one in played], [one.usd for one in played]
     known = [usd for usd in costs if usd is not None]
     return ReplayedPolicy(
         quality=_mean(np.array(scores), _Z),
@@ -283,58 +283,6 @@ def replay_log(
     )
 
 
-def _play(
-    plan: Plan, outcome: Outcome, scorers: Mapping[str, Scorer], earlier: tuple[str, ...]
-) -> tuple[str, ...]:
-    """Return the members that would run, in order; the last one's answer is the client's."""
-    if isinstance(plan, Answer) and len(plan.members) == 1:
-        if plan.members[0] not in outcome.scores:
-            raise _unsupported(f"the model {plan.members[0]!r} has no score for {outcome.id!r}")
-        return plan.members
-    if not isinstance(plan, Cascade):
-        raise _unsupported("outcomes hold single models' answers, and the plan combines several")
-    ran: tuple[str, ...] = ()
-    for stage, threshold in zip(plan.stages, (*plan.thresholds, -math.inf), strict=True):
-        tried = _play(stage, outcome, scorers, earlier)
-        ran += tried
-        if threshold == -math.inf:
-            break
-        attempt = _attempt(stage, tried[-1], outcome, earlier)
-        if scorers[plan.scorer].score(attempt) >= threshold:
-            break
-        earlier += (attempt.answer,)
-    return ran
-
-
-def _attempt(stage: Plan, member: str, outcome: Outcome, earlier: tuple[str, ...]) -> Attempt:
-    logprobs, output = outcome.logprobs.get(member), outcome.outputs.get(member)
-    if logprobs is None or output is None:
-        raise _unsupported(f"{member!r} has no output with log-probabilities for {outcome.id!r}")
-    return Attempt(
-        query=outcome.query,
-        plan=stage,
-        answer=output,
-        logprob_mean=logprobs.mean,
-        logprob_min=logprobs.min,
-        num_tokens=logprobs.num_tokens,
-        entropy_mean=logprobs.entropy,
-        earlier=earlier,
-    )
-
-
-def _usd(outcome: Outcome, ran: Sequence[str], rates: Mapping[str, Rates]) -> float | None:
-    total = 0.0
-    for name in ran:
-        if name in outcome.costs:
-            total += outcome.costs[name]
-        elif name in rates and name in outcome.output_tokens and outcome.prompt_tokens is not None:
-            tokens = outcome.output_tokens[name]
-            total += rates[name].footprint(outcome.prompt_tokens, tokens).usd
-        else:
-            return None
-    return total
-
-
 def _features(queries: Sequence[Query]) -> np.ndarray:
     raw = np.array([[math.log1p(q.prompt_tokens), math.log1p(len(q.text))] for q in queries])
     spread = raw.std(0)
@@ -344,7 +292,3 @@ def _features(queries: Sequence[Query]) -> np.ndarray:
 
 def _key(plan: Mapping[str, object]) -> str:
     return json.dumps(plan, sort_keys=True)
-
-
-def _unsupported(reason: str) -> ExperimentError:
-    return ExperimentError(f"replay: {reason}; nothing is known of the answer it would give")

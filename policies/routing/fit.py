@@ -8,7 +8,7 @@ Shape legend: Q queries, F features, M models.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import compress
@@ -19,7 +19,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from policies.encoders.base import Encoder
+from policies.encoders.base import Encoder, build_encoder
 from policies.errors import PolicyError
 from policies.outcomes import Outcome, content_sha256, score_table
 from policies.routing.heads import Heads, Objective, fit_heads, fit_platt, regress
@@ -126,6 +126,21 @@ def fit_router(
     # Two threads of our own do more than BLAS's, which wait for each other without giving way.
     with threadpool_limits(1):
         return _fit_router(examples, encoder, settings)
+
+
+def refit_like(router: Router) -> Callable[[Sequence[Outcome]], Router]:
+    """Return what trains a router for the same models over an encoder like `router`'s.
+
+    Raises `PolicyError` for an encoder that was trained itself: it has seen the outcomes.
+    """
+    if router.encoder.kind == "finetuned":
+        raise PolicyError("its encoder was trained end to end and knows the outcomes already")
+
+    def fit(outcomes: Sequence[Outcome]) -> Router:
+        encoder = build_encoder(router.encoder.kind, router.encoder.settings())
+        return fit_router(outcomes, encoder=encoder, models=router.models)
+
+    return fit
 
 
 def _fit_router(examples: Examples, encoder: Encoder, settings: FitSettings) -> Router:

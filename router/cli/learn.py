@@ -1,4 +1,5 @@
-"""`shoal outcomes`: what every model answers to your questions, graded, and tables of it."""
+"""`shoal outcomes collect`: what every model answers to your questions, graded; `shoal learn`: from
+that to policies of the pool."""
 
 from __future__ import annotations
 
@@ -12,8 +13,6 @@ import typer
 if TYPE_CHECKING:
     from policies.outcomes import Outcome
     from router.learning.collect import Line, Problems, Sampling
-
-outcomes = typer.Typer(help="Collect, read and arrange outcomes.", no_args_is_help=True)
 
 PoolOption: TypeAlias = Annotated[
     Path | None, typer.Option(help="The pool whose models answer, a file or folder.")
@@ -55,12 +54,121 @@ CodeOption: TypeAlias = Annotated[
 AtOnceOption: TypeAlias = Annotated[int, typer.Option(min=1, help="Requests at a time.")]
 
 
-@outcomes.callback()
-def _group() -> None:
-    pass
+def learn(
+    *,
+    pool: Annotated[Path, typer.Option(help="The pool to learn for, a file or folder.")],
+    queries: Annotated[
+        Path | None, typer.Option(help="Questions; see `shoal outcomes collect`.")
+    ] = None,
+    use: Annotated[
+        list[Path] | None,
+        typer.Option("--outcomes", help="Outcomes that are there already. May be repeated."),
+    ] = None,
+    from_ledger: Annotated[
+        str | None,
+        typer.Option(
+            help="Also what users thought of real answers, from the ledger at this address; then "
+            "nothing is installed that is worse than what serves."
+        ),
+    ] = None,
+    budget: Annotated[
+        str, typer.Option(help="Mean cost, as a share of always asking the dearest model.")
+    ] = "40%",
+    encoder: Annotated[
+        str, typer.Option(help="ngrams, or neural:FOLDER; see `shoal train router`.")
+    ] = "ngrams",
+    test_share: Annotated[
+        float, typer.Option(min=0.05, max=0.9, help="Share of the questions to measure on.")
+    ] = 0.3,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Report, and leave the pool file as it is.")
+    ] = False,
+    models: ModelsOption = None,
+    grade: GradeOption = None,
+    max_tokens: TokensOption = 512,
+    allow_code: CodeOption = False,
+    at_once: AtOnceOption = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the division into parts.")] = 0,
+) -> None:
+    """Learn routing policies for a pool from your questions, and measure them on unseen ones.
+
+    They go into the pool beside the old ones, with a version: auto-v1, cascade-v1, best-of-v1.
+    """
+    from models.pool import load_pool
+    from policies.errors import PolicyError
+    from policies.importers import load_outcomes
+    from policies.outcome_sets import merge
+    from policies.outcomes import write_outcomes
+    from policies.tables import text_table
+    from router.cli.console import refusing
+    from router.cli.train import read_feedback
+    from router.learning.collect import Problems, Sampling
+    from router.learning.learn import LearnSettings
+    from router.learning.learn import learn as learn_from
+    from router.learning.report import advice, install, is_worse, table, verdict, write_report
+
+    problems = Problems()
+    with refusing("learn"):
+        file = pool / "pool.yaml" if pool.is_dir() else pool
+        found = load_pool(file)
+        settings = LearnSettings(
+            budget_share=_share(budget), test_share=test_share, encoder=encoder, seed=seed
+        )
+        parts = [load_outcomes(one) for one in use or []]
+        if queries is not None:
+            kept = file.parent / "learned" / "outcomes.jsonl"
+            kept.parent.mkdir(exist_ok=True)
+            collected_now = collected(
+                queries,
+                kept,
+                pool=pool,
+                server=None,
+                key=None,
+                models=models,
+                grade=grade or ["exact"],
+                sampling=Sampling(max_tokens=max_tokens),
+                allow_code=allow_code,
+                at_once=at_once,
+                problems=problems,
+            )
+            write_outcomes(kept, collected_now)
+            parts.append(collected_now)
+        rows = merge(parts)
+        if from_ledger is not None:
+            rows += read_feedback(from_ledger)
+        if not rows:
+            raise PolicyError("there is nothing to learn from: give --queries or --outcomes")
+        lesson = learn_from(rows, found, settings)
+        page = write_report(lesson, found)
+        why = is_worse(lesson) if from_ledger is not None else ""
+        if not why and not dry_run:
+            install(lesson, file)
+    show_problems(problems)
+    print(text_table(table(lesson), num_left=2))
+    for note in lesson.notes:
+        print(f"Note: {note}")
+    print(f"\n{verdict(lesson)}\n\n{advice(lesson)}\n\nReport: {page}")
+    if why:
+        print(f"Not installed: {why}.")
+    elif not dry_run:
+        print(
+            f"Installed in {file}: {', '.join(lesson.specs)}. Ask for policy/{lesson.auto} after "
+            f"the server's next start; to make it the default, name its settings auto."
+        )
 
 
-@outcomes.command()
+def _share(text: str) -> float:
+    from policies.errors import PolicyError
+
+    try:
+        share = float(text.removesuffix("%")) / 100
+    except ValueError:
+        share = -1.0
+    if not text.endswith("%") or not 0 < share <= 1:
+        raise PolicyError(f"--budget {text!r} is not a percentage up to 100%")
+    return share
+
+
 def collect(
     *,
     queries: QueriesOption,

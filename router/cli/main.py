@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from router.cli import asking, experiment, learn, ledger, plan, pools, serve, train
+from router.cli import asking, experiment, learn, ledger, outcomes, plan, pools, serve, train
 
 app = typer.Typer(
     help="Serves a school of small language models as one.",
@@ -48,9 +48,11 @@ app.command()(ledger.report)
 app.command()(asking.route)
 app.command()(pools.downscale)
 app.command()(pools.stack)
+app.command()(learn.learn)
 app.add_typer(train.app, name="train")
 app.add_typer(train.evaluate_app, name="evaluate")
 app.add_typer(experiment.app, name="experiment")
 app.add_typer(ledger.keys_app, name="keys")
 app.add_typer(ledger.app, name="ledger")
-app.add_typer(learn.outcomes, name="outcomes")
+outcomes.app.command()(learn.collect)
+app.add_typer(outcomes.app, name="outcomes")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -73,7 +73,7 @@ def train_router(
     """
     from policies.encoders.base import parse_encoder
     from policies.errors import PolicyError
-    from policies.outcomes import load_outcomes
+    from policies.importers import load_outcomes
     from policies.routing.finetune import FinetuneSettings, finetune_router
     from policies.routing.fit import FitSettings, fit_router
     from policies.routing.router import save_router
@@ -88,7 +88,7 @@ def train_router(
         for extra in also or []:
             rows += load_outcomes(extra)
         if feedback is not None:
-            rows += _feedback(feedback)
+            rows += read_feedback(feedback)
         if kind == "finetuned":
             trained = finetune_router(
                 rows,
@@ -109,7 +109,7 @@ def train_router(
     print(json.dumps({"out": str(out), "models": trained.models, **trained.facts}, indent=2))
 
 
-def _feedback(ledger: str) -> list[Outcome]:
+def read_feedback(ledger: str) -> list[Outcome]:
     """Return the scored answers in the ledger at this address; an empty list where there are none.
 
     Raises `LedgerError` where there is no ledger.
@@ -179,7 +179,8 @@ def train_cascade(
         facts = load_pool(pool or DEFAULT_POOL).facts()
         rates = {name: fact.rates for name, fact in facts.items()}
         train = read_outcomes(outcomes, split=split)
-        plans = _plans(train[0].scores, rates, stage or [])
+        scored = dict.fromkeys(name for row in train for name in row.scores)
+        plans = _plans(scored, rates, stage or [])
         sizes = _sizes(top or [], plans)
         table, cost_QS = answer_table(train, plans, rates, sizes)
         mean_S = dict(zip(plans, cost_QS.mean(axis=0).tolist(), strict=True))
@@ -202,7 +203,7 @@ def train_cascade(
 
 
 def _plans(
-    scored: Mapping[str, float], rates: Mapping[str, Rates], stages: list[str]
+    scored: Collection[str], rates: Mapping[str, Rates], stages: list[str]
 ) -> dict[str, Plan]:
     """Return the stages by their names in the outcomes: the pool's scored models, then `stages`."""
     from policies.errors import PolicyError
@@ -217,6 +218,11 @@ def _plans(
             plans[name] = from_json(json.loads(plan))
         except json.JSONDecodeError as error:
             raise PolicyError(f"--stage {name}: the plan is not valid JSON: {error}") from None
+    if not plans:
+        raise PolicyError(
+            f"the pool has none of the outcomes' models, {', '.join(scored)}; it has "
+            f"{', '.join(rates)}. Name theirs with --pool"
+        )
     return plans
 
 
@@ -281,22 +287,43 @@ def evaluate_router(
     trained_split: Annotated[
         str | None, typer.Option(help="Of --trained-on, this split only.")
     ] = None,
+    protocol: Annotated[
+        Literal["folds", "tasks", "split"] | None,
+        typer.Option(
+            help="Train anew on: folds (four fifths), tasks (all tags but one), split (train)."
+        ),
+    ] = None,
+    seen: Annotated[
+        bool, typer.Option("--seen", help="Judge on the very outcomes it was trained on.")
+    ] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Draw the reliability diagram to this PNG.")
     ] = None,
 ) -> None:
-    """Print accuracy, calibration and decision time of a router, beside best single and oracles."""
-    from policies.evaluation.judge import evaluate_router
+    """Print accuracy, calibration and decision time of a router, beside best single and oracles.
+
+    With `--protocol`, routers like it are trained anew on parts of the outcomes, by its own encoder
+    and settings, and judged on the rest.
+    """
+    from policies.evaluation.judge import evaluate_protocol, evaluate_router
     from policies.evaluation.report import draw_reliability, table
-    from policies.outcomes import load_outcomes
+    from policies.importers import load_outcomes
+    from policies.routing.fit import refit_like
     from policies.routing.router import load_router
 
     with refusing("evaluate router"):
+        learned, rows = load_router(file), load_outcomes(outcomes, split=split)
+        names = models.split(",") if models else None
+        if protocol is not None:
+            fit = refit_like(learned)
+            print(table(evaluate_protocol(rows, fit=fit, protocol=protocol, models=names)))
+            return
         report, diagram = evaluate_router(
-            load_router(file),
-            load_outcomes(outcomes, split=split),
-            models=models.split(",") if models else None,
+            learned,
+            rows,
+            models=names,
             trained_on=load_outcomes(trained_on, split=trained_split) if trained_on else (),
+            seen=seen,
         )
         print(table(report))
         if plot is not None:

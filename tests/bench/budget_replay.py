@@ -42,7 +42,8 @@ from policies.carbon import find_zone
 from policies.carbon.settings import CarbonSettings
 from policies.errors import LawError
 from policies.footprint import Rates
-from policies.outcomes import import_llmrouter, read_outcomes, score_table
+from policies.importers import import_llmrouter
+from policies.outcomes import read_outcomes, score_table
 from tests.bench.routing_harness import llmrouter_prices
 
 FOLDER = Path(__file__).parents[3] / "shared" / "data" / "routing" / "LLMRouter"

@@ -26,7 +26,8 @@ from sklearn.naive_bayes import ComplementNB
 
 from policies.encoders.base import Encoder
 from policies.errors import OutcomesError
-from policies.evaluation.judge import Report, judge, median_decision_us, near_duplicates
+from policies.evaluation.judge import Report, judge, median_decision_us
+from policies.outcome_sets import near_duplicates
 from policies.outcomes import Outcome, score_table
 from policies.routing.fit import FitSettings, fit_router
 

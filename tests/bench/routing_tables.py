@@ -24,13 +24,8 @@ from policies.encoders.ngrams import NGrams
 from policies.encoders.transformer import SentenceVectors
 from policies.evaluation.judge import Report
 from policies.evaluation.report import draw_reliability, table
-from policies.outcomes import (
-    Outcome,
-    import_llmrouter,
-    import_routellm_mmlu,
-    read_outcomes,
-    score_table,
-)
+from policies.importers import import_llmrouter, import_routellm_mmlu
+from policies.outcomes import Outcome, read_outcomes, score_table
 from tests.bench.routing_harness import Protocol, draw_curves, evaluate, llmrouter_prices
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -1,8 +1,9 @@
 """Metrics by hand, protocols that leak nothing, the harness on outcomes with a known answer."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -10,10 +11,12 @@ from matplotlib.figure import Figure
 
 from policies.encoders.ngrams import NGrams
 from policies.errors import OutcomesError, PolicyError
-from policies.evaluation.judge import evaluate_router, near_duplicates
+from policies.evaluation.judge import evaluate_protocol, evaluate_router
 from policies.evaluation.metrics import Curve, aiq, apgr, bootstrap, cpt, two_model_curve
 from policies.evaluation.report import draw_reliability, table
-from policies.outcomes import Outcome, import_routellm_mmlu
+from policies.importers import import_routellm_mmlu
+from policies.outcome_sets import near_duplicates
+from policies.outcomes import Outcome
 from policies.routing.fit import FitSettings, fit_router, reliability
 from policies.routing.router import Router
 from tests.bench.routing_harness import Protocol, draw_curves, evaluate, folds
@@ -195,6 +198,67 @@ def test_a_trained_router_is_judged_on_new_queries(tmp_path: Path) -> None:
     assert (tmp_path / "reliability.png").stat().st_size > 1_000
     with pytest.raises(PolicyError, match="knows nothing of 'eve'"):
         evaluate_router(router, outcomes, models=["eve"])
+    with pytest.raises(PolicyError, match="the very outcomes that the router was trained on"):
+        evaluate_router(router, outcomes[:120])
+    assert "very queries" in evaluate_router(router, outcomes[:120], seen=True)[0].overlap
+
+
+def test_a_task_oracle_and_rows_by_task_need_several_tasks() -> None:
+    """The table has a row per task and their mean; of a single task there is neither."""
+    outcomes = make_outcomes()
+    router = fit_router(
+        outcomes[:120],
+        encoder=NGrams(bits=10, num_dimensions=4),
+        settings=FitSettings(num_clusters=4),
+    )
+    report, _ = evaluate_router(router, outcomes[120:])
+    assert "dataset oracle" in {row.method for row in report.results}
+    assert report.by_task["sums"]["Learned"] == report.by_task["words"]["Learned"] == 1.0
+    assert "| mean over tasks |" in table(report)
+    same = [replace(one, tags=("all",)) for one in outcomes[120:]]
+    report, _ = evaluate_router(router, same)
+    assert "dataset oracle" not in {row.method for row in report.results}
+    assert report.by_task == {}
+
+
+@pytest.mark.parametrize("protocol", ["folds", "tasks", "split"])
+def test_a_protocol_trains_on_parts_and_judges_on_the_rest(
+    protocol: Literal["folds", "tasks", "split"],
+) -> None:
+    """Every test query is judged once, by a router that was fitted without it."""
+    outcomes = make_outcomes()
+    trained: list[list[Outcome]] = []
+
+    def fit(rows: Sequence[Outcome]) -> Router:
+        trained.append(list(rows))
+        return fit_router(
+            rows,
+            encoder=NGrams(bits=10, num_dimensions=4),
+            settings=FitSettings(num_clusters=2),
+        )
+
+    report = evaluate_protocol(outcomes, fit=fit, protocol=protocol, models=["weak", "strong"])
+    num_left_out = sum(len(outcomes) - len(rows) for rows in trained)
+    assert report.num_test == num_left_out
+    assert num_left_out == (len(outcomes) // 5 if protocol == "split" else len(outcomes))
+    if protocol == "tasks":
+        assert [{one.tags for one in rows} for rows in trained] == [{("words",)}, {("sums",)}]
+
+
+def test_costs_that_are_known_make_an_aiq() -> None:
+    """Where every outcome says what every model costs; else there is none."""
+    outcomes = make_outcomes()
+    router = fit_router(
+        outcomes[:120],
+        encoder=NGrams(bits=10, num_dimensions=4),
+        settings=FitSettings(num_clusters=4),
+    )
+    assert all(row.aiq is None for row in evaluate_router(router, outcomes[120:])[0].results)
+    priced = [replace(one, costs={"weak": 1.0, "strong": 3.0}) for one in outcomes[120:]]
+    report, _ = evaluate_router(router, priced)
+    by_name = {row.method: row.aiq for row in report.results}
+    assert by_name["per-query oracle"] == by_name["Learned"]
+    assert by_name["Learned"] is not None
 
 
 def test_a_long_title_stays_inside_the_plot(

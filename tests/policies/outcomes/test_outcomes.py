@@ -7,16 +7,8 @@ import numpy as np
 import pytest
 
 from policies.errors import OutcomesError
-from policies.outcomes import (
-    Outcome,
-    content_sha256,
-    import_llmrouter,
-    import_routellm_mmlu,
-    load_outcomes,
-    read_outcomes,
-    score_table,
-    write_outcomes,
-)
+from policies.importers import import_llmrouter, import_routellm_mmlu, load_outcomes
+from policies.outcomes import Outcome, content_sha256, read_outcomes, score_table, write_outcomes
 
 DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "routing"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no published data at {DATA}")

@@ -77,9 +77,12 @@ def test_evaluating_compares_with_references(folder: Path) -> None:
 
 
 def test_evaluating_says_what_training_has_seen(folder: Path) -> None:
-    """Training's own queries are called so; `--trained-on` leaves out what repeats them."""
+    """Training's own queries are refused or called so; `--trained-on` leaves out their repeats."""
     router, file = folder / "router.npz", folder / "outcomes.jsonl"
-    again = _shoal("evaluate", "router", router, file, "--split", "train")
+    refused = _shoal("evaluate", "router", router, file, "--split", "train")
+    assert refused.exit_code == 2
+    assert "the very outcomes that the router was trained on" in refused.stderr
+    again = _shoal("evaluate", "router", router, file, "--split", "train", "--seen")
     assert "(120 test queries; the very queries that it was trained on)" in again.stdout
     known = ("--trained-on", file, "--trained-split", "train")
     every = _shoal("evaluate", "router", router, file, *known)

@@ -1,0 +1,210 @@
+"""What was learned, told: a paragraph, tables, plots, a page; and its policies put into the pool.
+
+The page needs nothing beside it; the plots lie there as PNG too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import yaml
+
+from models.downscale.plots import new_figure
+from models.downscale.report import Table, page
+from models.pool import Pool, load_pool
+from policies.errors import PolicyError
+from policies.evaluation.metrics import bootstrap
+from policies.files import replacing, write_atomic
+from router.catalog.catalog import load_catalog
+from router.learning.learn import Lesson, Measured
+
+_COLOURS: Final = {
+    "model": "#8fb8de",
+    "policy": "#00798c",
+    "serving": "#444444",
+    "reference": "#aaaaaa",
+}
+
+
+def verdict(lesson: Lesson) -> str:
+    """Return one paragraph for whoever decides: what routing gains here, and how sure that is."""
+    best, auto = lesson.row(lesson.best_single), lesson.row(lesson.auto)
+    oracle = lesson.row("oracle of each question")
+    num_tests = len(auto.quality_Q)
+    difference_Q = auto.quality_Q - best.quality_Q
+    low, high = bootstrap(lambda rows: float(difference_Q[rows].mean()), num_tests)
+    told = [
+        f"On {num_tests:,} questions that nothing was learned from, {best.name}, the best single "
+        f"model, scores {best.quality:.1%}{_per_1000(best)}; the learned router {auto.name} scores "
+        f"{auto.quality:.1%}{_per_1000(auto)}."
+    ]
+    if best.usd and auto.usd is not None:
+        told.append(f"That is {auto.usd / best.usd:.0%} of the cost.")
+    told.append(
+        f"Whoever knew the best model of every question would score {oracle.quality:.1%}, so "
+        f"choosing could gain {100 * (oracle.quality - best.quality):.1f} points at most."
+    )
+    gain = f"{100 * difference_Q.mean():+.1f} points [{100 * low:.1f}, {100 * high:.1f}]"
+    if low <= 0 <= high:
+        told.append(
+            f"The router's difference in quality, {gain}, may be chance; {_wanted(difference_Q)}"
+        )
+    else:
+        told.append(f"The router's difference in quality, {gain}, is more than chance.")
+    return " ".join(told)
+
+
+def _per_1000(row: Measured) -> str:
+    return "" if row.usd is None else f" at {1000 * row.usd:.4g} USD per 1,000 questions"
+
+
+def _wanted(difference_Q: np.ndarray) -> str:
+    """Return how many test questions would tell such a difference from none."""
+    mean, deviation = float(difference_Q.mean()), float(difference_Q.std(ddof=1))
+    if mean == 0:
+        return "both chose alike or as well."
+    number = round((1.96 * deviation / abs(mean)) ** 2)
+    return f"to be sure of one that small takes about {number:,} test questions."
+
+
+def advice(lesson: Lesson) -> str:
+    """Return what the learning curve says: whether more questions would help."""
+    if len(lesson.curve) < 2:
+        return (
+            f"{lesson.num_train:,} questions to learn from are too few for a learning curve; "
+            "give at least three times as many."
+        )
+    *_, (half, before), (whole, after) = lesson.curve
+    gained = 100 * (after - before)
+    told = f"From {half:,} to {whole:,} questions the router's choice gained {gained:+.1f} points: "
+    if gained > 1:
+        return told + f"it is still learning; about {whole:,} more should help again."
+    return told + "more questions like these would change little."
+
+
+def table(lesson: Lesson) -> list[tuple[str, ...]]:
+    """Return the rows of everything measured, the head first."""
+    rows: list[tuple[str, ...]] = [
+        ("who answers", "kind", "quality", "95% interval", "USD / 1,000")
+    ]
+    for row in lesson.measured:
+        low, high = row.interval
+        usd = "–" if row.usd is None else f"{1000 * row.usd:.4g}"
+        rows.append((row.name, row.kind, f"{row.quality:.3f}", f"[{low:.3f}, {high:.3f}]", usd))
+    return rows
+
+
+def write_report(lesson: Lesson, pool: Pool) -> Path:
+    """Write `report.html` and its plots beside the lesson's files; return the page."""
+    folder = pool.folder / "learned" / f"v{lesson.version}"
+    plot = folder / "report.png"
+    _draw(lesson, plot)
+    head, *rows = table(lesson)
+    parts: list[Table | Path | str] = [
+        verdict(lesson),
+        advice(lesson),
+        *lesson.notes,
+        plot,
+        Table(
+            title="Everything on the same questions",
+            text=(
+                f"{len(lesson.measured[0].quality_Q):,} test questions; {lesson.num_train:,} "
+                "others were learned from. “auto (serving)” is the pool's default policy. Oracles "
+                "know the scores and cannot be had."
+            ),
+            columns=head,
+            rows=tuple(rows),
+        ),
+        Table(
+            title="Where the router is wrong",
+            text=(
+                "Questions whose favourite did worse than another model, the surest first. "
+                f"{lesson.unfamiliar:.1%} of the test questions are unlike the training's; these "
+                "get the safe plan whatever is expected."
+            ),
+            columns=("question", "chosen", "expected quality", "better"),
+            rows=tuple(
+                (one.query[:200], one.chosen, f"{one.expected:.2f}", one.better)
+                for one in lesson.mistakes
+            ),
+        ),
+    ]
+    file = folder / "report.html"
+    write_atomic(file, page(f"What {pool.name} learned, version {lesson.version}", parts))
+    return file
+
+
+def _draw(lesson: Lesson, file: Path) -> None:
+    figure, [trade, learning] = new_figure(2, width=11)
+    labelled: set[str] = set()
+    for row in lesson.measured:
+        low, high = row.interval
+        x = 1000 * (row.usd or 0.0)
+        trade.errorbar(
+            x, row.quality, yerr=[[row.quality - low], [high - row.quality]], fmt="o", capsize=3,
+            color=_COLOURS[row.kind], label=None if row.kind in labelled else row.kind,
+        )  # fmt: skip
+        labelled.add(row.kind)
+        trade.annotate(row.name, (x, row.quality), xytext=(5, 4), textcoords="offset points",
+                       fontsize=7)  # fmt: skip
+    trade.set(xlabel="USD per 1,000 questions", ylabel="mean score", title="Quality and cost")
+    trade.legend(frameon=False, fontsize=8)
+    sizes = [size for size, _ in lesson.curve]
+    learning.plot(sizes, [quality for _, quality in lesson.curve], "o-", label="router")
+    learning.axhline(
+        lesson.row(lesson.best_single).quality, color="#444444", ls=":", label=lesson.best_single
+    )
+    learning.set(xlabel="questions learned from", title="Learning curve")
+    learning.legend(frameon=False, fontsize=8)
+    with replacing(file) as fresh:
+        figure.savefig(fresh, dpi=130)
+
+
+def install(lesson: Lesson, file: Path) -> None:
+    """Add the lesson's policies to the pool file, whose text stays as it is otherwise.
+
+    Raises `PolicyError`, and leaves the file alone, where it would not say then what it should.
+    """
+    before = file.read_text(encoding="utf-8")
+    block = yaml.safe_dump(dict(lesson.specs), sort_keys=False, allow_unicode=True)
+    lines = before.splitlines(keepends=True)
+    at = next((i for i, line in enumerate(lines) if line.rstrip() == "policies:"), None)
+    if at is None:
+        added = before.rstrip("\n") + "\npolicies:\n" + _indented(block, "  ")
+    else:
+        own = next((line for line in lines[at + 1 :] if line.strip(" \n")), "  ")
+        indent = own[: len(own) - len(own.lstrip(" "))] or "  "
+        added = "".join([*lines[: at + 1], _indented(block, indent), *lines[at + 1 :]])
+    wanted = yaml.safe_load(before)
+    wanted["policies"] = {**lesson.specs, **(wanted.get("policies") or {})}
+    if yaml.safe_load(added) != wanted:
+        raise PolicyError(
+            f"{file} is laid out so that policies cannot be added; add them:\n{block}"
+        )
+    write_atomic(file, added)
+    try:
+        load_catalog(load_pool(file))
+    except ValueError:
+        write_atomic(file, before)
+        raise
+
+
+def _indented(block: str, indent: str) -> str:
+    return "".join(indent + line for line in block.splitlines(keepends=True))
+
+
+def is_worse(lesson: Lesson) -> str:
+    """Return why the new router should not take the serving one's place; empty where it may."""
+    serving = [row for row in lesson.measured if row.kind == "serving"]
+    if not serving:
+        return "the serving policy could not be played on these questions"
+    difference_Q = lesson.row(lesson.auto).quality_Q - serving[0].quality_Q
+    low, high = bootstrap(lambda rows: float(difference_Q[rows].mean()), len(difference_Q))
+    if high < 0:
+        return (
+            f"it scores {100 * difference_Q.mean():.1f} points [{100 * low:.1f}, {100 * high:.1f}] "
+            "less than the serving policy"
+        )
+    return ""

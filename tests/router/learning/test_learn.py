@@ -1,0 +1,166 @@
+"""`shoal learn`: from questions to policies of a pool, measured, installed beside the old ones."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from models.pool import load_pool
+from policies.base import Query
+from policies.outcome_sets import divide
+from policies.outcomes import read_outcomes
+from policies.plan import Answer
+from router.catalog.catalog import load_catalog
+from router.cli.main import app
+from router.ledger.database import open_database
+from tests.router.conftest import write_pool
+
+MODELS = [
+    {"name": "sums", "engine": "one", "usd_per_million_output_tokens": 1},
+    {"name": "words", "engine": "one", "usd_per_million_output_tokens": 1},
+    {"name": "large", "engine": "two", "usd_per_million_output_tokens": 10},
+]
+NOUNS = ["apple", "river", "stone", "window", "garden", "candle", "button", "ladder"]
+
+
+def pool_at(folder: Path) -> Path:
+    """Write a pool of one model for sums, one for words, and a dear one that knows both."""
+    answers = {"sums": {"answers": ["sum"]}, "words": {"answers": ["word"]}}
+    engines = [
+        {"name": "one", "kind": "fake", "options": {"models": answers}},
+        {"name": "two", "kind": "fake", "options": {"answers": ["sum or word"]}},
+    ]
+    policies = {"auto": {"kind": "fixed", "plan": "large"}}
+    return write_pool(folder, engines=engines, models=MODELS, policies=policies)
+
+
+def questions_at(folder: Path, number: int) -> Path:
+    """Write questions of two kinds, each of which one cheap model gets right."""
+    lines: list[dict[str, Any]] = []
+    for n in range(number):
+        noun = NOUNS[n % len(NOUNS)]
+        lines.append(
+            {"query": f"How much is {n} plus {3 * n + 1}", "reference": "sum", "tags": ["sums"]}
+            if n % 2
+            else {"query": f"Spell the {noun} of house {n}", "reference": "word", "tags": ["words"]}
+        )
+    file = folder / "questions.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    return file
+
+
+def shoal(*words: object) -> Result:
+    """Run a command."""
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_a_pool_learns_from_questions_in_one_command(tmp_path: Path) -> None:
+    """The learned router tells the kinds apart; it serves beside the old default, with a report."""
+    pool = pool_at(tmp_path)
+    before = pool.read_text()
+    result = shoal(
+        "learn", "--pool", pool, "--queries", questions_at(tmp_path, 90), "--grade", "contains",
+        "--budget", "8%",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "the best single model, scores 100.0%" in result.stdout
+    content = yaml.safe_load(pool.read_text())
+    assert content["policies"]["auto"] == {"kind": "fixed", "plan": "large"}
+    assert set(content["policies"]) == {"auto", "auto-v1", "cascade-v1", "best-of-v1"}
+    assert all(line in pool.read_text().splitlines() for line in before.splitlines())
+    policy = load_catalog(load_pool(pool)).policies["auto-v1"]
+    texts = {"sums": "How much is {} plus 7", "words": "Spell the river of house {}"}
+    plans = {
+        kind: [
+            policy.decide(Query(text=text.format(n), prompt_tokens=20)).plan for n in range(90, 110)
+        ]
+        for kind, text in texts.items()
+    }
+    for kind, decided in plans.items():
+        assert decided.count(Answer(members=(kind,))) >= 15
+        assert set(decided) <= {Answer(members=(kind,)), Answer(members=("large",))}
+    page = (tmp_path / "learned" / "v1" / "report.html").read_text()
+    for told in ("auto-v1", "oracle of each task", "oracle of each question", "random", "large"):
+        assert told in page
+    assert (tmp_path / "learned" / "v1" / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_was_collected_is_used_again_under_a_new_version(tmp_path: Path) -> None:
+    """A second lesson takes the outcomes as they are, and leaves the first one's policies."""
+    pool = pool_at(tmp_path)
+    words = ("learn", "--pool", pool, "--budget", "100%")
+    assert shoal(*words, "--queries", questions_at(tmp_path, 60)).exit_code == 0
+    kept = tmp_path / "learned" / "outcomes.jsonl"
+    assert len(read_outcomes(kept)) == 60
+    result = shoal(*words, "--outcomes", kept)
+    assert result.exit_code == 0, result.output
+    policies = yaml.safe_load(pool.read_text())["policies"]
+    assert {"auto-v1", "auto-v2"} <= set(policies)
+    assert policies["auto-v2"]["path"] == "learned/v2/router.npz"
+
+
+def test_too_few_questions_say_how_many_more(tmp_path: Path) -> None:
+    """Nothing is written into the pool."""
+    pool = pool_at(tmp_path)
+    before = pool.read_text()
+    result = shoal("learn", "--pool", pool, "--queries", questions_at(tmp_path, 12))
+    assert result.exit_code == 2
+    assert "are too few" in result.stderr and "more" in result.stderr
+    assert pool.read_text() == before
+
+
+def test_a_dry_run_reports_and_installs_nothing(tmp_path: Path) -> None:
+    """The pool file stays as it was."""
+    pool = pool_at(tmp_path)
+    before = pool.read_text()
+    result = shoal(
+        "learn", "--pool", pool, "--queries", questions_at(tmp_path, 60), "--dry-run",
+        "--grade", "contains",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert pool.read_text() == before and "Installed" not in result.stdout
+
+
+@pytest.mark.parametrize("budget", ["0%", "140%", "half", "40"])
+def test_a_budget_that_is_no_share_is_refused(tmp_path: Path, budget: str) -> None:
+    """Before anything is asked."""
+    result = shoal("learn", "--pool", pool_at(tmp_path), "--budget", budget)
+    assert result.exit_code == 2
+    assert f"--budget '{budget}' is not a percentage" in result.stderr
+
+
+def test_a_division_stays_as_it_is_when_questions_join(tmp_path: Path) -> None:
+    """By hash: the old questions keep their part; a repeated one is where its original is."""
+    pool = pool_at(tmp_path)
+    shoal("learn", "--pool", pool, "--queries", questions_at(tmp_path, 60), "--dry-run")
+    rows = read_outcomes(tmp_path / "learned" / "outcomes.jsonl")
+    first = {row.query: row.split for row in divide(rows[:30])}
+    later = {row.query: row.split for row in divide(rows)}
+    assert all(later[query] == split for query, split in first.items())
+    assert {"train", "test"} == set(later.values())
+
+
+def test_from_a_ledger_nothing_worse_than_what_serves_is_installed(tmp_path: Path) -> None:
+    """A budget that only pays for wrong answers is reported, and the pool stays as it was."""
+    pool = pool_at(tmp_path)
+    before = pool.read_text()
+    ledger = f"sqlite:///{tmp_path / 'ledger.db'}"
+    open_database(ledger).dispose()
+    queries = tmp_path / "hard.jsonl"
+    queries.write_text(
+        "\n".join(
+            json.dumps({"query": f"Riddle {n} of {n * n}", "reference": "sum or word"})
+            for n in range(70)
+        )
+    )
+    words = ("learn", "--pool", pool, "--queries", queries, "--from-ledger", ledger)
+    result = shoal(*words, "--budget", "30%")
+    assert result.exit_code == 0, result.output
+    assert "Not installed: it scores" in result.stdout and "less than the serving" in result.stdout
+    assert pool.read_text() == before
+    result = shoal(*words, "--budget", "100%")
+    assert result.exit_code == 0, result.output
+    assert "auto-v2" in yaml.safe_load(pool.read_text())["policies"]
