@@ -10,6 +10,7 @@ from policies.footprint import NO_LIMITS, estimate
 from policies.plan import Plan, PlanBounds, from_json, num_lanes
 from router.catalog.catalog import Catalog, Target
 from router.config import ServingLimits
+from router.eligible import among_able
 from router.errors import ApiError, bad_request
 from router.exchange import Choice, Exchange
 from router.executor.task import Prompt, Task
@@ -39,11 +40,15 @@ async def decide(
     exchange.record.policy = target.policy_name
     decisions: list[Decision] = []
     choices: list[Choice] = []
-    for query in queries:
+    for query, prompt in zip(queries, ask.prompts, strict=True):
         decision = target.policy.decide(query)
         unlimited = target.policy_name is not None and not decision.limited
         if unlimited and query.limits != NO_LIMITS:
             decision = catalog.policies.limiter.choose(query, decision)
+        if target.policy_name is not None:
+            decision = await among_able(
+                decision, target.policy, pool=catalog.members, ask=ask, prompt=prompt
+            )
         _check_ceilings(catalog, decision, query)
         decisions.append(decision)
         for _ in range(ask.n):

@@ -49,7 +49,7 @@ def check_request(
     """
     _check_members(request, members, traits)
     _check_fusion(request, traits)
-    _check_sampling(request.sampling, traits)
+    check_sampling(request.sampling, traits)
     _check_tokens(request, vocab_size)
     if request.tools is not None and not traits.tools:
         raise RequestError(f"tools: {', '.join(request.members)} cannot call any", "tools")
@@ -134,7 +134,8 @@ def _check_fusion(request: GenerationRequest, traits: EngineTraits) -> None:
         raise RequestError("the rule 'contrastive' takes no weights; see contrast")
 
 
-def _check_sampling(sampling: SamplingOptions, traits: EngineTraits) -> None:
+def check_sampling(sampling: SamplingOptions, traits: EngineTraits) -> None:
+    """Raise `RequestError` for options out of range, or that such an engine cannot honour."""
     for name, (least, most) in _RANGES.items():
         value = getattr(sampling, name)
         if value is not None:

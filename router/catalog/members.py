@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from models.chat_template import Message
+from models.engines.kind import EngineTraits
 from models.engines.registry import engine_traits
 from models.errors import RequestError
 from models.pool import Pool
@@ -39,6 +40,10 @@ class Members:
     def engine_of(self, name: str) -> str:
         """Return the engine that runs the member called `name`."""
         return self._engine_of[name]
+
+    def traits_of(self, name: str) -> EngineTraits:
+        """Return what the engine can do that runs the member called `name`."""
+        return self._traits[self._engine_of[name]]
 
     def engines_with_metrics(self) -> tuple[str, ...]:
         """Return the engines whose libraries have metrics of their own."""

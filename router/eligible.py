@@ -1,0 +1,116 @@
+"""Which members can take a request, and a policy's choice cut down to them.
+
+What a member can do is known before anything runs: tools, log-probabilities, structured output,
+the length of its context. A policy chooses by the query alone, so what it chose is cut down here:
+members that cannot take the request leave its plan, and where nobody is left, the one of the
+policy's other models takes it for which most quality is predicted. Where none of them can, the plan
+stays, and who runs it says what is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from models.engines.requests import check_sampling
+from models.errors import RequestError
+from policies.base import Decision, Policy, members_of
+from policies.plan import Answer, Best, Cascade, Plan, members
+from router.catalog.members import Members
+from router.executor.task import Prompt
+from router.openai_api.ask import Ask
+
+
+async def among_able(
+    decision: Decision, policy: Policy, *, pool: Members, ask: Ask, prompt: Prompt
+) -> Decision:
+    """Return `decision` with a plan of members that can take the request, if there is one.
+
+    Its details then name those that were left out, and why.
+    """
+    left_out = await _unable(members(decision.plan), pool, ask, prompt)
+    if not left_out:
+        return decision
+    plan = without(decision.plan, left_out)
+    if plan is None:
+        others = [name for name in members_of(policy) if name not in left_out]
+        left_out |= await _unable(others, pool, ask, prompt)
+        able = [name for name in others if name not in left_out]
+        if not able:
+            return decision
+        plan = Answer(members=(max(able, key=lambda name: decision.scores.get(name, 0.0)),))
+    return replace(
+        decision,
+        plan=plan,
+        reason=f"{decision.reason}; without {', '.join(left_out)}, who cannot take the request",
+        details={**decision.details, "left_out": left_out},
+    )
+
+
+def without(plan: Plan, names: Collection[str]) -> Plan | None:
+    """Return what is left of `plan` without the members `names`; None if that is nothing.
+
+    Fusions whose members have different parts fall with any of them.
+    """
+    if isinstance(plan, Answer):
+        return _smaller(plan, names)
+    if isinstance(plan, Best):
+        candidates = [without(one, names) for one in plan.candidates]
+        left = tuple(one for one in candidates if one is not None)
+        return replace(plan, candidates=left) if len(left) > 1 else next(iter(left), None)
+    stages = [(index, without(stage, names)) for index, stage in enumerate(plan.stages)]
+    kept = [(index, stage) for index, stage in stages if stage is not None]
+    if len(kept) < 2:
+        return kept[0][1] if kept else None
+    early = [index for index, _ in kept[:-1]]
+    timeouts_s = plan.timeouts_s and tuple(plan.timeouts_s[index] for index in early)
+    return Cascade(
+        stages=tuple(stage for _, stage in kept),
+        thresholds=tuple(plan.thresholds[index] for index in early),
+        scorer=plan.scorer,
+        timeouts_s=timeouts_s,
+    )
+
+
+def _smaller(answer: Answer, names: Collection[str]) -> Answer | None:
+    kept = [index for index, name in enumerate(answer.members) if name not in names]
+    if len(kept) == len(answer.members):
+        return answer
+    if not kept or answer.rule in ("gated", "contrastive"):
+        return None
+    weights = tuple(answer.weights[index] for index in kept) if answer.weights else None
+    return replace(
+        answer,
+        members=tuple(answer.members[index] for index in kept),
+        weights=weights if weights and any(weights) else None,
+    )
+
+
+async def _unable(
+    names: Collection[str], pool: Members, ask: Ask, prompt: Prompt
+) -> dict[str, str]:
+    """Return who of `names` cannot take the request, and what it lacks."""
+    lacking: dict[str, str] = {}
+    for name in names:
+        try:
+            await _check(name, pool, ask, prompt)
+        except RequestError as error:
+            lacking[name] = str(error)
+    return lacking
+
+
+async def _check(name: str, pool: Members, ask: Ask, prompt: Prompt) -> None:
+    """Raise `RequestError` if the member called `name` cannot take the request."""
+    answer = Answer(members=(name,))
+    if prompt.tools is not None:
+        pool.check_tools(answer)
+    check_sampling(ask.sampling, pool.traits_of(name))
+    context_tokens = pool.context_tokens(answer)
+    wanted = 1 if ask.ceiling else ask.max_tokens or 1
+    if context_tokens is not None:
+        num_tokens = len(await prompt.tokens(pool.tokenizer_of(name)))
+        if num_tokens + wanted > context_tokens:
+            raise RequestError(
+                f"its context holds {context_tokens} tokens, but the prompt has {num_tokens} and "
+                f"the answer may take {wanted}"
+            )
