@@ -54,7 +54,8 @@ class Decision:
     `scores` holds the predicted quality in [0, 1] of each member the policy considered (empty
     where it predicts none); `reason` is one sentence for a person; `details` is JSON data for
     explanations (nearest cluster, strongest n-grams, propensities ...). `limited` says that the
-    plan was chosen with the query's limits in mind.
+    plan was chosen with the query's limits in mind, `familiar` whether the query is like those that
+    the policy learned from (None: it did not learn, or cannot tell).
     """
 
     plan: Plan
@@ -62,6 +63,7 @@ class Decision:
     reason: str = ""
     details: Mapping[str, Any] = field(default_factory=dict)
     limited: bool = False
+    familiar: bool | None = None
 
 
 class Policy(ABC):

@@ -49,13 +49,15 @@ class Fused(Policy):
         """Return the fused answer for `query`."""
         if self._router is None:
             return Decision(plan=self._answer, reason="fixed fusion")
-        scores = self._router.decide(query).scores
+        routed = self._router.decide(query)
+        scores = routed.scores
         answer = best_members(self._answer, scores, self._top)
         plan = with_prior(answer, scores, power=self._prior_power)
         return Decision(
             plan=plan,
             scores={name: scores[name] for name in answer.members if name in scores},
             reason=f"fusion of {', '.join(answer.members)}, weighted by {answer.weighting}",
+            familiar=routed.familiar,
         )
 
     def plans(self) -> Iterable[Plan]:

@@ -173,6 +173,7 @@ class Exchange:
         if self.decisions:
             record.plan = to_json(self.decisions[0].plan)
             record.scores = self.decisions[0].scores
+            record.familiar = self.decisions[0].familiar
         if record.status < 400:
             record.answer_digest = answer_digest(self.id, answer)
         if keep_text:

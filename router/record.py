@@ -55,8 +55,9 @@ class RequestRecord:
     499 where the client left; `error` the error's code. `queue_s` is the time until the first
     engine was asked: for the key, the plan, and room in the budgets (None: none was). `ttft_s` is
     the time to the first text (None if there was none). `user_hash` stands for the body's
-    `user`: HMAC-SHA-256 with the installation's secret, cut to 16 hexadecimal digits.
-    `scores` are the policy's predictions, `stages` what ran,
+    `user`: HMAC-SHA-256 with the installation's secret, cut to 16 hexadecimal digits. `scores` are
+    the policy's predictions, `familiar` says whether the query is like those that it learned from
+    (None: it cannot tell), `stages` what ran,
     in order: plan path, members, score, tokens, seconds, outcome. `experiment` and `arm` are where
     the request took part, `unit` the hash of the randomised unit and `propensity` the probability
     with which it got this arm; None outside of experiments. `expected_quality` is the default
@@ -107,6 +108,7 @@ class RequestRecord:
     members: Mapping[str, MemberTokens] = field(default_factory=dict)
     costs: Mapping[str, Cost] = field(default_factory=dict)
     scores: Mapping[str, float] = field(default_factory=dict)
+    familiar: bool | None = field(default=None, metadata=shown(span="shoal.familiar"))
     stages: tuple[Mapping[str, Any], ...] = ()
     answer_digest: str | None = None
     query_text: str | None = None

@@ -146,6 +146,7 @@ class Controller:
             reason=_reason(decision, chosen, unmet),
             details={**decision.details, "budget": details},
             limited=True,
+            familiar=decision.familiar,
         )
 
     def observe(self, query: Query, decision: Decision, cost: Footprint) -> None:

@@ -184,6 +184,7 @@ class Learned(Policy):
                 scores=scores,
                 reason=f"unlike the training queries (similarity {prediction.similarity:.2f}, "
                 f"familiar from {self._router.doubt.familiar_above:.2f}): the safe plan",
+                familiar=False,
             )
         chosen = self._chooser.choose(query, quality_M)
         name = self._router.models[chosen]
@@ -192,6 +193,7 @@ class Learned(Policy):
             scores=scores,
             reason=f"{name} has the best {self.predictor} quality for its price "
             f"({scores[name]:.2f})",
+            familiar=True,
         )
 
     def _safest(self) -> int:

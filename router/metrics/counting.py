@@ -83,6 +83,8 @@ def _count(row: Mapping[str, Any], counts: Counts) -> None:
         counts[f.PLANS.name, policy, _shape(row["plan"])] += 1
     if row["scores"]:
         counts.observe(f.CONFIDENCE, policy, max(row["scores"].values()))
+    if row["familiar"] is not None:
+        counts[f.UNFAMILIAR.name, policy] += not row["familiar"]
     stages = list(_by_choice(row["stages"] or ()))
     for runs in stages:
         _count_cascades(runs, policy, counts)

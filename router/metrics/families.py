@@ -134,6 +134,8 @@ MEMBERS = _histogram("shoal_ensemble_members", "policy", buckets=_MEMBERS,
     help="Models fused in the accepted answer.")
 CONFIDENCE = _histogram("shoal_router_confidence_ratio", "policy", buckets=_SHARES,
     help="The policy's best predicted quality, 0 to 1, where it predicts one.")
+UNFAMILIAR = _counter("shoal_unfamiliar_requests_total", "policy",
+    help="Requests unlike those that the policy learned from, so that it trusted itself less.")
 DROPPED_ROWS = _counter("shoal_ledger_dropped_rows_total",
     help="Rows that the ledger could not keep: its queue was full, or the database refused.")
 
@@ -179,6 +181,8 @@ ENGINE_KV_CAPACITY = _gauge("shoal_engine_kv_capacity_bytes", "engine",
 ENGINE_IDLE_WH = _gauge("shoal_engine_idle_wh", "engine",
     help="Watt-hours drawn while no request ran, since the running replicas began; "
     "0 without a meter.")
+ENGINE_RESTARTS = _counter("shoal_engine_restarts_total", "engine",
+    help="How often an engine failed and was started again, since the running replicas began.")
 ENGINE_CIRCUIT_OPEN = _gauge("shoal_engine_circuit_open", "engine",
     help="1 while an engine leaves its remote server alone because that server failed.")
 BUDGET_USED = {

@@ -124,6 +124,7 @@ def _gauges(name: str, stats: EngineStats) -> dict[Series, float]:
         f.ENGINE_KV_USED: stats.kv_bytes_used,
         f.ENGINE_KV_CAPACITY: stats.kv_bytes_total,
         f.ENGINE_IDLE_WH: stats.idle_wh,
+        f.ENGINE_RESTARTS: stats.restarts_total,
     }
     if stats.circuit is not None:
         found[f.ENGINE_CIRCUIT_OPEN] = int(stats.circuit == "open")

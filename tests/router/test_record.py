@@ -14,8 +14,13 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from policies.footprint import Cost
-from router.exchange import Exchange
+from models.engines.base import SamplingOptions
+from policies.base import Query
+from policies.footprint import Cost, Rates
+from policies.plan import Answer, Cascade
+from router.exchange import Choice, Exchange
+from router.executor.task import Prompt, Task
+from router.executor.trace import Trace
 from router.ledger.database import open_database
 from router.ledger.export import export
 from router.ledger.writer import Ledger
@@ -112,4 +117,34 @@ def test_what_is_unknown_stays_out_of_the_span() -> None:
     assert {"gen_ai.request.model", "error.type", "shoal.arm"}.isdisjoint(record.span_attributes())
     assert record.log_fields()["members"] == []
     record.model = "x" * 999
-    assert len(record.log_fields()["model"]) == 256
+    assert len(record.log_fields()["model"]) == 200
+
+
+def test_a_request_waits_until_its_first_engine_is_asked() -> None:
+    """`queue_s` ends where the first of all answers begins; without one there was no wait."""
+    exchange = Exchange.begin(id_prefix="", endpoint="chat.completions", headers={})
+    exchange.started_s, exchange.ended_s = 10.0, 19.0
+    assert exchange.complete({}).queue_s is None
+    plan = Cascade(
+        stages=(Answer(members=("small",)), Answer(members=("large",))),
+        scorer="logprob",
+        thresholds=(0.5,),
+    )
+    query = Query(text="?")
+    task = Task(
+        request_id="r",
+        query=query,
+        prompt=Prompt(text="?"),
+        sampling=SamplingOptions(),
+        max_tokens=1,
+        stream=False,
+    )
+    ticks = iter((10.5, 11.25, 14.0, 12.0))
+    traces = [Trace(clock=ticks.__next__) for _ in range(2)]
+    traces[0].begin("", plan)  # a cascade itself asks no engine
+    traces[0].begin("0", plan.stages[0])
+    traces[0].begin("1", plan.stages[1])
+    traces[1].begin("", plan.stages[0])
+    exchange.choices = tuple(Choice(plan=plan, task=task, trace=trace) for trace in traces)
+    rates = {name: Rates() for name in ("small", "large")}
+    assert exchange.complete(rates).queue_s == 1.25

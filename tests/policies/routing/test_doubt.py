@@ -80,6 +80,7 @@ def test_an_explanation_shows_the_doubt() -> None:
     policy = build_policy(pool.policies["auto"], folder=pool.folder, models=pool.facts())
     for text, familiar in (("What is 17 * 6?", True), ("Who painted the Mona Lisa?", False)):
         decision = policy.decide(Query(text=text, explain=True))
+        assert decision.familiar is familiar
         doubt = decision.details["doubt"]
         assert doubt["familiar"] is familiar
         assert (doubt["similarity"] >= doubt["familiar_above"]) is familiar

@@ -141,6 +141,14 @@ def test_confidence_is_the_best_prediction() -> None:
     assert not any(name == "router_confidence_ratio" for name, *_ in counts(scores={}))
 
 
+def test_unfamiliar_queries_are_counted() -> None:
+    """Those unlike the training's count one, others none; a policy that cannot tell has none."""
+    series = ("unfamiliar_requests_total", "learned")
+    assert counts(familiar=False)[series] == 1
+    assert counts(familiar=True)[series] == 0
+    assert series not in counts(familiar=None)
+
+
 def test_shadows_cost_but_are_no_requests() -> None:
     """What a shadow answered unseen counts for its models, under its name, and nowhere else."""
     found = counts(request_id="rival/req-1", endpoint="shadow", costs=COSTS)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
+from models.engines.base import EngineStats
+from models.errors import EngineFailed
 from policies.footprint import Cost
 from router.access.limits import SERVER, Amounts, BudgetsConfig, limits
 from router.access.store import BudgetStore, Reserve, Settle
@@ -14,7 +16,7 @@ from router.ledger.database import Database
 from router.ledger.feedback import Feedback, add_feedback
 from router.ledger.writer import Ledger
 from router.metrics import families as f
-from router.metrics.gauges import budget_gauges, merge
+from router.metrics.gauges import budget_gauges, engine_gauges, merge
 from router.metrics.reports import calibration_gauges, expected_error
 from tests.router.ledger.records import record
 
@@ -93,3 +95,26 @@ def test_replicas_become_one() -> None:
         ]
     )
     assert found == {price: 2.0, rows: 7.0, stale.series(): 1.0, f.REPLICAS.series(): 2.0}
+
+
+class _Engine:
+    """Says what it is told to; None: it is down."""
+
+    def __init__(self, stats: EngineStats | None) -> None:
+        self._stats = stats
+
+    async def stats(self) -> EngineStats:
+        if self._stats is None:
+            raise EngineFailed("down")
+        return self._stats
+
+
+def test_engines_tell_how_they_are() -> None:
+    """One that runs shows how often it was started again, one that is down only that."""
+    engines = {"well": _Engine(EngineStats(restarts_total=2)), "down": _Engine(None)}
+    found = asyncio.run(engine_gauges(engines))  # type: ignore[arg-type]
+    assert found[f.ENGINE_UP.series("well")] == 1
+    assert found[f.ENGINE_RESTARTS.series("well")] == 2
+    assert {series: value for series, value in found.items() if "down" in series} == {
+        f.ENGINE_UP.series("down"): 0
+    }
