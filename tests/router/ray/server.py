@@ -9,9 +9,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -77,12 +78,16 @@ class Server:
 
 @contextlib.contextmanager
 def serving(
-    folder: Path, *arguments: str, port: int | None = None, **pool: Any
+    folder: Path,
+    *arguments: str,
+    port: int | None = None,
+    config: Mapping[str, Any] = MappingProxyType({}),
+    **pool: Any,
 ) -> Iterator[Server]:
-    """Serve a pool of fake engines from `folder` until the block ends."""
+    """Serve a pool of fake engines from `folder` until the block ends; `config` adds to it."""
     write_pool(folder, **pool)
     (folder / "config.yaml").write_text(
-        yaml.safe_dump({"pool": ".", "ledger": {"url": "sqlite:///rows.db"}})
+        yaml.safe_dump({"pool": ".", "ledger": {"url": "sqlite:///rows.db"}, **config})
     )
     port = port or free_port()
     command = [sys.executable, "-m", "router.cli", "serve", "--config", "config.yaml"]
