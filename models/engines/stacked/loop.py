@@ -202,7 +202,7 @@ class Loop(threading.Thread):
             num_waiting = self._scheduler.num_waiting - 1
             retry_after_s = num_waiting * self._busy_s / max(self._num_finished, 1)
             message = f"{num_waiting} requests wait already"
-            self._fail(sequence, EngineOverloaded(message, max(retry_after_s, 1.0)))
+            self._fail(self._scheduler.surplus, EngineOverloaded(message, max(retry_after_s, 1.0)))
 
     def _drop(self, sequence: Sequence) -> None:
         if not sequence.finished:

@@ -5,16 +5,23 @@ of tokens times lanes (virtual token counters, Sheng et al. 2024, "Fairness in S
 Language Models", algorithm 2); a client that comes back from idleness starts level with the least
 served one that is waiting or running. A request is admitted once the arena has room for its whole
 answer, so nothing that runs is ever evicted; one that does not fit holds back those behind it, so
-that large requests don't starve.
+that large requests don't starve. One client's requests leave an eighth of the arena to others, who
+need not wait for their end. In a step in which several clients take part none decodes more rows
+than the smallest does, or a few; who was left out comes first next time.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 
 from models.engines.stacked.layout import Arena, Part, order_parts
 from models.engines.stacked.sequence import Sequence
+
+# What a client may always decode in a step, however little others do: fewer are hardly faster.
+_LEAST_ROWS = 16
+# The share of the arena that one client's requests leave to others.
+_SPARED = 8
 
 
 class Scheduler:
@@ -64,13 +71,12 @@ class Scheduler:
 
     def next_step(self) -> list[Part]:
         """Choose the next step's parts: every decoding request, then prefill chunks in turn."""
-        decoding = [sequence for sequence in self.running if sequence.num_pending == 1]
+        decoding = self._share([sequence for sequence in self.running if sequence.num_pending == 1])
         parts = [Part(sequence=sequence, num_tokens=1) for sequence in decoding]
         room = self._step_rows - sum(sequence.num_lanes for sequence in decoding)
-        for sequence in self.running:
-            if sequence.num_pending == 1:
-                continue
-            # The oldest prefill always moves on, however many requests decode.
+        prefilling = [sequence for sequence in self.running if sequence.num_pending > 1]
+        for sequence in sorted(prefilling, key=lambda s: self._served[s.request.client_id]):
+            # One prefill always moves on, however many requests decode.
             least = 0 if len(parts) > len(decoding) else 1
             num_tokens = min(sequence.num_pending, max(room // sequence.num_lanes, least))
             if num_tokens > 0:
@@ -80,9 +86,39 @@ class Scheduler:
             self._served[part.sequence.request.client_id] += part.num_rows
         return order_parts(parts)
 
+    @property
+    def surplus(self) -> Sequence:
+        """The newest request of the client that has most of them waiting: who goes if one must."""
+        return max(self._waiting.values(), key=len)[-1]
+
+    def _share(self, decoding: list[Sequence]) -> list[Sequence]:
+        """Return those of `decoding` that take part in this step: each client's fair share."""
+        rows: Counter[str] = Counter()
+        for sequence in self.running:
+            rows[sequence.request.client_id] += sequence.num_lanes
+        if len(rows) < 2:
+            return decoding
+        most = max(_LEAST_ROWS, min(rows.values()))
+        taken: Counter[str] = Counter()
+        chosen = []
+        # Those behind come first, so that a client's own requests move on alike.
+        for sequence in sorted(decoding, key=lambda s: s.num_generated):
+            client = sequence.request.client_id
+            if not taken[client] or taken[client] + sequence.num_lanes <= most:
+                taken[client] += sequence.num_lanes
+                chosen.append(sequence)
+        return chosen
+
+    def _is_spared(self, sequence: Sequence) -> bool:
+        """Whether `sequence` would take the rows that its client leaves to others."""
+        own = [s for s in self.running if s.request.client_id == sequence.request.client_id]
+        held = sum(other.num_rows for other in own)
+        most = self._arena.num_rows - self._arena.num_rows // _SPARED
+        return bool(own) and held + sequence.num_rows > most
+
     def _admit(self) -> None:
-        while self._waiting:
-            client = min(self._waiting, key=lambda name: self._served[name])
+        while open_clients := [c for c, q in self._waiting.items() if not self._is_spared(q[0])]:
+            client = min(open_clients, key=lambda name: self._served[name])
             sequence = self._waiting[client][0]
             sequence.region_start = self._arena.allocate(sequence.num_rows)
             if sequence.region_start is None:

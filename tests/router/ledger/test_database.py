@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+import yaml
 from pydantic import ValidationError
 
+from router.config import ConfigError, load_args
 from router.ledger import LedgerError
 from router.ledger.database import Database, LedgerConfig, database_url, open_database, writing
 from router.ledger.queries import spend
@@ -153,3 +158,73 @@ def test_an_older_ledger_is_upgraded_with_its_rows(
         [row] = spend(database, by=["policy"])
         assert row.num_requests == 1
         database.dispose()
+
+
+def _damaged(path: Path) -> None:
+    path.write_bytes(b"this is no database, but long enough to be taken for one" * 100)
+
+
+def _foreign(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE recipes (name TEXT)")
+        connection.commit()
+
+
+def _older(path: Path) -> None:
+    open_database(f"sqlite:///{path}").dispose()
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("ALTER TABLE requests DROP COLUMN session")
+        connection.commit()
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (_damaged, "not a database"),
+        (_foreign, "holds others' tables"),
+        (_older, "'requests' lacks session"),
+    ],
+)
+def test_a_file_that_is_no_ledger_of_ours_is_refused_by_name(
+    tmp_path: Path, make: Callable[[Path], None], told: str
+) -> None:
+    """A damaged, foreign or older file is named with what to do."""
+    path = tmp_path / "some.db"
+    make(path)
+    before = path.read_bytes()
+    with pytest.raises(LedgerError, match=told) as caught:
+        open_database(f"sqlite:///{path}")
+    assert str(path) in str(caught.value)
+    assert "another" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    if make is _damaged:
+        assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://shoal:s3cret@host:port/x",
+        "postgresql://shoal:s3cret",
+        "mysql://shoal:s3cret@host/x",
+        "shoal:s3cret@host",
+    ],
+)
+def test_passwords_stay_out_of_malformed_addresses(tmp_path: Path, url: str) -> None:
+    """Neither the ledger nor the configuration shows an address that may hold a password."""
+    with pytest.raises(LedgerError) as caught:
+        open_database(url)
+    assert "s3cret" not in str(caught.value)
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({"ledger": {"url": url}}))
+    with pytest.raises(ConfigError) as refused:
+        load_args(file)
+    assert "s3cret" not in str(refused.value)
+    assert "ledger.url" in str(refused.value)
+
+
+def test_statements_values_stay_out_of_errors(database: Database) -> None:
+    """What a statement was about is not in the text of its error."""
+    with pytest.raises(sa.exc.SQLAlchemyError) as caught, writing(database) as connection:
+        connection.execute(sa.text("SELECT * FROM nowhere WHERE x = :x"), {"x": "s3cret"})
+    assert "s3cret" not in str(caught.value)
