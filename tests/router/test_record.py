@@ -146,5 +146,7 @@ def test_a_request_waits_until_its_first_engine_is_asked() -> None:
     traces[0].begin("1", plan.stages[1])
     traces[1].begin("", plan.stages[0])
     exchange.choices = tuple(Choice(plan=plan, task=task, trace=trace) for trace in traces)
-    rates = {name: Rates() for name in ("small", "large")}
+    rates = {
+        name: Rates(usd_per_input_token=0, usd_per_output_token=0) for name in ("small", "large")
+    }
     assert exchange.complete(rates).queue_s == 1.25
