@@ -25,9 +25,9 @@ FROM build AS build-cuda
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf make install EXTRAS=postgres,parquet,energy
 
 FROM ${PYTHON_IMAGE} AS base
-# wget is what KubeRay's probes and the health check below ask with.
+# wget is what KubeRay's probes and the health check below ask with; llama.cpp needs libgomp1.
 RUN apt-get update \
- && apt-get install --yes --no-install-recommends wget tini \
+ && apt-get install --yes --no-install-recommends wget tini libgomp1 \
  && rm -rf /var/lib/apt/lists/* \
  && useradd --uid 1000 --user-group --create-home --shell /bin/bash shoal \
  && install --directory --owner shoal --group shoal /var/lib/shoal \

@@ -22,7 +22,7 @@ endef
 # What `make install` brings beside the command itself; see pyproject.toml.
 EXTRAS ?= postgres,parquet
 
-.PHONY: bench-routing pool-router setup setup-vllm install serve test test-ops test-faults test-fast test-vllm bench-vllm check bench bench-downscale pool-cascade clean
+.PHONY: bench-routing bench-real pool-router pool-general setup setup-vllm install serve test test-ops test-faults test-fast test-vllm bench-vllm check bench bench-downscale pool-cascade clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -90,14 +90,24 @@ check: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m tests.bench
 
+# A real model on every engine, and over HTTP against llama.cpp's own server.
+bench-real: $(STAMP)
+	$(BIN)/python -m tests.bench.real
+
 # Tables and plots of the routers; ENCODER=neural:FOLDER adds rows with a sentence encoder.
 bench-routing: $(STAMP)
 	$(BIN)/python -m tests.bench.routing_tables $(if $(ENCODER),--encoder $(ENCODER))
 
+# Asks the default pool's `general` its questions, and everybody everyday ones, for `pool-router`.
+pool-general: $(STAMP)
+	$(BIN)/python -m tests.bench.general
+
 # Retrains the default pool's router on its outcomes, and measures it on the held-out ones.
 pool-router: $(STAMP)
-	$(BIN)/shoal train router $(POOL)/outcomes.jsonl --split router --bits 15 --out $(POOL)/router.npz
-	$(BIN)/shoal evaluate router $(POOL)/router.npz $(POOL)/outcomes.jsonl --split test
+	$(BIN)/shoal train router $(POOL)/outcomes.jsonl --split router \
+		--outside $(POOL)/everyday.jsonl --bits 15 --out $(POOL)/router.npz
+	$(BIN)/shoal evaluate router $(POOL)/router.npz $(POOL)/outcomes.jsonl --split test \
+		--models arithmetic,stories,conversion,numerals,dates,text,lists,code,base
 
 # Relearns the default pool's cascade and fusion weights, measures every policy, writes both.
 pool-cascade: $(STAMP)

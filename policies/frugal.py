@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 from pydantic import Field
 
@@ -19,7 +20,7 @@ from policies.cascade.learned import (
 from policies.cascade.scorer import LearnedScorer
 from policies.fused import best_members, with_prior
 from policies.kinds import Settings
-from policies.plan import Answer, Cascade, Name, Plan, Timeout
+from policies.plan import Answer, Cascade, Name, Plan, Timeout, members
 from policies.registry import BuildContext, PolicyKind
 
 
@@ -38,7 +39,8 @@ class Frugal(Policy):
     repeats. `budget_usd` is the mean cost per query that picks the chain from the frontier; None
     takes the one that training picked. `scorer` is the name under which plans (and clients) refer
     to the scorer. A stage that takes longer than `stage_timeout_s` gives way to the next (None: the
-    server's own limit). It predicts the quality of `models` alone (None: of every stage). Raises
+    server's own limit). It predicts the quality of `models` alone (None: of every stage). A query
+    that the policy `outside` gives to a model that no stage has goes there. Raises
     `PolicyError` for a budget below the cheapest chain.
     """
 
@@ -50,7 +52,10 @@ class Frugal(Policy):
         budget_usd: float | None = None,
         stage_timeout_s: float | None = None,
         models: Collection[str] | None = None,
+        outside: Policy | None = None,
     ) -> None:
+        self._outside = outside
+        self._known = frozenset(chain(*map(members, cascade.plans.values())))
         self.scorer = LearnedScorer(cascade.weights, cascade.plans, cascade.top)
         self._cascade = cascade
         self._scorer_name = scorer
@@ -75,7 +80,11 @@ class Frugal(Policy):
         return self._point
 
     def decide(self, query: Query) -> Decision:
-        """Return the chain for `query`."""
+        """Return the chain for `query`, or the plan of `outside`."""
+        if self._outside is not None:
+            elsewhere = self._outside.decide(query)
+            if self._is_elsewhere(elsewhere.plan):
+                return elsewhere
         priors = self.scorer.priors(query.text)
         scores = {member: priors[name] for name, member in self._alone.items()}
         kept, skipped = self._resolve(priors, scores)
@@ -100,6 +109,12 @@ class Frugal(Policy):
             judged = [name for name in dict.fromkeys(chain(*early)) if name != final]
             stages = [self._cascade.plans[name] for name in (*judged, final)]
             yield self._chain(stages, [0.0] * len(judged))
+        if self._outside is not None:
+            yield from filter(self._is_elsewhere, self._outside.plans())
+
+    def _is_elsewhere(self, plan: Plan) -> bool:
+        """Return whether `plan` needs a model that no stage has."""
+        return not self._known.issuperset(members(plan))
 
     def _chain(self, stages: Sequence[Plan], thresholds: Sequence[float]) -> Plan:
         """Return the cascade of `stages`; a single one is no cascade."""
@@ -144,12 +159,14 @@ class Frugal(Policy):
 
 
 class FrugalSettings(Settings):
-    """`path` is the cascade's file, relative to the pool; the others are `Frugal`'s."""
+    """`path` is the cascade's file, relative to the pool, `outside` a policy's specification; the
+    others are `Frugal`'s."""
 
     path: str
     scorer: Name = "cascade"
     budget_usd_per_1000: float | None = Field(None, ge=0)
     stage_timeout_s: Timeout | None = None
+    outside: Mapping[str, Any] | None = None
 
 
 def _build(settings: FrugalSettings, context: BuildContext) -> Policy:
@@ -160,6 +177,7 @@ def _build(settings: FrugalSettings, context: BuildContext) -> Policy:
         budget_usd=None if budget is None else budget / 1000,
         stage_timeout_s=settings.stage_timeout_s,
         models=context.models,
+        outside=None if settings.outside is None else context.nested(settings.outside),
     )
     context.bring_scorer(settings.scorer, policy.scorer)
     return policy

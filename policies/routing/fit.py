@@ -22,7 +22,14 @@ from threadpoolctl import threadpool_limits
 from policies.encoders.base import Encoder, build_encoder
 from policies.errors import PolicyError
 from policies.outcomes import Outcome, content_sha256, score_table
-from policies.routing.heads import Heads, Objective, fit_heads, fit_platt, regress
+from policies.routing.heads import (
+    Heads,
+    Objective,
+    fit_heads,
+    fit_platt,
+    mean_scores,
+    regress,
+)
 from policies.routing.nearness import Doubt, fit_doubt, fit_landmarks, fit_topics
 from policies.routing.router import Router
 
@@ -50,18 +57,22 @@ class FitSettings:
     sharpness: float = 3.0
     landmark_weight: float = 4.0
     num_clusters: int = 32
-    unfamiliar_share: float = 0.0175
+    unfamiliar_share: float = 0.01
     held_out_share: float = 0.25
     seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """Outcomes with at least one score, and their scores (NaN where unknown)."""
+    """Outcomes with at least one score, and their scores (NaN where unknown).
+
+    `home_Q` says which are of the router's own field, and which from outside it.
+    """
 
     models: tuple[str, ...]
     outcomes: Sequence[Outcome]
     scores_QM: Floats
+    home_Q: NDArray[np.bool_]
 
     @property
     def texts(self) -> list[str]:
@@ -93,19 +104,25 @@ class Examples:
         return np.where(count > 0, total / np.maximum(count, 1), nan).astype(np.float32)
 
 
-def make_examples(outcomes: Sequence[Outcome], models: Sequence[str] | None = None) -> Examples:
+def make_examples(
+    outcomes: Sequence[Outcome],
+    models: Sequence[str] | None = None,
+    outside: Sequence[Outcome] = (),
+) -> Examples:
     """Return the examples for `models` (default: all that have scores).
 
     Raises `PolicyError` for too few outcomes and `OutcomesError` for a model without scores.
     """
     if len(outcomes) < MIN_QUERIES:
         raise PolicyError(f"{len(outcomes)} outcomes are too few to train on; give {MIN_QUERIES}")
-    table = score_table(outcomes, models)
+    every = [*outcomes, *outside]
+    table = score_table(every, models)
     scored: NDArray[np.bool_] = ~np.all(np.isnan(table.scores_QM), axis=1)
     return Examples(
         models=table.models,
-        outcomes=list(compress(outcomes, scored)),
+        outcomes=list(compress(every, scored)),
         scores_QM=table.scores_QM[scored],
+        home_Q=(np.arange(len(every)) < len(outcomes))[scored],
     )
 
 
@@ -115,14 +132,18 @@ def fit_router(
     encoder: Encoder,
     models: Sequence[str] | None = None,
     settings: FitSettings | None = None,
+    outside: Sequence[Outcome] = (),
 ) -> Router:
     """Fit the encoder, the clusters, the landmarks, the heads and their calibration.
 
-    `models` (default: all that have scores) are the members to route between. Raises
-    `PolicyError` for too few outcomes and `OutcomesError` for a model without scores.
+    `models` (default: all that have scores) are the members to route between. `outside` are
+    outcomes from beyond the field that `outcomes` cover: the heads learn from them who answers
+    there, and doubt what to expect (outlier exposure, Hendrycks et al. 2019), but they make no
+    query like them familiar. Raises `PolicyError` for too few outcomes and `OutcomesError` for a
+    model without scores.
     """
     settings = settings or FitSettings()
-    examples = make_examples(outcomes, models)
+    examples = make_examples(outcomes, models, outside)
     # Two threads of our own do more than BLAS's, which wait for each other without giving way.
     with threadpool_limits(1):
         return _fit_router(examples, encoder, settings)
@@ -144,12 +165,12 @@ def refit_like(router: Router) -> Callable[[Sequence[Outcome]], Router]:
 
 
 def _fit_router(examples: Examples, encoder: Encoder, settings: FitSettings) -> Router:
-    scores_QM = examples.scores_QM
+    scores_QM, home_Q = examples.scores_QM, examples.home_Q
     encoder = encoder.fit(examples.texts)
     encoded = encoder.encode(examples.texts)
     topics = fit_topics(
-        encoded.points_QD,
-        scores_QM,
+        encoded.points_QD[home_Q],
+        scores_QM[home_Q],
         num_clusters=settings.num_clusters,
         seed=settings.seed,
     )
@@ -162,7 +183,11 @@ def _fit_router(examples: Examples, encoder: Encoder, settings: FitSettings) -> 
     )
     X_QF = landmarks.beside(encoded)
     tags = examples.tags(topics.assign(encoded.points_QD))
-    doubt = make_doubt(encoded.points_QD, scores_QM, tags, settings)
+    doubt = make_doubt(
+        encoded.points_QD[home_Q], scores_QM[home_Q], list(compress(tags, home_Q)), settings
+    )
+    if not home_Q.all():
+        doubt = doubt.measured(topics, encoded.points_QD[~home_Q], scores_QM[~home_Q])
     held_out_Q = examples.held_out(settings.held_out_share, settings.seed)
     seen_QF, seen_QM = X_QF[~held_out_Q], scores_QM[~held_out_Q]
     unseen_QF, unseen_QM = X_QF[held_out_Q], scores_QM[held_out_Q]
@@ -195,10 +220,13 @@ def _fit_router(examples: Examples, encoder: Encoder, settings: FitSettings) -> 
         output_tokens_M=examples.mean_output_tokens(),
         facts={
             "data_sha256": content_sha256(examples.outcomes),
-            "num_queries": len(examples.outcomes),
+            "num_queries": int(home_Q.sum()),
+            "num_outside": int((~home_Q).sum()),
             "settings": asdict(settings),
             "ridge": ridge,
-            "held_out": held_out_metrics(platt.probabilities(logits_QM), unseen_QM),
+            "held_out": held_out_metrics(
+                platt.probabilities(logits_QM)[home_Q[held_out_Q]], unseen_QM[home_Q[held_out_Q]]
+            ),
         },
     )
 
@@ -252,22 +280,24 @@ def best_ridge(
 def held_out_metrics(quality_QM: Floats, scores_QM: Floats) -> dict[str, Any]:
     """Return what choosing the best predicted model scores, beside its references.
 
-    The accuracies count queries whose scores are all known; they are None if there are none.
+    The choice is among the models whose score is known; a query with one such model has none.
     """
-    known = ~np.isnan(scores_QM).any(1)
-    quality, scores = quality_QM[known], scores_QM[known]
+    known_QM = ~np.isnan(scores_QM)
+    choice_Q = known_QM.sum(1) > 1
+    quality, scores, known = quality_QM[choice_Q], scores_QM[choice_Q], known_QM[choice_Q]
     metrics: dict[str, Any] = {
         "ece": round(reliability(quality_QM.ravel(), scores_QM.ravel()).ece, 4),
-        "num_complete_queries": int(known.sum()),
+        "num_queries": int(choice_Q.sum()),
         "accuracy": None,
         "best_single": None,
         "oracle": None,
     }
-    if known.any():
-        chosen = np.take_along_axis(scores, quality.argmax(1)[:, None], 1)
+    if choice_Q.any():
+        best_Q = np.where(known, quality, -np.inf).argmax(1)
+        chosen = np.take_along_axis(scores, best_Q[:, None], 1)
         metrics["accuracy"] = round(float(chosen.mean()), 4)
-        metrics["best_single"] = round(float(scores.mean(0).max()), 4)
-        metrics["oracle"] = round(float(scores.max(1).mean()), 4)
+        metrics["best_single"] = round(float(mean_scores(scores).max()), 4)
+        metrics["oracle"] = round(float(np.nanmax(scores, 1).mean()), 4)
     return metrics
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.sparse as sp
@@ -194,6 +194,21 @@ class Doubt:
         """Return the share of left-out, unfamiliar queries that were no more like training."""
         below = int(self.left_out_similarity_U.searchsorted(similarity, side="right"))
         return below / max(1, len(self.left_out_similarity_U))
+
+    def measured(self, topics: Topics, points_QD: Floats, scores_QM: NDArray[np.float64]) -> Doubt:
+        """Return what to expect where queries from outside were measured, instead of left-out ones.
+
+        Nothing shrinks then: how strange a query is was known when the models were asked.
+        """
+        strange_Q = topics.similarities(points_QD) < self.familiar_above
+        scores_QM = scores_QM[strange_Q] if strange_Q.any() else scores_QM
+        known_QM = ~np.isnan(scores_QM)
+        total_M = np.where(known_QM, scores_QM, 0.0).sum(0)
+        return replace(
+            self,
+            left_out_M=(total_M / np.maximum(known_QM.sum(0), 1)).astype(np.float32),
+            left_out_similarity_U=np.array([-1.0], np.float32),
+        )
 
     def shrunk(self, quality_QM: NDArray[np.float64], similarity_Q: Floats) -> NDArray[np.float64]:
         """Return the predictions, those of unfamiliar queries replaced by what is left of them."""

@@ -38,6 +38,13 @@ def train_router(
         list[Path] | None,
         typer.Option(help="More outcomes. May be repeated."),
     ] = None,
+    outside: Annotated[
+        Path | None,
+        typer.Option(
+            help="Outcomes of queries from outside the router's field, of the same split: they "
+            "teach who answers there, and make none of them familiar."
+        ),
+    ] = None,
     feedback: Annotated[
         str | None,
         typer.Option(help="Also the answers that users scored, from the ledger at this address."),
@@ -104,6 +111,7 @@ def train_router(
                 encoder=parse_encoder(encoder, {} if bits is None else {"bits": bits}),
                 models=names,
                 settings=settings,
+                outside=load_outcomes(outside, split=split) if outside else (),
             )
         save_router(trained, out)
     print(json.dumps({"out": str(out), "models": trained.models, **trained.facts}, indent=2))
@@ -179,7 +187,7 @@ def train_cascade(
         facts = load_pool(pool or DEFAULT_POOL).facts()
         rates = {name: fact.rates for name, fact in facts.items()}
         train = read_outcomes(outcomes, split=split)
-        scored = dict.fromkeys(name for row in train for name in row.scores)
+        scored = set(train[0].scores).intersection(*(row.scores for row in train))
         plans = _plans(scored, rates, stage or [])
         sizes = _sizes(top or [], plans)
         table, cost_QS = answer_table(train, plans, rates, sizes)
@@ -205,7 +213,8 @@ def train_cascade(
 def _plans(
     scored: Collection[str], rates: Mapping[str, Rates], stages: list[str]
 ) -> dict[str, Plan]:
-    """Return the stages by their names in the outcomes: the pool's scored models, then `stages`."""
+    """Return the stages by their names in the outcomes: the pool's models that every query was put
+    to, then `stages`."""
     from policies.errors import PolicyError
     from policies.plan import Answer, from_json
 

@@ -100,6 +100,16 @@ _TOPICS: Final = (
     "a contract", "insurance", "a budget", "marketing", "a startup", "open source", "encryption",
     "coffee", "chocolate", "bread", "the ocean",
 )  # fmt: skip
+_MEANING: Final = (
+    "What's {}?", "What does {} mean?", "What's the point of {}?",
+    "What's the difference between {} and everything else?",
+)  # fmt: skip
+_NOTIONS: Final = (
+    "irony", "karma", "GDP", "a mortgage", "RSVP", "NATO", "a leap of faith", "inertia",
+    "a metaphor", "a firewall", "an API", "a deadline", "gluten", "the stock market", "jet lag",
+    "osmosis", "a browser cookie", "the Big Bang", "a pronoun", "overtime", "compound interest",
+    "a podcast", "tax evasion", "a palindrome",
+)  # fmt: skip
 _HOW: Final = (
     "How do I {}?", "What is the best way to {}?", "Can you tell me how to {}?",
     "how can i {}", "I want to {}. Where do I start?", "Give me some tips to {}.",
@@ -140,7 +150,7 @@ _CHAT: Final = (
     "Summarise the story of Cinderella.", "What are the pros and cons of living in a city?",
 )  # fmt: skip
 
-_WORD: Final = re.compile(r"[a-z']{2,}")
+_WORD: Final = re.compile(r"[^\W\d_]{2,}")
 _LEAST_WORDS: Final = 4
 _LOOP_WORDS: Final = 4
 _MOST_REPEATED: Final = 0.3
@@ -159,17 +169,22 @@ class Everyday:
         """Return 1 for a right or usable answer, else 0."""
         if self.accepted:
             return float(any(_mentions(answer, text) for text in self.accepted))
-        words = _WORD.findall(answer.lower())
-        runs = list(zip(*(words[i:] for i in range(_LOOP_WORDS)), strict=False))
-        repeated = 1 - len(set(runs)) / len(runs) if runs else 0.0
-        return float(len(words) >= _LEAST_WORDS and repeated <= _MOST_REPEATED)
+        return float(usable(answer))
+
+
+def usable(answer: str) -> bool:
+    """Return whether an answer has words and does not go round in circles."""
+    words = _WORD.findall(answer.lower())
+    runs = list(zip(*(words[i:] for i in range(_LOOP_WORDS)), strict=False))
+    repeated = 1 - len(set(runs)) / len(runs) if runs else 0.0
+    return len(words) >= _LEAST_WORDS and repeated <= _MOST_REPEATED
 
 
 def everyday() -> Iterator[Everyday]:
     """Yield all requests, always the same in the same order."""
     for country, capital in _CAPITALS.items():
         split = _split(country)
-        for form in ("What is the capital of {}?", "capital of {}", "Which city is {}'s capital?"):
+        for form in _CAPITAL:
             yield Everyday(
                 text=form.format(country), kind="facts", split=split, accepted=(capital,)
             )
@@ -178,6 +193,7 @@ def everyday() -> Iterator[Everyday]:
         yield Everyday(text=question, kind="facts", split=_split(question), accepted=accepted)
     for kind, forms, subjects in (
         ("explain", _EXPLAIN, _TOPICS),
+        ("meaning", _MEANING, _NOTIONS),
         ("how", _HOW, _DOINGS),
         ("write", _WRITE, _PEOPLE),
         ("chat", ("{}",), _CHAT),

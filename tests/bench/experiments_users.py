@@ -102,7 +102,9 @@ def train(file: Path) -> Path:
 
 def write_config(folder: Path, router: Path) -> Path:
     """Write the server's configuration: two policies and the experiment."""
-    chunks = [model.name for model in load_pool(DEFAULT_POOL).models if model.name != "base"]
+    chunks = [
+        model.name for model in load_pool(DEFAULT_POOL).models if len(model.spec.domains) == 1
+    ]
     # As FrugalGPT's chains: three stages, the last of them the largest model.
     chain = {"stages": [chunks[0], chunks[-1], "base"], "thresholds": [0.95, 0.95]}
     config = {

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import yaml
 
+from models.downscale.chunks import BASE
 from models.downscale.policies import CASCADE_FILE, Fusion, learn_stages, specify
 from models.pool import DEFAULT_POOL, Pool, load_pool
 from policies.base import ModelFacts
@@ -99,7 +100,9 @@ def install(pool: Pool, bench: Bench) -> None:
     file = pool.folder / "pool.yaml"
     text = file.read_text()
     content = yaml.safe_load(text)
-    content["policies"] = {**learned, "auto": content["policies"]["auto"]}
+    known = content["policies"]
+    content["policies"] = {name: {**known.get(name, {}), **spec} for name, spec in learned.items()}
+    content["policies"]["auto"] = known["auto"]
     heading = text.partition("\n")[0] + "\n" if text.startswith("#") else ""
     partial = file.with_name(".pool.yaml.partial")
     partial.write_text(heading + yaml.safe_dump(content, sort_keys=False))
@@ -114,15 +117,16 @@ class Bench:
         self.out = out
         self.budget = budget
         device = find_device(DEVICE)
+        # What answers outside the pool's domains is no stage of it.
         self.facts = {
             name: fact if fact.parameters is None else _powered(fact)
             for name, fact in pool.facts().items()
+            if fact.domains
         }
         self.wh_per_flop = device.power_w / device.flops_per_s / 3600
         self.rates = {name: fact.rates for name, fact in self.facts.items()}
-        largest = max(pool.models, key=lambda m: m.card.parameters if m.card else 0)
-        self.base = largest.name
-        self.chunks = tuple(m.name for m in pool.models if m.name != self.base)
+        self.base = BASE
+        self.chunks = tuple(name for name in self.facts if name != self.base)
         file = pool.folder / "outcomes.jsonl"
         self.train = _spread(read_outcomes(file, split="router"), queries[0])
         self.test = _spread(read_outcomes(file, split="test"), queries[1])

@@ -2,19 +2,24 @@
 
     make pool-general
 
-Asks the models through their engines, as they are served, and adds what they said to the pool's
-`outcomes.jsonl`, for `make pool-router` to learn from. Of the pool's own questions `general` gets
-one in so many, as it takes its time; the others have no score for it.
+Asks the models through their engines, as they are served, what they were not asked before. Of the
+pool's own questions `general` gets one in so many, as it takes its time, and those that the pool's
+policy sends to it; what it said goes into the pool's `outcomes.jsonl`. Everyday requests go to
+everybody, and what they said into `everyday.jsonl` beside it: the router learns from it what the
+chunks are not for. Last, `general` answers some of the everyday questions that the router is tested
+on and never learns from, which are others and of other kinds too.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from tqdm import tqdm
 
@@ -23,14 +28,21 @@ from models.engines.registry import create_engine
 from models.pool import DEFAULT_POOL, Pool, load_pool
 from models.tasks import check
 from models.tokenizer import Tokenizer, load_tokenizer
+from policies.base import Policy, Query
+from policies.files import write_atomic
 from policies.outcomes import AnswerLogprobs, Outcome, read_outcomes, write_outcomes
-from tests.bench.everyday import Everyday, everyday
+from policies.plan import members
+from policies.registry import build_policy
+from tests.bench.everyday import Everyday, everyday, usable
 
-GENERAL, TAG = "general", "general"
-MOST_TOKENS = {"pool": 12, "everyday": 40}
-AT_ONCE = 32
-
-T = TypeVar("T")
+GENERAL = "general"
+MOST_TOKENS = {"pool": 12, "everyday": 24}
+AT_ONCE = 8
+EVERYDAY_FILE = "everyday.jsonl"
+TESTED = Path(__file__).parents[1] / "policies" / "routing" / "data" / EVERYDAY_FILE
+# Of the kinds with the most requests, one in so many is asked.
+ONE_IN = {"explain": 4, "how": 2, "meaning": 2}
+ONE_IN_TESTED = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,50 +108,64 @@ def add(outcome: Outcome, name: str, said: Said, score: float) -> Outcome:
     )
 
 
-def without_general(rows: Iterable[Outcome]) -> list[Outcome]:
-    """Return the rows as they were before `general` came."""
-    return [
-        replace(
-            row,
-            scores=_without(row.scores),
-            outputs=_without(row.outputs),
-            logprobs=_without(row.logprobs),
-            output_tokens=_without(row.output_tokens),
-        )
-        for row in rows
-        if TAG not in row.tags
+async def ask_own(pool: Pool, rows: list[Outcome], one_in: Mapping[str, int]) -> list[Outcome]:
+    """Return the pool's rows with what `general` said: to one in so many of each split, and to all
+    that the pool's default policy sends to it."""
+    policy = build_policy(pool.policies["auto"], folder=pool.folder, models=pool.facts())
+    chosen = [
+        index
+        for split, step in one_in.items()
+        for place, index in enumerate(i for i, row in enumerate(rows) if row.split == split)
+        if place % step == 0 or _goes_to_general(policy, rows[index])
     ]
-
-
-def _without(values: Mapping[str, T]) -> dict[str, T]:
-    return {name: value for name, value in values.items() if name != GENERAL}
-
-
-async def measure(pool: Pool, rows: list[Outcome], one_in: dict[str, int]) -> list[Outcome]:
-    """Return the rows of the pool with `general`, and those of everyday requests."""
-    counts = dict.fromkeys(one_in, 0)
-    chosen = []
-    for index, row in enumerate(rows):
-        split = row.split or ""
-        if counts[split] % one_in[split] == 0:
-            chosen.append(index)
-        counts[split] += 1
-    questions = [rows[index].query for index in chosen]
-    said = await ask(pool, GENERAL, questions, MOST_TOKENS["pool"])
+    chosen = [index for index in chosen if GENERAL not in rows[index].scores]
+    said = await ask(pool, GENERAL, [rows[i].query for i in chosen], MOST_TOKENS["pool"])
+    rows = list(rows)
     for index, answer in zip(chosen, said, strict=True):
-        row = rows[index]
-        right = float(check(row.answer or "", answer.text))
-        rows[index] = add(row, GENERAL, answer, right)
-    requests = list(everyday())
-    asked = [_outcome(index, request) for index, request in enumerate(requests)]
+        right = float(check(rows[index].answer or "", answer.text))
+        rows[index] = add(rows[index], GENERAL, answer, right)
+    return rows
+
+
+def _goes_to_general(policy: Policy, row: Outcome) -> bool:
+    plan = policy.decide(Query(text=row.query, prompt_tokens=row.prompt_tokens or 0)).plan
+    return members(plan) == (GENERAL,)
+
+
+async def ask_everyday(pool: Pool, rows: list[Outcome], tested: Iterable[str]) -> list[Outcome]:
+    """Return what every model says to everyday requests, but for those that are `tested`; `rows`
+    are those that were asked before."""
+    known = {text.lower() for text in tested} | {row.query.lower() for row in rows}
+    requests = [
+        request
+        for request in everyday()
+        if request.text.lower() not in known and _drawn(request, ONE_IN.get(request.kind, 1))
+    ]
+    texts = [request.text for request in requests]
+    fresh = [_outcome(len(rows) + index, request) for index, request in enumerate(requests)]
     for model in pool.models:
-        texts = [request.text for request in requests]
         for index, answer in enumerate(await ask(pool, model.name, texts, MOST_TOKENS["everyday"])):
             grade = requests[index].grade(answer.text)
-            asked[index] = add(asked[index], model.name, answer, grade)
+            fresh[index] = add(fresh[index], model.name, answer, grade)
             if model.name == pool.models[0].name:
-                asked[index] = replace(asked[index], prompt_tokens=answer.num_prompt_tokens)
-    return rows + asked
+                fresh[index] = replace(fresh[index], prompt_tokens=answer.num_prompt_tokens)
+    return rows + fresh
+
+
+def _drawn(request: Everyday, one_in: int) -> bool:
+    """Return whether a request is among those that are asked, the same everywhere."""
+    return int.from_bytes(blake2b(request.text.encode(), digest_size=4).digest()) % one_in == 0
+
+
+async def ask_tested(pool: Pool, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the tested rows, one in so many with whether `general`'s answer was usable."""
+    chosen = [i for i in range(0, len(rows), ONE_IN_TESTED) if "usable" not in rows[i]]
+    texts = [rows[i]["query"] for i in chosen]
+    said = await ask(pool, GENERAL, texts, MOST_TOKENS["everyday"])
+    rows = list(rows)
+    for index, answer in zip(chosen, said, strict=True):
+        rows[index] = {**rows[index], "usable": usable(answer.text), "answer": answer.text}
+    return rows
 
 
 def _outcome(index: int, request: Everyday) -> Outcome:
@@ -147,23 +173,32 @@ def _outcome(index: int, request: Everyday) -> Outcome:
         query=request.text,
         scores={GENERAL: 0.0},
         id=f"everyday-{index}",
-        tags=(TAG, request.kind),
+        tags=(request.kind,),
         split=str(request.split),
         answer=" or ".join(request.accepted) or None,
     )
 
 
 def main() -> None:
-    """Measure, and write the pool's outcomes."""
+    """Measure, and write the outcomes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--pool", type=Path, default=DEFAULT_POOL)
-    parser.add_argument("--one-in-router", type=int, default=16)
-    parser.add_argument("--one-in-test", type=int, default=8)
+    parser.add_argument("--one-in-router", type=int, default=64)
+    parser.add_argument("--one-in-test", type=int, default=32)
     options = parser.parse_args()
     pool, file = load_pool(options.pool), options.pool / "outcomes.jsonl"
     one_in = {"router": options.one_in_router, "test": options.one_in_test}
-    rows = asyncio.run(measure(pool, without_general(read_outcomes(file)), one_in))
+    tested = [json.loads(line) for line in TESTED.read_text("utf-8").splitlines()]
+    everyday_file = options.pool / EVERYDAY_FILE
+    asked = read_outcomes(everyday_file) if everyday_file.exists() else []
+    asked = asyncio.run(ask_everyday(pool, asked, [row["query"] for row in tested]))
+    write_outcomes(everyday_file, asked)
+    rows = asyncio.run(ask_own(pool, read_outcomes(file), one_in))
     write_outcomes(file, rows)
+    answered = asyncio.run(ask_tested(pool, tested))
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in answered]
+    write_atomic(TESTED, "".join(lines))
+    rows += asked
     for split in one_in:
         for kind in sorted({tag for row in rows for tag in row.tags}):
             scores = [

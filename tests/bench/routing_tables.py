@@ -167,7 +167,7 @@ def _pool(encoders: Encoders) -> list[tuple[str, Callable[[], Report]]]:
     file = DEFAULT_POOL / "outcomes.jsonl"
     outcomes = read_outcomes(file)
     facts = load_pool(DEFAULT_POOL).facts()
-    chunks = [name for name in facts if name in outcomes[0].scores and name != "base"]
+    chunks = [name for name, fact in facts.items() if fact.domains and name != "base"]
 
     def run(protocol: Protocol) -> Callable[[], Report]:
         return lambda: evaluate(

@@ -25,7 +25,7 @@ from tests.ops.queries import RULES
 from tests.ports import free_port
 
 NAMES = [model.name for model in load_pool(DEFAULT_POOL).models]
-BASE = NAMES[-1]
+BASE = "base"
 PROMETHEUS = shutil.which("prometheus")
 
 

@@ -18,8 +18,8 @@ from tests.router.conftest import Running, running
 OUTCOMES = read_outcomes(DEFAULT_POOL / "outcomes.jsonl", split="test")
 QUESTIONS = [outcome.query for outcome in OUTCOMES[:: len(OUTCOMES) // 4]][:4]
 MODELS = load_pool(DEFAULT_POOL).models
-BASE = max(MODELS, key=lambda model: model.card.parameters if model.card else 0).name
-CHUNKS = [model.name for model in MODELS if model.name != BASE]
+BASE = "base"
+CHUNKS = [model.name for model in MODELS if len(model.spec.domains) == 1]
 NESTED = {
     "cascade": {
         "stages": [
@@ -38,7 +38,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """The default pool, served in this process."""
     content = yaml.safe_load((DEFAULT_POOL / "pool.yaml").read_text())
     for model in content["models"]:
-        model["checkpoint"] = str(DEFAULT_POOL / model["checkpoint"])
+        if not model["checkpoint"].startswith("package:"):
+            model["checkpoint"] = str(DEFAULT_POOL / model["checkpoint"])
     policies = {name: _absolute(spec) for name, spec in content.pop("policies").items()}
     with running(tmp_path_factory.mktemp("pool"), policies=policies, **content) as server:
         yield server

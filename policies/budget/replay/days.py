@@ -171,11 +171,14 @@ def workload_of(
 ) -> Workload:
     """Return the workload of queries that every model in `models` has answered.
 
-    Predictions are cross-fitted on the same outcomes. Token counts are the outcomes' where they
-    have them; prompt lengths are otherwise guessed from the text and answer lengths simulated.
-    Raises `OutcomesError` if no query has a score for every model.
+    Models that were asked less than half as much as others are left out. Predictions are
+    cross-fitted on the same outcomes. Token counts are the outcomes' where they have them; prompt
+    lengths are otherwise guessed from the text and answer lengths simulated. Raises `OutcomesError`
+    if no query has a score for every model.
     """
-    names = tuple(models)
+    asked = {name: sum(name in outcome.scores for outcome in outcomes) for name in models}
+    often = tuple(name for name, count in asked.items() if 2 * count >= max(asked.values()))
+    names = often if len(often) > 1 else tuple(models)
     complete = [outcome for outcome in outcomes if set(names) <= set(outcome.scores)]
     if not complete:
         raise OutcomesError(f"no query has scores for all of {', '.join(names)}")
@@ -190,7 +193,7 @@ def workload_of(
         for column, name in enumerate(names):
             lengths[row, column] = outcome.output_tokens.get(name, lengths[row, column])
     return Workload(
-        models=dict(models),
+        models={name: models[name] for name in names},
         carbon=carbon,
         prompt_tokens_Q=np.array(
             [

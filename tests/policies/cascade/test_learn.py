@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from policies.base import Query, members_of
+from policies.base import Decision, Policy, Query, members_of
 from policies.cascade.answers import AnswerTable, predict
 from policies.cascade.base import Attempt, Scorer
 from policies.cascade.learn import learn_cascade, measure_stops, replay_cascade
@@ -130,6 +130,25 @@ def test_a_broken_file_is_named(content: bytes, tmp_path: Path) -> None:
     file.write_bytes(content)
     with pytest.raises(PolicyError, match=r"broken\.npz"):
         load_cascade(file)
+
+
+def test_what_no_stage_knows_goes_elsewhere(cascade: LearnedCascade) -> None:
+    """A plan of `outside` runs where it names a model that no stage has, and nowhere else."""
+
+    class Elsewhere(Policy):
+        """Gives towns to a guide, and everything else to a stage of the cascade."""
+
+        def decide(self, query: Query) -> Decision:
+            return Decision(plan=Answer(members=("guide" if "town" in query.text else "sum",)))
+
+        def plans(self) -> list[Plan]:
+            return [Answer(members=("guide",)), Answer(members=("sum",))]
+
+    policy, alone = Frugal(cascade, outside=Elsewhere()), Frugal(cascade)
+    assert policy.decide(Query(text="which town is it")).plan == Answer(members=("guide",))
+    query = Query(text="date of 12 and 7")
+    assert policy.decide(query) == alone.decide(query)
+    assert set(members_of(policy)) == {*members_of(alone), "guide"}
 
 
 def test_the_budget_moves_along_the_frontier(cascade: LearnedCascade) -> None:

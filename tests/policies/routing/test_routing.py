@@ -192,6 +192,31 @@ def test_sparse_feedback_is_enough_to_learn() -> None:
     assert policy.decide(spelling).plan == Answer(members=("speller",))
 
 
+def test_what_lies_outside_goes_to_who_answers_there(tmp_path: Path) -> None:
+    """Outcomes from outside the field teach who answers there, and make nothing familiar."""
+    towns = ["Lisbon", "Oslo", "Cairo", "Lima", "Quito", "Riga", "Delhi", "Accra"]
+    scores = {"adder": 0.0, "speller": 0.0, "large": 0.0, "guide": 1.0}
+    outside = [
+        Outcome(query=f"{how} the town of {town}", scores=scores, tags=("towns",))
+        for town in towns
+        for how in ("Where lies", "Describe", "Tell me about", "Who founded")
+    ]
+    home = [
+        replace(one, scores={**one.scores, "guide": 0.0}) if row % 8 == 0 else one
+        for row, one in enumerate(OUTCOMES)
+    ]
+    router = fit_router(home, encoder=encoder(), settings=SETTINGS, outside=outside)
+    save_router(router, tmp_path / "router.npz")
+    policy = Learned(load_router(tmp_path / "router.npz"), models=FACTS)
+    for text in ("Where lies the town of Vienna", "ferries to Malta"):
+        decision = policy.decide(Query(text=text, explain=True))
+        assert decision.plan == Answer(members=("guide",))
+        assert decision.details["doubt"]["familiar"] is False
+        assert decision.scores == pytest.approx(scores)
+    assert policy.decide(Query(text="What is 1 + 2?")).plan != Answer(members=("guide",))
+    assert (router.facts["num_queries"], router.facts["num_outside"]) == (240, 32)
+
+
 def test_too_few_outcomes_are_refused() -> None:
     """A handful of queries trains nothing."""
     with pytest.raises(PolicyError, match="5 outcomes are too few"):

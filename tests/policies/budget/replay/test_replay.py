@@ -1,5 +1,7 @@
 """The replay harness: a fair optimum, fair baselines, and a controller that comes close."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -196,6 +198,14 @@ def test_a_workload_is_made_of_outcomes():
     assert workload.predicted_QM[easy, 0].mean() > workload.predicted_QM[~easy, 0].mean() + 0.3
     with pytest.raises(OutcomesError, match="no query has scores for all of small, middle"):
         workload_of(outcomes[-1:], MODELS, CARBON)
+    # A model that was hardly asked takes no part, instead of leaving hardly a query.
+    seldom = [
+        one
+        if row < 15
+        else replace(one, scores={k: v for k, v in one.scores.items() if k != "large"})
+        for row, one in enumerate(outcomes)
+    ]
+    assert list(workload_of(seldom, MODELS, CARBON).models) == ["small", "middle"]
 
 
 def test_targets_lie_between_the_cheapest_and_the_best():
