@@ -14,14 +14,13 @@ from policies.carbon.grid import CachedGrid
 from policies.experiments.shadow import Shadow, ShadowMeter
 from router.access.budgets import Budgets
 from router.access.keys import Authenticator
-from router.budget_sync import BudgetSync
+from router.background import BudgetSync, GridFeed
 from router.catalog.catalog import Catalog
 from router.config import AppArgs
 from router.engines import EngineClient
 from router.experiments.experiments import Experiments, read_definitions
 from router.experiments.shadows import shadow_report
 from router.gate import Gate
-from router.grid_feed import GridFeed
 from router.ledger.database import Database, open_database
 from router.ledger.writer import Ledger, installation_secret
 from router.logs import REQUESTS_LOGGER, RequestLog

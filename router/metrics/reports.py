@@ -19,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from policies.budget import Controller
 from policies.experiments.report import Report
 from policies.experiments.shadow import Shadow
-from router.budget_sync import read_spending
+from router.background import read_spending
 from router.experiments.experiments import Experiments
 from router.experiments.reporting import predicted_quality
 from router.experiments.shadows import shadow_report

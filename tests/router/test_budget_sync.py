@@ -14,7 +14,7 @@ from policies.base import Decision, ModelFacts, Query
 from policies.budget import BudgetTarget, Controller
 from policies.footprint import Rates
 from policies.plan import Answer
-from router.budget_sync import BudgetSync, read_spending
+from router.background import BudgetSync, read_spending
 from router.ledger.calls import Calls
 from router.ledger.database import Database
 from router.ledger.writer import Ledger
@@ -114,7 +114,7 @@ def test_a_database_that_fails_is_logged_and_asked_again(caplog: pytest.LogCaptu
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
-    with caplog.at_level(logging.WARNING, "router.budget_sync"):
+    with caplog.at_level(logging.WARNING, "router.background"):
         asyncio.run(sync())
     database.dispose()
     assert "keep their own count" in caplog.text

@@ -14,7 +14,7 @@ import pytest
 from policies.base import ModelFacts
 from policies.carbon.settings import CarbonSettings, LiveModels
 from policies.footprint import Rates
-from router.grid_feed import GridFeed
+from router.background import GridFeed
 
 NOON_S = 1767268800.0  # 2026-01-01T12:00:00Z
 
@@ -105,7 +105,7 @@ def test_a_reading_is_used_until_it_is_stale(monkeypatch):
 )
 def test_a_feed_that_fails_leaves_the_fallback_and_one_warning(caplog, status, answer):
     """Errors and answers without a usable value are logged once, not raised."""
-    with FakeElectricityMaps() as fake, caplog.at_level(logging.WARNING, "router.grid_feed"):
+    with FakeElectricityMaps() as fake, caplog.at_level(logging.WARNING, "router.background"):
         fake.status, fake.answer = status, answer
         settings = settings_for(fake)
         grid = settings.grid(Path())
@@ -119,7 +119,7 @@ def test_a_feed_that_is_gone_leaves_the_fallback(caplog):
     with FakeElectricityMaps() as fake:
         settings = settings_for(fake)
     grid = settings.grid(Path())
-    with caplog.at_level(logging.WARNING, "router.grid_feed"):
+    with caplog.at_level(logging.WARNING, "router.background"):
         assert not asyncio.run(refreshed(settings, grid))
     assert grid.at(NOON_S).source == "fallback:DE"
 
