@@ -40,8 +40,9 @@ _LIST = Field(strict=False)
 Name: TypeAlias = Annotated[str, Field(min_length=1, max_length=256)]
 Probability: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 Weight: TypeAlias = Annotated[float, Field(ge=0, le=1e6)]
-# exp(log-likelihood / T) stays a number in the engines' 32 bits, and T > 1e6 is no evidence at all.
-Temperature: TypeAlias = Annotated[float, Field(ge=1e-3, le=1e6)]
+# A log-likelihood divided by less would overflow; by more, all weigh alike. Engines hold to it too.
+TEMPERATURES = (1e-6, 1e6)
+Temperature: TypeAlias = Annotated[float, Field(ge=TEMPERATURES[0], le=TEMPERATURES[1])]
 Timeout: TypeAlias = Annotated[float, Field(ge=1e-3, le=86_400)]
 
 _LEAST_LARGEST_WEIGHT = 1e-6

@@ -7,8 +7,10 @@ short runs.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypedDict
@@ -121,7 +123,14 @@ def laws(run: Run, folder: Path) -> None:
         "mixture": mixture,
     }
     write_json(folder / _FITS, fits)
-    write_laws(folder / LAWS_FILE, _pool_laws(run, curves, fitted, mixture))
+    seen = [
+        {key: [curve.num_members, curve.losses] for key, curve in curves.items()},
+        points,
+        mixture and mixture["points"],
+    ]
+    data_sha256 = hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()
+    found = _pool_laws(run, curves, fitted, mixture)
+    write_laws(folder / LAWS_FILE, replace(found, data_sha256=data_sha256))
 
 
 def fits_of(run: Run) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from llguidance import LLMatcher, LLTokenizer
 from models.engines.base import GenerationRequest, SamplingOptions
 from models.engines.kind import EngineTraits
 from models.errors import ContextOverflow, RequestError
+from policies.plan import TEMPERATURES
 
 # What each number of `SamplingOptions` may be, both ends included.
 _RANGES: dict[str, tuple[float, float]] = {
@@ -29,8 +30,6 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 _MOST_BIAS = 100
 _MOST_CONTRAST = 10  # as plans have it
-# A log-likelihood divided by less would overflow; by more, all weigh alike.
-_EVIDENCE_TEMPERATURES = (1e-6, 1e6)
 
 
 def check_request(
@@ -120,7 +119,7 @@ def _check_fusion(request: GenerationRequest, traits: EngineTraits) -> None:
     _check_range("gate", request.gate, 0, 1)
     _check_range("contrast", request.contrast, 0, _MOST_CONTRAST)
     if evidence is not None:
-        _check_range("evidence.temperature", evidence.temperature, *_EVIDENCE_TEMPERATURES)
+        _check_range("evidence.temperature", evidence.temperature, *TEMPERATURES)
         if evidence.update and not traits.updates_evidence:
             raise RequestError("evidence.update: weights do not follow the answer in this engine")
     if request.rule != "contrastive":

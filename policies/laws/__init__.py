@@ -19,10 +19,8 @@ from policies.laws.fitting import Fitted, Interval
 from policies.laws.scaling import (
     Chinchilla,
     InferenceEfficient,
-    Kaplan,
     Shape,
     SharedExponent,
-    performance_gain_carbon_factor,
     rank_shapes,
 )
 
@@ -33,7 +31,6 @@ __all__ = [
     "Fitted",
     "InferenceEfficient",
     "Interval",
-    "Kaplan",
     "MixtureLaw",
     "PostPruningLaw",
     "RecoveryLaw",
@@ -41,7 +38,6 @@ __all__ = [
     "Shape",
     "SharedExponent",
     "ensemble_margin",
-    "performance_gain_carbon_factor",
     "rank_shapes",
     "smallest_winning_ensemble",
 ]

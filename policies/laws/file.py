@@ -22,6 +22,8 @@ _SCHEMA: Final = 1
 class PoolLaws:
     """Laws fitted to one pool; None where nobody measured. `origin` says on what and when.
 
+    `data_sha256` is the hash of the measurements that they were fitted to, empty where unknown.
+
     `ensemble_error` is the ensemble law of the share of wrong answers, which the budget controller
     uses; `ensemble_loss` that of the loss in nats per token. `mixture_general` is the D-CPT law of
     the general loss, `mixture_domain` that of the domains' own.
@@ -34,6 +36,7 @@ class PoolLaws:
     mixture_domain: MixtureLaw | None = None
     post_pruning: PostPruningLaw | None = None
     scaling: Chinchilla | None = None
+    data_sha256: str = ""
 
 
 _KINDS: dict[str, type[Any]] = {
@@ -49,7 +52,8 @@ _KINDS: dict[str, type[Any]] = {
 def write_laws(file: Path, laws: PoolLaws) -> None:
     """Write `laws` to `file` atomically, leaving out what is None."""
     fitted = {name: value for name, value in asdict(laws).items() if value is not None}
-    write_artifact(file, Artifact(settings=fitted), kind=_KIND, schema=_SCHEMA)
+    artifact = Artifact(data_sha256=fitted.pop("data_sha256"), settings=fitted)
+    write_artifact(file, artifact, kind=_KIND, schema=_SCHEMA)
 
 
 def read_laws(file: Path) -> PoolLaws:
@@ -66,7 +70,7 @@ def _restored(artifact: Artifact) -> PoolLaws:
         if name not in _KINDS:
             raise LawError(f"the key {name!r} is unknown; allowed are origin, {', '.join(_KINDS)}")
         laws[name] = _law(name, _KINDS[name], constants)
-    return PoolLaws(origin=origin, **laws)
+    return PoolLaws(origin=origin, data_sha256=artifact.data_sha256, **laws)
 
 
 def _law(name: str, kind: type[Any], constants: object) -> Any:  # noqa: ANN401 - any law

@@ -9,7 +9,6 @@ from policies.laws import (
     CompressionLaw,
     EnsembleLaw,
     InferenceEfficient,
-    Kaplan,
     MixtureLaw,
     PostPruningLaw,
     RecoveryLaw,
@@ -39,15 +38,6 @@ def test_chinchilla_fit_recovers_its_constants():
     assert fitted.intervals["E"].low < truth.E < fitted.intervals["E"].high
     assert fitted.rmse < 0.02
     assert fitted.num_points == 25
-
-
-def test_kaplan_fit_predicts_unseen_sizes():
-    """Constants trade off against each other, but held-out losses come back within 1% (seed 2)."""
-    truth = Kaplan(Nc=8.8e13, Dc=5.4e13, alpha_N=0.076, alpha_D=0.095)
-    losses = noisy(truth.predict(SIZES, TOKENS), seed=2)
-    fitted = Kaplan.fit(parameters=SIZES, tokens=TOKENS, losses=losses, num_resamples=0)
-    assert fitted.law.predict(5e9, 5e10) == pytest.approx(truth.predict(5e9, 5e10), rel=0.01)
-    assert fitted.intervals == {}
 
 
 def test_ensemble_fit_recovers_its_constants():

@@ -13,7 +13,8 @@ from policies.laws.file import PoolLaws, read_laws, write_laws
 
 def test_laws_come_back_as_written(tmp_path: Path) -> None:
     """What is written is read back; what was None stays None."""
-    laws = PoolLaws(origin="measured", ensemble_error=EnsembleLaw(L0=0.4, a=0.8, b=0.2))
+    law = EnsembleLaw(L0=0.4, a=0.8, b=0.2)
+    laws = PoolLaws(origin="measured", ensemble_error=law, data_sha256="5e" * 32)
     write_laws(tmp_path / "laws.npz", laws)
     assert read_laws(tmp_path / "laws.npz") == laws
 

@@ -15,7 +15,6 @@ from policies.laws import (
     Shape,
     SharedExponent,
     ensemble_margin,
-    performance_gain_carbon_factor,
     rank_shapes,
     smallest_winning_ensemble,
 )
@@ -72,11 +71,6 @@ def test_proposition_4_1_depends_on_the_unit_of_parameters():
 def test_no_ensemble_wins_where_members_hardly_help():
     """With a tiny b no size satisfies eq. 13, and the answer says so."""
     assert smallest_winning_ensemble(8e9, b=1e-3, max_members=64) is None
-
-
-def test_ten_percent_more_performance_costs_three_times_the_carbon():
-    """1.1^12.5 = 3.29 (eq. 10)."""
-    assert performance_gain_carbon_factor(1.1) == pytest.approx(3.29, abs=0.005)
 
 
 def test_post_pruning_loss_falls_as_rho_rises_when_gamma_is_positive():
