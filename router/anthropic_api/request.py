@@ -236,8 +236,10 @@ def _tool(tool: Tool, where: str) -> dict[str, Any]:
     return {"type": "function", "function": told}
 
 
-def _response_format(wanted: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    if not wanted:
+def _response_format(wanted: object) -> dict[str, Any] | None:
+    if wanted is None:
         return None
+    if not isinstance(wanted, Mapping):
+        raise bad_request("output_config.format: must be an object", "output_config.format")
     schema = {"name": "answer", "schema": wanted.get("schema"), "strict": True}
     return {"type": wanted.get("type"), "json_schema": schema}

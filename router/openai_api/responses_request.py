@@ -222,8 +222,10 @@ def _tool_choice(choice: str | Mapping[str, Any] | None) -> str | dict[str, Any]
 
 def _response_format(text: Mapping[str, Any]) -> dict[str, Any] | None:
     wanted = text.get("format")
-    if not isinstance(wanted, Mapping):
+    if wanted is None:
         return None
+    if not isinstance(wanted, Mapping):
+        raise bad_request("text.format: must be an object", "text.format")
     if wanted.get("type") != "json_schema":
         return {"type": wanted.get("type")}
     return {

@@ -161,6 +161,7 @@ def test_tokens_are_counted(client: anthropic.Anthropic, front: Running) -> None
         ({"max_tokens": 0}, "max_tokens"),
         ({"temperature": 3}, "temperature"),
         ({"messages": []}, "messages"),
+        ({"output_config": {"format": "json"}}, "output_config.format: must be an object"),
         ({"mcp_servers": [{"type": "url"}]}, "mcp_servers is not supported"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "web_search_20250305"),
         ({"tool_choice": {"type": "tool", "name": "no"}, "tools": [TOOL]}, "tool_choice"),

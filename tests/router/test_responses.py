@@ -192,6 +192,7 @@ def test_a_ceiling_of_tokens_is_no_promise(client: openai.OpenAI) -> None:
     [
         ({"input": 7}, "input"),
         ({"background": True}, "background"),
+        ({"text": {"format": "json"}}, "text.format"),
         ({"store": True}, "store"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"include": ["file_search_call.results"]}, "include"),
