@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -29,6 +29,23 @@ has `tool_calls`, a tool's turn the `tool_call_id` that it answers, as OpenAI wr
 
 _SYSTEM_ROLES = ("system", "developer")
 _DEFAULT = "default"  # transformers' name of the template that stands alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendering:
+    """How a conversation becomes a prompt.
+
+    With `generation_prompt` the head of the assistant's next turn ends it; with `continue_final`
+    the last turn is left open instead, for the model to go on with it. `arguments` are variables
+    that the client hands to the template (vLLM's `chat_template_kwargs`).
+    """
+
+    generation_prompt: bool = True
+    continue_final: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+_USUAL = Rendering()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,24 +80,25 @@ class ChatTemplate:
         self,
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] = (),
-        *,
-        generation_prompt: bool = True,
+        rendering: Rendering = _USUAL,
     ) -> str:
-        """Return the prompt that asks for the assistant's next turn, or the bare conversation.
+        """Return the prompt that asks for the assistant's next turn, unless `rendering` differs.
 
         The assistant may call `tools`, where the template knows how to say so.
 
         Raises `RequestError` where the template refuses the conversation or fails on it.
         """
         template = self._tool_use if tools else self._template
+        variables = {
+            "documents": None,
+            **self._special_tokens,
+            **rendering.arguments,
+            "messages": [_turn(message) for message in messages],
+            "add_generation_prompt": rendering.generation_prompt and not rendering.continue_final,
+            "tools": [dict(tool) for tool in tools] or None,
+        }
         try:
-            return template.render(
-                messages=[_turn(message) for message in messages],
-                add_generation_prompt=generation_prompt,
-                tools=[dict(tool) for tool in tools] or None,
-                documents=None,
-                **self._special_tokens,
-            )
+            text = template.render(variables)
         except TemplateError as error:
             raise RequestError(
                 f"messages: the chat template refuses them: {error}", "messages"
@@ -90,6 +108,7 @@ class ChatTemplate:
                 f"messages: the chat template fails on them: {type(error).__name__}: {error}",
                 "messages",
             ) from None
+        return _left_open(text, messages[-1]["content"]) if rendering.continue_final else text
 
 
 def open_conversation(messages: Sequence[Message], system: str | None) -> Sequence[Message]:
@@ -198,6 +217,19 @@ def _turn(message: Message) -> dict[str, Any]:
             for call in turn["tool_calls"]
         ]
     return turn
+
+
+def _left_open(text: str, content: str) -> str:
+    """Return `text` up to the end of its last turn's `content`, as transformers cuts it."""
+    at = text.rfind(content.strip())
+    if not content.strip() or at < 0:
+        raise RequestError(
+            "continue_final_message: the chat template does not show the last message's content",
+            "continue_final_message",
+        )
+    # Where the template keeps the blanks at the content's end, they stay.
+    kept = content.lstrip() if text.startswith(content.lstrip(), at) else content.strip()
+    return text[: at + len(kept)]
 
 
 def _arguments(function: Mapping[str, Any]) -> object:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from models.chat_template import (
     Message,
+    Rendering,
     open_conversation,
     read_chat_template,
     read_tokenizer_config,
@@ -27,8 +29,14 @@ if TYPE_CHECKING:
     from models.spec import Model
 
 
+_USUAL = Rendering()
+
+
 class Tokenizer(Protocol):
-    """Text to token ids and back. Thread-safe, no I/O after it is made."""
+    """Text to token ids and back. Thread-safe, no I/O after it is made.
+
+    Encoding holds the interpreter's lock for no longer than copying takes.
+    """
 
     @property
     def vocab_size(self) -> int:
@@ -39,12 +47,20 @@ class Tokenizer(Protocol):
         """Return the ids of plain `text`, with what the model expects at the start of a text."""
         ...
 
+    @property
+    def most_token_bytes(self) -> int:
+        """No token stands for more bytes of text than this."""
+        ...
+
     def encode_chat(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        rendering: Rendering = _USUAL,
     ) -> tuple[int, ...]:
         """Return the ids of a conversation, ready for the assistant's next turn.
 
-        `tools` are the functions that the assistant may call.
+        `tools` are the functions that the assistant may call. `rendering` may ask for another end.
 
         Raises `RequestError` where the model's chat template refuses the conversation.
         """
@@ -76,14 +92,23 @@ class ByteTokenizer:
         self,
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] = (),  # noqa: ARG002 - who reads bytes calls none
+        rendering: Rendering = _USUAL,
     ) -> tuple[int, ...]:
         """Return the turns one after another, and the head of the assistant's."""
         ids: list[int] = []
         for message in messages:
             ids += f"{message['role']}\n{message['content']}".encode()
             ids.append(self.END_OF_TURN)
-        ids += b"assistant\n"
+        if rendering.continue_final:
+            ids.pop()
+        elif rendering.generation_prompt:
+            ids += b"assistant\n"
         return tuple(ids)
+
+    @property
+    def most_token_bytes(self) -> int:
+        """One byte is one token."""
+        return 1
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of the bytes; incomplete characters become U+FFFD."""
@@ -122,10 +147,18 @@ class CheckpointTokenizer:
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Return the ids of `text`, with the beginning-of-text token where the model has one."""
-        return tuple(self._tokenizer.encode(text).ids)
+        return self._encode(text, add_special_tokens=True)
+
+    @cached_property
+    def most_token_bytes(self) -> int:
+        """The longest token's text, in UTF-8: never less than the bytes that it stands for."""
+        return max(len(token.encode()) for token in self._tokenizer.get_vocab())
 
     def encode_chat(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        rendering: Rendering = _USUAL,
     ) -> tuple[int, ...]:
         """Return the conversation through the checkpoint's chat template.
 
@@ -134,8 +167,13 @@ class CheckpointTokenizer:
         if self._template is None:
             raise RequestError("the model has no chat template; use /v1/completions", "messages")
         # The template writes the special tokens itself.
-        text = self._template.render(open_conversation(messages, self._system), tools)
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        text = self._template.render(open_conversation(messages, self._system), tools, rendering)
+        return self._encode(text, add_special_tokens=False)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        # Encoding a single text holds the interpreter's lock all the while; a batch does not.
+        [found] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return tuple(found.ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of `token_ids`, special tokens left out."""
@@ -148,6 +186,8 @@ class RoughTokenizer:
     """
 
     BYTES_PER_TOKEN = 4
+    most_token_bytes = 128
+    """Longer than any token of ordinary vocabularies that stands for text."""
 
     @property
     def vocab_size(self) -> int:
@@ -159,7 +199,10 @@ class RoughTokenizer:
         return (0,) * -(-len(text.encode()) // self.BYTES_PER_TOKEN)
 
     def encode_chat(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        rendering: Rendering = _USUAL,  # noqa: ARG002 - a few tokens are not counted so exactly
     ) -> tuple[int, ...]:
         """Return about as many ids as the conversation has tokens, a role counted like a word."""
         turns = "\n".join(f"{m['role']}\n{m['content']}\n" for m in messages)

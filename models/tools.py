@@ -9,10 +9,14 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Tools:
-    """What a request offers: OpenAI's tool objects, and its `tool_choice` ("none" offers none)."""
+    """What a request offers: OpenAI's tool objects, and its `tool_choice` ("none" offers none).
+
+    Unless `parallel`, an answer calls one function at most.
+    """
 
     functions: tuple[Mapping[str, Any], ...]
     choice: str | Mapping[str, Any] = "auto"
+    parallel: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

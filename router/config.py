@@ -32,17 +32,34 @@ class ServingLimits(_Strict):
     """Bounds on one request.
 
     `default_max_tokens` is the most an answer takes where the client names no limit (never more
-    than the context has room for). `request_timeout_s` ends a request, and is the most a client
-    may ask for; `stage_timeout_s` ends a stage of a cascade, the last one excepted, so that the
-    next one can run. `plans` bounds how large a plan a client may send, and how many lanes any
-    plan may take.
+    than the context has room for). `request_timeout_s` ends a request, and is the most a client may
+    ask for; `stage_timeout_s` ends a stage of a cascade, the last one excepted, so that the next
+    one can run. A stream that has nothing to send for `first_comment_s` begins nonetheless, with a
+    comment that clients skip, and sends another every `comment_interval_s`, so that no proxy cuts
+    it: errors that come later stand in the stream. `plans` bounds how large a plan a client may
+    send, and how many lanes any plan may take.
     """
 
     max_body_bytes: Count = 4 * 2**20
+    first_comment_s: float = Field(1, gt=0, le=86_400)
+    comment_interval_s: float = Field(10, gt=0, le=86_400)
     default_max_tokens: Count = 1024
     request_timeout_s: float = Field(600, gt=0, le=86_400)
     stage_timeout_s: float = Field(60, gt=0, le=86_400)
     plans: PlanBounds = Field(default_factory=PlanBounds)
+
+
+class HttpConfig(_Strict):
+    """How connections are kept, and which web pages may ask.
+
+    An idle connection is closed after `keep_alive_s`: longer than the pools of clients and proxies
+    keep theirs. Pages of `cors_origins` ("https://chat.example.org"; "*" for all) may read answers;
+    by default none may, not even this machine's own: a keyless server would answer any page that
+    somebody opens beside it.
+    """
+
+    keep_alive_s: Count = 75
+    cors_origins: tuple[str, ...] = ()
 
 
 class TracingConfig(_Strict):
@@ -62,7 +79,8 @@ class AppArgs(_Strict):
 
     `pool` is a pool.yaml or its folder (default: the pool that comes with Shoal). `policies` adds
     to the pool's policies or replaces them by name; paths in them are relative to the pool's
-    folder. `ingress` says how many replicas take HTTP requests. `num_threads` is the number of
+    folder. `http` is about connections and browsers. `ingress` says how many replicas take HTTP
+    requests. `num_threads` is the number of
     CPU threads of each engine replica (default: all cores of the machine). `ledger` is
     the database of rows, keys and budgets. `carbon` says what hardware runs the
     models and on which grid; a relative `grid_file` starts at the pool's folder. `logs` and
@@ -75,6 +93,7 @@ class AppArgs(_Strict):
     pool: Path = DEFAULT_POOL
     policies: dict[Name, dict[str, Any]] = Field(default_factory=dict)
     limits: ServingLimits = Field(default_factory=ServingLimits)
+    http: HttpConfig = Field(default_factory=HttpConfig)
     ingress: DeploymentSpec = Field(default_factory=DeploymentSpec)
     num_threads: int | None = Field(None, ge=1)
     ledger: LedgerConfig = Field(default_factory=LedgerConfig)

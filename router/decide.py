@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 
 from policies.base import Decision, Query
@@ -13,7 +14,7 @@ from router.config import ServingLimits
 from router.eligible import among_able
 from router.errors import ApiError, bad_request
 from router.exchange import Choice, Exchange
-from router.executor.task import Prompt, Task
+from router.executor.task import INLINE_CHARACTERS, Prompt, Task
 from router.experiments.experiments import Experiments
 from router.openai_api.ask import Ask
 
@@ -41,7 +42,10 @@ async def decide(
     decisions: list[Decision] = []
     choices: list[Choice] = []
     for query, prompt in zip(queries, ask.prompts, strict=True):
-        decision = target.policy.decide(query)
+        if len(query.text) > INLINE_CHARACTERS:
+            decision = await asyncio.to_thread(target.policy.decide, query)
+        else:
+            decision = target.policy.decide(query)
         unlimited = target.policy_name is not None and not decision.limited
         if unlimited and query.limits != NO_LIMITS:
             decision = catalog.policies.limiter.choose(query, decision)
@@ -64,10 +68,12 @@ async def decide(
 async def _query(
     catalog: Catalog, limits: ServingLimits, exchange: Exchange, ask: Ask, prompt: Prompt
 ) -> Query:
+    tokenizer = catalog.members.tokenizer
+    prompt.check_size(tokenizer, catalog.members.most_context_tokens)
     return Query(
-        text=prompt.query(catalog.members.tokenizer),
-        prompt_tokens=len(await prompt.tokens(catalog.members.tokenizer)),
-        max_tokens=ask.max_tokens or limits.default_max_tokens,
+        text=prompt.query(tokenizer),
+        prompt_tokens=len(await prompt.tokens(tokenizer)),
+        max_tokens=limits.default_max_tokens if ask.max_tokens is None else ask.max_tokens,
         user=exchange.user,
         session=exchange.record.session,
         key_id=exchange.key_id,

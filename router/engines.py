@@ -68,6 +68,7 @@ def merge(chunks: Sequence[Chunk]) -> Chunk:
         text="".join(chunk.text for chunk in chunks),
         tokens=tuple(token for chunk in chunks for token in chunk.tokens),
         reasoning="".join(chunk.reasoning for chunk in chunks),
+        prompt=chunks[0].prompt,
         refusal="".join(chunk.refusal for chunk in chunks),
         tool_calls=join_calls(call for chunk in chunks for call in chunk.tool_calls),
     )

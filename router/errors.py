@@ -23,6 +23,8 @@ from router.access.keys import KeyRejected
 from router.access.limits import BudgetExhausted, BudgetUnavailable
 from router.ledger.calls import is_away
 
+_MOST_CHARACTERS = 1000
+
 
 class ApiError(Exception):
     """An error as OpenAI's clients expect it: `{"error": {message, type, param, code}}`."""
@@ -46,15 +48,19 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
-        """Return the response's JSON body."""
+        """Return the response's JSON body; what the client sent is not echoed at any length."""
         return {
             "error": {
-                "message": self.message,
+                "message": _short(self.message, _MOST_CHARACTERS),
                 "type": self.kind,
-                "param": self.param,
+                "param": self.param and _short(self.param, _MOST_CHARACTERS // 8),
                 "code": self.code,
             }
         }
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
@@ -75,7 +81,7 @@ def to_api_error(error: BaseException) -> ApiError:  # noqa: PLR0911 - one per k
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ContextOverflow):
-        return bad_request(str(error), error.param or "messages", "context_length_exceeded")
+        return bad_request(str(error), error.param, "context_length_exceeded")
     if isinstance(error, RequestError):
         return bad_request(str(error), error.param)
     if isinstance(error, PolicyError):

@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request, Response
 from sqlalchemy.exc import SQLAlchemyError
 from starlette import types
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 
 from models.errors import EngineError
@@ -36,6 +37,7 @@ from router.service import Service
 
 _HEALTH_TIMEOUT_S = 5.0
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]\s]+)(?::[0-9]*)?")
+_PREFLIGHT_S = 600
 
 
 def create_api(service: Service, args: AppArgs) -> FastAPI:
@@ -74,6 +76,16 @@ def create_api(service: Service, args: AppArgs) -> FastAPI:
         return key_id
 
     api.add_middleware(Guard, hosts=args.hosts, keyless=not args.auth.required)
+    api.add_middleware(Forgiving)
+    if args.http.cors_origins:
+        api.add_middleware(
+            CORSMiddleware,
+            allow_origins=args.http.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after", "openai-processing-ms"],
+            max_age=_PREFLIGHT_S,
+        )
 
     async def tell(_: Request, error: Exception) -> JSONResponse:
         return _error(to_api_error(error))
@@ -126,6 +138,31 @@ def create_api(service: Service, args: AppArgs) -> FastAPI:
         )
 
     return api
+
+
+class Forgiving:
+    """Answers HEAD where GET is answered, and a path with a slash too many like one without."""
+
+    def __init__(self, app: types.ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: types.Scope, receive: types.Receive, send: types.Send) -> None:
+        """Pass the request on; the body of an answer to HEAD stays here."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if scope["path"].startswith("/v1/"):
+            scope = {**scope, "path": scope["path"].rstrip("/")}
+        if scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_head(message: types.Message) -> None:
+            if message["type"] == "http.response.body":
+                message = {**message, "body": b""}
+            await send(message)
+
+        await self._app({**scope, "method": "GET"}, receive, send_head)
 
 
 class Guard:

@@ -7,12 +7,14 @@ end of a request's head; Ray Serve has HAProxy in front for that, this server cl
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from models.engines.registry import supervised_engine
 from models.pool import Pool
@@ -26,6 +28,8 @@ from router.ingress import create_api
 from router.ledger.writer import Ledger
 from router.service import Service
 
+_OLD_REQUEST = re.compile(rb"[A-Z]+ \S+ HTTP/1\.0\r?\n")
+
 if TYPE_CHECKING:
     _Base = asyncio.Protocol
 else:
@@ -37,6 +41,7 @@ class ImpatientProtocol(_Base):
 
     head_timeout_s: float = HEADER_TIMEOUT_S
     _timer: asyncio.TimerHandle | None = None
+    _begun = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin to wait for the first request."""
@@ -45,6 +50,11 @@ class ImpatientProtocol(_Base):
 
     def data_received(self, data: bytes) -> None:
         """Wait on while no request has begun that is not answered yet."""
+        if not self._begun:
+            self._begun = True
+            if _OLD_REQUEST.match(data):
+                self._hand_over(data)
+                return
         super().data_received(data)
         cycle = getattr(self, "cycle", None)
         if cycle is not None and not cycle.response_complete:
@@ -56,6 +66,19 @@ class ImpatientProtocol(_Base):
         """Wait no more."""
         self._stop_waiting()
         super().connection_lost(exc)
+
+    def _hand_over(self, data: bytes) -> None:
+        """Have the connection of a client of HTTP/1.0 served by uvicorn's other protocol.
+
+        This one would send it chunks, which that version does not know (RFC 9112, 6.1).
+        """
+        self._stop_waiting()
+        base: Any = self
+        base.connections.discard(self)
+        old = H11Protocol(base.config, base.server_state, base.app_state)
+        old.connection_made(base.transport)
+        base.transport.set_protocol(old)
+        old.data_received(data)
 
     def _wait(self) -> None:
         loop = asyncio.get_running_loop()
@@ -103,6 +126,7 @@ def http_server(
             log_level="warning",
             access_log=False,
             http=ImpatientProtocol,
+            timeout_keep_alive=args.http.keep_alive_s,
             timeout_graceful_shutdown=round(args.ingress.drain_s),
         )
     )

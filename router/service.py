@@ -20,6 +20,7 @@ from starlette.responses import Response
 from models.engines.base import Chunk
 from models.errors import EngineError
 from policies.experiments.shadow import ShadowMeter
+from router.bodies import read_body
 from router.catalog.catalog import Catalog
 from router.config import ServingLimits
 from router.decide import decide
@@ -37,6 +38,7 @@ from router.metrics.page import Metrics
 from router.openai_api.endpoint import Head, ResponseWriter, WireFormat
 from router.record import CLIENT_CLOSED_REQUEST, RequestRecord
 from router.streams import (
+    COMMENT,
     DONE,
     ClientDisconnected,
     EventStream,
@@ -44,10 +46,14 @@ from router.streams import (
     event,
     side_by_side,
     until_disconnected,
+    with_comments,
 )
 from router.workers import Worker
 
 logger = logging.getLogger(__name__)
+
+# Below this, reading a body takes less time than handing it to a thread is worth.
+_INLINE_BYTES = 2**15
 
 TIMEOUT_HEADER = "x-shoal-timeout-s"
 
@@ -177,7 +183,11 @@ class Service:
             await asyncio.to_thread(watcher.close)
 
     async def _answer(self, exchange: Exchange, endpoint: WireFormat, body: bytes) -> Response:
-        ask = exchange.ask = endpoint.parse(body)
+        if len(body) > _INLINE_BYTES:
+            ask = await asyncio.to_thread(endpoint.parse, body)
+        else:
+            ask = endpoint.parse(body)
+        exchange.ask = ask
         exchange.user = ask.user or exchange.user
         exchange.record.session = ask.extension.session or exchange.record.session
         if ask.extension.timeout_s is not None:
@@ -200,9 +210,17 @@ class Service:
         writer = endpoint.writer(head, ask)
         if not ask.stream:
             return await self._whole(exchange, writer, answers)
-        # Read before 200 is sent, so that early errors keep their status.
-        first = await anext(answers)
-        return EventStream(self._events(exchange, writer, first, answers), self._headers(exchange))
+        first = asyncio.ensure_future(anext(answers))
+        try:
+            # Read before 200 is sent, so that early errors keep their status.
+            await asyncio.wait({first}, timeout=self.limits.first_comment_s)
+            if first.done():
+                first.result()
+        except BaseException:
+            first.cancel()
+            raise
+        told = with_comments(first, answers, self.limits.comment_interval_s)
+        return EventStream(self._events(exchange, writer, told), self._headers(exchange))
 
     async def _whole(
         self, exchange: Exchange, writer: ResponseWriter, answers: Answers
@@ -219,14 +237,19 @@ class Service:
         return _json_response(200, content, self._headers(exchange))
 
     async def _events(
-        self, exchange: Exchange, writer: ResponseWriter, first: tuple[int, Chunk], answers: Answers
+        self,
+        exchange: Exchange,
+        writer: ResponseWriter,
+        answers: AsyncGenerator[tuple[int, Chunk] | None, None],
     ) -> AsyncGenerator[bytes, None]:
         """Yield the response's events; its record is kept when this ends, however it ends."""
         num_open = len(exchange.choices)
         try:
             data = writer.start()
-            got: tuple[int, Chunk] | None = first
-            while got is not None:
+            async for got in answers:
+                if got is None:
+                    yield COMMENT
+                    continue
                 index, chunk = got
                 _count(exchange, index, chunk)
                 num_open -= chunk.finish_reason is not None
@@ -238,7 +261,6 @@ class Service:
                 if data:
                     yield _events_of(writer, data)
                 data = []
-                got = await anext(answers, None)
             exchange.record.status = 200
             if not writer.named_events:
                 yield DONE
@@ -340,19 +362,6 @@ def _timeout_s(headers: Mapping[str, str]) -> float | None:
     if not asked_s > 0:
         raise bad_request(f"{TIMEOUT_HEADER} is not a positive number", TIMEOUT_HEADER)
     return asked_s
-
-
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """Return the request's body; `ApiError` 413 if it is longer than `max_bytes`."""
-    too_large = ApiError(413, f"The body is larger than {max_bytes} bytes.", code="body_too_large")
-    if int(request.headers.get("content-length", "0")) > max_bytes:
-        raise too_large
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > max_bytes:
-            raise too_large
-    return bytes(body)
 
 
 def _count(exchange: Exchange, index: int, chunk: Chunk) -> None:

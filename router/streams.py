@@ -106,6 +106,27 @@ def event(data: Mapping[str, Any], *, named: bool = False) -> bytes:
     return name + b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
 
 
+COMMENT = b": still at work\n\n"
+"""What clients skip: an event stream that is silent for long is cut by proxies."""
+
+
+async def with_comments(
+    first: asyncio.Future[T], rest: AsyncGenerator[T, None], interval_s: float
+) -> AsyncGenerator[T | None, None]:
+    """Yield `first`, once it is there, and `rest`; before that None, once each `interval_s`."""
+    try:
+        while not first.done():
+            yield None
+            await asyncio.wait({first}, timeout=interval_s)
+        yield first.result()
+        async for item in rest:
+            yield item
+    finally:
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        await rest.aclose()
+
+
 class EventStream(Response):
     """Sends events as they come; closes their generator when the client hangs up."""
 

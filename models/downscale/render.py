@@ -15,7 +15,7 @@ from jinja2.exceptions import TemplateSyntaxError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from models.chat_template import ChatTemplate, Message
+from models.chat_template import ChatTemplate, Message, Rendering
 from models.downscale.corpus import Example
 from models.errors import BaseError, CorpusError, RequestError
 from models.training.data import Conversation
@@ -28,6 +28,7 @@ PLAIN_TEMPLATE: Final = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- 'assistant: ' -}}{%- endif -%}"
 )
+_BARE: Final = Rendering(generation_prompt=False)
 _MARK: Final = "\ue000{}\ue001"
 
 # A piece of a rendered conversation: its text, or the turn whose content stands here; and whether
@@ -160,10 +161,10 @@ class Renderer:
         same turn of a marked content, since a template may change what it is given.
         """
         prompt = self._template.render(messages[:-1])
-        closed = self._template.render(messages, generation_prompt=False)
+        closed = self._template.render(messages, rendering=_BARE)
         mark = _MARK.format("")
         marked = self._template.render(
-            [*messages[:-1], {**messages[-1], "content": mark}], generation_prompt=False
+            [*messages[:-1], {**messages[-1], "content": mark}], rendering=_BARE
         )
         head, _, tail = marked.partition(mark)
         if closed.startswith(head) and closed.endswith(tail):

@@ -11,12 +11,28 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
-from models.chat_template import Message
+from models.chat_template import Message, Rendering
 from models.tools import ToolCall, Tools
 
 FinishReason: TypeAlias = Literal["stop", "length", "content_filter", "tool_calls"]
 FusionRule: TypeAlias = Literal["mixture", "product", "gated", "contrastive"]
 Circuit: TypeAlias = Literal["closed", "half-open", "open"]
+StructureKind: TypeAlias = Literal["json", "regex", "choice", "grammar"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Structure:
+    """What an answer is held to, by `kind`: the JSON text of a schema ("{}": any value), a regular
+    expression, the JSON text of a list of strings, or a grammar in Lark's or llama.cpp's notation.
+
+    What a schema says beyond what a grammar can hold is an error only where it is `strict`. `name`
+    is the client's, for a server that is asked on.
+    """
+
+    kind: StructureKind
+    text: str
+    strict: bool = False
+    name: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +41,12 @@ class SamplingOptions:
 
     `temperature` 0 is greedy. `top_k` and `min_p` None mean off. `seed` None draws fresh
     randomness; with a seed, the same request gives the same tokens whatever else is in the batch.
-    `logit_bias` maps token ids to [-100, 100]. `top_logprobs` None returns no alternatives,
-    0-20 that many. `json_schema` is a JSON schema's text; "{}" means any JSON value.
+    `logit_bias` maps token ids to [-100, 100]. `repetition_penalty` makes tokens
+    less likely that prompt or answer have (CTRL, Keskar et al. 2019: positive logits are divided by
+    it, negative ones multiplied; where members are fused there are log-probabilities only); 1 is
+    off. `top_logprobs` None returns no alternatives, 0-20 that many; `prompt_logprobs` the same for
+    the prompt's own tokens. No end is drawn before `min_tokens`; `stop_token_ids` end an answer
+    beside the model's own ends. With `include_stop` the stop string stays in the text.
     `ignore_eos` goes on to `max_tokens` (benchmarks).
     """
 
@@ -37,11 +57,16 @@ class SamplingOptions:
     min_p: float | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop: bool = False
+    min_tokens: int = 0
     top_logprobs: int | None = None
-    json_schema: str | None = None
+    prompt_logprobs: int | None = None
+    structure: Structure | None = None
     ignore_eos: bool = False
 
 
@@ -70,9 +95,9 @@ class GenerationRequest:
 
     `prompt_tokens` is the whole templated prompt in the engine's tokenizer; `messages` or `text` is
     what it was made of, for engines that ask another server, and neither where the client sent
-    token ids. `sent` is the client's own body, where another server gets it as it came. `tools` are
-    offered only to engines whose traits allow them. `request_id` is unique; cancellation and logs
-    use it. `client_id` groups requests for fair queueing. After `timeout_s`
+    token ids; `rendering` is how. `sent` is the client's own body, where another server gets it as
+    it came. `tools` are offered only to engines whose traits allow them. `request_id` is unique;
+    cancellation and logs use it. `client_id` groups requests for fair queueing. After `timeout_s`
     nobody waits for the answer any more (None: not known).
     """
 
@@ -89,6 +114,7 @@ class GenerationRequest:
     messages: tuple[Message, ...] | None = None
     text: str | None = None
     sent: Mapping[str, Any] | None = None
+    rendering: Rendering = field(default_factory=Rendering)
     tools: Tools | None = None
     timeout_s: float | None = None
 
@@ -123,15 +149,17 @@ class Token:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chunk:
-    """A piece of the answer. `text` may lag behind `tokens` while a stop string or a character
-    may still be incomplete; the texts of all chunks joined are the answer, without the stop
-    string. `tokens` holds every generated token, the end-of-sequence token included in the count
-    but with empty text. What the model thought before it answered is `reasoning`, why it would not
-    is the `refusal`; neither is in the text. `tool_calls` are calls, or pieces of them. The last
-    chunk, and only it, has a `finish_reason`, and where several members were fused the `weights`
-    that they had in the end, in the request's order. Where another server counted, it says how many
-    tokens prompt and answer had, whatever was shown of them; and where the engine knows, how many
-    of the prompt's were kept from earlier ones, and how many of the answer's were reasoning.
+    """A piece of the answer. `text` may lag behind `tokens` while a stop string or a character may
+    still be incomplete; the texts of all chunks joined are the answer, without the stop string.
+    `tokens` holds every generated token, the end-of-sequence token included in the count but with
+    empty text. What the model thought before it answered is `reasoning`, why it would not is the
+    `refusal`; neither is in the text. `tool_calls` are calls, or pieces of them. The last chunk,
+    and only it, has a `finish_reason`, and where several members were fused the `weights` that they
+    had in the end, in the request's order. Where another server counted, it says how many tokens
+    prompt and answer had, whatever was shown of them; and where the engine knows, how many of the
+    prompt's were kept from earlier ones, and how many of the answer's were reasoning. The first
+    chunk has the tokens of the `prompt` with their log-probabilities, where these were asked for;
+    the first of them has none.
     """
 
     text: str
@@ -145,6 +173,7 @@ class Chunk:
     output_tokens: int | None = None
     cached_tokens: int | None = None
     reasoning_tokens: int | None = None
+    prompt: tuple[Token, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

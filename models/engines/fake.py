@@ -173,6 +173,7 @@ class FakeEngine:
                 text=text,
                 tokens=(_token(token_id, script, sampling.top_logprobs),),
                 finish_reason=finish,
+                prompt=() if index else _prompt(request, script),
             )
             if finish:
                 return
@@ -181,6 +182,16 @@ class FakeEngine:
 def _ids(answer: str, *, forever: bool) -> Iterable[int]:
     data = answer.encode()
     return itertools.cycle(data or b" ") if forever else [*data, ByteTokenizer.END_OF_TURN]
+
+
+def _prompt(request: GenerationRequest, script: Script) -> tuple[Token, ...]:
+    """Return the prompt's tokens as scored, if that was asked for."""
+    num_top = request.sampling.prompt_logprobs
+    if num_top is None:
+        return ()
+    first, *rest = request.prompt_tokens
+    start = replace(_token(first, script, 0), logprob=None)
+    return (start, *(_token(token_id, script, num_top) for token_id in rest))
 
 
 def _last(request: GenerationRequest) -> str:

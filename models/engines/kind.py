@@ -12,7 +12,7 @@ from typing import Generic, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel
 
-from models.engines.base import Engine, FusionRule
+from models.engines.base import Engine, FusionRule, StructureKind
 from models.errors import PoolError
 from models.spec import EngineSpec, Model
 
@@ -26,10 +26,11 @@ class EngineTraits:
 
     `fuses`: one request may name several members, by one of `rules`, and with `updates_evidence`
     their weights may follow the answer's tokens. `logprobs`: answers carry log-probabilities, which
-    scorers of cascades read. `tools`: its models can be offered tools. `structured`: answers can be
-    held to a JSON schema. `here`: it draws its energy from this machine. `context_tokens` bounds
-    prompt and answer further than the models do. A replica spreads over `num_workers` devices. With
-    `metrics`, it is a `HasMetrics`. `needs` says what is missing for it to run on this machine.
+    scorers of cascades read. `tools`: its models can be offered tools. Answers can be held to the
+    kinds of `structures`. It `refuses` some of the fields of `requests.OPTIONAL`. `here`: it draws
+    its energy from this machine. `context_tokens` bounds prompt and answer further than the models
+    do. A replica spreads over `num_workers` devices. With `metrics`, it is a `HasMetrics`. `needs`
+    says what is missing for it to run on this machine.
     """
 
     fuses: bool = True
@@ -37,7 +38,8 @@ class EngineTraits:
     updates_evidence: bool = True
     logprobs: bool = True
     tools: bool = False
-    structured: bool = True
+    structures: tuple[StructureKind, ...] = ("json", "regex", "choice", "grammar")
+    refuses: frozenset[str] = frozenset()
     here: bool = True
     context_tokens: int | None = None
     num_workers: int = 1

@@ -7,9 +7,7 @@ of range would fail everybody in the same step.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-
-from llguidance import LLMatcher, LLTokenizer
+from collections.abc import Callable, Sequence
 
 from models.engines.base import GenerationRequest, SamplingOptions
 from models.engines.kind import EngineTraits
@@ -25,9 +23,26 @@ _RANGES: dict[str, tuple[float, float]] = {
     "min_p": (0, 1),
     "presence_penalty": (-2, 2),
     "frequency_penalty": (-2, 2),
+    "repetition_penalty": (1e-2, 100),
+    "min_tokens": (0, 2**31 - 1),
     "seed": (-(2**63), 2**63 - 1),
     "top_logprobs": (0, 20),
+    "prompt_logprobs": (0, 20),
 }
+OPTIONAL: dict[str, Callable[[SamplingOptions], bool]] = {
+    "repetition_penalty": lambda sampling: sampling.repetition_penalty != 1,
+    "min_tokens": lambda sampling: sampling.min_tokens > 0,
+    "stop_token_ids": lambda sampling: bool(sampling.stop_token_ids),
+    "include_stop_str_in_output": lambda sampling: sampling.include_stop,
+    "echo": lambda sampling: sampling.prompt_logprobs is not None,
+    "top_k": lambda sampling: sampling.top_k is not None,
+    "min_p": lambda sampling: sampling.min_p is not None,
+    "ignore_eos": lambda sampling: sampling.ignore_eos,
+}
+"""Fields that not every engine honours (`EngineTraits.refuses`), and how a request asks for them.
+
+`echo` stands for the log-probabilities of the prompt, which it shows.
+"""
 _MOST_BIAS = 100
 _MOST_CONTRAST = 10  # as plans have it
 
@@ -57,24 +72,11 @@ def check_request(
     room = context_tokens - len(request.prompt_tokens)
     if room < 1:
         raise ContextOverflow(
-            f"the prompt has {len(request.prompt_tokens)} tokens, but the context of "
-            f"{', '.join(request.members)} holds {context_tokens}, answer included"
+            f"The maximum context length of {', '.join(request.members)} is {context_tokens} "
+            f"tokens, answer included, but the prompt has {len(request.prompt_tokens)}.",
+            _prompt_field(request),
         )
     return min(request.sampling.max_tokens, room)
-
-
-def compile_schema(tokenizer: LLTokenizer, json_schema: str) -> str:
-    """Return llguidance's grammar of `json_schema`; takes up to a second, and releases the GIL.
-
-    Raises `RequestError` for a schema that is not valid or not supported.
-    """
-    grammar: str = LLMatcher.grammar_from_json_schema(json_schema)
-    problem = LLMatcher.validate_grammar(grammar, tokenizer)
-    if problem and not problem.startswith("WARNING"):
-        raise RequestError(
-            f"response_format: the JSON schema cannot be used: {problem}", "response_format"
-        )
-    return grammar
 
 
 def relative_weights(request: GenerationRequest) -> tuple[float, ...]:
@@ -145,26 +147,34 @@ def check_sampling(sampling: SamplingOptions, traits: EngineTraits) -> None:
         raise RequestError("stop: an empty string is not allowed", "stop")
     if sampling.top_logprobs is not None and not traits.logprobs:
         raise RequestError("logprobs: this engine returns none", "logprobs")
-    if sampling.json_schema is not None and not traits.structured:
-        raise RequestError(
-            "response_format: this engine holds no answer to a schema", "response_format"
-        )
+    for field in traits.refuses:
+        if OPTIONAL[field](sampling):
+            raise RequestError(f"{field}: this engine cannot honour it", field)
+    structure = sampling.structure
+    if structure is not None and structure.kind not in traits.structures:
+        field = "response_format" if structure.kind == "json" else "structured_outputs"
+        raise RequestError(f"{field}: this engine holds no answer to a {structure.kind}", field)
 
 
 def _check_tokens(request: GenerationRequest, vocab_size: int | None) -> None:
     told = request.messages or request.text if vocab_size is None else None
     if not request.prompt_tokens and not told:
-        raise RequestError("the prompt is empty", "messages")
+        raise RequestError("the prompt is empty", _prompt_field(request))
     if vocab_size is None:
         return
     for what, tokens in (
-        ("prompt", request.prompt_tokens),
+        (_prompt_field(request), request.prompt_tokens),
         ("logit_bias", request.sampling.logit_bias),
+        ("stop_token_ids", request.sampling.stop_token_ids),
     ):
         if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
             raise RequestError(
                 f"{what}: a token id is outside of the vocabulary of {vocab_size}", what
             )
+
+
+def _prompt_field(request: GenerationRequest) -> str:
+    return "prompt" if request.messages is None else "messages"
 
 
 def _check_range(

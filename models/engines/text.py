@@ -34,12 +34,13 @@ class TextStream:
     """Turns tokens' bytes into text that may be shown.
 
     Text is held back while it may be the beginning of a stop string, bytes while their character
-    is incomplete. `stopped` turns true once a stop string stands in the text; neither it nor what
-    follows is ever returned.
+    is incomplete. `stopped` turns true once a stop string stands in the text; what follows is never
+    returned, nor is it itself unless `include_stop`.
     """
 
-    def __init__(self, stop: Iterable[str]) -> None:
+    def __init__(self, stop: Iterable[str], *, include_stop: bool = False) -> None:
         self._stop = tuple(stop)
+        self._include_stop = include_stop
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
         self.stopped = False
@@ -60,10 +61,11 @@ class TextStream:
         if not self._stop:
             return text
         self._held += text
-        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        found = [(at, stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
-            return self._held[: min(found)]
+            at, stop = min(found)
+            return self._held[: at + len(stop) * self._include_stop]
         keep = max(_overlap(self._held, stop) for stop in self._stop)
         certain = len(self._held) - keep
         text, self._held = self._held[:certain], self._held[certain:]

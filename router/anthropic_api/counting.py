@@ -9,10 +9,10 @@ from starlette.responses import JSONResponse
 
 from router.anthropic_api.answer import MessagesEndpoint
 from router.anthropic_api.request import CountFields, read_count
+from router.bodies import read_body
 from router.catalog.catalog import Catalog
 from router.decide import named_target
 from router.errors import to_api_error
-from router.service import read_body
 
 
 def add_count_route(

@@ -72,6 +72,12 @@ class Members:
         known += [self._traits[self._engine_of[name]].context_tokens for name in answer.members]
         return min((tokens for tokens in known if tokens is not None), default=None)
 
+    @property
+    def most_context_tokens(self) -> int | None:
+        """The longest context of any member; None where one isn't known."""
+        each = [self.context_tokens(Answer(members=(name,))) for name in self._engine_of]
+        return None if None in each else max(tokens for tokens in each if tokens is not None)
+
     def span_engines(self, answer: Answer) -> bool:
         """Return whether no single engine can fuse the members of `answer`."""
         engines = {self._engine_of[name] for name in answer.members}

@@ -13,13 +13,7 @@ from contextlib import aclosing
 from dataclasses import replace
 
 from models.engines.base import Chunk, Evidence, GenerationRequest
-from models.errors import (
-    ContextOverflow,
-    EngineError,
-    EngineFailed,
-    EngineOverloaded,
-    RequestError,
-)
+from models.errors import EngineError, EngineFailed, EngineOverloaded, RequestError
 from policies.cascade.base import Attempt, PrefixScorer, Ranker, Scorer, normalise
 from policies.plan import Answer, Best, Cascade, Plan
 from router.catalog.members import Members
@@ -27,7 +21,7 @@ from router.config import ServingLimits
 from router.energy import energy_of
 from router.engines import EngineClient, merge
 from router.executor.judging import attempt, decided, majority, scores
-from router.executor.task import Task
+from router.executor.task import Task, overflow
 from router.executor.trace import Run, Trace, child_path
 from router.executor.union import unite
 
@@ -102,12 +96,12 @@ class Executor:
             if not task.stream:
                 chunk = await client.complete(request)
                 _note(run, chunk)
-                yield chunk
+                yield chunk if task.max_tokens != 0 else _without_answer(chunk)
                 return
             async with aclosing(client.stream(request)) as chunks:
                 async for chunk in chunks:
                     _note(run, chunk)
-                    yield chunk
+                    yield chunk if task.max_tokens != 0 else _without_answer(chunk)
         except (EngineOverloaded, RequestError):
             run.prompt_tokens = 0  # the engine refused it unread: nobody pays for that
             raise
@@ -126,17 +120,20 @@ class Executor:
     async def _request(self, answer: Answer, task: Task, run: Run) -> GenerationRequest:
         if task.prompt.tools is not None:
             self._members.check_tools(answer)
-        tokens = await task.prompt.tokens(self._members.tokenizer_of(answer.members[0]))
+        tokenizer = self._members.tokenizer_of(answer.members[0])
         context_tokens = self._members.context_tokens(answer)
-        max_tokens = self._max_tokens(task)
+        task.prompt.check_size(tokenizer, context_tokens)
+        # Where only the prompt is scored, the token after it is drawn and thrown away.
+        wanted = max(task.max_tokens or 1, 1)
+        max_tokens = max(self._max_tokens(task), 1)
+        most = None if context_tokens is None else context_tokens - wanted
+        tokens = await task.prompt.tokens(tokenizer, most)
         messages = task.prompt.messages
         if context_tokens is not None:
             room = context_tokens - len(tokens)
-            if room < (1 if task.ceiling else task.max_tokens or 1):
-                raise ContextOverflow(
-                    f"The context length of {answer.members[0]!r} is {context_tokens} tokens, but "
-                    f"the prompt has {len(tokens)} and the answer may take {task.max_tokens or 1}.",
-                )
+            if room < (1 if task.ceiling else wanted):
+                told = f"the prompt has {len(tokens)} and the answer may take {wanted}"
+                raise overflow(context_tokens, told, task.prompt.field)
             max_tokens = min(max_tokens, room)
         now_s = asyncio.get_running_loop().time()
         return GenerationRequest(
@@ -156,12 +153,13 @@ class Executor:
             ),
             text=task.prompt.plain_text,
             sent=self._members.sent(answer.members[0], task.sent),
+            rendering=task.prompt.rendering,
             tools=task.prompt.tools,
             timeout_s=None if task.deadline_s is None else max(0.0, task.deadline_s - now_s),
         )
 
     def _max_tokens(self, task: Task) -> int:
-        return task.max_tokens or self._limits.default_max_tokens
+        return self._limits.default_max_tokens if task.max_tokens is None else task.max_tokens
 
     # -- Cascade: stages in order, until an answer is good enough (FrugalGPT)
 
@@ -380,6 +378,12 @@ def _whole(chunks: list[Chunk]) -> Chunk:
     if answer.finish_reason is None:
         raise EngineFailed("the engine's answer broke off")
     return answer
+
+
+def _without_answer(chunk: Chunk) -> Chunk:
+    """Return what `chunk` says of the prompt alone."""
+    reason = chunk.finish_reason and "length"
+    return replace(chunk, text="", reasoning="", tokens=(), tool_calls=(), finish_reason=reason)
 
 
 def _note(run: Run, chunk: Chunk) -> None:

@@ -7,21 +7,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from models.chat_template import Message
+from models.chat_template import Message, Rendering
 from models.engines.base import SamplingOptions
+from models.errors import ContextOverflow
 from models.tokenizer import Tokenizer
 from models.tools import Tools
 from policies.base import Query
 
 # Below this, tokenizing takes less time than handing it to a thread is worth.
-_INLINE_CHARACTERS = 16_384
+INLINE_CHARACTERS = 16_384
+# A prompt that is to be cut may be so many times as long as a context.
+_MOST_SHORTENED = 8
 
 
 class Prompt:
     """A conversation, a text, or token ids as they are; give exactly one.
 
     `query` is what a policy reads: the last user message, or the text. With a conversation come the
-    `tools` that it offers, if any.
+    `tools` that it offers, if any, and its `rendering`. Of the prompt's tokens the last
+    `keep_tokens` are kept (-1: as many as leave room for the answer; None: all).
     """
 
     def __init__(
@@ -31,23 +35,36 @@ class Prompt:
         text: str | None = None,
         token_ids: tuple[int, ...] | None = None,
         tools: Tools | None = None,
+        rendering: Rendering | None = None,
+        keep_tokens: int | None = None,
     ) -> None:
         assert sum(part is not None for part in (messages, text, token_ids)) == 1
         self._messages = messages
         self._text = text
         self._token_ids = token_ids
         self.tools = tools
+        self.rendering = rendering or Rendering()
+        self._keep_tokens = keep_tokens
         self._cache: dict[int, tuple[int, ...]] = {}
 
     @property
     def messages(self) -> Sequence[Message] | None:
-        """The conversation, if it is one."""
-        return self._messages
+        """The conversation, if it is one, and all of it is read."""
+        return self._messages if self._keep_tokens is None else None
 
     @property
     def plain_text(self) -> str | None:
-        """The text, if it was given as one."""
-        return self._text
+        """The text, if it was given as one, and all of it is read."""
+        return self._text if self._keep_tokens is None else None
+
+    @property
+    def field(self) -> str:
+        """The field of the request that it came in."""
+        return "prompt" if self._messages is None else "messages"
+
+    def shortened(self, keep_tokens: int | None) -> Prompt:
+        """Return the same text or token ids, of which the last `keep_tokens` are kept."""
+        return Prompt(text=self._text, token_ids=self._token_ids, keep_tokens=keep_tokens)
 
     def query(self, tokenizer: Tokenizer) -> str:
         """Return what a policy reads; `tokenizer` serves to read token ids."""
@@ -61,31 +78,56 @@ class Prompt:
         assert self._messages is None
         return self._text if self._text is not None else tokenizer.decode(self._token_ids or ())
 
-    async def tokens(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+    def check_size(self, tokenizer: Tokenizer, context_tokens: int | None) -> None:
+        """Raise `ContextOverflow` where no such context holds so long a text; tokenizes nothing."""
+        if context_tokens is None:
+            return
+        if self._token_ids is not None:
+            num_tokens = len(self._token_ids)
+        else:
+            num_tokens = -(-self._num_characters() // tokenizer.most_token_bytes)
+        if num_tokens >= context_tokens and self._keep_tokens is None:
+            raise overflow(context_tokens, f"the prompt has at least {num_tokens}", self.field)
+        if num_tokens >= _MOST_SHORTENED * context_tokens:
+            raise overflow(context_tokens, "the prompt is too long even to be cut", self.field)
+
+    async def tokens(self, tokenizer: Tokenizer, room: int | None = None) -> tuple[int, ...]:
         """Return the prompt's ids. Long prompts are tokenized in a thread.
 
-        Raises `RequestError` if the chat template refuses the conversation.
+        `room` is what a prompt may have that is kept as far as there is room. Raises `RequestError`
+        if the chat template refuses the conversation.
         """
-        if self._token_ids is not None:
-            return self._token_ids
         key = id(tokenizer)
         if key not in self._cache:
-            if self._num_characters() > _INLINE_CHARACTERS:
+            if self._token_ids is not None:
+                self._cache[key] = self._token_ids
+            elif self._num_characters() > INLINE_CHARACTERS or self.tools is not None:
                 self._cache[key] = await asyncio.to_thread(self._encode, tokenizer)
             else:
                 self._cache[key] = self._encode(tokenizer)
-        return self._cache[key]
+        ids = self._cache[key]
+        if self._keep_tokens is None:
+            return ids
+        kept = self._keep_tokens if self._keep_tokens >= 0 else room
+        return ids if kept is None else ids[max(len(ids) - kept, 0) :]
 
     def _encode(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         if self._messages is not None:
             tools = self.tools.functions if self.tools else ()
-            return tokenizer.encode_chat(self._messages, tools)
+            return tokenizer.encode_chat(self._messages, tools, self.rendering)
         return tokenizer.encode(self._text or "")
 
     def _num_characters(self) -> int:
         if self._messages is not None:
             return sum(len(message["content"]) for message in self._messages)
         return len(self._text or "")
+
+
+def overflow(context_tokens: int, told: str, field: str) -> ContextOverflow:
+    """Return the error in the words by which clients know it; `told` says what is too long."""
+    return ContextOverflow(
+        f"This model's maximum context length is {context_tokens} tokens, but {told}.", field
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

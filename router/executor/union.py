@@ -75,7 +75,7 @@ async def unite(
     relative = answer.weights or (1.0,) * len(answer.members)
     run.weights = tuple(weight / sum(relative) for weight in relative)
     rng = random.Random(task.sampling.seed)
-    stream = TextStream(task.sampling.stop)
+    stream = TextStream(task.sampling.stop, include_stop=task.sampling.include_stop)
     text, request_id = "", f"{task.request_id}:{run.path}"
     longest = context_tokens or math.inf
     for step in range(max_tokens):
@@ -195,7 +195,11 @@ def _check(sampling: SamplingOptions) -> None:
     """Refuse what speaks of token ids, or of a whole vocabulary."""
     wanted = {
         "logit_bias": bool(sampling.logit_bias),
-        "response_format": sampling.json_schema is not None,
+        "response_format": sampling.structure is not None,
+        "repetition_penalty": sampling.repetition_penalty != 1,
+        "min_tokens": sampling.min_tokens > 0,
+        "stop_token_ids": bool(sampling.stop_token_ids),
+        "echo": sampling.prompt_logprobs is not None,
         "presence_penalty": sampling.presence_penalty != 0,
         "frequency_penalty": sampling.frequency_penalty != 0,
         "top_logprobs": bool(sampling.top_logprobs),

@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.responses import JSONResponse
 
+from router.bodies import read_body
 from router.errors import ApiError, bad_request
 from router.exchange import answer_digest
 from router.experiments.experiments import Experiments
@@ -50,11 +51,7 @@ def add_feedback_route(
     """
 
     async def feedback(request: Request) -> JSONResponse:
-        body = b""
-        async for part in request.stream():
-            body += part
-            if len(body) > _MAX_FEEDBACK_BYTES:
-                raise ApiError(413, "The feedback is too long.", code="body_too_large")
+        body = await read_body(request, _MAX_FEEDBACK_BYTES)
         key_id = await identify(request)
         taken = await take_feedback(
             ledger, read_feedback(body), key_id=key_id, shadows=shadows, keep_text=keep_text

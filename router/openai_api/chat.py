@@ -8,16 +8,19 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import from_json
 
-from models.chat_template import Message
+from models.chat_template import Message, Rendering
 from models.engines.base import Chunk
 from policies.kinds import Count
 from router.errors import bad_request
 from router.executor.task import Prompt
-from router.openai_api.ask import Ask, Extension
-from router.openai_api.endpoint import ByChunks, Head
-from router.openai_api.fields import SharedFields, read_body, read_schema
+from router.openai_api.ask import Ask
+from router.openai_api.constraints import MAX_TOOLS, read_tools
+from router.openai_api.endpoint import ByChunks, Head, Progress
+from router.openai_api.fields import ReasoningEffort, SharedFields, read_body
 from router.openai_api.logprobs import chat_logprobs
-from router.openai_api.tools import read_tools
+
+MAX_MESSAGES = 8192
+_MAX_PARTS = 1024
 
 _ROLES = {
     "system": "system",
@@ -27,17 +30,20 @@ _ROLES = {
     "tool": "tool",
 }
 
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "add_special_tokens": (False,),
     "audio": (),
+    "echo": (False,),
     "function_call": ("none",),
     "functions": ([],),
     "modalities": (["text"],),
     "moderation": (),
     "prediction": (),
-    "reasoning_effort": ("none",),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
+# What a template gets from elsewhere.
+_RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "continue_final_message"})
 
 
 def _read_role(value: object) -> str:
@@ -46,19 +52,30 @@ def _read_role(value: object) -> str:
     return _ROLES[value]
 
 
+def _read_arguments(value: object) -> dict[str, Any]:
+    if value is not None and not isinstance(value, dict):
+        raise ValueError("must be an object of the template's variables")
+    for name in value or {}:
+        if name in _RESERVED or not str(name).isidentifier():
+            raise ValueError(f"{name!r} is no variable that a client may set")
+    return value or {}
+
+
 def _read_content(value: object) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
         raise ValueError("must be a string or a list of text parts")
+    if len(value) > _MAX_PARTS:
+        raise ValueError(f"at most {_MAX_PARTS} parts are allowed")
     texts: list[str] = []
     for part in value:
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text":
+        if kind not in ("text", "refusal"):
             raise ValueError(f"a part of type {kind!r} is not supported; only text is")
-        if not isinstance(part.get("text"), str):
-            raise ValueError("a text part needs the key text, a string")
-        texts.append(part["text"])
+        if not isinstance(part.get(kind), str):
+            raise ValueError(f"a {kind} part needs the key {kind}, a string")
+        texts.append(part[kind])
     return "\n".join(texts)
 
 
@@ -82,7 +99,11 @@ class _Message(BaseModel):
 
     role: Annotated[str, BeforeValidator(_read_role)]
     content: Annotated[str, BeforeValidator(_read_content)] | None = None
-    tool_calls: list[_ToolCall] | None = None
+    name: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    refusal: str | None = None
+    tool_calls: Annotated[list[_ToolCall] | None, Field(max_length=MAX_TOOLS)] = None
     tool_call_id: str | None = None
 
     def problem(self) -> tuple[str, str] | None:
@@ -91,13 +112,22 @@ class _Message(BaseModel):
             return "tool_calls", "only an assistant's message has them"
         if self.role == "tool" and self.tool_call_id is None:
             return "tool_call_id", "a tool's message names the call that it answers"
-        if self.content is None and not self.tool_calls:
+        if self.role != "assistant" and self.content is None:
+            return "content", "it is missing"
+        told = (self.content, self.tool_calls, self.refusal, self.reasoning_content, self.reasoning)
+        if all(part is None for part in told):
             return "content", "it is missing"
         return None
 
     def turn(self) -> Message:
-        """Return the message as prompts are made of it."""
-        turn: dict[str, Any] = {"role": self.role, "content": self.content or ""}
+        """Return the message as prompts are made of it; a refusal is what an assistant said."""
+        content = self.refusal if self.content is None else self.content
+        turn: dict[str, Any] = {"role": self.role, "content": content or ""}
+        if self.name:
+            turn["name"] = self.name
+        reasoning = self.reasoning_content or self.reasoning
+        if reasoning:
+            turn["reasoning_content"] = reasoning
         if self.tool_calls:
             turn["tool_calls"] = [call.model_dump() for call in self.tool_calls]
         if self.tool_call_id is not None:
@@ -108,13 +138,40 @@ class _Message(BaseModel):
 class ChatFields(SharedFields):
     """The body of a chat completion."""
 
-    messages: list[_Message] = Field(min_length=1)
+    messages: list[_Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     logprobs: bool | None = None
     max_completion_tokens: Count | None = None
-    response_format: dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: ReasoningEffort | None = None
     tool_choice: str | dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
     top_logprobs: int | None = Field(None, ge=0, le=20)
+
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_read_arguments)] = Field(
+        default_factory=dict, max_length=64
+    )
+    continue_final_message: bool | None = None
+    include_reasoning: bool | None = None
+
+    def rendering(self) -> Rendering:
+        """Return how the conversation becomes a prompt; raises `ApiError`, 400."""
+        continues = bool(self.continue_final_message)
+        if continues and self.add_generation_prompt:
+            raise bad_request(
+                "continue_final_message: add_generation_prompt must then be false",
+                "continue_final_message",
+            )
+        arguments = dict(self.chat_template_kwargs)
+        if self.reasoning_effort is not None:
+            arguments.setdefault("reasoning_effort", self.reasoning_effort)
+            if self.reasoning_effort == "none":
+                arguments.setdefault("enable_thinking", False)
+        return Rendering(
+            generation_prompt=self.add_generation_prompt is not False and not continues,
+            continue_final=continues,
+            arguments=arguments,
+        )
 
 
 class ChatEndpoint(ByChunks):
@@ -126,7 +183,7 @@ class ChatEndpoint(ByChunks):
 
     def parse(self, body: bytes) -> Ask:
         """Return what `body` asks for; raises `ApiError`."""
-        fields = read_body(ChatFields, body, _UNSUPPORTED)
+        fields = read_body(ChatFields, body, REFUSED)
         if fields.top_logprobs is not None and not fields.logprobs:
             raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
         for index, message in enumerate(fields.messages):
@@ -141,22 +198,32 @@ class ChatEndpoint(ByChunks):
                         f"{param} is not supported by this server", param, "unsupported_parameter"
                     )
         messages = [message.turn() for message in fields.messages]
-        tools = read_tools(fields.tools, fields.tool_choice)
+        tools = read_tools(
+            fields.tools, fields.tool_choice, parallel=fields.parallel_tool_calls is not False
+        )
+        max_tokens = fields.max_completion_tokens or fields.max_tokens
+        fields.check_min_tokens(max_tokens)
+        prompt = Prompt(
+            messages=messages,
+            tools=tools,
+            rendering=fields.rendering(),
+            keep_tokens=fields.truncate_prompt_tokens,
+        )
         return Ask(
             model=fields.model,
-            prompts=(Prompt(messages=messages, tools=tools),),
+            prompts=(prompt,),
             n=fields.n or 1,
-            max_tokens=fields.max_completion_tokens or fields.max_tokens,
+            max_tokens=max_tokens,
             sampling=fields.sampling(
-                top_logprobs=(fields.top_logprobs or 0) if fields.logprobs else None,
-                json_schema=read_schema(fields.response_format),
+                top_logprobs=(fields.top_logprobs or 0) if fields.logprobs else None
             ),
             stream=bool(fields.stream),
             include_usage=fields.include_usage(),
             logprobs=bool(fields.logprobs),
-            user=fields.user,
+            reasoning=fields.include_reasoning is not False,
+            user=fields.user or fields.safety_identifier,
             sent=from_json(body),
-            extension=fields.shoal or Extension(),
+            extension=fields.extension(),
         )
 
     def response(self, head: Head, ask: Ask, choices: list[Chunk]) -> dict[str, Any]:
@@ -166,7 +233,7 @@ class ChatEndpoint(ByChunks):
             "choices": [
                 {
                     "index": index,
-                    "message": _message(choice),
+                    "message": _message(choice, reasoning=ask.reasoning),
                     "logprobs": chat_logprobs(choice.tokens) if ask.logprobs else None,
                     "finish_reason": choice.finish_reason,
                 }
@@ -186,10 +253,10 @@ class ChatEndpoint(ByChunks):
         ask: Ask,
         index: int,
         chunk: Chunk,
-        offset: int,  # noqa: ARG002 - the contract
+        so_far: Progress,  # noqa: ARG002 - the contract
     ) -> Iterator[dict[str, Any]]:
-        """Yield what `chunk` of choice `index` becomes: thoughts, text, then why it ended."""
-        if chunk.reasoning:
+        """Yield what `chunk` of choice `index` becomes: thoughts, text, calls, why it ended."""
+        if chunk.reasoning and ask.reasoning:
             yield self._chunk(head, index, _reasoning(chunk), None, None)
         if chunk.text or (ask.logprobs and chunk.tokens):
             logprobs = chat_logprobs(chunk.tokens) if ask.logprobs else None
@@ -223,12 +290,12 @@ class ChatEndpoint(ByChunks):
         return {**head.fields("chat.completion.chunk"), "choices": [choice]}
 
 
-def _message(choice: Chunk) -> dict[str, Any]:
+def _message(choice: Chunk, *, reasoning: bool) -> dict[str, Any]:
     message: dict[str, Any] = {
         "role": "assistant",
         "content": choice.text,
         "refusal": choice.refusal or None,
-        **(_reasoning(choice) if choice.reasoning else {}),
+        **(_reasoning(choice) if choice.reasoning and reasoning else {}),
     }
     if choice.tool_calls or choice.refusal:
         message["content"] = choice.text or None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Field
@@ -13,14 +14,14 @@ from models.tokenizer import Tokenizer
 from policies.kinds import MOST_COUNT
 from router.errors import bad_request
 from router.executor.task import Prompt
-from router.openai_api.ask import Ask, Extension
-from router.openai_api.endpoint import ByChunks, Head
-from router.openai_api.fields import MAX_CHOICES, SharedFields, read_body
-from router.openai_api.logprobs import text_logprobs
+from router.openai_api.ask import Ask
+from router.openai_api.endpoint import ByChunks, Head, Progress
+from router.openai_api.fields import MAX_CHOICES, SharedFields, is_token_id, read_body
+from router.openai_api.logprobs import Offsets, text_logprobs
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {"suffix": ("",)}
+REFUSED: dict[str, tuple[Any, ...]] = {"add_special_tokens": (True,), "suffix": ("",)}
 
 
 def _read_prompt(value: object) -> tuple[Prompt, ...]:
@@ -31,18 +32,16 @@ def _read_prompt(value: object) -> tuple[Prompt, ...]:
         raise ValueError(
             "must be a string, a list of strings, or one or several lists of token ids"
         )
+    if all(map(is_token_id, value)):
+        return (Prompt(token_ids=tuple(value)),)
+    if len(value) > MAX_CHOICES:
+        raise ValueError(f"at most {MAX_CHOICES} prompts are allowed; a token id is below 2**31")
     if all(isinstance(item, str) for item in value):
         return tuple(Prompt(text=item) for item in value)
-    if _is_token_ids(value):
-        return (Prompt(token_ids=tuple(value)),)
-    if all(isinstance(item, list) and item and _is_token_ids(item) for item in value):
+    if all(isinstance(item, list) and item and all(map(is_token_id, item)) for item in value):
         return tuple(Prompt(token_ids=tuple(item)) for item in value)
-    raise ValueError("must be a string, a list of strings, or one or several lists of token ids")
-
-
-def _is_token_ids(value: list[Any]) -> bool:
-    return all(
-        isinstance(i, int) and not isinstance(i, bool) and 0 <= i <= MOST_COUNT for i in value
+    raise ValueError(
+        "must be a string, a list of strings, or one or several lists of token ids below 2**31"
     )
 
 
@@ -52,7 +51,8 @@ class CompletionFields(SharedFields):
     prompt: Annotated[Any, BeforeValidator(_read_prompt)]
     best_of: int | None = Field(None, ge=1, le=20)
     echo: bool | None = None
-    logprobs: int | None = Field(None, ge=0, le=5)
+    logprobs: int | None = Field(None, ge=0, le=20)
+    max_tokens: int | None = Field(None, ge=0, le=MOST_COUNT)
 
 
 class CompletionEndpoint(ByChunks):
@@ -67,37 +67,39 @@ class CompletionEndpoint(ByChunks):
 
     def parse(self, body: bytes) -> Ask:
         """Return what `body` asks for; raises `ApiError`."""
-        fields = read_body(CompletionFields, body, _UNSUPPORTED)
+        fields = read_body(CompletionFields, body, REFUSED)
         n = fields.n or 1
         if fields.best_of is not None and fields.best_of != n:
             raise bad_request(
                 "best_of is only supported where it equals n", "best_of", "unsupported_parameter"
             )
-        if fields.echo and fields.logprobs is not None:
-            raise bad_request(
-                "echo with logprobs is not supported: the prompt's log-probabilities are not kept",
-                "echo",
-                "unsupported_parameter",
-            )
+        max_tokens = _DEFAULT_MAX_TOKENS if fields.max_tokens is None else fields.max_tokens
+        if max_tokens == 0 and not fields.echo:
+            raise bad_request("max_tokens: 0 needs echo: true", "max_tokens")
+        fields.check_min_tokens(max_tokens)
         if len(fields.prompt) * n > MAX_CHOICES:
             raise bad_request(
                 f"prompt and n ask for {len(fields.prompt) * n} choices; "
                 f"at most {MAX_CHOICES} are allowed",
                 "prompt",
             )
+        sampling = fields.sampling(top_logprobs=fields.logprobs)
+        if fields.echo:
+            sampling = replace(sampling, prompt_logprobs=fields.logprobs)
+        keep = fields.truncate_prompt_tokens
         return Ask(
             model=fields.model,
-            prompts=fields.prompt,
+            prompts=tuple(prompt.shortened(keep) for prompt in fields.prompt),
             n=n,
-            max_tokens=fields.max_tokens or _DEFAULT_MAX_TOKENS,
-            sampling=fields.sampling(top_logprobs=fields.logprobs),
+            max_tokens=max_tokens,
+            sampling=sampling,
             stream=bool(fields.stream),
             include_usage=fields.include_usage(),
             logprobs=fields.logprobs is not None,
             echo=bool(fields.echo),
-            user=fields.user,
+            user=fields.user or fields.safety_identifier,
             sent=from_json(body),
-            extension=fields.shoal or Extension(),
+            extension=fields.extension(),
         )
 
     def response(self, head: Head, ask: Ask, choices: list[Chunk]) -> dict[str, Any]:
@@ -108,7 +110,7 @@ class CompletionEndpoint(ByChunks):
                 {
                     "index": index,
                     "text": self._echo(ask, index) + choice.text,
-                    "logprobs": text_logprobs(choice.tokens, 0) if ask.logprobs else None,
+                    "logprobs": _logprobs(ask, choice, Offsets()),
                     "finish_reason": choice.finish_reason,
                 }
                 for index, choice in enumerate(choices)
@@ -121,11 +123,11 @@ class CompletionEndpoint(ByChunks):
             yield self._chunk(head, index, self._echo(ask, index), None, None)
 
     def stream_chunk(
-        self, head: Head, ask: Ask, index: int, chunk: Chunk, offset: int
+        self, head: Head, ask: Ask, index: int, chunk: Chunk, so_far: Progress
     ) -> Iterator[dict[str, Any]]:
-        """Yield `chunk` of choice `index`; text offsets count from the answer's start."""
-        if chunk.text or chunk.finish_reason or (ask.logprobs and chunk.tokens):
-            logprobs = text_logprobs(chunk.tokens, offset) if ask.logprobs else None
+        """Yield `chunk` of choice `index`; text offsets count from the start of what is shown."""
+        if chunk.text or chunk.finish_reason or (ask.logprobs and (chunk.tokens or chunk.prompt)):
+            logprobs = _logprobs(ask, chunk, so_far.offsets)
             yield self._chunk(head, index, chunk.text, logprobs, chunk.finish_reason)
 
     def stream_end(self, head: Head) -> dict[str, Any]:
@@ -150,3 +152,9 @@ class CompletionEndpoint(ByChunks):
             "finish_reason": finish_reason,
         }
         return {**head.fields("text_completion"), "choices": [choice]}
+
+
+def _logprobs(ask: Ask, chunk: Chunk, offsets: Offsets) -> dict[str, Any] | None:
+    if not ask.logprobs:
+        return None
+    return text_logprobs(chunk.tokens, offsets, chunk.prompt if ask.echo else None)

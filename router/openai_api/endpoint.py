@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -12,6 +11,7 @@ from pydantic import BaseModel
 from models.engines.base import Chunk
 from router.errors import ApiError
 from router.openai_api.ask import Ask
+from router.openai_api.logprobs import Offsets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,13 @@ class Head:
         }
 
 
+@dataclass(kw_only=True)
+class Progress:
+    """What a stream has already shown of one choice."""
+
+    offsets: Offsets = field(default_factory=Offsets)
+
+
 class Endpoint(Protocol):
     """Reads a body and writes a response, whole or in chunks; knows nothing of how it is run."""
 
@@ -58,12 +65,9 @@ class Endpoint(Protocol):
         ...
 
     def stream_chunk(
-        self, head: Head, ask: Ask, index: int, chunk: Chunk, offset: int
+        self, head: Head, ask: Ask, index: int, chunk: Chunk, so_far: Progress
     ) -> Iterator[dict[str, Any]]:
-        """Yield what `chunk` of choice `index` becomes; the last one says why it ended.
-
-        `offset` is the length of the text of the choice's tokens before this chunk.
-        """
+        """Yield what `chunk` of choice `index` becomes; the last one says why it ended."""
         ...
 
     def stream_end(self, head: Head) -> dict[str, Any]:
@@ -80,7 +84,7 @@ class Writer:
     endpoint: Endpoint
     ask: Ask
     head: Head
-    _offsets: Counter[int] = field(default_factory=Counter, init=False)
+    _shown: dict[int, Progress] = field(default_factory=dict, init=False)
 
     def whole(self, choices: list[Chunk], usage: Mapping[str, Any]) -> dict[str, Any]:
         """Return the whole response."""
@@ -92,9 +96,8 @@ class Writer:
 
     def chunk(self, index: int, chunk: Chunk) -> list[dict[str, Any]]:
         """Return what `chunk` of choice `index` becomes; may be nothing."""
-        offset = self._offsets[index]
-        self._offsets[index] += sum(len(token.text) for token in chunk.tokens)
-        pieces = self.endpoint.stream_chunk(self.head, self.ask, index, chunk, offset)
+        so_far = self._shown.setdefault(index, Progress())
+        pieces = self.endpoint.stream_chunk(self.head, self.ask, index, chunk, so_far)
         return [self._with_usage(data) for data in pieces]
 
     def end(self, usage: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -1,32 +1,75 @@
 """The fields that chat and text completions share, and how a body is read.
 
-Unknown fields are tolerated, as OpenAI's clients expect; known ones that this server cannot
-honour are refused by name, unless their value asks for nothing.
+A field is honoured (it stands in an endpoint's schema), refused by name (in `REFUSED`, unless its
+value asks for nothing), or known to nobody, and then tolerated as OpenAI's clients expect.
+docs/api.md has them all in one table; a test holds the two together.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from models.engines.base import SamplingOptions
+from models.engines.base import SamplingOptions, Structure
 from policies.kinds import MOST_COUNT, Count
 from router.errors import ApiError, bad_request
 from router.openai_api.ask import Extension
+from router.openai_api.constraints import read_structure
 
 MAX_CHOICES = 128
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 1024
+MAX_BIASES = 1024
+
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "add_special_tokens": (),
+    "allowed_token_ids": ([],),
+    "bad_words": ([],),
+    "cache_salt": (),
+    "chat_template": (),
+    "documents": ([],),
+    "guided_decoding_backend": (),
+    "guided_whitespace_pattern": (),
+    "kv_transfer_params": (),
+    "length_penalty": (1.0,),
+    "logits_processors": ([],),
+    "mm_processor_kwargs": ({},),
+    "priority": (0,),
+    "prompt_logprobs": (),
+    "repetition_detection": (),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "service_tier": ("auto", "default"),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "store": (False,),
+    "structural_tag": (),
+    "thinking_token_budget": (),
+    "use_beam_search": (False,),
+    "vllm_xargs": ({},),
+}
+"""Fields of OpenAI or vLLM that this server does not honour, with the values that ask for nothing.
+
+null always does. What stands in an endpoint's own list adds to these.
+"""
 
 
 def _read_stop(value: object) -> tuple[str, ...]:
     items = [] if value is None else [value] if isinstance(value, str) else value
+    if isinstance(items, list) and len(items) > MAX_STOPS:
+        raise ValueError(f"at most {MAX_STOPS} stop strings are allowed")
     if not isinstance(items, list) or not all(isinstance(item, str) and item for item in items):
         raise ValueError("must be a non-empty string or a list of them")
-    if len(items) > 4:
-        raise ValueError("at most 4 stop strings are allowed")
+    if any(len(item) > MAX_STOP_CHARACTERS for item in items):
+        raise ValueError(f"a stop string has at most {MAX_STOP_CHARACTERS} characters")
     return tuple(items)
+
+
+def is_token_id(value: object) -> bool:
+    """Whether `value` may be the id of a token of some vocabulary."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_COUNT
 
 
 def _read_logit_bias(value: object) -> dict[int, float]:
@@ -34,13 +77,16 @@ def _read_logit_bias(value: object) -> dict[int, float]:
         return {}
     if not isinstance(value, dict):
         raise ValueError("must be an object of token ids and biases")
+    if len(value) > MAX_BIASES:
+        raise ValueError(f"at most {MAX_BIASES} tokens may have a bias")
     biases: dict[int, float] = {}
     for key, bias in value.items():
-        if not (str(key).isdecimal() and len(key) <= 10 and int(key) <= MOST_COUNT):
-            raise ValueError(f"the key {key!r} is not a token id")
+        text = str(key)
+        if not (text.isascii() and text.isdecimal() and len(text) < 11 and is_token_id(int(text))):
+            raise ValueError(f"the key {text[:40]!r} is not a token id")
         if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
-            raise ValueError(f"the bias {bias!r} of token {key} is not a number in [-100, 100]")
-        biases[int(key)] = float(bias)
+            raise ValueError(f"the bias of token {text} is not a number in [-100, 100]")
+        biases[int(text)] = float(bias)
     return biases
 
 
@@ -53,33 +99,54 @@ class StreamOptions(BaseModel):
 
 
 class SharedFields(BaseModel):
-    """Fields of both endpoints; `shoal` and the last four are extensions, as vLLM has them."""
+    """Fields of both endpoints: first OpenAI's, then `shoal` and vLLM's.
+
+    `min_tokens`, `structured_outputs` and others of vLLM's are refused by engines that cannot
+    honour them, see `models.engines.kind.EngineTraits`. `prompt_cache_key` names the conversation
+    and `safety_identifier` the user, where `shoal.session` and `user` do not. `metadata` is for the
+    client's own records.
+    """
 
     model_config = ConfigDict(strict=True, extra="allow")
 
-    model: str = Field(min_length=1)
+    model: str = Field(min_length=1, max_length=256)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: Annotated[dict[int, float], BeforeValidator(_read_logit_bias)] = Field(
         default_factory=dict
     )
     max_tokens: Count | None = None
+    metadata: dict[str, str] | None = Field(None, max_length=16)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
+    prompt_cache_key: str | None = Field(None, max_length=256)
+    response_format: dict[str, Any] | None = None
+    safety_identifier: str | None = Field(None, max_length=1024)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Annotated[tuple[str, ...], BeforeValidator(_read_stop)] = ()
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
-    user: str | None = None
-    shoal: Extension | None = None
-    top_k: int | None = Field(None, ge=-1, le=MOST_COUNT)
-    min_p: float | None = Field(None, ge=0, le=1)
-    ignore_eos: bool | None = None
+    user: str | None = Field(None, max_length=1024)
 
-    def sampling(
-        self, *, top_logprobs: int | None = None, json_schema: str | None = None
-    ) -> SamplingOptions:
+    shoal: Extension | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    min_p: float | None = Field(None, ge=0, le=1)
+    min_tokens: int | None = Field(None, ge=0, le=MOST_COUNT)
+    repetition_penalty: float | None = Field(None, gt=0, le=2)
+    stop_token_ids: list[Annotated[int, Field(ge=0, le=MOST_COUNT)]] | None = Field(
+        None, max_length=MAX_BIASES
+    )
+    structured_outputs: dict[str, Any] | None = None
+    top_k: int | None = Field(None, ge=-1, le=MOST_COUNT)
+    truncate_prompt_tokens: int | None = Field(None, ge=-1, le=MOST_COUNT)
+
+    def sampling(self, *, top_logprobs: int | None = None) -> SamplingOptions:
         """Return how tokens are drawn; `max_tokens` is set where the plan runs."""
         return SamplingOptions(
             temperature=1.0 if self.temperature is None else self.temperature,
@@ -90,13 +157,25 @@ class SharedFields(BaseModel):
             min_p=self.min_p or None,
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=self.repetition_penalty or 1.0,
             logit_bias=self.logit_bias,
             seed=self.seed,
             stop=self.stop,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            include_stop=bool(self.include_stop_str_in_output),
+            min_tokens=self.min_tokens or 0,
             top_logprobs=top_logprobs,
-            json_schema=json_schema,
+            structure=self._structure(),
             ignore_eos=bool(self.ignore_eos),
         )
+
+    def check_min_tokens(self, max_tokens: int | None) -> None:
+        """Refuse to draw more tokens than `max_tokens`; raises `ApiError`, 400."""
+        if max_tokens is not None and (self.min_tokens or 0) > max_tokens:
+            raise bad_request(
+                f"min_tokens: {self.min_tokens} is more than max_tokens ({max_tokens})",
+                "min_tokens",
+            )
 
     def include_usage(self) -> bool:
         """Return whether a stream ends with a chunk of usage; refuse the option elsewhere."""
@@ -106,52 +185,48 @@ class SharedFields(BaseModel):
             raise bad_request("stream_options needs stream: true", "stream_options")
         return bool(self.stream_options.include_usage)
 
+    def extension(self) -> Extension:
+        """Return the `shoal` object; `prompt_cache_key` names the session where it does not."""
+        extension = self.shoal or Extension()
+        if extension.session is None and self.prompt_cache_key:
+            return extension.model_copy(update={"session": self.prompt_cache_key})
+        return extension
+
+    def _structure(self) -> Structure | None:
+        guided = {
+            "json": self.guided_json,
+            "regex": self.guided_regex,
+            "choice": self.guided_choice,
+            "grammar": self.guided_grammar,
+        }
+        return read_structure(self.response_format, self.structured_outputs, guided)
+
 
 Fields = TypeVar("Fields", bound=BaseModel)
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
-def read_body(
-    schema: type[Fields], body: bytes, unsupported: Mapping[str, tuple[Any, ...]]
-) -> Fields:
+def read_body(schema: type[Fields], body: bytes, refused: Mapping[str, tuple[Any, ...]]) -> Fields:
     """Return the body's fields.
 
-    `unsupported` holds the known fields that cannot be honoured, each with the values that ask
-    for nothing (null always does). Raises `ApiError`, 400, that names the field.
+    `refused` adds to `REFUSED` what this endpoint alone does not honour. Raises `ApiError`, 400,
+    that names the field.
     """
     try:
         fields = schema.model_validate_json(body)
     except ValidationError as error:
         raise _explain(error) from None
     for name, value in (fields.model_extra or {}).items():
-        if name in unsupported and value is not None and value not in unsupported[name]:
+        harmless = refused.get(name, REFUSED.get(name))
+        if harmless is not None and value is not None and value not in harmless:
             raise bad_request(
                 f"{name} is not supported by this server", name, "unsupported_parameter"
             )
     return fields
 
 
-def read_schema(value: Mapping[str, Any] | None) -> str | None:
-    """Return the JSON schema that a `response_format` asks for; None for plain text."""
-    if value is None or value.get("type") == "text":
-        return None
-    if value.get("type") == "json_object":
-        return '{"type":"object"}'
-    if value.get("type") != "json_schema":
-        raise bad_request(
-            f"response_format.type {value.get('type')!r} is unknown; "
-            "allowed are text, json_object, json_schema",
-            "response_format.type",
-        )
-    wanted = value.get("json_schema")
-    if not isinstance(wanted, dict) or not isinstance(wanted.get("schema"), dict):
-        raise bad_request(
-            "response_format.json_schema needs a schema object", "response_format.json_schema"
-        )
-    return json.dumps(wanted["schema"])
-
-
 def _explain(error: ValidationError) -> ApiError:
-    detail = error.errors(include_url=False, include_context=False)[0]
+    detail = error.errors(include_url=False, include_context=False, include_input=False)[0]
     if detail["type"] == "json_invalid":
         return bad_request(f"The body is not valid JSON: {detail['msg']}", code="invalid_json")
     if not detail["loc"]:

@@ -119,7 +119,13 @@ def test_content_parts_and_roles(server: Any) -> None:
         {"role": "developer", "content": "x", "name": "me"},
         {"role": "user", "content": parts},
     ]
-    extras = {"store": True, "metadata": {"k": "v"}, "made_up": 1, "tools": [], "tool_choice": None}
+    extras = {
+        "store": False,
+        "metadata": {"k": "v"},
+        "made_up": 1,
+        "tools": [],
+        "tool_choice": None,
+    }
     answer = server.chat(messages=messages, extra_body=extras, user="u")
     assert answer.choices[0].message.content == "a\nb"
 

@@ -4,6 +4,9 @@ from typing import Any
 
 import pytest
 
+from models.engines.base import Token, TopLogprob
+from router.openai_api.logprobs import Offsets, text_logprobs
+
 
 def _complete(server: Any, prompt: Any, **fields: Any) -> Any:
     return server.client.completions.create(model="alpha", prompt=prompt, **fields)
@@ -63,6 +66,51 @@ def test_streamed_offsets_go_on(server: Any) -> None:
     assert offsets == [0, 1, 2]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_a_prompt_is_scored(server: Any, max_tokens: int, stream: bool) -> None:
+    """With echo and logprobs every token of the prompt is told, the first without a value."""
+    answer = _complete(server, "abc", echo=True, logprobs=1, max_tokens=max_tokens, stream=stream)
+    parts = [part.choices[0] for part in (answer if stream else [answer])]
+    told = [part.logprobs for part in parts if part.logprobs]
+    assert "".join(part.text for part in parts) == "abc" + "abc"[:max_tokens]
+    assert [token for one in told for token in one.tokens] == [*"abc", *"abc"[:max_tokens]]
+    assert [value for one in told for value in one.token_logprobs] == [
+        None,
+        *[-0.1] * (2 + max_tokens),
+    ]
+    assert [at for one in told for at in one.text_offset] == list(range(3 + max_tokens))
+    assert parts[-1].finish_reason == "length"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_offsets_count_characters(server: Any, stream: bool) -> None:
+    """A token within a character starts where the character does; its name is its bytes."""
+    answer = _complete(server, "a\U0001f389b", logprobs=1, stream=stream)
+    told = [part.choices[0].logprobs for part in (answer if stream else [answer])]
+    assert [at for one in told if one for at in one.text_offset] == [0, 1, 1, 1, 1, 2]
+    names = [token for one in told if one for token in one.tokens]
+    assert names[:3] == ["a", "bytes:\\xf0", "bytes:\\x9f"]
+
+
+def test_the_drawn_token_is_among_the_alternatives(server: Any) -> None:
+    """Also where none were asked for, and where alternatives look alike."""
+    [choice] = _complete(server, "ab", logprobs=0).choices
+    assert choice.logprobs.top_logprobs == [{"a": -0.1}, {"b": -0.1}]
+    same = TopLogprob(token_id=7, text="a", raw=b"a", logprob=-3.0)
+    drawn = Token(token_id=5, text="a", raw=b"a", logprob=-2.0, top=(same,))
+    [top] = text_logprobs([drawn], Offsets())["top_logprobs"]
+    assert top == {"a": -2.0, "token_id:7": -3.0}
+
+
+def test_long_prompts_can_be_cut(server: Any) -> None:
+    """Of a prompt its last tokens are read, as many as asked for or as there is room for."""
+    answer = _complete(server, "abcdef", extra_body={"truncate_prompt_tokens": 2})
+    assert (answer.choices[0].text, answer.usage.prompt_tokens) == ("ef", 2)
+    answer = _complete(server, "x" * 9000 + "end", extra_body={"truncate_prompt_tokens": -1})
+    assert answer.choices[0].finish_reason == "length"
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
@@ -73,8 +121,13 @@ def test_streamed_offsets_go_on(server: Any) -> None:
         ({"prompt": [300]}, "prompt"),
         ({"prompt": "a", "suffix": "b"}, "suffix"),
         ({"prompt": "a", "best_of": 2}, "best_of"),
-        ({"prompt": "a", "logprobs": 6}, "logprobs"),
-        ({"prompt": "a", "echo": True, "logprobs": 1}, "echo"),
+        ({"prompt": [2**32]}, "prompt"),
+        ({"prompt": [10**30]}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": "x" * 9000}, "prompt"),
+        ({"prompt": [1] * 9000}, "prompt"),
+        ({"prompt": "a", "logprobs": 21}, "logprobs"),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
         ({"prompt": ["a"] * 65, "n": 2}, "prompt"),
     ],
 )

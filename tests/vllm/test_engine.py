@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from models.engines.base import Chunk, GenerationRequest, SamplingOptions
+from models.engines.base import Chunk, GenerationRequest, SamplingOptions, Structure
 from models.engines.registry import create_engine
 from models.engines.vllm.engine import VllmEngine
 from models.errors import ContextOverflow, EngineFailed, EngineOverloaded, PoolError, RequestError
@@ -176,10 +176,17 @@ def test_penalties_are_obeyed(engine: VllmEngine, model: Model, run: Run) -> Non
 def test_structured_output(engine: VllmEngine, model: Model, run: Run) -> None:
     """Whatever the model would like to say, the answer follows the schema."""
     # Without places for white space, of which so small a model finds no end.
-    request = _request(model, json_schema='{"enum": ["yes", "no"]}', max_tokens=60)
+    request = _request(
+        model, structure=Structure(kind="json", text='{"enum": ["yes", "no"]}'), max_tokens=60
+    )
     assert json.loads(_text(run(_read(engine, request)))) in ("yes", "no")
     with pytest.raises(RequestError):
-        run(_read(engine, _request(model, json_schema='{"type": "nonsense"}')))
+        run(
+            _read(
+                engine,
+                _request(model, structure=Structure(kind="json", text='{"type": "nonsense"}')),
+            )
+        )
 
 
 def test_requests_side_by_side(engine: VllmEngine, model: Model, answer: str, run: Run) -> None:

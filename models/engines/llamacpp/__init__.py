@@ -23,6 +23,8 @@ from models.spec import EngineSpec, Model
 
 _INSTALL = "it needs xllamacpp, which is not installed here: pip install 'shoal[llamacpp]'"
 
+REFUSES = frozenset({"min_tokens", "echo"})
+
 _LEAST_CONTEXT_TOKENS = 2048
 
 # A cached token has a key and a value per layer, in half precision.
@@ -85,6 +87,7 @@ def _inspect(spec: EngineSpec, options: LlamacppOptions, models: Sequence[Model]
     return EngineTraits(
         fuses=False,
         updates_evidence=False,
+        refuses=REFUSES,
         tools=any("tools" in template for template in templates.values()),
         context_tokens=context_tokens,
         needs=None if find_spec("xllamacpp") else _INSTALL,

@@ -17,7 +17,8 @@ from models.engines.llamacpp import LlamacppOptions, slots
 from models.engines.llamacpp.admission import Admission
 from models.engines.llamacpp.binding import Call, Server, Setting
 from models.engines.llamacpp.translate import AnswerReader, write_body
-from models.engines.requests import check_request, compile_schema
+from models.engines.requests import check_request
+from models.engines.structure import compile_structure
 from models.engines.text import Vocabulary
 from models.errors import EngineFailed, RequestError
 from models.spec import EngineSpec
@@ -80,9 +81,10 @@ class LlamacppEngine:
         running = self._running
         assert running is not None, "check_health raises before start"
         max_tokens = self._check(request)
-        if request.sampling.json_schema is not None:
-            # llama.cpp itself would answer freely where it cannot use a schema.
-            await asyncio.to_thread(compile_schema, running.grammars, request.sampling.json_schema)
+        structure = request.sampling.structure
+        if structure is not None:
+            # llama.cpp itself would answer freely where it cannot use a grammar.
+            await asyncio.to_thread(compile_structure, running.grammars, structure)
         body = write_body(request, max_tokens=max_tokens, context_tokens=self._context_tokens)
         ticket = await running.admission.enter(request.client_id)
         call = Call(running.server, running.threads, body, chat=request.tools is not None)

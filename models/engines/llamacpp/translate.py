@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from models.engines.base import Chunk, FinishReason, GenerationRequest, Token, TopLogprob
 from models.engines.llamacpp.binding import Event
+from models.engines.structure import write_grammar
 from models.engines.text import TextStream, Vocabulary
 from models.errors import (
     ContextOverflow,
@@ -49,6 +49,7 @@ def write_body(
         "min_p": sampling.min_p or 0.0,
         "presence_penalty": sampling.presence_penalty,
         "frequency_penalty": sampling.frequency_penalty,
+        "repeat_penalty": sampling.repetition_penalty,
         "repeat_last_n": context_tokens,
         "logit_bias": [[token, bias] for token, bias in sampling.logit_bias.items()],
         "seed": -1 if sampling.seed is None else sampling.seed % _NUM_SEEDS,
@@ -56,8 +57,8 @@ def write_body(
         "cache_prompt": sampling.seed is None,
         "ignore_eos": sampling.ignore_eos,
     }
-    if sampling.json_schema is not None:
-        body["json_schema"] = json.loads(sampling.json_schema)
+    if sampling.structure is not None:
+        body["grammar"] = write_grammar(sampling.structure)
     if request.tools is None:
         # One at least: without any, tokens come without their ids.
         return {
@@ -90,7 +91,10 @@ class AnswerReader:
         self.num_tokens = 0
         self._vocabulary = vocabulary
         self._num_top = request.sampling.top_logprobs or 0
-        self._text = TextStream(request.sampling.stop)
+        self._stop_tokens = frozenset(request.sampling.stop_token_ids)
+        self._include_stop = request.sampling.include_stop
+        self._ended = False
+        self._text = TextStream(request.sampling.stop, include_stop=self._include_stop)
         self._calls: dict[int, dict[str, str]] = {}
         self._reason: FinishReason | None = None
         self._num_cached: int | None = None
@@ -98,7 +102,7 @@ class AnswerReader:
     @property
     def stopped(self) -> bool:
         """Whether the answer is over before llama.cpp knows."""
-        return self._text.stopped
+        return self._ended or self._text.stopped
 
     def read(self, event: Event) -> Chunk | None:
         """Return what a message adds, None if nothing; raises what it reports."""
@@ -112,11 +116,14 @@ class AnswerReader:
             if reason is not None:
                 self._reason = _FINISH_REASONS.get(reason, "stop")
             delta = choice.get("delta") or choice
-            content = delta.get("text") or delta.get("content") or ""
-            text += self._text.push(content.encode())
-            self._read_calls(delta.get("tool_calls") or ())
             logprobs = choice.get("logprobs") or {}
-            tokens += tuple(self._token(entry) for entry in logprobs.get("content") or ())
+            entries = logprobs.get("content") or ()
+            tokens += tuple(self._token(entry) for entry in entries)
+            self._ended |= any(entry["id"] in self._stop_tokens for entry in entries)
+            content = delta.get("text") or delta.get("content") or ""
+            if not self._ended or self._include_stop:
+                text += self._text.push(content.encode())
+            self._read_calls(delta.get("tool_calls") or ())
         counted = (event.get("timings") or {}).get("predicted_n", 0)
         if usage is not None:
             counted = usage["completion_tokens"]
@@ -134,8 +141,8 @@ class AnswerReader:
         if self._reason is None:
             raise EngineFailed("llama.cpp ended an answer before its end")
         calls = tuple(
-            ToolCall(id=call["id"], name=call["name"], arguments=call["arguments"])
-            for _, call in sorted(self._calls.items())
+            ToolCall(index=number, id=call["id"], name=call["name"], arguments=call["arguments"])
+            for number, (_, call) in enumerate(sorted(self._calls.items()))
         )
         return Chunk(
             text=self._text.finish(),

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from models.engines.base import GenerationRequest
+from models.engines.base import GenerationRequest, Structure
 from models.errors import PoolError
 
 _JSON_OBJECT = '{"type":"object"}'
@@ -141,17 +141,21 @@ def _written(request: GenerationRequest) -> dict[str, Any]:
         "logit_bias": {str(i): bias for i, bias in sampling.logit_bias.items()} or None,
         "stop": list(sampling.stop) or None,
         "ignore_eos": sampling.ignore_eos or None,
-        "response_format": _response_format(sampling.json_schema),
+        "response_format": _response_format(sampling.structure),
         "tools": [dict(tool) for tool in tools.functions] if tools else None,
         "tool_choice": tools.choice if tools else None,
     }
     return {name: value for name, value in asked.items() if value is not None}
 
 
-def _response_format(json_schema: str | None) -> dict[str, Any] | None:
-    if json_schema is None:
+def _response_format(structure: Structure | None) -> dict[str, Any] | None:
+    if structure is None:
         return None
-    if json_schema == _JSON_OBJECT:
+    if structure.text == _JSON_OBJECT:
         return {"type": "json_object"}
-    wanted = {"name": "answer", "schema": json.loads(json_schema), "strict": True}
+    wanted = {
+        "name": structure.name or "answer",
+        "schema": json.loads(structure.text),
+        "strict": structure.strict,
+    }
     return {"type": "json_schema", "json_schema": wanted}

@@ -20,6 +20,7 @@ from models.engines.stacked.runner import Runner
 from models.engines.stacked.sampler import Grammar, SamplerState
 from models.engines.stacked.scheduler import Scheduler
 from models.engines.stacked.sequence import Outcome, Sequence
+from models.engines.structure import compile_structure
 from models.engines.text import TextStream, Vocabulary
 from models.errors import EngineFailed, PoolError, RequestError
 from models.spec import EngineSpec
@@ -98,9 +99,10 @@ class StackedEngine:
         assert running is not None, "check_health raises before start"
         outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
         sequence = self._sequence(request, running, outcomes)
-        if request.sampling.json_schema is not None:
-            sequence.sampler.grammar = await asyncio.to_thread(
-                Grammar, running.tokenizer, request.sampling.json_schema
+        structure = request.sampling.structure
+        if structure is not None:
+            sequence.sampler.grammar = Grammar(
+                await asyncio.to_thread(compile_structure, running.tokenizer, structure)
             )
         running.loop.submit(sequence)
         try:
@@ -169,16 +171,30 @@ class StackedEngine:
         )
         members, weights, lane_of = self._lanes(request)
         sampling = request.sampling
+        end_tokens = frozenset().union(*(self._cards[member].end_tokens for member in members))
+        ends = () if sampling.ignore_eos else end_tokens
+        if sampling.prompt_logprobs is not None and request.evidence is not None:
+            raise RequestError(
+                "echo: the weights follow the prompt, so that it has no log-probabilities of its "
+                "own under them; give a plan with weights",
+                "echo",
+            )
         sequence = Sequence(
             request=request,
             members=members,
             weights=LaneWeights(weights, request.evidence),
             lane_of=lane_of,
-            end_tokens=frozenset().union(*(self._cards[member].end_tokens for member in members)),
+            end_tokens=end_tokens,
             tokens=list(request.prompt_tokens),
             max_new_tokens=max_new_tokens,
-            sampler=SamplerState(sampling, None, random.Random(sampling.seed)),
-            text=TextStream(sampling.stop),
+            sampler=SamplerState(
+                sampling,
+                None,
+                random.Random(sampling.seed),
+                prompt=request.prompt_tokens,
+                ends=sorted({*ends, *sampling.stop_token_ids}),
+            ),
+            text=TextStream(sampling.stop, include_stop=sampling.include_stop),
             send=outcomes.put_nowait,
         )
         if sequence.num_rows > running.num_rows:

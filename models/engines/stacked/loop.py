@@ -162,6 +162,7 @@ class Loop(threading.Thread):
         self._num_failures = 0
         sampling = [part.sequence for part in parts if part.samples]
         for part in parts:
+            part.sequence.score(vocabulary=self._vocabulary)
             part.sequence.num_cached += part.num_tokens
         if drawn is not None:
             for row, sequence in enumerate(sampling):

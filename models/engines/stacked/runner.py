@@ -17,7 +17,7 @@ from models.engines.stacked.fusion import LaneWeights, fuse
 from models.engines.stacked.graphs import DecodeGraphs, Record, record_cuda
 from models.engines.stacked.layout import Arena, Part, Step, build_step, group_rows
 from models.engines.stacked.model import StackedModel
-from models.engines.stacked.sampler import Draw, SamplerState, draw
+from models.engines.stacked.sampler import Draw, SamplerState, Scored, draw, score
 from models.engines.stacked.sequence import Sequence
 from models.engines.stacked.weights import load_weights
 from models.engines.text import TextStream
@@ -90,6 +90,7 @@ class Runner:
         if logits_LV is None:
             hidden_ND = self._model.forward(step.layout, self.arena)
             self._weigh_prompts(step, hidden_ND)
+            self._score_prompts(step, hidden_ND)
             if not sampling:
                 return None
             if step.sampled_rows_L is not None:
@@ -136,16 +137,43 @@ class Runner:
             self._step = None
 
     def _weigh_prompts(self, step: Step, hidden_ND: Tensor) -> None:
-        """Add the log-likelihood of this step's prompt tokens to the evidence that asks for it.
+        """Add the log-likelihood of this step's prompt tokens to the evidence that asks for it."""
+        for sequence, hidden_KTD, targets in self._read(step, hidden_ND):
+            if sequence.weights.evidence is None:
+                continue
+            totals = torch.zeros(sequence.num_lanes, dtype=torch.float64)
+            for logp_nV, ids in self._told(sequence, hidden_KTD, targets):
+                picked_n = logp_nV.gather(1, ids.repeat(sequence.num_lanes)[:, None])
+                totals += picked_n.view(sequence.num_lanes, -1).sum(1).double().cpu()
+            sequence.weights = sequence.weights.heard(totals.tolist(), len(targets))
 
-        The hidden state of each prompt token but the last says what its lane thought of the next.
+    def _score_prompts(self, step: Step, hidden_ND: Tensor) -> None:
+        """Keep the fused log-probabilities of this step's prompt tokens for who asked for them."""
+        for sequence, hidden_KTD, targets in self._read(step, hidden_ND):
+            num_top = sequence.sampler.options.prompt_logprobs
+            if num_top is None:
+                continue
+            slices = []
+            for logp_nV, ids in self._told(sequence, hidden_KTD, targets):
+                # Row k * T + t is what lane k says of token t.
+                lanes_T = [range(t, len(logp_nV), len(ids)) for t in range(len(ids))]
+                fused_TV = fuse(logp_nV, lanes_T, [sequence.fusion] * len(ids))
+                slices.append(score(fused_TV, ids.tolist(), num_top))
+            sequence.scored = Scored(
+                logprobs=[logprob for one in slices for logprob in one.logprobs],
+                top=[top for one in slices for top in one.top],
+            )
+
+    def _read(self, step: Step, hidden_ND: Tensor) -> Iterator[tuple[Sequence, Tensor, Seq[int]]]:
+        """Yield each part's sequence that reads its prompt, its lanes' hidden states, [K, T, D].
+
+        And the prompt's tokens that follow: the hidden state of each prompt token but the last says
+        what its lane thought of the next.
         """
         next_row, order = 0, step.layout.order
         for part in step.parts:
             first_row, next_row = next_row, next_row + part.num_rows
             sequence = part.sequence
-            if sequence.weights.evidence is None:
-                continue
             start = sequence.num_cached + 1
             targets = sequence.request.prompt_tokens[start : start + part.num_tokens]
             if not targets:
@@ -153,25 +181,20 @@ class Runner:
             rows_n = torch.arange(first_row, next_row, device=self._device)
             if order is not None:
                 rows_n = order.to_requests_N[rows_n]
-            hidden_KTD = hidden_ND[rows_n].view(sequence.num_lanes, part.num_tokens, -1)
-            sequence.weights = sequence.weights.heard(
-                self._log_likelihood(sequence.members, hidden_KTD, targets), len(targets)
-            )
+            yield sequence, hidden_ND[rows_n].view(sequence.num_lanes, part.num_tokens, -1), targets
 
-    def _log_likelihood(
-        self, members: Seq[int], hidden_KTD: Tensor, targets: Seq[int]
-    ) -> list[float]:
-        """Return what each lane says of `targets`, in nats; a slice at a time, to bound memory."""
-        totals = torch.zeros(len(members), dtype=torch.float64)
+    def _told(
+        self, sequence: Sequence, hidden_KTD: Tensor, targets: Seq[int]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield what the lanes say of `targets`, lane by lane, [K * T, V], and the targets, [T].
+
+        A slice at a time, to bound memory.
+        """
         for start in range(0, len(targets), _EVIDENCE_TOKENS):
             ids = torch.tensor(targets[start : start + _EVIDENCE_TOKENS], device=self._device)
             hidden_nD = hidden_KTD[:, start : start + len(ids)].flatten(0, 1)
-            lanes = group_rows(members, len(ids), self._num_members, self._device)
-            logp_nV = self._model.logits(hidden_nD, lanes).log_softmax(-1)
-            picked_KT = logp_nV.gather(1, ids.repeat(len(members))[:, None]).view(len(members), -1)
-            totals += picked_KT.sum(1).double().cpu()
-        values: list[float] = totals.tolist()
-        return values
+            lanes = group_rows(sequence.members, len(ids), self._num_members, self._device)
+            yield self._model.logits(hidden_nD, lanes).log_softmax(-1), ids
 
     def _step_of(self, parts: Seq[Part]) -> Step:
         step = self._step

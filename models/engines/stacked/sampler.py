@@ -16,11 +16,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher
 from torch import Tensor
 
 from models.engines.base import SamplingOptions
-from models.engines.requests import compile_schema
 
 # How many of the likeliest tokens are sorted at first; all are where these don't suffice.
 _NUM_CANDIDATES = 256
@@ -29,11 +28,11 @@ _MIN_TEMPERATURE = 1e-5
 
 
 class Grammar:
-    """The state of an answer that must follow a JSON schema: which tokens may come next."""
+    """The state of an answer that must follow a grammar: which tokens may come next."""
 
-    def __init__(self, tokenizer: LLTokenizer, json_schema: str) -> None:
-        """Start an answer that follows `json_schema`; see `compile_schema`."""
-        self._matcher = LLMatcher(tokenizer, compile_schema(tokenizer, json_schema))
+    def __init__(self, matcher: LLMatcher) -> None:
+        """Start an answer; see `models.engines.structure`."""
+        self._matcher = matcher
 
     def allowed(self, vocab_size: int) -> Tensor:
         """Return which tokens may come next, [V], bool."""
@@ -50,13 +49,26 @@ class Grammar:
 class SamplerState:
     """What one request's sampling remembers between tokens."""
 
-    def __init__(self, options: SamplingOptions, grammar: Grammar | None, rng: random.Random):
+    def __init__(
+        self,
+        options: SamplingOptions,
+        grammar: Grammar | None,
+        rng: random.Random,
+        *,
+        prompt: Seq[int] = (),
+        ends: Seq[int] = (),
+    ) -> None:
+        """`prompt` counts for the repetition penalty; `ends` are not drawn before `min_tokens`."""
         self.options = options
         self.grammar = grammar
         self.rng = rng
+        self._ends = list(ends) if options.min_tokens else []
         self._uniform: float | None = None
         self._edits_V: Tensor | None = None
+        self._repeated_V: Tensor | None = None
         self._seen: set[int] = set()
+        self._repeated = set(prompt) if options.repetition_penalty != 1 else None
+        self._num_accepted = 0
 
     def uniform(self) -> float:
         """Return the number in [0, 1) that picks the next token, the same until one is accepted.
@@ -76,22 +88,35 @@ class SamplerState:
             or options.logit_bias
             or options.presence_penalty
             or options.frequency_penalty
+            or self._repeated is not None
+            or self._num_accepted < options.min_tokens
         )
 
-    def edit(self, logits_V: Tensor) -> None:
-        """Apply bias, penalties and grammar in place."""
+    def edit(self, logp_V: Tensor) -> None:
+        """Apply penalties, bias, `min_tokens` and grammar in place."""
         if self._edits_V is None:
-            self._edits_V = torch.zeros_like(logits_V)
+            self._edits_V = torch.zeros_like(logp_V)
             for token, bias in self.options.logit_bias.items():
                 self._edits_V[token] = bias
-        logits_V += self._edits_V
+        if self._repeated is not None:
+            if self._repeated_V is None:
+                self._repeated_V = torch.ones_like(logp_V)
+                self._repeated_V[list(self._repeated)] = self.options.repetition_penalty
+            # Log-probabilities are never positive: all are multiplied.
+            logp_V *= self._repeated_V
+        logp_V += self._edits_V
+        if self._num_accepted < self.options.min_tokens:
+            logp_V[self._ends] = float("-inf")
         if self.grammar is not None:
-            allowed_V = self.grammar.allowed(len(logits_V)).to(logits_V.device)
-            logits_V.masked_fill_(~allowed_V, float("-inf"))
+            allowed_V = self.grammar.allowed(len(logp_V)).to(logp_V.device)
+            logp_V.masked_fill_(~allowed_V, float("-inf"))
 
     def accept(self, token: int) -> bool:
         """Note that `token` was drawn; return whether a grammar says that the answer is over."""
         self._uniform = None
+        self._num_accepted += 1
+        if self._repeated_V is not None:
+            self._repeated_V[token] = self.options.repetition_penalty
         if self._edits_V is not None:
             first = token not in self._seen
             self._seen.add(token)
@@ -114,6 +139,21 @@ class Draw:
     logprobs: list[float]
     entropies: list[float]
     top: list[list[tuple[int, float]]]  # best first; empty where not asked for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """What is known of tokens that stand already: their log-probabilities, and the likeliest."""
+
+    logprobs: list[float]
+    top: list[list[tuple[int, float]]]  # best first
+
+
+def score(logp_TV: Tensor, targets: Seq[int], num_top: int) -> Scored:
+    """Return what the distributions say of `targets`, and their `num_top` likeliest tokens."""
+    ids_T = torch.tensor(targets, device=logp_TV.device)
+    logprobs_T = logp_TV.gather(1, ids_T[:, None]).squeeze(1)
+    return Scored(logprobs=logprobs_T.tolist(), top=_top(logp_TV, [num_top] * len(targets)))
 
 
 def draw(logp_RV: Tensor, states: Seq[SamplerState]) -> Draw:

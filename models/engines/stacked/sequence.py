@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from models.engines.base import Chunk, FinishReason, GenerationRequest, Token, TopLogprob
 from models.engines.stacked.fusion import Fusion, LaneWeights
-from models.engines.stacked.sampler import Draw, SamplerState
+from models.engines.stacked.sampler import Draw, SamplerState, Scored
 from models.engines.text import TextStream, Vocabulary
 from models.errors import EngineError, RequestError
 
@@ -23,8 +23,9 @@ class Sequence:
     `lane_of` says for each member that the request names which lane it is, None if it has none.
     `end_tokens` end an answer of any of its members. `tokens` is the prompt and what was generated
     so far, of which the first `num_cached` have their keys and values in the cache, from row
-    `region_start` on (None while it waits). `send` hands an outcome to the reader, on the event
-    loop; what `accept` collects is for its next one.
+    `region_start` on (None while it waits). `scored` is what the members said of the prompt in the
+    last step, where that was asked for. `send` hands an outcome to the reader, on the event loop;
+    what `accept` collects is for its next one.
     """
 
     request: GenerationRequest
@@ -40,7 +41,9 @@ class Sequence:
     num_cached: int = 0
     region_start: int | None = None
     finished: bool = False
+    scored: Scored | None = None
     _new_tokens: list[Token] = field(default_factory=list)
+    _prompt: list[Token] = field(default_factory=list)
     _new_text: str = ""
     _finish_reason: FinishReason | None = None
 
@@ -78,27 +81,40 @@ class Sequence:
     def accept(self, drawn: Draw, row: int, *, vocabulary: Vocabulary) -> None:
         """Take the token drawn in `row`; `take` tells the reader."""
         token = drawn.token_ids[row]
+        options = self.sampler.options
         self.tokens.append(token)
         complete = self.sampler.accept(token)
-        ends = token in self.end_tokens and not self.sampler.options.ignore_eos
-        raw = b"" if ends else vocabulary.raw(token)
+        if options.prompt_logprobs is not None and self.num_generated == 1:
+            self._prompt.insert(0, _prompt_token(self.tokens[0], None, (), vocabulary))
+        ends = token in self.end_tokens and not options.ignore_eos
+        stops = token in options.stop_token_ids
+        hidden = ends or (stops and not options.include_stop)
+        raw = b"" if hidden else vocabulary.raw(token)
         self._new_text += self.text.push(raw)
-        if ends or complete or self.text.stopped:
+        if ends or stops or complete or self.text.stopped:
             self._finish("stop")
         elif self.num_generated == self.max_new_tokens:
             self._finish("length")
-        top = drawn.top[row]
         self._new_tokens.append(
             Token(
                 token_id=token,
                 text=raw.decode(errors="replace"),
                 raw=raw,
                 logprob=drawn.logprobs[row],
-                top=_alternatives(top, vocabulary) if top else (),
+                top=_alternatives(drawn.top[row], vocabulary),
                 # Rounding can leave a sure distribution a little below none.
                 entropy=max(drawn.entropies[row], 0.0),
             )
         )
+
+    def score(self, *, vocabulary: Vocabulary) -> None:
+        """Take what the last step has `scored`, if anything."""
+        scored, self.scored = self.scored, None
+        if scored is None:
+            return
+        told = zip(scored.logprobs, scored.top, strict=True)
+        for token, (logprob, top) in zip(self.tokens[len(self._prompt) + 1 :], told, strict=False):
+            self._prompt.append(_prompt_token(token, logprob, top, vocabulary))
 
     def take(self) -> Chunk:
         """Return what was accepted since the last call."""
@@ -107,9 +123,11 @@ class Sequence:
             tokens=tuple(self._new_tokens),
             finish_reason=self._finish_reason,
             weights=self._named_weights() if self.finished and len(self.lane_of) > 1 else None,
+            prompt=tuple(self._prompt),
         )
         self._new_text = ""
         self._new_tokens.clear()
+        self._prompt.clear()
         return chunk
 
     def _finish(self, reason: FinishReason) -> None:
@@ -121,6 +139,19 @@ class Sequence:
     def _named_weights(self) -> tuple[float, ...]:
         values = self.weights.values
         return tuple(0.0 if lane is None else values[lane] for lane in self.lane_of)
+
+
+def _prompt_token(
+    token: int, logprob: float | None, top: Iterable[tuple[int, float]], vocabulary: Vocabulary
+) -> Token:
+    raw = vocabulary.raw(token)
+    return Token(
+        token_id=token,
+        text=raw.decode(errors="replace"),
+        raw=raw,
+        logprob=logprob,
+        top=_alternatives(top, vocabulary),
+    )
 
 
 def _alternatives(

@@ -80,6 +80,8 @@ def _inspect(spec: EngineSpec, options: VllmOptions, models: Sequence[Model]) ->
         fuses=len(models) > 1,
         rules=("mixture", "product"),
         updates_evidence=False,
+        # The fused model weighs the rows of requests that draw, not those of prompts.
+        refuses=frozenset({"echo"} if len(models) > 1 else ()),
         tools=options.tool_parser is not None,
         context_tokens=options.engine_args.get("max_model_len"),
         num_workers=options.num_workers,

@@ -142,6 +142,14 @@ class VllmEngine:
                 async for output in outputs:
                     [completion] = output.outputs
                     chunk = translate.chunk(completion, running.vocabulary, num_top)
+                    if output.prompt_logprobs and request.sampling.prompt_logprobs is not None:
+                        told = translate.prompt_tokens(
+                            request.prompt_tokens,
+                            output.prompt_logprobs,
+                            running.vocabulary,
+                            request.sampling.prompt_logprobs,
+                        )
+                        chunk = replace(chunk, prompt=told)
                     if request.tools is not None:
                         # Whether it is text or calls is known when all of it is there.
                         text += chunk.text

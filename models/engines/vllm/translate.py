@@ -15,7 +15,14 @@ from vllm.tool_parsers import ToolParserManager
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
-from models.engines.base import Chunk, FinishReason, GenerationRequest, Token, TopLogprob
+from models.engines.base import (
+    Chunk,
+    FinishReason,
+    GenerationRequest,
+    Structure,
+    Token,
+    TopLogprob,
+)
 from models.engines.text import Vocabulary
 from models.errors import EngineFailed, PoolError
 from models.tools import ToolCall, Tools
@@ -34,12 +41,17 @@ def sampling_params(request: GenerationRequest, *, max_tokens: int, fused: bool)
         min_p=sampling.min_p or 0.0,
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
         logit_bias=dict(sampling.logit_bias) or None,
         seed=sampling.seed,
         stop=list(sampling.stop) or None,
+        stop_token_ids=list(sampling.stop_token_ids) or None,
+        include_stop_str_in_output=sampling.include_stop,
+        min_tokens=sampling.min_tokens,
         logprobs=sampling.top_logprobs or 0,
+        prompt_logprobs=sampling.prompt_logprobs,
         ignore_eos=sampling.ignore_eos,
-        structured_outputs=_structured(sampling.json_schema),
+        structured_outputs=_structured(sampling.structure),
         output_kind=RequestOutputKind.DELTA,
         # Models mark their calls with special tokens.
         skip_special_tokens=request.tools is None,
@@ -87,12 +99,29 @@ def _token(
     )
 
 
-def _structured(json_schema: str | None) -> StructuredOutputsParams | None:
-    if json_schema is None:
+def prompt_tokens(
+    token_ids: Sequence[int],
+    entries: Sequence[dict[int, Logprob] | None],
+    vocabulary: Vocabulary,
+    num_top: int,
+) -> tuple[Token, ...]:
+    """Return the prompt's tokens with what vLLM says of them; of the first it says nothing."""
+    first = vocabulary.raw(token_ids[0])
+    start = Token(
+        token_id=token_ids[0], text=first.decode(errors="replace"), raw=first, logprob=None
+    )
+    pairs = zip(token_ids[1:], entries[1:], strict=True)
+    return start, *(_token(i, told or {}, vocabulary, num_top) for i, told in pairs)
+
+
+def _structured(structure: Structure | None) -> StructuredOutputsParams | None:
+    if structure is None:
         return None
-    if json.loads(json_schema) == {"type": "object"}:
+    if structure.kind == "json" and json.loads(structure.text) == {"type": "object"}:
         return StructuredOutputsParams(json_object=True)
-    return StructuredOutputsParams(json=json_schema)
+    text = structure.text
+    given = {structure.kind: json.loads(text) if structure.kind == "choice" else text}
+    return StructuredOutputsParams(**given)
 
 
 def _fusion(request: GenerationRequest) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import yaml
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
 
-from models.engines.base import Chunk, SamplingOptions
+from models.engines.base import Chunk, SamplingOptions, Structure
 from models.engines.registry import create_engine
 from models.errors import RequestError
 from models.pool import load_pool
@@ -194,7 +194,14 @@ def test_a_stop_string_ends_the_answer(executor: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "field", [{"logit_bias": {1: 2.0}}, {"json_schema": "{}"}, {"top_p": 0.5}, {"top_logprobs": 2}]
+    "field",
+    [
+        {"logit_bias": {1: 2.0}},
+        {"structure": Structure(kind="json", text="{}")},
+        {"top_p": 0.5},
+        {"top_logprobs": 2},
+        {"min_tokens": 3},
+    ],
 )
 def test_what_needs_one_vocabulary_is_refused(executor: Any, field: dict[str, Any]) -> None:
     """Options that speak of token ids or a whole vocabulary are refused by name."""

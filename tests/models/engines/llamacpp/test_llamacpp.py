@@ -14,7 +14,14 @@ import psutil
 import pytest
 
 from models.card import read_card
-from models.engines.base import Chunk, Engine, GenerationRequest, SamplingOptions, Token
+from models.engines.base import (
+    Chunk,
+    Engine,
+    GenerationRequest,
+    SamplingOptions,
+    Structure,
+    Token,
+)
 from models.engines.registry import create_engine, engine_traits
 from models.errors import ContextOverflow, EngineFailed, EngineOverloaded, PoolError, RequestError
 from models.pool import DEFAULT_POOL
@@ -94,6 +101,10 @@ async def _read(engine: Engine, request: GenerationRequest) -> list[Chunk]:
     return [chunk async for chunk in engine.generate(request)]
 
 
+def _json(schema: str) -> Structure:
+    return Structure(kind="json", text=schema)
+
+
 def _tokens(chunks: list[Chunk]) -> list[Token]:
     return [token for chunk in chunks for token in chunk.tokens]
 
@@ -150,7 +161,7 @@ def test_tokens_spell_the_text(read: Read, ask: Ask) -> None:
 
 def test_characters_of_several_tokens_are_whole(read: Read, ask: Ask, tokenizer: Tokenizer) -> None:
     """An emoji, which several tokens spell, comes whole; all its tokens are counted."""
-    chunks = read(ask("Laugh!", json_schema='{"const": "😀😃😄"}'))
+    chunks = read(ask("Laugh!", structure=_json('{"const": "😀😃😄"}')))
     assert _text(chunks) == '"😀😃😄"'
     num_tokens = len(tokenizer.encode('"😀😃😄"'))
     assert num_tokens > 4
@@ -220,7 +231,9 @@ def test_schemas_bind(read: Read, ask: Ask) -> None:
         "required": ["city", "people"],
         "additionalProperties": False,
     }
-    chunks = read(ask("Describe Paris as JSON.", json_schema=json.dumps(schema), max_tokens=64))
+    chunks = read(
+        ask("Describe Paris as JSON.", structure=_json(json.dumps(schema)), max_tokens=64)
+    )
     answer = json.loads(_text(chunks))
     assert set(answer) == {"city", "people"}
     assert isinstance(answer["people"], int)
@@ -230,7 +243,7 @@ def test_schemas_bind(read: Read, ask: Ask) -> None:
 def test_schemas_that_cannot_be_used_are_refused(read: Read, ask: Ask, schema: str) -> None:
     """llama.cpp itself would answer freely; the request is refused instead."""
     with pytest.raises(RequestError, match="JSON schema cannot be used"):
-        read(ask("JSON, please.", json_schema=schema))
+        read(ask("JSON, please.", structure=_json(schema)))
 
 
 def test_prompts_are_kept(read: Read, ask: Ask) -> None:

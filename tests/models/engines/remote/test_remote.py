@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from models.engines.base import EngineStats
+from models.engines.base import EngineStats, Structure
 from models.engines.registry import engine_traits
 from models.engines.remote.engine import CircuitBreaker
 from models.errors import (
@@ -56,7 +56,7 @@ def test_asks_as_openai_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
                 "stop": ("x",),
                 "logit_bias": {5: -1.0},
                 "top_logprobs": 2,
-                "json_schema": '{"type": "string"}',
+                "structure": Structure(kind="json", text='{"type": "string"}'),
             }
             await read(engine, request_of(sampling=sampling))
             [sent] = server.requests

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from models.engines.base import Chunk, Engine, GenerationRequest
+from models.engines.base import Chunk, Engine, GenerationRequest, Structure
 from models.engines.stacked.runner import Runner
 from models.errors import (
     ContextOverflow,
@@ -295,7 +295,7 @@ def test_long_prompts_do_not_stop_others(folders: list[Path], steps: Steps) -> N
 @pytest.mark.parametrize(
     ("wanted", "error", "message"),
     [
-        (request([1] * CONTEXT_TOKENS), ContextOverflow, "the prompt has 256 tokens"),
+        (request([1] * CONTEXT_TOKENS), ContextOverflow, "maximum context length of m0 is 256"),
         (request([]), RequestError, "empty"),
         (request([VOCAB_SIZE]), RequestError, "outside of the vocabulary"),
         (request([1], logit_bias={VOCAB_SIZE: 1.0}), RequestError, "logit_bias"),
@@ -304,7 +304,11 @@ def test_long_prompts_do_not_stop_others(folders: list[Path], steps: Steps) -> N
         (request([1], max_tokens=0), RequestError, "max_tokens: 0 is not in"),
         (request([1], stop=("",)), RequestError, "stop: an empty string"),
         (request([1] * 150, ["m0", "m1"], max_tokens=90), RequestError, "lower max_tokens"),
-        (request([1], json_schema='{"type": "wish"}'), RequestError, "response_format"),
+        (
+            request([1], structure=Structure(kind="json", text='{"type": "wish"}')),
+            RequestError,
+            "response_format",
+        ),
     ],
 )
 def test_refuses(
@@ -356,7 +360,7 @@ def test_json_schema(folders: list[Path]) -> None:
             request(
                 [5, 6, 7],
                 ["m0", "m1"][: 1 + seed % 2],
-                json_schema=json.dumps(schema),
+                structure=Structure(kind="json", text=json.dumps(schema)),
                 temperature=1.0,
                 seed=seed,
                 max_tokens=120,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.engines.base import Chunk, Engine, Evidence, GenerationRequest
+from models.engines.base import Chunk, Engine, Evidence, GenerationRequest, Structure
 from models.engines.stacked import runner as runner_module
 from models.engines.stacked.runner import Runner
 from models.engines.stacked.scheduler import Scheduler
@@ -127,7 +127,7 @@ def test_a_distribution_that_is_not_finite_fails_its_request_alone(
         request([5, 6], ["m3"], temperature=1.0, seed=1),
         request([5, 6], ["m3"], top_p=0.5, temperature=1.0, seed=1),
         request([5, 6], ["m0", "m3"]),
-        request([5, 6], ["m3"], json_schema="{}"),
+        request([5, 6], ["m3"], structure=Structure(kind="json", text="{}")),
     ]
 
     async def run() -> list[Any]:

@@ -1,0 +1,76 @@
+"""Grammars of what answers are held to, as llguidance reads them: ours and llama.cpp's.
+
+Between the tokens of JSON at most `_BLANKS` characters of white space are allowed: a model that
+likes blanks would otherwise spend its whole answer on them.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Final
+
+from llguidance import LLMatcher, LLTokenizer
+from llguidance.gbnf_to_lark import any_to_lark
+
+from models.engines.base import Structure
+from models.errors import RequestError
+
+_HEADER: Final = "%llguidance {}\n"
+_BLANKS: Final = 8
+_JSON_OPTIONS: Final = {"whitespace_pattern": f"[ \\n\\t\\r]{{1,{_BLANKS}}}"}
+
+
+def write_grammar(structure: Structure) -> str:
+    """Return the grammar of `structure`, in Lark's notation; nothing has been checked.
+
+    Raises `RequestError` for a grammar in a notation that cannot be read.
+    """
+    if structure.kind == "json":
+        return f"{_HEADER}start: {json_rule(structure.text, strict=structure.strict)}\n"
+    if structure.kind == "regex":
+        escaped = structure.text.replace("\\/", "/").replace("/", "\\/").replace("\n", "\\n")
+        return f"{_HEADER}start: /{escaped}/\n"
+    if structure.kind == "choice":
+        choices = (json.dumps(choice) for choice in json.loads(structure.text))
+        return f"{_HEADER}start: {' | '.join(choices)}\n"
+    try:
+        lark = str(any_to_lark(structure.text))
+    except Exception as error:  # the converter raises whatever it stumbles over
+        raise RequestError(f"grammar: it cannot be read: {error}", "structured_outputs") from None
+    return lark if lark.startswith("%llguidance") else _HEADER + lark
+
+
+def json_rule(schema: str, *, strict: bool = False) -> str:
+    """Return what a rule of a grammar says for a JSON text that `schema` describes.
+
+    What a grammar cannot hold is ignored, unless `strict`.
+    """
+    content = json.loads(schema)
+    if isinstance(content, dict):
+        own = content.get("x-guidance")
+        options = {**(own if isinstance(own, dict) else {}), **_JSON_OPTIONS}
+        content = {**content, "x-guidance": {**options, "lenient": not strict}}
+    return f"%json {json.dumps(content)}"
+
+
+def compile_structure(tokenizer: LLTokenizer, structure: Structure) -> LLMatcher:
+    """Return what follows `structure`; see `compile_grammar`."""
+    if structure.kind == "json":
+        what, field = "JSON schema", "response_format"
+    else:
+        what, field = structure.kind, "structured_outputs"
+    return compile_grammar(tokenizer, write_grammar(structure), what=what, field=field)
+
+
+def compile_grammar(tokenizer: LLTokenizer, grammar: str, *, what: str, field: str) -> LLMatcher:
+    """Return what follows `grammar`; takes up to a second, and releases the interpreter's lock.
+
+    Raises `RequestError` that names `field` for a grammar that is not valid or not supported.
+    """
+    matcher = LLMatcher(tokenizer, grammar, log_level=0)
+    if matcher.is_error():
+        told = matcher.get_error().strip().splitlines()
+        raise RequestError(
+            f"{field}: the {what} cannot be used: {told[0] if told else 'unknown'}", field
+        )
+    return matcher

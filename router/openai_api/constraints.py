@@ -1,0 +1,152 @@
+"""What a request holds its answer to: functions that may be called, and the form of its text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from models.engines.base import Structure
+from models.tools import Tools
+from router.errors import bad_request
+
+MAX_TOOLS = 128  # OpenAI's
+_MOST_CHARACTERS = 2**18  # of a schema or grammar
+_MOST_CHOICES = 1024
+_TOOL_CHOICES = ("none", "auto", "required")
+_KINDS = ("json", "regex", "choice", "grammar")
+
+
+def read_tools(
+    tools: Sequence[Mapping[str, Any]] | None,
+    choice: str | Mapping[str, Any] | None,
+    *,
+    parallel: bool = True,
+) -> Tools | None:
+    """Return what may be called; None for nothing. Raises `ApiError`, 400."""
+    names = [_name(tool, "tools") for tool in tools or ()]
+    if isinstance(choice, Mapping):
+        if _name(choice, "tool_choice") not in names:
+            raise bad_request("tool_choice: it names a function that tools lack", "tool_choice")
+    elif choice is not None and choice not in _TOOL_CHOICES:
+        raise bad_request(
+            f"tool_choice: {choice!r} is unknown; allowed are {', '.join(_TOOL_CHOICES)}, or a "
+            "function",
+            "tool_choice",
+        )
+    if choice == "required" and not names:
+        raise bad_request("tool_choice: required needs tools", "tool_choice")
+    if not tools or choice == "none":
+        return None
+    return Tools(
+        functions=tuple(tools), choice="auto" if choice is None else choice, parallel=parallel
+    )
+
+
+def read_structure(
+    response_format: Mapping[str, Any] | None,
+    structured_outputs: Mapping[str, Any] | None,
+    guided: Mapping[str, Any],
+) -> Structure | None:
+    """Return the form that one of three ways of asking names: OpenAI's, vLLM's, vLLM's older one.
+
+    `guided` are the `guided_*` fields by what follows. Raises `ApiError`, 400, that names the
+    field, also where two of them ask for something.
+    """
+    found = {
+        "response_format": _of_format(response_format),
+        "structured_outputs": _of_outputs(structured_outputs),
+        **{f"guided_{kind}": _of_kind(f"guided_{kind}", kind, v) for kind, v in guided.items()},
+    }
+    asked = {name: structure for name, structure in found.items() if structure is not None}
+    if len(asked) > 1:
+        first, second = list(asked)[:2]
+        raise bad_request(f"{second}: {first} asks for another form already", second)
+    for name, structure in asked.items():
+        if len(structure.text) > _MOST_CHARACTERS:
+            raise bad_request(f"{name}: it has more than {_MOST_CHARACTERS} characters", name)
+        return structure
+    return None
+
+
+def _of_format(value: Mapping[str, Any] | None) -> Structure | None:
+    kind = None if value is None else value.get("type")
+    if value is None or kind == "text":
+        return None
+    if kind == "json_object":
+        return Structure(kind="json", text='{"type":"object"}')
+    if kind != "json_schema":
+        raise bad_request(
+            f"response_format.type {kind!r} is unknown; allowed are text, json_object, json_schema",
+            "response_format.type",
+        )
+    wanted = value.get("json_schema")
+    if not isinstance(wanted, dict) or not isinstance(wanted.get("schema"), dict):
+        raise bad_request(
+            "response_format.json_schema needs a schema object", "response_format.json_schema"
+        )
+    strict, name = wanted.get("strict"), wanted.get("name")
+    if not isinstance(strict, bool | None):
+        raise bad_request(
+            "response_format.json_schema.strict is not true or false",
+            "response_format.json_schema.strict",
+        )
+    return Structure(
+        kind="json",
+        text=json.dumps(wanted["schema"]),
+        strict=bool(strict),
+        name=name if isinstance(name, str) else None,
+    )
+
+
+def _of_outputs(value: Mapping[str, Any] | None) -> Structure | None:
+    given = {key: item for key, item in (value or {}).items() if item not in (None, False)}
+    if given == {"json_object": True}:
+        return Structure(kind="json", text='{"type":"object"}')
+    for key in given:
+        if key not in _KINDS or len(given) > 1:
+            raise bad_request(
+                f"structured_outputs: {key!r} is unknown or one too many; allowed is one of "
+                f"{', '.join(_KINDS)}, json_object",
+                "structured_outputs",
+            )
+    return next((_of_kind("structured_outputs", k, item) for k, item in given.items()), None)
+
+
+def _of_kind(field: str, kind: str, value: object) -> Structure | None:
+    """Return the structure of a `kind` that vLLM knows."""
+    if value is None:
+        return None
+    if kind == "json" and isinstance(value, dict | bool):
+        return Structure(kind="json", text=json.dumps(value))
+    if kind == "json" and isinstance(value, str):
+        try:
+            json.loads(value)
+        except ValueError:
+            raise bad_request(f"{field}: it is no JSON schema", field) from None
+        return Structure(kind="json", text=value)
+    if kind == "regex" and isinstance(value, str):
+        return Structure(kind="regex", text=value)
+    if kind == "grammar" and isinstance(value, str):
+        return Structure(kind="grammar", text=value)
+    choices = kind == "choice" and isinstance(value, list) and 0 < len(value) <= _MOST_CHOICES
+    if choices and isinstance(value, list) and all(isinstance(c, str) and c for c in value):
+        return Structure(kind="choice", text=json.dumps(value))
+    wanted = {
+        "json": "a JSON schema",
+        "choice": f"a list of 1 to {_MOST_CHOICES} strings, none of them empty",
+    }.get(kind, "a string")
+    raise bad_request(f"{field}: {kind} must be {wanted}", field)
+
+
+def _name(tool: Mapping[str, Any], param: str) -> str:
+    """Return the name of the function that `tool` is."""
+    function = tool.get("function")
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if tool.get("type") != "function" or not isinstance(name, str) or not name:
+        raise bad_request(f"{param}: a tool is of type function and names one", param)
+    if not isinstance(function, Mapping) or not isinstance(
+        function.get("parameters"), Mapping | None
+    ):
+        raise bad_request(f"{param}: the parameters of {name!r} are no JSON schema", param)
+    return name

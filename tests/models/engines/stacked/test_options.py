@@ -1,0 +1,122 @@
+"""Options of requests beyond OpenAI's, each with an effect on what a stacked engine answers."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models.engines.base import GenerationRequest, Structure
+from models.errors import RequestError
+from tests.models.engines.stacked.tiny import (
+    answer,
+    build_engine,
+    request,
+    text_of,
+    token_ids,
+)
+
+
+def _one(folders: list[Path], wanted: GenerationRequest) -> Any:
+    [chunks] = answer(build_engine(folders), wanted)
+    return chunks
+
+
+@pytest.mark.parametrize(
+    ("structure", "pattern"),
+    [
+        (Structure(kind="regex", text="[a-c]{3}/x"), "[a-c]{3}/x"),
+        (Structure(kind="choice", text='["yes", "no \\"so\\""]'), 'yes|no "so"'),
+        (Structure(kind="grammar", text='start: "a" ("b" | "c")'), "a[bc]"),
+        (Structure(kind="grammar", text='root ::= "a" ("b" | "c")'), "a[bc]"),
+    ],
+)
+def test_forms(folders: list[Path], structure: Structure, pattern: str) -> None:
+    """An answer of a random model follows a regular expression, a choice, or a grammar."""
+    for seed in range(3):
+        chunks = _one(folders, request([5, 6], structure=structure, temperature=1.0, seed=seed))
+        assert re.fullmatch(pattern, text_of(chunks))
+        assert chunks[-1].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    "structure",
+    [Structure(kind="regex", text="(["), Structure(kind="grammar", text='start: "a')],
+)
+def test_forms_that_cannot_be_read_are_refused(folders: list[Path], structure: Structure) -> None:
+    """The field is named."""
+    with pytest.raises(RequestError, match="structured_outputs"):
+        _one(folders, request([5], structure=structure))
+
+
+def test_blanks_between_json_tokens_are_bounded(folders: list[Path]) -> None:
+    """A model that wants nothing but blanks still comes to the end of an object."""
+    [blank] = [i for i in range(256) if i == 32]
+    structure = Structure(
+        kind="json", text='{"properties": {"a": {"const": 1}}, "required": ["a"]}'
+    )
+    chunks = _one(
+        folders,
+        request([5], structure=structure, logit_bias={blank: 100.0}, max_tokens=200),
+    )
+    assert max(map(len, re.findall(r"\s+", text_of(chunks))), default=0) <= 8
+
+
+@pytest.mark.parametrize(
+    "extra", [{"type": "string", "format": "password"}, {"type": "array", "uniqueItems": True}]
+)
+def test_only_strict_schemas_are_taken_at_their_word(folders: list[Path], extra: Any) -> None:
+    """What no grammar holds is ignored, and refused where the schema is strict."""
+    text = json.dumps(extra)
+    assert _one(folders, request([5], structure=Structure(kind="json", text=text)))
+    with pytest.raises(RequestError, match="response_format"):
+        _one(folders, request([5], structure=Structure(kind="json", text=text, strict=True)))
+
+
+def test_min_tokens_and_stop_tokens(folders: list[Path]) -> None:
+    """A stop token ends the answer and is not shown unless asked; not before min_tokens."""
+    free = token_ids(_one(folders, request([5, 6], max_tokens=12, ignore_eos=True)))
+    stop = free[3]
+    first = free.index(stop)
+    wanted = request([5, 6], max_tokens=12, ignore_eos=True, stop_token_ids=(stop,))
+    chunks = _one(folders, wanted)
+    assert token_ids(chunks) == free[: first + 1]
+    assert chunks[-1].finish_reason == "stop"
+    longer = request(
+        [5, 6], max_tokens=12, ignore_eos=True, stop_token_ids=(stop,), min_tokens=first + 3
+    )
+    assert len(token_ids(_one(folders, longer))) >= first + 3
+
+
+def test_repetition_penalty(folders: list[Path]) -> None:
+    """With a strong one no token comes twice, nor does one of the prompt."""
+    prompt = [5, 6]
+    chunks = _one(
+        folders, request(prompt, max_tokens=20, ignore_eos=True, repetition_penalty=100.0)
+    )
+    tokens = [*prompt, *token_ids(chunks)]
+    assert len(set(tokens)) == len(tokens)
+
+
+@pytest.mark.parametrize("members", [["m0"], ["m0", "m1"]])
+def test_a_prompt_is_scored_as_answers_are(folders: list[Path], members: list[str]) -> None:
+    """What was generated greedily has the same log-probabilities when it is scored as a prompt."""
+    engine = build_engine(folders)
+    prompt = [5, 6, 7]
+    [chunks] = answer(engine, request(prompt, members, max_tokens=8, ignore_eos=True))
+    told = [token for chunk in chunks for token in chunk.tokens]
+    whole = [*prompt, *(token.token_id for token in told)]
+    [scored] = answer(
+        build_engine(folders), request(whole, members, max_tokens=1, prompt_logprobs=2)
+    )
+    tokens = scored[0].prompt
+    assert [token.token_id for token in tokens] == whole
+    assert tokens[0].logprob is None
+    for token, before in zip(tokens[len(prompt) :], told, strict=True):
+        assert before.logprob is not None
+        assert token.logprob is not None
+        assert math.isclose(token.logprob, before.logprob, rel_tol=1e-3, abs_tol=1e-4)
+        assert token.top[0].token_id == token.token_id
+        assert len(token.top) == 2

@@ -1,0 +1,192 @@
+"""What clients of every kind send around their JSON: packing, types, versions, hang-ups, pages."""
+
+import asyncio
+import gzip
+import json
+import socket
+import time
+import zlib
+from collections.abc import Callable
+from http.client import HTTPConnection
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+import zstandard
+
+CHAT = {"model": "alpha", "messages": [{"role": "user", "content": "hello"}]}
+BODY = json.dumps(CHAT).encode()
+JSON = {"content-type": "application/json"}
+PATH = "/v1/chat/completions"
+
+PACKINGS: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": gzip.compress,
+    "deflate": zlib.compress,
+    "zstd": zstandard.compress,
+}
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_packed_bodies_are_read(server: Any, packing: str) -> None:
+    """A body may come packed; broken, bomb-like and unknown ones are refused as what they are."""
+    headers = {**JSON, "content-encoding": packing}
+    pack = PACKINGS[packing]
+    assert server.http.post(PATH, content=pack(BODY), headers=headers).status_code == 200
+    bomb = pack(b" " * 50_000_000)
+    assert server.http.post(PATH, content=bomb, headers=headers).status_code == 413
+    broken = server.http.post(PATH, content=b"no" + BODY, headers=headers)
+    assert (broken.status_code, broken.json()["error"]["code"]) == (400, "invalid_encoding")
+    unknown = server.http.post(PATH, content=BODY, headers={**JSON, "content-encoding": "br"})
+    assert unknown.status_code == 415
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        (JSON, 200),
+        ({"content-type": "application/json; charset=utf-8"}, 200),
+        ({}, 200),
+        ({"content-type": "text/plain"}, 415),
+        ({"content-type": "application/x-www-form-urlencoded"}, 415),
+        ({"origin": "https://evil.example"}, 415),
+        ({"sec-fetch-site": "cross-site"}, 415),
+    ],
+)
+def test_no_page_can_post_unasked(server: Any, headers: dict[str, str], status: int) -> None:
+    """What a page may send without a preflight is refused; a plain client need not say JSON."""
+    for path, body in ((PATH, BODY), ("/v1/feedback", b"{}")):
+        request = httpx.Request("POST", server.url + path, content=body, headers=headers)
+        got = server.http.send(request).status_code
+        assert (got == 415) == (status == 415), path
+
+
+def test_pages_may_ask_where_the_operator_says_so(serve: Any, server: Any) -> None:
+    """Preflights are answered for the origins in the configuration, and for no other."""
+    page = "https://chat.example.org"
+    asked = {"origin": page, "access-control-request-method": "POST"}
+    assert server.http.options(PATH, headers=asked).status_code == 405
+    allowing = serve(app={"http": {"cors_origins": [page]}})
+    preflight = allowing.http.options(PATH, headers=asked)
+    assert preflight.status_code == 200
+    assert preflight.headers["access-control-allow-origin"] == page
+    listing = allowing.http.get("/v1/models", headers={"origin": "https://evil.example"})
+    assert "access-control-allow-origin" not in listing.headers
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/v1/models/alpha", "/metrics", "/no"])
+def test_head_is_get_without_a_body(server: Any, path: str) -> None:
+    """The same status and length, no body."""
+    got, head = server.http.get(path), server.http.head(path)
+    assert (head.status_code, head.content) == (got.status_code, b"")
+
+
+def test_a_slash_too_many(server: Any) -> None:
+    """Paths under /v1 may end with one."""
+    assert server.http.get("/v1/models/").json()["object"] == "list"
+    assert server.http.post(PATH + "/", json=CHAT).status_code == 200
+    assert server.http.put(PATH, json=CHAT).status_code == 405
+
+
+def _raw(server: Any, text: bytes) -> bytes:
+    at = urlsplit(server.url)
+    with socket.create_connection((at.hostname, at.port), timeout=30) as line:
+        line.sendall(text)
+        got = b""
+        while part := line.recv(65536):
+            got += part
+    return got
+
+
+def test_http_10_gets_no_chunks(server: Any) -> None:
+    """An old client's stream ends with the connection; its body is nothing but events."""
+    body = json.dumps({**CHAT, "stream": True}).encode()
+    head = f"POST {PATH} HTTP/1.0\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+    told, _, rest = _raw(server, head.encode() + b"\r\n\r\n" + body).partition(b"\r\n\r\n")
+    assert told.startswith(b"HTTP/1.1 200")
+    assert b"transfer-encoding" not in told.lower()
+    assert rest.startswith(b"data: ")
+    assert rest.endswith(b"data: [DONE]\n\n")
+
+
+def test_a_hang_up_during_upload_is_the_clients(server: Any) -> None:
+    """It is recorded as 499, not as an error of the server."""
+    at = urlsplit(server.url)
+    with socket.create_connection((at.hostname, at.port)) as half:
+        half.sendall(f"POST {PATH} HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{{".encode())
+    assert server.last_record().status == 499
+
+
+def test_errors_do_not_echo_at_length(server: Any) -> None:
+    """However long what was wrong is, the error is short."""
+    for body in (
+        {**CHAT, "model": "m" * 1_000_000},
+        {**CHAT, "messages": [{"role": "r" * 1_000_000, "content": "x"}]},
+        {**CHAT, "tool_choice": "t" * 1_000_000},
+        {**CHAT, "shoal": {"policy": "p" * 1_000_000}},
+        {**CHAT, "shoal": {"k" * 1_000_000: 1}},
+    ):
+        response = server.http.post(PATH, json=body)
+        assert response.status_code in (400, 404)
+        assert len(response.content) < 3000
+
+
+def test_a_long_wait_is_bridged_by_comments(serve: Any) -> None:
+    """A stream whose answer takes long begins with comments; clients skip them."""
+    slow = {"time_to_first_token_s": 0.5}
+    server = serve(
+        engines=[{"name": "one", "kind": "fake", "options": slow}],
+        models=[{"name": "alpha", "engine": "one"}],
+        policies={},
+        limits={"first_comment_s": 0.05, "comment_interval_s": 0.1},
+    )
+    with server.http.stream("POST", PATH, json={**CHAT, "stream": True}) as response:
+        lines = list(response.iter_lines())
+    assert lines[0].startswith(":")
+    assert sum(line.startswith(":") for line in lines) > 1
+    chunks = server.chat(stream=True)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == "hello"
+
+
+def test_idle_connections_stay(serve: Any) -> None:
+    """For as long as the configuration says, and no longer."""
+    server = serve(app={"http": {"keep_alive_s": 1}})
+    line = HTTPConnection(urlsplit(server.url).netloc, timeout=30)
+    line.connect()
+    first = line.sock
+    for _ in range(2):
+        line.request("GET", "/v1/models/alpha")
+        assert line.getresponse().read()
+        assert line.sock is first
+    assert first.recv(1) == b""
+    line.close()
+
+
+def test_one_request_holds_nobody_up(server: Any) -> None:
+    """While bodies full of one large field are read, the event loop still turns."""
+    gaps: list[float] = []
+
+    async def watch() -> None:
+        last = time.perf_counter()
+        while True:
+            await asyncio.sleep(0.001)
+            now = time.perf_counter()
+            gaps.append(now - last)
+            last = now
+
+    watching = asyncio.run_coroutine_threadsafe(watch(), server.loop)
+    try:
+        for fields in (
+            {"messages": [{"role": "user", "content": "word " * 600_000}]},
+            {"messages": [CHAT["messages"]] * 20_000},
+            {"logit_bias": {str(i): 1 for i in range(100_000)}},
+            {"stop": ["x"] * 100_000},
+            {"tools": [{"type": "function", "function": {"name": "f"}}] * 50_000},
+        ):
+            assert server.http.post(PATH, json={**CHAT, **fields}).status_code == 400
+        prompt = {"model": "alpha", "prompt": [1] * 1_000_000}
+        assert server.http.post("/v1/completions", json=prompt).status_code == 400
+    finally:
+        watching.cancel()
+    # Far above what any of them takes, far below what one took that was read on the loop.
+    assert max(gaps) < 2
