@@ -183,7 +183,9 @@ class Guard:
         await (self._app if refusal is None else _error(refusal))(scope, receive, send)
 
     def _refusal(self, request: Request) -> ApiError | None:
-        if self._hosts is not None and _hostname(request) not in self._hosts:
+        name = _hostname(request)
+        # A name without a dot is nobody's on the Internet; HTTP/1.0 needs none.
+        if self._hosts is not None and "." in name and name not in self._hosts:
             return ApiError(
                 421,
                 f"This server goes by {', '.join(sorted(self._hosts))} only; "

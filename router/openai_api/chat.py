@@ -138,7 +138,7 @@ class _Message(BaseModel):
 class ChatFields(SharedFields):
     """The body of a chat completion."""
 
-    messages: list[_Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: list[_Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     logprobs: bool | None = None
     max_completion_tokens: Count | None = None
     parallel_tool_calls: bool | None = None

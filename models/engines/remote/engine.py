@@ -18,11 +18,11 @@ from models.engines.kind import EngineKind, EngineTraits
 from models.engines.remote.answer import DONE, AnswerReader, read_events, read_whole
 from models.engines.remote.failures import AttemptFailed, from_response, from_transport
 from models.engines.remote.request import RemoteOptions, write_body
-from models.engines.requests import OPTIONAL, check_request
+from models.engines.requests import check_request
 from models.errors import EngineFailed, EngineOverloaded
 from models.spec import EngineSpec, Model
 
-REFUSES = frozenset(OPTIONAL) - {"top_k", "min_p", "ignore_eos"}
+REFUSES = frozenset({"echo"})
 _MAX_ERROR_BYTES = 64 * 1024
 _DRAIN_S = 0.5
 
@@ -313,7 +313,6 @@ def _inspect(_spec: EngineSpec, options: RemoteOptions, _models: Sequence[Model]
         logprobs=options.logprobs,
         tools=True,
         here=False,
-        structures=("json",),
         refuses=REFUSES,
     )
 

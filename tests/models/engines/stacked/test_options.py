@@ -14,9 +14,17 @@ from tests.models.engines.stacked.tiny import (
     answer,
     build_engine,
     request,
+    save_checkpoint,
     text_of,
     token_ids,
 )
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two random checkpoints."""
+    root = tmp_path_factory.mktemp("options")
+    return [save_checkpoint(root / f"{s}", seed=s, initializer_range=0.08) for s in range(2)]
 
 
 def _one(folders: list[Path], wanted: GenerationRequest) -> Any:
