@@ -185,7 +185,8 @@ class Guard:
     def _refusal(self, request: Request) -> ApiError | None:
         name = _hostname(request)
         # A name without a dot is nobody's on the Internet; HTTP/1.0 needs none.
-        if self._hosts is not None and "." in name and name not in self._hosts:
+        foreign = "." in name or (not name and "host" in request.headers)
+        if self._hosts is not None and foreign and name not in self._hosts:
             return ApiError(
                 421,
                 f"This server goes by {', '.join(sorted(self._hosts))} only; "
