@@ -150,8 +150,10 @@ def read_calls(
     if not found.tools_called:
         return text, ()
     calls = tuple(
-        ToolCall(id=call.id, name=call.function.name, arguments=call.function.arguments)
-        for call in found.tool_calls
+        ToolCall(
+            index=number, id=call.id, name=call.function.name, arguments=call.function.arguments
+        )
+        for number, call in enumerate(found.tool_calls)
     )
     return found.content or "", calls
 
