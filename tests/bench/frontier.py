@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,7 @@ from policies.fused import with_prior
 from policies.outcomes import Outcome, read_outcomes
 from policies.plan import Answer, Plan
 from tests.bench.frontier_data import fused_outcomes, likelihoods
-from tests.bench.frontier_plot import draw
+from tests.bench.frontier_plot import Row, draw, pick, thinned
 
 DOCS = Path(__file__).parents[2] / "docs" / "cascade"
 DEVICE = "h200"
@@ -45,27 +45,6 @@ FUSED = {"fused": None, "fused top 2": 2}
 TOP = {name: size for name, size in FUSED.items() if size is not None}
 CASCADES = ("cascade", "cascade with fused stages", "cascade, fused last")
 SEED = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """A policy on the held-out queries."""
-
-    name: str
-    kind: str  # fixed, routed, fused, best-of, cascade, oracle
-    quality_Q: Floats
-    usd_Q: Floats
-    flops_Q: Floats
-
-    @property
-    def accuracy(self) -> float:
-        """The share of right answers."""
-        return float(self.quality_Q.mean())
-
-    @property
-    def usd(self) -> float:
-        """Mean US dollars per query."""
-        return float(self.usd_Q.mean())
 
 
 def main() -> None:
@@ -306,7 +285,7 @@ class Bench:
         single = {n: self._row(n, "fixed", [(n,)] * len(self.test)) for n in self.rates}
         rows = list(single.values())
         stack = [single[name] for name in self.chunks]
-        rows.append(_pick("routed chunk", "routed", stack, self.prior_test.argmax(axis=1)))
+        rows.append(pick("routed chunk", "routed", stack, self.prior_test.argmax(axis=1)))
         rows += [
             self._row(name, "fused", [plan.members for plan in its]) for name, its in plans.items()
         ]
@@ -314,7 +293,7 @@ class Bench:
         usd = np.stack([row.usd_Q for row in every], axis=1)
         wrong = np.stack([row.quality_Q for row in every], axis=1) < 1
         wrong[wrong.all(axis=1)] = False  # nobody knows: the cheapest will do
-        rows.append(_pick("oracle", "oracle", every, (usd + wrong * 1e9).argmin(axis=1)))
+        rows.append(pick("oracle", "oracle", every, (usd + wrong * 1e9).argmin(axis=1)))
         return rows
 
     def _best_of(self, scorer: LearnedScorer) -> list[Row]:
@@ -384,7 +363,7 @@ class Bench:
         shown = [row for row in rows if row.kind not in CASCADES]
         for kind in CASCADES:
             chains = [row for row in rows if row.kind == kind]
-            shown += [chains[0], *_thinned(chains[1:])]
+            shown += [chains[0], *thinned(chains[1:])]
         cost, quality = np.array([r.usd for r in rows]), np.array([r.accuracy for r in rows])
         real = [i for i, row in enumerate(rows) if row.kind != "oracle"]
         front = {id(rows[real[i]]) for i in pareto(cost[real], quality[real])}
@@ -461,37 +440,12 @@ def _spread(outcomes: list[Outcome], num: int) -> list[Outcome]:
 
 
 def _powered(fact: ModelFacts) -> ModelFacts:
-    from dataclasses import replace
-
     return replace(fact, rates=rates_for(fact, find_device(DEVICE), gco2e_per_kwh=0.0, pue=1.0))
 
 
 def _normal(values: Floats) -> Floats:
     result: Floats = values / values.sum(axis=1, keepdims=True)
     return result
-
-
-def _pick(name: str, kind: str, rows: list[Row], choice_Q: Floats) -> Row:
-    at = np.arange(len(choice_Q))
-
-    def take(field: str) -> Floats:
-        result: Floats = np.stack([getattr(row, field) for row in rows], axis=1)[at, choice_Q]
-        return result
-
-    return Row(
-        name=name,
-        kind=kind,
-        quality_Q=take("quality_Q"),
-        usd_Q=take("usd_Q"),
-        flops_Q=take("flops_Q"),
-    )
-
-
-def _thinned(chains: list[Row], num: int = 6) -> list[Row]:
-    """Return about `num` of a frontier's points, spread over its length."""
-    if len(chains) <= num:
-        return chains
-    return [chains[i] for i in np.linspace(0, len(chains) - 1, num).round().astype(int)]
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""The frontier bench's picture: accuracy against cost, and loss against the number of members."""
+"""The frontier bench's rows, a policy each, and their picture: accuracy against cost, and loss
+against the number of members."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from policies.cascade.answers import Floats
 from policies.cascade.frontier import pareto
 
 COLOURS = {
@@ -21,8 +24,53 @@ COLOURS = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A policy on the held-out queries."""
+
+    name: str
+    kind: str  # fixed, routed, fused, best-of, cascade, oracle
+    quality_Q: Floats
+    usd_Q: Floats
+    flops_Q: Floats
+
+    @property
+    def accuracy(self) -> float:
+        """The share of right answers."""
+        return float(self.quality_Q.mean())
+
+    @property
+    def usd(self) -> float:
+        """Mean US dollars per query."""
+        return float(self.usd_Q.mean())
+
+
+def pick(name: str, kind: str, rows: list[Row], choice_Q: Floats) -> Row:
+    """Return the policy that follows row `choice_Q` on each query."""
+    at = np.arange(len(choice_Q))
+
+    def take(field: str) -> Floats:
+        result: Floats = np.stack([getattr(row, field) for row in rows], axis=1)[at, choice_Q]
+        return result
+
+    return Row(
+        name=name,
+        kind=kind,
+        quality_Q=take("quality_Q"),
+        usd_Q=take("usd_Q"),
+        flops_Q=take("flops_Q"),
+    )
+
+
+def thinned(chains: list[Row], num: int = 6) -> list[Row]:
+    """Return about `num` of a frontier's points, spread over its length."""
+    if len(chains) <= num:
+        return chains
+    return [chains[i] for i in np.linspace(0, len(chains) - 1, num).round().astype(int)]
+
+
 def draw(
-    rows: list[Any], loss_by_n: dict[str, list[float]], *, base: str, num: int, file: Path
+    rows: list[Row], loss_by_n: dict[str, list[float]], *, base: str, num: int, file: Path
 ) -> None:
     """Draw both to `file`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -70,7 +118,7 @@ def draw(
     figure.savefig(file, dpi=95)
 
 
-def _annotate(axes: Any, rows: list[Any]) -> None:
+def _annotate(axes: Any, rows: list[Row]) -> None:
     """Name the points, the names of points of about the same cost spread so as not to overlap."""
     low, high = min(row.accuracy for row in rows), max(row.accuracy for row in rows)
     dearest = max(row.usd for row in rows)
