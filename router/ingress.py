@@ -34,6 +34,7 @@ from router.openai_api.endpoint import WireFormat
 from router.openai_api.models import describe, list_models
 from router.openai_api.responses import ResponsesEndpoint
 from router.service import Service
+from router.token_routes import add_token_routes
 
 _HEALTH_TIMEOUT_S = 5.0
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]\s]+)(?::[0-9]*)?")
@@ -100,6 +101,12 @@ def create_api(service: Service, args: AppArgs) -> FastAPI:
         identify=identify("user"),
         max_body_bytes=service.limits.max_body_bytes,
     )
+    add_token_routes(
+        api,
+        service.catalog,
+        identify=identify("user"),
+        max_body_bytes=service.limits.max_body_bytes,
+    )
     names = [shadow.name for shadow in service.mirror.shadows]
     add_feedback_route(
         api,
@@ -137,7 +144,28 @@ def create_api(service: Service, args: AppArgs) -> FastAPI:
             ApiError(error.status_code, message, code=code, headers=dict(error.headers or {}))
         )
 
+    described = api.openapi
+    api.openapi = lambda: _with_definitions(described())  # type: ignore[method-assign]
     return api
+
+
+def _with_definitions(document: dict[str, Any]) -> dict[str, Any]:
+    """Return an OpenAPI document whose schemas' own definitions stand where references look."""
+    found = document.setdefault("components", {}).setdefault("schemas", {})
+
+    def gather(node: Any) -> Any:  # noqa: ANN401 - JSON
+        if isinstance(node, list):
+            return [gather(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        found.update({name: gather(schema) for name, schema in node.get("$defs", {}).items()})
+        moved = {key: gather(value) for key, value in node.items() if key != "$defs"}
+        reference = moved.get("$ref")
+        if isinstance(reference, str):
+            moved["$ref"] = reference.replace("#/$defs/", "#/components/schemas/")
+        return moved
+
+    return {**document, "paths": gather(document["paths"])}
 
 
 class Forgiving:
