@@ -26,7 +26,9 @@ class StackedOptions(BaseModel):
     prompts faster and the gaps between streamed tokens longer. Tokens come out at most every
     `stream_interval_ms`, several at a time if steps are faster, but the first and the last of an
     answer at once: the event loop's work would hold up the steps otherwise. `num_threads` is the
-    most CPU threads that a step gets (see `runner.StepThreads`); None: as many as torch has.
+    most CPU threads that a step gets (see `runner.StepThreads`); None: as many as torch has. A step
+    that takes longer than `step_timeout_s` is taken to hang: what runs fails, and the engine is
+    started again.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -34,6 +36,7 @@ class StackedOptions(BaseModel):
     step_rows: int = Field(2048, ge=1)
     stream_interval_ms: float = Field(10.0, ge=0)
     num_threads: int | None = Field(None, ge=1)
+    step_timeout_s: float = Field(300.0, gt=0)
 
 
 _TRAITS = EngineTraits()
@@ -56,6 +59,7 @@ def _create(spec: EngineSpec, options: StackedOptions, models: Sequence[Model]) 
         step_rows=options.step_rows,
         stream_interval_s=options.stream_interval_ms / 1e3,
         num_threads=options.num_threads,
+        step_timeout_s=options.step_timeout_s,
     )
 
 

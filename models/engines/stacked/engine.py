@@ -32,6 +32,7 @@ class _Running:
     """What exists between start and stop."""
 
     loop: Loop
+    readers: set[asyncio.Queue[Outcome]]
     tokenizer: LLTokenizer
     context_tokens: int
     num_rows: int
@@ -55,6 +56,7 @@ class StackedEngine:
         step_rows: int,
         stream_interval_s: float,
         num_threads: int | None,
+        step_timeout_s: float,
     ) -> None:
         """Only remember; `start` loads."""
         self._spec = spec
@@ -62,6 +64,7 @@ class StackedEngine:
         self._step_rows = step_rows
         self._stream_interval_s = stream_interval_s
         self._num_threads = num_threads
+        self._step_timeout_s = step_timeout_s
         self._names = tuple(members)
         self._cards = tuple(members.values())
         self._vocab_size = self._cards[0].shape.vocab_size
@@ -86,6 +89,7 @@ class StackedEngine:
         loop.start()
         self._running = _Running(
             loop=loop,
+            readers=set(),
             tokenizer=tokenizer,
             context_tokens=runner.architecture.context_tokens,
             num_rows=runner.arena.num_rows,
@@ -104,6 +108,7 @@ class StackedEngine:
             sequence.sampler.grammar = Grammar(
                 await asyncio.to_thread(compile_structure, running.tokenizer, structure)
             )
+        running.readers.add(outcomes)
         running.loop.submit(sequence)
         try:
             while True:
@@ -114,6 +119,7 @@ class StackedEngine:
                 if outcome.finish_reason is not None:
                     return
         finally:
+            running.readers.discard(outcomes)
             running.loop.cancel(sequence)
 
     def stats(self) -> EngineStats:
@@ -129,13 +135,27 @@ class StackedEngine:
             raise loop.failure
         if not loop.is_alive():
             raise EngineFailed(f"the thread of the engine {self._spec.name} has died")
+        if loop.step_s > self._step_timeout_s:
+            raise EngineFailed(
+                f"a step of the engine {self._spec.name} hangs: it has taken longer than "
+                f"options.step_timeout_s, {self._step_timeout_s:g}"
+            )
 
     async def stop(self) -> None:
-        """Fail what runs, end the thread and free the memory; idempotent."""
+        """Fail what runs, end the thread and free the memory; idempotent.
+
+        A thread whose step hangs cannot be ended. Its readers are not left waiting, and it ends by
+        itself should the step ever return.
+        """
         running, self._running = self._running, None
-        if running is not None:
-            running.loop.request_stop()
-            await asyncio.to_thread(running.loop.join)
+        if running is None:
+            return
+        loop = running.loop
+        loop.request_stop()
+        await asyncio.to_thread(loop.join, max(0.0, self._step_timeout_s - loop.step_s))
+        if loop.is_alive():
+            for outcomes in running.readers:
+                outcomes.put_nowait(EngineFailed(f"a step of the engine {self._spec.name} hangs"))
 
     def _load(self) -> tuple[Runner, LLTokenizer, Vocabulary]:
         device = _device(self._spec)

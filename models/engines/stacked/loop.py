@@ -68,6 +68,7 @@ class Loop(threading.Thread):
         self._num_finished = 0
         self._num_tokens = 0
         self._busy_s = 0.0
+        self._step_began_s: float | None = None
 
     def submit(self, sequence: Sequence) -> None:
         """Queue a request; its outcomes come through `sequence.send`."""
@@ -82,6 +83,12 @@ class Loop(threading.Thread):
     def request_stop(self) -> None:
         """End the thread after the step it is in; what is left then fails."""
         self._inbox.put(self._halt)
+
+    @property
+    def step_s(self) -> float:
+        """How long the step at hand has taken; 0 between steps. May be read from another thread."""
+        began_s = self._step_began_s
+        return 0.0 if began_s is None else time.perf_counter() - began_s
 
     def stats(self) -> EngineStats:
         """Return a snapshot; may be called from another thread."""
@@ -118,9 +125,9 @@ class Loop(threading.Thread):
         if parts:
             if parts[-1].num_tokens > 1:
                 self._deliver()  # what is ready doesn't wait for a prompt
-            started_s = time.perf_counter()
+            self._step_began_s = started_s = time.perf_counter()
             self._step(parts)
-            ended_s = time.perf_counter()
+            self._step_began_s, ended_s = None, time.perf_counter()
             self._busy_s += ended_s - started_s
             # Due if another step as long as this one would make it late.
             due_s = self._delivered_s + self._stream_interval_s

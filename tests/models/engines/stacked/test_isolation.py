@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -212,3 +213,44 @@ def test_nobody_waits_for_a_thread_that_has_died(
             assert token_ids(await read(engine, request([5])))
 
     asyncio.run(run())
+
+
+def test_an_engine_whose_step_hangs_is_started_again(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that does not end fails its readers instead of keeping them, and another thread
+    serves; the one that hangs ends once its step does, and changes nothing."""
+    step, hangs, released = Runner.step, False, threading.Event()
+    held: list[threading.Thread] = []
+
+    def hanging(self: Runner, parts: Any) -> Any:
+        if hangs:
+            held.append(threading.current_thread())
+            released.wait()
+        return step(self, parts)
+
+    monkeypatch.setattr(Runner, "step", hanging)
+
+    async def run() -> None:
+        nonlocal hangs
+        engine = SupervisedEngine(
+            lambda: build_engine(folders, step_timeout_s=2.0), check_s=0.01, first_wait_s=0.01
+        )
+        async with running(engine), asyncio.timeout(60):
+            [before] = await together(engine, healthy(1))
+            hangs = True
+            for error in await together(engine, healthy(3)):
+                assert isinstance(error, EngineFailed)
+                assert "hangs" in str(error)
+            hangs = False
+            await _until_well(engine)
+            assert tokens(await together(engine, healthy(1))) == tokens([before])
+            released.set()
+            for thread in held:
+                await asyncio.to_thread(thread.join)
+            assert tokens(await together(engine, healthy(1))) == tokens([before])
+
+    try:
+        asyncio.run(run())
+    finally:
+        released.set()
