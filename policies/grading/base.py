@@ -18,6 +18,11 @@ Ask = Callable[[str, str], Awaitable[str]]
 """From a model's name and a prompt to its answer; raises `Ungradable` where there is none."""
 
 
+Likelihood = Callable[[str, str, str], Awaitable[float]]
+"""From a model's name, a question and a text to log P(text | question) in nats; may raise the same.
+"""
+
+
 class Ungradable(Exception):
     """Says why a grader has no score for a question: it lacks a reference, a judge was silent."""
 
@@ -61,12 +66,13 @@ class Grader(Protocol):
 
 @dataclass(frozen=True)
 class GradingContext:
-    """What graders may use: `ask` a model, `locate` the folder that a source names, and whether
-    answers may be run as programs."""
+    """What graders may use: `ask` a model, `locate` the folder that a source names, whether answers
+    may be run as programs, and a `likelihood` where the models' weights are at hand."""
 
     ask: Ask | None = None
     locate: Callable[[str], Path] = Path
     allow_code: bool = False
+    likelihood: Likelihood | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,7 @@ KINDS: Plugins[GraderKind] = Plugins(
         "exact": "policies.grading.texts:EXACT",
         "json": "policies.grading.texts:JSON",
         "judge": "policies.grading.judge:JUDGE",
+        "loss": "policies.grading.judge:LOSS",
         "numeric": "policies.grading.texts:NUMERIC",
         "regex": "policies.grading.texts:REGEX",
         "reward": "policies.grading.networks:REWARD",

@@ -1,4 +1,6 @@
-"""A language model as judge: every pair of answers by a rubric, in both orders.
+"""Language models as graders: one that judges all, or each by how likely it finds what is right.
+
+`judge` compares every pair of answers by a rubric, in both orders.
 
 Judges favour what stands first (Zheng et al. 2023, "Judging LLM-as-a-Judge"), so a pair is won only
 where both orders agree and is a tie otherwise. A model's score is the mean of its pairs: 1 won,
@@ -8,6 +10,7 @@ where both orders agree and is a tie otherwise. A model's score is the mean of i
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -16,7 +19,15 @@ from typing import Final
 
 from policies.cascade.base import normalise
 from policies.errors import PolicyError
-from policies.grading.base import Ask, Graded, GraderKind, GradingContext, Question, Ungradable
+from policies.grading.base import (
+    Ask,
+    Graded,
+    GraderKind,
+    GradingContext,
+    Likelihood,
+    Question,
+    Ungradable,
+)
 
 _RUBRIC: Final = (
     "Judge by correctness first, then by whether it answers what was asked, then by brevity."
@@ -108,6 +119,38 @@ def _share(said: str, winner: str) -> float | None:
     return 0.5 if word == "tie" else float(word == winner)
 
 
+class Loss:
+    """e^(mean log-probability per byte) of the first reference under each model; raw is the mean.
+
+    For plain text, where no answer is right: it grades the models, not what they answered.
+    """
+
+    def __init__(self, likelihood: Likelihood) -> None:
+        self._likelihood = likelihood
+
+    async def grade(self, question: Question, answers: Mapping[str, str]) -> Graded:
+        """Return each model's score; raises `Ungradable` without a reference or its weights."""
+        right = question.right()[0]
+        num_bytes = len(right.encode("utf-8", "replace"))
+        if not num_bytes:
+            raise Ungradable("the reference is empty")
+        raw = {
+            name: await self._likelihood(name, question.query, right) / num_bytes
+            for name in answers
+        }
+        return Graded(
+            scores={name: math.exp(min(mean, 0.0)) for name, mean in raw.items()}, raw=raw
+        )
+
+
+def _build_loss(argument: str, context: GradingContext) -> Loss:
+    if argument:
+        raise PolicyError(f"grade: loss takes no argument, got {argument!r}")
+    if context.likelihood is None:
+        raise PolicyError("grade: loss reads the models' weights, and needs a --pool")
+    return Loss(context.likelihood)
+
+
 def _build(argument: str, context: GradingContext) -> Judge:
     if not argument:
         raise PolicyError("grade: judge needs a model of the pool or server, as in judge:base")
@@ -117,3 +160,4 @@ def _build(argument: str, context: GradingContext) -> Judge:
 
 
 JUDGE = GraderKind(_build)
+LOSS = GraderKind(_build_loss)

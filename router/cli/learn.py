@@ -38,7 +38,8 @@ GradeOption: TypeAlias = Annotated[
     list[str] | None,
     typer.Option(
         help="[WEIGHT*]NAME[:ARGUMENT]: exact, contains, regex, numeric, choice, json, code, "
-        "similarity:ENCODER, reward:CLASSIFIER, judge:MODEL or command:PROGRAM. May be repeated. "
+        "loss, similarity:ENCODER, reward:CLASSIFIER, judge:MODEL or command:PROGRAM. May be "
+        "repeated. "
         "[default: exact]",
         show_default=False,
     ),
@@ -236,16 +237,20 @@ def collected(
     """
     from tqdm import tqdm
 
+    from models.pool import load_pool
     from policies.errors import PolicyError
     from policies.grading.base import GradingContext, Panel
     from router.learning.asking import AskError, ask_pool, ask_server
     from router.learning.collect import Collector, Journal, journal_of, read_lines
+    from router.learning.likelihood import Likelihoods
 
     if (pool is None) == (server is None):
         raise PolicyError("give either --pool or --server")
     lines: list[Line] = read_lines(queries, problems)
     if not out.parent.is_dir():
         raise PolicyError(f"--out: there is no folder {out.parent}")
+
+    likelihood = None if pool is None else Likelihoods(load_pool(pool))
 
     async def run() -> list[Outcome]:
         asking = (
@@ -259,7 +264,7 @@ def collected(
             for name in wanted:
                 if name not in names:
                     raise PolicyError(f"--models: {name!r} is unknown; it has {', '.join(names)}")
-            panel = Panel(grade, GradingContext(asker.say, located, allow_code))
+            panel = Panel(grade, GradingContext(asker.say, located, allow_code, likelihood))
             with ExitStack() as stack:
                 bar = stack.enter_context(
                     tqdm(total=len(lines) * sampling.num_samples, unit="questions", disable=None)

@@ -1,0 +1,68 @@
+"""How likely a pool's models find a text, which the grader `loss` asks and no API tells."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import TYPE_CHECKING
+
+from models.pool import Pool
+from models.tokenizer import CheckpointTokenizer
+from policies.grading.base import Ungradable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Likelihoods:
+    """Log-likelihoods under checkpoints that transformers reads, loaded at their first question.
+
+    They are held in fp32 beside the engines' own weights; one question computes at a time.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._loaded: dict[str, tuple[PreTrainedModel, CheckpointTokenizer]] = {}
+        self._lock = threading.Lock()
+
+    async def __call__(self, name: str, query: str, text: str) -> float:
+        """Return log P(text | query) under the model called `name`, in nats.
+
+        Raises `Ungradable` for a model without a folder of weights.
+        """
+        return await asyncio.to_thread(self._compute, name, query, text)
+
+    def _compute(self, name: str, query: str, text: str) -> float:
+        import torch  # noqa: PLC0415 - only where this grader is named
+
+        with self._lock, torch.inference_mode():
+            model, tokenizer = self._load(name)
+            prompt = (
+                tokenizer.encode_chat([{"role": "user", "content": query}])
+                if tokenizer.has_chat_template
+                else tokenizer.encode(query)
+            )
+            answer = tokenizer.encode(text)[len(tokenizer.encode("")) :]
+            ids_BT = torch.tensor([[*prompt, *answer]])
+            logps_TV = model(input_ids=ids_BT).logits[0].float().log_softmax(-1)
+            told_T = logps_TV[len(prompt) - 1 : -1].gather(1, ids_BT[0, len(prompt) :, None])
+            return float(told_T.sum())
+
+    def _load(self, name: str) -> tuple[PreTrainedModel, CheckpointTokenizer]:
+        if name not in self._loaded:
+            import torch  # noqa: PLC0415 - only where this grader is named
+            from transformers import AutoModelForCausalLM  # noqa: PLC0415 - slow to import
+
+            card = self._pool.model(name).card
+            if card is None or not card.path.is_dir():
+                raise Ungradable(f"loss: {name} has no folder of weights that can be read here")
+            model = AutoModelForCausalLM.from_pretrained(
+                card.path,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+            )
+            # As loaded, it is in evaluation mode already.
+            self._loaded[name] = model, CheckpointTokenizer(card.path)
+        return self._loaded[name]
