@@ -150,14 +150,14 @@ def _draw(lesson: Lesson, file: Path) -> None:
         trade.annotate(row.name, (x, row.quality), xytext=(5, 4), textcoords="offset points",
                        fontsize=7)  # fmt: skip
     trade.set(xlabel="USD per 1,000 questions", ylabel="mean score", title="Quality and cost")
-    trade.legend(frameon=False, fontsize=8)
+    trade.legend(frameon=False, fontsize=8, loc="lower right")
     sizes = [size for size, _ in lesson.curve]
     learning.plot(sizes, [quality for _, quality in lesson.curve], "o-", label="router")
     learning.axhline(
         lesson.row(lesson.best_single).quality, color="#444444", ls=":", label=lesson.best_single
     )
     learning.set(xlabel="questions learned from", title="Learning curve")
-    learning.legend(frameon=False, fontsize=8)
+    learning.legend(frameon=False, fontsize=8, loc="lower right")
     with replacing(file) as fresh:
         figure.savefig(fresh, dpi=130)
 
