@@ -236,13 +236,15 @@ def test_every_part_may_fail(kept: Kept, capsys: pytest.CaptureFixture[str]) -> 
         longest_s = max((a.answered_s or 0) - a.began_s for a in answered)
         retried = sum(asked.num_tries > 1 for asked in clients.asked)
         failed = len(clients.asked) - len(answered)
-        twice = max(0, num_charged - num_rows - lost)
+        # A killed replica may have charged a try whose row it still held, and that was repeated.
+        unrecorded = max(0, num_charged - num_rows - lost)
+        twice = max(0, num_charged - sum(asked.num_tries for asked in clients.asked))
         lines.append(
-            f"| {name} | {len(clients.asked)} | {retried} | {failed} | {lost} | {twice} | "
-            f"{longest_s:.1f} |"
+            f"| {name} | {len(clients.asked)} | {retried} | {failed} | {lost} | "
+            f"{unrecorded} | {twice} | {longest_s:.1f} |"
         )
         with capsys.disabled():
             sys.stdout.write(f"{lines[-1]}\n")
         assert failed == 0, name
         assert twice == 0, name
-        assert lost <= 2 * NUM_CLIENTS, name
+        assert lost + unrecorded <= 2 * NUM_CLIENTS, name
