@@ -110,6 +110,14 @@ _NOTIONS: Final = (
     "osmosis", "a browser cookie", "the Big Bang", "a pronoun", "overtime", "compound interest",
     "a podcast", "tax evasion", "a palindrome",
 )  # fmt: skip
+_COUNTED: Final = (
+    "How many {} are there in the world?", "How many {} do I need?", "how many {} can one have",
+    "What is my {} called?", "What time is it in {}?", "What should I know about {}?",
+)  # fmt: skip
+_COUNTABLE: Final = (
+    "countries", "oceans", "hours of sleep", "eggs", "friends", "languages", "moons", "teeth",
+    "players", "states", "dog", "sister", "street", "New York", "Sydney", "Moscow", "my bank",
+)  # fmt: skip
 _HOW: Final = (
     "How do I {}?", "What is the best way to {}?", "Can you tell me how to {}?",
     "how can i {}", "I want to {}. Where do I start?", "Give me some tips to {}.",
@@ -194,6 +202,7 @@ def everyday() -> Iterator[Everyday]:
     for kind, forms, subjects in (
         ("explain", _EXPLAIN, _TOPICS),
         ("meaning", _MEANING, _NOTIONS),
+        ("counting", _COUNTED, _COUNTABLE),
         ("how", _HOW, _DOINGS),
         ("write", _WRITE, _PEOPLE),
         ("chat", ("{}",), _CHAT),
