@@ -16,7 +16,11 @@ from router.openai_api.fields import read_body
 
 # Known fields that cannot be honoured, each with the values that ask for nothing. What only tunes
 # Anthropic's own servers (cache_control, service_tier, context_management, ...) is passed over.
-_REFUSED: dict[str, tuple[Any, ...]] = {"container": (), "mcp_servers": ([],)}
+_REFUSED: dict[str, tuple[Any, ...]] = {
+    "container": (),
+    "mcp_servers": ([],),
+    "service_tier": ("auto", "standard_only"),
+}
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
