@@ -74,6 +74,16 @@ class RemoteModelSpec(_Strict):
     parameters: int | None = Field(None, ge=1)
 
 
+class SamplingSpec(_Strict):
+    """How a model's answers are drawn where a request does not say; the names are requests' own."""
+
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=2)
+
+
 class ModelSpec(_Strict):
     """One model: where its checkpoint is, who runs it, its price.
 
@@ -81,7 +91,8 @@ class ModelSpec(_Strict):
     pool file), `hf:ORG/NAME[@REVISION]`, `package:DISTRIBUTION/FILE`.
 
     `remote` takes the checkpoint's place where a `remote` engine asks another server. `system`
-    opens conversations that bring no system message of their own.
+    opens conversations that bring no system message of their own; `sampling` draws answers where a
+    request does not say how (of a fusion, the first member's).
 
     With `otherwise`, the pool does without the model on a machine that lacks its package, its file
     or its engine's library; policies that name it then take the model `otherwise` in its place.
@@ -92,6 +103,7 @@ class ModelSpec(_Strict):
     checkpoint: str | None = None
     remote: RemoteModelSpec | None = None
     system: str | None = None
+    sampling: SamplingSpec = SamplingSpec()
     otherwise: Name | None = None
     domains: tuple[str, ...] = ()
     description: str = ""

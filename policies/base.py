@@ -30,14 +30,16 @@ class ModelFacts:
 class Query:
     """What a policy may look at.
 
-    `text` is the last user message (what embeddings and n-grams see); `prompt_tokens` is the
-    length of the whole templated conversation; `max_tokens` the most the answer may take.
-    `user`, `session` and `key_id` identify who asks, where known. `limits` are this request's own
-    ceilings on cost and its floor on quality, which a `Budgeted` policy obeys. With `explain`, a
-    policy that can say more about its decision does, in `Decision.details`; it decides the same.
+    `text` is the last user message (what embeddings and n-grams see), `earlier` are the newest of
+    the user's messages before it, in their order; `prompt_tokens` is the length of the whole
+    templated conversation; `max_tokens` the most the answer may take. `user`, `session` and
+    `key_id` identify who asks, where known. `limits` are this request's own ceilings on cost and
+    its floor on quality, which a `Budgeted` policy obeys. With `explain`, a policy that can say
+    more about its decision does, in `Decision.details`; it decides the same.
     """
 
     text: str
+    earlier: tuple[str, ...] = ()
     prompt_tokens: int = 0
     max_tokens: int = 0
     user: str | None = None

@@ -42,7 +42,7 @@ async def decide(
     decisions: list[Decision] = []
     choices: list[Choice] = []
     for query, prompt in zip(queries, ask.prompts, strict=True):
-        if len(query.text) > INLINE_CHARACTERS:
+        if len(query.text) + sum(map(len, query.earlier)) > INLINE_CHARACTERS:
             decision = await asyncio.to_thread(target.policy.decide, query)
         else:
             decision = target.policy.decide(query)
@@ -72,6 +72,7 @@ async def _query(
     prompt.check_size(tokenizer, catalog.members.most_context_tokens)
     return Query(
         text=prompt.query(tokenizer),
+        earlier=prompt.earlier(),
         prompt_tokens=len(await prompt.tokens(tokenizer)),
         max_tokens=limits.default_max_tokens if ask.max_tokens is None else ask.max_tokens,
         user=exchange.user,

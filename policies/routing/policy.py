@@ -109,7 +109,8 @@ class Learned(Policy):
 
     As ZOOTER does (Lu et al. 2023), less the price. A query unlike the training queries gets
     `fallback`, the safe plan: by default the member that did best, whatever its price, on whole
-    tasks that training had not seen.
+    tasks that training had not seen. So does a conversation of which an earlier message would have
+    got it: who answers must understand all of it.
     """
 
     predictor: ClassVar[str] = "predicted"
@@ -141,6 +142,12 @@ class Learned(Policy):
         """Return the plan for `query`."""
         prediction = self._router.predict(query.text)
         decision = self._decide(query, prediction)
+        if decision.plan != self._safe_plan and any(map(self._is_for_safety, query.earlier)):
+            decision = replace(
+                decision,
+                plan=self._safe_plan,
+                reason="an earlier message of the conversation needs the safe plan",
+            )
         if not query.explain:
             return decision
         return replace(decision, details=self._details(query, prediction))
@@ -150,6 +157,9 @@ class Learned(Policy):
         yield from (self._plans[m] for _, m in self._allowed)
         if self._fallback is not None:
             yield self._fallback
+
+    def _is_for_safety(self, text: str) -> bool:
+        return self._decide(Query(text=text), self._router.predict(text)).plan == self._safe_plan
 
     def _details(self, query: Query, prediction: Prediction) -> dict[str, Any]:
         """Return what explains the decision: members, cluster, n-grams, likeness."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from models.chat_template import Message
+from models.engines.base import SamplingOptions
 from models.engines.kind import EngineTraits
 from models.engines.registry import engine_traits
 from models.errors import RequestError
@@ -56,6 +58,15 @@ class Members:
     def opened(self, name: str, messages: Sequence[Message]) -> tuple[Message, ...]:
         """Return a conversation as the member called `name` gets it."""
         return tuple(self._pool.model(name).opened(messages))
+
+    def sampling(
+        self, name: str, asked: SamplingOptions, body: Mapping[str, Any] | None
+    ) -> SamplingOptions:
+        """Return `asked` with the member's own settings where the client's `body` has none."""
+        if body is None:
+            return asked
+        own = self._pool.model(name).spec.sampling.model_dump(exclude_none=True)
+        return replace(asked, **{key: own[key] for key in own if body.get(key) is None})
 
     def sent(self, name: str, body: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
         """Return a client's `body` as another server gets it that runs the member called `name`.

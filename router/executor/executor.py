@@ -146,7 +146,10 @@ class Executor:
             gate=answer.gate,
             contrast=answer.contrast,
             evidence=_evidence(answer),
-            sampling=replace(task.sampling, max_tokens=max_tokens),
+            sampling=replace(
+                self._members.sampling(answer.members[0], task.sampling, task.sent),
+                max_tokens=max_tokens,
+            ),
             client_id=task.client_id,
             messages=(
                 None if messages is None else self._members.opened(answer.members[0], messages)

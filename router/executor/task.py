@@ -16,6 +16,8 @@ from policies.base import Query
 
 # Below this, tokenizing takes less time than handing it to a thread is worth.
 INLINE_CHARACTERS = 16_384
+# So many earlier messages a policy reads at most.
+_MOST_EARLIER = 8
 # A prompt that is to be cut may be so many times as long as a context.
 _MOST_SHORTENED = 8
 
@@ -69,9 +71,16 @@ class Prompt:
     def query(self, tokenizer: Tokenizer) -> str:
         """Return what a policy reads; `tokenizer` serves to read token ids."""
         if self._messages is not None:
-            asked = [m["content"] for m in self._messages if m["role"] == "user"]
-            return str(asked[-1] if asked else self._messages[-1]["content"])
+            asked = self._asked()
+            return asked[-1] if asked else str(self._messages[-1]["content"])
         return self.text(tokenizer)
+
+    def earlier(self) -> tuple[str, ...]:
+        """Return the newest of the user's messages before the last one, in their order."""
+        return tuple(self._asked()[:-1][-_MOST_EARLIER:])
+
+    def _asked(self) -> list[str]:
+        return [str(m["content"]) for m in self._messages or () if m["role"] == "user"]
 
     def text(self, tokenizer: Tokenizer) -> str:
         """Return the text of a prompt that is no conversation."""

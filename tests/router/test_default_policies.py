@@ -40,6 +40,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     for model in content["models"]:
         if not model["checkpoint"].startswith("package:"):
             model["checkpoint"] = str(DEFAULT_POOL / model["checkpoint"])
+        if model["name"] == CHUNKS[0]:
+            model["sampling"] = {"temperature": 0}
     policies = {name: _absolute(spec) for name, spec in content.pop("policies").items()}
     with running(tmp_path_factory.mktemp("pool"), policies=policies, **content) as server:
         yield server
@@ -52,6 +54,17 @@ def _absolute(spec: Any) -> Any:
             for key, value in spec.items()
         }
     return spec
+
+
+def test_a_model_draws_as_its_pool_says_unless_the_request_does(served: Running) -> None:
+    """Without a temperature the answer is the likeliest, again and again; with one it varies."""
+
+    def answers(**fields: Any) -> set[str]:
+        asked = [served.chat("Tell me a tale.", CHUNKS[0], max_tokens=24, **fields) for _ in "1234"]
+        return {answer.choices[0].message.content for answer in asked}
+
+    assert len(answers()) == 1
+    assert len(answers(temperature=2)) > 1
 
 
 def both(served: Running, question: str, model: str, **shoal: Any) -> tuple[str, dict[str, Any]]:

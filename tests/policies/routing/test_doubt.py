@@ -81,6 +81,18 @@ def test_toys_answer_their_own_questions_alone(fallback: bool, held_out: list[Ou
     assert share_of_general(["What is the capital of France?"]) == 1
 
 
+def test_a_conversation_is_as_strange_as_its_strangest_message() -> None:
+    """Whoever answers must understand all of it: a sum after small talk is `general`'s."""
+    pool = load_pool(DEFAULT_POOL)
+    models = {**pool.facts(), GENERAL: ModelFacts(name=GENERAL, rates=pool.facts()["base"].rates)}
+    policy = build_policy(pool.policies["auto"], folder=pool.folder, models=models)
+    talk, task = "Tell me about the history of Lisbon.", "What is 37 + 58?"
+    for earlier, expected in (((task,), "arithmetic"), ((talk, task), GENERAL)):
+        decision = policy.decide(Query(text="What is 14 + 71?", earlier=earlier))
+        assert members(decision.plan) == (expected,)
+    assert "earlier message" in decision.reason
+
+
 def test_claims_are_what_comes_true(router: Router, held_out: list[Outcome]) -> None:
     """Over both kinds together, where no toy can do the everyday ones, ECE is at most 0.05."""
     general = router.models.index(GENERAL)
