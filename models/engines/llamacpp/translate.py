@@ -76,12 +76,12 @@ def write_body(
 
 def _offer(tools: Tools) -> dict[str, Any]:
     """Return the functions to offer; one that must be called is offered alone, and required."""
-    functions = [dict(function) for function in tools.functions]
-    if isinstance(tools.choice, str):
-        return {"tools": functions, "tool_choice": tools.choice}
-    name = tools.choice["function"]["name"]
-    named = [tool for tool in functions if tool["function"]["name"] == name]
-    return {"tools": named, "tool_choice": "required"}
+    functions, choice = [dict(function) for function in tools.functions], tools.choice
+    if not isinstance(choice, str):
+        name = choice["function"]["name"]
+        functions = [tool for tool in functions if tool["function"]["name"] == name]
+        choice = "required"
+    return {"tools": functions, "tool_choice": choice, "parallel_tool_calls": tools.parallel}
 
 
 class AnswerReader:

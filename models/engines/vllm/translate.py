@@ -141,6 +141,8 @@ def read_calls(
 ) -> tuple[str, tuple[ToolCall, ...]]:
     """Return the text beside the calls in `text`, and the calls; all of the text if there is none.
 
+    Of several calls only the first counts unless the client takes them in parallel.
+
     Raises `PoolError` for a parser that vLLM does not know.
     """
     functions = [dict(tool) for tool in tools.functions]
@@ -155,6 +157,7 @@ def read_calls(
         )
         for number, call in enumerate(found.tool_calls)
     )
+    calls = calls if tools.parallel else calls[:1]
     return found.content or "", calls
 
 
