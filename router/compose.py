@@ -49,17 +49,23 @@ def open_ledger(args: AppArgs) -> Ledger:
     )
 
 
+def check_ledger(args: AppArgs) -> None:
+    """Find what is wrong with the ledger before any replica starts. Raises `LedgerError`."""
+    open_database(args.ledger.url, statement_timeout_s=_STATEMENT_TIMEOUT_S).dispose()
+
+
 def check_experiments(args: AppArgs, pool: Pool, catalog: Catalog) -> None:
-    """Find what is wrong with the ledger or the experiments before any replica starts.
+    """Find what is wrong with the experiments before any replica starts.
 
     Raises `ExperimentError` and `LedgerError`.
     """
     definitions, _ = read_definitions(args)
-    database = open_database(args.ledger.url)
-    try:
-        Experiments(definitions, args=args, pool=pool, catalog=catalog, database=database)
-    finally:
-        database.dispose()
+    if definitions:
+        database = open_database(args.ledger.url)
+        try:
+            Experiments(definitions, args=args, pool=pool, catalog=catalog, database=database)
+        finally:
+            database.dispose()
 
 
 def compose(

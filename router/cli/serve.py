@@ -86,9 +86,11 @@ def _serve_on_ray(args: AppArgs, host: str, port: int, folder: Path) -> None:
         from ray import serve
 
         from router.app import build
+        from router.compose import check_ledger
 
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         try:
+            check_ledger(args)
             application = build(args)
         except ValueError as error:
             _refuse(error)

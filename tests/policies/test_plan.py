@@ -162,7 +162,7 @@ def test_a_bare_name_is_a_plan() -> None:
         ),
         (
             {"answer": {"members": ["a"], "weights": "evidence", "temperature": 0}},
-            "temperature: 0 is refused: it should be greater than or equal to 1e-06",
+            "temperature: 0 is refused: it should be greater than or equal to 0.000001",
         ),
         ({"answer": {"members": ["a"], "rule": "contrastive"}}, "needs two members"),
         (

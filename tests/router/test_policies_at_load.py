@@ -22,6 +22,7 @@ MODELS = [
     *({"name": name, "engine": "one"} for name in CHUNKS),
     {"name": "base", "engine": "mute", "remote": {}},
     {"name": "far", "engine": "two"},
+    {"name": "general", "engine": "one"},
 ]
 LEARNED = {"kind": "learned", "path": str(DEFAULT_POOL / "router.npz")}
 FRUGAL = {"kind": "frugal", "path": str(DEFAULT_POOL / "cascade.npz")}

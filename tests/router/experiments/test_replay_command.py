@@ -69,7 +69,7 @@ def fill(database: Database, rows: int, **fields: Any) -> None:
             "plan": {"answer": {"members": [member], "rule": "mixture"}},
             "usd": 1e-5 if new else 1e-6,
         }
-        with database.begin() as connection:
+        with database.engine.begin() as connection:
             connection.execute(
                 insert_new(connection, REQUESTS), row_of(record(i, **{**values, **fields}))
             )
