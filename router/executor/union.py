@@ -169,8 +169,9 @@ async def _ask(
             sampling=SamplingOptions(max_tokens=1, temperature=0, top_logprobs=_ALTERNATIVES),
         )
     )
-    alternatives = chunk.tokens[0].top
-    named: dict[str, float] = {}
+    alternatives = chunk.tokens[0].top if chunk.tokens else ()
+    # Servers that keep the end's log-probability to themselves only say that it is likeliest.
+    named: dict[str, float] = {} if alternatives else {END: 0.0}
     for other in alternatives:
         try:
             text = other.raw.decode()
@@ -178,7 +179,7 @@ async def _ask(
             continue  # part of a character
         # The likelier one counts where two tokens look the same, as special ones do.
         named.setdefault(text, other.logprob)
-    left = 1 - math.fsum(math.exp(other.logprob) for other in alternatives)
+    left = 1 - math.fsum(math.exp(other.logprob) for other in alternatives) if alternatives else 0
     unnamed = tokenizer.vocab_size - len(alternatives)
     return Opinion(named=named, rest=math.log(max(left, 1e-12) / max(unnamed, 1)))
 
