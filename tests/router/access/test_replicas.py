@@ -200,7 +200,7 @@ class Load:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.load
 @pytest.mark.timeout(600)
 def test_a_cap_holds_under_load_over_four_replicas_one_of_them_killed(tmp_path: Path) -> None:
     """200 clients spend at least 99% of a cap, never more, and no request is charged twice.

@@ -127,7 +127,7 @@ def settled_report(url: str) -> dict[str, Any]:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.load
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(
     not (DEFAULT_POOL / "pool.yaml").exists(), reason="the default pool has not been built"
