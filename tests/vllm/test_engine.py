@@ -237,7 +237,7 @@ def test_refuses_what_it_cannot_run(engine: VllmEngine, model: Model, run: Run) 
 
     with pytest.raises(RequestError, match="'eve' is unknown"):
         ask(members=("eve",))
-    with pytest.raises(ContextOverflow, match="maximum context length of .* is 200 "):
+    with pytest.raises(ContextOverflow, match=r"maximum context length of .* is 200 "):
         ask(prompt_tokens=(1,) * CONTEXT_TOKENS)
     with pytest.raises(RequestError, match="empty"):
         ask(prompt_tokens=())
