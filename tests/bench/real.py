@@ -296,7 +296,8 @@ def _dequantized(file: Path, folder: Path) -> Path:
     model = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32
     )
-    del model.config.quantization_config
+    # They are plain weights now, which transformers would not write as long as it has these.
+    del model.config.quantization_config, model.hf_quantizer
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
     return folder
