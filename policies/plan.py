@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
-from typing import Annotated, Any, Literal, Self, TypeAlias
+from typing import Annotated, Any, Final, Literal, Self, TypeAlias
 
 from pydantic import (
     BeforeValidator,
@@ -196,6 +196,10 @@ def num_lanes(plan: Plan) -> int:
     return together(num_lanes(child) for child in children(plan))
 
 
+# More than any part of a plan has.
+_MOST_KEYS: Final = 32
+
+
 class PlanBounds(Settings):
     """How large a plan may be: beyond, it is refused before anything is made of it."""
 
@@ -221,6 +225,8 @@ class PlanBounds(Settings):
             bodies = list(node.values()) if isinstance(node, Mapping) else []
             num_members += isinstance(node, str)
             for body in bodies:
+                if isinstance(body, Mapping) and len(body) > _MOST_KEYS:
+                    raise PlanError(f"plan: an object has more than {_MOST_KEYS} keys")
                 for key, most in self._most_by_key(body):
                     entries = body[key]
                     if len(entries) > most:

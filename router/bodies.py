@@ -1,66 +1,125 @@
-"""How a request's body is read: bounded, and unpacked."""
+"""How a request's body is read: bounded, unpacked, and parsed where it holds nobody up.
+
+Parsing holds the interpreter's lock for as long as a body has values, and every other request waits
+meanwhile. So what a body holds is counted before it is parsed, which costs little more than a copy,
+and long bodies are parsed one after another on a thread of their own.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import zlib
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import zstandard
 from starlette.requests import ClientDisconnect, Request
 
-from router.errors import ApiError
+from router.errors import ApiError, bad_request
 from router.streams import ClientDisconnected
+
+T = TypeVar("T")
 
 # How much is unpacked at a time: a small body may claim to hold a very large one.
 _STEP_BYTES = 2**16
+# Below this, parsing takes less time than handing it to a thread is worth.
+_INLINE_BYTES = 2**14
 
-Unpack = Callable[[bytes, int], tuple[bytes, bytes]]
-"""From packed bytes and how many to unpack at most, to unpacked ones and packed ones left over."""
 
+class Bodies:
+    """Reads the bodies of one server's requests, of at most `max_bytes` and `max_values` each."""
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """Return the request's body, unpacked.
+    def __init__(self, *, max_bytes: int, max_values: int) -> None:
+        self._max_bytes = max_bytes
+        self._max_values = max_values
+        # One: every thread that parses is another that the event loop waits for.
+        self._thread = ThreadPoolExecutor(1, "shoal-bodies")
 
-    Raises `ApiError`: 413 if it is longer than `max_bytes`, 415 for what is packed in an
-    unknown way, 400 for what cannot be unpacked; and `ClientDisconnected`.
-    """
-    packing = request.headers.get("content-encoding", "identity").strip().lower()
-    if packing not in ("identity", "gzip", "x-gzip", "deflate", "zstd"):
-        raise ApiError(
-            415,
-            f"content-encoding: {packing[:40]!r} is unknown; allowed are gzip, deflate, zstd.",
-            code="unsupported_encoding",
-            headers={"accept-encoding": "gzip, deflate, zstd"},
+    async def read(self, request: Request, max_bytes: int | None = None) -> bytes:
+        """Return the request's body, unpacked; `max_bytes` may be less than the server's.
+
+        Raises `ApiError`: 413 if it is longer, 415 for what is packed in an unknown way, 400 for
+        what cannot be unpacked; and `ClientDisconnected`.
+        """
+        most = min(max_bytes or self._max_bytes, self._max_bytes)
+        packing = request.headers.get("content-encoding", "identity").strip().lower()
+        if packing not in ("identity", "gzip", "x-gzip", "deflate", "zstd"):
+            raise ApiError(
+                415,
+                f"content-encoding: {packing[:40]!r} is unknown; allowed are gzip, deflate, zstd.",
+                code="unsupported_encoding",
+                headers={"accept-encoding": "gzip, deflate, zstd"},
+            )
+        unpacked = request.stream() if packing == "identity" else _unpacked(request, packing)
+        too_large = ApiError(
+            413,
+            f"The body is larger than {most} bytes (limits.max_body_bytes).",
+            code="body_too_large",
         )
-    unpacked = _identity(request) if packing == "identity" else _unpacked(request, packing)
-    too_large = ApiError(413, f"The body is larger than {max_bytes} bytes.", code="body_too_large")
-    if int(request.headers.get("content-length", "0")) > max_bytes:
-        raise too_large
-    body = bytearray()
-    try:
-        async for part in unpacked:
-            body += part
-            if len(body) > max_bytes:
-                raise too_large
-    except ClientDisconnect:
-        raise ClientDisconnected from None
-    except (zlib.error, zstandard.ZstdError, EOFError):
-        raise ApiError(400, f"The body is not {packing}.", code="invalid_encoding") from None
-    return bytes(body)
+        if int(request.headers.get("content-length", "0")) > most:
+            raise too_large
+        body = bytearray()
+        try:
+            async for part in unpacked:
+                body += part
+                if len(body) > most:
+                    raise too_large
+        except ClientDisconnect:
+            raise ClientDisconnected from None
+        except (zlib.error, zstandard.ZstdError, EOFError):
+            raise ApiError(400, f"The body is not {packing}.", code="invalid_encoding") from None
+        return bytes(body)
+
+    async def parse(self, parse: Callable[[bytes], T], body: bytes) -> T:
+        """Return what `parse` makes of `body`; raises `ApiError`, 400, before it for one too many.
+
+        `parse` runs on another thread where the body is long.
+        """
+        if len(body) <= _INLINE_BYTES:
+            return self._counted(parse, body)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self._counted, parse, body)
+
+    def _counted(self, parse: Callable[[bytes], T], body: bytes) -> T:
+        if has_more_values(body, self._max_values):
+            raise bad_request(
+                f"The body holds more than {self._max_values} JSON values "
+                "(limits.max_body_values): strings, lists, objects, and what commas part",
+                code="body_too_complex",
+            )
+        return parse(body)
 
 
-def _identity(request: Request) -> AsyncIterator[bytes]:
-    return request.stream()
+def has_more_values(body: bytes, most: int) -> bool:
+    """Whether the JSON `body` holds more than `most` strings, lists, objects and commas.
+
+    What stands in strings does not count. Calls a few functions that run at the speed of memory.
+    """
+    plain = body.replace(rb"\\", b"").replace(rb"\"", b"")
+    num_strings = plain.count(b'"') // 2
+    if num_strings > most:
+        return True
+    if num_strings + _num_marks(plain) <= most:
+        return False
+    return num_strings + _num_marks(b"".join(plain.split(b'"')[::2])) > most
+
+
+def _num_marks(text: bytes) -> int:
+    # One call after another: between calls other threads may take the interpreter's lock.
+    return text.count(b",") + text.count(b"[") + text.count(b"{")
 
 
 async def _unpacked(request: Request, packing: str) -> AsyncIterator[bytes]:
-    """Yield the body in pieces of `_STEP_BYTES` at most."""
+    """Yield the body in pieces of about `_STEP_BYTES`, and let others run between them."""
     if packing == "zstd":
         # It has no bound of its own on what a piece becomes; pieces that small have one.
         unpacking = zstandard.ZstdDecompressor(max_window_size=2**23).decompressobj()
         async for part in request.stream():
             for start in range(0, len(part), 64):
                 yield unpacking.decompress(part[start : start + 64])
+                if start % _STEP_BYTES == 0:
+                    await asyncio.sleep(0)
         return
     inflating = zlib.decompressobj(zlib.MAX_WBITS | 32 if "gzip" in packing else zlib.MAX_WBITS)
     async for part in request.stream():
@@ -68,5 +127,6 @@ async def _unpacked(request: Request, packing: str) -> AsyncIterator[bytes]:
         while left:
             yield inflating.decompress(left, _STEP_BYTES)
             left = inflating.unconsumed_tail
+            await asyncio.sleep(0)
     if not inflating.eof:
         raise EOFError

@@ -31,16 +31,19 @@ class _Strict(BaseModel):
 class ServingLimits(_Strict):
     """Bounds on one request.
 
-    `default_max_tokens` is the most an answer takes where the client names no limit (never more
-    than the context has room for). `request_timeout_s` ends a request, and is the most a client may
-    ask for; `stage_timeout_s` ends a stage of a cascade, the last one excepted, so that the next
-    one can run. A stream that has nothing to send for `first_comment_s` begins nonetheless, with a
-    comment that clients skip, and sends another every `comment_interval_s`, so that no proxy cuts
-    it: errors that come later stand in the stream. `plans` bounds how large a plan a client may
-    send, and how many lanes any plan may take.
+    A body has at most `max_body_bytes`, unpacked, and `max_body_values` strings, lists, objects and
+    commas: while they are parsed all other requests wait. `default_max_tokens` is the most an
+    answer takes where the client names no limit (never more than the context has room for).
+    `request_timeout_s` ends a request, and is the most a client may ask for; `stage_timeout_s` ends
+    a stage of a cascade, the last one excepted, so that the next one can run. A stream that has
+    nothing to send for `first_comment_s` begins nonetheless, with a comment that clients skip, and
+    sends another every `comment_interval_s`, so that no proxy cuts it: errors that come later stand
+    in the stream. `plans` bounds how large a plan a client may send, and how many lanes any plan
+    may take.
     """
 
     max_body_bytes: Count = 4 * 2**20
+    max_body_values: Count = 150_000
     first_comment_s: float = Field(1, gt=0, le=86_400)
     comment_interval_s: float = Field(10, gt=0, le=86_400)
     default_max_tokens: Count = 1024

@@ -99,19 +99,15 @@ def create_api(service: Service, args: AppArgs) -> FastAPI:
         api,
         service.catalog,
         identify=identify("user"),
-        max_body_bytes=service.limits.max_body_bytes,
+        bodies=service.bodies,
     )
-    add_token_routes(
-        api,
-        service.catalog,
-        identify=identify("user"),
-        max_body_bytes=service.limits.max_body_bytes,
-    )
+    add_token_routes(api, service.catalog, identify=identify("user"), bodies=service.bodies)
     names = [shadow.name for shadow in service.mirror.shadows]
     add_feedback_route(
         api,
         service.ledger,
         identify=identify("user"),
+        bodies=service.bodies,
         shadows=names,
         keep_text=args.ledger.keep_text,
     )

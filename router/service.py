@@ -20,7 +20,7 @@ from starlette.responses import Response
 from models.engines.base import Chunk
 from models.errors import EngineError
 from policies.experiments.shadow import ShadowMeter
-from router.bodies import read_body
+from router.bodies import Bodies
 from router.catalog.catalog import Catalog
 from router.config import ServingLimits
 from router.decide import decide
@@ -51,9 +51,6 @@ from router.streams import (
 from router.workers import Worker
 
 logger = logging.getLogger(__name__)
-
-# Below this, reading a body takes less time than handing it to a thread is worth.
-_INLINE_BYTES = 2**15
 
 TIMEOUT_HEADER = "x-shoal-timeout-s"
 
@@ -117,6 +114,7 @@ class Service:
         self._keep_text = keep_text
         self._user_secret = user_secret
         self.limits = limits
+        self.bodies = Bodies(max_bytes=limits.max_body_bytes, max_values=limits.max_body_values)
         self._echo_request_id = echo_request_id
         self._executor = Executor(
             engines=engines,
@@ -156,7 +154,7 @@ class Service:
             exchange.deadline_s = self._deadline_s(exchange, _timeout_s(request.headers))
             async with asyncio.timeout_at(exchange.deadline_s):
                 exchange.key = await self.gate.identify(credentials(request.headers))
-                body = await read_body(request, self.limits.max_body_bytes)
+                body = await self.bodies.read(request)
             work = self._answer(exchange, endpoint, body)
             response = await until_disconnected(request.receive, work)
         except ClientDisconnected:
@@ -183,10 +181,8 @@ class Service:
             await asyncio.to_thread(watcher.close)
 
     async def _answer(self, exchange: Exchange, endpoint: WireFormat, body: bytes) -> Response:
-        if len(body) > _INLINE_BYTES:
-            ask = await asyncio.to_thread(endpoint.parse, body)
-        else:
-            ask = endpoint.parse(body)
+        async with asyncio.timeout_at(exchange.deadline_s):
+            ask = await self.bodies.parse(endpoint.parse, body)
         exchange.ask = ask
         exchange.user = ask.user or exchange.user
         exchange.record.session = ask.extension.session or exchange.record.session

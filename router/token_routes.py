@@ -14,12 +14,12 @@ from starlette.responses import JSONResponse
 from models.tokenizer import Tokenizer
 from policies.kinds import MOST_COUNT
 from policies.plan import Answer
-from router.bodies import read_body
+from router.bodies import Bodies
 from router.catalog.catalog import Catalog
 from router.decide import named_target
 from router.executor.task import Prompt
 from router.openai_api.chat import ChatEndpoint
-from router.openai_api.fields import read_body as read_fields
+from router.openai_api.fields import read_fields, read_json
 
 _MOST_TOKENS = 2**20
 
@@ -45,12 +45,26 @@ class DetokenizeFields(BaseModel):
     )
 
 
+def _read_prompt(body: bytes) -> tuple[str, Prompt]:
+    """Return whose tokens of what are wanted; raises `ApiError`, 400."""
+    sent = read_json(body)
+    fields = read_fields(TokenizeFields, sent, {})
+    if fields.prompt is not None:
+        return fields.model, Prompt(text=fields.prompt)
+    [prompt] = ChatEndpoint().read(sent).prompts
+    return fields.model, prompt
+
+
+def _read_tokens(body: bytes) -> DetokenizeFields:
+    return read_fields(DetokenizeFields, read_json(body), {})
+
+
 def add_token_routes(
     api: FastAPI,
     catalog: Catalog,
     *,
     identify: Callable[[Request], Awaitable[str | None]],
-    max_body_bytes: int,
+    bodies: Bodies,
 ) -> None:
     """Add the routes; as everywhere, policies' prompts are read by the pool's first tokenizer."""
 
@@ -61,16 +75,11 @@ def add_token_routes(
 
     async def tokenize(request: Request) -> JSONResponse:
         await identify(request)
-        body = await read_body(request, max_body_bytes)
-        fields = await asyncio.to_thread(read_fields, TokenizeFields, body, {})
-        if fields.prompt is None:
-            [prompt] = (await asyncio.to_thread(ChatEndpoint().parse, body)).prompts
-        else:
-            prompt = Prompt(text=fields.prompt)
-        tokens = await prompt.tokens(tokenizer_of(fields.model))
-        known = fields.model in catalog.prices.facts
+        model, prompt = await bodies.parse(_read_prompt, await bodies.read(request))
+        tokens = await prompt.tokens(tokenizer_of(model))
+        known = model in catalog.prices.facts
         context = (
-            catalog.members.context_tokens(Answer(members=(fields.model,)))
+            catalog.members.context_tokens(Answer(members=(model,)))
             if known
             else catalog.members.most_context_tokens
         )
@@ -80,8 +89,7 @@ def add_token_routes(
 
     async def detokenize(request: Request) -> JSONResponse:
         await identify(request)
-        body = await read_body(request, max_body_bytes)
-        fields = await asyncio.to_thread(read_fields, DetokenizeFields, body, {})
+        fields = await bodies.parse(_read_tokens, await bodies.read(request))
         tokenizer = tokenizer_of(fields.model)
         return JSONResponse({"prompt": await asyncio.to_thread(tokenizer.decode, fields.tokens)})
 

@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse
 
 from router.anthropic_api.answer import MessagesEndpoint
 from router.anthropic_api.request import CountFields, read_count
-from router.bodies import read_body
+from router.bodies import Bodies
 from router.catalog.catalog import Catalog
 from router.decide import named_target
 from router.errors import to_api_error
@@ -20,7 +20,7 @@ def add_count_route(
     catalog: Catalog,
     *,
     identify: Callable[[Request], Awaitable[str | None]],
-    max_body_bytes: int,
+    bodies: Bodies,
 ) -> None:
     """Add the route; as everywhere, policies' prompts are counted by the pool's first tokenizer."""
     body = {"content": {"application/json": {"schema": CountFields.model_json_schema()}}}
@@ -30,7 +30,7 @@ def add_count_route(
         """Count the tokens of a conversation as a model reads it."""
         try:
             await identify(request)
-            ask = read_count(await read_body(request, max_body_bytes))
+            ask = await bodies.parse(read_count, await bodies.read(request))
             members = catalog.members
             named_target(catalog, ask.model)
             known = ask.model in catalog.prices.facts

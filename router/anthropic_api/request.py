@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from router.errors import bad_request
 from router.openai_api.ask import Ask, Extension
-from router.openai_api.chat import ChatEndpoint
-from router.openai_api.fields import read_body
+from router.openai_api.chat import MAX_MESSAGES, ChatEndpoint
+from router.openai_api.constraints import MAX_TOOLS
+from router.openai_api.fields import MAX_STOPS, few, read_fields, read_json
 
 # Known fields that cannot be honoured, each with the values that ask for nothing. What only tunes
 # Anthropic's own servers (cache_control, service_tier, context_management, ...) is passed over.
@@ -24,13 +25,20 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
+def _read_blocks(value: object) -> object:
+    items = value if isinstance(value, list) else []
+    if not isinstance(value, str | list) or not all(isinstance(item, dict) for item in items):
+        raise ValueError("must be a string or a list of blocks")
+    return value
+
+
 class MessageParam(BaseModel):
     """One turn: a text or a list of content blocks."""
 
     model_config = ConfigDict(strict=True)
 
     role: Literal["user", "assistant", "system"]
-    content: str | list[dict[str, Any]]
+    content: Annotated[str | list[dict[str, Any]], BeforeValidator(_read_blocks)]
 
 
 class Tool(BaseModel):
@@ -61,9 +69,9 @@ class CountFields(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     model: str = Field(min_length=1)
-    messages: list[MessageParam] = Field(min_length=1)
-    system: str | list[dict[str, Any]] | None = None
-    tools: list[Tool] | None = None
+    messages: list[MessageParam] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    system: Annotated[str | list[dict[str, Any]], BeforeValidator(_read_blocks)] | None = None
+    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS, fail_fast=True)
     tool_choice: ToolChoice | None = None
 
     def chat(self) -> dict[str, Any]:
@@ -102,13 +110,13 @@ class MessagesFields(CountFields):
     metadata: dict[str, Any] | None = None
     output_config: dict[str, Any] | None = None
     output_format: dict[str, Any] | None = None
-    stop_sequences: list[str] | None = None
+    stop_sequences: list[str] | None = Field(None, max_length=MAX_STOPS, fail_fast=True)
     stream: bool | None = None
     temperature: float | None = Field(None, ge=0, le=1)
     thinking: dict[str, Any] | None = None
     top_k: int | None = None
     top_p: float | None = None
-    shoal: Extension | None = None
+    shoal: Annotated[Extension | None, few(32)] = None
 
     def chat(self) -> dict[str, Any]:
         """Return the body of a chat completion that asks the same; raises `ApiError`, 400."""
@@ -133,7 +141,7 @@ def read_messages(body: bytes) -> Ask:
 
     `max_tokens` is a ceiling there: an answer may be shorter where the model's context ends.
     """
-    fields = read_body(MessagesFields, body, _REFUSED)
+    fields = read_fields(MessagesFields, read_json(body), _REFUSED)
     ask = _ask(fields)
     user = (fields.metadata or {}).get("user_id")
     return replace(ask, user=user if isinstance(user, str) else None, ceiling=True)
@@ -141,11 +149,11 @@ def read_messages(body: bytes) -> Ask:
 
 def read_count(body: bytes) -> Ask:
     """Return the conversation whose tokens are to be counted; raises `ApiError`, 400."""
-    return _ask(read_body(CountFields, body, _REFUSED))
+    return _ask(read_fields(CountFields, read_json(body), _REFUSED))
 
 
 def _ask(fields: CountFields) -> Ask:
-    return ChatEndpoint().parse(json.dumps(fields.chat()).encode())
+    return ChatEndpoint().read(fields.chat())
 
 
 def _user(content: str | list[dict[str, Any]], where: str) -> Iterator[dict[str, Any]]:

@@ -48,6 +48,10 @@ class Prompt:
         self.rendering = rendering or Rendering()
         self._keep_tokens = keep_tokens
         self._cache: dict[int, tuple[int, ...]] = {}
+        # Here, and once: where a conversation is long this is done on another thread.
+        self._asked = [str(m["content"]) for m in messages or () if m["role"] == "user"]
+        parts = (text or "",) if messages is None else (m["content"] for m in messages)
+        self._num_characters = sum(map(len, parts))
 
     @property
     def messages(self) -> Sequence[Message] | None:
@@ -71,16 +75,12 @@ class Prompt:
     def query(self, tokenizer: Tokenizer) -> str:
         """Return what a policy reads; `tokenizer` serves to read token ids."""
         if self._messages is not None:
-            asked = self._asked()
-            return asked[-1] if asked else str(self._messages[-1]["content"])
+            return self._asked[-1] if self._asked else str(self._messages[-1]["content"])
         return self.text(tokenizer)
 
     def earlier(self) -> tuple[str, ...]:
         """Return the newest of the user's messages before the last one, in their order."""
-        return tuple(self._asked()[:-1][-_MOST_EARLIER:])
-
-    def _asked(self) -> list[str]:
-        return [str(m["content"]) for m in self._messages or () if m["role"] == "user"]
+        return tuple(self._asked[:-1][-_MOST_EARLIER:])
 
     def text(self, tokenizer: Tokenizer) -> str:
         """Return the text of a prompt that is no conversation."""
@@ -94,7 +94,7 @@ class Prompt:
         if self._token_ids is not None:
             num_tokens = len(self._token_ids)
         else:
-            num_tokens = -(-self._num_characters() // tokenizer.most_token_bytes)
+            num_tokens = -(-self._num_characters // tokenizer.most_token_bytes)
         if num_tokens >= context_tokens and self._keep_tokens is None:
             raise overflow(context_tokens, f"the prompt has at least {num_tokens}", self.field)
         if num_tokens >= _MOST_SHORTENED * context_tokens:
@@ -110,7 +110,7 @@ class Prompt:
         if key not in self._cache:
             if self._token_ids is not None:
                 self._cache[key] = self._token_ids
-            elif self._num_characters() > INLINE_CHARACTERS or self.tools is not None:
+            elif self._num_characters > INLINE_CHARACTERS or self.tools is not None:
                 self._cache[key] = await asyncio.to_thread(self._encode, tokenizer)
             else:
                 self._cache[key] = self._encode(tokenizer)
@@ -125,11 +125,6 @@ class Prompt:
             tools = self.tools.functions if self.tools else ()
             return tokenizer.encode_chat(self._messages, tools, self.rendering)
         return tokenizer.encode(self._text or "")
-
-    def _num_characters(self) -> int:
-        if self._messages is not None:
-            return sum(len(message["content"]) for message in self._messages)
-        return len(self._text or "")
 
 
 def overflow(context_tokens: int, told: str, field: str) -> ContextOverflow:

@@ -16,7 +16,7 @@ from fastapi import FastAPI, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.responses import JSONResponse
 
-from router.bodies import read_body
+from router.bodies import Bodies
 from router.errors import ApiError, bad_request
 from router.exchange import answer_digest
 from router.experiments.experiments import Experiments
@@ -25,6 +25,7 @@ from router.ledger.database import Database
 from router.ledger.feedback import Feedback, add_feedback
 from router.ledger.schema import REQUESTS
 from router.ledger.writer import Ledger
+from router.openai_api.fields import read_json
 from router.record import SHADOW
 
 _MAX_FEEDBACK_BYTES = 2**20
@@ -42,6 +43,7 @@ def add_feedback_route(
     ledger: Ledger,
     *,
     identify: Identify,
+    bodies: Bodies,
     shadows: Sequence[str] = (),
     keep_text: bool = False,
 ) -> None:
@@ -51,10 +53,10 @@ def add_feedback_route(
     """
 
     async def feedback(request: Request) -> JSONResponse:
-        body = await read_body(request, _MAX_FEEDBACK_BYTES)
         key_id = await identify(request)
+        rating = await bodies.parse(read_feedback, await bodies.read(request, _MAX_FEEDBACK_BYTES))
         taken = await take_feedback(
-            ledger, read_feedback(body), key_id=key_id, shadows=shadows, keep_text=keep_text
+            ledger, rating, key_id=key_id, shadows=shadows, keep_text=keep_text
         )
         return JSONResponse(taken)
 
@@ -127,7 +129,7 @@ class FeedbackBody(BaseModel):
 def read_feedback(body: bytes) -> FeedbackBody:
     """Read a request's body; raises `ApiError` 400 that names the field."""
     try:
-        return FeedbackBody.model_validate_json(body)
+        return FeedbackBody.model_validate(read_json(body))
     except ValidationError as failure:
         error = failure.errors(include_url=False)[0]
         param = ".".join(str(part) for part in error["loc"]) or None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
-from pydantic_core import from_json
+from pydantic.json_schema import SkipJsonSchema
 
 from models.chat_template import Message, Rendering
 from models.engines.base import Chunk
@@ -16,11 +16,12 @@ from router.executor.task import Prompt
 from router.openai_api.ask import Ask
 from router.openai_api.constraints import MAX_TOOLS, read_tools
 from router.openai_api.endpoint import ByChunks, Head, Progress
-from router.openai_api.fields import ReasoningEffort, SharedFields, read_body
+from router.openai_api.fields import ReasoningEffort, SharedFields, read_fields, read_json
 from router.openai_api.logprobs import chat_logprobs
 
 MAX_MESSAGES = 8192
 _MAX_PARTS = 1024
+_MAX_ARGUMENTS = 64
 
 _ROLES = {
     "system": "system",
@@ -55,6 +56,8 @@ def _read_role(value: object) -> str:
 def _read_arguments(value: object) -> dict[str, Any]:
     if value is not None and not isinstance(value, dict):
         raise ValueError("must be an object of the template's variables")
+    if len(value or {}) > _MAX_ARGUMENTS:
+        raise ValueError(f"at most {_MAX_ARGUMENTS} variables are allowed")
     for name in value or {}:
         if name in _RESERVED or not str(name).isidentifier():
             raise ValueError(f"{name!r} is no variable that a client may set")
@@ -95,7 +98,7 @@ class _ToolCall(BaseModel):
 
 
 class _Message(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
+    model_config = ConfigDict(strict=True)
 
     role: Annotated[str, BeforeValidator(_read_role)]
     content: Annotated[str, BeforeValidator(_read_content)] | None = None
@@ -103,8 +106,11 @@ class _Message(BaseModel):
     reasoning: str | None = None
     reasoning_content: str | None = None
     refusal: str | None = None
-    tool_calls: Annotated[list[_ToolCall] | None, Field(max_length=MAX_TOOLS)] = None
+    tool_calls: list[_ToolCall] | None = Field(None, max_length=MAX_TOOLS, fail_fast=True)
     tool_call_id: str | None = None
+    # Refused by name.
+    audio: SkipJsonSchema[Any] = None
+    function_call: SkipJsonSchema[Any] = None
 
     def problem(self) -> tuple[str, str] | None:
         """Return which field is wrong for this role, and why; None if the message is in order."""
@@ -144,12 +150,12 @@ class ChatFields(SharedFields):
     parallel_tool_calls: bool | None = None
     reasoning_effort: ReasoningEffort | None = None
     tool_choice: str | dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
+    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS, fail_fast=True)
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
     add_generation_prompt: bool | None = None
     chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_read_arguments)] = Field(
-        default_factory=dict, max_length=64
+        default_factory=dict
     )
     continue_final_message: bool | None = None
     include_reasoning: bool | None = None
@@ -183,7 +189,11 @@ class ChatEndpoint(ByChunks):
 
     def parse(self, body: bytes) -> Ask:
         """Return what `body` asks for; raises `ApiError`."""
-        fields = read_body(ChatFields, body, REFUSED)
+        return self.read(read_json(body))
+
+    def read(self, sent: Mapping[str, Any]) -> Ask:
+        """Return what the object `sent` asks for; raises `ApiError`."""
+        fields = read_fields(ChatFields, sent, REFUSED)
         if fields.top_logprobs is not None and not fields.logprobs:
             raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
         for index, message in enumerate(fields.messages):
@@ -192,7 +202,7 @@ class ChatEndpoint(ByChunks):
                 param = f"messages[{index}].{problem[0]}"
                 raise bad_request(f"{param}: {problem[1]}", param)
             for name in ("function_call", "audio"):
-                if (message.model_extra or {}).get(name):
+                if getattr(message, name):
                     param = f"messages[{index}].{name}"
                     raise bad_request(
                         f"{param} is not supported by this server", param, "unsupported_parameter"
@@ -222,7 +232,7 @@ class ChatEndpoint(ByChunks):
             logprobs=bool(fields.logprobs),
             reasoning=fields.include_reasoning is not False,
             user=fields.user or fields.safety_identifier,
-            sent=from_json(body),
+            sent=sent,
             extension=fields.extension(),
         )
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Field
-from pydantic_core import from_json
 
 from models.engines.base import Chunk
 from models.tokenizer import Tokenizer
@@ -16,7 +15,13 @@ from router.errors import bad_request
 from router.executor.task import Prompt
 from router.openai_api.ask import Ask
 from router.openai_api.endpoint import ByChunks, Head, Progress
-from router.openai_api.fields import MAX_CHOICES, SharedFields, is_token_id, read_body
+from router.openai_api.fields import (
+    MAX_CHOICES,
+    SharedFields,
+    are_token_ids,
+    read_fields,
+    read_json,
+)
 from router.openai_api.logprobs import Offsets, text_logprobs
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -32,13 +37,13 @@ def _read_prompt(value: object) -> tuple[Prompt, ...]:
         raise ValueError(
             "must be a string, a list of strings, or one or several lists of token ids"
         )
-    if all(map(is_token_id, value)):
+    if are_token_ids(value):
         return (Prompt(token_ids=tuple(value)),)
     if len(value) > MAX_CHOICES:
         raise ValueError(f"at most {MAX_CHOICES} prompts are allowed; a token id is below 2**31")
     if all(isinstance(item, str) for item in value):
         return tuple(Prompt(text=item) for item in value)
-    if all(isinstance(item, list) and item and all(map(is_token_id, item)) for item in value):
+    if all(isinstance(item, list) and item and are_token_ids(item) for item in value):
         return tuple(Prompt(token_ids=tuple(item)) for item in value)
     raise ValueError(
         "must be a string, a list of strings, or one or several lists of token ids below 2**31"
@@ -67,7 +72,8 @@ class CompletionEndpoint(ByChunks):
 
     def parse(self, body: bytes) -> Ask:
         """Return what `body` asks for; raises `ApiError`."""
-        fields = read_body(CompletionFields, body, REFUSED)
+        sent = read_json(body)
+        fields = read_fields(CompletionFields, sent, REFUSED)
         n = fields.n or 1
         if fields.best_of is not None and fields.best_of != n:
             raise bad_request(
@@ -98,7 +104,7 @@ class CompletionEndpoint(ByChunks):
             logprobs=fields.logprobs is not None,
             echo=bool(fields.echo),
             user=fields.user or fields.safety_identifier,
-            sent=from_json(body),
+            sent=sent,
             extension=fields.extension(),
         )
 

@@ -7,10 +7,11 @@ docs/api.md has them all in one table; a test holds the two together.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
 
 from models.engines.base import SamplingOptions, Structure
 from policies.kinds import MOST_COUNT, Count
@@ -22,6 +23,7 @@ MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1024
 MAX_BIASES = 1024
+_MAX_FIELDS = 256
 
 REFUSED: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (),
@@ -67,9 +69,22 @@ def _read_stop(value: object) -> tuple[str, ...]:
     return tuple(items)
 
 
-def is_token_id(value: object) -> bool:
-    """Whether `value` may be the id of a token of some vocabulary."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_COUNT
+def are_token_ids(values: Collection[Any]) -> bool:
+    """Whether all `values` may be ids of tokens of some vocabulary."""
+    return set(map(type, values)) <= {int} and all(
+        0 <= bound <= MOST_COUNT for bound in (min(values, default=0), max(values, default=0))
+    )
+
+
+def few(most: int) -> BeforeValidator:
+    """Return what refuses a list or object of more than `most` entries before it looks at any."""
+
+    def check(value: object) -> object:
+        if isinstance(value, list | dict) and len(value) > most:
+            raise ValueError(f"at most {most} entries are allowed")
+        return value
+
+    return BeforeValidator(check)
 
 
 def _read_logit_bias(value: object) -> dict[int, float]:
@@ -82,7 +97,7 @@ def _read_logit_bias(value: object) -> dict[int, float]:
     biases: dict[int, float] = {}
     for key, bias in value.items():
         text = str(key)
-        if not (text.isascii() and text.isdecimal() and len(text) < 11 and is_token_id(int(text))):
+        if not (text.isascii() and text.isdecimal() and len(text) < 11 and int(text) <= MOST_COUNT):
             raise ValueError(f"the key {text[:40]!r} is not a token id")
         if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
             raise ValueError(f"the bias of token {text} is not a number in [-100, 100]")
@@ -115,7 +130,7 @@ class SharedFields(BaseModel):
         default_factory=dict
     )
     max_tokens: Count | None = None
-    metadata: dict[str, str] | None = Field(None, max_length=16)
+    metadata: Annotated[dict[str, str] | None, few(16)] = None
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     prompt_cache_key: str | None = Field(None, max_length=256)
@@ -129,8 +144,8 @@ class SharedFields(BaseModel):
     top_p: float | None = Field(None, ge=0, le=1)
     user: str | None = Field(None, max_length=1024)
 
-    shoal: Extension | None = None
-    guided_choice: list[str] | None = None
+    shoal: Annotated[Extension | None, few(32)] = None
+    guided_choice: list[str] | None = Field(None, max_length=MAX_BIASES, fail_fast=True)
     guided_grammar: str | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
@@ -140,7 +155,7 @@ class SharedFields(BaseModel):
     min_tokens: int | None = Field(None, ge=0, le=MOST_COUNT)
     repetition_penalty: float | None = Field(None, gt=0, le=2)
     stop_token_ids: list[Annotated[int, Field(ge=0, le=MOST_COUNT)]] | None = Field(
-        None, max_length=MAX_BIASES
+        None, max_length=MAX_BIASES, fail_fast=True
     )
     structured_outputs: dict[str, Any] | None = None
     top_k: int | None = Field(None, ge=-1, le=MOST_COUNT)
@@ -206,14 +221,29 @@ Fields = TypeVar("Fields", bound=BaseModel)
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
-def read_body(schema: type[Fields], body: bytes, refused: Mapping[str, tuple[Any, ...]]) -> Fields:
-    """Return the body's fields.
+def read_json(body: bytes) -> dict[str, Any]:
+    """Return the object that `body` is; raises `ApiError`, 400."""
+    try:
+        data = from_json(body)
+    except ValueError as error:
+        raise bad_request(f"The body is not valid JSON: {error}", code="invalid_json") from None
+    if not isinstance(data, dict):
+        raise bad_request("The body must be a JSON object", code="invalid_json")
+    if len(data) > _MAX_FIELDS:
+        raise bad_request(f"The body has more than {_MAX_FIELDS} fields", code="body_too_complex")
+    return data
+
+
+def read_fields(
+    schema: type[Fields], data: Mapping[str, Any], refused: Mapping[str, tuple[Any, ...]]
+) -> Fields:
+    """Return the fields of a body's object.
 
     `refused` adds to `REFUSED` what this endpoint alone does not honour. Raises `ApiError`, 400,
     that names the field.
     """
     try:
-        fields = schema.model_validate_json(body)
+        fields = schema.model_validate(data)
     except ValidationError as error:
         raise _explain(error) from None
     for name, value in (fields.model_extra or {}).items():
@@ -227,10 +257,6 @@ def read_body(schema: type[Fields], body: bytes, refused: Mapping[str, tuple[Any
 
 def _explain(error: ValidationError) -> ApiError:
     detail = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    if detail["type"] == "json_invalid":
-        return bad_request(f"The body is not valid JSON: {detail['msg']}", code="invalid_json")
-    if not detail["loc"]:
-        return bad_request("The body must be a JSON object", code="invalid_json")
     param = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in detail["loc"])[1:]
     if detail["type"] == "missing":
         return bad_request(f"{param} is missing", param, "missing_required_parameter")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
@@ -12,7 +11,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from router.errors import bad_request
 from router.openai_api.ask import Ask, Extension
 from router.openai_api.chat import ChatEndpoint
-from router.openai_api.fields import read_body
+from router.openai_api.constraints import MAX_TOOLS
+from router.openai_api.fields import few, read_fields, read_json
 
 # Known fields that cannot be honoured, each with the values that ask for nothing.
 _REFUSED: dict[str, tuple[Any, ...]] = {
@@ -43,10 +43,10 @@ class ResponsesFields(BaseModel):
 
     model: str = Field(min_length=1)
     input: Annotated[str | list[dict[str, Any]], BeforeValidator(_read_input)]
-    include: list[str] | None = None
+    include: list[str] | None = Field(None, max_length=16, fail_fast=True)
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str] | None, few(16)] = None
     parallel_tool_calls: bool | None = None
     previous_response_id: str | None = None
     reasoning: dict[str, Any] | None = None
@@ -55,10 +55,10 @@ class ResponsesFields(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2)
     text: dict[str, Any] | None = None
     tool_choice: str | dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS, fail_fast=True)
     top_p: float | None = Field(None, ge=0, le=1)
     user: str | None = None
-    shoal: Extension | None = None
+    shoal: Annotated[Extension | None, few(32)] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ def read_response_request(body: bytes) -> ResponseAsk:
     `max_output_tokens` is a ceiling: an answer may be shorter where the model's context ends. How
     hard to think and how much to say is told to those servers alone that know such fields.
     """
-    fields = read_body(ResponsesFields, body, _REFUSED)
+    fields = read_fields(ResponsesFields, read_json(body), _REFUSED)
     _check(fields)
     chat = {
         "model": fields.model,
@@ -91,7 +91,7 @@ def read_response_request(body: bytes) -> ResponseAsk:
         "user": fields.user,
     }
     told = {name: value for name, value in chat.items() if value is not None}
-    ask = ChatEndpoint().parse(json.dumps(told).encode())
+    ask = ChatEndpoint().read(told)
     hints = {
         "reasoning_effort": (fields.reasoning or {}).get("effort"),
         "verbosity": (fields.text or {}).get("verbosity"),

@@ -1,10 +1,8 @@
 """What clients of every kind send around their JSON: packing, types, versions, hang-ups, pages."""
 
-import asyncio
 import gzip
 import json
 import socket
-import time
 import zlib
 from collections.abc import Callable
 from http.client import HTTPConnection
@@ -112,7 +110,9 @@ def test_a_hang_up_during_upload_is_the_clients(server: Any) -> None:
     """It is recorded as 499, not as an error of the server."""
     at = urlsplit(server.url)
     with socket.create_connection((at.hostname, at.port)) as half:
-        half.sendall(f"POST {PATH} HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{{".encode())
+        half.sendall(
+            f"POST {PATH} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n{{".encode()
+        )
     assert server.last_record().status == 499
 
 
@@ -159,33 +159,3 @@ def test_idle_connections_stay(serve: Any) -> None:
         assert line.sock is first
     assert first.recv(1) == b""
     line.close()
-
-
-def test_one_request_holds_nobody_up(server: Any) -> None:
-    """While bodies full of one large field are read, the event loop still turns."""
-    gaps: list[float] = []
-
-    async def watch() -> None:
-        last = time.perf_counter()
-        while True:
-            await asyncio.sleep(0.001)
-            now = time.perf_counter()
-            gaps.append(now - last)
-            last = now
-
-    watching = asyncio.run_coroutine_threadsafe(watch(), server.loop)
-    try:
-        for fields in (
-            {"messages": [{"role": "user", "content": "word " * 600_000}]},
-            {"messages": [CHAT["messages"]] * 20_000},
-            {"logit_bias": {str(i): 1 for i in range(100_000)}},
-            {"stop": ["x"] * 100_000},
-            {"tools": [{"type": "function", "function": {"name": "f"}}] * 50_000},
-        ):
-            assert server.http.post(PATH, json={**CHAT, **fields}).status_code == 400
-        prompt = {"model": "alpha", "prompt": [1] * 1_000_000}
-        assert server.http.post("/v1/completions", json=prompt).status_code == 400
-    finally:
-        watching.cancel()
-    # Far above what any of them takes where others compute, too; a loop that tokenizes takes more.
-    assert max(gaps) < 10

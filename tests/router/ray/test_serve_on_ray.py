@@ -186,8 +186,8 @@ def test_hanging_up_frees_the_lane(served: Served, stream: bool) -> None:
         {"model": "beta", "stream": stream, "messages": [{"role": "user", "content": "x"}]}
     ).encode()
     connection = socket.create_connection(("127.0.0.1", served.port))
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n\r\n"
-    connection.sendall(head.encode() + data)
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(data)}"
+    connection.sendall(head.encode() + b"\r\n\r\n" + data)
     _wait(lambda: served.stats("one")["active_lanes"] == 1)
     connection.close()
     _wait(lambda: served.stats("one")["active_lanes"] == 0)
