@@ -5,10 +5,12 @@
 | lm-evaluation-harness, `samples_TASK_DATE.jsonl` | `doc` and `resps` | one a file: its folder |
 | OpenAI evals' log | `spec` with `completion_fns` | one a file |
 | MixInstruct (LLM-Blender) | `candidates` | all; scores are win rates |
+| RouterArena's cached results | `global_index` and `llm_selected` | one a file |
 | RouterBench as CSV | `eval_name`, and `MODEL|total_cost` | all |
 
 Data stays where it is, with its licence beside it. RouteLLM's MMLU answers and LLMRouter's are
-folders, known by a folder that only they have. `merge` brings files of one model each together.
+folders, known by a folder that only they have; any other folder stands for all logs that are in it,
+those of one model each brought together. `exporters` writes the same formats.
 RouterBench's own pickles are not read: a pickle is a program.
 """
 
@@ -97,7 +99,7 @@ def import_evals(file: Path) -> list[Outcome]:
                     query=_asked(told.get("prompt", sample)),
                     tags=(task,) if task else (),
                     answer=None if right is None else str(right),
-                    scores={model: float(found["correct"])},
+                    scores={model: float(found.get("score", found["correct"]))},
                     outputs=_said(model, told.get("sampled") or found.get("sampled")),
                 )
             )
@@ -111,14 +113,19 @@ def _asked(prompt: Any) -> str:  # noqa: ANN401 - a text or a conversation
 def import_mixinstruct(file: Path) -> list[Outcome]:
     """Read MixInstruct: a model's score is the share of its comparisons that it won, ties half.
 
-    Without `cmp_results` it is the candidate's BERTScore.
+    Where candidates bring a `score` along, it is that; without `cmp_results`, the BERTScore.
     """
     outcomes = []
     for number, row in _json_rows(file):
         candidates = {str(one["model"]): one for one in row["candidates"]}
+        own = {
+            n: one["scores"]["score"] for n, one in candidates.items() if "score" in one["scores"]
+        }
         judged = row.get("cmp_results")
         results = json.loads(judged) if isinstance(judged, str) else judged
-        if results:
+        if own:
+            scores = {name: float(score) for name, score in own.items()}
+        elif results:
             shares: dict[str, list[float]] = defaultdict(list)
             for pair, label in results.items():
                 for name, share in zip(pair.split(","), _LABELS.get(label, _TIE), strict=True):
@@ -153,7 +160,36 @@ def import_routerbench(file: Path) -> list[Outcome]:
                 tags=(row["eval_name"],),
                 scores={name: float(row[name]) for name in known},
                 outputs={name: row.get(f"{name}|model_response", "") for name in known},
-                costs={name: float(row[f"{name}|total_cost"]) for name in known},
+                costs={n: float(cost) for n in known if (cost := row[f"{n}|total_cost"])},
+            )
+        )
+    return outcomes
+
+
+def import_routerarena(file: Path) -> list[Outcome]:
+    """Read one model's cached results of RouterArena; failed and unjudged answers are left out.
+
+    The task is what stands before the number of `global_index`.
+    """
+    outcomes = []
+    for _, row in _json_rows(file):
+        judged = row.get("evaluation_result") or {}
+        if row.get("success") is False or judged.get("score") is None:
+            continue
+        model, tokens = str(row["llm_selected"]), row.get("token_usage") or {}
+        right, usd = judged.get("ground_truth"), judged.get("inference_cost")
+        written = tokens.get("output_tokens")
+        outcomes.append(
+            Outcome(
+                id=str(row["global_index"]),
+                query=str(row["question"]),
+                tags=(str(row["global_index"]).rpartition("_")[0],),
+                answer=None if right is None else str(right),
+                scores={model: min(max(float(judged["score"]), 0.0), 1.0)},
+                outputs=_said(model, row.get("generated_answer")),
+                prompt_tokens=tokens.get("input_tokens"),
+                output_tokens={} if written is None else {model: int(written)},
+                costs={} if usd is None else {model: float(usd)},
             )
         )
     return outcomes
@@ -173,6 +209,7 @@ def _importer_of(file: Path) -> Callable[[Path], list[Outcome]] | None:
         ({"doc", "resps"}, import_samples),
         ({"spec"}, import_evals),
         ({"candidates"}, import_mixinstruct),
+        ({"global_index", "llm_selected"}, import_routerarena),
     ):
         if wanted <= keys:
             return _guarded(read)
@@ -298,16 +335,16 @@ def load_outcomes(path: Path | str, *, split: str | None = None) -> list[Outcome
         if read_log is None:
             return read_outcomes(path, split=split)
         return of_split(path, read_log(path), split)
-    for folder, read in PUBLISHED.items():
+    for folder, read_all in PUBLISHED.items():
         if (path / folder).is_dir():
-            return of_split(path, read(path), split)
-    samples = sorted(path.rglob("samples_*.jsonl"))
-    if samples:
-        return of_split(path, merge(load_outcomes(file) for file in samples), split)
+            return of_split(path, read_all(path), split)
+    logs = [(file, read) for file in sorted(path.rglob("*.jsonl")) if (read := _importer_of(file))]
+    if logs:
+        return of_split(path, merge(read(file) for file, read in logs), split)
     raise OutcomesError(
-        f"{path} is a folder without {' or '.join(f'{name}/' for name in PUBLISHED)}; give a file "
-        "of outcomes (JSON Lines), another evaluation's log, a folder of lm-evaluation-harness's "
-        "samples, RouteLLM's mmlu folder or LLMRouter's"
+        f"{path} is a folder without {' or '.join(f'{name}/' for name in PUBLISHED)}, and without "
+        "logs of lm-evaluation-harness, OpenAI's evals or RouterArena; give a file of outcomes "
+        "(JSON Lines), RouteLLM's mmlu folder or LLMRouter's"
     )
 
 

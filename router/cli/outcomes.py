@@ -117,6 +117,31 @@ def merge_files(
     print(f"{out}: {len(found):,} outcomes")
 
 
+@app.command("export")
+def export_file(
+    file: FileArgument,
+    *,
+    out: Annotated[
+        Path, typer.Option(help="A file (mixinstruct, routerbench) or a folder (the others).")
+    ],
+    format: Annotated[
+        str,
+        typer.Option(
+            help="evals, llmrouter, lm-eval, mixinstruct, routellm, routerarena or routerbench."
+        ),
+    ],
+) -> None:
+    """Write outcomes as another router's or evaluation's program reads them."""
+    from policies.exporters import export_outcomes
+    from policies.importers import load_outcomes
+    from router.cli.console import refusing
+
+    with refusing("outcomes export"):
+        rows = load_outcomes(file)
+        number = export_outcomes(rows, out, format=format)
+    print(f"{out}: {number:,} of {len(rows):,} outcomes, as {format}")
+
+
 @app.command("split")
 def split_file(
     file: FileArgument,
