@@ -21,6 +21,16 @@ SUPPORTED_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 
 CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer.json"
 
+# How a checkpoint's makers draw its answers: the keys of generation_config.json that vLLM takes,
+# which are requests' own names, and llama.cpp's names of the same (general.sampling.…).
+_SAMPLING = {
+    "temperature": "temp",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "penalty_repeat",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
@@ -42,9 +52,9 @@ class ModelCard:
 
     `source` finds the same files on another machine (see `sources.locate`). `parameters` counts
     every stored weight once (tied embeddings are stored once). `quantization` names how the weights
-    are packed; None: they are plain floating-point numbers. `end_tokens` end an answer.
-    The tokenizer's own end
-    token is one of them, as it ends a turn of its template.
+    are packed; None: they are plain floating-point numbers. `end_tokens` end an answer; the
+    tokenizer's own is one of them, as it ends a turn of its template. `sampling` is how the
+    makers draw answers, by the names of `SamplingOptions`; what they leave out or off is not there.
     `tokenizer_sha256` identifies the tokenizer, so that members can be checked to share one;
     `prompt_sha256` also the chat template and what it writes, so that conversations become the
     same tokens.
@@ -57,6 +67,7 @@ class ModelCard:
     context_tokens: int
     quantization: str | None
     end_tokens: frozenset[int]
+    sampling: Mapping[str, float]
     tokenizer_sha256: str
     prompt_sha256: str
 
@@ -81,6 +92,7 @@ def read_card(path: Path, *, source: str | None = None) -> ModelCard:
     if path.suffix == ".gguf":
         return _card_of_file(read_gguf(path), source or str(path))
     config = read_config(path)
+    generation = read_json(path / GENERATION) if (path / GENERATION).is_file() else {}
     tokenizer = path / TOKENIZER
     facts = read_json(tokenizer)
     tensors = read_tensors(path)
@@ -93,8 +105,9 @@ def read_card(path: Path, *, source: str | None = None) -> ModelCard:
         parameters=sum(math.prod(tensor.shape) for tensor in tensors.values()),
         context_tokens=read_count(path / CONFIG, config, "max_position_embeddings"),
         quantization=_quantization(path, config, tensors),
-        end_tokens=_read_end_tokens(path, config)
+        end_tokens=_read_end_tokens(path, generation, config)
         | _ids_of(prompts.special_tokens.get("eos_token"), facts),
+        sampling=_read_sampling(path / GENERATION, {k: generation.get(k) for k in _SAMPLING}),
         tokenizer_sha256=tokenizer_sha256,
         prompt_sha256=_prompt_sha256(tokenizer_sha256, prompts),
     )
@@ -147,6 +160,10 @@ def _card_of_file(file: GgufFile, source: str) -> ModelCard:
         context_tokens=int(file.value("context_length")),
         quantization=file.quantization,
         end_tokens=file.end_tokens(),
+        sampling=_read_sampling(
+            file.path,
+            {k: file.metadata.get(f"general.sampling.{its}") for k, its in _SAMPLING.items()},
+        ),
         tokenizer_sha256=tokenizer_sha256,
         prompt_sha256=_prompt_sha256(tokenizer_sha256, prompt_facts_of(file)),
     )
@@ -235,12 +252,21 @@ def _quantization(
     return None
 
 
-def _read_end_tokens(folder: Path, config: Mapping[str, Any]) -> frozenset[int]:
+def _read_sampling(file: Path, stated: Mapping[str, Any]) -> dict[str, float]:
+    """Return the settings that are there and on; whether they are in range is the pool's to say."""
+    for key, value in stated.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise PoolError(f"{file}: {key} {value!r} is not allowed; a number is")
+    on = {key: value for key, value in stated.items() if value is not None}
+    return {key: value for key, value in on.items() if key != "top_k" or value > 0}
+
+
+def _read_end_tokens(
+    folder: Path, generation: Mapping[str, Any], config: Mapping[str, Any]
+) -> frozenset[int]:
     """Return what ends an answer: generation_config.json's tokens, else config.json's."""
-    generation = folder / GENERATION
-    files = [(generation, read_json(generation))] if generation.is_file() else []
     stated = []
-    for file, facts in (*files, (folder / CONFIG, config)):
+    for file, facts in ((folder / GENERATION, generation), (folder / CONFIG, config)):
         found = facts.get("eos_token_id")
         if found is None:
             continue

@@ -19,7 +19,14 @@ from models.card import read_card
 from models.engines.registry import engine_traits
 from models.errors import PoolError
 from models.sources.locate import locate
-from models.spec import EngineSpec, Model, ModelSpec, PoolFile, RemoteModelSpec
+from models.spec import (
+    EngineSpec,
+    Model,
+    ModelSpec,
+    PoolFile,
+    RemoteModelSpec,
+    SamplingSpec,
+)
 from policies.base import ModelFacts
 from policies.kinds import explain
 
@@ -194,9 +201,16 @@ def _load_model(file: Path, spec: ModelSpec) -> Model:
     try:
         found = locate(spec.checkpoint, folder=file.parent, lock=file.parent / LOCK)
         card = read_card(found.path, source=found.source)
-        return Model(spec=spec, card=card, tokenizer=found.path)
+        model = Model(spec=spec, card=card, tokenizer=found.path)
+        SamplingSpec.model_validate(model.sampling)
     except PoolError as error:
         raise PoolError(f"{file}: models.{spec.name}.checkpoint: {error}") from None
+    except ValidationError as error:
+        raise PoolError(
+            f"{file}: models.{spec.name}.checkpoint: {found.path} asks for answers drawn as no "
+            f"request may be: {explain(error)}; set generation_config: false to do without"
+        ) from None
+    return model
 
 
 def _load_remote(file: Path, spec: ModelSpec, remote: RemoteModelSpec) -> Model:

@@ -91,8 +91,10 @@ class ModelSpec(_Strict):
     pool file), `hf:ORG/NAME[@REVISION]`, `package:DISTRIBUTION/FILE`.
 
     `remote` takes the checkpoint's place where a `remote` engine asks another server. `system`
-    opens conversations that bring no system message of their own; `sampling` draws answers where a
-    request does not say how (of a fusion, the first member's).
+    opens conversations that bring no system message of their own. Where a request does not say how
+    its answer is drawn, `sampling` does, and what that leaves open the checkpoint (see
+    `ModelCard.sampling`) unless `generation_config` is false; of a fusion in one engine, the first
+    member's settings count.
 
     With `otherwise`, the pool does without the model on a machine that lacks its package, its file
     or its engine's library; policies that name it then take the model `otherwise` in its place.
@@ -104,6 +106,7 @@ class ModelSpec(_Strict):
     remote: RemoteModelSpec | None = None
     system: str | None = None
     sampling: SamplingSpec = SamplingSpec()
+    generation_config: bool = True
     otherwise: Name | None = None
     domains: tuple[str, ...] = ()
     description: str = ""
@@ -146,6 +149,12 @@ class Model:
         if self.card is not None:
             return self.card.context_tokens
         return self.spec.remote.context_tokens if self.spec.remote else None
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """How answers are drawn where a request does not say, by the names of `SamplingOptions`."""
+        stated = self.card.sampling if self.card and self.spec.generation_config else {}
+        return {**stated, **self.spec.sampling.model_dump(exclude_none=True)}
 
     def opened(self, messages: Sequence[Message]) -> Sequence[Message]:
         """Return a conversation as the model gets it: with its `system` message, if it has none."""

@@ -65,7 +65,7 @@ class Members:
         """Return `asked` with the member's own settings where the client's `body` has none."""
         if body is None:
             return asked
-        own = self._pool.model(name).spec.sampling.model_dump(exclude_none=True)
+        own = self._pool.model(name).sampling
         return replace(asked, **{key: own[key] for key in own if body.get(key) is None})
 
     def sent(self, name: str, body: Mapping[str, Any] | None) -> Mapping[str, Any] | None:

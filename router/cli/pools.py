@@ -146,6 +146,8 @@ def _print(found: Inspection) -> None:
         "weights": card.quantization or "floating-point numbers",
         "template": templates or "none: only /v1/completions can be asked",
         "end tokens": ends or "none",
+        "sampling": ", ".join(f"{key} {value:g}" for key, value in card.sampling.items())
+        or "as requests say",
     }
     for kind, hindrance in found.engines.items():
         facts[f"engine {kind}"] = "can run it" if hindrance is None else f"cannot: {hindrance}"

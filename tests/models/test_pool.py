@@ -244,3 +244,33 @@ def test_a_stand_in_must_be_there(folder: Path) -> None:
         model |= {"otherwise": other, "checkpoint": missing}
     with pytest.raises(PoolError, match="cannot be had here either"):
         load_pool(write(folder, data))
+
+
+def test_a_checkpoint_says_how_its_answers_are_drawn(folder: Path) -> None:
+    """Its generation_config.json does, what is off left out, unless the pool file knows better or
+    will have none of it."""
+    makers = {"temperature": 0.6, "top_p": 0.95, "top_k": 0, "min_p": None, "max_new_tokens": 9}
+    for name in ("ada", "bob"):
+        (folder / name / "generation_config.json").write_text(json.dumps(makers))
+    data = pool_data()
+    data["models"][0]["sampling"] = {"top_p": 0.5, "min_p": 0.1}
+    data["models"][1]["generation_config"] = False
+    pool = load_pool(write(folder, data))
+    assert pool.model("ada").sampling == {"temperature": 0.6, "top_p": 0.5, "min_p": 0.1}
+    assert pool.model("bob").sampling == {}
+
+
+@pytest.mark.parametrize(
+    ("makers", "message"),
+    [
+        ({"temperature": "hot"}, "generation_config.json: temperature 'hot' is not allowed"),
+        ({"top_p": 1.5}, "asks for answers drawn as no request may be: top_p.*generation_config"),
+    ],
+)
+def test_settings_that_no_request_may_have_are_refused(
+    makers: dict[str, Any], message: str, folder: Path
+) -> None:
+    """Before anything starts, by file, key and value."""
+    (folder / "bob" / "generation_config.json").write_text(json.dumps(makers))
+    with pytest.raises(PoolError, match=message):
+        load_pool(write(folder, pool_data()))

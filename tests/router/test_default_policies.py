@@ -1,5 +1,7 @@
 """The shipped pool's cascade, fusion and best-of, and nested plans, through the openai client."""
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,11 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             model["checkpoint"] = str(DEFAULT_POOL / model["checkpoint"])
         if model["name"] == CHUNKS[0]:
             model["sampling"] = {"temperature": 0}
+        if model["name"] == CHUNKS[1]:
+            copy = tmp_path_factory.mktemp("checkpoint") / "greedy"
+            model["checkpoint"] = str(shutil.copytree(model["checkpoint"], copy))
+            facts = json.loads((copy / "generation_config.json").read_text())
+            (copy / "generation_config.json").write_text(json.dumps(facts | {"temperature": 0}))
     policies = {name: _absolute(spec) for name, spec in content.pop("policies").items()}
     with running(tmp_path_factory.mktemp("pool"), policies=policies, **content) as server:
         yield server
@@ -56,11 +63,13 @@ def _absolute(spec: Any) -> Any:
     return spec
 
 
-def test_a_model_draws_as_its_pool_says_unless_the_request_does(served: Running) -> None:
-    """Without a temperature the answer is the likeliest, again and again; with one it varies."""
+@pytest.mark.parametrize("name", CHUNKS[:2])
+def test_a_model_draws_as_it_says_unless_the_request_does(served: Running, name: str) -> None:
+    """Without a temperature, by its pool's settings or its checkpoint's, the answer is the
+    likeliest, again and again; with one it varies."""
 
     def answers(**fields: Any) -> set[str]:
-        asked = [served.chat("Tell me a tale.", CHUNKS[0], max_tokens=24, **fields) for _ in "1234"]
+        asked = [served.chat("Tell me a tale.", name, max_tokens=24, **fields) for _ in "1234"]
         return {answer.choices[0].message.content for answer in asked}
 
     assert len(answers()) == 1

@@ -147,8 +147,10 @@ def test_sentence_piece_tokenizers_come_back(tmp_path: Path) -> None:
 def test_a_card_of_a_file(tmp_path: Path) -> None:
     """Sizes, parameters, quantization, end tokens and template are the file's."""
     metadata = metadata_of(byte_level(pre_tokenizers.ByteLevel()), "gpt-2")
+    metadata |= {"general.sampling.temp": 0.5, "general.sampling.top_k": 20}
     path = write_gguf(tmp_path / "m.gguf", metadata, TENSORS)
     card = read_card(path)
+    assert card.sampling == {"temperature": 0.5, "top_k": 20}
     assert (card.shape.num_layers, card.shape.intermediate_size, card.shape.head_dim) == (
         2,
         128,
