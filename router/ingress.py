@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from importlib.metadata import version
+from ipaddress import ip_address
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -192,8 +193,9 @@ class Forgiving:
 class Guard:
     """Refuses what a web page from elsewhere could have a browser send.
 
-    Pages may send text without asking, and point a name of their own at this machine. `hosts` are
-    the names that the server goes by (None: any); a `keyless` one takes posts only as JSON.
+    Pages may send text without asking, and point a name of their own at this machine (DNS
+    rebinding). `hosts` are the names that the server goes by (None: any); loopback's own name and
+    addresses are nobody else's. A `keyless` one takes posts only as JSON.
     """
 
     def __init__(self, app: types.ASGIApp, *, hosts: Collection[str] | None, keyless: bool) -> None:
@@ -208,8 +210,9 @@ class Guard:
 
     def _refusal(self, request: Request) -> ApiError | None:
         name = _hostname(request)
-        # A name without a dot is nobody's on the Internet; HTTP/1.0 needs none.
-        foreign = "." in name or (not name and "host" in request.headers)
+        # Browsers send a name always, old programs none. One without a dot may be somebody's, too:
+        # whoever is in the same network may answer for it.
+        foreign = "host" in request.headers and not _is_loopback(name)
         if self._hosts is not None and foreign and name not in self._hosts:
             return ApiError(
                 421,
@@ -233,6 +236,13 @@ def _hostname(request: Request) -> str:
     """Return the name that the request's Host header gives; empty if it is none."""
     found = _HOST.fullmatch(request.headers.get("host", ""))
     return found[1].strip("[]").lower() if found else ""
+
+
+def _is_loopback(name: str) -> bool:
+    try:
+        return name == "localhost" or ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 def _add_endpoint(api: FastAPI, service: Service, endpoint: WireFormat) -> None:
