@@ -6,18 +6,20 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from ipaddress import ip_address
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request, Response
+from pydantic import BaseModel
 from sqlalchemy.exc import SQLAlchemyError
 from starlette import types
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 
+from models.engines.base import EngineStats
 from models.errors import EngineError
 from router.access.keys import KeyRejected, Scope
 from router.anthropic_api.answer import MessagesEndpoint
@@ -32,14 +34,39 @@ from router.metrics.page import add_metrics_route
 from router.openai_api.chat import ChatEndpoint
 from router.openai_api.completions import CompletionEndpoint
 from router.openai_api.endpoint import WireFormat
-from router.openai_api.models import describe, list_models
+from router.openai_api.models import describe_model, list_models
 from router.openai_api.responses import ResponsesEndpoint
+from router.openai_api.shapes import ModelEntry, ModelList
+from router.openapi import describe, described
 from router.service import Service
 from router.token_routes import add_token_routes
 
 _HEALTH_TIMEOUT_S = 5.0
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]\s]+)(?::[0-9]*)?")
 _PREFLIGHT_S = 600
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineHealth(EngineStats):
+    """How an engine is; one that does not answer tells only why."""
+
+    ok: bool
+    error: str | None = None
+
+
+class WorkerHealth(BaseModel):
+    """How something is that runs beside the requests."""
+
+    ok: bool
+    failures: int
+
+
+class Health(BaseModel):
+    """Whether all that serves is well; with status 503 it is not."""
+
+    status: Literal["ok", "unhealthy"]
+    engines: dict[str, EngineHealth]
+    workers: dict[str, WorkerHealth]
 
 
 def create_api(service: Service, args: AppArgs) -> FastAPI:
@@ -125,7 +152,7 @@ def create_api(service: Service, args: AppArgs) -> FastAPI:
 
     _add_models(api, service, identify("user"))
 
-    @api.get("/health")
+    @api.get("/health", openapi_extra=described(Health))
     async def health() -> JSONResponse:
         """Say whether all that serves is well: 200, or 503 that names what is not."""
         return await _health(service)
@@ -141,28 +168,8 @@ def create_api(service: Service, args: AppArgs) -> FastAPI:
             ApiError(error.status_code, message, code=code, headers=dict(error.headers or {}))
         )
 
-    described = api.openapi
-    api.openapi = lambda: _with_definitions(described())  # type: ignore[method-assign]
+    describe(api)
     return api
-
-
-def _with_definitions(document: dict[str, Any]) -> dict[str, Any]:
-    """Return an OpenAPI document whose schemas' own definitions stand where references look."""
-    found = document.setdefault("components", {}).setdefault("schemas", {})
-
-    def gather(node: Any) -> Any:  # noqa: ANN401 - JSON
-        if isinstance(node, list):
-            return [gather(item) for item in node]
-        if not isinstance(node, dict):
-            return node
-        found.update({name: gather(schema) for name, schema in node.get("$defs", {}).items()})
-        moved = {key: gather(value) for key, value in node.items() if key != "$defs"}
-        reference = moved.get("$ref")
-        if isinstance(reference, str):
-            moved["$ref"] = reference.replace("#/$defs/", "#/components/schemas/")
-        return moved
-
-    return {**document, "paths": gather(document["paths"])}
 
 
 class Forgiving:
@@ -249,31 +256,32 @@ def _add_endpoint(api: FastAPI, service: Service, endpoint: WireFormat) -> None:
     async def answer(request: Request) -> Response:
         return await service.process(request, endpoint)
 
-    schema = endpoint.schema.model_json_schema()
-    body = {"required": True, "content": {"application/json": {"schema": schema}}}
+    shapes = endpoint.shapes
     api.add_api_route(
         endpoint.path,
         answer,
         methods=["POST"],
         name=endpoint.path.removeprefix("/v1/"),
         # The body is read and checked by the endpoint itself, once.
-        openapi_extra={"requestBody": body},
+        openapi_extra=described(
+            shapes.answers, takes=shapes.takes, streams=shapes.streams, errors=shapes.errors
+        ),
     )
 
 
 def _add_models(api: FastAPI, service: Service, identify: Identify) -> None:
-    @api.get("/v1/models")
+    @api.get("/v1/models", openapi_extra=described(ModelList))
     async def models(request: Request) -> JSONResponse:
         """List every name that `model` takes: policies and the pool's models."""
         await identify(request)
         return JSONResponse(list_models(service.catalog))
 
-    @api.get("/v1/models/{name:path}")
+    @api.get("/v1/models/{name:path}", openapi_extra=described(ModelEntry))
     async def model(request: Request, name: str) -> JSONResponse:
         """Describe one of them."""
         await identify(request)
         named_target(service.catalog, name)
-        return JSONResponse(describe(service.catalog, name))
+        return JSONResponse(describe_model(service.catalog, name))
 
 
 async def _health(service: Service) -> JSONResponse:

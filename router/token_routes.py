@@ -20,6 +20,7 @@ from router.decide import named_target
 from router.executor.task import Prompt
 from router.openai_api.chat import ChatEndpoint
 from router.openai_api.fields import read_fields, read_json
+from router.openapi import described
 
 _MOST_TOKENS = 2**20
 
@@ -59,6 +60,27 @@ def _read_tokens(body: bytes) -> DetokenizeFields:
     return read_fields(DetokenizeFields, read_json(body), {})
 
 
+class Tokenized(BaseModel):
+    """A prompt's token ids, and how many tokens the model's context holds (null: unknown)."""
+
+    count: int
+    max_model_len: int | None
+    tokens: list[int]
+    token_strs: None
+
+
+class Detokenized(BaseModel):
+    """The text of token ids."""
+
+    prompt: str
+
+
+class Version(BaseModel):
+    """This server's version."""
+
+    version: str
+
+
 def add_token_routes(
     api: FastAPI,
     catalog: Catalog,
@@ -96,11 +118,10 @@ def add_token_routes(
     async def tell_version() -> JSONResponse:
         return JSONResponse({"version": version("shoal")})
 
-    for path, answer, schema in (
-        ("/tokenize", tokenize, TokenizeFields),
-        ("/detokenize", detokenize, DetokenizeFields),
+    for path, answer, takes, answers in (
+        ("/tokenize", tokenize, TokenizeFields, Tokenized),
+        ("/detokenize", detokenize, DetokenizeFields, Detokenized),
     ):
-        content = {"application/json": {"schema": schema.model_json_schema()}}
-        extra = {"requestBody": {"required": True, "content": content}}
+        extra = described(answers, takes=takes)
         api.add_api_route(path, answer, methods=["POST"], openapi_extra=extra)
-    api.add_api_route("/version", tell_version, methods=["GET"])
+    api.add_api_route("/version", tell_version, methods=["GET"], openapi_extra=described(Version))

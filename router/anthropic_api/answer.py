@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from models.engines.base import Chunk
 from models.tools import ToolCall
 from router.anthropic_api.request import MessagesFields, read_messages
 from router.errors import ApiError
 from router.openai_api.ask import Ask
-from router.openai_api.endpoint import Head, ResponseWriter
+from router.openai_api.endpoint import Head, ResponseWriter, Shapes
 from router.openai_api.parts import Part, PartReader, parts_of
+from router.openai_api.shapes import AnswerFacts
 
 _STOP_REASONS = {
     "stop": "end_turn",
@@ -35,12 +36,78 @@ _ERRORS = {
 }
 
 
+class ContentBlock(BaseModel):
+    """A text, a thought or a call."""
+
+    type: Literal["text", "thinking", "tool_use"]
+    text: str | None = None
+    thinking: str | None = None
+    signature: str | None = None
+    id: str | None = None
+    name: str | None = None
+    input: dict[str, Any] | None = None
+
+
+class MessageUsage(BaseModel):
+    """How many tokens; those of the prompt that no cache had are the `input_tokens`."""
+
+    input_tokens: int
+    cache_creation_input_tokens: int
+    cache_read_input_tokens: int
+    output_tokens: int
+
+
+class MessageAnswer(BaseModel):
+    """A message."""
+
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[ContentBlock]
+    stop_reason: str | None
+    stop_sequence: str | None
+    usage: MessageUsage
+    shoal: AnswerFacts | None = None
+
+
+class MessageEvent(BaseModel):
+    """An event of a streamed message; its `type` says which of the other fields it has."""
+
+    type: str = Field(pattern=r"^(message|content_block)_")
+    index: int | None = None
+    message: MessageAnswer | None = None
+    content_block: ContentBlock | None = None
+    delta: dict[str, Any] | None = None
+    usage: MessageUsage | None = None
+    shoal: AnswerFacts | None = None
+
+
+class MessageFailure(BaseModel):
+    """What went wrong, in Anthropic's words."""
+
+    type: str
+    message: str
+
+
+class MessageError(BaseModel):
+    """The body of an answer that is none, and the event of one that failed."""
+
+    type: Literal["error"]
+    error: MessageFailure
+
+
 class MessagesEndpoint:
     """Reads and writes messages."""
 
     path = "/v1/messages"
     id_prefix = "msg_"
-    schema: type[BaseModel] = MessagesFields
+    shapes = Shapes(
+        takes=MessagesFields,
+        answers=MessageAnswer,
+        streams=(MessageEvent, MessageError),
+        errors=MessageError,
+    )
 
     def parse(self, body: bytes) -> Ask:
         """Return what `body` asks for; raises `ApiError`."""

@@ -5,14 +5,22 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from fastapi import FastAPI, Request
+from pydantic import BaseModel
 from starlette.responses import JSONResponse
 
-from router.anthropic_api.answer import MessagesEndpoint
+from router.anthropic_api.answer import MessageError, MessagesEndpoint
 from router.anthropic_api.request import CountFields, read_count
 from router.bodies import Bodies
 from router.catalog.catalog import Catalog
 from router.decide import named_target
 from router.errors import to_api_error
+from router.openapi import described
+
+
+class InputTokens(BaseModel):
+    """How long a conversation is."""
+
+    input_tokens: int
 
 
 def add_count_route(
@@ -23,9 +31,9 @@ def add_count_route(
     bodies: Bodies,
 ) -> None:
     """Add the route; as everywhere, policies' prompts are counted by the pool's first tokenizer."""
-    body = {"content": {"application/json": {"schema": CountFields.model_json_schema()}}}
+    extra = described(InputTokens, takes=CountFields, errors=MessageError)
 
-    @api.post("/v1/messages/count_tokens", openapi_extra={"requestBody": body})
+    @api.post("/v1/messages/count_tokens", openapi_extra=extra)
     async def count_tokens(request: Request) -> JSONResponse:
         """Count the tokens of a conversation as a model reads it."""
         try:

@@ -153,7 +153,7 @@ def add_dashboard(
         )
 
     # Before `{file}`, which would match it.
-    api.add_api_route("/dashboard/data", data, methods=["GET"])
+    api.add_api_route("/dashboard/data", data, methods=["GET"], include_in_schema=False)
     for path in ("/dashboard", "/dashboard/{file:path}"):
         api.add_api_route(path, page, methods=["GET"], include_in_schema=False)
 

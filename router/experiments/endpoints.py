@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self, TypeAlias
 
 import sqlalchemy as sa
@@ -16,16 +16,19 @@ from fastapi import FastAPI, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.responses import JSONResponse
 
+from policies.experiments.report import Report
 from router.bodies import Bodies
 from router.errors import ApiError, bad_request
 from router.exchange import answer_digest
 from router.experiments.experiments import Experiments
+from router.experiments.reporting import Status
 from router.experiments.shadows import Mirror, mirrored_request_id, shadow_report
 from router.ledger.database import Database
 from router.ledger.feedback import Feedback, add_feedback
 from router.ledger.schema import REQUESTS
 from router.ledger.writer import Ledger
 from router.openai_api.fields import read_json
+from router.openapi import described
 from router.record import SHADOW
 
 _MAX_FEEDBACK_BYTES = 2**20
@@ -60,13 +63,8 @@ def add_feedback_route(
         )
         return JSONResponse(taken)
 
-    schema = {"application/json": {"schema": FeedbackBody.model_json_schema()}}
-    api.add_api_route(
-        "/v1/feedback",
-        feedback,
-        methods=["POST"],
-        openapi_extra={"requestBody": {"required": True, "content": schema}},
-    )
+    extra = described(FeedbackTold, takes=FeedbackBody)
+    api.add_api_route("/v1/feedback", feedback, methods=["POST"], openapi_extra=extra)
 
 
 def add_experiment_routes(
@@ -79,9 +77,8 @@ def add_experiment_routes(
         data = [summary.to_json() for summary in await experiments.summaries()]
         return JSONResponse({"object": "list", "data": data})
 
-    async def one(request: Request) -> JSONResponse:
+    async def one(request: Request, name: str) -> JSONResponse:
         await identify(request)
-        name = request.path_params["name"]
         summary = await experiments.summary(name)
         if summary is None:
             known = ", ".join(e.name for e in experiments.definitions) or "none"
@@ -100,9 +97,12 @@ def add_experiment_routes(
         )
         return JSONResponse({"object": "list", "data": data})
 
-    api.add_api_route("/v1/experiments", every, methods=["GET"])
-    api.add_api_route("/v1/experiments/{name}", one, methods=["GET"])
-    api.add_api_route("/v1/shadows", shadows, methods=["GET"])
+    for path, answer, answers in (
+        ("/v1/experiments", every, ExperimentList),
+        ("/v1/experiments/{name}", one, ExperimentFacts),
+        ("/v1/shadows", shadows, ShadowList),
+    ):
+        api.add_api_route(path, answer, methods=["GET"], openapi_extra=described(answers))
 
 
 class FeedbackBody(BaseModel):
@@ -124,6 +124,70 @@ class FeedbackBody(BaseModel):
         if sum(part is not None for part in (self.thumb, self.score, self.label)) != 1:
             raise ValueError("give exactly one of thumb, score and label")
         return self
+
+
+class FeedbackTold(BaseModel):
+    """What is now known of a response."""
+
+    object: Literal["feedback"]
+    id: str
+    score: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRatioFacts:
+    """Units seen and expected per arm, and whether they differ by more than chance."""
+
+    arms: list[str]
+    observed: list[int]
+    expected: list[float]
+    p: float
+    alarm: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentFacts(Report):
+    """An experiment's report, and where it stands."""
+
+    object: Literal["experiment"]
+    status: Status
+    started_s: float | None
+    weights: dict[str, float] | None
+    stopped: dict[str, dict[str, Any]]
+    sample_ratio: SampleRatioFacts  # type: ignore[assignment] # as told
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentList:
+    """All configured experiments."""
+
+    object: Literal["list"]
+    data: list[ExperimentFacts]
+
+
+class ShadowFacts(BaseModel):
+    """What one shadow found, over all its rows."""
+
+    object: Literal["shadow"]
+    name: str
+    policy: str
+    usd_per_day: float
+    num_mirrored: int
+    answered: float | None
+    usd: float
+    usd_today: float
+    latency_s: float | None
+    agreement: float | None
+    quality: float | None
+    served_quality: float | None
+    num_labelled: int | None
+
+
+class ShadowList(BaseModel):
+    """All configured shadows."""
+
+    object: Literal["list"]
+    data: list[ShadowFacts]
 
 
 def read_feedback(body: bytes) -> FeedbackBody:

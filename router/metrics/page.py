@@ -29,6 +29,7 @@ from prometheus_client.core import (
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from sqlalchemy.exc import SQLAlchemyError
+from starlette.responses import PlainTextResponse
 
 from policies.budget import Controller
 from policies.experiments.shadow import Shadow
@@ -44,6 +45,7 @@ from router.metrics.families import BY_NAME, FAMILIES, SUM, Family, Series, Valu
 from router.metrics.gauges import Live, budget_gauges, engine_gauges, library_metrics, merge
 from router.metrics.reports import HOLDER as REPORTS
 from router.metrics.reports import Reports
+from router.openapi import described
 from router.workers import Worker
 
 logger = logging.getLogger(__name__)
@@ -232,7 +234,13 @@ def add_metrics_route(api: FastAPI, metrics: Metrics, *, identify: Identify) -> 
         content, content_type = await metrics.page(request.headers.get("accept", ""))
         return Response(content, media_type=content_type)
 
-    api.add_api_route("/metrics", page, methods=["GET"])
+    api.add_api_route(
+        "/metrics",
+        page,
+        methods=["GET"],
+        response_class=PlainTextResponse,
+        openapi_extra=described(None, media_type="text/plain"),
+    )
 
 
 def build_metrics(

@@ -15,9 +15,11 @@ from router.errors import bad_request
 from router.executor.task import Prompt
 from router.openai_api.ask import Ask
 from router.openai_api.constraints import MAX_TOOLS, read_tools
-from router.openai_api.endpoint import ByChunks, Head, Progress
+from router.openai_api.endpoint import ByChunks, Head, Progress, Shapes
 from router.openai_api.fields import ReasoningEffort, SharedFields, read_fields, read_json
 from router.openai_api.logprobs import chat_logprobs
+from router.openai_api.shapes import ChatCompletion, ChatCompletionChunk
+from router.openapi import ErrorBody
 
 MAX_MESSAGES = 8192
 _MAX_PARTS = 1024
@@ -185,7 +187,9 @@ class ChatEndpoint(ByChunks):
 
     path = "/v1/chat/completions"
     id_prefix = "chatcmpl-"
-    schema: type[BaseModel] = ChatFields
+    shapes = Shapes(
+        takes=ChatFields, answers=ChatCompletion, streams=(ChatCompletionChunk, ErrorBody)
+    )
 
     def parse(self, body: bytes) -> Ask:
         """Return what `body` asks for; raises `ApiError`."""

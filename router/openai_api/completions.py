@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BeforeValidator, Field
 
 from models.engines.base import Chunk
 from models.tokenizer import Tokenizer
@@ -14,7 +14,7 @@ from policies.kinds import MOST_COUNT
 from router.errors import bad_request
 from router.executor.task import Prompt
 from router.openai_api.ask import Ask
-from router.openai_api.endpoint import ByChunks, Head, Progress
+from router.openai_api.endpoint import ByChunks, Head, Progress, Shapes
 from router.openai_api.fields import (
     MAX_CHOICES,
     SharedFields,
@@ -23,6 +23,8 @@ from router.openai_api.fields import (
     read_json,
 )
 from router.openai_api.logprobs import Offsets, text_logprobs
+from router.openai_api.shapes import TextCompletion, TextCompletionChunk
+from router.openapi import ErrorBody
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
@@ -65,7 +67,11 @@ class CompletionEndpoint(ByChunks):
 
     path = "/v1/completions"
     id_prefix = "cmpl-"
-    schema: type[BaseModel] = CompletionFields
+    shapes = Shapes(
+        takes=CompletionFields,
+        answers=TextCompletion,
+        streams=(TextCompletionChunk, ErrorBody),
+    )
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer

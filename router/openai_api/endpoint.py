@@ -12,6 +12,7 @@ from models.engines.base import Chunk
 from router.errors import ApiError
 from router.openai_api.ask import Ask
 from router.openai_api.logprobs import Offsets
+from router.openapi import ErrorBody
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,6 @@ class Endpoint(Protocol):
 
     path: str
     id_prefix: str
-    schema: type[BaseModel]
 
     def parse(self, body: bytes) -> Ask:
         """Return what `body` asks for; raises `ApiError`, 400, that names the field."""
@@ -138,12 +138,22 @@ class ResponseWriter(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """What an endpoint takes, answers, streams, and says of errors, for the OpenAPI document."""
+
+    takes: type[BaseModel]
+    answers: type[BaseModel]
+    streams: tuple[type[BaseModel], ...]
+    errors: type[BaseModel] = ErrorBody
+
+
 class WireFormat(Protocol):
     """What the service needs of an endpoint: a way to read requests, and a writer of answers."""
 
     path: str
     id_prefix: str
-    schema: type[BaseModel]
+    shapes: Shapes
 
     def parse(self, body: bytes) -> Ask:
         """Return what `body` asks for; raises `ApiError`, 400, that names the field."""

@@ -10,10 +10,10 @@ from router.catalog.catalog import Catalog
 
 def list_models(catalog: Catalog) -> dict[str, Any]:
     """Return the list of everything that can be asked for."""
-    return {"object": "list", "data": [describe(catalog, name) for name in catalog.targets]}
+    return {"object": "list", "data": [describe_model(catalog, name) for name in catalog.targets]}
 
 
-def describe(catalog: Catalog, name: str) -> dict[str, Any]:
+def describe_model(catalog: Catalog, name: str) -> dict[str, Any]:
     """Return one entry; a model's `shoal` object holds its facts, a policy's its members."""
     entry: dict[str, Any] = {
         "id": name,

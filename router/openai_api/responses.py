@@ -6,19 +6,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pydantic import BaseModel
-
 from models.engines.base import Chunk
 from models.tools import join_calls
 from router.errors import ApiError
 from router.openai_api.ask import Ask
-from router.openai_api.endpoint import Head, ResponseWriter
+from router.openai_api.endpoint import Head, ResponseWriter, Shapes
 from router.openai_api.parts import Part, PartReader, parts_of
 from router.openai_api.responses_request import (
     ResponseAsk,
     ResponsesFields,
     read_response_request,
 )
+from router.openai_api.shapes import Response, ResponseEvent
 
 # Why an answer is not whole, as OpenAI says it.
 _INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
@@ -36,7 +35,7 @@ class ResponsesEndpoint:
 
     path = "/v1/responses"
     id_prefix = "resp_"
-    schema: type[BaseModel] = ResponsesFields
+    shapes = Shapes(takes=ResponsesFields, answers=Response, streams=(ResponseEvent,))
 
     def parse(self, body: bytes) -> Ask:
         """Return what `body` asks for; raises `ApiError`."""

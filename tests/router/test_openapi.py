@@ -1,0 +1,161 @@
+"""The OpenAPI document: written down in docs/openapi.json, and true of what is served."""
+
+import copy
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from tests.router.conftest import Running
+
+WRITTEN = Path(__file__).parents[2] / "docs" / "openapi.json"
+CHAT = {"model": "alpha", "messages": [{"role": "user", "content": "hello"}]}
+EXPERIMENT = {"arms": {name: {"policy": name, "weight": 0.5} for name in ("auto", "other")}}
+SHADOW = {"policy": "other", "share": 1.0, "usd_per_day": 1.0, "concurrency": 4}
+
+
+@pytest.fixture(name="document", scope="module")
+def served_document(shared: Running) -> dict[str, Any]:
+    """The document as it is served."""
+    found: dict[str, Any] = shared.http.get("/openapi.json").json()
+    return found
+
+
+def test_it_is_as_written_down(document: dict[str, Any]) -> None:
+    """docs/openapi.json is what is served; RENEW=1 writes it anew, for a person to read."""
+    text = json.dumps(document, indent=1, sort_keys=True) + "\n"
+    if os.environ.get("RENEW"):
+        WRITTEN.write_text(text)
+    assert text == WRITTEN.read_text(), "if it should be: RENEW=1 pytest tests/router/test_openapi"
+
+
+def test_every_operation_is_typed(document: dict[str, Any]) -> None:
+    """Answers, errors and bodies have schemas with names; every reference leads to one."""
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            for told in operation["responses"].values():
+                assert told["content"], (path, method)
+            typed = [*_schemas(operation)]
+            assert len(typed) >= (3 if method == "post" else 2), (path, method)
+            assert all(schema != {} for schema in typed), (path, method)
+    references = set(_references(document))
+    assert references
+    for reference in references:
+        assert reference.rpartition("/")[2] in document["components"]["schemas"], reference
+
+
+def _schemas(node: Any) -> Iterator[Any]:
+    if isinstance(node, dict):
+        if "schema" in node:
+            yield node["schema"]
+        for value in node.values():
+            yield from _schemas(value)
+
+
+def _references(node: Any) -> Iterator[str]:
+    if isinstance(node, dict):
+        if isinstance(node.get("$ref"), str):
+            yield node["$ref"]
+        for value in node.values():
+            yield from _references(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _references(value)
+
+
+@pytest.fixture(name="check")
+def checker(document: dict[str, Any]) -> Callable[..., None]:
+    """Return what holds an answer to its operation's schema; fields that it does not name fail."""
+    strict = copy.deepcopy(document)
+    for schema in strict["components"]["schemas"].values():
+        if "properties" in schema:
+            schema["additionalProperties"] = False
+
+    def check(
+        answer: Any,
+        path: str,
+        *,
+        method: str = "get",
+        kind: str = "application/json",
+        status: str = "200",
+    ) -> None:
+        told = strict["paths"][path][method]["responses"][status]["content"][kind]["schema"]
+        Draft202012Validator({**strict, **told}).validate(answer)
+
+    return check
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {**CHAT, "shoal": {"explain": True}}),
+        ("/v1/chat/completions", {**CHAT, "n": 2, "logprobs": True, "top_logprobs": 2}),
+        ("/v1/completions", {"model": "beta", "prompt": "hi", "logprobs": 2, "echo": True}),
+        ("/v1/responses", {"model": "auto", "input": "hello", "max_output_tokens": 2}),
+        ("/v1/messages", {**CHAT, "max_tokens": 3}),
+    ],
+)
+def test_answers_and_streams_are_as_described(
+    server: Running, check: Callable[..., None], path: str, body: dict[str, Any]
+) -> None:
+    """Whole answers and every event of streams have the fields of their schemas and no others."""
+    check(server.http.post(path, json=body).json(), path, method="post")
+    more = (
+        {}
+        if path in ("/v1/messages", "/v1/responses")
+        else {"stream_options": {"include_usage": True}}
+    )
+    streamed = server.http.post(path, json={**body, "stream": True, **more})
+    events = [
+        json.loads(line.removeprefix("data: "))
+        for line in streamed.text.splitlines()
+        if line.startswith("data: ") and line != "data: [DONE]"
+    ]
+    assert len(events) > 2
+    for event in events:
+        check(event, path, method="post", kind="text/event-stream")
+    refused = server.http.post(path, json={**body, "model": "nobody"})
+    assert refused.status_code == 404
+    check(refused.json(), path, method="post", status="default")
+
+
+def test_facts_are_as_described(server: Running, check: Callable[..., None]) -> None:
+    """Names, tokens, version, health, feedback."""
+    for path in ("/v1/models", "/version", "/health", "/v1/experiments", "/v1/shadows"):
+        check(server.http.get(path).json(), path)
+    for name in ("auto", "alpha"):
+        check(server.http.get(f"/v1/models/{name}").json(), "/v1/models/{name}")
+    for path, body in (
+        ("/tokenize", CHAT),
+        ("/detokenize", {"model": "alpha", "tokens": [104, 105]}),
+        ("/v1/messages/count_tokens", CHAT),
+        ("/v1/feedback", {"id": server.chat().id, "thumb": "up"}),
+    ):
+        check(server.http.post(path, json=body).json(), path, method="post")
+
+
+def test_experiments_are_as_described(
+    serve: Callable[..., Running], check: Callable[..., None]
+) -> None:
+    """A report has its numbers, null where they are not known; a shadow what it found."""
+    server = serve(
+        policies={
+            "auto": {"kind": "fixed", "plan": "alpha"},
+            "other": {"kind": "fixed", "plan": "beta"},
+        },
+        app={
+            "experiments": {"trial": EXPERIMENT},
+            "shadows": {"beside": SHADOW},
+        },
+    )
+    server.chat(model="auto")
+    server.settle()
+    for path in ("/v1/experiments", "/v1/shadows"):
+        answer = server.http.get(path).json()
+        assert len(answer["data"]) == 1
+        check(answer, path)
+    check(server.http.get("/v1/experiments/trial").json(), "/v1/experiments/{name}")
