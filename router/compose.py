@@ -26,6 +26,7 @@ from router.ledger.writer import Ledger, installation_secret
 from router.logs import REQUESTS_LOGGER, RequestLog
 from router.metrics.counting import count_rows
 from router.metrics.page import build_metrics
+from router.openai_api.stored import ResponseStore
 from router.service import Background, Service, Watcher
 from router.tracing import open_tracer
 
@@ -96,6 +97,7 @@ def compose(
         limits=args.limits,
         echo_request_id=echo_request_id,
         experiments=experiments,
+        responses=ResponseStore(ledger.database, args.responses),
         shadows=_meters(args, shadows, ledger.database),
         metrics=build_metrics(
             args,

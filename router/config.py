@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -65,6 +65,19 @@ class HttpConfig(_Strict):
     cors_origins: tuple[str, ...] = ()
 
 
+class ResponsesConfig(_Strict):
+    """Which responses of `/v1/responses` are kept, for who asks for them again or goes on.
+
+    `store` is "never", "if_asked" (those whose request says `store: true`) or "unless_refused" (all
+    but those whose request says false, as OpenAI has it). With the answers the conversations are
+    kept that they belong to, for `keep_days`, and at most `max_gb` of them: then the oldest go.
+    """
+
+    store: Literal["never", "if_asked", "unless_refused"] = "never"
+    keep_days: float = Field(30, gt=0, le=3650)
+    max_gb: float = Field(1, gt=0)
+
+
 class TracingConfig(_Strict):
     """Where traces go: to an OTLP collector that takes HTTP, as http://localhost:4318/v1/traces.
 
@@ -82,7 +95,8 @@ class AppArgs(_Strict):
 
     `pool` is a pool.yaml or its folder (default: the pool that comes with Shoal). `policies` adds
     to the pool's policies or replaces them by name; paths in them are relative to the pool's
-    folder. `http` is about connections and browsers. `ingress` says how many replicas take HTTP
+    folder. `http` is about connections and browsers, `responses` about those that
+    are kept. `ingress` says how many replicas take HTTP
     requests. `num_threads` is the number of
     CPU threads of each engine replica (default: all cores of the machine). `ledger` is
     the database of rows, keys and budgets. `carbon` says what hardware runs the
@@ -97,6 +111,7 @@ class AppArgs(_Strict):
     policies: dict[Name, dict[str, Any]] = Field(default_factory=dict)
     limits: ServingLimits = Field(default_factory=ServingLimits)
     http: HttpConfig = Field(default_factory=HttpConfig)
+    responses: ResponsesConfig = Field(default_factory=ResponsesConfig)
     ingress: DeploymentSpec = Field(default_factory=DeploymentSpec)
     num_threads: int | None = Field(None, ge=1)
     ledger: LedgerConfig = Field(default_factory=LedgerConfig)

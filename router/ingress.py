@@ -37,6 +37,7 @@ from router.openai_api.endpoint import WireFormat
 from router.openai_api.models import describe_model, list_models
 from router.openai_api.responses import ResponsesEndpoint
 from router.openai_api.shapes import ModelEntry, ModelList
+from router.openai_api.stored import add_response_routes
 from router.openapi import describe, described
 from router.service import Service
 from router.token_routes import add_token_routes
@@ -83,7 +84,7 @@ def create_api(service: Service, args: AppArgs) -> FastAPI:
         ChatEndpoint(),
         CompletionEndpoint(service.catalog.members.tokenizer),
         MessagesEndpoint(),
-        ResponsesEndpoint(),
+        ResponsesEndpoint(service.responses),
     )
     for endpoint in endpoints:
         _add_endpoint(api, service, endpoint)
@@ -110,7 +111,7 @@ def create_api(service: Service, args: AppArgs) -> FastAPI:
         api.add_middleware(
             CORSMiddleware,
             allow_origins=args.http.cors_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after", "openai-processing-ms"],
             max_age=_PREFLIGHT_S,
@@ -150,6 +151,7 @@ def create_api(service: Service, args: AppArgs) -> FastAPI:
     add_experiment_routes(api, service.experiments, service.mirror, identify=admin)
     add_metrics_route(api, service.metrics, identify=admin)
 
+    add_response_routes(api, service.responses, identify=identify("user"))
     _add_models(api, service, identify("user"))
 
     @api.get("/health", openapi_extra=described(Health))

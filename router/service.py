@@ -36,6 +36,7 @@ from router.ledger.writer import Ledger
 from router.logs import REQUEST_ID
 from router.metrics.page import Metrics
 from router.openai_api.endpoint import Head, ResponseWriter, WireFormat
+from router.openai_api.stored import ResponseStore
 from router.record import CLIENT_CLOSED_REQUEST, RequestRecord
 from router.streams import (
     COMMENT,
@@ -90,6 +91,7 @@ class Service:
         gate: Gate,
         experiments: Experiments,
         metrics: Metrics,
+        responses: ResponseStore,
         echo_request_id: bool = True,
         keep_text: bool = False,
         user_secret: bytes = b"",
@@ -110,6 +112,7 @@ class Service:
         self.ledger = ledger
         self.gate = gate
         self.metrics = metrics
+        self.responses = responses
         self._watchers = tuple(watchers)
         self._keep_text = keep_text
         self._user_secret = user_secret
@@ -127,7 +130,8 @@ class Service:
         )
         self._settling: set[asyncio.Task[None]] = set()
         self._background = {
-            Worker(type(one).__name__.lower()): one for one in (*background, metrics, experiments)
+            Worker(type(one).__name__.lower()): one
+            for one in (*background, metrics, experiments, responses)
         }
         self._running: list[asyncio.Task[None]] = []
         metrics.workers = self.workers
@@ -183,6 +187,7 @@ class Service:
     async def _answer(self, exchange: Exchange, endpoint: WireFormat, body: bytes) -> Response:
         async with asyncio.timeout_at(exchange.deadline_s):
             ask = await self.bodies.parse(endpoint.parse, body)
+            ask = await endpoint.recall(ask, exchange.key_id)
         exchange.ask = ask
         exchange.user = ask.user or exchange.user
         exchange.record.session = ask.extension.session or exchange.record.session
@@ -229,6 +234,7 @@ class Service:
         whole = [merge(parts) for parts in chunks]
         content = writer.whole(whole, _usage(exchange.record))
         content["shoal"] = shoal_field(exchange, self.catalog, whole)
+        await writer.keep(content, exchange.key_id)
         exchange.record.status = 200
         return _json_response(200, content, self._headers(exchange))
 
@@ -254,6 +260,7 @@ class Service:
                     await self._settle(exchange)
                     data += writer.end(_usage(exchange.record))
                     data[-1]["shoal"] = shoal_field(exchange, self.catalog)
+                    await writer.keep(data[-1], exchange.key_id)
                 if data:
                     yield _events_of(writer, data)
                 data = []

@@ -14,7 +14,7 @@ from models.tools import ToolCall
 from router.anthropic_api.request import MessagesFields, read_messages
 from router.errors import ApiError
 from router.openai_api.ask import Ask
-from router.openai_api.endpoint import Head, ResponseWriter, Shapes
+from router.openai_api.endpoint import Head, ResponseWriter, Shapes, WireFormat
 from router.openai_api.parts import Part, PartReader, parts_of
 from router.openai_api.shapes import AnswerFacts
 
@@ -97,7 +97,7 @@ class MessageError(BaseModel):
     error: MessageFailure
 
 
-class MessagesEndpoint:
+class MessagesEndpoint(WireFormat):
     """Reads and writes messages."""
 
     path = "/v1/messages"
@@ -128,7 +128,7 @@ class MessagesEndpoint:
 
 
 @dataclass(kw_only=True)
-class MessageWriter:
+class MessageWriter(ResponseWriter):
     """Writes one message; `_open` is the part whose content block is open."""
 
     named_events = True

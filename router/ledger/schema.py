@@ -126,6 +126,19 @@ BUDGET_HOLDS = sa.Table(
     sa.Index("budget_holds_by_expiry", "lapsed", "expires_s"),
 )
 
+# Responses that clients had kept, each with the conversation that it answers: JSON texts.
+RESPONSES = sa.Table(
+    "responses",
+    METADATA,
+    sa.Column("response_id", sa.Text, primary_key=True),
+    sa.Column("key_id", sa.Text),
+    sa.Column("created_s", sa.Double, nullable=False, index=True),
+    sa.Column("expires_s", sa.Double, nullable=False, index=True),
+    sa.Column("num_bytes", sa.BigInteger, nullable=False),
+    sa.Column("body", sa.Text, nullable=False),
+    sa.Column("items", sa.Text, nullable=False),
+)
+
 # What only this installation's servers know.
 SECRETS = sa.Table(
     "secrets",

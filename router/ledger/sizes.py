@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 from router.ledger.database import Database, writing
-from router.ledger.schema import FEEDBACK, REQUESTS
+from router.ledger.schema import FEEDBACK, REQUESTS, RESPONSES
 
 _PRUNED_PER_TRANSACTION = 5_000
 _MOST_PER_LOOK = 20_000
@@ -38,7 +38,8 @@ def prune(database: Database, *, before_s: float) -> int:
 def keep_within(database: Database, max_bytes: float) -> int:
     """Delete some of the oldest requests if all take more than `max_bytes`; return how many.
 
-    A tenth is freed, so that this is seldom. SQLite uses the room again, and gives none back.
+    A tenth is freed, so that this is seldom. SQLite uses the room again, and gives none back. What
+    has a bound of its own does not count.
     """
     with database.connect() as connection:
         num_rows = connection.execute(sa.select(sa.func.count()).select_from(REQUESTS)).scalar_one()
@@ -60,7 +61,8 @@ def _size_bytes(connection: sa.Connection, num_rows: int) -> float:
             connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
             for name in ("page_size", "page_count", "freelist_count")
         ]
-        return float(used[0] * (used[1] - used[2]))
+        bounded = sa.select(sa.func.coalesce(sa.func.sum(RESPONSES.c.num_bytes), 0))
+        return float(used[0] * (used[1] - used[2]) - connection.execute(bounded).scalar_one())
     newest = (
         sa.select(REQUESTS).order_by(REQUESTS.c.time_s.desc()).limit(_SAMPLE).subquery("newest")
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from pydantic import BaseModel
 
@@ -46,6 +46,7 @@ class Progress:
     offsets: Offsets = field(default_factory=Offsets)
 
 
+@runtime_checkable
 class Endpoint(Protocol):
     """Reads a body and writes a response, whole or in chunks; knows nothing of how it is run."""
 
@@ -75,8 +76,43 @@ class Endpoint(Protocol):
         ...
 
 
+class ResponseWriter(Protocol):
+    """Writes one response, whole or as events; those carry their type's name if `named_events`.
+
+    Endpoints without a memory inherit that nothing is kept.
+    """
+
+    named_events: bool
+
+    def whole(self, choices: list[Chunk], usage: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the whole response; `usage` is OpenAI's, of a chat completion."""
+        ...
+
+    def start(self) -> list[dict[str, Any]]:
+        """Return what comes before the first token."""
+        ...
+
+    def chunk(self, index: int, chunk: Chunk) -> list[dict[str, Any]]:
+        """Return what `chunk` of choice `index` becomes; may be nothing."""
+        ...
+
+    def end(self, usage: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return what comes after the last chunk; together with the last chunk's not nothing."""
+        ...
+
+    def failed(self, error: ApiError) -> list[dict[str, Any]]:
+        """Return what ends a stream that failed."""
+        ...
+
+    async def keep(self, told: dict[str, Any], key_id: str | None) -> None:
+        """Keep the answer for `key_id` where that was asked for; `told` is it, or its last event.
+
+        Never raises; what could not be kept is changed in `told`.
+        """
+
+
 @dataclass(kw_only=True)
-class Writer:
+class Writer(ResponseWriter):
     """Writes one response in chunks: an endpoint, the request it answers, and how far it got."""
 
     named_events = False
@@ -112,32 +148,6 @@ class Writer:
         return data | {"usage": None} if self.ask.include_usage else data
 
 
-class ResponseWriter(Protocol):
-    """Writes one response, whole or as events; those carry their type's name if `named_events`."""
-
-    named_events: bool
-
-    def whole(self, choices: list[Chunk], usage: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the whole response; `usage` is OpenAI's, of a chat completion."""
-        ...
-
-    def start(self) -> list[dict[str, Any]]:
-        """Return what comes before the first token."""
-        ...
-
-    def chunk(self, index: int, chunk: Chunk) -> list[dict[str, Any]]:
-        """Return what `chunk` of choice `index` becomes; may be nothing."""
-        ...
-
-    def end(self, usage: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return what comes after the last chunk; together with the last chunk's not nothing."""
-        ...
-
-    def failed(self, error: ApiError) -> list[dict[str, Any]]:
-        """Return what ends a stream that failed."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
     """What an endpoint takes, answers, streams, and says of errors, for the OpenAPI document."""
@@ -159,6 +169,10 @@ class WireFormat(Protocol):
         """Return what `body` asks for; raises `ApiError`, 400, that names the field."""
         ...
 
+    async def recall(self, ask: Ask, key_id: str | None) -> Ask:  # noqa: ARG002
+        """Return `ask` with what an earlier answer to `key_id` brings along; raises `ApiError`."""
+        return ask
+
     def writer(self, head: Head, ask: Ask) -> ResponseWriter:
         """Return what writes the answer to `ask`."""
         ...
@@ -168,11 +182,12 @@ class WireFormat(Protocol):
         ...
 
 
-class ByChunks:
+class ByChunks(WireFormat):
     """The rest of an `Endpoint`, which makes it a `WireFormat`."""
 
-    def writer(self: Endpoint, head: Head, ask: Ask) -> ResponseWriter:
+    def writer(self, head: Head, ask: Ask) -> ResponseWriter:
         """Return a writer of chunks."""
+        assert isinstance(self, Endpoint)
         return Writer(endpoint=self, ask=ask, head=head)
 
     def error(self, error: ApiError) -> dict[str, Any]:

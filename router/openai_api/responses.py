@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from models.engines.base import Chunk
 from models.tools import join_calls
-from router.errors import ApiError
+from router.errors import ApiError, bad_request
 from router.openai_api.ask import Ask
-from router.openai_api.endpoint import Head, ResponseWriter, Shapes
+from router.openai_api.endpoint import Head, ResponseWriter, Shapes, WireFormat
 from router.openai_api.parts import Part, PartReader, parts_of
 from router.openai_api.responses_request import (
     ResponseAsk,
     ResponsesFields,
-    read_response_request,
+    read_response_fields,
+    response_ask,
 )
 from router.openai_api.shapes import Response, ResponseEvent
+from router.openai_api.stored import Kept, ResponseStore
 
 # Why an answer is not whole, as OpenAI says it.
 _INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
@@ -30,21 +33,41 @@ _PARTS = {
 }
 
 
-class ResponsesEndpoint:
-    """Reads and writes responses."""
+class ResponsesEndpoint(WireFormat):
+    """Reads and writes responses, and keeps them in `store`."""
 
     path = "/v1/responses"
     id_prefix = "resp_"
     shapes = Shapes(takes=ResponsesFields, answers=Response, streams=(ResponseEvent,))
 
+    def __init__(self, store: ResponseStore) -> None:
+        self._store = store
+
     def parse(self, body: bytes) -> Ask:
         """Return what `body` asks for; raises `ApiError`."""
-        return read_response_request(body)
+        fields = read_response_fields(body, can_store=self._store.keeps_any)
+        return response_ask(fields, store=self._store.keeps(fields.store))
+
+    async def recall(self, ask: Ask, key_id: str | None) -> Ask:
+        """Return `ask` as it goes on from the response that it names; raises `ApiError`, 400."""
+        assert isinstance(ask, ResponseAsk)
+        previous_id = ask.fields.previous_response_id
+        if previous_id is None:
+            return ask
+        earlier = await self._store.find(previous_id, key_id)
+        if earlier is None:
+            raise bad_request(
+                f"previous_response_id: there is no response {previous_id[:80]!r} here for you",
+                "previous_response_id",
+                "previous_response_not_found",
+            )
+        before = [*earlier.items, *earlier.response["output"]]
+        return await asyncio.to_thread(response_ask, ask.fields, store=ask.store, before=before)
 
     def writer(self, head: Head, ask: Ask) -> ResponseWriter:
         """Return what writes the answer."""
         assert isinstance(ask, ResponseAsk)
-        return ItemWriter(head=head, ask=ask)
+        return ItemWriter(head=head, ask=ask, store=self._store)
 
     def error(self, error: ApiError) -> dict[str, Any]:
         """Return OpenAI's error body."""
@@ -52,7 +75,7 @@ class ResponsesEndpoint:
 
 
 @dataclass(kw_only=True)
-class ItemWriter:
+class ItemWriter(ResponseWriter):
     """Writes one response; `_pieces` are those of the item that is open, `_items` the whole ones.
 
     Events are numbered as they are made.
@@ -62,6 +85,7 @@ class ItemWriter:
 
     head: Head
     ask: ResponseAsk
+    store: ResponseStore
     _reader: PartReader = field(default_factory=PartReader)
     _pieces: list[Part] = field(default_factory=list)
     _items: list[dict[str, Any]] = field(default_factory=list)
@@ -111,6 +135,13 @@ class ItemWriter:
         response = self._response("failed", None)
         response["error"] = {"code": told["code"], "message": told["message"]}
         return [self._event("response.failed", response=response)]
+
+    async def keep(self, told: dict[str, Any], key_id: str | None) -> None:
+        """Keep the response where it is to be; it says so itself where it could not be."""
+        response = told.get("response", told)
+        if self.ask.store:
+            kept = Kept(response=response, items=self.ask.items)
+            response["store"] = await self.store.add(kept, key_id)
 
     @property
     def _status(self) -> str:

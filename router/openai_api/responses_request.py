@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -63,22 +63,40 @@ class ResponsesFields(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class ResponseAsk(Ask):
-    """A chat request, and the fields of the response that repeat what was asked."""
+    """A chat request, the `fields` that it was made of, and those of the response that repeat them.
 
+    `items` are the whole conversation; with `store` they and the answer are kept.
+    """
+
+    fields: ResponsesFields
+    items: Sequence[Mapping[str, Any]]
+    store: bool
     echoed: Mapping[str, Any]
 
 
-def read_response_request(body: bytes) -> ResponseAsk:
-    """Return what a body of `/v1/responses` asks for; raises `ApiError`, 400.
+def read_response_fields(body: bytes, *, can_store: bool) -> ResponsesFields:
+    """Return what a body of `/v1/responses` says; raises `ApiError`, 400.
+
+    Nothing can be kept, or have been kept, unless the server `can_store`.
+    """
+    fields = read_fields(ResponsesFields, read_json(body), _REFUSED)
+    _check(fields, can_store=can_store)
+    return fields
+
+
+def response_ask(
+    fields: ResponsesFields, *, store: bool, before: Sequence[Mapping[str, Any]] = ()
+) -> ResponseAsk:
+    """Return what `fields` ask for after the items `before`; raises `ApiError`, 400.
 
     `max_output_tokens` is a ceiling: an answer may be shorter where the model's context ends. How
     hard to think and how much to say is told to those servers alone that know such fields.
     """
-    fields = read_fields(ResponsesFields, read_json(body), _REFUSED)
-    _check(fields)
+    said = fields.input
+    items = [*before, *([{"role": "user", "content": said}] if isinstance(said, str) else said)]
     chat = {
         "model": fields.model,
-        "messages": _turns(fields),
+        "messages": _turns(fields.instructions, items),
         "max_tokens": fields.max_output_tokens,
         "parallel_tool_calls": fields.parallel_tool_calls,
         "response_format": _response_format(fields.text or {}),
@@ -97,10 +115,16 @@ def read_response_request(body: bytes) -> ResponseAsk:
         "verbosity": (fields.text or {}).get("verbosity"),
     }
     sent = {**told, **{name: hint for name, hint in hints.items() if hint is not None}}
-    return ResponseAsk(**vars(replace(ask, sent=sent, ceiling=True)), echoed=_echoed(fields))
+    return ResponseAsk(
+        **vars(replace(ask, sent=sent, ceiling=True)),
+        fields=fields,
+        items=items,
+        store=store,
+        echoed={**_echoed(fields), "store": store},
+    )
 
 
-def _check(fields: ResponsesFields) -> None:
+def _check(fields: ResponsesFields, *, can_store: bool) -> None:
     for name in fields.include or ():
         if name not in _INCLUDED:
             raise bad_request(
@@ -113,24 +137,22 @@ def _check(fields: ResponsesFields) -> None:
         ("store", fields.store),
         ("previous_response_id", fields.previous_response_id),
     ):
-        if asked:
+        if asked and not can_store:
             raise bad_request(
-                f"{name} is not supported: this server keeps no responses; send the whole "
-                "conversation as input",
+                f"{name} is not supported: this server keeps no responses (responses.store); "
+                "send the whole conversation as input",
                 name,
                 "unsupported_parameter",
             )
 
 
-def _turns(fields: ResponsesFields) -> list[dict[str, Any]]:
+def _turns(instructions: str | None, items: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the conversation as a chat has it: calls and thoughts belong to assistants' turns."""
     turns: list[dict[str, Any]] = []
-    if fields.instructions:
-        turns.append({"role": "system", "content": fields.instructions})
-    if isinstance(fields.input, str):
-        return [*turns, {"role": "user", "content": fields.input}]
+    if instructions:
+        turns.append({"role": "system", "content": instructions})
     thoughts = ""
-    for index, item in enumerate(fields.input):
+    for index, item in enumerate(items):
         where = f"input[{index}]"
         kind = item.get("type") or "message"
         if kind == "reasoning":
@@ -240,9 +262,8 @@ def _echoed(fields: ResponsesFields) -> dict[str, Any]:
         "max_output_tokens": fields.max_output_tokens,
         "metadata": fields.metadata or {},
         "parallel_tool_calls": fields.parallel_tool_calls is not False,
-        "previous_response_id": None,
+        "previous_response_id": fields.previous_response_id,
         "reasoning": fields.reasoning or {"effort": None, "summary": None},
-        "store": False,
         "temperature": 1.0 if fields.temperature is None else fields.temperature,
         "text": fields.text or {"format": {"type": "text"}},
         "tool_choice": fields.tool_choice or "auto",

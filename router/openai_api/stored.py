@@ -1,0 +1,258 @@
+"""Responses that are kept: for who asks for one again, or goes on from it.
+
+Each is kept with the whole conversation that led to it, so that nothing else must still be there
+when somebody goes on. Only the key that asked sees it; it goes when its time is over, or when all
+take too much room, the oldest first. Any replica finds it, since the ledger's database has it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import sqlalchemy as sa
+from fastapi import FastAPI, Request
+from pydantic import BaseModel
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.responses import JSONResponse
+
+from router.config import ResponsesConfig
+from router.errors import ApiError, bad_request
+from router.experiments.endpoints import Identify
+from router.ledger.database import Database, writing
+from router.ledger.schema import RESPONSES
+from router.ledger.writer import insert_new
+from router.openai_api.shapes import Response
+from router.openapi import described
+
+logger = logging.getLogger(__name__)
+
+_DAY_S = 86_400.0
+_LOOK_S = 60.0  # how often old ones are looked for
+_MOST_BYTES = 2**23  # of one conversation
+_MOST_PER_LOOK = 1_000
+_MOST_LISTED = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """A response as it was told, and the items of the conversation that it answers."""
+
+    response: Mapping[str, Any]
+    items: Sequence[Mapping[str, Any]]
+
+
+class ResponseStore:
+    """Keeps responses in `database`, as `config` allows."""
+
+    def __init__(self, database: Database, config: ResponsesConfig) -> None:
+        self._database = database
+        self._config = config
+
+    @property
+    def keeps_any(self) -> bool:
+        """Whether any response is ever kept."""
+        return self._config.store != "never"
+
+    def keeps(self, asked: bool | None) -> bool:
+        """Whether a response is kept whose request says `asked` of `store`."""
+        return self.keeps_any and (
+            self._config.store == "unless_refused" if asked is None else asked
+        )
+
+    async def add(self, kept: Kept, key_id: str | None) -> bool:
+        """Keep a response for `key_id`; return whether that could be done. Never raises."""
+        body, items = _text(kept.response), _text(kept.items)
+        num_bytes = len(body.encode()) + len(items.encode())
+        if num_bytes > _MOST_BYTES:
+            return False
+        now_s = time.time()
+        row = {
+            "response_id": kept.response["id"],
+            "key_id": key_id,
+            "created_s": now_s,
+            "expires_s": now_s + self._config.keep_days * _DAY_S,
+            "num_bytes": num_bytes,
+            "body": body,
+            "items": items,
+        }
+        try:
+            await self._database.calls.run(self._add, row)
+        except SQLAlchemyError as error:
+            logger.warning("the response %s is not kept: %s", row["response_id"], error)
+            return False
+        return True
+
+    async def find(self, response_id: str, key_id: str | None) -> Kept | None:
+        """Return what was kept for `key_id`; raises `DatabaseUnavailable`."""
+        row = await self._database.calls.run(self._find, response_id, key_id)
+        if row is None:
+            return None
+        return Kept(response=json.loads(row["body"]), items=json.loads(row["items"]))
+
+    async def delete(self, response_id: str, key_id: str | None) -> bool:
+        """Forget a response; return whether there was one."""
+        return await self._database.calls.run(self._delete, response_id, key_id)
+
+    async def run(self) -> None:
+        """Delete what is too old or too much until cancelled; log a failing database, go on."""
+        while self.keeps_any:
+            try:
+                await self._database.reports.run(self.prune)
+            except SQLAlchemyError as error:
+                logger.warning("old responses stay for now: %s", error)
+            await asyncio.sleep(_LOOK_S)
+
+    def prune(self) -> int:
+        """Delete responses whose time is over, and the oldest while all take too much; blocks."""
+        num_deleted = 0
+        with writing(self._database) as connection:
+            old = sa.delete(RESPONSES).where(RESPONSES.c.expires_s < time.time())
+            num_deleted += connection.execute(old).rowcount
+            taken = connection.execute(sa.select(sa.func.sum(RESPONSES.c.num_bytes))).scalar() or 0
+            excess = int(taken) - self._config.max_gb * 1e9
+            oldest = sa.select(RESPONSES.c.response_id, RESPONSES.c.num_bytes).order_by(
+                RESPONSES.c.created_s
+            )
+            gone: list[str] = []
+            if excess > 0:
+                for response_id, num_bytes in connection.execute(oldest.limit(_MOST_PER_LOOK)):
+                    if excess <= 0:
+                        break
+                    gone.append(response_id)
+                    excess -= num_bytes
+            connection.execute(sa.delete(RESPONSES).where(RESPONSES.c.response_id.in_(gone)))
+        return num_deleted + len(gone)
+
+    def _add(self, row: Mapping[str, Any]) -> None:
+        with writing(self._database) as connection:
+            connection.execute(insert_new(connection, RESPONSES), row)
+
+    def _find(self, response_id: str, key_id: str | None) -> Mapping[str, Any] | None:
+        wanted = sa.select(RESPONSES.c.body, RESPONSES.c["items"]).where(
+            *_owned(response_id, key_id), RESPONSES.c.expires_s > time.time()
+        )
+        with self._database.connect() as connection:
+            row = connection.execute(wanted).mappings().first()
+        return None if row is None else dict(row)
+
+    def _delete(self, response_id: str, key_id: str | None) -> bool:
+        with writing(self._database) as connection:
+            gone = connection.execute(sa.delete(RESPONSES).where(*_owned(response_id, key_id)))
+        return gone.rowcount == 1
+
+
+class DeletedResponse(BaseModel):
+    """A response that is gone."""
+
+    id: str
+    object: Literal["response"]
+    deleted: bool
+
+
+class ItemList(BaseModel):
+    """Some of the items that a response answers, newest first unless asked otherwise."""
+
+    object: Literal["list"]
+    data: list[dict[str, Any]]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+def add_response_routes(api: FastAPI, store: ResponseStore, *, identify: Identify) -> None:
+    """Add what reads and deletes kept responses."""
+
+    async def found(request: Request, response_id: str) -> Kept:
+        kept = await store.find(response_id, await identify(request))
+        if kept is None:
+            raise _unknown(response_id, store)
+        return kept
+
+    async def read(request: Request, response_id: str) -> JSONResponse:
+        if request.query_params.get("stream", "false") != "false":
+            raise bad_request("stream: a kept response is told whole", "stream")
+        return JSONResponse((await found(request, response_id)).response)
+
+    async def delete(request: Request, response_id: str) -> JSONResponse:
+        if not await store.delete(response_id, await identify(request)):
+            raise _unknown(response_id, store)
+        return JSONResponse({"id": response_id, "object": "response", "deleted": True})
+
+    async def items(request: Request, response_id: str) -> JSONResponse:
+        kept = await found(request, response_id)
+        return JSONResponse(_page(_listed(kept.items, response_id), request.query_params))
+
+    one = "/v1/responses/{response_id}"
+    for path, method, answer, extra in (
+        (one, "GET", read, described(Response)),
+        (one, "DELETE", delete, described(DeletedResponse)),
+        (
+            f"{one}/input_items",
+            "GET",
+            items,
+            described(ItemList, query=("limit", "order", "after")),
+        ),
+    ):
+        api.add_api_route(path, answer, methods=[method], openapi_extra=extra)
+
+
+def _unknown(response_id: str, store: ResponseStore) -> ApiError:
+    why = "" if store.keeps_any else "; this server keeps none (responses.store)"
+    return ApiError(
+        404,
+        f"There is no response {response_id[:80]!r} here for you{why}.",
+        param="response_id",
+        code="response_not_found",
+    )
+
+
+def _owned(response_id: str, key_id: str | None) -> tuple[sa.ColumnElement[bool], ...]:
+    return RESPONSES.c.response_id == response_id, RESPONSES.c.key_id.is_not_distinct_from(key_id)
+
+
+def _listed(items: Sequence[Mapping[str, Any]], response_id: str) -> list[dict[str, Any]]:
+    """Return a conversation's items with ids and types, texts as lists of parts."""
+    listed = []
+    for index, item in enumerate(items):
+        told = {"type": "message", **item}
+        told["id"] = item.get("id") or f"item_{response_id.removeprefix('resp_')}_{index}"
+        if isinstance(told.get("content"), str) and told["type"] == "message":
+            kind = "output_text" if told.get("role") == "assistant" else "input_text"
+            told["content"] = [{"type": kind, "text": told["content"]}]
+        listed.append(told)
+    return listed
+
+
+def _page(items: list[dict[str, Any]], query: Mapping[str, str]) -> dict[str, Any]:
+    """Return one page of `items` as OpenAI's lists have them; raises `ApiError`, 400."""
+    limit, order = query.get("limit", "20"), query.get("order", "desc")
+    if not limit.isdecimal() or not 1 <= int(limit) <= _MOST_LISTED:
+        raise bad_request(f"limit: {limit[:20]!r} is not in [1, {_MOST_LISTED}]", "limit")
+    if order not in ("asc", "desc"):
+        raise bad_request(f"order: {order[:20]!r} is unknown; allowed are asc, desc", "order")
+    left = items if order == "asc" else items[::-1]
+    after = query.get("after")
+    ids = [item["id"] for item in left]
+    if after is not None:
+        if after not in ids:
+            raise bad_request(f"after: there is no item {after[:80]!r}", "after")
+        left = left[ids.index(after) + 1 :]
+    page = left[: int(limit)]
+    return {
+        "object": "list",
+        "data": page,
+        "first_id": page[0]["id"] if page else None,
+        "last_id": page[-1]["id"] if page else None,
+        "has_more": len(left) > len(page),
+    }
+
+
+def _text(data: object) -> str:
+    # Both databases hold escapes for what they cannot store as it is.
+    return json.dumps(data, separators=(",", ":"))
