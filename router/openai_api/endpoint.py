@@ -109,6 +109,7 @@ class ResponseWriter(Protocol):
 
         Never raises; what could not be kept is changed in `told`.
         """
+        return
 
 
 @dataclass(kw_only=True)
