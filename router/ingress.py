@@ -21,14 +21,14 @@ from starlette.responses import JSONResponse
 
 from models.engines.base import EngineStats
 from models.errors import EngineError
-from router.access.keys import KeyRejected, Scope
+from router.access.keys import Identify, KeyRejected, Scope
 from router.anthropic_api.answer import MessagesEndpoint
 from router.anthropic_api.counting import add_count_route
 from router.config import AppArgs
 from router.dashboard.routes import add_dashboard, may_see
 from router.decide import named_target
 from router.errors import ApiError, to_api_error
-from router.experiments.endpoints import Identify, add_experiment_routes, add_feedback_route
+from router.experiments.endpoints import add_experiment_routes, add_feedback_route
 from router.gate import credentials
 from router.metrics.page import add_metrics_route
 from router.openai_api.chat import ChatEndpoint

@@ -10,19 +10,22 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 import sqlalchemy as sa
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.exc import IntegrityError
+from starlette.requests import Request
 
 from router.access.limits import Cap, read_caps
 from router.ledger.database import Database, writing
 from router.ledger.schema import API_KEYS
 
 Scope: TypeAlias = Literal["user", "admin"]
+# Tells the key id of who sends a request, None for an anonymous one. Raises `KeyRejected`.
+Identify: TypeAlias = Callable[[Request], Awaitable[str | None]]
 
 PREFIX = "sk-shoal-"
 _MOST_CACHED = 10_000

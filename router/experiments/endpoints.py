@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any, Literal, Self
 
 import sqlalchemy as sa
 from fastapi import FastAPI, Request
@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from starlette.responses import JSONResponse
 
 from policies.experiments.report import Report
+from router.access.keys import Identify
 from router.bodies import Bodies
 from router.errors import ApiError, bad_request
 from router.exchange import answer_digest
@@ -36,9 +37,6 @@ _MAX_FEEDBACK_BYTES = 2**20
 # the machine is busy.
 _FLUSH_S = 2.0
 _LATER_TRIES_S = (0.25, 0.75, 2.0)
-
-# Tells the key id of who sends a request, None for an anonymous one. Raises `ApiError`.
-Identify: TypeAlias = Callable[[Request], Awaitable[str | None]]
 
 
 def add_feedback_route(

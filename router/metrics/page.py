@@ -33,10 +33,10 @@ from starlette.responses import PlainTextResponse
 
 from policies.budget import Controller
 from policies.experiments.shadow import Shadow
+from router.access.keys import Identify
 from router.catalog.catalog import Catalog
 from router.config import AppArgs
 from router.engines import EngineClient
-from router.experiments.endpoints import Identify
 from router.experiments.experiments import Experiments
 from router.ledger.writer import Ledger
 from router.metrics import families as f

@@ -21,9 +21,9 @@ from pydantic import BaseModel
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.responses import JSONResponse
 
+from router.access.keys import Identify
 from router.config import ResponsesConfig
 from router.errors import ApiError, bad_request
-from router.experiments.endpoints import Identify
 from router.ledger.database import Database, writing
 from router.ledger.schema import RESPONSES
 from router.ledger.writer import insert_new
