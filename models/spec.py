@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -41,6 +41,9 @@ class DeploymentSpec(_Strict):
     drain_s: float = Field(10, ge=0)
 
 
+Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
+
+
 class EngineSpec(_Strict):
     """One engine: `kind` picks the implementation, `options` are that implementation's own.
 
@@ -51,7 +54,7 @@ class EngineSpec(_Strict):
     name: Name
     kind: str
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     kv_memory_bytes: int = Field(256 * 2**20, gt=0)
     max_queued_requests: int = Field(256, ge=0, le=1_000_000)
     options: dict[str, Any] = Field(default_factory=dict)

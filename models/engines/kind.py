@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from models.engines.base import Engine, FusionRule, StructureKind
 from models.errors import PoolError
-from models.spec import EngineSpec, Model
+from models.spec import Dtype, EngineSpec, Model
 
 Options = TypeVar("Options", bound=BaseModel)
 Format: TypeAlias = Literal["safetensors", "gguf"]
@@ -55,14 +55,15 @@ class EngineKind(Generic[Options]):
     `inspect` checks options and models as far as that goes without loading anything, and raises
     `PoolError`. `create` makes the engine of what `inspect` has passed, and imports what that
     takes; the engine's `start` loads. `formats` are the checkpoints that it reads: folders of
-    "safetensors", files of "gguf"; none for one that reads none. With `remote` its models are
-    another server's.
+    "safetensors", files of "gguf"; none for one that reads none. It computes in one of `dtypes`.
+    With `remote` its models are another server's.
     """
 
     options: type[Options]
     inspect: Callable[[EngineSpec, Options, Sequence[Model]], EngineTraits]
     create: Callable[[EngineSpec, Options, Sequence[Model]], Engine]
     formats: tuple[Format, ...] = ()
+    dtypes: tuple[Dtype, ...] = ("auto", "float32", "bfloat16", "float16")
     remote: bool = False
 
 

@@ -59,6 +59,11 @@ def _read(spec: EngineSpec, models: Sequence[Model]) -> tuple[EngineKind[Any], B
         kind = KINDS.load(spec.kind)
     except PluginError as error:
         raise PoolError(f"engines.{spec.name}.kind: {error}") from None
+    if spec.dtype not in kind.dtypes:
+        raise PoolError(
+            f"engines.{spec.name}.dtype: {spec.dtype!r} is not allowed for kind {spec.kind}; "
+            f"allowed are {', '.join(kind.dtypes)}"
+        )
     for model in models:
         _check_checkpoint(spec, kind, model)
     try:

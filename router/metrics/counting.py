@@ -83,6 +83,8 @@ def _count(row: Mapping[str, Any], counts: Counts) -> None:
         counts[f.PLANS.name, policy, _shape(row["plan"])] += 1
     if row["scores"]:
         counts.observe(f.CONFIDENCE, policy, max(row["scores"].values()))
+    if row["cached_tokens"] is not None:
+        counts[f.CACHED_TOKENS.name, policy] += row["cached_tokens"]
     if row["familiar"] is not None:
         counts[f.UNFAMILIAR.name, policy] += not row["familiar"]
     stages = list(_by_choice(row["stages"] or ()))

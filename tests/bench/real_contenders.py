@@ -17,7 +17,10 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    from models.engines.base import Engine
 
 Prompts: TypeAlias = list[list[int]]
 Answer: TypeAlias = Callable[[Prompts, int], tuple[float, float]]
@@ -30,10 +33,7 @@ _ids = count()
 
 def engine(kind: str, model: Path, stack: ExitStack, *, dtype: str = "auto") -> Answer:
     """One of Shoal's engines, asked directly."""
-    from models.card import read_card
     from models.engines.base import GenerationRequest, SamplingOptions
-    from models.engines.registry import create_engine
-    from models.spec import EngineSpec, Model, ModelSpec
 
     options: dict[str, Any] = {}
     if kind == "llamacpp":
@@ -42,18 +42,7 @@ def engine(kind: str, model: Path, stack: ExitStack, *, dtype: str = "auto") -> 
             "context_tokens": CONTEXT_TOKENS,
             "prompt_cache_mib": 0,
         }
-    spec = EngineSpec.model_validate(
-        {"name": "e", "kind": kind, "dtype": dtype, "kv_memory_bytes": KV_BYTES, "options": options}
-    )
-    served = Model(
-        spec=ModelSpec(name="m", engine="e", checkpoint=str(model)),
-        card=read_card(model),
-        tokenizer=model,
-    )
-    runner = stack.enter_context(asyncio.Runner())
-    running = create_engine(spec, [served])
-    runner.run(running.start())
-    stack.callback(lambda: runner.run(running.stop()))
+    runner, running = _start(kind, model, stack, dtype, options)
 
     async def one(prompt: list[int], num_tokens: int) -> float:
         first_s = 0.0
@@ -72,6 +61,52 @@ def engine(kind: str, model: Path, stack: ExitStack, *, dtype: str = "auto") -> 
         return max(await asyncio.gather(*(one(prompt, num_tokens) for prompt in prompts)))
 
     return lambda prompts, num_tokens: _timed(lambda: runner.run(all_of(prompts, num_tokens)))
+
+
+def _start(
+    kind: str, model: Path, stack: ExitStack, dtype: str, options: dict[str, Any]
+) -> tuple[asyncio.Runner, Engine]:
+    from models.card import read_card
+    from models.engines.registry import create_engine
+    from models.spec import EngineSpec, Model, ModelSpec
+
+    spec = EngineSpec.model_validate(
+        {"name": "e", "kind": kind, "dtype": dtype, "kv_memory_bytes": KV_BYTES, "options": options}
+    )
+    served = Model(
+        spec=ModelSpec(name="m", engine="e", checkpoint=str(model)),
+        card=read_card(model),
+        tokenizer=model,
+    )
+    runner = stack.enter_context(asyncio.Runner())
+    running = create_engine(spec, [served])
+    runner.run(running.start())
+    stack.callback(lambda: runner.run(running.stop()))
+    return runner, running
+
+
+def loss_per_token(folder: Path, stack: ExitStack, windows: Prompts, *, dtype: str) -> float:
+    """Return what the stacked engine's weights as `dtype` say of texts, in nats per token."""
+    from models.engines.base import GenerationRequest, SamplingOptions
+
+    runner, running = _start("stacked", folder, stack, dtype, {})
+
+    async def logprobs(prompt: list[int]) -> list[float]:
+        request = GenerationRequest(
+            request_id=str(next(_ids)),
+            prompt_tokens=tuple(prompt),
+            members=("m",),
+            sampling=SamplingOptions(max_tokens=1, prompt_logprobs=0),
+        )
+        return [
+            token.logprob
+            async for chunk in running.generate(request)
+            for token in chunk.prompt
+            if token.logprob is not None
+        ]
+
+    told = [value for prompt in windows for value in runner.run(logprobs(prompt))]
+    return -sum(told) / len(told)
 
 
 def transformers(model: Path, *, dtype: str) -> Answer:

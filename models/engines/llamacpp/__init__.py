@@ -72,11 +72,6 @@ def slots(spec: EngineSpec, options: LlamacppOptions, card: ModelCard) -> tuple[
 
 
 def _inspect(spec: EngineSpec, options: LlamacppOptions, models: Sequence[Model]) -> EngineTraits:
-    if spec.dtype != "auto":
-        raise PoolError(
-            f"engines.{spec.name}.dtype: {spec.dtype!r} is not allowed; a llamacpp engine computes "
-            "with the types of its file (auto)"
-        )
     card = _the_card(spec, models)
     num_slots, context_tokens = slots(spec, options, card)
     if num_slots == 0:
@@ -112,4 +107,6 @@ def _the_card(spec: EngineSpec, models: Sequence[Model]) -> ModelCard:
     return card
 
 
-KIND = EngineKind(options=LlamacppOptions, inspect=_inspect, create=_create, formats=("gguf",))
+KIND = EngineKind(
+    options=LlamacppOptions, inspect=_inspect, create=_create, formats=("gguf",), dtypes=("auto",)
+)  # as its file has them

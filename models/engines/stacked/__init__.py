@@ -3,8 +3,9 @@
 The unit of work is a *lane*: one request on one member, with its own cache rows. A request that
 uses k members costs k lanes, whatever the engine holds. One step, in `loop`:
 
-    take what came in → `scheduler` picks parts → `layout` indexes them → `model` computes logits
-    → `fusion` joins lanes → `sampler` draws → `sequence` turns tokens into text → send
+    take what came in → `scheduler` picks parts, `cache` gives them rows → `layout` indexes them
+    → `model` computes logits → `fusion` joins lanes → `sampler` draws → `sequence` turns tokens
+    into text → send
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class StackedOptions(BaseModel):
     answer at once: the event loop's work would hold up the steps otherwise. `num_threads` is the
     most CPU threads that a step gets (see `runner.StepThreads`); None: as many as torch has. A step
     that takes longer than `step_timeout_s` is taken to hang: what runs fails, and the engine is
-    started again.
+    started again. With `prefix_cache` a prompt starts from the keys and values of an earlier one
+    that began alike (see `cache`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -37,6 +39,7 @@ class StackedOptions(BaseModel):
     stream_interval_ms: float = Field(10.0, ge=0)
     num_threads: int | None = Field(None, ge=1)
     step_timeout_s: float = Field(300.0, gt=0)
+    prefix_cache: bool = True
 
 
 _TRAITS = EngineTraits()
@@ -60,9 +63,14 @@ def _create(spec: EngineSpec, options: StackedOptions, models: Sequence[Model]) 
         stream_interval_s=options.stream_interval_ms / 1e3,
         num_threads=options.num_threads,
         step_timeout_s=options.step_timeout_s,
+        prefix_cache=options.prefix_cache,
     )
 
 
 KIND = EngineKind(
-    options=StackedOptions, inspect=_inspect, create=_create, formats=("safetensors",)
+    options=StackedOptions,
+    inspect=_inspect,
+    create=_create,
+    formats=("safetensors",),
+    dtypes=("auto", "float32", "bfloat16", "float16", "int8", "int4"),
 )

@@ -19,7 +19,8 @@ from models.engines.stacked.attention import (
     Span,
     SpanAttention,
 )
-from models.engines.stacked.layout import Grouping, Layout
+from models.engines.stacked.layout import Layout
+from models.engines.stacked.matrices import Product
 
 
 class Norm:
@@ -47,57 +48,6 @@ class Norm:
         )
         self._scale_n11.rsqrt_()
         torch.mul(self._x, self._scale, out=self._y)
-
-
-class Product:
-    """Each row of `x` times its member's matrix, into `y` or onto it.
-
-    On CPU one batched product per run of members with equally many rows, or a plain one for a run
-    of one (a third faster); on CUDA one grouped product, which takes rows as they come.
-    """
-
-    def __init__(self, x_NI: Tensor, y_NO: Tensor, rows: Grouping) -> None:
-        self._grouped = x_NI.is_cuda or not rows.runs
-        self._x, self._y, self._ends_M = x_NI, y_NO, rows.ends_M
-        runs = rows.runs
-        self._whole = len(runs) == 1 and runs[0].num_members == len(rows.ends_M)
-        self._runs = [
-            (
-                run.members,
-                x_NI[run.rows].view(run.num_members, run.rows_per_member, -1),
-                y_NO[run.rows].view(run.num_members, run.rows_per_member, -1),
-            )
-            for run in runs
-            if run.num_members > 1
-        ]
-        self._single = [
-            (run.first_member, x_NI[run.rows], y_NO[run.rows])
-            for run in runs
-            if run.num_members == 1
-        ]
-
-    def write(self, weight_MIO: Tensor) -> None:
-        """Set `y` to the product."""
-        if self._grouped:
-            self._y.copy_(self._multiply(weight_MIO))
-            return
-        for members, x, y in self._runs:
-            torch.bmm(x, weight_MIO if self._whole else weight_MIO[members], out=y)
-        for member, x, y in self._single:
-            torch.mm(x, weight_MIO[member], out=y)
-
-    def add(self, weight_MIO: Tensor) -> None:
-        """Add the product to `y`."""
-        if self._grouped:
-            self._y += self._multiply(weight_MIO)
-            return
-        for members, x, y in self._runs:
-            y.baddbmm_(x, weight_MIO if self._whole else weight_MIO[members])
-        for member, x, y in self._single:
-            y.addmm_(x, weight_MIO[member])
-
-    def _multiply(self, weight_MIO: Tensor) -> Tensor:
-        return torch.nn.functional.grouped_mm(self._x, weight_MIO, offs=self._ends_M)
 
 
 class Buffers:

@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from llguidance import LLTokenizer
@@ -16,6 +17,7 @@ from models.engines.kind import EngineTraits
 from models.engines.requests import check_request, relative_weights
 from models.engines.stacked.fusion import LaneWeights, contrastive_powers
 from models.engines.stacked.loop import Loop
+from models.engines.stacked.matrices import Pack, as_int4, as_int8
 from models.engines.stacked.runner import Runner
 from models.engines.stacked.sampler import Grammar, SamplerState
 from models.engines.stacked.scheduler import Scheduler
@@ -25,6 +27,8 @@ from models.engines.text import TextStream, Vocabulary
 from models.errors import EngineFailed, PoolError, RequestError
 from models.spec import EngineSpec
 from models.tokenizer import read_tokenizer
+
+_PACKS: Mapping[str, Pack[Any]] = {"int8": as_int8, "int4": as_int4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,7 @@ class StackedEngine:
         stream_interval_s: float,
         num_threads: int | None,
         step_timeout_s: float,
+        prefix_cache: bool,
     ) -> None:
         """Only remember; `start` loads."""
         self._spec = spec
@@ -65,6 +70,7 @@ class StackedEngine:
         self._stream_interval_s = stream_interval_s
         self._num_threads = num_threads
         self._step_timeout_s = step_timeout_s
+        self._prefix_cache = prefix_cache
         self._names = tuple(members)
         self._cards = tuple(members.values())
         self._vocab_size = self._cards[0].shape.vocab_size
@@ -80,7 +86,7 @@ class StackedEngine:
         runner, tokenizer, vocabulary = await asyncio.to_thread(self._load)
         loop = Loop(
             runner,
-            Scheduler(runner.arena, step_rows=self._step_rows),
+            Scheduler(runner.arena, step_rows=self._step_rows, keeps_prefixes=self._prefix_cache),
             vocabulary=vocabulary,
             max_queued_requests=self._spec.max_queued_requests,
             stream_interval_s=self._stream_interval_s,
@@ -164,6 +170,7 @@ class StackedEngine:
             kv_memory_bytes=self._spec.kv_memory_bytes,
             device=device,
             dtype=_dtype(self._spec, device),
+            pack=_PACKS.get(self._spec.dtype),
             num_threads=self._num_threads,
         )
         with torch.inference_mode():
@@ -257,5 +264,9 @@ def _device(spec: EngineSpec) -> torch.device:
 def _dtype(spec: EngineSpec, device: torch.device) -> torch.dtype:
     if spec.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if spec.dtype in _PACKS:
+        if device.type == "cuda":
+            raise PoolError(f"engines.{spec.name}.dtype: {spec.dtype} is for CPU; try bfloat16")
+        return torch.float32  # of everything but the matrices
     dtype: torch.dtype = getattr(torch, spec.dtype)
     return dtype

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from models.engines.stacked.attention import Padded
-from models.engines.stacked.layout import Arena, Grouping, Layout, Order, Step
+from models.engines.stacked.cache import Arena
+from models.engines.stacked.layout import Grouping, Layout, Order, Step
 from models.engines.stacked.model import StackedModel
 
 logger = logging.getLogger(__name__)

@@ -93,11 +93,12 @@ class Loop(threading.Thread):
     def stats(self) -> EngineStats:
         """Return a snapshot; may be called from another thread."""
         running, arena = list(self._scheduler.running), self._runner.arena
+        prefixes = self._scheduler.prefixes
         return EngineStats(
             running_requests=len(running),
             queued_requests=self._scheduler.num_waiting,
             active_lanes=sum(sequence.num_lanes for sequence in running),
-            kv_bytes_used=arena.num_rows_used * arena.row_bytes,
+            kv_bytes_used=prefixes.num_rows_held * arena.row_bytes,
             kv_bytes_total=arena.num_rows * arena.row_bytes,
             generated_tokens_total=self._num_tokens,
             busy_seconds_total=self._busy_s,
@@ -221,6 +222,8 @@ class Loop(threading.Thread):
     def _fail(self, sequence: Sequence, error: EngineFailed | EngineOverloaded) -> None:
         if not sequence.finished:
             self._drop(sequence)
+            if isinstance(error, EngineFailed):
+                self._scheduler.prefixes.clear()
             self._outbox.append((sequence, error))
             self._urgent = True
 

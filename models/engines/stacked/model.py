@@ -13,28 +13,31 @@ requests, sampling or fusion.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
 from models.engines.stacked.architecture import Architecture
-from models.engines.stacked.buffers import Buffers, Norm, Product
+from models.engines.stacked.buffers import Buffers, Norm
+from models.engines.stacked.cache import Arena
 from models.engines.stacked.layers import Rotary
-from models.engines.stacked.layout import Arena, Grouping, Layout, Order
+from models.engines.stacked.layout import Grouping, Layout, Order
+from models.engines.stacked.matrices import Product
 from models.engines.stacked.weights import LayerWeights, Weights
 
 
 class StackedModel:
     """Computes next-token logits of every lane; see the module's docstring."""
 
-    def __init__(self, architecture: Architecture, weights: Weights) -> None:
+    def __init__(self, architecture: Architecture, weights: Weights[Any]) -> None:
         self._architecture, self._shape = architecture, architecture.shape
         self._norm_eps = architecture.norm_eps
         self._weights = weights
         self._layout: Layout | None = None
         self._buffers: Buffers | None = None
-        device, dtype = weights.head_MDV.device, weights.head_MDV.dtype
+        device, dtype = weights.final_gain_MD.device, weights.final_gain_MD.dtype
         # [positions, 1, d / 2], complex: one rotation for all heads
         self._rotations_T1d = {
             rotary: rotations(rotary, self._shape.head_dim, architecture.context_tokens)[
@@ -48,8 +51,8 @@ class StackedModel:
 
     def buffers(self, layout: Layout, *, keeps_copies: bool) -> Buffers:
         """Return what a forward pass over `layout` writes to; of copies see `PaddedAttention`."""
-        head_MDV = self._weights.head_MDV
-        return Buffers(self._architecture, layout, head_MDV, keeps_copies=keeps_copies)
+        like = self._weights.final_gain_MD
+        return Buffers(self._architecture, layout, like, keeps_copies=keeps_copies)
 
     def forward(self, layout: Layout, arena: Arena, buffers: Buffers | None = None) -> Tensor:
         """Run the step's tokens, write their keys and values; return hidden states [N, D].
@@ -58,7 +61,7 @@ class StackedModel:
         """
         members_N = layout.rows.members_N
         b = buffers or self._buffers_of(layout)
-        x_ND = b.x_ND.copy_(self._weights.embed_MVD[members_N, layout.tokens_N])
+        x_ND = b.x_ND.copy_(self._embed(members_N, layout.tokens_N))
         if self._embedding_scale != 1:
             x_ND *= self._embedding_scale
         rotations_N1d = {
@@ -109,6 +112,15 @@ class StackedModel:
         cap = self._architecture.logit_cap
         return logits_LV if cap is None else torch.tanh(logits_LV / cap) * cap
 
+    def _embed(self, members_N: Tensor, tokens_N: Tensor) -> Tensor:
+        weights = self._weights
+        embedded_ND: Tensor = (
+            weights.head_MDV.outputs(members_N, tokens_N)
+            if weights.embed_MVD is None
+            else weights.embed_MVD[members_N, tokens_N]
+        )
+        return embedded_ND
+
     def _buffers_of(self, layout: Layout) -> Buffers:
         if self._buffers is None or self._layout is not layout:
             # On CUDA copies are cheap and memory is dear.
@@ -129,7 +141,7 @@ class StackedModel:
         b.norm_added()
         b.x_ND.addcmul_(b.normed_ND, gain_MD.index_select(0, members_N))
 
-    def _norm_heads(self, b: Buffers, weights: LayerWeights, members_N: Tensor) -> None:
+    def _norm_heads(self, b: Buffers, weights: LayerWeights[Any], members_N: Tensor) -> None:
         """Norm queries and keys, each head by itself or all together, where that is done."""
         if weights.qk_gain_MHd is None:
             return

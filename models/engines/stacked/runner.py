@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +14,11 @@ from torch import Tensor
 from models.card import ModelCard
 from models.engines.base import GenerationRequest, SamplingOptions
 from models.engines.stacked.architecture import read_stack
+from models.engines.stacked.cache import Arena
 from models.engines.stacked.fusion import LaneWeights, fuse
 from models.engines.stacked.graphs import DecodeGraphs, Record, record_cuda
-from models.engines.stacked.layout import Arena, Part, Step, build_step, group_rows
+from models.engines.stacked.layout import Part, Step, build_step, group_rows
+from models.engines.stacked.matrices import Pack, as_they_are, outputs_first
 from models.engines.stacked.model import StackedModel
 from models.engines.stacked.sampler import Draw, SamplerState, Scored, draw, score
 from models.engines.stacked.sequence import Sequence
@@ -42,16 +45,21 @@ class Runner:
         kv_memory_bytes: int,
         device: torch.device,
         dtype: torch.dtype,
+        pack: Pack[Any] | None = None,
         num_threads: int | None = None,
         record: Record | None = None,
     ) -> None:
         """Load the members' weights; on CPU compute with `num_threads` at most, or all of torch's.
 
-        Decoding steps are recorded by `record`; None: as CUDA graphs in bfloat16, else not at all.
+        `pack` says how matrices are kept; None: as numbers, in the fastest order. Decoding steps
+        are recorded by `record`; None: as CUDA graphs in bfloat16, else not at all.
         Raises `PoolError` for a checkpoint it cannot compute.
         """
         self.architecture = read_stack(cards)
-        weights = load_weights(cards, self.architecture, device, dtype)
+        if pack is None:
+            bfloat16_on_cpu = device.type == "cpu" and dtype == torch.bfloat16
+            pack = outputs_first if bfloat16_on_cpu else as_they_are
+        weights = load_weights(cards, self.architecture, device, dtype, pack=pack)
         self.arena = Arena(self.architecture.shape, kv_memory_bytes, device, dtype)
         self._model = StackedModel(self.architecture, weights)
         self._num_members = len(cards)

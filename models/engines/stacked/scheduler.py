@@ -15,7 +15,8 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterator
 
-from models.engines.stacked.layout import Arena, Part, order_parts
+from models.engines.stacked.cache import Arena, PrefixCache
+from models.engines.stacked.layout import Part, order_parts
 from models.engines.stacked.sequence import Sequence
 
 # What a client may always decode in a step, however little others do: fewer are hardly faster.
@@ -27,8 +28,9 @@ _SPARED = 8
 class Scheduler:
     """Keeps the queue and the running requests; used by the engine's thread only."""
 
-    def __init__(self, arena: Arena, *, step_rows: int) -> None:
+    def __init__(self, arena: Arena, *, step_rows: int, keeps_prefixes: bool = True) -> None:
         """`step_rows` bounds the rows of a step; decoding comes first, prefill takes the rest."""
+        self.prefixes = PrefixCache(arena, keeps=keeps_prefixes)
         self._arena = arena
         self._step_rows = step_rows
         self._waiting: dict[str, deque[Sequence]] = {}
@@ -61,8 +63,7 @@ class Scheduler:
             self.num_waiting -= 1
         else:
             self.running.remove(sequence)
-            self._arena.release(sequence.region_start, sequence.num_rows)
-            sequence.region_start = None
+            self.prefixes.end(sequence)
         if client not in self._waiting and all(
             other.request.client_id != client for other in self.running
         ):
@@ -76,6 +77,8 @@ class Scheduler:
         room = self._step_rows - sum(sequence.num_lanes for sequence in decoding)
         prefilling = [sequence for sequence in self.running if sequence.num_pending > 1]
         for sequence in sorted(prefilling, key=lambda s: self._served[s.request.client_id]):
+            if sequence.num_reused is None and not self.prefixes.begin(sequence):
+                continue
             # One prefill always moves on, however many requests decode.
             least = 0 if len(parts) > len(decoding) else 1
             num_tokens = min(sequence.num_pending, max(room // sequence.num_lanes, least))
@@ -120,8 +123,7 @@ class Scheduler:
         while open_clients := [c for c, q in self._waiting.items() if not self._is_spared(q[0])]:
             client = min(open_clients, key=lambda name: self._served[name])
             sequence = self._waiting[client][0]
-            sequence.region_start = self._arena.allocate(sequence.num_rows)
-            if sequence.region_start is None:
+            if not self.prefixes.admit(sequence):
                 return
             # Charged in advance by a step, so that clients alternate when several are admitted.
             self._served[client] += sequence.num_lanes

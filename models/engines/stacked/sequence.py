@@ -23,9 +23,10 @@ class Sequence:
     `lane_of` says for each member that the request names which lane it is, None if it has none.
     `end_tokens` end an answer of any of its members. `tokens` is the prompt and what was generated
     so far, of which the first `num_cached` have their keys and values in the cache, from row
-    `region_start` on (None while it waits). `scored` is what the members said of the prompt in the
-    last step, where that was asked for. `send` hands an outcome to the reader, on the event loop;
-    what `accept` collects is for its next one.
+    `region_start` on (None while it waits); the first `num_reused` were copied from another
+    request's (None until its prompt has begun). `scored` is what the members said of the prompt in
+    the last step, where that was asked for. `send` hands an outcome to the reader, on the event
+    loop; what `accept` collects is for its next one.
     """
 
     request: GenerationRequest
@@ -39,6 +40,7 @@ class Sequence:
     text: TextStream
     send: Callable[[Outcome], None]
     num_cached: int = 0
+    num_reused: int | None = None
     region_start: int | None = None
     finished: bool = False
     scored: Scored | None = None
@@ -123,6 +125,7 @@ class Sequence:
             tokens=tuple(self._new_tokens),
             finish_reason=self._finish_reason,
             weights=self._named_weights() if self.finished and len(self.lane_of) > 1 else None,
+            cached_tokens=(self.num_reused or 0) if self.finished else None,
             prompt=tuple(self._prompt),
         )
         self._new_text = ""

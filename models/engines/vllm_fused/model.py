@@ -33,6 +33,7 @@ from vllm.model_executor.layers.rotary_embedding import get_rope
 
 from models.card import ModelCard
 from models.engines.stacked.architecture import Architecture, read_architecture
+from models.engines.stacked.matrices import as_they_are
 from models.engines.stacked.weights import LayerWeights, Weights, load_weights
 from models.engines.vllm_fused.feed_forward import FeedForward
 from models.engines.vllm_fused.folder import read_members
@@ -71,7 +72,7 @@ class FusedLayer(nn.Module):
             prefix=f"{prefix}.attention",
         )
 
-    def take(self, weights: LayerWeights) -> None:
+    def take(self, weights: LayerWeights[Tensor]) -> None:
         """Take the weights of this rank's members."""
         self.qkv_MDQ = _frozen(weights.qkv_MDQ)
         self.qkv_bias_M1Q = _optional(weights.qkv_bias_MQ)
@@ -135,10 +136,11 @@ class FusedModel(nn.Module):
             for index in range(architecture.shape.num_layers)
         )
 
-    def take(self, weights: Weights) -> None:
+    def take(self, weights: Weights[Tensor]) -> None:
         """Take the weights of this rank's members."""
         # On CPU a transposed view of the heads is read ten times as slowly as rows side by side.
         embed_MVD = weights.embed_MVD
+        assert embed_MVD is not None, "numbers have an embedding"
         self.embed_MVD = _frozen(embed_MVD.contiguous() if embed_MVD.is_cpu else embed_MVD)
         self.final_gain_M1D = _frozen(weights.final_gain_MD[:, None])
         for layer, its in zip(self.layers, weights.layers, strict=True):
@@ -181,7 +183,12 @@ class ShoalFusedForCausalLM(nn.Module):
         """Load the weights of those members that are this rank's."""
         # vLLM's rotary embedding is vectorized on CPU only for halves.
         weights = load_weights(
-            cards[self._local], self._architecture, self._device, self._dtype, rotary_pairs=False
+            cards[self._local],
+            self._architecture,
+            self._device,
+            self._dtype,
+            pack=as_they_are,
+            rotary_pairs=False,
         )
         if self._device.type == "cpu":
             # vLLM's attention computes rows of its scratch memory that nobody wrote. After its

@@ -149,6 +149,13 @@ def test_unfamiliar_queries_are_counted() -> None:
     assert series not in counts(familiar=None)
 
 
+def test_cached_prompt_tokens_are_counted() -> None:
+    """What an engine had kept of a prompt; an engine that cannot tell has none."""
+    series = ("cached_prompt_tokens_total", "learned")
+    assert counts(cached_tokens=7)[series] == 7
+    assert series not in counts(cached_tokens=None)
+
+
 def test_shadows_cost_but_are_no_requests() -> None:
     """What a shadow answered unseen counts for its models, under its name, and nowhere else."""
     found = counts(request_id="rival/req-1", endpoint="shadow", costs=COSTS)

@@ -14,8 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models.card import read_card
 from models.engines.stacked.architecture import read_architecture
+from models.engines.stacked.cache import Arena
 from models.engines.stacked.graphs import DecodeGraphs
-from models.engines.stacked.layout import Arena, Part, Run, build_step
+from models.engines.stacked.layout import Part, Run, build_step
+from models.engines.stacked.matrices import as_they_are
 from models.engines.stacked.model import StackedModel
 from models.engines.stacked.runner import Runner
 from models.engines.stacked.scheduler import Scheduler
@@ -111,7 +113,7 @@ def test_a_recorded_step_waits_for_no_value(kind: str, tmp_path: Path) -> None:
     hold. (It runs on tensors without data: any value asked for raises.)"""
     cards = [read_card(folder) for folder in save_school(tmp_path, kind, 3)]
     architecture, cpu = read_architecture(cards[0]), torch.device("cpu")
-    weights = load_weights(cards, architecture, cpu, torch.bfloat16)
+    weights = load_weights(cards, architecture, cpu, torch.bfloat16, pack=as_they_are)
     sequences = [make_sequence([5] * length, (0, 2)) for length in (3, 70)]
     for start, sequence in enumerate(sequences):
         sequence.region_start, sequence.num_cached = 500 * start, len(sequence.tokens) - 1

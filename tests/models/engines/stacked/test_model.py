@@ -10,7 +10,9 @@ import torch
 from models.card import Shape, read_card
 from models.engines.stacked import attention
 from models.engines.stacked.architecture import read_architecture
-from models.engines.stacked.layout import Arena, Part, build_step, order_parts
+from models.engines.stacked.cache import Arena
+from models.engines.stacked.layout import Part, build_step, order_parts
+from models.engines.stacked.matrices import as_they_are
 from models.engines.stacked.model import StackedModel
 from models.engines.stacked.sequence import Sequence
 from models.engines.stacked.weights import load_weights
@@ -37,7 +39,9 @@ class Bench:
         architecture = read_architecture(cards[0])
         self.num_members = len(cards)
         self.arena = Arena(architecture.shape, 2**20, CPU, dtype)
-        self.model = StackedModel(architecture, load_weights(cards, architecture, CPU, dtype))
+        self.model = StackedModel(
+            architecture, load_weights(cards, architecture, CPU, dtype, pack=as_they_are)
+        )
 
     def sequence(self, tokens: Seq[int], members: tuple[int, ...]) -> Sequence:
         """A request with room for 8 more tokens, admitted."""

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from models.engines.stacked.layout import Arena
+from models.engines.stacked.cache import Arena
 from models.engines.stacked.scheduler import Scheduler
 from models.engines.stacked.sequence import Sequence
 from tests.models.engines.stacked.tiny import make_sequence
