@@ -103,6 +103,19 @@ FAMILIES: Mapping[str, Family] = {
         norms="after",
         head_norms="all",
     ),
+    "gemma": Family(
+        defaults=_defaults(
+            hidden_act="gelu_pytorch_tanh",
+            tie_word_embeddings=True,
+            max_position_embeddings=8192,
+            num_key_value_heads=16,
+            head_dim=256,
+            attention_bias=False,
+            use_bidirectional_attention=None,
+        ),
+        gains_from_one=True,
+        embedding_root=True,
+    ),
     "gemma3_text": Family(
         defaults=_defaults(
             hidden_act=None,
