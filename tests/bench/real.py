@@ -6,6 +6,9 @@ transformers, vLLM on CPU (where its environment is there), and over HTTP of Sho
 and on Ray) against llama.cpp's own server. Those who read no GGUF get its weights dequantized by
 transformers.
 
+llama.cpp's own server has threads that spin where they wait, so ours do as well (`polling: true`);
+one row has them asleep, as they are by default, for machines that do other work too.
+
 Everybody runs in a process of its own and is asked in turn, so that other load on the machine hits
 all; ratios are medians over rounds. No two prompts are alike, so that nothing is found in a cache.
 The ceiling of one request is the bandwidth of reading as many bytes as the file has.
@@ -174,6 +177,7 @@ def contenders(
 
     ways: dict[str, Callable[[], Contender]] = {
         "llamacpp": lambda: child("llamacpp", file),
+        "llamacpp, asleep where it waits": lambda: child("llamacpp-asleep", file),
         "stacked float32": lambda: child("stacked-float32", folder),
         "stacked bfloat16": lambda: child("stacked-bfloat16", folder),
         "stacked int8": lambda: child("stacked-int8", folder),
@@ -197,7 +201,7 @@ def _shoal(file: Path, folder: Path, stack: ExitStack, *options: str) -> Server:
         "name": "e",
         "kind": "llamacpp",
         "kv_memory_bytes": KV_BYTES,
-        "options": {"num_slots": MOST_AT_ONCE, "context_tokens": CONTEXT_TOKENS},
+        "options": {"num_slots": MOST_AT_ONCE, "context_tokens": CONTEXT_TOKENS, "polling": True},
     }
     model = {"name": "general", "engine": "e", "checkpoint": str(file)}
     (pool / "pool.yaml").write_text(

@@ -41,7 +41,9 @@ def engine(kind: str, model: Path, stack: ExitStack, *, dtype: str = "auto") -> 
             "num_slots": MOST_AT_ONCE,
             "context_tokens": CONTEXT_TOKENS,
             "prompt_cache_mib": 0,
+            "polling": dtype != "asleep",
         }
+        dtype = "auto"
     runner, running = _start(kind, model, stack, dtype, options)
 
     async def one(prompt: list[int], num_tokens: int) -> float:

@@ -43,9 +43,8 @@ class LlamacppOptions(BaseModel):
 
     `num_threads` compute; None: one per core that this process may use. Where they wait for each
     other they sleep, so that engines may share cores: the operating system gives each engine what
-    the others leave. With `polling` they spin, which spares microseconds at each of a token's
-    hundreds of waits where every thread has a core of its own, and costs most of the speed where
-    it has not.
+    the others leave. With `polling` they spin, as llama.cpp comes, which nearly doubles the
+    speed where every thread has a core of its own, and costs most of it where it has not.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
