@@ -78,6 +78,21 @@ class ResponsesConfig(_Strict):
     max_gb: float = Field(1, gt=0)
 
 
+class BatchesConfig(_Strict):
+    """Offline work over files, which the ledger's database holds.
+
+    A file has at most `max_file_mb` megabytes and `max_requests` lines; all of them are kept for
+    `keep_days`, and no more are taken once they take `max_gb` together. A replica works on
+    `concurrency` lines at once while nobody waits for an answer, else on one.
+    """
+
+    max_file_mb: float = Field(100, gt=0)
+    max_requests: Count = 50_000
+    max_gb: float = Field(2, gt=0)
+    keep_days: float = Field(30, gt=0, le=3650)
+    concurrency: int = Field(8, ge=1, le=1024)
+
+
 class TracingConfig(_Strict):
     """Where traces go: to an OTLP collector that takes HTTP, as http://localhost:4318/v1/traces.
 
@@ -96,7 +111,7 @@ class AppArgs(_Strict):
     `pool` is a pool.yaml or its folder (default: the pool that comes with Shoal). `policies` adds
     to the pool's policies or replaces them by name; paths in them are relative to the pool's
     folder. `http` is about connections and browsers, `responses` about those that
-    are kept. `ingress` says how many replicas take HTTP
+    are kept, `batches` about offline work. `ingress` says how many replicas take HTTP
     requests. `num_threads` is the number of
     CPU threads of each engine replica (default: all cores of the machine). `ledger` is
     the database of rows, keys and budgets. `carbon` says what hardware runs the
@@ -112,6 +127,7 @@ class AppArgs(_Strict):
     limits: ServingLimits = Field(default_factory=ServingLimits)
     http: HttpConfig = Field(default_factory=HttpConfig)
     responses: ResponsesConfig = Field(default_factory=ResponsesConfig)
+    batches: BatchesConfig = Field(default_factory=BatchesConfig)
     ingress: DeploymentSpec = Field(default_factory=DeploymentSpec)
     num_threads: int | None = Field(None, ge=1)
     ledger: LedgerConfig = Field(default_factory=LedgerConfig)

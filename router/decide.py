@@ -166,7 +166,8 @@ def _task(exchange: Exchange, ask: Ask, *, prompt_index: int, query: Query, i: i
         sampling=sampling,
         max_tokens=ask.max_tokens,
         stream=ask.stream,
-        client_id=exchange.key_id or exchange.user or "",
+        # All that nobody waits for shares the turn of one client.
+        client_id="offline" if exchange.offline else exchange.key_id or exchange.user or "",
         sent=ask.sent,
         ceiling=ask.ceiling,
         deadline_s=exchange.deadline_s,

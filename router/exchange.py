@@ -48,7 +48,8 @@ class Exchange:
 
     `started_s` and `ended_s` count seconds of `time.perf_counter`. `user` and the record's session
     come from headers until the body names them. `traceparent` is the W3C header of the trace that
-    the client is in. `answer` gathers the first choice's text. At `deadline_s`, by the event loop's
+    the client is in. Nobody waits for one that is `offline`. `answer` gathers the first choice's
+    text. At `deadline_s`, by the event loop's
     clock, the request is ended.
     """
 
@@ -65,6 +66,7 @@ class Exchange:
     user: str | None = None
     answer: list[str] = field(default_factory=list)
     recorded: bool = False
+    offline: bool = False
 
     @classmethod
     def begin(cls, *, id_prefix: str, endpoint: str, headers: Mapping[str, str]) -> Exchange:

@@ -34,6 +34,10 @@ class Gate:
         """
         return await self._authenticator.authenticate(authorization, scope=scope)
 
+    async def key(self, key_id: str | None) -> Key | None:
+        """Return the key that was once identified as `key_id`; raises `KeyRejected`."""
+        return None if key_id is None else await self._authenticator.known(key_id)
+
     async def admit(self, exchange: Exchange, catalog: Catalog) -> None:
         """Hold the most that the exchange's choices may use, in every budget that counts it.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -24,6 +24,7 @@ from models.errors import EngineError
 from router.access.keys import Identify, KeyRejected, Scope
 from router.anthropic_api.answer import MessagesEndpoint
 from router.anthropic_api.counting import add_count_route
+from router.batching import OFFLINE, Batching
 from router.config import AppArgs
 from router.dashboard.routes import add_dashboard, may_see
 from router.decide import named_target
@@ -31,9 +32,11 @@ from router.errors import ApiError, to_api_error
 from router.experiments.endpoints import add_experiment_routes, add_feedback_route
 from router.gate import credentials
 from router.metrics.page import add_metrics_route
+from router.openai_api.batches import BatchStore, add_batch_routes
 from router.openai_api.chat import ChatEndpoint
 from router.openai_api.completions import CompletionEndpoint
 from router.openai_api.endpoint import WireFormat
+from router.openai_api.files import FileStore, add_file_routes
 from router.openai_api.models import describe_model, list_models
 from router.openai_api.responses import ResponsesEndpoint
 from router.openai_api.shapes import ModelEntry, ModelList
@@ -151,6 +154,7 @@ def create_api(service: Service, args: AppArgs) -> FastAPI:
     add_experiment_routes(api, service.experiments, service.mirror, identify=admin)
     add_metrics_route(api, service.metrics, identify=admin)
 
+    _add_batches(api, service, args, endpoints, identify("user"))
     add_response_routes(api, service.responses, identify=identify("user"))
     _add_models(api, service, identify("user"))
 
@@ -232,7 +236,9 @@ class Guard:
         if not self._keyless or request.method != "POST":
             return None
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind == "application/json" or (not kind and "origin" not in request.headers):
+        from_page = "origin" in request.headers
+        uploads = kind == "multipart/form-data" and request.url.path == "/v1/files"
+        if kind == "application/json" or (not from_page and (not kind or uploads)):
             return None
         return ApiError(
             415,
@@ -284,6 +290,33 @@ def _add_models(api: FastAPI, service: Service, identify: Identify) -> None:
         await identify(request)
         named_target(service.catalog, name)
         return JSONResponse(describe_model(service.catalog, name))
+
+
+def _add_batches(
+    api: FastAPI,
+    service: Service,
+    args: AppArgs,
+    endpoints: Sequence[WireFormat],
+    identify: Identify,
+) -> None:
+    """Add files and batches, and have the batches worked on beside the requests."""
+    database = service.ledger.database
+    files, batches = FileStore(database, args.batches), BatchStore(database)
+    offline = {one.path: one for one in endpoints if one.path in OFFLINE}
+    add_file_routes(api, files, identify=identify)
+    add_batch_routes(
+        api, batches, files, endpoints=offline, identify=identify, bodies=service.bodies
+    )
+    service.run_beside(
+        Batching(
+            service,
+            endpoints=offline,
+            batches=batches,
+            files=files,
+            config=args.batches,
+            max_body_bytes=service.limits.max_body_bytes,
+        )
+    )
 
 
 async def _health(service: Service) -> JSONResponse:

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from typing import Any, Protocol
 
 from starlette.requests import Request
@@ -128,6 +128,7 @@ class Service:
         self.mirror = Mirror(
             shadows, catalog=catalog, executor=self._executor, ledger=ledger, limits=limits
         )
+        self.num_waited_for = 0
         self._settling: set[asyncio.Task[None]] = set()
         self._background = {
             Worker(type(one).__name__.lower()): one
@@ -141,6 +142,10 @@ class Service:
         """What runs beside the requests."""
         return (self.ledger.worker, self.gate.worker, *self._background)
 
+    def run_beside(self, one: Background) -> None:
+        """Have `one` run beside the requests, too; to be called before the start."""
+        self._background[Worker(type(one).__name__.lower())] = one
+
     async def start(self) -> None:
         """Start what runs beside the requests."""
         self._running = [
@@ -153,14 +158,36 @@ class Service:
         exchange = Exchange.begin(
             id_prefix=endpoint.id_prefix, endpoint=endpoint.path, headers=request.headers
         )
-        REQUEST_ID.set(exchange.id)
-        try:
+
+        async def answer() -> Response:
             exchange.deadline_s = self._deadline_s(exchange, _timeout_s(request.headers))
             async with asyncio.timeout_at(exchange.deadline_s):
                 exchange.key = await self.gate.identify(credentials(request.headers))
                 body = await self.bodies.read(request)
             work = self._answer(exchange, endpoint, body)
-            response = await until_disconnected(request.receive, work)
+            return await until_disconnected(request.receive, work)
+
+        self.num_waited_for += 1
+        return await self._settled(exchange, endpoint, answer())
+
+    async def offline(self, body: bytes, endpoint: WireFormat, key_id: str | None) -> Response:
+        """Answer a `body` that nobody waits for, for a key that was checked when it came.
+
+        Raises `KeyRejected` where the key is known no more, and `DatabaseUnavailable`.
+        """
+        exchange = Exchange.begin(id_prefix=endpoint.id_prefix, endpoint=endpoint.path, headers={})
+        exchange.offline = True
+        exchange.key = await self.gate.key(key_id)
+        exchange.deadline_s = self._deadline_s(exchange, None)
+        return await self._settled(exchange, endpoint, self._answer(exchange, endpoint, body))
+
+    async def _settled(
+        self, exchange: Exchange, endpoint: WireFormat, answer: Awaitable[Response]
+    ) -> Response:
+        """Return what `answer` returns, or the error that it raises; one record is kept."""
+        REQUEST_ID.set(exchange.id)
+        try:
+            response = await answer
         except ClientDisconnected:
             response = Response(status_code=CLIENT_CLOSED_REQUEST)
         except Exception as error:
@@ -304,6 +331,7 @@ class Service:
         if exchange.recorded:
             return
         exchange.recorded = True
+        self.num_waited_for -= not exchange.offline
         exchange.ended_s = time.perf_counter()
         self.mirror.after(exchange)
         if not any(True for choice in exchange.choices for _ in choice.trace.interrupted()):

@@ -200,20 +200,27 @@ class Authenticator:
             raise KeyRejected(f"The API key {key.name!r} is not an admin's.", 403)
         return key
 
+    async def known(self, key_id: str) -> Key:
+        """Return the key with this id; raises `KeyRejected` where it was revoked since."""
+        key = await self._database.calls.run(_find, self._database, API_KEYS.c.key_id == key_id)
+        if key is None:
+            raise KeyRejected("The API key is not known, or was revoked.")
+        return key
+
     async def _look_up(self, sha256: str) -> Key | None:
         now_s = self._clock()
         key, fresh_until_s = self._cache.get(sha256, (None, -1.0))
         if now_s < fresh_until_s:
             return key
-        key = await self._database.calls.run(_find, self._database, sha256)
+        key = await self._database.calls.run(_find, self._database, API_KEYS.c.sha256 == sha256)
         if len(self._cache) >= _MOST_CACHED:
             self._cache.clear()  # someone guesses keys; the real ones come back with one query
         self._cache[sha256] = (key, now_s + self._config.cache_s)
         return key
 
 
-def _find(database: Database, sha256: str) -> Key | None:
-    query = sa.select(API_KEYS).where(API_KEYS.c.sha256 == sha256, API_KEYS.c.revoked_s.is_(None))
+def _find(database: Database, chosen: sa.ColumnElement[bool]) -> Key | None:
+    query = sa.select(API_KEYS).where(chosen, API_KEYS.c.revoked_s.is_(None))
     with database.connect() as connection:
         row = connection.execute(query).first()
     return None if row is None else _read(row)

@@ -139,6 +139,51 @@ RESPONSES = sa.Table(
     sa.Column("items", sa.Text, nullable=False),
 )
 
+# Files that clients uploaded for batches, and those that batches wrote; shown once they are ready.
+FILES = sa.Table(
+    "files",
+    METADATA,
+    sa.Column("file_id", sa.Text, primary_key=True),
+    sa.Column("key_id", sa.Text, index=True),
+    sa.Column("filename", sa.Text, nullable=False),
+    sa.Column("purpose", sa.Text, nullable=False),
+    sa.Column("num_bytes", sa.BigInteger, nullable=False),
+    sa.Column("created_s", sa.Double, nullable=False),
+    sa.Column("expires_s", sa.Double, nullable=False, index=True),
+    sa.Column("ready", sa.Boolean, nullable=False),
+)
+FILE_PARTS = sa.Table(
+    "file_parts",
+    METADATA,
+    sa.Column("file_id", sa.Text, primary_key=True),
+    sa.Column("part", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("data", sa.LargeBinary, nullable=False),
+)
+
+# Offline work. `times` says when each status began, in Unix seconds; until `lease_s` it is the
+# `holder`'s, a replica, to work on.
+BATCHES = sa.Table(
+    "batches",
+    METADATA,
+    sa.Column("batch_id", sa.Text, primary_key=True),
+    sa.Column("key_id", sa.Text, index=True),
+    sa.Column("endpoint", sa.Text, nullable=False),
+    sa.Column("input_file_id", sa.Text, nullable=False),
+    sa.Column("output_file_id", sa.Text),
+    sa.Column("error_file_id", sa.Text),
+    sa.Column("status", sa.Text, nullable=False, index=True),
+    sa.Column("created_s", sa.Double, nullable=False),
+    sa.Column("expires_s", sa.Double, nullable=False),
+    _json("times"),
+    _json("errors"),
+    _json("metadata"),
+    sa.Column("num_total", sa.BigInteger, nullable=False),
+    sa.Column("num_completed", sa.BigInteger, nullable=False),
+    sa.Column("num_failed", sa.BigInteger, nullable=False),
+    sa.Column("holder", sa.Text),
+    sa.Column("lease_s", sa.Double, nullable=False),
+)
+
 # What only this installation's servers know.
 SECRETS = sa.Table(
     "secrets",

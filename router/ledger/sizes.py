@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 from router.ledger.database import Database, writing
-from router.ledger.schema import FEEDBACK, REQUESTS, RESPONSES
+from router.ledger.schema import FEEDBACK, FILES, REQUESTS, RESPONSES
 
 _PRUNED_PER_TRANSACTION = 5_000
 _MOST_PER_LOOK = 20_000
@@ -61,8 +61,11 @@ def _size_bytes(connection: sa.Connection, num_rows: int) -> float:
             connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
             for name in ("page_size", "page_count", "freelist_count")
         ]
-        bounded = sa.select(sa.func.coalesce(sa.func.sum(RESPONSES.c.num_bytes), 0))
-        return float(used[0] * (used[1] - used[2]) - connection.execute(bounded).scalar_one())
+        others = sum(
+            connection.execute(sa.select(sa.func.sum(table.c.num_bytes))).scalar() or 0
+            for table in (RESPONSES, FILES)
+        )
+        return float(used[0] * (used[1] - used[2]) - others)
     newest = (
         sa.select(REQUESTS).order_by(REQUESTS.c.time_s.desc()).limit(_SAMPLE).subquery("newest")
     )

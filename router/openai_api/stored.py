@@ -27,6 +27,7 @@ from router.errors import ApiError, bad_request
 from router.ledger.database import Database, writing
 from router.ledger.schema import RESPONSES
 from router.ledger.writer import insert_new
+from router.openai_api.files import page
 from router.openai_api.shapes import Response
 from router.openapi import described
 
@@ -36,7 +37,6 @@ _DAY_S = 86_400.0
 _LOOK_S = 60.0  # how often old ones are looked for
 _MOST_BYTES = 2**23  # of one conversation
 _MOST_PER_LOOK = 1_000
-_MOST_LISTED = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +186,8 @@ def add_response_routes(api: FastAPI, store: ResponseStore, *, identify: Identif
 
     async def items(request: Request, response_id: str) -> JSONResponse:
         kept = await found(request, response_id)
-        return JSONResponse(_page(_listed(kept.items, response_id), request.query_params))
+        newest_first = _listed(kept.items, response_id)[::-1]
+        return JSONResponse(page(newest_first, request.query_params, usual=20))
 
     one = "/v1/responses/{response_id}"
     for path, method, answer, extra in (
@@ -227,30 +228,6 @@ def _listed(items: Sequence[Mapping[str, Any]], response_id: str) -> list[dict[s
             told["content"] = [{"type": kind, "text": told["content"]}]
         listed.append(told)
     return listed
-
-
-def _page(items: list[dict[str, Any]], query: Mapping[str, str]) -> dict[str, Any]:
-    """Return one page of `items` as OpenAI's lists have them; raises `ApiError`, 400."""
-    limit, order = query.get("limit", "20"), query.get("order", "desc")
-    if not limit.isdecimal() or not 1 <= int(limit) <= _MOST_LISTED:
-        raise bad_request(f"limit: {limit[:20]!r} is not in [1, {_MOST_LISTED}]", "limit")
-    if order not in ("asc", "desc"):
-        raise bad_request(f"order: {order[:20]!r} is unknown; allowed are asc, desc", "order")
-    left = items if order == "asc" else items[::-1]
-    after = query.get("after")
-    ids = [item["id"] for item in left]
-    if after is not None:
-        if after not in ids:
-            raise bad_request(f"after: there is no item {after[:80]!r}", "after")
-        left = left[ids.index(after) + 1 :]
-    page = left[: int(limit)]
-    return {
-        "object": "list",
-        "data": page,
-        "first_id": page[0]["id"] if page else None,
-        "last_id": page[-1]["id"] if page else None,
-        "has_more": len(left) > len(page),
-    }
 
 
 def _text(data: object) -> str:

@@ -1,0 +1,381 @@
+"""Works on batches: each line a request like any other, but only while others leave room.
+
+    claim a batch → check its lines → answer those that have no result yet → show the results
+
+A line's result is a part of the batch's output or error file, by the line's number, and is written
+once; after a restart, here or elsewhere, only lines without one are answered. (One whose answer was
+not yet written is then asked for again.) Lines go through the same policies, keys, caps, engines
+and records as requests that somebody waits for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+import socket
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.responses import Response
+
+from router.access.keys import KeyRejected
+from router.config import BatchesConfig
+from router.errors import ApiError, bad_request, to_api_error
+from router.ledger.calls import DatabaseUnavailable
+from router.openai_api.batches import LEASE_S, BatchStore
+from router.openai_api.endpoint import WireFormat
+from router.openai_api.files import RESULTS, FileStore
+
+logger = logging.getLogger(__name__)
+
+# What lines may ask for.
+OFFLINE = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings")
+
+_LOOK_S = 1.0  # how often a batch is looked for, and how soon a cancellation is noticed
+_PRUNE_S = 60.0
+_TRIES_S = (0.5, 1, 2, 4, 8, 16, 30)  # the waits of a line that the server has no room for
+_MOST_ERRORS = 20  # that are told of one file
+_MOST_ID_CHARACTERS = 512
+
+
+class Answers(Protocol):
+    """What answers a line."""
+
+    num_waited_for: int
+
+    async def offline(self, body: bytes, endpoint: WireFormat, key_id: str | None) -> Response:
+        """Answer a body that nobody waits for; never raises but for cancellation."""
+        ...
+
+
+@dataclass(kw_only=True)
+class _Work:
+    """A batch under way; `done` are the numbers of the lines with an answer, and of those that
+    failed.
+    """
+
+    row: Mapping[str, Any]
+    output_id: str
+    error_id: str
+    done: list[set[int]]
+    status: str = "in_progress"
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no further line is to be answered: cancelled, lost or out of time."""
+        return self.status != "in_progress" or time.time() > self.row["expires_s"]
+
+
+class Batching:
+    """Works on one batch at a time. `endpoints` are those that lines may name, by path."""
+
+    def __init__(
+        self,
+        answers: Answers,
+        *,
+        endpoints: Mapping[str, WireFormat],
+        batches: BatchStore,
+        files: FileStore,
+        config: BatchesConfig,
+        max_body_bytes: int,
+    ) -> None:
+        self._answers = answers
+        self._endpoints = endpoints
+        self._batches = batches
+        self._files = files
+        self._config = config
+        self._max_body_bytes = max_body_bytes
+        self._holder = f"{socket.gethostname()}-{secrets.token_hex(8)}"
+        self._calls = batches.database.reports
+
+    async def run(self) -> None:
+        """Work until cancelled; what is under way then is left to others."""
+        pruned_s = -_PRUNE_S
+        while True:
+            try:
+                if time.monotonic() - pruned_s > _PRUNE_S:
+                    pruned_s = time.monotonic()
+                    await self._calls.run(self._files.prune)
+                row = await self._calls.run(self._batches.claim, self._holder)
+            except SQLAlchemyError as error:
+                logger.warning("batches wait for the database: %s", error)
+                row = None
+            if row is None:
+                await asyncio.sleep(_LOOK_S)
+                continue
+            try:
+                await self._work_on(row)
+            except SQLAlchemyError as error:
+                logger.warning("the batch %s waits for the database: %s", row["batch_id"], error)
+            finally:
+                with suppress(SQLAlchemyError):
+                    await self._calls.run(self._batches.release, row["batch_id"], self._holder)
+
+    async def _work_on(self, row: Mapping[str, Any]) -> None:
+        batch_id = row["batch_id"]
+        if row["status"] == "validating":
+            num_lines, errors = await self._check(row)
+            if errors:
+                among = ("validating",)
+                await self._calls.run(
+                    self._batches.move, batch_id, "failed", among=among, errors=errors
+                )
+                return
+            row = {**row, **await self._begin(row, num_lines)}
+        elif row["output_file_id"] is None:  # cancelled before it began
+            await self._calls.run(self._batches.move, batch_id, "cancelled")
+            return
+        work = _Work(
+            row=row,
+            output_id=row["output_file_id"],
+            error_id=row["error_file_id"],
+            done=await self._calls.run(
+                self._files.done, [row["output_file_id"], row["error_file_id"]]
+            ),
+            status="cancelling" if row["status"] == "cancelling" else "in_progress",
+        )
+        watching = asyncio.create_task(self._watch(work))
+        try:
+            await self._answer_all(work)
+        finally:
+            watching.cancel()
+        if work.status:  # it is still ours
+            await self._finish(work)
+
+    async def _check(self, row: Mapping[str, Any]) -> tuple[int, list[dict[str, Any]]]:
+        """Return how many lines the batch has, and what is wrong with them."""
+        errors: list[dict[str, Any]] = []
+        known: set[str] = set()
+        num_lines = number = 0
+        async for line in self._files.lines(row["input_file_id"]):
+            number += 1
+            if not line.strip():
+                continue
+            num_lines += 1
+            if num_lines > self._config.max_requests:
+                most = self._config.max_requests
+                told = bad_request(f"a batch has at most {most} lines (batches.max_requests)")
+            else:
+                told = await asyncio.to_thread(_problem, line, row["endpoint"], known)
+            if told is not None:
+                errors.append(
+                    {
+                        "code": told.code or "invalid_value",
+                        "line": number,
+                        "message": told.body()["error"]["message"],
+                        "param": told.param,
+                    }
+                )
+            if len(errors) >= _MOST_ERRORS or num_lines > self._config.max_requests:
+                break
+            if number % 1000 == 0:
+                await self._renew(row["batch_id"])
+        if not num_lines:
+            message = "the input file is not there or has no lines"
+            errors.append(
+                {"code": "empty_file", "line": None, "message": message, "param": "input_file_id"}
+            )
+        return num_lines, errors
+
+    async def _begin(self, row: Mapping[str, Any], num_lines: int) -> dict[str, Any]:
+        """Make the files of results, which nobody sees yet; return what changed of the batch."""
+        key_id, names = row["key_id"], ("output", "error")
+        made = [
+            self._files.new_row(f"{row['batch_id']}_{name}.jsonl", RESULTS, key_id)
+            for name in names
+        ]
+        for file in made:
+            await self._calls.run(self._files.begin, file)
+        changed = {
+            "output_file_id": made[0]["file_id"],
+            "error_file_id": made[1]["file_id"],
+            "num_total": num_lines,
+        }
+        among = ("validating",)
+        moved = await self._calls.run(
+            self._batches.move, row["batch_id"], "in_progress", among=among, **changed
+        )
+        if not moved:  # cancelled meanwhile
+            await self._calls.run(self._batches.move, row["batch_id"], "cancelling", **changed)
+        return {**changed, "status": "in_progress" if moved else "cancelling"}
+
+    async def _answer_all(self, work: _Work) -> None:
+        """Answer the lines that have no result yet, a few at once, until the batch is over."""
+        running: set[asyncio.Task[None]] = set()
+        try:
+            number = -1
+            async for line in self._files.lines(work.row["input_file_id"]):
+                number += 1
+                if not line.strip() or any(number in done for done in work.done):
+                    continue
+                while len(running) >= self._room() and not work.is_over:
+                    running = await _some_done(running)
+                if work.is_over:
+                    break
+                running.add(asyncio.create_task(self._answer(work, number, line)))
+            while running and not work.is_over:
+                running = await _some_done(running)
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+
+    def _room(self) -> int:
+        return 1 if self._answers.num_waited_for else self._config.concurrency
+
+    async def _answer(self, work: _Work, number: int, line: bytes) -> None:
+        """Answer one line and write its result, unless the batch is over before."""
+        asked = await asyncio.to_thread(json.loads, line)
+        body = json.dumps(asked["body"]).encode()
+        endpoint = self._endpoints[work.row["endpoint"]]
+        for wait_s in (*_TRIES_S, None):
+            if len(body) > self._max_body_bytes:
+                most = self._max_body_bytes
+                told = ApiError(413, f"The body is over {most} bytes.", code="body_too_large")
+                answer = _refused(told, endpoint)
+            elif asked["body"].get("stream"):
+                told = bad_request("stream: a batch streams nothing", "stream")
+                answer = _refused(told, endpoint)
+            else:
+                try:
+                    answer = await self._answers.offline(body, endpoint, work.row["key_id"])
+                except (KeyRejected, SQLAlchemyError) as error:
+                    answer = _refused(to_api_error(error), endpoint)
+            waits = answer.status_code in (429, 503)
+            if wait_s is None or not waits or answer.headers.get("x-should-retry") == "false":
+                break
+            await asyncio.sleep(wait_s)
+        result = {
+            "id": f"batch_req_{secrets.token_hex(12)}",
+            "custom_id": asked["custom_id"],
+            "response": {
+                "status_code": answer.status_code,
+                "request_id": answer.headers.get("x-request-id", ""),
+                "body": json.loads(bytes(answer.body)),
+            },
+            "error": None,
+        }
+        await self._write(work, number, result, failed=answer.status_code != 200)
+
+    async def _write(
+        self, work: _Work, number: int, result: Mapping[str, Any], *, failed: bool
+    ) -> None:
+        file_id = work.error_id if failed else work.output_id
+        data = json.dumps(result, ensure_ascii=False).encode() + b"\n"
+        while True:
+            try:
+                await self._calls.run(self._files.add_part, file_id, number, data)
+                break
+            except DatabaseUnavailable as error:  # an answer has been paid for: wait
+                await asyncio.sleep(max(error.retry_after_s, 0.1))
+        work.done[failed].add(number)
+
+    async def _watch(self, work: _Work) -> None:
+        """Renew the lease and notice what others did to the batch, until cancelled."""
+        while True:
+            try:
+                async with asyncio.timeout(LEASE_S):
+                    work.status = await self._renew(work.row["batch_id"], work)
+            except (SQLAlchemyError, TimeoutError) as error:
+                logger.warning("the lease of %s is not renewed: %s", work.row["batch_id"], error)
+            await asyncio.sleep(_LOOK_S)
+
+    async def _renew(self, batch_id: str, work: _Work | None = None) -> str:
+        completed, failed = map(len, work.done) if work else (0, 0)
+        return await self._calls.run(
+            self._batches.renew,
+            batch_id,
+            self._holder,
+            num_completed=completed,
+            num_failed=failed,
+        )
+
+    async def _finish(self, work: _Work) -> None:
+        """Show the results, and how the batch ended."""
+        batch_id, expired = work.row["batch_id"], False
+        if work.status == "in_progress":
+            expired = await self._expire(work)
+            await self._calls.run(
+                self._batches.move, batch_id, "finalizing", among=("in_progress", "finalizing")
+            )
+        sizes = [
+            await self._calls.run(self._files.finish, file_id)
+            for file_id in (work.output_id, work.error_id)
+        ]
+        end = "expired" if expired else "completed"
+        await self._calls.run(
+            self._batches.move,
+            batch_id,
+            "cancelled" if work.status == "cancelling" else end,
+            output_file_id=work.output_id if sizes[0] else None,
+            error_file_id=work.error_id if sizes[1] else None,
+            num_completed=len(work.done[0]),
+            num_failed=len(work.done[1]),
+        )
+
+    async def _expire(self, work: _Work) -> bool:
+        """Note of each line without a result that its time was over; return whether any was."""
+        number, found = -1, False
+        if sum(map(len, work.done)) >= work.row["num_total"]:
+            return False
+        async for line in self._files.lines(work.row["input_file_id"]):
+            number += 1
+            if not line.strip() or any(number in done for done in work.done):
+                continue
+            found = True
+            error = {
+                "code": "batch_expired",
+                "message": "The completion window was over before this request was answered.",
+            }
+            result = {
+                "id": f"batch_req_{secrets.token_hex(12)}",
+                "custom_id": json.loads(line)["custom_id"],
+                "response": None,
+                "error": error,
+            }
+            await self._write(work, number, result, failed=True)
+        return found
+
+
+async def _some_done(running: set[asyncio.Task[None]]) -> set[asyncio.Task[None]]:
+    """Wait for one of `running`, or a moment; return the others, and raise what one raised."""
+    done, left = await asyncio.wait(running, timeout=_LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+    for task in done:
+        task.result()
+    return left
+
+
+def _refused(error: ApiError, endpoint: WireFormat) -> Response:
+    body = json.dumps(endpoint.error(error)).encode()
+    return Response(body, error.status, {"x-should-retry": "false"}, "application/json")
+
+
+def _problem(line: bytes, endpoint: str, known: set[str]) -> ApiError | None:
+    """Return what is wrong with a line of a batch's input; its id is `known` from then on."""
+    try:
+        asked = json.loads(line)
+    except (ValueError, RecursionError):
+        return bad_request("the line is not valid JSON", code="invalid_json_line")
+    if not isinstance(asked, dict):
+        return bad_request("the line is no JSON object", code="invalid_json_line")
+    custom_id = asked.get("custom_id")
+    if not isinstance(custom_id, str) or not 0 < len(custom_id) <= _MOST_ID_CHARACTERS:
+        return bad_request("custom_id: a string is needed", "custom_id")
+    if custom_id in known:
+        return bad_request(
+            f"custom_id: {custom_id[:80]!r} is there twice", "custom_id", "duplicate_custom_id"
+        )
+    known.add(custom_id)
+    if asked.get("method") != "POST":
+        return bad_request("method: only POST is allowed", "method", "invalid_method")
+    if asked.get("url") != endpoint:
+        return bad_request(f"url: the batch is for {endpoint}", "url", "mismatched_url")
+    if not isinstance(asked.get("body"), dict):
+        return bad_request("body: an object is needed", "body")
+    return None

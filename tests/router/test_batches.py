@@ -1,0 +1,250 @@
+"""Offline work over files, asked for by OpenAI's own client."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import openai
+import pytest
+import sqlalchemy as sa
+
+from router.access.keys import create_key, revoke_key
+from router.ledger.schema import BATCHES
+from tests.router.conftest import Running, running
+
+CHAT = "/v1/chat/completions"
+
+
+def line(custom_id: str, text: str = "hello", *, url: str = CHAT, **body: Any) -> dict[str, Any]:
+    """Return one line of a batch."""
+    if url == CHAT:
+        body.setdefault("messages", [{"role": "user", "content": text}])
+    body.setdefault("model", "alpha")
+    return {"custom_id": custom_id, "method": "POST", "url": url, "body": body}
+
+
+def begin(client: openai.OpenAI, lines: list[Any], *, url: Any = CHAT, **more: Any) -> Any:
+    """Upload `lines` and begin a batch over them."""
+    data = "\n".join(one if isinstance(one, str) else json.dumps(one) for one in lines)
+    file = client.files.create(file=("in.jsonl", data.encode()), purpose="batch")
+    return client.batches.create(
+        input_file_id=file.id, endpoint=url, completion_window="24h", **more
+    )
+
+
+def ended(client: openai.OpenAI, batch_id: str) -> Any:
+    """Wait until a batch is over and return it; the limit is for what would never end."""
+    end = time.monotonic() + 60
+    while True:
+        batch = client.batches.retrieve(batch_id)
+        if batch.status in ("completed", "failed", "cancelled", "expired"):
+            return batch
+        assert time.monotonic() < end, batch
+        time.sleep(0.1)
+
+
+def results(client: openai.OpenAI, file_id: str) -> dict[str, Any]:
+    """Return a file's lines by what the client calls them."""
+    lines = client.files.content(file_id).text.splitlines()
+    found = {one["custom_id"]: one for one in map(json.loads, lines)}
+    assert len(found) == len(lines), "no line has two results"
+    return found
+
+
+def test_lines_are_answered_and_errors_kept_apart(server: Running) -> None:
+    """Each line has one result by its id; what is refused stands in the error file."""
+    client = server.client
+    lines = [line(f"q{i}", f"text {i}") for i in range(12)]
+    lines += [line("bad", temperature=9), line("stream", stream=True)]
+    batch = begin(client, lines, metadata={"night": "1"})
+    assert (batch.status, batch.output_file_id) == ("validating", None)
+    batch = ended(client, batch.id)
+    assert (batch.status, batch.metadata) == ("completed", {"night": "1"})
+    counts = batch.request_counts
+    assert (counts.total, counts.completed, counts.failed) == (14, 12, 2)
+    told = results(client, batch.output_file_id)
+    for i in range(12):
+        body = told[f"q{i}"]["response"]["body"]
+        assert body["choices"][0]["message"]["content"] == f"text {i}"
+        assert told[f"q{i}"]["response"]["status_code"] == 200
+    failed = results(client, batch.error_file_id)
+    assert failed["bad"]["response"]["body"]["error"]["param"] == "temperature"
+    assert failed["stream"]["response"]["status_code"] == 400
+    server.wait(lambda: sum(r.status == 200 for r in server.ledger.records) == 12)
+    assert client.files.retrieve(batch.output_file_id).purpose == "batch_output"
+    assert batch.id in [one.id for one in client.batches.list()]
+
+
+@pytest.mark.parametrize(
+    ("url", "body"),
+    [("/v1/completions", {"prompt": "hi"}), ("/v1/responses", {"input": "hi"})],
+)
+def test_other_endpoints(server: Running, url: str, body: dict[str, Any]) -> None:
+    """Text completions and responses are answered as well."""
+    batch = ended(server.client, begin(server.client, [line("a", url=url, **body)], url=url).id)
+    answer = results(server.client, batch.output_file_id)["a"]["response"]
+    assert (answer["status_code"], batch.error_file_id) == (200, None)
+
+
+def test_a_file_that_is_no_batch_fails_by_line(server: Running) -> None:
+    """Every kind of bad line is named with its number, and nothing is answered."""
+    lines = [
+        line("a"),
+        "{",
+        line("a"),
+        line("c", url="/v1/completions"),
+        {**line("d"), "method": "GET"},
+        {**line("e"), "body": None},
+    ]
+    batch = ended(server.client, begin(server.client, lines).id)
+    assert batch.status == "failed"
+    assert [(one.line, one.code) for one in batch.errors.data] == [
+        (2, "invalid_json_line"),
+        (3, "duplicate_custom_id"),
+        (4, "mismatched_url"),
+        (5, "invalid_method"),
+        (6, "invalid_value"),
+    ]
+    assert not server.ledger.records
+
+
+def test_bad_requests_are_named(server: Running) -> None:
+    """Files of another purpose, unknown files and endpoints."""
+    client = server.client
+    with pytest.raises(openai.BadRequestError, match="purpose"):
+        client.files.create(file=("a.txt", b"x"), purpose="assistants")
+    with pytest.raises(openai.NotFoundError):
+        client.batches.create(input_file_id="file-x", endpoint=CHAT, completion_window="24h")
+    with pytest.raises(openai.BadRequestError, match="endpoint"):
+        begin(client, [line("a")], url="/v1/nothing")
+    page = {"origin": "http://evil.example"}
+    refused = server.http.post(
+        "/v1/files", files={"file": b"x"}, data={"purpose": "batch"}, headers=page
+    )
+    assert refused.status_code == 415, "no web page uploads to a server without keys"
+
+
+@pytest.fixture(name="slow")
+def slow_server(serve: Callable[..., Running]) -> Iterator[Running]:
+    """A server whose answers take a while, and which works on two lines at once."""
+    options = {"models": {"alpha": {"token_latency_s": 0.05}}}
+    engines = [
+        {"name": "one", "kind": "fake", "options": options},
+        {"name": "two", "kind": "fake"},
+    ]
+    yield serve(engines=engines, app={"batches": {"concurrency": 2}})
+
+
+def test_cancelling_keeps_what_is_done(slow: Running) -> None:
+    """A cancelled batch ends soon, with the results that it had."""
+    client = slow.client
+    batch = begin(client, [line(f"q{i}", "0123456789") for i in range(200)])
+    slow.wait(lambda: client.batches.retrieve(batch.id).request_counts.completed > 0)
+    assert client.batches.cancel(batch.id).status == "cancelling"
+    batch = ended(client, batch.id)
+    assert batch.status == "cancelled"
+    assert len(results(client, batch.output_file_id)) == batch.request_counts.completed < 200
+
+
+def test_expired_lines_say_so(slow: Running) -> None:
+    """Where the window is over, what is not answered stands in the error file."""
+    client = slow.client
+    batch = begin(client, [line(f"q{i}", "0123456789") for i in range(200)])
+    slow.wait(lambda: client.batches.retrieve(batch.id).request_counts.completed > 0)
+    with slow.ledger.database.engine.begin() as connection:
+        connection.execute(sa.update(BATCHES).values(expires_s=time.time()))
+    # Who works on it has read the row already: another takes it up.
+    slow.loop.call_soon_threadsafe(_restart, slow)
+    batch = ended(client, batch.id)
+    assert batch.status == "expired"
+    counts = batch.request_counts
+    assert counts.completed + counts.failed == 200
+    late = results(client, batch.error_file_id)
+    assert {one["error"]["code"] for one in late.values()} == {"batch_expired"}
+
+
+def _restart(server: Running) -> None:
+    """Cancel what works on batches, as the end of a process does, and begin anew."""
+    import asyncio
+
+    service = server.service
+    [task] = [task for task in service._running if task.get_name() == "batching"]
+    task.cancel()
+    [(worker, one)] = [(w, b) for w, b in service._background.items() if w.name == "batching"]
+    service._running.append(asyncio.create_task(worker.run(one.run), name="batching"))
+
+
+def test_a_restart_loses_and_doubles_nothing(slow: Running) -> None:
+    """Cut off twice in its work, a batch has one result for every line."""
+    client = slow.client
+    batch = begin(client, [line(f"q{i}", f"t{i}") for i in range(30)])
+    for num in (2, 10):
+        while client.batches.retrieve(batch.id).request_counts.completed < num:
+            time.sleep(0.05)
+        slow.loop.call_soon_threadsafe(_restart, slow)
+        slow.wait(
+            lambda: (
+                sum(t.get_name() == "batching" and not t.done() for t in slow.service._running) == 1
+            )
+        )
+    batch = ended(client, batch.id)
+    told = results(client, batch.output_file_id)
+    assert len(told) == batch.request_counts.completed == 30
+    for i in range(30):
+        assert told[f"q{i}"]["response"]["body"]["choices"][0]["message"]["content"] == f"t{i}"
+
+
+def test_replicas_share_the_work(slow: Running, tmp_path_factory: Any) -> None:
+    """Of two servers on one ledger each takes a batch, and either tells of both."""
+    folder = tmp_path_factory.mktemp("second")
+    url = {"ledger": {"url": str(slow.ledger.database.engine.url)}}
+    with running(folder, app=url) as second:
+        batches = [begin(slow.client, [line("a", "x" * 20)] * 1) for _ in range(4)]
+        for batch in batches:
+            told = ended(second.client, batch.id)
+            assert results(second.client, told.output_file_id)["a"]["response"]
+
+
+def test_keys_are_kept_apart_and_charged(serve: Callable[..., Running]) -> None:
+    """Another key sees no files or batches; lines count for their key; a revoked one's fail."""
+    server = serve()
+    database = server.service.ledger.database
+    (mine, secret), (_, other) = (create_key(database, name=name) for name in ("mine", "other"))
+    client = server.client.with_options(api_key=secret)
+    batch = ended(client, begin(client, [line("a")]).id)
+    server.wait(lambda: bool(server.ledger.records))
+    assert [record.key_id for record in server.ledger.records] == [mine.id]
+    for stranger in (server.client, server.client.with_options(api_key=other)):
+        for look in (
+            lambda c: c.batches.retrieve(batch.id),
+            lambda c: c.batches.cancel(batch.id),
+            lambda c: c.files.content(batch.output_file_id),
+            lambda c: c.files.delete(batch.input_file_id),
+        ):
+            with pytest.raises(openai.NotFoundError):
+                look(stranger)
+        assert list(stranger.batches.list()) == list(stranger.files.list()) == []
+    assert client.files.delete(batch.output_file_id).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.files.content(batch.output_file_id)
+    late = begin(client, [line("b")])
+    revoke_key(database, mine.id)
+    with database.connect() as connection:
+        wanted = sa.select(BATCHES.c.num_failed).where(BATCHES.c.batch_id == late.id)
+        server.wait(lambda: connection.execute(wanted).scalar() == 1 or connection.rollback())
+
+
+def test_files_are_bounded(serve: Callable[..., Running]) -> None:
+    """One file's size and lines have a limit, and all files together."""
+    server = serve(app={"batches": {"max_file_mb": 0.1, "max_gb": 1e-4, "max_requests": 3}})
+    client = server.client
+    with pytest.raises(openai.APIStatusError) as refused:
+        client.files.create(file=("a", b"x" * 300_000), purpose="batch")
+    assert refused.value.status_code == 413
+    batch = ended(client, begin(client, [line(f"{i}") for i in range(4)]).id)
+    assert (batch.status, batch.errors.data[0].line) == ("failed", 4)
+    for _ in range(2):
+        client.files.create(file=("a", b"x" * 60_000), purpose="batch")
+    with pytest.raises(openai.APIStatusError, match="max_gb"):
+        client.files.create(file=("a", b"x"), purpose="batch")
