@@ -135,9 +135,7 @@ class Batching:
             row=row,
             output_id=row["output_file_id"],
             error_id=row["error_file_id"],
-            done=await self._calls.run(
-                self._files.done, [row["output_file_id"], row["error_file_id"]]
-            ),
+            done=await self._done(row["output_file_id"], row["error_file_id"]),
             status="cancelling" if row["status"] == "cancelling" else "in_progress",
         )
         watching = asyncio.create_task(self._watch(work))
@@ -147,6 +145,9 @@ class Batching:
             watching.cancel()
         if work.status:  # it is still ours
             await self._finish(work)
+
+    async def _done(self, *file_ids: str) -> list[set[int]]:
+        return await self._calls.run(self._files.done, file_ids)
 
     async def _check(self, row: Mapping[str, Any]) -> tuple[int, list[dict[str, Any]]]:
         """Return how many lines the batch has, and what is wrong with them."""
@@ -160,7 +161,9 @@ class Batching:
             num_lines += 1
             if num_lines > self._config.max_requests:
                 most = self._config.max_requests
-                told = bad_request(f"a batch has at most {most} lines (batches.max_requests)")
+                told: ApiError | None = bad_request(
+                    f"a batch has at most {most} lines (batches.max_requests)"
+                )
             else:
                 told = await asyncio.to_thread(_problem, line, row["endpoint"], known)
             if told is not None:
@@ -299,6 +302,8 @@ class Batching:
     async def _finish(self, work: _Work) -> None:
         """Show the results, and how the batch ended."""
         batch_id, expired = work.row["batch_id"], False
+        # Also what was written just when its writer was cut off.
+        work.done = await self._done(work.output_id, work.error_id)
         if work.status == "in_progress":
             expired = await self._expire(work)
             await self._calls.run(

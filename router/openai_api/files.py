@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import Any, Literal
 
 import sqlalchemy as sa
@@ -119,7 +119,7 @@ class FileStore:
         if left:
             yield left
 
-    def done(self, file_ids: list[str]) -> list[set[int]]:
+    def done(self, file_ids: Sequence[str]) -> list[set[int]]:
         """Return the numbers of the parts that each file has; blocks."""
         with self.database.connect() as connection:
             wanted = sa.select(FILE_PARTS.c.part)
