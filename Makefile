@@ -51,9 +51,9 @@ test: $(STAMP)
 test-ops: $(STAMP)
 	$(BIN)/python -m pytest $(wildcard tests/ops tests/helm tests/router/dashboard)
 
-# Kills every part of a server on Ray while clients run; some minutes.
+# Kills every part of a server on Ray while clients run, and replicas that share a cap; ten minutes.
 test-faults: $(STAMP)
-	$(BIN)/python -m pytest -m faults tests/faults
+	$(BIN)/python -m pytest -m faults
 
 # A cap under two hundred clients and a killed replica, an experiment over two replicas.
 test-load: $(STAMP)

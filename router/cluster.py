@@ -5,6 +5,7 @@ The environment must be prepared before Ray is imported: Ray Serve reads its swi
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import logging
@@ -26,7 +27,7 @@ _SHARED_MEMORY = Path("/dev/shm")
 _START_ATTEMPTS = 3  # Ray gives up after 30 s, which a busy machine may need
 _STOP_S = 20.0
 _WATCH_S = 0.5
-_REFUSED_S = 5.0
+_REFUSED_S = 10.0  # Ray takes half of it to start another HAProxy
 _CORE: Final = ("gcs_server", "raylet")
 
 
@@ -64,8 +65,12 @@ def prepared_environment(folder: Path, haproxy: str | None) -> Iterator[None]:
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         # The parts of one machine talk over loopback only, as Ray does by itself on other systems.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # Ray yields to all other programs of a busy machine, a server must not.
+        "RAY_worker_niceness": "0",
         # A busy machine takes longer than the default 5 s to start the HTTP proxy.
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+        # HAProxy, or its manager, that is gone three times is replaced.
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         # Nobody else sends requests here once the command ends.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
         "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "0.5",
@@ -76,6 +81,9 @@ def prepared_environment(folder: Path, haproxy: str | None) -> Iterator[None]:
             "RAY_SERVE_HAPROXY_BINARY_PATH": str(write_launcher(folder, haproxy)),
             "RAY_SERVE_HAPROXY_MAXCONN": str(most_connections()),
             "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(CLIENT_TIMEOUT_S),
+            # Replicas that stand still get no new requests after three checks of two seconds.
+            "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "2s",
+            "RAY_SERVE_HAPROXY_HEALTH_CHECK_FALL": "3",
             "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
             "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
@@ -98,16 +106,21 @@ def prepared_environment(folder: Path, haproxy: str | None) -> Iterator[None]:
 def local_cluster() -> Iterator[None]:
     """Start Ray on this machine; stop Ray Serve and every process of Ray's at the end.
 
-    Raises `ClusterFailed` if Ray does not come up.
+    Raises `ClusterFailed` if Ray does not come up. Where the block raises it, a part of Ray is
+    gone: asking the others to stop may never end, and `keeper` ends them.
     """
+    import ray  # noqa: PLC0415
+
     _start_ray()
     try:
         yield
-    finally:
-        # Where a part of Ray is gone or stands still, asking it to stop may never end.
-        stopping = threading.Thread(target=_stop_ray, daemon=True)
-        stopping.start()
-        stopping.join(_STOP_S)
+    except ClusterFailed:
+        atexit.unregister(ray.shutdown)  # waits for what is gone
+        raise
+    except BaseException:
+        _stop_in_time()
+        raise
+    _stop_in_time()
 
 
 def watch(host: str, port: int) -> NoReturn:
@@ -144,6 +157,13 @@ def _is_listening(host: str, port: int) -> bool:
 
 def _reachable(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def _stop_in_time() -> None:
+    """Stop Ray, or leave it to `keeper` where that takes too long."""
+    stopping = threading.Thread(target=_stop_ray, daemon=True)
+    stopping.start()
+    stopping.join(_STOP_S)
 
 
 def _stop_ray() -> None:

@@ -12,14 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import ctypes
-import itertools
 import os
 import re
 import resource
 import shlex
 import shutil
-import signal
 import socket
 import sys
 import time
@@ -31,7 +28,6 @@ CLIENT_TIMEOUT_S: Final = 600
 _MOST_CONNECTIONS: Final = 50_000
 _DESCRIPTORS_PER_CONNECTION: Final = 3  # to the client, to the replica, for splicing
 _SPARE_DESCRIPTORS: Final = 500
-_PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 
 
 def find_haproxy() -> str | None:
@@ -70,6 +66,12 @@ def complete(configuration: str) -> str:
     """
     text = re.sub(r"^(\s*bind )[*]?:(\d+)", r"\g<1>127.0.0.1:\2", configuration, flags=re.M)
     text = re.sub(r"^(\s*stats socket .*) mode 666", r"\1 mode 600", text, flags=re.M)
+    # Until it is told of the replicas a new HAProxy knows no path; clients repeat a 503, no 404.
+    text = re.sub(
+        r"(backend default_backend\n\s*http-request return status) 404 content-type text/plain .*",
+        r"\1 503 content-type text/plain string starting hdr retry-after 1",
+        text,
+    )
     for heading, lines in (
         (r"^defaults\n\s*mode http\n", (f"timeout http-request {HEADER_TIMEOUT_S}s",)),
         (
@@ -121,15 +123,29 @@ def _tell(path: Path, command: str) -> str:
 
 
 def main() -> None:
-    """Complete the configuration that the arguments name, and become HAProxy."""
+    """Complete the configuration that the arguments name, and become HAProxy.
+
+    The first one of a manager (which takes over from none by `-sf`) takes over from those that a
+    manager left when it was killed: until then they go on serving.
+    """
     binary, *arguments = sys.argv[1:]
-    for flag, value in itertools.pairwise(arguments):
-        if flag == "-f":
-            file = Path(value)
-            file.write_text(complete(file.read_text()))
-    # Ray's manager starts a new HAProxy when it comes back, and that one needs the port.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    file = Path(arguments[arguments.index("-f") + 1])
+    file.write_text(complete(file.read_text()))
+    left = [] if "-sf" in arguments else _others_with(file)
+    if left:
+        arguments += ["-sf", *left]
     os.execv(binary, [binary, *arguments])
+
+
+def _others_with(file: Path) -> list[str]:
+    """Return the ids of other processes whose arguments name `file`."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            named = str(file).encode() in (entry / "cmdline").read_bytes().split(b"\0")
+            if named and int(entry.name) != os.getpid():
+                found.append(entry.name)
+    return found
 
 
 if __name__ == "__main__":

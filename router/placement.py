@@ -19,8 +19,8 @@ def replicas(spec: DeploymentSpec) -> dict[str, Any]:
     """Return Ray Serve's options for how many replicas run, and how they are watched."""
     options: dict[str, Any] = {
         "max_ongoing_requests": _MAX_ONGOING_REQUESTS,
-        "health_check_period_s": 5,
-        "health_check_timeout_s": 15,
+        "health_check_period_s": 2,
+        "health_check_timeout_s": 10,
         "graceful_shutdown_timeout_s": spec.drain_s,
         "graceful_shutdown_wait_loop_s": 0.5,
         "logging_config": {"enable_access_log": False},

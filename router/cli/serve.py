@@ -42,14 +42,13 @@ def serve(
 ) -> None:
     """Serve a pool of models behind an OpenAI-compatible endpoint, until Ctrl-C."""
     from models.pool import load_pool
-    from router.cluster import check_free
+    from router.cluster import AddressInUse, check_free
     from router.config import load_args
     from router.keeper import kept
 
     try:
         args = load_args(config, pool=pool)
         loaded = load_pool(args.pool)
-        check_free(host, port)
         args = args.listening_on(host)
     except ValueError as error:
         _refuse(error)
@@ -62,10 +61,13 @@ def serve(
     _catch_signals(_interrupt)
     with tempfile.TemporaryDirectory(prefix="shoal-") as folder, kept(Path(folder)):
         try:
+            check_free(host, port)  # what an earlier server left there has ended
             if local:
                 _serve_here(args, loaded, host, port)
             else:
                 _serve_on_ray(args, host, port, Path(folder))
+        except AddressInUse as error:
+            _refuse(error)
         except KeyboardInterrupt:
             pass
     _say("Stopped.")

@@ -229,6 +229,15 @@ def test_the_old_cluster_outlives_what_it_still_answers() -> None:
         assert delay_s >= template["spec"]["terminationGracePeriodSeconds"] >= 60
 
 
+def test_a_pod_that_ends_answers_first_what_it_has() -> None:
+    """Before SIGTERM, at which Ray ends, it waits, and less than its grace period."""
+    for template in pod_templates(_service()):
+        [container] = template["spec"]["containers"]
+        program, seconds = container["lifecycle"]["preStop"]["exec"]["command"]
+        assert program == "sleep"
+        assert 10 <= int(seconds) < template["spec"]["terminationGracePeriodSeconds"]
+
+
 def test_a_cluster_that_outlives_its_head() -> None:
     """With Redis, the cluster's state is kept there, the password in a secret."""
     options = _service(example("eight-gpus"))["spec"]["rayClusterConfig"][

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import openai
-import psutil
 import pytest
 import sqlalchemy as sa
 from pydantic import ValidationError
@@ -230,16 +229,6 @@ def test_unknown_settings_are_refused() -> None:
             AppArgs.model_validate({section: {"colour": "red"}})
 
 
-def _stoppable(address: str) -> list[psutil.Process]:
-    """Return the processes of the PostgreSQL server at `address`."""
-    port = int(address.rpartition(":")[2].partition("/")[0])
-    [pid] = {
-        c.pid for c in psutil.net_connections() if c.status == "LISTEN" and c.laddr.port == port
-    }
-    server = psutil.Process(pid)
-    return [server, *server.children(recursive=True)]
-
-
 def test_a_database_that_is_away_is_told_and_comes_back(
     serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -247,15 +236,15 @@ def test_a_database_that_is_away_is_told_and_comes_back(
 
     Requests without a key are answered throughout. No log line shows a statement's values.
     """
-    with postgresql() as address:
-        app = {"ledger": {"url": address}, "auth": {"cache_s": 0}}
+    with postgresql() as away:
+        app = {"ledger": {"url": away.address}, "auth": {"cache_s": 0}}
         server = serve(app=app, limits={"request_timeout_s": 60})
-        database = open_database(address)
+        database = open_database(away.address)
         _, secret = create_key(database, name="team", caps={"requests_per_day": 1000})
         database.dispose()
         client = _as(server, secret)
         _say(client)
-        stopped = _stoppable(address)
+        stopped = away.processes()
         for process in stopped:
             process.suspend()
         try:

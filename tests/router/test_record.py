@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import logging
+import time
 from dataclasses import Field, asdict, fields
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from router.logs import JsonLines, RequestLog
 from router.metrics.counting import count_rows
 from router.record import MemberTokens, RequestRecord
 from router.tracing import RequestTracer
+from tests.router.conftest import Running
 
 # Nested facts; of all others the test makes up a value from their type.
 NESTED = {
@@ -150,3 +153,20 @@ def test_a_request_waits_until_its_first_engine_is_asked() -> None:
         name: Rates(usd_per_input_token=0, usd_per_output_token=0) for name in ("small", "large")
     }
     assert exchange.complete(rates).queue_s == 1.25
+
+
+def test_a_system_clock_that_jumps_changes_no_duration(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An hour or a day ahead and back at every look: deadlines hold, and latencies are real."""
+    real, jumps_s = time.time, itertools.cycle((3600.0, -7200.0, 86400.0))
+    monkeypatch.setattr(time, "time", lambda: real() + next(jumps_s))
+    body = {"model": "alpha", "messages": [{"role": "user", "content": "hello"}]}
+    began_s = time.monotonic()
+    answer = server.http.post(
+        "/v1/chat/completions", json=body, headers={"x-shoal-timeout-s": "60"}
+    )
+    record = server.last_record()
+    assert answer.status_code == 200
+    assert record.ttft_s is not None
+    assert 0 < record.ttft_s <= record.latency_s <= time.monotonic() - began_s

@@ -69,6 +69,10 @@ containers:
       requests: {{- include "shoal.resources" $group | nindent 8 }}
       limits: {{- include "shoal.resources" $group | nindent 8 }}
     {{- include "shoal.probes" . | nindent 4 }}
+    lifecycle:
+      preStop:
+        # Ray ends at SIGTERM. Before it comes no new requests do, and what runs is answered.
+        exec: {command: [sleep, {{ min 30 (div $values.terminationGracePeriodSeconds 2) | quote }}]}
     volumeMounts:
       - {name: tmp, mountPath: /tmp}
       {{- if ne $values.pool.source "image" }}

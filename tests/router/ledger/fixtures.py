@@ -19,8 +19,8 @@ from tests.router.ledger.pgserver import postgresql
 @pytest.fixture(scope="session")
 def postgresql_server() -> Iterator[str]:
     """The address of a PostgreSQL server that lives as long as the test session."""
-    with postgresql() as address:
-        yield address
+    with postgresql() as server:
+        yield server.address
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

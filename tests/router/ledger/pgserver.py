@@ -4,10 +4,12 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.ports import free_port
@@ -21,9 +23,23 @@ def _binaries() -> Path | None:
     return Path(on_path).parent if on_path else None
 
 
+@dataclass(frozen=True)
+class Server:
+    """A running server: where it listens, its data, and how it is started again."""
+
+    address: str
+    folder: Path
+    start: Callable[[], None]
+
+    def processes(self) -> list[psutil.Process]:
+        """Return its processes: the main one, and a child per connection among others."""
+        main = psutil.Process(int((self.folder / "postmaster.pid").read_text().split()[0]))
+        return [main, *main.children(recursive=True)]
+
+
 @contextmanager
-def postgresql() -> Iterator[str]:
-    """Yield the address of a fresh server; skips where there is none to start."""
+def postgresql() -> Iterator[Server]:
+    """Yield a fresh server; skips where there is none to start."""
     binaries = _binaries()
     if binaries is None:
         pytest.skip("PostgreSQL's server is not installed (Debian: apt-get install postgresql)")
@@ -43,9 +59,14 @@ def postgresql() -> Iterator[str]:
     try:
         run("initdb", "-U", "shoal", "-A", "trust", "--no-sync", "-E", "UTF8")
         options = f"-p {port} -h 127.0.0.1 -k {folder} -c fsync=off"
-        run("pg_ctl", "-w", "-t", "120", "-l", folder / "log", "-o", options, "start")
+
+        def start() -> None:
+            run("pg_ctl", "-w", "-t", "120", "-l", folder / "log", "-o", options, "start")
+
+        start()
         try:
-            yield f"postgresql://shoal@127.0.0.1:{port}/postgres"
+            address = f"postgresql://shoal@127.0.0.1:{port}/postgres"
+            yield Server(address, folder / "data", start)
         finally:
             run("pg_ctl", "-w", "-m", "immediate", "stop")
     finally:

@@ -1,11 +1,23 @@
 """Ray's HAProxy configuration, completed."""
 
+import re
 import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
+import httpx
 import pytest
 
-from router.haproxy import HEADER_TIMEOUT_S, complete, find_haproxy, most_connections
+from router.haproxy import (
+    HEADER_TIMEOUT_S,
+    complete,
+    find_haproxy,
+    most_connections,
+    write_launcher,
+)
+from tests.ports import free_port
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Using extra keyword arguments:DeprecationWarning"  # Ray Serve's, at its first import
@@ -56,3 +68,56 @@ def test_haproxy_takes_it(configuration: str, tmp_path: Path) -> None:
         [binary, "-c", "-f", str(file)], capture_output=True, text=True, check=False
     )
     assert checked.returncode == 0, checked.stderr
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[bytes], str]]]:
+    """Start what Ray starts in HAProxy's place, all with one configuration; where it listens."""
+    binary = find_haproxy()
+    if binary is None:
+        pytest.skip("no HAProxy is installed")
+    launcher, file, port = write_launcher(tmp_path, binary), tmp_path / "haproxy.cfg", free_port()
+
+    def start(configuration: str, *arguments: str) -> tuple[subprocess.Popen[bytes], str]:
+        text = re.sub(r"bind :\d+", lambda _: f"bind :{free_port()}", configuration)
+        file.write_text(re.sub(r"bind \S+:8000", f"bind 127.0.0.1:{port}", text))
+        command = [str(launcher), "-db", "-f", str(file), *arguments]
+        process = stack.enter_context(subprocess.Popen(command))
+        stack.callback(process.kill)
+        return process, f"http://127.0.0.1:{port}/v1/models"
+
+    with ExitStack() as stack:
+        yield start
+
+
+def _get(url: str) -> httpx.Response:
+    """Ask until somebody listens."""
+    end = time.monotonic() + 60
+    while True:
+        try:
+            return httpx.get(url)
+        except httpx.ConnectError:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+
+def test_one_that_knows_no_replica_yet_is_asked_again(
+    configuration: str, start: Callable[..., tuple[subprocess.Popen[bytes], str]]
+) -> None:
+    """Clients repeat a 503, where they would believe a 404."""
+    answer = _get(start(configuration)[1])
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+
+
+def test_a_new_one_takes_over_from_one_whose_manager_was_killed(
+    configuration: str, start: Callable[..., tuple[subprocess.Popen[bytes], str]]
+) -> None:
+    """The first of a manager ends what is left; a reload names whom it replaces, and only that."""
+    left, url = start(configuration)
+    _get(url)
+    new, _ = start(configuration)
+    assert left.wait(60) == 0
+    assert _get(url).status_code == 503
+    start(configuration, "-sf", "999999999")
+    time.sleep(1)
+    assert new.poll() is None
