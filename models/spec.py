@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from models.answer_format import AnswerFormat, ReasoningTags, detect_format
 from models.card import ModelCard
-from models.chat_template import Message, open_conversation
+from models.chat_template import Message, open_conversation, read_prompt_facts
+from models.tools import FormatName
 from policies.base import ModelFacts
 from policies.footprint import Rates
 
@@ -99,6 +102,9 @@ class ModelSpec(_Strict):
     `ModelCard.sampling`) unless `generation_config` is false; of a fusion in one engine, the first
     member's settings count.
 
+    How the model writes calls of `tools` and what its `reasoning` stands between is read off its
+    chat template, unless it is named here; false says that it does not.
+
     With `otherwise`, the pool does without the model on a machine that lacks its package, its file
     or its engine's library; policies that name it then take the model `otherwise` in its place.
     """
@@ -110,6 +116,8 @@ class ModelSpec(_Strict):
     system: str | None = None
     sampling: SamplingSpec = SamplingSpec()
     generation_config: bool = True
+    tools: FormatName | Literal[False] | None = None
+    reasoning: ReasoningTags | Literal[False] | None = None
     otherwise: Name | None = None
     domains: tuple[str, ...] = ()
     description: str = ""
@@ -158,6 +166,21 @@ class Model:
         """How answers are drawn where a request does not say, by the names of `SamplingOptions`."""
         stated = self.card.sampling if self.card and self.spec.generation_config else {}
         return {**stated, **self.spec.sampling.model_dump(exclude_none=True)}
+
+    @cached_property
+    def answer_format(self) -> AnswerFormat:
+        """How its answers are read, as the pool file or the chat template says.
+
+        Raises `PoolError` for a template that cannot be read.
+        """
+        found = AnswerFormat()
+        if self.card is not None:
+            found = detect_format(read_prompt_facts(self.card.path).templates.values())
+        spec = self.spec
+        return AnswerFormat(
+            calls=found.calls if spec.tools is None else spec.tools or None,
+            reasoning=found.reasoning if spec.reasoning is None else spec.reasoning or None,
+        )
 
     def opened(self, messages: Sequence[Message]) -> Sequence[Message]:
         """Return a conversation as the model gets it: with its `system` message, if it has none."""

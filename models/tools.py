@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, TypeAlias
+
+FormatName: TypeAlias = Literal["hermes", "llama3-json", "mistral", "pythonic"]
+"""How a model writes its calls; see `models.tool_formats`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -95,10 +95,11 @@ class GenerationRequest:
 
     `prompt_tokens` is the whole templated prompt in the engine's tokenizer; `messages` or `text` is
     what it was made of, for engines that ask another server, and neither where the client sent
-    token ids; `rendering` is how. `sent` is the client's own body, where another server gets it as
-    it came. `tools` are offered only to engines whose traits allow them. `request_id` is unique;
-    cancellation and logs use it. `client_id` groups requests for fair queueing. After `timeout_s`
-    nobody waits for the answer any more (None: not known).
+    token ids; `rendering` is how a conversation was made a prompt, None for what was none. `sent`
+    is the client's own body, where another server gets it as it came. `tools` are offered only to
+    engines whose traits allow them. `request_id` is unique; cancellation and logs use it.
+    `client_id` groups requests for fair queueing. After `timeout_s` nobody waits for the answer any
+    more (None: not known).
     """
 
     request_id: str
@@ -114,7 +115,7 @@ class GenerationRequest:
     messages: tuple[Message, ...] | None = None
     text: str | None = None
     sent: Mapping[str, Any] | None = None
-    rendering: Rendering = field(default_factory=Rendering)
+    rendering: Rendering | None = None
     tools: Tools | None = None
     timeout_s: float | None = None
 
@@ -136,7 +137,7 @@ class Token:
     That is log-softmax of the (fused) logits, before temperature, penalties, bias and truncation;
     None where the model is elsewhere and its server doesn't say (and there `token_id` is 0). `top`
     is best first. `entropy` is the whole distribution's, in nats; None where the engine cannot see
-    it.
+    it. A `thought` belongs to the reasoning before the answer, not to the answer's text.
     """
 
     token_id: int
@@ -145,6 +146,7 @@ class Token:
     logprob: float | None
     top: tuple[TopLogprob, ...] = ()
     entropy: float | None = None
+    thought: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from models.answer_reader import AnswerReader
 from models.engines.base import (
     Chunk,
     EngineStats,
@@ -22,7 +23,7 @@ from models.engines.base import (
     Token,
     TopLogprob,
 )
-from models.engines.kind import EngineKind, EngineTraits
+from models.engines.kind import EngineKind, EngineTraits, formats_of
 from models.engines.requests import check_request
 from models.engines.text import TextStream
 from models.errors import EngineFailed, EngineOverloaded, PoolError
@@ -33,10 +34,11 @@ from models.tokenizer import ByteTokenizer
 class Script(BaseModel):
     """How one model behaves.
 
-    Successive requests take the `answers` in turn; with none, the last message is echoed. Each
-    token carries `logprob` and `entropy`. With `fail_after_tokens` a request fails after that many
-    tokens (0: at once), with `refuse` it is turned away as if the queue were full; `num_failures`
-    limits either to the first so many requests.
+    Calls and thoughts are read off an answer's text where the model's keys `tools` and `reasoning`
+    say how they are written. Successive requests take the `answers` in turn; with none, the last
+    message is echoed. Each token carries `logprob` and `entropy`. With `fail_after_tokens` a
+    request fails after that many tokens (0: at once), with `refuse` it is turned away as if the
+    queue were full; `num_failures` limits either to the first so many requests.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -67,9 +69,15 @@ class FakeEngine:
     """Plays scripts; see `Script` and `FakeOptions`. A fused request plays its first member's."""
 
     def __init__(
-        self, *, members: Sequence[str], options: FakeOptions, max_queued_requests: int
+        self,
+        *,
+        members: Sequence[str],
+        options: FakeOptions,
+        max_queued_requests: int,
+        traits: EngineTraits | None = None,
     ) -> None:
         self._members = tuple(members)
+        self._traits = traits or EngineTraits()
         self._options = options
         self._max_queued_requests = max_queued_requests
         self._slots = asyncio.Semaphore(options.max_running_requests)
@@ -107,8 +115,9 @@ class FakeEngine:
         self._lanes += len(request.members)
         try:
             fail_after_tokens = script.fail_after_tokens if scripted_failure else None
+            reader = AnswerReader(request, self._traits.answer_format(request.members), None)
             async for chunk in self._play(request, script, turn, fail_after_tokens, max_tokens):
-                yield chunk
+                yield reader.read(chunk)
         finally:
             self._running -= 1
             self._lanes -= len(request.members)
@@ -137,7 +146,7 @@ class FakeEngine:
         return check_request(
             request,
             members=self._members,
-            traits=_TRAITS,
+            traits=self._traits,
             context_tokens=self._options.context_tokens,
             vocab_size=ByteTokenizer().vocab_size,
         )
@@ -231,9 +240,6 @@ def _raw(token_id: int) -> bytes:
     return b"" if token_id == ByteTokenizer.END_OF_TURN else bytes([token_id])
 
 
-_TRAITS = EngineTraits()
-
-
 def _inspect(spec: EngineSpec, options: FakeOptions, models: Sequence[Model]) -> EngineTraits:
     names = [model.name for model in models]
     for name in options.models:
@@ -242,7 +248,7 @@ def _inspect(spec: EngineSpec, options: FakeOptions, models: Sequence[Model]) ->
                 f"engines.{spec.name}.options.models: {name!r} is unknown; "
                 f"allowed are {', '.join(names)}"
             )
-    return replace(_TRAITS, context_tokens=options.context_tokens)
+    return EngineTraits(context_tokens=options.context_tokens, formats=formats_of(models))
 
 
 def _create(spec: EngineSpec, options: FakeOptions, models: Sequence[Model]) -> FakeEngine:
@@ -250,6 +256,7 @@ def _create(spec: EngineSpec, options: FakeOptions, models: Sequence[Model]) -> 
         members=[model.name for model in models],
         options=options,
         max_queued_requests=spec.max_queued_requests,
+        traits=_inspect(spec, options, models),
     )
 
 

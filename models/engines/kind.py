@@ -6,12 +6,13 @@ pool file asks it. `registry` finds it by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel
 
+from models.answer_format import PLAIN, AnswerFormat
 from models.engines.base import Engine, FusionRule, StructureKind
 from models.errors import PoolError
 from models.spec import Dtype, EngineSpec, Model
@@ -26,8 +27,9 @@ class EngineTraits:
 
     `fuses`: one request may name several members, by one of `rules`, and with `updates_evidence`
     their weights may follow the answer's tokens. `logprobs`: answers carry log-probabilities, which
-    scorers of cascades read. `tools`: its models can be offered tools. Answers can be held to the
-    kinds of `structures`. It `refuses` some of the fields of `requests.OPTIONAL`. `here`: it draws
+    scorers of cascades read. `formats` says by model how calls and reasoning are written; `tools`
+    that this is another server's affair. Answers can be held to the kinds of `structures`. It
+    `refuses` some of the fields of `requests.OPTIONAL`. `here`: it draws
     its energy from this machine. `context_tokens` bounds prompt and answer further than the models
     do. A replica spreads over `num_workers` devices. With `metrics`, it is a `HasMetrics`. `needs`
     says what is missing for it to run on this machine.
@@ -45,6 +47,16 @@ class EngineTraits:
     num_workers: int = 1
     metrics: bool = False
     needs: str | None = None
+    formats: Mapping[str, AnswerFormat] = field(default_factory=dict)
+
+    def answer_format(self, members: Sequence[str]) -> AnswerFormat:
+        """Return how `members` answer together: as the first does, whose template asks them."""
+        return self.formats.get(members[0], PLAIN) if members else PLAIN
+
+    def calls(self, members: Sequence[str]) -> bool:
+        """Return whether `members` together can be offered tools: all write calls alike."""
+        ways = {self.formats.get(name, PLAIN).calls for name in members}
+        return self.tools or (len(ways) == 1 and None not in ways)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +77,11 @@ class EngineKind(Generic[Options]):
     formats: tuple[Format, ...] = ()
     dtypes: tuple[Dtype, ...] = ("auto", "float32", "bfloat16", "float16")
     remote: bool = False
+
+
+def formats_of(models: Sequence[Model]) -> dict[str, AnswerFormat]:
+    """Return how each of `models` answers; raises `PoolError` for a template it cannot read."""
+    return {model.name: model.answer_format for model in models}
 
 
 def check_one_shape(spec: EngineSpec, models: Sequence[Model]) -> None:

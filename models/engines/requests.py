@@ -65,7 +65,7 @@ def check_request(
     _check_fusion(request, traits)
     check_sampling(request.sampling, traits)
     _check_tokens(request, vocab_size)
-    if request.tools is not None and not traits.tools:
+    if request.tools is not None and not traits.calls(request.members):
         raise RequestError(f"tools: {', '.join(request.members)} cannot call any", "tools")
     if context_tokens is None:
         return request.sampling.max_tokens

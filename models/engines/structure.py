@@ -15,7 +15,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 from models.engines.base import Structure
 from models.errors import RequestError
 
-_HEADER: Final = "%llguidance {}\n"
+HEADER: Final = "%llguidance {}\n"
 _BLANKS: Final = 8
 _JSON_OPTIONS: Final = {"whitespace_pattern": f"[ \\n\\t\\r]{{1,{_BLANKS}}}"}
 
@@ -26,18 +26,18 @@ def write_grammar(structure: Structure) -> str:
     Raises `RequestError` for a grammar in a notation that cannot be read.
     """
     if structure.kind == "json":
-        return f"{_HEADER}start: {json_rule(structure.text, strict=structure.strict)}\n"
+        return f"{HEADER}start: {json_rule(structure.text, strict=structure.strict)}\n"
     if structure.kind == "regex":
         escaped = structure.text.replace("\\/", "/").replace("/", "\\/").replace("\n", "\\n")
-        return f"{_HEADER}start: /{escaped}/\n"
+        return f"{HEADER}start: /{escaped}/\n"
     if structure.kind == "choice":
         choices = (json.dumps(choice) for choice in json.loads(structure.text))
-        return f"{_HEADER}start: {' | '.join(choices)}\n"
+        return f"{HEADER}start: {' | '.join(choices)}\n"
     try:
         lark = str(any_to_lark(structure.text))
     except Exception as error:  # the converter raises whatever it stumbles over
         raise RequestError(f"grammar: it cannot be read: {error}", "structured_outputs") from None
-    return lark if lark.startswith("%llguidance") else _HEADER + lark
+    return lark if lark.startswith("%llguidance") else HEADER + lark
 
 
 def json_rule(schema: str, *, strict: bool = False) -> str:
@@ -51,15 +51,6 @@ def json_rule(schema: str, *, strict: bool = False) -> str:
         options = {**(own if isinstance(own, dict) else {}), **_JSON_OPTIONS}
         content = {**content, "x-guidance": {**options, "lenient": not strict}}
     return f"%json {json.dumps(content)}"
-
-
-def compile_structure(tokenizer: LLTokenizer, structure: Structure) -> LLMatcher:
-    """Return what follows `structure`; see `compile_grammar`."""
-    if structure.kind == "json":
-        what, field = "JSON schema", "response_format"
-    else:
-        what, field = structure.kind, "structured_outputs"
-    return compile_grammar(tokenizer, write_grammar(structure), what=what, field=field)
 
 
 def compile_grammar(tokenizer: LLTokenizer, grammar: str, *, what: str, field: str) -> LLMatcher:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable
+import json
+from collections.abc import Collection, Iterable
 
 import tokenizers
 from llguidance import LLTokenizer
@@ -12,22 +13,39 @@ from llguidance import LLTokenizer
 class Vocabulary:
     """The raw bytes of every token; empty for special tokens, which leave no text.
 
-    Which are special is the tokenizer's own word: `<think>` is text where it says no more.
+    Which are special is the tokenizer's own word: `<think>` is text where it says no more, and so
+    are the `marks` whatever it says.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, grammars: LLTokenizer) -> None:
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        grammars: LLTokenizer,
+        marks: Collection[str] = (),
+    ) -> None:
         """Take the bytes of ordinary tokens from `grammars`, which has them all at hand."""
+        added = tokenizer.get_added_tokens_decoder()
+        self._added = {token.content: i for i, token in added.items()}
         raw = [bytes(grammars.decode_bytes([i])) for i in range(grammars.vocab_size)]
         for i in range(tokenizer.get_vocab_size(), grammars.vocab_size):  # a padded vocabulary
             raw[i] = b""
-        for i, token in tokenizer.get_added_tokens_decoder().items():
+        for i, token in added.items():
             if i < len(raw):
-                raw[i] = b"" if token.special else token.content.encode()
+                hidden = token.special and token.content not in marks
+                raw[i] = b"" if hidden else token.content.encode()
         self._raw = tuple(raw)
 
     def raw(self, token: int) -> bytes:
         """Return the bytes that `token` stands for."""
         return self._raw[token]
+
+    def text(self, tokens: Iterable[int]) -> str:
+        """Return the text of `tokens`; what is no whole character becomes U+FFFD."""
+        return b"".join(map(self.raw, tokens)).decode(errors="replace")
+
+    def terminal(self, tag: str) -> str:
+        """Return what stands in a grammar for `tag`: its own token, if it has one, or its text."""
+        return f"<[{self._added[tag]}]>" if tag in self._added else json.dumps(tag)
 
 
 class TextStream:
@@ -66,13 +84,13 @@ class TextStream:
             self.stopped = True
             at, stop = min(found)
             return self._held[: at + len(stop) * self._include_stop]
-        keep = max(_overlap(self._held, stop) for stop in self._stop)
+        keep = max(overlap(self._held, stop) for stop in self._stop)
         certain = len(self._held) - keep
         text, self._held = self._held[:certain], self._held[certain:]
         return text
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Return the length of the longest end of `text` that begins `stop`."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):

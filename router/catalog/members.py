@@ -132,11 +132,18 @@ class Members:
 
     def check_tools(self, answer: Answer) -> None:
         """Raise `RequestError` if the members of `answer` cannot be offered tools."""
-        engine = self._engine_of[answer.members[0]]
-        if not self._traits[engine].tools:
+        for name in answer.members:
+            traits = self.traits_of(name)
+            if not traits.calls([name]):
+                raise RequestError(
+                    f"tools: {name} cannot call any: its chat template shows no known way to write "
+                    f"calls; models.{name}.tools names it",
+                    "tools",
+                )
+        if self.span_engines(answer) or not traits.calls(answer.members):
             raise RequestError(
-                f"tools: {', '.join(answer.members)} cannot call any: the engine {engine!r} knows "
-                "no way to read calls",
+                f"tools: {', '.join(answer.members)} cannot be fused: they write calls in "
+                "different ways, or on different engines",
                 "tools",
             )
 

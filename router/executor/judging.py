@@ -29,7 +29,7 @@ def attempt(
         answer=answer.text,
         logprob_mean=known.mean if known else 0.0,
         logprob_min=known.min if known else 0.0,
-        num_tokens=len(answer.tokens),
+        num_tokens=sum(not token.thought for token in answer.tokens),
         entropy_mean=known.entropy if known else None,
         earlier=earlier,
         finished=finished,
@@ -37,15 +37,19 @@ def attempt(
 
 
 def logprobs(tokens: Sequence[Token]) -> AnswerLogprobs | None:
-    """Return what scorers see of an answer's tokens; None where no log-probability is known."""
-    known = [token.logprob for token in tokens if token.logprob is not None]
-    entropies = [token.entropy for token in tokens if token.entropy is not None]
+    """Return what scorers see of an answer's tokens; None where no log-probability is known.
+
+    They see nothing of what came before the answer, its reasoning.
+    """
+    told = [token for token in tokens if not token.thought]
+    known = [token.logprob for token in told if token.logprob is not None]
+    entropies = [token.entropy for token in told if token.entropy is not None]
     if not known:
         return None
     return AnswerLogprobs(
         mean=math.fsum(known) / len(known),
         min=min(known),
-        num_tokens=len(tokens),
+        num_tokens=len(told),
         # Rounding may leave a sure thing's entropy just below zero.
         entropy=max(math.fsum(entropies) / len(entropies), 0.0) if entropies else None,
     )

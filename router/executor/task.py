@@ -45,7 +45,7 @@ class Prompt:
         self._text = text
         self._token_ids = token_ids
         self.tools = tools
-        self.rendering = rendering or Rendering()
+        self.rendering = rendering or (None if messages is None else Rendering())
         self._keep_tokens = keep_tokens
         self._cache: dict[int, tuple[int, ...]] = {}
         # Here, and once: where a conversation is long this is done on another thread.
@@ -121,7 +121,7 @@ class Prompt:
         return ids if kept is None else ids[max(len(ids) - kept, 0) :]
 
     def _encode(self, tokenizer: Tokenizer) -> tuple[int, ...]:
-        if self._messages is not None:
+        if self._messages is not None and self.rendering is not None:
             tools = self.tools.functions if self.tools else ()
             return tokenizer.encode_chat(self._messages, tools, self.rendering)
         return tokenizer.encode(self._text or "")

@@ -37,7 +37,7 @@ def chat_logprobs(tokens: Sequence[Token]) -> dict[str, Any]:
         "content": [
             {**_item(token), "top_logprobs": [_item(other) for other in token.top]}
             for token in tokens
-            if token.raw
+            if token.raw and not token.thought
         ],
         "refusal": None,
     }

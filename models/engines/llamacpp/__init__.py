@@ -3,8 +3,8 @@
     `engine` admits (`admission`) → `translate` writes the request → `binding` runs it in one of
     llama.cpp's slots → `translate` reads each token → the event loop
 
-llama.cpp batches what runs, keeps prompts that it has read, constrains answers to schemas and
-parses calls of tools; stop strings, the queue and fairness are ours.
+llama.cpp batches what runs, keeps prompts that it has read and constrains answers to grammars; what
+the answers say, stop strings, the queue and fairness are ours.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from importlib.util import find_spec
 from pydantic import BaseModel, ConfigDict, Field
 
 from models.card import ModelCard
-from models.chat_template import read_prompt_facts
 from models.engines.base import Engine
-from models.engines.kind import EngineKind, EngineTraits
+from models.engines.kind import EngineKind, EngineTraits, formats_of
 from models.errors import PoolError
 from models.spec import EngineSpec, Model
 
@@ -77,12 +76,11 @@ def _inspect(spec: EngineSpec, options: LlamacppOptions, models: Sequence[Model]
         raise PoolError(
             f"engines.{spec.name}.kv_memory_bytes: {spec.kv_memory_bytes} holds not one token"
         )
-    templates = read_prompt_facts(card.path).templates
     return EngineTraits(
         fuses=False,
         updates_evidence=False,
         refuses=REFUSES,
-        tools=any("tools" in template for template in templates.values()),
+        formats=formats_of(models),
         context_tokens=context_tokens,
         needs=None if find_spec("xllamacpp") else _INSTALL,
     )

@@ -81,17 +81,14 @@ class Server:
         """End llama.cpp's threads and free its memory, once no call is running."""
         self._server = None
 
-    def ask(
-        self, body: Mapping[str, Any], on_event: Callable[[Event], bool], *, chat: bool
-    ) -> None:
+    def ask(self, body: Mapping[str, Any], on_event: Callable[[Event], bool]) -> None:
         """Answer the request `body`, on the calling thread, until it is done.
 
-        Each message goes to `on_event`, which returns whether to stop. With `chat` the body has
-        messages, else the prompt's token ids. Raises `RequestError` or `EngineFailed`.
+        Each message goes to `on_event`, which returns whether to stop. Raises `RequestError` or
+        `EngineFailed`.
         """
-        handle = self._server.handle_chat_completions if chat else self._server.handle_completions
         try:
-            handle(dict(body), on_event)
+            self._server.handle_completions(dict(body), on_event)
         except (ValueError, TypeError) as error:
             raise RequestError(str(error)) from None
         except RuntimeError as error:
@@ -104,16 +101,12 @@ class Call:
     `done` is set once the thread has left llama.cpp, which then has the request's slot free.
     """
 
-    def __init__(
-        self, server: Server, threads: Executor, body: Mapping[str, Any], *, chat: bool
-    ) -> None:
+    def __init__(self, server: Server, threads: Executor, body: Mapping[str, Any]) -> None:
         """Start it; see `Server.ask`."""
         self._loop = asyncio.get_running_loop()
         self._received: asyncio.Queue[Event | BaseException | None] = asyncio.Queue()
         self._cancelled = False
-        self.done = self._loop.run_in_executor(
-            threads, partial(server.ask, body, self._receive, chat=chat)
-        )
+        self.done = self._loop.run_in_executor(threads, partial(server.ask, body, self._receive))
         self.done.add_done_callback(lambda done: self._received.put_nowait(done.exception()))
 
     async def events(self) -> AsyncIterator[Event]:

@@ -10,17 +10,19 @@ from dataclasses import dataclass, field
 
 from llguidance import LLTokenizer
 
+from models.answer_format import AnswerFormat
+from models.answer_grammar import answer_grammar, compile_answer
+from models.answer_reader import AnswerReader
 from models.card import ModelCard
 from models.engines.base import Chunk, EngineStats, GenerationRequest
 from models.engines.kind import EngineTraits
 from models.engines.llamacpp import LlamacppOptions, slots
 from models.engines.llamacpp.admission import Admission
 from models.engines.llamacpp.binding import Call, Server, Setting
-from models.engines.llamacpp.translate import AnswerReader, write_body
+from models.engines.llamacpp.translate import MessageReader, write_body
 from models.engines.requests import check_request
-from models.engines.structure import compile_structure
 from models.engines.text import Vocabulary
-from models.errors import EngineFailed, RequestError
+from models.errors import EngineFailed
 from models.spec import EngineSpec
 from models.tokenizer import read_tokenizer
 
@@ -67,6 +69,10 @@ class LlamacppEngine:
         self._running: _Running | None = None
 
     @property
+    def _form(self) -> AnswerFormat:
+        return self._traits.answer_format(self.members)
+
+    @property
     def members(self) -> tuple[str, ...]:
         """The one model."""
         return (self._name,)
@@ -81,18 +87,26 @@ class LlamacppEngine:
         running = self._running
         assert running is not None, "check_health raises before start"
         max_tokens = self._check(request)
-        structure = request.sampling.structure
-        if structure is not None:
+        reader = AnswerReader(request, self._form, running.vocabulary)
+        terminal = running.vocabulary.terminal
+        grammar = answer_grammar(request, self._form, terminal, opened=reader.opened)
+        if grammar is not None:
             # llama.cpp itself would answer freely where it cannot use a grammar.
-            await asyncio.to_thread(compile_structure, running.grammars, structure)
-        body = write_body(request, max_tokens=max_tokens, context_tokens=self._context_tokens)
+            await asyncio.to_thread(compile_answer, running.grammars, grammar, request)
+        body = write_body(
+            request,
+            max_tokens=max_tokens,
+            context_tokens=self._context_tokens,
+            grammar=grammar,
+            marks=self._form.marks,
+        )
         ticket = await running.admission.enter(request.client_id)
-        call = Call(running.server, running.threads, body, chat=request.tools is not None)
+        call = Call(running.server, running.threads, body)
         call.done.add_done_callback(lambda _: running.admission.leave(ticket))
         running.calls.add(call)
         try:
-            async for chunk in self._read(call, AnswerReader(request, running.vocabulary)):
-                yield chunk
+            async for chunk in self._read(call, MessageReader(request, running.vocabulary)):
+                yield reader.read(chunk)
         finally:
             call.cancel()
             running.calls.discard(call)
@@ -134,7 +148,7 @@ class LlamacppEngine:
         await asyncio.to_thread(running.threads.shutdown)
         await asyncio.to_thread(running.server.close)
 
-    async def _read(self, call: Call, reader: AnswerReader) -> AsyncIterator[Chunk]:
+    async def _read(self, call: Call, reader: MessageReader) -> AsyncIterator[Chunk]:
         try:
             async for event in call.events():
                 chunk = reader.read(event)
@@ -172,7 +186,7 @@ class LlamacppEngine:
         return _Running(
             server=server,
             grammars=grammars,
-            vocabulary=Vocabulary(tokenizer, grammars),
+            vocabulary=Vocabulary(tokenizer, grammars, self._form.marks),
             admission=Admission(
                 num_slots=self._num_slots, max_queued=self._spec.max_queued_requests
             ),
@@ -181,15 +195,10 @@ class LlamacppEngine:
 
     def _check(self, request: GenerationRequest) -> int:
         """Refuse what cannot run; return how many tokens the answer may have."""
-        max_tokens = check_request(
+        return check_request(
             request,
             members=self.members,
             traits=self._traits,
             context_tokens=self._context_tokens,
             vocab_size=self._card.shape.vocab_size,
         )
-        if request.tools is not None and request.messages is None:
-            raise RequestError("tools: only conversations can offer any", "tools")
-        if request.tools is not None and request.sampling.top_logprobs is not None:
-            raise RequestError("logprobs: llama.cpp tells none where tools are offered", "logprobs")
-        return max_tokens

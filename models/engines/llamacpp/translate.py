@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from models.engines.base import Chunk, FinishReason, GenerationRequest, Token, TopLogprob
 from models.engines.llamacpp.binding import Event
-from models.engines.structure import write_grammar
 from models.engines.text import TextStream, Vocabulary
 from models.errors import (
     ContextOverflow,
@@ -16,27 +15,31 @@ from models.errors import (
     EngineOverloaded,
     RequestError,
 )
-from models.tools import ToolCall, Tools
 
 # llama.cpp reads the largest as "draw a fresh one".
 _NUM_SEEDS = 2**32 - 1
-_FINISH_REASONS: dict[str, FinishReason] = {
-    "stop": "stop",
-    "length": "length",
-    "tool_calls": "tool_calls",
-}
+_FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
 
 def write_body(
-    request: GenerationRequest, *, max_tokens: int, context_tokens: int
+    request: GenerationRequest,
+    *,
+    max_tokens: int,
+    context_tokens: int,
+    grammar: str | None = None,
+    marks: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return `request` as llama.cpp's server wants it.
+    """Return `request` as llama.cpp's server wants it: held to `grammar`, the `marks` left in.
 
     Filters apply in the order of our own sampler. Penalties count the prompt's tokens, too:
     llama.cpp cannot leave them out. Stop strings are ours.
     """
     sampling = request.sampling
     body: dict[str, Any] = {
+        "prompt": list(request.prompt_tokens),
+        # One at least: without any, tokens come without their ids.
+        "n_probs": max(sampling.top_logprobs or 0, 1),
+        "preserved_tokens": list(marks),
         "stream": True,
         "stream_options": {"include_usage": True},
         "return_progress": True,  # so that a long prompt can be cancelled
@@ -57,34 +60,12 @@ def write_body(
         "cache_prompt": sampling.seed is None,
         "ignore_eos": sampling.ignore_eos,
     }
-    if sampling.structure is not None:
-        body["grammar"] = write_grammar(sampling.structure)
-    if request.tools is None:
-        # One at least: without any, tokens come without their ids.
-        return {
-            **body,
-            "prompt": list(request.prompt_tokens),
-            "n_probs": max(sampling.top_logprobs or 0, 1),
-        }
-    return {
-        **body,
-        "messages": [dict(message) for message in request.messages or ()],
-        "reasoning_format": "none",
-        **_offer(request.tools),
-    }
+    if grammar is not None:
+        body["grammar"] = grammar
+    return body
 
 
-def _offer(tools: Tools) -> dict[str, Any]:
-    """Return the functions to offer; one that must be called is offered alone, and required."""
-    functions, choice = [dict(function) for function in tools.functions], tools.choice
-    if not isinstance(choice, str):
-        name = choice["function"]["name"]
-        functions = [tool for tool in functions if tool["function"]["name"] == name]
-        choice = "required"
-    return {"tools": functions, "tool_choice": choice, "parallel_tool_calls": tools.parallel}
-
-
-class AnswerReader:
+class MessageReader:
     """Reads one answer's messages. `stopped` turns true once a stop string stands in its text."""
 
     def __init__(self, request: GenerationRequest, vocabulary: Vocabulary) -> None:
@@ -95,7 +76,6 @@ class AnswerReader:
         self._include_stop = request.sampling.include_stop
         self._ended = False
         self._text = TextStream(request.sampling.stop, include_stop=self._include_stop)
-        self._calls: dict[int, dict[str, str]] = {}
         self._reason: FinishReason | None = None
         self._num_cached: int | None = None
 
@@ -115,15 +95,12 @@ class AnswerReader:
             reason = choice["finish_reason"]
             if reason is not None:
                 self._reason = _FINISH_REASONS.get(reason, "stop")
-            delta = choice.get("delta") or choice
             logprobs = choice.get("logprobs") or {}
             entries = logprobs.get("content") or ()
             tokens += tuple(self._token(entry) for entry in entries)
             self._ended |= any(entry["id"] in self._stop_tokens for entry in entries)
-            content = delta.get("text") or delta.get("content") or ""
             if not self._ended or self._include_stop:
-                text += self._text.push(content.encode())
-            self._read_calls(delta.get("tool_calls") or ())
+                text += self._text.push((choice.get("text") or "").encode())
         counted = (event.get("timings") or {}).get("predicted_n", 0)
         if usage is not None:
             counted = usage["completion_tokens"]
@@ -140,24 +117,12 @@ class AnswerReader:
             self._reason = "stop"
         if self._reason is None:
             raise EngineFailed("llama.cpp ended an answer before its end")
-        calls = tuple(
-            ToolCall(index=number, id=call["id"], name=call["name"], arguments=call["arguments"])
-            for number, (_, call) in enumerate(sorted(self._calls.items()))
-        )
         return Chunk(
             text=self._text.finish(),
             cached_tokens=self._num_cached,
             tokens=(),
-            finish_reason="tool_calls" if calls else self._reason,
-            tool_calls=calls,
+            finish_reason=self._reason,
         )
-
-    def _read_calls(self, deltas: Any) -> None:  # noqa: ANN401 - as the server has it
-        for delta in deltas:
-            call = self._calls.setdefault(delta["index"], {"id": "", "name": "", "arguments": ""})
-            call["id"] += delta.get("id") or ""
-            for key, text in (delta.get("function") or {}).items():
-                call[key] += text or ""
 
     def _token(self, entry: Mapping[str, Any]) -> Token:
         raw = self._vocabulary.raw(entry["id"])

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pydantic import BaseModel, ConfigDict, Field
 
 from models.engines.base import Engine
-from models.engines.kind import EngineKind, EngineTraits, check_one_shape
+from models.engines.kind import EngineKind, EngineTraits, check_one_shape, formats_of
 from models.engines.stacked.architecture import read_stack
 from models.spec import EngineSpec, Model
 
@@ -42,13 +42,10 @@ class StackedOptions(BaseModel):
     prefix_cache: bool = True
 
 
-_TRAITS = EngineTraits()
-
-
 def _inspect(spec: EngineSpec, _options: StackedOptions, models: Sequence[Model]) -> EngineTraits:
     check_one_shape(spec, models)
     read_stack([model.card for model in models if model.card is not None])
-    return _TRAITS
+    return EngineTraits(formats=formats_of(models))
 
 
 def _create(spec: EngineSpec, options: StackedOptions, models: Sequence[Model]) -> Engine:
@@ -58,7 +55,7 @@ def _create(spec: EngineSpec, options: StackedOptions, models: Sequence[Model]) 
     return StackedEngine(
         spec,
         cards,
-        _TRAITS,
+        EngineTraits(formats=formats_of(models)),
         step_rows=options.step_rows,
         stream_interval_s=options.stream_interval_ms / 1e3,
         num_threads=options.num_threads,

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from llguidance import LLTokenizer
 
+from models.answer_grammar import answer_grammar, compile_answer
+from models.answer_reader import AnswerReader
 from models.card import ModelCard
 from models.engines.base import Chunk, EngineStats, GenerationRequest
 from models.engines.kind import EngineTraits
@@ -22,7 +24,6 @@ from models.engines.stacked.runner import Runner
 from models.engines.stacked.sampler import Grammar, SamplerState
 from models.engines.stacked.scheduler import Scheduler
 from models.engines.stacked.sequence import Outcome, Sequence
-from models.engines.structure import compile_structure
 from models.engines.text import TextStream, Vocabulary
 from models.errors import EngineFailed, PoolError, RequestError
 from models.spec import EngineSpec
@@ -38,6 +39,7 @@ class _Running:
     loop: Loop
     readers: set[asyncio.Queue[Outcome]]
     tokenizer: LLTokenizer
+    vocabulary: Vocabulary
     context_tokens: int
     num_rows: int
     row_bytes: int
@@ -97,6 +99,7 @@ class StackedEngine:
             loop=loop,
             readers=set(),
             tokenizer=tokenizer,
+            vocabulary=vocabulary,
             context_tokens=runner.architecture.context_tokens,
             num_rows=runner.arena.num_rows,
             row_bytes=runner.arena.row_bytes,
@@ -109,10 +112,12 @@ class StackedEngine:
         assert running is not None, "check_health raises before start"
         outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
         sequence = self._sequence(request, running, outcomes)
-        structure = request.sampling.structure
-        if structure is not None:
+        form, vocabulary = self._traits.answer_format(request.members), running.vocabulary
+        reader = AnswerReader(request, form, vocabulary)
+        grammar = answer_grammar(request, form, vocabulary.terminal, opened=reader.opened)
+        if grammar is not None:
             sequence.sampler.grammar = Grammar(
-                await asyncio.to_thread(compile_structure, running.tokenizer, structure)
+                await asyncio.to_thread(compile_answer, running.tokenizer, grammar, request)
             )
         running.readers.add(outcomes)
         running.loop.submit(sequence)
@@ -121,7 +126,7 @@ class StackedEngine:
                 outcome = await outcomes.get()
                 if not isinstance(outcome, Chunk):
                     raise outcome
-                yield outcome
+                yield reader.read(outcome)
                 if outcome.finish_reason is not None:
                     return
         finally:
@@ -184,7 +189,8 @@ class StackedEngine:
             )
         except ValueError as error:
             raise PoolError(f"{path}: the tokenizer cannot be loaded: {error}") from None
-        return runner, grammars, Vocabulary(tokenizer, grammars)
+        marks = {mark for form in self._traits.formats.values() for mark in form.marks}
+        return runner, grammars, Vocabulary(tokenizer, grammars, marks)
 
     def _sequence(
         self, request: GenerationRequest, running: _Running, outcomes: asyncio.Queue[Outcome]

@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from models.engines.base import Engine
-from models.engines.kind import EngineKind, EngineTraits, check_one_shape
+from models.engines.kind import EngineKind, EngineTraits, check_one_shape, formats_of
 from models.engines.stacked.architecture import read_stack
 from models.errors import PoolError
 from models.spec import EngineSpec, Model
@@ -49,16 +49,13 @@ class VllmOptions(BaseModel):
 
     `engine_args` are vLLM's own, by the names of its `AsyncEngineArgs` (max_model_len,
     gpu_memory_utilization, tensor_parallel_size, quantization, ...); their names are checked when
-    the pool is read, their values by vLLM when the engine starts. `tool_parser` is the name of
-    vLLM's parser for how the model writes tool calls (hermes, llama3_json, mistral, ...); None: the
-    model is offered no tools. `num_threads` is the number of CPU threads where vLLM runs on CPU;
-    None: all cores.
+    the pool is read, their values by vLLM when the engine starts. `num_threads` is the number of
+    CPU threads where vLLM runs on CPU; None: all cores.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     engine_args: dict[str, Any] = Field(default_factory=dict)
-    tool_parser: str | None = None
     num_threads: int | None = Field(None, ge=1)
 
     @property
@@ -82,7 +79,7 @@ def _inspect(spec: EngineSpec, options: VllmOptions, models: Sequence[Model]) ->
         updates_evidence=False,
         # The fused model weighs the rows of requests that draw, not those of prompts.
         refuses=frozenset({"echo"} if len(models) > 1 else ()),
-        tools=options.tool_parser is not None,
+        formats=formats_of(models),
         context_tokens=options.engine_args.get("max_model_len"),
         num_workers=options.num_workers,
         metrics=True,
@@ -99,7 +96,6 @@ def _create(spec: EngineSpec, options: VllmOptions, models: Sequence[Model]) -> 
         cards,
         _inspect(spec, options, models),
         engine_args=options.engine_args,
-        tool_parser=options.tool_parser,
         num_threads=options.num_threads,
     )
 

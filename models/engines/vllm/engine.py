@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from llguidance import LLTokenizer
 
+from models.answer_grammar import answer_grammar, compile_answer
+from models.answer_reader import AnswerReader
 from models.card import ModelCard
 from models.engines.base import Chunk, EngineStats, GenerationRequest, SamplingOptions
 from models.engines.kind import EngineTraits
@@ -21,7 +23,6 @@ from models.engines.text import Vocabulary
 from models.errors import EngineFailed, EngineOverloaded, PoolError, RequestError
 from models.spec import EngineSpec
 from models.tokenizer import read_tokenizer
-from models.tools import Tools
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -38,6 +39,7 @@ class _Running:
 
     llm: AsyncLLM
     load: LoadLogger
+    grammars: LLTokenizer
     vocabulary: Vocabulary
     context_tokens: int
     max_running: int
@@ -59,14 +61,12 @@ class VllmEngine:
         traits: EngineTraits,
         *,
         engine_args: Mapping[str, Any],
-        tool_parser: str | None,
         num_threads: int | None,
     ) -> None:
         """Only remember; `start` loads vLLM."""
         self._spec = spec
         self._traits = traits
         self._engine_args = engine_args
-        self._tool_parser = tool_parser
         self._num_threads = num_threads
         self._cards = dict(members)
         self._fused = len(members) > 1
@@ -90,7 +90,7 @@ class VllmEngine:
 
         load = LoadLogger()
 
-        vocabulary = await asyncio.to_thread(self._read_vocabulary)
+        grammars, vocabulary = await asyncio.to_thread(self._read_vocabulary)
         try:
             llm = AsyncLLM.from_vllm_config(config, stat_loggers=[lambda *_: load])
         except Exception as error:  # whatever its subprocess died of
@@ -98,6 +98,7 @@ class VllmEngine:
         self._running = _Running(
             llm=llm,
             load=load,
+            grammars=grammars,
             vocabulary=vocabulary,
             context_tokens=config.model_config.max_model_len,
             max_running=config.scheduler_config.max_num_seqs,
@@ -132,13 +133,19 @@ class VllmEngine:
             raise EngineOverloaded(f"{self._num_open} requests run or wait already", 1.0)
         weights = self._weights(request)
         num_top = request.sampling.top_logprobs or 0
+        form = self._traits.answer_format(request.members)
+        reader = AnswerReader(request, form, running.vocabulary)
+        grammar = answer_grammar(request, form, running.vocabulary.terminal, opened=reader.opened)
+        if grammar is not None:
+            await asyncio.to_thread(compile_answer, running.grammars, grammar, request)
         self._num_open += 1
         try:
-            params = translate.sampling_params(request, max_tokens=max_tokens, fused=self._fused)
+            params = translate.sampling_params(
+                request, max_tokens=max_tokens, fused=self._fused, grammar=grammar, marks=form.marks
+            )
             prompt = tokens_input(list(request.prompt_tokens))
             outputs = running.llm.generate(prompt, params, request.request_id)
             async with aclosing(outputs):
-                text = ""
                 async for output in outputs:
                     [completion] = output.outputs
                     chunk = translate.chunk(completion, running.vocabulary, num_top)
@@ -150,15 +157,9 @@ class VllmEngine:
                             request.sampling.prompt_logprobs,
                         )
                         chunk = replace(chunk, prompt=told)
-                    if request.tools is not None:
-                        # Whether it is text or calls is known when all of it is there.
-                        text += chunk.text
-                        chunk = replace(chunk, text="")
                     if chunk.finish_reason is not None:
                         chunk = replace(chunk, weights=weights)
-                        if request.tools is not None:
-                            chunk = self._read_calls(chunk, request.tools, text, running)
-                    yield chunk
+                    yield reader.read(chunk)
         except (VLLMClientError, ValueError) as error:
             raise _refusal(error) from None
         except GracefulHTTPError as error:
@@ -251,29 +252,24 @@ class VllmEngine:
                 served_model_name=self._spec.name,
                 dtype=self._spec.dtype,
                 kv_cache_memory_bytes=self._spec.kv_memory_bytes if says_memory else None,
-                **self._engine_args,
+                # The one that reads our grammars.
+                **{"structured_outputs_config": {"backend": "guidance"}, **self._engine_args},
             ).create_engine_config()
         except (ValueError, TypeError, NotImplementedError) as error:
             raise PoolError(f"{where}.options.engine_args: vLLM refuses them: {error}") from None
 
-    def _read_vocabulary(self) -> Vocabulary:
-
+    def _read_vocabulary(self) -> tuple[LLTokenizer, Vocabulary]:
         card = next(iter(self._cards.values()))
         tokenizer = read_tokenizer(card.path)
         try:
             grammars = LLTokenizer(tokenizer.to_str(), n_vocab=card.shape.vocab_size)
         except ValueError as error:
             raise PoolError(f"{card.path}: the tokenizer cannot be loaded: {error}") from None
-        return Vocabulary(tokenizer, grammars)
+        marks = {mark for form in self._traits.formats.values() for mark in form.marks}
+        return grammars, Vocabulary(tokenizer, grammars, marks)
 
     def _check(self, request: GenerationRequest, running: _Running) -> int:
         """Check what vLLM would not explain in our terms; return how long the answer may be."""
-        if request.tools is not None and request.tools.choice != "auto":
-            raise RequestError(
-                f"tool_choice: {request.tools.choice!r} is not supported by the engine "
-                f"{self._spec.name}; allowed are auto and none",
-                "tool_choice",
-            )
         return check_request(
             request,
             members=self.members,
@@ -281,16 +277,6 @@ class VllmEngine:
             context_tokens=running.context_tokens,
             vocab_size=next(iter(self._cards.values())).shape.vocab_size,
         )
-
-    def _read_calls(self, last: Chunk, tools: Tools, text: str, running: _Running) -> Chunk:
-        """Return the last chunk of an answer that may call tools: with its text, or the calls."""
-        from models.engines.vllm.translate import read_calls  # noqa: PLC0415 - loads vLLM
-
-        assert self._tool_parser is not None, "traits allow no tools without a parser"
-        content, calls = read_calls(self._tool_parser, running.llm.get_tokenizer(), tools, text)
-        if not calls:
-            return replace(last, text=content)
-        return replace(last, text=content, tool_calls=calls, finish_reason="tool_calls")
 
     def _weights(self, request: GenerationRequest) -> tuple[float, ...] | None:
         """Return the weights that an answer reports: those asked for, unless evidence sets them."""

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
-from vllm.tokenizers import TokenizerLike
-from vllm.tool_parsers import ToolParserManager
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
@@ -19,19 +15,27 @@ from models.engines.base import (
     Chunk,
     FinishReason,
     GenerationRequest,
-    Structure,
     Token,
     TopLogprob,
 )
 from models.engines.text import Vocabulary
-from models.errors import EngineFailed, PoolError
-from models.tools import ToolCall, Tools
+from models.errors import EngineFailed
 
 _FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
 
-def sampling_params(request: GenerationRequest, *, max_tokens: int, fused: bool) -> SamplingParams:
-    """Return `request` as vLLM wants it; raises what vLLM raises for values that it refuses."""
+def sampling_params(
+    request: GenerationRequest,
+    *,
+    max_tokens: int,
+    fused: bool,
+    grammar: str | None = None,
+    marks: Sequence[str] = (),
+) -> SamplingParams:
+    """Return `request` as vLLM wants it: held to `grammar`, the `marks` left in the text.
+
+    Raises what vLLM raises for values that it refuses.
+    """
     sampling = request.sampling
     return SamplingParams(
         max_tokens=max_tokens,
@@ -51,10 +55,10 @@ def sampling_params(request: GenerationRequest, *, max_tokens: int, fused: bool)
         logprobs=sampling.top_logprobs or 0,
         prompt_logprobs=sampling.prompt_logprobs,
         ignore_eos=sampling.ignore_eos,
-        structured_outputs=_structured(sampling.structure),
+        structured_outputs=grammar and StructuredOutputsParams(grammar=grammar),
         output_kind=RequestOutputKind.DELTA,
-        # Models mark their calls with special tokens.
-        skip_special_tokens=request.tools is None,
+        # Models may mark calls and thoughts with special tokens.
+        skip_special_tokens=not marks,
         extra_args=_fusion(request) if fused else None,
     )
 
@@ -114,16 +118,6 @@ def prompt_tokens(
     return start, *(_token(i, told or {}, vocabulary, num_top) for i, told in pairs)
 
 
-def _structured(structure: Structure | None) -> StructuredOutputsParams | None:
-    if structure is None:
-        return None
-    if structure.kind == "json" and json.loads(structure.text) == {"type": "object"}:
-        return StructuredOutputsParams(json_object=True)
-    text = structure.text
-    given = {structure.kind: json.loads(text) if structure.kind == "choice" else text}
-    return StructuredOutputsParams(**given)
-
-
 def _fusion(request: GenerationRequest) -> dict[str, Any]:
     """Return what the fused model's `request` module reads."""
     rule = request.rule if len(request.members) > 1 else "mixture"
@@ -134,43 +128,6 @@ def _fusion(request: GenerationRequest) -> dict[str, Any]:
         args["shoal_evidence"] = "mean" if request.evidence.per_token else "sum"
         args["shoal_evidence_temperature"] = request.evidence.temperature
     return args
-
-
-def read_calls(
-    parser: str, tokenizer: TokenizerLike, tools: Tools, text: str
-) -> tuple[str, tuple[ToolCall, ...]]:
-    """Return the text beside the calls in `text`, and the calls; all of the text if there is none.
-
-    Of several calls only the first counts unless the client takes them in parallel.
-
-    Raises `PoolError` for a parser that vLLM does not know.
-    """
-    functions = [dict(tool) for tool in tools.functions]
-    request = ChatCompletionRequest.model_validate({"messages": [], "tools": functions})
-    reader = check_parser(parser)(tokenizer, request.tools)
-    found = reader.extract_tool_calls(text, request)
-    if not found.tools_called:
-        return text, ()
-    calls = tuple(
-        ToolCall(
-            index=number, id=call.id, name=call.function.name, arguments=call.function.arguments
-        )
-        for number, call in enumerate(found.tool_calls)
-    )
-    calls = calls if tools.parallel else calls[:1]
-    return found.content or "", calls
-
-
-def check_parser(name: str) -> type:
-    """Return the parser's class; `PoolError` lists the names that vLLM knows."""
-    try:
-        parser: type = ToolParserManager.get_tool_parser(name)
-    except KeyError:
-        known = ", ".join(sorted(ToolParserManager.list_registered()))
-        raise PoolError(
-            f"options.tool_parser: {name!r} is unknown to vLLM; allowed are {known}"
-        ) from None
-    return parser
 
 
 class LoadLogger(StatLoggerBase):  # type: ignore[misc] # vLLM may be absent

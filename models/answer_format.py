@@ -1,0 +1,69 @@
+"""What a model writes beside its answer's text: thoughts and calls, and how a template shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from models.tools import FormatName
+
+
+class ReasoningTags(BaseModel):
+    """What a model's thoughts stand between; both texts are literal."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    open: str = Field(min_length=1, max_length=64)
+    close: str = Field(min_length=1, max_length=64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerFormat:
+    """How a model calls tools, and what its reasoning stands between; None: it does not."""
+
+    calls: FormatName | None = None
+    reasoning: ReasoningTags | None = None
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """Tags to be read even where the tokenizer has them as special tokens, without text."""
+        tags = self.reasoning
+        return (*_MARKS.get(self.calls or "", ()), *((tags.open, tags.close) if tags else ()))
+
+
+PLAIN: Final = AnswerFormat()
+
+_MARKS: Final[dict[str, tuple[str, ...]]] = {
+    "hermes": ("<tool_call>", "</tool_call>"),
+    "llama3-json": ("<|python_tag|>",),
+    "mistral": ("[TOOL_CALLS]", "[ARGS]"),
+    "pythonic": ("<|python_start|>", "<|python_end|>"),
+}
+# What a template shows that has its model write calls so; the first that fits counts.
+_CALLS: Final[tuple[tuple[str, FormatName], ...]] = (
+    ("[TOOL_CALLS]", "mistral"),
+    ("<tool_call>", "hermes"),
+    ("[func_name1(", "pythonic"),
+    ('"parameters": ', "llama3-json"),
+)
+# Other formats have the same tags.
+_OTHERS: Final = ("<function=", "<arg_key>")
+_REASONING: Final = (
+    ReasoningTags(open="<think>", close="</think>"),
+    ReasoningTags(open="[THINK]", close="[/THINK]"),
+    ReasoningTags(open="<seed:think>", close="</seed:think>"),
+)
+
+
+def detect_format(templates: Iterable[str]) -> AnswerFormat:
+    """Return what chat templates tell of their model's answers."""
+    text = "\n".join(templates)
+    known = "tools" in text and not any(other in text for other in _OTHERS)
+    calls = [name for shown, name in _CALLS if known and shown in text]
+    reasoning = [tags for tags in _REASONING if tags.close in text]
+    return AnswerFormat(
+        calls=calls[0] if calls else None, reasoning=reasoning[0] if reasoning else None
+    )
