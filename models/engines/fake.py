@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from models.answer_reader import AnswerReader
+from models.engines.answer_reader import AnswerReader
 from models.engines.base import (
     Chunk,
     EngineStats,

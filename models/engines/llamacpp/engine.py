@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from llguidance import LLTokenizer
 
 from models.answer_format import AnswerFormat
-from models.answer_grammar import answer_grammar, compile_answer
-from models.answer_reader import AnswerReader
 from models.card import ModelCard
+from models.engines.answer_grammar import answer_grammar, compile_answer
+from models.engines.answer_reader import AnswerReader
 from models.engines.base import Chunk, EngineStats, GenerationRequest
 from models.engines.kind import EngineTraits
 from models.engines.llamacpp import LlamacppOptions, slots

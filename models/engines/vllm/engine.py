@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from llguidance import LLTokenizer
 
-from models.answer_grammar import answer_grammar, compile_answer
-from models.answer_reader import AnswerReader
 from models.card import ModelCard
+from models.engines.answer_grammar import answer_grammar, compile_answer
+from models.engines.answer_reader import AnswerReader
 from models.engines.base import Chunk, EngineStats, GenerationRequest, SamplingOptions
 from models.engines.kind import EngineTraits
 from models.engines.requests import check_request, relative_weights

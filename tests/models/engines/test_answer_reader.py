@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.answer_format import AnswerFormat, ReasoningTags
-from models.answer_reader import AnswerReader
 from models.chat_template import Rendering
+from models.engines.answer_reader import AnswerReader
 from models.engines.base import Chunk, GenerationRequest, Token
 from models.tools import Tools
 
