@@ -20,15 +20,18 @@ from models.engines.stacked.architecture import HEAD
 from models.engines.stacked.layout import Grouping
 from models.errors import PoolError
 
-# More rows than these are multiplied as numbers: writing a matrix out costs about as much.
+# More rows than these are multiplied in float32: writing a matrix out costs about as much.
 _MOST_ROWS = 64
 _GROUP_INPUTS, _STEP_OUTPUTS = 32, 16
 _MOST_INT8, _MOST_INT4 = 127, 15
 _LEAST_SCALE = 1e-30
+_BFLOAT16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 class Integers(Protocol):
-    """The matrices of all members as integers."""
+    """The matrices of all members as integers; more rows than `most_rows` want numbers."""
+
+    most_rows: int
 
     def member(self, member: int) -> Tensor:
         """Return one as numbers, [I, O], float32."""
@@ -44,6 +47,7 @@ class Int8:
 
     def __init__(self, matrices_MIO: Tensor) -> None:
         """Round float32 matrices."""
+        self.most_rows = _MOST_ROWS
         matrices_MOI = matrices_MIO.transpose(1, 2)
         largest_MO = matrices_MOI.abs().amax(2)
         self._scales_MO = (largest_MO / _MOST_INT8).clamp_min(_LEAST_SCALE).bfloat16()
@@ -72,6 +76,7 @@ class Int4:
 
     def __init__(self, matrices_MIO: Tensor) -> None:
         """Round float32 matrices, whose inputs and outputs the kernel can group."""
+        self.most_rows = matrices_MIO.shape[1]  # as many as `member` multiplies
         rounded = [_round_int4(matrix_IO) for matrix_IO in matrices_MIO]
         self._packed = [packed for packed, _ in rounded]
         self._scales_and_zeros = [scales_GO2 for _, scales_GO2 in rounded]
@@ -137,6 +142,8 @@ class Product:
 
     def __init__(self, x_NI: Tensor, y_NO: Tensor, rows: Grouping) -> None:
         self._grouped = x_NI.is_cuda or not rows.runs
+        # Without instructions for it the processor is many times faster in float32.
+        self._widens = x_NI.dtype == torch.bfloat16 and x_NI.device.type == "cpu" and not _BFLOAT16
         self._x, self._y, self._ends_M = x_NI, y_NO, rows.ends_M
         runs = rows.runs
         self._whole = len(runs) == 1 and runs[0].num_members == len(rows.ends_M)
@@ -164,6 +171,10 @@ class Product:
         if self._grouped:
             self._y.copy_(self._multiply(weight_MIO))
             return
+        if self._widens:
+            for member, x, y in self._each:
+                y.copy_(_widened(x, weight_MIO[member]))
+            return
         for members, x, y in self._runs:
             torch.bmm(x, weight_MIO if self._whole else weight_MIO[members], out=y)
         for member, x, y in self._single:
@@ -177,6 +188,10 @@ class Product:
             return
         if self._grouped:
             self._y += self._multiply(weight_MIO)
+            return
+        if self._widens:
+            for member, x, y in self._each:
+                y.add_(_widened(x, weight_MIO[member]))
             return
         for members, x, y in self._runs:
             y.baddbmm_(x, weight_MIO if self._whole else weight_MIO[members])
@@ -194,8 +209,15 @@ class Product:
         return torch.nn.functional.grouped_mm(self._x, weight_MIO, offs=self._ends_M)
 
 
-def _times(x_nI: Tensor, matrices: Integers, member: int) -> Tensor:
+def _widened(x_nI: Tensor, matrix_IO: Tensor) -> Tensor:
+    """Multiply in bfloat16, many rows in float32."""
     if len(x_nI) > _MOST_ROWS:
+        return x_nI.float() @ matrix_IO.float()
+    return x_nI @ matrix_IO
+
+
+def _times(x_nI: Tensor, matrices: Integers, member: int) -> Tensor:
+    if len(x_nI) > matrices.most_rows:
         return x_nI @ matrices.member(member)
     return matrices.times(x_nI.bfloat16(), member)
 
