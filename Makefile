@@ -97,6 +97,7 @@ bench: $(STAMP)
 # A real model on every engine, and over HTTP against llama.cpp's own server.
 bench-real: $(STAMP)
 	$(BIN)/python -m tests.bench.real
+	$(BIN)/python -m tests.bench.real_conversation
 
 # Tables and plots of the routers; ENCODER=neural:FOLDER adds rows with a sentence encoder.
 bench-routing: $(STAMP)

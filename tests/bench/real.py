@@ -322,7 +322,7 @@ def _prompts(rng: random.Random, number: int, length: int) -> Prompts:
     return [[rng.randrange(100, 49_000) for _ in range(length)] for _ in range(number)]
 
 
-def _dequantized(file: Path, folder: Path) -> Path:
+def dequantized(file: Path, folder: Path) -> Path:
     """Write the file's weights and tokenizer as transformers reads them, in float32."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -366,7 +366,7 @@ def main() -> None:
     file = locate(SOURCE, folder=Path()).path
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         wanted = tuple(arguments.only.split(","))
-        here = contenders(file, _dequantized(file, Path(temporary)), stack, wanted)
+        here = contenders(file, dequantized(file, Path(temporary)), stack, wanted)
         rows = measure(
             here,
             rounds=arguments.rounds,

@@ -44,7 +44,7 @@ def engine(kind: str, model: Path, stack: ExitStack, *, dtype: str = "auto") -> 
             "polling": dtype != "asleep",
         }
         dtype = "auto"
-    runner, running = _start(kind, model, stack, dtype, options)
+    runner, running = start_engine(kind, model, stack, dtype, options)
 
     async def one(prompt: list[int], num_tokens: int) -> float:
         first_s = 0.0
@@ -65,9 +65,10 @@ def engine(kind: str, model: Path, stack: ExitStack, *, dtype: str = "auto") -> 
     return lambda prompts, num_tokens: _timed(lambda: runner.run(all_of(prompts, num_tokens)))
 
 
-def _start(
+def start_engine(
     kind: str, model: Path, stack: ExitStack, dtype: str, options: dict[str, Any]
 ) -> tuple[asyncio.Runner, Engine]:
+    """Return an engine that runs, with the loop that it runs in."""
     from models.card import read_card
     from models.engines.registry import create_engine
     from models.spec import EngineSpec, Model, ModelSpec
@@ -91,7 +92,7 @@ def loss_per_token(folder: Path, stack: ExitStack, windows: Prompts, *, dtype: s
     """Return what the stacked engine's weights as `dtype` say of texts, in nats per token."""
     from models.engines.base import GenerationRequest, SamplingOptions
 
-    runner, running = _start("stacked", folder, stack, dtype, {})
+    runner, running = start_engine("stacked", folder, stack, dtype, {})
 
     async def logprobs(prompt: list[int]) -> list[float]:
         request = GenerationRequest(
