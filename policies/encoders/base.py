@@ -82,6 +82,10 @@ class Encoder(Protocol):
         """Learn what the features need from training queries; returns itself."""
         ...
 
+    def fit_encode(self, texts: Sequence[str]) -> Encoded:
+        """Learn from training queries, and return what `encode` would of them, at its cost once."""
+        ...
+
     def features(self, text: str) -> Features:
         """Return the features of one query."""
         ...

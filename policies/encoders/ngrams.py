@@ -191,11 +191,21 @@ class NGrams:
 
     def fit(self, texts: Sequence[str]) -> Self:
         """Learn idf weights and the basis of the points."""
+        self._learn(self._counts(texts))
+        return self
+
+    def fit_encode(self, texts: Sequence[str]) -> Encoded:
+        """Learn them, and return matrix and points of the same queries, which are counted once."""
         counts = self._counts(texts)
+        self._learn(counts)
+        return self._encoded(counts)
+
+    def _learn(self, counts: sp.csr_matrix) -> None:
+        num_texts = counts.shape[0]
         df = np.bincount(counts.indices, minlength=self.num_features)
-        self.idf_ = (np.log((1 + len(texts)) / (1 + np.maximum(df, 1))) + 1).astype(np.float32)
+        self.idf_ = (np.log((1 + num_texts) / (1 + np.maximum(df, 1))) + 1).astype(np.float32)
         self.known_ = np.flatnonzero(df >= 2)
-        sample = np.random.default_rng(self.seed).permutation(len(texts))[:BASIS_QUERIES]
+        sample = np.random.default_rng(self.seed).permutation(num_texts)[:BASIS_QUERIES]
         matrix = self._weigh(counts[np.sort(sample)])[:, self.known_]
         rank = min(self.num_dimensions, min(matrix.shape) - 1)
         self.basis_ = np.zeros((len(self.known_), self.num_dimensions), np.float16)
@@ -203,7 +213,6 @@ class NGrams:
             # Two power iterations are enough for clustering.
             _, _, vectors = randomized_svd(matrix, rank, n_iter=2, random_state=self.seed)
             self.basis_[:, :rank] = vectors.T
-        return self
 
     def features(self, text: str) -> Features:
         """Return the weighted n-grams of one query."""
@@ -230,17 +239,23 @@ class NGrams:
 
     def matrix(self, texts: Sequence[str]) -> sp.csr_matrix:
         """Return the weighted n-grams of many queries, known ones only."""
-        matrix = self._weigh(self._counts(texts))
+        return self._known(self._counts(texts))
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """Return `matrix`, and the latent semantic coordinates of many queries."""
+        return self._encoded(self._counts(texts))
+
+    def _encoded(self, counts: sp.csr_matrix) -> Encoded:
+        matrix = self._known(counts)
+        return Encoded(matrix, np.asarray(matrix @ self._basis(), np.float32))
+
+    def _known(self, counts: sp.csr_matrix) -> sp.csr_matrix:
+        matrix = self._weigh(counts)
         known = np.zeros(self.num_features, np.bool_)
         known[self.known_] = True
         matrix.data[~known[matrix.indices]] = 0
         matrix.eliminate_zeros()
         return matrix
-
-    def encode(self, texts: Sequence[str]) -> Encoded:
-        """Return `matrix`, and the latent semantic coordinates of many queries."""
-        matrix = self.matrix(texts)
-        return Encoded(matrix, np.asarray(matrix @ self._basis(), np.float32))
 
     def names(self, text: str) -> dict[int, str]:
         """Return the n-grams of `text` by feature id; the first one where two share an id."""

@@ -12,12 +12,14 @@ import json
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import scipy.sparse as sp
+from threadpoolctl import ThreadpoolController
 
 from policies.encoders.base import Arrays, Encoded, Features, Floats, Reader, Reading
 from policies.encoders.ngrams import NGrams
@@ -35,8 +37,10 @@ LayerVectors = Callable[[Sequence[str], Sequence[int]], Floats]
 class SentenceVectors:
     """Unit vectors [num_texts, num_dimensions] of texts, each cut to `max_tokens`.
 
-    Code in the folder is never run. Thread-safe: one call computes at a time. Raises `PolicyError`
-    where `path` is not a model's folder.
+    Code in the folder is never run. Thread-safe: one call computes at a time, a single text on one
+    core (a request's few tokens gain nothing from more, and beside other work they wait for each
+    other: 13 times as long on two busy cores). Raises `PolicyError` where `path` is not a model's
+    folder.
     """
 
     def __init__(self, path: Path | str, *, max_tokens: int) -> None:
@@ -80,7 +84,7 @@ class SentenceVectors:
         order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
         # The tokenizer keeps its truncation as state, so threads must take turns. (Not in inference
         # mode: weights loaded there could not be fine-tuned afterwards.)
-        with self._lock, torch.no_grad():
+        with self._lock, torch.no_grad(), self._threads(len(texts)):
             for start in range(0, len(order), BATCH_SIZE):
                 rows = order[start : start + BATCH_SIZE]
                 vectors[rows] = pooled([texts[row] for row in rows]).float().cpu().numpy()
@@ -152,6 +156,17 @@ class SentenceVectors:
         model.eval()  # type: ignore[no-untyped-call]
         return model
 
+    def _threads(self, num_texts: int) -> AbstractContextManager[object]:
+        """Return what holds this thread's computing to one core for a single text."""
+        if num_texts > 1:
+            return nullcontext()
+        return self._controller.limit(limits=1, user_api="openmp")
+
+    @cached_property
+    def _controller(self) -> ThreadpoolController:
+        """The libraries that compute, those of torch among them: found once."""
+        return ThreadpoolController()
+
     @cached_property
     def _first_token(self) -> bool:
         pooling = Path(self.path) / "1_Pooling" / "config.json"
@@ -201,9 +216,15 @@ class Neural:
 
     def fit(self, texts: Sequence[str]) -> Self:
         """Learn the n-grams' weights and the vectors' means, which say nothing of a query."""
-        self._ngrams.fit(texts)
-        self.mean_ = self._vectors(texts, self.layers).mean(0)
+        self.fit_encode(texts)
         return self
+
+    def fit_encode(self, texts: Sequence[str]) -> Encoded:
+        """Learn them, and return n-grams and vectors of the same queries."""
+        matrix = self._ngrams.fit_encode(texts).matrix_QF
+        vectors = self._vectors(texts, self.layers)
+        self.mean_ = vectors.mean(0)
+        return Encoded(matrix, self._points(vectors, self.mean_))
 
     def features(self, text: str) -> Features:
         """Return the n-grams of one query."""
@@ -215,13 +236,15 @@ class Neural:
         mean = self.mean_
 
         def read(text: str) -> Reading:
-            return read_ngrams(text)._replace(point_D=self._points([text], mean)[0])
+            vectors = self._vectors([text], self.layers)
+            return read_ngrams(text)._replace(point_D=self._points(vectors, mean)[0])
 
         return read
 
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Return the n-grams and the vectors of many queries."""
-        return Encoded(self._ngrams.matrix(texts), self._points(texts, self.mean_))
+        vectors = self._vectors(texts, self.layers)
+        return Encoded(self._ngrams.matrix(texts), self._points(vectors, self.mean_))
 
     def names(self, text: str) -> dict[int, str]:
         """Return the n-grams."""
@@ -251,12 +274,12 @@ class Neural:
         self.mean_ = arrays["mean"]
         return self
 
-    def _points(self, texts: Sequence[str], mean: Floats) -> Floats:
+    def _points(self, vectors: Floats, mean: Floats) -> Floats:
         """Return the centred vectors, scaled alike, side by side: a point has norm 1."""
-        centred = self._vectors(texts, self.layers) - mean
+        centred = vectors - mean
         norms = np.linalg.norm(centred, axis=-1, keepdims=True)
         centred /= np.maximum(norms * np.sqrt(len(self.layers)), 1e-6)
-        return np.asarray(centred.reshape(len(texts), -1), np.float32)
+        return np.asarray(centred.reshape(len(vectors), -1), np.float32)
 
 
 class FineTuned:
@@ -276,8 +299,14 @@ class FineTuned:
 
     def fit(self, texts: Sequence[str]) -> Self:
         """Learn the mean vector."""
-        self.mean_ = self.vectors(texts).mean(0)
+        self.fit_encode(texts)
         return self
+
+    def fit_encode(self, texts: Sequence[str]) -> Encoded:
+        """Learn it, and return the vectors of the same queries."""
+        vectors = self.vectors(texts)
+        self.mean_ = vectors.mean(0)
+        return self._encoded(vectors)
 
     def features(self, text: str) -> Features:
         """Return the vector of one query."""
@@ -296,9 +325,10 @@ class FineTuned:
 
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Return the vectors of many queries."""
-        vectors = self.vectors(texts)
-        points = (vectors - self.mean_) / np.float32(2)
-        return Encoded(sp.csr_matrix(vectors), points)
+        return self._encoded(self.vectors(texts))
+
+    def _encoded(self, vectors: Floats) -> Encoded:
+        return Encoded(sp.csr_matrix(vectors), (vectors - self.mean_) / np.float32(2))
 
     def names(self, text: str) -> dict[int, str]:  # noqa: ARG002
         """Return nothing: dimensions of a vector have no name."""

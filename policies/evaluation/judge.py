@@ -40,16 +40,17 @@ NUM_TIMED = 500
 class Result:
     """What one method reached on the pooled test queries; intervals are 95% bootstrap.
 
-    APGR and CPT exist for two models only (weak first), `diagram` for methods that predict, AIQ
-    where models differ in cost. `fold_apgrs` are the APGRs of each fold alone: the pooled one
-    compares scores of routers that never meet. `decision_us` is the median time of one decision,
-    for the methods that Shoal serves.
+    APGR and CPT exist for two models only (weak first), `diagram` for methods that predict, AIQ and
+    `usd`, the mean cost of the choices, where costs are known. `fold_apgrs` are the APGRs of each
+    fold alone: the pooled one compares scores of routers that never meet. `decision_us` is the
+    median time of one decision, for the methods that Shoal serves.
     """
 
     method: str
     accuracy: float
     accuracy_interval: Interval
     curve: Curve
+    usd: float | None = None
     aiq: float | None = None
     apgr: float | None = None
     apgr_interval: Interval | None = None
@@ -69,7 +70,7 @@ class Result:
 class Report:
     """All methods under one protocol.
 
-    `overlap` says what was done about test queries that training may have seen (may be empty).
+    `overlap` says which queries were left out, and why, or trained on (may be empty).
     `by_task` holds each method's accuracy by task, empty for a single one.
     """
 
@@ -91,18 +92,12 @@ def evaluate_router(
 ) -> tuple[Report, Reliability]:
     """Judge `router`'s choice among `models` (default: all it knows) on queries scored for all.
 
-    Queries that repeat one of `trained_on`, or nearly, are left out. Of two models the one with the
-    lower mean score counts as the weak one. AIQ needs every model's cost of every query. Returns
-    the report and the heads' reliability diagram. Raises `PolicyError` for a model the router does
-    not know, for the queries that it was trained on unless `seen` allows that, or where no query is
-    left.
+    Queries that it was trained on are left out unless `seen`, as are those that repeat one of
+    `trained_on`, or nearly. Of two models the one with the lower mean score counts as the weak one.
+    AIQ needs some cost of every model; where it is not known of a query, it is the model's mean.
+    Returns the report and the heads' reliability diagram. Raises `PolicyError` for a model the
+    router does not know, or where no query is left.
     """
-    known = router.facts.get("data_sha256") == content_sha256(outcomes)
-    if known and not seen and not trained_on:
-        raise PolicyError(
-            "these are the very outcomes that the router was trained on, and it would look better "
-            "than it is; give others, let --protocol train anew on parts of them, or say --seen"
-        )
     names = tuple(models or router.models)
     for name in names:
         if name not in router.models:
@@ -115,10 +110,24 @@ def evaluate_router(
         raise PolicyError(f"no outcome has scores for all of {', '.join(names)}")
     if len(names) == 2 and np.diff(scores_QM[complete].mean(0)) < 0:
         names, scores_QM = names[::-1], scores_QM[:, ::-1]
+    known = router.facts.get("data_sha256") == content_sha256(outcomes)
+    seen_Q = router.has_seen([row.query for row in outcomes]) | known
     repeats = _repeats(outcomes, trained_on)
-    tested = complete & ~repeats
+    tested = complete & ~repeats if seen else complete & ~repeats & ~seen_Q
     if not tested.any():
-        raise PolicyError("every query with all scores repeats one that was trained on")
+        raise PolicyError(
+            "the router was trained on every query that has all scores, and would look better than "
+            "it is; give others, let --protocol train anew on parts of them, or say --seen"
+        )
+    left_out = {
+        "lack a score": ~complete,
+        "repeat what was trained on": complete & repeats,
+        "were trained on": complete & ~repeats & seen_Q & (not seen),
+    }
+    told = [f"{int(rows.sum()):,} that {why}" for why, rows in left_out.items() if rows.any()]
+    overlap = f"left out: {', '.join(told)}" if told else ""
+    if (tested & seen_Q).any():
+        overlap = f"{int((tested & seen_Q).sum()):,} were trained on; {overlap}".rstrip("; ")
     scores_QM = scores_QM[tested]
     rows = [outcomes[q] for q in np.flatnonzero(tested).tolist()]
     queries = [row.query for row in rows]
@@ -136,7 +145,7 @@ def evaluate_router(
             scores_QM,
             tasks=tasks,
             cost_QM=_costs(rows, names),
-            overlap=_overlap(router, outcomes, trained_on, int((complete & repeats).sum())),
+            overlap=overlap,
             decision_us=median_decision_us(router, queries),
         ),
         reliability(learned_QM.ravel(), scores_QM.ravel()),
@@ -213,6 +222,7 @@ def evaluate_protocol(
     names = tuple(models or score_table(outcomes).models)
     predicted: list[Floats] = []
     tested: list[Outcome] = []
+    num_tests = sum(len(test) for _, test in parts)
     for train, test in parts:
         complete = [row for row in test if all(name in row.scores for name in names)]
         if not complete:
@@ -223,6 +233,7 @@ def evaluate_protocol(
         tested += complete
     if not tested:
         raise PolicyError(f"no outcome has scores for all of {', '.join(names)}")
+    lacking = num_tests - len(tested)
     return compare(
         f"Choice among {', '.join(names)}, trained anew: {protocol}",
         names,
@@ -230,6 +241,7 @@ def evaluate_protocol(
         score_table(tested, names).scores_QM,
         tasks=[row.tags[0] if row.tags else "" for row in tested],
         cost_QM=_costs(tested, names),
+        overlap=f"left out: {lacking:,} that lack a score" if lacking else "",
     )
 
 
@@ -263,10 +275,15 @@ def _parts(
 
 
 def _costs(outcomes: Sequence[Outcome], models: Sequence[str]) -> Floats:
-    """Return US dollars [Q, M]; ones where an outcome does not know every model's."""
-    if not all(name in outcome.costs for outcome in outcomes for name in models):
-        return np.ones((len(outcomes), len(models)))
-    return np.array([[outcome.costs[name] for name in models] for outcome in outcomes])
+    """Return US dollars [Q, M], a model's mean where a query's is unknown.
+
+    Ones where nothing is known of some model.
+    """
+    nan = float("nan")
+    usd_QM = np.array([[row.costs.get(name, nan) for name in models] for row in outcomes])
+    if np.isnan(usd_QM).all(0).any():
+        return np.ones_like(usd_QM)
+    return np.where(np.isnan(usd_QM), np.nanmean(usd_QM, axis=0), usd_QM)
 
 
 def _repeats(outcomes: Sequence[Outcome], trained_on: Sequence[Outcome]) -> NDArray[np.bool_]:
@@ -277,16 +294,6 @@ def _repeats(outcomes: Sequence[Outcome], trained_on: Sequence[Outcome]) -> NDAr
     alike = near_duplicates([o.query for o in trained_on] + [o.query for o in outcomes])
     repeats = [min(alike.get(first + row, {first})) < first for row in range(len(outcomes))]
     return np.array(repeats, np.bool_)
-
-
-def _overlap(
-    router: Router, outcomes: Sequence[Outcome], trained_on: Sequence[Outcome], num_seen: int
-) -> str:
-    if trained_on:
-        return f"left out as repeats of what was trained on: {num_seen:,}"
-    if router.facts.get("data_sha256") == content_sha256(outcomes):
-        return "the very queries that it was trained on"
-    return ""
 
 
 def judge(
@@ -318,13 +325,16 @@ def judge(
     else:
         curve = trade_curve(quality_QM, scores_QM, cost_QM)
     two = num_models == 2
+    priced = np.ptp(cost_QM) > 0
+    usd_Q1 = np.take_along_axis(cost_QM, quality_QM.argmax(1)[:, None], 1)
     predicts = method not in ("random", "per-query oracle")
     return Result(
         method=method,
         accuracy=float(chosen_Q.mean()),
         accuracy_interval=bootstrap(lambda rows: float(chosen_Q[rows].mean()), num_queries),
         curve=curve,
-        aiq=aiq(curve, float(cost_QM.max())) if np.ptp(cost_QM) > 0 else None,
+        usd=float(usd_Q1.mean()) if priced else None,
+        aiq=aiq(curve, float(cost_QM.max())) if priced else None,
         apgr=apgr(curve) if two else None,
         apgr_interval=interval if two else None,
         fold_apgrs=fold_apgrs if two else (),

@@ -18,7 +18,7 @@ _TITLE_CHARACTERS: Final = 40
 def table(report: Report) -> str:
     """Return the report as a Markdown table, one method per row."""
     two = len(report.models) == 2
-    columns = ["accuracy", "AIQ", "ECE", "µs/decision"]
+    columns = ["accuracy", "cost / 1,000", "AIQ", "ECE", "µs/decision"]
     if two:
         columns = ["APGR, mean of folds", "APGR, pooled", "CPT(50)", "CPT(80)", *columns]
     overlap = f"; {report.overlap}" if report.overlap else ""
@@ -67,6 +67,7 @@ def draw_reliability(diagram: Reliability, title: str, path: Path) -> None:
 def _cells(row: Result, two: bool) -> list[str]:
     cells = [
         f"{row.accuracy:.4f}{_interval(row.accuracy_interval)}",
+        "–" if row.usd is None else f"{1000 * row.usd:.4g}",
         "–" if row.aiq is None else f"{row.aiq:.4f}",
         "–" if row.ece is None else f"{row.ece:.3f}",
         "–" if row.decision_us is None else f"{row.decision_us:.0f}",

@@ -25,7 +25,7 @@ from policies.outcomes import Outcome, content_sha256
 from policies.routing.fit import FitSettings, held_out_metrics, make_doubt, make_examples
 from policies.routing.heads import Heads, Objective, enhance, fit_platt, mean_scores
 from policies.routing.nearness import Topics, fit_topics, no_landmarks
-from policies.routing.router import Router
+from policies.routing.router import Router, query_hashes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,7 +80,7 @@ def finetune_router(
     encoder = FineTuned(path=path, max_tokens=training.max_tokens)
     clusters_Q = np.zeros(len(texts), np.int64)
     if not all(outcome.tags for outcome in examples.outcomes):
-        points_QD = encoder.fit(texts).encode(texts).points_QD
+        points_QD = encoder.fit_encode(texts).points_QD
         clusters_Q = _topics(points_QD, scores_QM, settings).assign(points_QD)
     seen_tags = list(compress(examples.tags(clusters_Q), ~held_out_Q))
     targets_QM = scores_QM.copy()
@@ -89,8 +89,8 @@ def finetune_router(
         encoder, texts, targets_QM, held_out_Q, settings=settings, training=training
     )
     encoder.vectors.save(out)
-    encoder = FineTuned(path=str(out), max_tokens=training.max_tokens).fit(texts)
-    encoded = encoder.encode(texts)
+    encoder = FineTuned(path=str(out), max_tokens=training.max_tokens)
+    encoded = encoder.fit_encode(texts)
     unseen_QM = scores_QM[held_out_Q]
     logits_QM = heads.logits(encoded.matrix_QF[held_out_Q])
     platt = fit_platt(logits_QM, unseen_QM)
@@ -110,6 +110,7 @@ def finetune_router(
             settings,
         ),
         output_tokens_M=examples.mean_output_tokens(),
+        seen_Q=np.unique(query_hashes(examples.texts)),
         facts={
             "data_sha256": content_sha256(examples.outcomes),
             "num_queries": len(examples.outcomes),

@@ -31,7 +31,7 @@ from policies.routing.heads import (
     regress,
 )
 from policies.routing.nearness import Doubt, fit_doubt, fit_landmarks, fit_topics
-from policies.routing.router import Router
+from policies.routing.router import Router, query_hashes
 
 Floats = NDArray[np.float64]
 
@@ -166,8 +166,7 @@ def refit_like(router: Router) -> Callable[[Sequence[Outcome]], Router]:
 
 def _fit_router(examples: Examples, encoder: Encoder, settings: FitSettings) -> Router:
     scores_QM, home_Q = examples.scores_QM, examples.home_Q
-    encoder = encoder.fit(examples.texts)
-    encoded = encoder.encode(examples.texts)
+    encoded = encoder.fit_encode(examples.texts)
     topics = fit_topics(
         encoded.points_QD[home_Q],
         scores_QM[home_Q],
@@ -218,6 +217,7 @@ def _fit_router(examples: Examples, encoder: Encoder, settings: FitSettings) -> 
         topics=topics,
         doubt=doubt,
         output_tokens_M=examples.mean_output_tokens(),
+        seen_Q=np.unique(query_hashes(examples.texts)),
         facts={
             "data_sha256": content_sha256(examples.outcomes),
             "num_queries": int(home_Q.sum()),

@@ -10,6 +10,7 @@ D dimensions of a point, K clusters.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,7 +53,8 @@ class Router:
     """Encoder, landmarks, calibrated heads and clusters, fitted on one set of outcomes.
 
     `weights_FM` [F + N, M] weigh the encoder's features, then the landmarks'. `output_tokens_M` are
-    the models' mean answer lengths (NaN where unknown). `facts` is JSON data about the training:
+    the models' mean answer lengths (NaN where unknown). `seen_Q` are the hashes of the training
+    queries, ascending: nobody should judge it on them. `facts` is JSON data about the training:
     data hash, numbers, held-out metrics.
     """
 
@@ -64,6 +66,7 @@ class Router:
     topics: Topics
     doubt: Doubt
     output_tokens_M: NDArray[np.float32]
+    seen_Q: NDArray[np.uint32] = field(default_factory=lambda: np.empty(0, np.uint32))
     facts: Mapping[str, Any] = field(default_factory=dict)
     _read: Reader = field(init=False, repr=False, compare=False)
     _nearness: Nearness = field(init=False, repr=False, compare=False)
@@ -81,6 +84,10 @@ class Router:
         }
         for name, value in laid_out.items():
             object.__setattr__(self, name, value)
+
+    def has_seen(self, texts: Sequence[str]) -> NDArray[np.bool_]:
+        """Return which queries it was trained on, [Q]."""
+        return np.isin(query_hashes(texts), self.seen_Q)
 
     def predict(self, text: str) -> Prediction:
         """Predict for one query."""
@@ -111,6 +118,12 @@ class Router:
             self.doubt.trust(similarity)
         )
         return expected_M
+
+
+def query_hashes(texts: Sequence[str]) -> NDArray[np.uint32]:
+    """Return a number for each query; case and white space do not change it."""
+    plain = (" ".join(text.lower().split()).encode("utf-8", "replace") for text in texts)
+    return np.fromiter(map(zlib.crc32, plain), np.uint32)
 
 
 def save_router(router: Router, path: Path | str) -> None:
@@ -145,6 +158,7 @@ def save_router(router: Router, path: Path | str) -> None:
             "left_out_scores": router.doubt.left_out_M,
             "left_out_similarity": router.doubt.left_out_similarity_U,
             "output_tokens": router.output_tokens_M,
+            "seen": router.seen_Q,
             **{f"encoder.{name}": array for name, array in router.encoder.arrays().items()},
         },
     )
@@ -212,6 +226,8 @@ def _restored(artifact: Artifact, folder: Path) -> Router:
             left_out_similarity_U=arrays["left_out_similarity"],
         ),
         output_tokens_M=arrays["output_tokens"],
+        # A router of an earlier version does not tell.
+        seen_Q=arrays.get("seen", np.empty(0, np.uint32)),
         facts={
             "data_sha256": artifact.data_sha256,
             **settings["facts"],

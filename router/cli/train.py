@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -187,10 +188,15 @@ def train_cascade(
         facts = load_pool(pool or DEFAULT_POOL).facts()
         rates = {name: fact.rates for name, fact in facts.items()}
         train = read_outcomes(outcomes, split=split)
-        scored = set(train[0].scores).intersection(*(row.scores for row in train))
+        answered = Counter(name for row in train for name in row.scores)
+        # A model that few queries were put to would leave hardly any that all have answered.
+        scored = [name for name, number in answered.items() if 2 * number >= len(train)]
         plans = _plans(scored, rates, stage or [])
         sizes = _sizes(top or [], plans)
         table, cost_QS = answer_table(train, plans, rates, sizes)
+        if len(table.queries) < len(train):
+            lacking = len(train) - len(table.queries)
+            typer.echo(f"Left out: {lacking:,} of {len(train):,} that lack an answer.", err=True)
         mean_S = dict(zip(plans, cost_QS.mean(axis=0).tolist(), strict=True))
         learned = learn_cascade(
             table,
@@ -213,8 +219,8 @@ def train_cascade(
 def _plans(
     scored: Collection[str], rates: Mapping[str, Rates], stages: list[str]
 ) -> dict[str, Plan]:
-    """Return the stages by their names in the outcomes: the pool's models that every query was put
-    to, then `stages`."""
+    """Return the stages by their names in the outcomes: the pool's models in `scored`, then
+    `stages`."""
     from policies.errors import PolicyError
     from policies.plan import Answer, from_json
 
@@ -229,7 +235,7 @@ def _plans(
             raise PolicyError(f"--stage {name}: the plan is not valid JSON: {error}") from None
     if not plans:
         raise PolicyError(
-            f"the pool has none of the outcomes' models, {', '.join(scored)}; it has "
+            f"the pool has none of the outcomes' models, {', '.join(sorted(scored))}; it has "
             f"{', '.join(rates)}. Name theirs with --pool"
         )
     return plans
@@ -303,7 +309,7 @@ def evaluate_router(
         ),
     ] = None,
     seen: Annotated[
-        bool, typer.Option("--seen", help="Judge on the very outcomes it was trained on.")
+        bool, typer.Option("--seen", help="Judge on what it was trained on, too.")
     ] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Draw the reliability diagram to this PNG.")

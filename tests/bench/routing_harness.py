@@ -35,6 +35,7 @@ Floats = NDArray[np.float64]
 Protocol: TypeAlias = Literal["folds", "tasks", "split"]
 
 NUM_FOLDS = 5
+NUM_NEIGHBOURS = 100
 
 DRAWN = ("random", "TF-IDF + ridge", "Clusters", "Learned", "dataset oracle")
 """The methods whose names begin so are in the plots."""
@@ -161,11 +162,24 @@ def tfidf_ridge(split: Split) -> Floats:
     return predicted.reshape(len(split.test), -1)
 
 
+def nearest_neighbours(split: Split) -> Floats:
+    """The mean scores of the hundred training queries that are nearest by tf-idf."""
+    X, test_X = split.tfidf
+    near_QQ = (test_X @ X.T).toarray()
+    num_near = min(NUM_NEIGHBOURS, X.shape[0])
+    nearest = np.argpartition(-near_QQ, num_near - 1, axis=1)[:, :num_near]
+    known_QM = split.scores(split.train)
+    scores_QM = np.where(np.isnan(known_QM), np.nanmean(known_QM, axis=0), known_QM)
+    near: Floats = scores_QM[nearest].mean(1)
+    return near
+
+
 BASELINES: Mapping[str, Callable[[Split], Floats]] = {
     "random": random_choice,
     "best single": best_single,
     "task classifier": task_classifier,
     "TF-IDF + ridge": tfidf_ridge,
+    "kNN": nearest_neighbours,
 }
 
 ORACLES: Mapping[str, Callable[[Split], Floats]] = {

@@ -89,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--encoder", help="neural:FOLDER, beside the default")
     parser.add_argument("--only", choices=("mmlu", "llmrouter", "pool"), action="append")
     parser.add_argument("--protocol", choices=tuple(PROTOCOLS), action="append")
+    parser.add_argument("--most", type=int, help="so many outcomes of each data set, drawn by lot")
     options = parser.parse_args(arguments)
     wanted = options.only or ["mmlu", "llmrouter", "pool"]
     options.out.mkdir(parents=True, exist_ok=True)
@@ -104,11 +105,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"skipped the published data sets: there is no folder {options.data}")
         wanted = [name for name in wanted if name == "pool"]
     if "mmlu" in wanted:
-        runs += _mmlu(options.data, encoders)
+        runs += _mmlu(options.data, encoders, options.most)
     if "llmrouter" in wanted:
-        runs += _llmrouter(options.data, encoders)
+        runs += _llmrouter(options.data, encoders, options.most)
     if "pool" in wanted:
-        runs += _pool(encoders)
+        runs += _pool(encoders, options.most)
     for name, run in runs:
         if options.protocol and name.rpartition("-")[2] not in options.protocol:
             continue
@@ -123,8 +124,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 draw_reliability(row.diagram, report.title, file)
 
 
-def _mmlu(data: Path, encoders: Encoders) -> list[tuple[str, Callable[[], Report]]]:
-    outcomes = import_routellm_mmlu(data / "RouteLLM" / "mmlu")
+def _drawn(outcomes: Sequence[Outcome], most: int | None) -> list[Outcome]:
+    rows = np.random.default_rng(0).permutation(len(outcomes))[:most]
+    return [outcomes[row] for row in sorted(rows)]
+
+
+def _mmlu(
+    data: Path, encoders: Encoders, most: int | None
+) -> list[tuple[str, Callable[[], Report]]]:
+    outcomes = _drawn(import_routellm_mmlu(data / "RouteLLM" / "mmlu"), most)
     weak, strong = score_table(outcomes).models
     marked = _split_by_position(outcomes)
 
@@ -141,12 +149,15 @@ def _mmlu(data: Path, encoders: Encoders) -> list[tuple[str, Callable[[], Report
     return [(f"mmlu-{protocol}", run(protocol)) for protocol in PROTOCOLS]
 
 
-def _llmrouter(data: Path, encoders: Encoders) -> list[tuple[str, Callable[[], Report]]]:
+def _llmrouter(
+    data: Path, encoders: Encoders, most: int | None
+) -> list[tuple[str, Callable[[], Report]]]:
     outcomes = [
         outcome
         for outcome in import_llmrouter(data / "LLMRouter")
         if outcome.split != "test-in-train"
     ]
+    outcomes = _drawn(outcomes, most)
     models = score_table(outcomes).models
     prices = llmrouter_prices(data / "LLMRouter")
 
@@ -163,9 +174,9 @@ def _llmrouter(data: Path, encoders: Encoders) -> list[tuple[str, Callable[[], R
     return [(f"llmrouter-{protocol}", run(protocol)) for protocol in reversed(PROTOCOLS)]
 
 
-def _pool(encoders: Encoders) -> list[tuple[str, Callable[[], Report]]]:
+def _pool(encoders: Encoders, most: int | None) -> list[tuple[str, Callable[[], Report]]]:
     file = DEFAULT_POOL / "outcomes.jsonl"
-    outcomes = read_outcomes(file)
+    outcomes = _drawn(read_outcomes(file), most)
     facts = load_pool(DEFAULT_POOL).facts()
     chunks = [name for name, fact in facts.items() if fact.domains and name != "base"]
 

@@ -1,10 +1,13 @@
 """Encoders: one contract for all, and what is particular to hashed n-grams."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_limits
 
 from policies.encoders.base import Encoder, build_encoder, parse_encoder
 from policies.encoders.ngrams import MAX_BYTES, NGrams, side_by_side
@@ -97,6 +100,48 @@ def test_a_restored_encoder_is_the_same(encoder: Encoder) -> None:
     np.testing.assert_array_equal(one.features.ids, other.features.ids)
     np.testing.assert_array_equal(one.features.values, other.features.values)
     np.testing.assert_array_equal(one.point_D, other.point_D)
+
+
+def test_training_queries_are_encoded_once(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fitting returns what encoding the same texts would, and no transformer sees a text twice."""
+    seen: list[str] = []
+    inner = SentenceVectors._encode
+
+    def spied(self: SentenceVectors, texts: Sequence[str], *rest: Any) -> Any:
+        seen.extend(texts)
+        return inner(self, texts, *rest)
+
+    monkeypatch.setattr(SentenceVectors, "_encode", spied)
+    fresh = build_encoder(encoder.kind, encoder.settings())
+    fitted = fresh.fit_encode(TEXTS)
+    assert len(seen) == (0 if encoder.kind == "ngrams" else len(TEXTS))
+    again = encoder.encode(TEXTS)
+    np.testing.assert_allclose(fitted.points_QD, again.points_QD, atol=1e-5)
+    np.testing.assert_allclose(fitted.matrix_QF.toarray(), again.matrix_QF.toarray(), atol=1e-5)
+
+
+def test_a_single_query_computes_on_one_core(
+    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the caller's threads; they are as before afterwards, and many texts may use them."""
+    import torch
+
+    used: list[int] = []
+    vectors = SentenceVectors(tiny_bert, max_tokens=16)
+    inner = SentenceVectors.pooled
+
+    def spied(self: SentenceVectors, texts: Sequence[str]) -> Any:
+        used.append(torch.get_num_threads())
+        return inner(self, texts)
+
+    monkeypatch.setattr(SentenceVectors, "pooled", spied)
+    with threadpool_limits(2, user_api="openmp"):
+        vectors(TEXTS[:1])
+        vectors(TEXTS[:2])
+        assert torch.get_num_threads() == 2
+    assert used == [1, 2]
 
 
 def test_arrays_of_other_settings_are_refused(encoder: Encoder) -> None:

@@ -1,13 +1,15 @@
 """`shoal train router`, `shoal evaluate router` and `shoal route`, as a user types them."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from policies.outcomes import Outcome, write_outcomes
+from policies.outcomes import Outcome, read_outcomes, write_outcomes
 from policies.routing.router import load_router
 from router.cli.main import app
 from router.ledger.database import open_database
@@ -81,15 +83,18 @@ def test_evaluating_says_what_training_has_seen(folder: Path) -> None:
     router, file = folder / "router.npz", folder / "outcomes.jsonl"
     refused = _shoal("evaluate", "router", router, file, "--split", "train")
     assert refused.exit_code == 2
-    assert "the very outcomes that the router was trained on" in refused.stderr
+    assert "the router was trained on every query that has all scores" in refused.stderr
     again = _shoal("evaluate", "router", router, file, "--split", "train", "--seen")
-    assert "(120 test queries; the very queries that it was trained on)" in again.stdout
+    assert "(120 test queries; 120 were trained on)" in again.stdout
     known = ("--trained-on", file, "--trained-split", "train")
     every = _shoal("evaluate", "router", router, file, *known)
-    assert "(40 test queries; left out as repeats of what was trained on: 120)" in every.stdout
+    assert "(40 test queries; left out: 120 that repeat what was trained on)" in every.stdout
     none = _shoal("evaluate", "router", router, file, "--split", "train", *known)
     assert none.exit_code == 2
-    assert "every query with all scores repeats one that was trained on" in none.stderr
+    assert none.stderr == refused.stderr
+    # Without being told which they were, it knows its own.
+    whole = _shoal("evaluate", "router", router, file)
+    assert "(40 test queries; left out: 120 that were trained on)" in whole.stdout
 
 
 @pytest.mark.parametrize("policy", ["auto", "nearest"])
@@ -177,3 +182,36 @@ def test_mistakes_are_one_line_and_status_2(folder: Path, arguments: str, messag
     assert result.stderr.startswith(f"shoal {arguments.partition(' {')[0].split(' hello')[0]}: ")
     assert len(result.stderr.splitlines()) == 1
     assert not (folder / "x.npz").exists()
+
+
+def test_a_cascade_is_learned_where_every_model_lacks_some_answer(
+    folder: Path, tmp_path: Path
+) -> None:
+    """What lacks one is left out and counted; a model that few were put to is no stage at all."""
+    answers = {"adder": "thirty", "speller": "s-h-a-r-k"}
+    rows = [
+        replace(
+            row,
+            scores={n: s for n, s in row.scores.items() if at % 5 or n != MEMBERS[at % 2]},
+            outputs=answers,
+            prompt_tokens=9,
+            output_tokens={"adder": 3, "speller": 3 + at % 2},
+            costs={"adder": 1e-6, "speller": 3e-6},
+        )
+        for at, row in enumerate(read_outcomes(folder / "outcomes.jsonl"))
+    ]
+    rows[1] = replace(rows[1], scores={**rows[1].scores, "rare": 1.0})
+    write_outcomes(tmp_path / "outcomes.jsonl", rows)
+    result = _shoal(
+        *("train", "cascade", tmp_path / "outcomes.jsonl", "--pool", folder, "--budget", "60%"),
+        *("--split", "train", "--out", tmp_path / "cascade.npz"),
+    )
+    assert result.exit_code == 0, result.output
+    assert re.search(r"Left out: \d+ of 120 that lack an answer", result.stderr)
+    assert "rare" not in result.stdout
+    strangers = _shoal(
+        *("train", "cascade", tmp_path / "outcomes.jsonl", "--budget", "60%"),
+        *("--split", "train", "--out", tmp_path / "other.npz"),
+    )
+    assert strangers.exit_code == 2
+    assert "the pool has none of the outcomes' models, adder, speller" in strangers.stderr
