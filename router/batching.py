@@ -24,7 +24,7 @@ from typing import Any, Protocol
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.responses import Response
 
-from router.access.keys import KeyRejected
+from router.access.authentication import KeyRejected
 from router.config import BatchesConfig
 from router.errors import ApiError, bad_request, to_api_error
 from router.ledger.calls import DatabaseUnavailable

@@ -12,8 +12,8 @@ from models.pool import Pool
 from policies.budget import Controller
 from policies.carbon.grid import CachedGrid
 from policies.experiments.shadow import Shadow, ShadowMeter
+from router.access.authentication import Authenticator
 from router.access.budgets import Budgets
-from router.access.keys import Authenticator
 from router.background import BudgetSync, GridFeed
 from router.catalog.catalog import Catalog
 from router.config import AppArgs

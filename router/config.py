@@ -13,7 +13,7 @@ from models.spec import DeploymentSpec, Name
 from policies.carbon.settings import CarbonSettings
 from policies.kinds import Count, explain
 from policies.plan import PlanBounds
-from router.access.keys import AuthConfig
+from router.access.authentication import AuthConfig
 from router.access.limits import BudgetsConfig
 from router.dashboard.routes import LOOPBACK, DashboardConfig
 from router.ledger.database import LedgerConfig

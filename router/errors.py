@@ -19,8 +19,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from models.errors import ContextOverflow, EngineError, EngineOverloaded, RequestError
 from policies.errors import PolicyError
-from router.access.keys import KeyRejected
-from router.access.limits import BudgetExhausted, BudgetUnavailable
+from router.access.authentication import KeyRejected
+from router.access.keys import KeysError, NameTaken, NotFound
+from router.access.limits import BudgetExhausted, BudgetUnavailable, CapError
 from router.ledger.calls import is_away
 
 _MOST_CHARACTERS = 1000
@@ -80,12 +81,8 @@ def to_api_error(error: BaseException) -> ApiError:  # noqa: PLR0911 - one per k
     """Return what the client is told of `error`; unknown errors tell nothing of our insides."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, ContextOverflow):
-        return bad_request(str(error), error.param, "context_length_exceeded")
-    if isinstance(error, RequestError):
-        return bad_request(str(error), error.param)
-    if isinstance(error, PolicyError):
-        return bad_request(str(error), "shoal.plan")
+    if isinstance(error, RequestError | PolicyError | KeysError | CapError):
+        return _refused(error)
     if isinstance(error, KeyRejected):
         kind = "authentication_error" if error.status == 401 else "permission_error"
         code = "invalid_api_key" if error.status == 401 else "insufficient_permissions"
@@ -118,6 +115,21 @@ def to_api_error(error: BaseException) -> ApiError:  # noqa: PLR0911 - one per k
             headers={"x-should-retry": "false"},
         )
     return ApiError(500, "Internal server error.", kind="server_error", code="internal_error")
+
+
+def _refused(error: RequestError | PolicyError | KeysError | CapError) -> ApiError:
+    """Return what the client is told of something that it asked for and cannot have."""
+    if isinstance(error, ContextOverflow):
+        return bad_request(str(error), error.param, "context_length_exceeded")
+    if isinstance(error, RequestError):
+        return bad_request(str(error), error.param)
+    if isinstance(error, PolicyError | CapError):
+        return bad_request(str(error), "caps" if isinstance(error, CapError) else "shoal.plan")
+    if isinstance(error, NotFound):
+        return ApiError(404, str(error), param=error.field, code=f"{error.field}_not_found")
+    if isinstance(error, NameTaken):
+        return ApiError(409, str(error), param=error.field, code="name_taken")
+    return bad_request(str(error), error.field)
 
 
 def _unavailable(message: str, code: str, retry_after_s: float = 1.0) -> ApiError:

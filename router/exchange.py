@@ -169,6 +169,7 @@ class Exchange:
         began_s = [run.started_s for choice in self.choices for run in choice.trace.leaves()]
         record.queue_s = min(began_s) - self.started_s if began_s else None
         record.key_id = self.key_id
+        record.team_id = self.key.team.id if self.key and self.key.team else None
         record.user_hash = _hash(self.user, user_secret) if self.user else None
         if self.ask is not None:
             record.model, record.stream = self.ask.model, self.ask.stream

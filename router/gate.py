@@ -10,8 +10,9 @@ from collections.abc import Mapping
 
 from policies.footprint import Footprint, estimate
 from policies.plan import Plan, answers
+from router.access.authentication import Authenticator
 from router.access.budgets import Budgets
-from router.access.keys import Authenticator, Key, Scope
+from router.access.keys import Key, Scope
 from router.access.limits import Amounts
 from router.access.store import used_amounts
 from router.catalog.catalog import Catalog

@@ -21,12 +21,15 @@ from starlette.responses import JSONResponse
 
 from models.engines.base import EngineStats
 from models.errors import EngineError
-from router.access.keys import Identify, KeyRejected, Scope
+from router.access.authentication import Identify, KeyRejected
+from router.access.keys import KeysError, Scope
+from router.access.limits import CapError
+from router.admin import add_admin_routes
 from router.anthropic_api.answer import MessagesEndpoint
 from router.anthropic_api.counting import add_count_route
 from router.batching import OFFLINE, Batching
 from router.config import AppArgs
-from router.dashboard.routes import add_dashboard, may_see
+from router.dashboard.routes import Access, add_dashboard, may_see
 from router.decide import named_target
 from router.errors import ApiError, to_api_error
 from router.experiments.endpoints import add_experiment_routes, add_feedback_route
@@ -92,21 +95,11 @@ def create_api(service: Service, args: AppArgs) -> FastAPI:
     for endpoint in endpoints:
         _add_endpoint(api, service, endpoint)
 
-    def identify(scope: Scope) -> Identify:
-        async def key_id(request: Request) -> str | None:
-            key = await service.gate.identify(credentials(request.headers), scope=scope)
-            return key.id if key else None
-
-        return key_id
-
-    async def admin(request: Request) -> str | None:
-        key_id = await identify("admin")(request)
-        if key_id is None and not may_see(args.dashboard.access, request):
-            raise KeyRejected(
-                "This needs an admin's key: make one with "
-                "`shoal keys create --scope admin --name ...`."
-            )
-        return key_id
+    identify = _identify(service, "user")
+    sees = _admin(service, args.dashboard.access)
+    # A proxy that lets everybody see the page makes nobody an administrator.
+    access = "key" if args.dashboard.access == "anyone" else args.dashboard.access
+    acts = _admin(service, access)
 
     api.add_middleware(Guard, hosts=args.hosts, keyless=not args.auth.required)
     api.add_middleware(Forgiving)
@@ -124,21 +117,29 @@ def create_api(service: Service, args: AppArgs) -> FastAPI:
         return _error(to_api_error(error))
 
     # Those of requests for answers are told, and recorded, by the service.
-    for kind in (ApiError, KeyRejected, SQLAlchemyError, TimeoutError, Exception):
+    for kind in (
+        ApiError,
+        KeyRejected,
+        KeysError,
+        CapError,
+        SQLAlchemyError,
+        TimeoutError,
+        Exception,
+    ):
         api.add_exception_handler(kind, tell)
 
     add_count_route(
         api,
         service.catalog,
-        identify=identify("user"),
+        identify=identify,
         bodies=service.bodies,
     )
-    add_token_routes(api, service.catalog, identify=identify("user"), bodies=service.bodies)
+    add_token_routes(api, service.catalog, identify=identify, bodies=service.bodies)
     names = [shadow.name for shadow in service.mirror.shadows]
     add_feedback_route(
         api,
         service.ledger,
-        identify=identify("user"),
+        identify=identify,
         bodies=service.bodies,
         shadows=names,
         keep_text=args.ledger.keep_text,
@@ -149,14 +150,15 @@ def create_api(service: Service, args: AppArgs) -> FastAPI:
         catalog=service.catalog,
         database=service.ledger.database,
         caps=args.budgets.server_caps(),
-        identify=admin,
+        identify=sees,
     )
-    add_experiment_routes(api, service.experiments, service.mirror, identify=admin)
-    add_metrics_route(api, service.metrics, identify=admin)
+    add_admin_routes(api, service.ledger.database, identify=acts, bodies=service.bodies)
+    add_experiment_routes(api, service.experiments, service.mirror, identify=sees)
+    add_metrics_route(api, service.metrics, identify=sees)
 
-    _add_batches(api, service, args, endpoints, identify("user"))
-    add_response_routes(api, service.responses, identify=identify("user"))
-    _add_models(api, service, identify("user"))
+    _add_batches(api, service, args, endpoints, identify)
+    add_response_routes(api, service.responses, identify=identify)
+    _add_models(api, service, identify)
 
     @api.get("/health", openapi_extra=described(Health))
     async def health() -> JSONResponse:
@@ -258,6 +260,32 @@ def _is_loopback(name: str) -> bool:
         return name == "localhost" or ip_address(name).is_loopback
     except ValueError:
         return False
+
+
+def _identify(service: Service, scope: Scope) -> Identify:
+    """Return what tells the key id of who sends a request."""
+
+    async def key_id(request: Request) -> str | None:
+        key = await service.gate.identify(credentials(request.headers), scope=scope)
+        return key.id if key else None
+
+    return key_id
+
+
+def _admin(service: Service, access: Access) -> Identify:
+    """Return what lets in who brings an admin's key, or needs none by `access`."""
+    identify = _identify(service, "admin")
+
+    async def key_id(request: Request) -> str | None:
+        found = await identify(request)
+        if found is None and not may_see(access, request):
+            raise KeyRejected(
+                "This needs an admin's key: make one with "
+                "`shoal keys create --scope admin --name ...`."
+            )
+        return found
+
+    return key_id
 
 
 def _add_endpoint(api: FastAPI, service: Service, endpoint: WireFormat) -> None:

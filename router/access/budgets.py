@@ -182,6 +182,8 @@ class Budgets:
         found = limits(SERVER, self._server_caps, now_s)
         if key is not None:
             found += limits(key.id, self._config.key_caps(key.caps), now_s)
+            if key.team is not None:
+                found += limits(key.team.id, key.team.caps, now_s)
         return found
 
     # Everything below runs on the thread.
@@ -302,7 +304,10 @@ def _exhausted(
     shortage: Shortage, key: Key | None, now_s: float, headers: dict[str, str]
 ) -> BudgetExhausted:
     cap, window = shortage.limit.cap, shortage.limit.window
-    whose = "the server" if window.scope == SERVER or key is None else f"the key {key.name!r}"
+    whose = "the server"
+    if key is not None and window.scope != SERVER:
+        team = key.team if key.team and key.team.id == window.scope else None
+        whose = f"the team {team.name!r}" if team else f"the key {key.name!r}"
     resets = datetime.fromtimestamp(window.end_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     budget = f"The budget of {to_text(cap.resource, cap.limit)} per {cap.period} of {whose}"
     spent, needed = (to_text(cap.resource, x) for x in (shortage.spent, shortage.needed))

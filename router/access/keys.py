@@ -1,8 +1,10 @@
-"""API keys: made once, shown once, kept as a hash, checked with a short-lived cache.
+"""API keys and the teams that they belong to: made, changed, revoked, each leaving an audit row.
 
 A key is "sk-shoal-" and 256 random bits, so its plain SHA-256 cannot be reversed by guessing, and
-looking it up by that hash leaks nothing through timing. Neither the key nor the hash is ever
-logged; `prefix`, its first characters, is what people recognise it by.
+looking it up by that hash leaks nothing through timing. It is shown once. Neither the key nor the
+hash is ever logged; `prefix`, its first characters, is what people recognise it by.
+
+A request must fit the caps of its key and those of its key's team. All functions block.
 """
 
 from __future__ import annotations
@@ -10,57 +12,61 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import sqlalchemy as sa
-from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.exc import IntegrityError
-from starlette.requests import Request
 
-from router.access.limits import Cap, read_caps
+from router.access.audit import Action, note
+from router.access.limits import TEAM, Cap, read_caps, to_number
 from router.ledger.database import Database, writing
-from router.ledger.schema import API_KEYS
+from router.ledger.schema import API_KEYS, TEAMS
 
 Scope: TypeAlias = Literal["user", "admin"]
-# Tells the key id of who sends a request, None for an anonymous one. Raises `KeyRejected`.
-Identify: TypeAlias = Callable[[Request], Awaitable[str | None]]
 
 PREFIX = "sk-shoal-"
-_MOST_CACHED = 10_000
 _LEAST_LENGTH = len(PREFIX) + 32
 
 
-class AuthConfig(BaseModel):
-    """The `auth:` section of the server's configuration.
-
-    With `required` every request needs a key. Without, requests that bring none (or another
-    service's) are anonymous and may do everything: that is for loopback. One that brings a key of
-    ours is still checked, and counted under it.
-    A revoked key stops working within `cache_s`.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    required: bool = False
-    cache_s: float = Field(2.0, ge=0, le=60)
-
-
 class KeysError(ValueError):
-    """A key that cannot be made or revoked as asked."""
+    """A key or team that cannot be made or changed as asked; `field` is what is wrong."""
 
-
-class KeyRejected(Exception):
-    """A request that may not pass; `status` is 401 (who are you?) or 403 (not with this key)."""
-
-    def __init__(self, message: str, status: int = 401) -> None:
-        super().__init__(message, status)
-        self.message = message
-        self.status = status
+    def __init__(self, message: str, field: str) -> None:
+        super().__init__(message, field)
+        self.field = field
 
     def __str__(self) -> str:
-        return self.message
+        return str(self.args[0])
+
+
+class NameTaken(KeysError):
+    """A name that is in use, or was."""
+
+
+class NotFound(KeysError):
+    """A key or a team that is not there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Team:
+    """Keys with caps in common. `created_s` is Unix time."""
+
+    id: str
+    name: str
+    caps: tuple[Cap, ...] = ()
+    created_s: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the team as people see it."""
+        return {
+            "object": "team",
+            "id": self.id,
+            "name": self.name,
+            "caps": _caps_json(self.caps),
+            "created_s": self.created_s,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +78,23 @@ class Key:
     prefix: str
     scope: Scope = "user"
     caps: tuple[Cap, ...] = ()
+    team: Team | None = None
     created_s: float = 0.0
     revoked_s: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the key as people see it, its team by name."""
+        return {
+            "object": "key",
+            "id": self.id,
+            "name": self.name,
+            "prefix": self.prefix,
+            "scope": self.scope,
+            "team": self.team and self.team.name,
+            "caps": _caps_json(self.caps),
+            "created_s": self.created_s,
+            "revoked_s": self.revoked_s,
+        }
 
 
 def create_key(
@@ -82,48 +103,38 @@ def create_key(
     name: str,
     scope: Scope = "user",
     caps: Mapping[str, float] | None = None,
-    now_s: float | None = None,
+    team: str | None = None,
     secret: str | None = None,
+    actor: str | None = None,
 ) -> tuple[Key, str]:
     """Make a key and return it with its secret, which cannot be had again.
 
-    `caps` are as in "usd_per_day": 5. A `secret` that was drawn elsewhere takes the place of a new
-    one. Raises `KeysError` for a name that is taken or empty or a secret too easy to guess,
-    `CapError` for a cap that is not known.
+    `caps` are as in "usd_per_day": 5, `team` is an id or a name. A `secret` that was drawn
+    elsewhere takes the place of a new one. The `actor` of the audit is by default who runs this
+    process. Raises `KeysError` for a name that is taken or empty, a secret too easy to guess or a
+    team that is not there, `CapError` for a cap that is not known.
     """
     if secret is not None and not (secret.startswith(PREFIX) and len(secret) >= _LEAST_LENGTH):
         raise KeysError(
             f"keys: the secret of {name!r} cannot be used; it is {PREFIX!r} and at least "
-            f"{_LEAST_LENGTH - len(PREFIX)} random characters"
+            f"{_LEAST_LENGTH - len(PREFIX)} random characters",
+            "secret",
         )
-    if not name.strip():
-        raise KeysError("keys: the name is empty")
     if scope not in get_args(Scope):
-        raise KeysError(f"keys: scope {scope!r} is unknown; allowed are user, admin")
-    read = read_caps(caps or {}, f"keys.{name}")
+        raise KeysError(f"keys: scope {scope!r} is unknown; allowed are user, admin", "scope")
     secret = secret or PREFIX + secrets.token_urlsafe(32)
-    key = Key(
-        id="key_" + secrets.token_hex(6),
-        name=name,
-        prefix=secret[: len(PREFIX) + 4],
-        scope=scope,
-        caps=read,
-        created_s=time.time() if now_s is None else now_s,
-    )
     row = {
-        "key_id": key.id,
-        "name": name,
-        "prefix": key.prefix,
-        "sha256": _hash(secret),
+        **_new_row("keys", name, caps),
+        "key_id": "key_" + secrets.token_hex(6),
+        "prefix": secret[: len(PREFIX) + 4],
+        "sha256": hash_secret(secret),
         "scope": scope,
-        "caps": dict(caps or {}),
-        "created_s": key.created_s,
     }
-    try:
-        with writing(database) as connection:
-            connection.execute(sa.insert(API_KEYS).values(**row))
-    except IntegrityError:
-        raise KeysError(f"keys: the name {name!r} is taken; names are never reused") from None
+    with writing(database) as connection:
+        row["team_id"] = None if team is None else _team(connection, team).id
+        _insert(connection, API_KEYS, row)
+        key = _key(connection, row["key_id"])
+        note(connection, "key.create", after=key.to_json(), actor=actor)
     return key, secret
 
 
@@ -132,117 +143,209 @@ def import_key(database: Database, *, name: str, scope: Scope, secret: str) -> K
 
     Raises `KeysError` as `create_key` does, also where the name stands for another secret.
     """
-    with database.connect() as connection:
-        row = connection.execute(
-            sa.select(API_KEYS).where(API_KEYS.c.sha256 == _hash(secret), API_KEYS.c.name == name)
-        ).first()
-    return None if row else create_key(database, name=name, scope=scope, secret=secret)[0]
+    known = find_key(database, API_KEYS.c.sha256 == hash_secret(secret), revoked=True)
+    if known is not None and known.name == name:
+        return None
+    return create_key(database, name=name, scope=scope, secret=secret)[0]
 
 
 def list_keys(database: Database) -> list[Key]:
     """Return all keys, revoked ones too, oldest first."""
     with database.connect() as connection:
-        rows = connection.execute(sa.select(API_KEYS).order_by(API_KEYS.c.created_s)).all()
-    return [_read(row) for row in rows]
+        rows = connection.execute(_SELECT_KEYS.order_by(API_KEYS.c.created_s))
+        return [_read_key(row) for row in rows.mappings()]
 
 
-def revoke_key(database: Database, id_or_name: str, *, now_s: float | None = None) -> Key:
+def change_key(
+    database: Database,
+    id_or_name: str,
+    *,
+    caps: Mapping[str, float | None] | None = None,
+    team: str | Literal[False] | None = None,
+    actor: str | None = None,
+) -> Key:
+    """Change a key's `caps` and `team`; servers notice within their `cache_s`.
+
+    Caps that are None go, those that are not named stay. `team` None stays as it is, False takes
+    the key out of its team. Raises `KeysError` where there is no such key or team, `CapError`.
+    """
+    with writing(database) as connection:
+        before = _key(connection, id_or_name)
+        values: dict[str, Any] = {"caps": _changed(before, caps or {})}
+        if team is not None:
+            values["team_id"] = _team(connection, team).id if team else None
+        return _update(connection, "key.change", before, values, actor)
+
+
+def revoke_key(
+    database: Database, id_or_name: str, *, now_s: float | None = None, actor: str | None = None
+) -> Key:
     """Revoke a key for good; servers notice within their `cache_s`. Revoking twice is no error.
 
     Raises `KeysError` where there is no such key.
     """
-    chosen = (API_KEYS.c.key_id == id_or_name) | (API_KEYS.c.name == id_or_name)
     with writing(database) as connection:
-        connection.execute(
-            sa.update(API_KEYS)
-            .where(chosen, API_KEYS.c.revoked_s.is_(None))
-            .values(revoked_s=time.time() if now_s is None else now_s)
-        )
-        row = connection.execute(sa.select(API_KEYS).where(chosen)).first()
-    if row is None:
-        raise KeysError(f"keys: there is no key {id_or_name!r}; `shoal keys list` shows them")
-    return _read(row)
+        before = _key(connection, id_or_name)
+        if before.revoked_s is not None:
+            return before
+        revoked = {"revoked_s": time.time() if now_s is None else now_s}
+        return _update(connection, "key.revoke", before, revoked, actor)
 
 
-class Authenticator:
-    """Tells who sends a request. `clock` counts monotonic seconds; used on one event loop."""
-
-    def __init__(
-        self,
-        database: Database,
-        config: AuthConfig,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._database = database
-        self._config = config
-        self._clock = clock
-        self._cache: dict[str, tuple[Key | None, float]] = {}
-
-    async def authenticate(self, header: str | None, *, scope: Scope = "user") -> Key | None:
-        """Return the key that an Authorization header brings; None for an anonymous request.
-
-        The database is asked off the event loop, at most every `cache_s` per key. Raises
-        `KeyRejected` for a missing, unknown or revoked key, or one without `scope` (an admin's
-        key may do everything that a user's may), `DatabaseUnavailable` where it cannot be asked.
-        """
-        secret = _secret(header)
-        if secret is None or not (self._config.required or secret.startswith(PREFIX)):
-            if self._config.required:
-                raise KeyRejected(
-                    "No API key was given: send the header 'Authorization: Bearer sk-shoal-...'."
-                )
-            return None
-        key = await self._look_up(_hash(secret))
-        if key is None:
-            raise KeyRejected("The API key is not known, or was revoked.")
-        if scope == "admin" and key.scope != "admin":
-            raise KeyRejected(f"The API key {key.name!r} is not an admin's.", 403)
-        return key
-
-    async def known(self, key_id: str) -> Key:
-        """Return the key with this id; raises `KeyRejected` where it was revoked since."""
-        key = await self._database.calls.run(_find, self._database, API_KEYS.c.key_id == key_id)
-        if key is None:
-            raise KeyRejected("The API key is not known, or was revoked.")
-        return key
-
-    async def _look_up(self, sha256: str) -> Key | None:
-        now_s = self._clock()
-        key, fresh_until_s = self._cache.get(sha256, (None, -1.0))
-        if now_s < fresh_until_s:
-            return key
-        key = await self._database.calls.run(_find, self._database, API_KEYS.c.sha256 == sha256)
-        if len(self._cache) >= _MOST_CACHED:
-            self._cache.clear()  # someone guesses keys; the real ones come back with one query
-        self._cache[sha256] = (key, now_s + self._config.cache_s)
-        return key
+def create_team(
+    database: Database,
+    *,
+    name: str,
+    caps: Mapping[str, float] | None = None,
+    actor: str | None = None,
+) -> Team:
+    """Make a team; raises `KeysError` for a name that is taken or empty, and `CapError`."""
+    row = {**_new_row("teams", name, caps), "team_id": TEAM + secrets.token_hex(6)}
+    with writing(database) as connection:
+        _insert(connection, TEAMS, row)
+        team = _team(connection, row["team_id"])
+        note(connection, "team.create", after=team.to_json(), actor=actor)
+    return team
 
 
-def _find(database: Database, chosen: sa.ColumnElement[bool]) -> Key | None:
-    query = sa.select(API_KEYS).where(chosen, API_KEYS.c.revoked_s.is_(None))
+def list_teams(database: Database) -> list[Team]:
+    """Return all teams, oldest first."""
     with database.connect() as connection:
-        row = connection.execute(query).first()
-    return None if row is None else _read(row)
+        rows = connection.execute(sa.select(TEAMS).order_by(TEAMS.c.created_s))
+        return [_read_team(row) for row in rows.mappings()]
 
 
-def _read(row: sa.Row[tuple[object, ...]]) -> Key:
-    return Key(
-        id=row.key_id,
-        name=row.name,
-        prefix=row.prefix,
-        scope=row.scope,
-        caps=read_caps(row.caps or {}, f"caps of the key {row.name!r}"),
-        created_s=row.created_s,
-        revoked_s=row.revoked_s,
+def change_team(
+    database: Database,
+    id_or_name: str,
+    *,
+    caps: Mapping[str, float | None],
+    actor: str | None = None,
+) -> Team:
+    """Change a team's `caps`, as `change_key` does a key's."""
+    with writing(database) as connection:
+        before = _team(connection, id_or_name)
+        values = {"caps": _changed(before, caps)}
+        connection.execute(sa.update(TEAMS).where(TEAMS.c.team_id == before.id).values(values))
+        after = _team(connection, before.id)
+        note(connection, "team.change", before=before.to_json(), after=after.to_json(), actor=actor)
+    return after
+
+
+def find_key(
+    database: Database, chosen: sa.ColumnElement[bool], *, revoked: bool = False
+) -> Key | None:
+    """Return the key that is `chosen`, a `revoked` one only if asked for."""
+    query = _SELECT_KEYS.where(chosen)
+    if not revoked:
+        query = query.where(API_KEYS.c.revoked_s.is_(None))
+    with database.connect() as connection:
+        row = connection.execute(query).mappings().first()
+    return None if row is None else _read_key(row)
+
+
+def hash_secret(secret: str) -> str:
+    """Return what is kept of a secret."""
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+_SELECT_KEYS = sa.select(
+    API_KEYS,
+    TEAMS.c.name.label("team_name"),
+    TEAMS.c.caps.label("team_caps"),
+    TEAMS.c.created_s.label("team_created_s"),
+).join_from(API_KEYS, TEAMS, API_KEYS.c.team_id == TEAMS.c.team_id, isouter=True)
+
+
+def _key(connection: sa.Connection, id_or_name: str) -> Key:
+    chosen = (API_KEYS.c.key_id == id_or_name) | (API_KEYS.c.name == id_or_name)
+    row = connection.execute(_SELECT_KEYS.where(chosen)).mappings().first()
+    if row is None:
+        raise NotFound(f"keys: there is no key {id_or_name!r}; the list of keys shows them", "key")
+    return _read_key(row)
+
+
+def _team(connection: sa.Connection, id_or_name: str) -> Team:
+    chosen = (TEAMS.c.team_id == id_or_name) | (TEAMS.c.name == id_or_name)
+    row = connection.execute(sa.select(TEAMS).where(chosen)).mappings().first()
+    if row is None:
+        known = connection.scalars(sa.select(TEAMS.c.name).order_by(TEAMS.c.name).limit(20))
+        raise NotFound(
+            f"teams: there is no team {id_or_name!r}; there are {', '.join(known) or 'none'}",
+            "team",
+        )
+    return _read_team(row)
+
+
+def _new_row(what: str, name: str, caps: Mapping[str, float] | None) -> dict[str, Any]:
+    """Return what the rows of a new key and a new team have in common, checked."""
+    if not name.strip():
+        raise KeysError(f"{what}: the name is empty", "name")
+    read_caps(caps or {}, f"{what}.{name}")
+    return {"name": name, "caps": dict(caps or {}), "created_s": time.time()}
+
+
+def _insert(connection: sa.Connection, table: sa.Table, row: Mapping[str, Any]) -> None:
+    try:
+        connection.execute(sa.insert(table).values(**row))
+    except IntegrityError:
+        raise NameTaken(
+            f"{'keys' if table is API_KEYS else 'teams'}: the name {row['name']!r} is taken; "
+            "names are never reused",
+            "name",
+        ) from None
+
+
+def _update(
+    connection: sa.Connection,
+    action: Action,
+    before: Key,
+    values: Mapping[str, Any],
+    actor: str | None,
+) -> Key:
+    connection.execute(
+        sa.update(API_KEYS).where(API_KEYS.c.key_id == before.id).values(dict(values))
+    )
+    after = _key(connection, before.id)
+    note(connection, action, before=before.to_json(), after=after.to_json(), actor=actor)
+    return after
+
+
+def _changed(owner: Key | Team, caps: Mapping[str, float | None]) -> dict[str, float]:
+    """Return the caps of `owner` with `caps` set, those that are None left out."""
+    every: dict[str, float | None] = {**_caps_json(owner.caps), **caps}
+    # A name that is unknown is refused even where its cap is taken away.
+    read_caps({name: value or 0 for name, value in caps.items()}, f"{owner.name}.caps")
+    return {name: value for name, value in every.items() if value is not None}
+
+
+def _caps_json(caps: tuple[Cap, ...]) -> dict[str, float]:
+    return {cap.name: to_number(cap.resource, cap.limit) for cap in caps}
+
+
+def _read_team(row: sa.RowMapping | Mapping[str, Any]) -> Team:
+    return Team(
+        id=row["team_id"],
+        name=row["name"],
+        caps=read_caps(row["caps"] or {}, f"caps of the team {row['name']!r}"),
+        created_s=row["created_s"],
     )
 
 
-def _secret(header: str | None) -> str | None:
-    scheme, _, secret = (header or "").partition(" ")
-    secret = secret.strip()
-    return secret if scheme.lower() == "bearer" and secret else None
-
-
-def _hash(secret: str) -> str:
-    return hashlib.sha256(secret.encode()).hexdigest()
+def _read_key(row: sa.RowMapping) -> Key:
+    team = {
+        "team_id": row["team_id"],
+        "name": row["team_name"],
+        "caps": row["team_caps"],
+        "created_s": row["team_created_s"],
+    }
+    return Key(
+        id=row["key_id"],
+        name=row["name"],
+        prefix=row["prefix"],
+        scope=row["scope"],
+        caps=read_caps(row["caps"] or {}, f"caps of the key {row['name']!r}"),
+        team=None if row["team_id"] is None else _read_team(team),
+        created_s=row["created_s"],
+        revoked_s=row["revoked_s"],
+    )

@@ -26,6 +26,7 @@ UNITS = {"requests": "requests", "tokens": "tokens", "usd": "USD", "wh": "Wh", "
 Period: TypeAlias = Literal["minute", "hour", "day", "month"]
 PERIODS: tuple[Period, ...] = get_args(Period)
 SERVER = "server"
+TEAM = "team_"  # how the ids of teams begin
 
 MOST = 2**53  # of one request: nine million USD
 _MOST_SUM = 2**63 - 1  # what a column holds
@@ -115,7 +116,7 @@ def to_text(resource: Resource, amount: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """One period of one scope's spending: `scope` is a key's id, or "server" for all requests."""
+    """One period of one scope's spending: `scope` is a key's id, a team's, or "server" for all."""
 
     scope: str
     period: Period

@@ -24,7 +24,7 @@ import sqlalchemy as sa
 
 from policies.footprint import Cost
 from router.access.book import Book, Hold, Shortage, Tally
-from router.access.limits import NOTHING, SERVER, Amounts, Limit, Window
+from router.access.limits import NOTHING, SERVER, TEAM, Amounts, Limit, Window
 from router.ledger.database import BUDGET_LOCK, Database, writing
 from router.ledger.queries import SERVED, Period, spend, total
 from router.ledger.schema import BUDGET_HOLDS, BUDGET_WINDOWS, REQUESTS
@@ -229,7 +229,8 @@ def _spent_before(connection: sa.Connection, window: Window) -> Amounts:
     where = [*Period(since_s=window.start_s, until_s=window.end_s).holds(), SERVED]
     where.append(row.answered_by.is_not(None))
     if window.scope != SERVER:
-        where.append(row.key_id == window.scope)
+        of_team = window.scope.startswith(TEAM)
+        where.append((row.team_id if of_team else row.key_id) == window.scope)
     found = total(spend(connection, where=where))
     tokens = found.prompt_tokens + found.output_tokens
     return Amounts.of(requests=found.num_requests, tokens=tokens, cost=found)

@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from router.cli import asking, experiment, learn, ledger, outcomes, plan, pools, serve, train
+from router.cli import (
+    asking,
+    experiment,
+    keys,
+    learn,
+    ledger,
+    outcomes,
+    plan,
+    pools,
+    serve,
+    train,
+)
 
 app = typer.Typer(
     help="Serves a school of small language models as one.",
@@ -52,7 +63,9 @@ app.command()(learn.learn)
 app.add_typer(train.app, name="train")
 app.add_typer(train.evaluate_app, name="evaluate")
 app.add_typer(experiment.app, name="experiment")
-app.add_typer(ledger.keys_app, name="keys")
+app.add_typer(keys.app, name="keys")
+app.add_typer(keys.teams_app, name="teams")
+app.command()(keys.audit)
 app.add_typer(ledger.app, name="ledger")
 outcomes.app.command()(learn.collect)
 app.add_typer(outcomes.app, name="outcomes")

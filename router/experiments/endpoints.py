@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from starlette.responses import JSONResponse
 
 from policies.experiments.report import Report
-from router.access.keys import Identify
+from router.access.authentication import Identify
 from router.bodies import Bodies
 from router.errors import ApiError, bad_request
 from router.exchange import answer_digest

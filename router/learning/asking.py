@@ -21,7 +21,7 @@ import httpx
 from models.pool import load_pool
 from policies.grading.base import Ungradable
 from policies.outcomes import AnswerLogprobs
-from router.access.keys import AuthConfig
+from router.access.authentication import AuthConfig
 from router.catalog.catalog import load_catalog
 from router.compose import open_ledger
 from router.config import AppArgs

@@ -13,6 +13,7 @@ GroupBy: TypeAlias = Literal[
     "day",
     "hour",
     "key",
+    "team",
     "model",
     "policy",
     "members",

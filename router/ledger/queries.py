@@ -19,6 +19,7 @@ _PERIOD_S = {"hour": 3600, "day": 86400}
 _R = REQUESTS.c
 _GROUPS: dict[str, sa.ColumnElement[Any]] = {
     "key": _R.key_id,
+    "team": _R.team_id,
     "members": _R.answered_by,
     "method": _R.energy_method,
     **{name: _R[name] for name in ("model", "policy", "experiment", "arm", "endpoint", "status")},

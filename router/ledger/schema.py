@@ -86,10 +86,20 @@ METRIC_SNAPSHOTS = sa.Table(
     sa.Column("gauges", sa.Text, nullable=False),
 )
 
+TEAMS = sa.Table(
+    "teams",
+    METADATA,
+    sa.Column("team_id", sa.Text, primary_key=True),
+    sa.Column("name", sa.Text, nullable=False, unique=True),
+    _json("caps"),
+    sa.Column("created_s", sa.Double, nullable=False),
+)
+
 API_KEYS = sa.Table(
     "api_keys",
     METADATA,
     sa.Column("key_id", sa.Text, primary_key=True),
+    sa.Column("team_id", sa.Text),
     sa.Column("name", sa.Text, nullable=False, unique=True),
     sa.Column("prefix", sa.Text, nullable=False),
     sa.Column("sha256", sa.Text, nullable=False, unique=True),
@@ -97,6 +107,20 @@ API_KEYS = sa.Table(
     _json("caps"),
     sa.Column("created_s", sa.Double, nullable=False),
     sa.Column("revoked_s", sa.Double),
+)
+
+# What administrators did; rows are only ever added.
+AUDIT = sa.Table(
+    "audit",
+    METADATA,
+    # SQLite counts up by itself in a column of exactly this type.
+    sa.Column("audit_id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True),
+    sa.Column("time_s", sa.Double, nullable=False),
+    sa.Column("actor", sa.Text, nullable=False),
+    sa.Column("action", sa.Text, nullable=False),
+    sa.Column("subject", sa.Text, nullable=False),
+    _json("before"),
+    _json("after"),
 )
 
 # Amounts of budgets are integers (money, energy and carbon in billionths), so that sums are exact.

@@ -28,7 +28,7 @@ from router.access.store import read_tally
 from router.catalog.catalog import Catalog
 from router.engines import EngineClient
 from router.ledger.database import Database
-from router.ledger.schema import API_KEYS, BUDGET_WINDOWS
+from router.ledger.schema import API_KEYS, BUDGET_WINDOWS, TEAMS
 from router.ledger.writer import Ledger
 from router.metrics import families as f
 from router.metrics.families import Family, Merge, Series, Values
@@ -36,7 +36,7 @@ from router.workers import Worker
 
 _STALE = "fallback:"
 _TIMEOUT_S = 3.0  # a scrape is given up after ten
-# Keys with the largest shares of their caps used; the others have the ledger's reports.
+# Keys and teams with the largest shares of their caps used; the others have the ledger's reports.
 _MOST_KEYS = 50
 
 
@@ -162,9 +162,10 @@ async def library_metrics(engines: Mapping[str, EngineClient]) -> list[Metric]:
 def budget_gauges(
     database: Database, config: BudgetsConfig, *, now_s: float
 ) -> dict[Series, float]:
-    """Return use, rest and used share of the server's caps and of the fullest keys' caps; blocks.
+    """Return use, rest and used share of the caps: the server's, the fullest keys' and teams'.
 
-    A key shows from its first request in a window on. Its scope is "key:" and its name.
+    Blocks. A key shows from its first request in a window on. Scopes are "key:" and a key's name,
+    "team:" and a team's.
     """
     with database.connect() as connection:
         open_windows = BUDGET_WINDOWS.c.end_s > now_s
@@ -176,10 +177,16 @@ def budget_gauges(
                 API_KEYS.c.key_id.in_(named), API_KEYS.c.revoked_s.is_(None)
             )
         ).all()
+        teams = connection.execute(
+            sa.select(TEAMS.c.team_id, TEAMS.c.name, TEAMS.c.caps).where(TEAMS.c.team_id.in_(named))
+        ).all()
     scopes = {SERVER: _scope(SERVER, SERVER, config.server_caps(), used, now_s)}
     for key_id, name, caps in keys:
         every = config.key_caps(read_caps(caps or {}, f"caps of the key {name!r}"))
         scopes[key_id] = _scope(f"key:{name}", key_id, every, used, now_s)
+    for team_id, name, caps in teams:
+        own = read_caps(caps or {}, f"caps of the team {name!r}")
+        scopes[team_id] = _scope(f"team:{name}", team_id, own, used, now_s)
     ratio = f.BUDGET_USED_RATIO.name
     fullest = sorted(
         (gauges for scope, gauges in scopes.items() if scope != SERVER),

@@ -33,7 +33,7 @@ from starlette.responses import PlainTextResponse
 
 from policies.budget import Controller
 from policies.experiments.shadow import Shadow
-from router.access.keys import Identify
+from router.access.authentication import Identify
 from router.catalog.catalog import Catalog
 from router.config import AppArgs
 from router.engines import EngineClient

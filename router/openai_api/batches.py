@@ -16,7 +16,7 @@ from fastapi import FastAPI, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse
 
-from router.access.keys import Identify
+from router.access.authentication import Identify
 from router.bodies import Bodies
 from router.errors import ApiError, bad_request
 from router.ledger.database import Database, writing

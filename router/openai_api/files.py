@@ -19,7 +19,7 @@ from starlette.datastructures import UploadFile
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Message
 
-from router.access.keys import Identify
+from router.access.authentication import Identify
 from router.config import BatchesConfig
 from router.errors import ApiError, bad_request
 from router.ledger.database import Database, writing

@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.responses import JSONResponse
 
-from router.access.keys import Identify
+from router.access.authentication import Identify
 from router.config import ResponsesConfig
 from router.errors import ApiError, bad_request
 from router.ledger.database import Database, writing

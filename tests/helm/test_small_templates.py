@@ -9,7 +9,7 @@ import yaml
 from typer.testing import CliRunner
 
 from models.pool import DEFAULT_POOL
-from router.cli.ledger import keys_app
+from router.cli.keys import app as keys_app
 from router.config import load_args
 from tests.helm.helm_chart import CHART, example, notes, one, render
 from tests.helm.kubernetes import check, pod_templates

@@ -11,18 +11,16 @@ import pytest
 import sqlalchemy as sa
 from typer.testing import CliRunner
 
+from router.access.authentication import AuthConfig, Authenticator, KeyRejected
 from router.access.keys import (
-    AuthConfig,
-    Authenticator,
     Key,
-    KeyRejected,
     KeysError,
     create_key,
     list_keys,
     revoke_key,
 )
 from router.access.limits import CapError
-from router.cli.ledger import keys_app
+from router.cli.keys import app as keys_app
 from router.ledger.database import Database, open_database
 from router.ledger.schema import API_KEYS
 

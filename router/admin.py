@@ -1,0 +1,239 @@
+"""`/v1/admin`: keys, teams and the audit over HTTP, for those who bring an admin's key.
+
+What a command line does (`shoal keys`, `shoal teams`, `shoal audit`), by the same functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+
+from fastapi import FastAPI, Request
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import JSONResponse
+
+from router.access import keys
+from router.access.audit import ANONYMOUS, Action, AuditRow, read_audit
+from router.access.authentication import Identify
+from router.bodies import Bodies
+from router.errors import bad_request
+from router.ledger.database import Database
+from router.openai_api.fields import read_json
+from router.openapi import described
+
+_MOST_BODY_BYTES = 2**16
+_MOST_ROWS = 1000
+
+Name: TypeAlias = Annotated[str, Field(min_length=1, max_length=200)]
+Caps: TypeAlias = dict[str, float]
+
+
+class KeyFacts(BaseModel):
+    """A key as people see it; `team` is a name, times are Unix seconds."""
+
+    object: Literal["key"]
+    id: str
+    name: str
+    prefix: str
+    scope: Literal["user", "admin"]
+    team: str | None
+    caps: Caps
+    created_s: float
+    revoked_s: float | None
+
+
+class MadeKey(KeyFacts):
+    """A new key with its secret, which is shown only this once."""
+
+    secret: str
+
+
+class TeamFacts(BaseModel):
+    """A team and its caps."""
+
+    object: Literal["team"]
+    id: str
+    name: str
+    caps: Caps
+    created_s: float
+
+
+class AuditFacts(BaseModel):
+    """One action: who (`actor`), what, of which key or team, and what that was and became."""
+
+    object: Literal["audit_row"]
+    audit_id: int
+    time_s: float
+    actor: str
+    action: Action
+    subject: str
+    before: dict[str, Any] | None
+    after: dict[str, Any] | None
+
+
+class KeyList(BaseModel):
+    """All keys, oldest first."""
+
+    object: Literal["list"]
+    data: list[KeyFacts]
+
+
+class TeamList(BaseModel):
+    """All teams, oldest first."""
+
+    object: Literal["list"]
+    data: list[TeamFacts]
+
+
+class AuditList(BaseModel):
+    """A page of the audit, the latest row first."""
+
+    object: Literal["list"]
+    data: list[AuditFacts]
+
+
+Body = TypeVar("Body", bound=BaseModel)
+Number = TypeVar("Number", int, float)
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class NewKey(_Body):
+    """A key to make; `team` is an id or a name."""
+
+    name: Name
+    scope: Literal["user", "admin"] = "user"
+    team: Name | None = None
+    caps: Caps = {}
+
+
+class ChangedKey(_Body):
+    """What to change of a key: caps that are null go, others stay; `team` null takes it out."""
+
+    team: Name | None = None
+    caps: dict[str, float | None] = {}
+
+
+class NewTeam(_Body):
+    """A team to make."""
+
+    name: Name
+    caps: Caps = {}
+
+
+class ChangedTeam(_Body):
+    """What to change of a team: caps that are null go, others stay."""
+
+    caps: dict[str, float | None]
+
+
+def add_admin_routes(
+    api: FastAPI, database: Database, *, identify: Identify, bodies: Bodies
+) -> None:
+    """Add the routes of keys, teams and the audit for administrators, as `identify` tells."""
+
+    async def administrator(request: Request) -> str:
+        return await identify(request) or ANONYMOUS
+
+    async def read(request: Request, schema: type[Body]) -> Body:
+        body = await bodies.read(request, _MOST_BODY_BYTES)
+        return await bodies.parse(read_json, schema, body)
+
+    async def create_key(request: Request) -> JSONResponse:
+        actor, new = await administrator(request), await read(request, NewKey)
+        key, secret = await run(
+            keys.create_key,
+            database,
+            name=new.name,
+            scope=new.scope,
+            team=new.team,
+            caps=new.caps,
+            actor=actor,
+        )
+        return _told({**key.to_json(), "secret": secret})
+
+    async def list_keys(request: Request) -> JSONResponse:
+        await administrator(request)
+        return _listed(await run(keys.list_keys, database))
+
+    async def change_key(request: Request, key: str) -> JSONResponse:
+        actor, changed = await administrator(request), await read(request, ChangedKey)
+        leaves = "team" in changed.model_fields_set and changed.team is None
+        changed_key = await run(
+            keys.change_key,
+            database,
+            key,
+            caps=changed.caps,
+            team=False if leaves else changed.team,
+            actor=actor,
+        )
+        return _told(changed_key.to_json())
+
+    async def revoke_key(request: Request, key: str) -> JSONResponse:
+        actor = await administrator(request)
+        revoked = await run(keys.revoke_key, database, key, actor=actor)
+        return _told(revoked.to_json())
+
+    async def create_team(request: Request) -> JSONResponse:
+        actor, new = await administrator(request), await read(request, NewTeam)
+        team = await run(keys.create_team, database, name=new.name, caps=new.caps, actor=actor)
+        return _told(team.to_json())
+
+    async def list_teams(request: Request) -> JSONResponse:
+        await administrator(request)
+        return _listed(await run(keys.list_teams, database))
+
+    async def change_team(request: Request, team: str) -> JSONResponse:
+        actor, changed = await administrator(request), await read(request, ChangedTeam)
+        changed_team = await run(keys.change_team, database, team, caps=changed.caps, actor=actor)
+        return _told(changed_team.to_json())
+
+    async def audit(request: Request) -> JSONResponse:
+        await administrator(request)
+        rows = await run(
+            read_audit,
+            database,
+            since_s=_number(request, "since_s", float),
+            before_id=_number(request, "before_id", int),
+            most=min(_number(request, "limit", int) or 100, _MOST_ROWS),
+        )
+        return _listed(rows)
+
+    run = database.calls.run
+    rows = ("since_s", "before_id", "limit")
+    for method, path, answer, extra in (
+        ("POST", "/keys", create_key, described(MadeKey, takes=NewKey)),
+        ("GET", "/keys", list_keys, described(KeyList)),
+        ("POST", "/keys/{key}", change_key, described(KeyFacts, takes=ChangedKey)),
+        ("DELETE", "/keys/{key}", revoke_key, described(KeyFacts)),
+        ("POST", "/teams", create_team, described(TeamFacts, takes=NewTeam)),
+        ("GET", "/teams", list_teams, described(TeamList)),
+        ("POST", "/teams/{team}", change_team, described(TeamFacts, takes=ChangedTeam)),
+        ("GET", "/audit", audit, described(AuditList, query=rows)),
+    ):
+        api.add_api_route("/v1/admin" + path, answer, methods=[method], openapi_extra=extra)
+
+
+def _number(request: Request, name: str, kind: type[Number]) -> Number | None:
+    """Return a parameter of the query; `ApiError` 400 if it is none that could be meant."""
+    text = request.query_params.get(name)
+    if text is None:
+        return None
+    try:
+        value = kind(text)
+    except ValueError:
+        value = kind(-1)
+    if not 0 < value < 2**53:
+        raise bad_request(f"{name}: {text[:40]!r} is not a positive number", name)
+    return value
+
+
+def _told(content: dict[str, Any]) -> JSONResponse:
+    # A key is shown once: nobody in between keeps it.
+    return JSONResponse(content, headers={"cache-control": "no-store"})
+
+
+def _listed(found: Sequence[keys.Key | keys.Team | AuditRow]) -> JSONResponse:
+    return _told({"object": "list", "data": [one.to_json() for one in found]})
