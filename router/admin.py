@@ -18,7 +18,7 @@ from router.access.authentication import Identify
 from router.bodies import Bodies
 from router.errors import bad_request
 from router.ledger.database import Database
-from router.openai_api.fields import read_json
+from router.openai_api.fields import read_fields, read_json
 from router.openapi import described
 
 _MOST_BODY_BYTES = 2**16
@@ -139,7 +139,7 @@ def add_admin_routes(
 
     async def read(request: Request, schema: type[Body]) -> Body:
         body = await bodies.read(request, _MOST_BODY_BYTES)
-        return await bodies.parse(read_json, schema, body)
+        return read_fields(schema, await bodies.parse(read_json, body), {})
 
     async def create_key(request: Request) -> JSONResponse:
         actor, new = await administrator(request), await read(request, NewKey)

@@ -115,7 +115,7 @@ def test_the_cache_saves_queries_and_is_bounded(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A known key costs one query per cache age; guessed keys cannot fill the memory."""
-    monkeypatch.setattr("router.access.keys._MOST_CACHED", 5)
+    monkeypatch.setattr("router.access.authentication._MOST_CACHED", 5)
     _, secret = create_key(database, name="team")
     queries: list[str] = []
 
