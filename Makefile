@@ -22,7 +22,7 @@ endef
 # What `make install` brings beside the command itself; see pyproject.toml.
 EXTRAS ?= postgres,parquet
 
-.PHONY: bench-routing bench-real pool-router pool-general setup setup-vllm install serve test test-ops test-faults test-load test-fast test-vllm bench-vllm check bench bench-downscale pool-cascade clean
+.PHONY: bench-routing bench-real bench-general pool-router pool-general setup setup-vllm install serve test test-ops test-faults test-load test-fast test-vllm bench-vllm check bench bench-downscale pool-cascade clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -113,6 +113,10 @@ pool-router: $(STAMP)
 		--outside $(POOL)/everyday.jsonl --bits 15 --out $(POOL)/router.npz
 	$(BIN)/shoal evaluate router $(POOL)/router.npz $(POOL)/outcomes.jsonl --split test \
 		--models arithmetic,stories,conversion,numerals,dates,text,lists,code,base
+
+# What `general` is worth: the pool's policies with and without it, served and asked the same.
+bench-general: $(STAMP)
+	$(BIN)/python -m tests.bench.with_general
 
 # Relearns the default pool's cascade and fusion weights, measures every policy, writes both.
 pool-cascade: $(STAMP)

