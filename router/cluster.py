@@ -27,7 +27,7 @@ _SHARED_MEMORY = Path("/dev/shm")
 _START_ATTEMPTS = 3  # Ray gives up after 30 s, which a busy machine may need
 _STOP_S = 20.0
 _WATCH_S = 0.5
-_REFUSED_S = 10.0  # Ray takes half of it to start another HAProxy
+_REFUSED_S = 20.0  # Ray starts another HAProxy in a few, or in more where the machine is busy
 _CORE: Final = ("gcs_server", "raylet")
 
 

@@ -55,7 +55,8 @@ class Clients:
         self._url, self._name = url, name
         self._end = threading.Event()
         self._threads = [
-            threading.Thread(target=self._run, args=(number,)) for number in range(NUM_CLIENTS)
+            threading.Thread(target=self._run, args=(number,), daemon=True)
+            for number in range(NUM_CLIENTS)
         ]
         for thread in self._threads:
             thread.start()
