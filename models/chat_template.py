@@ -5,6 +5,7 @@ They are rendered as transformers does (its `utils/chat_template_utils.py`), wit
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ has `tool_calls`, a tool's turn the `tool_call_id` that it answers, as OpenAI wr
 """
 
 _SYSTEM_ROLES = ("system", "developer")
+_ID_CHARACTERS = 9
 _DEFAULT = "default"  # transformers' name of the template that stands alone
 
 
@@ -75,6 +77,7 @@ class ChatTemplate:
         self._template = environment.from_string(source)
         self._tool_use = environment.from_string(tool_use) if tool_use else self._template
         self._special_tokens = dict(special_tokens)
+        self._short_ids = "[TOOL_CALLS]" in source
 
     def render(
         self,
@@ -93,7 +96,7 @@ class ChatTemplate:
             "documents": None,
             **self._special_tokens,
             **rendering.arguments,
-            "messages": [_turn(message) for message in messages],
+            "messages": [_turn(message, short_ids=self._short_ids) for message in messages],
             "add_generation_prompt": rendering.generation_prompt and not rendering.continue_final,
             "tools": [dict(tool) for tool in tools] or None,
         }
@@ -208,15 +211,34 @@ class _Generation(Extension):
         return nodes.Scope(body, lineno=line)
 
 
-def _turn(message: Message) -> dict[str, Any]:
-    """Return `message` as templates want it: the arguments of calls as objects, not as text."""
+def _turn(message: Message, *, short_ids: bool) -> dict[str, Any]:
+    """Return `message` as templates want it: the arguments of calls as objects, not as text.
+
+    Thoughts have either of two names there. With `short_ids`, calls have ids that Mistral's
+    templates take, whoever made them.
+    """
     turn = dict(message)
+    if "reasoning_content" in turn:
+        turn["reasoning"] = turn["reasoning_content"]
     if "tool_calls" in turn:
         turn["tool_calls"] = [
-            {**call, "function": {**call["function"], "arguments": _arguments(call["function"])}}
+            {
+                **call,
+                "id": _short_id(call["id"]) if short_ids else call["id"],
+                "function": {**call["function"], "arguments": _arguments(call["function"])},
+            }
             for call in turn["tool_calls"]
         ]
+    if "tool_call_id" in turn and short_ids:
+        turn["tool_call_id"] = _short_id(turn["tool_call_id"])
     return turn
+
+
+def _short_id(identity: str) -> str:
+    """Return the id of a call in nine letters and digits, the same for the same one."""
+    if len(identity) == _ID_CHARACTERS and identity.isalnum():
+        return identity
+    return hashlib.blake2b(identity.encode(), digest_size=5).hexdigest()[:_ID_CHARACTERS]
 
 
 def _left_open(text: str, content: str) -> str:

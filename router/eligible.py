@@ -15,7 +15,7 @@ from dataclasses import replace
 from models.engines.requests import check_sampling
 from models.errors import RequestError
 from policies.base import Decision, Policy, members_of
-from policies.plan import Answer, Best, Cascade, Plan, members
+from policies.plan import Answer, Best, Cascade, Plan, answers, members
 from router.catalog.members import Members
 from router.executor.task import Prompt
 from router.openai_api.ask import Ask
@@ -29,6 +29,8 @@ async def among_able(
     Its details then name those that were left out, and why.
     """
     left_out = await _unable(members(decision.plan), pool, ask, prompt)
+    if prompt.tools is not None:
+        left_out |= _other_ways(decision.plan, pool, left_out)
     if not left_out:
         return decision
     plan = without(decision.plan, left_out)
@@ -97,6 +99,19 @@ async def _unable(
         except RequestError as error:
             lacking[name] = str(error)
     return lacking
+
+
+def _other_ways(plan: Plan, pool: Members, left_out: Collection[str]) -> dict[str, str]:
+    """Return whom the first of a fusion that is left cannot call tools with, together."""
+    found: dict[str, str] = {}
+    for answer in answers(plan):
+        able = [name for name in answer.members if name not in left_out]
+        for name in able[1:]:
+            try:
+                pool.check_tools(Answer(members=(able[0], name)))
+            except RequestError as error:
+                found[name] = str(error)
+    return found
 
 
 async def _check(name: str, pool: Members, ask: Ask, prompt: Prompt) -> None:

@@ -326,7 +326,7 @@ def specify(
             "kind": "learned",
             "path": ROUTER_FILE,
             "answer_value_usd": _ANSWER_VALUE_USD,
-            "fallback": BASE,
+            "unfamiliar": BASE,
         }
     frugal: dict[str, Any] = {"kind": "frugal", "path": CASCADE_FILE}
     if learned:

@@ -108,7 +108,7 @@ class Learned(Policy):
     """Sends each query to the member whose predicted quality is worth its price.
 
     As ZOOTER does (Lu et al. 2023), less the price. A query unlike the training queries gets
-    `fallback`, the safe plan: by default the member that did best, whatever its price, on whole
+    `unfamiliar`, the safe plan: by default the member that did best, whatever its price, on whole
     tasks that training had not seen. So does a conversation of which an earlier message would have
     got it: who answers must understand all of it.
     """
@@ -121,17 +121,17 @@ class Learned(Policy):
         *,
         models: Mapping[str, ModelFacts],
         trade: Trade | None = None,
-        fallback: Plan | None = None,
+        unfamiliar: Plan | None = None,
     ) -> None:
         self._router = router
-        self._fallback = fallback
+        self._unfamiliar = unfamiliar
         self._chooser = make_chooser(
             trade or Trade(), router.models, router.output_tokens_M, models
         )
         self._allowed = [(router.models[m], m) for m in self._chooser.allowed.tolist()]
         self._names = tuple(name for name, _ in self._allowed)
         self._plans = tuple(Answer(members=(name,)) for name in router.models)
-        self._safe_plan = fallback or self._plans[self._safest()]
+        self._safe_plan = unfamiliar or self._plans[self._safest()]
 
     @property
     def router(self) -> Router:
@@ -153,10 +153,10 @@ class Learned(Policy):
         return replace(decision, details=self._details(query, prediction))
 
     def plans(self) -> Iterable[Plan]:
-        """Return each member to choose from, and the fallback."""
+        """Return each member to choose from, and the safe plan."""
         yield from (self._plans[m] for _, m in self._allowed)
-        if self._fallback is not None:
-            yield self._fallback
+        if self._unfamiliar is not None:
+            yield self._unfamiliar
 
     def _is_for_safety(self, text: str) -> bool:
         return self._decide(Query(text=text), self._router.predict(text)).plan == self._safe_plan
@@ -262,7 +262,7 @@ class Clusters(Learned):
     """Sends each query to the member that did best on the nearest cluster of training queries.
 
     k-means over the encoder's embeddings, no trained head: the baseline that beats most trained
-    routers (the Avengers, see LLMRouterBench). Price, fallback and explanation as in `Learned`.
+    routers (the Avengers, see LLMRouterBench). Price, safe plan and explanation as in `Learned`.
     """
 
     predictor = "mean"
@@ -281,7 +281,7 @@ class RoutedSettings(Settings):
     members: Annotated[tuple[Name, ...], Field(strict=False, min_length=1)] | None = Field(
         None, description="The models to choose from; default: all that the router knows."
     )
-    fallback: PlanField | None = Field(None, description="The plan for unfamiliar queries.")
+    unfamiliar: PlanField | None = Field(None, description="The plan for unfamiliar queries.")
     answer_value_usd: float | None = Field(
         None, gt=0, description="What a right answer is worth; default: quality alone counts."
     )
@@ -292,7 +292,7 @@ def _build(kind: type[Learned], settings: RoutedSettings, context: BuildContext)
         load_router(context.folder / settings.path),
         models=context.models,
         trade=Trade(answer_value_usd=settings.answer_value_usd, members=settings.members),
-        fallback=settings.fallback,
+        unfamiliar=settings.unfamiliar,
     )
 
 

@@ -22,6 +22,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "mcp_servers": ([],),
     "service_tier": ("auto", "standard_only"),
 }
+_FOR_TEMPLATES = ("reasoning_effort", "chat_template_kwargs")
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
@@ -131,9 +132,16 @@ class MessagesFields(CountFields):
             "response_format": _response_format(
                 self.output_format or (self.output_config or {}).get("format")
             ),
+            "reasoning_effort": (self.output_config or {}).get("effort"),
+            "chat_template_kwargs": self._thinking(),
             "shoal": self.shoal and self.shoal.model_dump(exclude_unset=True),
         }
         return body | {name: value for name, value in asked.items() if value is not None}
+
+    def _thinking(self) -> dict[str, Any] | None:
+        """Return what a chat template is told of thinking; most call it so."""
+        kind = (self.thinking or {}).get("type")
+        return None if kind is None else {"enable_thinking": kind != "disabled"}
 
 
 def read_messages(body: bytes) -> Ask:
@@ -144,7 +152,9 @@ def read_messages(body: bytes) -> Ask:
     fields = read_fields(MessagesFields, read_json(body), _REFUSED)
     ask = _ask(fields)
     user = (fields.metadata or {}).get("user_id")
-    return replace(ask, user=user if isinstance(user, str) else None, ceiling=True)
+    # Other servers may refuse fields that no client sent.
+    sent = {name: value for name, value in (ask.sent or {}).items() if name not in _FOR_TEMPLATES}
+    return replace(ask, user=user if isinstance(user, str) else None, ceiling=True, sent=sent)
 
 
 def read_count(body: bytes) -> Ask:

@@ -90,7 +90,7 @@ def response_ask(
     """Return what `fields` ask for after the items `before`; raises `ApiError`, 400.
 
     `max_output_tokens` is a ceiling: an answer may be shorter where the model's context ends. How
-    hard to think and how much to say is told to those servers alone that know such fields.
+    much to say is told to those servers alone that know such a field.
     """
     said = fields.input
     items = [*before, *([{"role": "user", "content": said}] if isinstance(said, str) else said)]
@@ -99,6 +99,7 @@ def response_ask(
         "messages": _turns(fields.instructions, items),
         "max_tokens": fields.max_output_tokens,
         "parallel_tool_calls": fields.parallel_tool_calls,
+        "reasoning_effort": (fields.reasoning or {}).get("effort"),
         "response_format": _response_format(fields.text or {}),
         "shoal": fields.shoal and fields.shoal.model_dump(exclude_unset=True),
         "stream": fields.stream,
@@ -111,7 +112,6 @@ def response_ask(
     told = {name: value for name, value in chat.items() if value is not None}
     ask = ChatEndpoint().read(told)
     hints = {
-        "reasoning_effort": (fields.reasoning or {}).get("effort"),
         "verbosity": (fields.text or {}).get("verbosity"),
     }
     sent = {**told, **{name: hint for name, hint in hints.items() if hint is not None}}

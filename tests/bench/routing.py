@@ -47,7 +47,7 @@ def run(quick: bool) -> list[dict[str, Any]]:
     queries = [Query(text=outcome.query, prompt_tokens=100) for outcome in outcomes[:2_000]]
     calls: dict[str, Callable[[Query], object]] = {
         "plain": Learned(router, models=facts).decide,
-        "safe": Learned(router, models=facts, fallback=safe).decide,
+        "safe": Learned(router, models=facts, unfamiliar=safe).decide,
         "hashing": lambda query: router.encoder.features(query.text),
     }
     times = {name: _Times() for name in calls}

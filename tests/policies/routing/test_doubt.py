@@ -64,11 +64,11 @@ def test_none_of_them_is_trained_on() -> None:
 @pytest.mark.parametrize("fallback", [True, False])
 def test_toys_answer_their_own_questions_alone(fallback: bool, held_out: list[Outcome]) -> None:
     """They get at most 5% of the everyday ones, `general` at most 2% of theirs; with a configured
-    fallback or without one."""
+    a safe plan or without one."""
     pool = load_pool(DEFAULT_POOL)
     spec = dict(pool.policies["auto"])
     if not fallback:
-        spec.pop("fallback", None)
+        spec.pop("unfamiliar", None)
     models = {**pool.facts(), GENERAL: ModelFacts(name=GENERAL, rates=pool.facts()["base"].rates)}
     policy = build_policy(spec, folder=pool.folder, models=models)
 

@@ -106,7 +106,7 @@ def test_a_tuned_transformer_routes_and_moves_with_its_file(
     np.testing.assert_allclose(moved.qualities(texts), router.qualities(texts), atol=1e-5)
     rates = Rates(usd_per_input_token=1e-7, usd_per_output_token=1e-7)
     facts = {name: ModelFacts(name=name, rates=rates) for name in router.models}
-    policy = Learned(moved, models=facts, fallback=Answer(members=("adder",)))
+    policy = Learned(moved, models=facts, unfamiliar=Answer(members=("adder",)))
     decision = policy.decide(Query(text=texts[1]))
     assert decision.plan == Answer(members=("speller",)), decision.reason
     assert policy.decide(Query(text=texts[0], explain=True)).details["strongest_ngrams"] == []

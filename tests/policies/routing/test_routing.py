@@ -117,7 +117,7 @@ def test_the_dear_model_is_chosen_when_an_answer_is_worth_it(router: Router) -> 
 @pytest.mark.parametrize("text", ["", "x" * 1_000_000, "\ud800", "那只鲨鱼会唱歌吗", "\x00"])
 def test_odd_queries_get_the_safe_plan(router: Router, text: str) -> None:
     """Empty, huge, broken and foreign queries never raise and are known to be unfamiliar."""
-    policy = Learned(router, models=FACTS, fallback=Answer(members=("large",)))
+    policy = Learned(router, models=FACTS, unfamiliar=Answer(members=("large",)))
     decision = policy.decide(Query(text=text))
     assert decision.plan == Answer(members=("large",))
     assert "unlike the training queries" in decision.reason
@@ -127,7 +127,7 @@ def test_odd_queries_get_the_safe_plan(router: Router, text: str) -> None:
 
 def test_familiar_queries_do_not_fall_back(router: Router) -> None:
     """New numbers and other words around a known question are familiar."""
-    policy = Learned(router, models=FACTS, fallback=Answer(members=("large",)))
+    policy = Learned(router, models=FACTS, unfamiliar=Answer(members=("large",)))
     for text in ("What is 91 + 14?", "Spell the word crab backwards"):
         assert "unlike" not in policy.decide(Query(text=text)).reason, text
 
@@ -342,8 +342,11 @@ def test_no_wrong_byte_gets_past_the_reader(router: Router, tmp_path: Path) -> N
             {"path": "router.npz", "answer_value_usd": -1},
             "answer_value_usd: -1 is refused: it should be greater than 0",
         ),
-        ({"path": "router.npz", "fallback": {"answer": {}}}, "'members' is missing"),
-        ({"path": "router.npz", "fallback": "eve"}, "names the model 'eve', which the pool lacks"),
+        ({"path": "router.npz", "unfamiliar": {"answer": {}}}, "'members' is missing"),
+        (
+            {"path": "router.npz", "unfamiliar": "eve"},
+            "names the model 'eve', which the pool lacks",
+        ),
     ],
 )
 @pytest.mark.parametrize("kind", ["learned", "clusters"])

@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "engines": [{"name": "fakes", "kind": "fake"}],
         "models": members,
         "policies": {
-            "auto": {"kind": "learned", "path": "router.npz", "fallback": "speller"},
+            "auto": {"kind": "learned", "path": "router.npz", "unfamiliar": "speller"},
             "nearest": {"kind": "clusters", "path": "router.npz"},
             "always": {"kind": "fixed", "plan": "adder"},
         },
