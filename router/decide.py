@@ -8,10 +8,11 @@ from dataclasses import replace
 from policies.base import Decision, Query
 from policies.errors import PlanError, PolicyError
 from policies.footprint import NO_LIMITS, estimate
-from policies.plan import Plan, PlanBounds, from_json, num_lanes
+from policies.plan import Answer, Plan, PlanBounds, from_json, num_lanes
 from router.catalog.catalog import Catalog, Target
 from router.config import ServingLimits
-from router.eligible import among_able
+from router.conversations import Conversations, answers_call, stay
+from router.eligible import able_plans, among_able
 from router.errors import ApiError, bad_request
 from router.exchange import Choice, Exchange
 from router.executor.task import INLINE_CHARACTERS, Prompt, Task
@@ -25,6 +26,7 @@ async def decide(
     exchange: Exchange,
     ask: Ask,
     experiments: Experiments,
+    conversations: Conversations,
 ) -> None:
     """Fill in the exchange's policy, decisions and choices.
 
@@ -49,9 +51,31 @@ async def decide(
         unlimited = target.policy_name is not None and not decision.limited
         if unlimited and query.limits != NO_LIMITS:
             decision = catalog.policies.limiter.choose(query, decision)
+        fallback: tuple[Plan, ...] = ()
         if target.policy_name is not None:
+            last = await conversations.last(exchange, prompt)
+            if last is not None and await _able(catalog, last, ask, prompt, query):
+                margin = catalog.policies.margins[target.policy_name]
+                decision = stay(decision, last, margin=margin, in_call=answers_call(prompt))
+        if target.policy_name is not None:
+            fallback = await able_plans(
+                catalog.policies.fallbacks[target.policy_name],
+                pool=catalog.members,
+                ask=ask,
+                prompt=prompt,
+            )
             decision = await among_able(
-                decision, target.policy, pool=catalog.members, ask=ask, prompt=prompt
+                decision,
+                target.policy,
+                pool=catalog.members,
+                ask=ask,
+                prompt=prompt,
+                fallback=fallback,
+            )
+            fallback = tuple(
+                plan
+                for plan in fallback
+                if plan != decision.plan and not _exceeded(catalog, plan, query)
             )
         _check_ceilings(catalog, decision, query)
         decisions.append(decision)
@@ -59,10 +83,21 @@ async def decide(
             task = _task(
                 exchange, ask, prompt_index=len(decisions) - 1, query=query, i=len(choices)
             )
-            choices.append(Choice(plan=decision.plan, task=task))
+            choices.append(Choice(plan=decision.plan, task=task, fallback=fallback))
     exchange.decisions = tuple(decisions)
     exchange.choices = tuple(choices)
     _check_lanes(exchange, limits.plans.lanes)
+
+
+async def _able(catalog: Catalog, answer: Answer, ask: Ask, prompt: Prompt, query: Query) -> bool:
+    """Return whether `answer`, once given, can still be, takes the request, and is affordable."""
+    try:
+        catalog.policies.check(answer)
+    except PolicyError:
+        return False
+    if query.limits.caps_cost and _exceeded(catalog, answer, query):
+        return False
+    return await able_plans([answer], pool=catalog.members, ask=ask, prompt=prompt) == (answer,)
 
 
 async def _query(
@@ -137,20 +172,25 @@ def _check_lanes(exchange: Exchange, most: int) -> None:
 def _check_ceilings(catalog: Catalog, decision: Decision, query: Query) -> None:
     if not query.limits.caps_cost:
         return
-    cost = estimate(
-        decision.plan,
-        catalog.prices.rates,
-        prompt_tokens=query.prompt_tokens,
-        output_tokens=query.max_tokens,
-    )
     # A controller has measured latencies, which no rate knows.
     slow = "max_latency_s" in decision.details.get("budget", {}).get("unmet", ())
-    for name in (*query.limits.exceeded(cost), *(["max_latency_s"] if slow else [])):
+    for name in (*_exceeded(catalog, decision.plan, query), *(["max_latency_s"] if slow else [])):
         raise bad_request(
             f"shoal.{name}: the plan may cost more; lower max_tokens or raise the ceiling",
             f"shoal.{name}",
             "cost_ceiling_exceeded",
         )
+
+
+def _exceeded(catalog: Catalog, plan: Plan, query: Query) -> tuple[str, ...]:
+    """Return the request's ceilings that `plan` may exceed."""
+    cost = estimate(
+        plan,
+        catalog.prices.rates,
+        prompt_tokens=query.prompt_tokens,
+        output_tokens=query.max_tokens,
+    )
+    return tuple(query.limits.exceeded(cost))
 
 
 def _task(exchange: Exchange, ask: Ask, *, prompt_index: int, query: Query, i: int) -> Task:

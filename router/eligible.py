@@ -9,7 +9,7 @@ stays, and who runs it says what is missing.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 from models.engines.requests import check_sampling
@@ -21,11 +21,26 @@ from router.executor.task import Prompt
 from router.openai_api.ask import Ask
 
 
+async def able_plans(
+    plans: Iterable[Plan], *, pool: Members, ask: Ask, prompt: Prompt
+) -> tuple[Plan, ...]:
+    """Return what is left of `plans` with the members that can take the request."""
+    left = [without(plan, await _unable(members(plan), pool, ask, prompt)) for plan in plans]
+    return tuple(plan for plan in left if plan is not None)
+
+
 async def among_able(
-    decision: Decision, policy: Policy, *, pool: Members, ask: Ask, prompt: Prompt
+    decision: Decision,
+    policy: Policy,
+    *,
+    pool: Members,
+    ask: Ask,
+    prompt: Prompt,
+    fallback: Sequence[Plan] = (),
 ) -> Decision:
     """Return `decision` with a plan of members that can take the request, if there is one.
 
+    Where none of the policy's can, the first plan of `fallback` takes it, of which all can.
     Its details then name those that were left out, and why.
     """
     left_out = await _unable(members(decision.plan), pool, ask, prompt)
@@ -38,15 +53,19 @@ async def among_able(
         others = [name for name in members_of(policy) if name not in left_out]
         left_out |= await _unable(others, pool, ask, prompt)
         able = [name for name in others if name not in left_out]
-        if not able:
+        if not able and not fallback:
             return decision
-        plan = Answer(members=(max(able, key=lambda name: decision.scores.get(name, 0.0)),))
+        plan = fallback[0] if not able else Answer(members=(_likeliest(able, decision),))
     return replace(
         decision,
         plan=plan,
         reason=f"{decision.reason}; without {', '.join(left_out)}, who cannot take the request",
         details={**decision.details, "left_out": left_out},
     )
+
+
+def _likeliest(names: Sequence[str], decision: Decision) -> str:
+    return max(names, key=lambda name: decision.scores.get(name, 0.0))
 
 
 def without(plan: Plan, names: Collection[str]) -> Plan | None:

@@ -33,10 +33,14 @@ _MOST_CHARACTERS = 200
 
 @dataclass(kw_only=True)
 class Choice:
-    """One answer to generate, what ran for it, and how many tokens its client got."""
+    """One answer to generate, what ran for it, and how many tokens its client got.
+
+    The plans of `fallback` are tried in turn where the `plan` fails before its first token.
+    """
 
     plan: Plan
     task: Task
+    fallback: tuple[Plan, ...] = ()
     num_tokens: int = 0
     trace: Trace = field(default_factory=Trace)
 

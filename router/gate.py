@@ -70,20 +70,26 @@ def credentials(headers: Mapping[str, str]) -> str | None:
 
 
 def most(exchange: Exchange, catalog: Catalog) -> Amounts:
-    """Return the most that answering may use: every stage of every choice, to its last token."""
+    """Return the most that answering may use: every stage of every choice and of what may
+    take over from it, to its last token.
+    """
     tokens, cost = exchange.record.prompt_tokens, Footprint()
     for choice in exchange.choices:
         query = choice.task.query
-        output_tokens = _most_output(choice.plan, query.prompt_tokens, query.max_tokens, catalog)
-        tokens += output_tokens
-        cost = cost.then(
-            estimate(
-                choice.plan,
-                catalog.prices.rates,
-                prompt_tokens=query.prompt_tokens,
-                output_tokens=output_tokens,
+        plans = (choice.plan, *choice.fallback)
+        sizes = [
+            _most_output(plan, query.prompt_tokens, query.max_tokens, catalog) for plan in plans
+        ]
+        tokens += max(sizes)
+        for plan, output_tokens in zip(plans, sizes, strict=True):
+            cost = cost.then(
+                estimate(
+                    plan,
+                    catalog.prices.rates,
+                    prompt_tokens=query.prompt_tokens,
+                    output_tokens=output_tokens,
+                )
             )
-        )
     return Amounts.of(tokens=tokens, cost=cost)
 
 

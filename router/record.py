@@ -58,7 +58,8 @@ class RequestRecord:
     belonged to then. `user_hash` stands for the body's
     `user`: HMAC-SHA-256 with the installation's secret, cut to 16 hexadecimal digits. `scores` are
     the policy's predictions, `familiar` says whether the query is like those that it learned from
-    (None: it cannot tell), `stages` what ran,
+    (None: it cannot tell), `conversation` names what the next turn begins with, and `answered_with`
+    is the JSON of the `Answer` that the client got (`router.conversations`); `stages` what ran,
     in order: plan path, members, score, tokens, seconds, outcome. `experiment` and `arm` are where
     the request took part, `unit` the hash of the randomised unit and `propensity` the probability
     with which it got this arm; None outside of experiments. `expected_quality` is the default
@@ -111,6 +112,8 @@ class RequestRecord:
     costs: Mapping[str, Cost] = field(default_factory=dict)
     scores: Mapping[str, float] = field(default_factory=dict)
     familiar: bool | None = field(default=None, metadata=shown(span="shoal.familiar"))
+    conversation: str | None = None
+    answered_with: Mapping[str, Any] | None = None
     stages: tuple[Mapping[str, Any], ...] = ()
     answer_digest: str | None = None
     query_text: str | None = None

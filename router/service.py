@@ -23,6 +23,7 @@ from policies.experiments.shadow import ShadowMeter
 from router.bodies import Bodies
 from router.catalog.catalog import Catalog
 from router.config import ServingLimits
+from router.conversations import Conversations
 from router.decide import decide
 from router.engines import EngineClient, merge
 from router.errors import ApiError, bad_request, to_api_error
@@ -129,6 +130,7 @@ class Service:
             shadows, catalog=catalog, executor=self._executor, ledger=ledger, limits=limits
         )
         self.num_waited_for = 0
+        self._conversations = Conversations(ledger.database, user_secret)
         self._settling: set[asyncio.Task[None]] = set()
         self._background = {
             Worker(type(one).__name__.lower()): one
@@ -222,11 +224,18 @@ class Service:
             exchange.deadline_s = self._deadline_s(exchange, ask.extension.timeout_s)
         assert exchange.deadline_s is not None
         async with asyncio.timeout_at(exchange.deadline_s):
-            await decide(self.catalog, self.limits, exchange, ask, self.experiments)
+            await decide(
+                self.catalog, self.limits, exchange, ask, self.experiments, self._conversations
+            )
             await self.gate.admit(exchange, self.catalog)
         answers = before(
             exchange.deadline_s,
-            side_by_side([self._executor.run(c.plan, c.task, c.trace) for c in exchange.choices]),
+            side_by_side(
+                [
+                    self._executor.first_of((c.plan, *c.fallback), c.task, c.trace)
+                    for c in exchange.choices
+                ]
+            ),
         )
         head = Head(
             id=exchange.id,
@@ -263,6 +272,7 @@ class Service:
         content["shoal"] = shoal_field(exchange, self.catalog, whole)
         await writer.keep(content, exchange.key_id)
         exchange.record.status = 200
+        self._conversations.note(exchange)
         return _json_response(200, content, self._headers(exchange))
 
     async def _events(
@@ -292,6 +302,7 @@ class Service:
                     yield _events_of(writer, data)
                 data = []
             exchange.record.status = 200
+            self._conversations.note(exchange)
             if not writer.named_events:
                 yield DONE
         except Exception as error:

@@ -134,13 +134,18 @@ class _ThoughtReader:
 
 
 class _ThoughtCounter:
-    """Marks and counts the tokens up to the end of the reasoning, tags included."""
+    """Marks and counts the tokens up to the end of the reasoning, tags included.
+
+    Of an opening tag that several tokens spell, the first ones are counted and not marked: when
+    they are told, they may still be the answer.
+    """
 
     def __init__(self, tags: ReasoningTags, *, opened: bool) -> None:
         self.num_tokens = 0
         self._open, self._close = tags.open.encode(), tags.close.encode()
         self._inside, self._over = opened, False
         self._raw = b""
+        self._num_pending = 0
 
     def mark(self, tokens: tuple[Token, ...]) -> Iterator[Token]:
         """Yield `tokens`, those of the reasoning marked as such."""
@@ -156,6 +161,8 @@ class _ThoughtCounter:
         if not self._inside:
             start = self._raw.lstrip()
             self._inside = start.startswith(self._open)
+            self.num_tokens += self._num_pending if self._inside else 0
+            self._num_pending += bool(start)
             self._over = not self._inside and not self._open.startswith(start)
             self._raw = start.removeprefix(self._open)
         elif self._close in self._raw:

@@ -17,21 +17,29 @@ from policies.budget import Controller
 from policies.cascade.base import Confidence, Ranker, Scorer, build_scorer
 from policies.errors import PolicyError
 from policies.fixed import always
-from policies.plan import Answer, Best, Cascade, Plan, answers, children, members
+from policies.kinds import short
+from policies.plan import Answer, Best, Cascade, Plan, answers, children, from_json, members
 from policies.registry import BuildContext
-from policies.standins import StandInFacts, StandIns
+from policies.standins import StandInFacts, StandIns, stand_in
 from router.catalog.members import Members
 
 DEFAULT_POLICY = "auto"
 CONFIDENCE = "confidence"
 
+STAY_MARGIN = 0.05
+"""How much higher another model's predicted quality must be to take over a conversation."""
+
+# What every policy of a pool may have beside its kind's own keys.
+_SHARED_KEYS = ("fallback", "stay_margin")
+
 
 class Policies(Mapping[str, Policy]):
     """Policies by name.
 
-    `scorers` are those that plans may name, `controllers` what holds the targets of policies, by
-    the policies' names. The `limiter` trims to a request's ceilings what a policy chooses that
-    knows no limits.
+    `scorers` are those that plans may name. By the policies' names: `controllers` hold their
+    targets, `fallbacks` are the plans that take over where one fails, `margins` the gains for which
+    they change who answers a conversation. The `limiter` trims to a request's ceilings what a
+    policy chooses that knows no limits.
     """
 
     def __init__(
@@ -50,6 +58,8 @@ class Policies(Mapping[str, Policy]):
         self._stand_ins = {name: model.otherwise for name, model in pool.absent.items()}
         self.scorers: dict[str, Scorer] = {CONFIDENCE: Confidence(), **_build_scorers(pool)}
         self.controllers: dict[str, Controller] = {}
+        self.fallbacks: dict[str, tuple[Plan, ...]] = {}
+        self.margins: dict[str, float] = {}
         self.limiter = Controller(models=models, clock=time.time)
         self._context = BuildContext(
             folder=pool.folder,
@@ -68,7 +78,7 @@ class Policies(Mapping[str, Policy]):
         for name, policy in self._by_name.items():
             # A plan may name a scorer that another policy brings along, so all are built first.
             with _at(f"policies.{name}"):
-                for plan in policy.plans():
+                for plan in (*policy.plans(), *self.fallbacks[name]):
                     self.check(plan)
 
     def __getitem__(self, name: str) -> Policy:
@@ -119,13 +129,27 @@ class Policies(Mapping[str, Policy]):
     def _build(self, name: str, spec: Mapping[str, Any]) -> Policy:
         default = None if name == DEFAULT_POLICY else self.default
         context = replace(self._context, default=default, controllers=[])
+        own = {key: value for key, value in spec.items() if key not in _SHARED_KEYS}
         with _at(f"policies.{name}"):
-            policy = context.build(spec)
+            policy = context.build(own)
+            self.fallbacks[name] = self._read_fallback(spec.get("fallback", []))
+            self.margins[name] = _read_margin(spec.get("stay_margin", STAY_MARGIN))
         if self._stand_ins:
             policy = StandIns(policy, self._stand_ins)
         for controller in context.controllers:
             self.controllers[name] = controller
         return policy
+
+    def _read_fallback(self, data: object) -> tuple[Plan, ...]:
+        if not isinstance(data, list):
+            raise PolicyError(f"fallback: {short(data)} is not a list of models or plans")
+        return tuple(stand_in(from_json(plan), self._stand_ins) for plan in data)
+
+
+def _read_margin(data: object) -> float:
+    if isinstance(data, bool) or not isinstance(data, int | float) or not 0 <= data <= 1:
+        raise PolicyError(f"stay_margin: {short(data)} is not a number in [0, 1]")
+    return float(data)
 
 
 def _build_scorers(pool: Pool) -> dict[str, Scorer]:

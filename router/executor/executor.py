@@ -8,7 +8,7 @@ nothing of HTTP, and of policies only their plans.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ from router.energy import energy_of
 from router.engines import EngineClient, merge
 from router.executor.judging import attempt, decided, majority, scores
 from router.executor.task import Task, overflow
-from router.executor.trace import Run, Trace, child_path
+from router.executor.trace import Run, Trace, child_path, fallback_path
 from router.executor.union import unite
 
 # Shorter answers end before watching them, token by token, pays.
@@ -72,6 +72,30 @@ class Executor:
             raise
         finally:
             await chunks.aclose()
+
+    async def first_of(
+        self, plans: Sequence[Plan], task: Task, trace: Trace
+    ) -> AsyncGenerator[Chunk, None]:
+        """Yield the answer of the first of `plans` that gives one.
+
+        The next takes over where one fails, or is overloaded, before its first chunk. Raises the
+        first one's error where all do.
+        """
+        first: EngineError | None = None
+        for index, plan in enumerate(plans):
+            started = False
+            try:
+                async with aclosing(self.run(plan, task, trace, fallback_path(index))) as chunks:
+                    async for chunk in chunks:
+                        started = True
+                        yield chunk
+                return
+            except EngineError as error:
+                if started:
+                    raise
+                first = first or error
+        assert first is not None, "there is a plan"
+        raise first
 
     async def whole(self, plan: Plan, task: Task, trace: Trace, path: str = "") -> Chunk:
         """Return the whole accepted answer of `plan` as one chunk."""

@@ -1,7 +1,7 @@
 """What ran for one choice: one `Run` per node of the plan that was started.
 
 A node's `path` is its position in the plan: "" is the root, "1.0" the first child of the root's
-second child.
+second child. Plans that took over from the one that failed are not below it: "+1", "+1.0".
 """
 
 from __future__ import annotations
@@ -153,7 +153,8 @@ class Trace:
 
     def _refused(self, path: str) -> bool:
         parts = path.split(".") if path else []
-        above = [".".join(parts[:size]) for size in range(len(parts) + 1)]
+        # What took over is not below the root that failed.
+        above = [".".join(parts[:size]) for size in range(path.startswith("+"), len(parts) + 1)]
         return any(self.runs[node].outcome not in ("ok", "running") for node in above)
 
 
@@ -173,6 +174,11 @@ def _member_cost(run: Run, rates: Rates, num_members: int) -> Footprint:
 def child_path(path: str, index: int) -> str:
     """Return the path of child number `index` of the node at `path`."""
     return f"{path}.{index}" if path else str(index)
+
+
+def fallback_path(index: int) -> str:
+    """Return the path of the root of plan number `index` of those that are tried in turn."""
+    return f"+{index}" if index else ""
 
 
 _NONE = MemberTokens()

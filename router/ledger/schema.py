@@ -47,6 +47,7 @@ REQUESTS = sa.Table(
     sa.Index("requests_by_time", "time_s"),
     sa.Index("requests_by_key", "key_id", "time_s"),
     sa.Index("requests_by_experiment", "experiment", "time_s"),
+    sa.Index("requests_by_conversation", "conversation", "time_s"),
 )
 
 FEEDBACK = sa.Table(

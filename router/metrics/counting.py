@@ -90,6 +90,9 @@ def _count(row: Mapping[str, Any], counts: Counts) -> None:
     stages = list(_by_choice(row["stages"] or ()))
     for runs in stages:
         _count_cascades(runs, policy, counts)
+        counts[f.FALLBACKS.name, policy] += sum(
+            path[:1] == "+" and "." not in path for path in runs
+        )
     if status < 400:
         _count_times(row, policy, counts)
         for runs in stages:
@@ -149,7 +152,8 @@ def _accepted_members(runs: Mapping[str, Mapping[str, Any]]) -> Iterator[int]:
     accepted = {path for path, run in runs.items() if run.get("outcome") == "ok"}
     for path, run in runs.items():
         parts = path.split(".") if path else []
-        above = {".".join(parts[:size]) for size in range(len(parts) + 1)}
+        # A fallback, "+1", is not below the root that failed.
+        above = {".".join(parts[:size]) for size in range(path.startswith("+"), len(parts) + 1)}
         if "members" in run and above <= accepted:
             yield len(run["members"])
             return

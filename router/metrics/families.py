@@ -126,6 +126,8 @@ CASCADE_STAGES = _counter("shoal_cascade_stages_total", "policy", "stage",
 ESCALATIONS = _counter("shoal_cascade_escalations_total", "policy", "reason",
     help="Steps to a cascade's next stage: the answer was rejected or hopeless, failed or "
     "timed out.")
+FALLBACKS = _counter("shoal_fallbacks_total", "policy",
+    help="Plans of a policy's fallback that took over from one that failed or was overloaded.")
 DURATION_S = _histogram("shoal_request_duration_seconds", "policy", buckets=_DURATION_S,
     help="Time from a request's arrival to the end of its answer; answered requests.")
 FIRST_TOKEN_S = _histogram("shoal_time_to_first_token_seconds", "policy", buckets=_FIRST_TOKEN_S,

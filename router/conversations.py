@@ -1,0 +1,133 @@
+"""Who answered a conversation last, so that its next turn may stay there.
+
+A turn is worth staying for: whoever answered has read the conversation and may still have it in a
+cache, and only the model that called a tool knows why it did. A conversation is known by its
+session (`shoal.session`, `prompt_cache_key`, a header), else by its beginning and its user: what
+stands before the last answer is all that the request before this one had. So nothing but the
+conversation itself has to come back. Who answered is remembered in this process, and in the
+ledger's rows for other replicas and for later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+import sqlalchemy as sa
+from sqlalchemy.exc import SQLAlchemyError
+
+from models.chat_template import Message
+from policies.base import Decision
+from policies.errors import PlanError
+from policies.plan import Answer, from_json, to_json
+from router.exchange import Exchange
+from router.executor.task import Prompt
+from router.ledger.database import Database
+from router.ledger.schema import REQUESTS
+
+_MOST_REMEMBERED: Final = 65_536
+_SAID: Final = ("role", "name", "content", "tool_calls", "tool_call_id")
+
+
+class Conversations:
+    """Remembers by which `Answer` each conversation went on last."""
+
+    def __init__(self, database: Database, secret: bytes) -> None:
+        """Conversations have names in the ledger that the `secret` hides."""
+        self._database = database
+        self._secret = secret
+        self._answers: OrderedDict[str, Answer] = OrderedDict()
+
+    async def last(self, exchange: Exchange, prompt: Prompt) -> Answer | None:
+        """Return who gave the last answer in `prompt`'s conversation; None where nobody knows.
+
+        A database that does not answer knows nothing.
+        """
+        messages = prompt.messages or ()
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if not turns:
+            return None
+        name = self._name(exchange, messages[: turns[-1]])
+        if name in self._answers:
+            return self._answers[name]
+        try:
+            found = await self._database.calls.run(self._find, name)
+            plan = None if found is None else from_json(found)
+        except (SQLAlchemyError, PlanError) as error:
+            logging.getLogger(__name__).debug("a conversation is not known: %r", error)
+            return None
+        return plan if isinstance(plan, Answer) else None
+
+    def note(self, exchange: Exchange) -> None:
+        """Remember who answered, here and in the exchange's record."""
+        if len(exchange.choices) != 1 or exchange.record.status != 200:
+            return
+        [choice] = exchange.choices
+        answer, messages = choice.trace.accepted(), choice.task.prompt.messages
+        if answer is None or messages is None:
+            return
+        name = self._name(exchange, messages)
+        exchange.record.conversation = name
+        exchange.record.answered_with = to_json(answer)
+        self._answers[name] = answer
+        self._answers.move_to_end(name)
+        if len(self._answers) > _MOST_REMEMBERED:
+            self._answers.popitem(last=False)
+
+    def _name(self, exchange: Exchange, messages: Sequence[Message]) -> str:
+        """Return the name of the conversation that begins with `messages`, or of its session."""
+        digest = hashlib.blake2b(key=self._secret[:64], digest_size=12)
+        session = exchange.record.session
+        whose: list[Any] = [exchange.key_id, session or exchange.user, session is not None]
+        said = () if session else [{key: m.get(key) for key in _SAID} for m in messages]
+        for part in (whose, *said):
+            digest.update(json.dumps(part).encode() + b"\n")
+        return digest.hexdigest()
+
+    def _find(self, name: str) -> Mapping[str, Any] | None:
+        wanted = (
+            sa.select(REQUESTS.c.answered_with)
+            .where(REQUESTS.c.conversation == name)
+            .order_by(REQUESTS.c.time_s.desc())
+            .limit(1)
+        )
+        with self._database.connect() as connection:
+            found: Mapping[str, Any] | None = connection.execute(wanted).scalar()
+            return found
+
+
+def answers_call(prompt: Prompt) -> bool:
+    """Return whether the conversation ends with the results of calls that its last answer made."""
+    messages = prompt.messages or ()
+    return bool(messages) and messages[-1]["role"] == "tool"
+
+
+def stay(decision: Decision, last: Answer, *, margin: float, in_call: bool) -> Decision:
+    """Return `decision`, or one for `last`, who answered before, where changing is not worth it.
+
+    It is worth it for a predicted quality that is higher by more than `margin`. Where the policy
+    chose against its predictions, or knows nothing like the query, it has its reasons. Who called a
+    tool gets the result, `in_call`.
+    """
+    if decision.plan == last:
+        return decision
+    why = "who made the call gets its result"
+    if not in_call:
+        plan, scores = decision.plan, decision.scores
+        alone = isinstance(plan, Answer) and len(plan.members) == len(last.members) == 1
+        if not isinstance(plan, Answer) or not alone or decision.familiar is False:
+            return decision
+        new, old = scores.get(plan.members[0]), scores.get(last.members[0])
+        if new is None or old is None or not 0 <= new - old <= margin:
+            return decision
+        why = f"changing gains {new - old:.3f}, not more than {margin:g}"
+    return replace(
+        decision,
+        plan=last,
+        reason=f"{decision.reason}; the conversation stays with {', '.join(last.members)}: {why}",
+    )
