@@ -10,9 +10,9 @@ ledger's rows for other replicas and for later.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
-import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -31,6 +31,8 @@ from router.ledger.database import Database
 from router.ledger.schema import REQUESTS
 
 _MOST_REMEMBERED: Final = 65_536
+# Nobody waits longer for the database to know a conversation.
+_PATIENCE_S: Final = 0.25
 _SAID: Final = ("role", "name", "content", "tool_calls", "tool_call_id")
 
 
@@ -55,13 +57,22 @@ class Conversations:
         name = self._name(exchange, messages[: turns[-1]])
         if name in self._answers:
             return self._answers[name]
+        found = await self._look_up(name)
         try:
-            found = await self._database.calls.run(self._find, name)
             plan = None if found is None else from_json(found)
-        except (SQLAlchemyError, PlanError) as error:
-            logging.getLogger(__name__).debug("a conversation is not known: %r", error)
-            return None
+        except PlanError:
+            return None  # of another version
         return plan if isinstance(plan, Answer) else None
+
+    async def _look_up(self, name: str) -> Mapping[str, Any] | None:
+        looking = asyncio.ensure_future(self._database.calls.run(self._find, name))
+        looking.add_done_callback(_ignore)
+        # Cancelling a call waits for its end, which a database that hangs does not come to.
+        done, _ = await asyncio.wait({looking}, timeout=_PATIENCE_S)
+        try:
+            return looking.result() if done else None
+        except SQLAlchemyError:
+            return None
 
     def note(self, exchange: Exchange) -> None:
         """Remember who answered, here and in the exchange's record."""
@@ -99,6 +110,12 @@ class Conversations:
         with self._database.connect() as connection:
             found: Mapping[str, Any] | None = connection.execute(wanted).scalar()
             return found
+
+
+def _ignore(call: asyncio.Future[Any]) -> None:
+    """Take note of how a late call ended, so that nobody else has to."""
+    if not call.cancelled():
+        call.exception()
 
 
 def answers_call(prompt: Prompt) -> bool:
