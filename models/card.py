@@ -198,10 +198,10 @@ def _read_shape(file: Path, config: Mapping[str, Any]) -> Shape:
 
 # GPT-2's names, which several families have kept.
 _OTHER_NAMES = {
-    "hidden_size": ("n_embd", "d_model"),
-    "num_hidden_layers": ("n_layer", "num_layers"),
-    "num_attention_heads": ("n_head",),
-    "intermediate_size": ("n_inner", "ffn_dim"),
+    "hidden_size": ("n_embd", "d_model", "dim"),
+    "num_hidden_layers": ("n_layer", "num_layers", "n_layers"),
+    "num_attention_heads": ("n_head", "n_heads"),
+    "intermediate_size": ("n_inner", "ffn_dim", "hidden_dim"),
     "max_position_embeddings": ("n_positions", "max_seq_len", "max_sequence_length"),
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from policies.base import Decision, ModelFacts, Policy, Query
@@ -33,21 +33,31 @@ class StandIns(Policy):
 
 
 class StandInFacts(Mapping[str, ModelFacts]):
-    """The models' facts; those of a model that is not there are its stand-in's."""
+    """The models' facts; those of a model that is not there are its stand-in's.
 
-    def __init__(self, models: Mapping[str, ModelFacts], names: Mapping[str, str]) -> None:
+    Those `left_out` are chosen by no policy that does not name them.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, ModelFacts],
+        names: Mapping[str, str],
+        *,
+        left_out: Collection[str] = (),
+    ) -> None:
         self._models = models
         self._names = names
+        self._left_out = frozenset(left_out)
 
     def __getitem__(self, name: str) -> ModelFacts:
         return self._models[self._names.get(name, name)]
 
     def __iter__(self) -> Iterator[str]:
-        yield from self._models
+        yield from (name for name in self._models if name not in self._left_out)
         yield from self._names
 
     def __len__(self) -> int:
-        return len(self._models) + len(self._names)
+        return sum(1 for _ in self)
 
 
 def stand_in(plan: Plan, names: Mapping[str, str]) -> Plan:

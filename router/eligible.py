@@ -136,6 +136,9 @@ def _other_ways(plan: Plan, pool: Members, left_out: Collection[str]) -> dict[st
 async def _check(name: str, pool: Members, ask: Ask, prompt: Prompt) -> None:
     """Raise `RequestError` if the member called `name` cannot take the request."""
     answer = Answer(members=(name,))
+    pool.check_encodes(answer, prompt.encoding)
+    if prompt.encoding is not None:
+        return
     if prompt.tools is not None:
         pool.check_tools(answer)
     check_sampling(ask.sampling, pool.traits_of(name))

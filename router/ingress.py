@@ -38,6 +38,7 @@ from router.metrics.page import add_metrics_route
 from router.openai_api.batches import BatchStore, add_batch_routes
 from router.openai_api.chat import ChatEndpoint
 from router.openai_api.completions import CompletionEndpoint
+from router.openai_api.encoding import EmbeddingsEndpoint, RerankEndpoint
 from router.openai_api.endpoint import WireFormat
 from router.openai_api.files import FileStore, add_file_routes
 from router.openai_api.models import describe_model, list_models
@@ -91,6 +92,8 @@ def create_api(service: Service, args: AppArgs) -> FastAPI:
         CompletionEndpoint(service.catalog.members.tokenizer),
         MessagesEndpoint(),
         ResponsesEndpoint(service.responses),
+        EmbeddingsEndpoint(),
+        *map(RerankEndpoint, ("/v1/rerank", "/v2/rerank", "/rerank")),
     )
     for endpoint in endpoints:
         _add_endpoint(api, service, endpoint)

@@ -11,12 +11,16 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
+import numpy as np
+from numpy.typing import NDArray
+
 from models.chat_template import Message, Rendering
 from models.tools import ToolCall, Tools
 
 FinishReason: TypeAlias = Literal["stop", "length", "content_filter", "tool_calls"]
 FusionRule: TypeAlias = Literal["mixture", "product", "gated", "contrastive"]
 Circuit: TypeAlias = Literal["closed", "half-open", "open"]
+Encodes: TypeAlias = Literal["vector", "score"]
 StructureKind: TypeAlias = Literal["json", "regex", "choice", "grammar"]
 
 
@@ -85,6 +89,29 @@ class Evidence:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """What is asked of an encoder in place of an answer: a vector of length one for each of the
+    `inputs` (texts, or token ids as they are), or how well each of them, texts then, answers the
+    `query`. With `cut`, what is longer than the model's context is cut to it.
+    """
+
+    inputs: tuple[str | tuple[int, ...], ...]
+    query: str | None = None
+    cut: bool = False
+
+    @property
+    def kind(self) -> Encodes:
+        """What an encoder must be able to tell."""
+        return "vector" if self.query is None else "score"
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All texts that are read, the query first."""
+        query = () if self.query is None else (self.query,)
+        return (*query, *(text for text in self.inputs if isinstance(text, str)))
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
     """One answer to generate: `members` fused by `rule` with relative `weights` (None: uniform).
 
@@ -99,7 +126,7 @@ class GenerationRequest:
     is the client's own body, where another server gets it as it came. `tools` are offered only to
     engines whose traits allow them. `request_id` is unique; cancellation and logs use it.
     `client_id` groups requests for fair queueing. After `timeout_s` nobody waits for the answer any
-    more (None: not known).
+    more (None: not known). With an `encoding` it is one of an encoder, and has no prompt.
     """
 
     request_id: str
@@ -118,6 +145,7 @@ class GenerationRequest:
     rendering: Rendering | None = None
     tools: Tools | None = None
     timeout_s: float | None = None
+    encoding: Encoding | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,7 +189,8 @@ class Chunk:
     prompt and answer had, whatever was shown of them; and where the engine knows, how many of the
     prompt's were kept from earlier ones, and how many of the answer's were reasoning. The first
     chunk has the tokens of the `prompt` with their log-probabilities, where these were asked for;
-    the first of them has none.
+    the first of them has none. An encoder's only chunk has `rows`, one per input: vectors
+    [num_inputs, num_dimensions], or scores [num_inputs, 1].
     """
 
     text: str
@@ -176,6 +205,7 @@ class Chunk:
     cached_tokens: int | None = None
     reasoning_tokens: int | None = None
     prompt: tuple[Token, ...] = ()
+    rows: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

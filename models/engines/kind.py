@@ -13,7 +13,7 @@ from typing import Generic, Literal, TypeAlias, TypeVar
 from pydantic import BaseModel
 
 from models.answer_format import PLAIN, AnswerFormat
-from models.engines.base import Engine, FusionRule, StructureKind
+from models.engines.base import Encodes, Engine, FusionRule, StructureKind
 from models.errors import PoolError
 from models.spec import Dtype, EngineSpec, Model
 
@@ -29,7 +29,8 @@ class EngineTraits:
     their weights may follow the answer's tokens. `logprobs`: answers carry log-probabilities, which
     scorers of cascades read. `formats` says by model how calls and reasoning are written; `tools`
     that this is another server's affair. Answers can be held to the kinds of `structures`. It
-    `refuses` some of the fields of `requests.OPTIONAL`. `here`: it draws
+    `refuses` some of the fields of `requests.OPTIONAL`. One that `encodes` writes no answers.
+    `here`: it draws
     its energy from this machine. `context_tokens` bounds prompt and answer further than the models
     do. A replica spreads over `num_workers` devices. With `metrics`, it is a `HasMetrics`. `needs`
     says what is missing for it to run on this machine.
@@ -42,6 +43,7 @@ class EngineTraits:
     tools: bool = False
     structures: tuple[StructureKind, ...] = ("json", "regex", "choice", "grammar")
     refuses: frozenset[str] = frozenset()
+    encodes: tuple[Encodes, ...] = ()
     here: bool = True
     context_tokens: int | None = None
     num_workers: int = 1

@@ -18,6 +18,7 @@ KINDS: Plugins[EngineKind[Any]] = Plugins(
     "shoal.engines",
     EngineKind,
     {
+        "encoder": "models.engines.encoder:KIND",
         "fake": "models.engines.fake:KIND",
         "llamacpp": "models.engines.llamacpp:KIND",
         "remote": "models.engines.remote.engine:KIND",

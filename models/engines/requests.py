@@ -63,6 +63,8 @@ def check_request(
     """
     _check_members(request, members, traits)
     _check_fusion(request, traits)
+    if request.encoding is not None:
+        raise RequestError(f"{', '.join(request.members)} is no encoder", "model")
     check_sampling(request.sampling, traits)
     _check_tokens(request, vocab_size)
     if request.tools is not None and not traits.calls(request.members):

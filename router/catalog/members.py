@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from models.chat_template import Message
-from models.engines.base import SamplingOptions
+from models.engines.base import Encoding, SamplingOptions
 from models.engines.kind import EngineTraits
 from models.engines.registry import engine_traits
 from models.errors import RequestError
@@ -37,7 +37,7 @@ class Members:
     @property
     def tokenizer(self) -> Tokenizer:
         """The first model's tokenizer; policies count prompt tokens with it."""
-        return self._tokenizers[self._pool.models[0].name]
+        return self._tokenizers[self.first]
 
     def engine_of(self, name: str) -> str:
         """Return the engine that runs the member called `name`."""
@@ -85,9 +85,17 @@ class Members:
 
     @property
     def most_context_tokens(self) -> int | None:
-        """The longest context of any member; None where one isn't known."""
-        each = [self.context_tokens(Answer(members=(name,))) for name in self._engine_of]
-        return None if None in each else max(tokens for tokens in each if tokens is not None)
+        """The longest context of any member that answers; None where one isn't known."""
+        each = [
+            self.context_tokens(Answer(members=(name,)))
+            for name in self._engine_of
+            if not self.encodes(name)
+        ]
+        return (
+            None
+            if None in each or not each
+            else max(tokens for tokens in each if tokens is not None)
+        )
 
     def span_engines(self, answer: Answer) -> bool:
         """Return whether no single engine can fuse the members of `answer`."""
@@ -146,6 +154,33 @@ class Members:
                 "different ways, or on different engines",
                 "tools",
             )
+
+    def encodes(self, name: str) -> bool:
+        """Return whether the member called `name` is an encoder."""
+        return bool(self._traits[self._engine_of[name]].encodes)
+
+    @property
+    def first(self) -> str:
+        """The first model that answers, or the first encoder where none does."""
+        names = [model.name for model in self._pool.models]
+        return next((name for name in names if not self.encodes(name)), names[0])
+
+    def check_encodes(self, answer: Answer, encoding: Encoding | None) -> None:
+        """Raise `RequestError` if the members of `answer` cannot tell what is asked of them.
+
+        Encoders write no answers, and others encode nothing.
+        """
+        kinds = {name: self._traits[engine].encodes for name, engine in self._engine_of.items()}
+        for name in answer.members:
+            if encoding is None and kinds[name]:
+                raise RequestError(f"{name} is an encoder, which writes no answers", "model")
+            if encoding is not None and (encoding.kind not in kinds[name] or answer.members[1:]):
+                able = [other for other, kind in kinds.items() if encoding.kind in kind]
+                raise RequestError(
+                    f"{', '.join(answer.members)} cannot tell a {encoding.kind} of a text; "
+                    f"{', '.join(able) or 'no model of this pool'} can",
+                    "model",
+                )
 
     def _check_fusion(self, answer: Answer) -> None:
         """Refuse a fusion that the members' engine does not know."""

@@ -61,14 +61,15 @@ class Policies(Mapping[str, Policy]):
         self.fallbacks: dict[str, tuple[Plan, ...]] = {}
         self.margins: dict[str, float] = {}
         self.limiter = Controller(models=models, clock=time.time)
+        encoders = [name for name in models if members.encodes(name)]
         self._context = BuildContext(
             folder=pool.folder,
-            models=StandInFacts(models, self._stand_ins),
+            models=StandInFacts(models, self._stand_ins, left_out=encoders),
             scorers=self.scorers,
             reserved=frozenset(self.scorers),
         )
         if DEFAULT_POLICY not in specs:
-            specs = {DEFAULT_POLICY: {"kind": "fixed", "plan": pool.models[0].name}, **specs}
+            specs = {DEFAULT_POLICY: {"kind": "fixed", "plan": members.first}, **specs}
         # The default comes first: its predictions fill in the weights that others leave open.
         self.default = self._build(DEFAULT_POLICY, specs[DEFAULT_POLICY])
         self._by_name = {

@@ -142,6 +142,18 @@ class Executor:
         )
 
     async def _request(self, answer: Answer, task: Task, run: Run) -> GenerationRequest:
+        self._members.check_encodes(answer, task.prompt.encoding)
+        now_s = asyncio.get_running_loop().time()
+        timeout_s = None if task.deadline_s is None else max(0.0, task.deadline_s - now_s)
+        if task.prompt.encoding is not None:
+            return GenerationRequest(
+                request_id=f"{task.request_id}:{run.path}",
+                prompt_tokens=(),
+                members=answer.members,
+                client_id=task.client_id,
+                timeout_s=timeout_s,
+                encoding=task.prompt.encoding,
+            )
         if task.prompt.tools is not None:
             self._members.check_tools(answer)
         tokenizer = self._members.tokenizer_of(answer.members[0])
@@ -159,7 +171,6 @@ class Executor:
                 told = f"the prompt has {len(tokens)} and the answer may take {wanted}"
                 raise overflow(context_tokens, told, task.prompt.field)
             max_tokens = min(max_tokens, room)
-        now_s = asyncio.get_running_loop().time()
         return GenerationRequest(
             request_id=f"{task.request_id}:{run.path}",
             prompt_tokens=tokens,
@@ -182,7 +193,7 @@ class Executor:
             sent=self._members.sent(answer.members[0], task.sent),
             rendering=task.prompt.rendering,
             tools=task.prompt.tools,
-            timeout_s=None if task.deadline_s is None else max(0.0, task.deadline_s - now_s),
+            timeout_s=timeout_s,
         )
 
     def _max_tokens(self, task: Task) -> int:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from models.chat_template import Message, Rendering
-from models.engines.base import SamplingOptions
+from models.engines.base import Encoding, SamplingOptions
 from models.errors import ContextOverflow
 from models.tokenizer import Tokenizer
 from models.tools import Tools
@@ -23,7 +24,7 @@ _MOST_SHORTENED = 8
 
 
 class Prompt:
-    """A conversation, a text, or token ids as they are; give exactly one.
+    """A conversation, a text, token ids as they are, or what an encoder reads; give exactly one.
 
     `query` is what a policy reads: the last user message, or the text. With a conversation come the
     `tools` that it offers, if any, and its `rendering`. Of the prompt's tokens the last
@@ -36,21 +37,24 @@ class Prompt:
         messages: Sequence[Message] | None = None,
         text: str | None = None,
         token_ids: tuple[int, ...] | None = None,
+        encoding: Encoding | None = None,
         tools: Tools | None = None,
         rendering: Rendering | None = None,
         keep_tokens: int | None = None,
     ) -> None:
-        assert sum(part is not None for part in (messages, text, token_ids)) == 1
+        assert sum(part is not None for part in (messages, text, token_ids, encoding)) == 1
         self._messages = messages
         self._text = text
         self._token_ids = token_ids
+        self.encoding = encoding
         self.tools = tools
         self.rendering = rendering or (None if messages is None else Rendering())
         self._keep_tokens = keep_tokens
         self._cache: dict[int, tuple[int, ...]] = {}
         # Here, and once: where a conversation is long this is done on another thread.
         self._asked = [str(m["content"]) for m in messages or () if m["role"] == "user"]
-        parts = (text or "",) if messages is None else (m["content"] for m in messages)
+        told = (text or "",) if encoding is None else encoding.texts
+        parts = told if messages is None else (m["content"] for m in messages)
         self._num_characters = sum(map(len, parts))
 
     @property
@@ -66,6 +70,8 @@ class Prompt:
     @property
     def field(self) -> str:
         """The field of the request that it came in."""
+        if self.encoding is not None:
+            return "input"
         return "prompt" if self._messages is None else "messages"
 
     def shortened(self, keep_tokens: int | None) -> Prompt:
@@ -85,11 +91,13 @@ class Prompt:
     def text(self, tokenizer: Tokenizer) -> str:
         """Return the text of a prompt that is no conversation."""
         assert self._messages is None
+        if self.encoding is not None:
+            return next(iter(self.encoding.texts), "")
         return self._text if self._text is not None else tokenizer.decode(self._token_ids or ())
 
     def check_size(self, tokenizer: Tokenizer, context_tokens: int | None) -> None:
         """Raise `ContextOverflow` where no such context holds so long a text; tokenizes nothing."""
-        if context_tokens is None:
+        if context_tokens is None or self.encoding is not None:
             return
         if self._token_ids is not None:
             num_tokens = len(self._token_ids)
@@ -121,6 +129,10 @@ class Prompt:
         return ids if kept is None else ids[max(len(ids) - kept, 0) :]
 
     def _encode(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        if self.encoding is not None:
+            # Only how many there are counts: who encodes has a tokenizer of its own.
+            given = [ids for ids in self.encoding.inputs if not isinstance(ids, str)]
+            return tuple(chain(*given, *map(tokenizer.encode, self.encoding.texts)))
         if self._messages is not None and self.rendering is not None:
             tools = self.tools.functions if self.tools else ()
             return tokenizer.encode_chat(self._messages, tools, self.rendering)

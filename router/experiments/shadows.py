@@ -69,9 +69,11 @@ class Mirror:
         """Mirror the request that `exchange` has answered, where its turn has come.
 
         Returns at once; nothing that happens later reaches the client. Requests for several
-        answers are not mirrored.
+        answers, or for none, are not mirrored.
         """
         if exchange.record.status != 200 or len(exchange.choices) != 1 or exchange.ask is None:
+            return
+        if exchange.choices[0].task.prompt.encoding is not None:
             return
         for meter in self._meters:
             if not meter.wants(exchange.id, model=exchange.ask.model):

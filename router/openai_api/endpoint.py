@@ -155,7 +155,7 @@ class Shapes:
 
     takes: type[BaseModel]
     answers: type[BaseModel]
-    streams: tuple[type[BaseModel], ...]
+    streams: tuple[type[BaseModel], ...] = ()
     errors: type[BaseModel] = ErrorBody
 
 

@@ -27,7 +27,7 @@ def describe_model(catalog: Catalog, name: str) -> dict[str, Any]:
         return entry
     model, facts = catalog.pool.model(name), catalog.prices.facts[name]
     entry["shoal"] = {
-        "kind": "model",
+        "kind": "encoder" if catalog.members.encodes(name) else "model",
         "engine": model.spec.engine,
         "parameters": facts.parameters,
         "context_tokens": model.card.context_tokens if model.card else None,

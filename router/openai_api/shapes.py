@@ -350,7 +350,7 @@ class ResponseEvent(BaseModel):
 class TargetFacts(BaseModel):
     """A policy's members, or a model's facts."""
 
-    kind: Literal["policy", "model"]
+    kind: Literal["policy", "model", "encoder"]
     members: list[str] | None = None
     engine: str | None = None
     parameters: int | None = None

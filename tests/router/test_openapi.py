@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from tests.router.conftest import Running
+from tests.router.conftest import Running, running
+from tests.router.test_encoding import write_encoder
 
 WRITTEN = Path(__file__).parents[2] / "docs" / "openapi.json"
 CHAT = {"model": "alpha", "messages": [{"role": "user", "content": "hello"}]}
@@ -161,6 +162,19 @@ def test_files_and_batches_are_as_described(server: Running, check: Callable[...
 
 def _batch(server: Running, batch_id: str) -> Any:
     return server.http.get(f"/v1/batches/{batch_id}").json()
+
+
+def test_vectors_and_rankings_are_as_described(tmp_path: Path, check: Callable[..., None]) -> None:
+    """Vectors in both formats, and a ranking."""
+    engines = [{"name": "one", "kind": "encoder"}]
+    models = [{"name": "m", "engine": "one", "checkpoint": str(write_encoder(tmp_path / "m"))}]
+    with running(tmp_path, engines=engines, models=models, policies={}) as server:
+        for encoding_format in ("float", "base64"):
+            body = {"input": ["a cat", "mat"], "encoding_format": encoding_format}
+            told = server.post("/v1/embeddings", **body, model="m").json()
+            check(told, "/v1/embeddings", method="post")
+        told = server.post("/v1/rerank", query="a", documents=["cat"], model="auto").json()
+        check(told, "/v1/rerank", method="post")
 
 
 def test_kept_responses_are_as_described(

@@ -1,0 +1,171 @@
+"""The encoder engine: texts to vectors, and how well texts answer a query; it writes none itself.
+
+It reads what sentence-transformers writes (a Hugging Face encoder, its pooling, dense layers and
+prompt), a plain encoder's folder (the mean over its tokens), and cross-encoders, which read query
+and text together. Code in a folder is never run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from models.engines.base import Encodes, Engine
+from models.engines.kind import EngineKind, EngineTraits
+from models.errors import PoolError
+from models.sources.safetensors import read_json
+from models.spec import EngineSpec, Model
+
+Pooling: TypeAlias = Literal["mean", "cls", "max", "lasttoken", "weightedmean"]
+
+_POOLINGS: dict[Pooling, str] = {
+    "mean": "pooling_mode_mean_tokens",
+    "cls": "pooling_mode_cls_token",
+    "max": "pooling_mode_max_tokens",
+    "lasttoken": "pooling_mode_lasttoken",
+    "weightedmean": "pooling_mode_weightedmean_tokens",
+}
+_MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
+_CROSS = "ForSequenceClassification"
+# Architectures whose places begin after the padding's.
+_SHIFTED = ("roberta", "xlm-roberta", "camembert", "mpnet")
+
+
+class EncoderOptions(BaseModel):
+    """How texts are encoded: `batch_size` at once, of at most `max_tokens` each (None: the
+    model's own limit).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    batch_size: int = Field(32, ge=1, le=4096)
+    max_tokens: int | None = Field(None, ge=4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folder:
+    """What a model's folder says: how token vectors become one, what then follows, and its limits.
+
+    `weights` is where the transformer lies; `dense` are the folders of layers after the pooling.
+    Texts begin with the `prompt`. A `cross` encoder scores pairs and knows no vectors.
+    """
+
+    weights: Path
+    max_tokens: int
+    pooling: Pooling = "mean"
+    dense: tuple[Path, ...] = ()
+    prompt: str = ""
+    cross: bool = False
+
+    @property
+    def encodes(self) -> tuple[Encodes, ...]:
+        """What it can tell."""
+        return ("score",) if self.cross else ("vector", "score")
+
+
+def read_folder(path: Path, context_tokens: int) -> Folder:
+    """Read the folder of an encoder that has `context_tokens` places; raises `PoolError`."""
+    config = read_json(path / "config.json")
+    architecture = next(iter(config.get("architectures") or ()), "")
+    cross = architecture.endswith(_CROSS)
+    if cross and _num_labels(config) != 1:
+        raise PoolError(
+            f"{path / 'config.json'}: {_num_labels(config)} labels; an encoder that scores has one"
+        )
+    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        raise PoolError(f"{path / 'config.json'}: {architecture} writes texts; it is no encoder")
+    pooling: Pooling = "mean"
+    dense: list[Path] = []
+    for kind, folder in _modules(path):
+        if kind == "Pooling":
+            pooling = _pooling(folder / "config.json")
+        elif kind == "Dense":
+            dense.append(folder)
+    stated = _optional(path / "sentence_bert_config.json").get("max_seq_length")
+    places = context_tokens - (config.get("pad_token_id") or 0) - 1
+    usual = places if config.get("model_type") in _SHIFTED else context_tokens
+    prompts = _optional(path / "config_sentence_transformers.json")
+    named = (prompts.get("prompts") or {}).get(prompts.get("default_prompt_name") or "")
+    return Folder(
+        weights=path,
+        max_tokens=min(stated or usual, usual),
+        pooling=pooling,
+        dense=tuple(dense),
+        prompt=named or "",
+        cross=cross,
+    )
+
+
+def _modules(path: Path) -> list[tuple[str, Path]]:
+    """Return the kinds and folders of what follows the transformer."""
+    file = path / "modules.json"
+    if not file.is_file():
+        return []
+    found = []
+    for module in json.loads(file.read_text()):
+        kind = str(module.get("type")).rpartition(".")[2]
+        folder = (path / str(module.get("path") or "")).resolve()
+        if kind not in _MODULES or not folder.is_relative_to(path.resolve()):
+            raise PoolError(f"{file}: {module!r} is not supported; allowed are {_MODULES}")
+        if kind == "Transformer" and folder != path.resolve():
+            raise PoolError(f"{file}: the transformer must lie in the folder itself")
+        found.append((kind, folder))
+    return found
+
+
+def _pooling(file: Path) -> Pooling:
+    config = read_json(file)
+    chosen = [mode for mode, key in _POOLINGS.items() if config.get(key)]
+    chosen += [mode for mode in _POOLINGS if config.get("pooling_mode") == mode]
+    if len(chosen) != 1:
+        raise PoolError(f"{file}: one of {', '.join(_POOLINGS.values())} must be true, and no more")
+    return chosen[0]
+
+
+def _num_labels(config: Mapping[str, Any]) -> int:
+    return len(config.get("id2label") or {}) or int(config.get("num_labels") or 2)
+
+
+def _optional(file: Path) -> Mapping[str, Any]:
+    return read_json(file) if file.is_file() else {}
+
+
+def _inspect(spec: EngineSpec, options: EncoderOptions, models: Sequence[Model]) -> EngineTraits:
+    folder = folder_of(spec, options, models)
+    return EngineTraits(
+        fuses=False,
+        logprobs=False,
+        structures=(),
+        encodes=folder.encodes,
+        context_tokens=folder.max_tokens,
+    )
+
+
+def folder_of(spec: EngineSpec, options: EncoderOptions, models: Sequence[Model]) -> Folder:
+    """Return what the engine's one model is; raises `PoolError`."""
+    if len(models) != 1:
+        raise PoolError(
+            f"engines.{spec.name}: an encoder engine runs one model, not {len(models)}; give each "
+            "an engine of its own"
+        )
+    card = models[0].card
+    assert card is not None, "the registry refuses models without one"
+    folder = read_folder(card.path, card.context_tokens)
+    most = min(options.max_tokens or folder.max_tokens, folder.max_tokens)
+    return Folder(**{**vars(folder), "max_tokens": most})
+
+
+def _create(spec: EngineSpec, options: EncoderOptions, models: Sequence[Model]) -> Engine:
+    from models.engines.encoder.engine import EncoderEngine  # noqa: PLC0415 - loads torch
+
+    return EncoderEngine(spec, options, models[0].name, folder_of(spec, options, models))
+
+
+KIND = EngineKind(
+    options=EncoderOptions, inspect=_inspect, create=_create, formats=("safetensors",)
+)
