@@ -134,6 +134,7 @@ def open_database(
     cannot be opened, or is no ledger of this Shoal's.
     """
     url = make_url(database_url(value))
+    shown = url.set(query={})  # in which a password may stand, too
     is_file = url.get_backend_name() == "sqlite"
     try:
         if is_file:
@@ -152,11 +153,11 @@ def open_database(
             "ledger.url: PostgreSQL needs the package psycopg: pip install 'shoal[postgres]'"
         ) from None
     except LedgerError as error:
-        raise LedgerError(f"ledger.url: {url!r}: {error}") from None
+        raise LedgerError(f"ledger.url: {shown!r}: {error}") from None
     except (DBAPIError, OSError) as error:
         reason = str(getattr(error, "orig", error)).strip()
         advice = "; name another file, or move this one away" if is_file else ""
-        raise LedgerError(f"ledger.url: cannot open {url!r}: {reason}{advice}") from None
+        raise LedgerError(f"ledger.url: cannot open {shown!r}: {reason}{advice}") from None
     return database
 
 
