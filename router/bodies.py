@@ -28,19 +28,23 @@ _INLINE_BYTES = 2**14
 
 
 class Bodies:
-    """Reads the bodies of one server's requests, of at most `max_bytes` and `max_values` each."""
+    """Reads the bodies of one server's requests.
 
-    def __init__(self, *, max_bytes: int, max_values: int) -> None:
+    Each has at most `max_bytes` and `max_values`, and arrives within `timeout_s`.
+    """
+
+    def __init__(self, *, max_bytes: int, max_values: int, timeout_s: float) -> None:
         self._max_bytes = max_bytes
         self._max_values = max_values
+        self._timeout_s = timeout_s
         # One: every thread that parses is another that the event loop waits for.
         self._thread = ThreadPoolExecutor(1, "shoal-bodies")
 
     async def read(self, request: Request, max_bytes: int | None = None) -> bytes:
         """Return the request's body, unpacked; `max_bytes` may be less than the server's.
 
-        Raises `ApiError`: 413 if it is longer, 415 for what is packed in an unknown way, 400 for
-        what cannot be unpacked; and `ClientDisconnected`.
+        Raises `ApiError`: 413 if it is longer, 408 if it comes too slowly, 415 for what is packed
+        in an unknown way, 400 for what cannot be unpacked; and `ClientDisconnected`.
         """
         most = min(max_bytes or self._max_bytes, self._max_bytes)
         packing = request.headers.get("content-encoding", "identity").strip().lower()
@@ -61,10 +65,17 @@ class Bodies:
             raise too_large
         body = bytearray()
         try:
-            async for part in unpacked:
-                body += part
-                if len(body) > most:
-                    raise too_large
+            async with asyncio.timeout(self._timeout_s):
+                async for part in unpacked:
+                    body += part
+                    if len(body) > most:
+                        raise too_large
+        except TimeoutError:
+            raise ApiError(
+                408,
+                f"The body did not arrive within {self._timeout_s:g} s (limits.body_timeout_s).",
+                code="body_timeout",
+            ) from None
         except ClientDisconnect:
             raise ClientDisconnected from None
         except (zlib.error, zstandard.ZstdError, EOFError):

@@ -32,7 +32,8 @@ class ServingLimits(_Strict):
     """Bounds on one request.
 
     A body has at most `max_body_bytes`, unpacked, and `max_body_values` strings, lists, objects and
-    commas: while they are parsed all other requests wait. `default_max_tokens` is the most an
+    commas: while they are parsed all other requests wait. It arrives within `body_timeout_s`, or
+    the request is ended. `default_max_tokens` is the most an
     answer takes where the client names no limit (never more than the context has room for).
     `request_timeout_s` ends a request, and is the most a client may ask for; `stage_timeout_s` ends
     a stage of a cascade, the last one excepted, so that the next one can run. A stream that has
@@ -44,6 +45,7 @@ class ServingLimits(_Strict):
 
     max_body_bytes: Count = 4 * 2**20
     max_body_values: Count = 150_000
+    body_timeout_s: float = Field(60, gt=0, le=86_400)
     first_comment_s: float = Field(1, gt=0, le=86_400)
     comment_interval_s: float = Field(10, gt=0, le=86_400)
     default_max_tokens: Count = 1024

@@ -34,7 +34,10 @@ async def decide(
     unknown names, plans that cannot run and ceilings that the plan exceeds.
     """
     target = _target(catalog, ask, limits.plans)
-    queries = [await _query(catalog, limits, exchange, ask, prompt) for prompt in ask.prompts]
+    queries = []
+    for prompt in ask.prompts:
+        queries.append(await _query(catalog, limits, exchange, ask, prompt))
+        await asyncio.sleep(0)  # others need not wait for all of a hundred prompts
     exchange.record.prompt_tokens = sum(query.prompt_tokens for query in queries)
     if ask.extension.policy is None and ask.extension.plan is None:
         arm_policy = experiments.place(exchange, ask, queries[0])
@@ -79,6 +82,7 @@ async def decide(
             )
         _check_ceilings(catalog, decision, query)
         decisions.append(decision)
+        await asyncio.sleep(0)
         for _ in range(ask.n):
             task = _task(
                 exchange, ask, prompt_index=len(decisions) - 1, query=query, i=len(choices)

@@ -52,8 +52,13 @@ def write_launcher(folder: Path, binary: str) -> Path:
 
 
 def most_connections() -> int:
-    """Return how many clients may be connected: as many as this process may have files open for."""
-    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    """Return how many clients may be connected: as many as HAProxy may have files open for.
+
+    That is this process's hard limit; HAProxy raises its soft one, which is often 1,024.
+    """
+    _, descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if descriptors == resource.RLIM_INFINITY:
+        return _MOST_CONNECTIONS
     room = (descriptors - _SPARE_DESCRIPTORS) // _DESCRIPTORS_PER_CONNECTION
     return max(100, min(_MOST_CONNECTIONS, room))
 

@@ -1,7 +1,8 @@
 """The application in one process, without Ray: for laptops and debugging (`shoal serve --local`).
 
 Engines and HTTP share an event loop; there is one replica of each. uvicorn waits for ever for the
-end of a request's head; Ray Serve has HAProxy in front for that, this server closes connections.
+end of a request's head, however long; Ray Serve has HAProxy in front for that, this server closes
+connections.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from router.ingress import create_api
 from router.ledger.writer import Ledger
 from router.service import Service
 
+_MOST_HEAD_BYTES = 2**16
 _OLD_REQUEST = re.compile(rb"[A-Z]+ \S+ HTTP/1\.0\r?\n")
 
 if TYPE_CHECKING:
@@ -37,9 +39,10 @@ else:
 
 
 class ImpatientProtocol(_Base):
-    """Closes a connection whose request head, once awaited, takes longer than `head_timeout_s`."""
+    """Closes a connection whose request head is too long, or takes longer than `head_timeout_s`."""
 
     head_timeout_s: float = HEADER_TIMEOUT_S
+    _num_bytes = 0
     _timer: asyncio.TimerHandle | None = None
     _begun = False
 
@@ -57,7 +60,11 @@ class ImpatientProtocol(_Base):
                 return
         super().data_received(data)
         cycle = getattr(self, "cycle", None)
-        if cycle is not None and not cycle.response_complete:
+        in_head = cycle is None or (cycle.response_complete and not cycle.more_body)
+        self._num_bytes = self._num_bytes + len(data) if in_head else 0
+        if self._num_bytes > _MOST_HEAD_BYTES:
+            self._close(b"HTTP/1.1 431 Request Header Fields Too Large\r\n\r\n")
+        elif cycle is not None and not cycle.response_complete:
             self._stop_waiting()
         elif self._timer is None:
             self._wait()
@@ -89,10 +96,11 @@ class ImpatientProtocol(_Base):
             self._timer.cancel()
             self._timer = None
 
-    def _close(self) -> None:
-        self._timer = None
+    def _close(self, told: bytes = b"") -> None:
+        self._stop_waiting()
         transport = getattr(self, "transport", None)
         if transport is not None:
+            transport.write(told)
             transport.close()
 
 

@@ -6,6 +6,7 @@ like. Tests hold what is served to it.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, Literal, TypeAlias
 
 from fastapi import FastAPI
@@ -104,7 +105,7 @@ def document(described_by_fastapi: dict[str, Any]) -> dict[str, Any]:
 def describe(api: FastAPI) -> None:
     """Have `api` serve our document in place of FastAPI's own."""
     by_fastapi = api.openapi
-    api.openapi = lambda: document(by_fastapi())  # type: ignore[method-assign]
+    api.openapi = cache(lambda: document(by_fastapi()))  # type: ignore[method-assign]
 
 
 def _schema(shape: Shape, mode: Literal["validation", "serialization"]) -> dict[str, Any]:

@@ -46,6 +46,7 @@ from router.streams import (
     EventStream,
     before,
     event,
+    in_json,
     side_by_side,
     until_disconnected,
     with_comments,
@@ -118,7 +119,11 @@ class Service:
         self._keep_text = keep_text
         self._user_secret = user_secret
         self.limits = limits
-        self.bodies = Bodies(max_bytes=limits.max_body_bytes, max_values=limits.max_body_values)
+        self.bodies = Bodies(
+            max_bytes=limits.max_body_bytes,
+            max_values=limits.max_body_values,
+            timeout_s=limits.body_timeout_s,
+        )
         self._echo_request_id = echo_request_id
         self._executor = Executor(
             engines=engines,
@@ -268,12 +273,20 @@ class Service:
             _count(exchange, index, chunk)
         await self._settle(exchange)
         whole = [merge(parts) for parts in chunks]
-        content = writer.whole(whole, _usage(exchange.record))
-        content["shoal"] = shoal_field(exchange, self.catalog, whole)
+        content: dict[str, Any] = {}
+
+        def write() -> dict[str, Any]:
+            content.update(writer.whole(whole, _usage(exchange.record)))
+            content["shoal"] = shoal_field(exchange, self.catalog, whole)
+            return content
+
+        tops = 1 + (exchange.choices[0].task.sampling.top_logprobs or 0)
+        num_tokens = sum(len(one.tokens) + len(one.prompt or ()) for one in whole)
+        body = await in_json(write, num_tokens * tops)
         await writer.keep(content, exchange.key_id)
         exchange.record.status = 200
         self._conversations.note(exchange)
-        return _json_response(200, content, self._headers(exchange))
+        return Response(body, 200, self._headers(exchange), "application/json")
 
     async def _events(
         self,

@@ -1,4 +1,4 @@
-"""Streams of answers: several read as one, ended in time, and sent as server-sent events.
+"""How answers are sent: streams read as one, ended in time, as events; and whole ones as JSON.
 
 What a client no longer waits for is cancelled: by the end of its time, or when it hangs up.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -100,6 +100,42 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
+# Beyond this, an answer takes so long to write that others should not wait for it.
+_INLINE_ENTRIES = 1024
+_SLICE = 1024
+
+
+async def in_json(make: Callable[[], object], num_entries: int) -> bytes:
+    """Return what `make` returns as JSON; on another thread where that has many `num_entries`.
+
+    Other requests run meanwhile: no piece of it holds the interpreter's lock for long.
+    """
+
+    if num_entries <= _INLINE_ENTRIES:
+        return _dumps(make()).encode()
+    return await asyncio.to_thread(lambda: _json(make()).encode())
+
+
+def _json(value: object, depth: int = 6) -> str:
+    """Return `value` as JSON, long lists and what stands high in it piece by piece."""
+    if depth and isinstance(value, dict):
+        return (
+            "{"
+            + ",".join(f"{_dumps(str(k))}:{_json(v, depth - 1)}" for k, v in value.items())
+            + "}"
+        )
+    if depth and isinstance(value, list | tuple):
+        if any(isinstance(entry, dict | list | tuple) for entry in value[:_SLICE]):
+            return "[" + ",".join(_json(entry, depth - 1) for entry in value) + "]"
+        slices = (value[start : start + _SLICE] for start in range(0, len(value), _SLICE))
+        return "[" + ",".join(_dumps(piece)[1:-1] for piece in slices) + "]"
+    return _dumps(value)
+
+
+def _dumps(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+
 def event(data: Mapping[str, Any], *, named: bool = False) -> bytes:
     """Return one event; `named` by its type."""
     name = f"event: {data['type']}\n".encode() if named else b""
@@ -152,4 +188,5 @@ class EventStream(Response):
         await send(start)
         async for data in self._events:
             await send({"type": "http.response.body", "body": data, "more_body": True})
+            await asyncio.sleep(0)  # many choices may have much to say at once
         await send({"type": "http.response.body", "body": b"", "more_body": False})

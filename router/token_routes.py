@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from importlib.metadata import version
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Request
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from models.tokenizer import Tokenizer
 from policies.kinds import MOST_COUNT
@@ -21,6 +20,7 @@ from router.executor.task import Prompt
 from router.openai_api.chat import ChatEndpoint
 from router.openai_api.fields import read_fields, read_json
 from router.openapi import described
+from router.streams import in_json
 
 _MOST_TOKENS = 2**20
 
@@ -95,7 +95,7 @@ def add_token_routes(
         known = model in catalog.prices.facts
         return catalog.members.tokenizer_of(model) if known else catalog.members.tokenizer
 
-    async def tokenize(request: Request) -> JSONResponse:
+    async def tokenize(request: Request) -> Response:
         await identify(request)
         model, prompt = await bodies.parse(_read_prompt, await bodies.read(request))
         tokens = await prompt.tokens(tokenizer_of(model))
@@ -105,15 +105,17 @@ def add_token_routes(
             if known
             else catalog.members.most_context_tokens
         )
-        return JSONResponse(
-            {"count": len(tokens), "max_model_len": context, "tokens": tokens, "token_strs": None}
-        )
+        told = {"count": len(tokens), "max_model_len": context, "tokens": tokens}
+        body = await in_json(lambda: {**told, "token_strs": None}, len(tokens))
+        return Response(body, media_type="application/json")
 
-    async def detokenize(request: Request) -> JSONResponse:
+    async def detokenize(request: Request) -> Response:
         await identify(request)
         fields = await bodies.parse(_read_tokens, await bodies.read(request))
         tokenizer = tokenizer_of(fields.model)
-        return JSONResponse({"prompt": await asyncio.to_thread(tokenizer.decode, fields.tokens)})
+        tokens = fields.tokens
+        body = await in_json(lambda: {"prompt": tokenizer.decode(tokens)}, len(tokens))
+        return Response(body, media_type="application/json")
 
     async def tell_version() -> JSONResponse:
         return JSONResponse({"version": version("shoal")})

@@ -145,15 +145,17 @@ def ask(line: HTTPConnection, path: str, body: bytes, headers: Mapping[str, str]
         return 0
 
 
-def attack(port: int, name: str, end_s: float, found: Any) -> None:
-    """Send one attack over and over until then; put the statuses into `found`."""
+def attack(port: int, name: str, begun: Any, end: Any, found: Any) -> None:
+    """Send one attack over and over, from `begun` until the `end`; `found` gets the statuses."""
     path, make, more = ATTACKS[name]
     made = make()
     body = made if isinstance(made, bytes) else json.dumps(made).encode()
     headers = {"content-type": "application/json", **more}
     line, statuses = HTTPConnection("127.0.0.1", port, timeout=60), Counter[int]()
-    while time.time() < end_s:
+    while not end.is_set():
         statuses[ask(line, path, body, headers)] += 1
+        begun.release()
+        time.sleep(PAUSE_S)
     found.put(statuses)
 
 
@@ -178,15 +180,17 @@ def percentile_ms(waits: list[float], share: float) -> float:
 def measure(port: int, name: str, duration_s: float) -> tuple[dict[int, int], list[float]]:
     """Attack and watch for that long; return what the attackers were answered, and the waits."""
     spawn = multiprocessing.get_context("spawn")
-    found = spawn.Queue()
-    end_s = time.time() + duration_s + 2
+    begun, end, found = spawn.Semaphore(0), spawn.Event(), spawn.Queue()
     attackers = [
-        spawn.Process(target=attack, args=(port, name, end_s, found)) for _ in range(NUM_ATTACKERS)
+        spawn.Process(target=attack, args=(port, name, begun, end, found))
+        for _ in range(NUM_ATTACKERS)
     ]
     for attacker in attackers:
         attacker.start()
-    time.sleep(1.5)
+    for _ in attackers:
+        begun.acquire()
     waits = watch(port, duration_s)
+    end.set()
     statuses = sum((found.get() for _ in attackers), Counter[int]())
     for attacker in attackers:
         attacker.join()

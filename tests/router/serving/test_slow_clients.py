@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -26,3 +27,38 @@ def test_half_sent_requests_deny_nobody(
     finally:
         for half in halves:
             half.close()
+
+
+def test_a_head_without_end_is_cut_off(serve: Callable[..., Any]) -> None:
+    """However fast it comes: what a server has to keep of a head is bounded."""
+    server = serve()
+    address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+    with socket.create_connection(address, timeout=60) as endless:
+        endless.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n")
+        told = b""
+        with suppress(ConnectionError):
+            for number in range(100_000):
+                endless.sendall(b"x-%d: y\r\n" % number * 100)
+        with suppress(ConnectionError):
+            told = endless.recv(65536)
+        assert told == b"" or b" 431 " in told
+    assert server.post().status_code == 200
+
+
+PATHS = ("/v1/chat/completions", "/v1/messages/count_tokens", "/tokenize", "/v1/feedback")
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_body_that_does_not_come_is_not_waited_for(serve: Callable[..., Any], path: str) -> None:
+    """Whatever is asked, a body has its time, and then the client is told which."""
+    server = serve(limits={"body_timeout_s": 0.2})
+    address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+    with socket.create_connection(address, timeout=60) as half:
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n"
+        half.sendall(head.encode() + b"{")
+        told = b""
+        while b"(limits.body_timeout_s)" not in told:
+            part = half.recv(65536)
+            assert part, told
+            told += part
+        assert told.startswith(b"HTTP/1.1 408")
