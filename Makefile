@@ -55,7 +55,8 @@ test-ops: $(STAMP)
 test-faults: $(STAMP)
 	$(BIN)/python -m pytest -m faults
 
-# A cap under two hundred clients and a killed replica, an experiment over two replicas.
+# A cap under two hundred clients and a killed replica, an experiment over two replicas, memory after
+# 200,000 requests (SHOAL_LOAD_REQUESTS: fewer, or more), and whatever the OpenAPI document allows or forbids.
 test-load: $(STAMP)
 	$(BIN)/python -m pytest -m load
 

@@ -93,6 +93,26 @@ BODIES: tuple[tuple[str, dict[str, Any]], ...] = (
         "/v1/messages/count_tokens",
         {"model": "alpha", "messages": [{"role": "user", "content": "x"}], "system": "s"},
     ),
+    (
+        "/v1/responses",
+        {
+            "model": "alpha", "max_output_tokens": 3, "instructions": "s", "store": False,
+            "input": [
+                {"role": "user", "content": [{"type": "input_text", "text": "x"}]},
+                {"type": "reasoning", "summary": [{"type": "summary_text", "text": "x"}]},
+                {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+                {"type": "function_call_output", "call_id": "c", "output": "1"},
+            ],
+            "tools": [{"type": "function", "name": "f", "parameters": {}}], "tool_choice": "none",
+            "text": {"format": {"type": "text"}, "verbosity": "low"}, "include": [],
+            "reasoning": {"effort": "low"}, "metadata": {"a": "b"}, "parallel_tool_calls": True,
+            "temperature": 0.5, "top_p": 0.5, "user": "u", "previous_response_id": None,
+        },
+    ),
+    ("/v1/responses", {"model": "auto", "input": "x", "max_output_tokens": 3, "stream": True}),
+    ("/tokenize", {"model": "alpha", "prompt": "x"}),
+    ("/tokenize", {"model": "alpha", "messages": [{"role": "user", "content": "x"}]}),
+    ("/detokenize", {"model": "alpha", "tokens": [65, 66]}),
     ("/v1/feedback", {"id": "chatcmpl-none", "label": "l"}),
     ("/v1/feedback", {"id": "chatcmpl-none", "score": 0.5}),
 )  # fmt: skip
