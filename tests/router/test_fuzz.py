@@ -138,7 +138,7 @@ def _mutate(seed: int) -> tuple[str, bytes]:
     if random.random() < 0.2:
         raw = bytearray(json.dumps(body).encode())
         for _ in range(random.randint(1, 6)):
-            at = random.randrange(len(raw))
+            at = random.randint(0, len(raw))
             raw[at : at + random.randint(0, 20)] = random.randbytes(random.randint(0, 2))
         return path, bytes(raw)
     for _ in range(random.choice((1, 1, 1, 2, 3, 4))):
