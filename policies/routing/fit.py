@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
+from sklearn.model_selection import StratifiedKFold
 from threadpoolctl import threadpool_limits
 
 from policies.encoders.base import Encoder, build_encoder
@@ -25,17 +26,28 @@ from policies.outcomes import Outcome, content_sha256, score_table
 from policies.routing.heads import (
     Heads,
     Objective,
+    field_weights,
     fit_heads,
     fit_platt,
     mean_scores,
     regress,
 )
-from policies.routing.nearness import Doubt, fit_doubt, fit_landmarks, fit_topics
+from policies.routing.nearness import (
+    NUM_FOLDS,
+    Doubt,
+    fit_doubt,
+    fit_landmarks,
+    fit_topics,
+)
 from policies.routing.router import Router, query_hashes
 
 Floats = NDArray[np.float64]
 
 MIN_QUERIES = 20
+
+SURELY_INSIDE = 0.5
+"""A query with this similarity, of -1 (outside the field) to 1, is familiar, however much more
+alike the field's own queries are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +150,8 @@ def fit_router(
 
     `models` (default: all that have scores) are the members to route between. `outside` are
     outcomes from beyond the field that `outcomes` cover: the heads learn from them who answers
-    there, and doubt what to expect (outlier exposure, Hendrycks et al. 2019), but they make no
-    query like them familiar. Raises `PolicyError` for too few outcomes and `OutcomesError` for a
+    there, and doubt to tell them from the field's and what to expect then (outlier exposure,
+    Hendrycks et al. 2019). Raises `PolicyError` for too few outcomes and `OutcomesError` for a
     model without scores.
     """
     settings = settings or FitSettings()
@@ -182,11 +194,10 @@ def _fit_router(examples: Examples, encoder: Encoder, settings: FitSettings) -> 
     )
     X_QF = landmarks.beside(encoded)
     tags = examples.tags(topics.assign(encoded.points_QD))
-    doubt = make_doubt(
-        encoded.points_QD[home_Q], scores_QM[home_Q], list(compress(tags, home_Q)), settings
-    )
-    if not home_Q.all():
-        doubt = doubt.measured(topics, encoded.points_QD[~home_Q], scores_QM[~home_Q])
+    if home_Q.all():
+        field_F, doubt = None, make_doubt(encoded.points_QD, scores_QM, tags, settings)
+    else:
+        field_F, doubt = field_weights(X_QF, home_Q), outside_doubt(examples, X_QF, settings)
     held_out_Q = examples.held_out(settings.held_out_share, settings.seed)
     seen_QF, seen_QM = X_QF[~held_out_Q], scores_QM[~held_out_Q]
     unseen_QF, unseen_QM = X_QF[held_out_Q], scores_QM[held_out_Q]
@@ -214,6 +225,7 @@ def _fit_router(examples: Examples, encoder: Encoder, settings: FitSettings) -> 
         landmarks=landmarks,
         weights_FM=heads.weights_FM,
         bias_M=heads.bias_M,
+        field_F=field_F,
         topics=topics,
         doubt=doubt,
         output_tokens_M=examples.mean_output_tokens(),
@@ -245,6 +257,30 @@ def make_doubt(
         num_clusters=settings.num_clusters,
         unfamiliar_share=settings.unfamiliar_share,
         seed=settings.seed,
+    )
+
+
+def outside_doubt(examples: Examples, X_QF: sp.csr_matrix, settings: FitSettings) -> Doubt:
+    """Set the threshold where queries from outside the field were measured, by cross-validation.
+
+    Similarity is then what `field_weights` give. What to expect of models below the threshold is
+    what they scored outside, and nothing shrinks further: how strange these queries are was known
+    when the models were asked.
+    """
+    home_Q, scores_QM = examples.home_Q, examples.scores_QM
+    similarity_Q = np.empty(len(home_Q), np.float32)
+    folds = StratifiedKFold(NUM_FOLDS, shuffle=True, random_state=settings.seed)
+    for seen, unseen in folds.split(home_Q, home_Q):
+        similarity_Q[unseen] = X_QF[unseen] @ field_weights(X_QF[seen], home_Q[seen])
+    tail = float(np.quantile(similarity_Q[home_Q], settings.unfamiliar_share))
+    familiar_above = min(tail, SURELY_INSIDE)
+    strange_Q = ~home_Q & (similarity_Q < familiar_above)
+    return Doubt(
+        familiar_above=familiar_above,
+        left_out_M=mean_scores(scores_QM[strange_Q if strange_Q.any() else ~home_Q]).astype(
+            np.float32
+        ),
+        left_out_similarity_U=np.array([np.finfo(np.float32).min], np.float32),
     )
 
 

@@ -32,6 +32,9 @@ Floats = NDArray[np.float64]
 RIDGE_TOLERANCE = 1e-3
 """A column is solved when its residual is this small, relative to where it began."""
 
+FIELD_RIDGE = 1.0
+"""How much the weights are regularised that tell the field's queries from those outside."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
@@ -195,6 +198,18 @@ def regress(
         X_QF, np.where(known, scores_QM - mean_M, 0.0), known.astype(np.float64), ridge=ridge
     )
     return mean_M, W_FM
+
+
+def field_weights(X_QF: sp.csr_matrix, home_Q: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Return weights [F] by which queries of the field score near 1, and others near -1.
+
+    Both kinds weigh the same, however many there are of each; a query that has nothing in common
+    with either scores 0.
+    """
+    share_Q = np.where(home_Q, home_Q.mean(), 1 - home_Q.mean())
+    weights_Q1 = (0.5 / share_Q)[:, None]
+    targets_Q1 = np.where(home_Q, 1.0, -1.0)[:, None]
+    return ridge_regression(X_QF, targets_Q1, weights_Q1, ridge=FIELD_RIDGE)[:, 0]
 
 
 def mean_scores(scores_QM: Floats) -> Floats:

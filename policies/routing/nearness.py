@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
@@ -179,11 +179,11 @@ def fit_topics(
 class Doubt:
     """What to expect of models where a query is unlike the training queries.
 
-    It is where its similarity to the nearest cluster is below `familiar_above`. Whole tasks that
-    were left out of training show what then remains: `left_out_M` are the models' mean scores on
-    those of their queries that were unfamiliar, `left_out_similarity_U` (ascending) how similar
-    these were. A query less like training than they were has less to go by than they had, and so
-    its prediction shrinks further, to nothing where no left-out query was as strange.
+    It is where its similarity is below `familiar_above`. Whole tasks that were left out of
+    training show what then remains: `left_out_M` are the models' mean scores on those of their
+    queries that were unfamiliar, `left_out_similarity_U` (ascending) how similar these were. A
+    query less like training than they were has less to go by than they had, and so its prediction
+    shrinks further, to nothing where no left-out query was as strange.
     """
 
     familiar_above: float
@@ -194,21 +194,6 @@ class Doubt:
         """Return the share of left-out, unfamiliar queries that were no more like training."""
         below = int(self.left_out_similarity_U.searchsorted(similarity, side="right"))
         return below / max(1, len(self.left_out_similarity_U))
-
-    def measured(self, topics: Topics, points_QD: Floats, scores_QM: NDArray[np.float64]) -> Doubt:
-        """Return what to expect where queries from outside were measured, instead of left-out ones.
-
-        Nothing shrinks then: how strange a query is was known when the models were asked.
-        """
-        strange_Q = topics.similarities(points_QD) < self.familiar_above
-        scores_QM = scores_QM[strange_Q] if strange_Q.any() else scores_QM
-        known_QM = ~np.isnan(scores_QM)
-        total_M = np.where(known_QM, scores_QM, 0.0).sum(0)
-        return replace(
-            self,
-            left_out_M=(total_M / np.maximum(known_QM.sum(0), 1)).astype(np.float32),
-            left_out_similarity_U=np.array([-1.0], np.float32),
-        )
 
     def shrunk(self, quality_QM: NDArray[np.float64], similarity_Q: Floats) -> NDArray[np.float64]:
         """Return the predictions, those of unfamiliar queries replaced by what is left of them."""

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
-from policies.encoders.base import Encoder, Features, Reader, build_encoder
+from policies.encoders.base import Encoded, Encoder, Features, Reader, build_encoder
 from policies.errors import PolicyError
 from policies.files import Artifact, check_shape, read_artifact, write_artifact
 from policies.routing.nearness import Doubt, Landmarks, Nearness, Topics
@@ -35,9 +35,9 @@ class Prediction(NamedTuple):
     """What a router says of one query.
 
     `quality_M` are calibrated expected scores in [0, 1]; `cluster` is the nearest, `similarity`
-    how near it is. Where the query is not `familiar`, `quality_M` is what whole tasks that training
-    had not seen make one expect (see `Doubt`). `likeness_M` is the share of the logits that is owed
-    to the landmarks.
+    how much the query is like training's (see `Router.similarities`). Where it is not `familiar`,
+    `quality_M` is what queries unlike training's make one expect (see `Doubt`). `likeness_M` is the
+    share of the logits that is owed to the landmarks.
     """
 
     quality_M: NDArray[np.float32]
@@ -52,10 +52,11 @@ class Prediction(NamedTuple):
 class Router:
     """Encoder, landmarks, calibrated heads and clusters, fitted on one set of outcomes.
 
-    `weights_FM` [F + N, M] weigh the encoder's features, then the landmarks'. `output_tokens_M` are
-    the models' mean answer lengths (NaN where unknown). `seen_Q` are the hashes of the training
-    queries, ascending: nobody should judge it on them. `facts` is JSON data about the training:
-    data hash, numbers, held-out metrics.
+    `weights_FM` [F + N, M] weigh the encoder's features, then the landmarks'; `field_F` [F + N]
+    weigh them to tell the field's queries from others, where training knew others (None: it did
+    not). `output_tokens_M` are the models' mean answer lengths (NaN where unknown). `seen_Q` are
+    the hashes of the training queries, ascending: nobody should judge it on them. `facts` is JSON
+    data about the training: data hash, numbers, held-out metrics.
     """
 
     models: tuple[str, ...]
@@ -66,21 +67,24 @@ class Router:
     topics: Topics
     doubt: Doubt
     output_tokens_M: NDArray[np.float32]
+    field_F: NDArray[np.float32] | None = None
     seen_Q: NDArray[np.uint32] = field(default_factory=lambda: np.empty(0, np.uint32))
     facts: Mapping[str, Any] = field(default_factory=dict)
     _read: Reader = field(init=False, repr=False, compare=False)
     _nearness: Nearness = field(init=False, repr=False, compare=False)
-    _likeness_ML: NDArray[np.float32] = field(init=False, repr=False, compare=False)
+    _likeness_CL: NDArray[np.float32] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Lay the arrays out for one query at a time: what is multiplied together lies together."""
-        num_features = self.encoder.num_features
+        num_features, weights_FC = self.encoder.num_features, self.weights_FM
+        if self.field_F is not None:  # the last column, after the models'
+            weights_FC = np.column_stack((weights_FC, self.field_F))
         # The landmarks' mixing is linear, as is what weighs it: one product instead of two.
-        likeness_LM = self.landmarks.mix_LN @ self.weights_FM[num_features:]
+        likeness_LC = self.landmarks.mix_LN @ weights_FC[num_features:]
         laid_out = {
-            "_read": self.encoder.reader(self.weights_FM[:num_features]),
+            "_read": self.encoder.reader(weights_FC[:num_features]),
             "_nearness": Nearness(self.landmarks, self.topics),
-            "_likeness_ML": np.ascontiguousarray(likeness_LM.T),  # products run along memory
+            "_likeness_CL": np.ascontiguousarray(likeness_LC.T),  # products run along memory
         }
         for name, value in laid_out.items():
             object.__setattr__(self, name, value)
@@ -91,10 +95,13 @@ class Router:
 
     def predict(self, text: str) -> Prediction:
         """Predict for one query."""
-        features, logits_M, point_D = self._read(text)
+        features, sums_C, point_D = self._read(text)
         near_L, cluster, similarity = self._nearness.of(point_D)
-        likeness_M = self._likeness_ML.dot(near_L)
-        logits_M += likeness_M
+        likeness_C = self._likeness_CL.dot(near_L)
+        sums_C += likeness_C
+        logits_M, likeness_M = sums_C, likeness_C
+        if self.field_F is not None:
+            logits_M, likeness_M, similarity = sums_C[:-1], likeness_C[:-1], float(sums_C[-1])
         logits_M += self.bias_M
         familiar = similarity >= self.doubt.familiar_above
         quality_M = expit(logits_M) if familiar else self._expected(similarity)
@@ -104,14 +111,25 @@ class Router:
         """Return the expected scores [Q, M] of many queries at once."""
         encoded = self.encoder.encode(texts)
         logits = np.asarray(self.landmarks.beside(encoded) @ self.weights_FM, np.float64)
-        similarity_Q = self.topics.similarities(encoded.points_QD)
-        return self.doubt.shrunk(expit(logits + self.bias_M), similarity_Q)
+        return self.doubt.shrunk(expit(logits + self.bias_M), self._similarities(encoded))
 
     def cluster_qualities(self, texts: Sequence[str]) -> Floats:
         """Return the mean scores [Q, M] of each query's nearest cluster, with the same doubt."""
-        points_QD = self.encoder.encode(texts).points_QD
-        quality_QM = self.topics.scores_KM[self.topics.assign(points_QD)].astype(np.float64)
-        return self.doubt.shrunk(quality_QM, self.topics.similarities(points_QD))
+        encoded = self.encoder.encode(texts)
+        clusters_Q = self.topics.assign(encoded.points_QD)
+        quality_QM = self.topics.scores_KM[clusters_Q].astype(np.float64)
+        return self.doubt.shrunk(quality_QM, self._similarities(encoded))
+
+    def similarities(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return how much queries [Q] are like training's: what tells them from those outside,
+        about 1 and -1, or where training knew none, how near the nearest cluster is."""
+        return self._similarities(self.encoder.encode(texts))
+
+    def _similarities(self, encoded: Encoded) -> NDArray[np.float32]:
+        if self.field_F is None:
+            return self.topics.similarities(encoded.points_QD)
+        similarity_Q: NDArray[np.float32] = self.landmarks.beside(encoded) @ self.field_F
+        return similarity_Q
 
     def _expected(self, similarity: float) -> NDArray[np.float32]:
         expected_M: NDArray[np.float32] = self.doubt.left_out_M * np.float32(
@@ -129,7 +147,10 @@ def query_hashes(texts: Sequence[str]) -> NDArray[np.uint32]:
 def save_router(router: Router, path: Path | str) -> None:
     """Write `router` to `path`, replacing what was there in one step."""
     path = Path(path)
-    rows = np.flatnonzero(router.weights_FM.any(1))
+    used_F = router.weights_FM.any(1)
+    if router.field_F is not None:
+        used_F |= router.field_F != 0
+    rows = np.flatnonzero(used_F)
     facts = dict(router.facts)
     artifact = Artifact(
         data_sha256=facts.pop("data_sha256", ""),
@@ -149,6 +170,7 @@ def save_router(router: Router, path: Path | str) -> None:
             "rows": rows,
             "weights": router.weights_FM[rows],
             "bias": router.bias_M,
+            **({} if router.field_F is None else {"field": router.field_F[rows]}),
             "landmark_centre": router.landmarks.centre_D,
             "landmarks": router.landmarks.units_LD,
             "landmark_mix": router.landmarks.mix_LN,
@@ -199,10 +221,17 @@ def _restored(artifact: Artifact, folder: Path) -> Router:
         "left_out_similarity": (len(arrays["left_out_similarity"]),),
         "output_tokens": (num_models,),
     }
+    if "field" in arrays:
+        shapes["field"] = (len(rows),)
     for name, shape in shapes.items():
         check_shape(name, arrays[name], shape)
-    weights_FM = np.zeros((num_features, num_models), np.float32)
-    weights_FM[rows] = arrays["weights"]
+
+    def spread(name: str) -> NDArray[np.float32]:
+        values = arrays[name]
+        everywhere = np.zeros((num_features, *values.shape[1:]), np.float32)
+        everywhere[rows] = values
+        return everywhere
+
     return Router(
         models=models,
         encoder=encoder,
@@ -213,8 +242,9 @@ def _restored(artifact: Artifact, folder: Path) -> Router:
             sharpness=_number("sharpness", settings),
             faint=_number("faint", settings),
         ),
-        weights_FM=weights_FM,
+        weights_FM=spread("weights"),
         bias_M=arrays["bias"],
+        field_F=spread("field") if "field" in arrays else None,
         topics=Topics(
             centroids_KD=arrays["centroids"],
             scores_KM=arrays["cluster_scores"],

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from scipy.stats import mannwhitneyu
 
 from models.pool import DEFAULT_POOL, load_pool
@@ -39,17 +38,12 @@ def held_out() -> list[Outcome]:
     return read_outcomes(DEFAULT_POOL / "outcomes.jsonl", split="test")
 
 
-def similarities(router: Router, texts: list[str]) -> NDArray[np.float32]:
-    """Return how similar texts are to what the router was trained on."""
-    return router.topics.similarities(router.encoder.encode(texts).points_QD)
-
-
 def test_everyday_questions_are_told_from_the_pools(
     router: Router, held_out: list[Outcome]
 ) -> None:
     """Similarity separates them at AUROC 0.98, and at most 2% of the pool's are sent away."""
-    own = similarities(router, [outcome.query for outcome in held_out])
-    other = similarities(router, EVERYDAY)
+    own = router.similarities([outcome.query for outcome in held_out])
+    other = router.similarities(EVERYDAY)
     auroc = mannwhitneyu(own, other).statistic / (len(own) * len(other))
     assert auroc >= 0.98
     assert np.mean(own < router.doubt.familiar_above) <= 0.02

@@ -193,7 +193,8 @@ def test_sparse_feedback_is_enough_to_learn() -> None:
 
 
 def test_what_lies_outside_goes_to_who_answers_there(tmp_path: Path) -> None:
-    """Outcomes from outside the field teach who answers there, and make nothing familiar."""
+    """Outcomes from outside the field teach who answers there, and what sounds like the field's
+    questions and is none."""
     towns = ["Lisbon", "Oslo", "Cairo", "Lima", "Quito", "Riga", "Delhi", "Accra"]
     scores = {"adder": 0.0, "speller": 0.0, "large": 0.0, "guide": 1.0}
     outside = [
@@ -208,7 +209,7 @@ def test_what_lies_outside_goes_to_who_answers_there(tmp_path: Path) -> None:
     router = fit_router(home, encoder=encoder(), settings=SETTINGS, outside=outside)
     save_router(router, tmp_path / "router.npz")
     policy = Learned(load_router(tmp_path / "router.npz"), models=FACTS)
-    for text in ("Where lies the town of Vienna", "ferries to Malta"):
+    for text in ("Where lies the town of Vienna", "What is the town of Vienna", "ferries to Malta"):
         decision = policy.decide(Query(text=text, explain=True))
         assert decision.plan == Answer(members=("guide",))
         assert decision.details["doubt"]["familiar"] is False
