@@ -160,7 +160,10 @@ class SentenceVectors:
         """Return what holds this thread's computing to one core for a single text."""
         if num_texts > 1:
             return nullcontext()
-        return self._controller.limit(limits=1, user_api="openmp")
+        limited: AbstractContextManager[object] = self._controller.limit(
+            limits=1, user_api="openmp"
+        )
+        return limited
 
     @cached_property
     def _controller(self) -> ThreadpoolController:

@@ -26,6 +26,7 @@ from policies.routing.fit import FitSettings, held_out_metrics, make_doubt, make
 from policies.routing.heads import Heads, Objective, enhance, fit_platt, mean_scores
 from policies.routing.nearness import Topics, fit_topics, no_landmarks
 from policies.routing.router import Router, query_hashes
+from policies.routing.strength import USUAL
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,8 +71,9 @@ def finetune_router(
 ) -> Router:
     """Fine-tune the encoder at `path` on outcomes, write it to the folder `out`, return the router.
 
-    Trained once: the queries held out for calibration take no part. Raises as `fit_router` does,
-    and `PolicyError` where `path` is no encoder's folder.
+    Trained once, with the usual β or the only one in `settings`: the queries held out for
+    calibration take no part. Raises as `fit_router` does, and `PolicyError` where `path` is no
+    encoder's folder.
     """
     settings, training = settings or FitSettings(), training or FinetuneSettings()
     examples = make_examples(outcomes, models)
@@ -84,7 +86,8 @@ def finetune_router(
         clusters_Q = _topics(points_QD, scores_QM, settings).assign(points_QD)
     seen_tags = list(compress(examples.tags(clusters_Q), ~held_out_Q))
     targets_QM = scores_QM.copy()
-    targets_QM[~held_out_Q] = enhance(scores_QM[~held_out_Q], seen_tags, beta=settings.beta)
+    beta = settings.betas[0] if len(settings.betas) == 1 else USUAL.beta
+    targets_QM[~held_out_Q] = enhance(scores_QM[~held_out_Q], seen_tags, beta=beta)
     heads, losses = _train(
         encoder, texts, targets_QM, held_out_Q, settings=settings, training=training
     )

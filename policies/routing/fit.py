@@ -30,7 +30,6 @@ from policies.routing.heads import (
     fit_heads,
     fit_platt,
     mean_scores,
-    regress,
 )
 from policies.routing.nearness import (
     NUM_FOLDS,
@@ -40,6 +39,7 @@ from policies.routing.nearness import (
     fit_topics,
 )
 from policies.routing.router import Router, query_hashes
+from policies.routing.strength import choose_strength
 
 Floats = NDArray[np.float64]
 
@@ -54,17 +54,18 @@ alike the field's own queries are."""
 class FitSettings:
     """How a router is trained.
 
-    `beta` is ZOOTER's share of a query's own score in its target, the rest being its tags' (or
-    cluster's) mean; the paper uses 0.3 on noisy reward-model scores, exact scores bear more.
-    What sets models apart is regularised by whichever of `ridges` predicts held-out queries best
-    (see `heads`). `num_landmarks`, `sharpness` and `landmark_weight` say how far heads may bend
-    (see `nearness`); with no landmarks they are linear.
+    `betas` are candidates for ZOOTER's share of a query's own score in its target, the rest being
+    its tags' (or cluster's) mean; the paper uses 0.3 on noisy reward-model scores. `ridges` are
+    candidates for how firmly differences among models are regularised. Which of them pay most is
+    seen on left-out queries and tasks (see `strength`). `num_landmarks`, `sharpness` and
+    `landmark_weight` say how far heads may bend (see `nearness`); with no landmarks they are
+    linear.
     About `unfamiliar_share` of new queries like the training's are treated as unlike it.
     """
 
     objective: Objective = field(default_factory=Objective)
-    beta: float = 0.7
-    ridges: tuple[float, ...] = (1.0, 10.0)
+    betas: tuple[float, ...] = (0.0, 0.35, 0.7, 1.0)
+    ridges: tuple[float, ...] = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
     num_landmarks: int = 512
     sharpness: float = 3.0
     landmark_weight: float = 4.0
@@ -199,9 +200,10 @@ def _fit_router(examples: Examples, encoder: Encoder, settings: FitSettings) -> 
     else:
         field_F, doubt = field_weights(X_QF, home_Q), outside_doubt(examples, X_QF, settings)
     held_out_Q = examples.held_out(settings.held_out_share, settings.seed)
-    seen_QF, seen_QM = X_QF[~held_out_Q], scores_QM[~held_out_Q]
     unseen_QF, unseen_QM = X_QF[held_out_Q], scores_QM[held_out_Q]
-    ridge = best_ridge(seen_QF, seen_QM, unseen_QF, unseen_QM, ridges=settings.ridges)
+    strength = choose_strength(
+        X_QF, scores_QM, tags, betas=settings.betas, ridges=settings.ridges, seed=settings.seed
+    )
 
     def fit(rows_Q: NDArray[np.bool_]) -> Heads:
         return fit_heads(
@@ -209,8 +211,8 @@ def _fit_router(examples: Examples, encoder: Encoder, settings: FitSettings) -> 
             scores_QM[rows_Q],
             list(compress(tags, rows_Q)),
             settings.objective,
-            beta=settings.beta,
-            ridge=ridge,
+            beta=strength.beta,
+            ridge=strength.ridge,
         )
 
     # Two cores' work: sparse products let other threads run.
@@ -235,7 +237,7 @@ def _fit_router(examples: Examples, encoder: Encoder, settings: FitSettings) -> 
             "num_queries": int(home_Q.sum()),
             "num_outside": int((~home_Q).sum()),
             "settings": asdict(settings),
-            "ridge": ridge,
+            **asdict(strength),
             "held_out": held_out_metrics(
                 platt.probabilities(logits_QM)[home_Q[held_out_Q]], unseen_QM[home_Q[held_out_Q]]
             ),
@@ -282,35 +284,6 @@ def outside_doubt(examples: Examples, X_QF: sp.csr_matrix, settings: FitSettings
         ),
         left_out_similarity_U=np.array([np.finfo(np.float32).min], np.float32),
     )
-
-
-def best_ridge(
-    seen_QF: sp.csr_matrix,
-    seen_QM: Floats,
-    unseen_QF: sp.csr_matrix,
-    unseen_QM: Floats,
-    *,
-    ridges: Sequence[float],
-) -> float:
-    """Return which of `ridges`, fitted on seen queries, best predicts unseen ones.
-
-    Judged by the squared error of what routing decides by: each model's score less the mean of the
-    query's known scores. Models that each know their own field want little regularisation, ones
-    that differ by luck want much.
-    """
-    known = ~np.isnan(unseen_QM)
-
-    def error(ridge: float) -> float:
-        mean_M, W_FM = regress(seen_QF, seen_QM, ridge=ridge)
-        wrong_QM = np.where(known, mean_M + unseen_QF @ W_FM - unseen_QM, 0.0)
-        wrong_QM -= known * (wrong_QM.sum(1) / np.maximum(known.sum(1), 1))[:, None]
-        return float((wrong_QM**2).sum())
-
-    if len(ridges) == 1:
-        return ridges[0]
-    with ThreadPoolExecutor(2) as pool:  # sparse products let other threads run
-        errors = dict(zip(ridges, pool.map(error, ridges), strict=True))
-    return min(ridges, key=errors.__getitem__)
 
 
 def held_out_metrics(quality_QM: Floats, scores_QM: Floats) -> dict[str, Any]:

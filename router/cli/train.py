@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -68,8 +69,14 @@ def train_router(
         float, typer.Option(help="finetuned: the highest rate; 1e-5 (large) to 5e-5 (small).")
     ] = 2e-5,
     beta: Annotated[
-        float, typer.Option(min=0, max=1, help="A query's own share in its target (ZOOTER's β).")
-    ] = 0.7,
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="A query's own share in its target (ZOOTER's β); default: what pays most on "
+            "left-out queries and tasks.",
+        ),
+    ] = None,
     clusters: Annotated[int, typer.Option(min=1, help="Number of clusters, at most.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of folds and clusters.")] = 0,
 ) -> None:
@@ -88,7 +95,9 @@ def train_router(
 
     kind, _, folder = encoder.partition(":")
     names = models.split(",") if models else None
-    settings = FitSettings(beta=beta, num_clusters=clusters, seed=seed)
+    settings = FitSettings(num_clusters=clusters, seed=seed)
+    if beta is not None:
+        settings = replace(settings, betas=(beta,))
     with refusing("train router"):
         if not out.parent.is_dir():
             raise PolicyError(f"--out: there is no folder {out.parent}")

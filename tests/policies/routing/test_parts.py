@@ -7,7 +7,7 @@ from scipy.optimize import check_grad
 from scipy.special import expit
 
 from policies.routing import heads
-from policies.routing.fit import best_ridge, reliability
+from policies.routing.fit import reliability
 from policies.routing.heads import (
     Heads,
     Objective,
@@ -159,17 +159,3 @@ def test_repeated_queries_make_no_more_clusters_than_there_are() -> None:
     points = np.repeat(np.eye(3, dtype=np.float32), 20, axis=0)
     topics = fit_topics(points, np.ones((60, 1)), num_clusters=6, seed=0)
     assert topics.sizes_K.tolist() == [20, 20, 20]
-
-
-def test_ridge_is_what_predicts_unseen_queries() -> None:
-    """Models with fields of their own get little regularisation, coin flips much (seed 0)."""
-    rng = np.random.default_rng(0)
-    fields = rng.integers(8, size=400)
-    X = sp.csr_matrix(np.eye(8, dtype=np.float32)[fields] + rng.normal(size=(400, 8), scale=0.1))
-    own = np.eye(8)[fields]
-    flips = rng.integers(2, size=(400, 8)).astype(float)
-    for scores, expected in ((own, 0.1), (flips, 1000.0)):
-        scores[3, 2] = NAN
-        halves = X[:200], scores[:200], X[200:], scores[200:]
-        assert best_ridge(*halves, ridges=(0.1, 10.0, 1000.0)) == expected
-    assert best_ridge(*halves, ridges=(7.0,)) == 7.0

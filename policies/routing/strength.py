@@ -1,0 +1,158 @@
+"""How firmly heads are held to what models score on average: chosen by what routing is worth.
+
+Two numbers decide that: the ridge of the regression, and ZOOTER's β, a query's own share in its
+target. Squared error weighs mistakes that change no choice as much as those that do, so candidates
+are judged by their *policy value* on queries that were left out: the mean score of the models that
+they choose, less a price. Among many models there is none, quality alone counts. Between two the
+question is when the better one is worth its price, so it gets all of them, from nothing to twice
+its lead, as in RouteLLM's APGR. Queries are left out in two ways, which count alike: at random, as
+more of the same will come, and by whole tasks, as others will. (Either alone fails: on new tasks
+nine models are best not told apart at all, which costs three points where the tasks are known; see
+docs/routing/results.md.)
+
+Regression in its dual form, on a sample of the queries: one factorisation serves every β and model.
+
+Shape legend: Q queries, F features, M models, R ridges, T prices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+from scipy.linalg import cho_factor, cho_solve
+from sklearn.model_selection import GroupKFold, KFold
+
+from policies.routing.heads import enhance, mean_scores
+
+Floats = NDArray[np.float64]
+Folds = Iterable[tuple[NDArray[np.intp], NDArray[np.intp]]]
+
+MOST_QUERIES: Final = 1600
+"""The right ridge hardly depends on how many queries there are; the time goes by their cube."""
+
+NUM_FOLDS: Final = 5
+NUM_PRICES: Final = 9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strength:
+    """`beta` in [0, 1] is a query's own share in its target; `ridge` > 0 weighs |w|²."""
+
+    beta: float
+    ridge: float
+
+
+USUAL: Final = Strength(beta=0.7, ridge=10.0)
+"""Where no query has two scores, so that nothing can be said of choosing."""
+
+
+def choose_strength(
+    X_QF: sp.csr_matrix,
+    scores_QM: Floats,
+    tags: Sequence[Sequence[str]],
+    *,
+    betas: Sequence[float],
+    ridges: Sequence[float],
+    seed: int,
+) -> Strength:
+    """Return which of `betas` and `ridges` is worth most on left-out queries and tasks.
+
+    `scores_QM` are NaN where unknown; a query's task is the first of its `tags`. Of candidates that
+    choose as well, the one with the least squared error is taken.
+    """
+    candidates = [Strength(beta=b, ridge=r) for b in betas for r in ridges]
+    tellable_Q = np.flatnonzero((~np.isnan(scores_QM)).sum(1) > 1)
+    if len(candidates) == 1 or len(tellable_Q) < 2 * NUM_FOLDS:
+        return candidates[0] if len(candidates) == 1 else USUAL
+    rng = np.random.default_rng(seed)
+    drawn_Q = np.sort(rng.permutation(tellable_Q)[:MOST_QUERIES])
+    scores_QM, tags = scores_QM[drawn_Q], [tags[q] for q in drawn_Q]
+    kernel_QQ = products(X_QF[drawn_Q])
+    tasks = [row[0] for row in tags]
+    protocols: list[Folds] = [KFold(NUM_FOLDS, shuffle=True, random_state=seed).split(tasks)]
+    if len(set(tasks)) > 1:
+        num_parts = min(NUM_FOLDS, len(set(tasks)))
+        protocols.append(GroupKFold(num_parts).split(tasks, groups=tasks))
+    prices_TM = prices(scores_QM)
+    worth, error = dict.fromkeys(candidates, 0.0), dict.fromkeys(candidates, 0.0)
+    for folds in protocols:
+        own_RQM, tagged_RQM = left_out(kernel_QQ, scores_QM, tags, folds, ridges)
+        for one in candidates:
+            r = ridges.index(one.ridge)
+            # Means of all queries: those without the left-out tasks would lean the other way.
+            predicted_QM = mean_scores(scores_QM) + (
+                one.beta * own_RQM[r] + (1 - one.beta) * tagged_RQM[r]
+            )
+            worth[one] += policy_value(predicted_QM, scores_QM, prices_TM)
+            error[one] += float(np.nansum((predicted_QM - scores_QM) ** 2))
+    return max(candidates, key=lambda one: (round(worth[one], 6), -error[one]))
+
+
+def products(X_QF: sp.csr_matrix) -> Floats:
+    """Return the queries' products [Q, Q]; features that most queries have are multiplied dense."""
+    common = np.bincount(X_QF.indices, minlength=X_QF.shape[1]) > X_QF.shape[0] / 4
+    dense_QF = X_QF[:, np.flatnonzero(common)].toarray()
+    rare_QF = X_QF[:, np.flatnonzero(~common)]
+    kernel_QQ: Floats = np.asarray((rare_QF @ rare_QF.T).toarray() + dense_QF @ dense_QF.T, float)
+    return kernel_QQ
+
+
+def prices(scores_QM: Floats) -> Floats:
+    """Return the models' prices [T, M]: none, but between two up to twice the better one's lead."""
+    mean_M = mean_scores(scores_QM)
+    above_M: Floats = mean_M - mean_M.min()
+    times_T = np.linspace(0, 2, NUM_PRICES if len(mean_M) == 2 else 1)
+    return times_T[:, None] * above_M
+
+
+def policy_value(predicted_QM: Floats, scores_QM: Floats, prices_TM: Floats) -> float:
+    """Return the mean of score less price, of the model with the highest predicted one.
+
+    The choice is among the models whose score is known (not NaN).
+    """
+    known_QM = ~np.isnan(scores_QM)
+    total = 0.0
+    for price_M in prices_TM:
+        chosen_Q1 = np.where(known_QM, predicted_QM - price_M, -np.inf).argmax(1)[:, None]
+        total += float(np.take_along_axis(scores_QM - price_M, chosen_Q1, 1).mean())
+    return total / len(prices_TM)
+
+
+def left_out(
+    kernel_QQ: Floats,
+    scores_QM: Floats,
+    tags: Sequence[Sequence[str]],
+    folds: Folds,
+    ridges: Sequence[float],
+) -> tuple[Floats, Floats]:
+    """Return how far regression predicts each query's scores above the models' means, [R, Q, M].
+
+    Fitted on the folds without it: from queries' own scores, and from the means of their tags.
+    """
+    num_queries, num_models = scores_QM.shape
+    found = np.zeros((2, len(ridges), num_queries, num_models))
+    for seen, out in folds:
+        seen_QM = scores_QM[seen]
+        mean_M = mean_scores(seen_QM)
+        tagged_QM = enhance(seen_QM, [tags[q] for q in seen], beta=0.0)
+        masks_M = (~np.isnan(seen_QM)).T
+        for mask_Q in {mask.tobytes(): mask for mask in masks_M}.values():
+            if not mask_Q.any():
+                continue
+            columns = np.flatnonzero((masks_M == mask_Q).all(1))
+            rows = seen[mask_Q]
+            targets = np.hstack(
+                [(part[mask_Q] - mean_M)[:, columns] for part in (seen_QM, tagged_QM)]
+            )
+            inner, across = kernel_QQ[np.ix_(rows, rows)], kernel_QQ[np.ix_(out, rows)]
+            for r, ridge in enumerate(ridges):
+                factor = cho_factor(inner + ridge * np.eye(len(rows)), check_finite=False)
+                own, tagged = np.hsplit(across @ cho_solve(factor, targets), 2)
+                for part, values in enumerate((own, tagged)):
+                    found[part, r][np.ix_(out, columns)] += values
+    return found[0], found[1]
