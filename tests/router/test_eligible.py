@@ -163,3 +163,23 @@ def test_who_stands_in_is_the_best_of_the_policy(tmp_path: Path) -> None:
     )
     assert chosen.plan == plan_of("big")
     assert list(chosen.details["left_out"]) == ["small"]
+
+
+def test_a_fusion_calls_in_one_way(tmp_path: Path) -> None:
+    """Members that write calls otherwise than the first leave a fusion that is offered tools."""
+    engines = [{"name": "near", "kind": "fake"}]
+    models = [
+        {"name": name, "engine": "near", "tools": form}
+        for name, form in (("a", "hermes"), ("b", "pythonic"), ("c", "hermes"))
+    ]
+    fused = {"answer": {"members": ["a", "b", "c"]}}
+    policies = {"auto": {"kind": "fixed", "plan": fused}}
+    with running(tmp_path, engines=engines, models=models, policies=policies) as front:
+        explain: Any = {"shoal": {"explain": True}}
+        answer = front.chat(model="auto", messages=CHAT, tools=[TOOL], extra_body=explain)
+        assert answer.shoal["members"] == ["a", "c"]
+        assert "different ways" in answer.shoal["details"]["left_out"]["b"]
+        with pytest.raises(openai.BadRequestError, match="different ways"):
+            front.chat(
+                model="a", messages=CHAT, tools=[TOOL], extra_body={"shoal": {"plan": fused}}
+            )

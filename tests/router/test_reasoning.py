@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from router.anthropic_api.request import read_messages
+from router.openai_api.responses_request import read_response_fields, response_ask
 from tests.router.conftest import Running, running
 
 SAID = "<think>\nTwo and two.\n</think>\n\nFour."
@@ -93,3 +95,20 @@ def test_a_message_has_a_block_of_thinking(front: Running) -> None:
     deltas = [e["delta"] for e in events if e["type"] == "content_block_delta"]
     assert "".join(d.get("thinking", "") for d in deltas) == THOUGHT
     assert "".join(d.get("text", "") for d in deltas) == TEXT
+
+
+def test_how_hard_to_think_reaches_the_template() -> None:
+    """In each API's own words; servers elsewhere are sent no field that the client did not."""
+    asked = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]}
+    ask = read_messages(json.dumps({**asked, "thinking": {"type": "disabled"}}).encode())
+    assert ask.prompts[0].rendering is not None
+    assert ask.prompts[0].rendering.arguments == {"enable_thinking": False}
+    assert ask.sent is not None
+    assert "chat_template_kwargs" not in ask.sent
+    body = json.dumps({"model": "m", "input": "hi", "reasoning": {"effort": "none"}}).encode()
+    ask = response_ask(read_response_fields(body, can_store=False), store=False)
+    assert ask.prompts[0].rendering is not None
+    assert ask.prompts[0].rendering.arguments == {
+        "reasoning_effort": "none",
+        "enable_thinking": False,
+    }

@@ -159,3 +159,26 @@ def test_templates_get_tools_and_arguments_as_objects() -> None:
     call = {"id": "c", "type": "function", "function": {"name": "add", "arguments": '{"a": 7}'}}
     turns = [{"role": "assistant", "content": "", "tool_calls": [call]}]
     assert template.render(turns, [TOOL]) == "add 7"
+
+
+def test_mistral_templates_get_ids_that_they_take() -> None:
+    """Nine letters and digits, whoever made the call; the result's id is the same one."""
+    template = ChatTemplate(
+        "{% for m in messages %}{% if m.tool_calls %}[TOOL_CALLS]{{ m.tool_calls[0].id }}"
+        "{% else %}{{ m.tool_call_id }}{% endif %} {% endfor %}",
+        special_tokens={},
+    )
+
+    def rendered(identity: str) -> list[str]:
+        call = {"id": identity, "function": {"name": "add", "arguments": "{}"}}
+        turns: Any = [
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "5", "tool_call_id": identity},
+        ]
+        return template.render(turns).removeprefix("[TOOL_CALLS]").split()
+
+    made, answered = rendered("call_of_somebody_else")
+    assert made == answered != rendered("call_of_another")[0]
+    assert len(made) == 9
+    assert made.isalnum()
+    assert rendered("VvvODy9mT") == ["VvvODy9mT"] * 2
