@@ -1,15 +1,17 @@
-"""vLLM's `/tokenize`, `/detokenize` and `/version`: what a model reads, which nobody answers."""
+"""vLLM's `/tokenize`, `/detokenize`, `/tokenizer_info`, `/version`: what a model reads."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
+from models.chat_template import read_prompt_facts, read_tokenizer_config
 from models.tokenizer import Tokenizer
 from policies.kinds import MOST_COUNT
 from policies.plan import Answer
@@ -75,10 +77,30 @@ class Detokenized(BaseModel):
     prompt: str
 
 
+class TokenizerFacts(BaseModel):
+    """A tokenizer: what tokenizer_config.json says, with the chat template, if there is one."""
+
+    model_config = ConfigDict(extra="allow")
+
+    tokenizer_class: str
+    vocab_size: int
+    chat_template: str | None
+
+
 class Version(BaseModel):
     """This server's version."""
 
     version: str
+
+
+def _facts(tokenizer: Tokenizer, path: Path | None) -> dict[str, Any]:
+    """Return what a checkpoint at `path` says of its `tokenizer`, as vLLM tells it."""
+    told = {"tokenizer_class": type(tokenizer).__name__, "vocab_size": tokenizer.vocab_size}
+    if path is None:
+        return {**told, "chat_template": None}
+    prompts = read_prompt_facts(path)
+    config = read_tokenizer_config(path) if path.is_dir() else prompts.special_tokens
+    return {**told, **config, "chat_template": prompts.templates.get("default")}
 
 
 def add_token_routes(
@@ -117,6 +139,14 @@ def add_token_routes(
         body = await in_json(lambda: {"prompt": tokenizer.decode(tokens)}, len(tokens))
         return Response(body, media_type="application/json")
 
+    async def tell_tokenizer(request: Request) -> JSONResponse:
+        await identify(request)
+        asked = request.query_params.get("model", catalog.members.first)
+        tokenizer = tokenizer_of(asked)
+        name = asked if asked in catalog.prices.facts else catalog.members.first
+        facts = await asyncio.to_thread(_facts, tokenizer, catalog.pool.model(name).tokenizer)
+        return JSONResponse(facts)
+
     async def tell_version() -> JSONResponse:
         return JSONResponse({"version": version("shoal")})
 
@@ -126,4 +156,6 @@ def add_token_routes(
     ):
         extra = described(answers, takes=takes)
         api.add_api_route(path, answer, methods=["POST"], openapi_extra=extra)
+    extra = described(TokenizerFacts, query=("model",))
+    api.add_api_route("/tokenizer_info", tell_tokenizer, methods=["GET"], openapi_extra=extra)
     api.add_api_route("/version", tell_version, methods=["GET"], openapi_extra=described(Version))

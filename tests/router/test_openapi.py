@@ -127,7 +127,14 @@ def test_answers_and_streams_are_as_described(
 
 def test_facts_are_as_described(server: Running, check: Callable[..., None]) -> None:
     """Names, tokens, version, health, feedback."""
-    for path in ("/v1/models", "/version", "/health", "/v1/experiments", "/v1/shadows"):
+    for path in (
+        "/v1/models",
+        "/version",
+        "/tokenizer_info",
+        "/health",
+        "/v1/experiments",
+        "/v1/shadows",
+    ):
         check(server.http.get(path).json(), path)
     for name in ("auto", "alpha"):
         check(server.http.get(f"/v1/models/{name}").json(), "/v1/models/{name}")

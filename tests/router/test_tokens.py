@@ -1,7 +1,12 @@
-"""`/tokenize`, `/detokenize` and `/version`."""
+"""`/tokenize`, `/detokenize`, `/tokenizer_info` and `/version`."""
 
+import json
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
+
+from tests.router.conftest import running
+from tests.router.test_encoding import write_encoder
 
 
 def test_there_and_back(server: Any) -> None:
@@ -15,6 +20,26 @@ def test_there_and_back(server: Any) -> None:
     usage = server.post(**chat).json()["usage"]
     assert server.http.post("/tokenize", json=chat).json()["count"] == usage["prompt_tokens"]
     assert server.http.get("/version").json() == {"version": version("shoal")}
+
+
+def test_a_checkpoints_tokenizer_is_told(tmp_path: Path) -> None:
+    """What its tokenizer_config.json says, with the template; a scripted model reads bytes."""
+    folder = write_encoder(tmp_path / "m")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    engines = [{"name": "e", "kind": "encoder"}, {"name": "one", "kind": "fake"}]
+    models = [
+        {"name": "alpha", "engine": "one"},
+        {"name": "m", "engine": "e", "checkpoint": str(folder)},
+    ]
+    with running(tmp_path, engines=engines, models=models, policies={}) as server:
+        told = server.http.get("/tokenizer_info", params={"model": "m"}).json()
+        assert server.http.get("/tokenizer_info", params={"model": "x"}).status_code == 404
+        for params in ({}, {"model": "auto"}):
+            facts = server.http.get("/tokenizer_info", params=params).json()
+            assert (facts["tokenizer_class"], facts["vocab_size"]) == ("ByteTokenizer", 257)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    assert {name: told[name] for name in config} == config
+    assert told["chat_template"] == "{{ messages }}"
 
 
 def test_bad_requests_are_named(server: Any) -> None:
