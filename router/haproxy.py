@@ -139,6 +139,7 @@ def main() -> None:
     left = [] if "-sf" in arguments else _others_with(file)
     if left:
         arguments += ["-sf", *left]
+    os.setsid()  # Ray kills what is in its manager's process group together with that
     os.execv(binary, [binary, *arguments])
 
 

@@ -1,5 +1,6 @@
 """Ray's HAProxy configuration, completed."""
 
+import os
 import re
 import subprocess
 import time
@@ -115,6 +116,7 @@ def test_a_new_one_takes_over_from_one_whose_manager_was_killed(
     """The first of a manager ends what is left; a reload names whom it replaces, and only that."""
     left, url = start(configuration)
     _get(url)
+    assert os.getpgid(left.pid) != os.getpgid(0), "Ray kills a worker's whole process group"
     new, _ = start(configuration)
     assert left.wait(60) == 0
     assert _get(url).status_code == 503
