@@ -282,8 +282,10 @@ class Service:
 
         tops = 1 + (exchange.choices[0].task.sampling.top_logprobs or 0)
         num_tokens = sum(len(one.tokens) + len(one.prompt or ()) for one in whole)
-        body = await in_json(write, num_tokens * tops)
-        await writer.keep(content, exchange.key_id)
+        num_entries = num_tokens * tops + sum(0 if o.rows is None else o.rows.size for o in whole)
+        body = await in_json(write, num_entries)
+        if not await writer.keep(content, exchange.key_id):
+            body = await in_json(lambda: content, num_entries)
         exchange.record.status = 200
         self._conversations.note(exchange)
         return Response(body, 200, self._headers(exchange), "application/json")

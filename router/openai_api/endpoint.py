@@ -104,12 +104,12 @@ class ResponseWriter(Protocol):
         """Return what ends a stream that failed."""
         ...
 
-    async def keep(self, told: dict[str, Any], key_id: str | None) -> None:  # noqa: ARG002
+    async def keep(self, told: dict[str, Any], key_id: str | None) -> bool:  # noqa: ARG002
         """Keep the answer for `key_id` where that was asked for; `told` is it, or its last event.
 
-        Never raises; what could not be kept is changed in `told`.
+        Never raises. Returns False where `told` now says that it could not be kept.
         """
-        return
+        return True
 
 
 @dataclass(kw_only=True)

@@ -136,12 +136,15 @@ class ItemWriter(ResponseWriter):
         response["error"] = {"code": told["code"], "message": told["message"]}
         return [self._event("response.failed", response=response)]
 
-    async def keep(self, told: dict[str, Any], key_id: str | None) -> None:
+    async def keep(self, told: dict[str, Any], key_id: str | None) -> bool:
         """Keep the response where it is to be; it says so itself where it could not be."""
         response = told.get("response", told)
-        if self.ask.store:
-            kept = Kept(response=response, items=self.ask.items)
-            response["store"] = await self.store.add(kept, key_id)
+        if not self.ask.store:
+            return True
+        response["store"] = await self.store.add(
+            Kept(response=response, items=self.ask.items), key_id
+        )
+        return bool(response["store"])
 
     @property
     def _status(self) -> str:

@@ -77,6 +77,17 @@ def test_kept_responses_are_read_and_forgotten(keeping: Running) -> None:
         assert refused.value.param == "previous_response_id"
 
 
+def test_what_cannot_be_kept_says_so(keeping: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer whose conversation takes too much room is told, and says that it was not kept."""
+    monkeypatch.setattr("router.openai_api.stored._MOST_BYTES", 10)
+    whole = keeping.post("/v1/responses", input="hello", store=True).json()
+    assert (whole["status"], whole["store"]) == ("completed", False)
+    asked = {"model": "alpha", "input": "hello", "store": True}
+    with keeping.client.responses.stream(**asked) as stream:
+        assert stream.get_final_response().to_dict()["store"] is False
+    assert _num_rows(keeping.service.ledger.database) == 0
+
+
 def test_nobody_reads_anothers(serve: Callable[..., Running]) -> None:
     """Another key, and none, get a 404 for what a key had kept, and cannot go on from it."""
     server = serve(app=KEEPING)
