@@ -112,7 +112,7 @@ async def _query(
     return Query(
         text=prompt.query(tokenizer),
         earlier=prompt.earlier(),
-        prompt_tokens=len(await prompt.tokens(tokenizer)),
+        prompt_tokens=await prompt.count(tokenizer),
         max_tokens=limits.default_max_tokens if ask.max_tokens is None else ask.max_tokens,
         user=exchange.user,
         session=exchange.record.session,

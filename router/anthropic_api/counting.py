@@ -42,9 +42,12 @@ def add_count_route(
             members = catalog.members
             named_target(catalog, ask.model)
             known = ask.model in catalog.prices.facts
-            tokenizer = members.tokenizer_of(ask.model) if known else members.tokenizer
             [prompt] = ask.prompts
-            return JSONResponse({"input_tokens": len(await prompt.tokens(tokenizer))})
+            if known:
+                num_tokens = len(await prompt.tokens(members.tokenizer_of(ask.model)))
+            else:
+                num_tokens = await prompt.count(members.tokenizer)
+            return JSONResponse({"input_tokens": num_tokens})
         except Exception as error:
             told = to_api_error(error)
             return JSONResponse(MessagesEndpoint().error(told), told.status, told.headers)

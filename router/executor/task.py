@@ -10,8 +10,8 @@ from typing import Any
 
 from models.chat_template import Message, Rendering
 from models.engines.base import Encoding, SamplingOptions
-from models.errors import ContextOverflow
-from models.tokenizer import Tokenizer
+from models.errors import ContextOverflow, RequestError
+from models.tokenizer import RoughTokenizer, Tokenizer
 from models.tools import Tools
 from policies.base import Query
 
@@ -21,6 +21,7 @@ INLINE_CHARACTERS = 16_384
 _MOST_EARLIER = 8
 # A prompt that is to be cut may be so many times as long as a context.
 _MOST_SHORTENED = 8
+_ROUGH = RoughTokenizer()
 
 
 class Prompt:
@@ -127,6 +128,17 @@ class Prompt:
             return ids
         kept = self._keep_tokens if self._keep_tokens >= 0 else room
         return ids if kept is None else ids[max(len(ids) - kept, 0) :]
+
+    async def count(self, tokenizer: Tokenizer) -> int:
+        """Return how many tokens the prompt has, for those who choose and reckon.
+
+        `tokenizer` need not be that of who answers: turns that its chat template refuses, as one
+        without tools does, are counted roughly.
+        """
+        try:
+            return len(await self.tokens(tokenizer))
+        except RequestError:
+            return len(await self.tokens(_ROUGH))
 
     def _encode(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         if self.encoding is not None:

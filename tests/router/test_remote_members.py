@@ -7,6 +7,7 @@ from typing import Any
 import openai
 import pytest
 
+from models.pool import DEFAULT_POOL
 from tests.router.conftest import Running, running
 
 LONG = {"answers": ["x" * 1000], "token_latency_s": 0.2}
@@ -151,3 +152,36 @@ def test_fusing_needs_a_known_tokenizer(front: Running) -> None:
         plan = {"answer": {"members": members}}
         with pytest.raises(openai.BadRequestError, match=r"models\.big\.remote\.tokenizer"):
             front.chat("hi", "auto", extra_body={"shoal": {"plan": plan}})
+
+
+def test_what_another_model_s_template_refuses_is_answered(
+    tmp_path: Path, upstream: Running
+) -> None:
+    """Policies count by the pool's first tokenizer; that its template knows no tools stops none."""
+    toy = {
+        "name": "toy",
+        "engine": "far",
+        "remote": {"tokenizer": str(DEFAULT_POOL / "arithmetic")},
+    }
+    pool = _pool(upstream) | {"models": [toy, *MODELS]}
+    function = {"name": "add", "arguments": "{}"}
+    call = {"id": "call_1", "type": "function", "function": function}
+    messages = [
+        {"role": "user", "content": "What is 2 + 3?"},
+        {"role": "assistant", "content": "I add.", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "5"},
+    ]
+    with running(tmp_path, **pool) as server:
+        answer = server.chat(model="big", messages=messages)
+        assert answer.choices[0].message.content == "5"
+        with pytest.raises(openai.BadRequestError, match="the chat template refuses them"):
+            server.chat(model="toy", messages=messages)
+        used = {"type": "tool_use", "id": "call_1", "name": "add", "input": {}}
+        result = {"type": "tool_result", "tool_use_id": "call_1", "content": "5"}
+        turns = [
+            {"role": "user", "content": "What is 2 + 3?"},
+            {"role": "assistant", "content": [used]},
+            {"role": "user", "content": [result]},
+        ]
+        counted = server.post("/v1/messages/count_tokens", model="auto", messages=turns)
+        assert counted.json()["input_tokens"] > 0
