@@ -24,7 +24,7 @@ from models.pool import found_here, load_pool
 from models.spec import EngineSpec, Model
 from policies.carbon.settings import CarbonSettings
 from router.catalog.catalog import load_catalog
-from router.compose import check_experiments, compose, open_ledger
+from router.compose import check_experiments, compose, freeze, open_ledger
 from router.config import AppArgs
 from router.energy import lane_meter
 from router.engines import EngineWorker, set_num_threads
@@ -126,6 +126,7 @@ class Ingress:
             ledger=open_ledger(args),
             echo_request_id=False,
         )
+        freeze()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the application that this replica serves."""

@@ -31,10 +31,10 @@ class _Strict(BaseModel):
 class ServingLimits(_Strict):
     """Bounds on one request.
 
-    A body has at most `max_body_bytes`, unpacked, and `max_body_values` strings, lists, objects and
-    commas: while they are parsed all other requests wait. It arrives within `body_timeout_s`, or
-    the request is ended. `default_max_tokens` is the most an
-    answer takes where the client names no limit (never more than the context has room for).
+    A body has at most `max_body_bytes`, unpacked, and `max_body_values` lists, objects, commas and
+    strings, which count as three each: while they are parsed all other requests wait. It arrives
+    within `body_timeout_s`, or the request is ended. `default_max_tokens` is the most an answer
+    takes where the client names no limit (never more than the context has room for).
     `request_timeout_s` ends a request, and is the most a client may ask for; `stage_timeout_s` ends
     a stage of a cascade, the last one excepted, so that the next one can run. A stream that has
     nothing to send for `first_comment_s` begins nonetheless, with a comment that clients skip, and

@@ -125,7 +125,7 @@ def _serve_here(args: AppArgs, pool: Pool, host: str, port: int) -> None:
 
     from models.errors import EngineError
     from router.catalog.catalog import load_catalog
-    from router.compose import open_ledger
+    from router.compose import freeze, open_ledger
     from router.local import http_server, local_service
     from router.logs import set_up_logs
 
@@ -140,6 +140,7 @@ def _serve_here(args: AppArgs, pool: Pool, host: str, port: int) -> None:
             while not server.started and not serving.done():  # noqa: ASYNC110 - has no event
                 await asyncio.sleep(0.01)
             if server.started:
+                freeze()
                 _announce(host, port, args)
             await serving
             _say("Stopping ...")

@@ -15,8 +15,9 @@ from models.tokenizer import RoughTokenizer, Tokenizer
 from models.tools import Tools
 from policies.base import Query
 
-# Below this, tokenizing takes less time than handing it to a thread is worth.
+# Below these, tokenizing takes less time than handing it to a thread is worth.
 INLINE_CHARACTERS = 16_384
+_INLINE_MESSAGES = 64
 # So many earlier messages a policy reads at most.
 _MOST_EARLIER = 8
 # A prompt that is to be cut may be so many times as long as a context.
@@ -57,6 +58,11 @@ class Prompt:
         told = (text or "",) if encoding is None else encoding.texts
         parts = told if messages is None else (m["content"] for m in messages)
         self._num_characters = sum(map(len, parts))
+        self._is_long = (
+            self._num_characters > INLINE_CHARACTERS
+            or len(messages or ()) > _INLINE_MESSAGES
+            or tools is not None
+        )
 
     @property
     def messages(self) -> Sequence[Message] | None:
@@ -119,7 +125,7 @@ class Prompt:
         if key not in self._cache:
             if self._token_ids is not None:
                 self._cache[key] = self._token_ids
-            elif self._num_characters > INLINE_CHARACTERS or self.tools is not None:
+            elif self._is_long:
                 self._cache[key] = await asyncio.to_thread(self._encode, tokenizer)
             else:
                 self._cache[key] = self._encode(tokenizer)
