@@ -44,7 +44,7 @@ class ServingLimits(_Strict):
     """
 
     max_body_bytes: Count = 4 * 2**20
-    max_body_values: Count = 150_000
+    max_body_values: Count = 250_000
     body_timeout_s: float = Field(60, gt=0, le=86_400)
     first_comment_s: float = Field(1, gt=0, le=86_400)
     comment_interval_s: float = Field(10, gt=0, le=86_400)
