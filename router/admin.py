@@ -1,4 +1,4 @@
-"""`/v1/admin`: keys, teams and the audit over HTTP, for those who bring an admin's key.
+"""`/v1/admin`: keys, teams, the audit and reloads over HTTP, for those who bring an admin's key.
 
 What a command line does (`shoal keys`, `shoal teams`, `shoal audit`), by the same functions.
 """
@@ -16,6 +16,7 @@ from router.access import keys
 from router.access.audit import ANONYMOUS, Action, AuditRow, read_audit
 from router.access.authentication import Identify
 from router.bodies import Bodies
+from router.editions import Editions
 from router.errors import bad_request
 from router.ledger.database import Database
 from router.openai_api.fields import read_fields, read_json
@@ -26,6 +27,15 @@ _MOST_ROWS = 1000
 
 Name: TypeAlias = Annotated[str, Field(min_length=1, max_length=200)]
 Caps: TypeAlias = dict[str, float]
+
+
+class EditionFacts(BaseModel):
+    """What is loaded: its number, since when (Unix time), and its policies."""
+
+    object: Literal["edition"]
+    number: int
+    loaded_s: float
+    policies: list[str]
 
 
 class KeyFacts(BaseModel):
@@ -98,6 +108,10 @@ Number = TypeVar("Number", int, float)
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Nothing(_Body):
+    """A body that says nothing; it may be left out."""
 
 
 class NewKey(_Body):
@@ -214,6 +228,27 @@ def add_admin_routes(
         ("GET", "/audit", audit, described(AuditList, query=rows)),
     ):
         api.add_api_route("/v1/admin" + path, answer, methods=[method], openapi_extra=extra)
+
+
+def add_reload_routes(api: FastAPI, editions: Editions, *, identify: Identify) -> None:
+    """Add `POST /v1/admin/reload` and `GET /v1/admin/edition` for whom `identify` lets in."""
+
+    async def reload(request: Request) -> JSONResponse:
+        actor = await identify(request) or ANONYMOUS
+        try:
+            edition = await editions.reload(actor=actor)
+        except ValueError as error:
+            raise bad_request(f"Nothing was reloaded. {error}", code="reload_refused") from None
+        return _told(edition.to_json())
+
+    async def tell(request: Request) -> JSONResponse:
+        await identify(request)
+        return _told(editions.current.to_json())
+
+    extra = described(EditionFacts, takes=Nothing)
+    api.add_api_route("/v1/admin/reload", reload, methods=["POST"], openapi_extra=extra)
+    extra = described(EditionFacts)
+    api.add_api_route("/v1/admin/edition", tell, methods=["GET"], openapi_extra=extra)
 
 
 def _number(request: Request, name: str, kind: type[Number]) -> Number | None:

@@ -41,7 +41,7 @@ def build(args: AppArgs) -> Application:
     Raises `PoolError`, `PolicyError` or `LedgerError` if the pool, a policy, an experiment or the
     ledger cannot be used.
     """
-    args = args.model_copy(update={"pool": args.pool.resolve()})
+    args = args.model_copy(update={"pool": args.pool.resolve()}).started()
     pool = load_pool(args.pool)
     # Find mistakes here, not in a replica.
     check_experiments(args, pool, load_catalog(pool, policies=args.policies, carbon=args.carbon))

@@ -123,8 +123,8 @@ class BudgetSync:
         interval_s: float = _INTERVAL_S,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """Take the `controllers` by their policies' names."""
-        self._controllers = dict(controllers)
+        """Take the `controllers` by their policies' names; they may change while it runs."""
+        self._controllers = controllers
         self._database = database
         self._interval_s = interval_s
         self._clock = clock
@@ -140,7 +140,7 @@ class BudgetSync:
 
     def reconcile(self) -> None:
         """Reconcile every controller once."""
-        for name, controller in self._controllers.items():
+        for name, controller in list(self._controllers.items()):
             since_s = controller.window_started_s(self._clock())
             spending = read_spending(self._database, policy=name, since_s=since_s)
             if spending is not None:

@@ -36,9 +36,9 @@ class Bodies:
     """
 
     def __init__(self, *, max_bytes: int, max_values: int, timeout_s: float) -> None:
-        self._max_bytes = max_bytes
-        self._max_values = max_values
-        self._timeout_s = timeout_s
+        self.max_bytes = max_bytes
+        self.max_values = max_values
+        self.timeout_s = timeout_s
         # One: every thread that parses is another that the event loop waits for.
         self._thread = ThreadPoolExecutor(1, "shoal-bodies")
 
@@ -48,7 +48,7 @@ class Bodies:
         Raises `ApiError`: 413 if it is longer, 408 if it comes too slowly, 415 for what is packed
         in an unknown way, 400 for what cannot be unpacked; and `ClientDisconnected`.
         """
-        most = min(max_bytes or self._max_bytes, self._max_bytes)
+        most = min(max_bytes or self.max_bytes, self.max_bytes)
         packing = request.headers.get("content-encoding", "identity").strip().lower()
         if packing not in ("identity", "gzip", "x-gzip", "deflate", "zstd"):
             raise ApiError(
@@ -67,7 +67,7 @@ class Bodies:
             raise too_large
         body = bytearray()
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(self.timeout_s):
                 async for part in unpacked:
                     body += part
                     if len(body) > most:
@@ -75,7 +75,7 @@ class Bodies:
         except TimeoutError:
             raise ApiError(
                 408,
-                f"The body did not arrive within {self._timeout_s:g} s (limits.body_timeout_s).",
+                f"The body did not arrive within {self.timeout_s:g} s (limits.body_timeout_s).",
                 code="body_timeout",
             ) from None
         except ClientDisconnect:
@@ -95,9 +95,9 @@ class Bodies:
         return await loop.run_in_executor(self._thread, self._counted, parse, body)
 
     def _counted(self, parse: Callable[[bytes], T], body: bytes) -> T:
-        if has_more_values(body, self._max_values):
+        if has_more_values(body, self.max_values):
             raise bad_request(
-                f"The body holds more than {self._max_values} JSON values (limits.max_body_values):"
+                f"The body holds more than {self.max_values} JSON values (limits.max_body_values):"
                 f" lists, objects, commas, and strings, which count as {STRING} each",
                 code="body_too_complex",
             )

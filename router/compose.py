@@ -8,6 +8,7 @@ import socket
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from models.pool import Pool
 from policies.budget import Controller
@@ -16,8 +17,9 @@ from policies.experiments.shadow import Shadow, ShadowMeter
 from router.access.authentication import Authenticator
 from router.access.budgets import Budgets
 from router.background import BudgetSync, GridFeed
-from router.catalog.catalog import Catalog
+from router.catalog.catalog import Catalog, load_catalog
 from router.config import AppArgs
+from router.editions import Edition, Editions, next_edition, publish
 from router.engines import EngineClient
 from router.experiments.experiments import Experiments, read_definitions
 from router.experiments.shadows import shadow_report
@@ -80,6 +82,23 @@ def check_experiments(args: AppArgs, pool: Pool, catalog: Catalog) -> None:
             database.dispose()
 
 
+def publish_reload(args: AppArgs, pool: Pool) -> int:
+    """Have the running server of `args` and `pool` take up what its files say now.
+
+    Returns the number of the edition that its replicas follow.
+
+    Raises `ValueError` where something cannot be used or cannot change; then nothing changes.
+    """
+    # Only the models and engines are compared; policies that run may have lost their files.
+    catalog = load_catalog(replace(pool, policies={}, scorers={}), carbon=args.carbon)
+    database = open_database(args.ledger.url, statement_timeout_s=_STATEMENT_TIMEOUT_S)
+    try:
+        running = Edition(number=1, loaded_s=0.0, args=args, catalog=catalog)
+        return publish(next_edition(running, database), database).number
+    finally:
+        database.dispose()
+
+
 def compose(
     args: AppArgs,
     pool: Pool,
@@ -93,26 +112,30 @@ def compose(
 
     Raises `ExperimentError`, also for an experiment that changed while it has data.
     """
+    first = Edition(number=1, loaded_s=time.time(), args=args.started(), catalog=catalog)
+    editions = Editions(first, ledger.database)
+    args, catalog = editions.current.args, editions.current.catalog
+    pool = catalog.pool
     definitions, shadows = read_definitions(args)
     controllers = _controllers(catalog)
     experiments = Experiments(
         definitions, args=args, pool=pool, catalog=catalog, database=ledger.database
     )
-    return Service(
-        gate=_gate(args, ledger.database),
+    gate = _gate(args, ledger.database)
+    service = Service(
+        gate=gate,
         keep_text=args.ledger.keep_text,
         user_secret=installation_secret(ledger.database, "users"),
-        catalog=catalog,
+        editions=editions,
         engines=engines,
         ledger=ledger,
-        limits=args.limits,
         echo_request_id=echo_request_id,
         experiments=experiments,
         responses=ResponseStore(ledger.database, args.responses),
         shadows=_meters(args, shadows, ledger.database),
         metrics=build_metrics(
             args,
-            catalog,
+            editions,
             engines=engines,
             ledger=ledger,
             experiments=experiments,
@@ -122,6 +145,18 @@ def compose(
         watchers=_watchers(args),
         background=_background(args, catalog, ledger.database, controllers),
     )
+
+    def follow(edition: Edition) -> None:
+        gate.configure(edition.args.budgets)
+        service.bodies.max_bytes = edition.args.limits.max_body_bytes
+        service.bodies.max_values = edition.args.limits.max_body_values
+        service.bodies.timeout_s = edition.args.limits.body_timeout_s
+        experiments.catalog = edition.catalog
+        controllers.clear()
+        controllers.update(_controllers(edition.catalog))
+
+    editions.followers.append(follow)
+    return service
 
 
 def _controllers(catalog: Catalog) -> dict[str, Controller]:
@@ -166,8 +201,7 @@ def _background(
     background: list[Background] = []
     if args.carbon.feed is not None and isinstance(catalog.prices.grid, CachedGrid):
         background.append(GridFeed(args.carbon.feed, catalog.prices.grid))
-    if controllers:
-        background.append(BudgetSync(controllers, database))
+    background.append(BudgetSync(controllers, database))
     return background
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from models.pool import DEFAULT_POOL
 from models.spec import DeploymentSpec, Name
@@ -107,6 +110,19 @@ class TracingConfig(_Strict):
     sample_ratio: float = Field(1.0, ge=0, le=1)
 
 
+# The sections that a running server takes up anew.
+RELOADED = ("policies", "limits", "budgets")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Origin:
+    """Where arguments come from: a file with this `content`, and what was named beside it."""
+
+    file: Path | None
+    content: Mapping[str, Any]
+    overrides: Mapping[str, object]
+
+
 class AppArgs(_Strict):
     """Everything the application needs to know.
 
@@ -143,6 +159,48 @@ class AppArgs(_Strict):
     shadows: dict[Name, Any] = Field(default_factory=dict)
     hosts: tuple[str, ...] | None = None
 
+    _origin: _Origin | None = PrivateAttr(None)
+    _server: str = PrivateAttr("")
+
+    @property
+    def server(self) -> str:
+        """Names one start of one server, whose replicas share it; empty before `started`."""
+        return self._server
+
+    def started(self) -> AppArgs:
+        """Return the arguments of a server that starts with them now."""
+        if self._server:
+            return self
+        args = self.model_copy()
+        args._server = secrets.token_hex(8)
+        return args
+
+    def read_again(self) -> AppArgs:
+        """Return these arguments with what their file says now in the sections of `RELOADED`.
+
+        Raises `ConfigError` for a file that cannot be used, and for any other change in it.
+        """
+        if self._origin is None or self._origin.file is None:
+            return self
+        origin, file = self._origin, self._origin.file
+        fresh = load_args(file, **origin.overrides)
+        assert fresh._origin is not None
+        before, after = origin.content, fresh._origin.content
+        for name in {**before, **after}:
+            if name not in RELOADED and before.get(name) != after.get(name):
+                raise ConfigError(
+                    f"{file}: {name} cannot change while the server runs: start it again, or put "
+                    f"it back; a reload takes {', '.join(RELOADED)}"
+                )
+        if fresh.budgets.lease_s != self.budgets.lease_s:
+            raise ConfigError(f"{file}: budgets.lease_s cannot change while the server runs")
+        return self.model_copy(update={name: getattr(fresh, name) for name in RELOADED})
+
+    def with_sections(self, sections: Mapping[str, Any]) -> AppArgs:
+        """Return these arguments with the `sections` of `RELOADED`, which are JSON."""
+        read = AppArgs.model_validate(sections)
+        return self.model_copy(update={name: getattr(read, name) for name in RELOADED})
+
     def listening_on(self, host: str) -> AppArgs:
         """Return what holds for a server that listens on `host` and nowhere else.
 
@@ -164,6 +222,7 @@ def load_args(file: Path | None, **overrides: object) -> AppArgs:
     """
     data: dict[str, Any] = {}
     if file is not None:
+        file = file.absolute()
         try:
             content = yaml.safe_load(file.read_text())
         except OSError as error:
@@ -175,8 +234,11 @@ def load_args(file: Path | None, **overrides: object) -> AppArgs:
         data = dict(content or {})
         if isinstance(data.get("pool"), str):
             data["pool"] = file.parent / data["pool"]
+    origin = _Origin(file=file, content=dict(data), overrides=overrides)
     data.update({key: value for key, value in overrides.items() if value is not None})
     try:
-        return AppArgs.model_validate(data)
+        args = AppArgs.model_validate(data)
     except ValidationError as error:
         raise ConfigError(f"{file or 'arguments'}: {explain(error)}") from None
+    args._origin = origin
+    return args

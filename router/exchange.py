@@ -19,6 +19,7 @@ from policies.plan import Answer, Plan, to_json
 from router.access.budgets import Reservation
 from router.access.keys import Key
 from router.catalog.catalog import Catalog
+from router.config import ServingLimits
 from router.executor.judging import logprobs
 from router.executor.task import Task
 from router.executor.trace import Trace
@@ -43,6 +44,14 @@ class Choice:
     fallback: tuple[Plan, ...] = ()
     num_tokens: int = 0
     trace: Trace = field(default_factory=Trace)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """What a request is answered by from its beginning to its end, whatever is loaded meanwhile."""
+
+    catalog: Catalog
+    limits: ServingLimits
 
 
 @dataclass(kw_only=True)
@@ -70,6 +79,7 @@ class Exchange:
     user: str | None = None
     answer: list[str] = field(default_factory=list)
     recorded: bool = False
+    terms: Terms | None = None
     offline: bool = False
 
     @classmethod
@@ -89,6 +99,18 @@ class Exchange:
             traceparent=headers.get("traceparent"),
             user=_name(headers, USER_HEADER),
         )
+
+    @property
+    def catalog(self) -> Catalog:
+        """What there was to ask for when the request came."""
+        assert self.terms is not None
+        return self.terms.catalog
+
+    @property
+    def limits(self) -> ServingLimits:
+        """The bounds that held when the request came."""
+        assert self.terms is not None
+        return self.terms.limits
 
     @property
     def id(self) -> str:

@@ -13,7 +13,7 @@ from policies.plan import Plan, answers
 from router.access.authentication import Authenticator
 from router.access.budgets import Budgets
 from router.access.keys import Key, Scope
-from router.access.limits import Amounts
+from router.access.limits import Amounts, BudgetsConfig
 from router.access.store import used_amounts
 from router.catalog.catalog import Catalog
 from router.exchange import Exchange
@@ -47,6 +47,10 @@ class Gate:
         exchange.reservation = await self._budgets.reserve(
             request_id=exchange.id, key=exchange.key, estimate=most(exchange, catalog)
         )
+
+    def configure(self, budgets: BudgetsConfig) -> None:
+        """Hold new requests to these caps."""
+        self._budgets.configure(budgets)
 
     def settle(self, exchange: Exchange, record: RequestRecord) -> None:
         """Charge what `record` says; neither blocks nor raises."""

@@ -24,7 +24,7 @@ from models.errors import EngineError
 from router.access.authentication import Identify, KeyRejected
 from router.access.keys import KeysError, Scope
 from router.access.limits import CapError
-from router.admin import add_admin_routes
+from router.admin import add_admin_routes, add_reload_routes
 from router.anthropic_api.answer import MessagesEndpoint
 from router.anthropic_api.counting import add_count_route
 from router.batching import OFFLINE, Batching
@@ -133,11 +133,11 @@ def create_api(service: Service, args: AppArgs) -> FastAPI:
 
     add_count_route(
         api,
-        service.catalog,
+        lambda: service.catalog,
         identify=identify,
         bodies=service.bodies,
     )
-    add_token_routes(api, service.catalog, identify=identify, bodies=service.bodies)
+    add_token_routes(api, lambda: service.catalog, identify=identify, bodies=service.bodies)
     names = [shadow.name for shadow in service.mirror.shadows]
     add_feedback_route(
         api,
@@ -150,12 +150,13 @@ def create_api(service: Service, args: AppArgs) -> FastAPI:
     add_dashboard(
         api,
         args.dashboard,
-        catalog=service.catalog,
+        now=lambda: service.catalog,
         database=service.ledger.database,
-        caps=args.budgets.server_caps(),
+        caps=service.editions.server_caps,
         identify=sees,
     )
     add_admin_routes(api, service.ledger.database, identify=acts, bodies=service.bodies)
+    add_reload_routes(api, service.editions, identify=acts)
     add_experiment_routes(api, service.experiments, service.mirror, identify=sees)
     add_metrics_route(api, service.metrics, identify=sees)
 

@@ -55,7 +55,8 @@ class RequestRecord:
     499 where the client left; `error` the error's code. `queue_s` is the time until the first
     engine was asked: for the key, the plan, and room in the budgets (None: none was). `ttft_s` is
     the time to the first text (None if there was none). `team_id` is the team that the key
-    belonged to then. `user_hash` stands for the body's
+    belonged to then, `edition` counts what the server has loaded (`router.editions`). `user_hash`
+    stands for the body's
     `user`: HMAC-SHA-256 with the installation's secret, cut to 16 hexadecimal digits. `scores` are
     the policy's predictions, `familiar` says whether the query is like those that it learned from
     (None: it cannot tell), `conversation` names what the next turn begins with, and `answered_with`
@@ -97,6 +98,7 @@ class RequestRecord:
     energy_method: str | None = None
     key_id: str | None = field(default=None, metadata=shown())
     team_id: str | None = None
+    edition: int = 1
     user_hash: str | None = None
     session: str | None = field(
         default=None, metadata=shown(log=False, span="gen_ai.conversation.id")

@@ -25,9 +25,10 @@ from router.catalog.catalog import Catalog
 from router.config import ServingLimits
 from router.conversations import Conversations
 from router.decide import decide
+from router.editions import Editions
 from router.engines import EngineClient, merge
 from router.errors import ApiError, bad_request, to_api_error
-from router.exchange import Exchange, shoal_field
+from router.exchange import Exchange, Terms, shoal_field
 from router.executor.executor import Executor
 from router.executor.trace import Run
 from router.experiments.experiments import Experiments
@@ -86,10 +87,9 @@ class Service:
     def __init__(  # noqa: PLR0913 - what it is composed of, named at the one call
         self,
         *,
-        catalog: Catalog,
+        editions: Editions,
         engines: Mapping[str, EngineClient],
         ledger: Ledger,
-        limits: ServingLimits,
         gate: Gate,
         experiments: Experiments,
         metrics: Metrics,
@@ -108,7 +108,7 @@ class Service:
         `watchers` are told of every record. `metrics`, and what is in
         the `background`, run from `start` to `close`.
         """
-        self.catalog = catalog
+        self.editions = editions
         self.engines = engines
         self.experiments = experiments
         self.ledger = ledger
@@ -118,31 +118,32 @@ class Service:
         self._watchers = tuple(watchers)
         self._keep_text = keep_text
         self._user_secret = user_secret
-        self.limits = limits
         self.bodies = Bodies(
-            max_bytes=limits.max_body_bytes,
-            max_values=limits.max_body_values,
-            timeout_s=limits.body_timeout_s,
+            max_bytes=self.limits.max_body_bytes,
+            max_values=self.limits.max_body_values,
+            timeout_s=self.limits.body_timeout_s,
         )
         self._echo_request_id = echo_request_id
-        self._executor = Executor(
-            engines=engines,
-            members=catalog.members,
-            scorers=catalog.policies.scorers,
-            limits=limits,
-        )
-        self.mirror = Mirror(
-            shadows, catalog=catalog, executor=self._executor, ledger=ledger, limits=limits
-        )
+        self.mirror = Mirror(shadows, executor=self._executor, ledger=ledger)
         self.num_waited_for = 0
         self._conversations = Conversations(ledger.database, user_secret)
         self._settling: set[asyncio.Task[None]] = set()
         self._background = {
             Worker(type(one).__name__.lower()): one
-            for one in (*background, metrics, experiments, responses)
+            for one in (*background, metrics, experiments, responses, editions)
         }
         self._running: list[asyncio.Task[None]] = []
         metrics.workers = self.workers
+
+    @property
+    def catalog(self) -> Catalog:
+        """What there is to ask for."""
+        return self.editions.current.catalog
+
+    @property
+    def limits(self) -> ServingLimits:
+        """The bounds of new requests."""
+        return self.editions.current.args.limits
 
     @property
     def workers(self) -> tuple[Worker, ...]:
@@ -165,6 +166,7 @@ class Service:
         exchange = Exchange.begin(
             id_prefix=endpoint.id_prefix, endpoint=endpoint.path, headers=request.headers
         )
+        self._bind(exchange)
 
         async def answer() -> Response:
             exchange.deadline_s = self._deadline_s(exchange, _timeout_s(request.headers))
@@ -183,6 +185,7 @@ class Service:
         Raises `KeyRejected` where the key is known no more, and `DatabaseUnavailable`.
         """
         exchange = Exchange.begin(id_prefix=endpoint.id_prefix, endpoint=endpoint.path, headers={})
+        self._bind(exchange)
         exchange.offline = True
         exchange.key = await self.gate.key(key_id)
         exchange.deadline_s = self._deadline_s(exchange, None)
@@ -230,14 +233,20 @@ class Service:
         assert exchange.deadline_s is not None
         async with asyncio.timeout_at(exchange.deadline_s):
             await decide(
-                self.catalog, self.limits, exchange, ask, self.experiments, self._conversations
+                exchange.catalog,
+                exchange.limits,
+                exchange,
+                ask,
+                self.experiments,
+                self._conversations,
             )
-            await self.gate.admit(exchange, self.catalog)
+            await self.gate.admit(exchange, exchange.catalog)
+        executor = self._executor(exchange)
         answers = before(
             exchange.deadline_s,
             side_by_side(
                 [
-                    self._executor.first_of((c.plan, *c.fallback), c.task, c.trace)
+                    executor.first_of((c.plan, *c.fallback), c.task, c.trace)
                     for c in exchange.choices
                 ]
             ),
@@ -246,7 +255,7 @@ class Service:
             id=exchange.id,
             created_s=int(exchange.record.time_s),
             model=ask.model,
-            fingerprint=self.catalog.fingerprint,
+            fingerprint=exchange.catalog.fingerprint,
             prompt_tokens=exchange.record.prompt_tokens,
         )
         writer = endpoint.writer(head, ask)
@@ -255,13 +264,13 @@ class Service:
         first = asyncio.ensure_future(anext(answers))
         try:
             # Read before 200 is sent, so that early errors keep their status.
-            await asyncio.wait({first}, timeout=self.limits.first_comment_s)
+            await asyncio.wait({first}, timeout=exchange.limits.first_comment_s)
             if first.done():
                 first.result()
         except BaseException:
             first.cancel()
             raise
-        told = with_comments(first, answers, self.limits.comment_interval_s)
+        told = with_comments(first, answers, exchange.limits.comment_interval_s)
         return EventStream(self._events(exchange, writer, told), self._headers(exchange))
 
     async def _whole(
@@ -277,7 +286,7 @@ class Service:
 
         def write() -> dict[str, Any]:
             content.update(writer.whole(whole, _usage(exchange.record)))
-            content["shoal"] = shoal_field(exchange, self.catalog, whole)
+            content["shoal"] = shoal_field(exchange, exchange.catalog, whole)
             return content
 
         tops = 1 + (exchange.choices[0].task.sampling.top_logprobs or 0)
@@ -311,7 +320,7 @@ class Service:
                 if not num_open:
                     await self._settle(exchange)
                     data += writer.end(_usage(exchange.record))
-                    data[-1]["shoal"] = shoal_field(exchange, self.catalog)
+                    data[-1]["shoal"] = shoal_field(exchange, exchange.catalog)
                     await writer.keep(data[-1], exchange.key_id)
                 if data:
                     yield _events_of(writer, data)
@@ -327,9 +336,23 @@ class Service:
             await answers.aclose()
             self._finish(exchange)
 
+    def _bind(self, exchange: Exchange) -> None:
+        """Let `exchange` begin with what is in force now."""
+        exchange.terms = Terms(catalog=self.catalog, limits=self.limits)
+        exchange.record.edition = self.editions.current.number
+
+    def _executor(self, exchange: Exchange) -> Executor:
+        catalog = exchange.catalog
+        return Executor(
+            engines=self.engines,
+            members=catalog.members,
+            scorers=catalog.policies.scorers,
+            limits=exchange.limits,
+        )
+
     def _deadline_s(self, exchange: Exchange, asked_s: float | None) -> float:
         """Return when the request ends, by the event loop's clock, counted from its arrival."""
-        timeout_s = min(asked_s or math.inf, self.limits.request_timeout_s)
+        timeout_s = min(asked_s or math.inf, exchange.limits.request_timeout_s)
         return asyncio.get_running_loop().time() - exchange.elapsed_s + timeout_s
 
     def _headers(self, exchange: Exchange) -> dict[str, str]:
@@ -374,7 +397,7 @@ class Service:
 
     def _record(self, exchange: Exchange) -> None:
         record = exchange.complete(
-            self.catalog.prices.rates, keep_text=self._keep_text, user_secret=self._user_secret
+            exchange.catalog.prices.rates, keep_text=self._keep_text, user_secret=self._user_secret
         )
         self.gate.settle(exchange, record)
         self.ledger.record(record)
@@ -382,11 +405,12 @@ class Service:
             watcher.ended(exchange, record)
         if record.answered_by is None:
             return  # refused: nothing to learn from
-        policy = self.catalog.policies.get(record.policy or "")
+        policies = exchange.catalog.policies
+        policy = policies.get(record.policy or "")
         if policy is not None:
-            for query, decision, cost in exchange.settled(self.catalog.prices.rates):
+            for query, decision, cost in exchange.settled(exchange.catalog.prices.rates):
                 policy.settle(query, decision, cost)
-                self.catalog.policies.limiter.observe(query, decision, cost)
+                policies.limiter.observe(query, decision, cost)
 
     async def _settle(self, exchange: Exchange) -> None:
         """Ask the engines what the requests used that were cancelled there."""

@@ -106,14 +106,18 @@ def _facts(tokenizer: Tokenizer, path: Path | None) -> dict[str, Any]:
 
 def add_token_routes(
     api: FastAPI,
-    catalog: Catalog,
+    now: Callable[[], Catalog],
     *,
     identify: Callable[[Request], Awaitable[str | None]],
     bodies: Bodies,
 ) -> None:
-    """Add the routes; as everywhere, policies' prompts are read by the pool's first tokenizer."""
+    """Add the routes, about what there is `now`.
+
+    As everywhere, policies' prompts are read by the pool's first tokenizer.
+    """
 
     def tokenizer_of(model: str) -> Tokenizer:
+        catalog = now()
         named_target(catalog, model)
         known = model in catalog.prices.facts
         return catalog.members.tokenizer_of(model) if known else catalog.members.tokenizer
@@ -122,6 +126,7 @@ def add_token_routes(
         await identify(request)
         model, prompt = await bodies.parse(_read_prompt, await bodies.read(request))
         tokens = await prompt.tokens(tokenizer_of(model))
+        catalog = now()
         known = model in catalog.prices.facts
         context = (
             catalog.members.context_tokens(Answer(members=(model,)))

@@ -119,6 +119,10 @@ class Budgets:
         self.worker = Worker("budgets")
         self._thread = self.worker.start_thread(self._run)
 
+    def configure(self, config: BudgetsConfig) -> None:
+        """Let new requests be held to the caps of `config`; its `lease_s` stays as it was."""
+        self._config, self._server_caps = config, config.server_caps()
+
     async def reserve(self, *, request_id: str, key: Key | None, estimate: Amounts) -> Reservation:
         """Admit a request that may use up to `estimate`; `settle` must follow.
 

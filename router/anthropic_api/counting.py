@@ -25,12 +25,15 @@ class InputTokens(BaseModel):
 
 def add_count_route(
     api: FastAPI,
-    catalog: Catalog,
+    now: Callable[[], Catalog],
     *,
     identify: Callable[[Request], Awaitable[str | None]],
     bodies: Bodies,
 ) -> None:
-    """Add the route; as everywhere, policies' prompts are counted by the pool's first tokenizer."""
+    """Add the route, about what there is `now`.
+
+    As everywhere, policies' prompts are counted by the pool's first tokenizer.
+    """
     extra = described(InputTokens, takes=CountFields, errors=MessageError)
 
     @api.post("/v1/messages/count_tokens", openapi_extra=extra)
@@ -39,6 +42,7 @@ def add_count_route(
         try:
             await identify(request)
             ask = await bodies.parse(read_count, await bodies.read(request))
+            catalog = now()
             members = catalog.members
             named_target(catalog, ask.model)
             known = ask.model in catalog.prices.facts

@@ -50,14 +50,23 @@ def load_catalog(
     *,
     policies: Mapping[str, Mapping[str, Any]] | None = None,
     carbon: CarbonSettings | None = None,
+    beside: Catalog | None = None,
 ) -> Catalog:
     """Check `pool` and the `policies` added to its own; `carbon` prices energy and carbon.
 
+    The catalog of a pool of the same models, `beside` which this one is, shares what it knows of
+    them: tokenizers, prices, and how long answers took.
+
     Raises `PoolError` (also for a plan that no engine can run) and `PolicyError`.
     """
-    members, prices = Members(pool), Prices(pool, carbon or CarbonSettings())
+    if beside is None:
+        members, prices = Members(pool), Prices(pool, carbon or CarbonSettings())
+    else:
+        members, prices = beside.members, beside.prices
     specs = {**pool.policies, **(policies or {})}
     built = Policies(pool, specs=specs, members=members, models=prices.facts)
+    if beside is not None:
+        built.limiter = beside.policies.limiter
     named = {name: Target(policy=policy, policy_name=name) for name, policy in built.items()}
     return Catalog(
         pool=pool,

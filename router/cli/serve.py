@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -49,7 +50,7 @@ def serve(
     try:
         args = load_args(config, pool=pool)
         loaded = load_pool(args.pool)
-        args = args.listening_on(host)
+        args = args.listening_on(host).started()
     except ValueError as error:
         _refuse(error)
     _describe(loaded)
@@ -65,7 +66,7 @@ def serve(
             if local:
                 _serve_here(args, loaded, host, port)
             else:
-                _serve_on_ray(args, host, port, Path(folder))
+                _serve_on_ray(args, loaded, host, port, Path(folder))
         except AddressInUse as error:
             _refuse(error)
         except KeyboardInterrupt:
@@ -73,7 +74,7 @@ def serve(
     _say("Stopped.")
 
 
-def _serve_on_ray(args: AppArgs, host: str, port: int, folder: Path) -> None:
+def _serve_on_ray(args: AppArgs, pool: Pool, host: str, port: int, folder: Path) -> None:
     from router.cluster import ClusterFailed, local_cluster, prepared_environment, watch
     from router.haproxy import drain, find_haproxy
 
@@ -106,6 +107,7 @@ def _serve_on_ray(args: AppArgs, host: str, port: int, folder: Path) -> None:
                 serve.run(application, name="shoal")
                 _announce(host, port, args)
                 _warn_of_ports(port)
+                _reload_on_hangup(args, pool)
                 try:
                     watch(host, port)
                 except KeyboardInterrupt:
@@ -142,6 +144,7 @@ def _serve_here(args: AppArgs, pool: Pool, host: str, port: int) -> None:
             if server.started:
                 freeze()
                 _announce(host, port, args)
+                _reload_on_hangup(args, pool)
             await serving
             _say("Stopping ...")
 
@@ -194,6 +197,37 @@ def _catch_signals(handler: Callable[[int, FrameType | None], None] | signal.Han
 
 def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signal's
     raise KeyboardInterrupt
+
+
+def _reload_on_hangup(args: AppArgs, pool: Pool) -> None:
+    """Read policies, limits and budgets anew on SIGHUP; a terminal that closes ends the server.
+
+    What is checked here becomes an edition of the ledger's, which every replica follows.
+    """
+    had_terminal = _has_terminal()
+
+    def reload() -> None:
+        from router.compose import publish_reload
+
+        try:
+            _say(f"Reloaded: edition {publish_reload(args, pool)} is in force.")
+        except Exception as error:
+            typer.echo(f"shoal serve: nothing was reloaded: {error}", err=True)
+
+    def on_hangup(*_: object) -> None:
+        if had_terminal and not _has_terminal():
+            signal.raise_signal(signal.SIGTERM)
+        threading.Thread(target=reload, daemon=True).start()
+
+    signal.signal(signal.SIGHUP, on_hangup)
+
+
+def _has_terminal() -> bool:
+    try:
+        with Path("/dev/tty").open():
+            return True
+    except OSError:
+        return False
 
 
 def _say(text: str) -> None:

@@ -62,12 +62,12 @@ class Figures:
     def __init__(
         self,
         database: Database,
-        caps: Sequence[Cap],
+        caps: Callable[[], Sequence[Cap]],
         *,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._database = database
-        self._caps = tuple(caps)
+        self._caps = caps
         self._clock = clock
         self._kept: dict[str, tuple[float, dict[str, Any]]] = {}
         self._querying = asyncio.Lock()
@@ -98,7 +98,7 @@ class Figures:
                 "bucket_s": window.bucket_s,
                 **spending(connection, window, now_s=now_s),
                 "choices": choices(connection, since_s=window.starts_s(now_s)[0]),
-                "budgets": spent_of_caps(connection, self._caps, now_s=now_s),
+                "budgets": spent_of_caps(connection, self._caps(), now_s=now_s),
             }
 
 

@@ -110,14 +110,15 @@ def add_dashboard(
     api: FastAPI,
     config: DashboardConfig,
     *,
-    catalog: Catalog,
+    now: Callable[[], Catalog],
     database: Database,
-    caps: tuple[Cap, ...],
+    caps: Callable[[], tuple[Cap, ...]],
     identify: Identify,
 ) -> None:
     """Add `GET /dashboard`, its files, and, for whom `identify` lets in, `GET /dashboard/data`.
 
-    `caps` are the server's budgets. Adds nothing if `config` says so.
+    They are about what there is `now`; `caps` are the server's budgets. Adds nothing if `config`
+    says so.
     """
     if not config.enabled:
         return
@@ -138,6 +139,7 @@ def add_dashboard(
         if window not in WINDOWS:
             allowed = ", ".join(WINDOWS)
             return _refusal(bad_request(f"window: {window!r} is not one of {allowed}", "window"))
+        catalog = now()
         grid = catalog.prices.grid_reading()
         return JSONResponse(
             {

@@ -65,7 +65,7 @@ class Experiments:
         Raises `ExperimentError` for one that changed while it has data.
         """
         self.definitions = tuple(definitions)
-        self._catalog = catalog
+        self.catalog = catalog
         self.database = database
         self._clock = clock
         self._rng = rng or np.random.default_rng()
@@ -111,7 +111,7 @@ class Experiments:
             record.experiment, record.arm = enrolment.experiment, enrolment.arm
             record.unit, record.propensity = enrolment.unit, enrolment.propensity
             if enrolment.experiment in self._expecting:
-                scores = self._catalog.policies.default.decide(query).scores
+                scores = self.catalog.policies.default.decide(query).scores
                 record.expected_quality = max(scores.values(), default=None)
         return enrolment.policy
 
@@ -217,11 +217,11 @@ class Experiments:
 
     def _domain(self, query: Query) -> str | None:
         """Return the first domain of the model that the default policy thinks best."""
-        scores = self._catalog.policies.default.decide(query).scores
+        scores = self.catalog.policies.default.decide(query).scores
         if not scores:
             return None
         best = max(scores, key=lambda name: scores[name])
-        return next(iter(self._catalog.prices.facts[best].domains), None)
+        return next(iter(self.catalog.prices.facts[best].domains), None)
 
 
 def conversation(ask: Ask) -> str | None:

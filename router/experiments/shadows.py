@@ -18,8 +18,6 @@ import sqlalchemy as sa
 
 from policies.experiments.shadow import Shadow, ShadowMeter
 from policies.footprint import estimate
-from router.catalog.catalog import Catalog
-from router.config import ServingLimits
 from router.engines import merge
 from router.exchange import Choice, Exchange, answer_digest
 from router.executor.executor import Executor
@@ -46,17 +44,13 @@ class Mirror:
         self,
         meters: Sequence[ShadowMeter],
         *,
-        catalog: Catalog,
-        executor: Executor,
+        executor: Callable[[Exchange], Executor],
         ledger: Ledger,
-        limits: ServingLimits,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._meters = tuple(meters)
-        self._catalog = catalog
         self._executor = executor
         self._ledger = ledger
-        self._limits = limits
         self._clock = clock
         self._running: set[asyncio.Task[None]] = set()
 
@@ -81,9 +75,9 @@ class Mirror:
             mirrored = self._prepare(meter.shadow, exchange)
             estimate_usd = estimate(
                 mirrored.choices[0].plan,
-                self._catalog.prices.rates,
+                exchange.catalog.prices.rates,
                 prompt_tokens=exchange.record.prompt_tokens,
-                output_tokens=exchange.ask.max_tokens or self._limits.default_max_tokens,
+                output_tokens=exchange.ask.max_tokens or exchange.limits.default_max_tokens,
             ).usd
             if meter.admit(estimate_usd=estimate_usd, now_s=self._clock()):
                 task = asyncio.ensure_future(self._run(meter, mirrored, exchange.id, estimate_usd))
@@ -99,7 +93,7 @@ class Mirror:
     def _prepare(self, shadow: Shadow, exchange: Exchange) -> Exchange:
         """Return the exchange that answers the same question by the shadow's policy."""
         original = exchange.choices[0].task
-        decision = self._catalog.policies[shadow.policy].decide(original.query)
+        decision = exchange.catalog.policies[shadow.policy].decide(original.query)
         shadow_id = mirrored_request_id(shadow.name, exchange.id)
         task = replace(
             original, request_id=shadow_id, stream=False, client_id=f"shadow {shadow.name}"
@@ -109,6 +103,7 @@ class Mirror:
             endpoint=SHADOW,
             time_s=self._clock(),
             policy=shadow.policy,
+            edition=exchange.record.edition,
             prompt_tokens=exchange.record.prompt_tokens,
         )
         return Exchange(
@@ -116,6 +111,7 @@ class Mirror:
             ask=exchange.ask,
             decisions=(decision,),
             choices=(Choice(plan=decision.plan, task=task),),
+            terms=exchange.terms,
         )
 
     async def _run(
@@ -125,11 +121,11 @@ class Mirror:
         mirrored.started_s = time.perf_counter()
         text = None
         try:
-            async with asyncio.timeout(self._limits.request_timeout_s):
-                run = self._executor.run(choice.plan, choice.task, choice.trace)
+            async with asyncio.timeout(mirrored.limits.request_timeout_s):
+                run = self._executor(mirrored).run(choice.plan, choice.task, choice.trace)
                 answer = merge([chunk async for chunk in run])
             whole = attempt(choice.task.query, choice.plan, answer)
-            score = self._catalog.policies.scorers["confidence"].score(whole)
+            score = mirrored.catalog.policies.scorers["confidence"].score(whole)
             choice.trace.runs[""].score = score  # the plan's root
             mirrored.record.output_tokens = len(answer.tokens)
             mirrored.record.status, text = 200, answer.text
@@ -138,7 +134,7 @@ class Mirror:
             mirrored.record.status, mirrored.record.error = 500, type(error).__name__
         finally:
             mirrored.ended_s = time.perf_counter()
-            record = mirrored.complete(self._catalog.prices.rates)
+            record = mirrored.complete(mirrored.catalog.prices.rates)
             meter.settle(estimate_usd=estimate_usd, usd=record.usd)
             # Keyed by the original request, so that equal answers and labels compare.
             record.answer_digest = None if text is None else answer_digest(original_id, text)

@@ -110,6 +110,16 @@ API_KEYS = sa.Table(
     sa.Column("revoked_s", sa.Double),
 )
 
+# What each server's replicas are to serve, since its first reload.
+EDITIONS = sa.Table(
+    "editions",
+    METADATA,
+    sa.Column("server", sa.Text, primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("time_s", sa.Double, nullable=False),
+    _json("contents"),
+)
+
 # What administrators did; rows are only ever added.
 AUDIT = sa.Table(
     "audit",

@@ -166,6 +166,10 @@ PRICES = {
 
 # Read when somebody scrapes.
 
+EDITION = _gauge("shoal_edition",
+    help="What is loaded: 1 at the start, one more after each reload; replicas' mean.")
+EDITION_LOADED_S = _gauge("shoal_edition_loaded_timestamp_seconds", merge="max",
+    help="The Unix time at which what is loaded was put in force.")
 BUILD_INFO = _gauge("shoal_build_info", "version", "pool", "fingerprint",
     help="Always 1: the version, the pool, and the fingerprint that answers carry.")
 LEDGER_UP = _gauge("shoal_ledger_up",

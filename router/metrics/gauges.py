@@ -25,7 +25,7 @@ from router.access.limits import (
     window,
 )
 from router.access.store import read_tally
-from router.catalog.catalog import Catalog
+from router.editions import Editions
 from router.engines import EngineClient
 from router.ledger.database import Database
 from router.ledger.schema import API_KEYS, BUDGET_WINDOWS, TEAMS
@@ -43,9 +43,9 @@ _MOST_KEYS = 50
 class Live:
     """This replica's gauges, and what it has counted since it was last asked."""
 
-    def __init__(self, *, catalog: Catalog, ledger: Ledger, num_replicas: int) -> None:
-        """Watch `catalog` and `ledger`; the configuration asks for `num_replicas` replicas."""
-        self._catalog = catalog
+    def __init__(self, *, editions: Editions, ledger: Ledger, num_replicas: int) -> None:
+        """Watch `editions` and `ledger`; the configuration asks for `num_replicas` replicas."""
+        self._editions = editions
         self._ledger = ledger
         self._num_replicas = num_replicas
         self._dropped_rows = 0
@@ -53,15 +53,18 @@ class Live:
 
     def gauges(self) -> dict[Series, float]:
         """Return the gauges of this moment; cheap."""
-        reading = self._catalog.prices.grid_reading()
+        edition, catalog = self._editions.current, self._editions.current.catalog
+        reading = catalog.prices.grid_reading()
         found = {
             f.REPLICAS_WANTED.series(): float(self._num_replicas),
             f.GRID_INTENSITY.series(): reading.gco2e_per_kwh,
             f.PENDING_ROWS.series(): float(self._ledger.pending_rows),
+            f.EDITION.series(): float(edition.number),
+            f.EDITION_LOADED_S.series(): edition.loaded_s,
         }
-        if isinstance(self._catalog.prices.grid, CachedGrid):
+        if isinstance(catalog.prices.grid, CachedGrid):
             found[f.GRID_STALE.series()] = float(reading.source.startswith(_STALE))
-        for name, controller in self._catalog.policies.controllers.items():
+        for name, controller in catalog.policies.controllers.items():
             for resource, price in controller.prices().items():
                 found[f.PRICES[resource].series(name)] = price
         return found

@@ -34,8 +34,8 @@ from starlette.responses import PlainTextResponse
 from policies.budget import Controller
 from policies.experiments.shadow import Shadow
 from router.access.authentication import Identify
-from router.catalog.catalog import Catalog
 from router.config import AppArgs
+from router.editions import Editions
 from router.engines import EngineClient
 from router.experiments.experiments import Experiments
 from router.ledger.writer import Ledger
@@ -70,7 +70,7 @@ class Metrics:
         *,
         store: Store,
         live: Live,
-        catalog: Catalog,
+        editions: Editions,
         engines: Mapping[str, EngineClient],
         holder: str,
         reports: Reports,
@@ -84,7 +84,7 @@ class Metrics:
         self._store = store
         self._database = store.database
         self._live = live
-        self._catalog = catalog
+        self._editions = editions
         self._engines = engines
         self._holder = holder
         self._reports = reports
@@ -116,7 +116,7 @@ class Metrics:
     async def page(self, accept: str = "") -> tuple[bytes, str]:
         """Return the page and its content type, in the format that the `Accept` header wants."""
         await self._reports.renew(wait_s=_REPORTS_WAIT_S)
-        telling = self._catalog.members.engines_with_metrics()
+        telling = self._editions.current.catalog.members.engines_with_metrics()
         native = [name for name in telling if name in self._engines]
         engines, others, kept = await asyncio.gather(
             engine_gauges(self._engines),
@@ -157,7 +157,7 @@ class Metrics:
         return found
 
     def _zeros(self) -> Values:
-        policies: Iterable[str] = (*self._catalog.policies, f.NONE)
+        policies: Iterable[str] = (*self._editions.current.catalog.policies, f.NONE)
         return {
             f.REQUESTS.series(policy, f.NONE, status): 0.0
             for policy in policies
@@ -165,7 +165,7 @@ class Metrics:
         } | {f.DROPPED_ROWS.series(): 0.0}
 
     def _build_info(self) -> Values:
-        catalog = self._catalog
+        catalog = self._editions.current.catalog
         return {f.BUILD_INFO.series(version("shoal"), catalog.pool.name, catalog.fingerprint): 1.0}
 
 
@@ -245,7 +245,7 @@ def add_metrics_route(api: FastAPI, metrics: Metrics, *, identify: Identify) -> 
 
 def build_metrics(
     args: AppArgs,
-    catalog: Catalog,
+    editions: Editions,
     *,
     engines: Mapping[str, EngineClient],
     ledger: Ledger,
@@ -257,8 +257,8 @@ def build_metrics(
     database, store = ledger.database, Store(ledger.database)
     return Metrics(
         store=store,
-        live=Live(catalog=catalog, ledger=ledger, num_replicas=args.ingress.min_replicas),
-        catalog=catalog,
+        live=Live(editions=editions, ledger=ledger, num_replicas=args.ingress.min_replicas),
+        editions=editions,
         engines=engines,
         holder=f"{socket.gethostname()}-{uuid.uuid4().hex}",
         reports=Reports(
@@ -268,5 +268,7 @@ def build_metrics(
             shadows=shadows,
             controllers=controllers,
         ),
-        read_budgets=lambda now_s: budget_gauges(database, args.budgets, now_s=now_s),
+        read_budgets=lambda now_s: budget_gauges(
+            database, editions.current.args.budgets, now_s=now_s
+        ),
     )

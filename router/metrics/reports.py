@@ -69,7 +69,7 @@ class Reports:
         self._store = store
         self._experiments = experiments
         self._shadows = tuple(shadows)
-        self._controllers = dict(controllers)
+        self._controllers = controllers
         self._clock = clock
         self._every_s = _EVERY_S
         self._renewing: asyncio.Task[None] | None = None

@@ -168,7 +168,7 @@ def test_figures_are_kept_while_they_are_fresh(database: Database, new_ledger: N
     ledger.stop()
 
     async def ask() -> list[float]:
-        figures = Figures(database, (), clock=lambda: now[0])
+        figures = Figures(database, tuple, clock=lambda: now[0])
         first, second = await asyncio.gather(figures.of("15m"), figures.of("15m"))
         assert first is second
         with writing(database) as connection:

@@ -1,0 +1,200 @@
+"""What new requests are answered by, and how the next edition of it comes without a restart.
+
+A reload reads the pool's policies and the configuration's `policies`, `limits` and `budgets` anew,
+checks all of it, every plan included, and only then puts it in force: running requests finish with
+the edition that they began with. Anything else that changed is refused by name, and then nothing
+changes at all.
+
+What is in force is a row in the ledger's database. The replica (or command) that was asked writes
+it, the others look for it every second and take it from there, and so does a replica that starts
+later. Policies' own files (routers, cascades, laws) are read where each replica runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+
+from models.pool import Pool, load_pool
+from router.access.audit import note
+from router.access.limits import Cap
+from router.catalog.catalog import Catalog, load_catalog
+from router.config import RELOADED, AppArgs, ConfigError
+from router.experiments.experiments import Experiments, read_definitions
+from router.ledger.database import Database, writing
+from router.ledger.schema import EDITIONS
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edition:
+    """What a request is answered by from its beginning to its end.
+
+    `number` counts from 1, the server's start; `loaded_s` is the Unix time at which it was put in
+    force. `args` are the whole configuration.
+    """
+
+    number: int
+    loaded_s: float
+    args: AppArgs
+    catalog: Catalog
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what people are told of it."""
+        return {
+            "object": "edition",
+            "number": self.number,
+            "loaded_s": self.loaded_s,
+            "policies": list(self.catalog.policies),
+        }
+
+
+class Editions:
+    """The edition in force in this process; it changes on one event loop.
+
+    Those in `followers` are told of every new one, before the first request of it.
+    """
+
+    def __init__(self, first: Edition, database: Database) -> None:
+        """Begin with `first`, or with what is in force already for this server; blocks."""
+        self._database = database
+        self.followers: list[Callable[[Edition], None]] = []
+        self._reloading = asyncio.Lock()
+        self._failed = 0
+        self.current = first
+        row = _latest(database, first.args.server, after=first.number)
+        if row is not None:
+            self.current = _from_row(row, first)
+
+    def server_caps(self) -> tuple[Cap, ...]:
+        """Return the caps of all requests together that hold now."""
+        return self.current.args.budgets.server_caps()
+
+    async def reload(self, *, actor: str | None = None) -> Edition:
+        """Read the files anew, and put in force what they say.
+
+        Raises `ValueError` where something in them cannot be used or cannot change.
+        """
+        async with self._reloading:
+            checked = await asyncio.to_thread(next_edition, self.current, self._database)
+            edition = await asyncio.to_thread(publish, checked, self._database, actor=actor)
+            self._put_in_force(edition)
+            return edition
+
+    async def run(self) -> None:
+        """Take up what others put in force until cancelled."""
+        while True:
+            await asyncio.sleep(_POLL_S)
+            try:
+                await self.follow()
+            except SQLAlchemyError:
+                continue  # it is away; who needs it says so
+
+    async def follow(self) -> None:
+        """Take up the latest edition, if it is not this one; say once why it cannot be."""
+        async with self._reloading:
+            row = await self._database.calls.run(
+                _latest, self._database, self.current.args.server, after=self.current.number
+            )
+            if row is None:
+                return
+            try:
+                self._put_in_force(await asyncio.to_thread(_from_row, row, self.current))
+            except ValueError as error:
+                if self._failed != row["number"]:
+                    logger.error(
+                        "reload: edition %d cannot be taken up here, %d goes on: %s",
+                        row["number"], self.current.number, error,
+                    )  # fmt: skip
+                self._failed = row["number"]
+
+    def _put_in_force(self, edition: Edition) -> None:
+        for follower in self.followers:
+            follower(edition)
+        self.current = edition
+        logger.warning("reload: edition %d is in force", edition.number)
+
+
+def next_edition(current: Edition, database: Database) -> Edition:
+    """Return what the files say now, checked completely; it has no number yet. Blocks.
+
+    Raises `ValueError` (`ConfigError`, `PoolError`, `PolicyError`, `ExperimentError`) that names
+    the file, the key, the value and what is allowed.
+    """
+    args, pool = current.args.read_again(), load_pool(current.args.pool)
+    running = current.catalog.pool
+    for what, old, new in (
+        ("engines", running.engines, pool.engines),
+        ("models", running.models, pool.models),
+    ):
+        before = {one.name: one for one in old}
+        after = {one.name: one for one in new}
+        changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+        if changed:
+            raise ConfigError(
+                f"{pool.folder / 'pool.yaml'}: {what}.{changed[0]} cannot change while the server "
+                "runs: start it again, or put it back; a reload takes policies and scorers"
+            )
+    return _checked(args, pool, current, database)
+
+
+def publish(edition: Edition, database: Database, *, actor: str | None = None) -> Edition:
+    """Put a checked `edition` in force for all replicas; return it with its number. Blocks."""
+    server, pool = edition.args.server, edition.catalog.pool
+    contents = {
+        "args": edition.args.model_dump(mode="json", include=set(RELOADED)),
+        "pool": {"policies": pool.policies, "scorers": pool.scorers},
+    }
+    now_s = time.time()
+    with writing(database) as connection:
+        latest = sa.select(sa.func.max(EDITIONS.c.number)).where(EDITIONS.c.server == server)
+        number = max(connection.scalar(latest) or 1, edition.number) + 1
+        try:
+            connection.execute(
+                sa.insert(EDITIONS).values(
+                    server=server, number=number, time_s=now_s, contents=contents
+                )
+            )
+        except IntegrityError:
+            raise ConfigError("another reload was quicker; try again") from None
+        told = {"id": f"edition {number}", "pool": pool.name, **contents}
+        note(connection, "reload", after=told, actor=actor)
+    return replace(edition, number=number, loaded_s=now_s)
+
+
+def _checked(args: AppArgs, pool: Pool, current: Edition, database: Database) -> Edition:
+    catalog = load_catalog(pool, policies=args.policies, carbon=args.carbon, beside=current.catalog)
+    definitions, _ = read_definitions(args)
+    # Refuses a policy that changed while an experiment has data of it.
+    Experiments(definitions, args=args, pool=pool, catalog=catalog, database=database)
+    return replace(current, args=args, catalog=catalog)
+
+
+def _latest(database: Database, server: str, *, after: int) -> Mapping[str, Any] | None:
+    query = (
+        sa.select(EDITIONS)
+        .where(EDITIONS.c.server == server, EDITIONS.c.number > after)
+        .order_by(EDITIONS.c.number.desc())
+        .limit(1)
+    )
+    with database.connect() as connection:
+        row = connection.execute(query).mappings().first()
+    return None if row is None else dict(row)
+
+
+def _from_row(row: Mapping[str, Any], current: Edition) -> Edition:
+    """Return the edition that a row describes. Raises `ValueError` where it cannot be here."""
+    args = current.args.with_sections(row["contents"]["args"])
+    pool = replace(current.catalog.pool, **row["contents"]["pool"])
+    catalog = load_catalog(pool, policies=args.policies, carbon=args.carbon, beside=current.catalog)
+    return Edition(number=row["number"], loaded_s=row["time_s"], args=args, catalog=catalog)
