@@ -153,8 +153,9 @@ def learn(
         print(f"Not installed: {why}.")
     elif not dry_run:
         print(
-            f"Installed in {file}: {', '.join(lesson.specs)}. Ask for policy/{lesson.auto} after "
-            f"the server's next start; to make it the default, name its settings auto."
+            f"Installed in {file}: {', '.join(lesson.specs)}. A running server takes them up with "
+            "POST /v1/admin/reload, or kill -HUP of `shoal serve`; then ask for "
+            f"policy/{lesson.auto}. To make it the default, name its settings auto."
         )
 
 
