@@ -29,11 +29,7 @@ endef
 # What `make install` brings beside the command itself; see pyproject.toml.
 EXTRAS ?= postgres,parquet
 
-<<<<<<< HEAD
-.PHONY: bench-routing bench-real bench-general pool-router pool-general setup setup-vllm install serve test test-ops test-faults test-load test-fast test-vllm bench-vllm setup-clients test-clients bench-load check bench bench-downscale pool-cascade clean
-=======
-.PHONY: licences bench-routing bench-real bench-general pool-router pool-general setup setup-vllm install serve test test-ops test-faults test-load test-fast test-vllm bench-vllm check bench bench-downscale pool-cascade clean
->>>>>>> 1d85bcd (make licences: what is installed, by name, version and licence)
+.PHONY: licences bench-routing bench-real bench-general pool-router pool-general setup setup-vllm install serve test test-ops test-faults test-load test-fast test-vllm bench-vllm setup-clients test-clients bench-load check bench bench-downscale pool-cascade clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
