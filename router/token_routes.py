@@ -147,6 +147,7 @@ def add_token_routes(
 
     async def tell_tokenizer(request: Request) -> JSONResponse:
         await identify(request)
+        catalog = now()
         asked = request.query_params.get("model", catalog.members.first)
         tokenizer = tokenizer_of(asked)
         name = asked if asked in catalog.prices.facts else catalog.members.first
