@@ -85,7 +85,6 @@ def test_a_file_that_cannot_be_used_changes_nothing(open_server: Running, tmp_pa
     mistakes: list[tuple[dict[str, Any], str]] = [
         ({"policies": _auto("delta")}, "policies.auto: the policy names the model 'delta'"),
         ({"policies": {"auto": {"kind": "fixd"}}}, "fixd"),
-        ({"policies": {"auto": {"kind": "learned", "router": "no.npz"}}}, "no.npz"),
         ({"engines": slow}, "engines.one cannot change while the server runs"),
         ({"models": dear}, "models.alpha cannot change while the server runs"),
         ({"models": models[:2], "engines": engines[:1]}, "engines.two cannot change"),
