@@ -23,6 +23,17 @@ ROWS = [
     for line in (Path(__file__).parent / "data" / "everyday.jsonl").read_text("utf-8").splitlines()
 ]
 EVERYDAY = [row["query"] for row in ROWS]
+# Written before the router was trained, and looked at once afterwards: numbers, the pool's own
+# words, next to nothing, other languages.
+NEW = (
+    "How many planets are there?", "How many keys does a piano have?",
+    "What is the largest lake in Italy?", "What date is Bastille Day?", "What year was Mozart born?",
+    "Which month is named after Julius Caesar?", "who", "zzz", "?!", "tell me more",
+    "Wie hoch ist der Eiffelturm?", "Combien coûte un pain ?", "Quante corde ha una chitarra?",
+    "太陽系には惑星がいくつありますか。", "Write a poem about the number seven.", "What does XXL mean?",
+    "Which word has no vowels?", "How many calories are in a banana?", "What comes before the egg?",
+    "Give me three synonyms of happy.",
+)  # fmt: skip
 GENERAL = "general"
 
 
@@ -72,7 +83,7 @@ def test_toys_answer_their_own_questions_alone(fallback: bool, held_out: list[Ou
 
     assert share_of_general(EVERYDAY) >= 0.95
     assert share_of_general([outcome.query for outcome in held_out]) <= 0.02
-    assert share_of_general(["What is the capital of France?"]) == 1
+    assert share_of_general(list(NEW)) == 1
 
 
 def test_a_conversation_is_as_strange_as_its_strangest_message() -> None:
