@@ -27,10 +27,12 @@ EVERYDAY = [row["query"] for row in ROWS]
 # words, next to nothing, other languages.
 NEW = (
     "How many planets are there?", "How many keys does a piano have?",
-    "What is the largest lake in Italy?", "What date is Bastille Day?", "What year was Mozart born?",
+    "What is the largest lake in Italy?", "What date is Bastille Day?",
+    "What year was Mozart born?",
     "Which month is named after Julius Caesar?", "who", "zzz", "?!", "tell me more",
     "Wie hoch ist der Eiffelturm?", "Combien coûte un pain ?", "Quante corde ha una chitarra?",
-    "太陽系には惑星がいくつありますか。", "Write a poem about the number seven.", "What does XXL mean?",
+    "太陽系には惑星がいくつありますか。",
+    "Write a poem about the number seven.", "What does XXL mean?",
     "Which word has no vowels?", "How many calories are in a banana?", "What comes before the egg?",
     "Give me three synonyms of happy.",
 )  # fmt: skip
