@@ -38,6 +38,7 @@ from policies.routing.nearness import (
     fit_landmarks,
     fit_topics,
 )
+from policies.routing.phrases import wrapped
 from policies.routing.router import Router, query_hashes
 from policies.routing.strength import choose_strength
 
@@ -152,7 +153,8 @@ def fit_router(
     `models` (default: all that have scores) are the members to route between. `outside` are
     outcomes from beyond the field that `outcomes` cover: the heads learn from them who answers
     there, and doubt to tell them from the field's and what to expect then (outlier exposure,
-    Hendrycks et al. 2019). Raises `PolicyError` for too few outcomes and `OutcomesError` for a
+    Hendrycks et al. 2019); everything is then learned twice, the second time with everyday phrases
+    around it (`phrases`). Raises `PolicyError` for too few outcomes and `OutcomesError` for a
     model without scores.
     """
     settings = settings or FitSettings()
@@ -179,9 +181,14 @@ def refit_like(router: Router) -> Callable[[Sequence[Outcome]], Router]:
 
 def _fit_router(examples: Examples, encoder: Encoder, settings: FitSettings) -> Router:
     scores_QM, home_Q = examples.scores_QM, examples.home_Q
-    encoded = encoder.fit_encode(examples.texts)
+    num_queries = len(home_Q)
+    # Where there is an outside, phrases must not tell it from the field; copies come after all.
+    copies = [] if home_Q.all() else wrapped(examples.texts, seed=settings.seed)
+    num_copies = 2 if copies else 1
+    encoded = encoder.fit_encode([*examples.texts, *copies])
+    points_QD = encoded.points_QD[:num_queries]
     topics = fit_topics(
-        encoded.points_QD[home_Q],
+        points_QD[home_Q],
         scores_QM[home_Q],
         num_clusters=settings.num_clusters,
         seed=settings.seed,
@@ -193,12 +200,14 @@ def _fit_router(examples: Examples, encoder: Encoder, settings: FitSettings) -> 
         weight=settings.landmark_weight,
         seed=settings.seed,
     )
-    X_QF = landmarks.beside(encoded)
-    tags = examples.tags(topics.assign(encoded.points_QD))
+    both_QF = landmarks.beside(encoded)
+    X_QF = both_QF[:num_queries]
+    tags = examples.tags(topics.assign(points_QD))
     if home_Q.all():
-        field_F, doubt = None, make_doubt(encoded.points_QD, scores_QM, tags, settings)
+        field_F, doubt = None, make_doubt(points_QD, scores_QM, tags, settings)
     else:
-        field_F, doubt = field_weights(X_QF, home_Q), outside_doubt(examples, X_QF, settings)
+        field_F = field_weights(both_QF, np.tile(home_Q, num_copies))
+        doubt = outside_doubt(examples, both_QF, settings)
     held_out_Q = examples.held_out(settings.held_out_share, settings.seed)
     unseen_QF, unseen_QM = X_QF[held_out_Q], scores_QM[held_out_Q]
     strength = choose_strength(
@@ -207,9 +216,9 @@ def _fit_router(examples: Examples, encoder: Encoder, settings: FitSettings) -> 
 
     def fit(rows_Q: NDArray[np.bool_]) -> Heads:
         return fit_heads(
-            X_QF[rows_Q],
-            scores_QM[rows_Q],
-            list(compress(tags, rows_Q)),
+            both_QF[np.tile(rows_Q, num_copies)],
+            np.tile(scores_QM[rows_Q], (num_copies, 1)),
+            list(compress(tags, rows_Q)) * num_copies,
             settings.objective,
             beta=strength.beta,
             ridge=strength.ridge,
@@ -262,8 +271,10 @@ def make_doubt(
     )
 
 
-def outside_doubt(examples: Examples, X_QF: sp.csr_matrix, settings: FitSettings) -> Doubt:
+def outside_doubt(examples: Examples, both_QF: sp.csr_matrix, settings: FitSettings) -> Doubt:
     """Set the threshold where queries from outside the field were measured, by cross-validation.
+
+    `both_QF` are the queries and then their copies.
 
     Similarity is then what `field_weights` give. What to expect of models below the threshold is
     what they scored outside, and nothing shrinks further: how strange these queries are was known
@@ -273,7 +284,10 @@ def outside_doubt(examples: Examples, X_QF: sp.csr_matrix, settings: FitSettings
     similarity_Q = np.empty(len(home_Q), np.float32)
     folds = StratifiedKFold(NUM_FOLDS, shuffle=True, random_state=settings.seed)
     for seen, unseen in folds.split(home_Q, home_Q):
-        similarity_Q[unseen] = X_QF[unseen] @ field_weights(X_QF[seen], home_Q[seen])
+        field_F = field_weights(
+            both_QF[np.concatenate([seen, seen + len(home_Q)])], np.tile(home_Q[seen], 2)
+        )
+        similarity_Q[unseen] = both_QF[unseen] @ field_F
     tail = float(np.quantile(similarity_Q[home_Q], settings.unfamiliar_share))
     familiar_above = min(tail, SURELY_INSIDE)
     strange_Q = ~home_Q & (similarity_Q < familiar_above)

@@ -35,6 +35,7 @@ from tests.router.conftest import Running
 # Nested facts; of all others the test makes up a value from their type.
 NESTED = {
     "answered_by": "code+math",
+    "answered_with": {"members": ["code", "math"]},
     "plan": {"answer": {"members": ["code", "math"]}},
     "members": {name: MemberTokens(prompt_tokens=3, output_tokens=4) for name in ("code", "math")},
     "costs": {"math": Cost(usd=0.5, wh=0.25, gco2e=0.125, method="measured:rapl")},

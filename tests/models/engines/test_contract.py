@@ -246,6 +246,6 @@ def test_unknown_kinds_are_refused(tmp_path: Path) -> None:
     """The error lists the kinds there are."""
     file = tmp_path / "pool.yaml"
     file.write_text("{name: p, engines: [{name: e, kind: magic}], models: [{name: m, engine: e}]}")
-    allowed = "'magic' is unknown; allowed are fake, llamacpp, remote, stacked"
+    allowed = "'magic' is unknown; allowed are encoder, fake, llamacpp, remote, stacked"
     with pytest.raises(ValueError, match=allowed):
         load_pool(file)
