@@ -3,12 +3,14 @@
 auto      the model that a learned router expects most of for its price (ZOOTER)
 cascade   stages from cheap to dear, until an answer is likely right (FrugalGPT)
 best-of   the cheap models side by side; the cascade's scorer picks
+fused     models that one engine can fuse, token by token, weighted by router and evidence
 
 Each gets a version, so that what serves goes on as it was.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +39,7 @@ from policies.routing.policy import Trade, make_chooser
 from policies.routing.router import Router, save_router
 from router.catalog.catalog import load_catalog
 from router.catalog.policies import DEFAULT_POLICY
+from router.learning.fusing import fusible, learn_fusion
 
 Floats = NDArray[np.float64]
 
@@ -91,16 +94,32 @@ class Mistake:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Kind:
+    """Test questions near one of the router's clusters: an `example`, the likest of them, and what
+    the learned router does with them. `chosen` is who answers most of them, a `share` of them;
+    `expected` what it expects of its choices, `scored` what these scored."""
+
+    example: str
+    num_questions: int
+    chosen: str
+    share: float
+    expected: float
+    scored: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Lesson:
     """What was learned: `specs` by policy name, and how everything did on the test questions.
 
-    `curve` are pairs of a number of training questions and the router's mean test quality; `notes`
-    say what could not be learned. `best_single` is the model that did best in training.
+    `kinds` say what a question like one of them would get, the most frequent first. `curve` are
+    pairs of a number of training questions and the router's mean test quality; `notes` say what
+    could not be learned. `best_single` is the model that did best in training.
     """
 
     specs: Mapping[str, Mapping[str, Any]]
     measured: tuple[Measured, ...]
     mistakes: tuple[Mistake, ...]
+    kinds: tuple[Kind, ...]
     curve: tuple[tuple[int, float], ...]
     num_train: int
     best_single: str
@@ -164,12 +183,19 @@ def learn(outcomes: Sequence[Outcome], pool: Pool, settings: LearnSettings) -> L
         specs |= school.cascade(folder, f"cascade-v{version}")
     except PolicyError as error:
         notes.append(f"no cascade and no best-of: {error}")
+    members = fusible(pool, names)
+    if members:
+        try:
+            specs["fused"] = learn_fusion(pool, members, train, school.fit, router=auto)
+        except PolicyError as error:
+            notes.append(f"no fused: {error}")
     versioned = {f"{name}-v{version}": spec for name, spec in specs.items()}
     measured = school.measure(tests, versioned, notes)
     return Lesson(
         specs=versioned,
         measured=tuple(measured),
         mistakes=_mistakes(router, tests),
+        kinds=school.kinds(router, auto, tests),
         curve=school.curve(tests),
         num_train=len(train),
         best_single=school.best_single,
@@ -295,6 +321,31 @@ class _School:
                 continue
             found.append(_measured(name, kind, played))
         return [*found, *self._references(tests)]
+
+    def kinds(
+        self, router: Router, spec: Mapping[str, Any], tests: Sequence[Outcome], most: int = 12
+    ) -> tuple[Kind, ...]:
+        """Return what the router's policy, `spec`, does with each kind of test question."""
+        policy = BuildContext(folder=self.pool.folder, models=self.facts).build(spec)
+        played = [play(policy, row, rates=self.rates, scorers={}) for row in tests]
+        predicted = [router.predict(row.query) for row in tests]
+        found = []
+        for cluster in {one.cluster for one in predicted}:
+            here = [q for q, one in enumerate(predicted) if one.cluster == cluster]
+            example = max(here, key=lambda q: predicted[q].similarity)
+            [(chosen, number)] = Counter(played[q].name for q in here).most_common(1)
+            expected = [predicted[q].quality_M[router.models.index(played[q].name)] for q in here]
+            found.append(
+                Kind(
+                    example=tests[example].query,
+                    num_questions=len(here),
+                    chosen=chosen,
+                    share=number / len(here),
+                    expected=float(np.mean(expected)),
+                    scored=float(np.mean([played[q].quality for q in here])),
+                )
+            )
+        return tuple(sorted(found, key=lambda one: -one.num_questions)[:most])
 
     def _references(self, tests: Sequence[Outcome]) -> list[Measured]:
         scores_QM = np.array([[row.scores[name] for name in self.names] for row in tests])

@@ -1,10 +1,14 @@
-"""How likely a pool's models find a text, which the grader `loss` asks and no API tells."""
+"""How likely a pool's models find a text: the grader `loss` and fusions ask, and no API tells."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from models.pool import Pool
 from models.tokenizer import CheckpointTokenizer
@@ -12,6 +16,14 @@ from policies.grading.base import Ungradable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Log-likelihoods in nats: a prompt's, its first token given, and each token's of an answer."""
+
+    prompt: float
+    answer_T: NDArray[np.float32]
 
 
 class Likelihoods:
@@ -33,7 +45,14 @@ class Likelihoods:
         return await asyncio.to_thread(self._compute, name, query, text)
 
     def _compute(self, name: str, query: str, text: str) -> float:
-        import torch  # noqa: PLC0415 - only where this grader is named
+        return float(self.of(name, query, text).answer_T.sum())
+
+    def of(self, name: str, query: str, text: str) -> Likelihood:
+        """Return what `name` makes of the templated `query` and of `text` as its answer.
+
+        Raises `Ungradable` for a model without a folder of weights.
+        """
+        import torch  # noqa: PLC0415 - only where it is asked for
 
         with self._lock, torch.inference_mode():
             model, tokenizer = self._load(name)
@@ -45,12 +64,14 @@ class Likelihoods:
             answer = tokenizer.encode(text)[len(tokenizer.encode("")) :]
             ids_BT = torch.tensor([[*prompt, *answer]])
             logps_TV = model(input_ids=ids_BT).logits[0].float().log_softmax(-1)
-            told_T = logps_TV[len(prompt) - 1 : -1].gather(1, ids_BT[0, len(prompt) :, None])
-            return float(told_T.sum())
+            told_T = logps_TV[:-1].gather(1, ids_BT[0, 1:, None])[:, 0].numpy()
+            return Likelihood(
+                prompt=float(told_T[: len(prompt) - 1].sum()), answer_T=told_T[len(prompt) - 1 :]
+            )
 
     def _load(self, name: str) -> tuple[PreTrainedModel, CheckpointTokenizer]:
         if name not in self._loaded:
-            import torch  # noqa: PLC0415 - only where this grader is named
+            import torch  # noqa: PLC0415 - only where it is asked for
             from transformers import AutoModelForCausalLM  # noqa: PLC0415 - slow to import
 
             card = self._pool.model(name).card

@@ -118,6 +118,25 @@ def write_report(lesson: Lesson, pool: Pool) -> Path:
             rows=tuple(rows),
         ),
         Table(
+            title="What a question like yours would get",
+            text=(
+                "The test questions by what they are like, the most frequent first: one of each "
+                "kind, who answers most of them, what the router expects of its choices, and what "
+                "these scored."
+            ),
+            columns=("a question of the kind", "questions", "who answers", "expected", "scored"),
+            rows=tuple(
+                (
+                    one.example[:200],
+                    str(one.num_questions),
+                    f"{one.chosen} ({one.share:.0%})",
+                    f"{one.expected:.2f}",
+                    f"{one.scored:.2f}",
+                )
+                for one in lesson.kinds
+            ),
+        ),
+        Table(
             title="Where the router is wrong",
             text=(
                 "Questions whose favourite did worse than another model, the surest first. "
@@ -179,7 +198,11 @@ def install(lesson: Lesson, file: Path) -> None:
         added = "".join([*lines[: at + 1], _indented(block, indent), *lines[at + 1 :]])
     wanted = yaml.safe_load(before)
     wanted["policies"] = {**lesson.specs, **(wanted.get("policies") or {})}
-    if yaml.safe_load(added) != wanted:
+    try:
+        says = yaml.safe_load(added)
+    except yaml.YAMLError:  # a pool in JSON, for instance
+        says = None
+    if says != wanted:
         raise PolicyError(
             f"{file} is laid out so that policies cannot be added; add them:\n{block}"
         )

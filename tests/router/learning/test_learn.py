@@ -1,6 +1,7 @@
 """`shoal learn`: from questions to policies of a pool, measured, installed beside the old ones."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,11 @@ def test_a_pool_learns_from_questions_in_one_command(tmp_path: Path) -> None:
     page = (tmp_path / "learned" / "v1" / "report.html").read_text()
     for told in ("auto-v1", "oracle of each task", "oracle of each question", "random", "large"):
         assert told in page
+    # Of either kind there is an example, and who answers such questions.
+    _, _, kinds = page.partition("What a question like yours would get")
+    kinds, _, _ = kinds.partition("Where the router is wrong")
+    for example, model in (("How much is", "sums"), ("Spell the", "words")):
+        assert re.search(rf"{example}[^<]*</td>(?:(?!</tr>).)*{model} \(\d+%\)", kinds, re.DOTALL)
     assert (tmp_path / "learned" / "v1" / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
