@@ -213,8 +213,8 @@ class Guard:
     """Refuses what a web page from elsewhere could have a browser send.
 
     Pages may send text without asking, and point a name of their own at this machine (DNS
-    rebinding). `hosts` are the names that the server goes by (None: any); loopback's own name and
-    addresses are nobody else's. A `keyless` one takes posts only as JSON.
+    rebinding). `hosts` are the names that the server goes by (None: any), beside loopback's own
+    and names without a dot. A `keyless` one takes posts only as JSON.
     """
 
     def __init__(self, app: types.ASGIApp, *, hosts: Collection[str] | None, keyless: bool) -> None:
@@ -229,9 +229,10 @@ class Guard:
 
     def _refusal(self, request: Request) -> ApiError | None:
         name = _hostname(request)
-        # Browsers send a name always, old programs none. One without a dot may be somebody's, too:
-        # whoever is in the same network may answer for it.
-        foreign = "host" in request.headers and not _is_loopback(name)
+        # Browsers send a name always, old programs none. One without a dot is nobody's on the
+        # Internet, and what containers beside the server and plain sockets go by.
+        plain = name and not {*name} & {*".:"}
+        foreign = "host" in request.headers and not plain and not _is_loopback(name)
         if self._hosts is not None and foreign and name not in self._hosts:
             return ApiError(
                 421,
