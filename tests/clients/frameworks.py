@@ -6,6 +6,7 @@ from typing import Any
 import instructor
 import litellm
 import openai
+from instructor.core import InstructorRetryException
 from langchain_core.messages import AIMessageChunk, HumanMessage, ToolMessage
 from langchain_openai import ChatOpenAI
 from llama_index.core.llms import ChatMessage
@@ -211,6 +212,7 @@ class Instructor(OpenAI):
 
     name = "instructor"
     lacks = frozenset({"streaming", "tools", "usage"})
+    errors = (InstructorRetryException, InstructorRetryException, InstructorRetryException)
 
     def parse(self, model: str, question: str) -> Sum:
         mode = instructor.Mode.TOOLS if model == "caller" else instructor.Mode.JSON_SCHEMA

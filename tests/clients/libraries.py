@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import anthropic
 import openai
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
 
 NODE = Path(__file__).parent / "node"
 Feature = Literal["streaming", "tools", "structured output", "usage"]
@@ -27,12 +27,16 @@ FUNCTION: dict[str, Any] = {
     "strict": True,
 }
 TOOL: Any = {"type": "function", "function": FUNCTION}
+# anthropic 2 has no parameter for it.
+GREEDY: Any = {"extra_body": {"temperature": 0}}
 
 
 class Sum(BaseModel):
-    """A sum."""
+    """A sum, bounded and closed: a model that knows no JSON may never end a number or an object."""
 
-    total: int
+    model_config = ConfigDict(extra="forbid")
+
+    total: int = Field(ge=0, le=999)
 
 
 def add(a: int, b: int) -> int:
@@ -229,14 +233,12 @@ class Anthropic(Library):
 
     def chat(self, model: str, question: str) -> Told:
         return self._told(
-            self._messages().create(
-                model=model, max_tokens=64, messages=user(question), temperature=0
-            )
+            self._messages().create(model=model, max_tokens=64, messages=user(question), **GREEDY)
         )
 
     def stream(self, model: str, question: str) -> Told:
         with self._messages().stream(
-            model=model, max_tokens=64, messages=user(question), temperature=0
+            model=model, max_tokens=64, messages=user(question), **GREEDY
         ) as stream:
             pieces = list(stream.text_stream)
             whole = self._told(stream.get_final_message())

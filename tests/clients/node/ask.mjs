@@ -12,7 +12,7 @@ let input = "";
 for await (const part of process.stdin) input += part;
 const { url, key, model, question } = JSON.parse(input);
 
-const Sum = z.object({ total: z.number().int() });
+const Sum = z.object({ total: z.number().int().min(0).max(999) });
 const Terms = z.object({ a: z.number().int(), b: z.number().int() });
 const add = ({ a, b }) => String(a + b);
 
