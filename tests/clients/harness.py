@@ -16,7 +16,7 @@ MEMBERS = (
 PAIR = ("arithmetic", "code")
 
 
-def evaluated(model: Any, *tasks: str, template: bool = True) -> dict[str, Any]:
+def evaluated(model: Any, *tasks: str) -> dict[str, Any]:
     """Return by task its accuracy, and by question what the model said.
 
     That is the log-likelihood of each choice, or the answer's text. All tasks by default.
@@ -25,7 +25,7 @@ def evaluated(model: Any, *tasks: str, template: bool = True) -> dict[str, Any]:
         model=model,
         tasks=list(tasks or ("pool_choices", "pool_answers")),
         task_manager=TaskManager(include_path=str(TASKS), include_defaults=False),
-        apply_chat_template=template,
+        apply_chat_template=True,
         log_samples=True,
         bootstrap_iters=0,
         random_seed=0,

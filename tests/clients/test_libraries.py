@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.clients.conftest import Served
+from tests.clients.conftest import ROOT, Served
 from tests.clients.frameworks import LIBRARIES
 from tests.clients.libraries import NODE, Feature, Library, OpenAINode
 from tests.models.engines.remote.bad_server import Reply, finish
@@ -111,3 +111,16 @@ def test_errors_are_the_library_s_own(library: Library, served: Served) -> None:
             ask(one, QUESTION)
         told: Any = caught.value
         assert getattr(told, "status_code", None) == status or f"code: {status}" in str(told)
+
+
+def test_the_document_says_what_works() -> None:
+    """The table in docs/clients.md has a row per library; only what it lacks is missing."""
+    lines = (ROOT / "docs/clients.md").read_text().splitlines()
+    head = next(line for line in lines if line.startswith("| library |"))
+    columns = [cell.strip() for cell in head.strip("|").split("|")]
+    rows = lines[lines.index(head) + 2 :][: len(LIBRARIES)]
+    for library, row in zip(LIBRARIES, rows, strict=True):
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        told = dict(zip(columns, cells, strict=True))
+        assert told["library"] == library.name
+        assert {name for name, cell in told.items() if cell == "–"} == library.lacks

@@ -97,14 +97,3 @@ def test_a_policy_answers_as_its_choice_does(served: Served, reference: dict[str
             num_known += 1
     assert num_known > 0.9 * len(QUESTIONS)
     assert mine["said"] == expected
-
-
-def test_texts_are_as_likely_as_tokens(served: Served) -> None:
-    """Prompts may be sent as text as well, one by one; the harness then applies no template."""
-    text = _by_likelihood(served, "arithmetic", tokenized_requests=False, batch_size=1)
-    [by_text] = evaluated(text, "pool_choices", template=False).values()
-    [by_tokens] = evaluated(
-        _by_likelihood(served, "arithmetic"), "pool_choices", template=False
-    ).values()
-    for one, other in zip(by_text["said"], by_tokens["said"], strict=True):
-        assert one == pytest.approx(other, abs=CLOSE)
