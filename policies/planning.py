@@ -144,14 +144,13 @@ def plan_training(
     """
     fitted = laws.origin if laws else ""
     tokens = flops / training_flops(base_parameters, 1)
-    scaling = (laws and laws.scaling) or SharedExponent.PUBLISHED
     ensemble = (laws and laws.ensemble_loss) or EnsembleLaw(
         L0=0.0, a=PAPER_LOOSE_A, b=PAPER_LOOSE_B
     )
     illustration = "the paper's loose a = b = 0.83 (Sengupta et al. 2025, section 4): illustration"
     rows = []
     for n in sizes:
-        chunk_loss = scaling.predict(base_parameters / n, tokens)
+        chunk_loss = SharedExponent.PUBLISHED.predict(base_parameters / n, tokens)
         rows.append(
             EnsembleRow(
                 num_chunks=n,
@@ -201,9 +200,7 @@ def plan_training(
             law=InferenceEfficient.PUBLISHED,
         ),
         origins={
-            "chunk loss": fitted
-            if laws and laws.scaling
-            else "Chinchilla fit of Bian et al. 2025 (models of 80M to 339M parameters)",
+            "chunk loss": "Chinchilla fit of Bian et al. 2025 (models of 80M to 339M parameters)",
             "ensemble loss": fitted if laws and laws.ensemble_loss else illustration,
             "ensemble beats base": "Sengupta et al. 2025, eq. 13, N0 in billions, γ = 1.08, "
             "δ = 0.29 as quoted for Llama-3-8B; a and b as for the ensemble loss",

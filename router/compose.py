@@ -16,6 +16,7 @@ from policies.carbon.grid import CachedGrid
 from policies.experiments.shadow import Shadow, ShadowMeter
 from router.access.authentication import Authenticator
 from router.access.budgets import Budgets
+from router.accounts import Watcher
 from router.background import BudgetSync, GridFeed
 from router.catalog.catalog import Catalog, load_catalog
 from router.config import AppArgs
@@ -30,7 +31,7 @@ from router.logs import REQUESTS_LOGGER, RequestLog
 from router.metrics.counting import count_rows
 from router.metrics.page import build_metrics
 from router.openai_api.stored import ResponseStore
-from router.service import Background, Service, Watcher
+from router.service import Background, Service
 from router.tracing import open_tracer
 
 # PostgreSQL ends what takes longer, so that nothing hangs on a lock for ever.

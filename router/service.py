@@ -18,8 +18,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from models.engines.base import Chunk
-from models.errors import EngineError
 from policies.experiments.shadow import ShadowMeter
+from router.accounts import Accounts, Watcher
 from router.bodies import Bodies
 from router.catalog.catalog import Catalog
 from router.config import ServingLimits
@@ -30,7 +30,6 @@ from router.engines import EngineClient, merge
 from router.errors import ApiError, bad_request, to_api_error
 from router.exchange import Exchange, Terms, shoal_field
 from router.executor.executor import Executor
-from router.executor.trace import Run
 from router.experiments.experiments import Experiments
 from router.experiments.shadows import Mirror
 from router.gate import Gate, credentials
@@ -69,18 +68,6 @@ class Background(Protocol):
         ...
 
 
-class Watcher(Protocol):
-    """Is told of every request when it is over."""
-
-    def ended(self, exchange: Exchange, record: RequestRecord) -> None:
-        """Take note; must neither block nor raise."""
-        ...
-
-    def close(self) -> None:
-        """Hand on what is still held; may block."""
-        ...
-
-
 class Service:
     """Answers requests with the models of one pool."""
 
@@ -115,9 +102,9 @@ class Service:
         self.gate = gate
         self.metrics = metrics
         self.responses = responses
-        self._watchers = tuple(watchers)
-        self._keep_text = keep_text
-        self._user_secret = user_secret
+        self.accounts = Accounts(
+            engines, gate, ledger, watchers, keep_text=keep_text, user_secret=user_secret
+        )
         self.bodies = Bodies(
             max_bytes=self.limits.max_body_bytes,
             max_values=self.limits.max_body_values,
@@ -127,7 +114,6 @@ class Service:
         self.mirror = Mirror(shadows, executor=self._executor, ledger=ledger)
         self.num_waited_for = 0
         self._conversations = Conversations(ledger.database, user_secret)
-        self._settling: set[asyncio.Task[None]] = set()
         self._background = {
             Worker(type(one).__name__.lower()): one
             for one in (*background, metrics, experiments, responses, editions)
@@ -216,10 +202,7 @@ class Service:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
         await self.mirror.close()
-        await asyncio.gather(*self._settling, return_exceptions=True)
-        await asyncio.gather(self.ledger.close(), self.gate.close())
-        for watcher in self._watchers:
-            await asyncio.to_thread(watcher.close)
+        await self.accounts.close()
 
     async def _answer(self, exchange: Exchange, endpoint: WireFormat, body: bytes) -> Response:
         async with asyncio.timeout_at(exchange.deadline_s):
@@ -280,7 +263,7 @@ class Service:
         async for index, chunk in answers:
             chunks[index].append(chunk)
             _count(exchange, index, chunk)
-        await self._settle(exchange)
+        await self.accounts.settle(exchange)
         whole = [merge(parts) for parts in chunks]
         content: dict[str, Any] = {}
 
@@ -318,7 +301,7 @@ class Service:
                 num_open -= chunk.finish_reason is not None
                 data += writer.chunk(index, chunk)
                 if not num_open:
-                    await self._settle(exchange)
+                    await self.accounts.settle(exchange)
                     data += writer.end(_usage(exchange.record))
                     data[-1]["shoal"] = shoal_field(exchange, exchange.catalog)
                     await writer.keep(data[-1], exchange.key_id)
@@ -383,53 +366,7 @@ class Service:
         self.num_waited_for -= not exchange.offline
         exchange.ended_s = time.perf_counter()
         self.mirror.after(exchange)
-        if not any(True for choice in exchange.choices for _ in choice.trace.interrupted()):
-            # In the loop's next turn: when the response is on its way.
-            asyncio.get_running_loop().call_soon(self._record, exchange)
-            return
-        settling = asyncio.ensure_future(self._settle_and_record(exchange))
-        self._settling.add(settling)
-        settling.add_done_callback(self._settling.discard)
-
-    async def _settle_and_record(self, exchange: Exchange) -> None:
-        await self._settle(exchange)
-        self._record(exchange)
-
-    def _record(self, exchange: Exchange) -> None:
-        record = exchange.complete(
-            exchange.catalog.prices.rates, keep_text=self._keep_text, user_secret=self._user_secret
-        )
-        self.gate.settle(exchange, record)
-        self.ledger.record(record)
-        for watcher in self._watchers:
-            watcher.ended(exchange, record)
-        if record.answered_by is None:
-            return  # refused: nothing to learn from
-        policies = exchange.catalog.policies
-        policy = policies.get(record.policy or "")
-        if policy is not None:
-            for query, decision, cost in exchange.settled(exchange.catalog.prices.rates):
-                policy.settle(query, decision, cost)
-                policies.limiter.observe(query, decision, cost)
-
-    async def _settle(self, exchange: Exchange) -> None:
-        """Ask the engines what the requests used that were cancelled there."""
-
-        async def settle(run: Run) -> None:
-            assert run.engine is not None
-            assert run.request_id is not None
-            run.settled = True
-            try:
-                num_tokens = await self.engines[run.engine].settle(run.request_id)
-            except Exception as error:
-                # The engine is gone; what reached us stays counted.
-                if not isinstance(error, EngineError | TimeoutError):
-                    logger.exception("%s: cannot be settled", exchange.id)
-                return
-            run.output_tokens = max(run.output_tokens, num_tokens)
-
-        interrupted = [run for choice in exchange.choices for run in choice.trace.interrupted()]
-        await asyncio.gather(*map(settle, interrupted))
+        self.accounts.end(exchange)
 
 
 def _timeout_s(headers: Mapping[str, str]) -> float | None:

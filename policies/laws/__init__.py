@@ -8,7 +8,6 @@ law as `PUBLISHED`; where none is, there is no default.
 """
 
 from policies.laws.downscaling import (
-    CompressionLaw,
     MixtureLaw,
     PostPruningLaw,
     RecoveryLaw,
@@ -17,7 +16,6 @@ from policies.laws.downscaling import (
 from policies.laws.ensemble import EnsembleLaw, ensemble_margin, smallest_winning_ensemble
 from policies.laws.fitting import Fitted, Interval
 from policies.laws.scaling import (
-    Chinchilla,
     InferenceEfficient,
     Shape,
     SharedExponent,
@@ -25,8 +23,6 @@ from policies.laws.scaling import (
 )
 
 __all__ = [
-    "Chinchilla",
-    "CompressionLaw",
     "EnsembleLaw",
     "Fitted",
     "InferenceEfficient",

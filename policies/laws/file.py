@@ -10,7 +10,6 @@ from policies.errors import LawError
 from policies.files import Artifact, read_artifact, write_artifact
 from policies.laws.downscaling import MixtureLaw, PostPruningLaw
 from policies.laws.ensemble import EnsembleLaw
-from policies.laws.scaling import Chinchilla
 
 LAWS_FILE: Final = "laws.npz"
 
@@ -35,7 +34,6 @@ class PoolLaws:
     mixture_general: MixtureLaw | None = None
     mixture_domain: MixtureLaw | None = None
     post_pruning: PostPruningLaw | None = None
-    scaling: Chinchilla | None = None
     data_sha256: str = ""
 
 
@@ -45,7 +43,6 @@ _KINDS: dict[str, type[Any]] = {
     "mixture_general": MixtureLaw,
     "mixture_domain": MixtureLaw,
     "post_pruning": PostPruningLaw,
-    "scaling": Chinchilla,
 }
 
 

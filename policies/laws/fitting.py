@@ -65,52 +65,18 @@ def fit_law(
     losses: Sequence[float],
     constants: Sequence[Constant],
     scale: Literal["linear", "log"] = "linear",
-    method: Literal["trf", "lm"] = "trf",
     seed: int = 0,
     num_resamples: int = 200,
 ) -> Fitted[Law]:
     """Return the law of the type `build` that comes closest to `losses`, measured at `at`.
 
-    `at` maps each argument of the law's `predict` to its values, one per measurement. For the rest
-    see `fit_constants`. Raises `LawError` also where lengths differ.
+    `at` maps each argument of the law's `predict` to its values, one per measurement. `scale` "log"
+    minimises relative errors (losses that span a range). The start of constant i in the j-th
+    attempt is `starts[j % len(starts)]`; the intervals are the bootstrap's. Raises `LawError` where
+    lengths differ, with fewer points than constants plus one, or values that are not finite.
     """
     points = {name: as_array(values, name, len(losses)) for name, values in at.items()}
-
-    def predict(law: Law) -> Array:
-        predicted: Array = getattr(law, "predict")(**points)  # noqa: B009 - a Law is any type
-        return predicted
-
-    return fit_constants(
-        build=build,
-        predict=predict,
-        constants=constants,
-        measured=as_array(losses, "losses", len(losses)),
-        scale=scale,
-        method=method,
-        seed=seed,
-        num_resamples=num_resamples,
-    )
-
-
-def fit_constants(
-    *,
-    build: Callable[..., Law],
-    predict: Callable[[Law], Array],
-    constants: Sequence[Constant],
-    measured: Array,
-    scale: Literal["linear", "log"] = "linear",
-    method: Literal["trf", "lm"] = "trf",
-    seed: int = 0,
-    num_resamples: int = 200,
-) -> Fitted[Law]:
-    """Return the law whose predictions come closest to `measured`, with bootstrap intervals.
-
-    `build(**constants)` makes the law and `predict(law)` its predictions at the measured points.
-    `scale` "log" minimises relative errors (losses that span a range). `method` "lm" is
-    Levenberg-Marquardt. The start of constant i in the j-th attempt is `starts[j % len(starts)]`.
-    Raises `LawError` with fewer points than constants plus one, or values that are not finite.
-    """
-    measured = np.asarray(measured, dtype=np.float64)
+    measured = as_array(losses, "losses", len(losses))
     if not np.isfinite(measured).all() or (scale == "log" and (measured <= 0).any()):
         raise LawError(f"measured values must be finite{' and > 0' if scale == 'log' else ''}")
     if len(measured) <= len(constants):
@@ -118,6 +84,11 @@ def fit_constants(
             f"{len(measured)} measurements cannot fit {len(constants)} constants with an interval; "
             f"at least {len(constants) + 1} are needed"
         )
+
+    def predict(law: Law) -> Array:
+        predicted: Array = getattr(law, "predict")(**points)  # noqa: B009 - a Law is any type
+        return predicted
+
     is_log = np.array([constant.positive for constant in constants])
 
     def law_at(theta: Array) -> Law:
@@ -135,7 +106,7 @@ def fit_constants(
                 difference = transform(predict(law_at(theta))) - target
             return np.nan_to_num(difference, nan=1e6, posinf=1e6, neginf=-1e6)
 
-        solution: Any = least_squares(residuals, start, method=method, max_nfev=2000, x_scale=1.0)
+        solution: Any = least_squares(residuals, start, max_nfev=2000, x_scale=1.0)
         return float(solution.cost), np.asarray(solution.x, dtype=np.float64)
 
     attempts = max(len(constant.starts) for constant in constants)

@@ -6,54 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from policies.laws.fitting import Constant, Fitted, Number, fit_law, power
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chinchilla:
-    """L(N, D) = A/N^α + B/D^β + E (Hoffmann et al. 2022; Sengupta et al. 2025, eq. 2).
-
-    N in parameters, D in tokens, L in nats per token; E is the irreducible loss. Constants depend
-    on data and tokenizer and must be fitted.
-    """
-
-    A: float
-    B: float
-    E: float
-    alpha: float
-    beta: float
-
-    def predict(self, parameters: Number, tokens: Number) -> Number:
-        """Return the loss in nats per token."""
-        return self.A / power(parameters, self.alpha) + self.B / power(tokens, self.beta) + self.E
-
-    @classmethod
-    def fit(
-        cls,
-        *,
-        parameters: Sequence[float],
-        tokens: Sequence[float],
-        losses: Sequence[float],
-        seed: int = 0,
-        num_resamples: int = 200,
-    ) -> Fitted[Chinchilla]:
-        """Fit the five constants to measured losses, by relative error."""
-        floor = float(min(losses))
-        return fit_law(
-            cls,
-            at={"parameters": parameters, "tokens": tokens},
-            losses=losses,
-            constants=(
-                Constant(name="A", starts=(400.0, 20.0, 5000.0)),
-                Constant(name="B", starts=(400.0, 20.0, 50000.0)),
-                Constant(name="E", starts=(0.8 * floor, 0.4 * floor)),
-                Constant(name="alpha", starts=(0.34, 0.2, 0.5)),
-                Constant(name="beta", starts=(0.28, 0.2, 0.5)),
-            ),
-            scale="log",
-            seed=seed,
-            num_resamples=num_resamples,
-        )
+from policies.laws.fitting import Number, power
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +33,7 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class SharedExponent:
-    """L = E + A·N^-α + B·D^-α: Chinchilla with one exponent, as Bian et al. (2025) fit it."""
+    """L = E + A·N^-α + B·D^-α: Hoffmann et al.'s law with one exponent (Bian et al. 2025)."""
 
     A: float
     B: float
@@ -123,35 +76,6 @@ class InferenceEfficient:
             self.E + self.A * power(parameters, -self.alpha) + self.B * power(tokens, -self.alpha)
         )
         return size * (1 + self.epsilon * power(aspect_ratio, self.alpha))
-
-    @classmethod
-    def fit(
-        cls,
-        *,
-        parameters: Sequence[float],
-        tokens: Sequence[float],
-        aspect_ratios: Sequence[float],
-        losses: Sequence[float],
-        seed: int = 0,
-        num_resamples: int = 200,
-    ) -> Fitted[InferenceEfficient]:
-        """Fit the five constants by Levenberg-Marquardt, as the paper does."""
-        floor = float(min(losses))
-        return fit_law(
-            cls,
-            at={"parameters": parameters, "tokens": tokens, "aspect_ratio": aspect_ratios},
-            losses=losses,
-            constants=(
-                Constant(name="A", starts=(1e4, 100.0)),
-                Constant(name="B", starts=(1e5, 1000.0)),
-                Constant(name="E", starts=(0.8 * floor, 0.5 * floor)),
-                Constant(name="alpha", starts=(0.5, 0.3)),
-                Constant(name="epsilon", starts=(1e-3, 1e-2)),
-            ),
-            method="lm",
-            seed=seed,
-            num_resamples=num_resamples,
-        )
 
 
 InferenceEfficient.PUBLISHED = InferenceEfficient(

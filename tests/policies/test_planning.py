@@ -4,7 +4,7 @@ import pytest
 
 from policies.carbon import find_device
 from policies.errors import LawError
-from policies.laws import Chinchilla, EnsembleLaw, MixtureLaw
+from policies.laws import EnsembleLaw, MixtureLaw
 from policies.laws.file import PoolLaws
 from policies.planning import Site, budget_flops, plan_training
 
@@ -89,25 +89,23 @@ def test_a_budget_in_dollars_needs_a_price():
 
 
 def test_a_pools_own_laws_replace_published_constants():
-    """With laws.npz the losses, the winning size and the domain share are the pool's."""
+    """With laws.npz the ensemble's gain, the winning size and the domain share are the pool's."""
     mixture = MixtureLaw(
         A=20.0, B=15.0, C=0.2, E=1.5, alpha=0.2, beta=0.2, gamma=0.6, eta=0.5, epsilon=0.1
     )
     laws = PoolLaws(
         origin="measured on the test pool",
-        scaling=Chinchilla(A=400, B=410, E=1.7, alpha=0.34, beta=0.28),
         ensemble_loss=EnsembleLaw(L0=2.0, a=0.5, b=0.1),
         mixture_general=mixture,
     )
     limit = mixture.predict(8e9, 20e9, 0.25)
     answer = report(laws=laws, general_loss_limit=limit)
-    assert answer.rows[0].chunk_loss == pytest.approx(laws.scaling.predict(8e9, 20e9))
     assert answer.rows[1].ensemble_loss == pytest.approx(
         answer.rows[1].chunk_loss - 0.1 * (1 - 2**-0.5)
     )
     assert answer.domain_share is not None
     assert mixture.predict(8e9, 20e9, 1 - answer.domain_share) == pytest.approx(limit)
-    for question in ("chunk loss", "ensemble loss", "domain share"):
+    for question in ("ensemble loss", "domain share"):
         assert answer.origins[question] == "measured on the test pool"
 
 

@@ -6,7 +6,6 @@ import pytest
 
 from policies.errors import LawError
 from policies.laws import (
-    CompressionLaw,
     EnsembleLaw,
     InferenceEfficient,
     PostPruningLaw,
@@ -103,13 +102,12 @@ def test_recovery_training_raises_performance():
     """With the published exponents more recovery data never lowers the performance."""
     law = RecoveryLaw.PUBLISHED
     assert law.predict(0.6, 0.3, 0.0) < law.predict(0.6, 0.3, 1.0) < law.predict(0.6, 0.3, 10.0)
-    assert CompressionLaw.PUBLISHED.predict(0.6, 0.0) == pytest.approx(0.6**1.01)
 
 
 def test_kept_share_outside_its_range_is_refused():
     """σ must lie in (0, 1]."""
     with pytest.raises(LawError, match=r"1\.5 is not in \(0, 1\]"):
-        CompressionLaw.PUBLISHED.critical_ratio(1.5)
+        RecoveryLaw.PUBLISHED.critical_ratio(1.5)
 
 
 def test_ensemble_law_has_the_papers_ends():

@@ -1,0 +1,110 @@
+"""Keeps exactly one record of every exchange, when all that it used is known."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from models.errors import EngineError
+from router.engines import EngineClient
+from router.exchange import Exchange
+from router.executor.trace import Run
+from router.gate import Gate
+from router.ledger.writer import Ledger
+from router.record import RequestRecord
+
+logger = logging.getLogger(__name__)
+
+
+class Watcher(Protocol):
+    """Is told of every request when it is over."""
+
+    def ended(self, exchange: Exchange, record: RequestRecord) -> None:
+        """Take note; must neither block nor raise."""
+        ...
+
+    def close(self) -> None:
+        """Hand on what is still held; may block."""
+        ...
+
+
+class Accounts:
+    """What exchanges used: asked of the engines, kept in the ledger, told to who counts it."""
+
+    def __init__(
+        self,
+        engines: Mapping[str, EngineClient],
+        gate: Gate,
+        ledger: Ledger,
+        watchers: Sequence[Watcher],
+        *,
+        keep_text: bool,
+        user_secret: bytes,
+    ) -> None:
+        """Keep records in `ledger`, with the texts if `keep_text`; users are hashed."""
+        self._engines = engines
+        self._gate = gate
+        self._ledger = ledger
+        self._watchers = tuple(watchers)
+        self._keep_text = keep_text
+        self._user_secret = user_secret
+        self._settling: set[asyncio.Task[None]] = set()
+
+    def end(self, exchange: Exchange) -> None:
+        """Keep the record of `exchange`, at once or when what was cut off is known."""
+        if not any(True for choice in exchange.choices for _ in choice.trace.interrupted()):
+            # In the loop's next turn: when the response is on its way.
+            asyncio.get_running_loop().call_soon(self._record, exchange)
+            return
+        settling = asyncio.ensure_future(self._settle_and_record(exchange))
+        self._settling.add(settling)
+        settling.add_done_callback(self._settling.discard)
+
+    async def settle(self, exchange: Exchange) -> None:
+        """Ask the engines what the requests used that were cancelled there."""
+
+        async def settle(run: Run) -> None:
+            assert run.engine is not None
+            assert run.request_id is not None
+            run.settled = True
+            try:
+                num_tokens = await self._engines[run.engine].settle(run.request_id)
+            except Exception as error:
+                # The engine is gone; what reached us stays counted.
+                if not isinstance(error, EngineError | TimeoutError):
+                    logger.exception("%s: cannot be settled", exchange.id)
+                return
+            run.output_tokens = max(run.output_tokens, num_tokens)
+
+        interrupted = [run for choice in exchange.choices for run in choice.trace.interrupted()]
+        await asyncio.gather(*map(settle, interrupted))
+
+    async def close(self) -> None:
+        """Wait for the records of requests that were cut off, then close what keeps them."""
+        await asyncio.gather(*self._settling, return_exceptions=True)
+        await asyncio.gather(self._ledger.close(), self._gate.close())
+        for watcher in self._watchers:
+            await asyncio.to_thread(watcher.close)
+
+    async def _settle_and_record(self, exchange: Exchange) -> None:
+        await self.settle(exchange)
+        self._record(exchange)
+
+    def _record(self, exchange: Exchange) -> None:
+        record = exchange.complete(
+            exchange.catalog.prices.rates, keep_text=self._keep_text, user_secret=self._user_secret
+        )
+        self._gate.settle(exchange, record)
+        self._ledger.record(record)
+        for watcher in self._watchers:
+            watcher.ended(exchange, record)
+        if record.answered_by is None:
+            return  # refused: nothing to learn from
+        policies = exchange.catalog.policies
+        policy = policies.get(record.policy or "")
+        if policy is not None:
+            for query, decision, cost in exchange.settled(exchange.catalog.prices.rates):
+                policy.settle(query, decision, cost)
+                policies.limiter.observe(query, decision, cost)
