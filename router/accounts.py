@@ -50,7 +50,7 @@ class Accounts:
         self._watchers = tuple(watchers)
         self._keep_text = keep_text
         self._user_secret = user_secret
-        self._settling: set[asyncio.Task[None]] = set()
+        self.settling: set[asyncio.Task[None]] = set()
 
     def end(self, exchange: Exchange) -> None:
         """Keep the record of `exchange`, at once or when what was cut off is known."""
@@ -59,8 +59,8 @@ class Accounts:
             asyncio.get_running_loop().call_soon(self._record, exchange)
             return
         settling = asyncio.ensure_future(self._settle_and_record(exchange))
-        self._settling.add(settling)
-        settling.add_done_callback(self._settling.discard)
+        self.settling.add(settling)
+        settling.add_done_callback(self.settling.discard)
 
     async def settle(self, exchange: Exchange) -> None:
         """Ask the engines what the requests used that were cancelled there."""
@@ -83,7 +83,7 @@ class Accounts:
 
     async def close(self) -> None:
         """Wait for the records of requests that were cut off, then close what keeps them."""
-        await asyncio.gather(*self._settling, return_exceptions=True)
+        await asyncio.gather(*self.settling, return_exceptions=True)
         await asyncio.gather(self._ledger.close(), self._gate.close())
         for watcher in self._watchers:
             await asyncio.to_thread(watcher.close)

@@ -73,7 +73,7 @@ class Running:
 
     def settle(self) -> None:
         """Wait until nothing runs, and every record is in that follows an answer already read."""
-        tasks, settling = self.server.server_state.tasks, self.service._settling
+        tasks, settling = self.server.server_state.tasks, self.service.accounts.settling
         self.wait(lambda: not tasks and not settling)
         # What the last of them asked the loop to do comes before this.
         asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self.loop).result(60)
