@@ -71,13 +71,14 @@ class RemoteModelSpec(_Strict):
     with its tokenizer and chat template: without one, prompts count as one token per four bytes
     until the server has counted them. With `parameters`, and the hardware of its engine in the
     configuration's `carbon.engines`, its energy and carbon are modelled; else they are unknown, and
-    footprints say so.
+    footprints say so. One that `encodes` tells vectors or scores of texts, and writes no answers.
     """
 
     model: str | None = None
     tokenizer: str | None = None
     context_tokens: int | None = Field(None, ge=1)
     parameters: int | None = Field(None, ge=1)
+    encodes: tuple[Literal["vector", "score"], ...] = ()
 
 
 class SamplingSpec(_Strict):

@@ -214,5 +214,6 @@ def _task(exchange: Exchange, ask: Ask, *, prompt_index: int, query: Query, i: i
         client_id="offline" if exchange.offline else exchange.key_id or exchange.user or "",
         sent=ask.sent,
         ceiling=ask.ceiling,
+        offline=exchange.offline,
         deadline_s=exchange.deadline_s,
     )

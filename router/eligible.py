@@ -141,6 +141,10 @@ async def _check(name: str, pool: Members, ask: Ask, prompt: Prompt) -> None:
         return
     if prompt.tools is not None:
         pool.check_tools(answer)
+    if prompt.media is not None:
+        pool.check_media(answer, prompt.media.kind, prompt.media.field)
+    if prompt.token_ids is not None:
+        pool.check_ids(name)
     check_sampling(ask.sampling, pool.traits_of(name))
     context_tokens = pool.context_tokens(answer)
     wanted = 1 if ask.ceiling else ask.max_tokens or 1

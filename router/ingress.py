@@ -89,7 +89,7 @@ def create_api(service: Service, args: AppArgs) -> FastAPI:
     api = FastAPI(title="Shoal", version=version("shoal"), lifespan=lifespan)
     endpoints: tuple[WireFormat, ...] = (
         ChatEndpoint(),
-        CompletionEndpoint(service.catalog.members.tokenizer),
+        CompletionEndpoint(service.catalog.members.tokenizer_for),
         MessagesEndpoint(),
         ResponsesEndpoint(service.responses),
         EmbeddingsEndpoint(),

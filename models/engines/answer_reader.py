@@ -47,16 +47,17 @@ class AnswerReader:
 
     def read(self, chunk: Chunk) -> Chunk:
         """Return `chunk` with its text sorted out; why the answer ended may be a call."""
-        reasoning, text, calls = "", chunk.text, chunk.tool_calls
+        reasoning, text, calls = chunk.reasoning, chunk.text, chunk.tool_calls
         ends, truncated = chunk.finish_reason is not None, chunk.finish_reason == "length"
         tokens, num_thoughts = chunk.tokens, chunk.reasoning_tokens
         if self._thoughts is not None and self._counter is not None:
-            reasoning, text = self._thoughts.push(text)
+            thought, text = self._thoughts.push(text)
+            reasoning += thought
             if ends:
                 last = self._thoughts.finish()
                 reasoning, text = reasoning + last[0], text + last[1]
             tokens = tuple(self._counter.mark(tokens))
-            num_thoughts = self._counter.num_tokens if ends else None
+            num_thoughts = (num_thoughts or self._counter.num_tokens) if ends else None
         if self._calls is not None:
             text, calls = self._calls.push(text)
             if ends:

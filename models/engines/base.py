@@ -126,7 +126,8 @@ class GenerationRequest:
     is the client's own body, where another server gets it as it came. `tools` are offered only to
     engines whose traits allow them. `request_id` is unique; cancellation and logs use it.
     `client_id` groups requests for fair queueing. After `timeout_s` nobody waits for the answer any
-    more (None: not known). With an `encoding` it is one of an encoder, and has no prompt.
+    more (None: not known). Those that are `offline` get their turn when no others wait. With an
+    `encoding` it is one of an encoder, and has no prompt.
     """
 
     request_id: str
@@ -145,6 +146,7 @@ class GenerationRequest:
     rendering: Rendering | None = None
     tools: Tools | None = None
     timeout_s: float | None = None
+    offline: bool = False
     encoding: Encoding | None = None
 
 
@@ -184,7 +186,8 @@ class Chunk:
     `tokens` holds every generated token, the end-of-sequence token included in the count but with
     empty text. What the model thought before it answered is `reasoning`, why it would not is the
     `refusal`; neither is in the text. `tool_calls` are calls, or pieces of them. The last chunk,
-    and only it, has a `finish_reason`, and where several members were fused the `weights` that they
+    and only it, has a `finish_reason`, the request's stop string or token that ended the answer, if
+    one did (`stop`), and where several members were fused the `weights` that they
     had in the end, in the request's order. Where another server counted, it says how many tokens
     prompt and answer had, whatever was shown of them; and where the engine knows, how many of the
     prompt's were kept from earlier ones, and how many of the answer's were reasoning. The first
@@ -196,6 +199,7 @@ class Chunk:
     text: str
     tokens: tuple[Token, ...]
     finish_reason: FinishReason | None = None
+    stop: str | int | None = None
     weights: tuple[float, ...] | None = None
     reasoning: str = ""
     refusal: str = ""

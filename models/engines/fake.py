@@ -161,7 +161,7 @@ class FakeEngine:
     ) -> AsyncIterator[Chunk]:
         sampling = request.sampling
         answer = script.answers[turn % len(script.answers)] if script.answers else _last(request)
-        stream = TextStream(sampling.stop)
+        stream = TextStream(sampling.stop, include_stop=sampling.include_stop)
         await asyncio.sleep(script.time_to_first_token_s)
         for index, token_id in enumerate(_ids(answer, forever=sampling.ignore_eos)):
             if index == fail_after_tokens:
@@ -182,6 +182,7 @@ class FakeEngine:
                 text=text,
                 tokens=(_token(token_id, script, sampling.top_logprobs),),
                 finish_reason=finish,
+                stop=stream.stop,
                 prompt=() if index else _prompt(request, script),
             )
             if finish:

@@ -63,8 +63,13 @@ def check_request(
     """
     _check_members(request, members, traits)
     _check_fusion(request, traits)
-    if request.encoding is not None:
-        raise RequestError(f"{', '.join(request.members)} is no encoder", "model")
+    told = request.encoding and request.encoding.kind
+    if told is None and traits.encodes.keys() & request.members:
+        raise RequestError(f"{', '.join(request.members)} writes no answers", "model")
+    if told is not None:
+        if any(told not in traits.encodes.get(name, ()) for name in request.members):
+            raise RequestError(f"{', '.join(request.members)} cannot tell a {told}", "model")
+        return request.sampling.max_tokens
     check_sampling(request.sampling, traits)
     _check_tokens(request, vocab_size)
     if request.tools is not None and not traits.calls(request.members):

@@ -1,13 +1,14 @@
 """Grammars of what answers are held to, as llguidance reads them: ours and llama.cpp's.
 
 Between the tokens of JSON at most `_BLANKS` characters of white space are allowed: a model that
-likes blanks would otherwise spend its whole answer on them.
+likes blanks would otherwise spend its whole answer on them. For the same reason objects whose
+properties are named have no others, unless their schema speaks of others.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Final
+from typing import Any, Final
 
 from llguidance import LLMatcher, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
@@ -17,6 +18,12 @@ from models.errors import RequestError
 
 HEADER: Final = "%llguidance {}\n"
 _BLANKS: Final = 8
+_OF_SCHEMAS: Final = {"items", "prefixItems", "additionalProperties", "anyOf", "oneOf"}
+_OF_NAMED_SCHEMAS: Final = {"properties", "patternProperties", "$defs", "definitions"}
+_SPEAKS_OF_OTHERS: Final = {
+    *("additionalProperties", "unevaluatedProperties", "patternProperties", "propertyNames"),
+    *("minProperties", "anyOf", "oneOf", "if", "$ref", "dependentSchemas"),
+}
 _JSON_OPTIONS: Final = {"whitespace_pattern": f"[ \\n\\t\\r]{{1,{_BLANKS}}}"}
 
 
@@ -46,11 +53,33 @@ def json_rule(schema: str, *, strict: bool = False) -> str:
     What a grammar cannot hold is ignored, unless `strict`.
     """
     content = json.loads(schema)
+    # Each part of an `allOf` knows some of the properties only.
+    if isinstance(content, dict) and '"allOf"' not in schema:
+        content = _closed(content)
     if isinstance(content, dict):
         own = content.get("x-guidance")
         options = {**(own if isinstance(own, dict) else {}), **_JSON_OPTIONS}
         content = {**content, "x-guidance": {**options, "lenient": not strict}}
     return f"%json {json.dumps(content)}"
+
+
+def _closed(schema: Any) -> Any:  # noqa: ANN401 - any JSON
+    """Return `schema` with its objects closed that name properties and say nothing of others."""
+    if isinstance(schema, list):
+        return [_closed(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = dict(schema)
+    for key in _OF_SCHEMAS & found.keys():
+        found[key] = _closed(found[key])
+    for key in _OF_NAMED_SCHEMAS & found.keys():
+        if isinstance(found[key], dict):
+            found[key] = {name: _closed(one) for name, one in found[key].items()}
+    named, required = found.get("properties"), found.get("required") or ()
+    closes = isinstance(named, dict) and all(name in named for name in required)
+    if closes and not _SPEAKS_OF_OTHERS & found.keys():
+        found["additionalProperties"] = False
+    return found
 
 
 def compile_grammar(tokenizer: LLTokenizer, grammar: str, *, what: str, field: str) -> LLMatcher:

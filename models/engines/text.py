@@ -52,16 +52,21 @@ class TextStream:
     """Turns tokens' bytes into text that may be shown.
 
     Text is held back while it may be the beginning of a stop string, bytes while their character
-    is incomplete. `stopped` turns true once a stop string stands in the text; what follows is never
-    returned, nor is it itself unless `include_stop`.
+    is incomplete. `stop` is set once a stop string stands in the text, to that string; what follows
+    is never returned, nor is it itself unless `include_stop`.
     """
 
     def __init__(self, stop: Iterable[str], *, include_stop: bool = False) -> None:
-        self._stop = tuple(stop)
+        self._stops = tuple(stop)
         self._include_stop = include_stop
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
-        self.stopped = False
+        self.stop: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the text is over."""
+        return self.stop is not None
 
     def push(self, raw: bytes) -> str:
         """Add a token's bytes; return the text that is now certain."""
@@ -76,15 +81,14 @@ class TextStream:
         return text
 
     def _release(self, text: str) -> str:
-        if not self._stop:
+        if not self._stops:
             return text
         self._held += text
-        found = [(at, stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
-            self.stopped = True
-            at, stop = min(found)
-            return self._held[: at + len(stop) * self._include_stop]
-        keep = max(overlap(self._held, stop) for stop in self._stop)
+            at, self.stop = min(found)
+            return self._held[: at + len(self.stop) * self._include_stop]
+        keep = max(overlap(self._held, stop) for stop in self._stops)
         certain = len(self._held) - keep
         text, self._held = self._held[:certain], self._held[certain:]
         return text

@@ -112,10 +112,15 @@ class GgufFile:
 
     def special_tokens(self) -> dict[str, str]:
         """Return the texts of the special tokens by the names that templates use."""
-        tokens, names = self.tokens(), {"unknown": "unk", "padding": "pad"}
+        tokens = self.tokens()
+        names = {
+            "cls": "bos",
+            "unknown": "unk",
+            "padding": "pad",
+        }  # older files of BERTs have a cls
         return {
             f"{names.get(name, name)}_token": tokens[index]
-            for name in ("bos", "eos", "unknown", "padding")
+            for name in ("cls", "bos", "eos", "unknown", "padding")
             if (index := self.metadata.get(f"tokenizer.ggml.{name}_token_id")) is not None
         }
 
@@ -220,9 +225,14 @@ def build_tokenizer(file: GgufFile) -> tokenizers.Tokenizer:
         built, begins_text = _byte_level(file)
     elif kind == "llama":
         built, begins_text = _sentence_piece(file), True
+    elif kind == "bert":
+        built, begins_text = _word_piece(file), True
+    elif kind == "t5":
+        built, begins_text = _unigram(file), False
     else:
         raise PoolError(
-            f"{file.path}: tokenizer.ggml.model {kind!r} is not read; allowed are gpt2, llama"
+            f"{file.path}: tokenizer.ggml.model {kind!r} is not read; allowed are gpt2, llama, "
+            "bert, t5"
         )
     types = file.metadata.get("tokenizer.ggml.token_type") or []
     for token, token_type in zip(file.tokens(), types, strict=False):
@@ -230,11 +240,31 @@ def build_tokenizer(file: GgufFile) -> tokenizers.Tokenizer:
             built.add_special_tokens([AddedToken(token, special=True, normalized=False)])
         elif token_type == _USER_DEFINED:
             built.add_tokens([AddedToken(token, special=False, normalized=False)])
-    bos = file.special_tokens().get("bos_token")
-    if bos and file.metadata.get("tokenizer.ggml.add_bos_token", begins_text):
-        ids = [(bos, built.token_to_id(bos))]
-        built.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=ids)
+    bos, end = file.special_tokens().get("bos_token"), _end_of_text(file, kind)
+    if not file.metadata.get("tokenizer.ggml.add_bos_token", begins_text):
+        bos = None
+    frame = [token for token in (bos, end) if token]
+    if frame:
+        # A second text stands apart as BERT and RoBERTa have it.
+        between = [end] if kind == "bert" else [end, end]
+        second = [*(between if end else ()), "$B:1", *([f"{end}:1"] if end else ())]
+        built.post_processor = TemplateProcessing(
+            single=[*([bos] if bos else ()), "$A", *([end] if end else ())],
+            pair=[*([bos] if bos else ()), "$A", *second],
+            special_tokens=[(token, built.token_to_id(token)) for token in dict.fromkeys(frame)],
+        )
     return built
+
+
+def _end_of_text(file: GgufFile, kind: str) -> str | None:
+    """Return what an encoder's texts end with; prompts that are to be answered have no end."""
+    if kind != "bert" and not file.value("pooling_type", 0):
+        return None
+    name, ends = ("seperator", True) if kind == "bert" else ("eos", kind == "t5")
+    index = file.metadata.get(f"tokenizer.ggml.{name}_token_id")
+    if index is None or not file.metadata.get("tokenizer.ggml.add_eos_token", ends):
+        return None
+    return file.tokens()[index]
 
 
 def _byte_level(file: GgufFile) -> tuple[tokenizers.Tokenizer, bool]:
@@ -284,4 +314,47 @@ def _sentence_piece(file: GgufFile) -> tokenizers.Tokenizer:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
         + ([decoders.Strip(" ", 1, 0)] if prefix else [])
     )
+    return built
+
+
+def _word_piece(file: GgufFile) -> tokenizers.Tokenizer:
+    """BERT's WordPiece. The file marks where words begin, the library where they go on."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers  # noqa: PLC0415
+
+    vocabulary = {}
+    for index, token in enumerate(file.tokens()):
+        special = token.startswith("[") and token.endswith("]")
+        inner = token if special else f"##{token}"
+        vocabulary[token[1:] if token.startswith("▁") else inner] = index
+    unknown = file.special_tokens().get("unk_token", "[UNK]")
+    built = Tokenizer(models.WordPiece(vocabulary, unk_token=unknown))
+    built.normalizer = normalizers.BertNormalizer(lowercase=True)
+    built.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    built.decoder = decoders.WordPiece()
+    return built
+
+
+def _unigram(file: GgufFile) -> tokenizers.Tokenizer:
+    """SentencePiece's unigrams, as T5 and XLM-RoBERTa: the likeliest way to cut a text."""
+    from tokenizers import (  # noqa: PLC0415
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+    )
+
+    scores = file.metadata.get("tokenizer.ggml.scores") or [0.0] * len(file.tokens())
+    unknown = file.metadata.get("tokenizer.ggml.unknown_token_id")
+    built = Tokenizer(models.Unigram(list(zip(file.tokens(), scores, strict=True)), unknown))
+    charsmap = file.metadata.get("tokenizer.ggml.precompiled_charsmap")
+    steps: list[normalizers.Normalizer] = []
+    if charsmap:
+        steps.append(normalizers.Precompiled(bytes(value % 256 for value in charsmap)))
+    if file.metadata.get("tokenizer.ggml.remove_extra_whitespaces", True):
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    built.normalizer = normalizers.Sequence(steps)
+    built.pre_tokenizer = pre_tokenizers.Metaspace()
+    built.decoder = decoders.Metaspace()
     return built

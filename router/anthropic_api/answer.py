@@ -137,7 +137,7 @@ class MessageWriter(ResponseWriter):
     _reader: PartReader = field(default_factory=PartReader)
     _open: tuple[str, int] | None = None
     _index: int = -1
-    _stop_reason: str | None = None
+    _ending: Mapping[str, Any] = field(default_factory=dict)
 
     def whole(self, choices: list[Chunk], usage: Mapping[str, Any]) -> dict[str, Any]:
         """Return the whole message."""
@@ -145,7 +145,7 @@ class MessageWriter(ResponseWriter):
         return {
             **self._message(),
             "content": [_block(part) for part in parts_of(answer)],
-            "stop_reason": _stop_reason(answer),
+            **_ending(answer),
             "usage": _usage(usage),
         }
 
@@ -167,14 +167,13 @@ class MessageWriter(ResponseWriter):
                 events.append(self._event("content_block_delta", delta=delta))
         if chunk.finish_reason is not None:
             events += self._close()
-            self._stop_reason = _stop_reason(chunk)
+            self._ending = _ending(chunk)
         return events
 
     def end(self, usage: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return why the message ended, and its usage."""
-        delta = {"stop_reason": self._stop_reason, "stop_sequence": None}
         return [
-            {"type": "message_delta", "delta": delta, "usage": _usage(usage)},
+            {"type": "message_delta", "delta": self._ending, "usage": _usage(usage)},
             {"type": "message_stop"},
         ]
 
@@ -202,8 +201,14 @@ class MessageWriter(ResponseWriter):
         return {"type": kind, "index": self._index, **more}
 
 
-def _stop_reason(answer: Chunk) -> str:
-    return "refusal" if answer.refusal else _STOP_REASONS[answer.finish_reason or "stop"]
+def _ending(answer: Chunk) -> dict[str, Any]:
+    """Return the fields that tell why a message ended."""
+    reason = "refusal" if answer.refusal else _STOP_REASONS[answer.finish_reason or "stop"]
+    stopped_by = answer.stop if isinstance(answer.stop, str) and reason == "end_turn" else None
+    return {
+        "stop_reason": reason if stopped_by is None else "stop_sequence",
+        "stop_sequence": stopped_by,
+    }
 
 
 def _usage(usage: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,9 +18,14 @@ from router.openai_api.fields import MAX_STOPS, few, read_fields, read_json
 # Known fields that cannot be honoured, each with the values that ask for nothing. What only tunes
 # Anthropic's own servers (cache_control, service_tier, context_management, ...) is passed over.
 _REFUSED: dict[str, tuple[Any, ...]] = {
+    "compaction": (),
     "container": (),
+    "fallbacks": ([],),
+    "inference_geo": ("global",),
     "mcp_servers": ([],),
     "service_tier": ("auto", "standard_only"),
+    "speed": ("standard",),
+    "thread": (),
 }
 _FOR_TEMPLATES = ("reasoning_effort", "chat_template_kwargs")
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
@@ -172,18 +177,23 @@ def _user(content: str | list[dict[str, Any]], where: str) -> Iterator[dict[str,
         yield {"role": "user", "content": content}
         return
     parts: list[dict[str, Any]] = []
+    pictures: list[dict[str, Any]] = []
     for index, block in enumerate(content):
         if block.get("type") == "tool_result":
             if parts:
                 yield {"role": "user", "content": parts}
                 parts = []
-            told = _text(block.get("content") or "", f"{where}[{index}].content")
-            call = block.get("tool_use_id")
-            yield {"role": "tool", "tool_call_id": call, "content": told}
+            inner = block.get("content") or ""
+            told = [one for one in inner if _is_image(one)] if isinstance(inner, list) else []
+            # A chat's results of calls are texts: their pictures follow them.
+            pictures += [_part(image, where) for image in told]
+            texts = [one for one in inner if not _is_image(one)] if told else inner
+            content = _text(texts, f"{where}[{index}].content")
+            yield {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": content}
         else:
             parts.append(_part(block, f"{where}[{index}]"))
-    if parts or not content:
-        yield {"role": "user", "content": parts or ""}
+    if pictures or parts or not content:
+        yield {"role": "user", "content": [*pictures, *parts] or ""}
 
 
 def _assistant(content: str | list[dict[str, Any]], where: str) -> dict[str, Any]:
@@ -212,10 +222,14 @@ def _assistant(content: str | list[dict[str, Any]], where: str) -> dict[str, Any
     return turn
 
 
+def _is_image(block: object) -> bool:
+    return isinstance(block, dict) and block.get("type") == "image"
+
+
 def _part(block: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return a part of a chat message; whether a model takes pictures is not decided here."""
     source = block.get("source")
-    if block.get("type") == "image" and isinstance(source, dict):
+    if _is_image(block) and isinstance(source, dict):
         url = source.get("url") or f"data:{source.get('media_type')};base64,{source.get('data')}"
         return {"type": "image_url", "image_url": {"url": url}}
     return {"type": "text", "text": _text([dict(block)], where)}

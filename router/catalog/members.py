@@ -55,6 +55,24 @@ class Members:
         """Return the tokenizer of the member called `name`."""
         return self._tokenizers[name]
 
+    def tokenizer_for(self, name: str) -> Tokenizer:
+        """Return whose token ids a request for the served `name` has: a policy's, the first's."""
+        return self._tokenizers.get(name, self.tokenizer)
+
+    def check_ids(self, name: str) -> None:
+        """Raise `RequestError` if token ids of the first model mean something else to `name`."""
+        if self._vocabulary(name) != self._vocabulary(self.first):
+            raise RequestError(
+                f"token ids are those of {self.first}, and mean something else to {name}", "prompt"
+            )
+
+    def _vocabulary(self, name: str) -> object:
+        """Return what is equal where token ids mean the same."""
+        model = self._pool.model(name)
+        if model.card is not None:
+            return model.card.tokenizer_sha256
+        return model.tokenizer or (name if model.spec.remote else None)
+
     def opened(self, name: str, messages: Sequence[Message]) -> tuple[Message, ...]:
         """Return a conversation as the member called `name` gets it."""
         return tuple(self._pool.model(name).opened(messages))
@@ -155,9 +173,19 @@ class Members:
                 "tools",
             )
 
+    def check_media(self, answer: Answer, kind: str, field: str) -> None:
+        """Raise `RequestError` if `answer`'s members cannot read a part of that `kind`."""
+        able = all(self.traits_of(name).media for name in answer.members)
+        if self.span_engines(answer) or not able:
+            raise RequestError(
+                f"{field}: a part of type {kind!r} is not supported by "
+                f"{', '.join(answer.members)}; only text is",
+                field,
+            )
+
     def encodes(self, name: str) -> bool:
         """Return whether the member called `name` is an encoder."""
-        return bool(self._traits[self._engine_of[name]].encodes)
+        return name in self.traits_of(name).encodes
 
     @property
     def first(self) -> str:
@@ -170,7 +198,7 @@ class Members:
 
         Encoders write no answers, and others encode nothing.
         """
-        kinds = {name: self._traits[engine].encodes for name, engine in self._engine_of.items()}
+        kinds = {name: self.traits_of(name).encodes.get(name, ()) for name in self._engine_of}
         for name in answer.members:
             if encoding is None and kinds[name]:
                 raise RequestError(f"{name} is an encoder, which writes no answers", "model")

@@ -106,6 +106,9 @@ class Executor:
 
     async def _answer(self, answer: Answer, task: Task, run: Run) -> AsyncGenerator[Chunk, None]:
         """Yield the answer of `answer`'s members, fused if there are several."""
+        media = task.prompt.media
+        if media is not None:
+            self._members.check_media(answer, media.kind, media.field)
         if self._members.span_engines(answer):
             async with aclosing(self._union(answer, task, run)) as united:
                 async for chunk in united:
@@ -114,7 +117,8 @@ class Executor:
         request = await self._request(answer, task, run)
         run.engine = self._members.engine_of(answer.members[0])
         run.request_id = request.request_id
-        run.prompt_tokens = len(request.prompt_tokens)
+        encodes = request.encoding is not None
+        run.prompt_tokens = task.query.prompt_tokens if encodes else len(request.prompt_tokens)
         client = self.engines[run.engine]
         try:
             if not task.stream:
@@ -152,6 +156,7 @@ class Executor:
                 members=answer.members,
                 client_id=task.client_id,
                 timeout_s=timeout_s,
+                offline=task.offline,
                 encoding=task.prompt.encoding,
             )
         if task.prompt.tools is not None:
@@ -194,6 +199,7 @@ class Executor:
             rendering=task.prompt.rendering,
             tools=task.prompt.tools,
             timeout_s=timeout_s,
+            offline=task.offline,
         )
 
     def _max_tokens(self, task: Task) -> int:

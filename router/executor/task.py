@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 from models.chat_template import Message, Rendering
 from models.engines.base import Encoding, SamplingOptions
@@ -25,11 +25,19 @@ _MOST_SHORTENED = 8
 _ROUGH = RoughTokenizer()
 
 
+class Media(NamedTuple):
+    """A part of a conversation that is no text: where it stands, and its type."""
+
+    field: str
+    kind: str
+
+
 class Prompt:
     """A conversation, a text, token ids as they are, or what an encoder reads; give exactly one.
 
     `query` is what a policy reads: the last user message, or the text. With a conversation come the
-    `tools` that it offers, if any, and its `rendering`. Of the prompt's tokens the last
+    `tools` that it offers, if any, and its `rendering`; `media` is the first part that is no text,
+    which not everybody can read. Of the prompt's tokens the last
     `keep_tokens` are kept (-1: as many as leave room for the answer; None: all).
     """
 
@@ -42,14 +50,16 @@ class Prompt:
         encoding: Encoding | None = None,
         tools: Tools | None = None,
         rendering: Rendering | None = None,
+        media: Media | None = None,
         keep_tokens: int | None = None,
     ) -> None:
         assert sum(part is not None for part in (messages, text, token_ids, encoding)) == 1
         self._messages = messages
         self._text = text
-        self._token_ids = token_ids
+        self.token_ids = token_ids
         self.encoding = encoding
         self.tools = tools
+        self.media = media
         self.rendering = rendering or (None if messages is None else Rendering())
         self._keep_tokens = keep_tokens
         self._cache: dict[int, tuple[int, ...]] = {}
@@ -83,7 +93,7 @@ class Prompt:
 
     def shortened(self, keep_tokens: int | None) -> Prompt:
         """Return the same text or token ids, of which the last `keep_tokens` are kept."""
-        return Prompt(text=self._text, token_ids=self._token_ids, keep_tokens=keep_tokens)
+        return Prompt(text=self._text, token_ids=self.token_ids, keep_tokens=keep_tokens)
 
     def query(self, tokenizer: Tokenizer) -> str:
         """Return what a policy reads; `tokenizer` serves to read token ids."""
@@ -100,14 +110,14 @@ class Prompt:
         assert self._messages is None
         if self.encoding is not None:
             return next(iter(self.encoding.texts), "")
-        return self._text if self._text is not None else tokenizer.decode(self._token_ids or ())
+        return self._text if self._text is not None else tokenizer.decode(self.token_ids or ())
 
     def check_size(self, tokenizer: Tokenizer, context_tokens: int | None) -> None:
         """Raise `ContextOverflow` where no such context holds so long a text; tokenizes nothing."""
         if context_tokens is None or self.encoding is not None:
             return
-        if self._token_ids is not None:
-            num_tokens = len(self._token_ids)
+        if self.token_ids is not None:
+            num_tokens = len(self.token_ids)
         else:
             num_tokens = -(-self._num_characters // tokenizer.most_token_bytes)
         if num_tokens >= context_tokens and self._keep_tokens is None:
@@ -123,8 +133,8 @@ class Prompt:
         """
         key = id(tokenizer)
         if key not in self._cache:
-            if self._token_ids is not None:
-                self._cache[key] = self._token_ids
+            if self.token_ids is not None:
+                self._cache[key] = self.token_ids
             elif self._is_long:
                 self._cache[key] = await asyncio.to_thread(self._encode, tokenizer)
             else:
@@ -171,8 +181,9 @@ class Task:
     `request_id` is unique per choice. `max_tokens` None means as many as the context and the
     serving limits allow. With `stream`, chunks come as they are generated; without, an engine is
     called once per answer, which is cheaper. `sent` is the client's body as it came. With
-    `ceiling`, an answer may be shorter than `max_tokens` where the context ends. At `deadline_s`,
-    by the event loop's clock, nobody waits for the answer any more (None: not known).
+    `ceiling`, an answer may be shorter than `max_tokens` where the context ends. Nobody waits for
+    one that is `offline`, nor for others after `deadline_s`, by the event loop's clock (None: not
+    known).
     """
 
     request_id: str
@@ -184,4 +195,5 @@ class Task:
     client_id: str = ""
     sent: Mapping[str, Any] | None = None
     ceiling: bool = False
+    offline: bool = False
     deadline_s: float | None = None

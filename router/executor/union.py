@@ -70,12 +70,21 @@ async def unite(
         raise RequestError(
             "tools are not supported where members with different tokenizers are fused", "tools"
         )
+    if task.prompt.token_ids is not None:
+        raise RequestError(
+            "prompt: token ids mean something else to each of members with different tokenizers; "
+            "send the text",
+            "prompt",
+        )
     prompts = [await task.prompt.tokens(tokenizer) for tokenizer in tokenizers]
     run.prompt_tokens = max(map(len, prompts))
     relative = answer.weights or (1.0,) * len(answer.members)
     run.weights = tuple(weight / sum(relative) for weight in relative)
     rng = random.Random(task.sampling.seed)
     stream = TextStream(task.sampling.stop, include_stop=task.sampling.include_stop)
+    if not max_tokens:  # nothing but the prompt is wanted
+        yield Chunk(text="", tokens=(), finish_reason="length", weights=run.weights)
+        return
     text, request_id = "", f"{task.request_id}:{run.path}"
     longest = context_tokens or math.inf
     for step in range(max_tokens):
@@ -112,7 +121,9 @@ async def unite(
         # A string is no one's token: it has no id.
         token = Token(token_id=0, text=piece, raw=piece.encode(), logprob=fused[piece])
         weights = run.weights if reason else None
-        yield Chunk(text=shown, tokens=(token,), finish_reason=reason, weights=weights)
+        yield Chunk(
+            text=shown, tokens=(token,), finish_reason=reason, stop=stream.stop, weights=weights
+        )
         if reason is not None:
             return
 

@@ -51,7 +51,8 @@ class Ask:
     """One request: `n` choices for each of `prompts`, in the order (prompt, choice).
 
     `max_tokens` None leaves it to the server. `logprobs` says whether the response shows them;
-    how many alternatives is in `sampling.top_logprobs`. `echo` puts the prompt before the answer;
+    how many alternatives is in `sampling.top_logprobs`. With `continuous_usage` every chunk of a
+    stream tells the usage so far. `echo` puts the prompt before the answer;
     with `max_tokens` 0 it stands alone. `reasoning` False leaves out what a model thinks first.
     `sent` is the whole body, as a member on another server gets it. With `ceiling`, `max_tokens` is
     no promise: the answer may be shorter where the model's context ends.
@@ -64,6 +65,7 @@ class Ask:
     max_tokens: int | None = None
     stream: bool = False
     include_usage: bool = False
+    continuous_usage: bool = False
     logprobs: bool = False
     echo: bool = False
     reasoning: bool = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -12,10 +12,10 @@ from models.chat_template import Message, Rendering
 from models.engines.base import Chunk
 from policies.kinds import Count
 from router.errors import bad_request
-from router.executor.task import Prompt
+from router.executor.task import Media, Prompt
 from router.openai_api.ask import Ask
 from router.openai_api.constraints import MAX_TOOLS, read_tools
-from router.openai_api.endpoint import ByChunks, Head, Progress, Shapes
+from router.openai_api.endpoint import ByChunks, Head, Progress, Shapes, ending
 from router.openai_api.fields import ReasoningEffort, SharedFields, read_fields, read_json
 from router.openai_api.logprobs import chat_logprobs
 from router.openai_api.shapes import ChatCompletion, ChatCompletionChunk
@@ -45,6 +45,8 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "verbosity": ("medium",),
     "web_search_options": (),
 }
+# Parts that only members on other servers may be able to read; those get them as they came.
+MEDIA = ("image_url", "input_audio", "file", "audio_url", "video_url")
 # What a template gets from elsewhere.
 _RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "continue_final_message"})
 
@@ -70,14 +72,17 @@ def _read_content(value: object) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise ValueError("must be a string or a list of text parts")
+        raise ValueError("must be a string or a list of parts")
     if len(value) > _MAX_PARTS:
         raise ValueError(f"at most {_MAX_PARTS} parts are allowed")
     texts: list[str] = []
     for part in value:
         kind = part.get("type") if isinstance(part, dict) else None
+        if kind in MEDIA:
+            continue
         if kind not in ("text", "refusal"):
-            raise ValueError(f"a part of type {kind!r} is not supported; only text is")
+            allowed = ", ".join(("text", "refusal", *MEDIA))
+            raise ValueError(f"a part of type {kind!r} is not supported; allowed are {allowed}")
         if not isinstance(part.get(kind), str):
             raise ValueError(f"a {kind} part needs the key {kind}, a string")
         texts.append(part[kind])
@@ -226,6 +231,7 @@ class ChatEndpoint(ByChunks):
             messages=messages,
             tools=tools,
             rendering=fields.rendering(),
+            media=_media(sent["messages"]),
             keep_tokens=fields.truncate_prompt_tokens,
         )
         return Ask(
@@ -238,6 +244,7 @@ class ChatEndpoint(ByChunks):
             ),
             stream=bool(fields.stream),
             include_usage=fields.include_usage(),
+            continuous_usage=fields.continuous_usage(),
             logprobs=bool(fields.logprobs),
             reasoning=fields.include_reasoning is not False,
             user=fields.user or fields.safety_identifier,
@@ -254,7 +261,7 @@ class ChatEndpoint(ByChunks):
                     "index": index,
                     "message": _message(choice, reasoning=ask.reasoning),
                     "logprobs": chat_logprobs(choice.tokens) if ask.logprobs else None,
-                    "finish_reason": choice.finish_reason,
+                    **ending(choice),
                 }
                 for index, choice in enumerate(choices)
             ],
@@ -264,7 +271,7 @@ class ChatEndpoint(ByChunks):
         """Yield what comes before the first token: each choice's role."""
         for index in range(ask.num_choices):
             delta = {"role": "assistant", "content": "", "refusal": None}
-            yield self._chunk(head, index, delta, None, None)
+            yield self._chunk(head, index, delta)
 
     def stream_chunk(
         self,
@@ -276,17 +283,17 @@ class ChatEndpoint(ByChunks):
     ) -> Iterator[dict[str, Any]]:
         """Yield what `chunk` of choice `index` becomes: thoughts, text, calls, why it ended."""
         if chunk.reasoning and ask.reasoning:
-            yield self._chunk(head, index, _reasoning(chunk), None, None)
+            yield self._chunk(head, index, _reasoning(chunk))
         if chunk.text or (ask.logprobs and chunk.tokens):
             logprobs = chat_logprobs(chunk.tokens) if ask.logprobs else None
-            yield self._chunk(head, index, {"content": chunk.text}, logprobs, None)
+            yield self._chunk(head, index, {"content": chunk.text}, logprobs)
         if chunk.refusal:
-            yield self._chunk(head, index, {"refusal": chunk.refusal}, None, None)
+            yield self._chunk(head, index, {"refusal": chunk.refusal})
         if chunk.tool_calls:
             calls = [call.to_delta() for call in chunk.tool_calls]
-            yield self._chunk(head, index, {"tool_calls": calls}, None, None)
+            yield self._chunk(head, index, {"tool_calls": calls})
         if chunk.finish_reason is not None:
-            yield self._chunk(head, index, {}, None, chunk.finish_reason)
+            yield self._chunk(head, index, {}, end=chunk)
 
     def stream_end(self, head: Head) -> dict[str, Any]:
         """Return the chunk that carries the usage."""
@@ -297,16 +304,22 @@ class ChatEndpoint(ByChunks):
         head: Head,
         index: int,
         delta: dict[str, Any],
-        logprobs: dict[str, Any] | None,
-        finish_reason: str | None,
+        logprobs: dict[str, Any] | None = None,
+        end: Chunk | None = None,
     ) -> dict[str, Any]:
-        choice = {
-            "index": index,
-            "delta": delta,
-            "logprobs": logprobs,
-            "finish_reason": finish_reason,
-        }
+        why = {"finish_reason": None} if end is None else ending(end)
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, **why}
         return {**head.fields("chat.completion.chunk"), "choices": [choice]}
+
+
+def _media(messages: Sequence[Mapping[str, Any]]) -> Media | None:
+    """Return the first part that is no text; None where all are."""
+    for index, message in enumerate(messages):
+        content = message.get("content")
+        for part in content if isinstance(content, list) else ():
+            if part["type"] in MEDIA:
+                return Media(f"messages[{index}].content", part["type"])
+    return None
 
 
 def _message(choice: Chunk, *, reasoning: bool) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -14,7 +14,7 @@ from policies.kinds import MOST_COUNT
 from router.errors import bad_request
 from router.executor.task import Prompt
 from router.openai_api.ask import Ask
-from router.openai_api.endpoint import ByChunks, Head, Progress, Shapes
+from router.openai_api.endpoint import ByChunks, Head, Progress, Shapes, ending
 from router.openai_api.fields import (
     MAX_CHOICES,
     SharedFields,
@@ -28,7 +28,11 @@ from router.openapi import ErrorBody
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
-REFUSED: dict[str, tuple[Any, ...]] = {"add_special_tokens": (True,), "suffix": ("",)}
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "add_special_tokens": (True,),
+    "prompt_embeds": (),
+    "suffix": ("",),
+}
 
 
 def _read_prompt(value: object) -> tuple[Prompt, ...]:
@@ -63,7 +67,9 @@ class CompletionFields(SharedFields):
 
 
 class CompletionEndpoint(ByChunks):
-    """Reads and writes text completions. The tokenizer turns echoed token ids into text."""
+    """Reads and writes text completions. Token ids are echoed as the text that they are to a model:
+    `tokenizer_for` returns the tokenizer of a served name.
+    """
 
     path = "/v1/completions"
     id_prefix = "cmpl-"
@@ -73,8 +79,8 @@ class CompletionEndpoint(ByChunks):
         streams=(TextCompletionChunk, ErrorBody),
     )
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer_for: Callable[[str], Tokenizer]) -> None:
+        self._tokenizer_for = tokenizer_for
 
     def parse(self, body: bytes) -> Ask:
         """Return what `body` asks for; raises `ApiError`."""
@@ -107,6 +113,7 @@ class CompletionEndpoint(ByChunks):
             sampling=sampling,
             stream=bool(fields.stream),
             include_usage=fields.include_usage(),
+            continuous_usage=fields.continuous_usage(),
             logprobs=fields.logprobs is not None,
             echo=bool(fields.echo),
             user=fields.user or fields.safety_identifier,
@@ -123,7 +130,7 @@ class CompletionEndpoint(ByChunks):
                     "index": index,
                     "text": self._echo(ask, index) + choice.text,
                     "logprobs": _logprobs(ask, choice, Offsets()),
-                    "finish_reason": choice.finish_reason,
+                    **ending(choice),
                 }
                 for index, choice in enumerate(choices)
             ],
@@ -132,7 +139,7 @@ class CompletionEndpoint(ByChunks):
     def stream_start(self, head: Head, ask: Ask) -> Iterator[dict[str, Any]]:
         """Yield the prompts, if they are to be echoed."""
         for index in range(ask.num_choices if ask.echo else 0):
-            yield self._chunk(head, index, self._echo(ask, index), None, None)
+            yield self._chunk(head, index, self._echo(ask, index))
 
     def stream_chunk(
         self, head: Head, ask: Ask, index: int, chunk: Chunk, so_far: Progress
@@ -140,29 +147,27 @@ class CompletionEndpoint(ByChunks):
         """Yield `chunk` of choice `index`; text offsets count from the start of what is shown."""
         if chunk.text or chunk.finish_reason or (ask.logprobs and (chunk.tokens or chunk.prompt)):
             logprobs = _logprobs(ask, chunk, so_far.offsets)
-            yield self._chunk(head, index, chunk.text, logprobs, chunk.finish_reason)
+            yield self._chunk(head, index, chunk.text, logprobs, chunk)
 
     def stream_end(self, head: Head) -> dict[str, Any]:
         """Return the chunk that carries the usage."""
         return {**head.fields("text_completion"), "choices": []}
 
     def _echo(self, ask: Ask, index: int) -> str:
-        return ask.prompts[index // ask.n].text(self._tokenizer) if ask.echo else ""
+        if not ask.echo:
+            return ""
+        return ask.prompts[index // ask.n].text(self._tokenizer_for(ask.model))
 
     def _chunk(
         self,
         head: Head,
         index: int,
         text: str,
-        logprobs: dict[str, Any] | None,
-        finish_reason: str | None,
+        logprobs: dict[str, Any] | None = None,
+        end: Chunk | None = None,
     ) -> dict[str, Any]:
-        choice = {
-            "index": index,
-            "text": text,
-            "logprobs": logprobs,
-            "finish_reason": finish_reason,
-        }
+        why = {"finish_reason": None} if end is None else ending(end)
+        choice = {"index": index, "text": text, "logprobs": logprobs, **why}
         return {**head.fields("text_completion"), "choices": [choice]}
 
 

@@ -29,11 +29,21 @@ MAX_DOCUMENTS = 1024
 
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (True,),
+    "embed_dtype": ("float32",),
+    "endianness": ("little", "native"),
     "input_type": (),
+    "instruction": (),
+    "max_chunks_per_doc": (),
+    "max_tokens_per_doc": (0,),
+    "max_tokens_per_query": (0,),
     "messages": (),
     "normalize": (True,),
     "output_dtype": ("float",),
-    "priority": (0,),
+    "padding": ("do_not_pad",),
+    "rank_fields": ([], ["text"]),
+    "return_embeddings": (False,),
+    "truncation": (True,),
+    "use_activation": (True,),
 }
 
 

@@ -39,6 +39,12 @@ class Head:
         }
 
 
+def ending(chunk: Chunk) -> dict[str, Any]:
+    """Return the fields of a choice that tell why it ended: OpenAI's, and vLLM's for what did."""
+    told = {} if chunk.stop is None else {"stop_reason": chunk.stop}
+    return {"finish_reason": chunk.finish_reason, **told}
+
+
 @dataclass(kw_only=True)
 class Progress:
     """What a stream has already shown of one choice."""
@@ -122,6 +128,7 @@ class Writer(ResponseWriter):
     ask: Ask
     head: Head
     _shown: dict[int, Progress] = field(default_factory=dict, init=False)
+    _num_tokens: int = 0
 
     def whole(self, choices: list[Chunk], usage: Mapping[str, Any]) -> dict[str, Any]:
         """Return the whole response."""
@@ -134,6 +141,7 @@ class Writer(ResponseWriter):
     def chunk(self, index: int, chunk: Chunk) -> list[dict[str, Any]]:
         """Return what `chunk` of choice `index` becomes; may be nothing."""
         so_far = self._shown.setdefault(index, Progress())
+        self._num_tokens += len(chunk.tokens)
         pieces = self.endpoint.stream_chunk(self.head, self.ask, index, chunk, so_far)
         return [self._with_usage(data) for data in pieces]
 
@@ -146,7 +154,17 @@ class Writer(ResponseWriter):
         return [error.body()]
 
     def _with_usage(self, data: dict[str, Any]) -> dict[str, Any]:
-        return data | {"usage": None} if self.ask.include_usage else data
+        if not self.ask.include_usage:
+            return data
+        if not self.ask.continuous_usage:
+            return data | {"usage": None}
+        prompt, told = self.head.prompt_tokens, self._num_tokens
+        usage = {
+            "prompt_tokens": prompt,
+            "completion_tokens": told,
+            "total_tokens": prompt + told,
+        }
+        return data | {"usage": usage}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,25 +32,39 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "cache_salt": (),
     "chat_template": (),
     "documents": ([],),
+    "ec_transfer_params": (),
     "guided_decoding_backend": (),
     "guided_whitespace_pattern": (),
     "kv_transfer_params": (),
     "length_penalty": (1.0,),
+    "logprob_token_ids": ([],),
     "logits_processors": ([],),
+    "media_io_kwargs": ({},),
+    "mm_payload": (),
     "mm_processor_kwargs": ({},),
     "priority": (0,),
+    "prompt_cache_options": ({}, {"mode": "implicit"}),
+    "prompt_cache_retention": ("in_memory",),
     "prompt_logprobs": (),
     "repetition_detection": (),
+    "request_id": (),
+    "return_mm_kwargs": (False,),
+    "return_prompt_text": (False,),
     "return_token_ids": (False,),
+    "return_token_offsets": (False,),
     "return_tokens_as_token_ids": (False,),
+    "routed_experts_prompt_start": (0,),
     "service_tier": ("auto", "default"),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "store": (False,),
+    "stream_interval": (1,),
     "structural_tag": (),
     "thinking_token_budget": (),
+    "truncation_side": ("left",),
     "use_beam_search": (False,),
     "vllm_xargs": ({},),
+    "watermarking": (False,),
 }
 """Fields of OpenAI or vLLM that this server does not honour, with the values that ask for nothing.
 
@@ -106,20 +120,22 @@ def _read_logit_bias(value: object) -> dict[int, float]:
 
 
 class StreamOptions(BaseModel):
-    """OpenAI's `stream_options`."""
+    """OpenAI's `stream_options`; vLLM's `continuous_usage_stats`: every chunk tells the usage."""
 
     model_config = ConfigDict(strict=True)
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class SharedFields(BaseModel):
     """Fields of both endpoints: first OpenAI's, then `shoal` and vLLM's.
 
     `min_tokens`, `structured_outputs` and others of vLLM's are refused by engines that cannot
-    honour them, see `models.engines.kind.EngineTraits`. `prompt_cache_key` names the conversation
-    and `safety_identifier` the user, where `shoal.session` and `user` do not. `metadata` is for the
-    client's own records.
+    honour them, see `models.engines.kind.EngineTraits`. `session_id` or `prompt_cache_key` names
+    the conversation and `safety_identifier` the user, where `shoal.session` and `user` do not.
+    `metadata` is for the client's own records.
     """
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -154,6 +170,7 @@ class SharedFields(BaseModel):
     min_p: float | None = Field(None, ge=0, le=1)
     min_tokens: int | None = Field(None, ge=0, le=MOST_COUNT)
     repetition_penalty: float | None = Field(None, gt=0, le=2)
+    session_id: str | None = Field(None, max_length=256)
     stop_token_ids: list[Annotated[int, Field(ge=0, le=MOST_COUNT)]] | None = Field(
         None, max_length=MAX_BIASES, fail_fast=True
     )
@@ -200,12 +217,15 @@ class SharedFields(BaseModel):
             raise bad_request("stream_options needs stream: true", "stream_options")
         return bool(self.stream_options.include_usage)
 
+    def continuous_usage(self) -> bool:
+        """Return whether each of a stream's chunks tells the usage so far."""
+        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
     def extension(self) -> Extension:
-        """Return the `shoal` object; `prompt_cache_key` names the session where it does not."""
+        """Return the `shoal` object; where it names no session, other fields do."""
         extension = self.shoal or Extension()
-        if extension.session is None and self.prompt_cache_key:
-            return extension.model_copy(update={"session": self.prompt_cache_key})
-        return extension
+        session = extension.session or self.session_id or self.prompt_cache_key or None
+        return extension.model_copy(update={"session": session})
 
     def _structure(self) -> Structure | None:
         guided = {

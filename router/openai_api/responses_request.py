@@ -10,20 +10,25 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from router.errors import bad_request
 from router.openai_api.ask import Ask, Extension
-from router.openai_api.chat import ChatEndpoint
+from router.openai_api.chat import ChatEndpoint, ChatFields
 from router.openai_api.constraints import MAX_TOOLS
 from router.openai_api.fields import few, read_fields, read_json
 
 # Known fields that cannot be honoured, each with the values that ask for nothing.
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "background": (False,),
+    "context_management": ([],),
     "conversation": (),
+    "enable_response_messages": (False,),
     "max_tool_calls": (),
     "moderation": (),
+    "previous_input_messages": ([],),
     "prompt": (),
+    "stream_options": ({}, {"include_obfuscation": False}),
     "top_logprobs": (0,),
     "truncation": ("disabled",),
 }
+_IN_CHATS = ChatFields.model_fields.keys() - {"logprobs", "n", "stream_options", "top_logprobs"}
 # What may be asked for beside the answer, though there is none of it here.
 _INCLUDED = ("reasoning.encrypted_content",)
 _TEXTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
@@ -109,7 +114,11 @@ def response_ask(
         "top_p": fields.top_p,
         "user": fields.user,
     }
-    told = {name: value for name, value in chat.items() if value is not None}
+    # What vLLM has beside OpenAI's fields means what it means in a chat.
+    more = {
+        name: fields.model_extra[name] for name in _IN_CHATS & (fields.model_extra or {}).keys()
+    }
+    told = {name: value for name, value in {**more, **chat}.items() if value is not None}
     ask = ChatEndpoint().read(told)
     hints = {
         "verbosity": (fields.text or {}).get("verbosity"),

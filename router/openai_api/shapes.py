@@ -5,11 +5,14 @@ Optional fields are left out where there is nothing to say; those that may be nu
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, Field
 
 from models.engines.base import FinishReason
+
+# Of the request's stop strings and tokens, the one that ended the answer, as vLLM tells it.
+StopReason: TypeAlias = str | int | None
 
 
 class Tokens(BaseModel):
@@ -172,6 +175,7 @@ class ChatChoice(BaseModel):
     message: ChatAnswer
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
+    stop_reason: StopReason = None
 
 
 class ChatCompletion(_Completion):
@@ -189,6 +193,7 @@ class ChatChunkChoice(BaseModel):
     delta: ChatDelta
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
+    stop_reason: StopReason = None
 
 
 class ChatCompletionChunk(_Piece):
@@ -214,6 +219,7 @@ class TextChoice(BaseModel):
     text: str
     logprobs: TextLogprobs | None
     finish_reason: FinishReason | None
+    stop_reason: StopReason = None
 
 
 class TextCompletion(_Completion):

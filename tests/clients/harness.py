@@ -17,9 +17,9 @@ PAIR = ("arithmetic", "code")
 
 
 def evaluated(model: Any, *tasks: str) -> dict[str, Any]:
-    """Return by task its accuracy, and by question what the model said.
+    """Return by task its accuracy, and by question what the model was asked and said.
 
-    That is the log-likelihood of each choice, or the answer's text. All tasks by default.
+    It says the log-likelihood of each choice, or the answer's text. All tasks by default.
     """
     found = lm_eval.simple_evaluate(
         model=model,
@@ -38,6 +38,7 @@ def evaluated(model: Any, *tasks: str) -> dict[str, Any]:
                 for name, value in found["results"][task].items()
                 if name.split(",")[0] in ("acc", "exact_match")
             ),
+            "asked": [sample["arguments"] for sample in samples],
             "said": [_said(sample["resps"]) for sample in samples],
         }
         for task, samples in found["samples"].items()

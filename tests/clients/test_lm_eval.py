@@ -81,6 +81,29 @@ def test_answers_are_the_same(served: Served, reference: dict[str, Any], system:
     assert mine["accuracy"] == theirs["accuracy"]
 
 
+def test_a_policy_scores_as_its_choice_does(served: Served, reference: dict[str, Any]) -> None:
+    """Under `auto` every text is as likely as under the member that the router picked for it."""
+    harness = _by_likelihood(served, "auto")
+    [mine] = evaluated(harness, "pool_choices").values()
+    expected = []
+    for index, asked in enumerate(mine["asked"]):
+        expected.append([])
+        for number, (context, choice, *_) in enumerate(asked):
+            told = _asked(
+                served,
+                "/v1/completions",
+                model="auto",
+                prompt=harness.tok_encode(context + choice),
+                max_tokens=1,
+                echo=True,
+                logprobs=1,
+            )
+            [member] = told["shoal"]["members"]
+            expected[-1].append(reference[member]["pool_choices"]["said"][index][number])
+    for one, other in zip(mine["said"], expected, strict=True):
+        assert one == pytest.approx(other, abs=CLOSE)
+
+
 def test_a_policy_answers_as_its_choice_does(served: Served, reference: dict[str, Any]) -> None:
     """Under `auto` every answer is the one of the member that the router picked."""
     [mine] = evaluated(_by_chat(served, "auto"), "pool_answers").values()

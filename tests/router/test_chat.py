@@ -60,6 +60,30 @@ def test_streams_usage_when_asked(server: Any) -> None:
     assert all(chunk["usage"] is None and chunk["choices"] for chunk in others)
 
 
+def test_every_chunk_tells_the_usage_where_that_is_asked_for(server: Any) -> None:
+    """vLLM's continuous_usage_stats counts what was told so far, and ends with the same sum."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    lines = server.post(stream=True, stream_options=options).text.strip().split("\n\n")
+    *others, last = [json.loads(line.removeprefix("data: "))["usage"] for line in lines[:-1]]
+    counts = [usage["completion_tokens"] for usage in others]
+    assert counts == sorted(counts)
+    assert (counts[0], counts[-1]) == (0, 6)
+    assert {usage["prompt_tokens"] for usage in others} == {last["prompt_tokens"]}
+    assert others[-1] == {name: last[name] for name in others[-1]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [({"stop": ["l", "x"]}, "l"), ({"stop": "x"}, None), ({"max_tokens": 2}, None)],
+)
+def test_what_stopped_an_answer_is_told(server: Any, fields: Any, reason: str | None) -> None:
+    """As vLLM's `stop_reason`, whole and streamed; nothing where the answer ended by itself."""
+    choice = server.chat(extra_body=fields).choices[0]
+    [*_, last] = server.chat(stream=True, extra_body=fields)
+    assert choice.to_dict().get("stop_reason") == reason
+    assert last.choices[0].to_dict().get("stop_reason") == reason
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_several_choices(serve: Any, stream: bool) -> None:
     """n choices are separate answers; the prompt counts once, every member's tokens all."""

@@ -112,6 +112,15 @@ def test_long_prompts_go_to_who_can_hold_them(front: Running) -> None:
     assert "context holds 1000" in told["details"]["left_out"]["big"]
 
 
+def test_token_ids_go_to_who_reads_them_alike(front: Running) -> None:
+    """Those of the pool's first model mean nothing to another server's; its own are its own."""
+    told = front.client.completions.create(
+        model="auto", prompt=[104, 105], extra_body={"shoal": {"explain": True}}
+    )
+    assert told.shoal["members"] == ["small"]  # type: ignore[attr-defined]
+    assert "mean something else" in told.shoal["details"]["left_out"]["big"]  # type: ignore[attr-defined]
+
+
 def test_what_nobody_can_take_is_refused(front: Running) -> None:
     """Where no member of the policy can, and where the client names one, the 400 says why."""
     for model in ("policy/near", "small"):

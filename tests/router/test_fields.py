@@ -46,7 +46,12 @@ def test_the_engines_table_is_the_code() -> None:
 
 
 # A value of each refused field that asks for something.
-ASKS: dict[str, Any] = {"length_penalty": 2.0, "service_tier": "flex", "echo": True}
+ASKS: dict[str, Any] = {
+    "length_penalty": 2.0,
+    "service_tier": "flex",
+    "echo": True,
+    "stream_interval": 2,
+}
 
 
 @pytest.mark.parametrize("name", sorted({*fields.REFUSED, *chat.REFUSED}))

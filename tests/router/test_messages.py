@@ -145,6 +145,51 @@ def test_a_ceiling_of_tokens_is_no_promise(client: anthropic.Anthropic) -> None:
         assert stream.get_final_text()
 
 
+def test_a_stop_sequence_is_named(client: anthropic.Anthropic, upstream: BadServer) -> None:
+    """By a model of ours, and by one on another server that says which it was."""
+    asked: Any = {
+        "model": "small",
+        "max_tokens": 30,
+        "messages": CHAT,
+        "stop_sequences": ["+", "!"],
+    }
+    whole = client.messages.create(**asked)
+    with client.messages.stream(**asked) as stream:
+        streamed = stream.get_final_message()
+    for message in (whole, streamed):
+        assert (message.stop_reason, message.stop_sequence) == ("stop_sequence", "+")
+    end = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop", "stop_reason": "!"}]}
+    upstream.replies[:] = [Reply(events=[event(content="Five"), end, "[DONE]"])]
+    far = client.messages.create(**{**asked, "model": "big"})
+    assert (far.stop_reason, far.stop_sequence) == ("stop_sequence", "!")
+
+
+def test_pictures_reach_who_can_see_them(client: anthropic.Anthropic, upstream: BadServer) -> None:
+    """Those of a user, and those of a call's result, which follow all results; others refuse."""
+    png = {"type": "base64", "media_type": "image/png", "data": "aGk="}
+    picture: Any = {"type": "image", "source": png}
+    calls: Any = [{"type": "tool_use", "id": i, "name": "add", "input": {}} for i in "ab"]
+    results: Any = [
+        {"type": "tool_result", "tool_use_id": "a", "content": [picture]},
+        {"type": "tool_result", "tool_use_id": "b", "content": "text"},
+        {"type": "text", "text": "And?"},
+    ]
+    messages: Any = [
+        {"role": "user", "content": [{"type": "text", "text": "Look."}, picture]},
+        {"role": "assistant", "content": calls},
+        {"role": "user", "content": results},
+    ]
+    client.messages.create(model="big", max_tokens=8, messages=messages, tools=[TOOL])
+    [request] = upstream.requests
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGk="}}
+    sent = request["body"]["messages"]
+    assert sent[0]["content"] == [{"type": "text", "text": "Look."}, part]
+    assert [turn["role"] for turn in sent[2:]] == ["tool", "tool", "user"]
+    assert sent[4]["content"] == [part, {"type": "text", "text": "And?"}]
+    with pytest.raises(anthropic.BadRequestError, match="image_url"):
+        client.messages.create(model="small", max_tokens=8, messages=messages[:1])
+
+
 def test_tokens_are_counted(client: anthropic.Anthropic, front: Running) -> None:
     """Counting agrees with usage, answers nothing and keeps no record."""
     counted = client.messages.count_tokens(model="small", messages=CHAT, system="Be brief.")
@@ -163,6 +208,7 @@ def test_tokens_are_counted(client: anthropic.Anthropic, front: Running) -> None
         ({"messages": []}, "messages"),
         ({"output_config": {"format": "json"}}, "output_config.format: must be an object"),
         ({"mcp_servers": [{"type": "url"}]}, "mcp_servers is not supported"),
+        ({"inference_geo": "us"}, "inference_geo is not supported"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "web_search_20250305"),
         ({"tool_choice": {"type": "tool", "name": "no"}, "tools": [TOOL]}, "tool_choice"),
         ({"messages": [{"role": "user", "content": [{"type": "document"}]}]}, "'document' is not"),

@@ -182,6 +182,19 @@ def test_what_is_not_whole_says_so(client: openai.OpenAI, upstream: BadServer) -
     assert message.content[0].refusal == "No."  # type: ignore[union-attr, index]
 
 
+def test_what_vllm_adds_means_what_it_means_in_a_chat(
+    client: openai.OpenAI, front: Running, upstream: BadServer
+) -> None:
+    """Stop strings, seeds, template variables; the cache's key names the session."""
+    more: Any = {"stop": ["+"], "seed": 5, "prompt_cache_key": "c-1"}
+    stopped = client.responses.create(model="small", input="2 + 3", extra_body=more)
+    assert stopped.output_text == "2 "
+    assert front.last_record().session == "c-1"
+    client.responses.create(model="big", input="2 + 3", extra_body=more)
+    [request] = upstream.requests
+    assert (request["body"]["stop"], request["body"]["seed"]) == (["+"], 5)
+
+
 def test_a_ceiling_of_tokens_is_no_promise(client: openai.OpenAI) -> None:
     """`max_output_tokens` beyond the model's context shortens the answer and refuses nothing."""
     assert client.responses.create(model="small", input="hi", max_output_tokens=10**6).output_text
@@ -201,6 +214,9 @@ def test_a_ceiling_of_tokens_is_no_promise(client: openai.OpenAI) -> None:
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
         ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "input[0].content[0]"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"top_k": "many"}, "top_k"),
+        ({"priority": 3}, "priority"),
+        ({"stream_options": {"include_obfuscation": True}}, "stream_options"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(

@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from models.chat_template import ChatTemplate
-from tests.models.engines.remote.bad_server import BadServer, Reply, finish, in_thread
+from tests.models.engines.remote.bad_server import BadServer, Reply, answer, finish, in_thread
 from tests.router.conftest import Running, running
 
 TOOL: Any = {
@@ -126,6 +126,21 @@ def test_requests_go_on_as_they_came(front: Running, upstream: BadServer) -> Non
     ours = {"model": "big", "stream": True, "stream_options": {"include_usage": True}}
     ours |= {"max_tokens": 9, "logprobs": True}
     assert [sent["body"] for sent in upstream.requests] == [{**fields, **ours}] * 2
+
+
+def test_pictures_go_to_who_may_see_them(front: Running, upstream: BadServer) -> None:
+    """A policy gives a conversation with a picture to a member that gets it as it came."""
+    upstream.replies[:] = [answer("A cat.")]
+    upstream.requests.clear()
+    url = {"url": "data:image/png;base64,aGk=", "detail": "low"}
+    content: Any = [{"type": "text", "text": "What?"}, {"type": "image_url", "image_url": url}]
+    messages: Any = [{"role": "user", "content": content}]
+    told = front.chat(model="auto", messages=messages)
+    assert told.shoal["members"] == ["big"]
+    [request] = upstream.requests
+    assert request["body"]["messages"] == messages
+    with pytest.raises(openai.BadRequestError, match=r"image_url.*small; only text is"):
+        front.chat(model="small", messages=messages)
 
 
 def test_the_server_counts(front: Running) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -201,6 +202,30 @@ def test_requests_side_by_side(engine: VllmEngine, model: Model, answer: str, ru
     texts = [_text(chunks) for chunks in answers if isinstance(chunks, list)]
     assert texts == [answer] * 6
     assert sum(isinstance(error, EngineOverloaded) for error in answers) == 2
+
+
+def test_offline_work_runs_after_all_others(engine: VllmEngine, model: Model, run: Run) -> None:
+    """While vLLM is full, what nobody waits for comes after a request that came later."""
+
+    async def ask() -> list[str]:
+        ended: list[str] = []
+
+        async def read(name: str, max_tokens: int, *, offline: bool = False) -> None:
+            request = _request(model, name=name, max_tokens=max_tokens, ignore_eos=True)
+            await _read(engine, replace(request, offline=offline))
+            ended.append(name)
+
+        async with asyncio.TaskGroup() as tasks:
+            for i in range(4):  # as many as run at once
+                tasks.create_task(read(f"running-{i}", 60 + i))
+            await asyncio.sleep(0.2)
+            tasks.create_task(read("batch", 2, offline=True))
+            await asyncio.sleep(0.05)
+            tasks.create_task(read("person", 2))
+        return ended
+
+    ended = run(ask())
+    assert ended.index("person") < ended.index("batch")
 
 
 def test_leaving_aborts(engine: VllmEngine, model: Model, run: Run) -> None:

@@ -7,19 +7,22 @@ and text together. Code in a folder is never run.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from models.engines.base import Encodes, Engine
+from models.engines.encoder.engine import Encoder, EncoderEngine, TextReader
 from models.engines.kind import EngineKind, EngineTraits
 from models.errors import PoolError
 from models.sources.safetensors import read_json
 from models.spec import EngineSpec, Model
+from models.tokenizer import read_tokenizer
 
 Pooling: TypeAlias = Literal["mean", "cls", "max", "lasttoken", "weightedmean"]
 
@@ -32,6 +35,7 @@ _POOLINGS: dict[Pooling, str] = {
 }
 _MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
 _CROSS = "ForSequenceClassification"
+_WRITING = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 # Architectures whose places begin after the padding's.
 _SHIFTED = ("roberta", "xlm-roberta", "camembert", "mpnet")
 
@@ -67,18 +71,34 @@ class Folder:
         """What it can tell."""
         return ("score",) if self.cross else ("vector", "score")
 
+    def limited(self, max_tokens: int | None) -> Folder:
+        """Return the same for texts of at most `max_tokens`; None: as many as it holds."""
+        return replace(self, max_tokens=min(max_tokens or self.max_tokens, self.max_tokens))
+
+    def reader(self) -> TextReader:
+        """Return what reads texts for it; raises `PoolError`."""
+        return TextReader(
+            read_tokenizer(self.weights),
+            max_tokens=self.max_tokens,
+            prompt=self.prompt,
+            cross=self.cross,
+        )
+
+
+def writes_texts(path: Path) -> str | None:
+    """Return the architecture of a folder that is one of those that write; None for others."""
+    architecture = _architecture(read_json(path / "config.json"))
+    return architecture if architecture.endswith(_WRITING) else None
+
 
 def read_folder(path: Path, context_tokens: int) -> Folder:
     """Read the folder of an encoder that has `context_tokens` places; raises `PoolError`."""
     config = read_json(path / "config.json")
-    architecture = next(iter(config.get("architectures") or ()), "")
-    cross = architecture.endswith(_CROSS)
+    cross = _architecture(config).endswith(_CROSS)
     if cross and _num_labels(config) != 1:
         raise PoolError(
             f"{path / 'config.json'}: {_num_labels(config)} labels; an encoder that scores has one"
         )
-    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
-        raise PoolError(f"{path / 'config.json'}: {architecture} writes texts; it is no encoder")
     pooling: Pooling = "mean"
     dense: list[Path] = []
     for kind, folder in _modules(path):
@@ -101,11 +121,16 @@ def read_folder(path: Path, context_tokens: int) -> Folder:
     )
 
 
+def has_modules(path: Path) -> bool:
+    """Return whether sentence-transformers wrote the folder at `path`."""
+    return (path / "modules.json").is_file()
+
+
 def _modules(path: Path) -> list[tuple[str, Path]]:
     """Return the kinds and folders of what follows the transformer."""
-    file = path / "modules.json"
-    if not file.is_file():
+    if not has_modules(path):
         return []
+    file = path / "modules.json"
     found = []
     for module in json.loads(file.read_text()):
         kind = str(module.get("type")).rpartition(".")[2]
@@ -127,6 +152,10 @@ def _pooling(file: Path) -> Pooling:
     return chosen[0]
 
 
+def _architecture(config: Mapping[str, Any]) -> str:
+    return str(next(iter(config.get("architectures") or ()), ""))
+
+
 def _num_labels(config: Mapping[str, Any]) -> int:
     return len(config.get("id2label") or {}) or int(config.get("num_labels") or 2)
 
@@ -136,17 +165,17 @@ def _optional(file: Path) -> Mapping[str, Any]:
 
 
 def _inspect(spec: EngineSpec, options: EncoderOptions, models: Sequence[Model]) -> EngineTraits:
-    folder = folder_of(spec, options, models)
+    folder = _folder_of(spec, options, models)
     return EngineTraits(
         fuses=False,
         logprobs=False,
         structures=(),
-        encodes=folder.encodes,
+        encodes={models[0].name: folder.encodes},
         context_tokens=folder.max_tokens,
     )
 
 
-def folder_of(spec: EngineSpec, options: EncoderOptions, models: Sequence[Model]) -> Folder:
+def _folder_of(spec: EngineSpec, options: EncoderOptions, models: Sequence[Model]) -> Folder:
     """Return what the engine's one model is; raises `PoolError`."""
     if len(models) != 1:
         raise PoolError(
@@ -155,15 +184,23 @@ def folder_of(spec: EngineSpec, options: EncoderOptions, models: Sequence[Model]
         )
     card = models[0].card
     assert card is not None, "the registry refuses models without one"
-    folder = read_folder(card.path, card.context_tokens)
-    most = min(options.max_tokens or folder.max_tokens, folder.max_tokens)
-    return Folder(**{**vars(folder), "max_tokens": most})
+    written = writes_texts(card.path)
+    if written is not None:
+        raise PoolError(f"{card.path / 'config.json'}: {written} writes texts; it is no encoder")
+    return read_folder(card.path, card.context_tokens).limited(options.max_tokens)
 
 
 def _create(spec: EngineSpec, options: EncoderOptions, models: Sequence[Model]) -> Engine:
-    from models.engines.encoder.engine import EncoderEngine  # noqa: PLC0415 - loads torch
+    from models.engines.encoder.transformer import TransformerEncoder  # noqa: PLC0415 - loads torch
 
-    return EncoderEngine(spec, options, models[0].name, folder_of(spec, options, models))
+    folder = _folder_of(spec, options, models)
+
+    async def load() -> Encoder:
+        return await asyncio.to_thread(
+            TransformerEncoder, spec, folder, batch_size=options.batch_size
+        )
+
+    return EncoderEngine(spec, models[0].name, folder.encodes, load)
 
 
 KIND = EngineKind(

@@ -4,13 +4,15 @@
     llama.cpp's slots → `translate` reads each token → the event loop
 
 llama.cpp batches what runs, keeps prompts that it has read and constrains answers to grammars; what
-the answers say, stop strings, the queue and fairness are ours.
+the answers say, stop strings, the queue and fairness are ours. A file of an encoder, which says how
+its token vectors become one, tells vectors or scores instead (`encoder`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from typing import Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -18,7 +20,11 @@ from models.card import ModelCard
 from models.engines.base import Engine
 from models.engines.kind import EngineKind, EngineTraits, formats_of
 from models.errors import PoolError
+from models.sources.gguf import read_gguf
 from models.spec import EngineSpec, Model
+
+Pooling: TypeAlias = Literal["mean", "cls", "last", "rank"]
+_POOLINGS: dict[int, Pooling] = {1: "mean", 2: "cls", 3: "last", 4: "rank"}  # llama.cpp's numbers
 
 _INSTALL = "it needs xllamacpp, which is not installed here: pip install 'shoal[llamacpp]'"
 
@@ -40,6 +46,9 @@ class LlamacppOptions(BaseModel):
     more makes prompts faster, and lets others' tokens and a cancellation wait longer. Prompts that
     no slot holds any more stay in memory, up to `prompt_cache_mib` (0: none do).
 
+    A file is an encoder's where it says how vectors are pooled, or `pooling` does: then it writes
+    no answers.
+
     `num_threads` compute; None: one per core that this process may use. Where they wait for each
     other they sleep, so that engines may share cores: the operating system gives each engine what
     the others leave. With `polling` they spin, as llama.cpp comes, which nearly doubles the
@@ -52,8 +61,14 @@ class LlamacppOptions(BaseModel):
     context_tokens: int | None = Field(None, ge=1)
     step_tokens: int = Field(128, ge=32)
     prompt_cache_mib: int = Field(256, ge=0)
+    pooling: Pooling | None = None
     num_threads: int | None = Field(None, ge=1)
     polling: bool = False
+
+
+def pooling_of(options: LlamacppOptions, card: ModelCard) -> Pooling | None:
+    """Return how the file's token vectors become what is told of a text; None if it writes."""
+    return options.pooling or _POOLINGS.get(read_gguf(card.path).value("pooling_type", 0))
 
 
 def slots(spec: EngineSpec, options: LlamacppOptions, card: ModelCard) -> tuple[int, int]:
@@ -76,6 +91,16 @@ def _inspect(spec: EngineSpec, options: LlamacppOptions, models: Sequence[Model]
         raise PoolError(
             f"engines.{spec.name}.kv_memory_bytes: {spec.kv_memory_bytes} holds not one token"
         )
+    pooling = pooling_of(options, card)
+    if pooling is not None:
+        return EngineTraits(
+            fuses=False,
+            logprobs=False,
+            structures=(),
+            encodes={models[0].name: ("score",) if pooling == "rank" else ("vector", "score")},
+            context_tokens=context_tokens,
+            needs=None if find_spec("xllamacpp") else _INSTALL,
+        )
     return EngineTraits(
         fuses=False,
         updates_evidence=False,
@@ -87,10 +112,15 @@ def _inspect(spec: EngineSpec, options: LlamacppOptions, models: Sequence[Model]
 
 
 def _create(spec: EngineSpec, options: LlamacppOptions, models: Sequence[Model]) -> Engine:
+    card, name = _the_card(spec, models), models[0].name
+    traits = _inspect(spec, options, models)
+    if name in traits.encodes:
+        from models.engines.llamacpp.encoder import encoder_engine  # noqa: PLC0415 - where used
+
+        return encoder_engine(spec, options, name, card, traits.encodes[name])
     from models.engines.llamacpp.engine import LlamacppEngine  # noqa: PLC0415 - loads llguidance
 
-    card = _the_card(spec, models)
-    return LlamacppEngine(spec, options, models[0].name, card, _inspect(spec, options, models))
+    return LlamacppEngine(spec, options, name, card, traits)
 
 
 def _the_card(spec: EngineSpec, models: Sequence[Model]) -> ModelCard:

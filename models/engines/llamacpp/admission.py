@@ -1,4 +1,4 @@
-"""Who runs next: at most so many requests at once, and clients take turns."""
+"""Who runs next: at most so many requests at once; clients take turns, offline work comes last."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ class Ticket:
     """One request's place, for a client; `admitted` is set once it may run."""
 
     client_id: str
+    offline: bool
     admitted: asyncio.Future[None]
 
 
@@ -22,7 +23,7 @@ class Admission:
     """At most `num_slots` requests run and `max_queued` wait. Used on the event loop only.
 
     The next slot goes to the client with the fewest requests running, among equals to the request
-    that has waited longest.
+    that has waited longest; to those that are offline only where no other waits.
     """
 
     def __init__(self, *, num_slots: int, max_queued: int) -> None:
@@ -49,9 +50,9 @@ class Admission:
         """For how long at least one request has been running."""
         return self._busy_s + (time.perf_counter() - self._busy_since_s if self._running else 0.0)
 
-    async def enter(self, client_id: str) -> Ticket:
+    async def enter(self, client_id: str, *, offline: bool = False) -> Ticket:
         """Wait for a slot; raises `EngineOverloaded` where too many wait already."""
-        ticket = Ticket(client_id, asyncio.get_running_loop().create_future())
+        ticket = Ticket(client_id, offline, asyncio.get_running_loop().create_future())
         self._waiting.append(ticket)
         self._admit()
         if self.num_waiting > self._max_queued:
@@ -87,7 +88,7 @@ class Admission:
 
     def _admit(self) -> None:
         while self._waiting and self.num_running < self.num_slots:
-            ticket = min(self._waiting, key=lambda waiting: self._running[waiting.client_id])
+            ticket = min(self._waiting, key=lambda t: (t.offline, self._running[t.client_id]))
             if not self._running:
                 self._busy_since_s = time.perf_counter()
             self._waiting.remove(ticket)

@@ -11,7 +11,7 @@ import asyncio
 import os
 import secrets
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +19,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from models.card import ModelCard
+from models.engines.llamacpp import LlamacppOptions, Pooling, slots
 from models.errors import EngineFailed, PoolError, RequestError
+from models.spec import EngineSpec
 
 Event: TypeAlias = Mapping[str, Any]
 """One message of an answer, as llama.cpp's server streams them."""
@@ -31,7 +34,7 @@ _ERRORS_ONLY = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What the server is started with; `device` as in the pool file."""
+    """What the server is started with; `device` as in the pool file. With `pooling` it encodes."""
 
     path: Path
     device: str
@@ -41,6 +44,26 @@ class Setting:
     prompt_cache_mib: int
     num_threads: int
     polling: bool
+    pooling: Pooling | None
+
+
+def setting_of(
+    spec: EngineSpec, options: LlamacppOptions, card: ModelCard, pooling: Pooling | None = None
+) -> Setting:
+    """Return what the server of an engine is started with."""
+    num_slots, context_tokens = slots(spec, options, card)
+    return Setting(
+        path=card.path,
+        device=spec.device,
+        num_slots=num_slots,
+        context_tokens=context_tokens,
+        # An encoder reads a text at once: each of its tokens sees all others.
+        step_tokens=context_tokens if pooling else options.step_tokens,
+        prompt_cache_mib=0 if pooling else options.prompt_cache_mib,
+        num_threads=options.num_threads or len(os.sched_getaffinity(0)),
+        polling=options.polling,
+        pooling=pooling,
+    )
 
 
 class Server:
@@ -68,6 +91,10 @@ class Server:
         params.ui = params.endpoint_slots = False
         params.n_threads_http = 1
         params.verbosity = _ERRORS_ONLY
+        if setting.pooling is not None:
+            params.embedding = True
+            kinds = xllamacpp.llama_pooling_type
+            params.pooling_type = getattr(kinds, f"LLAMA_POOLING_TYPE_{setting.pooling.upper()}")
         params.api_keys = [secrets.token_urlsafe(32)]
         params.cors_origins = ""
         with tempfile.TemporaryDirectory(prefix="shoal-") as folder:
@@ -87,12 +114,23 @@ class Server:
         Each message goes to `on_event`, which returns whether to stop. Raises `RequestError` or
         `EngineFailed`.
         """
-        try:
+        with _failures():
             self._server.handle_completions(dict(body), on_event)
-        except (ValueError, TypeError) as error:
-            raise RequestError(str(error)) from None
-        except RuntimeError as error:
-            raise EngineFailed(f"llama.cpp failed: {error}") from error
+
+    def embed(self, rows: Sequence[Sequence[int]]) -> tuple[list[list[float]], int]:
+        """Return the vectors of `rows` of token ids, and how many tokens were read."""
+        with _failures():
+            told = self._server.handle_embeddings({"input": [list(row) for row in rows]})
+        vectors = [one["embedding"] for one in sorted(told["data"], key=lambda one: one["index"])]
+        return vectors, told["usage"]["prompt_tokens"]
+
+    def rank(self, query: str, documents: Sequence[str]) -> tuple[list[float], int]:
+        """Return the model's score of each document, and how many tokens were read."""
+        body = {"query": query, "documents": list(documents)}
+        with _failures():
+            told = self._server.handle_rerank(body)
+        scores = {one["index"]: one["relevance_score"] for one in told["results"]}
+        return [scores[index] for index in range(len(documents))], told["usage"]["prompt_tokens"]
 
 
 class Call:
@@ -143,6 +181,17 @@ def _choose_device(xllamacpp: Any, params: Any, device: str) -> None:  # noqa: A
         if index:
             params.main_gpu = int(index)
             params.split_mode = xllamacpp.llama_split_mode.LLAMA_SPLIT_MODE_NONE
+
+
+@contextmanager
+def _failures() -> Iterator[None]:
+    """Raise what the library raises as what it means: `RequestError` or `EngineFailed`."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise RequestError(str(error)) from None
+    except RuntimeError as error:
+        raise EngineFailed(f"llama.cpp failed: {error}") from error
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from models.engines.base import Chunk, EngineStats, GenerationRequest
 from models.engines.kind import EngineTraits
 from models.engines.llamacpp import LlamacppOptions, slots
 from models.engines.llamacpp.admission import Admission
-from models.engines.llamacpp.binding import Call, Server, Setting
+from models.engines.llamacpp.binding import Call, Server, setting_of
 from models.engines.llamacpp.translate import MessageReader, write_body
 from models.engines.requests import check_request
 from models.engines.text import Vocabulary
@@ -100,7 +99,7 @@ class LlamacppEngine:
             grammar=grammar,
             marks=self._form.marks,
         )
-        ticket = await running.admission.enter(request.client_id)
+        ticket = await running.admission.enter(request.client_id, offline=request.offline)
         call = Call(running.server, running.threads, body)
         call.done.add_done_callback(lambda _: running.admission.leave(ticket))
         running.calls.add(call)
@@ -164,27 +163,14 @@ class LlamacppEngine:
         self._failed_answers = 0
 
     def _load(self) -> _Running:
-        options = self._options
         tokenizer = read_tokenizer(self._card.path)
         grammars = LLTokenizer(
             tokenizer.to_str(),
             n_vocab=self._card.shape.vocab_size,
             eos_token=sorted(self._card.end_tokens) or None,
         )
-        server = Server(
-            Setting(
-                path=self._card.path,
-                device=self._spec.device,
-                num_slots=self._num_slots,
-                context_tokens=self._context_tokens,
-                step_tokens=options.step_tokens,
-                prompt_cache_mib=options.prompt_cache_mib,
-                num_threads=options.num_threads or len(os.sched_getaffinity(0)),
-                polling=options.polling,
-            )
-        )
         return _Running(
-            server=server,
+            server=Server(setting_of(self._spec, self._options, self._card)),
             grammars=grammars,
             vocabulary=Vocabulary(tokenizer, grammars, self._form.marks),
             admission=Admission(

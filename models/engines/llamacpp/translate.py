@@ -74,7 +74,7 @@ class MessageReader:
         self._num_top = request.sampling.top_logprobs or 0
         self._stop_tokens = frozenset(request.sampling.stop_token_ids)
         self._include_stop = request.sampling.include_stop
-        self._ended = False
+        self._ended: int | None = None
         self._text = TextStream(request.sampling.stop, include_stop=self._include_stop)
         self._reason: FinishReason | None = None
         self._num_cached: int | None = None
@@ -82,7 +82,7 @@ class MessageReader:
     @property
     def stopped(self) -> bool:
         """Whether the answer is over before llama.cpp knows."""
-        return self._ended or self._text.stopped
+        return self._ended is not None or self._text.stopped
 
     def read(self, event: Event) -> Chunk | None:
         """Return what a message adds, None if nothing; raises what it reports."""
@@ -98,8 +98,9 @@ class MessageReader:
             logprobs = choice.get("logprobs") or {}
             entries = logprobs.get("content") or ()
             tokens += tuple(self._token(entry) for entry in entries)
-            self._ended |= any(entry["id"] in self._stop_tokens for entry in entries)
-            if not self._ended or self._include_stop:
+            ids = [entry["id"] for entry in entries if entry["id"] in self._stop_tokens]
+            self._ended = next(iter(ids), self._ended)
+            if self._ended is None or self._include_stop:
                 text += self._text.push((choice.get("text") or "").encode())
         counted = (event.get("timings") or {}).get("predicted_n", 0)
         if usage is not None:
@@ -122,6 +123,7 @@ class MessageReader:
             cached_tokens=self._num_cached,
             tokens=(),
             finish_reason=self._reason,
+            stop=self._ended if self._text.stop is None else self._text.stop,
         )
 
     def _token(self, entry: Mapping[str, Any]) -> Token:

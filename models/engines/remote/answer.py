@@ -33,6 +33,8 @@ _ENDS: dict[str, FinishReason] = {
         "content_filter",
     ),
 }
+# What others than OpenAI call the prompt's tokens that a cache had: DeepSeek, Anthropic, Moonshot.
+_CACHED = ("prompt_cache_hit_tokens", "cache_read_input_tokens", "cached_tokens")
 _BREAKS = ("error", "abort", "aborted", "cancelled", "insufficient_system_resource")
 # A token without text: the end of sequence, hidden reasoning, a piece of a tool call.
 _HIDDEN = Token(token_id=0, text="", raw=b"", logprob=None)
@@ -202,7 +204,7 @@ class CallReader:
         return bool(arguments.strip()) and _object(call.arguments) is not None
 
 
-class AnswerReader:
+class EventReader:
     """Turns the events of one answer into chunks.
 
     Counts tokens as the log-probabilities list them, else one per event; where the server tells its
@@ -213,6 +215,7 @@ class AnswerReader:
         self._server = server
         self._logprobs = logprobs
         self._reason: FinishReason | None = None
+        self._stop: str | int | None = None
         self._done = False
         self._usage: dict[str, int] = {}
         self._calls = CallReader(functions)
@@ -233,8 +236,10 @@ class AnswerReader:
                 raise ValueError("no JSON")
             if event.get("error") or event.get("object") == "error":
                 raise from_event(self._server, event.get("error") or event)
-            self._read_usage(event.get("usage"))
             choices = [one for one in event.get("choices") or () if one and not one.get("index")]
+            # Groq tells the usage beside the event, Moonshot in the choice.
+            for place in (event, event.get("x_groq"), *choices):
+                self._read_usage(place.get("usage") if isinstance(place, Mapping) else None)
             return self._chunk(choices[0]) if choices else None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise broke_off(
@@ -251,6 +256,7 @@ class AnswerReader:
             text="",
             tokens=(),
             finish_reason="tool_calls" if self._calls and reason == "stop" else reason,
+            stop=self._stop,
             tool_calls=calls,
             prompt_tokens=self._usage.get("prompt_tokens"),
             output_tokens=self._usage.get("completion_tokens"),
@@ -265,7 +271,10 @@ class AnswerReader:
         told = {
             "prompt_tokens": usage.get("prompt_tokens"),
             "completion_tokens": usage.get("completion_tokens"),
-            "cached_tokens": _part(usage, "prompt_tokens_details", "cached_tokens"),
+            "cached_tokens": next(
+                (usage[name] for name in _CACHED if usage.get(name) is not None),
+                _part(usage, "prompt_tokens_details", "cached_tokens"),
+            ),
             "reasoning_tokens": _part(usage, "completion_tokens_details", "reasoning_tokens"),
         }
         for name, value in told.items():
@@ -275,6 +284,8 @@ class AnswerReader:
 
     def _chunk(self, choice: Mapping[str, Any]) -> Chunk | None:
         self._read_reason(choice.get("finish_reason"))
+        stop = choice.get("stop_reason")  # vLLM's, and ours
+        self._stop = stop if isinstance(stop, str | int) else self._stop
         # A server that does not stream tells a whole message.
         delta = choice.get("delta") or choice.get("message") or {}
         text, thought = _read_content(delta.get("content"))
@@ -304,7 +315,7 @@ class AnswerReader:
     def _tokens(self, logprobs: Mapping[str, Any] | None, text: str) -> tuple[Token, ...]:
         if not self._logprobs:
             return (_unknown(text),) if text else ()
-        if logprobs is None:
+        if not logprobs:
             if text:
                 # A property of the server, not a failure that another attempt would mend.
                 error = EngineFailed(

@@ -13,9 +13,11 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from models.engines.answer_reader import AnswerReader
 from models.engines.base import Chunk, Circuit, EngineStats, GenerationRequest
-from models.engines.kind import EngineKind, EngineTraits
-from models.engines.remote.answer import DONE, AnswerReader, read_events, read_whole
+from models.engines.kind import EngineKind, EngineTraits, formats_of
+from models.engines.remote.answer import DONE, EventReader, read_events, read_whole
+from models.engines.remote.encoding import RowReader
 from models.engines.remote.failures import AttemptFailed, from_response, from_transport
 from models.engines.remote.request import RemoteOptions, write_body
 from models.engines.requests import check_request
@@ -146,11 +148,14 @@ class RemoteEngine:
         started_s = self._clock()
         given_s = float("inf") if request.timeout_s is None else request.timeout_s
         path, body = write_body(request, self._upstream[request.members[0]], self._options)
+        form = self._traits.answer_format(request.members)
         async with self._slot():
             for attempt in range(self._options.max_retries + 1):
                 answering, num_tokens = False, 0
                 try:
-                    chunks = self._attempt(self._url + path, body, request.request_id)
+                    reader = self._reader(request, body)
+                    sorter = AnswerReader(request, form, None)
+                    chunks = self._attempt(self._url + path, body, request.request_id, reader)
                     async with aclosing(chunks):
                         async for chunk in chunks:
                             answering = True
@@ -158,7 +163,7 @@ class RemoteEngine:
                             self._generated_tokens += len(chunk.tokens)
                             hidden = (chunk.output_tokens or 0) - num_tokens
                             self._generated_tokens += max(0, hidden)
-                            yield chunk
+                            yield sorter.read(chunk)
                     return
                 except AttemptFailed as failure:
                     wait_s = self._wait_s(failure, attempt)
@@ -208,6 +213,14 @@ class RemoteEngine:
             self._running -= 1
             self._slots.release()
 
+    def _reader(
+        self, request: GenerationRequest, body: Mapping[str, Any]
+    ) -> EventReader | RowReader:
+        if request.encoding is not None:
+            return RowReader(server=self._server, encoding=request.encoding)
+        offered = [tool.get("function", {}).get("name") for tool in body.get("tools", ())]
+        return EventReader(server=self._server, logprobs=self._options.logprobs, functions=offered)
+
     def _wait_s(self, failure: AttemptFailed, attempt: int) -> float:
         if failure.retry_after_s is not None:
             return failure.retry_after_s
@@ -215,7 +228,7 @@ class RemoteEngine:
         return self._options.backoff_s * 2.0**attempt * self._rng.uniform(0.75, 1.25)
 
     async def _attempt(
-        self, url: str, body: dict[str, Any], request_id: str
+        self, url: str, body: dict[str, Any], request_id: str, reader: EventReader | RowReader
     ) -> AsyncGenerator[Chunk, None]:
         """Yield the answer to one HTTP request; raises `AttemptFailed`."""
         self.check_health()
@@ -230,7 +243,7 @@ class RemoteEngine:
             )
         over = False
         try:
-            async with aclosing(self._exchange(url, body, request_id)) as chunks:
+            async with aclosing(self._exchange(url, body, request_id, reader)) as chunks:
                 async for chunk in chunks:
                     if not over:
                         self._breaker.succeeded()
@@ -245,14 +258,10 @@ class RemoteEngine:
                 self._breaker.abandoned()
 
     async def _exchange(
-        self, url: str, body: dict[str, Any], request_id: str
+        self, url: str, body: dict[str, Any], request_id: str, reader: EventReader | RowReader
     ) -> AsyncGenerator[Chunk, None]:
         client = self._client
         assert client is not None, "check_health raises before"
-        offered = [tool.get("function", {}).get("name") for tool in body.get("tools", ())]
-        reader = AnswerReader(
-            server=self._server, logprobs=self._options.logprobs, functions=offered
-        )
         try:
             async with client.stream(
                 "POST", url, json=body, headers={"x-request-id": request_id}
@@ -261,7 +270,8 @@ class RemoteEngine:
                     told = await _read_some(response)
                     raise from_response(self._server, response.status_code, response.headers, told)
                 parts = response.aiter_bytes()
-                async for event in _events_of(response, parts):
+                whole = isinstance(reader, RowReader)
+                async for event in _events_of(response, parts, whole=whole):
                     if event == DONE:
                         reader.done()
                         await _drain(parts)
@@ -279,10 +289,10 @@ class RemoteEngine:
 
 
 async def _events_of(
-    response: httpx.Response, parts: AsyncIterator[bytes]
+    response: httpx.Response, parts: AsyncIterator[bytes], *, whole: bool
 ) -> AsyncIterator[dict[str, Any] | str]:
-    """Yield the events of a response, which is one where the server does not stream."""
-    if "application/json" in response.headers.get("content-type", ""):
+    """Yield the events of a response: one where it comes `whole`, or the server does not stream."""
+    if whole or "application/json" in response.headers.get("content-type", ""):
         body = b"".join([part async for part in parts])
         yield read_whole(body) or body.decode(errors="replace")
         return
@@ -307,13 +317,20 @@ async def _read_some(response: httpx.Response) -> bytes:
     return body
 
 
-def _inspect(_spec: EngineSpec, options: RemoteOptions, _models: Sequence[Model]) -> EngineTraits:
+def _inspect(_spec: EngineSpec, options: RemoteOptions, models: Sequence[Model]) -> EngineTraits:
     return EngineTraits(
         fuses=False,
         logprobs=options.logprobs,
         tools=True,
+        formats=formats_of(models),
+        media=True,
         here=False,
         refuses=REFUSES,
+        encodes={
+            model.name: model.spec.remote.encodes
+            for model in models
+            if model.spec.remote and model.spec.remote.encodes
+        },
     )
 
 

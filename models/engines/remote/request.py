@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from models.engines.base import GenerationRequest, Structure
+from models.engines.remote.encoding import write_encoding
 from models.errors import PoolError
 
 _JSON_OBJECT = '{"type":"object"}'
@@ -100,6 +101,8 @@ def write_body(
     not send is left to the server. A conversation goes to the chat endpoint. A text, or token ids
     (which must be that model's own), go to the completions endpoint.
     """
+    if request.encoding is not None:
+        return write_encoding(request.encoding, model)
     sampling, sent = request.sampling, request.sent or {}
     body = {name: value for name, value in sent.items() if name not in _OURS and value is not None}
     if not sent:

@@ -2,12 +2,13 @@
 
 Waiting requests are queued per client. The client that was served least goes first, by a counter
 of tokens times lanes (virtual token counters, Sheng et al. 2024, "Fairness in Serving Large
-Language Models", algorithm 2); a client that comes back from idleness starts level with the least
-served one that is waiting or running. A request is admitted once the arena has room for its whole
-answer, so nothing that runs is ever evicted; one that does not fit holds back those behind it, so
-that large requests don't starve. One client's requests leave an eighth of the arena to others, who
-need not wait for their end. In a step in which several clients take part none decodes more rows
-than the smallest does, or a few; who was left out comes first next time.
+Language Models", algorithm 2), and offline work after all others; a client that comes back from
+idleness starts level with the least served one that is waiting or running. A request is admitted
+once the arena has room for its whole answer, so nothing that runs is ever evicted; one that does
+not fit holds back those behind it, so that large requests don't starve. One client's requests leave
+an eighth of the arena to others, who need not wait for their end. In a step in which several
+clients take part none decodes more rows than the smallest does, or a few; who was left out comes
+first next time.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Scheduler:
         parts = [Part(sequence=sequence, num_tokens=1) for sequence in decoding]
         room = self._step_rows - sum(sequence.num_lanes for sequence in decoding)
         prefilling = [sequence for sequence in self.running if sequence.num_pending > 1]
-        for sequence in sorted(prefilling, key=lambda s: self._served[s.request.client_id]):
+        for sequence in sorted(prefilling, key=self._turn):
             if sequence.num_reused is None and not self.prefixes.begin(sequence):
                 continue
             # One prefill always moves on, however many requests decode.
@@ -119,9 +120,13 @@ class Scheduler:
         most = self._arena.num_rows - self._arena.num_rows // _SPARED
         return bool(own) and held + sequence.num_rows > most
 
+    def _turn(self, sequence: Sequence) -> tuple[bool, int]:
+        """Return what requests go by, the least first."""
+        return sequence.request.offline, self._served[sequence.request.client_id]
+
     def _admit(self) -> None:
         while open_clients := [c for c, q in self._waiting.items() if not self._is_spared(q[0])]:
-            client = min(open_clients, key=lambda name: self._served[name])
+            client = min(open_clients, key=lambda name: self._turn(self._waiting[name][0]))
             sequence = self._waiting[client][0]
             if not self.prefixes.admit(sequence):
                 return

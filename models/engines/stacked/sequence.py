@@ -48,6 +48,7 @@ class Sequence:
     _prompt: list[Token] = field(default_factory=list)
     _new_text: str = ""
     _finish_reason: FinishReason | None = None
+    _stop: str | int | None = None
 
     @property
     def fusion(self) -> Fusion:
@@ -94,6 +95,7 @@ class Sequence:
         raw = b"" if hidden else vocabulary.raw(token)
         self._new_text += self.text.push(raw)
         if ends or stops or complete or self.text.stopped:
+            self._stop = self.text.stop or (token if stops else None)
             self._finish("stop")
         elif self.num_generated == self.max_new_tokens:
             self._finish("length")
@@ -124,6 +126,7 @@ class Sequence:
             text=self._new_text,
             tokens=tuple(self._new_tokens),
             finish_reason=self._finish_reason,
+            stop=self._stop,
             weights=self._named_weights() if self.finished and len(self.lane_of) > 1 else None,
             cached_tokens=(self.num_reused or 0) if self.finished else None,
             prompt=tuple(self._prompt),

@@ -1,7 +1,8 @@
 """Members that vLLM runs: one checkpoint, or several of one shape fused in its batch.
 
 Here stands what can be told without vLLM: options and traits. `engine` starts vLLM's `AsyncLLM` and
-streams from it; `translate` turns our requests into its parameters and its outputs into ours.
+streams from it; `translate` turns our requests into its parameters and its outputs into ours;
+`encoder` has it tell vectors or scores, where a checkpoint writes no answers.
 
 vLLM brings paged KV cache, prefix caching, continuous batching, quantization, CUDA graphs and
 tensor parallelism. It is an optional dependency, imported when an engine of this kind starts.
@@ -20,6 +21,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from models.engines.base import Engine
+from models.engines.encoder import Folder, has_modules, read_folder, writes_texts
 from models.engines.kind import EngineKind, EngineTraits, check_one_shape, formats_of
 from models.engines.stacked.architecture import read_stack
 from models.errors import PoolError
@@ -70,6 +72,17 @@ class VllmOptions(BaseModel):
 
 def _inspect(spec: EngineSpec, options: VllmOptions, models: Sequence[Model]) -> EngineTraits:
     _check_engine_args(f"engines.{spec.name}.options.engine_args", options.engine_args)
+    folder = folder_of(options, models)
+    if folder is not None:
+        return EngineTraits(
+            fuses=False,
+            logprobs=False,
+            structures=(),
+            encodes={models[0].name: folder.encodes},
+            context_tokens=folder.max_tokens,
+            num_workers=options.num_workers,
+            needs=None if find_spec("vllm") is not None else _INSTALL,
+        )
     if len(models) > 1:
         check_one_shape(spec, models)
         read_stack([model.card for model in models if model.card is not None])
@@ -87,7 +100,29 @@ def _inspect(spec: EngineSpec, options: VllmOptions, models: Sequence[Model]) ->
     )
 
 
+def folder_of(options: VllmOptions, models: Sequence[Model]) -> Folder | None:
+    """Return what the one checkpoint says of its vectors; None where it writes answers.
+
+    One that could write encodes where `runner` is "pooling", or sentence-transformers wrote it.
+    Raises `PoolError`.
+    """
+    card = models[0].card
+    if len(models) > 1 or card is None:
+        return None
+    runner = options.engine_args.get("runner", "auto")
+    pools = runner == "pooling" or has_modules(card.path)
+    if runner == "generate" or (writes_texts(card.path) and not pools):
+        return None
+    folder = read_folder(card.path, card.context_tokens)
+    return folder.limited(options.engine_args.get("max_model_len"))
+
+
 def _create(spec: EngineSpec, options: VllmOptions, models: Sequence[Model]) -> Engine:
+    folder = folder_of(options, models)
+    if folder is not None:
+        from models.engines.vllm.encoder import encoder_engine  # noqa: PLC0415 - where it is used
+
+        return encoder_engine(spec, options, models[0].name, folder)
     from models.engines.vllm.engine import VllmEngine  # noqa: PLC0415 - only where it is used
 
     cards = {model.name: model.card for model in models if model.card is not None}

@@ -82,7 +82,9 @@ class VllmEngine:
     async def start(self) -> None:
         """Start vLLM, which loads the weights. Raises `PoolError` for arguments it refuses."""
         checkpoint = self._checkpoint()
-        config = await asyncio.to_thread(self._configure, checkpoint)
+        config = await asyncio.to_thread(
+            configure, self._spec, checkpoint, self._engine_args, self._num_threads
+        )
 
         from vllm.v1.engine.async_llm import AsyncLLM  # noqa: PLC0415 - takes seconds to import
 
@@ -144,7 +146,9 @@ class VllmEngine:
                 request, max_tokens=max_tokens, fused=self._fused, grammar=grammar, marks=form.marks
             )
             prompt = tokens_input(list(request.prompt_tokens))
-            outputs = running.llm.generate(prompt, params, request.request_id)
+            outputs = running.llm.generate(
+                prompt, params, request.request_id, priority=int(request.offline)
+            )
             async with aclosing(outputs):
                 async for output in outputs:
                     [completion] = output.outputs
@@ -226,38 +230,6 @@ class VllmEngine:
         write_folder(self._cards, folder)
         return folder
 
-    def _configure(self, checkpoint: Path) -> VllmConfig:
-        """Return vLLM's configuration."""
-        # Nothing is reported to anybody; vLLM reads this when it is imported.
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        from vllm import AsyncEngineArgs  # noqa: PLC0415
-        from vllm.platforms import current_platform  # noqa: PLC0415
-
-        where = f"engines.{self._spec.name}"
-        wanted = self._spec.device.partition(":")[0]
-        if wanted not in ("auto", current_platform.device_type):
-            raise PoolError(
-                f"{where}.device: {self._spec.device} is not there; the installed vLLM runs on "
-                f"{current_platform.device_type}"
-            )
-        if current_platform.is_cpu():
-            # Ray limits a process' threads to its num_cpus, here a scheduling weight.
-            os.environ["OMP_NUM_THREADS"] = str(self._num_threads or os.cpu_count() or 1)
-        # On a GPU, vLLM's own rule (a share of the memory) holds unless the user says otherwise.
-        says_memory = "kv_memory_bytes" in self._spec.model_fields_set or current_platform.is_cpu()
-        try:
-            return AsyncEngineArgs(
-                model=str(checkpoint),
-                served_model_name=self._spec.name,
-                dtype=self._spec.dtype,
-                kv_cache_memory_bytes=self._spec.kv_memory_bytes if says_memory else None,
-                # The one that reads our grammars.
-                **{"structured_outputs_config": {"backend": "guidance"}, **self._engine_args},
-            ).create_engine_config()
-        except (ValueError, TypeError, NotImplementedError) as error:
-            raise PoolError(f"{where}.options.engine_args: vLLM refuses them: {error}") from None
-
     def _read_vocabulary(self) -> tuple[LLTokenizer, Vocabulary]:
         card = next(iter(self._cards.values()))
         tokenizer = read_tokenizer(card.path)
@@ -283,6 +255,45 @@ class VllmEngine:
         if len(request.members) < 2 or request.evidence is not None:
             return None
         return relative_weights(request)
+
+
+def configure(
+    spec: EngineSpec, checkpoint: Path, engine_args: Mapping[str, Any], num_threads: int | None
+) -> VllmConfig:
+    """Return vLLM's configuration; raises `PoolError` for arguments that it refuses."""
+    # Nothing is reported to anybody; vLLM reads this when it is imported.
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    from vllm import AsyncEngineArgs  # noqa: PLC0415
+    from vllm.platforms import current_platform  # noqa: PLC0415
+
+    where = f"engines.{spec.name}"
+    wanted = spec.device.partition(":")[0]
+    if wanted not in ("auto", current_platform.device_type):
+        raise PoolError(
+            f"{where}.device: {spec.device} is not there; the installed vLLM runs on "
+            f"{current_platform.device_type}"
+        )
+    if current_platform.is_cpu():
+        # Ray limits a process' threads to its num_cpus, here a scheduling weight.
+        os.environ["OMP_NUM_THREADS"] = str(num_threads or os.cpu_count() or 1)
+    # On a GPU, vLLM's own rule (a share of the memory) holds unless the user says otherwise.
+    says_memory = "kv_memory_bytes" in spec.model_fields_set or current_platform.is_cpu()
+    try:
+        return AsyncEngineArgs(
+            model=str(checkpoint),
+            served_model_name=spec.name,
+            dtype=spec.dtype,
+            kv_cache_memory_bytes=spec.kv_memory_bytes if says_memory else None,
+            # The one that reads our grammars.
+            **{
+                "structured_outputs_config": {"backend": "guidance"},
+                "scheduling_policy": "priority",
+                **engine_args,
+            },
+        ).create_engine_config()
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise PoolError(f"{where}.options.engine_args: vLLM refuses them: {error}") from None
 
 
 def _refusal(error: Exception) -> RequestError:

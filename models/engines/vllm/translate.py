@@ -78,6 +78,7 @@ def chunk(output: CompletionOutput, vocabulary: Vocabulary, num_top: int) -> Chu
             for token_id, entries in zip(output.token_ids, logprobs, strict=True)
         ),
         finish_reason=reason,
+        stop=output.stop_reason,
     )
 
 

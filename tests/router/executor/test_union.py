@@ -92,7 +92,12 @@ def executor(folders: list[Path]) -> Iterator[tuple[Executor, asyncio.AbstractEv
 
 
 def run(
-    executor: tuple[Executor, asyncio.AbstractEventLoop], answer: dict[str, Any], **sampling: Any
+    executor: tuple[Executor, asyncio.AbstractEventLoop],
+    answer: dict[str, Any],
+    *,
+    prompt: Prompt | None = None,
+    max_tokens: int = STEPS,
+    **sampling: Any,
 ) -> tuple[list[Chunk], Trace]:
     """Run an answer of both members on the prompt."""
     its, loop = executor
@@ -101,9 +106,9 @@ def run(
     task = Task(
         request_id="r",
         query=Query(text=PROMPT),
-        prompt=Prompt(text=PROMPT),
+        prompt=prompt or Prompt(text=PROMPT),
         sampling=SamplingOptions(**{"temperature": 0.0, **sampling}),
-        max_tokens=STEPS,
+        max_tokens=max_tokens,
         stream=True,
     )
 
@@ -184,6 +189,12 @@ def test_a_seed_repeats_the_answer(executor: Any) -> None:
     assert len(set(texts)) > 1
 
 
+def test_nothing_is_drawn_where_nothing_is_wanted(executor: Any) -> None:
+    """An answer of no tokens ends at once: its client has its own prompt echoed."""
+    [chunk], _ = run(executor, {"members": ["m", "n"]}, max_tokens=0)
+    assert (chunk.text, chunk.tokens, chunk.finish_reason) == ("", (), "length")
+
+
 def test_a_stop_string_ends_the_answer(executor: Any) -> None:
     """Text from the stop string on is not shown."""
     whole = "".join(chunk.text for chunk in run(executor, {"members": ["m", "n"]})[0])
@@ -200,6 +211,8 @@ def test_a_stop_string_ends_the_answer(executor: Any) -> None:
         {"structure": Structure(kind="json", text="{}")},
         {"top_p": 0.5},
         {"top_logprobs": 2},
+        {"prompt_logprobs": 1},
+        {"prompt": Prompt(token_ids=(5, 6))},
         {"min_tokens": 3},
     ],
 )

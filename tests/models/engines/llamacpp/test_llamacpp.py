@@ -295,6 +295,30 @@ def test_the_queue_is_bounded(ask: Ask) -> None:
     asyncio.run(run())
 
 
+def test_offline_work_runs_after_all_others(ask: Ask) -> None:
+    """Of those that wait for a slot, the one that nobody waits for goes last, if it came first."""
+
+    async def run() -> None:
+        async with _running(options={"num_slots": 1}) as engine:
+            first = engine.generate(ask("Tell me a story.", max_tokens=200, ignore_eos=True))
+            await anext(first)
+            ended: list[str] = []
+
+            async def read(name: str, *, offline: bool) -> None:
+                await _read(engine, replace(ask(CAPITAL, max_tokens=2), offline=offline))
+                ended.append(name)
+
+            waiting = [asyncio.create_task(read("batch", offline=True))]
+            await asyncio.sleep(0.05)
+            waiting += [asyncio.create_task(read(name, offline=False)) for name in "ab"]
+            await asyncio.sleep(0.05)
+            await first.aclose()  # type: ignore[attr-defined]
+            await asyncio.gather(*waiting)
+            assert ended == ["a", "b", "batch"]
+
+    asyncio.run(run())
+
+
 def test_stopping_fails_what_runs_and_waits(ask: Ask) -> None:
     """Both the running and the waiting request are told that the engine was stopped."""
 

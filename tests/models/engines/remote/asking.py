@@ -1,7 +1,7 @@
 """A remote engine before a scripted server, and ways to ask it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -15,14 +15,12 @@ KEY = "sk-very-secret"
 FAST = {"backoff_s": 0.01, "connect_timeout_s": 60}
 
 
-def remote_models(*names: str) -> list[Model]:
+def remote_models(*names: str, **fields: Any) -> list[Model]:
     """Return models that the scripted server calls up-a, up-b and so on."""
+    specs = {name: RemoteModelSpec(model=f"up-{name}", **fields) for name in names}
     return [
-        Model(
-            spec=ModelSpec(name=name, engine="e", remote=RemoteModelSpec(model=f"up-{name}")),
-            card=None,
-        )
-        for name in names
+        Model(spec=ModelSpec(name=name, engine="e", remote=spec), card=None)
+        for name, spec in specs.items()
     ]
 
 
@@ -38,9 +36,12 @@ def spec_of(url: str, **options: Any) -> EngineSpec:
 
 
 @asynccontextmanager
-async def running_engine(server: BadServer, **options: Any) -> AsyncIterator[RemoteEngine]:
-    """Run an engine with the members a and b."""
-    engine = create_engine(spec_of(server.url, **options), remote_models("a", "b"))
+async def running_engine(
+    server: BadServer, *, remote: Mapping[str, Any] | None = None, **options: Any
+) -> AsyncIterator[RemoteEngine]:
+    """Run an engine with the members a and b, of which the pool file says `remote`."""
+    models = remote_models("a", "b", **(remote or {}))
+    engine = create_engine(spec_of(server.url, **options), models)
     assert isinstance(engine, RemoteEngine)
     await engine.start()
     try:

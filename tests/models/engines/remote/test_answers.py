@@ -161,6 +161,8 @@ def test_thoughts_and_refusals_are_kept_apart() -> None:
             (500, 9, 400, 7),
         ),
         ({"prompt_tokens": 0, "completion_tokens": 9.0}, (0, 9, None, None)),
+        ({"prompt_tokens": 9, "prompt_cache_hit_tokens": 4}, (9, None, 4, None)),
+        ({"prompt_tokens": 9, "cached_tokens": 0}, (9, None, 0, None)),
         ({"prompt_tokens": 2**62, "completion_tokens": -3}, (None,) * 4),
         ({"prompt_tokens": "many", "completion_tokens": 1.5}, (None,) * 4),
         ({"prompt_tokens": float("inf"), "completion_tokens": float("nan")}, (None,) * 4),
@@ -173,6 +175,18 @@ def test_usage_is_believed_as_far_as_it_can_be(usage: Any, expected: tuple[int |
     last = ask(HELLO, STOP, {"choices": [], "usage": usage}, "[DONE]")[-1]
     told = (last.prompt_tokens, last.output_tokens, last.cached_tokens, last.reasoning_tokens)
     assert told == expected
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"choices": [], "x_groq": {"usage": {"prompt_tokens": 4}}},
+        {"choices": [{"index": 0, "delta": {}, "usage": {"prompt_tokens": 4}}]},
+    ],
+)
+def test_usage_is_found_where_servers_put_it(event: Any) -> None:
+    """Groq tells it beside the event, Moonshot in the choice."""
+    assert ask(HELLO, STOP, event, "[DONE]")[-1].prompt_tokens == 4
 
 
 @pytest.mark.parametrize(

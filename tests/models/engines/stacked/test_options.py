@@ -73,6 +73,34 @@ def test_blanks_between_json_tokens_are_bounded(folders: list[Path]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("schema", "closed"),
+    [
+        ({}, True),
+        ({"$defs": {"A": {"$ref": "#/$defs/B"}, "B": {"type": "null"}}}, True),
+        ({"additionalProperties": {"type": "null"}}, False),
+        ({"required": ["a", "b"]}, False),
+        ({"allOf": [{"properties": {"b": {"type": "null"}}}]}, False),
+    ],
+)
+def test_objects_have_the_properties_that_are_named(
+    folders: list[Path], schema: dict[str, Any], closed: bool
+) -> None:
+    """A model that wants a comma gets one only where a schema speaks of others, or asks for one."""
+    named = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]}
+    text = json.dumps({**named, **schema})
+    wanted = request(
+        [5],
+        structure=Structure(kind="json", text=text),
+        logit_bias={ord(","): 100.0},
+        max_tokens=40,
+    )
+    chunks = _one(folders, wanted)
+    assert ("," not in text_of(chunks)) == closed
+    if closed:
+        assert json.loads(text_of(chunks)) == {"a": 1}
+
+
+@pytest.mark.parametrize(
     "extra", [{"type": "string", "format": "password"}, {"type": "array", "uniqueItems": True}]
 )
 def test_only_strict_schemas_are_taken_at_their_word(folders: list[Path], extra: Any) -> None:

@@ -24,10 +24,10 @@ def scheduler() -> Scheduler:
     return Scheduler(arena, step_rows=512)
 
 
-def add(scheduler: Scheduler, client: str, *, num_tokens: int) -> Sequence:
+def add(scheduler: Scheduler, client: str, *, num_tokens: int, offline: bool = False) -> Sequence:
     """Add a request of a short prompt and `num_tokens` tokens to come."""
     sequence = make_sequence([5, 6], (0,))
-    sequence.request = replace(sequence.request, client_id=client)
+    sequence.request = replace(sequence.request, client_id=client, offline=offline)
     sequence.max_new_tokens = num_tokens
     scheduler.add(sequence)
     return sequence
@@ -87,3 +87,16 @@ def test_who_has_most_waiting_goes_first(scheduler: Scheduler) -> None:
         add(scheduler, "greedy", num_tokens=30)
     add(scheduler, "modest", num_tokens=NUM_ROWS)
     assert scheduler.surplus.request.client_id == "greedy"
+
+
+def test_offline_work_comes_after_all_others(scheduler: Scheduler) -> None:
+    """What nobody waits for is admitted after who came later, and prefilled after them."""
+    holder = add(scheduler, "first", num_tokens=NUM_ROWS - 1)
+    batch = add(scheduler, "batch", num_tokens=NUM_ROWS - 1, offline=True)
+    modest = add(scheduler, "modest", num_tokens=NUM_ROWS // 2)
+    assert {batch.region_start, modest.region_start} == {None}, "there is no room"
+    scheduler.remove(holder)
+    assert modest.region_start is not None
+    assert batch.region_start is None
+    scheduler.remove(modest)
+    assert batch.region_start is not None, "alone, it has all"
