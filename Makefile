@@ -129,6 +129,7 @@ bench: $(STAMP)
 bench-real: $(STAMP)
 	$(BIN)/python -m tests.bench.real
 	$(BIN)/python -m tests.bench.real_conversation
+	$(BIN)/python -m tests.bench.real_adapters
 
 # Tables and plots of the routers; ENCODER=neural:FOLDER adds rows with a sentence encoder.
 bench-routing: $(STAMP)

@@ -6,10 +6,11 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from models.adapter import Adapter
 from models.chat_template import PromptFacts, prompt_facts_of, read_prompt_facts
 from models.errors import PoolError
 from models.families import FAMILIES
@@ -57,7 +58,8 @@ class ModelCard:
     makers draw answers, by the names of `SamplingOptions`; what they leave out or off is not there.
     `tokenizer_sha256` identifies the tokenizer, so that members can be checked to share one;
     `prompt_sha256` also the chat template and what it writes, so that conversations become the
-    same tokens.
+    same tokens. With an `adapter` it is the card of that adapter's base, the adapter's parameters
+    among the others.
     """
 
     path: Path
@@ -70,6 +72,7 @@ class ModelCard:
     sampling: Mapping[str, float]
     tokenizer_sha256: str
     prompt_sha256: str
+    adapter: Adapter | None = None
 
     @property
     def flops_per_token(self) -> float:
@@ -80,6 +83,10 @@ class ModelCard:
     def is_gguf(self) -> bool:
         """Whether it is a GGUF file; else it is a folder."""
         return self.path.suffix == ".gguf"
+
+    def adapted(self, adapter: Adapter) -> ModelCard:
+        """Return the card of `adapter` on this base."""
+        return replace(self, adapter=adapter, parameters=self.parameters + adapter.parameters)
 
 
 def read_card(path: Path, *, source: str | None = None) -> ModelCard:

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.card import ModelCard, read_card
+from models.adapter import ADAPTER_CONFIG, Adapter, read_adapter
+from models.card import CONFIG, ModelCard, read_card
 from models.chat_template import PromptFacts, read_prompt_facts
 from models.engines.registry import KINDS, engine_traits
 from models.errors import PoolError
@@ -49,7 +50,14 @@ def inspect_checkpoint(path: Path, source: str) -> Inspection:
     )
 
 
-def pull(source: str, out: Path, *, folder: Path) -> Inspection:
+def look_at(path: Path, source: str) -> Inspection | Adapter:
+    """Look at a checkpoint, or at an adapter, of whatever base; raises `PoolError`."""
+    if (path / ADAPTER_CONFIG).is_file() and not (path / CONFIG).is_file():
+        return read_adapter(path, None, source=source)
+    return inspect_checkpoint(path, source)
+
+
+def pull(source: str, out: Path, *, folder: Path) -> Inspection | Adapter:
     """Copy the data of `source` into the folder `out`, which must not exist, and look at it.
 
     The copy is made beside `out` and moved there once it is whole and readable; a download that
@@ -63,13 +71,13 @@ def pull(source: str, out: Path, *, folder: Path) -> Inspection:
     try:
         gathered.chmod(0o755)
         copied = _copy(found.path, gathered)
-        inspect_checkpoint(copied, found.source)
+        look_at(copied, found.source)
         gathered.rename(out)
     except OSError as error:
         raise PoolError(f"{out} cannot be written: {error.strerror}") from None
     finally:
         shutil.rmtree(gathered, ignore_errors=True)
-    return inspect_checkpoint(out / copied.relative_to(gathered), found.source)
+    return look_at(out / copied.relative_to(gathered), found.source)
 
 
 def _hindrance(kind: str, card: ModelCard) -> str | None:

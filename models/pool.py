@@ -8,6 +8,7 @@ interpret.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from models.adapter import read_adapter
 from models.card import read_card
 from models.engines.registry import engine_traits
 from models.errors import PoolError
@@ -72,8 +74,13 @@ class Pool:
         wanted = self.model(model).spec.engine
         return next(engine for engine in self.engines if engine.name == wanted)
 
+    @property
+    def adapters(self) -> dict[str, ModelSpec]:
+        """The specifications of those models that are adapters, by name."""
+        return {model.name: model.spec for model in self.models if model.adapter is not None}
+
     def models_of(self, engine: str) -> tuple[Model, ...]:
-        """Return the models that the engine called `engine` runs, in the file's order."""
+        """Return the models that the engine called `engine` runs, adapters after their base."""
         return tuple(model for model in self.models if model.spec.engine == engine)
 
     def facts(self) -> dict[str, ModelFacts]:
@@ -91,6 +98,9 @@ def found_here(model: Model) -> Model:
         return model
     found = locate(model.card.source, folder=Path())
     card = replace(model.card, path=found.path)
+    if card.adapter is not None:
+        at = locate(card.adapter.origin.source, folder=Path()).path
+        card = replace(card, adapter=replace(card.adapter, path=at))
     return replace(model, card=card, tokenizer=found.path)
 
 
@@ -120,7 +130,7 @@ def load_pool(path: Path | str) -> Pool:
         name=content.name,
         folder=file.parent,
         engines=tuple(engine for engine in content.engines if engine.name in used),
-        models=tuple(_load_model(file, spec) for spec in models),
+        models=_load_models(file, models),
         policies=content.policies,
         scorers=content.scorers,
         absent=absent,
@@ -131,6 +141,21 @@ def load_pool(path: Path | str) -> Pool:
         except PoolError as error:
             raise PoolError(f"{file}: {error}") from None
     return pool
+
+
+def with_adapters(pool: Pool, specs: Sequence[ModelSpec]) -> Pool:
+    """Return `pool` with the adapters that `specs` describe in place of all that it has.
+
+    Their files are read again. Raises `PoolError`.
+    """
+    bases = {model.name: model for model in pool.models if model.adapter is None}
+    adapters = [
+        load_adapter(spec, bases, folder=pool.folder, where=f"models.{spec.name}") for spec in specs
+    ]
+    changed = replace(pool, models=(*bases.values(), *adapters))
+    for engine in changed.engines:
+        engine_traits(engine, changed.models_of(engine.name))
+    return changed
 
 
 def _check_names(file: Path, content: PoolFile) -> None:
@@ -181,16 +206,66 @@ def _hindrance(file: Path, content: PoolFile, spec: ModelSpec) -> str | None:
 
     A checkpoint that is there and cannot be read is no reason to do without it, but an error.
     """
-    if spec.checkpoint is not None:
+    for source in (spec.checkpoint, spec.adapter):
         try:
-            locate(spec.checkpoint, folder=file.parent, lock=file.parent / LOCK)
+            if source is not None:
+                locate(source, folder=file.parent, lock=file.parent / LOCK)
         except PoolError as error:
             return str(error)
     engine = next(engine for engine in content.engines if engine.name == spec.engine)
+    bases = [model for model in content.models if model.name == spec.base]
     try:
-        return engine_traits(engine, [_load_model(file, spec)]).needs
+        return engine_traits(engine, _load_models(file, [*bases, spec])).needs
     except PoolError:  # said with its place when the engine is checked with all its models
         return None
+
+
+def _load_models(file: Path, specs: Sequence[ModelSpec]) -> tuple[Model, ...]:
+    """Load models in their order, then their adapters."""
+    bases = {spec.name: _load_model(file, spec) for spec in specs if not _is_adapter(spec)}
+    adapters = [
+        load_adapter(spec, bases, folder=file.parent, where=f"{file}: models.{spec.name}")
+        for spec in specs
+        if _is_adapter(spec)
+    ]
+    return (*bases.values(), *adapters)
+
+
+def _is_adapter(spec: ModelSpec) -> bool:
+    return spec.base is not None or spec.adapter is not None
+
+
+def load_adapter(spec: ModelSpec, bases: Mapping[str, Model], *, folder: Path, where: str) -> Model:
+    """Return the model that an adapter of one of `bases` is; `where` is named in errors.
+
+    Raises `PoolError` for one that is not that base's, or computes what no engine here does.
+    """
+    for key, value in (("base", spec.base), ("adapter", spec.adapter)):
+        if value is None:
+            raise PoolError(f"{where}.{key}: the key is missing; an adapter needs it")
+    for key in ("checkpoint", "remote"):
+        if getattr(spec, key) is not None:
+            raise PoolError(f"{where}.{key}: an adapter has its base's; remove it")
+    assert spec.base is not None and spec.adapter is not None
+    able = [name for name, base in bases.items() if base.card is not None and not base.card.is_gguf]
+    if spec.base not in able:
+        raise PoolError(
+            f"{where}.base: {spec.base!r} is no model with a folder of safetensors; allowed are "
+            f"{', '.join(able) or 'none of this pool'}"
+        )
+    base = bases[spec.base]
+    if spec.engine != base.spec.engine:
+        raise PoolError(
+            f"{where}.engine: {spec.engine!r} is not allowed; an adapter runs where its base does, "
+            f"on {base.spec.engine}"
+        )
+    assert base.card is not None
+    try:
+        found = locate(spec.adapter, folder=folder, lock=folder / LOCK)
+        adapter = read_adapter(found.path, base.card.path, source=found.source)
+    except PoolError as error:
+        raise PoolError(f"{where}.adapter: {error}") from None
+    return Model(spec=spec, card=base.card.adapted(adapter), tokenizer=base.tokenizer)
 
 
 def _load_model(file: Path, spec: ModelSpec) -> Model:

@@ -11,8 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from models.adapter import AdapterSource
 from models.answer_format import AnswerFormat, ReasoningTags, detect_format
 from models.card import ModelCard
 from models.chat_template import Message, open_conversation, read_prompt_facts
@@ -97,6 +98,10 @@ class ModelSpec(_Strict):
     `checkpoint` is a source as `sources.locate` reads it: a folder or a .gguf file (relative to the
     pool file), `hf:ORG/NAME[@REVISION]`, `package:DISTRIBUTION/FILE`.
 
+    A low-rank adapter has a `base`, another model of the pool, and an `adapter` in the checkpoint's
+    place: a source of the folder that PEFT wrote. What it does not say of itself (its engine,
+    system message, sampling, tools, reasoning, prices) is its base's.
+
     `remote` takes the checkpoint's place where a `remote` engine asks another server. `system`
     opens conversations that bring no system message of their own. Where a request does not say how
     its answer is drawn, `sampling` does, and what that leaves open the checkpoint (see
@@ -113,6 +118,8 @@ class ModelSpec(_Strict):
     name: Name
     engine: str
     checkpoint: str | None = None
+    base: Name | None = None
+    adapter: str | None = None
     remote: RemoteModelSpec | None = None
     system: str | None = None
     sampling: SamplingSpec = SamplingSpec()
@@ -126,6 +133,13 @@ class ModelSpec(_Strict):
     usd_per_million_output_tokens: float = Field(0, ge=0, le=1e6)
 
 
+# What an adapter has of its base where it does not say otherwise.
+_OF_BASE = (
+    *("engine", "system", "sampling", "generation_config", "tools", "reasoning"),
+    *("usd_per_million_input_tokens", "usd_per_million_output_tokens"),
+)
+
+
 class PoolFile(_Strict):
     """The schema of pool.yaml. `policies` and `scorers` map names to specifications.
 
@@ -137,6 +151,24 @@ class PoolFile(_Strict):
     models: tuple[ModelSpec, ...] = Field(min_length=1)
     policies: dict[Name, dict[str, Any]] = Field(default_factory=dict)
     scorers: dict[Name, dict[str, Any]] = Field(default_factory=dict)
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _complete_adapters(cls, models: object) -> object:
+        """Give adapters what they have of their bases."""
+        if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
+            return models
+        named = {str(model.get("name")): model for model in models}
+        completed = []
+        for model in models:
+            base = named.get(str(model.get("base")), {})
+            if "base" in model and not base:
+                raise ValueError(
+                    f"{model.get('name')}.base: {model['base']!r} is unknown; allowed are "
+                    f"{', '.join(named)}"
+                )
+            completed.append({**{key: base[key] for key in _OF_BASE if key in base}, **model})
+        return completed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +214,12 @@ class Model:
             calls=found.calls if spec.tools is None else spec.tools or None,
             reasoning=found.reasoning if spec.reasoning is None else spec.reasoning or None,
         )
+
+    @property
+    def adapter(self) -> AdapterSource | None:
+        """Where its adapter is, if it is one."""
+        adapter = self.card.adapter if self.card else None
+        return adapter.origin if adapter else None
 
     def opened(self, messages: Sequence[Message]) -> Sequence[Message]:
         """Return a conversation as the model gets it: with its `system` message, if it has none."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from models.pool import DEFAULT_POOL
 from models.spec import DeploymentSpec, Name
@@ -63,11 +63,21 @@ class HttpConfig(_Strict):
     An idle connection is closed after `keep_alive_s`: longer than the pools of clients and proxies
     keep theirs. Pages of `cors_origins` ("https://chat.example.org"; "*" for all) may read answers;
     by default none may, not even this machine's own: a keyless server would answer any page that
-    somebody opens beside it.
+    somebody opens beside it. Administrators may load adapters from the folders `adapter_roots` and
+    those below, by default from none.
     """
 
     keep_alive_s: Count = 75
     cors_origins: tuple[str, ...] = ()
+    adapter_roots: tuple[Path, ...] = ()
+
+    @field_validator("adapter_roots")
+    @classmethod
+    def _check_roots(cls, roots: tuple[Path, ...]) -> tuple[Path, ...]:
+        for root in roots:
+            if not root.is_absolute():
+                raise ValueError(f"{str(root)!r} is not allowed; an absolute path is")
+        return roots
 
 
 class ResponsesConfig(_Strict):

@@ -1,9 +1,10 @@
 """What new requests are answered by, and how the next edition of it comes without a restart.
 
-A reload reads the pool's policies and the configuration's `policies`, `limits` and `budgets` anew,
-checks all of it, every plan included, and only then puts it in force: running requests finish with
-the edition that they began with. Anything else that changed is refused by name, and then nothing
-changes at all.
+A reload reads the pool's policies and adapters and the configuration's `policies`, `limits` and
+`budgets` anew, checks all of it, every plan included, and only then puts it in force: running
+requests finish with the edition that they began with. Anything else that changed is refused by
+name, and then nothing changes at all. Adapters also come and go one by one (`router.adapters`);
+those that came so stay through a reload.
 
 What is in force is a row in the ledger's database. The replica (or command) that was asked writes
 it, the others look for it every second and take it from there, and so does a replica that starts
@@ -15,14 +16,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
-from models.pool import Pool, load_pool
+from models.pool import Pool, load_pool, with_adapters
+from models.spec import Model, ModelSpec
 from router.access.audit import note
 from router.access.limits import Cap
 from router.catalog.catalog import Catalog, load_catalog
@@ -35,19 +38,23 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 1.0
 
+Change: TypeAlias = Callable[[dict[str, ModelSpec], Pool], None]
+"""Changes the adapters of a pool, by name, in place. Raises `ValueError`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Edition:
     """What a request is answered by from its beginning to its end.
 
     `number` counts from 1, the server's start; `loaded_s` is the Unix time at which it was put in
-    force. `args` are the whole configuration.
+    force. `args` are the whole configuration. The adapters `loaded` are not the pool file's.
     """
 
     number: int
     loaded_s: float
     args: AppArgs
     catalog: Catalog
+    loaded: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return what people are told of it."""
@@ -85,8 +92,20 @@ class Editions:
 
         Raises `ValueError` where something in them cannot be used or cannot change.
         """
+        return await self._next(next_edition, actor)
+
+    async def change(self, change: Change, *, actor: str | None = None) -> Edition:
+        """Put in force what is in force now, but with the adapters changed.
+
+        Raises `ValueError` where an adapter cannot be used, or a policy needs one that is gone.
+        """
+        return await self._next(partial(_changed, change=change), actor)
+
+    async def _next(
+        self, make: Callable[[Edition, Database], Edition], actor: str | None
+    ) -> Edition:
         async with self._reloading:
-            checked = await asyncio.to_thread(next_edition, self.current, self._database)
+            checked = await asyncio.to_thread(make, self.current, self._database)
             edition = await asyncio.to_thread(publish, checked, self._database, actor=actor)
             self._put_in_force(edition)
             return edition
@@ -135,7 +154,7 @@ def next_edition(current: Edition, database: Database) -> Edition:
     running = current.catalog.pool
     for what, old, new in (
         ("engines", running.engines, pool.engines),
-        ("models", running.models, pool.models),
+        ("models", _without_adapters(running), _without_adapters(pool)),
     ):
         before = {one.name: one for one in old}
         after = {one.name: one for one in new}
@@ -143,9 +162,14 @@ def next_edition(current: Edition, database: Database) -> Edition:
         if changed:
             raise ConfigError(
                 f"{pool.folder / 'pool.yaml'}: {what}.{changed[0]} cannot change while the server "
-                "runs: start it again, or put it back; a reload takes policies and scorers"
+                "runs: start it again, or put it back; a reload takes policies, scorers and "
+                "adapters"
             )
-    return _checked(args, pool, current, database)
+    adapters, loaded = _adapters_in_force(current, database)
+    kept = {name: adapters[name] for name in loaded if name not in pool.adapters}
+    if kept:
+        pool = with_adapters(pool, [*pool.adapters.values(), *kept.values()])
+    return _checked(args, pool, replace(current, loaded=tuple(kept)), database)
 
 
 def publish(edition: Edition, database: Database, *, actor: str | None = None) -> Edition:
@@ -154,6 +178,8 @@ def publish(edition: Edition, database: Database, *, actor: str | None = None) -
     contents = {
         "args": edition.args.model_dump(mode="json", include=set(RELOADED)),
         "pool": {"policies": pool.policies, "scorers": pool.scorers},
+        "adapters": [spec.model_dump(mode="json") for spec in pool.adapters.values()],
+        "loaded": edition.loaded,
     }
     now_s = time.time()
     with writing(database) as connection:
@@ -170,6 +196,34 @@ def publish(edition: Edition, database: Database, *, actor: str | None = None) -
         told = {"id": f"edition {number}", "pool": pool.name, **contents}
         note(connection, "reload", after=told, actor=actor)
     return replace(edition, number=number, loaded_s=now_s)
+
+
+def _changed(current: Edition, database: Database, *, change: Change) -> Edition:
+    row = _latest(database, current.args.server, after=current.number)
+    if row is not None:  # another replica was quicker
+        current = _from_row(row, current)
+    pool, before = current.catalog.pool, current.catalog.pool.adapters
+    adapters = dict(before)
+    change(adapters, pool)
+    new = [name for name, spec in adapters.items() if before.get(name) is not spec]
+    loaded = dict.fromkeys(name for name in (*current.loaded, *new) if name in adapters)
+    current = replace(current, loaded=tuple(loaded))
+    return _checked(current.args, with_adapters(pool, list(adapters.values())), current, database)
+
+
+def _adapters_in_force(
+    current: Edition, database: Database
+) -> tuple[dict[str, ModelSpec], Sequence[str]]:
+    """Return the adapters of the latest edition, and the names of those that are no file's."""
+    row = _latest(database, current.args.server, after=current.number)
+    if row is None:
+        return current.catalog.pool.adapters, current.loaded
+    specs = map(ModelSpec.model_validate, row["contents"]["adapters"])
+    return {spec.name: spec for spec in specs}, row["contents"]["loaded"]
+
+
+def _without_adapters(pool: Pool) -> tuple[Model, ...]:
+    return tuple(model for model in pool.models if model.adapter is None)
 
 
 def _checked(args: AppArgs, pool: Pool, current: Edition, database: Database) -> Edition:
@@ -196,5 +250,14 @@ def _from_row(row: Mapping[str, Any], current: Edition) -> Edition:
     """Return the edition that a row describes. Raises `ValueError` where it cannot be here."""
     args = current.args.with_sections(row["contents"]["args"])
     pool = replace(current.catalog.pool, **row["contents"]["pool"])
+    adapters = [ModelSpec.model_validate(spec) for spec in row["contents"]["adapters"]]
+    if adapters or pool.adapters:
+        pool = with_adapters(pool, adapters)
     catalog = load_catalog(pool, policies=args.policies, carbon=args.carbon, beside=current.catalog)
-    return Edition(number=row["number"], loaded_s=row["time_s"], args=args, catalog=catalog)
+    return Edition(
+        number=row["number"],
+        loaded_s=row["time_s"],
+        args=args,
+        catalog=catalog,
+        loaded=tuple(row["contents"]["loaded"]),
+    )

@@ -24,6 +24,7 @@ from models.errors import EngineError
 from router.access.authentication import Identify, KeyRejected
 from router.access.keys import KeysError, Scope
 from router.access.limits import CapError
+from router.adapters import add_adapter_routes
 from router.admin import add_admin_routes, add_reload_routes
 from router.anthropic_api.answer import MessagesEndpoint
 from router.anthropic_api.counting import add_count_route
@@ -157,6 +158,13 @@ def create_api(service: Service, args: AppArgs) -> FastAPI:
     )
     add_admin_routes(api, service.ledger.database, identify=acts, bodies=service.bodies)
     add_reload_routes(api, service.editions, identify=acts)
+    add_adapter_routes(
+        api,
+        service.editions,
+        roots=args.http.adapter_roots,
+        identify=acts,
+        bodies=service.bodies,
+    )
     add_experiment_routes(api, service.experiments, service.mirror, identify=sees)
     add_metrics_route(api, service.metrics, identify=sees)
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from models.adapter import AdapterSource
 from models.chat_template import Message, Rendering
 from models.tools import ToolCall, Tools
 
@@ -127,7 +128,9 @@ class GenerationRequest:
     engines whose traits allow them. `request_id` is unique; cancellation and logs use it.
     `client_id` groups requests for fair queueing. After `timeout_s` nobody waits for the answer any
     more (None: not known). Those that are `offline` get their turn when no others wait. With an
-    `encoding` it is one of an encoder, and has no prompt.
+    `encoding` it is one of an encoder, and has no prompt. `adapters` are those of the members that
+    are adapters, by name: an engine loads one that it has not when a request first needs it, so
+    that every replica follows.
     """
 
     request_id: str
@@ -148,6 +151,7 @@ class GenerationRequest:
     timeout_s: float | None = None
     offline: bool = False
     encoding: Encoding | None = None
+    adapters: Mapping[str, AdapterSource] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

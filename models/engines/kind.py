@@ -7,7 +7,7 @@ pool file asks it. `registry` finds it by name.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel
@@ -56,6 +56,10 @@ class EngineTraits:
         """Return how `members` answer together: as the first does, whose template asks them."""
         return self.formats.get(members[0], PLAIN) if members else PLAIN
 
+    def adopting(self, name: str, base: str) -> EngineTraits:
+        """Return them with an adapter of `base` among the models."""
+        return replace(self, formats={**self.formats, name: self.formats[base]})
+
     def calls(self, members: Sequence[str]) -> bool:
         """Return whether `members` together can be offered tools: all write calls alike."""
         ways = {self.formats.get(name, PLAIN).calls for name in members}
@@ -71,7 +75,7 @@ class EngineKind(Generic[Options]):
     `PoolError`. `create` makes the engine of what `inspect` has passed, and imports what that
     takes; the engine's `start` loads. `formats` are the checkpoints that it reads: folders of
     "safetensors", files of "gguf"; none for one that reads none. It computes in one of `dtypes`.
-    With `remote` its models are another server's.
+    With `remote` its models are another server's; with `adapters` they may be adapters of one base.
     """
 
     options: type[Options]
@@ -80,6 +84,23 @@ class EngineKind(Generic[Options]):
     formats: tuple[Format, ...] = ()
     dtypes: tuple[Dtype, ...] = ("auto", "float32", "bfloat16", "float16")
     remote: bool = False
+    adapters: bool = False
+
+
+def base_of(spec: EngineSpec, models: Sequence[Model]) -> Model | None:
+    """Return the one base whose adapters are among `models`; None where none are.
+
+    Raises `PoolError` for adapters beside a second base.
+    """
+    if all(model.adapter is None for model in models):
+        return None
+    first, *rest = [model for model in models if model.adapter is None]
+    if rest:
+        raise PoolError(
+            f"engines.{spec.name}: adapters share an engine with their base alone, but "
+            f"{rest[0].name!r} is another; give it an engine of its own"
+        )
+    return first
 
 
 def formats_of(models: Sequence[Model]) -> dict[str, AnswerFormat]:

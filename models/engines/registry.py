@@ -55,6 +55,11 @@ def supervised_engine(spec: EngineSpec, models: Sequence[Model]) -> SupervisedEn
     return SupervisedEngine(lambda: create_engine(spec, models))
 
 
+def adapter_kinds() -> tuple[str, ...]:
+    """Return the kinds of engines that run adapters."""
+    return tuple(name for name in KINDS.names() if KINDS.load(name).adapters)
+
+
 def _read(spec: EngineSpec, models: Sequence[Model]) -> tuple[EngineKind[Any], BaseModel]:
     try:
         kind = KINDS.load(spec.kind)
@@ -83,6 +88,9 @@ def _check_checkpoint(spec: EngineSpec, kind: EngineKind[Any], model: Model) -> 
         )
     if model.spec.remote is not None and not kind.remote:
         raise PoolError(f"{where}.remote: {what} runs no remote models; one of kind remote does")
+    if model.spec.base is not None and not kind.adapters:
+        able = ", ".join(adapter_kinds())
+        raise PoolError(f"{where}.adapter: {what} runs no adapters; engines of kind {able} do")
     if model.card is None:
         if kind.formats:
             raise PoolError(f"{where}.checkpoint: the key is missing; {what} needs one")

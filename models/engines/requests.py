@@ -7,8 +7,10 @@ of range would fail everybody in the same step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from models.adapter import AdapterSource
+from models.card import ModelCard
 from models.engines.base import GenerationRequest, SamplingOptions
 from models.engines.kind import EngineTraits
 from models.errors import ContextOverflow, RequestError
@@ -45,6 +47,15 @@ OPTIONAL: dict[str, Callable[[SamplingOptions], bool]] = {
 """
 _MOST_BIAS = 100
 _MOST_CONTRAST = 10  # as plans have it
+
+
+def adapters_of(
+    request: GenerationRequest, cards: Mapping[str, ModelCard]
+) -> dict[str, AdapterSource]:
+    """Return where the adapters among a request's members are: as it says, else as `cards` do."""
+    own = {name: cards[name].adapter for name in request.members if name in cards}
+    found = {name: adapter.origin for name, adapter in own.items() if adapter is not None}
+    return {**found, **request.adapters}
 
 
 def check_request(

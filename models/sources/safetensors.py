@@ -68,7 +68,7 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
     """
     tensors: dict[str, StoredTensor] = {}
     for file in weight_files(folder):
-        for name, tensor in _read_header(file).items():
+        for name, tensor in read_header(file).items():
             if name in tensors:
                 raise PoolError(f"{file}: the tensor {name} is also in {tensors[name].file.name}")
             tensors[name] = tensor
@@ -96,7 +96,8 @@ def read_json(file: Path) -> dict[str, Any]:
     return data
 
 
-def _read_header(file: Path) -> dict[str, StoredTensor]:
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Return every tensor of one file by name; `PoolError` where it is damaged."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         head = stream.read(8)

@@ -44,7 +44,7 @@ def save_checkpoint(
     progress: Progress,
 ) -> None:
     """Write `folder` atomically, replacing what stood there."""
-    tensors: dict[str, Tensor] = {f"model/{n}": p.detach() for n, p in model.named_parameters()}
+    tensors = {f"model/{n}": p.detach() for n, p in model.named_parameters() if p.requires_grad}
     for o, optimizer in enumerate(optimizers):
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{o}/{index}/{key}": value for key, value in state.items()}
@@ -89,7 +89,8 @@ def load_checkpoint(
     tensors = load_file(folder / _TENSORS)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[f"model/{name}"])
+            if parameter.requires_grad:
+                parameter.copy_(tensors[f"model/{name}"])
     for o, optimizer in enumerate(optimizers):
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():

@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from models.card import SUPPORTED_ARCHITECTURES
@@ -71,8 +72,15 @@ def geometry(model: PreTrainedModel) -> Geometry:
 
 
 def low_precision(model: PreTrainedModel, dtype: torch.dtype) -> Weights:
-    """Parameters by name, matrices cast to `dtype` (differentiably), norms left in fp32."""
-    return {name: p if p.ndim == 1 else p.to(dtype) for name, p in model.named_parameters()}
+    """Parameters by name, matrices cast to `dtype` (differentiably), norms left in fp32.
+
+    Of a matrix that is computed of others, as an adapted one is, the one that they make.
+    """
+    weights: Weights = {n: p for n, p in model.named_parameters() if ".parametrizations." not in n}
+    for name, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            weights[f"{name}.weight"] = module.get_submodule("parametrizations.weight")()
+    return {name: p if p.ndim == 1 else p.to(dtype) for name, p in weights.items()}
 
 
 @torch.no_grad()

@@ -60,7 +60,7 @@ class Settings:
 
 def make_optimizers(model: PreTrainedModel, settings: Settings) -> list[torch.optim.Optimizer]:
     """Muon for the hidden matrices and AdamW for the rest; or AdamW for all."""
-    parameters = dict(model.named_parameters())
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     is_hidden = {
         n: p.ndim == 2 and "embed" not in n and "lm_head" not in n for n, p in parameters.items()
     }

@@ -54,18 +54,20 @@ def load_catalog(
 ) -> Catalog:
     """Check `pool` and the `policies` added to its own; `carbon` prices energy and carbon.
 
-    The catalog of a pool of the same models, `beside` which this one is, shares what it knows of
-    them: tokenizers, prices, and how long answers took.
+    The catalog `beside` which this one is shares the grid, and if its models are the same what it
+    knows of them: tokenizers, prices, and how long answers took.
 
     Raises `PoolError` (also for a plan that no engine can run) and `PolicyError`.
     """
-    if beside is None:
-        members, prices = Members(pool), Prices(pool, carbon or CarbonSettings())
-    else:
+    same = beside is not None and beside.pool.models == pool.models
+    if beside is not None and same:
         members, prices = beside.members, beside.prices
+    else:
+        grid = beside.prices.grid if beside is not None else None
+        members, prices = Members(pool), Prices(pool, carbon or CarbonSettings(), grid=grid)
     specs = {**pool.policies, **(policies or {})}
     built = Policies(pool, specs=specs, members=members, models=prices.facts)
-    if beside is not None:
+    if beside is not None and same:
         built.limiter = beside.policies.limiter
     named = {name: Target(policy=policy, policy_name=name) for name, policy in built.items()}
     return Catalog(
@@ -91,7 +93,11 @@ def _fingerprint(pool: Pool) -> str:
     seen = [
         version("shoal"),
         [
-            (m.spec.model_dump(mode="json"), m.card.prompt_sha256 if m.card else None)
+            (
+                m.spec.model_dump(mode="json"),
+                m.card.prompt_sha256 if m.card else None,
+                *([m.adapter.sha256] if m.adapter else ()),
+            )
             for m in pool.models
         ],
     ]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from models.adapter import AdapterSource
 from models.chat_template import Message
 from models.engines.base import Encoding, SamplingOptions
 from models.engines.kind import EngineTraits
@@ -14,7 +15,7 @@ from models.engines.registry import engine_traits
 from models.errors import RequestError
 from models.pool import Pool
 from models.tokenizer import Tokenizer, load_tokenizers
-from policies.carbon.grid import GridReading
+from policies.carbon.grid import GridIntensity, GridReading
 from policies.carbon.settings import CarbonSettings, LiveModels
 from policies.errors import PolicyError
 from policies.footprint import Rates
@@ -76,6 +77,11 @@ class Members:
     def opened(self, name: str, messages: Sequence[Message]) -> tuple[Message, ...]:
         """Return a conversation as the member called `name` gets it."""
         return tuple(self._pool.model(name).opened(messages))
+
+    def adapters(self, names: Sequence[str]) -> dict[str, AdapterSource]:
+        """Return where the adapters among the members called `names` are."""
+        found = {name: self._pool.model(name).adapter for name in names}
+        return {name: origin for name, origin in found.items() if origin is not None}
 
     def sampling(
         self, name: str, asked: SamplingOptions, body: Mapping[str, Any] | None
@@ -232,8 +238,11 @@ class Prices:
     configured and started. `facts` are what policies know of each model, by name.
     """
 
-    def __init__(self, pool: Pool, carbon: CarbonSettings) -> None:
-        self.grid = carbon.grid(pool.folder)
+    def __init__(
+        self, pool: Pool, carbon: CarbonSettings, *, grid: GridIntensity | None = None
+    ) -> None:
+        """Without a `grid` it is the one that `carbon` describes."""
+        self.grid = grid or carbon.grid(pool.folder)
         self.facts = LiveModels(
             pool.facts(),
             engine_of={model.name: model.spec.engine for model in pool.models},

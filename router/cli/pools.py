@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from models.adapter import Adapter
 from router.cli.console import refusing
 
 if TYPE_CHECKING:
@@ -91,10 +93,11 @@ def _members(pool: Pool, names: list[str] | None) -> dict[str, ModelCard]:
     known = {model.name: model.card for model in pool.models}
     members = {name: known.get(name) for name in names}
     for name, card in members.items():
-        if card is None:
-            allowed = ", ".join(name for name, card in known.items() if card)
+        if card is None or card.adapter is not None:
+            allowed = ", ".join(name for name, card in known.items() if card and not card.adapter)
             raise PoolError(
-                f"--models: {name!r} is no model with a checkpoint; allowed are {allowed}"
+                f"--models: {name!r} is no model with a checkpoint of its own; allowed are "
+                f"{allowed}"
             )
     return {name: card for name, card in members.items() if card is not None}
 
@@ -108,14 +111,25 @@ Source = Annotated[
 ]
 
 
-def inspect(source: Source) -> None:
-    """Say what a checkpoint is and which engines can run it, without loading it."""
-    from models.inspection import inspect_checkpoint
+def inspect(
+    source: Source,
+    *,
+    base: Annotated[
+        str | None, typer.Option(help="Of an adapter: the base to hold it against, such a source.")
+    ] = None,
+) -> None:
+    """Say what a checkpoint or an adapter is and which engines can run it, without loading it."""
+    from models.adapter import read_adapter
+    from models.inspection import look_at
     from models.sources.locate import locate
 
     with refusing("inspect"):
         found = locate(source, folder=Path())
-        _print(inspect_checkpoint(found.path, found.source))
+        if base is None:
+            _print(look_at(found.path, found.source))
+            return
+        checkpoint = locate(base, folder=Path()).path
+        _print(read_adapter(found.path, checkpoint, source=found.source))
 
 
 def pull(
@@ -123,18 +137,43 @@ def pull(
     *,
     out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
 ) -> None:
-    """Fetch a checkpoint whole into a folder, check it, and say what it is."""
+    """Fetch a checkpoint or an adapter whole into a folder, check it, and say what it is."""
     from models import inspection
 
     with refusing("pull"):
         _print(inspection.pull(source, out, folder=Path()))
 
 
-def _print(found: Inspection) -> None:
+def _print(found: Inspection | Adapter) -> None:
+    facts = _adapter_facts(found) if isinstance(found, Adapter) else _facts(found)
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        typer.echo(f"{name.ljust(width)}  {value}")
+
+
+def _adapter_facts(adapter: Adapter) -> dict[str, object]:
+    from models.engines.registry import adapter_kinds
+
+    kinds = Counter(module.split(".", 3)[-1] for module in adapter.scales)
+    scales = sorted(set(adapter.scales.values()))
+    return {
+        "source": adapter.origin.source,
+        "path": adapter.path,
+        "kind": f"low-rank adapter of {adapter.base_name or 'a base that it does not name'}",
+        "parameters": f"{adapter.parameters:,}",
+        "rank": f"{adapter.largest_rank} at most",
+        "scale": " to ".join(f"{scale:g}" for scale in dict.fromkeys((scales[0], scales[-1]))),
+        "modules": ", ".join(f"{kind} ({count} layers)" for kind, count in sorted(kinds.items())),
+        "sha256": adapter.origin.sha256,
+        "engines": f"those of its base, if of kind {', '.join(adapter_kinds())}",
+    }
+
+
+def _facts(found: Inspection) -> dict[str, object]:
     card, shape = found.card, found.card.shape
     ends = ", ".join(f"{text} ({index})" for index, text in found.end_token_texts().items())
     templates = ", ".join(sorted(found.prompts.templates))
-    facts = {
+    facts: dict[str, object] = {
         "source": card.source,
         "path": card.path,
         "architecture": shape.architecture,
@@ -151,6 +190,4 @@ def _print(found: Inspection) -> None:
     }
     for kind, hindrance in found.engines.items():
         facts[f"engine {kind}"] = "can run it" if hindrance is None else f"cannot: {hindrance}"
-    width = max(map(len, facts))
-    for name, value in facts.items():
-        typer.echo(f"{name.ljust(width)}  {value}")
+    return facts

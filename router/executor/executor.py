@@ -141,6 +141,7 @@ class Executor:
             run,
             clients=[self.engines[self._members.engine_of(name)] for name in answer.members],
             tokenizers=[self._members.tokenizer_of(name) for name in answer.members],
+            adapters=self._members.adapters(answer.members),
             max_tokens=self._max_tokens(task),
             context_tokens=self._members.context_tokens(answer),
         )
@@ -200,6 +201,7 @@ class Executor:
             tools=task.prompt.tools,
             timeout_s=timeout_s,
             offline=task.offline,
+            adapters=self._members.adapters(answer.members),
         )
 
     def _max_tokens(self, task: Task) -> int:

@@ -19,6 +19,7 @@ import random
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 
+from models.adapter import AdapterSource
 from models.engines.base import Chunk, FinishReason, GenerationRequest, SamplingOptions, Token
 from models.engines.text import TextStream
 from models.errors import RequestError
@@ -57,13 +58,14 @@ async def unite(
     *,
     clients: Sequence[EngineClient],
     tokenizers: Sequence[Tokenizer],
+    adapters: Mapping[str, AdapterSource],
     max_tokens: int,
     context_tokens: int | None,
 ) -> AsyncGenerator[Chunk, None]:
     """Yield the answer of members that run on different engines, a string at a time.
 
-    `clients` and `tokenizers` are the members', in their order. Raises `RequestError` for options
-    that need one vocabulary, and what engines raise.
+    `clients` and `tokenizers` are the members', in their order, `adapters` by name. Raises
+    `RequestError` for options that need one vocabulary, and what engines raise.
     """
     _check(task.sampling)
     if task.prompt.tools is not None:
@@ -100,7 +102,7 @@ async def unite(
             return
         opinions = await asyncio.gather(
             *(
-                _ask(client, tokenizer, name, tokens, f"{request_id}:{step}-{name}")
+                _ask(client, tokenizer, name, tokens, f"{request_id}:{step}-{name}", adapters)
                 for client, tokenizer, name, tokens in zip(
                     clients, tokenizers, answer.members, reads, strict=True
                 )
@@ -170,6 +172,7 @@ async def _ask(
     name: str,
     tokens: tuple[int, ...],
     request_id: str,
+    adapters: Mapping[str, AdapterSource],
 ) -> Opinion:
     """Return what a member thinks comes after `tokens`."""
     chunk = await client.complete(
@@ -178,6 +181,7 @@ async def _ask(
             prompt_tokens=tokens,
             members=(name,),
             sampling=SamplingOptions(max_tokens=1, temperature=0, top_logprobs=_ALTERNATIVES),
+            adapters={name: adapters[name]} if name in adapters else {},
         )
     )
     alternatives = chunk.tokens[0].top if chunk.tokens else ()

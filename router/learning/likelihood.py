@@ -84,6 +84,10 @@ class Likelihoods:
                 trust_remote_code=False,
                 use_safetensors=True,
             )
+            if card.adapter is not None:
+                from models.training.lora import merge_adapter  # noqa: PLC0415 - loads torch
+
+                merge_adapter(model, card.adapter)
             # As loaded, it is in evaluation mode already.
             self._loaded[name] = model, CheckpointTokenizer(card.path)
         return self._loaded[name]

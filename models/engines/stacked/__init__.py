@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pydantic import BaseModel, ConfigDict, Field
 
 from models.engines.base import Engine
-from models.engines.kind import EngineKind, EngineTraits, check_one_shape, formats_of
+from models.engines.kind import EngineKind, EngineTraits, base_of, check_one_shape, formats_of
 from models.engines.stacked.architecture import read_stack
+from models.errors import PoolError
 from models.spec import EngineSpec, Model
 
 
@@ -30,7 +31,9 @@ class StackedOptions(BaseModel):
     most CPU threads that a step gets (see `runner.StepThreads`); None: as many as torch has. A step
     that takes longer than `step_timeout_s` is taken to hang: what runs fails, and the engine is
     started again. With `prefix_cache` a prompt starts from the keys and values of an earlier one
-    that began alike (see `cache`).
+    that began alike (see `cache`). Adapters of the one base, those of the pool and those loaded
+    while it serves, stay in memory, at most `max_adapters` of them: then the least recently used
+    makes room, and comes back when it is asked for.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -40,11 +43,19 @@ class StackedOptions(BaseModel):
     num_threads: int | None = Field(None, ge=1)
     step_timeout_s: float = Field(300.0, gt=0)
     prefix_cache: bool = True
+    max_adapters: int = Field(64, ge=1)
 
 
-def _inspect(spec: EngineSpec, _options: StackedOptions, models: Sequence[Model]) -> EngineTraits:
+def _inspect(spec: EngineSpec, options: StackedOptions, models: Sequence[Model]) -> EngineTraits:
     check_one_shape(spec, models)
-    read_stack([model.card for model in models if model.card is not None])
+    base_of(spec, models)
+    num_adapters = sum(model.adapter is not None for model in models)
+    if num_adapters > options.max_adapters:
+        raise PoolError(
+            f"engines.{spec.name}.options.max_adapters: {options.max_adapters} is too few for the "
+            f"pool's {num_adapters} adapters"
+        )
+    read_stack([model.card for model in models if model.card and model.adapter is None])
     return EngineTraits(formats=formats_of(models))
 
 
@@ -61,6 +72,7 @@ def _create(spec: EngineSpec, options: StackedOptions, models: Sequence[Model]) 
         num_threads=options.num_threads,
         step_timeout_s=options.step_timeout_s,
         prefix_cache=options.prefix_cache,
+        max_adapters=options.max_adapters,
     )
 
 
@@ -70,4 +82,5 @@ KIND = EngineKind(
     create=_create,
     formats=("safetensors",),
     dtypes=("auto", "float32", "bfloat16", "float16", "int8", "int4"),
+    adapters=True,
 )

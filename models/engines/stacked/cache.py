@@ -173,6 +173,11 @@ class PrefixCache:
         for lane in list(self._kept):
             self._drop(lane)
 
+    def forget(self, member: int) -> None:
+        """Forget what is kept of a member, which is to be another one."""
+        for lane in [lane for lane in self._kept if lane.member == member]:
+            self._drop(lane)
+
     def _find(self, member: int, prompt: Seq[int]) -> tuple[_Lane | None, int]:
         """Return the lane with the longest common prefix, and its tokens, but not all of `prompt`.
 

@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from models.engines.answer_grammar import answer_grammar, compile_answer
 from models.engines.answer_reader import AnswerReader
 from models.engines.base import Chunk, EngineStats, GenerationRequest
 from models.engines.kind import EngineTraits
-from models.engines.requests import check_request, relative_weights
+from models.engines.requests import adapters_of, check_request, relative_weights
+from models.engines.stacked.adapters import Adapters
 from models.engines.stacked.fusion import LaneWeights, contrastive_powers
 from models.engines.stacked.loop import Loop
 from models.engines.stacked.matrices import Pack, as_int4, as_int8
@@ -43,6 +45,7 @@ class _Running:
     context_tokens: int
     num_rows: int
     row_bytes: int
+    adapters: Adapters
 
 
 class StackedEngine:
@@ -64,6 +67,7 @@ class StackedEngine:
         num_threads: int | None,
         step_timeout_s: float,
         prefix_cache: bool,
+        max_adapters: int,
     ) -> None:
         """Only remember; `start` loads."""
         self._spec = spec
@@ -73,22 +77,27 @@ class StackedEngine:
         self._num_threads = num_threads
         self._step_timeout_s = step_timeout_s
         self._prefix_cache = prefix_cache
-        self._names = tuple(members)
-        self._cards = tuple(members.values())
-        self._vocab_size = self._cards[0].shape.vocab_size
+        self._max_adapters = max_adapters
+        self._cards = dict(members)
+        self._bases = [name for name, card in members.items() if card.adapter is None]
+        self._base = self._cards[self._bases[0]]
+        self._vocab_size = self._base.shape.vocab_size
         self._running: _Running | None = None
 
     @property
     def members(self) -> tuple[str, ...]:
         """The models this engine holds, in the pool's order."""
-        return self._names
+        return tuple(self._cards)
 
     async def start(self) -> None:
         """Load the weights, run a first step, and start the engine's thread."""
         runner, tokenizer, vocabulary = await asyncio.to_thread(self._load)
+        scheduler = Scheduler(
+            runner.arena, step_rows=self._step_rows, keeps_prefixes=self._prefix_cache
+        )
         loop = Loop(
             runner,
-            Scheduler(runner.arena, step_rows=self._step_rows, keeps_prefixes=self._prefix_cache),
+            scheduler,
             vocabulary=vocabulary,
             max_queued_requests=self._spec.max_queued_requests,
             stream_interval_s=self._stream_interval_s,
@@ -103,7 +112,19 @@ class StackedEngine:
             context_tokens=runner.architecture.context_tokens,
             num_rows=runner.arena.num_rows,
             row_bytes=runner.arena.row_bytes,
+            adapters=Adapters(
+                partial(runner.prepare, self._base),
+                base=self._base,
+                most=self._max_adapters,
+                between_steps=loop.between_steps,
+                forget=scheduler.prefixes.forget,
+            ),
         )
+        own = {name: card.adapter for name, card in self._cards.items()}
+        with await self._running.adapters.hold(
+            {name: adapter.origin for name, adapter in own.items() if adapter is not None}
+        ):
+            pass  # loaded for whoever asks first
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Chunk]:
         """Stream the answer to `request`; see the contract."""
@@ -111,27 +132,30 @@ class StackedEngine:
         running = self._running
         assert running is not None, "check_health raises before start"
         outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
-        sequence = self._sequence(request, running, outcomes)
-        form, vocabulary = self._traits.answer_format(request.members), running.vocabulary
-        reader = AnswerReader(request, form, vocabulary)
-        grammar = answer_grammar(request, form, vocabulary.terminal, opened=reader.opened)
-        if grammar is not None:
-            sequence.sampler.grammar = Grammar(
-                await asyncio.to_thread(compile_answer, running.tokenizer, grammar, request)
-            )
-        running.readers.add(outcomes)
-        running.loop.submit(sequence)
-        try:
-            while True:
-                outcome = await outcomes.get()
-                if not isinstance(outcome, Chunk):
-                    raise outcome
-                yield reader.read(outcome)
-                if outcome.finish_reason is not None:
-                    return
-        finally:
-            running.readers.discard(outcomes)
-            running.loop.cancel(sequence)
+        for name in request.adapters.keys() - self._cards.keys():
+            self._adopt(name)
+        with await running.adapters.hold(adapters_of(request, self._cards)) as adapters:
+            sequence = self._sequence(request, running, adapters, outcomes)
+            form, vocabulary = self._traits.answer_format(request.members), running.vocabulary
+            reader = AnswerReader(request, form, vocabulary)
+            grammar = answer_grammar(request, form, vocabulary.terminal, opened=reader.opened)
+            if grammar is not None:
+                sequence.sampler.grammar = Grammar(
+                    await asyncio.to_thread(compile_answer, running.tokenizer, grammar, request)
+                )
+            running.readers.add(outcomes)
+            running.loop.submit(sequence)
+            try:
+                while True:
+                    outcome = await outcomes.get()
+                    if not isinstance(outcome, Chunk):
+                        raise outcome
+                    yield reader.read(outcome)
+                    if outcome.finish_reason is not None:
+                        return
+            finally:
+                running.readers.discard(outcomes)
+                running.loop.cancel(sequence)
 
     def stats(self) -> EngineStats:
         """Return a snapshot; cheap."""
@@ -171,7 +195,7 @@ class StackedEngine:
     def _load(self) -> tuple[Runner, LLTokenizer, Vocabulary]:
         device = _device(self._spec)
         runner = Runner(
-            self._cards,
+            [self._cards[name] for name in self._bases],
             kv_memory_bytes=self._spec.kv_memory_bytes,
             device=device,
             dtype=_dtype(self._spec, device),
@@ -180,8 +204,8 @@ class StackedEngine:
         )
         with torch.inference_mode():
             runner.try_out()
-        path = self._cards[0].path
-        ends = sorted(frozenset().union(*(card.end_tokens for card in self._cards)))
+        path = self._base.path
+        ends = sorted(frozenset().union(*(card.end_tokens for card in self._cards.values())))
         tokenizer = read_tokenizer(path)
         try:
             grammars = LLTokenizer(
@@ -192,19 +216,31 @@ class StackedEngine:
         marks = {mark for form in self._traits.formats.values() for mark in form.marks}
         return runner, grammars, Vocabulary(tokenizer, grammars, marks)
 
+    def _adopt(self, name: str) -> None:
+        """Take a name in that an adapter of the base got since the pool was read."""
+        self._cards[name] = self._base
+        self._traits = self._traits.adopting(name, self._bases[0])
+
     def _sequence(
-        self, request: GenerationRequest, running: _Running, outcomes: asyncio.Queue[Outcome]
+        self,
+        request: GenerationRequest,
+        running: _Running,
+        adapters: Mapping[str, int],
+        outcomes: asyncio.Queue[Outcome],
     ) -> Sequence:
         max_new_tokens = check_request(
             request,
-            members=self._names,
+            members=self.members,
             traits=self._traits,
             context_tokens=running.context_tokens,
             vocab_size=self._vocab_size,
         )
-        members, weights, lane_of = self._lanes(request)
+        members, weights, lane_of = self._lanes(request, adapters)
         sampling = request.sampling
-        end_tokens = frozenset().union(*(self._cards[member].end_tokens for member in members))
+        used = [
+            name for name, lane in zip(request.members, lane_of, strict=True) if lane is not None
+        ]
+        end_tokens = frozenset().union(*(self._cards[name].end_tokens for name in used))
         ends = () if sampling.ignore_eos else end_tokens
         if sampling.prompt_logprobs is not None and request.evidence is not None:
             raise RequestError(
@@ -240,17 +276,18 @@ class StackedEngine:
         return sequence
 
     def _lanes(
-        self, request: GenerationRequest
+        self, request: GenerationRequest, adapters: Mapping[str, int]
     ) -> tuple[tuple[int, ...], tuple[float, ...], tuple[int | None, ...]]:
         """Return the members to run, as ascending indices, and their weights, summing to one.
 
-        Also which of these lanes each member named by the request is. Members of zero weight need
-        no lane, but for one that leads.
+        Also which of these lanes each member named by the request is; of `adapters` this says which
+        member of the step each is. Members of zero weight need no lane, but for one that leads.
         """
-        lanes = {
-            self._names.index(name): weight
-            for name, weight in zip(request.members, relative_weights(request), strict=True)
-        }
+        indices = [
+            adapters[name] if name in adapters else self._bases.index(name)
+            for name in request.members
+        ]
+        lanes = dict(zip(indices, relative_weights(request), strict=True))
         if request.rule == "contrastive":
             lanes = dict(zip(lanes, contrastive_powers(len(lanes), request.contrast), strict=True))
         lead = next(iter(lanes)) if request.rule in ("gated", "contrastive") else None

@@ -15,6 +15,7 @@ import time
 from asyncio import AbstractEventLoop
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from queue import Empty, SimpleQueue
 
@@ -79,6 +80,23 @@ class Loop(threading.Thread):
     def cancel(self, sequence: Sequence) -> None:
         """Drop a request before the next step; nothing happens if it has finished."""
         self._inbox.put(partial(self._drop, sequence))
+
+    def between_steps(self, change: Callable[[], None]) -> Future[None]:
+        """Have the thread call `change` between two steps; the future ends when it has."""
+        done: Future[None] = Future()
+
+        def run() -> None:
+            if done.done():
+                return
+            try:
+                done.set_result(change())
+            except Exception as error:
+                done.set_exception(error)
+
+        self._inbox.put(run)
+        if self._ended and not done.done():  # perhaps too late to be taken
+            done.set_exception(self._why_ended)
+        return done
 
     def request_stop(self) -> None:
         """End the thread after the step it is in; what is left then fails."""

@@ -11,13 +11,15 @@ kernels multiply them with rows in bfloat16; everything between the products sta
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from models.engines.stacked.architecture import HEAD
-from models.engines.stacked.layout import Grouping
+from models.engines.stacked.layout import Grouping, Run
 from models.errors import PoolError
 
 # More rows than these are multiplied in float32: writing a matrix out costs about as much.
@@ -95,7 +97,24 @@ class Int4:
         return product
 
 
-Matrices: TypeAlias = Tensor | Integers
+@dataclass(frozen=True, kw_only=True)
+class Adapted:
+    """One matrix for all members, to which each adds a product of two narrow ones (LoRA).
+
+    The first member is the base itself; ranks are padded with zeros to the largest, R. None: no
+    member adds anything.
+    """
+
+    base: Tensor | Integers  # [1, I, O]
+    factors: tuple[Tensor, Tensor] | None  # [M, I, R], [M, R, O]
+
+    def outputs(self, _members_N: Tensor, outputs_N: Tensor) -> Tensor:
+        """Return the weights of single outputs of the base, as `Int8.outputs` does."""
+        assert isinstance(self.base, Int8), "other matrices are indexed"
+        return self.base.outputs(torch.zeros_like(outputs_N), outputs_N)
+
+
+Matrices: TypeAlias = Tensor | Integers | Adapted
 """[M, I, O]."""
 MatricesT = TypeVar("MatricesT", bound=Matrices)
 Pack: TypeAlias = Callable[[str, Tensor], MatricesT]
@@ -145,7 +164,8 @@ class Product:
         # Without instructions for it the processor is many times faster in float32.
         self._widens = x_NI.dtype == torch.bfloat16 and x_NI.device.type == "cpu" and not _BFLOAT16
         self._x, self._y, self._ends_M = x_NI, y_NO, rows.ends_M
-        runs = rows.runs
+        self._rows, runs = rows, rows.runs
+        self._narrow: tuple[Product, Product] | None = None
         self._whole = len(runs) == 1 and runs[0].num_members == len(rows.ends_M)
         self._runs = [
             (
@@ -164,6 +184,10 @@ class Product:
 
     def write(self, weight_MIO: Matrices) -> None:
         """Set `y` to the product."""
+        if isinstance(weight_MIO, Adapted):
+            self._of_base.write(weight_MIO.base)
+            self._adapt(weight_MIO)
+            return
         if not isinstance(weight_MIO, Tensor):
             for member, x, y in self._each:
                 y.copy_(_times(x, weight_MIO, member))
@@ -182,6 +206,10 @@ class Product:
 
     def add(self, weight_MIO: Matrices) -> None:
         """Add the product to `y`."""
+        if isinstance(weight_MIO, Adapted):
+            self._of_base.add(weight_MIO.base)
+            self._adapt(weight_MIO)
+            return
         if not isinstance(weight_MIO, Tensor):
             for member, x, y in self._each:
                 y.add_(_times(x, weight_MIO, member))
@@ -198,6 +226,30 @@ class Product:
         for member, x, y in self._single:
             y.addmm_(x, weight_MIO[member])
 
+    @cached_property
+    def _of_base(self) -> Product:
+        """All rows times one matrix, whosever they are."""
+        members_N, num_rows = self._rows.members_N, len(self._x)
+        ends_1 = torch.full_like(self._ends_M[:1], num_rows)
+        one = Run(first_member=0, num_members=1, first_row=0, rows_per_member=num_rows)
+        runs = (one,) if self._rows.runs else ()
+        return Product(
+            self._x, self._y, Grouping(torch.zeros_like(members_N), runs=runs, ends_M=ends_1)
+        )
+
+    def _adapt(self, weight: Adapted) -> None:
+        """Add each member's own part; the base has none."""
+        if weight.factors is None or (self._rows.runs and not _without_base(self._rows.runs)):
+            return
+        shrink_MIR, expand_MRO = weight.factors
+        if self._narrow is None:
+            narrow_NR = self._x.new_empty(len(self._x), shrink_MIR.shape[2])
+            rows = replace(self._rows, runs=_without_base(self._rows.runs))
+            self._narrow = Product(self._x, narrow_NR, rows), Product(narrow_NR, self._y, rows)
+        shrink, expand = self._narrow
+        shrink.write(shrink_MIR)
+        expand.add(expand_MRO)
+
     @property
     def _each(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Every member's rows apart, for kernels that take one matrix."""
@@ -207,6 +259,16 @@ class Product:
 
     def _multiply(self, weight_MIO: Tensor) -> Tensor:
         return torch.nn.functional.grouped_mm(self._x, weight_MIO, offs=self._ends_M)
+
+
+def _without_base(runs: tuple[Run, ...]) -> tuple[Run, ...]:
+    """Return the runs of all members but the first."""
+    if not runs or runs[0].first_member > 0:
+        return runs
+    first, *rest = runs
+    own_row = first.first_row + first.rows_per_member
+    own = Run(1, first.num_members - 1, own_row, first.rows_per_member)
+    return (own, *rest) if own.num_members else tuple(rest)
 
 
 def _widened(x_nI: Tensor, matrix_IO: Tensor) -> Tensor:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from models.adapter import Adapter
 from models.card import ModelCard
 from models.engines.base import GenerationRequest, SamplingOptions
+from models.engines.stacked.adapters import read_factors, with_adapters
 from models.engines.stacked.architecture import read_stack
 from models.engines.stacked.cache import Arena
 from models.engines.stacked.fusion import LaneWeights, fuse
@@ -22,7 +25,7 @@ from models.engines.stacked.matrices import Pack, as_they_are, outputs_first
 from models.engines.stacked.model import StackedModel
 from models.engines.stacked.sampler import Draw, SamplerState, Scored, draw, score
 from models.engines.stacked.sequence import Sequence
-from models.engines.stacked.weights import load_weights
+from models.engines.stacked.weights import Weights, load_weights
 from models.engines.text import TextStream
 
 # How many tokens' logits the evidence of a prompt holds at a time.
@@ -55,25 +58,43 @@ class Runner:
         are recorded by `record`; None: as CUDA graphs in bfloat16, else not at all.
         Raises `PoolError` for a checkpoint it cannot compute.
         """
-        self.architecture = read_stack(cards)
+        bases = [card for card in cards if card.adapter is None]
+        self.architecture = read_stack(bases)
         if pack is None:
             bfloat16_on_cpu = device.type == "cpu" and dtype == torch.bfloat16
             pack = outputs_first if bfloat16_on_cpu else as_they_are
-        weights = load_weights(cards, self.architecture, device, dtype, pack=pack)
         self.arena = Arena(self.architecture.shape, kv_memory_bytes, device, dtype)
-        self._model = StackedModel(self.architecture, weights)
-        self._num_members = len(cards)
-        self._graphs: DecodeGraphs | None = None
         if record is None and device.type == "cuda" and dtype == torch.bfloat16:
             record = record_cuda(device)  # grouped products of other types ask the device for sizes
-        if record is not None:
-            self._graphs = DecodeGraphs(
-                self._model, self.arena, num_members=len(cards), record=record
-            )
+        self._record = record
+        self._take(load_weights(bases, self.architecture, device, dtype, pack=pack))
         self._threads = StepThreads(num_threads, cards[0].parameters * dtype.itemsize)
         self._device = device
-        self._step: Step | None = None
         self._drawn_R: Tensor | None = None
+
+    def prepare(self, base: ModelCard, adapters: Mapping[int, Adapter]) -> Callable[[], None]:
+        """Read adapters of the `base`, which are to be these members; return what puts them in.
+
+        This takes as long as reading takes, on any thread; that is to be called between two steps,
+        and takes none.
+        """
+        factors = {
+            member: read_factors(adapter, base, self.architecture)
+            for member, adapter in adapters.items()
+        }
+        return partial(self._take, with_adapters(self._weights, factors))
+
+    def _take(self, weights: Weights[Any]) -> None:
+        """Compute with `weights` from the next step on."""
+        self._weights = weights
+        self._model = StackedModel(self.architecture, weights)
+        self._num_members = len(weights.final_gain_MD)
+        self._graphs: DecodeGraphs | None = None
+        if self._record is not None:
+            self._graphs = DecodeGraphs(
+                self._model, self.arena, num_members=self._num_members, record=self._record
+            )
+        self._step: Step | None = None
 
     def step(self, parts: Seq[Part]) -> Draw | None:
         """Run `parts` and draw the next token of those that are through their prompt, in order.

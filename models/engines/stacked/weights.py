@@ -41,6 +41,49 @@ _ReadMember = Callable[[int], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """How one of a layer's matrices is made of a checkpoint's.
+
+    The outputs of `modules` stand one after another and become `rows`, a linear map of [O, ...];
+    each input is multiplied by the gain of the `norm` that stands before, if one does.
+    """
+
+    modules: tuple[str, ...]
+    norm: str | None
+    rows: Callable[[Tensor], Tensor]
+
+
+def layer_matrices(known: Architecture, *, rotary_pairs: bool = True) -> dict[str, Matrix]:
+    """Return the four matrices of every layer by name: qkv, out, gate_up and down."""
+    shape = known.shape
+    query_size, key_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+
+    def qkv(rows: Tensor) -> Tensor:
+        query, key, value = torch.split(rows, [query_size, key_size, key_size])
+        if known.head_norms == "none":
+            query = query * _score_scale(known)
+        if rotary_pairs:
+            query, key = _paired(query, shape.head_dim), _paired(key, shape.head_dim)
+        return torch.cat([query, key, value])
+
+    def back(rows: Tensor) -> Tensor:
+        """Scale what a layer adds to its input."""
+        return rows * known.residual_scale
+
+    to_qkv, to_gate_up = ("self_attn.qkv_proj",), ("mlp.gate_up_proj",)
+    if not known.packed:
+        to_qkv = tuple(f"self_attn.{name}_proj" for name in "qkv")
+        to_gate_up = ("mlp.gate_proj", "mlp.up_proj")
+    attention_norm, feed_forward_norm = NORMS_BEFORE[known.norms] or (None, None)
+    return {
+        "qkv": Matrix(modules=to_qkv, norm=attention_norm, rows=qkv),
+        "out": Matrix(modules=("self_attn.o_proj",), norm=None, rows=back),
+        "gate_up": Matrix(modules=to_gate_up, norm=feed_forward_norm, rows=lambda rows: rows),
+        "down": Matrix(modules=("mlp.down_proj",), norm=None, rows=back),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerWeights(Generic[MatricesT]):
     """One layer of all members; None where the architecture has no such weight."""
 
@@ -69,7 +112,7 @@ class Weights(Generic[MatricesT]):
     head_MDV: MatricesT
 
 
-class _Checkpoints:
+class Checkpoints:
     """Reads one named tensor of every member at a time."""
 
     def __init__(self, cards: Sequence[ModelCard], stack: ExitStack) -> None:
@@ -85,14 +128,32 @@ class _Checkpoints:
         ]
 
     def has(self, member: int, name: str) -> bool:
+        """Return whether a member has the tensor."""
         return name in self._files[member]
 
     def read(self, member: int, name: str) -> Tensor:
+        """Return the tensor, float32; raises `PoolError` where it is missing."""
+        tensor: Tensor = self._file(member, name).get_tensor(name).float()
+        return tensor
+
+    def shape(self, member: int, name: str) -> list[int]:
+        """Return the tensor's shape; raises `PoolError` where it is missing."""
+        shape: list[int] = self._file(member, name).get_slice(name).get_shape()
+        return shape
+
+    def _file(self, member: int, name: str) -> safe_open:
         file = self._files[member].get(name)
         if file is None:
             raise PoolError(f"{self._cards[member].path}: the weight {name!r} is missing")
-        tensor: Tensor = file.get_tensor(name).float()
-        return tensor
+        return file
+
+
+def read_gain(
+    checkpoints: Checkpoints, member: int, norm: str, architecture: Architecture
+) -> Tensor:
+    """Return what a norm multiplies by."""
+    gain = checkpoints.read(member, f"{norm}.weight")
+    return gain + 1 if architecture.gains_from_one else gain
 
 
 def load_weights(
@@ -111,7 +172,7 @@ def load_weights(
     """
     with ExitStack() as stack:
         return _Loader(
-            _Checkpoints(cards, stack),
+            Checkpoints(cards, stack),
             len(cards),
             architecture,
             device=device,
@@ -124,7 +185,7 @@ def load_weights(
 class _Loader(Generic[MatricesT]):
     def __init__(
         self,
-        checkpoints: _Checkpoints,
+        checkpoints: Checkpoints,
         num_members: int,
         architecture: Architecture,
         *,
@@ -140,6 +201,7 @@ class _Loader(Generic[MatricesT]):
         self._dtype = dtype
         self._pack = pack
         self._rotary_pairs = rotary_pairs
+        self._layer_matrices = layer_matrices(architecture, rotary_pairs=rotary_pairs)
 
     def load(self) -> Weights[MatricesT]:
         head_MDV = self._matrices(HEAD, lambda m: self._read_either(m, HEAD, EMBEDDING).T)
@@ -159,67 +221,55 @@ class _Loader(Generic[MatricesT]):
 
     def _layer(self, index: int) -> LayerWeights[MatricesT]:
         layer, known, shape = f"model.layers.{index}", self._architecture, self._architecture.shape
-        query_size, key_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-        # Attention multiplies scores by d ** -0.5; whatever else is wanted goes into the queries.
-        score_scale = known.attention_scale * math.sqrt(shape.head_dim)
-        before, after = NORMS_BEFORE[known.norms], NORMS_AFTER[known.norms]
+        after = NORMS_AFTER[known.norms]
 
-        def projections(member: int, packed: str, apart: tuple[str, ...], kind: str) -> Tensor:
-            names = (packed,) if known.packed else apart
-            return torch.cat([self._read(member, f"{layer}.{name}_proj.{kind}") for name in names])
+        def rows(name: str, member: int, kind: str) -> Tensor:
+            """Weights [O, I], or biases [O], of the matrix called `name`."""
+            matrix = self._layer_matrices[name]
+            apart = [self._read(member, f"{layer}.{module}.{kind}") for module in matrix.modules]
+            return matrix.rows(torch.cat(apart))
 
-        def qkv(member: int, kind: str) -> Tensor:
-            names = tuple(f"self_attn.{name}" for name in "qkv")
-            rows = projections(member, "self_attn.qkv", names, kind)
-            query, key, value = torch.split(rows, [query_size, key_size, key_size])
-            if known.head_norms == "none":
-                query = query * score_scale
-            return torch.cat([self._order(query), self._order(key), value])
+        def matrices(name: str) -> MatricesT:
+            norm = self._layer_matrices[name].norm
 
-        def gate_up(member: int, kind: str) -> Tensor:
-            return projections(member, "mlp.gate_up", ("mlp.gate", "mlp.up"), kind)
+            def one(member: int) -> Tensor:
+                weight_OI = rows(name, member, "weight")
+                return (weight_OI * self._gain(member, f"{layer}.{norm}") if norm else weight_OI).T
 
-        def back(member: int, name: str, kind: str) -> Tensor:
-            """Weight or bias of a projection whose output a layer adds to its input."""
-            return self._read(member, f"{layer}.{name}_proj.{kind}") * known.residual_scale
+            return self._matrices(name, one)
 
-        def normed(matrix: Tensor, member: int, norm: int) -> Tensor:
-            """Multiply the gain of the norm that stands before into `matrix`, if one does."""
-            return matrix * self._gain(member, f"{layer}.{before[norm]}") if before else matrix
+        def biases(name: str, wanted: bool) -> Tensor | None:
+            return self._stack(lambda m: rows(name, m, "bias")) if wanted else None
 
         def qk_gain(member: int) -> Tensor:
-            query, key = (
-                self._order(self._gain(member, f"{layer}.self_attn.{name}_norm")) for name in "qk"
-            )
+            query, key = (self._gain(member, f"{layer}.self_attn.{name}_norm") for name in "qk")
+            if self._rotary_pairs:
+                query, key = _paired(query, shape.head_dim), _paired(key, shape.head_dim)
             heads = [
                 gain.view(-1, shape.head_dim).expand(number, -1)
                 for gain, number in ((query, shape.num_heads), (key, shape.num_kv_heads))
             ]
-            return torch.cat([heads[0] * score_scale, heads[1]])
+            return torch.cat([heads[0] * _score_scale(known), heads[1]])
 
         def after_gain(norm: int) -> Tensor | None:
             return self._stack(lambda m: self._gain(m, f"{layer}.{after[norm]}")) if after else None
 
-        def if_(wanted: bool, one: _ReadMember) -> Tensor | None:
-            return self._stack(one) if wanted else None
-
         return LayerWeights(
-            qkv_MDQ=self._matrices("qkv", lambda m: normed(qkv(m, "weight"), m, 0).T),
-            qkv_bias_MQ=if_(known.qkv_bias, lambda m: qkv(m, "bias")),
-            qk_gain_MHd=if_(known.head_norms != "none", qk_gain),
-            out_MQD=self._matrices("out", lambda m: back(m, "self_attn.o", "weight").T),
-            out_bias_MD=if_(known.output_bias, lambda m: back(m, "self_attn.o", "bias")),
+            qkv_MDQ=matrices("qkv"),
+            qkv_bias_MQ=biases("qkv", known.qkv_bias),
+            qk_gain_MHd=None if known.head_norms == "none" else self._stack(qk_gain),
+            out_MQD=matrices("out"),
+            out_bias_MD=biases("out", known.output_bias),
             out_gain_MD=after_gain(0),
-            gate_up_MDF=self._matrices("gate_up", lambda m: normed(gate_up(m, "weight"), m, 1).T),
-            gate_up_bias_MF=if_(known.mlp_bias, lambda m: gate_up(m, "bias")),
-            down_MFD=self._matrices("down", lambda m: back(m, "mlp.down", "weight").T),
-            down_bias_MD=if_(known.mlp_bias, lambda m: back(m, "mlp.down", "bias")),
+            gate_up_MDF=matrices("gate_up"),
+            gate_up_bias_MF=biases("gate_up", known.mlp_bias),
+            down_MFD=matrices("down"),
+            down_bias_MD=biases("down", known.mlp_bias),
             down_gain_MD=after_gain(1),
         )
 
     def _gain(self, member: int, norm: str) -> Tensor:
-        gain = self._read(member, f"{norm}.weight")
-        return gain + 1 if self._architecture.gains_from_one else gain
+        return read_gain(self._checkpoints, member, norm, self._architecture)
 
     def _is_tied(self, member: int) -> bool:
         """Whether a member's embeddings are its head, as it is where its file has but one of them.
@@ -236,13 +286,6 @@ class _Loader(Generic[MatricesT]):
     def _read(self, member: int, name: str) -> Tensor:
         return self._checkpoints.read(member, name)
 
-    def _order(self, heads: Tensor) -> Tensor:
-        """Put row i of each head next to row i + d/2 if wanted; `heads` is [heads·d, ...]."""
-        if not self._rotary_pairs:
-            return heads
-        half = self._architecture.shape.head_dim // 2
-        return heads.view(-1, 2, half, *heads.shape[1:]).transpose(1, 2).reshape(heads.shape)
-
     def _matrices(self, name: str, one: _ReadMember) -> MatricesT:
         return self._pack(name, self._stack(one))
 
@@ -256,3 +299,13 @@ class _Loader(Generic[MatricesT]):
         for member in range(1, self._num_members):
             stacked[member] = one(member)
         return stacked
+
+
+def _score_scale(known: Architecture) -> float:
+    """Attention multiplies scores by d ** -0.5; whatever else is wanted goes into the queries."""
+    return known.attention_scale * math.sqrt(known.shape.head_dim)
+
+
+def _paired(heads: Tensor, head_dim: int) -> Tensor:
+    """Put row i of each head next to row i + d/2; `heads` is [heads·d, ...]."""
+    return heads.view(-1, 2, head_dim // 2, *heads.shape[1:]).transpose(1, 2).reshape(heads.shape)

@@ -1,4 +1,5 @@
-"""Members that vLLM runs: one checkpoint, or several of one shape fused in its batch.
+"""Members that vLLM runs: one checkpoint, several of one shape fused in its batch, or one with
+adapters, of which a request takes one.
 
 Here stands what can be told without vLLM: options and traits. `engine` starts vLLM's `AsyncLLM` and
 streams from it; `translate` turns our requests into its parameters and its outputs into ours;
@@ -22,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from models.engines.base import Engine
 from models.engines.encoder import Folder, has_modules, read_folder, writes_texts
-from models.engines.kind import EngineKind, EngineTraits, check_one_shape, formats_of
+from models.engines.kind import EngineKind, EngineTraits, base_of, check_one_shape, formats_of
 from models.engines.stacked.architecture import read_stack
 from models.errors import PoolError
 from models.spec import EngineSpec, Model
@@ -52,7 +53,9 @@ class VllmOptions(BaseModel):
     `engine_args` are vLLM's own, by the names of its `AsyncEngineArgs` (max_model_len,
     gpu_memory_utilization, tensor_parallel_size, quantization, ...); their names are checked when
     the pool is read, their values by vLLM when the engine starts. `num_threads` is the number of
-    CPU threads where vLLM runs on CPU; None: all cores.
+    CPU threads where vLLM runs on CPU; None: all cores. For a pool's adapters `enable_lora`,
+    `max_loras` and `max_lora_rank` are set as they need it; to load the first adapter while the
+    engine serves, `enable_lora: true` must be set.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -83,15 +86,16 @@ def _inspect(spec: EngineSpec, options: VllmOptions, models: Sequence[Model]) ->
             num_workers=options.num_workers,
             needs=None if find_spec("vllm") is not None else _INSTALL,
         )
-    if len(models) > 1:
+    fuses = len(models) > 1 and base_of(spec, models) is None
+    if fuses:
         check_one_shape(spec, models)
         read_stack([model.card for model in models if model.card is not None])
     return EngineTraits(
-        fuses=len(models) > 1,
+        fuses=fuses,
         rules=("mixture", "product"),
         updates_evidence=False,
         # The fused model weighs the rows of requests that draw, not those of prompts.
-        refuses=frozenset({"echo"} if len(models) > 1 else ()),
+        refuses=frozenset({"echo"} if fuses else ()),
         formats=formats_of(models),
         context_tokens=options.engine_args.get("max_model_len"),
         num_workers=options.num_workers,
@@ -135,7 +139,13 @@ def _create(spec: EngineSpec, options: VllmOptions, models: Sequence[Model]) -> 
     )
 
 
-KIND = EngineKind(options=VllmOptions, inspect=_inspect, create=_create, formats=("safetensors",))
+KIND = EngineKind(
+    options=VllmOptions,
+    inspect=_inspect,
+    create=_create,
+    formats=("safetensors",),
+    adapters=True,
+)
 
 
 def _check_engine_args(where: str, engine_args: Mapping[str, Any]) -> None:

@@ -13,24 +13,28 @@ from typing import TYPE_CHECKING, Any
 
 from llguidance import LLTokenizer
 
+from models.adapter import AdapterSource
 from models.card import ModelCard
 from models.engines.answer_grammar import answer_grammar, compile_answer
 from models.engines.answer_reader import AnswerReader
 from models.engines.base import Chunk, EngineStats, GenerationRequest, SamplingOptions
 from models.engines.kind import EngineTraits
-from models.engines.requests import check_request, relative_weights
+from models.engines.requests import adapters_of, check_request, relative_weights
 from models.engines.text import Vocabulary
 from models.errors import EngineFailed, EngineOverloaded, PoolError, RequestError
+from models.sources.locate import locate
 from models.spec import EngineSpec
 from models.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.lora.request import LoRARequest
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from models.engines.vllm.translate import LoadLogger
 
 _FUSED_FOLDER = "fused"
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +51,8 @@ class _Running:
 
 
 class VllmEngine:
-    """One checkpoint, or several fused, inside vLLM; see `models.engines.base.Engine`.
+    """One checkpoint, with adapters or without, or several fused, inside vLLM; see
+    `models.engines.base.Engine`.
 
     vLLM's engine core runs in a process of its own. Several members are one out-of-tree vLLM model
     (`models.engines.vllm_fused`), which knows the rules mixture and product and evidence from the
@@ -69,7 +74,9 @@ class VllmEngine:
         self._engine_args = engine_args
         self._num_threads = num_threads
         self._cards = dict(members)
-        self._fused = len(members) > 1
+        self._bases = [name for name, card in members.items() if card.adapter is None]
+        self._adapters: dict[tuple[str, AdapterSource], LoRARequest] = {}
+        self._fused = len(self._bases) > 1
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._num_open = 0
         self._running: _Running | None = None
@@ -82,8 +89,9 @@ class VllmEngine:
     async def start(self) -> None:
         """Start vLLM, which loads the weights. Raises `PoolError` for arguments it refuses."""
         checkpoint = self._checkpoint()
+        engine_args = {**self._lora_args(), **self._engine_args}
         config = await asyncio.to_thread(
-            configure, self._spec, checkpoint, self._engine_args, self._num_threads
+            configure, self._spec, checkpoint, engine_args, self._num_threads
         )
 
         from vllm.v1.engine.async_llm import AsyncLLM  # noqa: PLC0415 - takes seconds to import
@@ -113,7 +121,7 @@ class VllmEngine:
         first = GenerationRequest(
             request_id="warm-up",
             prompt_tokens=(0,),
-            members=self.members,
+            members=tuple(self._bases),
             sampling=SamplingOptions(max_tokens=1, top_logprobs=1),
         )
         async for _ in self.generate(first):
@@ -130,6 +138,8 @@ class VllmEngine:
 
         from models.engines.vllm import translate  # noqa: PLC0415
 
+        for name in request.adapters.keys() - self._cards.keys():
+            self._adopt(name)
         max_tokens = self._check(request, running)
         if self._num_open >= running.max_running + self._spec.max_queued_requests:
             raise EngineOverloaded(f"{self._num_open} requests run or wait already", 1.0)
@@ -147,7 +157,11 @@ class VllmEngine:
             )
             prompt = tokens_input(list(request.prompt_tokens))
             outputs = running.llm.generate(
-                prompt, params, request.request_id, priority=int(request.offline)
+                prompt,
+                params,
+                request.request_id,
+                lora_request=await self._adapter(request),
+                priority=int(request.offline),
             )
             async with aclosing(outputs):
                 async for output in outputs:
@@ -221,14 +235,43 @@ class VllmEngine:
     def _checkpoint(self) -> Path:
         """Return the folder that vLLM loads; a temporary one that points at all the members."""
         if not self._fused:
-            [card] = self._cards.values()
-            return card.path
+            return self._cards[self._bases[0]].path
         from models.engines.vllm_fused.folder import write_folder  # noqa: PLC0415 - loads torch
 
         self._folder = tempfile.TemporaryDirectory(prefix="shoal-")
         folder = Path(self._folder.name) / _FUSED_FOLDER
         write_folder(self._cards, folder)
         return folder
+
+    def _lora_args(self) -> dict[str, Any]:
+        """Return what vLLM must know of the pool's adapters before it starts."""
+        ranks = [card.adapter.largest_rank for card in self._cards.values() if card.adapter]
+        if not ranks:
+            return {}
+        rank = next((known for known in _LORA_RANKS if known >= max(ranks)), max(ranks))
+        return {"enable_lora": True, "max_loras": len(ranks), "max_lora_rank": rank}
+
+    def _adopt(self, name: str) -> None:
+        """Take a name in that an adapter of the base got since the pool was read."""
+        self._cards[name] = self._cards[self._bases[0]]
+        self._traits = self._traits.adopting(name, self._bases[0])
+
+    async def _adapter(self, request: GenerationRequest) -> LoRARequest | None:
+        """Return the adapter of the one member; None for the base. Raises `EngineFailed`."""
+        from vllm.lora.request import LoRARequest  # noqa: PLC0415
+
+        for key in adapters_of(request, self._cards).items():
+            if key not in self._adapters:
+                name, origin = key
+                try:
+                    found = await asyncio.to_thread(locate, origin.source, folder=Path())
+                except PoolError as error:
+                    raise EngineFailed(f"{name} cannot be loaded: {error}") from None
+                number = len(self._adapters) + 1  # vLLM's, unique for as long as it runs
+                added = LoRARequest(f"{name}-{number}", number, str(found.path))
+                self._adapters.setdefault(key, added)
+            return self._adapters[key]
+        return None
 
     def _read_vocabulary(self) -> tuple[LLTokenizer, Vocabulary]:
         card = next(iter(self._cards.values()))
