@@ -19,14 +19,16 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from models.adapter import ADAPTER_CONFIG
 from models.card import read_card
-from models.downscale.chunks import BASE, load_model, member
+from models.downscale.chunks import BASE, base_of, load_model, member
 from models.downscale.corpus import Example
 from models.downscale.examples import corpus, render
 from models.downscale.stage import Run, progress_bar, read_json, remembered, stage, write_json
 from models.engines.base import Chunk, Engine, Evidence, GenerationRequest, SamplingOptions
 from models.engines.registry import create_engine
 from models.errors import CorpusError
+from models.pool import load_adapter
 from models.spec import EngineSpec, Model, ModelSpec
 from models.tasks import Split, check
 from models.tokenizer import CheckpointTokenizer
@@ -57,8 +59,8 @@ def ask(
 ) -> list[Written]:
     """Answer each query of `asked` by its plan, in order.
 
-    `checkpoints` are the members' folders by name; they share tokenizer and shape. `progress` is
-    told of every answer.
+    `checkpoints` are the members' folders by name; they share tokenizer and shape, or are one base
+    and its adapters. `progress` is told of every answer.
 
     Raises:
         PoolError: the engine does not take a checkpoint.
@@ -66,15 +68,8 @@ def ask(
     spec = EngineSpec(
         name="measured", kind=ENGINE_KIND, dtype="float32", max_queued_requests=_NUM_AT_ONCE
     )
-    models = [
-        Model(
-            spec=ModelSpec(name=name, engine=spec.name, checkpoint=str(folder)),
-            card=read_card(folder),
-            tokenizer=folder,
-        )
-        for name, folder in checkpoints.items()
-    ]
-    tokenizer = CheckpointTokenizer(next(iter(checkpoints.values())))
+    models = _models(checkpoints, spec)
+    tokenizer = CheckpointTokenizer(models[0].tokenizer)
     requests = [
         _request(
             f"question-{number}",
@@ -85,6 +80,30 @@ def ask(
         for number, (query, plan) in enumerate(asked)
     ]
     return asyncio.run(_ask(create_engine(spec, models), requests, progress))
+
+
+def _models(checkpoints: Mapping[str, Path], spec: EngineSpec) -> list[Model]:
+    """The models in `checkpoints`, their base first where some are adapters."""
+    adapters = {n: path for n, path in checkpoints.items() if (path / ADAPTER_CONFIG).exists()}
+    models = [
+        Model(
+            spec=ModelSpec(name=name, engine=spec.name, checkpoint=str(folder)),
+            card=read_card(folder),
+            tokenizer=folder,
+        )
+        for name, folder in checkpoints.items()
+        if name not in adapters
+    ]
+    bases = {model.name: model for model in models}
+    return models + [
+        load_adapter(
+            ModelSpec(name=name, engine=spec.name, base=models[0].name, adapter=str(folder)),
+            bases,
+            folder=folder,
+            where=name,
+        )
+        for name, folder in adapters.items()
+    ]
 
 
 async def _ask(
@@ -232,21 +251,30 @@ class Measured:
 @stage("measure")
 def measure(run: Run, folder: Path, name: str) -> None:
     """Stage: a member's answers to all questions."""
-    measure_model(run, folder, name, member(run, name), questions(run))
+    base = base_of(run, name)
+    measure_model(run, folder, name, member(run, name), questions(run), base=base)
 
 
 def measure_model(
-    run: Run, folder: Path, name: str, checkpoint: Path, asked: Sequence[Question]
+    run: Run,
+    folder: Path,
+    name: str,
+    checkpoint: Path,
+    asked: Sequence[Question],
+    *,
+    base: Path | None = None,
 ) -> None:
-    """Ask the model in `checkpoint` all of `asked`, and write what it says into `folder`."""
-    scorer = Scorer(load_model(checkpoint), row_tokens=run.recipe.adapt.row_tokens)
+    """Ask the model in `checkpoint`, or the adapter of `base` there, all of `asked`, and write what
+    it says into `folder`."""
+    scorer = Scorer(load_model(checkpoint, base=base), row_tokens=run.recipe.adapt.row_tokens)
+    checkpoints = {name: checkpoint} if base is None else {BASE: base, name: checkpoint}
     conversations = [question.conversation for question in asked]
     logs = [found for (found,) in scorer.map(conversations, target_log_probabilities)]
     answer_QT, prompt_Q = _odds(conversations, logs)
     np.savez(folder / _ODDS, answer=answer_QT, prompt=prompt_Q)
     with progress_bar(len(asked), f"measure/{name}", unit="questions") as advance:
         written = ask(
-            {name: checkpoint},
+            checkpoints,
             [(question.text, Answer(members=(name,))) for question in asked],
             max_new_tokens=run.recipe.measure.max_new_tokens,
             progress=advance,

@@ -2,8 +2,8 @@
 
     base → corpora → calibrate → cut → (warm) → select → (lessons) → (mixture) → adapt → member
 
-Those in brackets run where the recipe asks for them. A stage is a function (see `stage`), and what
-it builds on are the functions that it calls.
+Those in brackets run where the recipe asks for them; adapters need neither calibrate nor cut. A
+stage is a function (see `stage`), and what it builds on are the functions that it calls.
 """
 
 from __future__ import annotations
@@ -20,7 +20,16 @@ from typing import Any, Final
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from models.adapter import read_adapter
+from models.card import ModelCard, read_card
 from models.downscale.adapt import NUM_JUDGED, adapt, choose_device, mean_loss, trial
+from models.downscale.adapters import (
+    adapted_base,
+    copy_adapter,
+    has_adapters,
+    keep_adapter,
+    training_of,
+)
 from models.downscale.base import base_model
 from models.downscale.cut import (
     Importance,
@@ -40,7 +49,7 @@ from models.downscale.data import (
     write_lessons,
 )
 from models.downscale.examples import GENERAL, conversations
-from models.downscale.recipe import ALL_DOMAINS
+from models.downscale.recipe import ALL_DOMAINS, AdaptSettings
 from models.downscale.shape import num_parameters, solve_shape
 from models.downscale.stage import Run, progress_bar, read_json, remembered, stage, write_json
 from models.errors import DownscaleError
@@ -48,6 +57,7 @@ from models.tasks import Split
 from models.training.checkpoint import export_checkpoint
 from models.training.data import Conversation
 from models.training.forward import Scorer
+from models.training.lora import merge_adapter
 from policies.errors import LawError
 
 BASE: Final = "base"
@@ -251,7 +261,7 @@ def general_share(run: Run) -> float:
 def _points(run: Run, domain: str, share: float, folder: Path) -> list[Point]:
     """One short run's judgements; kept, so that an interrupted stage need not repeat them."""
     file = folder / f"{domain}-{share:g}.json"
-    data, member = training_data(run), load_model(cut_out(run, domain))
+    data, member = training_data(run), untrained(run, domain)
     judged = {
         name: conversations(run, name, Split.ROUTER)[:NUM_JUDGED] for name in (domain, GENERAL)
     }
@@ -265,7 +275,7 @@ def _points(run: Run, domain: str, share: float, folder: Path) -> list[Point]:
         {name: partial(loss_on, run, examples) for name, examples in judged.items()},
         general_share=share,
         after_tokens=run.recipe.laws.mixture_tokens,
-        settings=run.recipe.adapt,
+        settings=_training(run, run.recipe.adapt),
         seed=run.recipe.seed,
     )
     points = [
@@ -291,8 +301,8 @@ def _points(run: Run, domain: str, share: float, folder: Path) -> list[Point]:
 @stage("adapt")
 def train_chunk(run: Run, folder: Path, domain: str) -> None:
     """Stage: the chunk's training, mixed with general data and, if asked, the base's lessons."""
-    settings, share = run.recipe.adapt_of(domain), general_share(run)
-    member, data = load_model(cut_out(run, domain)), training_data(run)
+    settings, share = _training(run, run.recipe.adapt_of(domain)), general_share(run)
+    member, data = untrained(run, domain), training_data(run)
     result = adapt(
         member,
         data[domain],
@@ -304,18 +314,46 @@ def train_chunk(run: Run, folder: Path, domain: str) -> None:
         folder=folder / "training",
         report=lambda line: run.report(f"adapt/{domain}: {line}"),
     )
-    save_model(run, member, folder)
+    if has_adapters(run):
+        keep_adapter(run, member, folder)
+    else:
+        save_model(run, member, folder)
     facts = {**asdict(result), "general_share": share, "examples": len(data[domain])}
     write_json(folder / ADAPT_FILE, facts)
 
 
 @stage("member")
 def member(run: Run, folder: Path, name: str) -> None:
-    """Stage: a chunk, called like its domain, or the base, as the pool ships it."""
+    """Stage: a member, called like its domain, or the base, as the pool ships it."""
+    if name != BASE and has_adapters(run):
+        copy_adapter(train_chunk(run, name), folder)
+        return
     model = (
         copy.deepcopy(base_model(run)[0]) if name == BASE else load_model(train_chunk(run, name))
     )
     export_checkpoint(model.to(torch.bfloat16), base_model(run)[1], folder)  # type: ignore[arg-type]
+
+
+def untrained(run: Run, domain: str) -> PreTrainedModel:
+    """What a member is trained from: its cut, or the base with a fresh adapter."""
+    return adapted_base(run) if has_adapters(run) else load_model(cut_out(run, domain))
+
+
+def _training(run: Run, settings: AdaptSettings) -> AdaptSettings:
+    return training_of(run, settings) if has_adapters(run) else settings
+
+
+def base_of(run: Run, name: str) -> Path | None:
+    """The checkpoint that a member is an adapter of; None for a whole one."""
+    return member(run, BASE) if name != BASE and has_adapters(run) else None
+
+
+def card_of(run: Run, name: str) -> ModelCard:
+    """The card of a member, or of the base, as the pool ships it."""
+    base, folder = base_of(run, name), member(run, name)
+    return (
+        read_card(folder) if base is None else read_card(base).adapted(read_adapter(folder, base))
+    )
 
 
 def held_out_loss(
@@ -336,10 +374,12 @@ def save_model(run: Run, model: PreTrainedModel, folder: Path) -> None:
     base_model(run)[1].save_pretrained(folder)
 
 
-def load_model(folder: Path) -> PreTrainedModel:
-    """Load a checkpoint in fp32."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def load_model(folder: Path, *, base: Path | None = None) -> PreTrainedModel:
+    """Load a checkpoint in fp32, or an adapter merged into its `base`."""
+    model = AutoModelForCausalLM.from_pretrained(base or folder, dtype=torch.float32)
     assert isinstance(model, PreTrainedModel)
+    if base is not None:
+        merge_adapter(model, read_adapter(folder, base))
     model.eval()  # type: ignore[no-untyped-call]
     return model
 

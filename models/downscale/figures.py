@@ -17,14 +17,13 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from models.card import read_card
 from models.downscale.answers import Measured, Question, members_measured, questions
 from models.downscale.chunks import (
     ADAPT_FILE,
     BASE,
     CUT_FILE,
+    card_of,
     cut_out,
-    member,
     selection_of,
     train_chunk,
 )
@@ -80,7 +79,7 @@ def systems(run: Run) -> dict[str, System]:
     asked, measured = questions(run), members_measured(run)
     tests = [i for i, question in enumerate(asked) if question.is_test]
     played = policies_of(run)["played"]
-    sizes = {name: read_card(member(run, name)).parameters for name in measured}
+    sizes = {name: card_of(run, name).parameters for name in measured}
     found = []
     for name in (BASE, *run.domains):
         kind = BASE if name == BASE else "chunk"
@@ -234,16 +233,13 @@ def _models(
     """Size, lineage, training and its footprint of every member."""
     found: dict[str, Any] = {}
     for name, one in measured.items():
-        found[name] = {"parameters": read_card(member(run, name)).parameters}
+        found[name] = {"parameters": card_of(run, name).parameters}
         if name == BASE:
             found[name]["lineage"] = "the base"
         else:
-            cut = read_json(cut_out(run, name) / CUT_FILE)
-            keys = ("shape", "parameters", "base_parameters", "layers", "pruned_share")
             found[name] |= {
-                "lineage": "cut from the base, then trained on its domain",
+                **_lineage(run, name),
                 "corpus": run.recipe.domains[name].corpus,
-                "cut": {key: cut[key] for key in keys},
                 "distilled": run.recipe.adapt.distill.weight > 0,
                 **training_facts(read_json(train_chunk(run, name) / ADAPT_FILE)),
             }
@@ -253,6 +249,20 @@ def _models(
                 skills[f"{question.domain}/{question.example.skill}"].append(bool(right))
         found[name]["by_skill"] = {skill: share(v) for skill, v in sorted(skills.items())}
     return found
+
+
+def _lineage(run: Run, domain: str) -> dict[str, Any]:
+    """Where a member comes from."""
+    adapters = run.recipe.members.adapters
+    if adapters is not None:
+        lineage = f"the base with an adapter of rank {adapters.rank}, trained on its domain"
+        return {"lineage": lineage}
+    cut = read_json(cut_out(run, domain) / CUT_FILE)
+    keys = ("shape", "parameters", "base_parameters", "layers", "pruned_share")
+    return {
+        "lineage": "cut from the base, then trained on its domain",
+        "cut": {key: cut[key] for key in keys},
+    }
 
 
 def _losses(asked: Sequence[Question], one: Measured) -> dict[str, float]:

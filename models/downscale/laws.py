@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.downscale.adapt import NUM_JUDGED, trial
+from models.downscale.adapters import has_adapters
 from models.downscale.answers import (
     Question,
     answer_odds,
@@ -29,7 +30,14 @@ from models.downscale.answers import (
     questions,
 )
 from models.downscale.base import base_model
-from models.downscale.chunks import importance_of, load_model, loss_on, member, mixture_of
+from models.downscale.chunks import (
+    base_of,
+    importance_of,
+    load_model,
+    loss_on,
+    member,
+    mixture_of,
+)
 from models.downscale.cut import cut
 from models.downscale.ensemble import (
     Curve,
@@ -114,7 +122,7 @@ def laws(run: Run, folder: Path) -> None:
     """Stage: `laws.npz`, which serving reads, and the fits, which the report shows."""
     curves = _curves(run, questions(run))
     points: list[PruningPoint] = []
-    if run.recipe.laws.pruning_shares:
+    if run.recipe.laws.pruning_shares and not has_adapters(run):
         points = read_json(pruning(run) / _PRUNING)["points"]
     fitted, mixture = _fit_pruning(run, points), _mixture(run)
     fits = {
@@ -206,7 +214,8 @@ def _distributions(run: Run, asked: Sequence[Question]) -> tuple[list[Tensor], T
     number = [np.full(len(c.tokens), i) for i, c in enumerate(conversations)]
     found = []
     for domain in run.domains:
-        scorer = Scorer(load_model(member(run, domain)), row_tokens=run.recipe.adapt.row_tokens)
+        model = load_model(member(run, domain), base=base_of(run, domain))
+        scorer = Scorer(model, row_tokens=run.recipe.adapt.row_tokens)
         logs = scorer.map(conversations, lambda logits, _: (logits.log_softmax(-1).half(),))
         found.append(torch.from_numpy(answer_rows(conversations, [one for (one,) in logs])))
     return (

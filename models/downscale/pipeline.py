@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from models.downscale.adapters import has_adapters
 from models.downscale.answers import measure, questions
 from models.downscale.base import base, check_base, trained_parameters
 from models.downscale.chunks import (
@@ -37,6 +38,8 @@ _CHECKPOINT_BYTES_PER_PARAMETER: Final = 3 * 4 * 3
 # The base's likeliest tokens (ids and log-probabilities) and the text itself.
 _BYTES_PER_CORPUS_TOKEN: Final = 64
 _TOKENS_PER_EXAMPLE: Final = 64
+# Of an adapter of a model of a billion parameters, which is more than is trained on a CPU.
+_PARAMETERS_PER_RANK: Final = 1_000_000
 _ALWAYS_BYTES: Final = 100 * 2**20
 
 
@@ -58,7 +61,8 @@ def downscale(
         for name in recipe.corpora:
             lengths(run, name)
         questions(run)  # without any nothing can be measured: better known before training
-        for stage in (calibrate, cut_out, select_examples):
+        cuts = () if has_adapters(run) else (calibrate, cut_out)
+        for stage in (*cuts, select_examples):
             for domain in run.domains:
                 stage(run, domain)
         general_share(run)
@@ -98,6 +102,8 @@ def check_before_work(recipe: Recipe, out: Path) -> None:
 def needed_bytes(recipe: Recipe, *, base_parameters: int, corpus_bytes: int) -> int:
     """Return an upper estimate of what a run writes; `corpus_bytes` is the corpora's own size."""
     target = recipe.members.target(base_parameters)
+    if recipe.members.adapters is not None:
+        target = min(base_parameters, recipe.members.adapters.rank * _PARAMETERS_PER_RANK)
     trained = len(recipe.domains) * target
     trained += base_parameters if recipe.base.train is not None else 0
     examples = sum(corpus.examples for corpus in recipe.domains.values())

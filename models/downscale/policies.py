@@ -23,7 +23,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from models.card import read_card
+from models.downscale.adapters import has_adapters
 from models.downscale.answers import (
     Written,
     answer_odds,
@@ -34,7 +34,7 @@ from models.downscale.answers import (
     questions,
     read_written,
 )
-from models.downscale.chunks import BASE, member
+from models.downscale.chunks import BASE, card_of, member
 from models.downscale.stage import Run, progress_bar, read_json, stage, write_json
 from policies.base import ModelFacts, Policy
 from policies.cascade.answers import answer_table, predict
@@ -73,7 +73,7 @@ _ENCODER: Final = {"bits": 13}
 
 def prices(run: Run) -> dict[str, tuple[float, float]]:
     """US dollars per million input and output tokens of each model; examples, to be replaced."""
-    sizes = {name: read_card(member(run, name)).parameters for name in (*run.domains, BASE)}
+    sizes = {name: card_of(run, name).parameters for name in (*run.domains, BASE)}
     return {
         name: (
             round(_USD_PER_MILLION_INPUT_TOKENS * size / sizes[BASE], 4),
@@ -88,7 +88,7 @@ def model_facts(run: Run) -> dict[str, ModelFacts]:
     return {
         name: ModelFacts(
             name=name,
-            parameters=read_card(member(run, name)).parameters,
+            parameters=card_of(run, name).parameters,
             rates=Rates(usd_per_input_token=read / 1e6, usd_per_output_token=written / 1e6),
         )
         for name, (read, written) in prices(run).items()
@@ -201,7 +201,8 @@ def fusion(run: Run, folder: Path) -> None:
         name, size = _TOP
         ways = {FUSED: learned.plans(None)}
         ways |= {name: learned.plans(size)} if len(run.domains) > size else {}
-    checkpoints = {name: member(run, name) for name in run.domains}
+    whole = [BASE] if has_adapters(run) else []
+    checkpoints = {name: member(run, name) for name in (*whole, *run.domains)}
     queries = [(asked[i].text, plan) for plans in ways.values() for i, plan in enumerate(plans)]
     with progress_bar(len(queries), "fusion", unit="questions") as advance:
         written = ask(

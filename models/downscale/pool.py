@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import yaml
 
+from models.downscale.adapters import has_adapters
 from models.downscale.answers import ENGINE_KIND, members_measured, outcomes, questions
 from models.downscale.chunks import BASE, member
 from models.downscale.figures import collect
@@ -67,6 +68,7 @@ def pool(run: Run, folder: Path) -> None:
 
 
 def _pool_file(run: Run) -> str:
+    adapters = has_adapters(run)
     engines = [
         {
             "name": name,
@@ -75,13 +77,16 @@ def _pool_file(run: Run) -> str:
             "dtype": "float32",
             "kv_memory_bytes": _KV_MEMORY_BYTES,
         }
-        for name in ("chunks", BASE)
+        for name in ((BASE,) if adapters else ("chunks", BASE))
     ]
     models = [
         {
             "name": name,
-            "checkpoint": name,
-            "engine": BASE if name == BASE else "chunks",
+            **(
+                {"base": BASE, "adapter": f"./{name}"}
+                if adapters and name != BASE
+                else {"checkpoint": name, "engine": BASE if name == BASE else "chunks"}
+            ),
             "domains": list(run.domains) if name == BASE else [name],
             "usd_per_million_input_tokens": read,
             "usd_per_million_output_tokens": written,
@@ -137,6 +142,10 @@ def _member_card(name: str, figures: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _kind(run: Run) -> str:
+    return "adapters of it" if has_adapters(run) else "chunks that were cut from it"
+
+
 def _readme(run: Run, figures: Mapping[str, Any]) -> str:
     skip = {"Fitted laws"}
     tables = [markdown(table) for table in all_tables(figures) if table.title not in skip]
@@ -150,7 +159,7 @@ def _readme(run: Run, figures: Mapping[str, Any]) -> str:
     head = [
         f"# The pool `{figures['pool']}`",
         "",
-        f"One base and {len(run.domains)} chunks that were cut from it, each trained on its own "
+        f"One base and {len(run.domains)} {_kind(run)}, each trained on its own "
         "domain, by `shoal downscale`. The whole report, with plots, is in "
         "[report.html](report.html); every figure is in `results.json`, every answer in "
         "`outcomes.jsonl`, the fitted laws in `laws.npz`.",

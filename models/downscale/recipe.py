@@ -98,14 +98,33 @@ class MemberShape(_Strict):
     num_kv_heads: int | None = Field(None, gt=0)
 
 
+class AdapterSettings(_Strict):
+    """A low-rank adapter of this rank on every matrix of the base's layers, trained by AdamW.
+
+    What it adds is multiplied by `alpha` / `rank`; by default `alpha` is twice the rank.
+    """
+
+    rank: int = Field(16, ge=1, le=512)
+    alpha: float | None = Field(None, gt=0)
+    learning_rate: float = Field(1e-3, gt=0)
+
+
 class MemberSettings(_Strict):
-    """The chunks, one per domain: how many parameters each has, and optionally its shape.
+    """The members, one per domain: chunks, how many parameters each has and optionally its shape;
+    or with `adapters`, adapters of the whole base.
 
     `parameters` is a share of the base's, such as "1/8" or 0.125, or a number of parameters.
     """
 
     parameters: str | float = "1/8"
     shape: MemberShape = MemberShape()
+    adapters: AdapterSettings | None = None
+
+    @model_validator(mode="after")
+    def _either(self) -> MemberSettings:
+        if self.adapters is not None and self.model_fields_set & {"parameters", "shape"}:
+            raise ValueError("adapters are of the whole base: leave out parameters and shape")
+        return self
 
     @model_validator(mode="after")
     def _readable(self) -> MemberSettings:
@@ -279,6 +298,11 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
+        if self.members.adapters is not None and self.select.by != "random":
+            raise ValueError(
+                f"select.by: {self.select.by!r} has chunks judge; allowed is 'random' where the "
+                "members are adapters"
+            )
         for name in self.adapt_tokens:
             if name not in self.domains:
                 raise ValueError(
