@@ -92,15 +92,13 @@ def found_here(model: Model) -> Model:
     """Return `model` as this machine has it, which may not be the one that read the pool.
 
     What a Hub or a package brings along is looked for again, by the same commit, and fetched if
-    it must be; folders and files are where the pool says. Raises `PoolError`.
+    it must be; folders and files are where the pool says. Adapters are looked for when an engine
+    loads them. Raises `PoolError`.
     """
     if model.card is None:
         return model
     found = locate(model.card.source, folder=Path())
     card = replace(model.card, path=found.path)
-    if card.adapter is not None:
-        at = locate(card.adapter.origin.source, folder=Path()).path
-        card = replace(card, adapter=replace(card.adapter, path=at))
     return replace(model, card=card, tokenizer=found.path)
 
 

@@ -138,6 +138,13 @@ class Members:
         if not self.span_engines(answer):
             self._check_fusion(answer)
             return
+        adapters = self.adapters(answer.members)
+        if adapters and len({self._engine_of[name] for name in answer.members}) == 1:
+            raise PolicyError(
+                f"the plan fuses {', '.join(answer.members)}, but the engine "
+                f"{self._engine_of[answer.members[0]]!r} runs one adapter per request; an engine "
+                "of kind stacked fuses them"
+            )
         simple = answer.rule in ("mixture", "product") and answer.weighting in ("static", "router")
         if not simple:
             raise PolicyError(

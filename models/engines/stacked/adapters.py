@@ -94,6 +94,8 @@ class Adapters:
         """
         if not origins:
             return nullcontext({})
+        if all(key in self._members for key in origins.items()):
+            return self._use(origins)
         async with self._loading:
             held = [self._members[key] for key in origins.items() if key in self._members]
             self._uses.update(held)

@@ -165,7 +165,7 @@ class Product:
         self._widens = x_NI.dtype == torch.bfloat16 and x_NI.device.type == "cpu" and not _BFLOAT16
         self._x, self._y, self._ends_M = x_NI, y_NO, rows.ends_M
         self._rows, runs = rows, rows.runs
-        self._narrow: tuple[Product, Product] | None = None
+        self._narrow: dict[int, tuple[Product, Product]] = {}  # by rank
         self._whole = len(runs) == 1 and runs[0].num_members == len(rows.ends_M)
         self._runs = [
             (
@@ -242,11 +242,13 @@ class Product:
         if weight.factors is None or (self._rows.runs and not _without_base(self._rows.runs)):
             return
         shrink_MIR, expand_MRO = weight.factors
-        if self._narrow is None:
-            narrow_NR = self._x.new_empty(len(self._x), shrink_MIR.shape[2])
+        rank = shrink_MIR.shape[2]
+        if rank not in self._narrow:
+            narrow_NR = self._x.new_empty(len(self._x), rank)
             rows = replace(self._rows, runs=_without_base(self._rows.runs))
-            self._narrow = Product(self._x, narrow_NR, rows), Product(narrow_NR, self._y, rows)
-        shrink, expand = self._narrow
+            both = Product(self._x, narrow_NR, rows), Product(narrow_NR, self._y, rows)
+            self._narrow[rank] = both
+        shrink, expand = self._narrow[rank]
         shrink.write(shrink_MIR)
         expand.add(expand_MRO)
 

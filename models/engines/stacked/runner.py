@@ -67,7 +67,8 @@ class Runner:
         if record is None and device.type == "cuda" and dtype == torch.bfloat16:
             record = record_cuda(device)  # grouped products of other types ask the device for sizes
         self._record = record
-        self._take(load_weights(bases, self.architecture, device, dtype, pack=pack))
+        weights = load_weights(bases, self.architecture, device, dtype, pack=pack)
+        self._take(weights, StackedModel(self.architecture, weights))
         self._threads = StepThreads(num_threads, cards[0].parameters * dtype.itemsize)
         self._device = device
         self._drawn_R: Tensor | None = None
@@ -82,12 +83,12 @@ class Runner:
             member: read_factors(adapter, base, self.architecture)
             for member, adapter in adapters.items()
         }
-        return partial(self._take, with_adapters(self._weights, factors))
+        weights = with_adapters(self._weights, factors)
+        return partial(self._take, weights, StackedModel(self.architecture, weights))
 
-    def _take(self, weights: Weights[Any]) -> None:
-        """Compute with `weights` from the next step on."""
-        self._weights = weights
-        self._model = StackedModel(self.architecture, weights)
+    def _take(self, weights: Weights[Any], model: StackedModel) -> None:
+        """Compute with `weights` from the next step on, by their `model`."""
+        self._weights, self._model = weights, model
         self._num_members = len(weights.final_gain_MD)
         self._graphs: DecodeGraphs | None = None
         if self._record is not None:
