@@ -41,7 +41,7 @@ from models.engines.stacked.weights import (
     layer_matrices,
     read_gain,
 )
-from models.errors import EngineFailed, EngineOverloaded, PoolError
+from models.errors import EngineFailed, EngineOverloaded, PoolError, RequestError
 from models.sources.locate import locate
 
 Factors: TypeAlias = tuple[Tensor, Tensor]
@@ -89,11 +89,17 @@ class Adapters:
     ) -> AbstractContextManager[Mapping[str, int]]:
         """Load what is not there; the context tells the members by name, and keeps them.
 
-        Raises `EngineFailed` for what cannot be loaded, and `EngineOverloaded` where there is no
-        room.
+        Raises `EngineFailed` for what cannot be loaded, `EngineOverloaded` where there is no room
+        now, and `RequestError` where there never is.
         """
         if not origins:
             return nullcontext({})
+        if len(origins) > self._most:
+            raise RequestError(
+                f"{', '.join(origins)} are more adapters than the engine holds at once "
+                f"(options.max_adapters: {self._most})",
+                "model",
+            )
         if all(key in self._members for key in origins.items()):
             return self._use(origins)
         async with self._loading:
