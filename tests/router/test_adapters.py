@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from models.pool import load_pool
+from policies.errors import PolicyError
 from router.catalog.catalog import load_catalog
 from router.config import AppArgs
 from router.editions import Edition, Editions
@@ -234,6 +235,19 @@ def test_every_replica_has_the_same(root: Path, tmp_path: Path) -> None:
 def _replica(args: AppArgs, database: Database) -> Editions:
     catalog = load_catalog(load_pool(args.pool))
     return Editions(Edition(number=1, loaded_s=0.0, args=args, catalog=catalog), database)
+
+
+@pytest.mark.parametrize("names", [["base", "law"], ["law", "tax"]])
+def test_vllm_fuses_no_adapters(root: Path, tmp_path: Path, names: list[str]) -> None:
+    """The same pool file serves there, but a plan that fuses is refused when it loads."""
+    engines = [{"name": "e", "kind": "vllm"}]
+    pool = load_pool(
+        write_pool(tmp_path, engines=engines, models=models(root, "law", "tax"), policies={})
+    )
+    load_catalog(pool)
+    fused = {"both": {"kind": "fixed", "plan": {"answer": {"members": names}}}}
+    with pytest.raises(PolicyError, match=r"policies.both: .* runs one adapter per request"):
+        load_catalog(pool, policies=fused)
 
 
 def test_roots_are_absolute() -> None:
