@@ -89,7 +89,9 @@ def test_it_is_served_like_those_of_the_file(server: Running, root: Path, tmp_pa
     afterwards; what loads and unloads is in the audit.
     """
     plan = {"answer": {"members": ["law", "tax", "base"], "weights": [0.2, 0.5, 0.3]}}
-    with running(tmp_path, engines=ENGINES, models=models(root, "law", "tax")) as other:
+    with running(
+        tmp_path, engines=ENGINES, models=models(root, "law", "tax"), policies={}
+    ) as other:
         alone = complete(other, "tax").json()["choices"]
         fused = complete(other, "base", shoal={"plan": plan}).json()["choices"]
     assert complete(server, "tax").status_code == 404
@@ -175,7 +177,7 @@ def test_unloading_what_is_needed_is_refused(server: Running) -> None:
     """The policy that needs it is named; what is no adapter is not found; fields are known."""
     refused = unload(server, "law")
     assert refused.status_code == 400
-    assert "policies.both: the plan names the model 'law'" in refused.json()["error"]["message"]
+    assert "policies.both: the policy names the model 'law'" in refused.json()["error"]["message"]
     for name in ("base", "nobody"):
         assert unload(server, name).status_code == 404
     body = {"lora_name": "x", "lora_path": "/", "colour": "red"}
@@ -252,5 +254,5 @@ def test_vllm_fuses_no_adapters(root: Path, tmp_path: Path, names: list[str]) ->
 
 def test_roots_are_absolute() -> None:
     """A relative one would start wherever the server did."""
-    with pytest.raises(ValueError, match=r"adapter_roots.*'loras' is not allowed"):
+    with pytest.raises(ValueError, match=r"'loras' is not allowed; an absolute path is"):
         AppArgs.model_validate(yaml.safe_load("http: {adapter_roots: [loras]}"))
