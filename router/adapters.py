@@ -100,7 +100,13 @@ def add_adapter_routes(
         ("/v1/unload_lora_adapter", unload, UnloadAdapter),
     ):
         extra = described(None, takes=takes, media_type="text/plain")
-        api.add_api_route(path, answer, methods=["POST"], openapi_extra=extra)
+        api.add_api_route(
+            path,
+            answer,
+            methods=["POST"],
+            response_class=PlainTextResponse,
+            openapi_extra=extra,
+        )
 
 
 def _loaded(adapters: dict[str, ModelSpec], pool: Pool, *, new: LoadAdapter, path: Path) -> None:
