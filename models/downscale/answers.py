@@ -22,15 +22,13 @@ from numpy.typing import NDArray
 from models.adapter import ADAPTER_CONFIG
 from models.card import read_card
 from models.downscale.chunks import BASE, base_of, load_model, member
-from models.downscale.corpus import Example
-from models.downscale.examples import corpus, render
+from models.downscale.questions import Question, questions
 from models.downscale.stage import Run, progress_bar, read_json, remembered, stage, write_json
 from models.engines.base import Chunk, Engine, Evidence, GenerationRequest, SamplingOptions
 from models.engines.registry import create_engine
-from models.errors import CorpusError
 from models.pool import load_adapter
 from models.spec import EngineSpec, Model, ModelSpec
-from models.tasks import Split, check
+from models.tasks import check
 from models.tokenizer import CheckpointTokenizer
 from models.training.data import Conversation
 from models.training.forward import Scorer, target_log_probabilities
@@ -52,13 +50,14 @@ class Written:
 
 def ask(
     checkpoints: Mapping[str, Path],
-    asked: Sequence[tuple[str, Answer]],
+    asked: Sequence[tuple[str | tuple[int, ...], Answer]],
     *,
     max_new_tokens: int,
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[Written]:
     """Answer each query of `asked` by its plan, in order.
 
+    A query is a question, which the chat template is put around, or the tokens of a whole prompt.
     `checkpoints` are the members' folders by name; they share tokenizer and shape, or are one base
     and its adapters. `progress` is told of every answer.
 
@@ -70,12 +69,16 @@ def ask(
     )
     models = _models(checkpoints, spec)
     tokenizer = CheckpointTokenizer(models[0].tokenizer)
+    card = read_card(models[0].tokenizer)
     requests = [
         _request(
             f"question-{number}",
-            tokenizer.encode_chat([{"role": "user", "content": query}]),
+            tokenizer.encode_chat([{"role": "user", "content": query}])
+            if isinstance(query, str)
+            else query,
             plan,
             max_new_tokens,
+            context_tokens=card.context_tokens,
         )
         for number, (query, plan) in enumerate(asked)
     ]
@@ -125,7 +128,12 @@ async def _ask(
 
 
 def _request(
-    request_id: str, prompt_tokens: tuple[int, ...], plan: Answer, max_new_tokens: int
+    request_id: str,
+    prompt_tokens: tuple[int, ...],
+    plan: Answer,
+    max_new_tokens: int,
+    *,
+    context_tokens: int,
 ) -> GenerationRequest:
     evidence = None
     if plan.weighting in ("perplexity", "evidence"):
@@ -143,7 +151,9 @@ def _request(
         gate=plan.gate,
         contrast=plan.contrast,
         evidence=evidence,
-        sampling=SamplingOptions(temperature=0.0, max_tokens=max_new_tokens),
+        sampling=SamplingOptions(
+            temperature=0.0, max_tokens=min(max_new_tokens, context_tokens - len(prompt_tokens))
+        ),
     )
 
 
@@ -168,76 +178,49 @@ Floats = NDArray[np.float64]
 _ANSWERS, _ODDS = "answers.json", "odds.npz"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    """A checkable example with its domain and its token ids, right answer included."""
+def score(asked: Sequence[Question], written: Sequence[Written], nll_Q: Floats) -> Floats:
+    """How good each answer is, in [0, 1]: 1 if it is the right one, 0 if not; where the loss is
+    measured, e^(-nats per byte), as the grader `loss` has it. [Q]
 
-    domain: str
-    example: Example
-    conversation: Conversation
-
-    @property
-    def text(self) -> str:
-        """What is asked."""
-        assert self.example.question is not None
-        return self.example.question
-
-    @property
-    def answer(self) -> str:
-        """The one right answer."""
-        assert self.example.answer is not None
-        return self.example.answer
-
-    @property
-    def is_test(self) -> bool:
-        """Whether figures are reported on it; the others are for routers to learn from."""
-        return self.example.split is Split.TEST
-
-
-@remembered
-def questions(run: Run) -> list[Question]:
-    """The held-out questions that every model is asked: for routers first, then for the test, by
-    domain. Those that do not fit a row are left out, as everywhere.
-
-    Raises:
-        CorpusError: no domain has questions that can be checked.
+    `nll_Q` are the right answers' negative log-likelihoods, in nats.
     """
-    limits = {
-        Split.ROUTER: run.recipe.measure.router_questions,
-        Split.TEST: run.recipe.measure.test_questions,
-    }
-    row_tokens = run.recipe.adapt.row_tokens
-    found = []
-    for split, limit in limits.items():
-        for domain in run.domains:
-            examples = corpus(run, domain).questions(split)
-            rendered = zip(examples, render(run, examples), strict=True)
-            fitting = [
-                Question(domain=domain, example=example, conversation=conversation)
-                for example, conversation in rendered
-                if len(conversation.tokens) <= row_tokens and any(conversation.is_answer)
-            ]
-            found += fitting[:limit]
-        if not any(question.example.split is split for question in found):
-            raise CorpusError(
-                f"no domain has a question with an answer in the held-out split {split!s} (that "
-                f"fits adapt.row_tokens, {row_tokens}); give records with 'question' and 'answer', "
-                "or a held_out file of them"
-            )
-    return found
+    return np.array(
+        [
+            np.exp(-nll / len(question.answer.encode()))
+            if question.by_loss
+            else float(check(question.answer, one.text))
+            for question, one, nll in zip(asked, written, nll_Q, strict=True)
+        ]
+    )
+
+
+def summary(asked: Sequence[Question], score_Q: Floats) -> str:
+    """Scores of the test's questions in words."""
+    pairs = [(one, value) for one, value in zip(asked, score_Q, strict=True) if one.is_test]
+    right = [value for one, value in pairs if not one.by_loss]
+    losses = [-np.log(value) for one, value in pairs if one.by_loss]
+    parts = [f"{np.mean(right):.1%} of {len(right)} test questions right"] if right else []
+    parts += [f"{np.mean(losses):.4f} nats per byte on {len(losses)} test texts"] if losses else []
+    return ", ".join(parts)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class Answered:
+    """The answers that a model or a fusion wrote to all questions, and how good each is, [Q]."""
+
+    written: tuple[Written, ...]
+    score_Q: Floats
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured(Answered):
     """One model on all questions.
 
-    `right_Q` says whether its greedy answer is right; `written` holds the answers. `answer_QT` are
-    the log-probabilities of the right answers' tokens, `prompt_Q` of the prompts, in nats.
+    `answer_QT` are the log-probabilities of the right answers' tokens, `prompt_Q` of the prompts,
+    in nats.
     """
 
     name: str
-    right_Q: NDArray[np.bool_]
-    written: tuple[Written, ...]
     answer_QT: Floats
     prompt_Q: Floats
 
@@ -273,17 +256,17 @@ def measure_model(
     answer_QT, prompt_Q = _odds(conversations, logs)
     np.savez(folder / _ODDS, answer=answer_QT, prompt=prompt_Q)
     with progress_bar(len(asked), f"measure/{name}", unit="questions") as advance:
-        written = ask(
-            checkpoints,
-            [(question.text, Answer(members=(name,))) for question in asked],
-            max_new_tokens=run.recipe.measure.max_new_tokens,
-            progress=advance,
+        written = tuple(
+            ask(
+                checkpoints,
+                [(question.prompt, Answer(members=(name,))) for question in asked],
+                max_new_tokens=run.recipe.measure.max_new_tokens,
+                progress=advance,
+            )
         )
-    answers = [asdict(one) for one in written]
-    right = [check(q.answer, one.text) for q, one in zip(asked, written, strict=True)]
-    write_json(folder / _ANSWERS, {"answers": answers, "right": right})
-    tests = [ok for question, ok in zip(asked, right, strict=True) if question.is_test]
-    run.report(f"measure/{name}: {np.mean(tests):.1%} of {len(tests)} test questions right")
+    score_Q = score(asked, written, -np.nansum(answer_QT, axis=1))
+    write_json(folder / _ANSWERS, answered_to_json(Answered(written=written, score_Q=score_Q)))
+    run.report(f"measure/{name}: {summary(asked, score_Q)}")
 
 
 @remembered
@@ -299,12 +282,12 @@ def members_measured(run: Run) -> dict[str, Measured]:
 
 def read_measured(name: str, folder: Path) -> Measured:
     """Read what `measure_model` wrote."""
-    content = read_json(folder / _ANSWERS)
+    answered = answered_from_json(read_json(folder / _ANSWERS))
     with np.load(folder / _ODDS, allow_pickle=False) as arrays:
         return Measured(
             name=name,
-            right_Q=np.array(content["right"], bool),
-            written=tuple(map(read_written, content["answers"])),
+            written=answered.written,
+            score_Q=answered.score_Q,
             answer_QT=arrays["answer"],
             prompt_Q=arrays["prompt"],
         )
@@ -320,24 +303,29 @@ def prompt_odds(members: Sequence[Measured]) -> Floats:
     return np.stack([member.prompt_Q for member in members], axis=-1)
 
 
-def outcomes(asked: Sequence[Question], answered: Mapping[str, Sequence[Written]]) -> list[Outcome]:
+def outcomes(asked: Sequence[Question], answered: Mapping[str, Answered]) -> list[Outcome]:
     """One outcome per question: what routers, cascades and scorers are trained and judged on."""
-    return [
-        Outcome(
-            id=f"{question.example.split}-{number}",
-            query=question.text,
-            tags=(question.domain,),
-            split=str(question.example.split),
-            answer=question.answer,
-            scores={name: float(check(question.answer, one.text)) for name, one in written.items()},
-            outputs={name: one.text for name, one in written.items()},
-            logprobs={name: one.logprobs for name, one in written.items()},
-            prompt_tokens=next(iter(written.values())).num_prompt_tokens,
-            output_tokens={name: one.logprobs.num_tokens for name, one in written.items()},
-        )
-        for number, question in enumerate(asked)
-        for written in [{name: found[number] for name, found in answered.items()}]
-    ]
+    return [_outcome(number, question, answered) for number, question in enumerate(asked)]
+
+
+def _outcome(number: int, question: Question, answered: Mapping[str, Answered]) -> Outcome:
+    written = {name: one.written[number] for name, one in answered.items()}
+    scores = {name: float(one.score_Q[number]) for name, one in answered.items()}
+    grades = {"loss": {name: float(np.log(score)) for name, score in scores.items()}}
+    return Outcome(
+        id=f"{question.example.split}-{number}",
+        query=question.text,
+        tags=(question.domain,),
+        split=str(question.example.split),
+        answer=question.answer,
+        scores=scores,
+        outputs={name: one.text for name, one in written.items()},
+        logprobs={name: one.logprobs for name, one in written.items()},
+        prompt_tokens=next(iter(written.values())).num_prompt_tokens,
+        output_tokens={name: one.logprobs.num_tokens for name, one in written.items()},
+        format=2 if question.by_loss else 1,
+        grades=grades if question.by_loss else {},
+    )
 
 
 def _odds(
@@ -355,6 +343,16 @@ def _odds(
     return padded, np.array(prompts)
 
 
-def read_written(content: Mapping[str, Any]) -> Written:
-    """An answer as `asdict` and JSON left it."""
-    return Written(**{**content, "logprobs": AnswerLogprobs(**content["logprobs"])})
+def answered_to_json(answered: Answered) -> dict[str, Any]:
+    """What `answered_from_json` reads."""
+    answers = [asdict(one) for one in answered.written]
+    return {"answers": answers, "scores": answered.score_Q.tolist()}
+
+
+def answered_from_json(content: Mapping[str, Any]) -> Answered:
+    """What `answered_to_json` made JSON of."""
+    written = (
+        Written(**{**one, "logprobs": AnswerLogprobs(**one["logprobs"])})
+        for one in content["answers"]
+    )
+    return Answered(written=tuple(written), score_Q=np.array(content["scores"]))

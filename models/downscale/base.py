@@ -1,7 +1,11 @@
-"""The base: a checkpoint that is checked before work begins, or one that is trained here."""
+"""The base: a checkpoint that is checked before work begins, or one that is trained here.
+
+A GGUF file is dequantized into a folder first; all else reads folders.
+"""
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +28,7 @@ from models.downscale.shape import num_parameters
 from models.downscale.stage import Run, remembered, stage
 from models.engines.stacked.architecture import read_architecture
 from models.errors import BaseError, DivergedError, PoolError, TrainingDiverged
+from models.sources.locate import locate
 from models.training.checkpoint import export_model
 from models.training.scratch import (
     LlamaShape,
@@ -43,7 +48,9 @@ def base(run: Run, folder: Path) -> None:
     """Stage: the base, trained into the stage's folder or read from where it is."""
     settings = run.recipe.base
     if settings.checkpoint is not None:
-        run.read(Path(settings.checkpoint))
+        given = run.read(find_base(settings.checkpoint))
+        if not given.is_dir():
+            dequantize(given, folder / CHECKPOINT)
         return
     training = settings.train
     assert training is not None
@@ -54,29 +61,81 @@ def base(run: Run, folder: Path) -> None:
 @remembered
 def base_model(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The base in fp32, shared and not to be trained, and the tokenizer of all members."""
-    trained = base(run) / CHECKPOINT
+    made = base(run) / CHECKPOINT
     given = run.recipe.base.checkpoint
-    return load_base(trained if given is None else Path(given))
+    return load_base(made if made.is_dir() or given is None else find_base(given))
 
 
-def check_base(folder: Path) -> ModelCard:
-    """Read the card of a base, with the reader of the engine that will serve what is cut from it.
+def find_base(checkpoint: str) -> Path:
+    """The folder or .gguf file that a recipe names, fetched if it must be.
 
     Raises:
-        BaseError: a file is missing, or its chunks could not be served; names the file and the key.
+        BaseError: it cannot be had.
+    """
+    try:
+        return locate(checkpoint, folder=Path()).path
+    except PoolError as error:
+        raise BaseError(f"base.checkpoint: {error}") from None
+
+
+def dequantize(file: Path, folder: Path) -> None:
+    """Write the model in a GGUF file as a checkpoint folder in fp32.
+
+    Raises:
+        BaseError: transformers cannot read it, or lacks the package that it reads it with.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except ImportError:
+        raise BaseError(
+            f"base.checkpoint: {file}: a GGUF file needs the package gguf; try: pip install gguf"
+        ) from None
+    except Exception as error:  # whatever the library makes of a damaged file
+        raise BaseError(f"base.checkpoint: {file} cannot be read: {error}") from None
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    check_base(folder)
+
+
+def check_base(folder: Path, *, row_tokens: int = 1) -> ModelCard:
+    """Read the card of a base, with the reader of the engine that will serve what is cut from it.
+
+    Rows of `row_tokens` will be trained on. Of a .gguf file only the head is checked, the rest once
+    it is dequantized.
+
+    Raises:
+        BaseError: a file is missing, or its chunks could not be trained or served; names the file
+            and the key.
     """
     try:
         card = read_card(folder)
         if card.shape.architecture not in SUPPORTED_ARCHITECTURES:
             raise BaseError(
-                f"base.checkpoint: {folder / 'config.json'}: model_type "
-                f"{card.shape.architecture!r} is not supported; "
+                f"base.checkpoint: {folder if card.is_gguf else folder / 'config.json'}: "
+                f"model_type {card.shape.architecture!r} is not supported; "
                 f"allowed are {', '.join(SUPPORTED_ARCHITECTURES)}"
             )
-        read_architecture(card)
         read_chat_template(folder)
+        if card.is_gguf:
+            return card
+        architecture = read_architecture(card)
     except PoolError as error:
         raise BaseError(f"base.checkpoint: {error}") from None
+    if architecture.activation != "silu":
+        raise BaseError(
+            f"base.checkpoint: {folder / 'config.json'}: hidden_act {architecture.activation!r} is "
+            "served, but not trained; allowed is silu"
+        )
+    windows = [layer.window_tokens for layer in architecture.layers]
+    shortest = min((window for window in windows if window is not None), default=row_tokens)
+    if row_tokens > shortest:
+        raise BaseError(
+            f"adapt.row_tokens: {row_tokens} is more than the base's sliding_window of {shortest} "
+            "tokens; training looks back over the whole row"
+        )
     return card
 
 
@@ -91,8 +150,12 @@ def load_base(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
             folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise BaseError(f"base.checkpoint: {folder} cannot be loaded: {error}") from None
+    except Exception as error:  # of a damaged file the libraries raise whatever it leads to
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise
+        raise BaseError(
+            f"base.checkpoint: {folder} cannot be loaded: {type(error).__name__}: {error}"
+        ) from None
     model, found = loaded
     if found["missing_keys"] or found["mismatched_keys"]:
         bad = sorted([*found["missing_keys"], *found["mismatched_keys"]])

@@ -1,12 +1,13 @@
-"""A domain's corpus: examples to train on and held-out ones, from a file or a built-in generator.
+"""A domain's corpus: examples to train on and held-out ones, from files or a built-in generator.
 
 A JSON line is one of
     {"messages": [{"role": …, "content": …}, …]}      a conversation
     {"question": …, "answer": …}                       one that is checked by exact match
     {"text": …}                                        plain text
-each optionally with "split": "train", "router" or "test". A .txt file holds plain text, one
-example per paragraph. Lines end at line feeds and nowhere else. This module knows no tokenizer and
-no model.
+each optionally with "split": "train", "router" or "test". Any other file holds plain text: alone it
+is one example per paragraph, in a folder it is one example, a document, so that no document is both
+trained on and held out. Lines end at line feeds and nowhere else. Copies of texts are left out, and
+what is left out is counted. This module knows no tokenizer and no model.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 from models.downscale.recipe import TASKS, CorpusSettings
+from models.downscale.texts import LINES, Copies, files_of, paragraphs, read_text
 from models.errors import CorpusError
 from models.tasks import DOMAINS, Split, Task
 from models.training.scratch import draw_dialogue
@@ -28,6 +30,8 @@ from policies.cascade.base import normalise
 
 ROLES: Final = ("system", "user", "assistant")
 MIN_TRAIN_EXAMPLES: Final = 32
+# A text counts as one example for each of these: it is cut into about as many rows.
+_EXAMPLE_CHARACTERS: Final = 512
 _SAMPLE_SEED: Final = 2026
 
 
@@ -71,10 +75,14 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """A named list of examples; what is held out never stands in the training split."""
+    """A named list of examples; what is held out never stands in the training split.
+
+    `left_out` says how much of the source is not among them, by reason.
+    """
 
     name: str
     examples: tuple[Example, ...]
+    left_out: Mapping[str, int] = field(default_factory=dict, compare=False)
 
     def of(self, split: Split) -> list[Example]:
         """Return the examples of `split`, in order."""
@@ -108,15 +116,24 @@ def load_corpus(name: str, settings: CorpusSettings) -> Corpus:
     Raises:
         CorpusError: it is missing, malformed, empty or too small.
     """
-    examples = _read_file(Path(settings.corpus))
+    examples, left_out = _read(Path(settings.corpus))
     if settings.held_out is not None:
+        others, left_out_too = _read(Path(settings.held_out), hashed=False)
         examples = [replace(example, split=Split.TRAIN) for example in examples]
-        examples += _held_out(_read_file(Path(settings.held_out), hashed=False))
-    return _checked(name, settings, examples)
+        examples += _held_out(others)
+        left_out += left_out_too
+    return _checked(name, settings, examples, left_out)
 
 
-def _checked(name: str, settings: CorpusSettings, examples: Iterable[Example]) -> Corpus:
-    corpus = Corpus(name=name, examples=tuple(_without_leaks(examples)))
+def _checked(
+    name: str,
+    settings: CorpusSettings,
+    examples: Iterable[Example],
+    left_out: Counter[str] | None = None,
+) -> Corpus:
+    left_out = Counter() if left_out is None else left_out
+    kept = without_leaks(_with_every_split(without_copies(examples, left_out)), left_out)
+    corpus = Corpus(name=name, examples=tuple(kept), left_out=+left_out)
     _check_size(corpus, settings)
     return corpus
 
@@ -137,7 +154,7 @@ def read_corpus(name: str, file: Path) -> Corpus:
     Raises:
         CorpusError: a line is malformed.
     """
-    return Corpus(name=name, examples=tuple(_read_file(file)))
+    return Corpus(name=name, examples=tuple(_read_file(file, hashed=False)))
 
 
 def _generated(task: str, count: int, *, held_out: int, seed: int) -> Iterator[Example]:
@@ -160,32 +177,45 @@ def _dialogue(task: Task) -> tuple[Turn, Turn]:
     )
 
 
-def _read_file(file: Path, *, hashed: bool = True) -> list[Example]:
+def _read(source: Path, *, hashed: bool = True) -> tuple[list[Example], Counter[str]]:
+    """The examples of a file or of all files in a folder, and what of it is none."""
+    files, others = files_of(source)
+    left_out = Counter({f"files that end in {s or 'nothing'!r}": n for s, n in others.items()})
+    if not source.is_dir():
+        return _read_file(source, hashed=hashed), left_out
+    examples: list[Example] = []
+    for file in files:
+        if file.suffix.lower() == LINES:
+            examples += _read_file(file, hashed=hashed)
+        elif text := read_text(file).strip():
+            examples.append(_with_split(Example(text=text), None, str(file), hashed))
+        else:
+            left_out["empty files"] += 1
+    return examples, left_out
+
+
+def _read_file(file: Path, *, hashed: bool) -> list[Example]:
     """The examples of a file; those that name no split get one by `hashed`, or are for training."""
-    if not file.is_file():
-        raise CorpusError(f"there is no corpus at {file}")
-    try:
-        content = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{file} is not UTF-8 text: {error}") from None
-    if file.suffix == ".txt":
-        paragraphs = (paragraph.strip() for paragraph in re.split(r"\n[ \t]*\n", content))
-        return [_with_split(Example(text=text), None, "", hashed) for text in paragraphs if text]
-    if file.suffix != ".jsonl":
-        raise CorpusError(f"{file}: a corpus is a .jsonl or a .txt file")
+    content = read_text(file)
+    if file.suffix.lower() != LINES:
+        return [
+            _with_split(Example(text=text), None, str(file), hashed) for text in paragraphs(content)
+        ]
     lines = enumerate(content.split("\n"), 1)  # not splitlines: U+2028 may stand in a string
-    return [_parse(line, f"{file}:{number}", hashed) for number, line in lines if line.strip()]
+    # A byte-order mark stands within where files were joined.
+    marked = ((line.lstrip("\ufeff"), number) for number, line in lines)
+    return [_parse(line, f"{file}:{number}", hashed) for line, number in marked if line.strip()]
 
 
 def _parse(line: str, where: str, hashed: bool) -> Example:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorpusError(f"{where}: not valid JSON: {error}") from None
     if not isinstance(record, dict):
         raise CorpusError(f"{where}: not a JSON object")
     skill = record.get("skill")
-    example = Example(skill=None if skill is None else str(skill))
+    example = Example(skill=None if skill is None else _whole(str(skill)))
     if "messages" in record:
         turns = _turns(record["messages"], where)
         answer = _text(record, "answer", where) if "answer" in record else None
@@ -207,8 +237,12 @@ def _text(record: dict[str, Any], key: str, where: str) -> str:
     value = record.get(key)
     if not isinstance(value, str) or not value.strip():
         raise CorpusError(f"{where}: {key}: must be a text that is not empty, got {value!r}")
-    # Half of a character, as JSON dumps of cut chats have it, is no Unicode text.
-    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return _whole(value)
+
+
+def _whole(text: str) -> str:
+    """`text` without half characters: as JSON dumps of cut chats have them, they are no Unicode."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _turns(messages: object, where: str) -> tuple[Turn, ...]:
@@ -241,9 +275,12 @@ def _with_split(example: Example, split: object, where: str, hashed: bool) -> Ex
 
 def _hashed_split(asked: tuple[str, ...]) -> Split:
     """90% train, 5% router, 5% test; duplicates share a split, the same on every machine."""
-    digest = hashlib.blake2b("\n".join(asked).encode(), digest_size=8).digest()
-    bucket = int.from_bytes(digest, "big") % 20
-    return {0: Split.ROUTER, 1: Split.TEST}.get(bucket, Split.TRAIN)
+    return {0: Split.ROUTER, 1: Split.TEST}.get(_digest(asked) % 20, Split.TRAIN)
+
+
+def _digest(asked: tuple[str, ...]) -> int:
+    content = "\n".join(asked).encode()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
 
 
 def _held_out(examples: Sequence[Example]) -> Iterator[Example]:
@@ -253,7 +290,42 @@ def _held_out(examples: Sequence[Example]) -> Iterator[Example]:
         yield example if example.split is not Split.TRAIN else replace(example, split=half)
 
 
-def _without_leaks(examples: Iterable[Example]) -> Iterator[Example]:
+def _with_every_split(examples: Iterable[Example]) -> list[Example]:
+    """Of few documents the hash may hold none out; then those with the least hashes are."""
+    examples = list(examples)
+    for split in (Split.TEST, Split.ROUTER):
+        texts = [e for e in examples if e.text is not None and e.split is Split.TRAIN]
+        if len(texts) > 1 and not any(example.split is split for example in examples):
+            least = min(texts, key=lambda example: _digest(example.asked))
+            at = next(i for i, example in enumerate(examples) if example is least)
+            examples[at] = replace(least, split=split)
+    return examples
+
+
+def without_copies(
+    examples: Iterable[Example], left_out: Counter[str], of: Iterable[Example] = ()
+) -> list[Example]:
+    """`examples` without the texts that are copies of others, or of those in `of`.
+
+    Of two copies the one that is held out stays.
+    """
+    examples, copies = list(examples), Copies()
+    for other in of:
+        if other.text is not None:
+            copies.meet(other.text)
+    kept: list[int] = []
+    held_out_first = [Split.TEST, Split.ROUTER, Split.TRAIN].index
+    for at in sorted(range(len(examples)), key=lambda at: held_out_first(examples[at].split)):
+        text = examples[at].text
+        kind = None if text is None else copies.meet(text)
+        if kind is None:
+            kept.append(at)
+        else:
+            left_out[f"{kind} copies"] += 1
+    return [examples[at] for at in sorted(kept)]
+
+
+def without_leaks(examples: Iterable[Example], left_out: Counter[str]) -> Iterator[Example]:
     """Drop from training what is held out, and from the router's split what is tested."""
     examples = list(examples)
     split_of: dict[tuple[str, ...], Split] = {}
@@ -268,12 +340,14 @@ def _without_leaks(examples: Iterable[Example]) -> Iterator[Example]:
             example.split is Split.TRAIN and gives_away(asked, held_out)
         ):
             yield example
+        else:
+            left_out["examples that give away what is held out"] += 1
 
 
 def held_out_questions(examples: Iterable[Example]) -> set[str]:
     """What the held-out conversations of one question ask."""
     asked = (e.asked for e in examples if e.split is not Split.TRAIN and e.text is None)
-    return {parts[0] for parts in asked if len(parts) == 1}
+    return {parts[0] for parts in asked if len(parts) == 1} - {""}
 
 
 def gives_away(asked: tuple[str, ...], held_out: set[str]) -> bool:
@@ -286,7 +360,10 @@ def _check_size(corpus: Corpus, settings: CorpusSettings) -> None:
     where = f"{corpus.name}: {settings.corpus}"
     if not corpus.examples:
         raise CorpusError(f"{where}: the corpus is empty")
-    num_train = len(corpus.of(Split.TRAIN))
+    num_train = sum(
+        1 if example.text is None else -(-len(example.text) // _EXAMPLE_CHARACTERS)
+        for example in corpus.of(Split.TRAIN)
+    )
     if num_train < MIN_TRAIN_EXAMPLES:
         raise CorpusError(
             f"{where}: {num_train} training examples; at least {MIN_TRAIN_EXAMPLES} are needed"

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from policies.errors import LawError
 from policies.laws import EnsembleLaw, Fitted
 
 Floats = NDArray[np.float64]
+
+_AT_ONCE: Final = 64
 
 
 def subsets(num_members: int, *, most: int = 12) -> NDArray[np.bool_]:
@@ -44,6 +46,15 @@ def subset_losses(answer_QTM: Floats, weights_QM: Floats, subsets_SM: NDArray[np
 
     `weights_QM` are those of the whole ensemble; a subset's are renormalised.
     """
+    # A few questions at a time: of long answers and many subsets there is much.
+    parts = [
+        _subset_losses(answer_QTM[i : i + _AT_ONCE], weights_QM[i : i + _AT_ONCE], subsets_SM)
+        for i in range(0, len(answer_QTM), _AT_ONCE)
+    ]
+    return np.concatenate(parts)
+
+
+def _subset_losses(answer_QTM: Floats, weights_QM: Floats, subsets_SM: NDArray[np.bool_]) -> Floats:
     known_QT: NDArray[np.bool_] = np.asarray(np.isfinite(answer_QTM).all(-1))
     # exp(-60) is far below any probability that a mean loss could notice.
     p_QTM = np.exp(np.clip(np.where(known_QT[..., None], answer_QTM, 0.0), -60.0, 0.0))

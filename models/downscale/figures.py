@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from models.downscale.answers import Measured, Question, members_measured, questions
+from models.downscale.answers import Measured, members_measured
 from models.downscale.chunks import (
     ADAPT_FILE,
     BASE,
@@ -29,6 +29,7 @@ from models.downscale.chunks import (
 )
 from models.downscale.laws import fits_of
 from models.downscale.policies import policies_of
+from models.downscale.questions import Question, questions
 from models.downscale.stage import Run, read_json
 from policies.carbon import find_device, find_zone
 from policies.carbon.llmcarbon import run_carbon
@@ -44,12 +45,12 @@ _GPU: Final = "h100"
 
 @dataclass(frozen=True, kw_only=True)
 class System:
-    """`right_Q` is 1 where the answer is right, `usd_Q` what it cost; `parameters` are those that
-    work on each token, in the mean."""
+    """`score_Q` is how good the answer is (see `answers.score`), `usd_Q` what it cost; `parameters`
+    are those that work on each token, in the mean."""
 
     name: str
     kind: str  # base, chunk, routed, policy; a comparison may add others
-    right_Q: Floats
+    score_Q: Floats
     usd_Q: Floats
     parameters: float
 
@@ -59,7 +60,6 @@ def collect(run: Run) -> dict[str, Any]:
     asked, measured = questions(run), members_measured(run)
     tests = [question for question in asked if question.is_test]
     domain_Q = [question.domain for question in tests]
-    comparison = Comparison(domain_Q, seed=run.recipe.seed)
     return {
         "pool": run.recipe.name,
         "domains": list(run.domains),
@@ -67,7 +67,7 @@ def collect(run: Run) -> dict[str, Any]:
         "question_domains": {d: domain_Q.count(d) for d in dict.fromkeys(domain_Q)},
         "seed": run.recipe.seed,
         "models": _models(run, asked, measured),
-        "systems": [describe(one, comparison, domain_Q) for one in systems(run).values()],
+        "systems": describe(systems(run).values(), tests, seed=run.recipe.seed),
         "losses": {name: _losses(asked, one) for name, one in measured.items()},
         "fits": fits_of(run),
         "selection": [_selection(run, domain) for domain in run.domains],
@@ -83,10 +83,10 @@ def systems(run: Run) -> dict[str, System]:
     found = []
     for name in (BASE, *run.domains):
         kind = BASE if name == BASE else "chunk"
-        right_Q = measured[name].right_Q[tests].astype(float)
+        score_Q = measured[name].score_Q[tests]
         usd_Q = np.array(played["single"][name])
         found.append(
-            System(name=name, kind=kind, right_Q=right_Q, usd_Q=usd_Q, parameters=sizes[name])
+            System(name=name, kind=kind, score_Q=score_Q, usd_Q=usd_Q, parameters=sizes[name])
         )
     own = [run.domains.index(asked[i].domain) + 1 for i in tests]
     at = np.arange(len(tests))
@@ -94,44 +94,70 @@ def systems(run: Run) -> dict[str, System]:
         System(
             name=ORACLE,
             kind="routed",
-            right_Q=np.stack([one.right_Q for one in found])[own, at],
+            score_Q=np.stack([one.score_Q for one in found])[own, at],
             usd_Q=np.stack([one.usd_Q for one in found])[own, at],
             parameters=sizes[run.domains[0]],
         )
     )
     for name, one in played["policies"].items():
-        right_Q, usd_Q = np.array(one["right"]), np.array(one["usd"])
+        score_Q, usd_Q = np.array(one["scores"]), np.array(one["usd"])
         parameters = float(np.mean(one["parameters"]))
         found.append(
-            System(name=name, kind="policy", right_Q=right_Q, usd_Q=usd_Q, parameters=parameters)
+            System(name=name, kind="policy", score_Q=score_Q, usd_Q=usd_Q, parameters=parameters)
         )
     return {system.name: system for system in found}
 
 
-def describe(system: System, comparison: Comparison, domain_Q: Sequence[str]) -> dict[str, Any]:
-    """A system's figures as JSON: accuracy with its interval, by domain, by question."""
-    by_domain: dict[str, list[bool]] = defaultdict(list)
-    for right, domain in zip(system.right_Q, domain_Q, strict=True):
-        if not np.isnan(right):
-            by_domain[domain].append(bool(right == 1))
-    return {
-        "name": system.name,
-        "kind": system.kind,
-        "parameters": system.parameters,
-        "usd_per_1000": float(1000 * system.usd_Q.mean()),
-        "accuracy": comparison.accuracy(system.right_Q),
-        "by_domain": {domain: share(values) for domain, values in by_domain.items()},
-        "right": "".join("01"[int(right)] for right in system.right_Q),
-    }
+def describe(
+    systems: Iterable[System], tests: Sequence[Question], *, seed: int
+) -> list[dict[str, Any]]:
+    """Figures of systems as JSON: size and price; with intervals, by domain and by question, how
+    often they are right where that can be said, and where it cannot the loss in nats per byte."""
+    domain_Q = [question.domain for question in tests]
+    by_loss_Q = np.array([question.by_loss for question in tests])
+    right = Comparison(domain_Q, seed=seed, among=~by_loss_Q)
+    loss = Comparison(domain_Q, seed=seed, among=by_loss_Q)
+    found = []
+    for system in systems:
+        figures: dict[str, Any] = {
+            "name": system.name,
+            "kind": system.kind,
+            "parameters": system.parameters,
+            "usd_per_1000": float(1000 * system.usd_Q.mean()),
+        }
+        if right.domains:
+            by_domain: dict[str, list[bool]] = defaultdict(list)
+            for score, domain, is_loss in zip(system.score_Q, domain_Q, by_loss_Q, strict=True):
+                if not (is_loss or np.isnan(score)):
+                    by_domain[domain].append(bool(score == 1))
+            figures |= {
+                "accuracy": right.mean(np.where(by_loss_Q, 0.0, system.score_Q)),
+                "by_domain": {domain: share(values) for domain, values in by_domain.items()},
+                "right": "".join("01"[int(s)] for s in system.score_Q[~by_loss_Q]),
+            }
+        if loss.domains:
+            loss_Q = np.where(by_loss_Q, -np.log(np.where(by_loss_Q, system.score_Q, 1.0)), 0.0)
+            figures |= {
+                "loss": loss.mean(loss_Q),
+                "loss_by_domain": {
+                    domain: round(float(loss_Q[[d == domain for d in domain_Q]].mean()), 5)
+                    for domain in loss.domains
+                },
+            }
+        found.append(figures)
+    return found
 
 
 class Comparison:
     """Bootstrap over questions, within each domain, the same resamples for every system."""
 
-    def __init__(self, domain_Q: Sequence[str], *, seed: int) -> None:
-        """`domain_Q` says which domain each test question is of; figures are means over domains."""
-        self.domains = list(dict.fromkeys(domain_Q))
+    def __init__(
+        self, domain_Q: Sequence[str], *, seed: int, among: NDArray[np.bool_] | None = None
+    ) -> None:
+        """`domain_Q` says which domain each test question is of; figures are means over the domains
+        that those questions are of that are `among` the compared (None: all)."""
         domains = np.asarray(domain_Q)
+        self.domains = [str(d) for d in dict.fromkeys(domains if among is None else domains[among])]
         rng = np.random.default_rng(seed)
         self._weights_RQ = np.zeros((_NUM_RESAMPLES, len(domains)))
         self._plain_Q = np.zeros(len(domains))
@@ -142,18 +168,18 @@ class Comparison:
             counts = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), _NUM_RESAMPLES)
             self._weights_RQ[:, rows] = counts * share
 
-    def accuracy(self, right_Q: Floats) -> dict[str, Any]:
+    def mean(self, value_Q: Floats) -> dict[str, Any]:
         """Mean over domains, with its 95% interval."""
-        return self._figure(lambda weights: weights @ right_Q)
+        return self._figure(lambda weights: weights @ value_Q)
 
-    def difference(self, right_Q: Floats, other_Q: Floats) -> dict[str, Any]:
+    def difference(self, score_Q: Floats, other_Q: Floats) -> dict[str, Any]:
         """How much more often right than another system, as a difference of accuracies."""
-        return self._figure(lambda weights: weights @ (right_Q - other_Q))
+        return self._figure(lambda weights: weights @ (score_Q - other_Q))
 
-    def ratio(self, right_Q: Floats, other_Q: Floats) -> dict[str, Any]:
+    def ratio(self, score_Q: Floats, other_Q: Floats) -> dict[str, Any]:
         """The share of another system's accuracy that is kept."""
         return self._figure(
-            lambda weights: (weights @ right_Q) / np.maximum(weights @ other_Q, 1e-12)
+            lambda weights: (weights @ score_Q) / np.maximum(weights @ other_Q, 1e-12)
         )
 
     def _figure(self, statistic: Callable[[Floats], Any]) -> dict[str, Any]:
@@ -244,9 +270,9 @@ def _models(
                 **training_facts(read_json(train_chunk(run, name) / ADAPT_FILE)),
             }
         skills: dict[str, list[bool]] = defaultdict(list)
-        for question, right in zip(asked, one.right_Q, strict=True):
-            if question.is_test and question.example.skill:
-                skills[f"{question.domain}/{question.example.skill}"].append(bool(right))
+        for question, score in zip(asked, one.score_Q, strict=True):
+            if question.is_test and question.example.skill and not question.by_loss:
+                skills[f"{question.domain}/{question.example.skill}"].append(bool(score == 1))
         found[name]["by_skill"] = {skill: share(v) for skill, v in sorted(skills.items())}
     return found
 

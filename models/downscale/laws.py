@@ -22,13 +22,7 @@ from torch import Tensor
 
 from models.downscale.adapt import NUM_JUDGED, trial
 from models.downscale.adapters import has_adapters
-from models.downscale.answers import (
-    Question,
-    answer_odds,
-    measured,
-    prompt_odds,
-    questions,
-)
+from models.downscale.answers import answer_odds, measured, prompt_odds
 from models.downscale.base import base_model
 from models.downscale.chunks import (
     base_of,
@@ -50,6 +44,7 @@ from models.downscale.ensemble import (
     subsets,
 )
 from models.downscale.examples import GENERAL, conversations
+from models.downscale.questions import Question, questions
 from models.downscale.recipe import MemberShape
 from models.downscale.shape import num_parameters, solve_shape
 from models.downscale.stage import Run, read_json, stage, write_json
@@ -153,18 +148,16 @@ def _curves(run: Run, asked: Sequence[Question]) -> dict[str, Curve]:
     subsets_SM = subsets(len(members))
     answer_QTM = answer_odds(members)[tests]
     domain_Q = np.array([asked[i].domain for i in tests])
-    sample = _sample(run, tests, answer_QTM)
-    logs, targets_P, question_P = _distributions(run, [asked[tests[i]] for i in sample])
     curves: dict[str, Curve] = {}
+    sample = _sample(run, asked, tests, answer_QTM)
+    if len(sample):
+        logs, targets_P, question_P = _distributions(run, [asked[tests[i]] for i in sample])
     for weighting in WEIGHTINGS:
         weights_QM = _weights(run, asked, weighting)[tests]
-        figures = {
-            "loss": (subset_losses(answer_QTM, weights_QM, subsets_SM), domain_Q),
-            "error": (
-                subset_errors(logs, targets_P, question_P, weights_QM[sample], subsets_SM),
-                domain_Q[sample],
-            ),
-        }
+        figures = {"loss": (subset_losses(answer_QTM, weights_QM, subsets_SM), domain_Q)}
+        if len(sample):
+            errors_QS = subset_errors(logs, targets_P, question_P, weights_QM[sample], subsets_SM)
+            figures["error"] = (errors_QS, domain_Q[sample])
         for what, (values_QS, domains_Q) in figures.items():
             by_domain = {
                 d: values_QS[domains_Q == d].mean(0) for d in run.domains if d in domains_Q
@@ -198,13 +191,19 @@ def _weights(run: Run, asked: Sequence[Question], weighting: str) -> Floats:
     return evidence_weights(uniform_QM, prompt_QM, temperature=found.temperature)
 
 
-def _sample(run: Run, tests: Sequence[int], answer_QTM: Floats) -> NDArray[np.int64]:
-    """As many test questions, evenly spread, as whole distributions fit into memory for."""
-    tokens_Q = np.isfinite(answer_QTM[..., 0]).sum(1)
+def _sample(
+    run: Run, asked: Sequence[Question], tests: Sequence[int], answer_QTM: Floats
+) -> NDArray[np.int64]:
+    """Of the test questions whose answers can be wrong, as many, evenly spread, as whole
+    distributions fit into memory for."""
+    rows_Q = np.array([at for at, i in enumerate(tests) if not asked[i].by_loss], np.int64)
+    if not len(rows_Q):
+        return rows_Q
+    tokens_Q = np.isfinite(answer_QTM[rows_Q, :, 0]).sum(1)
     vocabulary = int(base_model(run)[0].config.vocab_size)
     most_tokens = max(_MOST_ELEMENTS // vocabulary, int(tokens_Q.max()))
     step = max(1, int(np.ceil(tokens_Q.sum() / most_tokens)))
-    return np.arange(0, len(tests), step)
+    return rows_Q[::step]
 
 
 def _distributions(run: Run, asked: Sequence[Question]) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -271,13 +270,14 @@ def _pool_laws(
     mixture: Mapping[str, Any] | None,
 ) -> PoolLaws:
     def ensemble(what: str) -> EnsembleLaw | None:
-        law = curves[f"{what}/evidence/all"].law
-        return law.law if law else None
+        curve = curves.get(f"{what}/evidence/all")
+        return curve.law.law if curve and curve.law else None
 
     return PoolLaws(
         origin=(
             f"shoal downscale, pool {run.recipe.name}: all subsets of {len(run.domains)} chunks, "
-            "fused with weights from evidence, on held-out test questions; short training runs"
+            "fused with weights from evidence, on held-out test questions or texts; short training "
+            "runs"
         ),
         ensemble_error=ensemble("error"),
         ensemble_loss=ensemble("loss"),

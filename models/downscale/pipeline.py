@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Final
 
 from models.downscale.adapters import has_adapters
-from models.downscale.answers import measure, questions
-from models.downscale.base import base, check_base, trained_parameters
+from models.downscale.answers import measure
+from models.downscale.base import base, check_base, find_base, trained_parameters
 from models.downscale.chunks import (
     BASE,
     calibrate,
@@ -25,16 +25,20 @@ from models.downscale.chunks import (
     select_examples,
     train_chunk,
 )
-from models.downscale.examples import corpora, lengths, source_files
+from models.downscale.examples import corpora, lengths, sources
 from models.downscale.pool import pool
+from models.downscale.questions import questions
 from models.downscale.recipe import Recipe
 from models.downscale.stage import MARKS, Run
+from models.downscale.texts import files_of
 from models.errors import CorpusError, OutputError, RecipeError
 from models.pool import load_pool
 
 # Weights and two moments in fp32, kept at the start of the decay and at the end, and a third time
 # while the last is being replaced.
 _CHECKPOINT_BYTES_PER_PARAMETER: Final = 3 * 4 * 3
+# The base as a member and in the pool, both in bfloat16, and dequantized in fp32.
+_BASE_BYTES_PER_PARAMETER: Final = 2 + 2 + 4
 # The base's likeliest tokens (ids and log-probabilities) and the text itself.
 _BYTES_PER_CORPUS_TOKEN: Final = 64
 _TOKENS_PER_EXAMPLE: Final = 64
@@ -60,7 +64,7 @@ def downscale(
             corpora(run, name)
         for name in recipe.corpora:
             lengths(run, name)
-        questions(run)  # without any nothing can be measured: better known before training
+        questions(run)  # what cannot be measured is better known before training
         cuts = () if has_adapters(run) else (calibrate, cut_out)
         for stage in (*cuts, select_examples):
             for domain in run.domains:
@@ -79,7 +83,8 @@ def downscale(
 def check_before_work(recipe: Recipe, out: Path) -> None:
     """Raise `DownscaleError` for what can be known to fail; nothing has been written yet."""
     if recipe.base.checkpoint is not None:
-        card = check_base(Path(recipe.base.checkpoint))
+        given = find_base(recipe.base.checkpoint)
+        card = check_base(given, row_tokens=recipe.adapt.row_tokens)
         base_parameters = card.parameters
         if recipe.adapt.row_tokens > card.context_tokens:
             raise RecipeError(
@@ -90,11 +95,18 @@ def check_before_work(recipe: Recipe, out: Path) -> None:
         assert recipe.base.train is not None
         base_parameters = trained_parameters(recipe.base.train)
     corpus_bytes = 0
+    read = [] if recipe.base.checkpoint is None else [given]
     for name, settings in recipe.corpora.items():
-        for file in source_files(settings):
-            if not file.is_file():
-                raise CorpusError(f"{name}: there is no corpus at {file}")
-            corpus_bytes += file.stat().st_size
+        for source in sources(settings):
+            read.append(source)
+            try:
+                files, _ = files_of(source)
+            except CorpusError as error:
+                raise CorpusError(f"{name}: {error}") from None
+            corpus_bytes += sum(file.stat().st_size for file in files)
+    for folder in read:
+        if out.resolve().is_relative_to(folder.resolve()):
+            raise OutputError(f"--out: {out} is within {folder}, which the run reads")
     needed = needed_bytes(recipe, base_parameters=base_parameters, corpus_bytes=corpus_bytes)
     check_room(out, needed)
 
@@ -108,7 +120,8 @@ def needed_bytes(recipe: Recipe, *, base_parameters: int, corpus_bytes: int) -> 
     trained += base_parameters if recipe.base.train is not None else 0
     examples = sum(corpus.examples for corpus in recipe.domains.values())
     corpora = max(2 * corpus_bytes, examples * _TOKENS_PER_EXAMPLE) * _BYTES_PER_CORPUS_TOKEN // 4
-    return _ALWAYS_BYTES + corpora + trained * _CHECKPOINT_BYTES_PER_PARAMETER
+    copies = base_parameters * _BASE_BYTES_PER_PARAMETER
+    return _ALWAYS_BYTES + corpora + copies + trained * _CHECKPOINT_BYTES_PER_PARAMETER
 
 
 def free_bytes(folder: Path) -> int:

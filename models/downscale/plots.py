@@ -61,54 +61,68 @@ def new_figure(
 
 def _quality_compute(figures: Figures) -> Figure:
     figure, [ax] = new_figure(width=8.5, height=5.2)
-    systems = [s for s in figures["systems"] if not np.isnan(s["accuracy"]["value"])]
+    is_right = any("accuracy" in system for system in figures["systems"])
+    key, scale = ("accuracy", 100) if is_right else ("loss", 1)
+    systems = [s for s in figures["systems"] if not np.isnan(s[key]["value"])]
     labelled: dict[str, bool] = {}
     for system in systems:
-        low, high = (100 * v for v in system["accuracy"]["interval_95"])
-        value, x = 100 * system["accuracy"]["value"], system["parameters"] / 1e6
+        low, high = (scale * v for v in system[key]["interval_95"])
+        value, x = scale * system[key]["value"], system["parameters"] / 1e6
         kind = system["kind"]
         ax.errorbar(
-            x, value, yerr=[[value - low], [high - value]], fmt="o", capsize=3,
+            x, value, yerr=[[max(0, value - low)], [max(0, high - value)]], fmt="o", capsize=3,
             color=_COLOURS[kind], label=None if labelled.get(kind) else kind,
             alpha=0.7 if kind == "chunk" else 1.0,
         )  # fmt: skip
         labelled[kind] = True
-    _label_apart(ax, [s for s in systems if s["kind"] != "chunk"])
+    _label_apart(ax, {
+        s["name"]: (s["parameters"], scale * s[key]["value"])
+        for s in systems if s["kind"] != "chunk"
+    })  # fmt: skip
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_formatter("{x:g}")
     ax.tick_params(axis="x", which="both", labelsize=8)
     ax.margins(x=0.3)
     ax.set_xlabel("parameters at work per token (millions)")
-    ax.set_ylabel("exact match, mean over domains (%)")
+    ax.set_ylabel(
+        "exact match, mean over domains (%)" if is_right
+        else "held-out loss, mean over domains (nats per byte)"
+    )  # fmt: skip
     ax.set_title("Quality against compute")
     figure.legend(loc="outside lower center", ncols=len(labelled), frameon=False)
     return figure
 
 
-def _label_apart(ax: Axes, systems: Sequence[Mapping[str, Any]]) -> None:
-    """Names beside their points, to the left and right in turn, pushed apart where they meet."""
-    by_x: dict[float, list[Mapping[str, Any]]] = defaultdict(list)
-    for system in systems:
-        by_x[round(np.log10(system["parameters"]), 1)].append(system)
+def _label_apart(ax: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+    """Names beside their points (parameters, value), pushed apart where they meet."""
+    by_x: dict[float, list[str]] = defaultdict(list)
+    for name, (parameters, _) in points.items():
+        by_x[round(np.log10(parameters), 1)].append(name)
+    bottom, top = ax.get_ylim()
+    # A line of text is about a twenty-fifth of the plot; offsets are in points.
+    line, points_per_unit = (top - bottom) / 25, 72 * 3.9 / (top - bottom)
     for group in by_x.values():
         last = -np.inf
-        for system in sorted(group, key=lambda s: float(s["accuracy"]["value"])):
-            value = 100 * system["accuracy"]["value"]
-            height = max(value, last + 3.2)
-            last = height
+        for name in sorted(group, key=lambda name: points[name][1]):
+            parameters, value = points[name]
+            last = max(value, last + line)
             ax.annotate(
-                system["name"], (system["parameters"] / 1e6, value),
-                xytext=(9, (height - value) * 3.0), textcoords="offset points",
+                name, (parameters / 1e6, value),
+                xytext=(9, (last - value) * points_per_unit), textcoords="offset points",
                 fontsize=8, va="center",
             )  # fmt: skip
 
 
-def _accuracy(figures: Figures) -> Figure:
+def _accuracy(figures: Figures) -> Figure | None:
+    systems = [system for system in figures["systems"] if "accuracy" in system]
+    if not systems:
+        return None
     return _heat_map(
         {s["name"]: {d: 100 * f["exact_match"] for d, f in s["by_domain"].items()}
-         for s in figures["systems"]},
-        figures["domains"], title="Exact match on held-out questions (%)", form="{:.0f}", best=max,
+         for s in systems},
+        [d for d in figures["domains"] if any(d in s["by_domain"] for s in systems)],
+        title="Exact match on held-out questions (%)", form="{:.0f}", best=max,
     )  # fmt: skip
 
 
@@ -151,7 +165,9 @@ def _fused_loss(figures: Figures) -> Figure:
     return _curves(figures, "loss", "nats per answer token")
 
 
-def _fused_error(figures: Figures) -> Figure:
+def _fused_error(figures: Figures) -> Figure | None:
+    if not any(key.startswith("error/") for key in figures["fits"]["curves"]):
+        return None
     return _curves(figures, "error", "share of wrong answers")
 
 

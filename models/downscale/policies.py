@@ -25,16 +25,19 @@ from numpy.typing import NDArray
 
 from models.downscale.adapters import has_adapters
 from models.downscale.answers import (
-    Written,
+    Answered,
     answer_odds,
+    answered_from_json,
+    answered_to_json,
     ask,
     members_measured,
     outcomes,
     prompt_odds,
-    questions,
-    read_written,
+    score,
+    summary,
 )
 from models.downscale.chunks import BASE, card_of, member
+from models.downscale.questions import questions
 from models.downscale.stage import Run, progress_bar, read_json, stage, write_json
 from policies.base import ModelFacts, Policy
 from policies.cascade.answers import answer_table, predict
@@ -46,7 +49,13 @@ from policies.cascade.scorer import LearnedScorer
 from policies.encoders.base import build_encoder
 from policies.errors import PolicyError
 from policies.evaluation.play import play as play_one
-from policies.evidence import Calibration, HeldOutAnswers, calibrate
+from policies.evidence import (
+    Calibration,
+    HeldOutAnswers,
+    calibrate,
+    evidence_weights,
+    mixture_nll,
+)
 from policies.fixed import Fixed
 from policies.footprint import Rates
 from policies.fused import best_members, with_prior
@@ -98,7 +107,7 @@ def model_facts(run: Run) -> dict[str, ModelFacts]:
 @stage("router")
 def router(run: Run, folder: Path) -> None:
     """Stage: `router.npz`, where there is enough to learn from."""
-    rows = outcomes(questions(run), _members_written(run))
+    rows = outcomes(questions(run), members_measured(run))
     try:
         learned = fit_router(
             [row for row in rows if row.split == "router"],
@@ -188,7 +197,7 @@ def fusion(run: Run, folder: Path) -> None:
     chunks = [members[name] for name in run.domains]
     facts = model_facts(run)
     learned, found = learn_fusion(
-        outcomes(asked, _members_written(run)),
+        outcomes(asked, members),
         run.domains,
         {name: facts[name].rates for name in members},
         answer_QTM=answer_odds(chunks),
@@ -203,7 +212,7 @@ def fusion(run: Run, folder: Path) -> None:
         ways |= {name: learned.plans(size)} if len(run.domains) > size else {}
     whole = [BASE] if has_adapters(run) else []
     checkpoints = {name: member(run, name) for name in (*whole, *run.domains)}
-    queries = [(asked[i].text, plan) for plans in ways.values() for i, plan in enumerate(plans)]
+    queries = [(asked[i].prompt, plan) for plans in ways.values() for i, plan in enumerate(plans)]
     with progress_bar(len(queries), "fusion", unit="questions") as advance:
         written = ask(
             checkpoints,
@@ -211,10 +220,13 @@ def fusion(run: Run, folder: Path) -> None:
             max_new_tokens=run.recipe.measure.max_new_tokens,
             progress=advance,
         )
-    answers = {
-        name: [asdict(one) for one in written[n * len(asked) : (n + 1) * len(asked)]]
-        for n, name in enumerate(ways)
-    }
+    answers = {}
+    for n, (name, plans) in enumerate(ways.items()):
+        own = written[n * len(asked) : (n + 1) * len(asked)]
+        nll_Q = fused_nll(plans, run.domains, answer_odds(chunks), prompt_odds(chunks))
+        answers[name] = answered_to_json(
+            Answered(written=tuple(own), score_Q=score(asked, own, nll_Q))
+        )
     write_json(
         folder / _FUSION,
         {
@@ -227,12 +239,30 @@ def fusion(run: Run, folder: Path) -> None:
     )
 
 
+def fused_nll(
+    plans: Sequence[Answer], names: Sequence[str], answer_QTM: Floats, prompt_QM: Floats
+) -> Floats:
+    """The negative log-likelihoods of the right answers under each question's fusion, in nats.
+
+    The members `names` alone tell it: a mixture's probability is the weighted mean of theirs.
+    """
+    weights_QM = np.zeros_like(prompt_QM)
+    for q, plan in enumerate(plans):
+        columns = [names.index(name) for name in plan.members]
+        prior_M = plan.weights or (1.0,) * len(columns)
+        weights_QM[q, columns] = evidence_weights(
+            np.array([prior_M]), prompt_QM[q : q + 1, columns], temperature=plan.temperature or 1.0
+        )[0]
+    return mixture_nll(weights_QM, answer_QTM)
+
+
 @stage("policies")
 def policies(run: Run, folder: Path) -> None:
     """Stage: the files and specifications of the policies, and what they do on the test."""
     facts, found = model_facts(run), read_json(fusion(run) / _FUSION)
-    fused = {name: list(map(read_written, one)) for name, one in found["answers"].items()}
-    rows = outcomes(questions(run), {**_members_written(run), **fused})
+    fused = {name: answered_from_json(one) for name, one in found["answers"].items()}
+    asked = questions(run)
+    rows = outcomes(asked, {**members_measured(run), **fused})
     rates = {name: fact.rates for name, fact in facts.items()}
     temperature, prior_power = float(found["temperature"]), float(found["prior_power"])
     plan = Answer(members=run.domains, weighting="evidence", temperature=temperature)
@@ -258,6 +288,7 @@ def policies(run: Run, folder: Path) -> None:
         learned=cascade is not None,
     )
     tests = [row for row in rows if row.split == "test"]
+    tested = [question for question in asked if question.is_test]
     scorers: dict[str, Scorer] = {"confidence": Confidence()}
     if cascade is not None:
         scorers["cascade"] = LearnedScorer(cascade.weights, cascade.plans, cascade.top)
@@ -265,7 +296,7 @@ def policies(run: Run, folder: Path) -> None:
     for name, spec in specs.items():
         policy = build_policy(spec, folder=folder, models=facts)
         played[name] = play(policy, tests, facts, scorers)
-        run.report(f"policies: {name}: {np.mean(played[name]['right']):.1%} right")
+        run.report(f"policies: {name}: {summary(tested, np.array(played[name]['scores']))}")
     single = {
         name: play(Fixed(plan=Answer(members=(name,))), tests, facts, scorers)["usd"]
         for name in facts
@@ -351,14 +382,14 @@ def play(
 ) -> dict[str, list[float]]:
     """What `policy` decides for each question of `rows`, played on the answers stored there.
 
-    Returns, per question, whether the answer was right, what it cost in US dollars, and the
-    parameters that were at work on each token.
+    Returns, per question, the answer's score, what it cost in US dollars, and the parameters that
+    were at work on each token.
     """
     rates = {name: fact.rates for name, fact in facts.items()}
     played = [play_one(policy, row, rates=rates, scorers=scorers, name_of=_name_of) for row in rows]
     sizes = {name: fact.parameters or 0 for name, fact in facts.items()}
     return {
-        "right": [one.quality for one in played],
+        "scores": [one.quality for one in played],
         "usd": [one.usd or 0.0 for one in played],
         "parameters": [float(sum(sizes[name] for name, _ in one.used)) for one in played],
     }
@@ -370,7 +401,3 @@ def _name_of(answer: Answer, row: Outcome) -> str:
         return answer.members[0]
     name, size = _TOP
     return name if len(answer.members) == size and name in row.scores else FUSED
-
-
-def _members_written(run: Run) -> dict[str, Sequence[Written]]:
-    return {name: one.written for name, one in members_measured(run).items()}

@@ -10,7 +10,7 @@ from typing import Any, Final
 import yaml
 
 from models.downscale.adapters import has_adapters
-from models.downscale.answers import ENGINE_KIND, members_measured, outcomes, questions
+from models.downscale.answers import ENGINE_KIND, members_measured, outcomes
 from models.downscale.chunks import BASE, member
 from models.downscale.figures import collect
 from models.downscale.laws import laws
@@ -21,6 +21,7 @@ from models.downscale.policies import (
     policies_of,
     prices,
 )
+from models.downscale.questions import questions
 from models.downscale.report import all_tables, markdown, write_report
 from models.downscale.stage import MARKS, Run, stage, write_json
 from policies.laws.file import LAWS_FILE
@@ -50,8 +51,7 @@ def pool(run: Run, folder: Path) -> None:
             folder / name / TRAINING_FACTS, {k: v for k, v in facts.items() if k != "by_skill"}
         )
         (folder / name / "README.md").write_text(_member_card(name, figures))
-    written = {name: one.written for name, one in measured.items()}
-    write_outcomes(folder / OUTCOMES_FILE, outcomes(questions(run), written))
+    write_outcomes(folder / OUTCOMES_FILE, outcomes(questions(run), measured))
     for source, names in (
         (laws(run), (LAWS_FILE,)),
         (policies(run), (ROUTER_FILE, CASCADE_FILE)),
@@ -134,10 +134,13 @@ def _member_card(name: str, figures: Mapping[str, Any]) -> str:
             f"{footprint['embodied_gco2e']} gCO2e embodied",
         }
     [system] = [s for s in figures["systems"] if s["name"] == name]
-    for domain, share in system["by_domain"].items():
+    for domain, share in system.get("by_domain", {}).items():
         low, high = (100 * v for v in share["interval_95"])
         right = f"{100 * share['exact_match']:.1f}% [{low:.1f}, {high:.1f}]"
         rows[f"exact match, {domain}"] = f"{right} of {share['asked']} test questions"
+    for domain, loss in system.get("loss_by_domain", {}).items():
+        per_token = figures["losses"][name][domain]
+        rows[f"loss, {domain}"] = f"{loss:.4f} nats per byte, {per_token:.4f} per token"
     lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
     return "\n".join(lines) + "\n"
 
@@ -146,16 +149,22 @@ def _kind(run: Run) -> str:
     return "adapters of it" if has_adapters(run) else "chunks that were cut from it"
 
 
+def _cell(text: str) -> str:
+    """`text` as code in a table's cell."""
+    return f"`{' '.join(text.split()).replace('`', chr(39)).replace('|', ' ')}`"
+
+
 def _readme(run: Run, figures: Mapping[str, Any]) -> str:
     skip = {"Fitted laws"}
     tables = [markdown(table) for table in all_tables(figures) if table.title not in skip]
-    examples = ["| domain | question | answer |", "|---|---|---|"]
+    examples = ["| domain | question, or beginning | answer, or how it goes on |", "|---|---|---|"]
     seen: set[tuple[str, str | None]] = set()
     for question in questions(run):
         kind = question.domain, question.example.skill
         if question.is_test and kind not in seen and sum(d == kind[0] for d, _ in seen) < 3:
             seen.add(kind)
-            examples.append(f"| {question.domain} | `{question.text}` | `{question.answer}` |")
+            asked, answer = _cell(question.text[-80:]), _cell(question.answer[:80])
+            examples.append(f"| {question.domain} | {asked} | {answer} |")
     head = [
         f"# The pool `{figures['pool']}`",
         "",
@@ -164,8 +173,8 @@ def _readme(run: Run, figures: Mapping[str, Any]) -> str:
         "[report.html](report.html); every figure is in `results.json`, every answer in "
         "`outcomes.jsonl`, the fitted laws in `laws.npz`.",
         "",
-        "The models know the kinds of questions below and nothing else: they hold no facts, and "
-        "answer anything else with confident nonsense.",
+        "The models know the kinds of questions and texts below and nothing else, and answer "
+        "anything else with confident nonsense.",
         "",
         "![Quality against compute](plots/quality-compute.png)",
         "",

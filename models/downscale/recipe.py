@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from models.errors import RecipeError
+from models.sources.locate import HUB, PACKAGE
 from models.spec import Name
 from policies.kinds import explain
 
@@ -33,10 +34,11 @@ class _Strict(BaseModel):
 class CorpusSettings(_Strict):
     """Where a corpus comes from.
 
-    `corpus` is a .jsonl or .txt file, or `tasks:NAME` for a built-in generator, which draws
-    `examples` training conversations. The general corpus may also be `domains`: all the domains'
-    corpora in equal parts. `held_out` is a file of its own for the questions that are kept out of
-    training; without it a tenth of the corpus is, by hash.
+    `corpus` is a file of JSON Lines or text, a folder of such files (Markdown and HTML are text),
+    or `tasks:NAME` for a built-in generator, which draws `examples` training conversations. The
+    general corpus may also be `domains`: all the domains' corpora in equal parts. `held_out` is a
+    file or folder of its own for what is kept out of training; without it a tenth of the corpus is,
+    by hash.
     """
 
     corpus: str = Field(min_length=1)
@@ -76,7 +78,10 @@ class BaseTraining(_Strict):
 
 
 class BaseSettings(_Strict):
-    """The base: a Hugging Face checkpoint folder, or how to train one."""
+    """The base: a checkpoint, or how to train one.
+
+    `checkpoint` is a folder, a .gguf file, `hf:ORG/NAME[@REVISION]` or `package:DISTRIBUTION/FILE`.
+    """
 
     checkpoint: str | None = None
     train: BaseTraining | None = None
@@ -231,7 +236,8 @@ class LawSettings(_Strict):
 
 
 class MeasureSettings(_Strict):
-    """How many held-out questions per domain are asked: to train routers on, and to test.
+    """How many held-out questions per domain are asked, or pieces of texts gone on with: to train
+    routers on, and to test.
 
     The policy `cascade` is the most accurate one whose mean cost on the former is within
     `cascade_budget`, a share of what always asking the base costs.
@@ -312,6 +318,8 @@ class Recipe(_Strict):
         for name, settings in self.domains.items():
             if (use := _RESERVED.get(name.lower())) is not None:
                 raise ValueError(f"domains: the name {name!r} is reserved for {use}")
+            if name in self.baselines:
+                raise ValueError(f"domains: the name {name!r} is taken by one of the baselines")
             if (other := seen.setdefault(name.lower(), name)) != name:
                 raise ValueError(f"domains: {other!r} and {name!r} differ in case alone")
             if settings.corpus == ALL_DOMAINS:
@@ -345,7 +353,7 @@ def read_recipe(file: Path) -> Recipe:
 
 def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     base = recipe.base
-    if base.checkpoint is not None:
+    if base.checkpoint is not None and not base.checkpoint.startswith((HUB, PACKAGE)):
         base = base.model_copy(update={"checkpoint": str(folder / base.checkpoint)})
     domains = {name: _absolute(corpus, folder) for name, corpus in recipe.domains.items()}
     general = _absolute(recipe.general, folder)

@@ -3,12 +3,14 @@
 A chunk is trained on the prompt that it is served with. So each answer follows what the template
 hands over to the assistant with, not what it writes into a finished conversation (reasoning models'
 templates put an empty block of thoughts there, or end the prompt with the opening of one), and
-prompt and answer are tokenized apart, exactly as at inference.
+prompt and answer are tokenized apart, exactly as at inference. A text begins with what the model
+expects there, as a prompt of /v1/completions does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from jinja2.exceptions import TemplateSyntaxError
@@ -30,18 +32,31 @@ PLAIN_TEMPLATE: Final = (
 )
 _BARE: Final = Rendering(generation_prompt=False)
 _MARK: Final = "\ue000{}\ue001"
+# What filters of templates (tojson, escape, replace) would not leave as it is.
+_PROBE: Final = "a \"b\" 'c' \\d\ne\té\u2028 f&g {h} [i] |j| #k *l*"
+# A piece of a text shorter than this is not worth measuring.
+_MIN_PIECE_TOKENS: Final = 4
 
 # A piece of a rendered conversation: its text, or the turn whose content stands here; and whether
 # the assistant writes it.
 Piece = tuple[str | int, bool]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Halves:
+    """A piece of a text: its `opening`, how it `goes_on`, and its tokens, the latter's marked."""
+
+    opening: str
+    goes_on: str
+    conversation: Conversation
+
+
 class Renderer:
     """Renders examples for one tokenizer.
 
     Templates are slow, so each sequence of roles is rendered once, with marks for the contents,
-    and filled in afterwards; contents that a template might treat in a special way (with a "<", or
-    white space at an end) are rendered as they are.
+    and filled in afterwards; contents that a template might treat in a special way (with a "<",
+    white space at an end, or all where it does not write them as they are) are rendered one by one.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -59,6 +74,10 @@ class Renderer:
         end = tokenizer.eos_token_id
         assert isinstance(end, int)
         self._end = end
+        plain, whole = (self._backend.encode("a", add_special_tokens=s).ids for s in (False, True))
+        num_before = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+        self._beginning = whole[:num_before]
+        self._verbatim: bool | None = None
         self._special = set(tokenizer.all_special_ids)
         self._layouts: dict[tuple[str, ...], list[list[Piece]]] = {}
 
@@ -97,12 +116,42 @@ class Renderer:
                 conversations.append(Conversation(tokens=tokens, is_answer=is_answer))
                 continue
             tokens.append(self._end)
-            size = max_tokens or len(tokens)
+            size = max(1, max_tokens - len(self._beginning)) if max_tokens else len(tokens)
             conversations += [
-                Conversation(tokens=some, is_answer=[True] * len(some))
-                for some in (tokens[i : i + size] for i in range(0, len(tokens), size))
+                self._piece(tokens[i : i + size], 0) for i in range(0, len(tokens), size)
             ]
         return conversations
+
+    def halves(self, text: str, *, max_tokens: int) -> list[Halves]:
+        """The pieces of a held-out `text`, of `max_tokens` at most, each to be gone on with from
+        its middle. What is too short for two halves is left out."""
+        encoded = self._backend.encode(text, add_special_tokens=False)
+        ids, ends = encoded.ids, [0, *(end for _, end in encoded.offsets)]
+        size = max(1, max_tokens - len(self._beginning))
+        found = []
+        for start in range(0, len(ids), size):
+            piece = ids[start : start + size]
+            if len(piece) < _MIN_PIECE_TOKENS:
+                continue
+            middle = start + len(piece) // 2
+            goes_on = text[ends[middle] : ends[start + len(piece)]]
+            if goes_on.strip():
+                found.append(
+                    Halves(
+                        opening=text[ends[start] : ends[middle]],
+                        goes_on=goes_on,
+                        conversation=self._piece(piece, middle - start),
+                    )
+                )
+        return found
+
+    def _piece(self, tokens: Sequence[int], num_given: int) -> Conversation:
+        """Tokens of a text, the first `num_given` of them given, after a text's beginning."""
+        given = len(self._beginning) + num_given
+        return Conversation(
+            tokens=[*self._beginning, *tokens],
+            is_answer=[i >= given for i in range(len(self._beginning) + len(tokens))],
+        )
 
     def _segments(self, example: Example) -> list[list[tuple[str, bool]]]:
         """The text of each conversation that an example becomes, cut at the ends of prompts and
@@ -111,7 +160,9 @@ class Renderer:
             return [[(example.text, True)]]
         turns = example.turns
         roles = tuple(turn.role for turn in turns)
-        if any("<" in turn.content or turn.content.strip() != turn.content for turn in turns):
+        if not self._writes_verbatim() or any(
+            "<" in turn.content or turn.content.strip() != turn.content for turn in turns
+        ):
             layout = self._lay_out(roles, [turn.content for turn in turns])
         else:
             layout = self._layout(roles)
@@ -125,6 +176,17 @@ class Renderer:
                 segments.append((text, written))
             found.append(segments)
         return found
+
+    def _writes_verbatim(self) -> bool:
+        """Whether the template writes contents as they are, whatever stands in them."""
+        if self._verbatim is None:
+            turns = [{"role": role, "content": _PROBE} for role in ("user", "assistant")]
+            try:
+                written = self._template.render(turns, rendering=_BARE)
+            except RequestError:
+                written = ""
+            self._verbatim = written.count(_PROBE) == len(turns)
+        return self._verbatim
 
     def _layout(self, roles: tuple[str, ...]) -> list[list[Piece]]:
         """The conversations of these roles, their contents left open."""

@@ -93,7 +93,13 @@ def _image(plot: Path) -> str:
 
 def all_tables(figures: Figures) -> list[Table]:
     """Every table that the figures allow, in the report's order."""
-    tables = [_systems(figures), _training(figures), _laws(figures), _selection(figures)]
+    tables = [
+        _right(figures),
+        _held_out_losses(figures),
+        _training(figures),
+        _laws(figures),
+        _selection(figures),
+    ]
     return [table for table in tables if table.rows]
 
 
@@ -104,13 +110,12 @@ def percent(figure: Mapping[str, Any], *, digits: int = 1) -> str:
     return f"{value:.{digits}f}% [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def _systems(figures: Figures) -> Table:
-    domains = figures["domains"]
+def _right(figures: Figures) -> Table:
+    systems = [system for system in figures["systems"] if "accuracy" in system]
+    domains = [d for d in figures["domains"] if any(d in one["by_domain"] for one in systems)]
     rows = tuple(
         (
-            system["name"],
-            f"{system['parameters'] / 1e6:.2f} M",
-            f"{system['usd_per_1000']:.5f}",
+            *_size_and_price(system),
             percent(system["accuracy"]),
             *(
                 f"{100 * system['by_domain'][d]['exact_match']:.1f}"
@@ -119,20 +124,64 @@ def _systems(figures: Figures) -> Table:
                 for d in domains
             ),
         )
-        for system in figures["systems"]
+        for system in systems
     )
     return Table(
         title="Exact match",
         text=(
-            f"Greedy answers to {figures['num_test_questions']:,} held-out test questions, by the "
-            "engine that serves; the mean is over domains, with 95% intervals from a bootstrap. "
-            "“Parameters” are those at work on each token; the policies auto, cascade, fused and "
-            "best-of decide for each question which models that are. Prices are the pool file's "
-            "examples."
+            f"Greedy answers to {_num_asked(figures, domains):,} held-out test questions, by the "
+            f"engine that serves; the mean is over domains, {_INTERVALS}"
         ),
         columns=("system", "parameters", "USD / 1,000", "mean", *domains),
         rows=rows,
     )
+
+
+def _held_out_losses(figures: Figures) -> Table:
+    systems = [system for system in figures["systems"] if "loss" in system]
+    domains = list(systems[0]["loss_by_domain"]) if systems else []
+    rows = tuple(
+        (
+            *_size_and_price(system),
+            _with_interval(system["loss"]),
+            *(f"{system['loss_by_domain'][d]:.4f}" for d in domains),
+        )
+        for system in systems
+    )
+    return Table(
+        title="Held-out loss",
+        text=(
+            f"Nats per byte of how {_num_asked(figures, domains):,} pieces of held-out test texts "
+            "go on from their middle; a policy's are those of whose answer it would give. The mean "
+            f"is over domains, {_INTERVALS}"
+        ),
+        columns=("system", "parameters", "USD / 1,000", "mean", *domains),
+        rows=rows,
+    )
+
+
+_INTERVALS: Final = (
+    "with 95% intervals from a bootstrap. “Parameters” are those at work on each token; the "
+    "policies auto, cascade, fused and best-of decide for each question which models that are. "
+    "Prices are the pool file's examples."
+)
+
+
+def _size_and_price(system: Mapping[str, Any]) -> Row:
+    return (
+        system["name"],
+        f"{system['parameters'] / 1e6:.2f} M",
+        f"{system['usd_per_1000']:.5f}",
+    )
+
+
+def _with_interval(figure: Mapping[str, Any]) -> str:
+    low, high = figure["interval_95"]
+    return f"{figure['value']:.4f} [{low:.4f}, {high:.4f}]"
+
+
+def _num_asked(figures: Figures, domains: Sequence[str]) -> int:
+    return sum(figures["question_domains"][domain] for domain in domains)
 
 
 def _training(figures: Figures) -> Table:

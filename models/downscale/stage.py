@@ -78,7 +78,8 @@ class Run:
         return tuple(self.recipe.domains)
 
     def read(self, path: Path) -> Path:
-        """Note the content of a file, or of all files in a folder, as read; returns `path`."""
+        """Note the content of a file, or of all files in a folder and below but hidden ones, as
+        read; returns `path`."""
         self._note(f"content {path}", self._digest_of(path))
         return path
 
@@ -369,8 +370,10 @@ def _content_sha256(path: Path) -> str:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     if path.is_dir():
-        names = sorted(file.name for file in path.iterdir() if file.is_file())
-        return _sha256(json.dumps([(name, _content_sha256(path / name)) for name in names]))
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        names = [file.relative_to(path) for file in files]
+        seen = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+        return _sha256(json.dumps([(str(name), _content_sha256(path / name)) for name in seen]))
     return _MISSING
 
 

@@ -59,7 +59,7 @@ def geometry(model: PreTrainedModel) -> Geometry:
             f"model_type {config.model_type!r} is not supported; "
             f"allowed are {', '.join(SUPPORTED_ARCHITECTURES)}"
         )
-    if config.hidden_act != "silu":
+    if config.hidden_act not in ("silu", "swish"):
         raise PoolError(f"hidden_act {config.hidden_act!r} is not supported; allowed is silu")
     head_size = getattr(config, "head_dim", None) or (
         config.hidden_size // config.num_attention_heads

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from models.downscale.answers import questions
 from models.downscale.chunks import BASE
 from models.downscale.figures import ORACLE, Comparison, collect, describe, systems
 from models.downscale.pipeline import claimed
+from models.downscale.questions import questions
 from models.downscale.recipe import read_recipe
 from models.downscale.report import all_tables, markdown
 from models.downscale.stage import Run, read_json, write_json
@@ -59,7 +59,8 @@ def main() -> None:
 
 def compare(run: Run) -> dict[str, object]:
     """The pool's figures with those of everything that it is compared with."""
-    domain_Q = [question.domain for question in questions(run) if question.is_test]
+    tests = [question for question in questions(run) if question.is_test]
+    domain_Q = [question.domain for question in tests]
     comparison = Comparison(domain_Q, seed=run.recipe.seed)
     pool = systems(run)
     every = {**pool, **baseline_systems(run), **other_runs(run.recipe.compare, domain_Q)}
@@ -68,7 +69,7 @@ def compare(run: Run) -> dict[str, object]:
     timings = read_json(latency(run) / LATENCY_FILE)["timings"]
     return {
         **figures,
-        "systems": [describe(one, comparison, domain_Q) for one in every.values()],
+        "systems": describe(every.values(), tests, seed=run.recipe.seed),
         "models": {**figures["models"], **baseline_training(run)},
         "claims": claims(
             every,

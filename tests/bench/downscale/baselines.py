@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from models.downscale.adapt import adapt
-from models.downscale.answers import measure_model, questions, read_measured
+from models.downscale.answers import measure_model, read_measured
 from models.downscale.base import base_model
 from models.downscale.chunks import (
     ADAPT_FILE,
@@ -34,6 +34,7 @@ from models.downscale.chunks import (
 )
 from models.downscale.examples import GENERAL, conversations
 from models.downscale.figures import System, training_facts
+from models.downscale.questions import questions
 from models.downscale.shape import num_parameters
 from models.downscale.stage import Run, read_json, stage, write_json
 from models.tasks import Split
@@ -138,17 +139,17 @@ def baseline_systems(run: Run) -> dict[str, System]:
     found = []
     for name in run.recipe.baselines:
         if name == SCRATCH:
-            right_Q = np.zeros(len(domain_Q))
+            score_Q = np.zeros(len(domain_Q))
             for domain in run.domains:
                 own = [i for i, one in enumerate(domain_Q) if one == domain]
-                right_Q[own] = _right(run, f"{SCRATCH}-{domain}")
+                score_Q[own] = _scores(run, f"{SCRATCH}-{domain}")
             size = num_parameters(load_model(cut_out(run, run.domains[0])))
-            found.append(_system("from scratch (by domain)", "scratch", right_Q, size))
+            found.append(_system("from scratch (by domain)", "scratch", score_Q, size))
         elif name == FINETUNED:
-            found.append(_system(name, "base", _right(run, name), base_parameters))
+            found.append(_system(name, "base", _scores(run, name), base_parameters))
         elif name in MERGED:
             label = f"merged ({name})"
-            found.append(_system(label, "merged", _right(run, name), base_parameters))
+            found.append(_system(label, "merged", _scores(run, name), base_parameters))
     return {system.name: system for system in found}
 
 
@@ -178,13 +179,13 @@ def fresh_like(model: PreTrainedModel, *, seed: int) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
 
 
-def _right(run: Run, name: str) -> np.ndarray:
-    return read_measured(name, compared(run, name)).right_Q.astype(float)
+def _scores(run: Run, name: str) -> np.ndarray:
+    return read_measured(name, compared(run, name)).score_Q
 
 
-def _system(name: str, kind: str, right_Q: np.ndarray, parameters: float) -> System:
-    nothing = np.zeros(len(right_Q))  # no pool file gives it a price
-    return System(name=name, kind=kind, right_Q=right_Q, usd_Q=nothing, parameters=parameters)
+def _system(name: str, kind: str, score_Q: np.ndarray, parameters: float) -> System:
+    nothing = np.zeros(len(score_Q))  # no pool file gives it a price
+    return System(name=name, kind=kind, score_Q=score_Q, usd_Q=nothing, parameters=parameters)
 
 
 def _export(run: Run, model: PreTrainedModel, folder: Path) -> None:

@@ -36,18 +36,19 @@ def claims(
 ) -> list[dict[str, Any]]:
     """The three claims, each answered in numbers against each of `references`.
 
-    (a) a routed chunk keeps at least 95% of the reference's accuracy; (b) a fused ensemble beats
+    (a) a routed chunk keeps at least 95% of the reference's accuracy (of texts: of its probability
+    per byte, e^(-nats per byte)); (b) a fused ensemble beats
     it; (c) the fused loss falls with n as the fitted law says, R² at least 0.9. A claim holds if
     its figure meets the bound, and holds surely if the whole interval does.
     """
     found: list[dict[str, Any]] = []
     for reference in references:
-        other_Q = systems[reference].right_Q
+        other_Q = systems[reference].score_Q
         for name in routed:
-            kept = comparison.ratio(systems[name].right_Q, other_Q)
+            kept = comparison.ratio(systems[name].score_Q, other_Q)
             found.append(_claim("a", name, reference, kept, bound=0.95))
         for name in fused:
-            gain = comparison.difference(systems[name].right_Q, other_Q)
+            gain = comparison.difference(systems[name].score_Q, other_Q)
             found.append(_claim("b", name, reference, gain, bound=0.0))
     r2 = curve.get("r2")
     falls = all(a > b for a, b in zip(curve["losses"], curve["losses"][1:], strict=False))
@@ -123,9 +124,9 @@ def compression(
     Without recovery training accuracy is P0^1.01 (1 + r)^-1.05 (Sengupta et al. 2025).
     """
     removed = 1 - systems[run.domains[0]].parameters / systems[BASE].parameters
-    base = float(np.nanmean(systems[BASE].right_Q))
-    routed = float(np.nanmean(systems[ORACLE].right_Q))
-    alone = float(np.mean([np.nanmean(systems[domain].right_Q) for domain in run.domains]))
+    base = float(np.nanmean(systems[BASE].score_Q))
+    routed = float(np.nanmean(systems[ORACLE].score_Q))
+    alone = float(np.mean([np.nanmean(systems[domain].score_Q) for domain in run.domains]))
     by_name = {timing["name"]: timing["ms_per_token"] for timing in timings}
     billion = run.recipe.adapt.tokens / 1e9
     return {
@@ -175,7 +176,7 @@ def other_runs(files: Mapping[str, str], domain_Q: Sequence[str]) -> dict[str, S
                 found[name] = System(
                     name=name,
                     kind=system["kind"],
-                    right_Q=np.array([float(right) for right in system["right"]]),
+                    score_Q=np.array([float(right) for right in system["right"]]),
                     usd_Q=np.zeros(len(system["right"])),
                     parameters=system["parameters"],
                 )

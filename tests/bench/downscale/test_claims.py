@@ -18,7 +18,7 @@ def _system(name: str, kind: str, share_a: float, share_b: float, *, seed: int) 
     rng = np.random.default_rng(seed)
     right = np.concatenate([rng.random(300) < share_a, rng.random(100) < share_b])
     return System(
-        name=name, kind=kind, right_Q=right.astype(float), usd_Q=0 * right, parameters=1.0
+        name=name, kind=kind, score_Q=right.astype(float), usd_Q=0 * right, parameters=1.0
     )
 
 
@@ -26,10 +26,10 @@ def test_claims_are_answered_with_their_certainty() -> None:
     """Clearly kept, clearly lost and undecided come out as such."""
     base = _system("base", "base", 0.8, 0.8, seed=1)
     good = System(
-        name="good", kind="routed", right_Q=np.ones(400), usd_Q=np.zeros(400), parameters=1.0
+        name="good", kind="routed", score_Q=np.ones(400), usd_Q=np.zeros(400), parameters=1.0
     )
     bad = _system("bad", "fused", 0.3, 0.3, seed=2)
-    same = System(name="same", kind="fused", right_Q=base.right_Q, usd_Q=base.usd_Q, parameters=1.0)
+    same = System(name="same", kind="fused", score_Q=base.score_Q, usd_Q=base.usd_Q, parameters=1.0)
     found = claims(
         {s.name: s for s in (base, good, bad, same)},
         Comparison(_DOMAINS, seed=0),
@@ -76,7 +76,7 @@ def test_another_runs_systems_come_with_its_label(tmp_path: Path) -> None:
     """All but the shared base and the single chunks, question by question."""
     found = other_runs({"strict": _results(tmp_path / "results.json")}, _QUESTIONS)
     assert list(found) == ["strict: finetuned"]
-    assert found["strict: finetuned"].right_Q.tolist() == [1.0, 0.0, 1.0]
+    assert found["strict: finetuned"].score_Q.tolist() == [1.0, 0.0, 1.0]
 
 
 def test_results_on_other_questions_are_refused(tmp_path: Path) -> None:

@@ -93,6 +93,7 @@ def test_weights_that_misfit_the_config_are_refused(checkpoint):
     ("changes", "message"),
     [
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"hidden_act": "gelu_pytorch_tanh"}, "hidden_act 'gelu_tanh' is served, but not trained"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "rope_type 'longrope'"),
     ],
@@ -102,6 +103,38 @@ def test_a_base_whose_chunks_nobody_would_serve_is_refused(checkpoint, changes, 
     edit(checkpoint / "config.json", **changes)
     with pytest.raises(BaseError, match=message):
         check_base(checkpoint)
+
+
+def test_rows_beyond_a_sliding_window_are_refused(checkpoint):
+    """Training looks back over the whole row, and serving would not."""
+    edit(checkpoint / "config.json", model_type="mistral", sliding_window=64)
+    check_base(checkpoint, row_tokens=64)
+    with pytest.raises(BaseError, match=r"adapt\.row_tokens: 65 .* sliding_window of 64"):
+        check_base(checkpoint, row_tokens=65)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", '{"error": "not found"}'),
+        ("tokenizer.json", '{"model": "BPE", "added_tokens": ["x"]}'),
+        ("tokenizer.json", "<!DOCTYPE html><html></html>"),
+        ("tokenizer.json", ""),
+        ("tokenizer_config.json", '{"tokenizer_class": 5, "added_tokens_decoder": [1]}'),
+        ("config.json", '{"model_type": "llama"}'),
+        ("config.json", "null"),
+        ("model.safetensors", "<!DOCTYPE html><html><body>Sign in</body></html>"),
+        ("model.safetensors", ""),
+        ("generation_config.json", "[]"),
+        ("chat_template.jinja", "{{ messages[0].content"),
+    ],
+)
+def test_damaged_files_are_named(checkpoint, file, content):
+    """Whatever stands in place of a file, the message names it or the folder it is in."""
+    (checkpoint / file).write_text(content)
+    with pytest.raises(BaseError, match=str(checkpoint)):
+        check_base(checkpoint)
+        load_base(checkpoint)
 
 
 def test_a_template_that_cannot_be_read_is_refused(checkpoint):

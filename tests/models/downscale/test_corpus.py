@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from models.downscale.corpus import (
     Corpus,
@@ -139,6 +140,69 @@ def test_half_a_character_is_replaced(tmp_path):
     assert first.answer == "\U0001f600"
 
 
+def test_joined_files_and_odd_strings_are_read(tmp_path):
+    """A byte-order mark within, where files were joined; a carriage return between values; control
+    characters and half characters anywhere; what nests too deep is named."""
+    odd = '{"question":\r "a\\u001c b\\r?", "answer": "x", "skill": "\\ud83d"}'
+    (tmp_path / "a.jsonl").write_bytes(
+        "\n".join([*questions(60), "\ufeff" + odd, *questions(60)]).encode("utf-8")
+    )
+    corpus = load(tmp_path / "a.jsonl")
+    [found] = [one for one in corpus.examples if one.answer == "x"]
+    assert found.question == "a\x1c b\r?"
+    assert found.skill == "\ufffd"
+    write_corpus(corpus, tmp_path / "b.jsonl")
+    assert read_corpus("mine", tmp_path / "b.jsonl") == corpus
+    (tmp_path / "a.jsonl").write_text('{"question": ' + "[" * 100_000)
+    with pytest.raises(CorpusError, match=r"a\.jsonl:1: not valid JSON"):
+        load(tmp_path / "a.jsonl")
+
+
+def document(number, count=100):
+    """A text of words of its own."""
+    return " ".join(f"d{number}w{i}" for i in range(count))
+
+
+def test_a_folder_is_split_by_document(tmp_path):
+    """A file is a document; few of them still leave one for each held-out split, the same
+    whenever they are read; nothing of one is elsewhere."""
+    for number in range(12):
+        (tmp_path / f"{number}.md").write_text(f"{document(number)}\n\n{document(number + 100)}")
+    corpus = load(tmp_path)
+    sizes = {split: len(corpus.of(split)) for split in Split}
+    assert sum(sizes.values()) == 12
+    assert min(sizes.values()) >= 1
+    assert load(tmp_path) == corpus
+    assert {example.text.count("\n\n") for example in corpus.examples} == {1}
+
+
+def test_copies_of_documents_are_left_out_and_counted(tmp_path):
+    """One of each is kept, the held-out one where there is; so are empty and foreign files."""
+    for number in range(12):
+        (tmp_path / f"{number}.txt").write_text(document(number))
+    (tmp_path / "again.txt").write_text(document(0).upper())
+    (tmp_path / "nearly.md").write_text(document(1) + " and a word more")
+    (tmp_path / "empty.html").write_text("")
+    (tmp_path / "page.pdf").write_text("%PDF")
+    held = {"text": "Said before: " + document(2), "split": "test"}
+    (tmp_path / "held.jsonl").write_text(json.dumps(held))
+    corpus = load(tmp_path)
+    assert corpus.left_out == {
+        "files that end in '.pdf'": 1, "empty files": 1, "exact copies": 1, "near copies": 2
+    }  # fmt: skip
+    [kept] = [e for e in corpus.examples if "d2w5 " in e.text]
+    assert kept.split is Split.TEST
+    assert len(corpus.examples) == 12
+
+
+def test_what_gives_away_a_held_out_question_is_counted(tmp_path):
+    """Left out of training, and said."""
+    (tmp_path / "a.jsonl").write_text("\n".join(questions(100)))
+    (tmp_path / "b.jsonl").write_text("\n".join(questions(10)))
+    corpus = load(tmp_path / "a.jsonl", held_out=str(tmp_path / "b.jsonl"))
+    assert corpus.left_out == {"examples that give away what is held out": 10}
+
+
 def test_built_in_tasks_are_reproducible():
     """A generator gives the same corpus for the same seed, and its held-out questions once each."""
     settings = CorpusSettings(corpus="tasks:numerals", examples=100)
@@ -178,9 +242,6 @@ def test_empty_tiny_missing_and_foreign_files_are_refused(tmp_path):
     file.write_text("\n".join(questions(20)))
     with pytest.raises(CorpusError, match="at least 32 are needed"):
         load(file)
-    with pytest.raises(CorpusError, match=r"a corpus is a \.jsonl or a \.txt file"):
-        (tmp_path / "a.csv").write_text("x")
-        load(tmp_path / "a.csv")
     with pytest.raises(CorpusError, match="there is no task domain 'poetry'; allowed are"):
         generate_corpus("x", CorpusSettings(corpus="tasks:poetry"), held_out=1, seed=1)
 
@@ -234,6 +295,44 @@ def test_long_texts_become_several_and_conversations_stay_whole():
     assert parts[-1].tokens[-1] == tokenizer.eos_token_id
     (whole,) = renderer.render([conversation("abcdefgh", "abcdefgh")], max_tokens=6)
     assert sum(whole.is_answer) == 9
+
+
+def test_a_text_begins_as_a_prompt_of_plain_text_does():
+    """Each piece is learnt after the token that the model expects at the start, if it has one; the
+    halves of held-out pieces are the text, and nothing of its other pieces."""
+    tokenizer = build_tokenizer()
+    mark = tokenizer.convert_tokens_to_ids("<|end|>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|end|> $A", special_tokens=[("<|end|>", mark)]
+    )
+    text = "abcdefghijklmnop"
+    renderer = Renderer(tokenizer)
+    parts = renderer.render([Example(text=text)], max_tokens=9)
+    assert [part.tokens[0] for part in parts] == [mark] * len(parts)
+    assert list(parts[0].is_answer) == [False, *[True] * 8]
+    halves = renderer.halves(text, max_tokens=9)
+    assert "".join(half.opening + half.goes_on for half in halves) == text
+    for half in halves:
+        at = half.conversation.is_answer.index(True)
+        assert list(half.conversation.tokens[:at]) == tokenizer.encode(half.opening)
+        assert tokenizer.decode(half.conversation.tokens[at:]) == half.goes_on
+
+
+@pytest.mark.parametrize("content", ['say "a"', "two\nlines", "caf\xe9 \\ b"])
+def test_templates_that_rewrite_contents_are_asked_each_time(content):
+    """With a filter such as tojson, what is learnt is still the prompt that is served."""
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = (
+        "{%- for m in messages -%}<|{{ m.role }}|>{{ m.content | tojson(ensure_ascii=True) }}"
+        "<|end|>{%- endfor -%}{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
+    )
+    (rendered,) = Renderer(tokenizer).render([conversation(content, content)])
+    messages = [{"role": "user", "content": content}]
+    served = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer.encode(served, add_special_tokens=False)
+    assert list(rendered.tokens[: len(prompt)]) == prompt
+    assert not any(rendered.is_answer[: len(prompt)])
+    assert rendered.is_answer[len(prompt)]
 
 
 THINKING = (

@@ -12,7 +12,7 @@ def test_accuracy_is_a_mean_over_domains() -> None:
     """A domain with fewer questions counts as much as one with many."""
     comparison = Comparison(_DOMAINS, seed=0)
     right = np.array([1.0] * 300 + [0.0] * 100)
-    assert comparison.accuracy(right) == {"value": 0.5, "interval_95": [0.5, 0.5]}
+    assert comparison.mean(right) == {"value": 0.5, "interval_95": [0.5, 0.5]}
 
 
 def test_intervals_cover_and_pairing_narrows_them() -> None:
@@ -20,7 +20,7 @@ def test_intervals_cover_and_pairing_narrows_them() -> None:
     comparison = Comparison(_DOMAINS, seed=0)
     rng = np.random.default_rng(1)
     one = np.concatenate([rng.random(300) < 0.7, rng.random(100) < 0.5]).astype(float)
-    low, high = comparison.accuracy(one)["interval_95"]
+    low, high = comparison.mean(one)["interval_95"]
     spread = np.sqrt(0.25 * (0.7 * 0.3 / 300 + 0.25 / 100))
     assert high - low == pytest.approx(2 * 1.96 * spread, rel=0.12)
     twin = one.copy()

@@ -52,6 +52,7 @@ def figures() -> dict[str, Any]:
         "pool": "<toy>",
         "domains": _DOMAINS,
         "num_test_questions": 20,
+        "question_domains": dict.fromkeys(_DOMAINS, 10),
         "systems": [
             _system("base", "base", 0.8, 8e6),
             _system("numbers", "chunk", 0.4, 1e6),
