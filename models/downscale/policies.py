@@ -220,7 +220,7 @@ def fusion(run: Run, folder: Path) -> None:
             max_new_tokens=run.recipe.measure.max_new_tokens,
             progress=advance,
         )
-    answers = {}
+    answers: dict[str, dict[str, Any]] = {}
     for n, (name, plans) in enumerate(ways.items()):
         own = written[n * len(asked) : (n + 1) * len(asked)]
         nll_Q = fused_nll(plans, run.domains, answer_odds(chunks), prompt_odds(chunks))

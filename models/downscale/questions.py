@@ -77,6 +77,8 @@ def questions(run: Run) -> list[Question]:
                     "'question' and 'answer'"
                 )
             found[split, domain] = every[:limit]
+            what = "pieces of texts, by their loss" if by_loss else "questions, by their answers"
+            run.report(f"{domain}: {min(limit, len(every)):,} of {len(every):,} {split} {what}")
     return [one for split in limits for domain in run.domains for one in found[split, domain]]
 
 

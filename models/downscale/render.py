@@ -228,7 +228,9 @@ class Renderer:
         marked = self._template.render(
             [*messages[:-1], {**messages[-1], "content": mark}], rendering=_BARE
         )
-        head, _, tail = marked.partition(mark)
+        head, shown, tail = marked.partition(mark)
+        if not shown:
+            raise ValueError("it does not show what the assistant writes")
         if closed.startswith(head) and closed.endswith(tail):
             opened = prompt.removeprefix(head) if prompt.startswith(head) else ""
             return prompt, closed[len(head) :].removeprefix(opened)

@@ -11,6 +11,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Final, Literal
 
@@ -117,8 +118,12 @@ class Copies:
 
     def __init__(self) -> None:
         self._whole: set[str] = set()
-        self._near = MinHashLSH(threshold=_NEAR, num_perm=_NUM_HASHES)
         self._hashes: dict[str, MinHash] = {}
+
+    @cached_property
+    def _near(self) -> MinHashLSH:
+        """Finds candidates; made when a long text comes, for making it takes a moment."""
+        return MinHashLSH(threshold=_NEAR, num_perm=_NUM_HASHES)
 
     def meet(self, text: str) -> Literal["exact", "near"] | None:
         """Say what kind of copy `text` is; if it is none, later ones may be copies of it."""

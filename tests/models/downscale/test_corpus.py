@@ -378,6 +378,9 @@ def test_a_template_that_refuses_a_role_is_an_error_of_the_corpus():
     tokenizer.chat_template = "{{- raise_exception('no systems here') -}}"
     with pytest.raises(CorpusError, match="no systems here"):
         Renderer(tokenizer).render([conversation("Hi", "Yes")], max_tokens=64)
+    tokenizer.chat_template = "{{- messages[0].content -}}"
+    with pytest.raises(CorpusError, match="does not show what the assistant writes"):
+        Renderer(tokenizer).render([conversation("Hi", "Yes")], max_tokens=64)
 
 
 def test_corpora_are_frozen():
