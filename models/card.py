@@ -113,7 +113,7 @@ def read_card(path: Path, *, source: str | None = None) -> ModelCard:
         context_tokens=read_count(path / CONFIG, config, "max_position_embeddings"),
         quantization=_quantization(path, config, tensors),
         end_tokens=_read_end_tokens(path, generation, config)
-        | _ids_of(prompts.special_tokens.get("eos_token"), facts),
+        | _ids_of(prompts.special_tokens.get("eos_token"), tokenizer, facts),
         sampling=_read_sampling(path / GENERATION, {k: generation.get(k) for k in _SAMPLING}),
         tokenizer_sha256=tokenizer_sha256,
         prompt_sha256=_prompt_sha256(tokenizer_sha256, prompts),
@@ -286,13 +286,16 @@ def _read_end_tokens(
     return stated[0] if stated else frozenset()
 
 
-def _ids_of(text: str | None, tokenizer: Mapping[str, Any]) -> set[int]:
-    """Return the id of the token `text` in tokenizer.json; nothing if it has none."""
-    for token in tokenizer.get("added_tokens") or ():
-        if token.get("content") == text:
-            return {int(token["id"])}
-    vocabulary = (tokenizer.get("model") or {}).get("vocab")
-    if isinstance(vocabulary, dict):
-        return {int(vocabulary[text])} if text in vocabulary else set()
-    # Unigram: pairs of token and score
-    return {index for index, entry in enumerate(vocabulary or ()) if entry[0] == text}
+def _ids_of(text: str | None, file: Path, tokenizer: Mapping[str, Any]) -> set[int]:
+    """Return the id of the token `text` in `tokenizer`, which is `file`; nothing if it has none."""
+    try:
+        for token in tokenizer.get("added_tokens") or ():
+            if token["content"] == text:
+                return {int(token["id"])}
+        vocabulary = (tokenizer.get("model") or {}).get("vocab")
+        if isinstance(vocabulary, dict):
+            return {int(vocabulary[text])} if text in vocabulary else set()
+        # Unigram: pairs of token and score
+        return {index for index, entry in enumerate(vocabulary or ()) if entry[0] == text}
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise PoolError(f"{file} is no tokenizer: {type(error).__name__}: {error}") from None

@@ -229,14 +229,12 @@ class Renderer:
             [*messages[:-1], {**messages[-1], "content": mark}], rendering=_BARE
         )
         head, shown, tail = marked.partition(mark)
-        if not shown:
-            raise ValueError("it does not show what the assistant writes")
-        if closed.startswith(head) and closed.endswith(tail):
+        if shown and closed.startswith(head) and closed.endswith(tail):
             opened = prompt.removeprefix(head) if prompt.startswith(head) else ""
             return prompt, closed[len(head) :].removeprefix(opened)
-        if closed.startswith(prompt):
+        if closed.startswith(prompt) and closed != prompt:
             return prompt, closed[len(prompt) :]
-        raise ValueError("it writes an answer in another place than its prompt says")
+        raise ValueError("it does not write an answer where its prompt says, or not at all")
 
 
 def _unmark(text: str | int, written: bool) -> list[Piece]:

@@ -158,7 +158,7 @@ def test_joined_files_and_odd_strings_are_read(tmp_path):
         load(tmp_path / "a.jsonl")
 
 
-def document(number, count=100):
+def document(number, count=300):
     """A text of words of its own."""
     return " ".join(f"d{number}w{i}" for i in range(count))
 
@@ -379,7 +379,7 @@ def test_a_template_that_refuses_a_role_is_an_error_of_the_corpus():
     with pytest.raises(CorpusError, match="no systems here"):
         Renderer(tokenizer).render([conversation("Hi", "Yes")], max_tokens=64)
     tokenizer.chat_template = "{{- messages[0].content -}}"
-    with pytest.raises(CorpusError, match="does not show what the assistant writes"):
+    with pytest.raises(CorpusError, match="does not write an answer"):
         Renderer(tokenizer).render([conversation("Hi", "Yes")], max_tokens=64)
 
 

@@ -340,7 +340,7 @@ def test_folders_of_text_are_enough_for_a_whole_pool(text_pool):
     """Members are judged by their loss on held-out texts, per byte; the router and the policies
     learn from it, and the report and the cards say it."""
     _, out, lines = text_pool
-    told = re.compile(r"measure/fish: \d\.\d+ nats per byte on 16 test texts")
+    told = re.compile(r"measure/fish: \d\.\d+ nats per byte on 32 test texts")
     assert any(told.fullmatch(line) for line in lines)
     pool = load_pool(out)
     assert set(pool.policies) == {"auto", "cascade", "fused", "best-of"}
