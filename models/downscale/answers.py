@@ -68,8 +68,9 @@ def ask(
         name="measured", kind=ENGINE_KIND, dtype="float32", max_queued_requests=_NUM_AT_ONCE
     )
     models = _models(checkpoints, spec)
-    tokenizer = CheckpointTokenizer(models[0].tokenizer)
-    card = read_card(models[0].tokenizer)
+    folder = models[0].tokenizer
+    assert folder is not None
+    tokenizer, card = CheckpointTokenizer(folder), read_card(folder)
     requests = [
         _request(
             f"question-{number}",
