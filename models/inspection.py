@@ -1,26 +1,37 @@
 """What a checkpoint is and who can run it, told without loading it: `shoal inspect`, `shoal pull`.
 
 The engine kinds themselves are asked, as when a pool is read, so that what is said here is what
-would be said there.
+would be said there. What they say also makes a pool file of checkpoints alone, for people who have
+none yet: `shoal serve SOURCE`.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import yaml
 
 from models.adapter import ADAPTER_CONFIG, Adapter, read_adapter
 from models.card import CONFIG, ModelCard, read_card
 from models.chat_template import PromptFacts, read_prompt_facts
+from models.engines.kind import EngineTraits
 from models.engines.registry import KINDS, engine_traits
 from models.errors import PoolError
-from models.sources.locate import locate
+from models.sources.locate import HUB, locate
 from models.sources.safetensors import FOLDER_FILES, TEMPLATES
 from models.spec import EngineSpec, Model, ModelSpec
 from models.tokenizer import CheckpointTokenizer
+from policies.files import write_atomic
+
+# Who runs a checkpoint where nobody says so: the first of these that can, else any other kind.
+_PREFERRED = ("stacked", "llamacpp", "vllm", "encoder")
+# How answers are drawn where neither a request nor the checkpoint says: as llama.cpp does.
+_SAMPLING = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +55,7 @@ def inspect_checkpoint(path: Path, source: str) -> Inspection:
         card=card,
         prompts=read_prompt_facts(path),
         tokenizer=CheckpointTokenizer(path),
-        engines={
-            kind: _hindrance(kind, card) for kind in KINDS.names() if KINDS.load(kind).formats
-        },
+        engines={kind: _asked(kind, card)[1] for kind in _kinds()},
     )
 
 
@@ -55,6 +64,39 @@ def look_at(path: Path, source: str) -> Inspection | Adapter:
     if (path / ADAPTER_CONFIG).is_file() and not (path / CONFIG).is_file():
         return read_adapter(path, None, source=source)
     return inspect_checkpoint(path, source)
+
+
+def write_pool(sources: Sequence[str], folder: Path) -> Path:
+    """Write a pool file of checkpoints into `folder` and return it.
+
+    Each of `sources` (relative to the working directory) becomes a model called like its file or
+    repository, on an engine of its own, of a kind that can run it here. `auto` asks the first that
+    writes answers. Raises `PoolError` where none can, or two have one name.
+    """
+    models, engines = [], []
+    first: str | None = None
+    for source in sources:
+        found = locate(source, folder=Path())
+        card = read_card(found.path, source=found.source)
+        name = _name(found.source)
+        asked = {kind: _asked(kind, card) for kind in _kinds()}
+        able = [kind for kind, (_, hindrance) in asked.items() if hindrance is None]
+        if not able:
+            why = "; ".join(f"{kind}: {hindrance}" for kind, (_, hindrance) in asked.items())
+            raise PoolError(f"{source}: no engine can run it here: {why}")
+        if name in {model["name"] for model in models}:
+            raise PoolError(f"{source}: a model is called {name!r} already; write a pool file")
+        traits = asked[able[0]][0]
+        if first is None and traits is not None and not traits.encodes:
+            first = name
+        engines.append({"name": name, "kind": able[0]})
+        model = {"name": name, "engine": name, "checkpoint": found.source}
+        models.append(model if card.sampling else {**model, "sampling": _SAMPLING})
+    policies = {} if first is None else {"auto": {"kind": "fixed", "plan": first}}
+    pool = {"name": "pool", "engines": engines, "models": models, "policies": policies}
+    file = folder / "pool.yaml"
+    write_atomic(file, yaml.safe_dump(pool, sort_keys=False))
+    return file
 
 
 def pull(source: str, out: Path, *, folder: Path) -> Inspection | Adapter:
@@ -80,7 +122,14 @@ def pull(source: str, out: Path, *, folder: Path) -> Inspection | Adapter:
     return look_at(out / copied.relative_to(gathered), found.source)
 
 
-def _hindrance(kind: str, card: ModelCard) -> str | None:
+def _kinds() -> list[str]:
+    """Return the kinds of engines that read checkpoints, the preferred ones first."""
+    names = [*_PREFERRED, *(name for name in KINDS.names() if name not in _PREFERRED)]
+    return [name for name in names if KINDS.load(name).formats]
+
+
+def _asked(kind: str, card: ModelCard) -> tuple[EngineTraits | None, str | None]:
+    """Return what an engine of this kind with this model would be, and why it cannot run here."""
     spec = EngineSpec(name=kind, kind=kind)
     model = Model(
         spec=ModelSpec(name="model", engine=kind, checkpoint=card.source),
@@ -88,9 +137,17 @@ def _hindrance(kind: str, card: ModelCard) -> str | None:
         tokenizer=card.path,
     )
     try:
-        return engine_traits(spec, [model]).needs
+        traits = engine_traits(spec, [model])
     except PoolError as error:
-        return str(error)
+        return None, str(error)
+    return traits, traits.needs
+
+
+def _name(source: str) -> str:
+    """Return what to call the model of `source`: its file, folder or repository as a name."""
+    whole = source.partition("@")[0] if source.startswith(HUB) else source.rstrip("/")
+    last = whole.rpartition("/")[2].removesuffix(".gguf")
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", last).lstrip("._-") or "model"
 
 
 def _copy(path: Path, folder: Path) -> Path:

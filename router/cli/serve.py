@@ -25,6 +25,14 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def serve(
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Checkpoints to serve without a pool file: folders, .gguf files, "
+            "hf:ORG/NAME[@REVISION], package:DISTRIBUTION/FILE.",
+            show_default=False,
+        ),
+    ] = None,
     *,
     pool: Annotated[
         Path | None,
@@ -42,36 +50,46 @@ def serve(
     ] = False,
 ) -> None:
     """Serve a pool of models behind an OpenAI-compatible endpoint, until Ctrl-C."""
+    from models.inspection import write_pool
     from models.pool import load_pool
-    from router.cluster import AddressInUse, check_free
     from router.config import load_args
     from router.keeper import kept
 
-    try:
-        args = load_args(config, pool=pool)
-        loaded = load_pool(args.pool)
-        args = args.listening_on(host).started()
-    except ValueError as error:
-        _refuse(error)
-    _describe(loaded)
-    if not args.auth.required and host not in _LOOPBACK:
-        _say(
-            f"Anybody who reaches {host}:{port} may use it: set auth.required in the "
-            "configuration, and make keys with `shoal keys create`."
-        )
-    _catch_signals(_interrupt)
-    with tempfile.TemporaryDirectory(prefix="shoal-") as folder, kept(Path(folder)):
+    with tempfile.TemporaryDirectory(prefix="shoal-") as folder:
         try:
-            check_free(host, port)  # what an earlier server left there has ended
-            if local:
-                _serve_here(args, loaded, host, port)
-            else:
-                _serve_on_ray(args, loaded, host, port, Path(folder))
-        except AddressInUse as error:
+            if sources and pool:
+                raise ValueError("give checkpoints or --pool, not both")
+            pool = write_pool(sources, Path(folder)) if sources else pool
+            args = load_args(config, pool=pool)
+            loaded = load_pool(args.pool)
+            args = args.listening_on(host).started()
+        except ValueError as error:
             _refuse(error)
-        except KeyboardInterrupt:
-            pass
+        _describe(loaded)
+        if not args.auth.required and host not in _LOOPBACK:
+            _say(
+                f"Anybody who reaches {host}:{port} may use it: set auth.required in the "
+                "configuration, and make keys with `shoal keys create`."
+            )
+        _catch_signals(_interrupt)
+        with kept(Path(folder)):
+            _serve(args, loaded, host, port, Path(folder), local=local)
     _say("Stopped.")
+
+
+def _serve(args: AppArgs, pool: Pool, host: str, port: int, folder: Path, *, local: bool) -> None:
+    from router.cluster import AddressInUse, check_free
+
+    try:
+        check_free(host, port)  # what an earlier server left there has ended
+        if local:
+            _serve_here(args, pool, host, port)
+        else:
+            _serve_on_ray(args, pool, host, port, folder)
+    except AddressInUse as error:
+        _refuse(error)
+    except KeyboardInterrupt:
+        pass
 
 
 def _serve_on_ray(args: AppArgs, pool: Pool, host: str, port: int, folder: Path) -> None:

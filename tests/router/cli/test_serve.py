@@ -36,6 +36,8 @@ def test_bad_pools_and_configurations_are_refused(tmp_path: Path) -> None:
     assert "'nobody'" in named
     (tmp_path / "config.yaml").write_text("pool: .\nlimits: {max_body: 3}\n")
     assert "limits.max_body: unknown key" in _refused(tmp_path, "--config", "config.yaml")
+    assert "not both" in _refused(tmp_path, "some/folder", "--pool", ".")
+    assert "there is no folder or .gguf file" in _refused(tmp_path, "some/folder")
 
 
 def test_a_busy_port_is_refused_before_anything_starts(tmp_path: Path) -> None:
