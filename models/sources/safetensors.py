@@ -89,7 +89,7 @@ def read_json(file: Path) -> dict[str, Any]:
         raise PoolError(f"{file} is a Git LFS pointer, not the file itself; run: git lfs pull")
     try:
         data = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PoolError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(data, dict):
         raise PoolError(f"{file} does not hold a JSON object")
@@ -127,7 +127,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             num_bytes = ends[name] - int(entries[name]["data_offsets"][0])
             if num_bytes != math.prod(tensor.shape) * _BYTES.get(tensor.dtype, 0) != 0:
                 raise ValueError(f"{name} has {num_bytes} bytes")
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise PoolError(f"{file} is no safetensors file: its header is damaged ({error})") from None
     named = 8 + header_bytes + max(ends.values(), default=0)
     if size != named:

@@ -161,7 +161,7 @@ def read_stack(cards: Sequence[ModelCard]) -> Architecture:
 
 def _activation(file: Path, config: Mapping[str, Any], family: Family) -> Activation:
     key = "hidden_act" if family.defaults["hidden_act"] else "hidden_activation"
-    if config.get(key) not in _ACTIVATIONS:
+    if str(config.get(key)) not in _ACTIVATIONS:
         raise PoolError(
             f"{file}: {key} {config.get(key)!r} is not supported by the stacked engine; "
             f"allowed are {', '.join(_ACTIVATIONS)}"

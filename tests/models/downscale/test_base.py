@@ -93,6 +93,7 @@ def test_weights_that_misfit_the_config_are_refused(checkpoint):
     ("changes", "message"),
     [
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"hidden_act": ["silu"]}, r"hidden_act \['silu'\]"),
         ({"hidden_act": "gelu_pytorch_tanh"}, "hidden_act 'gelu_tanh' is served, but not trained"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "rope_type 'longrope'"),
@@ -123,6 +124,7 @@ def test_rows_beyond_a_sliding_window_are_refused(checkpoint):
         ("tokenizer_config.json", '{"tokenizer_class": 5, "added_tokens_decoder": [1]}'),
         ("config.json", '{"model_type": "llama"}'),
         ("config.json", "null"),
+        ("config.json", "[" * 100_000),
         ("model.safetensors", "<!DOCTYPE html><html><body>Sign in</body></html>"),
         ("model.safetensors", ""),
         ("generation_config.json", "[]"),
