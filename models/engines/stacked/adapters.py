@@ -50,7 +50,7 @@ LayerFactors: TypeAlias = dict[str, Factors]
 """Of one layer, by the names of its matrices that are adapted."""
 
 _MATRICES = {"qkv_MDQ": "qkv", "out_MQD": "out", "gate_up_MDF": "gate_up", "down_MFD": "down"}
-# Kernels on CUDA want rows of whole 16 bytes.
+# Kernels on CUDA want rows of whole 16 bytes; those on CPU multiply batches in float32 alone fast.
 _RANK_STEP = 8
 
 
@@ -255,8 +255,9 @@ def _adapted(
         return adapted
     rank = -(-max(shrink_IR.shape[1] for shrink_IR, _ in factors.values()) // _RANK_STEP)
     shrink, expand = next(iter(factors.values()))
-    shrink_MIR = like.new_zeros(num_members, len(shrink), rank * _RANK_STEP)
-    expand_MRO = like.new_zeros(num_members, rank * _RANK_STEP, expand.shape[1])
+    dtype = like.dtype if like.is_cuda else torch.float32
+    shrink_MIR = like.new_zeros((num_members, len(shrink), rank * _RANK_STEP), dtype=dtype)
+    expand_MRO = like.new_zeros((num_members, rank * _RANK_STEP, expand.shape[1]), dtype=dtype)
     for member, (shrink_IR, expand_RO) in factors.items():
         shrink_MIR[member, :, : shrink_IR.shape[1]] = shrink_IR
         expand_MRO[member, : len(expand_RO)] = expand_RO

@@ -165,7 +165,7 @@ class Product:
         self._widens = x_NI.dtype == torch.bfloat16 and x_NI.device.type == "cpu" and not _BFLOAT16
         self._x, self._y, self._ends_M = x_NI, y_NO, rows.ends_M
         self._rows, runs = rows, rows.runs
-        self._narrow: dict[int, tuple[Product, Product]] = {}  # by rank
+        self._narrow: dict[int, _LowRank] = {}  # by rank
         self._whole = len(runs) == 1 and runs[0].num_members == len(rows.ends_M)
         self._runs = [
             (
@@ -244,13 +244,9 @@ class Product:
         shrink_MIR, expand_MRO = weight.factors
         rank = shrink_MIR.shape[2]
         if rank not in self._narrow:
-            narrow_NR = self._x.new_empty(len(self._x), rank)
             rows = replace(self._rows, runs=_without_base(self._rows.runs))
-            both = Product(self._x, narrow_NR, rows), Product(narrow_NR, self._y, rows)
-            self._narrow[rank] = both
-        shrink, expand = self._narrow[rank]
-        shrink.write(shrink_MIR)
-        expand.add(expand_MRO)
+            self._narrow[rank] = _LowRank(self._x, self._y, rows, like=shrink_MIR)
+        self._narrow[rank].add(shrink_MIR, expand_MRO)
 
     @property
     def _each(self) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -261,6 +257,32 @@ class Product:
 
     def _multiply(self, weight_MIO: Tensor) -> Tensor:
         return torch.nn.functional.grouped_mm(self._x, weight_MIO, offs=self._ends_M)
+
+
+class _LowRank:
+    """Adds to `y` what rows of `x` make through their members' factors, in the type of these."""
+
+    def __init__(self, x_NI: Tensor, y_NO: Tensor, rows: Grouping, *, like: Tensor) -> None:
+        self._x, self._y, self._y_apart = x_NI, y_NO, y_NO
+        self._x_apart = x_NI
+        if like.dtype != x_NI.dtype:
+            self._x_apart = x_NI.new_empty(x_NI.shape, dtype=like.dtype)
+            # Rows of the base are never written.
+            self._y_apart = y_NO.new_zeros(y_NO.shape, dtype=like.dtype)
+        narrow_NR = like.new_empty(len(x_NI), like.shape[2])
+        self._shrink = Product(self._x_apart, narrow_NR, rows)
+        self._expand = Product(narrow_NR, self._y_apart, rows)
+
+    def add(self, shrink_MIR: Tensor, expand_MRO: Tensor) -> None:
+        """Compute it."""
+        if self._x_apart is self._x:
+            self._shrink.write(shrink_MIR)
+            self._expand.add(expand_MRO)
+            return
+        self._x_apart.copy_(self._x)
+        self._shrink.write(shrink_MIR)
+        self._expand.write(expand_MRO)
+        self._y += self._y_apart
 
 
 def _without_base(runs: tuple[Run, ...]) -> tuple[Run, ...]:
