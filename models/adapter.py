@@ -114,7 +114,7 @@ def _check_config(file: Path, facts: Mapping[str, Any]) -> None:
 
 def _modules(file: Path, stored: Mapping[str, StoredTensor]) -> list[str]:
     """Return the modules that have a pair of factors; refuse every tensor of another kind."""
-    modules = {}
+    modules: dict[str, None] = {}
     for name, tensor in stored.items():
         module = name.removeprefix(_PREFIX).removesuffix(_SHRINK).removesuffix(_EXPAND)
         if name not in factor_names(module):

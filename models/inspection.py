@@ -73,7 +73,8 @@ def write_pool(sources: Sequence[str], folder: Path) -> Path:
     repository, on an engine of its own, of a kind that can run it here. `auto` asks the first that
     writes answers. Raises `PoolError` where none can, or two have one name.
     """
-    models, engines = [], []
+    models: list[dict[str, object]] = []
+    engines = []
     first: str | None = None
     for source in sources:
         found = locate(source, folder=Path())
@@ -90,7 +91,7 @@ def write_pool(sources: Sequence[str], folder: Path) -> Path:
         if first is None and traits is not None and not traits.encodes:
             first = name
         engines.append({"name": name, "kind": able[0]})
-        model = {"name": name, "engine": name, "checkpoint": found.source}
+        model: dict[str, object] = {"name": name, "engine": name, "checkpoint": found.source}
         models.append(model if card.sampling else {**model, "sampling": _SAMPLING})
     policies = {} if first is None else {"auto": {"kind": "fixed", "plan": first}}
     pool = {"name": "pool", "engines": engines, "models": models, "policies": policies}

@@ -264,7 +264,8 @@ def _end_of_text(file: GgufFile, kind: str) -> str | None:
     index = file.metadata.get(f"tokenizer.ggml.{name}_token_id")
     if index is None or not file.metadata.get("tokenizer.ggml.add_eos_token", ends):
         return None
-    return file.tokens()[index]
+    end: str = file.tokens()[index]
+    return end
 
 
 def _byte_level(file: GgufFile) -> tuple[tokenizers.Tokenizer, bool]:

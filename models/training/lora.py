@@ -89,4 +89,4 @@ def merge_adapter(model: PreTrainedModel, adapter: Adapter) -> None:
     for module, scale in adapter.scales.items():
         shrink, expand = (tensors[name].float() for name in factor_names(module))
         weight = model.get_submodule(module).get_parameter("weight")
-        weight += (scale * expand @ shrink).to(weight.dtype)
+        weight.add_((scale * expand @ shrink).to(weight.dtype))

@@ -115,9 +115,8 @@ def response_ask(
         "user": fields.user,
     }
     # What vLLM has beside OpenAI's fields means what it means in a chat.
-    more = {
-        name: fields.model_extra[name] for name in _IN_CHATS & (fields.model_extra or {}).keys()
-    }
+    extra = fields.model_extra or {}
+    more = {name: extra[name] for name in _IN_CHATS & extra.keys()}
     told = {name: value for name, value in {**more, **chat}.items() if value is not None}
     ask = ChatEndpoint().read(told)
     hints = {

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit
 
 from models.card import ModelCard
 from models.engines.base import Encodes
@@ -42,7 +43,7 @@ class LlamacppEncoder:
         """Return the scores of `texts`."""
         scores, num_tokens = await asyncio.to_thread(self._ranked, query, texts)
         found = np.asarray(scores, np.float32)
-        return found if self._probabilities else 1 / (1 + np.exp(-found)), num_tokens
+        return found if self._probabilities else expit(found), num_tokens
 
     def close(self) -> None:
         """Free the model."""

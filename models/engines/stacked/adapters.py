@@ -197,7 +197,7 @@ def read_factors(
             if matrix.norm is not None:
                 gain_I = read_gain(checkpoints, 0, f"{layer}.{matrix.norm}", architecture)
                 shrink_RI = shrink_RI * gain_I
-            return shrink_RI.T, matrix.rows(torch.block_diag(*expands)).T
+            return shrink_RI.T, matrix.rows(torch.block_diag(*expands)).T  # type: ignore[no-untyped-call]
 
         return tuple(
             {

@@ -89,9 +89,11 @@ class Loop(threading.Thread):
             if done.done():
                 return
             try:
-                done.set_result(change())
+                change()
             except Exception as error:
                 done.set_exception(error)
+            else:
+                done.set_result(None)
 
         self._inbox.put(run)
         if self._ended and not done.done():  # perhaps too late to be taken

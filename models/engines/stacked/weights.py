@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Generic
+from typing import Any, Generic
 
 import torch
 from safetensors import safe_open
@@ -70,7 +70,8 @@ def layer_matrices(known: Architecture, *, rotary_pairs: bool = True) -> dict[st
         """Scale what a layer adds to its input."""
         return rows * known.residual_scale
 
-    to_qkv, to_gate_up = ("self_attn.qkv_proj",), ("mlp.gate_up_proj",)
+    to_qkv: tuple[str, ...] = ("self_attn.qkv_proj",)
+    to_gate_up: tuple[str, ...] = ("mlp.gate_up_proj",)
     if not known.packed:
         to_qkv = tuple(f"self_attn.{name}_proj" for name in "qkv")
         to_gate_up = ("mlp.gate_proj", "mlp.up_proj")
@@ -141,7 +142,7 @@ class Checkpoints:
         shape: list[int] = self._file(member, name).get_slice(name).get_shape()
         return shape
 
-    def _file(self, member: int, name: str) -> safe_open:
+    def _file(self, member: int, name: str) -> Any:  # noqa: ANN401 - safetensors has no types
         file = self._files[member].get(name)
         if file is None:
             raise PoolError(f"{self._cards[member].path}: the weight {name!r} is missing")
