@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
-from policies.base import Decision, Policy, Query
+from policies.base import Decision, ModelFacts, Policy, Query
 from policies.budget.controller import Controller
 from policies.budget.prices import BudgetTarget, Per, Resource
 from policies.carbon.settings import LiveModels
@@ -83,19 +83,27 @@ class BudgetedSettings(Settings):
     )
 
 
-def _build(settings: BudgetedSettings, context: BuildContext) -> Policy:
-    models = context.models
+def make_controller(
+    settings: BudgetedSettings,
+    models: Mapping[str, ModelFacts],
+    *,
+    folder: Path,
+    clock: Callable[[], float] = time.time,
+) -> Controller:
+    """Return the controller that `settings` describe, for the models of the pool in `folder`.
+
+    Raises `PolicyError` for a group that names a model which the pool lacks.
+    """
     for name in (name for group in settings.fuse for name in group):
         if name not in models:
             raise PolicyError(
                 f"budgeted.fuse: {name!r} is unknown; the pool has {', '.join(sorted(models))}"
             )
-    policy = context.nested(settings.policy)
-    controller = Controller(
+    return Controller(
         models=models,
-        clock=time.time,
+        clock=clock,
         targets=tuple(BudgetTarget(**target.model_dump()) for target in settings.targets),
-        law=_law(settings.laws, context.folder),
+        law=_law(settings.laws, folder),
         groups=settings.fuse,
         limits=Limits(
             max_usd=settings.max_usd,
@@ -108,6 +116,11 @@ def _build(settings: BudgetedSettings, context: BuildContext) -> Policy:
         window_s=settings.window_hours * 3600,
         announced=models.announced_gco2e_per_kwh if isinstance(models, LiveModels) else None,
     )
+
+
+def _build(settings: BudgetedSettings, context: BuildContext) -> Policy:
+    policy = context.nested(settings.policy)
+    controller = make_controller(settings, context.models, folder=context.folder)
     context.controllers.append(controller)
     return Budgeted(policy=policy, controller=controller, groups=settings.fuse)
 

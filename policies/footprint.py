@@ -3,47 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeAlias
 
+from policies.methods import method_of
 from policies.plan import Answer, Best, Plan, children
 
-# Energy an engine draws while no request runs belongs to no request; meters report it apart.
-IDLE_SHARE = "excluded"
+# What becomes of the energy that a device draws while no request runs. It is never part of `wh`.
+# "excluded": nobody's. "busy_time": each busy second bears what idle energy there has been per busy
+# second. "capacity": each busy second bears the idle seconds that the planned utilisation leaves.
+IdleRule: TypeAlias = Literal["excluded", "busy_time", "capacity"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
     """US dollars, watt-hours and grams of CO2 equivalent (operational plus embodied).
 
-    `method` says how energy was found: "measured:nvml", "measured:rapl", "modelled:llmcarbon",
-    "modelled:stated" (a remote model of stated size), "unknown" (and then not in the figures);
-    several joined by "+", empty where nobody has said. Idle energy is excluded.
+    `method` says how energy was found, by a name of `policies.methods`, and `price` how money was:
+    "typed" in the pool file, or worked out from the "hardware" (`policies.economics`); several are
+    joined by "+", empty where nobody has said. The true figures lie between `_low` and `_high` as
+    far as the methods' errors go. `busy_s` are seconds of a whole device; `idle_wh` is the idle
+    energy that the configured rule adds, and is not in `wh`.
     """
 
     usd: float = 0.0
+    usd_low: float = 0.0
+    usd_high: float = 0.0
     wh: float = 0.0
+    wh_low: float = 0.0
+    wh_high: float = 0.0
     gco2e: float = 0.0
+    gco2e_low: float = 0.0
+    gco2e_high: float = 0.0
+    busy_s: float = 0.0
+    idle_wh: float = 0.0
     method: str = ""
+    price: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint(Cost):
     """One request's cost with its time, and what it was worked out from.
 
-    `embodied_gco2e` is the embodied part of `gco2e`. `flops` and `busy_s` (seconds of a whole
-    device) are what energy was derived from or attributed by.
+    `embodied_gco2e` is the embodied part of `gco2e`. `flops` and `busy_s` are what energy was
+    derived from or attributed by.
     """
 
     latency_s: float = 0.0
     embodied_gco2e: float = 0.0
     flops: float = 0.0
-    busy_s: float = 0.0
 
     @property
     def cost(self) -> Cost:
         """The cost alone."""
-        return Cost(usd=self.usd, wh=self.wh, gco2e=self.gco2e, method=self.method)
+        return Cost(**{name: getattr(self, name) for name in COST_FIELDS})
 
     def then(self, other: Footprint) -> Footprint:
         """Return the cost of this followed by `other`: everything adds up."""
@@ -54,47 +67,58 @@ class Footprint(Cost):
         return self._with(other, max(self.latency_s, other.latency_s))
 
     def to_json(self) -> dict[str, Any]:
-        """Return the footprint as JSON data, with how idle energy is treated."""
-        return {**vars(self), "idle": IDLE_SHARE}
+        """Return the footprint as JSON data."""
+        return dict(vars(self))
 
     def _with(self, other: Footprint, latency_s: float) -> Footprint:
         return Footprint(
-            usd=self.usd + other.usd,
-            wh=self.wh + other.wh,
-            gco2e=self.gco2e + other.gco2e,
+            **{name: getattr(self, name) + getattr(other, name) for name in _SUMMED},
             latency_s=latency_s,
-            embodied_gco2e=self.embodied_gco2e + other.embodied_gco2e,
-            flops=self.flops + other.flops,
-            busy_s=self.busy_s + other.busy_s,
             method=_join(self.method, other.method),
+            price=_join(self.price, other.price),
         )
+
+
+COST_FIELDS = tuple(field.name for field in fields(Cost))
+"""The fields of a `Cost`; those that are numbers add up, and so are columns of the ledger."""
+AMOUNTS = tuple(name for name in COST_FIELDS if name not in ("method", "price"))
+_SUMMED = (*AMOUNTS, "embodied_gco2e", "flops")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
     """What one model costs per token; every number is >= 0.
 
-    USD comes from the pool file; Wh, gCO2e and seconds from measurement or a model of the
-    hardware, zero where nobody has said. `gco2e_per_wh` is the grid's intensity (operational);
-    `busy_s_per_token` the seconds of a whole device that a token takes, each of which also uses up
-    `embodied_gco2e_per_s`. `method` is as in `Footprint`.
+    USD per token comes from the pool file; Wh, gCO2e and seconds from measurement or a model of the
+    hardware, zero where nobody has said. `gco2e_per_wh` is the grid's intensity (operational), and
+    its true value that divided or multiplied by at most `grid_factor`. `busy_s_per_token` are the
+    seconds of a whole device that a token takes; each uses up `embodied_gco2e_per_s`, and costs
+    `usd_per_busy_s` beside `usd_per_wh` where the price follows from the hardware. `idle` is the
+    rule for idle energy, `idle_wh_per_busy_s` what a busy second bears of it at the planned
+    utilisation. `method` and `price` are as in `Cost`.
     """
 
     usd_per_input_token: float
     usd_per_output_token: float
+    usd_per_busy_s: float = 0.0
+    usd_per_wh: float = 0.0
+    price: str = "typed"
     wh_per_input_token: float = 0.0
     wh_per_output_token: float = 0.0
     gco2e_per_wh: float = 0.0
+    grid_factor: float = 1.0
     s_per_input_token: float = 0.0
     s_per_output_token: float = 0.0
     flops_per_token: float = 0.0
     busy_s_per_token: float = 0.0
     embodied_gco2e_per_s: float = 0.0
+    idle: IdleRule = "excluded"
+    idle_wh_per_busy_s: float = 0.0
     method: str = ""
 
     def footprint(self, prompt_tokens: int, output_tokens: int) -> Footprint:
         """Return the estimated cost of reading `prompt_tokens` and writing `output_tokens`."""
-        return self._footprint(
+        return self.measured(
             prompt_tokens,
             output_tokens,
             wh=prompt_tokens * self.wh_per_input_token + output_tokens * self.wh_per_output_token,
@@ -113,33 +137,41 @@ class Rates:
         busy_s: float,
         latency_s: float,
         method: str,
+        idle_wh: float = 0.0,
     ) -> Footprint:
-        """Return the cost of an answer whose energy and device seconds a meter attributed to it."""
-        return self._footprint(
-            prompt_tokens, output_tokens, wh=wh, busy_s=busy_s, latency_s=latency_s, method=method
-        )
+        """Return the cost of an answer whose energy and device seconds are known by `method`.
 
-    def _footprint(
-        self,
-        prompt_tokens: int,
-        output_tokens: int,
-        *,
-        wh: float,
-        busy_s: float,
-        latency_s: float,
-        method: str,
-    ) -> Footprint:
-        embodied_gco2e = busy_s * self.embodied_gco2e_per_s
+        `idle_wh` is its share of the idle energy by busy time, where that was measured.
+        """
+        known = method_of(method)
+        typed = prompt_tokens * self.usd_per_input_token + output_tokens * self.usd_per_output_token
+        embodied = busy_s * self.embodied_gco2e_per_s
+        operational = wh * self.gco2e_per_wh
+        time_usd, energy_usd = busy_s * self.usd_per_busy_s, wh * self.usd_per_wh
+        low, high, grid = known.low, known.high, self.grid_factor
+        # Where energy follows from seconds that are guessed themselves, all of it is off alike.
+        time_low, time_high = (low, high) if known.guesses_time else (1.0, 1.0)
         return Footprint(
-            usd=prompt_tokens * self.usd_per_input_token
-            + output_tokens * self.usd_per_output_token,
+            usd=typed + time_usd + energy_usd,
+            usd_low=typed + time_usd * time_low + energy_usd * low,
+            usd_high=typed + time_usd * time_high + energy_usd * high,
             wh=wh,
-            gco2e=wh * self.gco2e_per_wh + embodied_gco2e,
-            latency_s=latency_s,
-            embodied_gco2e=embodied_gco2e,
-            flops=(prompt_tokens + output_tokens) * self.flops_per_token,
+            wh_low=wh * low,
+            wh_high=wh * high,
+            gco2e=operational + embodied,
+            gco2e_low=operational * low / grid + embodied * time_low,
+            gco2e_high=operational * high * grid + embodied * time_high,
             busy_s=busy_s,
+            idle_wh={
+                "excluded": 0.0,
+                "busy_time": idle_wh,
+                "capacity": busy_s * self.idle_wh_per_busy_s,
+            }[self.idle],
             method=method,
+            price=self.price,
+            latency_s=latency_s,
+            embodied_gco2e=embodied,
+            flops=(prompt_tokens + output_tokens) * self.flops_per_token,
         )
 
 

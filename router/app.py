@@ -53,7 +53,7 @@ def build(args: AppArgs) -> Application:
             raise PoolError(f"engines.{spec.name}: {traits.needs}")
         engines[spec.name] = EngineReplica.options(  # type: ignore[attr-defined]
             name=f"engine-{spec.name}", **replicas(spec.deployment), **placement(spec, traits)
-        ).bind(on_ray(spec, traits), models, args.num_threads, args.carbon)
+        ).bind(on_ray(spec, traits), models, args.num_threads, args.metering)
     ingress: Application = Ingress.options(  # type: ignore[attr-defined]
         name="ingress", **replicas(args.ingress), **single(args.ingress)
     ).bind(args, engines)
@@ -121,7 +121,9 @@ class Ingress:
         self._service = compose(
             args,
             pool,
-            load_catalog(pool, policies=args.policies, carbon=args.carbon),
+            load_catalog(
+                pool, policies=args.policies, carbon=args.carbon, economics=args.economics
+            ),
             engines={name: HandleClient(handle) for name, handle in engines.items()},
             ledger=open_ledger(args),
             echo_request_id=False,

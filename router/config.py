@@ -9,11 +9,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from models.pool import DEFAULT_POOL
 from models.spec import DeploymentSpec, Name
 from policies.carbon.settings import CarbonSettings
+from policies.economics import EconomicsSettings
 from policies.kinds import Count, explain
 from policies.plan import PlanBounds
 from router.access.authentication import AuthConfig
@@ -143,7 +152,8 @@ class AppArgs(_Strict):
     requests. `num_threads` is the number of
     CPU threads of each engine replica (default: all cores of the machine). `ledger` is
     the database of rows, keys and budgets. `carbon` says what hardware runs the
-    models and on which grid; a relative `grid_file` starts at the pool's folder. `logs` and
+    models and on which grid; a relative `grid_file` starts at the pool's folder. `economics` says
+    what that hardware costs (null: prices are those typed in the pool file). `logs` and
     `tracing` (null: off) say what the server tells of its requests while it runs. `dashboard` says
     who may see the built-in page, the metrics and the reports. `hosts` are the names by which
     clients address the server; others are refused (null: none is). `experiments` and `shadows` are
@@ -162,6 +172,7 @@ class AppArgs(_Strict):
     auth: AuthConfig = Field(default_factory=AuthConfig)
     budgets: BudgetsConfig = Field(default_factory=BudgetsConfig)
     carbon: CarbonSettings = Field(default_factory=CarbonSettings)
+    economics: EconomicsSettings | None = None
     dashboard: DashboardConfig = Field(default_factory=DashboardConfig)
     logs: LogsConfig = Field(default_factory=LogsConfig)
     tracing: TracingConfig | None = None
@@ -171,6 +182,22 @@ class AppArgs(_Strict):
 
     _origin: _Origin | None = PrivateAttr(None)
     _server: str = PrivateAttr("")
+
+    @model_validator(mode="after")
+    def _idle_capacity_is_planned(self) -> AppArgs:
+        if self.carbon.idle == "capacity" and self.economics is None:
+            raise ValueError(
+                'carbon.idle: "capacity" needs economics.utilisation; allowed without are '
+                '"excluded" and "busy_time"'
+            )
+        return self
+
+    @property
+    def metering(self) -> CarbonSettings:
+        """`carbon` as engines measure by it: a price from hardware needs the seconds at least."""
+        if self.economics is None or self.carbon.meter != "auto":
+            return self.carbon
+        return self.carbon.model_copy(update={"meter": "always"})
 
     @property
     def server(self) -> str:

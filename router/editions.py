@@ -227,7 +227,13 @@ def _without_adapters(pool: Pool) -> tuple[Model, ...]:
 
 
 def _checked(args: AppArgs, pool: Pool, current: Edition, database: Database) -> Edition:
-    catalog = load_catalog(pool, policies=args.policies, carbon=args.carbon, beside=current.catalog)
+    catalog = load_catalog(
+        pool,
+        policies=args.policies,
+        carbon=args.carbon,
+        economics=args.economics,
+        beside=current.catalog,
+    )
     definitions, _ = read_definitions(args)
     # Refuses a policy that changed while an experiment has data of it.
     Experiments(definitions, args=args, pool=pool, catalog=catalog, database=database)
@@ -253,7 +259,13 @@ def _from_row(row: Mapping[str, Any], current: Edition) -> Edition:
     adapters = [ModelSpec.model_validate(spec) for spec in row["contents"]["adapters"]]
     if adapters or pool.adapters:
         pool = with_adapters(pool, adapters)
-    catalog = load_catalog(pool, policies=args.policies, carbon=args.carbon, beside=current.catalog)
+    catalog = load_catalog(
+        pool,
+        policies=args.policies,
+        carbon=args.carbon,
+        economics=args.economics,
+        beside=current.catalog,
+    )
     return Edition(
         number=row["number"],
         loaded_s=row["time_s"],

@@ -1,11 +1,12 @@
 """Energy measured at the engines and attributed to requests, by lane-time.
 
 A meter counts the energy of the device that an engine runs on: NVML an NVIDIA GPU's, RAPL that of
-CPU packages and their memory. A lane is one member answering one request. At every moment the
-device's power is shared equally by the lanes that run, so a request pays Σ lanes / all lanes of
-what is drawn while it runs. What is drawn while no lane runs is idle and belongs to no request.
-Nothing is lost or counted twice: the requests' energy, without the data centre's PUE, plus the idle
-energy is what the meter read.
+CPU packages and their memory; where neither can be read, seconds of vCPUs at a stated power. A lane
+is one member answering one request. At every moment the device's power is shared equally by the
+lanes that run, so a request pays Σ lanes / all lanes of what is drawn while it runs. What is drawn
+while no lane runs is idle, and told beside, by the rule of `carbon.idle`. Nothing is lost or
+counted twice: the requests' energy, without the data centre's PUE, plus the idle energy is what the
+meter read.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Protocol
 
 from models.engines.base import Chunk
 from models.spec import EngineSpec
-from policies.carbon.settings import CarbonSettings
+from policies.carbon.llmcarbon import Device
+from policies.carbon.settings import CarbonSettings, MeterKind
+from policies.methods import CPU_TIME, NVML, RAPL
 
 logger = logging.getLogger(__name__)
-
-MeterKind: TypeAlias = Literal["auto", "rapl", "nvml", "off"]
 
 POWERCAP = Path("/sys/class/powercap")
 _MILLIJOULES_PER_WH = 3.6e6
@@ -42,7 +43,7 @@ class Meter(Protocol):
 
     @property
     def method(self) -> str:
-        """How it measures: "measured:nvml" or "measured:rapl"."""
+        """How it measures, by a name of `policies.methods`."""
         ...
 
     def read_wh(self) -> float:
@@ -53,7 +54,7 @@ class Meter(Protocol):
 class NvmlMeter:
     """Reads a GPU's total energy consumption (Volta and later); the whole board is counted."""
 
-    method = "measured:nvml"
+    method = NVML.name
 
     def __init__(self, device: str = "0", *, nvml: Any = None) -> None:  # noqa: ANN401 - a module
         """Open the GPU with this index or UUID; `nvml` replaces the pynvml module.
@@ -104,7 +105,7 @@ class RaplMeter:
     read at least once per wrap (minutes at full load).
     """
 
-    method = "measured:rapl"
+    method = RAPL.name
 
     def __init__(self, root: Path = POWERCAP) -> None:
         """Open every package below `root`; raises `MeterError` if there is none to read."""
@@ -152,23 +153,66 @@ def _read(file: Path) -> str:
         raise MeterError(f"{file}: {error.strerror}") from None
 
 
-def open_meter(kind: MeterKind, *, on_gpu: bool, powercap: Path = POWERCAP) -> Meter | None:
+class CpuTimeMeter:
+    """Models a CPU's energy from this process's seconds on its vCPUs.
+
+    The device draws its idle power all the time, and up to its full power by the share of its vCPUs
+    that this process keeps busy; what other programs do is not seen. `clock` and `cpu_clock` count
+    seconds: those of the wall, and those that all threads together had a vCPU.
+    """
+
+    method = CPU_TIME.name
+
+    def __init__(
+        self,
+        device: Device,
+        *,
+        num_vcpus: int,
+        clock: Callable[[], float] = time.monotonic,
+        cpu_clock: Callable[[], float] = time.process_time,
+    ) -> None:
+        """Model `device`, which has `num_vcpus` vCPUs."""
+        self._idle_w = device.idle_w
+        self._w_per_vcpu = (device.power_w - device.idle_w) / num_vcpus
+        self._clock, self._cpu_clock = clock, cpu_clock
+        self._start_s, self._cpu_start_s = clock(), cpu_clock()
+
+    def read_wh(self) -> float:
+        """Return watt-hours since the meter was opened."""
+        wall_s = self._clock() - self._start_s
+        cpu_s = self._cpu_clock() - self._cpu_start_s
+        return (self._idle_w * wall_s + self._w_per_vcpu * cpu_s) / 3600
+
+
+def open_meter(
+    kind: MeterKind,
+    *,
+    on_gpu: bool,
+    device: Device | None = None,
+    num_vcpus: int = 1,
+    powercap: Path = POWERCAP,
+) -> Meter | None:
     """Open the meter that `kind` names; "auto" takes NVML for GPUs, RAPL for CPUs, or none.
 
-    Where "auto" finds nothing to read, energy is modelled instead, and the log says why. Raises
-    `MeterError` where a meter was asked for by name and cannot be read.
+    Where "auto" finds nothing to read, energy is modelled instead, and the log says why; "always"
+    then counts the time of `device`, a CPU of `num_vcpus`. Raises `MeterError` where a meter was
+    asked for by name and cannot be read.
     """
     if kind == "off":
         return None
     try:
-        if kind == "nvml" or (kind == "auto" and on_gpu):
+        if kind == "nvml" or (kind in ("auto", "always") and on_gpu):
             return NvmlMeter(visible_device())
-        return RaplMeter(powercap)
+        if kind != "cpu-time":
+            return RaplMeter(powercap)
     except MeterError as error:
-        if kind != "auto":
+        if kind not in ("auto", "always"):
             raise
         logger.info("energy is modelled, not measured: %s", error)
-        return None
+        if kind == "auto" or on_gpu:
+            return None
+    assert device is not None
+    return CpuTimeMeter(device, num_vcpus=num_vcpus)
 
 
 def lane_meter(carbon: CarbonSettings, spec: EngineSpec) -> LaneMeter | None:
@@ -183,16 +227,23 @@ def lane_meter(carbon: CarbonSettings, spec: EngineSpec) -> LaneMeter | None:
     on_gpu = spec.device.startswith("cuda") or (
         spec.device == "auto" and torch is not None and torch.cuda.is_available()
     )
-    meter = open_meter(carbon.meter, on_gpu=on_gpu)
+    settings = carbon.engines.get(spec.name, carbon.hardware)
+    meter = open_meter(
+        carbon.meter, on_gpu=on_gpu, device=settings.build(), num_vcpus=settings.count
+    )
     return None if meter is None else LaneMeter(meter, clock=time.monotonic, pue=carbon.pue)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EnergyUse:
-    """What one request used: watt-hours, its share of the device's busy seconds, and how known."""
+    """What one request used: watt-hours, its share of the device's busy seconds, and how known.
+
+    `idle_wh` is what its busy seconds bear of all idle energy so far, shared by busy time.
+    """
 
     wh: float
     busy_s: float
+    idle_wh: float
     method: str
 
 
@@ -220,6 +271,7 @@ class LaneMeter:
         self._wh_per_lane = 0.0
         self._s_per_lane = 0.0
         self._idle_wh = 0.0
+        self._busy_s = 0.0
         self._last_wh = meter.read_wh()
         self._last_s = clock()
 
@@ -242,9 +294,11 @@ class LaneMeter:
         self._settle()
         began = self._running.pop(request_id)
         self._num_lanes -= began.lanes
+        busy_s = began.lanes * (self._s_per_lane - began.s_per_lane)
         return EnergyUse(
             wh=began.lanes * (self._wh_per_lane - began.wh_per_lane) * self._pue,
-            busy_s=began.lanes * (self._s_per_lane - began.s_per_lane),
+            busy_s=busy_s,
+            idle_wh=busy_s * self._idle_wh / self._busy_s * self._pue if self._busy_s else 0.0,
             method=self._meter.method,
         )
 
@@ -255,6 +309,7 @@ class LaneMeter:
         if self._num_lanes:
             self._wh_per_lane += step_wh / self._num_lanes
             self._s_per_lane += step_s / self._num_lanes
+            self._busy_s += step_s
         else:
             self._idle_wh += step_wh
 

@@ -15,6 +15,7 @@ from models.engines.base import Chunk
 from policies.base import Decision, Query
 from policies.cascade.base import normalise
 from policies.footprint import Footprint, Rates
+from policies.methods import explain_methods
 from policies.plan import Answer, Plan, to_json
 from router.access.budgets import Reservation
 from router.access.keys import Key
@@ -237,7 +238,7 @@ def shoal_field(
             for name, tokens in exchange.member_tokens().items()
         },
         "cost": {"usd": cost.usd, "wh": cost.wh, "gco2e": cost.gco2e},
-        "footprint": _footprint(catalog, cost, parts),
+        "footprint": _footprint(catalog, cost, parts, exchange.record.output_tokens),
     }
     if exchange.record.arm is not None:
         data["experiment"] = exchange.record.experiment
@@ -251,12 +252,21 @@ def shoal_field(
     return data
 
 
-def _footprint(catalog: Catalog, cost: Footprint, parts: Mapping[str, Footprint]) -> dict[str, Any]:
-    """Return energy and carbon with the method behind them, in total and by member."""
+def _footprint(
+    catalog: Catalog, cost: Footprint, parts: Mapping[str, Footprint], output_tokens: int
+) -> dict[str, Any]:
+    """Return energy and carbon with the methods behind them, in total and by member."""
     grid = catalog.prices.grid_reading()
     return {
         **cost.to_json(),
-        "grid": {"gco2e_per_kwh": grid.gco2e_per_kwh, "source": grid.source},
+        "joules_per_output_token": cost.wh * 3600 / output_tokens if output_tokens else None,
+        "idle": catalog.prices.idle,
+        "methods": explain_methods(part.method for part in parts.values()),
+        "grid": {
+            "gco2e_per_kwh": grid.gco2e_per_kwh,
+            "source": grid.source,
+            "factor": grid.factor,
+        },
         "members": {
             name: {"engine": catalog.members.engine_of(name), **part.to_json()}
             for name, part in parts.items()

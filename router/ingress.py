@@ -49,6 +49,7 @@ from router.openai_api.stored import add_response_routes
 from router.openapi import describe, described
 from router.service import Service
 from router.token_routes import add_token_routes
+from router.whatif import last_week
 
 _HEALTH_TIMEOUT_S = 5.0
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]\s]+)(?::[0-9]*)?")
@@ -155,6 +156,9 @@ def create_api(service: Service, args: AppArgs) -> FastAPI:
         database=service.ledger.database,
         caps=service.editions.server_caps,
         identify=sees,
+        simulate=lambda settings: last_week(
+            service.ledger.database, args, service.catalog.pool, settings
+        ),
     )
     add_admin_routes(api, service.ledger.database, identify=acts, bodies=service.bodies)
     add_reload_routes(api, service.editions, identify=acts)

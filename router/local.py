@@ -113,7 +113,7 @@ async def local_service(
         workers: dict[str, EngineWorker] = {}
         for spec in pool.engines:
             engine = supervised_engine(spec, pool.models_of(spec.name))
-            worker = EngineWorker(engine, lane_meter(args.carbon, spec))
+            worker = EngineWorker(engine, lane_meter(args.metering, spec))
             set_num_threads(args.num_threads)
             stack.push_async_callback(worker.stop)
             await worker.start()

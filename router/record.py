@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from policies.footprint import Cost
+from policies.footprint import AMOUNTS, Cost
 
 SHADOW = "shadow"  # the endpoint of what another policy answered unseen
 CLIENT_CLOSED_REQUEST = 499  # nginx's status of a client that left, which it never sees
@@ -51,7 +51,8 @@ class RequestRecord:
     summed over choices, had been read before, and `reasoning_tokens` of the output came before the
     answers (None where no engine says). `members` and `costs` are
     everything that ran for it, stages that were not accepted included. `energy_method` says how
-    `wh` and `gco2e` are known (`Cost.method`; None where nothing ran). `status` is the HTTP status,
+    `wh` and `gco2e` are known (`Cost.method`; None where nothing ran), `price` how `usd` is;
+    `_low`, `_high`, `busy_s` and `idle_wh` are as in `Cost`. `status` is the HTTP status,
     499 where the client left; `error` the error's code. `queue_s` is the time until the first
     engine was asked: for the key, the plan, and room in the budgets (None: none was). `ttft_s` is
     the time to the first text (None if there was none). `team_id` is the team that the key
@@ -93,9 +94,18 @@ class RequestRecord:
     reasoning_tokens: int | None = None
     num_choices: int = 0
     usd: float = field(default=0.0, metadata=shown(span="shoal.cost.usd"))
+    usd_low: float = 0.0
+    usd_high: float = 0.0
     wh: float = field(default=0.0, metadata=shown(span="shoal.energy.wh"))
+    wh_low: float = 0.0
+    wh_high: float = 0.0
     gco2e: float = field(default=0.0, metadata=shown(span="shoal.carbon.gco2e"))
+    gco2e_low: float = 0.0
+    gco2e_high: float = 0.0
+    busy_s: float = 0.0
+    idle_wh: float = 0.0
     energy_method: str | None = None
+    price: str | None = None
     key_id: str | None = field(default=None, metadata=shown())
     team_id: str | None = None
     edition: int = 1
@@ -124,12 +134,14 @@ class RequestRecord:
     @property
     def cost(self) -> Cost:
         """What the request cost in all."""
-        return Cost(usd=self.usd, wh=self.wh, gco2e=self.gco2e, method=self.energy_method or "")
+        amounts = {name: getattr(self, name) for name in AMOUNTS}
+        return Cost(**amounts, method=self.energy_method or "", price=self.price or "")
 
     @cost.setter
     def cost(self, cost: Cost) -> None:
-        self.usd, self.wh, self.gco2e = cost.usd, cost.wh, cost.gco2e
-        self.energy_method = cost.method or None
+        for name in AMOUNTS:
+            setattr(self, name, getattr(cost, name))
+        self.energy_method, self.price = cost.method or None, cost.price or None
 
     @property
     def is_refusal(self) -> bool:

@@ -23,6 +23,7 @@ from policies.budget.candidates import (
     expected_costs,
     key_of,
     plan_of,
+    plan_quality,
 )
 from policies.budget.pace import Pace
 from policies.budget.prices import BudgetTarget, DualPrice, spent
@@ -93,6 +94,10 @@ class Controller:
     def spent(self) -> dict[str, float]:
         """Return what this window has cost so far, what is still running at its estimate."""
         return {t.resource: total for t, total in zip(self.targets, self._spent, strict=True)}
+
+    def quality(self, decision: Decision) -> float:
+        """Return the predicted quality of the plan that `decision` has, by the pool's law."""
+        return min(max(plan_quality(decision.plan, decision.scores, self._law), 0.0), 1.0)
 
     def choose(self, query: Query, decision: Decision) -> Decision:
         """Return `decision` with the plan that is worth its price, and what it weighed.

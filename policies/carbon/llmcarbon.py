@@ -16,6 +16,7 @@ import yaml
 from policies.base import ModelFacts
 from policies.errors import CarbonError
 from policies.footprint import Rates
+from policies.methods import LLMCARBON, STATED, UNKNOWN
 
 DEVICES_FILE = Path(__file__).parent.parent / "data" / "hardware" / "devices.yaml"
 HOURS_PER_YEAR = 365 * 24
@@ -26,8 +27,8 @@ class Device:
     """One accelerator or vCPU.
 
     `peak_tflops` is dense; `efficiency` the share of it that is reached; `power_w` the average
-    draw while busy. `embodied_kgco2e` is its own die plus its share of the host, spread over
-    `lifetime_years` of use.
+    draw while busy, `idle_w` that while idle. `embodied_kgco2e` is its own die plus its share of
+    the host, spread over `lifetime_years` of use.
     """
 
     name: str
@@ -49,6 +50,19 @@ class Device:
     def embodied_gco2e_per_s(self) -> float:
         """Grams of embodied CO2e per second of use: Σ area·CPA / lifetime (eq. 20-21)."""
         return self.embodied_kgco2e * 1000 / (self.lifetime_years * HOURS_PER_YEAR * 3600)
+
+    def times(self, count: int) -> Device:
+        """Return `count` of these as one device."""
+        if count == 1:
+            return self
+        return replace(
+            self,
+            name=f"{count} × {self.name}",
+            peak_tflops=count * self.peak_tflops,
+            power_w=count * self.power_w,
+            idle_w=count * self.idle_w,
+            embodied_kgco2e=count * self.embodied_kgco2e,
+        )
 
 
 def find_device(name: str) -> Device:
@@ -177,14 +191,13 @@ class CarbonLaw:
         return gco2e / ((self.K1 + self.K2) * parameters)
 
 
-MODELLED = "modelled:llmcarbon"
-STATED = "modelled:stated"
-"""The same equations, with the size and the hardware that the user states of a remote model."""
-UNKNOWN = "unknown"
-
-
 def rates_for(
-    facts: ModelFacts, device: Device | None, *, gco2e_per_kwh: float, pue: float
+    facts: ModelFacts,
+    device: Device | None,
+    *,
+    gco2e_per_kwh: float,
+    pue: float,
+    grid_factor: float = 1.0,
 ) -> Rates:
     """Return `facts.rates` with energy and carbon per token filled in.
 
@@ -197,7 +210,7 @@ def rates_for(
     rates, and its method says "unknown".
     """
     if facts.parameters is None or device is None:
-        return replace(facts.rates, method=UNKNOWN)
+        return replace(facts.rates, method=UNKNOWN.name)
     flops = inference_flops(facts.parameters, 1)
     busy_s = flops / device.flops_per_s
     wh = busy_s * device.power_w * pue / 3600
@@ -206,10 +219,11 @@ def rates_for(
         wh_per_input_token=wh,
         wh_per_output_token=wh,
         gco2e_per_wh=gco2e_per_kwh / 1000,
+        grid_factor=grid_factor,
         s_per_input_token=facts.rates.s_per_input_token or busy_s,
         s_per_output_token=facts.rates.s_per_output_token or busy_s,
         flops_per_token=flops,
         busy_s_per_token=busy_s,
         embodied_gco2e_per_s=device.embodied_gco2e_per_s,
-        method=STATED if facts.remote else MODELLED,
+        method=STATED.name if facts.remote else LLMCARBON.name,
     )

@@ -6,14 +6,23 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from policies.base import ModelFacts
-from policies.carbon.grid import CachedGrid, GridIntensity, ScheduledGrid, StaticGrid
+from policies.carbon.grid import (
+    CachedGrid,
+    GridIntensity,
+    GridReading,
+    ScheduledGrid,
+    StaticGrid,
+)
 from policies.carbon.llmcarbon import Device, find_device, rates_for
-from policies.footprint import Rates
+from policies.economics import DeviceCosts, EconomicsSettings, device_price, idle_seconds
+from policies.footprint import IdleRule, Rates
+
+MeterKind: TypeAlias = Literal["auto", "rapl", "nvml", "cpu-time", "always", "off"]
 
 
 class _Strict(BaseModel):
@@ -21,24 +30,31 @@ class _Strict(BaseModel):
 
 
 class DeviceSettings(_Strict):
-    """A device of the shipped table; figures you have measured replace the table's."""
+    """`count` devices of the shipped table; figures you have measured replace the table's.
+
+    The table's "cpu" is one vCPU: a machine of eight has `count: 8`. `power_w`, `idle_w` and
+    `peak_tflops` are each device's.
+    """
 
     device: str = "cpu"
+    count: int = Field(1, ge=1)
     efficiency: float | None = Field(None, gt=0, le=1)
     power_w: float | None = Field(None, gt=0)
+    idle_w: float | None = Field(None, ge=0)
     peak_tflops: float | None = Field(None, gt=0)
 
     def build(self) -> Device:
-        """Return the device; `CarbonError` for an unknown name."""
+        """Return the devices as one; `CarbonError` for an unknown name."""
         overrides = {
             key: value
-            for key, value in self.model_dump(exclude={"device"}).items()
+            for key, value in self.model_dump(exclude={"device", "count"}).items()
             if value is not None
         }
         device = find_device(self.device)
-        if not overrides:
-            return device
-        return replace(device, **overrides, source=f"{device.source}; overridden: {overrides}")
+        if overrides:
+            source = f"{device.source}; overridden: {overrides}"
+            device = replace(device, **overrides, source=source)
+        return device.times(self.count)
 
 
 class FeedSettings(_Strict):
@@ -64,7 +80,9 @@ class CarbonSettings(_Strict):
     takes its place; `feed` a live source on top of either. `pue` is the data centre's power usage
     effectiveness (1 for a computer on a desk). `hardware` applies to every engine of this machine
     that `engines` does not name, unless a meter measures: "auto" takes NVML on GPUs and RAPL on
-    CPUs where they can be read, "off" always models.
+    CPUs where they can be read, "cpu-time" counts seconds of vCPUs at the hardware's power,
+    "always" does where "auto" finds nothing to read, "off" always models. `idle` says who bears
+    what the hardware draws while it stands idle.
     """
 
     zone: str = "WORLD"
@@ -73,7 +91,8 @@ class CarbonSettings(_Strict):
     pue: float = Field(1.0, ge=1)
     hardware: DeviceSettings = DeviceSettings()
     engines: dict[str, DeviceSettings] = Field(default_factory=dict)
-    meter: Literal["auto", "rapl", "nvml", "off"] = "auto"
+    meter: MeterKind = "auto"
+    idle: IdleRule = "excluded"
 
     @model_validator(mode="after")
     def _tables_know_it(self) -> CarbonSettings:
@@ -109,20 +128,38 @@ class CarbonSettings(_Strict):
         engine_of: Mapping[str, str],
         *,
         gco2e_per_kwh: float,
+        grid_factor: float = 1.0,
+        economics: EconomicsSettings | None = None,
     ) -> dict[str, Rates]:
         """Return every model's rates with energy and carbon filled in, at this grid intensity.
 
-        `engine_of` maps models to the engines that run them.
+        `engine_of` maps models to the engines that run them. With `economics`, money follows from
+        the hardware where it is known.
         """
-        return {
-            name: rates_for(
-                facts,
-                self._device_for(facts, engine_of[name]),
-                gco2e_per_kwh=gco2e_per_kwh,
-                pue=self.pue,
+        found = {}
+        for name, facts in models.items():
+            engine = engine_of[name]
+            device = self._device_for(facts, engine)
+            rates = rates_for(
+                facts, device, gco2e_per_kwh=gco2e_per_kwh, grid_factor=grid_factor, pue=self.pue
             )
-            for name, facts in models.items()
-        }
+            rates = replace(rates, idle=self.idle)
+            costs = economics.of(engine, remote=facts.remote) if economics else None
+            found[name] = self._priced(rates, device, costs) if device and costs else rates
+        return found
+
+    def _priced(self, rates: Rates, device: Device, costs: DeviceCosts) -> Rates:
+        """Return `rates` with the price that follows from what `device` costs."""
+        price = device_price(costs, device, pue=self.pue)
+        return replace(
+            rates,
+            usd_per_input_token=0.0,
+            usd_per_output_token=0.0,
+            usd_per_busy_s=price.usd_per_busy_s,
+            usd_per_wh=price.usd_per_wh,
+            price="hardware",
+            idle_wh_per_busy_s=idle_seconds(costs.utilisation) * device.idle_w * self.pue / 3600,
+        )
 
 
 class LiveModels(Mapping[str, ModelFacts]):
@@ -141,6 +178,7 @@ class LiveModels(Mapping[str, ModelFacts]):
         settings: CarbonSettings,
         grid: GridIntensity,
         clock: Callable[[], float],
+        economics: EconomicsSettings | None = None,
     ) -> None:
         """Price `models`; `engine_of` maps them to engines, `clock` returns Unix time."""
         self._models = dict(models)
@@ -149,7 +187,8 @@ class LiveModels(Mapping[str, ModelFacts]):
         self._grid = grid
         self._clock = clock
         self._lock = threading.Lock()
-        self._gco2e_per_kwh = -1.0
+        self._economics = economics
+        self._reading: GridReading | None = None
         self._priced: dict[str, ModelFacts] = {}
         self._rates: dict[str, Rates] = {}
         self._refresh()
@@ -174,13 +213,19 @@ class LiveModels(Mapping[str, ModelFacts]):
         return len(self._models)
 
     def _refresh(self) -> None:
-        gco2e_per_kwh = self._grid.at(self._clock()).gco2e_per_kwh
-        if gco2e_per_kwh == self._gco2e_per_kwh:
+        reading = self._grid.at(self._clock())
+        if self._reading and reading.gco2e_per_kwh == self._reading.gco2e_per_kwh:
             return
         with self._lock:
-            rates = self._settings.rates(self._models, self._engine_of, gco2e_per_kwh=gco2e_per_kwh)
+            rates = self._settings.rates(
+                self._models,
+                self._engine_of,
+                gco2e_per_kwh=reading.gco2e_per_kwh,
+                grid_factor=reading.factor,
+                economics=self._economics,
+            )
             self._priced = {
                 name: replace(facts, rates=rates[name]) for name, facts in self._models.items()
             }
             self._rates = rates
-            self._gco2e_per_kwh = gco2e_per_kwh
+            self._reading = reading

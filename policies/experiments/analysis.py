@@ -1,20 +1,24 @@
 """From observations to a report: intervals, alarms, guardrails and a recommendation.
 
-Three families of comparisons, each with the experiment's alpha, each corrected by Bonferroni so
-that all its intervals hold together: primary (one per treatment), secondary (treatments ×
-secondary metrics) and guardrails (treatments × guardrails). Secondary metrics never decide.
+Families of comparisons, each with the experiment's alpha: primary (one per treatment), guardrails
+(treatments × guardrails), secondary (treatments × secondary metrics) and segments (treatments ×
+parts of the traffic). The first two are corrected by Bonferroni, so that all their intervals hold
+together; the others as the experiment says, and never decide.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
+from scipy.stats import false_discovery_control
 
 from policies.experiments import sequences
-from policies.experiments.effects import Effect, Observations, arm_mean, effect
+from policies.experiments.best_arm import known_best
+from policies.experiments.effects import Effect, Observations, UnitSums, arm_mean, effect
 from policies.experiments.experiment import HOLDOUT, METRICS, Arm, Experiment, Goal, Guardrail
 from policies.experiments.report import (
     ArmReport,
@@ -31,6 +35,7 @@ from policies.experiments.report import (
 MIN_UNITS = 30
 # Metrics without a configured minimum effect are tuned to show two points of a share, or 5%.
 _SHARE_EFFECT, _RELATIVE_EFFECT = 0.02, 0.05
+_MOST_PARTS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,28 +62,50 @@ def analyse(
     stopped_s = stopped_s or {}
     ratio = _sample_ratio(experiment, observations, _periods(experiment, allocations, stopped_s))
     goal, treatments = experiment.primary, experiment.treatments
+    seen_by = {arm: _until(observations, arm, stopped_s) for arm in treatments}
     primary = tuple(
-        _compare(experiment, _until(observations, arm, stopped_s), arm, goal, len(treatments))
-        for arm in treatments
+        _compare(experiment, seen_by[arm], arm, goal, len(treatments)) for arm in treatments
     )
-    secondary = tuple(
-        _compare(
-            experiment,
-            _until(observations, arm, stopped_s),
-            arm,
-            _default_goal(metric),
-            len(treatments) * len(experiment.secondary),
-        )
-        for metric in experiment.secondary
-        for arm in treatments
+    secondary = _corrected(
+        experiment,
+        [
+            (seen_by[arm], arm, _default_goal(experiment, metric), None, None)
+            for metric in experiment.secondary
+            for arm in treatments
+        ],
+    )
+    segments = _corrected(
+        experiment,
+        [
+            (seen_by[arm].within(segment, part), arm, goal, segment, part)
+            for segment in experiment.segments
+            for part in _parts(observations, segment)
+            for arm in treatments
+        ],
     )
     guardrails = check_guardrails(experiment, observations, stopped_s=stopped_s)
     arms = tuple(
-        _arm_report(observations, arm, stopped=arm.name in stopped_s)
+        _arm_report(experiment, observations, arm, stopped=arm.name in stopped_s)
         for arm in _with_holdout(experiment)
     )
+    metric = goal.metric
+    best = None
+    if experiment.allocation.kind == "best_arm":
+        racing = {
+            arm.name: arm.means[metric]
+            for arm in arms
+            if metric in arm.means and arm.name not in {HOLDOUT, *stopped_s}
+        }
+        if all(mean.num_units >= MIN_UNITS for mean in racing.values()):
+            best = known_best(
+                racing,
+                delta=experiment.alpha,
+                smallest=minimum_effect(goal, racing[experiment.control_arm.name].mean),
+                increase=experiment.direction == "increase",
+            )
     advice = advise(
         experiment,
+        best=best,
         arms=arms,
         primary=primary,
         guardrails=guardrails,
@@ -98,6 +125,7 @@ def analyse(
         arms=arms,
         primary=primary,
         secondary=secondary,
+        segments=segments,
         guardrails=guardrails,
         sample_ratio=ratio,
         verdict=advice.verdict,
@@ -119,9 +147,9 @@ def check_guardrails(
     for guardrail in experiment.guardrails:
         for arm in experiment.treatments:
             seen = _until(observations, arm, stopped_s or {})
-            goal = _guarded_goal(guardrail)
+            goal = _guarded_goal(experiment, guardrail)
             found = _compare(experiment, seen, arm, goal, family)
-            up = METRICS[guardrail.metric].direction == "decrease"
+            up = experiment.metric(guardrail.metric).direction == "decrease"
             scale = abs(found.control_mean) if guardrail.relative else 1.0
             harm_low = found.low if up else -found.high
             reports.append(
@@ -165,12 +193,53 @@ def minimum_effect(goal: Goal, control_mean: float) -> float:
     return goal.minimum_effect * (abs(control_mean) if goal.relative else 1.0)
 
 
+_Asked: TypeAlias = tuple[Observations, Arm, Goal, str | None, str | None]
+
+
+def _corrected(experiment: Experiment, asked: Sequence[_Asked]) -> tuple[Comparison, ...]:
+    """Compare all that is `asked`, as one family corrected as the experiment says."""
+
+    def compare(family: float) -> list[Comparison]:
+        return [
+            replace(_compare(experiment, seen, arm, goal, family), segment=segment, part=part)
+            for seen, arm, goal, segment, part in asked
+        ]
+
+    if experiment.correction == "bonferroni" or not asked:
+        return tuple(compare(len(asked)))
+    p = false_discovery_control([found.p for found in compare(1)], method="bh")
+    num_found = max(1, int((p <= experiment.alpha).sum()))
+    return tuple(
+        replace(found, p=float(own), better=found.better if own <= experiment.alpha else None)
+        for found, own in zip(compare(len(asked) / num_found), p, strict=True)
+    )
+
+
+def _parts(seen: Observations, segment: str) -> list[str]:
+    """Return the largest parts of `segment`."""
+    names, counts = np.unique(seen.parts.get(segment, np.zeros(0, str)), return_counts=True)
+    largest = sorted(zip(counts.tolist(), names.tolist(), strict=True), reverse=True)
+    return [name for _, name in largest[:_MOST_PARTS]]
+
+
+def _sums(
+    experiment: Experiment, seen: Observations, arm: str, metric: str, *, adjusted: bool
+) -> UnitSums:
+    """Return the metric's sums per unit of `arm`, with covariates where they are to adjust it."""
+    covariates = experiment.covariates if adjusted else ()
+    own = experiment.metrics.get(metric)
+    if own is None or own.ratio is None:
+        return seen.sums(arm, metric, covariates)
+    value, count = own.ratio
+    return seen.sums(arm, value, covariates, per=count)
+
+
 def _compare(
-    experiment: Experiment, seen: Observations, arm: Arm, goal: Goal, family: int
+    experiment: Experiment, seen: Observations, arm: Arm, goal: Goal, family: float
 ) -> Comparison:
     """Compare `arm` with the control on the goal's metric, corrected for `family` comparisons."""
     treated, control = (
-        seen.sums(name, goal.metric, experiment.covariates)
+        _sums(experiment, seen, name, goal.metric, adjusted=True)
         for name in (arm.name, experiment.control_arm.name)
     )
     found = effect(treated, control)
@@ -195,32 +264,35 @@ def _compare(
         p=p,
         control_mean=found.control.mean,
         relative=_relative(found),
-        better=_better(goal, low, high),
+        better=_better(experiment, goal, low, high),
         variance_kept=found.variance_kept,
         power=power,
     )
 
 
-def _default_goal(metric: str) -> Goal:
+def _default_goal(experiment: Experiment, metric: str) -> Goal:
     """Return what a metric without a configured minimum effect is tuned to show."""
+    own = experiment.metrics.get(metric)
+    if own is not None:
+        return Goal(metric=metric, minimum_effect=own.minimum_effect, relative=own.relative)
     if METRICS[metric].is_share:
         return Goal(metric=metric, minimum_effect=_SHARE_EFFECT)
     return Goal(metric=metric, minimum_effect=_RELATIVE_EFFECT, relative=True)
 
 
-def _guarded_goal(guardrail: Guardrail) -> Goal:
+def _guarded_goal(experiment: Experiment, guardrail: Guardrail) -> Goal:
     """Return the goal whose sequence is tight where harm of the limit's size would show."""
     if not guardrail.limit:
-        return _default_goal(guardrail.metric)
+        return _default_goal(experiment, guardrail.metric)
     return Goal(
         metric=guardrail.metric, minimum_effect=guardrail.limit, relative=guardrail.relative
     )
 
 
-def _better(goal: Goal, low: float, high: float) -> bool | None:
+def _better(experiment: Experiment, goal: Goal, low: float, high: float) -> bool | None:
     if not (low > 0 or high < 0):
         return None
-    return (low > 0) == ((goal.direction or METRICS[goal.metric].direction) == "increase")
+    return (low > 0) == ((goal.direction or experiment.metric(goal.metric).direction) == "increase")
 
 
 def _relative(found: Effect) -> float:
@@ -243,12 +315,14 @@ def arm_names(experiment: Experiment) -> tuple[str, ...]:
     return tuple(arm.name for arm in _with_holdout(experiment))
 
 
-def _arm_report(seen: Observations, arm: Arm, *, stopped: bool) -> ArmReport:
+def _arm_report(
+    experiment: Experiment, seen: Observations, arm: Arm, *, stopped: bool
+) -> ArmReport:
     here = seen.arm == seen.arms.index(arm.name)
     means = {
-        metric: arm_mean(seen.sums(arm.name, metric))
-        for metric in METRICS
-        if metric in seen.columns
+        metric: arm_mean(_sums(experiment, seen, arm.name, metric, adjusted=False))
+        for metric in (*METRICS, *experiment.metrics)
+        if metric in seen.columns or experiment.is_ratio(metric)
     }
     return ArmReport(
         name=arm.name,

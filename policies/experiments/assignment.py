@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b, shake_128
 
 import numpy as np
@@ -48,8 +48,8 @@ class Visit:
 class Enrolment:
     """One unit's place: `unit` is its hash, `propensity` the probability of this arm.
 
-    `policy` is what answers it. `arm` is None where a guardrail stopped the arm: such a request
-    counts for no arm.
+    `policy` is what answers it. `arm` is None where a guardrail stopped the arm, and at a block's
+    begin: such a request counts for no arm.
     """
 
     experiment: str
@@ -119,6 +119,7 @@ class _Entry:
         self._start, self._end = stretch
         self._place = Uniform("layer", experiment.layer)
         self.holdout = Uniform("holdout", salt)
+        self.offset = Uniform("switchback", salt)(b"")
         self.draw = ArmDraw(
             salt,
             {arm.name: (weights or {}).get(arm.name, arm.weight) for arm in experiment.arms},
@@ -179,9 +180,14 @@ class Assigner:
         for entry in self._entries:
             if not entry.wants(visit, now_s):
                 continue
-            unit = unit_of(entry.experiment, visit)
+            if entry.experiment.unit == "block":
+                number, washing = entry.experiment.switchback.block(now_s, entry.offset)
+                unit: bytes | None = str(number).encode()
+            else:
+                unit, washing = unit_of(entry.experiment, visit), False
             if unit is not None and entry.holds(unit):
-                return _enrol(entry, unit)
+                enrolment = _enrol(entry, unit)
+                return replace(enrolment, arm=None) if washing else enrolment
         return None
 
 
@@ -217,15 +223,18 @@ def unit_of(experiment: Experiment, visit: Visit) -> bytes | None:
 
 _DRAWS = 4096
 _PRIOR_UNITS = 30
+_LEADERS_SHARE = 0.5
 
 
-def thompson_weights(
+def adaptive_weights(
     experiment: Experiment, means: Mapping[str, ArmMean], *, rng: np.random.Generator
 ) -> dict[str, float]:
-    """Return each arm's new weight: P(best) under normal posteriors, at least the floor.
+    """Return each arm's new weight, at least the floor, under normal posteriors.
 
-    `means` are the arms' means of the primary metric. Until every arm has 30 units, the
-    configured weights stay.
+    Thompson sampling's is P(best). Top-two sampling (Russo 2016, "Simple Bayesian algorithms for
+    best arm identification") gives half of the units to an arm by P(best), and half to the one that
+    is best once that one is left out. `means` are the arms' means of the primary metric. Until
+    every arm has 30 units, the configured weights stay.
     """
     names = [arm.name for arm in experiment.arms]
     if any(
@@ -233,11 +242,17 @@ def thompson_weights(
         for name in names
     ):
         return {arm.name: arm.weight for arm in experiment.arms}
-    centre = np.array([means[name].mean for name in names])
+    sign = 1 if experiment.direction == "increase" else -1
+    centre = np.array([sign * means[name].mean for name in names])
     spread = np.array([means[name].se for name in names])
     draws = rng.normal(centre, spread, size=(_DRAWS, len(names)))
-    best = draws.argmax(1) if experiment.direction == "increase" else draws.argmin(1)
+    best = draws.argmax(1)
     share = np.bincount(best, minlength=len(names)) / _DRAWS
+    if experiment.allocation.kind == "best_arm":
+        # The second best of the same draw stands for the best once the first is left out.
+        draws[np.arange(_DRAWS), best] = -np.inf
+        rivals = np.bincount(draws.argmax(1), minlength=len(names)) / _DRAWS
+        share = _LEADERS_SHARE * share + (1 - _LEADERS_SHARE) * rivals
     floor = experiment.allocation.floor
     weights = floor + (1 - floor * len(names)) * share
     return dict(zip(names, (weights / weights.sum()).tolist(), strict=True))

@@ -13,7 +13,7 @@ the arms so that adjusting moves no arm's expectation.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,8 @@ Ints = NDArray[np.int64]
 class Observation:
     """One request: who (`unit`), where (`arm`, with its `propensity`), when, and what came of it.
 
-    `values` holds metrics and covariates by name; what is not known is left out or None.
+    `values` holds metrics and covariates by name; what is not known is left out or None. `parts`
+    say, by the segment's name, which part of it the request belongs to.
     """
 
     unit: str
@@ -33,15 +34,17 @@ class Observation:
     propensity: float
     time_s: float
     values: Mapping[str, float | None]
+    parts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Observations:
     """Columns over N requests in order of time, each unit in the first arm it was seen in.
 
-    `arm` indexes `arms`, `unit` numbers the units in order of first appearance, `columns` hold
-    NaN where a value is not known. `num_crossed` counts the rows left out because their unit had
-    moved to another arm (changed weights): its first arm was random, its moving was not.
+    `arm` indexes `arms`, `unit` numbers the `units` in order of first appearance, `columns` hold
+    NaN where a value is not known, `parts` the part of each segment. `num_crossed` counts the rows
+    left out because their unit had moved to another arm (changed weights): its first arm was
+    random, its moving was not.
     """
 
     arms: tuple[str, ...]
@@ -50,6 +53,8 @@ class Observations:
     propensity: Floats
     time_s: Floats
     columns: Mapping[str, Floats]
+    parts: Mapping[str, NDArray[np.str_]] = field(default_factory=dict)
+    units: tuple[str, ...] = ()
     num_crossed: int = 0
 
     @classmethod
@@ -69,6 +74,7 @@ class Observations:
                 kept.append(row)
                 kept_units.append(unit)
         names = sorted({name for row in kept for name in row.values})
+        segments = sorted({name for row in kept for name in row.parts})
         return cls(
             arms=tuple(arms),
             arm=np.array([number[row.arm] for row in kept], dtype=np.int64),
@@ -80,6 +86,8 @@ class Observations:
                 name: np.array([row.values.get(name) for row in kept], dtype=np.float64)
                 for name in names
             },
+            parts={name: np.array([row.parts.get(name, "") for row in kept]) for name in segments},
+            units=tuple(units),
             num_crossed=len(ordered) - len(kept),
         )
 
@@ -99,8 +107,11 @@ class Observations:
         """Return the requests that arrived before `time_s`."""
         return self._where(self.time_s < time_s)
 
+    def within(self, segment: str, part: str) -> Observations:
+        """Return the requests of one part of a segment; `num_units` is not theirs."""
+        return self._where(self.parts[segment] == part)
+
     def _where(self, kept: NDArray[np.bool_]) -> Observations:
-        """Return a prefix, so that the units' numbers stay dense."""
         return Observations(
             arms=self.arms,
             arm=self.arm[kept],
@@ -108,23 +119,34 @@ class Observations:
             propensity=self.propensity[kept],
             time_s=self.time_s[kept],
             columns={name: column[kept] for name, column in self.columns.items()},
+            parts={name: part[kept] for name, part in self.parts.items()},
+            units=self.units,
             num_crossed=self.num_crossed,
         )
 
     def first_seen(self) -> tuple[Ints, Floats]:
         """Return the arm and the time of first appearance of every unit."""
-        _, index = np.unique(self.unit, return_index=True)
+        index = self.first_indices()
         return self.arm[index], self.time_s[index]
 
-    def sums(self, arm: str, metric: str, covariates: Sequence[str] = ()) -> UnitSums:
+    def first_indices(self) -> Ints:
+        """Return the place of every unit's first request."""
+        return np.unique(self.unit, return_index=True)[1].astype(np.int64)
+
+    def sums(
+        self, arm: str, metric: str, covariates: Sequence[str] = (), *, per: str | None = None
+    ) -> UnitSums:
         """Return `metric` summed per unit of `arm`, weighted by one over the propensity.
 
-        The weights are all one while the arm's weight never changed; if it did, they undo that
-        the arm then saw more of one period's traffic than of another's.
+        Counts are requests that have a value, or sums of the metric `per`. The weights are all one
+        while the arm's weight never changed; if it did, they undo that the arm then saw more of one
+        period's traffic than of another's.
         """
         here = self.arm == self.arms.index(arm)
-        value = self.columns.get(metric, np.full(len(self), np.nan))[here]
-        known = ~np.isnan(value)
+        unknown = np.full(len(self), np.nan)
+        value = self.columns.get(metric, unknown)[here]
+        count = np.ones(len(value)) if per is None else self.columns.get(per, unknown)[here]
+        known = ~np.isnan(value) & ~np.isnan(count)
         # A request that lacks a covariate gets the mean of the others: it then explains nothing.
         x_NC = np.column_stack(
             [self._covariate(name)[here][known] for name in covariates]
@@ -138,7 +160,7 @@ class Observations:
             return np.bincount(code, weights=weight * column).astype(np.float64)
 
         sums = [total(x) for x in x_NC.T]
-        counts = total(np.ones(len(code)))
+        counts = total(count[known])
         return UnitSums(
             values=total(value[known]),
             counts=counts,

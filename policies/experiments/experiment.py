@@ -56,7 +56,9 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
 )
 
 
-Unit: TypeAlias = Literal["user", "session", "request"]
+Unit: TypeAlias = Literal["user", "session", "request", "block"]
+Segment: TypeAlias = Literal["key", "domain", "length"]
+Correction: TypeAlias = Literal["bonferroni", "benjamini-hochberg"]
 
 HOLDOUT = "holdout"
 COVARIATES = ("prompt_tokens", "expected_quality")
@@ -98,6 +100,24 @@ class Audience:
 
 @with_config(extra="forbid")
 @dataclass(frozen=True, kw_only=True)
+class OwnMetric:
+    """A metric of one's own: a number that feedback brings under its name, or a ratio of two.
+
+    A "binary" one is 0 or 1, and other values of it are left out. `ratio` names numerator and
+    denominator, metrics of any kind whose sums are divided over the requests that have both.
+    `minimum_effect` is as in `Goal`; it tunes the interval.
+    """
+
+    direction: Direction
+    kind: Literal["binary", "real"] = "real"
+    unit: str = ""
+    ratio: tuple[str, str] | None = None
+    minimum_effect: float = 0.05
+    relative: bool = True
+
+
+@with_config(extra="forbid")
+@dataclass(frozen=True, kw_only=True)
 class Goal:
     """The metric that decides, and the smallest change in it that would matter.
 
@@ -127,14 +147,39 @@ class Guardrail:
 @with_config(extra="forbid")
 @dataclass(frozen=True, kw_only=True)
 class Allocation:
-    """How weights move: "fixed", or "thompson" (each arm's probability of being the best).
+    """How weights move.
 
-    `floor` is the least weight that Thompson sampling leaves an arm. Adaptive weights lose the
-    guarantees that fixed ones have: see `policies.experiments.assignment`.
+    "fixed"; "thompson": each arm's probability of being the best; "best_arm": towards telling the
+    best arm from its closest rivals, with a stopping rule of its own
+    (`policies.experiments.best_arm`). `floor` is the least weight that is left to an arm. Adaptive
+    weights lose guarantees that fixed ones have: see `policies.experiments.assignment`.
     """
 
-    kind: Literal["fixed", "thompson"] = "fixed"
+    kind: Literal["fixed", "thompson", "best_arm"] = "fixed"
     floor: float = 0.05
+
+
+@with_config(extra="forbid")
+@dataclass(frozen=True, kw_only=True)
+class Switchback:
+    """Time in blocks, of which each goes to one arm as a whole: for arms that share machines.
+
+    Blocks begin at a random offset. What comes within `washout_minutes` of a block's begin counts
+    for no arm, since the machines still work on what the block before left.
+    """
+
+    block_minutes: float = 60.0
+    washout_minutes: float = 5.0
+
+    def block(self, now_s: float, offset: float) -> tuple[int, bool]:
+        """Return the block's number at Unix time `now_s`, and whether it is still washing out.
+
+        `offset` in [0, 1) is the share of a block by which all of them are shifted.
+        """
+        length_s = self.block_minutes * 60
+        blocks = now_s / length_s + offset
+        number = math.floor(blocks)
+        return number, (blocks - number) * length_s < self.washout_minutes * 60
 
 
 @with_config(extra="forbid")
@@ -147,6 +192,10 @@ class Experiment:
     that nobody is in two of them. `holdout` is the share of this experiment's units that stay
     with the control's policy whatever happens to weights and arms. `start` and `stop` are UTC
     if they name no zone. `covariates` reduce variance (CUPED) and are known before the answer.
+    `metrics` are one's own; `segments` are the parts of the traffic in which the primary metric is
+    compared too. `correction` says how the secondary comparisons, and those of segments, allow for
+    their number: intervals that all hold together, or a share `alpha` of false discoveries.
+    `switchback` is for the unit "block".
     `salt` seeds the assignment: a new one draws new groups.
     """
 
@@ -155,6 +204,10 @@ class Experiment:
     unit: Unit = "user"
     primary: Goal = field(default_factory=Goal)
     secondary: tuple[str, ...] = ()
+    metrics: Mapping[str, OwnMetric] = field(default_factory=dict)
+    segments: tuple[Segment, ...] = ()
+    correction: Correction = "bonferroni"
+    switchback: Switchback = field(default_factory=Switchback)
     guardrails: tuple[Guardrail, ...] = ()
     control: str | None = None
     traffic: float = 1.0
@@ -211,20 +264,39 @@ class Experiment:
             raise ExperimentError(
                 f"{where}.stop: {self.stop.isoformat()} is not after {self.start.isoformat()}"
             )
+        blocks = self.switchback
+        if not 0 <= blocks.washout_minutes < blocks.block_minutes:
+            raise ExperimentError(
+                f"{where}.switchback.washout_minutes: {blocks.washout_minutes} is not in "
+                f"[0, {blocks.block_minutes:g}), the length of a block"
+            )
         if not self.primary.minimum_effect > 0:
             raise ExperimentError(
                 f"{where}.primary.minimum_effect: {self.primary.minimum_effect} is not above 0"
             )
 
     def _check_metrics(self, where: str) -> None:
+        allowed = (*METRICS, *self.metrics)
+        for name, own in self.metrics.items():
+            if name in (*METRICS, *COVARIATES):
+                raise ExperimentError(f"{where}.metrics: the name {name!r} is taken")
+            if not own.minimum_effect > 0:
+                raise ExperimentError(
+                    f"{where}.metrics.{name}.minimum_effect: {own.minimum_effect} is not above 0"
+                )
         for key, metric in (
             ("primary.metric", self.primary.metric),
             *(("secondary", metric) for metric in self.secondary),
             *(("guardrails", guardrail.metric) for guardrail in self.guardrails),
+            *(
+                (f"metrics.{name}.ratio", part)
+                for name, own in self.metrics.items()
+                for part in own.ratio or ()
+            ),
         ):
-            if metric not in METRICS:
+            if metric not in allowed or ("ratio" in key and self.is_ratio(metric)):
                 raise ExperimentError(
-                    f"{where}.{key}: {metric!r} is unknown; allowed are {', '.join(METRICS)}"
+                    f"{where}.{key}: {metric!r} is unknown; allowed are {', '.join(allowed)}"
                 )
         for guardrail in self.guardrails:
             if not guardrail.limit >= 0:
@@ -237,6 +309,19 @@ class Experiment:
                     f"{where}.covariates: {covariate!r} is unknown; "
                     f"allowed are {', '.join(COVARIATES)}"
                 )
+
+    def is_ratio(self, name: str) -> bool:
+        """Return whether the metric called `name` is a ratio of two others."""
+        return name in self.metrics and self.metrics[name].ratio is not None
+
+    def metric(self, name: str) -> Metric:
+        """Return the metric called `name`, one's own or one that there always is."""
+        own = self.metrics.get(name)
+        if own is None:
+            return METRICS[name]
+        unit = "share" if own.kind == "binary" and own.ratio is None else own.unit
+        meaning = " per ".join(own.ratio) if own.ratio else "one's own, from feedback"
+        return Metric(name=name, direction=own.direction, unit=unit, meaning=meaning)
 
     @property
     def control_arm(self) -> Arm:
@@ -251,7 +336,7 @@ class Experiment:
     @property
     def direction(self) -> Direction:
         """The good direction of the primary metric: as configured, or the metric's own."""
-        return self.primary.direction or METRICS[self.primary.metric].direction
+        return self.primary.direction or self.metric(self.primary.metric).direction
 
     @property
     def start_s(self) -> float:
@@ -273,6 +358,7 @@ class Experiment:
             "arms": [[arm.name, arm.policy, policies.get(arm.policy, "")] for arm in self.arms],
             "control": self.control_arm.name,
             "unit": self.unit,
+            **({"switchback": asdict(self.switchback)} if self.unit == "block" else {}),
             "holdout": self.holdout,
             "target": asdict(self.target),
             "primary": [self.primary.metric, self.direction],

@@ -17,7 +17,7 @@ from scipy.stats import chi2, chi2_contingency
 
 from policies.experiments import sequences
 from policies.experiments.effects import ArmMean
-from policies.experiments.experiment import METRICS, Experiment
+from policies.experiments.experiment import Experiment
 
 ALARM_P = 0.001
 
@@ -79,6 +79,9 @@ class Comparison:
     size (Bonferroni). `better` is None while the interval contains zero. `variance_kept` is what
     CUPED left of the variance, `power` the probability that this much data would show the
     minimum effect (for secondary metrics two points of a share, or 5% of the control's mean).
+    With Benjamini-Hochberg p is that method's (false discoveries are a share alpha of all), and the
+    interval is at the level that goes with it (Benjamini & Yekutieli 2005). `segment` and `part`
+    say in which part of the traffic, None: in all of it.
     """
 
     metric: str
@@ -94,6 +97,8 @@ class Comparison:
     better: bool | None
     variance_kept: float
     power: float
+    segment: str | None = None
+    part: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +128,7 @@ class Report:
     arms: tuple[ArmReport, ...]
     primary: tuple[Comparison, ...]
     secondary: tuple[Comparison, ...]
+    segments: tuple[Comparison, ...]
     guardrails: tuple[GuardrailReport, ...]
     sample_ratio: SampleRatio
     verdict: Verdict
@@ -167,8 +173,12 @@ def advise(
     ratio: SampleRatio,
     min_units: int,
     stopped: Sequence[str] = (),
+    best: str | None = None,
 ) -> Advice:
-    """Return what to do, blocked by a sample-ratio alarm and by breached guardrails."""
+    """Return what to do, blocked by a sample-ratio alarm and by breached guardrails.
+
+    `best` is the arm that a search for the best one has found.
+    """
     notes = tuple(_notes(experiment, arms, guardrails, stopped))
 
     def advice(verdict: Verdict, sentence: str, winner: str | None = None) -> Advice:
@@ -184,6 +194,14 @@ def advise(
             "blocked",
             f"Do not conclude anything: the arms' sizes do not match their weights ({seen}; "
             f"p = {ratio.p:.1g}). Find out which units are missing or misassigned first.",
+        )
+    if best is not None:
+        return advice(
+            "keep_control" if best == control else "ship",
+            f"{'Keep' if best == control else 'Ship'} {best!r}: of {len(arms)} arms it is the best "
+            f"in {metric} at confidence {1 - experiment.alpha:.0%}, whenever one looks; you may "
+            "stop now.",
+            best,
         )
     barred = {found.treatment for found in guardrails if found.breached} | set(stopped)
     running = [found for found in primary if found.treatment not in barred]
@@ -244,10 +262,15 @@ def _notes(
                 f"The arm {found.treatment!r} {action}: its {found.metric} is worse by at least "
                 f"{found.harm_low:.3g}, allowed is {found.limit:.3g}."
             )
-    if experiment.allocation.kind == "thompson":
+    moving = {
+        "thompson": ("Thompson sampling", "Confirm the winner with fixed weights."),
+        "best_arm": ("Top-two sampling", "What is said of the best arm holds all the same."),
+    }
+    if experiment.allocation.kind in moving:
+        sampling, but = moving[experiment.allocation.kind]
         notes.append(
-            "Thompson sampling moves the weights with the data: intervals, p and the sample-ratio "
-            "test are approximate. Confirm the winner with fixed weights."
+            f"{sampling} moves the weights with the data: intervals, p and the sample-ratio test "
+            f"are approximate. {but}"
         )
     rated = [arm for arm in arms if "feedback_rate" in arm.means]
     counts = [
@@ -327,7 +350,7 @@ def draw(experiment: Experiment, report: Report, paths: Mapping[str, Sequence[Po
             x, [p.low for p in shown], [p.high for p in shown], color=colour, alpha=0.18
         )
     axes.axhline(0, color="black", linewidth=0.8)
-    metric = METRICS[report.primary_metric]
+    metric = experiment.metric(report.primary_metric)
     axes.set_xlabel("requests")
     unit = "" if metric.is_share else f" ({metric.unit})"
     axes.set_ylabel(f"{metric.name} minus {experiment.control_arm.name}'s{unit}")

@@ -13,6 +13,7 @@ from typing import Any
 from models.pool import Pool
 from policies.base import Policy
 from policies.carbon.settings import CarbonSettings
+from policies.economics import EconomicsSettings
 from policies.plan import Answer
 from router.catalog.members import Members, Prices
 from router.catalog.policies import DEFAULT_POLICY, Policies
@@ -50,9 +51,11 @@ def load_catalog(
     *,
     policies: Mapping[str, Mapping[str, Any]] | None = None,
     carbon: CarbonSettings | None = None,
+    economics: EconomicsSettings | None = None,
     beside: Catalog | None = None,
 ) -> Catalog:
-    """Check `pool` and the `policies` added to its own; `carbon` prices energy and carbon.
+    """Check `pool` and the `policies` added to its own; `carbon` prices energy and carbon, and
+    `economics` money where it follows from the hardware.
 
     The catalog `beside` which this one is shares the grid, and if its models are the same what it
     knows of them: tokenizers, prices, and how long answers took.
@@ -64,7 +67,10 @@ def load_catalog(
         members, prices = beside.members, beside.prices
     else:
         grid = beside.prices.grid if beside is not None else None
-        members, prices = Members(pool), Prices(pool, carbon or CarbonSettings(), grid=grid)
+        members, prices = (
+            Members(pool),
+            Prices(pool, carbon or CarbonSettings(), economics, grid=grid),
+        )
     specs = {**pool.policies, **(policies or {})}
     built = Policies(pool, specs=specs, members=members, models=prices.facts)
     if beside is not None and same:

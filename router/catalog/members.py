@@ -17,8 +17,9 @@ from models.pool import Pool
 from models.tokenizer import Tokenizer, load_tokenizers
 from policies.carbon.grid import GridIntensity, GridReading
 from policies.carbon.settings import CarbonSettings, LiveModels
+from policies.economics import EconomicsSettings, device_price
 from policies.errors import PolicyError
-from policies.footprint import Rates
+from policies.footprint import IdleRule, Rates
 from policies.plan import Answer
 
 
@@ -242,13 +243,28 @@ class Prices:
     """The models' facts with their present rates.
 
     `grid` is where the grid's intensity comes from; its readings follow a live feed, where one is
-    configured and started. `facts` are what policies know of each model, by name.
+    configured and started. `facts` are what policies know of each model, by name. `idle` is the
+    rule for idle energy; `devices` says of engines whose price follows from their hardware what a
+    busy hour costs, by what it pays for.
     """
 
     def __init__(
-        self, pool: Pool, carbon: CarbonSettings, *, grid: GridIntensity | None = None
+        self,
+        pool: Pool,
+        carbon: CarbonSettings,
+        economics: EconomicsSettings | None = None,
+        *,
+        grid: GridIntensity | None = None,
     ) -> None:
         """Without a `grid` it is the one that `carbon` describes."""
+        self.idle: IdleRule = carbon.idle
+        self.devices = {
+            engine.name: device_price(costs, device, pue=carbon.pue).usd_per_hour(device)
+            for engine in pool.engines
+            if economics is not None
+            and (costs := economics.of(engine.name, remote=engine.kind == "remote")) is not None
+            and (device := carbon.device_of(engine.name))
+        }
         self.grid = grid or carbon.grid(pool.folder)
         self.facts = LiveModels(
             pool.facts(),
@@ -256,6 +272,7 @@ class Prices:
             settings=carbon,
             grid=self.grid,
             clock=time.time,
+            economics=economics,
         )
 
     @property

@@ -67,6 +67,23 @@ def report_experiment(
             typer.echo(f"plot: {plot}", err=as_json)
 
 
+@app.command("export")
+def export_experiment(
+    *,
+    name: Annotated[str, typer.Argument(help="The experiment.")],
+    out: Annotated[Path, typer.Option(help="The folder to write into.")],
+    config: _ExperimentsOption,
+    ledger: LedgerOption = None,
+) -> None:
+    """Write assignments and metrics as Parquet, with SQL views for GrowthBook and warehouses."""
+    from router.experiments.warehouse import export_experiment as export
+
+    with refusing():
+        [summary] = _summaries(config, ledger, name)
+        num_requests = export(summary, out)
+    typer.echo(f"{num_requests:,} requests of {summary.report.num_units:,} units in {out}")
+
+
 def _summaries(config: Path, ledger: str | None, name: str | None) -> list[Summary]:
     from policies.errors import ExperimentError
     from router.config import load_args
@@ -119,7 +136,12 @@ def replay(
 
     with refusing():
         args = load_args(config)
-        catalog = load_catalog(load_pool(args.pool), policies=args.policies, carbon=args.carbon)
+        catalog = load_catalog(
+            load_pool(args.pool),
+            policies=args.policies,
+            carbon=args.carbon,
+            economics=args.economics,
+        )
         definitions, _ = read_definitions(args)
         arms = [arm.policy for one in definitions for arm in one.arms]
         names = list(dict.fromkeys(policy or arms or catalog.policies))

@@ -74,7 +74,7 @@ def report(
         str,
         typer.Option(
             help="Group by these: day, hour, key, team, model, policy, members, experiment, "
-            "arm, endpoint, status, method (how energy is known)."
+            "arm, endpoint, status, method (how energy is known), price (how money is)."
         ),
     ] = "day,model",
     since: SinceOption = None,
@@ -83,7 +83,10 @@ def report(
         Path | None,
         typer.Option(help="Also draw spend per day into this PNG.", show_default=False),
     ] = None,
-    unit: Annotated[Unit, typer.Option(help="What the plot shows.")] = "usd",
+    unit: Annotated[
+        Unit,
+        typer.Option(help="What the plot shows; with joules the table tells of energy."),
+    ] = "usd",
     ledger: LedgerOption = None,
     config: ConfigOption = None,
 ) -> None:
@@ -97,7 +100,7 @@ def report(
         groups = read_groups(by)
         within = read_period(since, until).holds()
         rows = spend(database, by=groups, where=within)
-        typer.echo(text_table(report_lines(groups, rows), num_left=len(groups)))
+        typer.echo(text_table(report_lines(groups, rows, unit=unit), num_left=len(groups)))
         if plot is not None:
             series: GroupBy = next(
                 (name for name in groups if name not in {"day", "hour"}), "model"

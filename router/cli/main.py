@@ -9,6 +9,8 @@ import typer
 
 from router.cli import (
     asking,
+    budget,
+    costs,
     experiment,
     keys,
     learn,
@@ -54,8 +56,10 @@ app.command()(plan.plan)
 app.command()(pools.inspect)
 app.command()(pools.pull)
 app.command()(experiment.replay)
-app.command()(plan.replay_budget)
+app.add_typer(budget.app, name="budget")
 app.command()(ledger.report)
+app.command()(costs.costs)
+app.add_typer(costs.calibrate_app, name="calibrate")
 app.command()(asking.route)
 app.command()(pools.downscale)
 app.command()(pools.stack)

@@ -151,7 +151,9 @@ def _serve_here(args: AppArgs, pool: Pool, host: str, port: int) -> None:
 
     async def run() -> None:
         set_up_logs(args.logs)
-        catalog = load_catalog(pool, policies=args.policies, carbon=args.carbon)
+        catalog = load_catalog(
+            pool, policies=args.policies, carbon=args.carbon, economics=args.economics
+        )
         ledger = open_ledger(args)
         _say("Loading models ...")
         async with local_service(args, pool, catalog, ledger) as service:

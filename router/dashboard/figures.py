@@ -134,9 +134,12 @@ def _figures(row: Spend) -> dict[str, float | None]:
         "failed": float(row.num_failed),
         "prompt_tokens": float(row.prompt_tokens),
         "output_tokens": float(row.output_tokens),
-        "usd": row.usd,
-        "wh": row.wh,
-        "gco2e": row.gco2e,
+        **{
+            name: getattr(row, name)
+            for unit in ("usd", "wh", "gco2e")
+            for name in (unit, f"{unit}_low", f"{unit}_high")
+        },
+        "joules_per_token": row.joules_per_token,
         "latency_s": row.answered_s / row.num_answered if row.num_answered else None,
         "ttft_s": row.ttft_s / row.num_ttft if row.num_ttft else None,
     }

@@ -6,17 +6,22 @@ read once: what is not among them cannot be asked for.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 from fastapi import FastAPI, Request, Response
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.responses import JSONResponse
 
+from policies.budget.simulate import Simulation
+from policies.budgeted import BudgetedSettings
+from policies.kinds import explain
 from router.access.limits import Cap
 from router.catalog.catalog import Catalog
 from router.dashboard.figures import WINDOWS, Figures
@@ -114,11 +119,13 @@ def add_dashboard(
     database: Database,
     caps: Callable[[], tuple[Cap, ...]],
     identify: Identify,
+    simulate: Callable[[BudgetedSettings], Simulation],
 ) -> None:
-    """Add `GET /dashboard`, its files, and, for whom `identify` lets in, `GET /dashboard/data`.
+    """Add `GET /dashboard`, its files, and, for whom `identify` lets in, what they show.
 
-    They are about what there is `now`; `caps` are the server's budgets. Adds nothing if `config`
-    says so.
+    That is `GET /dashboard/data`, about what there is `now` with the server's budgets `caps`, and
+    `GET /dashboard/target`, which has last week's traffic simulated under a target. Adds nothing if
+    `config` says so.
     """
     if not config.enabled:
         return
@@ -154,10 +161,47 @@ def add_dashboard(
             headers={"cache-control": "no-store"},
         )
 
-    # Before `{file}`, which would match it.
+    simulating = asyncio.Lock()
+
+    async def target(request: Request) -> JSONResponse:
+        await identify(request)
+        try:
+            settings = BudgetedSettings.model_validate(
+                {"policy": {}, "targets": [_read_target(request.query_params)]}
+            )
+        except ValidationError as error:
+            return _refusal(bad_request(explain(error), "amount"))
+        # One at a time: each keeps a core busy for seconds.
+        async with simulating:
+            found = await database.reports.run(simulate, settings)
+        wanted = settings.targets[0]
+        words = f"{wanted.amount:g} {wanted.resource} per {wanted.per.replace('_', ' ')}"
+        return JSONResponse(
+            {
+                "sentence": found.sentence(words, wanted.resource),
+                "resource": wanted.resource,
+                "total": found.total.to_json(),
+                "domains": {name: sums.to_json() for name, sums in found.domains.items()},
+            },
+            headers={"cache-control": "no-store"},
+        )
+
+    # Before `{file}`, which would match them.
     api.add_api_route("/dashboard/data", data, methods=["GET"], include_in_schema=False)
+    api.add_api_route("/dashboard/target", target, methods=["GET"], include_in_schema=False)
     for path in ("/dashboard", "/dashboard/{file:path}"):
         api.add_api_route(path, page, methods=["GET"], include_in_schema=False)
+
+
+def _read_target(params: Mapping[str, str]) -> dict[str, object]:
+    amount: object = params.get("amount", "")
+    with suppress(ValueError):
+        amount = float(str(amount))
+    return {
+        "resource": params.get("resource", "gco2e"),
+        "amount": amount,
+        "per": params.get("per", "hour"),
+    }
 
 
 def may_see(access: Access, request: Request) -> bool:

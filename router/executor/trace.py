@@ -59,6 +59,8 @@ class Run:
             data["members"] = list(self.plan.members)
             data["prompt_tokens"] = self.prompt_tokens
             data["output_tokens"] = self.output_tokens
+            if self.engine is not None:
+                data["engine"] = self.engine
             if self.weights is not None:
                 data["weights"] = [round(weight, 6) for weight in self.weights]
         else:
@@ -166,6 +168,7 @@ def _member_cost(run: Run, rates: Rates, num_members: int) -> Footprint:
         run.output_tokens,
         wh=run.energy.wh / num_members,
         busy_s=run.energy.busy_s / num_members,
+        idle_wh=run.energy.idle_wh / num_members,
         latency_s=0.0,
         method=run.energy.method,
     )

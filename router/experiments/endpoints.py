@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import sqlalchemy as sa
 from fastapi import FastAPI, Request
@@ -103,11 +103,15 @@ def add_experiment_routes(
         api.add_api_route(path, answer, methods=["GET"], openapi_extra=described(answers))
 
 
+MetricName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]{0,63}$")]
+
+
 class FeedbackBody(BaseModel):
-    """Exactly one of thumb, score and label, about the response `id`.
+    """At most one of thumb, score and label, and `metrics`, about the response `id`.
 
     `score` is in [0, 1]; `label` is the right answer: the score is then 1 if the answer equals it
-    but for case, spacing and closing marks, else 0.
+    but for case, spacing and closing marks, else 0. `metrics` are numbers by names of one's own,
+    which experiments compare.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -116,11 +120,15 @@ class FeedbackBody(BaseModel):
     thumb: Literal["up", "down"] | None = None
     score: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     label: str | None = Field(None, max_length=65_536)
+    metrics: dict[MetricName, Annotated[float, Field(allow_inf_nan=False)]] = Field(
+        default_factory=dict, max_length=50
+    )
 
     @model_validator(mode="after")
     def _one(self) -> Self:
-        if sum(part is not None for part in (self.thumb, self.score, self.label)) != 1:
-            raise ValueError("give exactly one of thumb, score and label")
+        given = sum(part is not None for part in (self.thumb, self.score, self.label))
+        if given > 1 or (not given and not self.metrics):
+            raise ValueError("give exactly one of thumb, score and label, or metrics")
         return self
 
 
@@ -129,7 +137,7 @@ class FeedbackTold(BaseModel):
 
     object: Literal["feedback"]
     id: str
-    score: float
+    score: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,6 +239,7 @@ async def take_feedback(
         time_s=time.time(),
         score=score,
         label=feedback.label if keep_text else None,
+        metrics=feedback.metrics or None,
         key_id=key_id,
     )
     calls = ledger.database.calls
@@ -244,17 +253,18 @@ async def take_feedback(
                 await calls.run(
                     add_feedback,
                     ledger.database,
-                    replace(kept, request_id=mirrored_id, score=right, key_id=None),
+                    replace(kept, request_id=mirrored_id, score=right, metrics=None, key_id=None),
                 )
     return {"object": "feedback", "id": feedback.id, "score": score}
 
 
-def _score(feedback: FeedbackBody, request_id: str, digest: str | None) -> float:
+def _score(feedback: FeedbackBody, request_id: str, digest: str | None) -> float | None:
     if feedback.thumb is not None:
         return float(feedback.thumb == "up")
     if feedback.score is not None:
         return feedback.score
-    assert feedback.label is not None
+    if feedback.label is None:
+        return None
     return float(answer_digest(request_id, feedback.label) == digest)
 
 

@@ -19,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from models.pool import Pool, load_pool
 from policies.base import Query
-from policies.experiments.assignment import Assigner, Visit, thompson_weights
+from policies.experiments.assignment import Assigner, Visit, adaptive_weights
 from policies.experiments.experiment import Experiment
 from policies.experiments.read import read_experiments
 from policies.experiments.shadow import Shadow, read_shadows
@@ -156,12 +156,12 @@ class Experiments:
                     store.stop_arm, self.database, name, found.treatment,
                     reason=reason, now_s=now_s,
                 )  # fmt: skip
-        if experiment.allocation.kind == "thompson":
+        if experiment.allocation.kind != "fixed":
             metric = experiment.primary.metric
             means = {
                 arm.name: arm.means[metric] for arm in summary.report.arms if metric in arm.means
             }
-            weights = thompson_weights(experiment, means, rng=self._rng)
+            weights = adaptive_weights(experiment, means, rng=self._rng)
             await self.database.reports.run(
                 store.move_weights, self.database, name, weights, now_s=now_s
             )
@@ -199,7 +199,7 @@ class Experiments:
 
     def _idle(self, experiment: Experiment) -> bool:
         """Whether there is nothing to act on: no guardrails, fixed weights, or not its time."""
-        acts = experiment.guardrails or experiment.allocation.kind == "thompson"
+        acts = experiment.guardrails or experiment.allocation.kind != "fixed"
         return not acts or not experiment.start_s <= self._clock() < experiment.stop_s
 
     def _load(self) -> dict[str, store.State]:

@@ -6,7 +6,7 @@ The report is the same for the API, the command and the metrics.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -14,7 +14,7 @@ from policies.base import Query
 from policies.errors import ExperimentError
 from policies.experiments.analysis import analyse, arm_names, trajectory
 from policies.experiments.effects import Observation, Observations
-from policies.experiments.experiment import Experiment
+from policies.experiments.experiment import Experiment, Segment
 from policies.experiments.replay import LoggedRequest
 from policies.experiments.report import Comparison, Report, draw
 from policies.fixed import ignores_queries
@@ -97,7 +97,11 @@ def _status(experiment: Experiment, state: State | None, now_s: float) -> Status
 def as_text(summary: Summary) -> str:
     """Return the report for a terminal."""
     report = summary.report
-    metrics = [metric for metric in _METRICS if any(metric in arm.means for arm in report.arms)]
+    metrics = [
+        metric
+        for metric in (*_METRICS, *summary.experiment.metrics)
+        if any(metric in arm.means for arm in report.arms)
+    ]
     arms = [
         (
             arm.name + (" (stopped)" if arm.stopped else ""),
@@ -117,6 +121,10 @@ def as_text(summary: Summary) -> str:
         "",
         text_table([_COMPARED, *map(_compared, (*report.primary, *report.secondary))], num_left=2),
     ]
+    if report.segments:
+        head = ("segment", "part", *_COMPARED)
+        parts = [(f.segment or "", f.part or "", *_compared(f)) for f in report.segments]
+        lines += ["", text_table([head, *parts], num_left=4)]
     if report.guardrails:
         guards = [
             (
@@ -166,11 +174,11 @@ def _number(value: float) -> str:
 def observe(database: Database, experiment: Experiment, *, since_s: float) -> Observations:
     """Return all that the ledger knows of `experiment` from `since_s` on; blocks."""
     found = rated_requests(database, experiment=experiment.name, period=Period(since_s=since_s))
-    rows = (observation(request) for request in found if request.row["arm"] is not None)
+    rows = (observation(request, experiment) for request in found if request.row["arm"] is not None)
     return Observations.from_rows(rows, arms=arm_names(experiment))
 
 
-def observation(request: RatedRequest) -> Observation:
+def observation(request: RatedRequest, experiment: Experiment) -> Observation:
     """Return one request as experiments see it.
 
     Time and feedback count for answered requests only, cost for all; what the client got wrong
@@ -200,8 +208,33 @@ def observation(request: RatedRequest) -> Observation:
             "escalation_rate": float(_escalated(row["stages"] or ())) if answered else None,
             "prompt_tokens": float(row["prompt_tokens"]),
             "expected_quality": row["expected_quality"],
+            **{
+                name: request.metrics.get(name)
+                for name, own in experiment.metrics.items()
+                if own.kind == "real" or request.metrics.get(name) in (None, 0, 1)
+            },
         },
+        parts={name: _PARTS[name](row) for name in experiment.segments},
     )
+
+
+def _domain(row: Mapping[str, Any]) -> str:
+    """Return the member that the policy thought best; a chunk's name is its domain's."""
+    scores = row["scores"] or {}
+    return max(scores, key=scores.__getitem__) if scores else "not predicted"
+
+
+def _length(row: Mapping[str, Any]) -> str:
+    bounds = ((100, "below 100 tokens"), (1000, "100 to 999 tokens"))
+    most = (name for limit, name in bounds if row["prompt_tokens"] < limit)
+    return next(most, "1,000 tokens and more")
+
+
+_PARTS: Mapping[Segment, Callable[[Mapping[str, Any]], str]] = {
+    "key": lambda row: row["key_id"] or "no key",
+    "domain": _domain,
+    "length": _length,
+}
 
 
 def predicted_quality(scores: Mapping[str, float], members: Mapping[str, object]) -> float | None:

@@ -22,8 +22,9 @@ GroupBy: TypeAlias = Literal[
     "endpoint",
     "status",
     "method",
+    "price",
 ]
-Unit: TypeAlias = Literal["usd", "wh", "gco2e", "tokens", "requests"]
+Unit: TypeAlias = Literal["usd", "wh", "joules", "gco2e", "tokens", "requests"]
 Format: TypeAlias = Literal["parquet", "csv", "jsonl", "outcomes"]
 
 

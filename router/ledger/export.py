@@ -29,14 +29,14 @@ _JSON_NAMES = {column.name for column in REQUESTS.columns if isinstance(column.t
 _LABELS: dict[Unit, str] = {
     "usd": "USD",
     "wh": "Wh",
+    "joules": "J per output token",
     "gco2e": "gCO2e",
     "tokens": "tokens",
     "requests": "requests",
 }
-_HEADER = (
-    *("requests", "answered", "failed", "prompt tokens", "output tokens"),
-    *("USD", "Wh", "gCO2e", "mean s"),
-)
+_COUNTS = ("requests", "answered", "failed", "prompt tokens", "output tokens")
+_COSTS = ("USD", "Wh", "gCO2e", "mean s")
+_JOULES = ("J", "J at least", "J at most", "idle J", "J/output token")
 _MOST_SERIES = 9
 _MOST_TICKS = 30
 
@@ -131,12 +131,22 @@ def _groups(rows: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str
         yield group
 
 
-def report_lines(by: Sequence[GroupBy], rows: Sequence[Spend]) -> list[tuple[str, ...]]:
-    """Return `rows` as a table's lines, its head first, totals last where there are several."""
-    lines = [(*by, *_HEADER), *((*_names(by, row), *_cells(row)) for row in rows)]
+def report_lines(
+    by: Sequence[GroupBy], rows: Sequence[Spend], *, unit: Unit = "usd"
+) -> list[tuple[str, ...]]:
+    """Return `rows` as a table's lines, its head first, totals last where there are several.
+
+    In joules the lines say what is known of energy: its range, what was idle, and what a token that
+    clients got took.
+    """
+    costs, cells = (_JOULES, _joules) if unit == "joules" else (_COSTS, _costs)
+    lines = [
+        (*by, *_COUNTS, *costs),
+        *((*_names(by, row), *_counts(row), *cells(row)) for row in rows),
+    ]
     if len(rows) > 1:
         names = ("total", *("" for _ in by[1:])) if by else ()
-        lines.append((*names, *_cells(total(rows))))
+        lines.append((*names, *_counts(total(rows)), *cells(total(rows))))
     return lines
 
 
@@ -144,6 +154,7 @@ def plot(rows: Sequence[Spend], target: Path, *, unit: Unit, series: str) -> Non
     """Draw spend per day as stacked bars into `target` (PNG), written atomically.
 
     `rows` are `spend(by=("day", series))`. The nine largest series are named, the rest is "other".
+    Joules per token do not add up: their bars stand side by side.
     """
     from matplotlib.figure import Figure  # noqa: PLC0415 (slow to import)
 
@@ -156,18 +167,24 @@ def plot(rows: Sequence[Spend], target: Path, *, unit: Unit, series: str) -> Non
     heights = {name: dict.fromkeys(days, 0.0) for name in (*named, "other")}
     for row in rows:
         name = _name(series, row.group[1])
-        heights[name if name in named else "other"][int(row.group[0] or 0)] += _used(row, unit)
+        if unit != "joules" or name in named:
+            heights[name if name in named else "other"][int(row.group[0] or 0)] += _used(row, unit)
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.add_subplot()
     labels = [_day(day) for day in days]
     bottom = [0.0] * len(days)
-    for name, by_day in heights.items():
+    beside = unit == "joules"
+    width = 0.8 / (max(1, len(named)) if beside else 1)
+    for place, (name, by_day) in enumerate(heights.items()):
         bars = list(by_day.values())
+        left = (place - (len(named) - 1) / 2) * width if beside else 0.0
         if name != "other" or any(bars):
-            axes.bar(range(len(days)), bars, bottom=bottom, label=name)
-        bottom = [low + bar for low, bar in zip(bottom, bars, strict=True)]
-    axes.set_ylabel(f"{_LABELS[unit]} per day (UTC)")
+            places = [day + left for day in range(len(days))]
+            axes.bar(places, bars, width, bottom=bottom, label=name)
+        if not beside:
+            bottom = [low + bar for low, bar in zip(bottom, bars, strict=True)]
+    axes.set_ylabel(_LABELS[unit] + ("" if beside else " per day (UTC)"))
     axes.set_ylim(bottom=0)
     every = max(1, math.ceil(len(days) / _MOST_TICKS))
     axes.set_xticks(range(0, len(days), every), labels[::every], rotation=45)
@@ -185,15 +202,29 @@ def plot(rows: Sequence[Spend], target: Path, *, unit: Unit, series: str) -> Non
 def _used(row: Spend, unit: Unit) -> float:
     if unit == "tokens":
         return row.prompt_tokens + row.output_tokens
+    if unit == "joules":
+        return row.joules_per_token or 0.0
     return float(row.num_requests if unit == "requests" else getattr(row, unit))
 
 
-def _cells(row: Spend) -> tuple[str, ...]:
+def _counts(row: Spend) -> tuple[str, ...]:
     counts = (row.num_requests, row.num_answered, row.num_failed)
+    return tuple(f"{count:,}" for count in (*counts, row.prompt_tokens, row.output_tokens))
+
+
+def _costs(row: Spend) -> tuple[str, ...]:
     return (
-        *(f"{count:,}" for count in (*counts, row.prompt_tokens, row.output_tokens)),
         *(f"{amount:.6g}" for amount in (row.usd, row.wh, row.gco2e)),
         f"{row.latency_s / row.num_requests:.3f}" if row.num_requests else "-",
+    )
+
+
+def _joules(row: Spend) -> tuple[str, ...]:
+    used = (row.wh, row.wh_low, row.wh_high, row.idle_wh)
+    per_token = row.joules_per_token
+    return (
+        *(f"{wh * 3600:.4g}" for wh in used),
+        "-" if per_token is None else f"{per_token:.4g}",
     )
 
 

@@ -1,14 +1,14 @@
 """What users thought of answers: kept, and joined with the requests.
 
-A score in [0, 1], a thumb, or the right answer as a label. The join is what experiments compare and
-routers learn from.
+A score in [0, 1], a thumb, the right answer as a label, or numbers of one's own. The join is what
+experiments compare and routers learn from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
@@ -25,24 +25,25 @@ class Feedback:
     """What one user said about the answer to `request_id`, at Unix time `time_s`.
 
     `score` is in [0, 1] (thumbs are 1 and 0); `label` is the right answer, where the user gave
-    it. At least one of them is there.
+    it; `metrics` are numbers by names of one's own. At least one of them is there.
     """
 
     request_id: str
     time_s: float
     score: float | None = None
     label: str | None = None
+    metrics: Mapping[str, float] | None = None
     key_id: str | None = None
 
     def __post_init__(self) -> None:
-        if self.score is None and self.label is None:
-            raise LedgerError("feedback: give a score, a thumb or a label")
+        if self.score is None and self.label is None and not self.metrics:
+            raise LedgerError("feedback: give a score, a thumb, a label or metrics")
         if self.score is not None and not 0 <= self.score <= 1:
             raise LedgerError(f"feedback.score: {self.score} is not in [0, 1]")
 
 
 def add_feedback(database: Database, feedback: Feedback) -> None:
-    """Keep `feedback`; sent again it changes nothing, and later feedback replaces earlier.
+    """Keep `feedback`; sent again it changes nothing, and what is later replaces what was earlier.
 
     Raises `LedgerError` where no answered request has that id. (A request is known once its row
     is written: call `Ledger.flush` before refusing a client's feedback.)
@@ -64,7 +65,7 @@ def add_feedback(database: Database, feedback: Feedback) -> None:
             .where(
                 FEEDBACK.c.request_id == feedback.request_id, FEEDBACK.c.time_s < feedback.time_s
             )
-            .values(**row)
+            .values({name: value for name, value in row.items() if value is not None})
         )
 
 
@@ -73,14 +74,15 @@ class RatedRequest:
     """One request and what its user thought of the answer, if anything (yet).
 
     `row` is the row of the table `requests`. `score` is the user's, in [0, 1]; `label` the right
-    answer, where given: whoever reads the answer may score it by that. `feedback_s` is when the
-    feedback came.
+    answer, where given: whoever reads the answer may score it by that. `metrics` are numbers by
+    names of one's own. `feedback_s` is when the feedback came.
     """
 
     row: dict[str, Any]
     score: float | None
     label: str | None
     feedback_s: float | None
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     def to_line(self) -> dict[str, Any] | None:
         """Return a line of the outcomes format that routers are trained on, or None.
@@ -119,6 +121,7 @@ def rated_requests(
             FEEDBACK.c.score.label("feedback_score"),
             FEEDBACK.c.label.label("feedback_label"),
             FEEDBACK.c.time_s.label("feedback_s"),
+            FEEDBACK.c.metrics.label("feedback_metrics"),
         )
         .join_from(
             REQUESTS,
@@ -134,4 +137,11 @@ def rated_requests(
     with closing(stream(database, query)) as rows:
         for row in rows:
             score, label = row.pop("feedback_score"), row.pop("feedback_label")
-            yield RatedRequest(row=row, score=score, label=label, feedback_s=row.pop("feedback_s"))
+            metrics = row.pop("feedback_metrics") or {}
+            yield RatedRequest(
+                row=row,
+                score=score,
+                label=label,
+                feedback_s=row.pop("feedback_s"),
+                metrics=metrics,
+            )

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import sqlalchemy as sa
 
-from policies.footprint import Cost
+from policies.footprint import AMOUNTS, Cost
 from router.ledger import GroupBy
 from router.ledger.database import Database
 from router.ledger.schema import FEEDBACK, REQUESTS
@@ -22,7 +22,10 @@ _GROUPS: dict[str, sa.ColumnElement[Any]] = {
     "team": _R.team_id,
     "members": _R.answered_by,
     "method": _R.energy_method,
-    **{name: _R[name] for name in ("model", "policy", "experiment", "arm", "endpoint", "status")},
+    **{
+        name: _R[name]
+        for name in ("price", "model", "policy", "experiment", "arm", "endpoint", "status")
+    },
 }
 
 Condition: TypeAlias = sa.ColumnElement[bool]
@@ -78,6 +81,11 @@ class Spend(Cost):
     score: float = 0.0
     first_s: float = 0.0
 
+    @property
+    def joules_per_token(self) -> float | None:
+        """Joules per token that clients got; None where they got none."""
+        return self.wh * 3600 / self.output_tokens if self.output_tokens else None
+
 
 def _sum(value: sa.ColumnElement[Any], where: Condition | None = None) -> sa.ColumnElement[Any]:
     return sa.func.coalesce(sa.func.sum(value if where is None else sa.case((where, value))), 0)
@@ -89,7 +97,7 @@ _SUMS: Mapping[str, sa.ColumnElement[Any]] = {
     "num_answered": _sum(_ONE, ANSWERED),
     "num_failed": _sum(_ONE, _R.status >= 500),
     "num_ttft": _sum(_ONE, ANSWERED & _R.ttft_s.is_not(None)),
-    **{name: _sum(_R[name]) for name in ("prompt_tokens", "output_tokens", "usd", "wh", "gco2e")},
+    **{name: _sum(_R[name]) for name in ("prompt_tokens", "output_tokens", *AMOUNTS)},
     "latency_s": _sum(_R.latency_s),
     "answered_s": _sum(_R.latency_s, ANSWERED),
     "ttft_s": _sum(_R.ttft_s, ANSWERED),

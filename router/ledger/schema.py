@@ -57,6 +57,7 @@ FEEDBACK = sa.Table(
     sa.Column("time_s", sa.Double, nullable=False, index=True),
     sa.Column("score", sa.Double),
     sa.Column("label", sa.Text),
+    _json("metrics"),
     sa.Column("key_id", sa.Text),
 )
 

@@ -53,10 +53,10 @@ class Counts(defaultdict[Series, float]):
     def __init__(self) -> None:
         super().__init__(float)
 
-    def observe(self, family: Family, label: str, value: float) -> None:
-        """Put `value` into its bucket of a histogram with one label."""
-        self[family.name, label, family.bucket(value)] += 1
-        self[family.name, label, SUM] += value
+    def observe(self, family: Family, value: float, *labels: str) -> None:
+        """Put `value` into its bucket of a histogram."""
+        self[family.name, *labels, family.bucket(value)] += 1
+        self[family.name, *labels, SUM] += value
 
 
 def tally(rows: Iterable[Mapping[str, Any]]) -> Counts:
@@ -82,7 +82,7 @@ def _count(row: Mapping[str, Any], counts: Counts) -> None:
     if row["plan"] is not None:
         counts[f.PLANS.name, policy, _shape(row["plan"])] += 1
     if row["scores"]:
-        counts.observe(f.CONFIDENCE, policy, max(row["scores"].values()))
+        counts.observe(f.CONFIDENCE, max(row["scores"].values()), policy)
     if row["cached_tokens"] is not None:
         counts[f.CACHED_TOKENS.name, policy] += row["cached_tokens"]
     if row["familiar"] is not None:
@@ -93,11 +93,12 @@ def _count(row: Mapping[str, Any], counts: Counts) -> None:
         counts[f.FALLBACKS.name, policy] += sum(
             path[:1] == "+" and "." not in path for path in runs
         )
+        _count_energy(runs, row["costs"] or {}, counts)
     if status < 400:
         _count_times(row, policy, counts)
         for runs in stages:
             for num_members in _accepted_members(runs):
-                counts.observe(f.MEMBERS, policy, num_members)
+                counts.observe(f.MEMBERS, num_members, policy)
 
 
 def _count_models(row: Mapping[str, Any], policy: str, arm: str, counts: Counts) -> None:
@@ -119,16 +120,34 @@ def _count_models(row: Mapping[str, Any], policy: str, arm: str, counts: Counts)
 
 
 def _count_times(row: Mapping[str, Any], policy: str, counts: Counts) -> None:
-    counts.observe(f.DURATION_S, policy, row["latency_s"])
+    counts.observe(f.DURATION_S, row["latency_s"], policy)
     ttft_s = row["ttft_s"]
     if not row["stream"] or ttft_s is None:
         return
-    counts.observe(f.FIRST_TOKEN_S, policy, ttft_s)
+    counts.observe(f.FIRST_TOKEN_S, ttft_s, policy)
     # Several answers come side by side.
     tokens_after_first = row["output_tokens"] / max(1, row["num_choices"]) - 1
     if tokens_after_first >= 1:
         per_token_s = max(0.0, row["latency_s"] - ttft_s) / tokens_after_first
-        counts.observe(f.PER_TOKEN_S, policy, per_token_s)
+        counts.observe(f.PER_TOKEN_S, per_token_s, policy)
+
+
+def _count_energy(
+    runs: Mapping[str, Mapping[str, Any]], costs: Mapping[str, Mapping[str, Any]], counts: Counts
+) -> None:
+    """Count what each engine used per token that it wrote; fused members write one together."""
+    written: dict[str, int] = defaultdict(int)
+    members: dict[str, set[str]] = defaultdict(set)
+    for run in runs.values():
+        if "engine" in run:
+            written[run["engine"]] += run["output_tokens"]
+            members[run["engine"]] |= set(run["members"]) & costs.keys()
+    for engine, names in members.items():
+        for method in {costs[name]["method"] for name in names}:
+            wh = sum(costs[name]["wh"] for name in names if costs[name]["method"] == method)
+            if written[engine] and wh:
+                joules = wh * 3600 / written[engine]
+                counts.observe(f.JOULES_PER_TOKEN, joules, engine, method or f.NONE)
 
 
 def _count_cascades(runs: Mapping[str, Mapping[str, Any]], policy: str, counts: Counts) -> None:

@@ -65,6 +65,7 @@ _FIRST_TOKEN_S = (
     *(0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
 )
 _PER_TOKEN_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
+_JOULES = tuple(float(f"{digit}e{power}") for power in range(-4, 4) for digit in (1, 2, 5))
 _SHARES = tuple(round(0.1 * n, 1) for n in range(1, 10))
 _MEMBERS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0)
 
@@ -134,6 +135,9 @@ FIRST_TOKEN_S = _histogram("shoal_time_to_first_token_seconds", "policy", bucket
     help="Time from a request's arrival to its first text; streamed answers.")
 PER_TOKEN_S = _histogram("shoal_time_per_output_token_seconds", "policy", buckets=_PER_TOKEN_S,
     help="Mean time between an answer's tokens after the first text; streamed answers.")
+JOULES_PER_TOKEN = _histogram("shoal_energy_joules_per_output_token", "engine", "method",
+    buckets=_JOULES,
+    help="Joules that an engine used per token that it wrote, by request and how they are known.")
 MEMBERS = _histogram("shoal_ensemble_members", "policy", buckets=_MEMBERS,
     help="Models fused in the accepted answer.")
 CONFIDENCE = _histogram("shoal_router_confidence_ratio", "policy", buckets=_SHARES,
@@ -158,6 +162,8 @@ GRID_INTENSITY = _gauge("shoal_grid_intensity_gco2e_per_kwh",
     help="The grid's carbon intensity that requests are priced with.")
 GRID_STALE = _gauge("shoal_grid_stale", merge="max",
     help="1 while a live feed is configured but its data are too old to use.")
+DEVICE_USD = _gauge("shoal_device_usd_per_busy_hour", "engine", "part",
+    help="What a busy hour of an engine's device costs by economics: capital, other, idle, energy.")
 PRICES = {
     resource: _gauge(f"shoal_budget_price_per_{resource}", "policy",
         help=f"The price λ of a budgeted policy: quality (0 to 1) per {unit}; replicas' mean.")

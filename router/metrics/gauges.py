@@ -64,6 +64,9 @@ class Live:
         }
         if isinstance(catalog.prices.grid, CachedGrid):
             found[f.GRID_STALE.series()] = float(reading.source.startswith(_STALE))
+        for engine, parts in catalog.prices.devices.items():
+            for part, usd in parts.items():
+                found[f.DEVICE_USD.series(engine, part)] = usd
         for name, controller in catalog.policies.controllers.items():
             for resource, price in controller.prices().items():
                 found[f.PRICES[resource].series(name)] = price

@@ -31,27 +31,47 @@ class Spent(BaseModel):
 
 
 class MemberFootprint(Spent):
-    """What one member cost, and by which method that is known."""
+    """What one member cost, how that is known, and between which figures the true ones lie."""
 
     engine: str | None = None
+    usd_low: float
+    usd_high: float
+    wh_low: float
+    wh_high: float
+    gco2e_low: float
+    gco2e_high: float
     method: str
-    idle: str
+    price: str
     latency_s: float
     embodied_gco2e: float
     flops: float
     busy_s: float
+    idle_wh: float
 
 
 class Grid(BaseModel):
-    """The grid's carbon intensity."""
+    """The grid's carbon intensity, and by which factor the true one may be off."""
 
     gco2e_per_kwh: float
     source: str
+    factor: float
+
+
+class MethodFacts(BaseModel):
+    """How far a method's figures may be off, as factors, where that is from and since when."""
+
+    low: float
+    high: float
+    source: str
+    date: str
 
 
 class FootprintFacts(MemberFootprint):
     """Energy and carbon with the methods behind them, in total and by member."""
 
+    joules_per_output_token: float | None
+    idle: str
+    methods: dict[str, MethodFacts]
     grid: Grid
     members: dict[str, MemberFootprint]
 

@@ -19,7 +19,7 @@ import argparse
 import json
 import multiprocessing
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,15 +28,8 @@ import numpy as np
 
 from models.pool import DEFAULT_POOL, load_pool
 from policies.base import ModelFacts
-from policies.budget.replay import ReplayedDay, Workload, replay_day
-from policies.budget.replay.days import (
-    Scenario,
-    adversarial,
-    day_costs,
-    ordinary,
-    target_between,
-    workload_of,
-)
+from policies.budget.replay import ReplayedDay, Workload, replay_scenarios
+from policies.budget.replay.days import Scenario, day_costs, workload_of
 from policies.budget.replay.replay import CONTROLLER, OPTIMUM, draw, offline_optimum, table_of
 from policies.carbon import find_zone
 from policies.carbon.settings import CarbonSettings
@@ -93,28 +86,6 @@ WORKLOADS: dict[str, Callable[[int], Workload]] = {
 }
 
 
-def replays(workload: Workload, seed: int) -> Iterator[tuple[Scenario, float, ReplayedDay]]:
-    """Replay the ordinary day at every target, then the days that go wrong at the middle one."""
-    mean = find_zone("DE").gco2e_per_kwh
-    usual = ordinary(workload, num_requests=NUM_REQUESTS, mean_gco2e_per_kwh=mean, seed=seed)
-    trouble = adversarial(workload, num_requests=NUM_REQUESTS, mean_gco2e_per_kwh=mean, seed=seed)
-    for scenario, share in [(usual, s) for s in SHARES] + [(t, MIDDLE) for t in trouble]:
-        target = target_between(workload, usual.day, "gco2e", share=share)
-        try:
-            replayed = replay_day(
-                workload,
-                scenario.day,
-                target,
-                yesterday=scenario.yesterday,
-                learned=scenario.learned,
-                seed=seed,
-            )
-        except LawError as error:
-            print(f"\n{scenario.name}, target at {share:.0%}: {error}")
-            continue
-        yield scenario, share, replayed
-
-
 def from_noon(workload: Workload, scenario: Scenario, replayed: ReplayedDay) -> dict[str, float]:
     """Return the bounds of whoever spent like the controller until noon and then knew everything.
 
@@ -169,15 +140,20 @@ def replay_seed(data: str, seed: int, plot: Path | None) -> list[dict[str, Any]]
     """Replay all scenarios of one seed, print their tables, draw the ordinary day to `plot`."""
     workload = WORKLOADS[data](seed)
     rows: list[dict[str, Any]] = []
-    for scenario, share, replayed in replays(workload, seed):
-        title = f"{data}, seed {seed}, {scenario.name}, target at {share:.0%}"
-        size = f"{replayed.target.amount:.4g} gCO2e/h, {replayed.num_requests} requests"
+    for title, share, scenario, replayed in replay_scenarios(
+        workload,
+        resource="gco2e",
+        shares=SHARES,
+        trouble_share=MIDDLE,
+        num_requests=NUM_REQUESTS,
+        mean_gco2e_per_kwh=find_zone("DE").gco2e_per_kwh,
+        seed=seed,
+    ):
+        print(f"\n{data}, seed {seed}, {title}")
+        if replayed is None:
+            continue
         bounds = from_noon(workload, scenario, replayed)
-        print(
-            f"\n{title}: {size}\n{table_of(replayed)}\n"
-            f"knowing all from noon on: {json.dumps(bounds)}",
-            flush=True,
-        )
+        print(f"{table_of(replayed)}\nknowing all from noon on: {json.dumps(bounds)}", flush=True)
         found = rows_of(data, seed, scenario, share, replayed)
         found[1] |= {f"from_noon_{name}": round(value, 5) for name, value in bounds.items()}
         rows += found

@@ -38,6 +38,7 @@ def configuration(folder: Path) -> dict[str, Any]:
         "budgets": {"server": {"usd_per_day": 1, "tokens_per_hour": 10_000_000}},
         # Nobody listens there: the feed is stale from the start.
         "carbon": {"feed": {"url": "http://127.0.0.1:9/latest", "zone": "DE"}},
+        "economics": {"device_usd": 2000, "utilisation": 0.3, "usd_per_kwh": 0.3},
         "policies": {
             "large": {"kind": "fixed", "plan": BASE},
             "stairs": {

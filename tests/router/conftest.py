@@ -143,7 +143,9 @@ def running(
         }
     )
     pool = load_pool(args.pool)
-    catalog = load_catalog(pool, policies=args.policies, carbon=args.carbon)
+    catalog = load_catalog(
+        pool, policies=args.policies, carbon=args.carbon, economics=args.economics
+    )
     ledger = KeepingLedger(
         open_database(args.ledger.url),
         flush_interval_s=args.ledger.flush_interval_s,

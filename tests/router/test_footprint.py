@@ -62,7 +62,16 @@ def test_an_answer_says_what_it_used_and_how_that_is_known(server: Any) -> None:
     footprint = shoal["footprint"]
     assert footprint["method"] == "modelled:llmcarbon"
     assert footprint["idle"] == "excluded"
+    assert footprint["price"] == "typed"
+    assert footprint["grid"].pop("factor") > 1
     assert footprint["grid"] == {"gco2e_per_kwh": 56.0, "source": "table:FR"}
+    [known] = footprint["methods"].values()
+    assert "LLMCarbon" in known["source"]
+    assert known["date"]
+    assert footprint["wh_low"] == pytest.approx(known["low"] * footprint["wh"])
+    assert footprint["wh_high"] == pytest.approx(known["high"] * footprint["wh"])
+    assert footprint["gco2e_low"] < footprint["gco2e"] < footprint["gco2e_high"]
+    assert footprint["joules_per_output_token"] == pytest.approx(footprint["wh"] * 3600 / 8)
     assert set(footprint["members"]) == set(NAMES)
     assert all(part["engine"] == "chunks" for part in footprint["members"].values())
     for unit in ("wh", "gco2e", "embodied_gco2e", "flops", "busy_s"):

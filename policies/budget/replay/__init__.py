@@ -5,6 +5,6 @@ with the optimum that sees the whole day, and draws.
 """
 
 from policies.budget.replay.days import Day, Workload, simulate_arrivals
-from policies.budget.replay.replay import ReplayedDay, replay_day
+from policies.budget.replay.replay import ReplayedDay, replay_day, replay_scenarios
 
-__all__ = ["Day", "ReplayedDay", "Workload", "replay_day", "simulate_arrivals"]
+__all__ = ["Day", "ReplayedDay", "Workload", "replay_day", "replay_scenarios", "simulate_arrivals"]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,16 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 from scipy.optimize import linprog
 
-from policies.budget.prices import BudgetTarget
-from policies.budget.replay.days import Day, Workload, day_costs
+from policies.budget.prices import BudgetTarget, Resource
+from policies.budget.replay.days import (
+    Day,
+    Scenario,
+    Workload,
+    adversarial,
+    day_costs,
+    ordinary,
+    target_between,
+)
 from policies.budget.replay.strategies import (
     ByClock,
     ByController,
@@ -51,7 +58,6 @@ class StrategyResult:
     predicted_H: NDArray[np.float64]
     quality_H: NDArray[np.float64]
     price_H: NDArray[np.float64] | None = None
-    decision_p50_us: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +106,10 @@ def replay_day(
         controller.begin(yesterday)
         _play(controller, day_costs(workload, yesterday, resource))
     controller.begin(day)
-    shares, prices, seconds = _play(controller, costs)
+    shares, prices = _play(controller, costs)
     results = [
         judge.best,
-        judge.judge(CONTROLLER, shares, prices=prices, decision_s=seconds),
+        judge.judge(CONTROLLER, shares, prices=prices),
     ]
     static: Mapping[str, Strategy] = {
         "fixed price": FixedPrice(workload, day, resource, settings.price),
@@ -155,7 +161,6 @@ class _Judge:
         shares: NDArray[np.float64],
         *,
         prices: NDArray[np.float64] | None = None,
-        decision_s: NDArray[np.float64] | None = None,
     ) -> StrategyResult:
         spent = (shares * self._costs).sum(axis=1)
         predicted_N = (shares * self._predicted).sum(axis=1)
@@ -175,7 +180,6 @@ class _Judge:
             predicted_H=self._sums(predicted_N),
             quality_H=self._sums(quality) / counts,
             price_H=None if prices is None else self._sums(prices) / counts,
-            decision_p50_us=None if decision_s is None else float(np.median(decision_s)) * 1e6,
         )
 
     def _sums(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -184,20 +188,59 @@ class _Judge:
 
 def _play(
     strategy: Strategy, costs: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Return the choices as shares [N, M], the price at each request, and seconds per choice."""
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the choices as shares [N, M], and the price at each request."""
     shares = np.zeros_like(costs)
     prices = np.zeros(len(costs))
-    seconds = np.zeros(len(costs))
     for index in range(len(costs)):
-        start_s = time.thread_time()
         column = strategy.choose(index)
-        seconds[index] = time.thread_time() - start_s
         shares[index, column] = 1.0
         strategy.observe(float(costs[index, column]))
         if isinstance(strategy, ByController):
             prices[index] = strategy.price
-    return shares, prices, seconds
+    return shares, prices
+
+
+def replay_scenarios(
+    workload: Workload,
+    *,
+    resource: Resource,
+    shares: Sequence[float],
+    trouble_share: float | None,
+    num_requests: int,
+    mean_gco2e_per_kwh: float,
+    seed: int,
+) -> Iterator[tuple[str, float, Scenario, ReplayedDay | None]]:
+    """Replay an ordinary day at every target, then, where asked, the days that go wrong at one.
+
+    Targets lie at `shares` of the way from the cheapest model for everybody to the best one. Yields
+    what a day is called, its share, and what came of it; None where no assignment keeps the target.
+    """
+    traffic: dict[str, Any] = {
+        "num_requests": num_requests,
+        "mean_gco2e_per_kwh": mean_gco2e_per_kwh,
+        "seed": seed,
+    }
+    usual = ordinary(workload, **traffic)
+    days = [(usual, share) for share in shares]
+    if trouble_share is not None:
+        days += [(scenario, trouble_share) for scenario in adversarial(workload, **traffic)]
+    for scenario, share in days:
+        target = target_between(workload, usual.day, resource, share=share)
+        title = f"{scenario.name}, target at {share:.0%}: {target.amount:.4g} {resource} per hour"
+        try:
+            replayed = replay_day(
+                workload,
+                scenario.day,
+                target,
+                yesterday=scenario.yesterday,
+                learned=scenario.learned,
+                seed=seed,
+            )
+        except LawError as error:
+            yield f"{title}: {error}", share, scenario, None
+        else:
+            yield f"{title}, {replayed.num_requests} requests", share, scenario, replayed
 
 
 def offline_optimum(

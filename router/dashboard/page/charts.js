@@ -9,11 +9,11 @@ const HEIGHT = 170;
 const CHARTS = [
   {
     id: "spend", title: "Spend", unit: "USD", perBucket: true, bars: true,
-    series: [{ name: "usd", label: "spend", colour: "series-0" }],
+    series: [{ name: "usd", label: "spend", colour: "series-0" }], range: "usd",
   },
   {
     id: "carbon", title: "Carbon", unit: "gCO₂e", perBucket: true, bars: true,
-    series: [{ name: "gco2e", label: "carbon", colour: "series-1" }],
+    series: [{ name: "gco2e", label: "carbon", colour: "series-1" }], range: "gco2e",
   },
   {
     id: "requests", title: "Requests", unit: "", perBucket: true, bars: true,
@@ -48,7 +48,9 @@ export function forgetCharts() {
 
 function draw(chart, columns, bucketS) {
   const figure = byId(chart.id);
-  const raw = chart.series.map(({ name }) => columns[name]);
+  // A figure's error is a band from what it is at least to what it is at most.
+  const ends = chart.range ? [`${chart.range}_high`, `${chart.range}_low`] : [];
+  const raw = [...chart.series.map(({ name }) => name), ...ends].map((name) => columns[name]);
   const largest = Math.max(...raw.flat().map((value) => value ?? 0));
   const [factor, letter] = chart.unit ? prefixFor(largest) : [1, ""];
   const values = raw.map((column) => column.map((v) => (v === null ? null : v / factor)));
@@ -101,7 +103,17 @@ function options(chart, width, unit, bucketS) {
         points: { show: !chart.bars, size: 5, fill: colour(series.colour) },
         value: (_, value) => (value === null ? "" : `${plain(value)} ${unit}`),
       })),
+      ...(chart.range ? ["at most", "at least"] : []).map((label) => ({
+        label,
+        stroke: colour("muted"),
+        width: 1,
+        dash: [4, 3],
+        paths: window.uPlot.paths.stepped({ align: 1 }),
+        points: { show: false },
+        value: (_, value) => (value === null ? "" : `${plain(value)} ${unit}`),
+      })),
     ],
+    bands: chart.range ? [{ series: [chart.series.length + 1, chart.series.length + 2], fill: `${colour("muted")}22` }] : [],
   };
 }
 

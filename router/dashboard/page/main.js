@@ -9,6 +9,7 @@ import { drawExperiments } from "./experiments.js";
 import { amount, clock, percent, plain, seconds, usd } from "./format.js";
 import { drawMix } from "./mix.js";
 import { drawQuality } from "./quality.js";
+import { setUpTarget } from "./target.js";
 
 const DEFAULT_WINDOW = "15m";
 const POLL_MS = 2000;
@@ -98,8 +99,8 @@ function drawTiles({ totals, shadows, server, bucket_s: bucketS, series }) {
   const tiles = [
     ["Requests", totals.requests.toLocaleString("en"), `${plain((totals.requests / lengthS) * 60)} a minute`],
     ["Spent", usd(totals.usd), shadowed || `${usd(each(totals.usd, totals) * 1000)} per 1,000`],
-    ["Energy", amount(totals.wh, "Wh"), `${amount(each(totals.wh, totals), "Wh")} a request`],
-    ["Carbon", amount(totals.gco2e, "gCO₂e"), `${amount(each(totals.gco2e, totals), "g")} a request`],
+    ["Energy", amount(totals.wh, "Wh"), `${amount(totals.joules_per_token, "J")} a token, ${range(totals, "wh", "Wh")}`],
+    ["Carbon", amount(totals.gco2e, "gCO₂e"), `${amount(each(totals.gco2e, totals), "g")} a request, ${range(totals, "gco2e", "g")}`],
     ["Grid", `${plain(server.grid.gco2e_per_kwh)} g/kWh`, `source: ${server.grid.source}`],
     ["Not answered", totals.requests ? percent(unanswered / totals.requests) : "–",
       `${unanswered} of ${totals.requests}; server errors: ${totals.failed}`],
@@ -113,6 +114,8 @@ function drawTiles({ totals, shadows, server, bucket_s: bucketS, series }) {
   );
 }
 
+const range = (totals, name, unit) =>
+  `${amount(totals[`${name}_low`], unit)} to ${amount(totals[`${name}_high`], unit)}`;
 const each = (amountOfAll, { requests }) => (requests ? amountOfAll / requests : null);
 
 function drawBudgets({ budgets }) {
@@ -132,6 +135,7 @@ function drawBudgets({ budgets }) {
   );
 }
 
+setUpTarget();
 byId("login").addEventListener("submit", (event) => {
   event.preventDefault();
   key.set(byId("key").value.trim());

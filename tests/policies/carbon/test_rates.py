@@ -62,7 +62,7 @@ def test_a_measurement_replaces_the_models_energy():
     assert cost.gco2e == pytest.approx(0.1 + 3.0 * rates.embodied_gco2e_per_s)
     assert (cost.latency_s, cost.method) == (4.0, "measured:rapl")
     assert cost.usd == rates.footprint(10, 20).usd
-    assert cost.to_json()["idle"] == "excluded"
+    assert cost.idle_wh == 0.0
 
 
 def test_methods_join_when_engines_measure_differently():

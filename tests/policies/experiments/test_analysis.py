@@ -18,7 +18,14 @@ from policies.experiments.analysis import (
 )
 from policies.experiments.assignment import Assigner, Visit
 from policies.experiments.effects import Observation, Observations
-from policies.experiments.experiment import Allocation, Arm, Experiment, Goal, Guardrail
+from policies.experiments.experiment import (
+    Allocation,
+    Arm,
+    Experiment,
+    Goal,
+    Guardrail,
+    OwnMetric,
+)
 from policies.experiments.report import draw
 
 
@@ -304,3 +311,96 @@ def test_the_plot_is_a_png() -> None:
         arm = running.treatments[0]
         path = {arm.name: trajectory(running, part, arm, num_points=10)}
         assert draw(running, analyse(running, part), path).startswith(b"\x89PNG")
+
+
+def _own(running: Experiment, *, effect: float, seed: int, num: int = 3000) -> Observations:
+    """Requests with own metrics: "refund" 0 or 1, "items" and "seconds" whose ratio is compared."""
+    rng = np.random.default_rng(seed)
+    arms = rng.integers(2, size=num)
+    items = rng.integers(1, 5, size=num)
+    return Observations.from_rows(
+        [
+            Observation(
+                unit=f"u{n}",
+                arm=running.arms[arm].name,
+                propensity=0.5,
+                time_s=float(n),
+                values={
+                    "refund": float(rng.random() < 0.3 + effect * arm),
+                    "items": float(items[n]),
+                    "seconds": float(items[n] * (2 + effect * arm) + rng.normal(0, 0.5)),
+                },
+                parts={"length": "long" if n % 2 else "short"},
+            )
+            for n, arm in enumerate(arms)
+        ],
+        arms=arm_names(running),
+    )
+
+
+OWN = {
+    "refund": OwnMetric(direction="decrease", kind="binary", minimum_effect=0.02, relative=False),
+    "items": OwnMetric(direction="increase"),
+    "seconds": OwnMetric(direction="decrease"),
+    "pace": OwnMetric(direction="decrease", ratio=("seconds", "items")),
+}
+
+
+def test_metrics_of_ones_own_are_compared_in_their_own_direction() -> None:
+    """More refunds are worse; a ratio is that of sums, its error as a regression through zero."""
+    running = experiment(metrics=OWN, secondary=("refund", "pace"))
+    seen = _own(running, effect=0.1, seed=21)
+    refund, pace = analyse(running, seen).secondary
+    assert refund.better is False
+    assert refund.low > 0
+    columns, new = seen.columns, seen.arm == 1
+    ratios = [columns["seconds"][here].sum() / columns["items"][here].sum() for here in (new, ~new)]
+    assert pace.estimate == pytest.approx(ratios[0] - ratios[1])
+    # Jackknife: leave out one request after the other.
+    variance = 0.0
+    for here in (new, ~new):
+        y, d = columns["seconds"][here], columns["items"][here]
+        left = (y.sum() - y) / (d.sum() - d)
+        variance += (len(y) - 1) / len(y) * float(((left - left.mean()) ** 2).sum())
+    assert pace.se == pytest.approx(variance**0.5, rel=0.01)
+
+
+def test_segments_are_parts_of_the_traffic() -> None:
+    """Each part is compared by its own requests alone, and the parts make up the whole."""
+    goal = Goal(metric="refund", minimum_effect=0.02)
+    running = experiment(metrics=OWN, primary=goal, segments=("length",))
+    seen = _own(running, effect=0.1, seed=22)
+    long, short = sorted(analyse(running, seen).segments, key=lambda found: str(found.part))
+    assert (long.segment, long.part, short.part) == ("length", "long", "short")
+    odd = np.arange(len(seen)) % 2 == 1
+    means = [seen.columns["refund"][odd & (seen.arm == arm)].mean() for arm in (1, 0)]
+    assert long.estimate == pytest.approx(means[0] - means[1])
+
+
+def test_benjamini_hochberg_agrees_with_its_definition_and_finds_more() -> None:
+    """Adjusted p: the least m·p(k)/k from each rank on; the found ones have intervals off zero."""
+    own = {f"m{n}": OwnMetric(direction="increase", relative=False) for n in range(12)}
+    rng = np.random.default_rng(23)
+    rows = [
+        Observation(
+            unit=f"u{n}", arm=("base", "new")[n % 2], propensity=0.5, time_s=float(n),
+            values={f"m{k}": float(rng.normal(0.25 * (k < 6) * (n % 2), 1)) for k in range(12)},
+        )
+        for n in range(1200)
+    ]  # fmt: skip
+    found = {}
+    for correction in ("bonferroni", "benjamini-hochberg"):
+        running = experiment(metrics=own, secondary=tuple(own), correction=correction)
+        seen = Observations.from_rows(rows, arms=arm_names(running))
+        found[correction] = analyse(running, seen).secondary
+    running = experiment(metrics=own, secondary=("m0",))
+    raw = sorted(
+        analyse(experiment(metrics=own, secondary=(name,)), seen).secondary[0].p for name in own
+    )
+    adjusted = [min(12 * p / (k + 1) for k, p in list(enumerate(raw))[i:]) for i in range(12)]
+    assert sorted(one.p for one in found["benjamini-hochberg"]) == pytest.approx(adjusted)
+    wins = {name: sum(one.better is True for one in all_) for name, all_ in found.items()}
+    assert wins["benjamini-hochberg"] >= wins["bonferroni"]
+    for one in found["benjamini-hochberg"]:
+        assert (one.better is not None) == (one.p <= 0.05)
+        assert (one.better is None) or not one.low <= 0 <= one.high

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from policies.experiments.assignment import thompson_weights
+from policies.experiments.assignment import adaptive_weights
 from policies.experiments.effects import ArmMean
 from policies.experiments.experiment import Allocation, Arm, Experiment, Goal
 
@@ -25,20 +25,20 @@ def means(*values: float, se: float = 0.02, units: int = 100) -> dict[str, ArmMe
 def test_the_best_arm_gets_most_and_nobody_falls_below_the_floor() -> None:
     """A clear winner takes all that the floors leave (seed 1)."""
     rng = np.random.default_rng(1)
-    weights = thompson_weights(experiment(), means(0.5, 0.5, 0.9, 0.5), rng=rng)
+    weights = adaptive_weights(experiment(), means(0.5, 0.5, 0.9, 0.5), rng=rng)
     assert weights == pytest.approx({"a0": 0.05, "a1": 0.05, "a2": 0.85, "a3": 0.05}, abs=1e-9)
 
 
 def test_lower_is_better_for_costs() -> None:
     """Where the metric is a cost, the cheapest arm wins (seed 2)."""
     rng = np.random.default_rng(2)
-    weights = thompson_weights(experiment("usd"), means(0.5, 0.1, 0.9, 0.5), rng=rng)
+    weights = adaptive_weights(experiment("usd"), means(0.5, 0.1, 0.9, 0.5), rng=rng)
     assert max(weights, key=lambda name: weights[name]) == "a1"
 
 
 def test_equal_arms_share() -> None:
     """Equal posteriors give equal weights, up to 4,096 draws' noise of 4 sigma (seed 3)."""
-    weights = thompson_weights(
+    weights = adaptive_weights(
         experiment(), means(0.5, 0.5, 0.5, 0.5), rng=np.random.default_rng(3)
     )
     assert weights == pytest.approx(dict.fromkeys(weights, 0.25), abs=0.03)
@@ -48,7 +48,7 @@ def test_equal_arms_share() -> None:
 @pytest.mark.parametrize("early", [means(0.5, 0.9, 0.5, 0.5, units=29), means(0.9, 0.5, 0.1)])
 def test_too_little_data_keeps_the_configured_weights(early: dict[str, ArmMean]) -> None:
     """Below 30 units in an arm, or with an arm unseen, nothing moves."""
-    weights = thompson_weights(experiment(), early, rng=np.random.default_rng(4))
+    weights = adaptive_weights(experiment(), early, rng=np.random.default_rng(4))
     assert weights == dict.fromkeys(weights, 0.25)
 
 
@@ -73,7 +73,7 @@ def test_it_finds_the_best_of_four_and_earns_more_than_equal_shares() -> None:
                 )
                 for i in range(4)
             }
-            weights = thompson_weights(experiment(), seen, rng=rng)
+            weights = adaptive_weights(experiment(), seen, rng=rng)
         right += shown.argmax() == 2
         assert (wins.sum() / shown.sum()) > rates.mean()
     assert right >= 18

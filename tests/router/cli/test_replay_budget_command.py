@@ -1,11 +1,11 @@
-"""`shoal replay-budget` on the command line."""
+"""`shoal budget replay` on the command line."""
 
 import json
 
 import typer
 from typer.testing import CliRunner
 
-from router.cli.plan import replay_budget
+from router.cli.budget import replay_budget
 
 app = typer.Typer()
 app.command()(replay_budget)

@@ -60,6 +60,20 @@ def test_energy_while_nothing_runs_is_idle():
     assert meter.idle_wh == pytest.approx(80)
 
 
+def test_idle_energy_is_told_by_busy_time():
+    """Each busy second bears the idle energy there has been per busy second, beside its own."""
+    device = Device()
+    meter = device.lanes()
+    device.pass_time(3600, power_w=40)
+    meter.begin("a", lanes=1)
+    device.pass_time(1800, power_w=100)
+    first = meter.end("a")
+    assert first.idle_wh == pytest.approx(40)
+    meter.begin("b", lanes=1)
+    device.pass_time(1800, power_w=100)
+    assert meter.end("b").idle_wh == pytest.approx(20)
+
+
 def test_nothing_is_lost_or_counted_twice():
     """Requests plus idle are what the meter read, and busy seconds the time not idle (seed 3)."""
     rng = random.Random(3)

@@ -2,7 +2,15 @@
 
 import pytest
 
-from router.energy import MeterError, NvmlMeter, RaplMeter, open_meter, visible_device
+from policies.carbon import find_device
+from router.energy import (
+    CpuTimeMeter,
+    MeterError,
+    NvmlMeter,
+    RaplMeter,
+    open_meter,
+    visible_device,
+)
 
 WH_UJ = 3_600_000_000
 
@@ -115,6 +123,19 @@ def test_auto_models_where_nothing_measures(tmp_path, caplog):
     with pytest.raises(MeterError):
         open_meter("rapl", on_gpu=False, powercap=tmp_path)
     assert open_meter("off", on_gpu=True) is None
+
+
+def test_always_counts_the_time_of_vcpus_where_nothing_measures(tmp_path):
+    """Idle power all the time, and each busy vCPU its share of what a busy machine draws more."""
+    machine = find_device("cpu").times(4)
+    opened = open_meter("always", on_gpu=False, device=machine, num_vcpus=4, powercap=tmp_path)
+    assert opened is not None
+    assert opened.method == "modelled:cpu-time"
+    wall_s, cpu_s = iter([0.0, 3600.0]), iter([0.0, 7200.0])
+    meter = CpuTimeMeter(
+        machine, num_vcpus=4, clock=lambda: next(wall_s), cpu_clock=lambda: next(cpu_s)
+    )
+    assert meter.read_wh() == pytest.approx(4 * 0.64 + 2 * (3.97 - 0.64))
 
 
 def test_auto_takes_rapl_where_it_can_be_read(tmp_path):

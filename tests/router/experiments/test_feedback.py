@@ -67,9 +67,25 @@ def test_the_same_twice_is_once_and_a_change_of_mind_counts(trial: Trial) -> Non
     assert kept(trial, answer["id"]) == (0.0, None)
 
 
+def test_numbers_of_ones_own_are_kept_beside_a_score(trial: Trial) -> None:
+    """Metrics may come alone, after a thumb, which stays; the last word on them counts."""
+    answer = trial.ask("seven", user="u")
+    trial.rate(answer["id"], thumb="up")
+    for refund in (0, 1):
+        response = trial.rate(answer["id"], metrics={"refund": refund, "basket": 12.5})
+        assert response.json() == {"object": "feedback", "id": answer["id"], "score": None}
+    trial.flush()
+    [found] = [
+        o for o in rated_requests(trial.ledger.database) if o.row["request_id"] == answer["id"]
+    ]
+    assert found.metrics == {"refund": 1, "basket": 12.5}
+    assert found.score == 1.0
+
+
 @pytest.mark.parametrize(
     ("feedback", "words"),
     [
+        ({"metrics": {"refund": "much"}}, "metrics.refund"),
         ({}, "give exactly one of thumb, score and label"),
         ({"thumb": "up", "score": 1}, "give exactly one"),
         ({"score": 1.5}, "score"),

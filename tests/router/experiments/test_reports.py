@@ -12,6 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
 
+from policies.experiments.experiment import Arm, Experiment
 from router.cli.main import app
 from router.experiments.reporting import observation
 from router.ledger.feedback import RatedRequest
@@ -177,5 +178,7 @@ def test_rows_become_metrics(fields: dict[str, Any], expected: dict[str, float |
     """What each kind of request counts for."""
     placed = {"experiment": "e", "arm": "a", "unit": "u", "propensity": 0.5}
     row = row_of(record(**placed, **fields))
-    seen = observation(RatedRequest(row=row, score=None, label=None, feedback_s=None))
+    arms = tuple(Arm(name=name, policy="auto", weight=0.5) for name in "ab")
+    rated = RatedRequest(row=row, score=None, label=None, feedback_s=None)
+    seen = observation(rated, Experiment(name="e", arms=arms))
     assert {key: seen.values[key] for key in expected} == expected

@@ -43,6 +43,25 @@ def test_every_member_pays_for_itself() -> None:
     assert not any(name == "errors_total" for name, *_ in found)
 
 
+def test_an_engines_joules_are_per_token_that_it_wrote() -> None:
+    """Two fused members write one token together; what another engine did counts for that one."""
+    stages = (
+        {"path": "", "outcome": "ok"},
+        {"path": "0", "outcome": "ok", "members": ["math"], "engine": "a", "output_tokens": 8},
+        {"path": "1", "outcome": "ok", "members": ["code", "tall"], "engine": "b",
+         "output_tokens": 4},
+    )  # fmt: skip
+    costs = {
+        "math": Cost(wh=1.0, method="measured:rapl"),
+        "code": Cost(wh=2.0, method="measured:nvml"),
+        "tall": Cost(wh=3.0, method="measured:nvml"),
+    }
+    found = counts(stages=stages, costs=costs)
+    name = "energy_joules_per_output_token"
+    assert found[name, "a", "measured:rapl", SUM] == pytest.approx(3600 / 8)
+    assert found[name, "b", "measured:nvml", SUM] == pytest.approx(5 * 3600 / 4)
+
+
 def test_times_fall_into_their_buckets() -> None:
     """A stream has three times; tokens of several choices came side by side."""
     found = counts(latency_s=1.05, ttft_s=0.05, output_tokens=42, num_choices=2)

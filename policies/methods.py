@@ -1,0 +1,101 @@
+"""How energy is known, where that is from, and how far it may be off.
+
+A figure of a method lies between `low` and `high` times what is printed. Errors of one method are
+systematic, so that the ranges of sums are the sums of the ranges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way to know energy: its error as factors, where they come from, and since when.
+
+    `guesses_time` says that the device's busy seconds are guessed too, and are off alike.
+    """
+
+    name: str
+    low: float
+    high: float
+    source: str
+    date: str
+    guesses_time: bool = False
+
+
+NVML = Method(
+    name="measured:nvml",
+    low=0.95,
+    high=1.05,
+    source="a GPU's own counter, whole board; Yang et al., Part-time Power Measurements "
+    "(arXiv 2312.02741): 5%, more where work is shorter than a tenth of a second",
+    date="2024-11",
+)
+RAPL = Method(
+    name="measured:rapl",
+    low=0.98,
+    high=1.02,
+    source="a CPU's own counters, package and memory; Phung et al. (NCA 2018): 1.63% from the "
+    "socket's meter once that is modelled; power supply and fans are not in it",
+    date="2018-11",
+)
+# The least and the most that a busy vCPU draws by the same tables, against the table's 3.97 W.
+CPU_TIME = Method(
+    name="modelled:cpu-time",
+    low=0.43,
+    high=2.16,
+    source="seconds of vCPUs times their power; cloud-carbon-coefficients: 1.69 to 8.58 W a busy "
+    "vCPU by architecture; state yours (`shoal calibrate energy`)",
+    date="2023-09",
+)
+# Low: LLMCarbon's own residuals (actual over predicted energy of five training runs: 0.93 to 1.04)
+# times the best efficiency of its table 4 (0.39) against the 0.35 that is assumed. High: a
+# published measurement of serving, 0.12 J a token of Llama-3.1-8B on an H100 at batch 64 (ML.ENERGY
+# 3.0), against the 0.0325 J that these equations give.
+_LOW, _HIGH = 0.83, 3.7
+LLMCARBON = Method(
+    name="modelled:llmcarbon",
+    low=_LOW,
+    high=_HIGH,
+    source="LLMCarbon's equations (Faiz et al. 2024), efficiency assumed; its residuals, and "
+    "ML.ENERGY 3.0 at batch 64. One request alone on a large GPU takes many times more",
+    date="2026-11",
+    guesses_time=True,
+)
+STATED = Method(
+    name="modelled:stated",
+    low=_LOW,
+    high=_HIGH,
+    source="LLMCarbon's equations with the size and the hardware that were stated of a remote "
+    "model; errors as LLMCarbon's",
+    date="2026-11",
+    guesses_time=True,
+)
+UNKNOWN = Method(
+    name="unknown",
+    low=1.0,
+    high=1.0,
+    source="nobody knows: not in the figures, so that these are too low",
+    date="",
+)
+
+METHODS = {m.name: m for m in (NVML, RAPL, CPU_TIME, LLMCARBON, STATED, UNKNOWN)}
+
+
+def method_of(name: str) -> Method:
+    """Return the method called `name`; one without error where there is none of that name."""
+    return METHODS.get(name) or Method(name=name, low=1.0, high=1.0, source="", date="")
+
+
+def explain_methods(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return what is known of the methods in `names`, each of which may join several by "+"."""
+    single = sorted({part for name in names for part in name.split("+") if part})
+    return {
+        name: {
+            k: v for k, v in asdict(method_of(name)).items() if k not in ("name", "guesses_time")
+        }
+        for name in single
+    }

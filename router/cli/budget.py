@@ -1,0 +1,189 @@
+"""`shoal budget`: what a target would have done, on your own traffic or on a simulated day."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from router.cli.console import SinceOption, UntilOption, opened, read_period, refusing
+
+if TYPE_CHECKING:
+    from policies.budget.simulate import Simulation
+    from policies.budgeted import BudgetedSettings
+    from router.config import AppArgs
+
+app = typer.Typer(
+    help="Say what a target would have done, before anybody turns it on.", no_args_is_help=True
+)
+
+
+@app.command("simulate")
+def simulate_budget(
+    *,
+    config: Annotated[Path, typer.Argument(help="The server's configuration file.")],
+    traffic: Annotated[
+        str | None,
+        typer.Option(help="Address of the ledger with the traffic. [default: the configuration's]"),
+    ] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(help="The budgeted policy. [default: the only one there is]"),
+    ] = None,
+    resource: Annotated[
+        Literal["usd", "wh", "gco2e"] | None,
+        typer.Option(
+            help="What to limit, where not a policy's target but this one is to be tried."
+        ),
+    ] = None,
+    amount: Annotated[float | None, typer.Option(min=0, help="How much of it.")] = None,
+    per: Annotated[
+        Literal["hour", "1000_requests"], typer.Option(help="In an hour, or for 1,000 requests.")
+    ] = "hour",
+    since: SinceOption = "7d",
+    until: UntilOption = None,
+) -> None:
+    """Say what past traffic would have cost and been worth under a target, and who pays for it."""
+    from models.pool import load_pool
+    from router.config import load_args
+    from router.whatif import stated_target, what_if
+
+    with refusing("budget simulate", ValueError):
+        args = load_args(config)
+        settings = _settings(args, policy, resource, amount, per)
+        target, limited = stated_target(settings)
+        with opened(traffic, config, option="--traffic") as database:
+            found = what_if(
+                database,
+                args,
+                load_pool(args.pool),
+                settings,
+                period=read_period(since, until),
+                most=10**9,
+            )
+    typer.echo(found.sentence(target, limited))
+    if found.total.num_requests:
+        typer.echo("")
+        typer.echo(simulation_text(found, limited))
+
+
+def _settings(
+    args: AppArgs, policy: str | None, resource: str | None, amount: float | None, per: str
+) -> BudgetedSettings:
+    """Return the settings of the policy that is meant, or of the target on the command line."""
+    from models.pool import load_pool
+    from policies.budgeted import BudgetedSettings
+
+    specs = {**load_pool(args.pool).policies, **args.policies}
+    budgeted = [name for name, spec in specs.items() if spec.get("kind") == "budgeted"]
+    if policy is not None and policy not in budgeted:
+        raise ValueError(
+            f"--policy: {policy!r} is no budgeted policy; allowed are {', '.join(budgeted) or '-'}"
+        )
+    own = {}
+    if policy or len(budgeted) == 1:
+        own = {key: value for key, value in specs[policy or budgeted[0]].items() if key != "kind"}
+    if resource is not None and amount is not None:
+        own["targets"] = [{"resource": resource, "amount": amount, "per": per}]
+    if not own.get("targets"):
+        raise ValueError(
+            "which target? Name one with --resource and --amount, or with --policy one of "
+            f"{', '.join(budgeted) or 'the budgeted policies, of which there is none'}"
+        )
+    return BudgetedSettings.model_validate(
+        {"policy": {}, **{key: own[key] for key in own if key in BudgetedSettings.model_fields}}
+    )
+
+
+_HEAD = (
+    *("domain", "requests", "fewer members", "cheaper", "was", "under", "change"),
+    *("quality was", "under"),
+)
+
+
+def simulation_text(found: Simulation, resource: str) -> str:
+    """Return a table: a line per domain, most requests first, then all together."""
+    from policies.tables import text_table
+
+    domains = sorted(found.domains.items(), key=lambda entry: -entry[1].num_requests)
+    lines = [(_HEAD[0], *_HEAD[1:4], f"{resource} was", *_HEAD[5:])]
+    for name, sums in [*domains, ("all", found.total)]:
+        was, under, quality = sums.was[resource], sums.under[resource], sums.to_json()
+        lines.append(
+            (
+                name,
+                f"{sums.num_requests:,}",
+                f"{sums.num_fewer / sums.num_requests:.1%}",
+                f"{sums.num_cheaper / sums.num_requests:.1%}",
+                f"{was:.4g}",
+                f"{under:.4g}",
+                f"{under / was - 1:+.1%}" if was else "-",
+                f"{quality['quality_was']:.3f}",
+                f"{quality['quality_under']:.3f}",
+            )
+        )
+    return text_table(lines)
+
+
+@app.command("replay")
+def replay_budget(
+    *,
+    pool: Annotated[
+        Path | None, typer.Option(help="The pool; default: the one that comes with Shoal.")
+    ] = None,
+    outcomes: Annotated[
+        Path | None, typer.Option(help="What its models answered; default: the pool's own file.")
+    ] = None,
+    resource: Annotated[
+        Literal["usd", "wh", "gco2e"], typer.Option(help="What the target limits.")
+    ] = "gco2e",
+    share: Annotated[
+        float,
+        typer.Option(
+            min=0.01,
+            max=1,
+            help="The target, between the cheapest model (0) and the best one (1) for everybody.",
+        ),
+    ] = 0.3,
+    requests: Annotated[int, typer.Option(min=100, help="Requests in the day.")] = 5000,
+    zone: Annotated[str, typer.Option(help="Grid zone whose mean the simulated grid has.")] = "DE",
+    device: Annotated[str, typer.Option(help="Device of the shipped hardware table.")] = "cpu",
+    adversity: Annotated[
+        bool, typer.Option("--adversity", help="Also replay a cold start, a burst and the like.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of traffic and folds.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="Draw the ordinary day to this PNG.")] = None,
+) -> None:
+    """Replay 24 simulated hours over real answers, with the controller and simpler strategies."""
+    from models.pool import DEFAULT_POOL, load_pool
+    from policies.budget.replay import replay_scenarios
+    from policies.budget.replay.days import workload_of
+    from policies.budget.replay.replay import draw, table_of
+    from policies.carbon import find_zone
+    from policies.carbon.settings import CarbonSettings, DeviceSettings
+    from policies.outcomes import read_outcomes
+
+    with refusing("budget replay", ValueError):
+        loaded = load_pool(pool or DEFAULT_POOL)
+        answered = read_outcomes(outcomes or loaded.folder / "outcomes.jsonl")
+        mean = find_zone(zone).gco2e_per_kwh
+        carbon = CarbonSettings(zone=zone, hardware=DeviceSettings(device=device))
+        workload = workload_of(answered, loaded.facts(), carbon, seed=seed)
+    for index, (title, _, _, replayed) in enumerate(
+        replay_scenarios(
+            workload,
+            resource=resource,
+            shares=[share],
+            trouble_share=share if adversity else None,
+            num_requests=requests,
+            mean_gco2e_per_kwh=mean,
+            seed=seed,
+        )
+    ):
+        print(f"\n{title}")
+        if replayed is not None:
+            print(table_of(replayed))
+            if plot is not None and index == 0:
+                draw(replayed, plot)
+                print(f"Plot: {plot}")

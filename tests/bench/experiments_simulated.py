@@ -1,0 +1,198 @@
+"""Two simulations of experiments: arms that share a machine, and the search for the best of many.
+
+    python -m tests.bench.experiments_simulated [--days 10] [--races 300] [--seed 0]
+
+**Shared machine.** One server, M/M/1: 0.7 requests a second, a mean service time of 1 s under the
+control's policy and 1.1 s under the treatment's. What the treatment does to latency when it serves
+everybody follows from queueing theory: a mean stay of 1/(μ - λ) gives 1/(1/1.1 - 0.7) - 1/(1 - 0.7)
+= 1.449 s more. Request by request, both arms wait in the same queue, so a split sees 0.1 s only;
+blocks of 20 minutes see all of it. Draws both confidence sequences to docs/experiments.
+
+**Best arm.** Arms with success rates of which one is best, looked at after every 50 units of each
+arm on average: top-two sampling against an even split, both with the same stopping rule.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from policies.experiments.analysis import analyse, trajectory
+from policies.experiments.assignment import Assigner, Visit, adaptive_weights
+from policies.experiments.best_arm import known_best
+from policies.experiments.effects import ArmMean, Observation, Observations
+from policies.experiments.experiment import (
+    Allocation,
+    Arm,
+    Experiment,
+    Goal,
+    Switchback,
+    Unit,
+)
+from policies.tables import text_table
+
+RATE, SERVICE_S = 0.7, {"control": 1.0, "slower": 1.1}
+TRUTH_S = 1 / (1 / SERVICE_S["slower"] - RATE) - 1 / (1 / SERVICE_S["control"] - RATE)
+START_S = 1_800_000_000.0
+PLOT = Path(__file__).parents[2] / "docs" / "experiments" / "switchback.png"
+
+
+def shared_machine(unit: Unit) -> Experiment:
+    """Return the experiment, with requests or blocks of time as units."""
+    return Experiment(
+        name=f"by {unit}",
+        arms=tuple(Arm(name=name, policy=name, weight=0.5) for name in SERVICE_S),
+        unit=unit,
+        primary=Goal(metric="latency_s", minimum_effect=0.5),
+        switchback=Switchback(block_minutes=20, washout_minutes=5),
+    )
+
+
+def queue(experiment: Experiment, *, days: float, seed: int) -> Observations:
+    """Return what `experiment` sees of a server that its arms share (Lindley's recursion)."""
+    rng = np.random.default_rng(seed)
+    gaps_s = rng.exponential(1 / RATE, size=int(days * 86_400 * RATE))
+    work = rng.exponential(1.0, size=len(gaps_s))
+    assigner = Assigner([experiment])
+    now_s, wait_s, rows = START_S, 0.0, []
+    for number, (gap_s, one) in enumerate(zip(gaps_s.tolist(), work.tolist(), strict=True)):
+        now_s += gap_s
+        wait_s = max(0.0, wait_s - gap_s)
+        visit = Visit(request_id=f"{seed}-{number}", model="auto")
+        found = assigner.assign(visit, now_s=now_s)
+        assert found is not None
+        wait_s += one * SERVICE_S[found.policy]
+        if found.arm is not None:
+            rows.append(
+                Observation(
+                    unit=found.unit,
+                    arm=found.arm,
+                    propensity=found.propensity,
+                    time_s=now_s,
+                    values={"latency_s": wait_s},
+                )
+            )
+    return Observations.from_rows(rows, arms=tuple(SERVICE_S))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Race:
+    """How a search for the best arm ended: which arm, None if none, after how many units."""
+
+    found: str | None
+    num_units: int
+
+
+def race(
+    rates: tuple[float, ...], *, kind: str, rng: np.random.Generator, most: int = 200_000
+) -> Race:
+    """Give units to arms with success `rates` until the best is known, looking again and again."""
+    names = [f"arm {index}" for index in range(len(rates))]
+    experiment = Experiment(
+        name="race",
+        arms=tuple(Arm(name=name, policy=name, weight=1 / len(rates)) for name in names),
+        primary=Goal(minimum_effect=0.05),
+        alpha=0.1,
+        allocation=Allocation(kind="best_arm", floor=0.02),
+    )
+    weights = dict.fromkeys(names, 1 / len(names))
+    num, won = np.zeros(len(rates)), np.zeros(len(rates))
+    while num.sum() < most:
+        new = rng.multinomial(50 * len(rates), [weights[name] for name in names])
+        num += new
+        won += rng.binomial(new, rates)
+        mean = won / np.maximum(num, 1)
+        means = {
+            name: ArmMean(mean=float(m), se=float(np.sqrt(m * (1 - m) / n)), num_units=int(n))
+            for name, m, n in zip(names, mean, num, strict=True)
+        }
+        found = known_best(means, delta=experiment.alpha, smallest=0.05, increase=True)
+        if found is not None:
+            return Race(found=found, num_units=int(num.sum()))
+        if kind == "top-two":
+            weights = adaptive_weights(experiment, means, rng=rng)
+    return Race(found=None, num_units=int(num.sum()))
+
+
+FIELDS = {
+    "four, one ahead by 5 points": (0.50, 0.55, 0.45, 0.50),
+    "eight, one ahead by 5 points": (0.50, 0.55, 0.50, 0.50, 0.45, 0.40, 0.45, 0.50),
+    "eight, two close, the rest behind": (0.60, 0.65, 0.40, 0.40, 0.45, 0.40, 0.45, 0.50),
+}
+
+
+def race_table(num_races: int, *, seed: int) -> str:
+    """Return how often each way was wrong, and how many units it took in the mean, as Markdown."""
+    lines = [
+        "| arms | even split: units | top-two: units | fewer | wrong (of both, at most 10%) |",
+        "|---|---|---|---|---|",
+    ]
+    for name, rates in FIELDS.items():
+        best = f"arm {int(np.argmax(rates))}"
+        ran = {
+            kind: [
+                race(rates, kind=kind, rng=np.random.default_rng([seed, number]))
+                for number in range(num_races)
+            ]
+            for kind in ("even", "top-two")
+        }
+        units = {kind: np.mean([one.num_units for one in all_]) for kind, all_ in ran.items()}
+        wrong = {kind: np.mean([one.found != best for one in all_]) for kind, all_ in ran.items()}
+        lines.append(
+            f"| {name} | {units['even']:,.0f} | {units['top-two']:,.0f} | "
+            f"{1 - units['top-two'] / units['even']:.0%} | {wrong['even']:.1%}, "
+            f"{wrong['top-two']:.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(days: float, seed: int) -> str:
+    """Draw both confidence sequences; return what both found at the end, as a table."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    lines = [("unit", "units", "found", "interval")]
+    for unit, colour in (("request", "#D55E00"), ("block", "#0072B2")):
+        experiment = shared_machine(unit)  # type: ignore[arg-type]
+        seen = queue(experiment, days=days, seed=seed)
+        points = trajectory(experiment, seen, experiment.treatments[0], num_points=120)
+        known = [point for point in points if np.isfinite(point.high)]
+        hours = [(point.time_s - START_S) / 3600 for point in known]
+        axes.fill_between(
+            hours, [p.low for p in known], [p.high for p in known], alpha=0.2, color=colour
+        )
+        axes.plot(hours, [p.estimate for p in known], color=colour, label=f"split by {unit}")
+        [found] = analyse(experiment, seen).primary
+        lines.append(
+            (
+                unit,
+                f"{seen.num_units:,}",
+                f"{found.estimate:+.3f} s",
+                f"{found.low:+.3f} to {found.high:+.3f}",
+            )
+        )
+    axes.axhline(TRUTH_S, color="black", linestyle="--", label="what serving everybody does")
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.set(
+        xlabel="hours",
+        ylabel="latency, treatment minus control (s)",
+        ylim=(-0.5, 3.5),
+        title="Arms that share a machine: always-valid 95% intervals",
+    )
+    axes.legend(loc="upper right")
+    figure.savefig(PLOT)
+    return f"truth: {TRUTH_S:+.3f} s\n{text_table(lines)}"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--days", type=float, default=10)
+    parser.add_argument("--races", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    print(draw(given.days, given.seed))
+    print(race_table(given.races, seed=given.seed))
