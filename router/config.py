@@ -21,8 +21,8 @@ from pydantic import (
 
 from models.pool import DEFAULT_POOL
 from models.spec import DeploymentSpec, Name
+from policies.carbon.economics import EconomicsSettings
 from policies.carbon.settings import CarbonSettings
-from policies.economics import EconomicsSettings
 from policies.kinds import Count, explain
 from policies.plan import PlanBounds
 from router.access.authentication import AuthConfig

@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from policies.base import ModelFacts
+from policies.carbon.economics import DeviceCosts, EconomicsSettings, device_price, idle_seconds
 from policies.carbon.grid import (
     CachedGrid,
     GridIntensity,
@@ -19,7 +20,6 @@ from policies.carbon.grid import (
     StaticGrid,
 )
 from policies.carbon.llmcarbon import Device, find_device, rates_for
-from policies.economics import DeviceCosts, EconomicsSettings, device_price, idle_seconds
 from policies.footprint import IdleRule, Rates
 
 MeterKind: TypeAlias = Literal["auto", "rapl", "nvml", "cpu-time", "always", "off"]

@@ -12,8 +12,8 @@ from typing import Any
 
 from models.pool import Pool
 from policies.base import Policy
+from policies.carbon.economics import EconomicsSettings
 from policies.carbon.settings import CarbonSettings
-from policies.economics import EconomicsSettings
 from policies.plan import Answer
 from router.catalog.members import Members, Prices
 from router.catalog.policies import DEFAULT_POLICY, Policies

@@ -15,9 +15,9 @@ from models.engines.registry import engine_traits
 from models.errors import RequestError
 from models.pool import Pool
 from models.tokenizer import Tokenizer, load_tokenizers
+from policies.carbon.economics import EconomicsSettings, device_price
 from policies.carbon.grid import GridIntensity, GridReading
 from policies.carbon.settings import CarbonSettings, LiveModels
-from policies.economics import EconomicsSettings, device_price
 from policies.errors import PolicyError
 from policies.footprint import IdleRule, Rates
 from policies.plan import Answer

@@ -25,7 +25,7 @@ from router.cli.console import (
 
 if TYPE_CHECKING:
     from models.pool import Pool
-    from policies.economics import DeviceCosts
+    from policies.carbon.economics import DeviceCosts
     from policies.footprint import Rates
     from router.config import AppArgs
     from router.energy import Meter
@@ -144,7 +144,7 @@ _HEAD = (
 
 def cost_lines(args: AppArgs, pool: Pool, by_member: Mapping[str, Use]) -> list[tuple[str, ...]]:
     """Return the table's lines, its head first: those members that ran."""
-    from policies.economics import device_price
+    from policies.carbon.economics import device_price
 
     lines = [_HEAD]
     for name, use in by_member.items():
@@ -194,7 +194,7 @@ def load_lines(
     hosted_output: float | None,
 ) -> list[str]:
     """Return a sentence per engine: its load, and the load at which it costs what others ask."""
-    from policies.economics import break_even
+    from policies.carbon.economics import break_even
     from policies.methods import method_of
 
     if args.economics is None:

@@ -6,8 +6,8 @@ import pytest
 
 from policies.base import ModelFacts
 from policies.carbon import find_device
+from policies.carbon.economics import DeviceCosts, EconomicsSettings, break_even, device_price
 from policies.carbon.settings import CarbonSettings
-from policies.economics import DeviceCosts, EconomicsSettings, break_even, device_price
 from policies.footprint import Rates
 
 H200 = find_device("h200")
