@@ -20,10 +20,10 @@ class Cost:
     """US dollars, watt-hours and grams of CO2 equivalent (operational plus embodied).
 
     `method` says how energy was found, by a name of `policies.methods`, and `price` how money was:
-    "typed" in the pool file, or worked out from the "hardware" (`policies.carbon.economics`); several are
-    joined by "+", empty where nobody has said. The true figures lie between `_low` and `_high` as
-    far as the methods' errors go. `busy_s` are seconds of a whole device; `idle_wh` is the idle
-    energy that the configured rule adds, and is not in `wh`.
+    "typed" in the pool file, or worked out from the "hardware" (`policies.carbon.economics`);
+    several are joined by "+", empty where nobody has said. The true figures lie between `_low` and
+    `_high` as far as the methods' errors go. `busy_s` are seconds of a whole device; `idle_wh` is
+    the idle energy that the configured rule adds, and is not in `wh`.
     """
 
     usd: float = 0.0
