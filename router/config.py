@@ -70,10 +70,11 @@ class HttpConfig(_Strict):
     """How connections are kept, and which web pages may ask.
 
     An idle connection is closed after `keep_alive_s`: longer than the pools of clients and proxies
-    keep theirs. Pages of `cors_origins` ("https://chat.example.org"; "*" for all) may read answers;
-    by default none may, not even this machine's own: a keyless server would answer any page that
-    somebody opens beside it. Administrators may load adapters from the folders `adapter_roots` and
-    those below, by default from none.
+    keep theirs. Pages of `cors_origins` ("https://chat.example.org"; "*" for all; "loopback" for
+    those that this machine itself serves, at any port) may ask and read answers. `shoal serve`
+    takes "loopback" where it listens on loopback only and the file does not say; else none may.
+    Administrators may load adapters from the folders `adapter_roots` and those below, by default
+    from none.
     """
 
     keep_alive_s: Count = 75
@@ -87,6 +88,12 @@ class HttpConfig(_Strict):
             if not root.is_absolute():
                 raise ValueError(f"{str(root)!r} is not allowed; an absolute path is")
         return roots
+
+    def listening_on(self, host: str) -> HttpConfig:
+        """Return what holds for a server that listens on `host` and nowhere else."""
+        if "cors_origins" in self.model_fields_set or host not in LOOPBACK:
+            return self
+        return self.model_copy(update={"cors_origins": ("loopback",)})
 
 
 class ResponsesConfig(_Strict):
@@ -248,8 +255,8 @@ class AppArgs(_Strict):
         behind_proxy = self.auth.required or self.dashboard.access == "anyone"
         if hosts is None and host in LOOPBACK and not behind_proxy:
             hosts = tuple(sorted(LOOPBACK))
-        dashboard = self.dashboard.listening_on(host)
-        return self.model_copy(update={"dashboard": dashboard, "hosts": hosts})
+        dashboard, http = self.dashboard.listening_on(host), self.http.listening_on(host)
+        return self.model_copy(update={"dashboard": dashboard, "http": http, "hosts": hosts})
 
 
 def load_args(file: Path | None, **overrides: object) -> AppArgs:

@@ -53,6 +53,7 @@ from router.whatif import last_week
 
 _HEALTH_TIMEOUT_S = 5.0
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]\s]+)(?::[0-9]*)?")
+_OWN_PAGE = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]+)?"
 _PREFLIGHT_S = 600
 
 
@@ -112,6 +113,7 @@ def create_api(service: Service, args: AppArgs) -> FastAPI:
         api.add_middleware(
             CORSMiddleware,
             allow_origins=args.http.cors_origins,
+            allow_origin_regex=_OWN_PAGE if "loopback" in args.http.cors_origins else None,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after", "openai-processing-ms"],

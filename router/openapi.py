@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
+from starlette.responses import JSONResponse, Response
 
 _PLACE = "#/components/schemas/"
 _KEYS = {"type": "http", "scheme": "bearer", "description": "Needed where `auth.required` is set."}
@@ -103,9 +104,18 @@ def document(described_by_fastapi: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe(api: FastAPI) -> None:
-    """Have `api` serve our document in place of FastAPI's own."""
-    by_fastapi = api.openapi
+    """Have `api` serve our document in place of FastAPI's own, written once."""
+    by_fastapi, path = api.openapi, api.openapi_url
+    assert path is not None
     api.openapi = cache(lambda: document(by_fastapi()))  # type: ignore[method-assign]
+    written = cache(lambda: bytes(JSONResponse(api.openapi()).body))
+
+    def openapi() -> Response:
+        return Response(written(), media_type="application/json")
+
+    # FastAPI's own route writes it for every request, on the event loop; this one has a thread.
+    api.router.routes[:] = [one for one in api.routes if getattr(one, "path", None) != path]
+    api.add_api_route(path, openapi, include_in_schema=False)
 
 
 def _schema(shape: Shape, mode: Literal["validation", "serialization"]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, TypeAlias
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -209,11 +210,15 @@ def may_see(access: Access, request: Request) -> bool:
 
     A web site that a person here visits can point its own name at 127.0.0.1 (DNS rebinding), and
     a proxy here brings strangers: so the name must be this machine's, and nobody may have
-    forwarded the request from elsewhere.
+    forwarded the request from elsewhere. Pages of other servers here may ask for answers
+    (`http.cors_origins`), but see no figures.
     """
     if access == "anyone":
         return True
     if access == "key" or request.url.hostname not in LOOPBACK:
+        return False
+    page = request.headers.get("origin")
+    if page is not None and urlsplit(page).netloc != request.url.netloc:
         return False
     forwarded = ",".join(request.headers.get(name, "") for name in _FORWARDED)
     return all(part.strip().strip('"') in {"", *LOOPBACK} for part in forwarded.split(","))

@@ -124,7 +124,7 @@ class Metrics:
             self._database.reports.run(self._kept),
         )
         values = {**self._build_info(), **engines, **kept}
-        return exposition(values, accept=accept, others=others)
+        return await asyncio.to_thread(exposition, values, accept=accept, others=others)
 
     def _publish(self) -> None:
         now_s = self._clock()

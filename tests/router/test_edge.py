@@ -13,6 +13,8 @@ import httpx
 import pytest
 import zstandard
 
+from router.config import AppArgs
+
 CHAT = {"model": "alpha", "messages": [{"role": "user", "content": "hello"}]}
 BODY = json.dumps(CHAT).encode()
 JSON = {"content-type": "application/json"}
@@ -62,13 +64,45 @@ def test_pages_may_ask_where_the_operator_says_so(serve: Any, server: Any) -> No
     """Preflights are answered for the origins in the configuration, and for no other."""
     page = "https://chat.example.org"
     asked = {"origin": page, "access-control-request-method": "POST"}
-    assert server.http.options(PATH, headers=asked).status_code == 405
+    refused = server.http.options(PATH, headers=asked)
+    assert refused.status_code == 400
+    assert "access-control-allow-origin" not in refused.headers
     allowing = serve(app={"http": {"cors_origins": [page]}})
     preflight = allowing.http.options(PATH, headers=asked)
     assert preflight.status_code == 200
     assert preflight.headers["access-control-allow-origin"] == page
     listing = allowing.http.get("/v1/models", headers={"origin": "https://evil.example"})
     assert "access-control-allow-origin" not in listing.headers
+
+
+@pytest.mark.parametrize("page", ["http://localhost:3000", "http://127.0.0.1", "https://[::1]:1"])
+def test_this_machines_own_pages_may_ask_but_not_administer(server: Any, page: str) -> None:
+    """On loopback they may ask, unless the file says which pages may; admins' figures stay shut."""
+    headers = {"origin": page}
+    assert server.http.post(PATH, json=CHAT, headers=headers).headers[
+        "access-control-allow-origin"
+    ] == page  # fmt: skip
+    for path in ("/v1/admin/keys", "/dashboard/data", "/metrics"):
+        assert server.http.get(path).status_code == 200
+        assert server.http.get(path, headers=headers).status_code == 401
+        assert server.http.get(path, headers={"origin": server.url}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "page",
+    ["http://localhost.evil.example", "http://evil.example:3000", "null", "http://127.0.0.2"],
+)
+def test_a_page_that_only_looks_like_this_machines_may_not(server: Any, page: str) -> None:
+    """Names that begin alike, and pages without an origin, are strangers."""
+    got = server.http.get("/v1/models", headers={"origin": page})
+    assert "access-control-allow-origin" not in got.headers
+
+
+def test_a_server_for_others_has_no_pages_of_its_own() -> None:
+    """Only where it listens on loopback are this machine's pages allowed by themselves."""
+    assert AppArgs().listening_on("0.0.0.0").http.cors_origins == ()
+    none = AppArgs.model_validate({"http": {"cors_origins": []}})
+    assert none.listening_on("127.0.0.1").http.cors_origins == ()
 
 
 @pytest.mark.parametrize("path", ["/health", "/v1/models", "/v1/models/alpha", "/metrics", "/no"])
