@@ -50,7 +50,7 @@ def base(run: Run, folder: Path) -> None:
     if settings.checkpoint is not None:
         given = run.read(find_base(settings.checkpoint))
         if not given.is_dir():
-            dequantize(given, folder / CHECKPOINT)
+            check_base(dequantize(given, folder / CHECKPOINT))
         return
     training = settings.train
     assert training is not None
@@ -78,8 +78,8 @@ def find_base(checkpoint: str) -> Path:
         raise BaseError(f"base.checkpoint: {error}") from None
 
 
-def dequantize(file: Path, folder: Path) -> None:
-    """Write the model in a GGUF file as a checkpoint folder in fp32.
+def dequantize(file: Path, folder: Path) -> Path:
+    """Write the model in a GGUF file as a checkpoint folder in fp32, and return the folder.
 
     Raises:
         BaseError: transformers cannot read it, or lacks the package that it reads it with.
@@ -95,9 +95,11 @@ def dequantize(file: Path, folder: Path) -> None:
         ) from None
     except Exception as error:  # whatever the library makes of a damaged file
         raise BaseError(f"base.checkpoint: {file} cannot be read: {error}") from None
+    # They are plain weights now, which transformers would not write as long as it has these.
+    del model.config.quantization_config, model.hf_quantizer
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    check_base(folder)
+    return folder
 
 
 def check_base(folder: Path, *, row_tokens: int = 1) -> ModelCard:

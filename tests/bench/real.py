@@ -322,21 +322,6 @@ def _prompts(rng: random.Random, number: int, length: int) -> Prompts:
     return [[rng.randrange(100, 49_000) for _ in range(length)] for _ in range(number)]
 
 
-def dequantized(file: Path, folder: Path) -> Path:
-    """Write the file's weights and tokenizer as transformers reads them, in float32."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32
-    )
-    # They are plain weights now, which transformers would not write as long as it has these.
-    del model.config.quantization_config, model.hf_quantizer
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
-    return folder
-
-
 def _memory_bytes(pid: int) -> int:
     parent = psutil.Process(pid)
     return sum(
@@ -366,7 +351,9 @@ def main() -> None:
     file = locate(SOURCE, folder=Path()).path
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         wanted = tuple(arguments.only.split(","))
-        here = contenders(file, dequantized(file, Path(temporary)), stack, wanted)
+        from models.downscale.base import dequantize  # torch comes with it
+
+        here = contenders(file, dequantize(file, Path(temporary)), stack, wanted)
         rows = measure(
             here,
             rounds=arguments.rounds,

@@ -28,6 +28,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models.adapter import read_adapter
+from models.downscale.base import dequantize
 from models.engines.base import GenerationRequest, SamplingOptions
 from models.engines.registry import create_engine
 from models.pool import load_pool
@@ -35,7 +36,7 @@ from models.sources.locate import locate
 from models.training.lora import LowRank, add_adapter, merge_adapter, save_adapter
 from policies.files import write_atomic
 from tests.bench.harness import RESULTS, Row, environment, print_row, read_bytes_per_s
-from tests.bench.real import SOURCE, dequantized
+from tests.bench.real import SOURCE
 
 RANK, PROMPT_TOKENS = 16, 16
 KV_BYTES = 512 * 2**20
@@ -197,7 +198,7 @@ def main() -> None:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        base = dequantized(file, folder / "base")
+        base = dequantize(file, folder / "base")
         adapters = write_adapters(base, folder, arguments.adapters)
         merged = write_merged(base, adapters, folder)
         for dtype in arguments.dtypes.split(","):

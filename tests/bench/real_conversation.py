@@ -16,9 +16,10 @@ from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
 
+from models.downscale.base import dequantize
 from models.engines.base import Engine, GenerationRequest, SamplingOptions
 from models.sources.locate import locate
-from tests.bench.real import SOURCE, dequantized
+from tests.bench.real import SOURCE
 from tests.bench.real_contenders import start_engine
 
 TURNS, USER_TOKENS, ANSWER_TOKENS = 10, 40, 24
@@ -46,7 +47,7 @@ def main() -> None:
     """Command line; see the module's docstring."""
     rng = random.Random(0)
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
-        folder = dequantized(locate(SOURCE, folder=Path()).path, Path(temporary))
+        folder = dequantize(locate(SOURCE, folder=Path()).path, Path(temporary))
         engines = [
             start_engine("stacked", folder, stack, "float32", {"prefix_cache": keeps})
             for keeps in (False, True)
