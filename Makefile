@@ -107,8 +107,9 @@ $(CLIENTS_STAMP): constraints-clients.txt tests/clients/node/package-lock.json
 setup-clients: $(CLIENTS_STAMP)
 
 # Real client libraries, and lm-evaluation-harness, against the shipped pool.
+CLIENT_TESTS ?= tests/clients
 test-clients: $(STAMP) $(CLIENTS_STAMP)
-	$(CLIENTS_BIN)/python -m pytest tests/clients
+	$(CLIENTS_BIN)/python -m pytest $(CLIENT_TESTS)
 
 # The whole stack under load, beside a bare Ray Serve hop and LiteLLM's proxy; some minutes.
 bench-load: $(STAMP) $(CLIENTS_STAMP)

@@ -8,6 +8,8 @@ properties are named have no others, unless their schema speaks of others.
 from __future__ import annotations
 
 import json
+import re
+from functools import partial
 from typing import Any, Final
 
 from llguidance import LLMatcher, LLTokenizer
@@ -18,12 +20,13 @@ from models.errors import RequestError
 
 HEADER: Final = "%llguidance {}\n"
 _BLANKS: Final = 8
-_OF_SCHEMAS: Final = {"items", "prefixItems", "additionalProperties", "anyOf", "oneOf"}
+_OF_SCHEMAS: Final = {"items", "prefixItems", "additionalProperties", "anyOf", "oneOf", "allOf"}
 _OF_NAMED_SCHEMAS: Final = {"properties", "patternProperties", "$defs", "definitions"}
 _SPEAKS_OF_OTHERS: Final = {
     *("additionalProperties", "unevaluatedProperties", "patternProperties", "propertyNames"),
     *("minProperties", "anyOf", "oneOf", "if", "$ref", "dependentSchemas"),
 }
+_LOOKS_AROUND: Final = re.compile(r"\(\?<?[=!]")
 _JSON_OPTIONS: Final = {"whitespace_pattern": f"[ \\n\\t\\r]{{1,{_BLANKS}}}"}
 
 
@@ -52,10 +55,8 @@ def json_rule(schema: str, *, strict: bool = False) -> str:
 
     What a grammar cannot hold is ignored, unless `strict`.
     """
-    content = json.loads(schema)
     # Each part of an `allOf` knows some of the properties only.
-    if isinstance(content, dict) and '"allOf"' not in schema:
-        content = _closed(content)
+    content = _read(json.loads(schema), closes='"allOf"' not in schema, strict=strict)
     if isinstance(content, dict):
         own = content.get("x-guidance")
         options = {**(own if isinstance(own, dict) else {}), **_JSON_OPTIONS}
@@ -63,20 +64,28 @@ def json_rule(schema: str, *, strict: bool = False) -> str:
     return f"%json {json.dumps(content)}"
 
 
-def _closed(schema: Any) -> Any:  # noqa: ANN401 - any JSON
-    """Return `schema` with its objects closed that name properties and say nothing of others."""
+def _read(schema: Any, *, closes: bool, strict: bool) -> Any:  # noqa: ANN401 - any JSON
+    """Return `schema` as grammars take it.
+
+    With `closes`, objects are closed that name properties and say nothing of others. Unless
+    `strict`, patterns that look around go: Rust's regular expressions cannot, and pydantic's
+    decimals do.
+    """
+    again = partial(_read, closes=closes, strict=strict)
     if isinstance(schema, list):
-        return [_closed(one) for one in schema]
+        return [again(one) for one in schema]
     if not isinstance(schema, dict):
         return schema
     found = dict(schema)
     for key in _OF_SCHEMAS & found.keys():
-        found[key] = _closed(found[key])
+        found[key] = again(found[key])
     for key in _OF_NAMED_SCHEMAS & found.keys():
         if isinstance(found[key], dict):
-            found[key] = {name: _closed(one) for name, one in found[key].items()}
+            found[key] = {name: again(one) for name, one in found[key].items()}
+    if not strict and _LOOKS_AROUND.search(str(found.get("pattern", ""))):
+        del found["pattern"]
     named, required = found.get("properties"), found.get("required") or ()
-    closes = isinstance(named, dict) and all(name in named for name in required)
+    closes = closes and isinstance(named, dict) and all(name in named for name in required)
     if closes and not _SPEAKS_OF_OTHERS & found.keys():
         found["additionalProperties"] = False
     return found

@@ -13,6 +13,7 @@ from models.errors import RequestError
 from tests.models.engines.stacked.tiny import (
     answer,
     build_engine,
+    build_tokenizer,
     request,
     save_checkpoint,
     text_of,
@@ -91,7 +92,7 @@ def test_objects_have_the_properties_that_are_named(
     wanted = request(
         [5],
         structure=Structure(kind="json", text=text),
-        logit_bias={ord(","): 100.0},
+        logit_bias={build_tokenizer().encode(",").ids[0]: 100.0},
         max_tokens=40,
     )
     chunks = _one(folders, wanted)
@@ -101,7 +102,12 @@ def test_objects_have_the_properties_that_are_named(
 
 
 @pytest.mark.parametrize(
-    "extra", [{"type": "string", "format": "password"}, {"type": "array", "uniqueItems": True}]
+    "extra",
+    [
+        {"type": "string", "format": "password"},
+        {"type": "string", "pattern": r"^(?!^[-+.]*$)[+-]?0*\d*$"},
+        {"type": "array", "uniqueItems": True},
+    ],
 )
 def test_only_strict_schemas_are_taken_at_their_word(folders: list[Path], extra: Any) -> None:
     """What no grammar holds is ignored, and refused where the schema is strict."""
