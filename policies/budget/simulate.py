@@ -87,7 +87,7 @@ class Simulation:
         lost = sorted(self.domains.items(), key=lambda entry: -entry[1].lost)
         paying = [f"{name} (-{sums.lost:.3f})" for name, sums in lost if sums.lost > _NOTHING]
         return (
-            f"Under {target} these {total.num_requests:,} requests of {self.hours:.1f} hours would "
+            f"Under {target} these {total.num_requests:,} requests of {self.hours:.2g} hours would "
             f"have cost {under:.4g} {resource} instead of {was:.4g} ({change:+.1%}), at a "
             f"predicted quality of {worse:.3f} instead of {better:.3f}: "
             f"{total.num_fewer / total.num_requests:.1%} of them would get fewer members, "

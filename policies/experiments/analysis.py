@@ -105,7 +105,7 @@ def analyse(
             )
     advice = advise(
         experiment,
-        best=best,
+        known_best=best,
         arms=arms,
         primary=primary,
         guardrails=guardrails,

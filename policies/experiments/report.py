@@ -173,11 +173,11 @@ def advise(
     ratio: SampleRatio,
     min_units: int,
     stopped: Sequence[str] = (),
-    best: str | None = None,
+    known_best: str | None = None,
 ) -> Advice:
     """Return what to do, blocked by a sample-ratio alarm and by breached guardrails.
 
-    `best` is the arm that a search for the best one has found.
+    `known_best` is the arm that a search for the best one has found.
     """
     notes = tuple(_notes(experiment, arms, guardrails, stopped))
 
@@ -195,13 +195,14 @@ def advise(
             f"Do not conclude anything: the arms' sizes do not match their weights ({seen}; "
             f"p = {ratio.p:.1g}). Find out which units are missing or misassigned first.",
         )
-    if best is not None:
+    if known_best is not None:
+        keep = known_best == control
         return advice(
-            "keep_control" if best == control else "ship",
-            f"{'Keep' if best == control else 'Ship'} {best!r}: of {len(arms)} arms it is the best "
-            f"in {metric} at confidence {1 - experiment.alpha:.0%}, whenever one looks; you may "
-            "stop now.",
-            best,
+            "keep_control" if keep else "ship",
+            f"{'Keep' if keep else 'Ship'} {known_best!r}: of {len(arms)} arms it is the best in "
+            f"{metric} at confidence {1 - experiment.alpha:.0%}, whenever one looks; you may stop "
+            "now.",
+            known_best,
         )
     barred = {found.treatment for found in guardrails if found.breached} | set(stopped)
     running = [found for found in primary if found.treatment not in barred]

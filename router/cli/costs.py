@@ -146,7 +146,7 @@ def cost_lines(args: AppArgs, pool: Pool, by_member: Mapping[str, Use]) -> list[
     """Return the table's lines, its head first: those members that ran."""
     from policies.carbon.economics import device_price
 
-    lines = [_HEAD]
+    lines: list[tuple[str, ...]] = [_HEAD]
     for name, use in by_member.items():
         if not use.num_tokens:
             continue
@@ -335,7 +335,9 @@ def comparison_lines(
     found: Mapping[tuple[str, str], Use], rates: Mapping[str, Rates]
 ) -> list[tuple[str, ...]]:
     """Return a table: joules per token by each other method, and as LLMCarbon estimates them."""
-    lines = [("member", "method", "tokens", "J/token", "LLMCarbon J/token", "measured/estimated")]
+    lines: list[tuple[str, ...]] = [
+        ("member", "method", "tokens", "J/token", "LLMCarbon J/token", "measured/estimated")
+    ]
     for (name, method), use in sorted(found.items()):
         if name not in rates or method in ("", "unknown", rates[name].method) or not use.num_tokens:
             continue

@@ -122,9 +122,9 @@ def as_text(summary: Summary) -> str:
         text_table([_COMPARED, *map(_compared, (*report.primary, *report.secondary))], num_left=2),
     ]
     if report.segments:
-        head = ("segment", "part", *_COMPARED)
+        named = ("segment", "part", *_COMPARED)
         parts = [(f.segment or "", f.part or "", *_compared(f)) for f in report.segments]
-        lines += ["", text_table([head, *parts], num_left=4)]
+        lines += ["", text_table([named, *parts], num_left=4)]
     if report.guardrails:
         guards = [
             (

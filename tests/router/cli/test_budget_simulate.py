@@ -79,7 +79,7 @@ def test_a_tight_target_takes_from_those_who_lose_least(config: Path) -> None:
     """Easy questions lose the dear member, hard ones keep it, and the sentence says all that."""
     said = simulate(config, "--resource", "usd", "--amount", "0.013")
     found = lines(said)
-    assert said.startswith("Under 0.013 usd per hour these 600 requests of 24.0 hours would have")
+    assert said.startswith("Under 0.013 usd per hour these 600 requests of 24 hours would have")
     easy, hard, total = (found[name] for name in ("easy", "hard", "all"))
     assert easy[0] == hard[0] == "300"
     # The easy half is as good at a tenth of the price; the hard half gets what the target leaves.
