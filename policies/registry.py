@@ -43,6 +43,7 @@ KINDS: Plugins[PolicyKind[Any]] = Plugins(
         "frugal": "policies.frugal:KIND",
         "fused": "policies.fused:KIND",
         "learned": "policies.routing.policy:LEARNED",
+        "probing": "policies.routing.probing:KIND",
     },
 )
 

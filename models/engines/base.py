@@ -196,8 +196,9 @@ class Chunk:
     prompt and answer had, whatever was shown of them; and where the engine knows, how many of the
     prompt's were kept from earlier ones, and how many of the answer's were reasoning. The first
     chunk has the tokens of the `prompt` with their log-probabilities, where these were asked for;
-    the first of them has none. An encoder's only chunk has `rows`, one per input: vectors
-    [num_inputs, num_dimensions], or scores [num_inputs, 1].
+    the first of them has none, and `rows` are then what each member's last layer made of the
+    prompt's end, where the engine can see it. An encoder's only chunk has `rows`, one per input:
+    vectors [num_inputs, num_dimensions], or scores [num_inputs, 1].
     """
 
     text: str

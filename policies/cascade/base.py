@@ -10,7 +10,10 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
 
 from policies.kinds import Plugins, Settings, read_spec
 from policies.plan import Plan
@@ -39,6 +42,26 @@ class Attempt:
     finished: bool = True
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What a model made of a prompt before it answered, from its prefill alone.
+
+    `logprob_mean` and `logprob_min` are natural, of the prompt's tokens but the first, and
+    `num_tokens` counts them. `entropy` is the first answer token's, in nats, and `state_D` the last
+    layer's hidden state at the prompt's end; None where the engine does not say.
+    """
+
+    logprob_mean: float
+    logprob_min: float
+    num_tokens: int
+    entropy: float | None = None
+    state_D: NDArray[np.float32] | None = None
+
+
+Readings: TypeAlias = Mapping[str, Mapping[str, Reading]]
+"""By model and query."""
+
+
 @runtime_checkable
 class Scorer(Protocol):
     """Judges answers. Thread-safe, free of I/O and, unless it is a `BatchScorer`, fast."""
@@ -57,6 +80,18 @@ class PrefixScorer(Protocol):
 
         Whatever answers came before it, an answer of at most `max_tokens` tokens scores higher
         never, or as seldom as the scorer says. It never rises as the prefix grows.
+        """
+        ...
+
+
+@runtime_checkable
+class PromptScorer(Protocol):
+    """A scorer that judges a stage of one model before its answer begins, by its reading."""
+
+    def foresee(self, query: str, stage: Plan, reading: Reading | None) -> float:
+        """Return P(`stage` will answer `query` well) in [0, 1]; never raises on any text.
+
+        `reading` None: nothing is known of it.
         """
         ...
 

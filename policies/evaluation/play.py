@@ -9,13 +9,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from policies.base import Policy, Query
-from policies.cascade.base import Attempt, Ranker, Scorer, normalise
+from policies.cascade.base import (
+    Attempt,
+    PromptScorer,
+    Ranker,
+    Reading,
+    Readings,
+    Scorer,
+    normalise,
+)
 from policies.errors import OutcomesError
 from policies.footprint import Rates
 from policies.outcomes import AnswerLogprobs, Outcome
-from policies.plan import Answer, Best, Cascade, Plan
+from policies.plan import Answer, Best, Cascade, Plan, members
 
 NameOf = Callable[[Answer, Outcome], str]
 """Under which name the outcomes hold what an `Answer` wrote."""
@@ -52,23 +61,24 @@ def play(
     rates: Mapping[str, Rates],
     scorers: Mapping[str, Scorer],
     name_of: NameOf = single,
+    readings: Readings = MappingProxyType({}),
 ) -> Played:
     """Return what `policy` would have done with the outcome's query.
 
     Raises `OutcomesError` where its plan needs an answer or a score that the outcome lacks.
     """
     query = Query(text=outcome.query, prompt_tokens=outcome.prompt_tokens or 0)
-    game = _Game(outcome, scorers, name_of)
+    game = _Game(outcome, scorers, name_of, readings)
     name = game.play(policy.decide(query).plan).name
     if name not in outcome.scores:
         raise _lacks(outcome, name, "score")
-    costs = [_usd(outcome, members, tokens, rates) for members, tokens in game.ran]
+    costs = [_usd(outcome, names, tokens, rates) for names, tokens in game.ran]
     known = [usd for usd in costs if usd is not None]
     return Played(
         name=name,
         quality=outcome.scores[name],
         usd=sum(known) if len(known) == len(costs) else None,
-        used=tuple((member, tokens) for members, tokens in game.ran for member in members),
+        used=tuple((name, tokens or 0) for names, tokens in game.ran for name in names),
     )
 
 
@@ -85,7 +95,9 @@ class _Game:
     outcome: Outcome
     scorers: Mapping[str, Scorer]
     name_of: NameOf
-    ran: list[tuple[tuple[str, ...], int]] = field(default_factory=list)
+    readings: Readings
+    # What ran, and how many tokens it wrote; None where it only read the prompt.
+    ran: list[tuple[tuple[str, ...], int | None]] = field(default_factory=list)
 
     def play(self, plan: Plan, earlier: tuple[str, ...] = ()) -> _Given:
         """Return the answer that `plan` ends with."""
@@ -96,9 +108,15 @@ class _Game:
         return self._cascade(plan, earlier) if isinstance(plan, Cascade) else self._best(plan)
 
     def _cascade(self, plan: Cascade, earlier: tuple[str, ...]) -> _Given:
+        scorer = self.scorers[plan.scorer]
         for stage, threshold in zip(plan.stages, plan.thresholds, strict=False):
+            if isinstance(scorer, PromptScorer):
+                if scorer.foresee(self.outcome.query, stage, self._reading(stage)) >= threshold:
+                    return self.play(stage, earlier)
+                self.ran.append((members(stage), None))
+                continue
             attempt = self._attempt(given := self.play(stage, earlier), earlier)
-            if self.scorers[plan.scorer].score(attempt) >= threshold:
+            if scorer.score(attempt) >= threshold:
                 return given
             earlier = (*earlier, attempt.answer)
         return self.play(plan.stages[-1], earlier)
@@ -123,6 +141,10 @@ class _Game:
                 for one, attempt in zip(given, attempts, strict=True)
             ]
         return given[max(range(len(given)), key=scores.__getitem__)]
+
+    def _reading(self, stage: Plan) -> Reading | None:
+        [name] = members(stage)
+        return self.readings.get(name, {}).get(self.outcome.query)
 
     def _attempt(self, given: _Given, earlier: tuple[str, ...]) -> Attempt:
         if given.name not in self.outcome.outputs:
@@ -151,13 +173,13 @@ def _num_tokens(outcome: Outcome, name: str) -> int:
 
 
 def _usd(
-    outcome: Outcome, members: tuple[str, ...], num_tokens: int, rates: Mapping[str, Rates]
+    outcome: Outcome, ran: tuple[str, ...], num_tokens: int | None, rates: Mapping[str, Rates]
 ) -> float | None:
-    if len(members) == 1 and members[0] in outcome.costs:
-        return outcome.costs[members[0]]
-    if outcome.prompt_tokens is None or not all(name in rates for name in members):
+    if len(ran) == 1 and ran[0] in outcome.costs and num_tokens is not None:
+        return outcome.costs[ran[0]]
+    if outcome.prompt_tokens is None or not all(name in rates for name in ran):
         return None
-    return sum(rates[name].footprint(outcome.prompt_tokens, num_tokens).usd for name in members)
+    return sum(rates[name].footprint(outcome.prompt_tokens, num_tokens or 0).usd for name in ran)
 
 
 def _lacks(outcome: Outcome, name: str, what: str) -> OutcomesError:

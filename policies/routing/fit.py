@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedKFold
 from threadpoolctl import threadpool_limits
 
+from policies.cascade.base import Readings
 from policies.encoders.base import Encoder, build_encoder
 from policies.errors import PolicyError
 from policies.outcomes import Outcome, content_sha256, score_table
@@ -31,6 +32,7 @@ from policies.routing.heads import (
     fit_platt,
     mean_scores,
 )
+from policies.routing.looks import Look, fit_look
 from policies.routing.nearness import (
     NUM_FOLDS,
     Doubt,
@@ -100,12 +102,16 @@ class Examples:
             for outcome, cluster in zip(self.outcomes, clusters_Q, strict=True)
         ]
 
-    def held_out(self, share: float, seed: int) -> NDArray[np.bool_]:
-        """Return which queries calibrate and measure, instead of training."""
-        held_out_Q = np.zeros(len(self.outcomes), np.bool_)
+    def parts(self, share: float, seed: int) -> list[NDArray[np.bool_]]:
+        """Return a division of the queries into parts of about this share each."""
         order = np.random.default_rng(seed).permutation(len(self.outcomes))
-        held_out_Q[order[: round(share * len(self.outcomes))]] = True
-        return held_out_Q
+        size = round(share * len(order))
+        starts = range(size, size * round(1 / share), size)
+        return [np.isin(np.arange(len(order)), part) for part in np.split(order, list(starts))]
+
+    def held_out(self, share: float, seed: int) -> NDArray[np.bool_]:
+        """Return which queries calibrate and measure, instead of training: the first part."""
+        return self.parts(share, seed)[0]
 
     def mean_output_tokens(self) -> NDArray[np.float32]:
         """Return the models' mean answer lengths, NaN where unknown."""
@@ -147,6 +153,7 @@ def fit_router(
     models: Sequence[str] | None = None,
     settings: FitSettings | None = None,
     outside: Sequence[Outcome] = (),
+    readings: Readings | None = None,
 ) -> Router:
     """Fit the encoder, the clusters, the landmarks, the heads and their calibration.
 
@@ -154,14 +161,15 @@ def fit_router(
     outcomes from beyond the field that `outcomes` cover: the heads learn from them who answers
     there, and doubt to tell them from the field's and what to expect then (outlier exposure,
     Hendrycks et al. 2019); everything is then learned twice, the second time with everyday phrases
-    around it (`phrases`). Raises `PolicyError` for too few outcomes and `OutcomesError` for a
+    around it (`phrases`). From models' `readings` of the queries it learns what these change
+    (`looks`). Raises `PolicyError` for too few outcomes and `OutcomesError` for a
     model without scores.
     """
     settings = settings or FitSettings()
     examples = make_examples(outcomes, models, outside)
     # Two threads of our own do more than BLAS's, which wait for each other without giving way.
     with threadpool_limits(1):
-        return _fit_router(examples, encoder, settings)
+        return _fit_router(examples, encoder, settings, readings or {})
 
 
 def refit_like(router: Router) -> Callable[[Sequence[Outcome]], Router]:
@@ -179,7 +187,9 @@ def refit_like(router: Router) -> Callable[[Sequence[Outcome]], Router]:
     return fit
 
 
-def _fit_router(examples: Examples, encoder: Encoder, settings: FitSettings) -> Router:
+def _fit_router(
+    examples: Examples, encoder: Encoder, settings: FitSettings, readings: Readings
+) -> Router:
     scores_QM, home_Q = examples.scores_QM, examples.home_Q
     num_queries = len(home_Q)
     # Where there is an outside, phrases must not tell it from the field; copies come after all.
@@ -230,6 +240,14 @@ def _fit_router(examples: Examples, encoder: Encoder, settings: FitSettings) -> 
         logits_QM = fit(~held_out_Q).logits(unseen_QF)
         platt = fit_platt(logits_QM, unseen_QM)
         heads = platt.scaled(fitting_all.result())
+
+    def left_out() -> Floats:
+        """Return what heads that have not seen a query expect of it, [Q, M]."""
+        expected_QM = np.empty_like(scores_QM)
+        for out_Q in examples.parts(settings.held_out_share, settings.seed):
+            expected_QM[out_Q] = platt.probabilities(fit(~out_Q).logits(X_QF[out_Q]))
+        return expected_QM
+
     return Router(
         models=examples.models,
         encoder=encoder,
@@ -241,6 +259,7 @@ def _fit_router(examples: Examples, encoder: Encoder, settings: FitSettings) -> 
         doubt=doubt,
         output_tokens_M=examples.mean_output_tokens(),
         seen_Q=np.unique(query_hashes(examples.texts)),
+        looks=_fit_looks(examples, left_out(), readings) if readings else {},
         facts={
             "data_sha256": content_sha256(examples.outcomes),
             "num_queries": int(home_Q.sum()),
@@ -252,6 +271,18 @@ def _fit_router(examples: Examples, encoder: Encoder, settings: FitSettings) -> 
             ),
         },
     )
+
+
+def _fit_looks(examples: Examples, expected_QM: Floats, readings: Readings) -> dict[str, Look]:
+    """Return the looks that tell something, by model; those of the router's own field alone."""
+    missed_QM = np.where(examples.home_Q[:, None], examples.scores_QM - expected_QM, np.nan)
+    found = {}
+    for m, name in enumerate(examples.models):
+        told = readings.get(name, {})
+        look = fit_look([told.get(text) for text in examples.texts], missed_QM[:, m])
+        if look is not None:
+            found[name] = look
+    return found
 
 
 def make_doubt(

@@ -23,6 +23,7 @@ from scipy.special import expit
 from policies.encoders.base import Encoded, Encoder, Features, Reader, build_encoder
 from policies.errors import PolicyError
 from policies.files import Artifact, check_shape, read_artifact, write_artifact
+from policies.routing.looks import Look
 from policies.routing.nearness import Doubt, Landmarks, Nearness, Topics
 
 Floats = NDArray[np.float64]
@@ -55,8 +56,9 @@ class Router:
     `weights_FM` [F + N, M] weigh the encoder's features, then the landmarks'; `field_F` [F + N]
     weigh them to tell the field's queries from others, where training knew others (None: it did
     not). `output_tokens_M` are the models' mean answer lengths (NaN where unknown). `seen_Q` are
-    the hashes of the training queries, ascending: nobody should judge it on them. `facts` is JSON
-    data about the training: data hash, numbers, held-out metrics.
+    the hashes of the training queries, ascending: nobody should judge it on them. `looks` say by
+    model what its reading of a query changes, where training knew readings. `facts` is JSON data
+    about the training: data hash, numbers, held-out metrics.
     """
 
     models: tuple[str, ...]
@@ -69,6 +71,7 @@ class Router:
     output_tokens_M: NDArray[np.float32]
     field_F: NDArray[np.float32] | None = None
     seen_Q: NDArray[np.uint32] = field(default_factory=lambda: np.empty(0, np.uint32))
+    looks: Mapping[str, Look] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     _read: Reader = field(init=False, repr=False, compare=False)
     _nearness: Nearness = field(init=False, repr=False, compare=False)
@@ -164,6 +167,7 @@ def save_router(router: Router, path: Path | str) -> None:
             "familiar_above": router.doubt.familiar_above,
             "sharpness": router.landmarks.sharpness,
             "faint": router.landmarks.faint,
+            "looks": {name: look.reach for name, look in router.looks.items()},
             "facts": facts,
         },
         arrays={
@@ -181,6 +185,7 @@ def save_router(router: Router, path: Path | str) -> None:
             "left_out_similarity": router.doubt.left_out_similarity_U,
             "output_tokens": router.output_tokens_M,
             "seen": router.seen_Q,
+            **{f"look.{name}": look.array for name, look in router.looks.items()},
             **{f"encoder.{name}": array for name, array in router.encoder.arrays().items()},
         },
     )
@@ -258,6 +263,10 @@ def _restored(artifact: Artifact, folder: Path) -> Router:
         output_tokens_M=arrays["output_tokens"],
         # A router of an earlier version does not tell.
         seen_Q=arrays.get("seen", np.empty(0, np.uint32)),
+        looks={
+            name: Look.of(arrays[f"look.{name}"], reach=float(reach))
+            for name, reach in settings.get("looks", {}).items()
+        },
         facts={
             "data_sha256": artifact.data_sha256,
             **settings["facts"],

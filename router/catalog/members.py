@@ -170,6 +170,25 @@ class Members:
                 "(options.logprobs: false)"
             )
 
+    def readers(self) -> tuple[str, ...]:
+        """Return the members here whose engines tell what they make of a prompt."""
+        return tuple(
+            name
+            for name, engine in self._engine_of.items()
+            if self._traits[engine].here
+            and not self._traits[engine].encodes
+            and "echo" not in self._traits[engine].refuses
+        )
+
+    def check_reads(self, name: str) -> None:
+        """Refuse a plan that needs what a member makes of a prompt, of one that does not tell."""
+        engine = self._engine_of[name]
+        if "echo" in self._traits[engine].refuses:
+            raise PolicyError(
+                f"the plan has {name!r} read prompts, whose engine {engine!r} tells no "
+                "log-probabilities of them"
+            )
+
     def check_tools(self, answer: Answer) -> None:
         """Raise `RequestError` if the members of `answer` cannot be offered tools."""
         for name in answer.members:

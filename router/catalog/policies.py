@@ -14,7 +14,7 @@ from typing import Any
 from models.pool import Pool
 from policies.base import ModelFacts, Policy
 from policies.budget import Controller
-from policies.cascade.base import Confidence, Ranker, Scorer, build_scorer
+from policies.cascade.base import Confidence, PromptScorer, Ranker, Scorer, build_scorer
 from policies.errors import PolicyError
 from policies.fixed import always
 from policies.kinds import short
@@ -124,6 +124,14 @@ class Policies(Mapping[str, Policy]):
         if isinstance(plan, Cascade) or plan.select != "majority":
             for name in dict.fromkeys(name for stage in judged for name in members(stage)):
                 self._members.check_tells(name, "judges answers of")
+        if isinstance(plan, Cascade) and isinstance(self.scorers[plan.scorer], PromptScorer):
+            for stage in judged:
+                if len(named := members(stage)) > 1:
+                    raise PolicyError(
+                        f"cascade.scorer: {plan.scorer!r} judges by what one model makes of the "
+                        f"prompt, and a stage has {', '.join(named)}"
+                    )
+                self._members.check_reads(named[0])
         for child in children(plan):
             self._check_scorers(child)
 

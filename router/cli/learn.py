@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from policies.cascade.base import Readings
     from policies.outcomes import Outcome
     from router.learning.collect import Line, Problems, Sampling
 
@@ -81,6 +84,13 @@ def learn(
     test_share: Annotated[
         float, typer.Option(min=0.05, max=0.9, help="Share of the questions to measure on.")
     ] = 0.3,
+    read: Annotated[
+        bool | None,
+        typer.Option(
+            help="Whether the pool's models read the questions, for a policy that looks at what "
+            "they make of them before one answers; default: where they are asked --queries."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Report, and leave the pool file as it is.")
     ] = False,
@@ -93,7 +103,8 @@ def learn(
 ) -> None:
     """Learn routing policies for a pool from your questions, and measure them on unseen ones.
 
-    They go into the pool beside the old ones, with a version: auto-v1, cascade-v1, best-of-v1.
+    They go into the pool beside the old ones, with a version: auto-v1, probing-v1, cascade-v1,
+    best-of-v1.
     """
     from models.pool import load_pool
     from policies.errors import PolicyError
@@ -139,7 +150,9 @@ def learn(
             rows += read_feedback(from_ledger)
         if not rows:
             raise PolicyError("there is nothing to learn from: give --queries or --outcomes")
-        lesson = learn_from(rows, found, settings)
+        reads = queries is not None if read is None else read
+        readings = readings_of(file, rows, num_at_once=at_once) if reads else {}
+        lesson = learn_from(rows, found, settings, readings)
         page = write_report(lesson, found)
         why = is_worse(lesson) if from_ledger is not None else ""
         if not why and not dry_run:
@@ -169,6 +182,15 @@ def _share(text: str) -> float:
     if not text.endswith("%") or not 0 < share <= 1:
         raise PolicyError(f"--budget {text!r} is not a percentage up to 100%")
     return share
+
+
+def readings_of(pool: Path, rows: Sequence[Outcome], *, num_at_once: int = 16) -> Readings:
+    """Return what the models in `rows` that are the pool's make of the queries, if they tell."""
+    from router.learning.asking import read_prompts
+
+    scored = {name for row in rows for name in row.scores}
+    queries = (row.query for row in rows)
+    return asyncio.run(read_prompts(pool, queries, models=scored, num_at_once=num_at_once))
 
 
 def collect(

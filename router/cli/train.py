@@ -51,6 +51,13 @@ def train_router(
         str | None,
         typer.Option(help="Also the answers that users scored, from the ledger at this address."),
     ] = None,
+    readers: Annotated[
+        Path | None,
+        typer.Option(
+            help="A pool whose models read the queries, as far as their engines tell what they "
+            "make of a prompt; for `kind: probing`."
+        ),
+    ] = None,
     models: Annotated[
         str | None, typer.Option(help="Models to route between, with commas; default: all.")
     ] = None,
@@ -92,6 +99,7 @@ def train_router(
     from policies.routing.finetune import FinetuneSettings, finetune_router
     from policies.routing.fit import FitSettings, fit_router
     from policies.routing.router import save_router
+    from router.cli.learn import readings_of
 
     kind, _, folder = encoder.partition(":")
     names = models.split(",") if models else None
@@ -107,6 +115,8 @@ def train_router(
         if feedback is not None:
             rows += read_feedback(feedback)
         if kind == "finetuned":
+            if readers:
+                raise PolicyError("--readers: an encoder that is trained itself takes no readings")
             trained = finetune_router(
                 rows,
                 path=folder,
@@ -122,6 +132,7 @@ def train_router(
                 models=names,
                 settings=settings,
                 outside=load_outcomes(outside, split=split) if outside else (),
+                readings=readings_of(readers, rows) if readers else None,
             )
         save_router(trained, out)
     print(json.dumps({"out": str(out), "models": trained.models, **trained.facts}, indent=2))

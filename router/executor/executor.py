@@ -12,16 +12,23 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
-from models.engines.base import Chunk, Evidence, GenerationRequest
+from models.engines.base import Chunk
 from models.errors import EngineError, EngineFailed, EngineOverloaded, RequestError
-from policies.cascade.base import Attempt, PrefixScorer, Ranker, Scorer, normalise
+from policies.cascade.base import Attempt, PrefixScorer, PromptScorer, Ranker, Scorer, normalise
 from policies.plan import Answer, Best, Cascade, Plan
 from router.catalog.members import Members
 from router.config import ServingLimits
 from router.energy import energy_of
 from router.engines import EngineClient, merge
-from router.executor.judging import attempt, decided, majority, scores
-from router.executor.task import Task, overflow
+from router.executor.judging import (
+    answered,
+    attempt,
+    majority,
+    reading,
+    scores,
+    until_decided,
+)
+from router.executor.task import Task, request_of
 from router.executor.trace import Run, Trace, child_path, fallback_path
 from router.executor.union import unite
 
@@ -114,7 +121,9 @@ class Executor:
                 async for chunk in united:
                     yield chunk
             return
-        request = await self._request(answer, task, run)
+        request = await request_of(
+            answer, task, run.path, members=self._members, max_tokens=self._max_tokens(task)
+        )
         run.engine = self._members.engine_of(answer.members[0])
         run.request_id = request.request_id
         encodes = request.encoding is not None
@@ -146,64 +155,6 @@ class Executor:
             context_tokens=self._members.context_tokens(answer),
         )
 
-    async def _request(self, answer: Answer, task: Task, run: Run) -> GenerationRequest:
-        self._members.check_encodes(answer, task.prompt.encoding)
-        now_s = asyncio.get_running_loop().time()
-        timeout_s = None if task.deadline_s is None else max(0.0, task.deadline_s - now_s)
-        if task.prompt.encoding is not None:
-            return GenerationRequest(
-                request_id=f"{task.request_id}:{run.path}",
-                prompt_tokens=(),
-                members=answer.members,
-                client_id=task.client_id,
-                timeout_s=timeout_s,
-                offline=task.offline,
-                encoding=task.prompt.encoding,
-            )
-        if task.prompt.tools is not None:
-            self._members.check_tools(answer)
-        tokenizer = self._members.tokenizer_of(answer.members[0])
-        context_tokens = self._members.context_tokens(answer)
-        task.prompt.check_size(tokenizer, context_tokens)
-        # Where only the prompt is scored, the token after it is drawn and thrown away.
-        wanted = max(task.max_tokens or 1, 1)
-        max_tokens = max(self._max_tokens(task), 1)
-        most = None if context_tokens is None else context_tokens - wanted
-        tokens = await task.prompt.tokens(tokenizer, most)
-        messages = task.prompt.messages
-        if context_tokens is not None:
-            room = context_tokens - len(tokens)
-            if room < (1 if task.ceiling else wanted):
-                told = f"the prompt has {len(tokens)} and the answer may take {wanted}"
-                raise overflow(context_tokens, told, task.prompt.field)
-            max_tokens = min(max_tokens, room)
-        return GenerationRequest(
-            request_id=f"{task.request_id}:{run.path}",
-            prompt_tokens=tokens,
-            members=answer.members,
-            # PackLLM has no prior.
-            weights=None if answer.weighting == "perplexity" else answer.weights,
-            rule=answer.rule,
-            gate=answer.gate,
-            contrast=answer.contrast,
-            evidence=_evidence(answer),
-            sampling=replace(
-                self._members.sampling(answer.members[0], task.sampling, task.sent),
-                max_tokens=max_tokens,
-            ),
-            client_id=task.client_id,
-            messages=(
-                None if messages is None else self._members.opened(answer.members[0], messages)
-            ),
-            text=task.prompt.plain_text,
-            sent=self._members.sent(answer.members[0], task.sent),
-            rendering=task.prompt.rendering,
-            tools=task.prompt.tools,
-            timeout_s=timeout_s,
-            offline=task.offline,
-            adapters=self._members.adapters(answer.members),
-        )
-
     def _max_tokens(self, task: Task) -> int:
         return self._limits.default_max_tokens if task.max_tokens is None else task.max_tokens
 
@@ -215,7 +166,8 @@ class Executor:
         """Yield the accepted stage's answer; the last stage streams, as it is accepted unseen.
 
         A stage that fails or takes too long moves on to the next, and so does one whose score, by
-        the answer's beginning, cannot reach the threshold any more. If the last one fails before
+        the answer's beginning, cannot reach the threshold any more. Where the scorer judges by the
+        reading of the prompt, a stage that it accepts streams too. If the last one fails before
         its first chunk, the best rejected answer stands in; if there is none, its error is raised.
         """
         scorer = self._scorers[cascade.scorer]
@@ -227,8 +179,21 @@ class Executor:
         for stage, stage_path, threshold, given_s in zip(
             early, paths[:-1], cascade.thresholds, timeouts_s, strict=True
         ):
-            hopeless = self._hopeless(scorer, stage, threshold, task)
             timeout_s = self._limits.stage_timeout_s if given_s is None else given_s
+            if isinstance(scorer, PromptScorer):
+                foreseen = self._foreseen(
+                    stage, task, trace, stage_path,
+                    scorer=scorer, threshold=threshold, timeout_s=timeout_s,
+                )  # fmt: skip
+                async with aclosing(foreseen) as chunks:
+                    accepted = False
+                    async for chunk in chunks:
+                        accepted = True
+                        yield chunk
+                if accepted:
+                    return
+                continue
+            hopeless = self._hopeless(scorer, stage, threshold, task)
             answer = await self._stage(
                 stage, task, trace, stage_path, hopeless=hopeless, timeout_s=timeout_s
             )
@@ -255,6 +220,43 @@ class Executor:
             _, best_path, answer = max(rejected, key=lambda entry: entry[0])
             trace.runs[best_path].outcome = "ok"
             yield answer
+
+    async def _foreseen(
+        self,
+        stage: Plan,
+        task: Task,
+        trace: Trace,
+        path: str,
+        *,
+        scorer: PromptScorer,
+        threshold: float,
+        timeout_s: float,
+    ) -> AsyncGenerator[Chunk, None]:
+        """Yield a stage's answer as it comes if `scorer` expects enough of it, or else nothing.
+
+        That is known with its first chunk, and until then it may take `timeout_s`. Whoever is not
+        expected to do well has read the prompt, and is cancelled before it writes.
+        """
+        asked = task.sampling.prompt_logprobs
+        sampling = replace(task.sampling, prompt_logprobs=asked or 0)
+        told = replace(task, sampling=sampling, stream=True)
+        async with aclosing(self.run(stage, told, trace, path)) as chunks:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    first = await anext(chunks)
+            except (EngineError, RequestError):
+                return
+            except TimeoutError:
+                trace.end_below(path, "timeout", "the stage's time was up")
+                return
+            run = trace.runs[path]
+            run.score = scorer.foresee(task.query.text, stage, reading(first))
+            if run.score >= threshold:
+                yield replace(first, prompt=() if asked is None else first.prompt, rows=None)
+                async for chunk in chunks:
+                    yield chunk
+                return
+        trace.end(run, "hopeless")
 
     async def _stage(
         self,
@@ -349,15 +351,15 @@ class Executor:
             for candidate, candidate_path in zip(best.candidates, paths, strict=True)
         ]
         try:
-            await _until_decided(best, running)
+            await until_decided(best, running)
         finally:
             for candidate in running:
                 candidate.cancel()
             await asyncio.gather(*running, return_exceptions=True)
         for child in paths:
             trace.end_below(child, "cancelled")
-        answers = [one.result() if _answered(one) else None for one in running]
-        if not any(map(_answered, running)):
+        answers = [one.result() if answered(one) else None for one in running]
+        if not any(map(answered, running)):
             error = running[0].exception()
             assert error is not None
             raise error
@@ -401,24 +403,6 @@ class Executor:
         )
 
 
-async def _until_decided(best: Best, running: list[asyncio.Task[Chunk]]) -> None:
-    """Wait for the candidates, or until a majority stands; raise what no engine may raise."""
-    pending = set(running)
-    while pending:
-        _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-        for one in running:
-            error = one.exception() if one.done() and not one.cancelled() else None
-            if error is not None and not isinstance(error, EngineError | RequestError):
-                raise error
-        votes = [normalise(one.result().text) for one in running if _answered(one)]
-        if best.select == "majority" and decided(votes, len(pending)):
-            return
-
-
-def _answered(task: asyncio.Task[Chunk]) -> bool:
-    return task.done() and not task.cancelled() and task.exception() is None
-
-
 def _whole(chunks: list[Chunk]) -> Chunk:
     answer = merge(chunks)
     if answer.finish_reason is None:
@@ -439,14 +423,3 @@ def _note(run: Run, chunk: Chunk) -> None:
     run.weights, run.energy = chunk.weights, energy_of(chunk)
     if chunk.prompt_tokens is not None:
         run.prompt_tokens = chunk.prompt_tokens
-
-
-def _evidence(answer: Answer) -> Evidence | None:
-    """Return how the engine finds the weights; None where the plan has them."""
-    if answer.weighting not in ("perplexity", "evidence"):
-        return None
-    return Evidence(
-        temperature=answer.temperature or 1.0,
-        per_token=answer.weighting == "perplexity",
-        update=answer.update,
-    )

@@ -11,11 +11,12 @@ from collections import Counter
 from collections.abc import Sequence
 
 from models.engines.base import Chunk, Token
+from models.errors import EngineError, RequestError
 from policies.base import Query
-from policies.cascade.base import Attempt, BatchScorer, Scorer
+from policies.cascade.base import Attempt, BatchScorer, Reading, Scorer, normalise
 from policies.fused import without_prior
 from policies.outcomes import AnswerLogprobs
-from policies.plan import Plan
+from policies.plan import Best, Plan
 
 
 def attempt(
@@ -55,6 +56,20 @@ def logprobs(tokens: Sequence[Token]) -> AnswerLogprobs | None:
     )
 
 
+def reading(first: Chunk) -> Reading | None:
+    """Return what an answer's `first` chunk tells of its prompt; None where it tells nothing."""
+    known = [token.logprob for token in first.prompt if token.logprob is not None]
+    if not known:
+        return None
+    return Reading(
+        logprob_mean=math.fsum(known) / len(known),
+        logprob_min=min(known),
+        num_tokens=len(known),
+        entropy=first.tokens[0].entropy if first.tokens else None,
+        state_D=None if first.rows is None else first.rows[0],
+    )
+
+
 async def scores(scorer: Scorer, attempts: Sequence[Attempt]) -> list[float]:
     """Return P(correct) of every attempt; a slow scorer gets a thread of its own meanwhile."""
     if isinstance(scorer, BatchScorer):
@@ -87,3 +102,22 @@ def decided(votes: Sequence[str], num_open: int) -> bool:
         return False
     second = ranked[1][1] if len(ranked) > 1 else 0
     return ranked[0][1] > second + num_open
+
+
+async def until_decided(best: Best, running: Sequence[asyncio.Task[Chunk]]) -> None:
+    """Wait for the candidates, or until a majority stands; raise what no engine may raise."""
+    pending = set(running)
+    while pending:
+        _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        for one in running:
+            error = one.exception() if one.done() and not one.cancelled() else None
+            if error is not None and not isinstance(error, EngineError | RequestError):
+                raise error
+        votes = [normalise(one.result().text) for one in running if answered(one)]
+        if best.select == "majority" and decided(votes, len(pending)):
+            return
+
+
+def answered(task: asyncio.Task[Chunk]) -> bool:
+    """Return whether a candidate has given its answer."""
+    return task.done() and not task.cancelled() and task.exception() is None

@@ -1,19 +1,22 @@
-"""What a plan is run on: one choice of one request, and its prompt, tokenized at most once each."""
+"""What a plan is run on: one choice of one request, its prompt, tokenized at most once for each
+tokenizer, and what an engine gets of both."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, NamedTuple
 
 from models.chat_template import Message, Rendering
-from models.engines.base import Encoding, SamplingOptions
+from models.engines.base import Encoding, Evidence, GenerationRequest, SamplingOptions
 from models.errors import ContextOverflow, RequestError
 from models.tokenizer import RoughTokenizer, Tokenizer
 from models.tools import Tools
 from policies.base import Query
+from policies.plan import Answer
+from router.catalog.members import Members
 
 # Below these, tokenizing takes less time than handing it to a thread is worth.
 INLINE_CHARACTERS = 16_384
@@ -197,3 +200,77 @@ class Task:
     ceiling: bool = False
     offline: bool = False
     deadline_s: float | None = None
+
+
+async def request_of(
+    answer: Answer, task: Task, path: str, *, members: Members, max_tokens: int
+) -> GenerationRequest:
+    """Return what an engine gets of `task` where `answer` stands in the plan at `path`.
+
+    `max_tokens` are the answer's at most. Raises `RequestError` for what its members cannot take.
+    """
+    members.check_encodes(answer, task.prompt.encoding)
+    now_s = asyncio.get_running_loop().time()
+    timeout_s = None if task.deadline_s is None else max(0.0, task.deadline_s - now_s)
+    if task.prompt.encoding is not None:
+        return GenerationRequest(
+            request_id=f"{task.request_id}:{path}",
+            prompt_tokens=(),
+            members=answer.members,
+            client_id=task.client_id,
+            timeout_s=timeout_s,
+            offline=task.offline,
+            encoding=task.prompt.encoding,
+        )
+    if task.prompt.tools is not None:
+        members.check_tools(answer)
+    tokenizer = members.tokenizer_of(answer.members[0])
+    context_tokens = members.context_tokens(answer)
+    task.prompt.check_size(tokenizer, context_tokens)
+    # Where only the prompt is scored, the token after it is drawn and thrown away.
+    wanted = max(task.max_tokens or 1, 1)
+    max_tokens = max(max_tokens, 1)
+    most = None if context_tokens is None else context_tokens - wanted
+    tokens = await task.prompt.tokens(tokenizer, most)
+    messages = task.prompt.messages
+    if context_tokens is not None:
+        room = context_tokens - len(tokens)
+        if room < (1 if task.ceiling else wanted):
+            told = f"the prompt has {len(tokens)} and the answer may take {wanted}"
+            raise overflow(context_tokens, told, task.prompt.field)
+        max_tokens = min(max_tokens, room)
+    return GenerationRequest(
+        request_id=f"{task.request_id}:{path}",
+        prompt_tokens=tokens,
+        members=answer.members,
+        # PackLLM has no prior.
+        weights=None if answer.weighting == "perplexity" else answer.weights,
+        rule=answer.rule,
+        gate=answer.gate,
+        contrast=answer.contrast,
+        evidence=_evidence(answer),
+        sampling=replace(
+            members.sampling(answer.members[0], task.sampling, task.sent),
+            max_tokens=max_tokens,
+        ),
+        client_id=task.client_id,
+        messages=(None if messages is None else members.opened(answer.members[0], messages)),
+        text=task.prompt.plain_text,
+        sent=members.sent(answer.members[0], task.sent),
+        rendering=task.prompt.rendering,
+        tools=task.prompt.tools,
+        timeout_s=timeout_s,
+        offline=task.offline,
+        adapters=members.adapters(answer.members),
+    )
+
+
+def _evidence(answer: Answer) -> Evidence | None:
+    """Return how the engine finds the weights; None where the plan has them."""
+    if answer.weighting not in ("perplexity", "evidence"):
+        return None
+    return Evidence(
+        temperature=answer.temperature or 1.0,
+        per_token=answer.weighting == "perplexity",
+        update=answer.update,
+    )

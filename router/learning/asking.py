@@ -1,7 +1,8 @@
 """Asks models for answers, over the API that clients use: of a server, or of a pool started here.
 
 So what is learned from is what a client would have got. Any OpenAI-compatible server will do; what
-only Shoal tells (costs, energy, entropies) is missing from the others' answers.
+only Shoal tells (costs, energy, entropies) is missing from the others' answers. What models make
+of prompts before they answer, no API tells: `read_prompts` asks the engines of a pool.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Container, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,21 +19,29 @@ from typing import Any, Final
 
 import httpx
 
+from models.engines.base import SamplingOptions
+from models.errors import EngineError, RequestError
 from models.pool import load_pool
+from policies.base import Query
+from policies.cascade.base import Reading, Readings
 from policies.grading.base import Ungradable
 from policies.outcomes import AnswerLogprobs
+from policies.plan import Answer
 from router.access.authentication import AuthConfig
 from router.catalog.catalog import load_catalog
 from router.compose import open_ledger
 from router.config import AppArgs
+from router.executor.judging import reading
+from router.executor.task import Prompt, Task, request_of
 from router.ingress import create_api
 from router.ledger.database import LedgerConfig
 from router.local import local_service
+from router.service import Service
 
 _NUM_TRIES: Final = 6
 _FIRST_PAUSE_S: Final = 0.25
 _TIMEOUT_S: Final = 600.0
-_JUDGED_TOKENS: Final = 32
+_JUDGED_TOKENS: Final = 12
 _BUSY: Final = (408, 429, 502, 503, 504)
 # What only some servers take; asked for again without it where a server refuses.
 _EXTRAS: Final = {"logprobs": True, "shoal": {"explain": True}}
@@ -158,6 +167,54 @@ async def ask_pool(path: Path, *, num_at_once: int = 16) -> AsyncIterator[Asker]
 
     Its ledger is forgotten. Raises `PoolError` or `PolicyError` where the pool cannot be used.
     """
+    async with _started(path) as (service, args):
+        transport = httpx.ASGITransport(app=create_api(service, args))
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://pool/v1", timeout=None
+        ) as client:
+            yield Asker(client, url=_place(path), num_at_once=num_at_once)
+
+
+async def read_prompts(
+    path: Path, queries: Iterable[str], *, models: Container[str], num_at_once: int = 16
+) -> Readings:
+    """Return what those of `models` that tell it make of `queries` before they answer.
+
+    They are of the pool at `path`. A query that a model cannot take is missing from its readings.
+    Raises `PoolError` or `PolicyError` where the pool cannot be used.
+    """
+    async with _started(path) as (service, _):
+        members = service.catalog.members
+        slots = asyncio.Semaphore(num_at_once)
+
+        async def read(name: str, number: int, query: str) -> Reading | None:
+            task = Task(
+                request_id=f"reading-{number}",
+                query=Query(text=query),
+                prompt=Prompt(messages=[{"role": "user", "content": query}]),
+                sampling=SamplingOptions(temperature=0, prompt_logprobs=0),
+                max_tokens=1,
+                stream=False,
+            )
+            answer = Answer(members=(name,))
+            async with slots:
+                try:
+                    asked = await request_of(answer, task, name, members=members, max_tokens=1)
+                    engine = service.engines[members.engine_of(name)]
+                    return reading(await engine.complete(asked))
+                except (EngineError, RequestError):
+                    return None
+
+        found: dict[str, dict[str, Reading]] = {}
+        distinct = dict.fromkeys(queries)
+        for name in filter(models.__contains__, members.readers()):
+            told = await asyncio.gather(*(read(name, n, q) for n, q in enumerate(distinct)))
+            found[name] = {q: one for q, one in zip(distinct, told, strict=True) if one is not None}
+        return found
+
+
+@asynccontextmanager
+async def _started(path: Path) -> AsyncIterator[tuple[Service, AppArgs]]:
     pool = load_pool(path)
     with TemporaryDirectory() as folder:
         args = AppArgs(
@@ -170,11 +227,7 @@ async def ask_pool(path: Path, *, num_at_once: int = 16) -> AsyncIterator[Asker]
         async with local_service(args, pool, catalog, ledger) as service:
             await service.start()
             try:
-                transport = httpx.ASGITransport(app=create_api(service, args))
-                async with httpx.AsyncClient(
-                    transport=transport, base_url="http://pool/v1", timeout=None
-                ) as client:
-                    yield Asker(client, url=_place(path), num_at_once=num_at_once)
+                yield service, args
             finally:
                 await service.close()
 

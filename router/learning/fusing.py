@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from models.engines.registry import engine_traits
 from models.pool import Pool
 from policies.errors import PolicyError
 from policies.evidence import HeldOutAnswers, calibrate
@@ -25,19 +26,19 @@ from router.learning.likelihood import Likelihoods
 # Two numbers are fitted; more answers would change neither and take their time.
 _MOST_ANSWERS: Final = 100
 _LEAST_ANSWERS: Final = 20
-# What reads one engine's members side by side, from their own weights.
-_FUSES: Final = "stacked"
 
 
 def fusible(pool: Pool, names: Sequence[str]) -> tuple[str, ...]:
     """Return the most of the models `names` that one engine can fuse; empty where it is not two.
 
-    They share an engine, and conversations become the same tokens in all of them.
+    They share an engine, and conversations become the same tokens in all of them; and each has a
+    folder of weights, by which its fusion can be calibrated.
     """
+    fuses = {e.name: engine_traits(e, pool.models_of(e.name)).fuses for e in pool.engines}
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name in names:
         engine, card = pool.engine_of(name), pool.model(name).card
-        if engine.kind == _FUSES and card is not None and card.path.is_dir():
+        if fuses[engine.name] and card is not None and card.path.is_dir():
             groups[engine.name, card.prompt_sha256].append(name)
     most = max(groups.values(), key=len, default=[])
     return tuple(most) if len(most) > 1 else ()

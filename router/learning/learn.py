@@ -1,6 +1,7 @@
 """From outcomes to a pool's policies, measured on questions that none of them has seen.
 
 auto      the model that a learned router expects most of for its price (ZOOTER)
+probing   the same, but where it is open a cheap model reads the question first
 cascade   stages from cheap to dear, until an answer is likely right (FrugalGPT)
 best-of   the cheap models side by side; the cascade's scorer picks
 fused     models that one engine can fuse, token by token, weighted by router and evidence
@@ -14,6 +15,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -22,7 +24,7 @@ from numpy.typing import NDArray
 from models.pool import Pool
 from policies.base import ModelFacts, Policy, Query
 from policies.cascade.answers import answer_table
-from policies.cascade.base import Scorer
+from policies.cascade.base import Readings, Scorer
 from policies.cascade.learn import learn_cascade
 from policies.encoders.base import parse_encoder
 from policies.errors import OutcomesError, PolicyError
@@ -149,8 +151,16 @@ def _folder(version: int) -> Path:
     return Path("learned") / f"v{version}"
 
 
-def learn(outcomes: Sequence[Outcome], pool: Pool, settings: LearnSettings) -> Lesson:
+def learn(
+    outcomes: Sequence[Outcome],
+    pool: Pool,
+    settings: LearnSettings,
+    readings: Readings = MappingProxyType({}),
+) -> Lesson:
     """Learn policies from `outcomes`, write their files into the pool's folder, and measure them.
+
+    `readings` are what the pool's models make of the questions before they answer, of those that
+    tell (see `asking.read_prompts`); without any there is no policy that looks at them.
 
     Raises `PolicyError` where there is too little to learn from, and says how much more it takes.
     """
@@ -175,10 +185,18 @@ def learn(outcomes: Sequence[Outcome], pool: Pool, settings: LearnSettings) -> L
     version = next_version(pool)
     folder = _folder(version)
     (pool.folder / folder).mkdir(parents=True)
-    school = _School(pool=pool, facts=facts, names=names, train=train, settings=settings)
+    school = _School(
+        pool=pool, facts=facts, names=names, train=train, settings=settings, readings=readings
+    )
     router, auto = school.route(folder)
     specs: dict[str, dict[str, Any]] = {"auto": auto}
     notes: list[str] = []
+    if router.looks:
+        specs["probing"] = {**auto, "kind": "probing", "scorer": f"probing-v{version}"}
+    elif readings:
+        notes.append(
+            f"no probing: what {', '.join(readings)} make of a question says no more than its text"
+        )
     try:
         specs |= school.cascade(folder, f"cascade-v{version}")
     except PolicyError as error:
@@ -214,6 +232,7 @@ class _School:
     names: Sequence[str]
     train: Sequence[Outcome]
     settings: LearnSettings
+    readings: Readings
 
     @property
     def rates(self) -> dict[str, Rates]:
@@ -236,7 +255,7 @@ class _School:
         costs = [self.usd(name) for name in self.names]
         return max(self.settings.budget_share * max(costs), min(costs))
 
-    def fit(self, rows: Sequence[Outcome]) -> Router:
+    def fit(self, rows: Sequence[Outcome], readings: Readings | None = None) -> Router:
         """Return a router between the models, learned from `rows`."""
         text = self.settings.encoder
         return fit_router(
@@ -244,11 +263,12 @@ class _School:
             encoder=parse_encoder(text, _NGRAMS if text == "ngrams" else {}),
             models=self.names,
             settings=FitSettings(seed=self.settings.seed),
+            readings=readings,
         )
 
     def route(self, folder: Path) -> tuple[Router, dict[str, Any]]:
         """Write the router and return it with its policy, whose price fits the budget."""
-        router = self.fit(self.train)
+        router = self.fit(self.train, self.readings)
         file = folder / "router.npz"
         save_router(router, self.pool.folder / file)
         spec: dict[str, Any] = {"kind": "learned", "path": str(file)}
@@ -315,7 +335,10 @@ class _School:
         found = []
         for name, (kind, policy) in policies.items():
             try:
-                played = [play(policy, r, rates=self.rates, scorers=scorers) for r in tests]
+                played = [
+                    play(policy, r, rates=self.rates, scorers=scorers, readings=self.readings)
+                    for r in tests
+                ]
             except OutcomesError as error:
                 notes.append(f"{name} cannot be compared: {error}")
                 continue

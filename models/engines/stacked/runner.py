@@ -125,6 +125,7 @@ class Runner:
                 return None
             if step.sampled_rows_L is not None:
                 hidden_ND = hidden_ND.index_select(0, step.sampled_rows_L)
+            _keep_states(sampling, hidden_ND, step.lanes_R)
             logits_LV = self._model.logits(hidden_ND, step.lanes)
         logp_LV = logits_LV.log_softmax(-1)
         logp_RV = fuse(logp_LV, step.lanes_R, [sequence.fusion for sequence in sampling])
@@ -241,6 +242,13 @@ class Runner:
             row_bytes=self.arena.row_bytes // self.architecture.shape.num_layers,
             device=self._device,
         )
+
+
+def _keep_states(sampling: Seq[Sequence], hidden_LD: Tensor, lanes_R: Seq[Seq[int]]) -> None:
+    """Keep what the last layer made of the end of a prompt that is to be scored."""
+    for sequence, lanes in zip(sampling, lanes_R, strict=True):
+        if sequence.sampler.options.prompt_logprobs is not None and not sequence.num_generated:
+            sequence.state_KD = hidden_LD[list(lanes)].float().cpu().numpy()
 
 
 def _weigh_answers(

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from models.engines.base import Chunk, FinishReason, GenerationRequest, Token, TopLogprob
 from models.engines.stacked.fusion import Fusion, LaneWeights
 from models.engines.stacked.sampler import Draw, SamplerState, Scored
@@ -25,8 +28,9 @@ class Sequence:
     so far, of which the first `num_cached` have their keys and values in the cache, from row
     `region_start` on (None while it waits); the first `num_reused` were copied from another
     request's (None until its prompt has begun). `scored` is what the members said of the prompt in
-    the last step, where that was asked for. `send` hands an outcome to the reader, on the event
-    loop; what `accept` collects is for its next one.
+    the last step, where that was asked for, `state_KD` what their last layers made of its end.
+    `send` hands an outcome to the reader, on the event loop; what `accept` collects is for its next
+    one.
     """
 
     request: GenerationRequest
@@ -44,6 +48,7 @@ class Sequence:
     region_start: int | None = None
     finished: bool = False
     scored: Scored | None = None
+    state_KD: NDArray[np.float32] | None = None
     _new_tokens: list[Token] = field(default_factory=list)
     _prompt: list[Token] = field(default_factory=list)
     _new_text: str = ""
@@ -130,7 +135,9 @@ class Sequence:
             weights=self._named_weights() if self.finished and len(self.lane_of) > 1 else None,
             cached_tokens=(self.num_reused or 0) if self.finished else None,
             prompt=tuple(self._prompt),
+            rows=self.state_KD,
         )
+        self.state_KD = None
         self._new_text = ""
         self._new_tokens.clear()
         self._prompt.clear()

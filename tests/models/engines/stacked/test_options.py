@@ -6,7 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from models.engines.base import GenerationRequest, Structure
 from models.errors import RequestError
@@ -162,3 +165,23 @@ def test_a_prompt_is_scored_as_answers_are(folders: list[Path], members: list[st
         assert math.isclose(token.logprob, before.logprob, rel_tol=1e-3, abs_tol=1e-4)
         assert token.top[0].token_id == token.token_id
         assert len(token.top) == 2
+
+
+def test_a_scored_prompt_comes_with_its_last_hidden_state(folders: list[Path]) -> None:
+    """What goes into the last norm at its end is transformers', for each member that reads it."""
+    prompt = [5, 6, 7, 8]
+    engine = build_engine(folders, step_rows=4)
+    [scored] = answer(engine, request(prompt, ["m1", "m0"], max_tokens=2, prompt_logprobs=0))
+    kept = [chunk.rows for chunk in scored if chunk.rows is not None]
+    assert len(kept) == 1 and kept[0] is scored[0].rows
+    for row, folder in zip(kept[0], folders, strict=True):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        seen: list[torch.Tensor] = []
+        model.model.norm.register_forward_pre_hook(
+            lambda _, given, seen=seen: seen.append(given[0])
+        )
+        with torch.inference_mode():
+            model(torch.tensor([prompt]))
+        np.testing.assert_allclose(row, seen[0][0, -1].numpy(), rtol=1e-4, atol=1e-5)
+    [plain] = answer(build_engine(folders), request(prompt, max_tokens=2))
+    assert all(chunk.rows is None for chunk in plain)
