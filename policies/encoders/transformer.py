@@ -23,6 +23,7 @@ from threadpoolctl import ThreadpoolController
 
 from policies.encoders.base import Arrays, Encoded, Features, Floats, Reader, Reading
 from policies.encoders.ngrams import NGrams
+from policies.encoders.pooling import Pooling, pool, pooling_config, pooling_of
 from policies.errors import PolicyError
 
 if TYPE_CHECKING:
@@ -105,7 +106,6 @@ class SentenceVectors:
             return_tensors="pt",
         ).to(self.model.device)
         output = self.model(**batch, output_hidden_states=True)
-        mask_BT1 = batch["attention_mask"][..., None]
         pooled = []
         for layer in layers:
             # Some architectures normalise once more after the last layer.
@@ -114,11 +114,7 @@ class SentenceVectors:
                 if layer == self.num_layers
                 else output.hidden_states[layer]
             )
-            pooled.append(
-                hidden_BTD[:, 0]
-                if self._first_token
-                else (hidden_BTD * mask_BT1).sum(1) / mask_BT1.sum(1).clamp(min=1)
-            )
+            pooled.append(pool(hidden_BTD, batch["attention_mask"], self._pooling))
         return torch.nn.functional.normalize(torch.stack(pooled, 1), dim=-1)
 
     def save(self, folder: Path) -> None:
@@ -129,8 +125,8 @@ class SentenceVectors:
             self.model.save_pretrained(new)
             self.tokenizer.save_pretrained(new)
             (new / "1_Pooling").mkdir()
-            pooling = {"pooling_mode_cls_token": self._first_token}
-            (new / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+            told = json.dumps(pooling_config(self._pooling))
+            (new / "1_Pooling" / "config.json").write_text(told)
             if folder.exists():
                 folder.rename(old)
             new.rename(folder)
@@ -171,11 +167,9 @@ class SentenceVectors:
         return ThreadpoolController()
 
     @cached_property
-    def _first_token(self) -> bool:
-        pooling = Path(self.path) / "1_Pooling" / "config.json"
-        return pooling.is_file() and bool(
-            json.loads(pooling.read_text()).get("pooling_mode_cls_token")
-        )
+    def _pooling(self) -> Pooling:
+        file = Path(self.path) / "1_Pooling" / "config.json"
+        return pooling_of(json.loads(file.read_text()), file) if file.is_file() else "mean"
 
 
 class Neural:

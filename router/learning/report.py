@@ -5,8 +5,9 @@ The page needs nothing beside it; the plots lie there as PNG too.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import yaml
@@ -19,6 +20,9 @@ from policies.evaluation.metrics import bootstrap
 from policies.files import replacing, write_atomic
 from router.catalog.catalog import load_catalog
 from router.learning.learn import Lesson, Measured
+
+if TYPE_CHECKING:
+    from matplotlib.lines import Line2D
 
 _COLOURS: Final = {
     "model": "#8fb8de",
@@ -156,29 +160,53 @@ def write_report(lesson: Lesson, pool: Pool) -> Path:
 
 
 def _draw(lesson: Lesson, file: Path) -> None:
-    figure, [trade, learning] = new_figure(2, width=11)
-    labelled: set[str] = set()
-    for row in lesson.measured:
-        low, high = row.interval
-        x = 1000 * (row.usd or 0.0)
-        trade.errorbar(
-            x, row.quality, yerr=[[row.quality - low], [high - row.quality]], fmt="o", capsize=3,
-            color=_COLOURS[row.kind], label=None if row.kind in labelled else row.kind,
-        )  # fmt: skip
-        labelled.add(row.kind)
-        trade.annotate(row.name, (x, row.quality), xytext=(5, 4), textcoords="offset points",
-                       fontsize=7)  # fmt: skip
+    """Draw who scores what, at what cost, and the learning curve; names stand once, in rows."""
+    rows = sorted(lesson.measured, key=lambda row: row.quality)
+    figure, [who, trade, learning] = new_figure(3, width=14, height=1.6 + 0.26 * len(rows))
+    intervals = [row.interval for row in rows]
+    for at, (row, (low, high)) in enumerate(zip(rows, intervals, strict=True)):
+        colour = _COLOURS[row.kind]
+        below, above = row.quality - low, high - row.quality
+        who.errorbar(row.quality, at, xerr=[[below], [above]], fmt="o", capsize=3, color=colour)
+        if row.usd is not None:
+            trade.errorbar(
+                1000 * row.usd, row.quality, yerr=[[below], [above]], fmt="o", capsize=3,
+                color=colour, alpha=0.8,
+            )  # fmt: skip
+    who.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
+    who.set(xlabel="mean score, 95% interval", title="Who scores what")
+    for row in _frontier(lesson):
+        trade.annotate(row.name, (1000 * (row.usd or 0.0), row.quality), xytext=(5, 5),
+                       textcoords="offset points", fontsize=8)  # fmt: skip
     trade.set(xlabel="USD per 1,000 questions", ylabel="mean score", title="Quality and cost")
-    trade.legend(frameon=False, fontsize=8, loc="lower right")
-    sizes = [size for size, _ in lesson.curve]
-    learning.plot(sizes, [quality for _, quality in lesson.curve], "o-", label="router")
+    trade.margins(x=0.2, y=0.1)
+    learning.plot(*zip(*lesson.curve, strict=True), "o-", color=_COLOURS["policy"], label="router")
     learning.axhline(
-        lesson.row(lesson.best_single).quality, color="#444444", ls=":", label=lesson.best_single
-    )
-    learning.set(xlabel="questions learned from", title="Learning curve")
-    learning.legend(frameon=False, fontsize=8, loc="lower right")
+        lesson.row(lesson.best_single).quality, color=_COLOURS["serving"], ls=":",
+        label=lesson.best_single,
+    )  # fmt: skip
+    learning.set(xlabel="questions learned from", ylabel="mean score", title="Learning curve")
+    for ax, handles in ((who, _legend(rows)), (learning, None)):
+        ax.legend(handles=handles, frameon=False, fontsize=8, loc="lower right")
     with replacing(file) as fresh:
         figure.savefig(fresh, dpi=130)
+
+
+def _frontier(lesson: Lesson) -> Iterator[Measured]:
+    """Yield what can be had, and nothing else scores as much for less: the dearest last."""
+    had = [row for row in lesson.measured if row.kind != "reference" and row.usd is not None]
+    best = -np.inf
+    for row in sorted(had, key=lambda row: (row.usd or 0.0, -row.quality)):
+        if row.quality > best:
+            best = row.quality
+            yield row
+
+
+def _legend(rows: Sequence[Measured]) -> list[Line2D]:
+    from matplotlib.lines import Line2D  # noqa: PLC0415 - only a report needs it
+
+    kinds = [kind for kind in _COLOURS if any(row.kind == kind for row in rows)]
+    return [Line2D([], [], marker="o", ls="", color=_COLOURS[k], label=k) for k in kinds]
 
 
 def install(lesson: Lesson, file: Path) -> None:

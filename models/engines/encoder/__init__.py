@@ -23,16 +23,9 @@ from models.errors import PoolError
 from models.sources.safetensors import read_json
 from models.spec import EngineSpec, Model
 from models.tokenizer import read_tokenizer
+from policies.encoders.pooling import Pooling, pooling_of
+from policies.errors import PolicyError
 
-Pooling: TypeAlias = Literal["mean", "cls", "max", "lasttoken", "weightedmean"]
-
-_POOLINGS: dict[Pooling, str] = {
-    "mean": "pooling_mode_mean_tokens",
-    "cls": "pooling_mode_cls_token",
-    "max": "pooling_mode_max_tokens",
-    "lasttoken": "pooling_mode_lasttoken",
-    "weightedmean": "pooling_mode_weightedmean_tokens",
-}
 _MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
 _CROSS = "ForSequenceClassification"
 _WRITING = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
@@ -144,12 +137,10 @@ def _modules(path: Path) -> list[tuple[str, Path]]:
 
 
 def _pooling(file: Path) -> Pooling:
-    config = read_json(file)
-    chosen = [mode for mode, key in _POOLINGS.items() if config.get(key)]
-    chosen += [mode for mode in _POOLINGS if config.get("pooling_mode") == mode]
-    if len(chosen) != 1:
-        raise PoolError(f"{file}: one of {', '.join(_POOLINGS.values())} must be true, and no more")
-    return chosen[0]
+    try:
+        return pooling_of(read_json(file), file)
+    except PolicyError as error:
+        raise PoolError(str(error)) from None
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from models.engines.encoder import Folder, Pooling
+from models.engines.encoder import Folder
 from models.errors import EngineFailed, PoolError
 from models.sources.safetensors import read_json
 from models.spec import EngineSpec
+from policies.encoders.pooling import pool
 
 _ACTIVATIONS = {"Tanh": torch.tanh, "Identity": lambda x: x, "ReLU": torch.relu}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -131,22 +132,6 @@ class TransformerEncoder:
             return await asyncio.get_running_loop().run_in_executor(self._thread, work)
         except RuntimeError as error:
             raise EngineFailed(f"the engine {self._name} failed: {error}") from error
-
-
-def pool(hidden_BTD: Tensor, mask_BT: Tensor, pooling: Pooling) -> Tensor:
-    """Return one vector per text, [B, D], as sentence-transformers' module `Pooling` does."""
-    mask_BT1 = mask_BT[..., None].to(hidden_BTD.dtype)
-    if pooling == "cls":
-        return hidden_BTD[:, 0]
-    if pooling == "max":
-        return hidden_BTD.masked_fill(mask_BT1 == 0, -torch.inf).amax(1)
-    if pooling == "lasttoken":
-        last_B = mask_BT.sum(1) - 1
-        return hidden_BTD[torch.arange(len(last_B), device=last_B.device), last_B]
-    if pooling == "weightedmean":
-        places_T1 = torch.arange(1, mask_BT.shape[1] + 1, device=mask_BT.device)[:, None]
-        mask_BT1 = mask_BT1 * places_T1.to(hidden_BTD.dtype)
-    return (hidden_BTD * mask_BT1).sum(1) / mask_BT1.sum(1).clamp(min=1e-9)
 
 
 def _dense(path: Path, device: str) -> tuple[Tensor, Tensor | None, Any]:

@@ -1,0 +1,141 @@
+"""What the default pool's router knows that it does not know, with 95% intervals.
+
+`python -m tests.bench.doubt` prints two tables of docs/routing/results.md. *Doubt*: the pool's
+held-out questions beside everyday ones that no router learned from: how similarity tells them
+apart, how many go where they should not, and how far claims are from what answers scored, over both
+together. *Phrases*: how often the same question with something said around it gets another
+decision, by phrases that training knows, and by others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import binomtest
+from sklearn.metrics import roc_auc_score
+
+from models.pool import DEFAULT_POOL, load_pool
+from policies.base import Query
+from policies.evaluation.metrics import bootstrap
+from policies.outcomes import Outcome, read_outcomes
+from policies.plan import members
+from policies.registry import build_policy
+from policies.routing.fit import reliability
+from policies.routing.policy import Learned
+from policies.tables import text_table
+
+GENERAL = "general"
+TEN_KINDS = Path(__file__).parents[1] / "policies" / "routing" / "data" / "everyday.jsonl"
+EVERY = 16
+
+KNOWN = (
+    "Hello. {}", "Good day! {}", "Please tell me: {}", "Would you mind telling me: {}",
+    "{} Cheers!", "{} I need this for school.",
+)  # fmt: skip
+UNKNOWN = (
+    "Morning all. {}", "Riddle me this: {}", "{} Appreciated.", "{} It is for my thesis.",
+    "Yo, {}", "Evening! {}", "My nephew wonders: {}", "Straight to it: {}", "The quiz says: {}",
+    "Assistant, {}", "I cannot work this out. {}", "{} We argued about it at lunch.",
+    "{} I forgot my calculator.", "{} Reply in one line.", "{} That is all I want to know.",
+    "{} Regards, Tom",
+)  # fmt: skip
+
+
+def main() -> None:
+    """Print both tables."""
+    pool = load_pool(DEFAULT_POOL)
+    policy = build_policy(pool.policies["auto"], folder=pool.folder, models=pool.facts())
+    assert isinstance(policy, Learned)
+    own = read_outcomes(DEFAULT_POOL / "outcomes.jsonl", split="test")
+    print(text_table(doubt(policy, own), num_left=1))
+    print()
+    print(text_table(phrases(policy, own[::EVERY]), num_left=2))
+
+
+def chosen(policy: Learned, text: str) -> str:
+    """Return who answers a question."""
+    [name] = members(policy.decide(Query(text=text, max_tokens=64)).plan)
+    return name
+
+
+def doubt(policy: Learned, own: Sequence[Outcome]) -> list[tuple[str, ...]]:
+    """Return a row for each figure, over two kinds of everyday questions."""
+    subjects = read_outcomes(DEFAULT_POOL / "everyday.jsonl", split="test")
+    kinds = [json.loads(line)["query"] for line in TEN_KINDS.read_text().splitlines()]
+    own_texts = [row.query for row in own]
+    near_O = policy.router.similarities(own_texts)
+    sent_away = [chosen(policy, text) == GENERAL for text in own_texts]
+    rows: list[tuple[str, ...]] = [("figure", "value", "95% interval")]
+    for name, texts in (
+        ("subjects of everyday.jsonl", [row.query for row in subjects]),
+        ("ten kinds", kinds),
+    ):
+        near_E = policy.router.similarities(texts)
+        rows.append((f"AUROC of similarity, {len(texts)} of {name}", *area(near_O, near_E)))
+        toys = [chosen(policy, text) != GENERAL for text in texts]
+        rows.append((f"of these a toy answers {sum(toys)}", *share(toys)))
+    rows.append((f"of {len(own)} held-out questions `general` gets", *share(sent_away)))
+    claims, scores = claimed(policy, [*own, *subjects])
+    rows.append((f"ECE over {len(claims)} of both", *within(claims, scores)))
+    return rows
+
+
+def area(near_O: NDArray[np.float32], near_E: NDArray[np.float32]) -> tuple[str, str]:
+    """Return how well similarity tells own questions from everyday ones."""
+    is_own = np.repeat([True, False], [len(near_O), len(near_E)])
+    near = np.concatenate([near_O, near_E])
+    return interval(lambda rows: float(roc_auc_score(is_own[rows], near[rows])), len(near))
+
+
+def within(claims: NDArray[np.float64], scores: NDArray[np.float64]) -> tuple[str, str]:
+    """Return the expected calibration error; resampling alone makes it larger."""
+    return interval(lambda rows: reliability(claims[rows], scores[rows]).ece, len(claims))
+
+
+def interval(metric: Callable[[NDArray[np.intp]], float], number: int) -> tuple[str, str]:
+    """Return a metric of all rows, and its bootstrap interval."""
+    low, high = bootstrap(metric, number)
+    return f"{metric(np.arange(number)):.4f}", f"[{low:.4f}, {high:.4f}]"
+
+
+def share(found: Sequence[bool]) -> tuple[str, str]:
+    """Return a share and its Wilson interval."""
+    bounds = binomtest(sum(found), len(found)).proportion_ci(method="wilson")
+    return f"{np.mean(found):.2%}", f"[{bounds.low:.2%}, {bounds.high:.2%}]"
+
+
+def claimed(
+    policy: Learned, rows: Sequence[Outcome]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return what is expected of who answers, and what that model scored, where it is known."""
+    pairs = []
+    for row in rows:
+        decision = policy.decide(Query(text=row.query, max_tokens=64))
+        [name] = members(decision.plan)
+        if name in row.scores:
+            pairs.append((decision.scores[name], row.scores[name]))
+    claims, scores = np.array(pairs, np.float64).T
+    return claims, scores
+
+
+def phrases(policy: Learned, rows: Sequence[Outcome]) -> list[tuple[str, ...]]:
+    """Return a row for each phrase, and one for all of a kind."""
+    bare = [chosen(policy, row.query) for row in rows]
+    table: list[tuple[str, ...]] = [("phrase", "in training", "another decision", "`general`")]
+    for told, kind in (("yes", KNOWN), ("no", UNKNOWN)):
+        every: list[tuple[bool, bool]] = []
+        for phrase in kind:
+            now = [chosen(policy, phrase.format(row.query)) for row in rows]
+            found = [(a != b, a == GENERAL) for a, b in zip(now, bare, strict=True)]
+            every += found
+            table.append((phrase.format("…"), told, *map("{:.1%}".format, np.mean(found, 0))))
+        table.append((f"all {len(kind)}", told, *map("{:.1%}".format, np.mean(every, 0))))
+    return table
+
+
+if __name__ == "__main__":
+    main()
