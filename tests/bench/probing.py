@@ -1,10 +1,11 @@
 """A look at the prompt against its text alone: who should answer, and who will be right.
 
 `python -m tests.bench.probing` prints the tables under "A look at the prompt" in
-docs/routing/results.md. On the default pool `learned` and `probing` over the same router play the same questions, of known domains and of whole
-domains that were left out. On a real model, SmolLM2-135M (the pool's `general`, its weights in
-float32 on our own engine), everyday requests of known and of left-out subjects are told apart into
-those that it answers well and others, by the text, by its reading, and by both.
+docs/routing/results.md. On the default pool `learned` and `probing` over the same router play the
+same questions, of known domains and of whole domains that were left out. On a real model,
+SmolLM2-135M (the pool's `general`, its weights in float32 on our own engine), everyday requests of
+known and of left-out subjects are told apart into those that it answers well and others: by the
+text, by its reading, and by both.
 """
 
 from __future__ import annotations
