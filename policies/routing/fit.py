@@ -42,7 +42,7 @@ from policies.routing.nearness import (
 )
 from policies.routing.phrases import wrapped
 from policies.routing.router import Router, query_hashes
-from policies.routing.strength import choose_strength
+from policies.routing.strength import WHOLE, choose_strength
 
 Floats = NDArray[np.float64]
 
@@ -220,9 +220,19 @@ def _fit_router(
         doubt = outside_doubt(examples, both_QF, settings)
     held_out_Q = examples.held_out(settings.held_out_share, settings.seed)
     unseen_QF, unseen_QM = X_QF[held_out_Q], scores_QM[held_out_Q]
-    strength = choose_strength(
-        X_QF, scores_QM, tags, betas=settings.betas, ridges=settings.ridges, seed=settings.seed
+    strength, belief = choose_strength(
+        X_QF,
+        points_QD,
+        scores_QM,
+        tags,
+        betas=settings.betas,
+        ridges=settings.ridges,
+        num_clusters=settings.num_clusters,
+        seed=settings.seed,
     )
+    if field_F is not None:
+        belief = WHOLE  # what is unlike the field is told apart, and gets the safe plan
+    share_Q = belief.of(topics.similarities(points_QD))
 
     def fit(rows_Q: NDArray[np.bool_]) -> Heads:
         return fit_heads(
@@ -237,7 +247,7 @@ def _fit_router(
     # Two cores' work: sparse products let other threads run.
     with ThreadPoolExecutor(1) as aside:
         fitting_all = aside.submit(fit, np.ones_like(held_out_Q))
-        logits_QM = fit(~held_out_Q).logits(unseen_QF)
+        logits_QM = fit(~held_out_Q).logits(unseen_QF, share_Q[held_out_Q])
         platt = fit_platt(logits_QM, unseen_QM)
         heads = platt.scaled(fitting_all.result())
 
@@ -245,7 +255,8 @@ def _fit_router(
         """Return what heads that have not seen a query expect of it, [Q, M]."""
         expected_QM = np.empty_like(scores_QM)
         for out_Q in examples.parts(settings.held_out_share, settings.seed):
-            expected_QM[out_Q] = platt.probabilities(fit(~out_Q).logits(X_QF[out_Q]))
+            logits_QM = fit(~out_Q).logits(X_QF[out_Q], share_Q[out_Q])
+            expected_QM[out_Q] = platt.probabilities(logits_QM)
         return expected_QM
 
     return Router(
@@ -255,6 +266,7 @@ def _fit_router(
         weights_FM=heads.weights_FM,
         bias_M=heads.bias_M,
         field_F=field_F,
+        belief=belief,
         topics=topics,
         doubt=doubt,
         output_tokens_M=examples.mean_output_tokens(),

@@ -56,9 +56,10 @@ class Heads:
     weights_FM: NDArray[np.float32]
     bias_M: NDArray[np.float32]
 
-    def logits(self, X_QF: sp.csr_matrix) -> Floats:
-        """Return every model's logit for every row."""
-        return np.asarray(X_QF @ self.weights_FM, np.float64) + self.bias_M
+    def logits(self, X_QF: sp.csr_matrix, share_Q: Floats | None = None) -> Floats:
+        """Return every model's logit for every row, of which only a share counts (None: all)."""
+        sums_QM = np.asarray(X_QF @ self.weights_FM, np.float64)
+        return (sums_QM if share_Q is None else sums_QM * share_Q[:, None]) + self.bias_M
 
 
 def fit_heads(

@@ -25,6 +25,7 @@ from policies.errors import PolicyError
 from policies.files import Artifact, check_shape, read_artifact, write_artifact
 from policies.routing.looks import Look
 from policies.routing.nearness import Doubt, Landmarks, Nearness, Topics
+from policies.routing.strength import WHOLE, Belief
 
 Floats = NDArray[np.float64]
 
@@ -55,10 +56,11 @@ class Router:
 
     `weights_FM` [F + N, M] weigh the encoder's features, then the landmarks'; `field_F` [F + N]
     weigh them to tell the field's queries from others, where training knew others (None: it did
-    not). `output_tokens_M` are the models' mean answer lengths (NaN where unknown). `seen_Q` are
-    the hashes of the training queries, ascending: nobody should judge it on them. `looks` say by
-    model what its reading of a query changes, where training knew readings. `facts` is JSON data
-    about the training: data hash, numbers, held-out metrics.
+    not). `belief` says what share of all that counts. `output_tokens_M` are the models' mean answer
+    lengths (NaN where unknown). `seen_Q` are the hashes of the training queries, ascending: nobody
+    should judge it on them. `looks` say by model what its reading of a query changes, where
+    training knew readings. `facts` is JSON data about the training: data hash, numbers, held-out
+    metrics.
     """
 
     models: tuple[str, ...]
@@ -70,6 +72,7 @@ class Router:
     doubt: Doubt
     output_tokens_M: NDArray[np.float32]
     field_F: NDArray[np.float32] | None = None
+    belief: Belief = WHOLE
     seen_Q: NDArray[np.uint32] = field(default_factory=lambda: np.empty(0, np.uint32))
     looks: Mapping[str, Look] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -102,6 +105,11 @@ class Router:
         near_L, cluster, similarity = self._nearness.of(point_D)
         likeness_C = self._likeness_CL.dot(near_L)
         sums_C += likeness_C
+        if self.belief is not WHOLE:
+            share = np.float32(self.belief.of(similarity))
+            sums_C *= share
+            likeness_C *= share
+            features = features._replace(values=features.values * share)
         logits_M, likeness_M = sums_C, likeness_C
         if self.field_F is not None:
             logits_M, likeness_M, similarity = sums_C[:-1], likeness_C[:-1], float(sums_C[-1])
@@ -114,6 +122,7 @@ class Router:
         """Return the expected scores [Q, M] of many queries at once."""
         encoded = self.encoder.encode(texts)
         logits = np.asarray(self.landmarks.beside(encoded) @ self.weights_FM, np.float64)
+        logits *= self.belief.of(self.topics.similarities(encoded.points_QD))[:, None]
         return self.doubt.shrunk(expit(logits + self.bias_M), self._similarities(encoded))
 
     def cluster_qualities(self, texts: Sequence[str]) -> Floats:
@@ -175,6 +184,8 @@ def save_router(router: Router, path: Path | str) -> None:
             "weights": router.weights_FM[rows],
             "bias": router.bias_M,
             **({} if router.field_F is None else {"field": router.field_F[rows]}),
+            "belief_edges": router.belief.edges,
+            "belief_shares": router.belief.shares_B,
             "landmark_centre": router.landmarks.centre_D,
             "landmarks": router.landmarks.units_LD,
             "landmark_mix": router.landmarks.mix_LN,
@@ -263,6 +274,7 @@ def _restored(artifact: Artifact, folder: Path) -> Router:
         output_tokens_M=arrays["output_tokens"],
         # A router of an earlier version does not tell.
         seen_Q=arrays.get("seen", np.empty(0, np.uint32)),
+        belief=_belief(arrays),
         looks={
             name: Look.of(arrays[f"look.{name}"], reach=float(reach))
             for name, reach in settings.get("looks", {}).items()
@@ -273,6 +285,17 @@ def _restored(artifact: Artifact, folder: Path) -> Router:
             "held_out": artifact.metrics,
         },
     )
+
+
+def _belief(arrays: Mapping[str, NDArray[Any]]) -> Belief:
+    """Return what the file says of it; one of an earlier version says nothing."""
+    if "belief_shares" not in arrays or len(arrays["belief_shares"]) == 1:
+        return WHOLE
+    edges, shares_B = arrays["belief_edges"], arrays["belief_shares"]
+    check_shape("belief_edges", edges, (len(shares_B) - 1,))
+    if (np.diff(edges) < 0).any() or not ((shares_B >= 0) & (shares_B <= 1)).all():
+        raise PolicyError("belief: its edges do not ascend, or a share is not in [0, 1]")
+    return Belief(edges=edges, shares_B=shares_B)
 
 
 def _encoder(

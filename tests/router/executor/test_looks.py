@@ -136,9 +136,12 @@ def test_a_model_that_tells_nothing_of_prompts_cannot_read(tmp_path: Path) -> No
         {"name": "far", "kind": "remote", "options": far},
     ]
     policies = {"auto": {"kind": "probing", "path": "router.npz"}}
-    dear = {"name": "dear", "engine": "near"}
+    others = [
+        {"name": "dear", "engine": "near"},
+        {"name": "distant", "engine": "far", "remote": {}},
+    ]
     for cheap, refused in (({"engine": "near"}, False), ({"engine": "far", "remote": {}}, True)):
-        models = [{"name": "cheap", **cheap}, dear]
+        models = [{"name": "cheap", **cheap}, *others]
         pool = write_pool(tmp_path, engines=engines, models=models, policies=policies)
         if refused:
             with pytest.raises(PolicyError, match="'cheap' read prompts, whose engine 'far' tells"):

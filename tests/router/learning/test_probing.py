@@ -1,0 +1,93 @@
+"""`shoal learn --read`: a policy that looks before it answers is learned, installed and served."""
+
+import asyncio
+import re
+from pathlib import Path
+
+import yaml
+from typer.testing import CliRunner
+
+from models.pool import DEFAULT_POOL, load_pool
+from policies.base import Query
+from policies.cascade.base import Reading
+from policies.outcomes import Outcome, read_outcomes, write_outcomes
+from policies.plan import Cascade
+from router.catalog.catalog import load_catalog
+from router.cli.main import app
+from router.learning.asking import Reply, ask_pool, read_prompts
+
+MODELS = {"numerals": 1, "base": 8}
+DOMAINS = ("numerals", "conversion", "text")
+
+
+def pool_at(folder: Path) -> Path:
+    """Write a pool of a cheap chunk and the dear base."""
+    engines = [
+        {"name": name, "kind": "stacked", "device": "cpu", "dtype": "float32"} for name in MODELS
+    ]
+    models = [
+        {
+            "name": name,
+            "engine": name,
+            "checkpoint": str(DEFAULT_POOL / name),
+            "usd_per_million_input_tokens": usd,
+            "usd_per_million_output_tokens": 3 * usd,
+        }
+        for name, usd in MODELS.items()
+    ]
+    content = {
+        "name": "two",
+        "engines": engines,
+        "models": models,
+        "policies": {"auto": {"kind": "fixed", "plan": "base"}},
+    }
+    file = folder / "pool.yaml"
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    return file
+
+
+def rows() -> list[Outcome]:
+    """Return 300 outcomes of three domains, of which the chunk knows one."""
+    every = read_outcomes(DEFAULT_POOL / "outcomes.jsonl", split="router")
+    return [row for name in DOMAINS for row in every if row.tags == (name,)][::8]
+
+
+def test_a_look_is_learned_installed_and_served(tmp_path: Path) -> None:
+    """From outcomes that are there and readings taken now; the answer comes from one of both."""
+    pool = pool_at(tmp_path)
+    write_outcomes(tmp_path / "outcomes.jsonl", rows())
+    words = ["learn", "--pool", pool, "--outcomes", tmp_path / "outcomes.jsonl", "--read"]
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    spec = yaml.safe_load(pool.read_text())["policies"]["probing-v1"]
+    assert (spec["kind"], spec["scorer"]) == ("probing", "probing-v1")
+    assert re.search(r"probing-v1 +policy +0\.\d", result.output)
+    policy = load_catalog(load_pool(pool)).policies["probing-v1"]
+    asked = [Query(text=row.query, prompt_tokens=30, max_tokens=12) for row in rows()]
+    looking = [query for query in asked if isinstance(policy.decide(query).plan, Cascade)]
+    assert looking
+
+    async def served() -> list[Reply]:
+        async with ask_pool(pool) as asker:
+            return [
+                await asker.ask(
+                    "policy/probing-v1", [{"role": "user", "content": query.text}], max_tokens=12
+                )
+                for query in looking[:5]
+            ]
+
+    assert all(reply.text for reply in asyncio.run(served()))
+
+
+def test_readings_are_of_the_prompts_that_are_served(tmp_path: Path) -> None:
+    """Each with figures and a hidden state; the likelier prompt is told apart from noise."""
+    known, noise = rows()[0].query, "qzx jjk 77 ?! vvw"
+    told = asyncio.run(
+        read_prompts(pool_at(tmp_path), [known, noise, known], models={"numerals", "nobody"})
+    )
+    assert set(told) == {"numerals"} and set(told["numerals"]) == {known, noise}
+    readings: list[Reading] = list(told["numerals"].values())
+    for reading in readings:
+        assert reading.state_D is not None and reading.state_D.shape == (128,)
+        assert reading.entropy is not None and reading.logprob_min <= reading.logprob_mean < 0
+    assert readings[0].logprob_mean > readings[1].logprob_mean
