@@ -46,14 +46,13 @@ class Attempt:
 class Reading:
     """What a model made of a prompt before it answered, from its prefill alone.
 
-    `logprob_mean` and `logprob_min` are natural, of the prompt's tokens but the first, and
-    `num_tokens` counts them. `entropy` is the first answer token's, in nats, and `state_D` the last
-    layer's hidden state at the prompt's end; None where the engine does not say.
+    `logprob_mean` and `logprob_min` are natural, of the prompt's tokens but the first. `entropy` is
+    the first answer token's, in nats, and `state_D` the last layer's hidden state at the prompt's
+    end; None where the engine does not say.
     """
 
     logprob_mean: float
     logprob_min: float
-    num_tokens: int
     entropy: float | None = None
     state_D: NDArray[np.float32] | None = None
 

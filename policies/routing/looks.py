@@ -24,7 +24,7 @@ from policies.errors import PolicyError
 
 Floats = NDArray[np.float64]
 
-_NUM_FIGURES: Final = 4
+_NUM_FIGURES: Final = 3
 _LEAST_READINGS: Final = 40
 _REACH_SHARE: Final = 0.95
 # So many standard errors, what a look gains must be above nothing.
@@ -101,7 +101,6 @@ def _features(reading: Reading, size: int) -> Floats:
     x_P[:_NUM_FIGURES] = (
         reading.logprob_mean,
         reading.logprob_min,
-        math.log(reading.num_tokens),
         math.nan if reading.entropy is None else reading.entropy,
     )
     state_D = reading.state_D

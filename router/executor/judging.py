@@ -64,7 +64,6 @@ def reading(first: Chunk) -> Reading | None:
     return Reading(
         logprob_mean=math.fsum(known) / len(known),
         logprob_min=min(known),
-        num_tokens=len(known),
         entropy=first.tokens[0].entropy if first.tokens else None,
         state_D=None if first.rows is None else first.rows[0],
     )

@@ -45,7 +45,6 @@ def make(number: int, seed: int) -> tuple[list[Outcome], dict[str, dict[str, Rea
         told[text] = Reading(
             logprob_mean=-1.0 - (not knows) + 0.2 * rng.random(),
             logprob_min=-9.0 * rng.random(),
-            num_tokens=rng.randrange(8, 16),
             entropy=rng.random() if rng.random() < 0.9 else None,
             state_D=np.array([rng.gauss(0, 1) for _ in range(8)], np.float32),
         )
@@ -111,9 +110,7 @@ def test_a_reading_moves_what_is_expected_and_nothing_else_does(router: Router) 
     """Likely prompts raise it, unlikely ones lower it; without a reading it is the text's."""
     foresight = Probing(router, models=FACTS).scorer
     stage, text = Answer(members=("cheap",)), TESTS[0].query
-    likely, unlikely = (
-        Reading(logprob_mean=mean, logprob_min=-4.0, num_tokens=12) for mean in (-0.9, -1.9)
-    )
+    likely, unlikely = (Reading(logprob_mean=mean, logprob_min=-4.0) for mean in (-0.9, -1.9))
     plain = foresight.foresee(text, stage, None)
     assert foresight.foresee(text, stage, likely) > plain + 0.2
     assert foresight.foresee(text, stage, unlikely) < plain - 0.2
@@ -178,7 +175,7 @@ def squeezed(array: np.ndarray) -> np.ndarray:
     return np.where(np.arange(3)[:, None] == 1, 0.0, array)
 
 
-@pytest.mark.parametrize("change", [squeezed, lambda array: array[:2], lambda array: array[:, :3]])
+@pytest.mark.parametrize("change", [squeezed, lambda array: array[:2], lambda array: array[:, :2]])
 def test_a_damaged_look_is_named(
     router: Router, tmp_path: Path, change: Callable[[np.ndarray], np.ndarray]
 ) -> None:
