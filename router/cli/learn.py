@@ -11,9 +11,6 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from policies.cascade.base import Readings
     from policies.outcomes import Outcome
     from router.learning.collect import Line, Problems, Sampling
 
@@ -113,7 +110,7 @@ def learn(
     from policies.outcomes import write_outcomes
     from policies.tables import text_table
     from router.cli.console import refusing
-    from router.cli.train import read_feedback
+    from router.cli.train import read_feedback, readings_of
     from router.learning.collect import Problems, Sampling
     from router.learning.learn import LearnSettings
     from router.learning.learn import learn as learn_from
@@ -182,15 +179,6 @@ def _share(text: str) -> float:
     if not text.endswith("%") or not 0 < share <= 1:
         raise PolicyError(f"--budget {text!r} is not a percentage up to 100%")
     return share
-
-
-def readings_of(pool: Path, rows: Sequence[Outcome], *, num_at_once: int = 16) -> Readings:
-    """Return what the models in `rows` that are the pool's make of the queries, if they tell."""
-    from router.learning.asking import read_prompts
-
-    scored = {name for row in rows for name in row.scores}
-    queries = (row.query for row in rows)
-    return asyncio.run(read_prompts(pool, queries, models=scored, num_at_once=num_at_once))
 
 
 def collect(

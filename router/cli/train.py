@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +16,7 @@ import typer
 from router.cli.console import opened, refusing
 
 if TYPE_CHECKING:
+    from policies.cascade.base import Readings
     from policies.footprint import Rates
     from policies.outcomes import Outcome
     from policies.plan import Plan
@@ -99,7 +101,6 @@ def train_router(
     from policies.routing.finetune import FinetuneSettings, finetune_router
     from policies.routing.fit import FitSettings, fit_router
     from policies.routing.router import save_router
-    from router.cli.learn import readings_of
 
     kind, _, folder = encoder.partition(":")
     names = models.split(",") if models else None
@@ -149,6 +150,15 @@ def read_feedback(ledger: str) -> list[Outcome]:
     with TemporaryDirectory() as folder, opened(ledger, None, option="--feedback") as database:
         file = Path(folder) / "feedback.jsonl"
         return read_outcomes(file) if export(database, file, format="outcomes") else []
+
+
+def readings_of(pool: Path, rows: Sequence[Outcome], *, num_at_once: int = 16) -> Readings:
+    """Return what the models in `rows` that are the pool's make of the queries, if they tell."""
+    from router.learning.asking import read_prompts
+
+    scored = {name for row in rows for name in row.scores}
+    queries = (row.query for row in rows)
+    return asyncio.run(read_prompts(pool, queries, models=scored, num_at_once=num_at_once))
 
 
 @app.command("cascade")
