@@ -22,6 +22,7 @@ import yaml
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
+from models.downscale.base import dequantize
 from models.pool import DEFAULT_POOL, load_pool
 from models.sources.locate import locate
 from policies.base import Query
@@ -38,7 +39,7 @@ from policies.routing.probing import Foresight, Probing
 from policies.routing.router import Router
 from policies.tables import text_table
 from router.learning.asking import read_prompts
-from tests.bench.real import SOURCE, dequantized
+from tests.bench.real import SOURCE
 from tests.bench.routing_harness import Protocol, folds
 
 Floats = NDArray[np.float64]
@@ -152,7 +153,7 @@ def on_a_real_model() -> None:
     spec = load_pool(DEFAULT_POOL).model(GENERAL).spec
     with TemporaryDirectory() as at:
         folder = Path(at)
-        dequantized(locate(SOURCE, folder=folder).path, folder / "smollm2")
+        dequantize(locate(SOURCE, folder=folder).path, folder / "smollm2")
         content = {
             "name": "real",
             "engines": [{"name": "e", "kind": "stacked", "device": "cpu", "dtype": "float32"}],
