@@ -26,6 +26,8 @@ def describe_model(catalog: Catalog, name: str) -> dict[str, Any]:
         entry["shoal"] = {"kind": "policy", "members": list(members)}
         return entry
     model, facts = catalog.pool.model(name), catalog.prices.facts[name]
+    if model.spec.base is not None:
+        entry["parent"] = model.spec.base
     entry["shoal"] = {
         "kind": "encoder" if catalog.members.encodes(name) else "model",
         "engine": model.spec.engine,

@@ -388,12 +388,13 @@ class TargetFacts(BaseModel):
 
 
 class ModelEntry(BaseModel):
-    """A name that `model` takes."""
+    """A name that `model` takes; of an adapter also its base, the `parent`, as vLLM tells."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
+    parent: str | None = None
     shoal: TargetFacts
 
 

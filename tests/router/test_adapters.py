@@ -100,8 +100,8 @@ def test_it_is_served_like_those_of_the_file(server: Running, root: Path, tmp_pa
     assert answer.text == "Success: LoRA adapter 'tax' added successfully."
     assert complete(server, "tax").json()["choices"] == alone
     assert complete(server, "base", shoal={"plan": plan}).json()["choices"] == fused
-    listed = {entry["id"] for entry in server.http.get("/v1/models").json()["data"]}
-    assert {"base", "law", "tax"} <= listed
+    listed = {e["id"]: e.get("parent") for e in server.http.get("/v1/models").json()["data"]}
+    assert (listed["base"], listed["law"], listed["tax"]) == (None, "base", "base")
     answer = unload(server, "tax")
     assert answer.text == "Success: LoRA adapter 'tax' removed successfully."
     assert complete(server, "tax").status_code == 404
