@@ -5,6 +5,8 @@ one adapter, of k adapters fused; of k checkpoints, into which the same adapters
 and fused; and of transformers, k times after one another, as who has no lanes would ask them.
 Adapters are of rank 16 on every matrix, their numbers random: what they say costs nothing. The
 ceiling is what reading the weights once takes, the base's and those of all adapters that answer.
+With `--clock cpu` it is the process's CPU time that counts, on one thread, which other work on the
+machine lengthens little.
 """
 
 from __future__ import annotations
@@ -44,8 +46,11 @@ MOST_OF_ONE = 1.5
 _BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 _ids = count()
 
+_CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
 Timed = Callable[[list[int], int], float]
 """Milliseconds per token of an answer to a prompt, after its first."""
+Clock = Callable[[], float]
 
 
 def write_adapters(base: Path, folder: Path, number: int) -> list[Path]:
@@ -74,7 +79,9 @@ def write_merged(base: Path, adapters: list[Path], folder: Path) -> list[Path]:
     return written
 
 
-def stacked(models: list[dict[str, str]], dtype: str, stack: ExitStack) -> Callable[..., Timed]:
+def stacked(
+    models: list[dict[str, str]], dtype: str, clock: Clock, stack: ExitStack
+) -> Callable[..., Timed]:
     """Start an engine of `models`; returns what times an answer of some of them, fused."""
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     engine = {"name": "e", "kind": "stacked", "dtype": dtype, "kv_memory_bytes": KV_BYTES}
@@ -96,18 +103,18 @@ def stacked(models: list[dict[str, str]], dtype: str, stack: ExitStack) -> Calla
         first_s = 0.0
         async for chunk in running.generate(request):
             if chunk.tokens and not first_s:
-                first_s = time.perf_counter()
-        return 1e3 * (time.perf_counter() - first_s) / (num_tokens - 1)
+                first_s = clock()
+        return 1e3 * (clock() - first_s) / (num_tokens - 1)
 
     return lambda *members: lambda prompt, n: runner.run(answer(members, prompt, n))
 
 
-def transformers(model: Path, dtype: str, times: int) -> Timed:
+def transformers(model: Path, dtype: str, times: int, clock: Clock) -> Timed:
     """`generate`, so many times after one another."""
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
 
     def run(prompt: list[int], num_tokens: int) -> float:
-        started_s = time.perf_counter()
+        started_s = clock()
         loaded.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
@@ -116,7 +123,7 @@ def transformers(model: Path, dtype: str, times: int) -> Timed:
             do_sample=False,
             pad_token_id=0,
         )
-        return 1e3 * (time.perf_counter() - started_s) / num_tokens
+        return 1e3 * (clock() - started_s) / num_tokens
 
     return lambda prompt, n: sum(run(prompt, n) for _ in range(times))
 
@@ -129,6 +136,7 @@ def measure(
     *,
     rounds: int,
     num_tokens: int,
+    clock: Clock,
 ) -> list[Row]:
     """Time all ways in turn, `rounds` times after one unmeasured; return the rows."""
     names = tuple(path.name for path in adapters)
@@ -136,16 +144,17 @@ def measure(
         ways: dict[str, Timed] = {}
         model = {"name": "base", "engine": "e", "checkpoint": str(base)}
         own = [{"name": p.name, "base": "base", "adapter": str(p)} for p in adapters]
-        of = stacked([model, *own], dtype, stack)
+        of = stacked([model, *own], dtype, clock, stack)
         ways |= {"base": of("base"), "one adapter": of(names[0])}
         ways |= {f"{k} adapters fused": of(*names[:k]) for k in (2, 4, len(names))}
         copies = [{"name": path.name, "engine": "e", "checkpoint": str(path)} for path in merged]
-        ways[f"{len(merged)} merged copies fused"] = stacked(copies, dtype, stack)(
-            *(path.name for path in merged)
-        )
-        if dtype != "int8":
+        if merged:
+            ways[f"{len(merged)} merged copies fused"] = stacked(copies, dtype, clock, stack)(
+                *(path.name for path in merged)
+            )
+        if merged and dtype != "int8":
             ways[f"transformers, {len(merged)} after one another"] = transformers(
-                merged[0], dtype, len(merged)
+                merged[0], dtype, len(merged), clock
             )
         figures = _rounds(ways, dtype, rounds, num_tokens)
     gc.collect()
@@ -193,14 +202,18 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="length of every answer")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtypes", default="float32,bfloat16,int8")
+    parser.add_argument("--clock", choices=sorted(_CLOCKS), default="wall")
+    parser.add_argument("--copies", action=argparse.BooleanOptionalAction, default=True)
     arguments = parser.parse_args()
+    if arguments.clock == "cpu":
+        torch.set_num_threads(1)
     file = locate(SOURCE, folder=Path()).path
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         base = dequantize(file, folder / "base")
         adapters = write_adapters(base, folder, arguments.adapters)
-        merged = write_merged(base, adapters, folder)
+        merged = write_merged(base, adapters, folder) if arguments.copies else []
         for dtype in arguments.dtypes.split(","):
             rows += measure(
                 base,
@@ -209,6 +222,7 @@ def main() -> None:
                 dtype,
                 rounds=arguments.rounds,
                 num_tokens=arguments.tokens,
+                clock=_CLOCKS[arguments.clock],
             )
     for row in rows:
         print_row(row)
