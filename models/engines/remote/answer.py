@@ -29,13 +29,16 @@ _MOST_TOKENS = 10_000_000
 _ENDS: dict[str, FinishReason] = {
     **dict.fromkeys(("length", "max_tokens", "max_output_tokens", "model_length"), "length"),
     **dict.fromkeys(
-        ("content_filter", "safety", "recitation", "blocklist", "prohibited_content"),
+        ("content_filter", "safety", "recitation", "blocklist", "prohibited_content", "sensitive"),
         "content_filter",
     ),
 }
 # What others than OpenAI call the prompt's tokens that a cache had: DeepSeek, Anthropic, Moonshot.
 _CACHED = ("prompt_cache_hit_tokens", "cache_read_input_tokens", "cached_tokens")
-_BREAKS = ("error", "abort", "aborted", "cancelled", "insufficient_system_resource")
+_BREAKS = (
+    *("error", "abort", "aborted", "cancelled", "timeout", "network_error"),
+    "insufficient_system_resource",
+)
 # A token without text: the end of sequence, hidden reasoning, a piece of a tool call.
 _HIDDEN = Token(token_id=0, text="", raw=b"", logprob=None)
 
@@ -216,14 +219,14 @@ class EventReader:
         self._logprobs = logprobs
         self._reason: FinishReason | None = None
         self._stop: str | int | None = None
-        self._done = False
+        self._done = self._counted = False
         self._usage: dict[str, int] = {}
         self._calls = CallReader(functions)
 
     @property
     def ended(self) -> bool:
         """Whether the server said that the answer is whole."""
-        return self._done or self._reason is not None
+        return self._done or self._counted or self._reason is not None
 
     def done(self) -> None:
         """Note that the stream's end was announced; some servers say nothing else."""
@@ -237,6 +240,8 @@ class EventReader:
             if event.get("error") or event.get("object") == "error":
                 raise from_event(self._server, event.get("error") or event)
             choices = [one for one in event.get("choices") or () if one and not one.get("index")]
+            # The last event of a stream that asks for usage, where nothing else says that it ends.
+            self._counted = event.get("choices") == [] and isinstance(event.get("usage"), Mapping)
             # Groq tells the usage beside the event, Moonshot in the choice.
             for place in (event, event.get("x_groq"), *choices):
                 self._read_usage(place.get("usage") if isinstance(place, Mapping) else None)
@@ -292,7 +297,8 @@ class EventReader:
         text = text or _text(choice.get("text"))
         reasoning = thought or _text(delta.get("reasoning_content") or delta.get("reasoning"))
         refusal = _text(delta.get("refusal"))
-        for piece in delta.get("tool_calls") or ():
+        older = delta.get("function_call")
+        for piece in delta.get("tool_calls") or ([{"function": older}] if older else ()):
             self._calls.add(piece)
         tokens = self._tokens(choice.get("logprobs"), text)
         if not tokens and (reasoning or refusal or delta.get("tool_calls")):
@@ -307,7 +313,7 @@ class EventReader:
     def _read_reason(self, told: object) -> None:
         if not told:
             return
-        word = str(told).lower()
+        word = str(told).lower().replace("-", "_")
         if word in _BREAKS:
             raise broke_off(self._server, f"the answer broke off: finish reason {told!r}")
         self._reason = _ENDS.get(word, "stop")

@@ -20,7 +20,8 @@ _MAX_CHARACTERS = 300
 _RETRIED = (408, 409, 429)
 _OVERFLOW_CODES = ("context_length_exceeded", "exceed_context_size_error", "request_too_large")
 # A prompt too long for its model, as OpenAI, vLLM, SGLang, llama.cpp, Ollama, TGI, Mistral, Google,
-# Anthropic and Bedrock say it. A refused `max_tokens` alone is none of these.
+# Anthropic, Bedrock, Moonshot, Zhipu, Qwen and MiniMax say it. A refused `max_tokens` alone is none
+# of these.
 _OVERFLOW = re.compile(
     r"(maximum|max|available|model'?s?|configured) (context|model|sequence|input) "
     r"?(length|size|limit|window)"
@@ -32,7 +33,9 @@ _OVERFLOW = re.compile(
     r"|`?inputs`? (tokens \+ `?max_new_tokens|must have less than)"
     r"|input tokens? (count )?(\(\d+\) )?exceeds?\b"
     r"|(prompt|input|conversation) (is )?too (long|large)"
-    r"|reduce the length of the (messages|prompt|input)",
+    r"|reduce the length of the (messages|prompt|input)"
+    r"|(request|prompt|input|text)s?\b.{0,40}exceed\w* (model|max(imum)?)( message)? (token|length)"
+    r"|range of input length|tokens in request more than max|context_length_exceeded",
     re.IGNORECASE,
 )
 

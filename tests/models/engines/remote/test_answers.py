@@ -59,6 +59,7 @@ def piece(
         ("MAX_TOKENS", "length"),
         ("length", "length"),
         ("SAFETY", "content_filter"),
+        ("content-filter", "content_filter"),
     ],
 )
 def test_ends_are_read_by_any_name(told: str, reason: str) -> None:
@@ -71,8 +72,9 @@ def test_ends_are_read_by_any_name(told: str, reason: str) -> None:
 def test_an_end_without_a_reason_is_an_end(reason: Any) -> None:
     """Where the stream's end is announced, no reason is needed."""
     nothing = {"choices": [{"delta": {"content": "Hello"}, "finish_reason": reason}]}
-    chunks = ask(nothing, "[DONE]")
-    assert (text_of(chunks), chunks[-1].finish_reason) == ("Hello", "stop")
+    for end in ("[DONE]", {"choices": [], "usage": {"completion_tokens": 1}}):
+        chunks = ask(nothing, end)
+        assert (text_of(chunks), chunks[-1].finish_reason) == ("Hello", "stop")
     with pytest.raises(EngineFailed, match="broke off"):
         ask(nothing)
 
@@ -189,6 +191,14 @@ def test_usage_is_found_where_servers_put_it(event: Any) -> None:
     assert ask(HELLO, STOP, event, "[DONE]")[-1].prompt_tokens == 4
 
 
+def test_a_call_in_the_older_way_is_a_call() -> None:
+    """Servers from before tools tell the one function that they call."""
+    older = [{"function_call": {"name": "find"}}, {"function_call": {"arguments": "{}"}}]
+    chunks = ask(*({"choices": [{"delta": told}]} for told in older), *finish("function_call"))
+    [call] = join_calls(call for chunk in chunks for call in chunk.tool_calls)
+    assert (call.name, call.arguments, chunks[-1].finish_reason) == ("find", "{}", "tool_calls")
+
+
 @pytest.mark.parametrize(
     "pieces",
     [
@@ -301,6 +311,11 @@ def test_half_characters_do_no_harm() -> None:
         "You passed 33 input tokens and requested 20 output tokens. However, the model's context "
         "length is only 10 tokens, resulting in a maximum input length of 9 tokens.",
         "The decoder prompt (length 33) is longer than the maximum model length of 10.",
+        "Your request exceeded model token limit: 8192",
+        "Prompt exceeds max length",
+        "total tokens of image and text exceed max message tokens",
+        "Range of input length should be [1, 30720]",
+        "tokens in request more than max tokens allowed: requested 10, max 5",
         "The input (33 tokens) is longer than the model's context length (10 tokens).",
         "the request exceeds the available context size, try increasing it",
         "request (33 tokens) exceeds the available context size (10 tokens)",
