@@ -6,11 +6,15 @@ from typing import Any
 
 import pytest
 
+from models.answer_format import ReasoningTags
+from models.chat_template import Rendering
 from models.engines.base import Chunk
+from models.engines.registry import create_engine
 from models.errors import ContextOverflow, EngineError, EngineFailed, EngineOverloaded, RequestError
+from models.spec import Model, ModelSpec, RemoteModelSpec
 from models.tools import ToolCall, Tools, join_calls
-from tests.models.engines.remote.asking import read, request_of, running_engine, text_of
-from tests.models.engines.remote.bad_server import CUT, BadServer, Reply, finish
+from tests.models.engines.remote.asking import read, request_of, running_engine, spec_of, text_of
+from tests.models.engines.remote.bad_server import CUT, BadServer, Reply, answer, finish
 
 HELLO = {"choices": [{"index": 0, "delta": {"content": "Hello"}}]}
 STOP = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
@@ -362,3 +366,36 @@ def test_other_refusals_are_no_overflows(
     with pytest.raises(error) as caught:
         ask(reply=Reply(status, body={"error": {"message": message}}))
     assert not isinstance(caught.value, ContextOverflow)
+
+
+def test_thoughts_and_calls_in_the_text_are_read_where_the_pool_names_them() -> None:
+    """A server without parsers of its own is read like a model of ours."""
+    said = (
+        "<think>Two num",
+        "bers.</think>",
+        "I add. <tool_call>",
+        '{"name": "add", "arguments": {}}',
+    )
+
+    async def run() -> list[Any]:
+        async with BadServer.running(answer(*said, "</tool_call>")) as server:
+            spec = ModelSpec(
+                name="a",
+                engine="e",
+                remote=RemoteModelSpec(),
+                reasoning=ReasoningTags(open="<think>", close="</think>"),
+                tools="hermes",
+            )
+            engine = create_engine(spec_of(server.url), [Model(spec=spec, card=None)])
+            await engine.start()
+            function = {"type": "function", "function": {"name": "add"}}
+            request = request_of(rendering=Rendering(), tools=Tools(functions=(function,)))
+            chunks = [chunk async for chunk in engine.generate(request)]
+            await engine.stop()
+            return chunks
+
+    chunks = asyncio.run(run())
+    assert "".join(chunk.reasoning for chunk in chunks) == "Two numbers."
+    assert text_of(chunks).strip() == "I add."
+    [call] = join_calls(call for chunk in chunks for call in chunk.tool_calls)
+    assert (call.name, chunks[-1].finish_reason) == ("add", "tool_calls")

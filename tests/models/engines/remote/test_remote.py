@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 
-from models.answer_format import ReasoningTags
-from models.chat_template import Rendering
-from models.engines.base import Encoding, EngineStats, GenerationRequest, Structure
-from models.engines.registry import create_engine, engine_traits
+from models.engines.base import EngineStats, Structure
+from models.engines.registry import engine_traits
 from models.engines.remote.engine import CircuitBreaker
 from models.errors import (
     ContextOverflow,
@@ -20,8 +18,6 @@ from models.errors import (
     PoolError,
     RequestError,
 )
-from models.spec import Model, ModelSpec, RemoteModelSpec
-from models.tools import Tools, join_calls
 from tests.models.engines.remote.asking import (
     KEY,
     read,
@@ -461,123 +457,3 @@ def test_bad_options_name_the_key(options: dict[str, Any], message: str) -> None
     """A wrong option is refused before anything starts."""
     with pytest.raises(PoolError, match=message):
         engine_traits(spec_of("http://h/v1", **options), remote_models("a"))
-
-
-ENCODES = {"encodes": ("vector", "score")}
-
-
-def _encoded(*replies: Reply, **encoding: Any) -> tuple[list[Any], BadServer]:
-    """Return what the encoder a tells of `encoding`, and the server that it asked."""
-
-    async def run() -> tuple[list[Any], BadServer]:
-        async with (
-            BadServer.running(*replies) as server,
-            running_engine(server, remote=ENCODES, max_retries=1) as engine,
-        ):
-            request = request_of(messages=None, encoding=Encoding(**encoding))
-            return await read(engine, request), server
-
-    return asyncio.run(run())
-
-
-def _told(body: Any) -> Reply:
-    return Reply(headers={"content-type": "application/json"}, body=body)
-
-
-def test_vectors_of_another_server() -> None:
-    """They are asked for as OpenAI has it, in any order, brought to length one, and counted."""
-    body = {
-        "data": [{"index": 1, "embedding": [0, -2]}, {"index": 0, "embedding": [3, 4]}],
-        "usage": {"prompt_tokens": 5, "total_tokens": 5},
-    }
-    [chunk], server = _encoded(_told(body), inputs=("a", "b"))
-    assert chunk.rows.shape == (2, 2)
-    assert chunk.rows.ravel().tolist() == pytest.approx([0.6, 0.8, 0, -1])
-    assert (chunk.prompt_tokens, chunk.finish_reason) == (5, "stop")
-    [asked] = server.requests
-    assert asked["path"] == "/v1/embeddings"
-    assert asked["body"] == {"model": "up-a", "input": ["a", "b"], "encoding_format": "float"}
-    _, server = _encoded(_told(body), inputs=((1, 2), (3,)), cut=True)
-    assert server.requests[0]["body"]["input"] == [[1, 2], [3]]
-    assert server.requests[0]["body"]["truncate_prompt_tokens"] == -1
-
-
-@pytest.mark.parametrize("name", ["relevance_score", "score"])
-def test_scores_of_another_server(name: str) -> None:
-    """They come best first, by Cohere's name or by TEI's, and go out in the documents' order."""
-    body = {"results": [{"index": 1, name: 0.9}, {"index": 0, name: 0.25}]}
-    [chunk], server = _encoded(_told(body), inputs=("a", "b"), query="q")
-    assert chunk.rows.shape == (2, 1)
-    assert chunk.rows.ravel().tolist() == pytest.approx([0.25, 0.9])
-    assert server.requests[0]["path"] == "/v1/rerank"
-    sent = server.requests[0]["body"]
-    assert sent == {"model": "up-a", "query": "q", "documents": ["a", "b"]}
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        {"data": [{"index": 0, "embedding": [1, 2]}]},
-        {"data": [{"index": i, "embedding": [1] * (i + 1)} for i in range(2)]},
-        {"data": [{"index": i, "embedding": None} for i in range(2)]},
-        {"results": []},
-        [],
-    ],
-)
-def test_what_are_no_vectors_is_asked_for_again(body: Any) -> None:
-    """An answer that lacks a row or has none that can be read is the server's failure."""
-    good = {"data": [{"embedding": [1, 0]}, {"embedding": [0, 1]}]}
-    [chunk], server = _encoded(_told(body), _told(good), inputs=("a", "b"))
-    assert chunk.rows.tolist() == [[1, 0], [0, 1]]
-    assert len(server.requests) == 2
-    with pytest.raises(EngineFailed, match="cannot be read"):
-        _encoded(_told(body), inputs=("a", "b"))
-
-
-def test_encoders_and_others_are_told_apart() -> None:
-    """An encoder writes no answer, and what writes answers tells no vector."""
-
-    async def run(asked: GenerationRequest, **remote: Any) -> None:
-        async with (
-            BadServer.running(answer("hi")) as server,
-            running_engine(server, remote=remote) as engine,
-        ):
-            with pytest.raises(RequestError, match=r"writes no answers|cannot tell a vector"):
-                await read(engine, asked)
-            assert not server.requests
-
-    asyncio.run(run(request_of(), **ENCODES))
-    asyncio.run(run(request_of(messages=None, encoding=Encoding(inputs=("a",)))))
-
-
-def test_thoughts_and_calls_in_the_text_are_read_where_the_pool_names_them() -> None:
-    """A server without parsers of its own is read like a model of ours."""
-    said = (
-        "<think>Two num",
-        "bers.</think>",
-        "I add. <tool_call>",
-        '{"name": "add", "arguments": {}}',
-    )
-
-    async def run() -> list[Any]:
-        async with BadServer.running(answer(*said, "</tool_call>")) as server:
-            spec = ModelSpec(
-                name="a",
-                engine="e",
-                remote=RemoteModelSpec(),
-                reasoning=ReasoningTags(open="<think>", close="</think>"),
-                tools="hermes",
-            )
-            engine = create_engine(spec_of(server.url), [Model(spec=spec, card=None)])
-            await engine.start()
-            function = {"type": "function", "function": {"name": "add"}}
-            request = request_of(rendering=Rendering(), tools=Tools(functions=(function,)))
-            chunks = [chunk async for chunk in engine.generate(request)]
-            await engine.stop()
-            return chunks
-
-    chunks = asyncio.run(run())
-    assert "".join(chunk.reasoning for chunk in chunks) == "Two numbers."
-    assert text_of(chunks).strip() == "I add."
-    [call] = join_calls(call for chunk in chunks for call in chunk.tool_calls)
-    assert (call.name, chunks[-1].finish_reason) == ("add", "tool_calls")
