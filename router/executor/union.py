@@ -7,7 +7,7 @@ string starts with, and to one not named either the mean of what is left. The fu
 over the union picks a string, which is appended to the text, and so on. Only strings that are whole
 characters take part, since the next step must read them in every tokenizer.
 
-Slow: each step is a round trip, and every member reads its whole prompt again. It is for
+Slow: each step is a round trip, and engines that keep no prompts read them again. It is for
 combining models that share nothing but text; members with one tokenizer belong into one engine.
 """
 

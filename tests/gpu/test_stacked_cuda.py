@@ -109,7 +109,7 @@ def test_graphs_change_no_answer(tmp_path: Path) -> None:
                 if late:
                     scheduler.add(late.pop())
                 parts = scheduler.next_step()
-                drawn = runner.step(parts)
+                drawn = runner.step(parts).drawn
                 sampling = [part.sequence for part in parts if part.samples]
                 for part in parts:
                     part.sequence.num_cached += part.num_tokens

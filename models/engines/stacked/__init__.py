@@ -6,11 +6,15 @@ uses k members costs k lanes, whatever the engine holds. One step, in `loop`:
     take what came in → `scheduler` picks parts, `cache` gives them rows → `layout` indexes them
     → `model` computes logits → `fusion` joins lanes → `sampler` draws → `sequence` turns tokens
     into text → send
+
+Two rooms make a step do more or less than one token on all lanes: `drafts` guesses tokens that are
+checked together, `lead` asks the others only where the lead of a "gated" answer is unsure.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -19,6 +23,14 @@ from models.engines.kind import EngineKind, EngineTraits, base_of, check_one_sha
 from models.engines.stacked.architecture import read_stack
 from models.errors import PoolError
 from models.spec import EngineSpec, Model
+
+
+class DraftingMember(BaseModel):
+    """The member that guesses. One of another shape than the others does nothing else."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    member: str
 
 
 class StackedOptions(BaseModel):
@@ -33,7 +45,9 @@ class StackedOptions(BaseModel):
     started again. With `prefix_cache` a prompt starts from the keys and values of an earlier one
     that began alike (see `cache`). Adapters of the one base, those of the pool and those loaded
     while it serves, stay in memory, at most `max_adapters` of them: then the least recently used
-    makes room, and comes back when it is asked for.
+    makes room, and comes back when it is asked for. `draft` says who guesses tokens that are then
+    checked several at a time (see `drafts`): "ngram" what followed the last ones before, "heaviest"
+    the member with the largest weight of each fused answer, or one `member` always; None: nobody.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -44,35 +58,56 @@ class StackedOptions(BaseModel):
     step_timeout_s: float = Field(300.0, gt=0)
     prefix_cache: bool = True
     max_adapters: int = Field(64, ge=1)
+    draft: Literal["ngram", "heaviest"] | DraftingMember | None = None
 
 
 def _inspect(spec: EngineSpec, options: StackedOptions, models: Sequence[Model]) -> EngineTraits:
-    check_one_shape(spec, models)
-    base_of(spec, models)
+    guesser = _guesser(spec, options, models)
+    answering = [model for model in models if model is not guesser]
+    check_one_shape(spec, answering)
+    base_of(spec, answering)
     num_adapters = sum(model.adapter is not None for model in models)
     if num_adapters > options.max_adapters:
         raise PoolError(
             f"engines.{spec.name}.options.max_adapters: {options.max_adapters} is too few for the "
             f"pool's {num_adapters} adapters"
         )
-    read_stack([model.card for model in models if model.card and model.adapter is None])
-    return EngineTraits(formats=formats_of(models))
+    for stack in (answering, [guesser]) if guesser else (answering,):
+        read_stack([model.card for model in stack if model.card and model.adapter is None])
+    return EngineTraits(formats=formats_of(answering))
+
+
+def _guesser(spec: EngineSpec, options: StackedOptions, models: Sequence[Model]) -> Model | None:
+    """Return the model that only guesses, as its shape is not the others'; None: all answer."""
+    if not isinstance(options.draft, DraftingMember):
+        return None
+    wanted, where = options.draft.member, f"engines.{spec.name}.options.draft.member"
+    cards = {model.name: model.card for model in models if model.card and model.adapter is None}
+    others = [card for name, card in cards.items() if name != wanted]
+    if wanted not in cards or not others:
+        raise PoolError(
+            f"{where}: {wanted!r} is not one of several models of this engine; allowed are "
+            f"{', '.join(cards)}"
+        )
+    card, first = cards[wanted], others[0]
+    if card.tokenizer_sha256 != first.tokenizer_sha256 or (
+        card.shape.vocab_size != first.shape.vocab_size
+    ):
+        raise PoolError(f"{where}: {wanted!r} has another vocabulary than the models it drafts for")
+    return None if card.shape == first.shape else next(m for m in models if m.name == wanted)
 
 
 def _create(spec: EngineSpec, options: StackedOptions, models: Sequence[Model]) -> Engine:
     from models.engines.stacked.engine import StackedEngine  # noqa: PLC0415 - loads torch
 
     cards = {model.name: model.card for model in models if model.card is not None}
+    guesser = _guesser(spec, options, models)
     return StackedEngine(
         spec,
-        cards,
-        EngineTraits(formats=formats_of(models)),
-        step_rows=options.step_rows,
-        stream_interval_s=options.stream_interval_ms / 1e3,
-        num_threads=options.num_threads,
-        step_timeout_s=options.step_timeout_s,
-        prefix_cache=options.prefix_cache,
-        max_adapters=options.max_adapters,
+        {name: card for name, card in cards.items() if guesser is None or name != guesser.name},
+        EngineTraits(formats=formats_of([model for model in models if model is not guesser])),
+        options,
+        guesser.card if guesser else None,
     )
 
 

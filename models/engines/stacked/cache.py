@@ -43,7 +43,7 @@ class Arena:
         self, shape: Shape, memory_bytes: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         width = 2 * shape.num_kv_heads * shape.head_dim
-        self.row_bytes = shape.num_layers * width * dtype.itemsize
+        self.row_bytes = row_bytes(shape, dtype)
         self.num_rows = memory_bytes // self.row_bytes
         self._all = torch.empty(
             (shape.num_layers, self.num_rows + 1, width), device=device, dtype=dtype
@@ -81,6 +81,11 @@ class Arena:
     def copy(self, source: int, target: int, num_rows: int) -> None:
         """Copy the rows from `source` on to those from `target` on, in every layer."""
         self._all[:, target : target + num_rows] = self._all[:, source : source + num_rows]
+
+
+def row_bytes(shape: Shape, dtype: torch.dtype) -> int:
+    """Return the bytes of one token's keys and values in all layers."""
+    return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * dtype.itemsize
 
 
 @dataclass(eq=False, slots=True)
@@ -123,34 +128,36 @@ class PrefixCache:
         sequence.region_start = start
         return start is not None
 
-    def begin(self, sequence: Sequence) -> bool:
+    def begin(self, sequence: Sequence, *, lends: bool = True) -> bool:
         """Start a prompt from the longest prefix that all its lanes find.
 
-        False: not yet, another request is computing what this one can use.
+        False: not yet, another request is computing what this one can use. One that `lends`
+        nothing before its end is nobody that others wait for.
         """
         if not self._keeps:
             sequence.num_reused = 0
             return True
-        lanes = [self._find(member, sequence.request.prompt_tokens) for member in sequence.members]
-        # Who wants to know what the members say of the prompt must compute it.
-        reads = sequence.weights.evidence is not None
-        reads |= sequence.sampler.options.prompt_logprobs is not None
-        common = 0 if reads else min(num_tokens for _, num_tokens in lanes)
-        ready = min((lane.num_ready for lane, _ in lanes if lane is not None), default=0)
+        assert sequence.region_start is not None, "only admitted requests begin"
+        found = [self._find(member, sequence.request.prompt_tokens) for member in sequence.members]
+        first_rows, due = list(_first_rows(sequence)), sequence.due
+        common, ready = _shared([found[lane] for lane in due])
+        if sequence.reads_prompt:  # what the members say of it, they must compute
+            common = 0
         if common - ready >= BLOCK_TOKENS:
             return False
-        sequence.num_reused = min(common, ready)
-        assert sequence.region_start is not None, "only admitted requests begin"
-        if sequence.num_reused:
-            sequence.num_cached = sequence.num_reused
-            for (lane, _), first_row in zip(lanes, _first_rows(sequence), strict=True):
-                assert lane is not None, "a common prefix is in all lanes"
-                self._arena.copy(lane.first_row, first_row, sequence.num_reused)
-                if lane in self._kept:
-                    self._kept.move_to_end(lane)
+        sequence.num_reused = sequence.num_cached = min(common, ready)
+        if sequence.lead_alone:
+            sequence.num_followed = min(_shared(found[1:]))
+        for lane, ((source, _), first_row) in enumerate(zip(found, first_rows, strict=True)):
+            num_tokens = sequence.num_cached_of(lane)
+            if num_tokens and source is not None:
+                self._arena.copy(source.first_row, first_row, num_tokens)
+                if source in self._kept:
+                    self._kept.move_to_end(source)
+        # Those who follow a lead may never compute the prompt: nobody is to wait for that.
         self._running[sequence] = [
-            self._enter(_Lane(member, sequence.tokens, first_row, sequence))
-            for member, first_row in zip(sequence.members, _first_rows(sequence), strict=True)
+            self._enter(_Lane(sequence.members[i], sequence.tokens, first_rows[i], sequence))
+            for i in (due if lends else ())
         ]
         return True
 
@@ -159,13 +166,13 @@ class PrefixCache:
         assert sequence.region_start is not None, "only admitted requests end"
         for lane in self._running.pop(sequence, ()):
             self._leave(lane)
-        num_kept = sequence.num_cached if self._keeps else 0
-        num_kept = num_kept if num_kept >= BLOCK_TOKENS else 0
-        tokens = tuple(sequence.tokens[:num_kept])
-        for member, first_row in zip(sequence.members, _first_rows(sequence), strict=True):
+        for i, first_row in enumerate(_first_rows(sequence)):
+            num_kept = sequence.num_cached_of(i) if self._keeps else 0
+            num_kept = num_kept if num_kept >= BLOCK_TOKENS else 0
             self._arena.release(first_row + num_kept, sequence.capacity_tokens - num_kept)
             if num_kept:
-                self._keep(_Lane(member, tokens, first_row, None))
+                tokens = tuple(sequence.tokens[:num_kept])
+                self._keep(_Lane(sequence.members[i], tokens, first_row, None))
         sequence.region_start = None
 
     def clear(self) -> None:
@@ -226,6 +233,12 @@ class PrefixCache:
             del self._lanes[key][lane]
             if not self._lanes[key]:
                 del self._lanes[key]
+
+
+def _shared(found: Seq[tuple[_Lane | None, int]]) -> tuple[int, int]:
+    """Return how many tokens all of these lanes share with a prompt, and have computed."""
+    common = min(num_tokens for _, num_tokens in found)
+    return common, min((lane.num_ready for lane, _ in found if lane is not None), default=0)
 
 
 def _first_rows(sequence: Sequence) -> Iterator[int]:

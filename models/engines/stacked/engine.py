@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator, Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,8 +19,12 @@ from models.engines.answer_reader import AnswerReader
 from models.engines.base import Chunk, EngineStats, GenerationRequest
 from models.engines.kind import EngineTraits
 from models.engines.requests import adapters_of, check_request, relative_weights
+from models.engines.stacked import StackedOptions
 from models.engines.stacked.adapters import Adapters
+from models.engines.stacked.cache import PrefixCache, row_bytes
+from models.engines.stacked.drafts import Drafts, MemberDrafts, Ngrams, StepCosts
 from models.engines.stacked.fusion import LaneWeights, contrastive_powers
+from models.engines.stacked.lead import lead_suffices
 from models.engines.stacked.loop import Loop
 from models.engines.stacked.matrices import Pack, as_int4, as_int8
 from models.engines.stacked.runner import Runner
@@ -61,23 +66,13 @@ class StackedEngine:
         spec: EngineSpec,
         members: Mapping[str, ModelCard],
         traits: EngineTraits,
-        *,
-        step_rows: int,
-        stream_interval_s: float,
-        num_threads: int | None,
-        step_timeout_s: float,
-        prefix_cache: bool,
-        max_adapters: int,
+        options: StackedOptions,
+        guesser: ModelCard | None = None,
     ) -> None:
-        """Only remember; `start` loads."""
+        """Only remember; `start` loads. A `guesser` drafts for the members and is none of them."""
         self._spec = spec
         self._traits = traits
-        self._step_rows = step_rows
-        self._stream_interval_s = stream_interval_s
-        self._num_threads = num_threads
-        self._step_timeout_s = step_timeout_s
-        self._prefix_cache = prefix_cache
-        self._max_adapters = max_adapters
+        self._options, self._guesser = options, guesser
         self._cards = dict(members)
         self._bases = [name for name, card in members.items() if card.adapter is None]
         self._base = self._cards[self._bases[0]]
@@ -93,14 +88,17 @@ class StackedEngine:
         """Load the weights, run a first step, and start the engine's thread."""
         runner, tokenizer, vocabulary = await asyncio.to_thread(self._load)
         scheduler = Scheduler(
-            runner.arena, step_rows=self._step_rows, keeps_prefixes=self._prefix_cache
+            runner.arena,
+            step_rows=self._options.step_rows,
+            keeps_prefixes=self._options.prefix_cache,
         )
         loop = Loop(
             runner,
             scheduler,
             vocabulary=vocabulary,
+            drafts=await asyncio.to_thread(self._drafts, runner, scheduler.prefixes),
             max_queued_requests=self._spec.max_queued_requests,
-            stream_interval_s=self._stream_interval_s,
+            stream_interval_s=self._options.stream_interval_ms / 1e3,
             event_loop=asyncio.get_running_loop(),
         )
         loop.start()
@@ -115,7 +113,7 @@ class StackedEngine:
             adapters=Adapters(
                 partial(runner.prepare, self._base),
                 base=self._base,
-                most=self._max_adapters,
+                most=self._options.max_adapters,
                 between_steps=loop.between_steps,
                 forget=scheduler.prefixes.forget,
             ),
@@ -170,10 +168,10 @@ class StackedEngine:
             raise loop.failure
         if not loop.is_alive():
             raise EngineFailed(f"the thread of the engine {self._spec.name} has died")
-        if loop.step_s > self._step_timeout_s:
+        if loop.step_s > self._options.step_timeout_s:
             raise EngineFailed(
                 f"a step of the engine {self._spec.name} hangs: it has taken longer than "
-                f"options.step_timeout_s, {self._step_timeout_s:g}"
+                f"options.step_timeout_s, {self._options.step_timeout_s:g}"
             )
 
     async def stop(self) -> None:
@@ -187,23 +185,13 @@ class StackedEngine:
             return
         loop = running.loop
         loop.request_stop()
-        await asyncio.to_thread(loop.join, max(0.0, self._step_timeout_s - loop.step_s))
+        await asyncio.to_thread(loop.join, max(0.0, self._options.step_timeout_s - loop.step_s))
         if loop.is_alive():
             for outcomes in running.readers:
                 outcomes.put_nowait(EngineFailed(f"a step of the engine {self._spec.name} hangs"))
 
     def _load(self) -> tuple[Runner, LLTokenizer, Vocabulary]:
-        device = _device(self._spec)
-        runner = Runner(
-            [self._cards[name] for name in self._bases],
-            kv_memory_bytes=self._spec.kv_memory_bytes,
-            device=device,
-            dtype=_dtype(self._spec, device),
-            pack=_PACKS.get(self._spec.dtype),
-            num_threads=self._num_threads,
-        )
-        with torch.inference_mode():
-            runner.try_out()
+        runner = self._runner([self._cards[name] for name in self._bases])
         path = self._base.path
         ends = sorted(frozenset().union(*(card.end_tokens for card in self._cards.values())))
         tokenizer = read_tokenizer(path)
@@ -220,6 +208,44 @@ class StackedEngine:
         """Take a name in that an adapter of the base got since the pool was read."""
         self._cards[name] = self._base
         self._traits = self._traits.adopting(name, self._bases[0])
+
+    def _runner(self, cards: Seq[ModelCard]) -> Runner:
+        """Load `cards`, and run a first step. A guesser shares the cache's bytes, row for row."""
+        device = _device(self._spec)
+        dtype = _dtype(self._spec, device)
+        cached = [card for card in (self._base, self._guesser) if card is not None]
+        shares = [row_bytes(card.shape, dtype) for card in cached]
+        own = row_bytes(cards[0].shape, dtype)
+        runner = Runner(
+            cards,
+            kv_memory_bytes=self._spec.kv_memory_bytes * own // sum(shares),
+            device=device,
+            dtype=dtype,
+            pack=_PACKS.get(self._spec.dtype),
+            num_threads=self._options.num_threads,
+        )
+        with torch.inference_mode():
+            runner.try_out()
+        return runner
+
+    @torch.inference_mode()
+    def _drafts(self, runner: Runner, prefixes: PrefixCache) -> Drafts | None:
+        """Load who guesses, and measure what steps take."""
+        draft = self._options.draft
+        if draft is None:
+            return None
+        costs = StepCosts.measured(runner, len(self._bases))
+        if draft == "ngram":
+            return Drafts(Ngrams(), costs)
+        member, guess_s = None, costs.one_s
+        if self._guesser is not None:
+            runner = self._runner([self._guesser])
+            prefixes = PrefixCache(runner.arena, keeps=self._options.prefix_cache)
+            member, guess_s = 0, StepCosts.measured(runner, 1).one_s
+        elif draft != "heaviest":
+            member = self._bases.index(draft.member)
+        most = self._options.step_rows
+        return Drafts(MemberDrafts(runner, prefixes, member, guess_s=guess_s, most=most), costs)
 
     def _sequence(
         self,
@@ -253,6 +279,7 @@ class StackedEngine:
             members=members,
             weights=LaneWeights(weights, request.evidence),
             lane_of=lane_of,
+            lead_alone=len(members) > 1 and lead_suffices(request),
             end_tokens=end_tokens,
             tokens=list(request.prompt_tokens),
             max_new_tokens=max_new_tokens,
@@ -281,7 +308,8 @@ class StackedEngine:
         """Return the members to run, as ascending indices, and their weights, summing to one.
 
         Also which of these lanes each member named by the request is; of `adapters` this says which
-        member of the step each is. Members of zero weight need no lane, but for one that leads.
+        member of the step each is. Members of zero weight need no lane, but for one that leads; one
+        that runs alone comes first.
         """
         indices = [
             adapters[name] if name in adapters else self._bases.index(name)
@@ -292,6 +320,8 @@ class StackedEngine:
             lanes = dict(zip(lanes, contrastive_powers(len(lanes), request.contrast), strict=True))
         lead = next(iter(lanes)) if request.rule in ("gated", "contrastive") else None
         used = sorted(member for member, weight in lanes.items() if weight != 0 or member == lead)
+        if lead_suffices(request):
+            used.sort(key=lambda member: member != lead)
         lane_of = tuple(used.index(member) if member in used else None for member in lanes)
         return tuple(used), tuple(lanes[member] for member in used), lane_of
 

@@ -1,7 +1,7 @@
 """Where a step's tokens stand: in the rows of its tensors, and in those of the key/value cache.
 
-Shapes: N rows of a step (one per token per lane), L lanes that sample, R requests that sample,
-M members, K key/value heads, d head size.
+Shapes: N rows of a step (one per token per lane), L lanes that sample, R tokens that are drawn
+(one for a request, more after a draft), M members, K key/value heads, d head size.
 
 Two orders of the same rows are used. *Member-major* keeps the rows of one member together, so that
 a projection is one batched product per run of members with equally many rows; everything but
@@ -16,7 +16,7 @@ views.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -33,20 +33,41 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """What one request puts into a step: its next `num_tokens` tokens, on all its lanes."""
+    """What one request puts into a step: its next `num_tokens` tokens, on the lanes due.
+
+    The last of them may be a `draft` of tokens to come (see `drafts`).
+    """
 
     sequence: Sequence
     num_tokens: int
+    draft: tuple[int, ...] = ()
 
     @property
     def samples(self) -> bool:
         """Whether the step ends with this request's next token."""
-        return self.num_tokens == self.sequence.num_pending
+        return self.num_tokens == self.sequence.num_pending + len(self.draft)
+
+    @property
+    def drafts(self) -> Iterator[tuple[int, ...]]:
+        """Yield for each token that the step draws what of the draft comes before it."""
+        if self.samples:
+            yield from (self.draft[:i] for i in range(len(self.draft) + 1))
 
     @property
     def num_rows(self) -> int:
         """Rows of the step that this takes."""
-        return self.num_tokens * self.sequence.num_lanes
+        return self.num_tokens * self.num_lanes
+
+    @property
+    def num_lanes(self) -> int:
+        """How many lanes it runs on."""
+        return len(self.sequence.due)
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """Whose these lanes are."""
+        due = self.sequence.due
+        return self.sequence.members[due.start : due.stop]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +136,7 @@ class Step:
     request_of_N: Tensor | None  # None: one request
     lanes: Grouping  # of the lanes that sample
     sampled_rows_L: Tensor | None  # None: every row samples
-    lanes_R: list[list[int]]  # of each request that samples, its lanes in L
+    lanes_R: list[list[int]]  # of each token drawn, its request's lanes in L
 
     @property
     def num_rows(self) -> int:
@@ -155,7 +176,7 @@ class Step:
 
 def order_parts(parts: Iterable[Part]) -> list[Part]:
     """Decoding requests first, and each kind by members; see the module's docstring."""
-    return sorted(parts, key=lambda part: (part.num_tokens > 1, part.sequence.members))
+    return sorted(parts, key=lambda part: (part.num_tokens > 1, part.members))
 
 
 def build_step(parts: Seq[Part], *, num_members: int, row_bytes: int, device: torch.device) -> Step:
@@ -164,12 +185,13 @@ def build_step(parts: Seq[Part], *, num_members: int, row_bytes: int, device: to
     members, positions, cache_rows, tokens, requests = [], [], [], [], []
     for r, (part, span) in enumerate(zip(parts, spans, strict=True)):
         sequence = part.sequence
-        new = np.arange(sequence.num_cached, span.num_cached)
+        new = np.arange(span.num_cached - part.num_tokens, span.num_cached)
         lanes = np.arange(span.num_lanes)
-        members.append(np.repeat(sequence.members, part.num_tokens))
+        members.append(np.repeat(part.members, part.num_tokens))
         positions.append(np.tile(new, span.num_lanes))
         cache_rows.append((span.cache_row + lanes[:, None] * span.capacity_tokens + new).ravel())
-        tokens.append(np.tile(sequence.tokens[new[0] : new[-1] + 1], span.num_lanes))
+        known = [*sequence.tokens[new[0] : new[-1] + 1], *part.draft]
+        tokens.append(np.tile(known, span.num_lanes))
         requests.append(np.full(part.num_rows, r))
 
     member_of = np.concatenate(members)
@@ -186,9 +208,11 @@ def build_step(parts: Seq[Part], *, num_members: int, row_bytes: int, device: to
 
     last_rows = np.concatenate(
         [
-            span.rows.start + (np.arange(span.num_lanes) + 1) * part.num_tokens - 1
+            span.rows.start
+            + (np.arange(span.num_lanes) + 1) * part.num_tokens
+            - (1 + len(part.draft) - len(before))
             for part, span in zip(parts, spans, strict=True)
-            if part.samples
+            for before in part.drafts
         ]
         or [np.empty(0, np.int64)]
     )
@@ -196,7 +220,7 @@ def build_step(parts: Seq[Part], *, num_members: int, row_bytes: int, device: to
     lane_order = np.argsort(sampled_rows)
     lane_rank = np.empty_like(lane_order)
     lane_rank[lane_order] = np.arange(len(lane_order))
-    num_lanes = [part.sequence.num_lanes for part in parts if part.samples]
+    num_lanes = [part.num_lanes for part in parts for _ in part.drafts]
     lanes_R = [lanes.tolist() for lanes in np.split(lane_rank, np.cumsum(num_lanes)[:-1])]
 
     all_sample = len(sampled_rows) == len(order)
@@ -230,16 +254,16 @@ def group_rows(
 def _spans(parts: Seq[Part]) -> list[Span]:
     spans, first = list[Span](), 0
     for part in parts:
-        sequence = part.sequence
+        sequence, first_lane = part.sequence, part.sequence.due.start
         assert sequence.region_start is not None, "only admitted requests take part in a step"
         spans.append(
             Span(
                 rows=slice(first, first + part.num_rows),
-                num_lanes=sequence.num_lanes,
+                num_lanes=part.num_lanes,
                 num_tokens=part.num_tokens,
-                cache_row=sequence.region_start,
+                cache_row=sequence.region_start + first_lane * sequence.capacity_tokens,
                 capacity_tokens=sequence.capacity_tokens,
-                num_cached=sequence.num_cached + part.num_tokens,
+                num_cached=sequence.num_cached_of(first_lane) + part.num_tokens,
             )
         )
         first += part.num_rows

@@ -13,15 +13,17 @@ import math
 import threading
 import time
 from asyncio import AbstractEventLoop
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
+from itertools import zip_longest
 from queue import Empty, SimpleQueue
 
 import torch
 
 from models.engines.base import EngineStats
+from models.engines.stacked.drafts import Drafts
 from models.engines.stacked.layout import Part
 from models.engines.stacked.runner import Runner
 from models.engines.stacked.sampler import Draw
@@ -45,6 +47,7 @@ class Loop(threading.Thread):
         scheduler: Scheduler,
         *,
         vocabulary: Vocabulary,
+        drafts: Drafts | None = None,
         max_queued_requests: int,
         stream_interval_s: float,
         event_loop: AbstractEventLoop,
@@ -54,6 +57,7 @@ class Loop(threading.Thread):
         self._runner = runner
         self._scheduler = scheduler
         self._vocabulary = vocabulary
+        self._drafts = drafts
         self._max_queued_requests = max_queued_requests
         self._stream_interval_s = stream_interval_s
         self._event_loop = event_loop
@@ -68,6 +72,8 @@ class Loop(threading.Thread):
         self._num_failures = 0  # in a row
         self._num_finished = 0
         self._num_tokens = 0
+        self._num_gated = 0
+        self._num_fused = 0
         self._busy_s = 0.0
         self._step_began_s: float | None = None
 
@@ -121,6 +127,10 @@ class Loop(threading.Thread):
             kv_bytes_used=prefixes.num_rows_held * arena.row_bytes,
             kv_bytes_total=arena.num_rows * arena.row_bytes,
             generated_tokens_total=self._num_tokens,
+            gated_tokens_total=self._num_gated,
+            fused_tokens_total=self._num_fused,
+            drafted_tokens_total=self._drafts.num_drafted if self._drafts else 0,
+            accepted_tokens_total=self._drafts.num_accepted if self._drafts else 0,
             busy_seconds_total=self._busy_s,
         )
 
@@ -143,8 +153,10 @@ class Loop(threading.Thread):
     def _turn(self) -> None:
         """Run one step and hand over what is due."""
         parts = self._scheduler.next_step()
+        if self._drafts is not None:
+            parts = self._drafts.extend(parts)
         if parts:
-            if parts[-1].num_tokens > 1:
+            if any(part.num_tokens > 1 + len(part.draft) for part in parts):
                 self._deliver()  # what is ready doesn't wait for a prompt
             self._step_began_s = started_s = time.perf_counter()
             self._step(parts)
@@ -176,7 +188,7 @@ class Loop(threading.Thread):
         if self._stopping:
             return
         try:
-            drawn = self._runner.step(parts)
+            stepped = self._runner.step(parts)
         except Exception as error:
             if len(parts) > 1:
                 half = len(parts) // 2
@@ -188,15 +200,32 @@ class Loop(threading.Thread):
                 self._suspect()
             return
         self._num_failures = 0
-        sampling = [part.sequence for part in parts if part.samples]
         for part in parts:
             part.sequence.score(vocabulary=self._vocabulary)
-            part.sequence.num_cached += part.num_tokens
-        if drawn is not None:
-            for row, sequence in enumerate(sampling):
-                self._accept(sequence, drawn, row)
+            part.sequence.advance(part.num_tokens - len(part.draft))
+        for sequence, said_V in stepped.unsure.items():
+            sequence.lead_said = said_V
+        if stepped.drawn is not None:
+            rows: defaultdict[Sequence, list[int]] = defaultdict(list)
+            for row, sequence in enumerate(stepped.sequences):
+                rows[sequence].append(row)
+            for part in parts:
+                self._accept_all(part, stepped.drawn, rows[part.sequence])
+
+    def _accept_all(self, part: Part, drawn: Draw, rows: list[int]) -> None:
+        """Take what was drawn for a part, as far as its draft was right."""
+        num_right = 0
+        for row, guess in zip_longest(rows, part.draft):
+            self._accept(part.sequence, drawn, row)
+            if part.sequence.finished or guess != drawn.token_ids[row]:
+                break
+            num_right += 1
+        if part.draft and self._drafts is not None:
+            self._drafts.learn(part, num_right)
 
     def _accept(self, sequence: Sequence, drawn: Draw, row: int) -> None:
+        self._num_gated += sequence.lead_alone
+        self._num_fused += sequence.lead_said is not None
         try:
             if not math.isfinite(drawn.entropies[row]):
                 raise ArithmeticError("the next token's distribution is not finite")
@@ -210,7 +239,7 @@ class Loop(threading.Thread):
         self._urgent |= sequence.num_generated == 1 or sequence.finished
         self._num_tokens += 1
         if sequence.finished:
-            self._scheduler.remove(sequence)
+            self._remove(sequence)
             self._num_finished += 1
 
     def _suspect(self) -> None:
@@ -236,8 +265,13 @@ class Loop(threading.Thread):
     def _drop(self, sequence: Sequence) -> None:
         if not sequence.finished:
             sequence.finished = True
-            self._scheduler.remove(sequence)
+            self._remove(sequence)
             self._ready.pop(sequence, None)
+
+    def _remove(self, sequence: Sequence) -> None:
+        if self._drafts is not None:
+            self._drafts.forget(sequence)
+        self._scheduler.remove(sequence)
 
     def _fail(self, sequence: Sequence, error: EngineFailed | EngineOverloaded) -> None:
         if not sequence.finished:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,6 +23,7 @@ from models.engines.stacked.cache import Arena
 from models.engines.stacked.fusion import LaneWeights, fuse
 from models.engines.stacked.graphs import DecodeGraphs, Record, record_cuda
 from models.engines.stacked.layout import Part, Step, build_step, group_rows
+from models.engines.stacked.lead import unsure_leads, with_leads
 from models.engines.stacked.matrices import Pack, as_they_are, outputs_first
 from models.engines.stacked.model import StackedModel
 from models.engines.stacked.sampler import Draw, SamplerState, Scored, draw, score
@@ -36,6 +39,19 @@ _EVIDENCE_TOKENS = 256
 _BYTES_PER_THREAD = 4 * 2**20
 # So many rows through a matrix cost about as much as reading it.
 _ROWS_PER_READ = 16
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """What a step tells: the tokens drawn of `sequences`, None where there are none; and what leads
+    that are `unsure` said, [V], of whom nothing is drawn before the others were asked (see `lead`).
+
+    After a draft a sequence has several, each drawn as if what the draft has before it were right.
+    """
+
+    sequences: Seq[Sequence] = ()
+    drawn: Draw | None = None
+    unsure: Mapping[Sequence, Tensor] = field(default_factory=dict)
 
 
 class Runner:
@@ -97,11 +113,11 @@ class Runner:
             )
         self._step: Step | None = None
 
-    def step(self, parts: Seq[Part]) -> Draw | None:
-        """Run `parts` and draw the next token of those that are through their prompt, in order.
+    def step(self, parts: Seq[Part]) -> Stepped:
+        """Run `parts` and draw the next token of those that are through what they had to run.
 
-        None where none is. Writes the cache; changes no sequence but its weights, where these
-        follow evidence. A step that raises can be run again, also in parts.
+        Writes the cache; changes no sequence but its weights, where these follow evidence. A step
+        that raises can be run again, also in parts.
         """
         step = self._step_of(parts)
         self._step = None  # until this step has succeeded
@@ -114,58 +130,80 @@ class Runner:
                 part.sequence.weights = before
             raise
 
-    def _run(self, step: Step) -> Draw | None:
-        sampling = [part.sequence for part in step.parts if part.samples]
+    def _run(self, step: Step) -> Stepped:
+        sampling = [part.sequence for part in step.parts for _ in part.drafts]
+        states = [part.sequence.sampler.after(d) for part in step.parts for d in part.drafts]
         logits_LV = self._graphs.logits(step) if self._graphs else None
         if logits_LV is None:
             hidden_ND = self._model.forward(step.layout, self.arena)
             self._weigh_prompts(step, hidden_ND)
             self._score_prompts(step, hidden_ND)
             if not sampling:
-                return None
+                return Stepped()
             if step.sampled_rows_L is not None:
                 hidden_ND = hidden_ND.index_select(0, step.sampled_rows_L)
             _keep_states(sampling, hidden_ND, step.lanes_R)
             logits_LV = self._model.logits(hidden_ND, step.lanes)
-        logp_LV = logits_LV.log_softmax(-1)
-        logp_RV = fuse(logp_LV, step.lanes_R, [sequence.fusion for sequence in sampling])
-        drawn = draw(logp_RV, [sequence.sampler for sequence in sampling])
-        _weigh_answers(sampling, logp_LV, step.lanes_R, drawn.token_ids)
-        self._step, self._drawn_R = step, drawn.tokens_R
-        return drawn
+        logp_LV, lanes_R = with_leads(logits_LV.log_softmax(-1), step.lanes_R, sampling)
+        unsure = unsure_leads(logp_LV, lanes_R, sampling)
+        if unsure:
+            sure = [r for r, sequence in enumerate(sampling) if sequence not in unsure]
+            lanes_R, sampling = [lanes_R[r] for r in sure], [sampling[r] for r in sure]
+            states = [states[r] for r in sure]
+        if not sampling:
+            return Stepped(unsure=unsure)
+        logp_RV = fuse(logp_LV, lanes_R, [sequence.fusion for sequence in sampling])
+        drawn = draw(logp_RV, states)
+        _weigh_answers(sampling, logp_LV, lanes_R, drawn.token_ids)
+        if not unsure and all(sequence.lead_said is None for sequence in sampling):
+            # The same lanes go on.
+            self._step, self._drawn_R = step, drawn.tokens_R
+        return Stepped(sampling, drawn, unsure)
 
     def try_out(self) -> None:
         """Run one prefill and one decoding step of all members; raises what they raise.
 
         First-use costs are paid then.
         """
-        options = SamplingOptions(max_tokens=2)
+        self.rehearse(range(self._num_members), (2, 1))
+
+    def rehearse(self, members: range, chunks: Seq[int]) -> list[float]:
+        """Run a made-up request in steps of so many tokens; return the seconds of each.
+
+        The first is its prompt, each other decodes one token, with a draft of the rest. Empty where
+        the cache has no room for it.
+        """
+        options, tokens = SamplingOptions(), [0] * chunks[0]
         sequence = Sequence(
             request=GenerationRequest(
-                request_id="warm-up", prompt_tokens=(0, 0), members=(), sampling=options
+                request_id="warm-up", prompt_tokens=tuple(tokens), members=(), sampling=options
             ),
-            members=tuple(range(self._num_members)),
-            weights=LaneWeights((1 / self._num_members,) * self._num_members),
-            lane_of=tuple(range(self._num_members)),
+            members=tuple(members),
+            weights=LaneWeights((1 / len(members),) * len(members)),
+            lane_of=tuple(range(len(members))),
             end_tokens=frozenset(),
-            tokens=[0, 0],
-            max_new_tokens=2,
+            tokens=tokens,
+            max_new_tokens=sum(chunks[1:]) + 1,
             sampler=SamplerState(options, None, random.Random(0)),
             text=TextStream(()),
             send=lambda outcome: None,  # noqa: ARG005 - nobody reads it
         )
-        start = self.arena.allocate(sequence.num_rows)
-        if start is None:
-            return  # no room in the cache for this
-        sequence.region_start = start
+        sequence.region_start = self.arena.allocate(sequence.num_rows)
+        if sequence.region_start is None:
+            return []
+        took_s = []
         try:
-            for num_tokens in (2, 1):
-                self.step([Part(sequence=sequence, num_tokens=num_tokens)])
+            for num_tokens in chunks:
+                draft = (0,) * (num_tokens - sequence.num_pending)
+                started_s = time.perf_counter()
+                self.step([Part(sequence=sequence, num_tokens=num_tokens, draft=draft)])
+                took_s.append(time.perf_counter() - started_s)
                 sequence.num_cached += num_tokens
-                sequence.tokens.append(0)
+                sequence.tokens += [0] * (1 + len(draft))
         finally:
-            self.arena.release(start, sequence.num_rows)
+            self.arena.release(sequence.region_start, sequence.num_rows)
             self._step = None
+        return took_s
 
     def _weigh_prompts(self, step: Step, hidden_ND: Tensor) -> None:
         """Add the log-likelihood of this step's prompt tokens to the evidence that asks for it."""
@@ -207,7 +245,7 @@ class Runner:
             sequence = part.sequence
             start = sequence.num_cached + 1
             targets = sequence.request.prompt_tokens[start : start + part.num_tokens]
-            if not targets:
+            if not targets or not sequence.reads_prompt:
                 continue
             rows_n = torch.arange(first_row, next_row, device=self._device)
             if order is not None:

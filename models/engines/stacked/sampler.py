@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence as Seq
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +41,16 @@ class Grammar:
         allowed = np.unpackbits(bits, bitorder="little")[:vocab_size]
         return torch.from_numpy(allowed).bool()
 
+    def num_allowed(self, tokens: Seq[int]) -> int:
+        """Return how many of `tokens` may come next, one after the other."""
+        return int(self._matcher.validate_tokens(list(tokens)))
+
+    def after(self, tokens: Seq[int]) -> Grammar:
+        """Return the state once `tokens` were taken, all of them allowed; this one stays."""
+        matcher = self._matcher.deep_copy()
+        matcher.consume_tokens(list(tokens))
+        return Grammar(matcher)
+
     def accept(self, token: int) -> bool:
         """Take the next token; return whether the answer is complete and cannot go on."""
         self._matcher.consume_token(token)
@@ -63,7 +74,8 @@ class SamplerState:
         self.grammar = grammar
         self.rng = rng
         self._ends = list(ends) if options.min_tokens else []
-        self._uniform: float | None = None
+        self._uniforms: list[float] = []  # of the next token and those after it
+        self._num_ahead = 0
         self._edits_V: Tensor | None = None
         self._repeated_V: Tensor | None = None
         self._seen: set[int] = set()
@@ -75,9 +87,29 @@ class SamplerState:
 
         So a step that failed can be run again.
         """
-        if self._uniform is None:
-            self._uniform = self.rng.random()
-        return self._uniform
+        while len(self._uniforms) <= self._num_ahead:
+            self._uniforms.append(self.rng.random())
+        return self._uniforms[self._num_ahead]
+
+    def after(self, tokens: Seq[int]) -> SamplerState:
+        """Return what this will be once `tokens` were accepted; this one stays as it is.
+
+        A grammar must allow them. The same numbers pick the tokens that come then.
+        """
+        if not tokens:
+            return self
+        ahead = copy(self)
+        ahead._num_ahead += len(tokens)
+        ahead._num_accepted += len(tokens)
+        if self.grammar is not None:
+            ahead.grammar = self.grammar.after(tokens)
+        if self._edits_V is not None:
+            ahead._edits_V, ahead._seen = self._edits_V.clone(), set(self._seen)
+        if self._repeated_V is not None:
+            ahead._repeated_V = self._repeated_V.clone()
+        for token in tokens:
+            ahead._penalize(token)
+        return ahead
 
     @property
     def edits(self) -> bool:
@@ -113,8 +145,12 @@ class SamplerState:
 
     def accept(self, token: int) -> bool:
         """Note that `token` was drawn; return whether a grammar says that the answer is over."""
-        self._uniform = None
+        del self._uniforms[:1]
         self._num_accepted += 1
+        self._penalize(token)
+        return self.grammar is not None and self.grammar.accept(token)
+
+    def _penalize(self, token: int) -> None:
         if self._repeated_V is not None:
             self._repeated_V[token] = self.options.repetition_penalty
         if self._edits_V is not None:
@@ -123,7 +159,6 @@ class SamplerState:
             self._edits_V[token] -= self.options.frequency_penalty + (
                 self.options.presence_penalty if first else 0.0
             )
-        return self.grammar is not None and self.grammar.accept(token)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,17 +75,17 @@ class Scheduler:
         """Choose the next step's parts: every decoding request, then prefill chunks in turn."""
         decoding = self._share([sequence for sequence in self.running if sequence.num_pending == 1])
         parts = [Part(sequence=sequence, num_tokens=1) for sequence in decoding]
-        room = self._step_rows - sum(sequence.num_lanes for sequence in decoding)
+        room = self._step_rows - sum(part.num_rows for part in parts)
         prefilling = [sequence for sequence in self.running if sequence.num_pending > 1]
         for sequence in sorted(prefilling, key=self._turn):
             if sequence.num_reused is None and not self.prefixes.begin(sequence):
                 continue
             # One prefill always moves on, however many requests decode.
             least = 0 if len(parts) > len(decoding) else 1
-            num_tokens = min(sequence.num_pending, max(room // sequence.num_lanes, least))
+            num_tokens = min(sequence.num_pending, max(room // len(sequence.due), least))
             if num_tokens > 0:
                 parts.append(Part(sequence=sequence, num_tokens=num_tokens))
-                room -= num_tokens * sequence.num_lanes
+                room -= parts[-1].num_rows
         for part in parts:
             self._served[part.sequence.request.client_id] += part.num_rows
         return order_parts(parts)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from models.engines.base import Chunk, FinishReason, GenerationRequest, Token, TopLogprob
 from models.engines.stacked.fusion import Fusion, LaneWeights
@@ -24,6 +25,9 @@ class Sequence:
 
     `members` are indices, ascending, without those that do not count; `weights` are theirs.
     `lane_of` says for each member that the request names which lane it is, None if it has none.
+    With `lead_alone` the lead comes before all others, and the others follow only where they are
+    asked (see `lead`): theirs are the first `num_followed` tokens, and `lead_said` are the
+    log-probabilities, [V], that wait for what they say.
     `end_tokens` end an answer of any of its members. `tokens` is the prompt and what was generated
     so far, of which the first `num_cached` have their keys and values in the cache, from row
     `region_start` on (None while it waits); the first `num_reused` were copied from another
@@ -43,7 +47,10 @@ class Sequence:
     sampler: SamplerState
     text: TextStream
     send: Callable[[Outcome], None]
+    lead_alone: bool = False
     num_cached: int = 0
+    num_followed: int = 0
+    lead_said: Tensor | None = None
     num_reused: int | None = None
     region_start: int | None = None
     finished: bool = False
@@ -59,6 +66,8 @@ class Sequence:
     def fusion(self) -> Fusion:
         """How the next token's distributions are fused."""
         request = self.request
+        if self.lead_alone and self.lead_said is None:
+            return Fusion("mixture", (1.0,))
         return Fusion(request.rule, self.weights.values, self.lane_of[0] or 0, request.gate)
 
     @property
@@ -82,15 +91,40 @@ class Sequence:
         return len(self.tokens) - len(self.request.prompt_tokens)
 
     @property
+    def reads_prompt(self) -> bool:
+        """Whether what the members say of the prompt is asked for, so that all must compute it."""
+        return self.weights.evidence is not None or self.sampler.options.prompt_logprobs is not None
+
+    @property
+    def due(self) -> range:
+        """The lanes that run next: all; where the lead runs alone it, or the others once asked."""
+        if not self.lead_alone:
+            return range(self.num_lanes)
+        return range(1) if self.lead_said is None else range(1, self.num_lanes)
+
+    def num_cached_of(self, lane: int) -> int:
+        """Return how many tokens have their keys and values in the cache."""
+        return self.num_followed if self.lead_alone and lane else self.num_cached
+
+    @property
     def num_pending(self) -> int:
-        """Tokens that must still go through the model: 1 while decoding, more before."""
-        return len(self.tokens) - self.num_cached
+        """Tokens that must still go through what is due: 1 while decoding, more before."""
+        return len(self.tokens) - self.num_cached_of(self.due.start)
+
+    def advance(self, num_tokens: int) -> None:
+        """Note that so many more tokens have gone through what was due."""
+        if self.due.start:
+            self.num_followed += num_tokens
+        else:
+            self.num_cached += num_tokens
 
     def accept(self, drawn: Draw, row: int, *, vocabulary: Vocabulary) -> None:
         """Take the token drawn in `row`; `take` tells the reader."""
         token = drawn.token_ids[row]
         options = self.sampler.options
+        self.num_cached = len(self.tokens)
         self.tokens.append(token)
+        self.lead_said = None
         complete = self.sampler.accept(token)
         if options.prompt_logprobs is not None and self.num_generated == 1:
             self._prompt.insert(0, _prompt_token(self.tokens[0], None, (), vocabulary))

@@ -56,7 +56,7 @@ def answers(folders: list[Path], record: Callable[[Launch], Launch] | None) -> l
             parts = scheduler.next_step()
             if not parts:
                 continue
-            drawn = runner.step(parts)
+            drawn = runner.step(parts).drawn
             sampling = [part.sequence for part in parts if part.samples]
             for part in parts:
                 part.sequence.num_cached += part.num_tokens
