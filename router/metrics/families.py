@@ -197,6 +197,14 @@ ENGINE_IDLE_WH = _gauge("shoal_engine_idle_wh", "engine",
     "0 without a meter.")
 ENGINE_RESTARTS = _counter("shoal_engine_restarts_total", "engine",
     help="How often an engine failed and was started again, since the running replicas began.")
+ENGINE_GATED_TOKENS = _counter("shoal_engine_gated_tokens_total", "engine",
+    help="Tokens of gated answers whose lead runs alone where it is sure.")
+ENGINE_FUSED_TOKENS = _counter("shoal_engine_fused_tokens_total", "engine",
+    help="Gated tokens at which the lead was unsure and all members were asked.")
+ENGINE_DRAFTED_TOKENS = _counter("shoal_engine_drafted_tokens_total", "engine",
+    help="Tokens that were guessed, to be checked several at a time.")
+ENGINE_ACCEPTED_TOKENS = _counter("shoal_engine_accepted_tokens_total", "engine",
+    help="Guessed tokens that were right.")
 ENGINE_CIRCUIT_OPEN = _gauge("shoal_engine_circuit_open", "engine",
     help="1 while an engine leaves its remote server alone because that server failed.")
 BUDGET_USED = {

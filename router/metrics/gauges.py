@@ -131,6 +131,10 @@ def _gauges(name: str, stats: EngineStats) -> dict[Series, float]:
         f.ENGINE_KV_CAPACITY: stats.kv_bytes_total,
         f.ENGINE_IDLE_WH: stats.idle_wh,
         f.ENGINE_RESTARTS: stats.restarts_total,
+        f.ENGINE_GATED_TOKENS: stats.gated_tokens_total,
+        f.ENGINE_FUSED_TOKENS: stats.fused_tokens_total,
+        f.ENGINE_DRAFTED_TOKENS: stats.drafted_tokens_total,
+        f.ENGINE_ACCEPTED_TOKENS: stats.accepted_tokens_total,
     }
     if stats.circuit is not None:
         found[f.ENGINE_CIRCUIT_OPEN] = int(stats.circuit == "open")

@@ -92,6 +92,5 @@ def test_they_show_metrics_that_there_are() -> None:
     # A share of each cap is shown instead; the circuit has an alert; the build is for `job`.
     assert {name for name in left_out if not name.startswith("shoal_budget_")} == {
         "shoal_build_info",
-        "shoal_cached_prompt_tokens_total",
         "shoal_engine_circuit_open",
     }
