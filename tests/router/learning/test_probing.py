@@ -2,6 +2,8 @@
 
 import asyncio
 import re
+import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -53,9 +55,22 @@ def rows() -> list[Outcome]:
 
 
 def test_a_look_is_learned_installed_and_served(tmp_path: Path) -> None:
-    """From outcomes that are there and readings taken now; the answer comes from one of both."""
+    """From outcomes that are there and readings taken now; the answer comes from one of both.
+
+    The chunk is right where it finds the question likelier than it finds most of its domain, so
+    that its reading tells what the text does not.
+    """
     pool = pool_at(tmp_path)
-    write_outcomes(tmp_path / "outcomes.jsonl", rows())
+    found = rows()
+    queries = [row.query for row in found]
+    told = asyncio.run(read_prompts(pool, queries, models={"numerals"}))["numerals"]
+    likely = {query: told[query].logprob_mean for query in queries}
+    outcomes = []
+    for row in found:
+        peers = [likely[other.query] for other in found if other.tags == row.tags]
+        right = float(likely[row.query] > statistics.median(peers))
+        outcomes.append(replace(row, scores={"numerals": right, "base": 0.8}))
+    write_outcomes(tmp_path / "outcomes.jsonl", outcomes)
     words = ["learn", "--pool", pool, "--outcomes", tmp_path / "outcomes.jsonl", "--read"]
     result = CliRunner().invoke(app, [str(word) for word in words])
     assert result.exit_code == 0, result.output
@@ -63,7 +78,7 @@ def test_a_look_is_learned_installed_and_served(tmp_path: Path) -> None:
     assert (spec["kind"], spec["scorer"]) == ("probing", "probing-v1")
     assert re.search(r"probing-v1 +policy +0\.\d", result.output)
     policy = load_catalog(load_pool(pool)).policies["probing-v1"]
-    asked = [Query(text=row.query, prompt_tokens=30, max_tokens=12) for row in rows()]
+    asked = [Query(text=row.query, prompt_tokens=30, max_tokens=12) for row in found]
     looking = [query for query in asked if isinstance(policy.decide(query).plan, Cascade)]
     assert looking
 
