@@ -24,6 +24,9 @@ from models.errors import PoolError
 
 # More rows than these are multiplied in float32: writing a matrix out costs about as much.
 _MOST_ROWS = 64
+# Where the processor has no instructions for bfloat16, each row costs as much as the first: more
+# than these are faster in float32, where so many outputs at once stay in the processor's cache.
+_MOST_BFLOAT16_ROWS, _CACHED_OUTPUTS = 4, 192
 _GROUP_INPUTS, _STEP_OUTPUTS = 32, 16
 _MOST_INT8, _MOST_INT4 = 127, 15
 _LEAST_SCALE = 1e-30
@@ -296,10 +299,11 @@ def _without_base(runs: tuple[Run, ...]) -> tuple[Run, ...]:
 
 
 def _widened(x_nI: Tensor, matrix_IO: Tensor) -> Tensor:
-    """Multiply in bfloat16, many rows in float32."""
-    if len(x_nI) > _MOST_ROWS:
-        return x_nI.float() @ matrix_IO.float()
-    return x_nI @ matrix_IO
+    """Multiply in bfloat16, several rows in float32, a part of the matrix at a time."""
+    if len(x_nI) <= _MOST_BFLOAT16_ROWS:
+        return x_nI @ matrix_IO
+    x_nI = x_nI.float()
+    return torch.cat([x_nI @ part.float() for part in matrix_IO.split(_CACHED_OUTPUTS, 1)], 1)
 
 
 def _times(x_nI: Tensor, matrices: Integers, member: int) -> Tensor:
