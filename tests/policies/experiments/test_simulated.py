@@ -20,7 +20,7 @@ def test_blocks_see_what_a_split_of_requests_cannot() -> None:
     """On a shared queue the split misses what theory says, surely; blocks find it (seed 2)."""
     found = {}
     for unit in ("request", "block"):
-        experiment = shared_machine(unit)  # type: ignore[arg-type]
+        experiment = shared_machine(unit)
         [found[unit]] = analyse(experiment, queue(experiment, days=4, seed=2)).primary
     assert found["request"].high < 0.5 < TRUTH_S
     assert 0 < found["block"].low < TRUTH_S < found["block"].high

@@ -108,7 +108,7 @@ def test_calibration_is_the_line_of_least_squares() -> None:
     """Idle and busy watts are those of scipy's regression, per vCPU (seed 5)."""
     rng = np.random.default_rng(5)
     points = [(busy, 20 + 4.5 * busy + float(rng.normal(0, 0.5))) for busy in (0, 4, 8)]
-    line = linregress(*zip(*points, strict=True))
+    line = linregress([busy for busy, _ in points], [watts for _, watts in points])
     said = calibration(points)
     assert f"idle_w: {line.intercept / 8:.3f}" in said
     assert f"power_w: {line.intercept / 8 + line.slope:.3f}" in said
