@@ -100,7 +100,9 @@ class Probing(Learned):
         worth = {name: decision.scores[name] - price[name] for name in self._names}
 
         def rival(name: str) -> str:
-            return max((other for other in self._names if other != name), key=worth.__getitem__)
+            others = [other for other in self._names if other != name]
+            best: str = max(others, key=worth.__getitem__)
+            return best
 
         dearest = usd[max(self._names, key=worth.__getitem__)]
         able = [

@@ -160,7 +160,9 @@ def fit_belief(
     Bin by bin the value of every share is known; the best ascending sequence is found by dynamic
     programming over bins and shares.
     """
-    edges = np.quantile(similarity_Q, np.linspace(0, 1, NUM_BINS + 1)[1:-1])
+    edges: Floats = np.quantile(
+        similarity_Q.astype(np.float64), np.linspace(0, 1, NUM_BINS + 1)[1:-1]
+    )
     bins_Q = edges.searchsorted(similarity_Q, side="right")
     worth_BS = np.zeros((NUM_BINS, len(SHARES)))
     for bin_, share in np.ndindex(worth_BS.shape):
@@ -170,7 +172,9 @@ def fit_belief(
             value = policy_value(predicted_QM, scores_QM[here_Q], prices_TM)
             worth_BS[bin_, share] = value * here_Q.sum()
     # Sequences by their last share, each with what it is worth; of equals the larger share.
-    ends = [(float(worth), (share,)) for share, worth in enumerate(worth_BS[0])]
+    ends: list[tuple[float, tuple[int, ...]]] = [
+        (float(worth), (share,)) for share, worth in enumerate(worth_BS[0])
+    ]
     for worth_S in worth_BS[1:]:
         ends = [
             (before + float(worth_S[share]), (*shares, share))

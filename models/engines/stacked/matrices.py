@@ -303,7 +303,8 @@ def _widened(x_nI: Tensor, matrix_IO: Tensor) -> Tensor:
     if len(x_nI) <= _MOST_BFLOAT16_ROWS:
         return x_nI @ matrix_IO
     x_nI = x_nI.float()
-    return torch.cat([x_nI @ part.float() for part in matrix_IO.split(_CACHED_OUTPUTS, 1)], 1)
+    parts = torch.split(matrix_IO, _CACHED_OUTPUTS, dim=1)
+    return torch.cat([x_nI @ part.float() for part in parts], 1)
 
 
 def _times(x_nI: Tensor, matrices: Integers, member: int) -> Tensor:
