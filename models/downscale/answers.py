@@ -312,7 +312,9 @@ def outcomes(asked: Sequence[Question], answered: Mapping[str, Answered]) -> lis
 def _outcome(number: int, question: Question, answered: Mapping[str, Answered]) -> Outcome:
     written = {name: one.written[number] for name, one in answered.items()}
     scores = {name: float(one.score_Q[number]) for name, one in answered.items()}
-    grades = {"loss": {name: float(np.log(score)) for name, score in scores.items()}}
+    grades = {}
+    if question.by_loss:
+        grades = {"loss": {name: float(np.log(score)) for name, score in scores.items()}}
     return Outcome(
         id=f"{question.example.split}-{number}",
         query=question.text,
@@ -325,7 +327,7 @@ def _outcome(number: int, question: Question, answered: Mapping[str, Answered]) 
         prompt_tokens=next(iter(written.values())).num_prompt_tokens,
         output_tokens={name: one.logprobs.num_tokens for name, one in written.items()},
         format=2 if question.by_loss else 1,
-        grades=grades if question.by_loss else {},
+        grades=grades,
     )
 
 
