@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.helm.helm_chart import ROOT
@@ -38,6 +40,15 @@ def test_a_server_has_what_was_tested() -> None:
     """Tests run on the very files that a server installs."""
     cpu, dev = ({*_lines(name)} for name in ("cpu", "dev"))
     assert cpu <= dev
+
+
+@pytest.mark.parametrize(("name", "extras"), [("cpu", ("postgres", "parquet")), ("dev", ("dev",))])
+def test_it_names_what_is_asked_for(name: str, extras: tuple[str, ...]) -> None:
+    """A dependency that is added to pyproject.toml is added to the locks."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], "xllamacpp", "setuptools"]
+    asked += [one for extra in extras for one in project["optional-dependencies"][extra]]
+    assert {canonicalize_name(Requirement(one).name) for one in asked} <= _lock(name).keys()
 
 
 @pytest.mark.parametrize("name", ["cpu", "dev"])
