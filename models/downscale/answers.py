@@ -312,7 +312,7 @@ def outcomes(asked: Sequence[Question], answered: Mapping[str, Answered]) -> lis
 def _outcome(number: int, question: Question, answered: Mapping[str, Answered]) -> Outcome:
     written = {name: one.written[number] for name, one in answered.items()}
     scores = {name: float(one.score_Q[number]) for name, one in answered.items()}
-    grades = {}
+    grades: dict[str, dict[str, float]] = {}
     if question.by_loss:
         grades = {"loss": {name: float(np.log(score)) for name, score in scores.items()}}
     return Outcome(
