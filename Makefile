@@ -157,6 +157,7 @@ bench-real: $(STAMP)
 	$(BIN)/python -m tests.bench.real
 	$(BIN)/python -m tests.bench.real_conversation
 	$(BIN)/python -m tests.bench.real_adapters
+	$(BIN)/python -m tests.bench.real_drafts
 
 # Tables and plots of the routers; ENCODER=neural:FOLDER adds rows with a sentence encoder.
 bench-routing: $(STAMP)
