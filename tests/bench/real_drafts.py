@@ -34,13 +34,14 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from models.card import read_card
+from models.downscale.base import dequantize
 from models.engines.base import Engine, GenerationRequest, SamplingOptions
 from models.engines.registry import create_engine
 from models.sources.locate import locate
 from models.spec import EngineSpec, Model, ModelSpec
 from policies.files import write_atomic
 from tests.bench.harness import RESULTS, Row, environment, print_row, read_bytes_per_s
-from tests.bench.real import ROOT, SOURCE, dequantized
+from tests.bench.real import ROOT, SOURCE
 
 NUM_TOKENS, NOISE, GATES = 200, 0.125, (0.3, 0.5, 0.9)
 MEMBERS = ("m0", "m1", "m2", "m3")
@@ -269,7 +270,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         into = Path(temporary)
-        folder = arguments.folder or dequantized(locate(SOURCE, folder=Path()).path, into / "base")
+        folder = arguments.folder or dequantize(locate(SOURCE, folder=Path()).path, into / "base")
         rows: list[Row] = []
         kinds = {"base": base_rows, "fused": fused_rows}
         for kind, measure in kinds.items():
