@@ -38,7 +38,7 @@ def _save_adapter(folder: Path, *, rank: int, seed: int) -> Path:
 
 
 def _pool(folder: Path, adapter: Path) -> Pool:
-    engine_args = {"enforce_eager": True, "max_model_len": 128, "max_num_seqs": 4, "max_loras": 2}
+    engine_args = {"enforce_eager": True, "max_model_len": 128, "max_num_seqs": 4, "max_loras": 3}
     engine = {
         "name": "e",
         "kind": "vllm",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import tempfile
 from collections.abc import AsyncIterator, Mapping
@@ -11,9 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from llguidance import LLTokenizer
+from safetensors.numpy import save_file
 
-from models.adapter import AdapterSource
+from models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterSource, factor_names
 from models.card import ModelCard
 from models.engines.answer_grammar import answer_grammar, compile_answer
 from models.engines.answer_reader import AnswerReader
@@ -23,6 +26,7 @@ from models.engines.requests import adapters_of, check_request, relative_weights
 from models.engines.text import Vocabulary
 from models.errors import EngineFailed, EngineOverloaded, PoolError, RequestError
 from models.sources.locate import locate
+from models.sources.safetensors import read_tensors
 from models.spec import EngineSpec
 from models.tokenizer import read_tokenizer
 
@@ -76,6 +80,7 @@ class VllmEngine:
         self._cards = dict(members)
         self._bases = [name for name, card in members.items() if card.adapter is None]
         self._adapters: dict[tuple[str, AdapterSource], LoRARequest] = {}
+        self._blank: LoRARequest | None = None
         self._fused = len(self._bases) > 1
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._num_open = 0
@@ -114,6 +119,8 @@ class VllmEngine:
             max_running=config.scheduler_config.max_num_seqs,
             kv_bytes_total=config.cache_config.kv_cache_memory_bytes or 0,
         )
+        if config.lora_config is not None and config.device_config.device_type == "cpu":
+            self._blank = self._write_blank()
         await self._warm_up()
 
     async def _warm_up(self) -> None:
@@ -249,7 +256,7 @@ class VllmEngine:
         if not ranks:
             return {}
         rank = next((known for known in _LORA_RANKS if known >= max(ranks)), max(ranks))
-        return {"enable_lora": True, "max_loras": len(ranks), "max_lora_rank": rank}
+        return {"enable_lora": True, "max_loras": len(ranks) + 1, "max_lora_rank": rank}
 
     def _adopt(self, name: str) -> None:
         """Take a name in that an adapter of the base got since the pool was read."""
@@ -257,7 +264,10 @@ class VllmEngine:
         self._traits = self._traits.adopting(name, self._bases[0])
 
     async def _adapter(self, request: GenerationRequest) -> LoRARequest | None:
-        """Return the adapter of the one member; None for the base. Raises `EngineFailed`."""
+        """Return the adapter of the one member; of the base the blank one, or None.
+
+        Raises `EngineFailed`.
+        """
         from vllm.lora.request import LoRARequest  # noqa: PLC0415
 
         for key in adapters_of(request, self._cards).items():
@@ -267,11 +277,35 @@ class VllmEngine:
                     found = await asyncio.to_thread(locate, origin.source, folder=Path())
                 except PoolError as error:
                     raise EngineFailed(f"{name} cannot be loaded: {error}") from None
-                number = len(self._adapters) + 1  # vLLM's, unique for as long as it runs
+                number = len(self._adapters) + 2  # vLLM's, unique for as long as it runs
                 added = LoRARequest(f"{name}-{number}", number, str(found.path))
                 self._adapters.setdefault(key, added)
             return self._adapters[key]
-        return None
+        return self._blank
+
+    def _write_blank(self) -> LoRARequest:
+        """Write an adapter that adds nothing, for the base's requests on CPU.
+
+        There vLLM's kernels take what has no adapter (index -1) for the last one's.
+        """
+        from vllm.lora.request import LoRARequest  # noqa: PLC0415
+
+        base = read_tensors(self._cards[self._bases[0]].path)
+        name, tensor = next((n, t) for n, t in base.items() if "layers" in n and len(t.shape) == 2)
+        module = name.removesuffix(".weight")
+        shrink, expand = factor_names(module)
+        num_outputs, num_inputs = tensor.shape
+        self._folder = tempfile.TemporaryDirectory(prefix="shoal-")
+        folder = Path(self._folder.name)
+        zeros = {
+            shrink: np.zeros((1, num_inputs), np.float32),
+            expand: np.zeros((num_outputs, 1), np.float32),
+        }
+        save_file(zeros, folder / ADAPTER_WEIGHTS)
+        config: dict[str, Any] = {"peft_type": "LORA", "r": 1, "lora_alpha": 1}
+        config["target_modules"] = [module.rpartition(".")[2]]
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(config))
+        return LoRARequest("blank", 1, str(folder))
 
     def _read_vocabulary(self) -> tuple[LLTokenizer, Vocabulary]:
         card = next(iter(self._cards.values()))
