@@ -1,8 +1,8 @@
 """Adapters as members: one base's matrices for all, and each member's own low-rank part.
 
 Shapes as in `weights`; R is the largest rank of a matrix, qkv's and gate_up's being those of their
-modules together. Decoding reads the base's weights once for all rows, whosever they are, so that n
-adapters cost little more than one, where n checkpoints cost n.
+modules together. Decoding reads the base's weights once for all rows, whosever they are, where n
+checkpoints are read one by one.
 
 What `weights` does to a matrix, it does to the factors: outputs stand in the same order, gains and
 scales are multiplied in, so that the sum is the adapted matrix.
