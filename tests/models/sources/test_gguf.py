@@ -193,7 +193,7 @@ def test_damaged_files_are_named(spoil: Any, message: str, tmp_path: Path) -> No
     ("changes", "message"),
     [
         ({"tokenizer.ggml.pre": "tekken"}, "tokenizer.ggml.pre 'tekken' is not read; allowed are"),
-        ({"tokenizer.ggml.model": "bert"}, "tokenizer.ggml.model 'bert' is not read"),
+        ({"tokenizer.ggml.model": "rwkv"}, "tokenizer.ggml.model 'rwkv' is not read"),
     ],
 )
 def test_other_tokenizers_are_refused(
