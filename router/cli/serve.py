@@ -172,7 +172,7 @@ def _serve_here(args: AppArgs, pool: Pool, host: str, port: int) -> None:
             _say("Stopping ...")
 
     try:
-        # uvloop sends an answer's head and body as one packet, and costs less than asyncio's own.
+        # uvloop costs less than asyncio's, and mostly sends an answer's head and body at once.
         with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
             runner.run(run())
     except ValueError as error:

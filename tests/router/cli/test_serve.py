@@ -1,6 +1,5 @@
 """`shoal serve` as a process: it says when it is ready, and refuses what cannot work."""
 
-import json
 import signal
 import socket
 import subprocess
@@ -78,10 +77,6 @@ def test_serves_here_until_it_is_told_to_stop(
         body = {"model": "alpha", "messages": [{"role": "user", "content": "hello"}]}
         answer = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body, timeout=120)
         assert answer.json()["choices"][0]["message"]["content"] == "hello"
-        with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
-            connection.sendall(b"GET /v1/models/alpha HTTP/1.1\r\nhost: x\r\n\r\n")
-            _, _, told = connection.recv(65536).partition(b"\r\n\r\n")
-        assert json.loads(told)["id"] == "alpha", "an answer's head and body come as one packet"
         process.send_signal(number)
         assert process.wait(60) == 0
         assert process.stdout.read().splitlines()[-1] == "Stopped."
