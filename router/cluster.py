@@ -15,7 +15,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -26,7 +26,7 @@ _OBJECT_STORE_BYTES = 80 * 2**20  # answers travel inline; Ray's minimum is 75 M
 _SHARED_MEMORY = Path("/dev/shm")
 _START_ATTEMPTS = 3  # Ray gives up after 30 s, which a busy machine may need
 _STOP_S = 20.0
-_WATCH_S = 0.25
+_WATCH_S = 0.5
 _REFUSED_S = 20.0  # Ray starts another HAProxy in a few, or in more where the machine is busy
 _CORE: Final = ("gcs_server", "raylet")
 
@@ -123,11 +123,11 @@ def local_cluster() -> Iterator[None]:
     _stop_in_time()
 
 
-def watch(host: str, port: int, stand_in: Callable[[], object]) -> NoReturn:
+def watch(host: str, port: int) -> NoReturn:
     """Wait for as long as the cluster serves; raises `ClusterFailed` when a part of it is gone.
 
     Ray replaces replicas by itself; its own core processes, and a front that does not come back,
-    it does not. Where nobody listens, `stand_in` starts somebody until Ray has.
+    it does not.
     """
     core = {pid: name for pid, name in children().items() if name in _CORE}
     refused_since_s: float | None = None
@@ -140,9 +140,7 @@ def watch(host: str, port: int, stand_in: Callable[[], object]) -> NoReturn:
         if _is_listening(host, port):
             refused_since_s = None
             continue
-        if refused_since_s is None:
-            refused_since_s = time.monotonic()
-            stand_in()
+        refused_since_s = refused_since_s or time.monotonic()
         if time.monotonic() - refused_since_s > _REFUSED_S:
             raise ClusterFailed(f"nobody listens at {host}:{port} any more")
 

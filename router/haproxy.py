@@ -5,10 +5,6 @@ request's headers may take, for connections per address, or for where the statis
 is given this launcher in place of the binary: the configuration is completed, then HAProxy takes
 the process over. Half-sent requests would otherwise hold all connections for an hour.
 
-Ray Serve takes seconds, on a busy machine half a minute, to notice that HAProxy or its manager is
-gone and to start others, which then know no replica. So what the last HAProxy served by is kept:
-`stand_in` starts another by it at once, and a new manager's first begins with it.
-
 Run as a program: `python haproxy.py BINARY ARGUMENT ...`.
 """
 
@@ -21,9 +17,7 @@ import re
 import resource
 import shlex
 import shutil
-import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -31,7 +25,6 @@ from typing import Final
 
 HEADER_TIMEOUT_S: Final = 10
 CLIENT_TIMEOUT_S: Final = 600
-_KEPT, _STAND_IN = "haproxy.kept.cfg", "haproxy.stand-in.cfg"  # beside Ray Serve's own file
 _MOST_CONNECTIONS: Final = 50_000
 _DESCRIPTORS_PER_CONNECTION: Final = 3  # to the client, to the replica, for splicing
 _SPARE_DESCRIPTORS: Final = 500
@@ -102,19 +95,6 @@ def complete(configuration: str) -> str:
     return text
 
 
-def stand_in(folder: Path) -> None:
-    """Start HAProxy as the last one was; Ray Serve's next takes over from it.
-
-    `folder` is where Ray Serve keeps HAProxy's files. This one takes no commands: Ray Serve must
-    see that its own is gone.
-    """
-    for kept in folder.rglob(_KEPT):
-        file = kept.with_name(_STAND_IN)
-        file.write_text(re.sub(r"^\s*stats socket .*\n", "", kept.read_text(), flags=re.M))
-        command = [find_haproxy() or "haproxy", "-D", "-f", str(file)]
-        subprocess.run(command, capture_output=True, check=False)
-
-
 def drain(folder: Path, within_s: float) -> None:
     """Take no new connections, and wait until the requests that run are answered.
 
@@ -124,13 +104,7 @@ def drain(folder: Path, within_s: float) -> None:
     sockets = [path for path in folder.rglob("admin.sock") if path.is_socket()]
     for path in sockets:
         _tell(path, "disable frontend http_frontend")
-    files = list(folder.rglob(_STAND_IN))
-    for pid in (pid for file in files for pid in _others_with(file)):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(pid), signal.SIGUSR1)  # as above, and then it ends
-    while time.monotonic() < end_s and (
-        any(_num_running(path) for path in sockets) or any(map(_others_with, files))
-    ):
+    while time.monotonic() < end_s and any(_num_running(path) for path in sockets):
         time.sleep(0.05)
 
 
@@ -156,22 +130,15 @@ def _tell(path: Path, command: str) -> str:
 def main() -> None:
     """Complete the configuration that the arguments name, and become HAProxy.
 
-    It takes over from a stand-in. The first one of a manager (which Ray Serve gives nobody to take
-    over from by `-sf`) also takes over from what a manager left when it was killed, and serves by
-    the configuration of these: its own names no replica yet.
+    The first one of a manager (which takes over from none by `-sf`) takes over from those that a
+    manager left when it was killed: until then they go on serving.
     """
     binary, *arguments = sys.argv[1:]
     file = Path(arguments[arguments.index("-f") + 1])
-    kept, left = file.with_name(_KEPT), _others_with(file.with_name(_STAND_IN))
-    text = complete(file.read_text())
-    if "-sf" not in arguments:
-        text = kept.read_text() if kept.exists() else text
-        left += _others_with(file)
-        arguments.append("-sf")
-    for one in (file, kept):
-        one.write_text(text)
-    after = arguments.index("-sf") + 1
-    arguments[after:after] = left
+    file.write_text(complete(file.read_text()))
+    left = [] if "-sf" in arguments else _others_with(file)
+    if left:
+        arguments += ["-sf", *left]
     os.setsid()  # Ray kills what is in its manager's process group together with that
     os.execv(binary, [binary, *arguments])
 

@@ -11,7 +11,6 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -95,7 +94,7 @@ def _serve(args: AppArgs, pool: Pool, host: str, port: int, folder: Path, *, loc
 
 def _serve_on_ray(args: AppArgs, pool: Pool, host: str, port: int, folder: Path) -> None:
     from router.cluster import ClusterFailed, local_cluster, prepared_environment, watch
-    from router.haproxy import drain, find_haproxy, stand_in
+    from router.haproxy import drain, find_haproxy
 
     haproxy = find_haproxy()
     with prepared_environment(folder, haproxy):
@@ -128,7 +127,7 @@ def _serve_on_ray(args: AppArgs, pool: Pool, host: str, port: int, folder: Path)
                 _warn_of_ports(port)
                 _reload_on_hangup(args, pool)
                 try:
-                    watch(host, port, partial(stand_in, folder))
+                    watch(host, port)
                 except KeyboardInterrupt:
                     _say("Stopping: running requests are finished, new ones are not taken ...")
                     with contextlib.suppress(KeyboardInterrupt):  # a second signal: at once

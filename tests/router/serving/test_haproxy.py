@@ -2,15 +2,13 @@
 
 import os
 import re
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 
 from router.haproxy import (
@@ -18,7 +16,6 @@ from router.haproxy import (
     complete,
     find_haproxy,
     most_connections,
-    stand_in,
     write_launcher,
 )
 from tests.ports import free_port
@@ -126,41 +123,3 @@ def test_a_new_one_takes_over_from_one_whose_manager_was_killed(
     start(configuration, "-sf", "999999999")
     time.sleep(1)
     assert new.poll() is None
-
-
-def test_one_stands_in_for_what_was_killed_until_the_next_takes_over(
-    configuration: str,
-    start: Callable[..., tuple[subprocess.Popen[bytes], str]],
-    tmp_path: Path,
-    request: pytest.FixtureRequest,
-) -> None:
-    """It serves by what the last one knew, which the next manager's first knows too."""
-    knowing = complete(configuration).replace("string starting", "string known")
-    process, url = start(knowing)
-    assert _get(url).text == "known"
-    process.kill()
-    process.wait()
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(url)
-    request.addfinalizer(lambda: [one.kill() for one in _daemons(tmp_path)])
-    stand_in(tmp_path)
-    assert httpx.get(url).text == "known"
-    [commands] = re.findall(r"stats socket (\S+)", configuration)
-    with socket.socket(socket.AF_UNIX) as line, pytest.raises(ConnectionRefusedError):
-        line.connect(commands)  # where it took commands, Ray would believe that its own is there
-    [standing] = _daemons(tmp_path)
-    start(configuration)
-    psutil.wait_procs([standing], timeout=60)
-    assert not standing.is_running()
-    assert _get(url).text == "known"
-
-
-def _daemons(folder: Path) -> list[psutil.Process]:
-    """Return the processes that serve by a file in `folder` and that nobody here started."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            command = process.cmdline()
-            if "-D" in command and any(word.startswith(str(folder)) for word in command):
-                found.append(process)
-    return found
