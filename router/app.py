@@ -30,7 +30,7 @@ from router.energy import lane_meter
 from router.engines import EngineWorker, set_num_threads
 from router.ingress import create_api
 from router.logs import set_up_logs
-from router.placement import on_ray, placement, replicas, single
+from router.placement import affinity, on_ray, placement, replicas, single
 
 _BROADCAST_TIMEOUT_S = 5.0
 
@@ -52,7 +52,10 @@ def build(args: AppArgs) -> Application:
         if traits.needs is not None:
             raise PoolError(f"engines.{spec.name}: {traits.needs}")
         engines[spec.name] = EngineReplica.options(  # type: ignore[attr-defined]
-            name=f"engine-{spec.name}", **replicas(spec.deployment), **placement(spec, traits)
+            name=f"engine-{spec.name}",
+            **replicas(spec.deployment),
+            **affinity(spec.deployment),
+            **placement(spec, traits),
         ).bind(on_ray(spec, traits), models, args.num_threads, args.metering)
     ingress: Application = Ingress.options(  # type: ignore[attr-defined]
         name="ingress", **replicas(args.ingress), **single(args.ingress)

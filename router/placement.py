@@ -36,6 +36,13 @@ def replicas(spec: DeploymentSpec) -> dict[str, Any]:
     return options
 
 
+def affinity(spec: DeploymentSpec) -> dict[str, Any]:
+    """Return Ray Serve's options for which of an engine's replicas a request goes to."""
+    if max(spec.min_replicas, spec.max_replicas) == 1:
+        return {}
+    return {"request_router_config": {"request_router_class": "router.affinity.AffinityRouter"}}
+
+
 def placement(spec: EngineSpec, traits: EngineTraits) -> dict[str, Any]:
     """Return Ray Serve's options for where the replicas of the engine run.
 
