@@ -20,7 +20,7 @@ from models.engines.stacked.attention import (
     SpanAttention,
 )
 from models.engines.stacked.layout import Layout
-from models.engines.stacked.matrices import Product
+from models.engines.stacked.product import Product
 
 
 class Norm:

@@ -24,7 +24,7 @@ from models.engines.stacked.buffers import Buffers, Norm
 from models.engines.stacked.cache import Arena
 from models.engines.stacked.layers import Rotary
 from models.engines.stacked.layout import Grouping, Layout, Order
-from models.engines.stacked.matrices import Product
+from models.engines.stacked.product import Product
 from models.engines.stacked.weights import LayerWeights, Weights
 
 

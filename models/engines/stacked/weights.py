@@ -33,7 +33,7 @@ from models.engines.stacked.architecture import (
     NORMS_BEFORE,
     Architecture,
 )
-from models.engines.stacked.matrices import MatricesT, Pack
+from models.engines.stacked.matrices import MatricesT, Pack, Reordered
 from models.errors import PoolError
 from models.sources.safetensors import weight_files
 
@@ -104,7 +104,8 @@ class LayerWeights(Generic[MatricesT]):
 @dataclass(frozen=True, kw_only=True)
 class Weights(Generic[MatricesT]):
     """All members. With tied embeddings `embed_MVD` is a transposed view of `head_MDV`, or None
-    where that is of integers, which can be read one by one.
+    where that is of integers, which can be read one by one. Where only a kernel can read the head,
+    the embedding stands beside it.
     """
 
     embed_MVD: Tensor | None
@@ -207,8 +208,10 @@ class _Loader(Generic[MatricesT]):
     def load(self) -> Weights[MatricesT]:
         head_MDV = self._matrices(HEAD, lambda m: self._read_either(m, HEAD, EMBEDDING).T)
         embed_MVD = None
-        if not all(self._is_tied(member) for member in range(self._num_members)):
+        tied = all(self._is_tied(member) for member in range(self._num_members))
+        if not tied or isinstance(head_MDV, Reordered):
             embed_MVD = self._stack(lambda m: self._read_either(m, EMBEDDING, HEAD))
+            embed_MVD = _narrowed(embed_MVD) if isinstance(head_MDV, Reordered) else embed_MVD
         elif isinstance(head_MDV, Tensor):
             embed_MVD = head_MDV.transpose(1, 2)
         return Weights(
@@ -300,6 +303,12 @@ class _Loader(Generic[MatricesT]):
         for member in range(1, self._num_members):
             stacked[member] = one(member)
         return stacked
+
+
+def _narrowed(numbers: Tensor) -> Tensor:
+    """Return the numbers in half the bytes where bfloat16 can tell them all, as of most files."""
+    narrow = numbers.bfloat16()
+    return narrow if torch.equal(narrow.to(numbers.dtype), numbers) else numbers
 
 
 def _score_scale(known: Architecture) -> float:

@@ -1,4 +1,4 @@
-"""Weights as small integers: what was rounded, and by how much."""
+"""How matrices are kept: what was rounded, and by how much."""
 
 from pathlib import Path
 from typing import Any

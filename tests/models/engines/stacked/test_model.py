@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from models.card import Shape, read_card
-from models.engines.stacked import attention
+from models.engines.stacked import attention, matrices
 from models.engines.stacked.architecture import read_architecture
 from models.engines.stacked.cache import Arena
 from models.engines.stacked.layout import Part, build_step, order_parts
-from models.engines.stacked.matrices import as_they_are
+from models.engines.stacked.matrices import fastest
 from models.engines.stacked.model import StackedModel
 from models.engines.stacked.sequence import Sequence
 from models.engines.stacked.weights import load_weights
@@ -40,7 +40,8 @@ class Bench:
         self.num_members = len(cards)
         self.arena = Arena(architecture.shape, 2**20, CPU, dtype)
         self.model = StackedModel(
-            architecture, load_weights(cards, architecture, CPU, dtype, pack=as_they_are)
+            architecture,
+            load_weights(cards, architecture, CPU, dtype, pack=fastest(CPU, dtype)),
         )
 
     def sequence(self, tokens: Seq[int], members: tuple[int, ...]) -> Sequence:
@@ -67,9 +68,15 @@ class Bench:
         }
 
 
+@pytest.mark.parametrize("reordered", [False, True])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_logits_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
-    """Every position's logits match to 1e-4 in fp32, prefilled whole, in chunks, and decoded."""
+def test_logits_are_those_of_transformers(
+    kind: str, reordered: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every position's logits match to 1e-4 in fp32, prefilled whole, in chunks, and decoded; with
+    matrices as they are, and in oneDNN's order as large ones are kept."""
+    if reordered:
+        monkeypatch.setattr(matrices, "_LEAST_REORDERED", 0)
     folders = [save_checkpoint(tmp_path / f"{seed}", kind, seed=seed) for seed in range(2)]
     bench = Bench(folders)
     for chunks in ([10], [4, 1, 5], [7, 1, 1, 1]):
