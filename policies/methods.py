@@ -26,33 +26,36 @@ class Method:
     guesses_time: bool = False
 
 
+# Nobody here has held a meter against a counter: 5% is assumed of both. The papers that did found
+# them close to the plug in long steady work, and far off in short work.
 NVML = Method(
     name="measured:nvml",
     low=0.95,
     high=1.05,
-    source="a GPU's own counter, whole board; Yang et al., Part-time Power Measurements "
-    "(arXiv 2312.02741): 5%, more where work is shorter than a tenth of a second",
+    source="a GPU's own counter, whole board; 5% assumed. Yang et al. (arXiv 2312.02741) compare "
+    "such counters with meters: short work, of which an H100 samples a quarter, may be far off",
     date="2024-11",
 )
 RAPL = Method(
     name="measured:rapl",
-    low=0.98,
-    high=1.02,
-    source="a CPU's own counters, package and memory; Phung et al. (NCA 2018): 1.63% from the "
-    "socket's meter once that is modelled; power supply and fans are not in it",
-    date="2018-11",
+    low=0.95,
+    high=1.05,
+    source="a CPU's own counters, package and memory; 5% assumed. Khan et al. (RAPL in Action, "
+    "2018) find them accurate enough and Fahad et al. (Energies 12(11) 2204, 2019) too far off to "
+    "optimise by; power supply and fans are not in it",
+    date="2019-06",
 )
 # The least and the most that a busy vCPU draws by the same tables, against the table's 3.97 W.
 CPU_TIME = Method(
     name="modelled:cpu-time",
-    low=0.43,
+    low=0.40,
     high=2.16,
-    source="seconds of vCPUs times their power; cloud-carbon-coefficients: 1.69 to 8.58 W a busy "
-    "vCPU by architecture; state yours (`shoal calibrate energy`)",
+    source="seconds of vCPUs times their power; cloud-carbon-coefficients: 1.58 (EPYC, 2nd "
+    "generation) to 8.58 W (Sandy Bridge) a busy vCPU; state yours (`shoal calibrate energy`)",
     date="2023-09",
 )
-# Low: LLMCarbon's own residuals (actual over predicted energy of five training runs: 0.93 to 1.04)
-# times the best efficiency of its table 4 (0.39) against the 0.35 that is assumed. High: a
+# Low: LLMCarbon's own residuals (actual over predicted energy of the five training runs of its
+# table 4: 0.93 to 1.04) times 0.35, which is assumed, over the best efficiency there (0.39). High: a
 # published measurement of serving, 0.12 J a token of Llama-3.1-8B on an H100 at batch 64 (ML.ENERGY
 # 3.0), against the 0.0325 J that these equations give.
 _LOW, _HIGH = 0.83, 3.7

@@ -2,6 +2,8 @@
 
     claim a batch → check its lines → answer those that have no result yet → show the results
 
+With `batches.wait_for` the rest of a batch waits for better hours (`policies.carbon.grid.may_wait`).
+
 A line's result is a part of the batch's output or error file, by the line's number, and is written
 once; after a restart, here or elsewhere, only lines without one are answered. (One whose answer was
 not yet written is then asked for again.) Lines go through the same policies, keys, caps, engines
@@ -13,17 +15,19 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import secrets
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.responses import Response
 
+from policies.carbon.grid import may_wait
 from router.access.authentication import KeyRejected
 from router.config import BatchesConfig
 from router.errors import ApiError, bad_request, to_api_error
@@ -39,6 +43,7 @@ OFFLINE = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embe
 
 _LOOK_S = 1.0  # how often a batch is looked for, and how soon a cancellation is noticed
 _PRUNE_S = 60.0
+_COUNT_S = 10.0  # how often the lines that are left are counted
 _TRIES_S = (0.5, 1, 2, 4, 8, 16, 30)  # the waits of a line that the server has no room for
 _MOST_ERRORS = 20  # that are told of one file
 _MOST_ID_CHARACTERS = 512
@@ -57,7 +62,9 @@ class Answers(Protocol):
 @dataclass(kw_only=True)
 class _Work:
     """A batch under way; `done` are the numbers of the lines with an answer, and of those that
-    failed.
+    failed. `num_before` of them were done before this began, at `began_s`; `waited_s` seconds
+    since then it has waited for a better hour. `num_left` lines of all open batches had no result
+    at `looked_s`. Seconds are of the monotonic clock.
     """
 
     row: Mapping[str, Any]
@@ -65,6 +72,22 @@ class _Work:
     error_id: str
     done: list[set[int]]
     status: str = "in_progress"
+    began_s: float = field(default_factory=time.monotonic)
+    num_before: int = 0
+    waited_s: float = 0.0
+    num_left: int = 0
+    looked_s: float = -math.inf
+
+    @property
+    def num_here(self) -> int:
+        """How many lines have been done since this began."""
+        return sum(map(len, self.done)) - self.num_before
+
+    @property
+    def left_s(self) -> float:
+        """How long the lines that are left take at this batch's own pace so far."""
+        answering_s = time.monotonic() - self.began_s - self.waited_s
+        return self.num_left * answering_s / self.num_here
 
     @property
     def is_over(self) -> bool:
@@ -73,7 +96,10 @@ class _Work:
 
 
 class Batching:
-    """Works on one batch at a time. `endpoints` are those that lines may name, by path."""
+    """Works on one batch at a time. `endpoints` are those that lines may name, by path.
+
+    `announced` tells how dear an hour to come is, where batches may wait for a better one.
+    """
 
     def __init__(
         self,
@@ -84,8 +110,10 @@ class Batching:
         files: FileStore,
         config: BatchesConfig,
         max_body_bytes: int,
+        announced: Callable[[float], float | None] | None = None,
     ) -> None:
         self._answers = answers
+        self._announced = announced
         self._endpoints = endpoints
         self._batches = batches
         self._files = files
@@ -138,6 +166,7 @@ class Batching:
             done=await self._done(row["output_file_id"], row["error_file_id"]),
             status="cancelling" if row["status"] == "cancelling" else "in_progress",
         )
+        work.num_before = sum(map(len, work.done))
         watching = asyncio.create_task(self._watch(work))
         try:
             await self._answer_all(work)
@@ -219,6 +248,7 @@ class Batching:
                     continue
                 while len(running) >= self._room() and not work.is_over:
                     running = await _some_done(running)
+                await self._better_hour(work)
                 if work.is_over:
                     break
                 running.add(asyncio.create_task(self._answer(work, number, line)))
@@ -228,6 +258,32 @@ class Batching:
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
+
+    async def _better_hour(self, work: _Work) -> None:
+        """Wait while what is left, of other batches too, had better be answered later.
+
+        The first lines are answered at once, to see how long one takes.
+        """
+        if self._announced is None or work.num_here < self._config.concurrency:
+            return
+        while not work.is_over:
+            now_s = time.monotonic()
+            if now_s - work.looked_s > _COUNT_S:
+                work.looked_s = now_s
+                work.num_left = await self._calls.run(
+                    self._batches.num_left, work.row["num_total"]
+                )
+            if not may_wait(
+                self._announced,
+                now_s=time.time(),
+                until_s=work.row["expires_s"],
+                work_s=work.left_s,
+            ):
+                return
+            if not work.waited_s:
+                logger.info("the batch %s waits for a better hour", work.row["batch_id"])
+            await asyncio.sleep(_LOOK_S)
+            work.waited_s += time.monotonic() - now_s
 
     def _room(self) -> int:
         return 1 if self._answers.num_waited_for else self._config.concurrency

@@ -114,7 +114,10 @@ class BatchesConfig(_Strict):
 
     A file has at most `max_file_mb` megabytes and `max_requests` lines; all of them are kept for
     `keep_days`, and no more are taken once they take `max_gb` together. A replica works on
-    `concurrency` lines at once while nobody waits for an answer, else on one.
+    `concurrency` lines at once while nobody waits for an answer, else on one. With `wait_for` a
+    batch waits for hours that are better by "carbon" (as `carbon.grid_file` announces them) or by
+    "price" (`tariff_file`: a CSV with the columns hour,usd_per_kwh or time,usd_per_kwh, from the
+    pool's folder on), as long as it will be done in time.
     """
 
     max_file_mb: float = Field(100, gt=0)
@@ -122,6 +125,14 @@ class BatchesConfig(_Strict):
     max_gb: float = Field(2, gt=0)
     keep_days: float = Field(30, gt=0, le=3650)
     concurrency: int = Field(8, ge=1, le=1024)
+    wait_for: Literal["carbon", "price"] | None = None
+    tariff_file: Path | None = None
+
+    @model_validator(mode="after")
+    def _tariff_is_there(self) -> BatchesConfig:
+        if (self.wait_for == "price") != (self.tariff_file is not None):
+            raise ValueError("wait_for: price and tariff_file go together")
+        return self
 
 
 class TracingConfig(_Strict):
@@ -191,11 +202,15 @@ class AppArgs(_Strict):
     _server: str = PrivateAttr("")
 
     @model_validator(mode="after")
-    def _idle_capacity_is_planned(self) -> AppArgs:
+    def _what_is_needed_is_there(self) -> AppArgs:
         if self.carbon.idle == "capacity" and self.economics is None:
             raise ValueError(
                 'carbon.idle: "capacity" needs economics.utilisation; allowed without are '
                 '"excluded" and "busy_time"'
+            )
+        if self.batches.wait_for == "carbon" and self.carbon.grid_file is None:
+            raise ValueError(
+                "batches.wait_for: carbon needs carbon.grid_file: nothing else announces hours"
             )
         return self
 

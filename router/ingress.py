@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -21,6 +21,7 @@ from starlette.responses import JSONResponse
 
 from models.engines.base import EngineStats
 from models.errors import EngineError
+from policies.carbon.grid import ScheduledGrid
 from router.access.authentication import Identify, KeyRejected
 from router.access.keys import KeysError, Scope
 from router.access.limits import CapError
@@ -142,7 +143,7 @@ def create_api(service: Service, args: AppArgs) -> FastAPI:
         bodies=service.bodies,
     )
     add_token_routes(api, lambda: service.catalog, identify=identify, bodies=service.bodies)
-    names = [shadow.name for shadow in service.mirror.shadows]
+    names = [shadow.name for shadow in service.mirror.shadows if shadow.judge is None]
     add_feedback_route(
         api,
         service.ledger,
@@ -362,8 +363,19 @@ def _add_batches(
             files=files,
             config=args.batches,
             max_body_bytes=service.limits.max_body_bytes,
+            announced=_hours(args, service),
         )
     )
+
+
+def _hours(args: AppArgs, service: Service) -> Callable[[float], float | None] | None:
+    """Return what announces how dear an hour is, where batches wait for better ones."""
+    if args.batches.wait_for is None:
+        return None
+    if args.batches.tariff_file is None:
+        return lambda then_s: service.catalog.prices.grid.announced(then_s)
+    file = service.catalog.pool.folder / args.batches.tariff_file
+    return ScheduledGrid.read(file, column="usd_per_kwh").announced
 
 
 async def _health(service: Service) -> JSONResponse:

@@ -25,6 +25,11 @@ MOST_CHARACTERS = 200
 TEXTS = ("query_text", "answer_text")
 
 
+def mirrored_request_id(shadow: str, request_id: str) -> str:
+    """Return the id of the row that `shadow` leaves for `request_id`."""
+    return f"{shadow}/{request_id}"
+
+
 def shown(*, log: bool = True, span: str | None = None) -> dict[str, Any]:
     """Return a field's metadata: whether the log's line has it, and its name in the span."""
     return {"log": log, "span": span}
@@ -65,8 +70,8 @@ class RequestRecord:
     in order: plan path, members, score, tokens, seconds, outcome. `experiment` and `arm` are where
     the request took part, `unit` the hash of the randomised unit and `propensity` the probability
     with which it got this arm; None outside of experiments. `expected_quality` is the default
-    policy's prediction, whichever policy decided: a covariate. `answer_digest` tells whether a
-    label equals the answer. `query_text` (the last user message) and `answer_text` are None unless
+    policy's prediction, whichever policy decided: a covariate. `language` is the query's (ISO 639-1),
+    where an experiment compares languages. `answer_digest` tells whether a label equals the answer. `query_text` (the last user message) and `answer_text` are None unless
     `ledger.keep_text`.
     """
 
@@ -118,6 +123,7 @@ class RequestRecord:
     unit: str | None = None
     propensity: float | None = None
     expected_quality: float | None = None
+    language: str | None = None
     client_request_id: str = field(default="", metadata=shown())
     plan: Mapping[str, Any] | None = None
     members: Mapping[str, MemberTokens] = field(default_factory=dict)

@@ -10,7 +10,7 @@ import csv
 import math
 import threading
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
@@ -23,6 +23,9 @@ GRID_FOLDER = Path(__file__).parent.parent / "data" / "grid"
 CLOUDS = ("gcp", "aws", "azure")
 _YEARLY_CHANGE = 0.25
 _UNDATED = 5  # years, for rows whose source names none
+# Work that may wait: in steps of so many seconds, as if it took so many times as long as it seems.
+_STEP_S = 900.0
+_MARGIN = 1.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +150,24 @@ class StaticGrid:
         return None
 
 
+def may_wait(
+    announced: Callable[[float], float | None], *, now_s: float, until_s: float, work_s: float
+) -> bool:
+    """Return whether work of `work_s` seconds, due by `until_s`, had better not go on now.
+
+    `announced` gives carbon or money per kWh at a Unix time. A greedy threshold: the work goes on
+    in those steps that are cheapest by what is announced and just suffice, with a margin for work
+    that takes longer than it seems. Where nothing is announced there is nothing to wait for.
+    """
+    num_needed = math.ceil(_MARGIN * work_s / _STEP_S)
+    times_s = (now_s + step * _STEP_S for step in range(int((until_s - now_s) // _STEP_S)))
+    values = [value for value in map(announced, times_s) if value is not None]
+    now = announced(now_s)
+    if now is None or not 0 < num_needed < len(values):
+        return False
+    return now > sorted(values)[num_needed - 1]
+
+
 class ScheduledGrid:
     """Intensities over time, from a file: a daily profile or a time series.
 
@@ -170,10 +191,10 @@ class ScheduledGrid:
         self._daily = daily
 
     @classmethod
-    def read(cls, file: Path) -> ScheduledGrid:
+    def read(cls, file: Path, *, column: str = "gco2e_per_kwh") -> ScheduledGrid:
         """Read a CSV with the columns `hour,gco2e_per_kwh` or `time,gco2e_per_kwh`.
 
-        `hour` is 0 to 23.99 UTC and repeats every day; `time` is ISO 8601 (UTC where it names no
+        Another `column` holds something else that varies, as prices do. `hour` is 0 to 23.99 UTC and repeats every day; `time` is ISO 8601 (UTC where it names no
         offset). Raises `CarbonError` that names the file, the line and what is allowed.
         """
         try:
@@ -183,21 +204,20 @@ class ScheduledGrid:
             raise CarbonError(f"grid file {file}: {error}") from None
         columns = set(rows[0]) if rows else set()
         daily = "hour" in columns
-        if "gco2e_per_kwh" not in columns or not ({"hour", "time"} & columns):
+        if column not in columns or not ({"hour", "time"} & columns):
             raise CarbonError(
-                f"grid file {file}: needs rows under the columns hour,gco2e_per_kwh or "
-                "time,gco2e_per_kwh"
+                f"grid file {file}: needs rows under the columns hour,{column} or time,{column}"
             )
         points = []
         for line, row in enumerate(rows, start=2):
             try:
                 time_s = float(row["hour"]) * 3600 if daily else _unix_s(row["time"])
-                value = float(row["gco2e_per_kwh"])
+                value = float(row[column])
             except (TypeError, ValueError) as error:
                 raise CarbonError(f"grid file {file}, line {line}: {error}") from None
             if not 0 <= value < float("inf") or (daily and not 0 <= time_s < 86400):
                 raise CarbonError(
-                    f"grid file {file}, line {line}: intensity must be >= 0, an hour in [0, 24)"
+                    f"grid file {file}, line {line}: {column} must be >= 0, an hour in [0, 24)"
                 )
             points.append((time_s, value))
         points.sort()

@@ -18,7 +18,14 @@ from scipy.stats import false_discovery_control
 
 from policies.experiments import sequences
 from policies.experiments.best_arm import known_best
-from policies.experiments.effects import Effect, Observations, UnitSums, arm_mean, effect
+from policies.experiments.effects import (
+    Effect,
+    Observations,
+    UnitSums,
+    arm_mean,
+    effect,
+    rating_shift,
+)
 from policies.experiments.experiment import HOLDOUT, METRICS, Arm, Experiment, Goal, Guardrail
 from policies.experiments.report import (
     ArmReport,
@@ -36,6 +43,8 @@ MIN_UNITS = 30
 # Metrics without a configured minimum effect are tuned to show two points of a share, or 5%.
 _SHARE_EFFECT, _RELATIVE_EFFECT = 0.02, 0.05
 _MOST_PARTS = 8
+# Standard errors by which a judge may grade rated answers otherwise than all, at any of many looks.
+_CHOSEN = 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +140,7 @@ def analyse(
         verdict=advice.verdict,
         winner=advice.winner,
         recommendation=advice.sentence,
-        notes=advice.notes,
+        notes=(*advice.notes, *_selective(experiment, observations)),
     )
 
 
@@ -215,6 +224,23 @@ def _corrected(experiment: Experiment, asked: Sequence[_Asked]) -> tuple[Compari
     )
 
 
+def _selective(experiment: Experiment, seen: Observations) -> list[str]:
+    """Return a note for each arm where, by the judge's grades, those who rate chose what to rate."""
+    notes = []
+    for arm in experiment.arms if experiment.judge else ():
+        shift = rating_shift(
+            _sums(experiment, seen, arm.name, "judged_quality", adjusted=False)
+        )
+        if abs(shift) > _CHOSEN:
+            notes.append(
+                f"The judge grades the answers of {arm.name!r} that were rated "
+                f"{'higher' if shift > 0 else 'lower'} than others ({abs(shift):.1f} standard "
+                "errors): what people rate depends on the answer, so neither quality nor "
+                "judged_quality tells of the answers that nobody rated."
+            )
+    return notes
+
+
 def _parts(seen: Observations, segment: str) -> list[str]:
     """Return the largest parts of `segment`."""
     names, counts = np.unique(seen.parts.get(segment, np.zeros(0, str)), return_counts=True)
@@ -227,6 +253,8 @@ def _sums(
 ) -> UnitSums:
     """Return the metric's sums per unit of `arm`, with covariates where they are to adjust it."""
     covariates = experiment.covariates if adjusted else ()
+    if metric == "judged_quality":
+        return seen.sums(arm, "quality", covariates, judge="grade")
     own = experiment.metrics.get(metric)
     if own is None or own.ratio is None:
         return seen.sums(arm, metric, covariates)
@@ -322,7 +350,7 @@ def _arm_report(
     means = {
         metric: arm_mean(_sums(experiment, seen, arm.name, metric, adjusted=False))
         for metric in (*METRICS, *experiment.metrics)
-        if metric in seen.columns or experiment.is_ratio(metric)
+        if metric in seen.columns or experiment.is_ratio(metric) or metric == "judged_quality"
     }
     return ArmReport(
         name=arm.name,

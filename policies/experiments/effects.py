@@ -8,6 +8,12 @@ the linearised unit values e_u = (y_u - R d_u) / mean(d).
 CUPED (Deng, Xu, Kohavi & Walker 2013) subtracts what a covariate known before the answer
 explains: with several covariates, θ = Σ_xx⁻¹ Σ_xy, in one dimension cov(X, Y)/var(X), pooled over
 the arms so that adjusting moves no arm's expectation.
+
+A judge's grades shrink the error of what people say in the same way (prediction-powered inference:
+Angelopoulos, Bates, Fannjiang, Jordan & Zrnic 2023; with θ as in PPI++, Angelopoulos, Duchi &
+Zrnic 2023). The mean grade of the rated answers less that of all graded ones has expectation zero
+in every arm, however wrong the judge is and whichever arm it likes, as long as it is not the answer
+that makes people rate. So it is one column more for CUPED.
 """
 
 from __future__ import annotations
@@ -134,37 +140,46 @@ class Observations:
         return np.unique(self.unit, return_index=True)[1].astype(np.int64)
 
     def sums(
-        self, arm: str, metric: str, covariates: Sequence[str] = (), *, per: str | None = None
+        self,
+        arm: str,
+        metric: str,
+        covariates: Sequence[str] = (),
+        *,
+        per: str | None = None,
+        judge: str | None = None,
     ) -> UnitSums:
         """Return `metric` summed per unit of `arm`, weighted by one over the propensity.
 
-        Counts are requests that have a value, or sums of the metric `per`. The weights are all one
-        while the arm's weight never changed; if it did, they undo that the arm then saw more of one
-        period's traffic than of another's.
+        Counts are requests that have a value, or sums of the metric `per`; `judge` is the column of
+        a judge's grades. The weights are all one while the arm's weight never changed; if it did,
+        they undo that the arm then saw more of one period's traffic than of another's.
         """
         here = self.arm == self.arms.index(arm)
         unknown = np.full(len(self), np.nan)
         value = self.columns.get(metric, unknown)[here]
         count = np.ones(len(value)) if per is None else self.columns.get(per, unknown)[here]
-        known = ~np.isnan(value) & ~np.isnan(count)
-        # A request that lacks a covariate gets the mean of the others: it then explains nothing.
-        x_NC = np.column_stack(
-            [self._covariate(name)[here][known] for name in covariates]
-            or [np.zeros((int(known.sum()), 0))]
-        )
-        unit, propensity = self.unit[here][known], self.propensity[here][known]
+        grade = unknown[here] if judge is None else self.columns.get(judge, unknown)[here]
+        known, graded = ~np.isnan(value) & ~np.isnan(count), ~np.isnan(grade)
+        both, counted = known & graded, known | graded
+        unit, propensity = self.unit[here][counted], self.propensity[here][counted]
         weight = propensity.max() / propensity if len(propensity) else propensity
         _, code = np.unique(unit, return_inverse=True)
 
-        def total(column: Floats) -> Floats:
-            return np.bincount(code, weights=weight * column).astype(np.float64)
+        def total(column: Floats, where: NDArray[np.bool_]) -> Floats:
+            kept = np.where(where, column, 0.0)[counted]
+            return np.bincount(code, weights=weight * kept).astype(np.float64)
 
-        sums = [total(x) for x in x_NC.T]
-        counts = total(count[known])
+        def columns(parts: Sequence[Floats]) -> Floats:
+            return np.column_stack(parts) if parts else np.zeros((int(code.max(initial=-1)) + 1, 0))
+
+        one = np.ones(len(value))
+        judged = [total(*of) for of in ((grade, both), (one, both), (grade, graded), (one, graded))]
         return UnitSums(
-            values=total(value[known]),
-            counts=counts,
-            covariates=np.column_stack(sums) if sums else np.zeros((len(counts), 0)),
+            values=total(value, known),
+            counts=total(count, known),
+            # A request that lacks a covariate gets the others' mean: it then explains nothing.
+            covariates=columns([total(self._covariate(c)[here], known) for c in covariates]),
+            grades=columns(judged if judge is not None else []),
         )
 
     def _covariate(self, name: str) -> Floats:
@@ -182,16 +197,40 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class UnitSums:
-    """One arm's sums per unit: `values` and `counts` [units], `covariates` [units, covariates]."""
+    """One arm's sums per unit: `values` and `counts` [units], `covariates` [units, covariates].
+
+    `grades` [units, 4] are a judge's of answers that also have a value, their number, then those of
+    all graded answers and their number; None or [units, 0] without a judge.
+    """
 
     values: Floats
     counts: Floats
     covariates: Floats
+    grades: Floats | None = None
 
     @property
     def num_units(self) -> int:
         """Units with at least one counted request."""
         return int(np.count_nonzero(self.counts))
+
+    @property
+    def num_graded(self) -> int:
+        """Units with an answer that has both a value and a judge's grade."""
+        return 0 if self.grades is None else int(np.count_nonzero(self.grades[:, 1:2]))
+
+    def adjusters(self) -> list[tuple[float, Floats]]:
+        """Return what explains the metric's error, each with its mean and the units' errors in it.
+
+        A judge's, which comes last, is the mean grade of what also has a value less that of all.
+        """
+        found = [_linearise(column, self.counts) for column in self.covariates.T]
+        if self.grades is not None and self.grades.size:
+            (rated, rated_U), (every, every_U) = (
+                _linearise(self.grades[:, at], self.grades[:, at + 1]) for at in (0, 2)
+            )
+            enough = self.num_graded >= FEWEST_GRADED
+            found.append((rated - every, rated_U - every_U) if enough else (0.0, 0.0 * every_U))
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,36 +253,53 @@ class Effect:
     variance_kept: float = 1.0
 
 
+# With fewer units whose answers are both rated and graded, a judge counts for nothing.
+FEWEST_GRADED = 30
+
+
 def arm_mean(sums: UnitSums) -> ArmMean:
-    """Return the ratio mean of one arm."""
+    """Return the ratio mean of one arm, with the help of a judge's grades where there are any."""
     mean, residuals = _linearise(sums.values, sums.counts)
+    if sums.num_graded:
+        judge, judge_U = sums.adjusters()[-1]
+        theta = float(residuals @ judge_U / max(judge_U @ judge_U, 1e-300))
+        mean, residuals = mean - theta * judge, residuals - theta * judge_U
     return ArmMean(mean=mean, se=_standard_error(residuals), num_units=sums.num_units)
 
 
+def rating_shift(sums: UnitSums) -> float:
+    """Return by how many standard errors a judge grades rated answers higher than all of them.
+
+    Far from zero, it is the answer that makes people rate, and neither their mean nor the judge's
+    correction of it tells of the answers that nobody rated. Zero where little is known.
+    """
+    if sums.num_graded < FEWEST_GRADED:
+        return 0.0
+    shift, residuals = sums.adjusters()[-1]
+    se = _standard_error(residuals)
+    return shift / se if se > 0 else 0.0
+
+
 def effect(treatment: UnitSums, control: UnitSums) -> Effect:
-    """Return the difference of the two arms' ratio means, adjusted by their covariates."""
+    """Return the difference of the two arms' ratio means, adjusted by covariates and grades."""
     arms = (treatment, control)
-    means = [arm_mean(arm) for arm in arms]
-    raw = [_linearise(arm.values, arm.counts)[1] for arm in arms]
-    estimate = means[0].mean - means[1].mean
-    raw_variance = sum(_standard_error(residuals) ** 2 for residuals in raw)
-    theta, shifts, adjusted = _cuped(arms, raw)
+    raw = [_linearise(arm.values, arm.counts) for arm in arms]
+    raw_variance = sum(_standard_error(residuals) ** 2 for _, residuals in raw)
+    theta, shifts, adjusted = _cuped(arms, [residuals for _, residuals in raw])
     variance = sum(_standard_error(residuals) ** 2 for residuals in adjusted)
     return Effect(
-        estimate=float(estimate - theta @ (shifts[0] - shifts[1])),
+        estimate=float(raw[0][0] - raw[1][0] - theta @ (shifts[0] - shifts[1])),
         se=float(np.sqrt(variance)),
-        treatment=means[0],
-        control=means[1],
+        treatment=arm_mean(treatment),
+        control=arm_mean(control),
         variance_kept=float(variance / raw_variance) if raw_variance > 0 else 1.0,
     )
 
 
 def _linearise(values: Floats, counts: Floats) -> tuple[float, Floats]:
-    """Return R = Σ values / Σ counts and each counting unit's error in it."""
-    counting = counts > 0
-    values, counts = values[counting], counts[counting]
-    if not len(counts):
-        return float("nan"), np.zeros(0)
+    """Return R = Σ values / Σ counts and each unit's error in it."""
+    if not counts.any():
+        return float("nan"), np.zeros(len(counts))
     mean = float(values.sum() / counts.sum())
     return mean, (values - mean * counts) / counts.mean()
 
@@ -256,19 +312,14 @@ def _standard_error(residuals: Floats) -> float:
 def _cuped(
     arms: Sequence[UnitSums], raw: Sequence[Floats]
 ) -> tuple[Floats, list[Floats], list[Floats]]:
-    """Return θ, each arm's covariate means, and each arm's adjusted residuals."""
-    num = arms[0].covariates.shape[1]
-    shifts, spread = [], []
-    for arm in arms:
-        columns = [_linearise(arm.covariates[:, k], arm.counts) for k in range(num)]
-        shifts.append(np.array([mean for mean, _ in columns]))
-        spread.append(np.column_stack([res for _, res in columns]) if num else None)
+    """Return θ, each arm's means of what adjusts it, and each arm's adjusted residuals."""
+    adjusters = [arm.adjusters() for arm in arms]
+    num = len(adjusters[0])
     if not num or any(len(residuals) < 2 for residuals in raw):
         return np.zeros(num), [np.zeros(num)] * 2, list(raw)
-    x_UC = np.concatenate([x for x in spread if x is not None])
+    shifts = [np.array([mean for mean, _ in columns]) for columns in adjusters]
+    spread = [np.column_stack([column for _, column in columns]) for columns in adjusters]
     # Least squares of minimal norm: a covariate without spread, or twice the same, gets no say.
-    theta: Floats = np.linalg.lstsq(x_UC, np.concatenate(raw), rcond=1e-10)[0]
-    adjusted = [
-        residuals - x @ theta for residuals, x in zip(raw, spread, strict=True) if x is not None
-    ]
+    theta: Floats = np.linalg.lstsq(np.concatenate(spread), np.concatenate(raw), rcond=1e-10)[0]
+    adjusted = [residuals - x_U @ theta for residuals, x_U in zip(raw, spread, strict=True)]
     return theta, shifts, adjusted

@@ -41,6 +41,8 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
     dict(
         (
             _metric("quality", "increase", "[0, 1]", "feedback, of the requests that have any"),
+            _metric("judged_quality", "increase", "[0, 1]", "feedback, with the judge's help"),
+            _metric("grade", "increase", "[0, 1]", "what the judge alone says"),
             _metric("predicted_quality", "increase", "[0, 1]", "the policy's own prediction"),
             _metric("feedback_rate", "increase", "share", "requests with feedback"),
             _metric("usd", "decrease", "USD", "money per request"),
@@ -57,10 +59,12 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
 
 
 Unit: TypeAlias = Literal["user", "session", "request", "block"]
-Segment: TypeAlias = Literal["key", "domain", "length"]
+Segment: TypeAlias = Literal["key", "domain", "length", "language"]
 Correction: TypeAlias = Literal["bonferroni", "benjamini-hochberg"]
 
 HOLDOUT = "holdout"
+# Metrics that there are with a judge only.
+JUDGED = ("judged_quality", "grade")
 COVARIATES = ("prompt_tokens", "expected_quality")
 
 
@@ -195,6 +199,7 @@ class Experiment:
     `metrics` are one's own; `segments` are the parts of the traffic in which the primary metric is
     compared too. `correction` says how the secondary comparisons, and those of segments, allow for
     their number: intervals that all hold together, or a share `alpha` of false discoveries.
+    `judge` names the shadow whose model grades a sample of the answers.
     `switchback` is for the unit "block".
     `salt` seeds the assignment: a new one draws new groups.
     """
@@ -207,6 +212,7 @@ class Experiment:
     metrics: Mapping[str, OwnMetric] = field(default_factory=dict)
     segments: tuple[Segment, ...] = ()
     correction: Correction = "bonferroni"
+    judge: str | None = None
     switchback: Switchback = field(default_factory=Switchback)
     guardrails: tuple[Guardrail, ...] = ()
     control: str | None = None
@@ -284,6 +290,8 @@ class Experiment:
                 raise ExperimentError(
                     f"{where}.metrics.{name}.minimum_effect: {own.minimum_effect} is not above 0"
                 )
+        if self.judge is None:
+            allowed = tuple(name for name in allowed if name not in JUDGED)
         for key, metric in (
             ("primary.metric", self.primary.metric),
             *(("secondary", metric) for metric in self.secondary),

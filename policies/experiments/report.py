@@ -280,7 +280,7 @@ def _notes(
     ]
     table = [[yes, total - yes] for yes, total in counts]
     measurable = len(table) > 1 and all(map(sum, zip(*table, strict=True)))
-    if experiment.primary.metric == "quality" and measurable:
+    if experiment.primary.metric in ("quality", "judged_quality") and measurable:
         p = float(chi2_contingency(table).pvalue)
         if p < ALARM_P:
             rates = ", ".join(f"{arm.name} {arm.means['feedback_rate'].mean:.1%}" for arm in rated)

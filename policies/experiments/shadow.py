@@ -1,7 +1,7 @@
-"""Shadow traffic: ask another policy the same question, score its answer, return it to nobody.
+"""Shadow traffic: ask another policy the same question, or a judge what the answer is worth.
 
-This module decides who is mirrored and keeps the spend under its cap; running the mirrored plan,
-after the client has its answer, is the server's.
+This module decides who is mirrored and keeps the spend under its cap; running it, after the client
+has its answer, is the server's.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ from policies.experiments.read import refusal
 @with_config(extra="forbid")
 @dataclass(frozen=True, kw_only=True)
 class Shadow:
-    """Mirror `share` of the requests for `models` to `policy`, for at most `usd_per_day`.
+    """Mirror `share` of the requests for `models`, for at most `usd_per_day`.
 
-    At most `concurrency` mirrored requests run at once; what comes while they run is skipped, so
+    A `policy` answers them again; or a `judge`, a model of the pool, grades the answer from 1 to 10
+    by the `rubric` (None: correctness first). Give one of the two. At most `concurrency` mirrored requests run at once; what comes while they run is skipped, so
     that shadows never queue in front of clients.
     """
 
     name: str
-    policy: str
+    policy: str | None = None
+    judge: str | None = None
+    rubric: str | None = None
     share: float
     usd_per_day: float
     models: tuple[str, ...] = ("auto",)
@@ -34,6 +37,8 @@ class Shadow:
 
     def __post_init__(self) -> None:
         where = f"shadows.{self.name}"
+        if (self.policy is None) == (self.judge is None):
+            raise ExperimentError(f"{where}: give a policy that answers, or a judge that grades")
         if not 0 < self.share <= 1:
             raise ExperimentError(f"{where}.share: {self.share} is not in (0, 1]")
         if not self.usd_per_day >= 0:
@@ -46,8 +51,13 @@ _DAY_S = 86_400
 _ADAPTER = TypeAdapter(Shadow)
 
 
-def read_shadows(data: object, *, policies: Collection[str]) -> tuple[Shadow, ...]:
-    """Read `{name: shadow}`; raises `ExperimentError` that names the key and what is allowed."""
+def read_shadows(
+    data: object, *, policies: Collection[str], models: Collection[str] = ()
+) -> tuple[Shadow, ...]:
+    """Read `{name: shadow}`; `policies` and `models` are the names there are.
+
+    Raises `ExperimentError` that names the key and what is allowed.
+    """
     if not isinstance(data, Mapping):
         raise ExperimentError(f"shadows: {data!r} is not a mapping from names to shadows")
     shadows = []
@@ -59,11 +69,12 @@ def read_shadows(data: object, *, policies: Collection[str]) -> tuple[Shadow, ..
             shadow = _ADAPTER.validate_python({**body, "name": str(name)})
         except ValidationError as failure:
             raise refusal(where, failure) from None
-        if shadow.policy not in policies:
-            raise ExperimentError(
-                f"{where}.policy: {shadow.policy!r} is unknown; "
-                f"allowed are {', '.join(sorted(policies))}"
-            )
+        for key, known in (("policy", policies), ("judge", models)):
+            if getattr(shadow, key) not in (None, *known):
+                raise ExperimentError(
+                    f"{where}.{key}: {getattr(shadow, key)!r} is unknown; "
+                    f"allowed are {', '.join(sorted(known))}"
+                )
         shadows.append(shadow)
     return tuple(shadows)
 

@@ -57,6 +57,19 @@ _VERDICT = re.compile(r"\b(A|B|tie)\b", re.IGNORECASE)
 _GRADE = re.compile(r"\b(10|[1-9])\b")
 
 
+def single_prompt(question: Question, answer: str, rubric: str | None = None) -> str:
+    """Return what a judge is asked of one answer alone."""
+    return _SINGLE.format(
+        rubric=rubric or _RUBRIC, query=question.query, reference=_reference(question), first=answer
+    )
+
+
+def read_grade(said: str) -> float | None:
+    """Return the grade in [0, 1] that a judge gave of one answer; None where it gave none."""
+    grade = _GRADE.search(said)
+    return None if grade is None else (int(grade[1]) - 1) / 9
+
+
 class Judge:
     """Asks `model` through `ask`."""
 
@@ -68,11 +81,11 @@ class Judge:
         """Return each model's share of pairs won; raises `Ungradable` for a judge without words."""
         if len(answers) == 1:
             [(name, text)] = answers.items()
-            said = await self._say(_SINGLE, question, text, "")
-            grade = _GRADE.search(said)
+            said = await self._ask(self._model, single_prompt(question, text))
+            grade = read_grade(said)
             if grade is None:
                 raise Ungradable(f"the judge {self._model} gave no grade but {said[:60]!r}")
-            return Graded(scores={name: (int(grade[1]) - 1) / 9})
+            return Graded(scores={name: grade})
         pairs = list(combinations(answers, 2))
         verdicts = await asyncio.gather(
             *(self._compare(question, answers[one], answers[other]) for one, other in pairs)
@@ -94,21 +107,28 @@ class Judge:
         if normalise(one) == normalise(other):
             return 0.5
         first, second = await asyncio.gather(
-            self._say(_PAIR, question, one, other), self._say(_PAIR, question, other, one)
+            self._say(question, one, other), self._say(question, other, one)
         )
         shares = [_share(first, "a"), _share(second, "b")]
         if None in shares:
             return None
         return shares[0] if shares[0] == shares[1] else 0.5
 
-    async def _say(self, template: str, question: Question, first: str, second: str) -> str:
-        reference = ""
-        if question.references:
-            reference = f"\n[Reference answer]\n{question.references[0]}\n"
-        prompt = template.format(
-            rubric=_RUBRIC, query=question.query, reference=reference, first=first, second=second
+    async def _say(self, question: Question, first: str, second: str) -> str:
+        prompt = _PAIR.format(
+            rubric=_RUBRIC,
+            query=question.query,
+            reference=_reference(question),
+            first=first,
+            second=second,
         )
         return await self._ask(self._model, prompt)
+
+
+def _reference(question: Question) -> str:
+    if not question.references:
+        return ""
+    return f"\n[Reference answer]\n{question.references[0]}\n"
 
 
 def _share(said: str, winner: str) -> float | None:

@@ -23,14 +23,14 @@ from router.errors import ApiError, bad_request
 from router.exchange import answer_digest
 from router.experiments.experiments import Experiments
 from router.experiments.reporting import Status
-from router.experiments.shadows import Mirror, mirrored_request_id, shadow_report
+from router.experiments.shadows import Mirror, shadow_report
 from router.ledger.database import Database
 from router.ledger.feedback import Feedback, add_feedback
 from router.ledger.schema import REQUESTS
 from router.ledger.writer import Ledger
 from router.openai_api.fields import read_json
 from router.openapi import described
-from router.record import SHADOW
+from router.record import SHADOW, mirrored_request_id
 
 _MAX_FEEDBACK_BYTES = 2**20
 # Another replica may hold a row that is not written yet: for its flush interval, or longer where
@@ -160,6 +160,7 @@ class ExperimentFacts(Report):
     started_s: float | None
     weights: dict[str, float] | None
     stopped: dict[str, dict[str, Any]]
+    judging_usd: float
     sample_ratio: SampleRatioFacts  # type: ignore[assignment] # as told
 
 
@@ -172,11 +173,12 @@ class ExperimentList:
 
 
 class ShadowFacts(BaseModel):
-    """What one shadow found, over all its rows."""
+    """What one shadow found, over all its rows; a judge's `quality` are its grades."""
 
     object: Literal["shadow"]
     name: str
-    policy: str
+    policy: str | None
+    judge: str | None
     usd_per_day: float
     num_mirrored: int
     answered: float | None

@@ -11,6 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from models.pool import Pool, load_pool
 from policies.base import Query
+from policies.errors import ExperimentError
 from policies.experiments.assignment import Assigner, Visit, adaptive_weights
 from policies.experiments.experiment import Experiment
 from policies.experiments.read import read_experiments
@@ -84,6 +86,8 @@ class Experiments:
         self._by_session = any(e.unit == "session" for e in self.definitions)
         self._by_domain = any(e.target.domains for e in self.definitions)
         self._expecting = {e.name for e in self.definitions if "expected_quality" in e.covariates}
+        self._by_language = {e.name for e in self.definitions if "language" in e.segments}
+        self._language = load_language_of() if self._by_language else None
         self._summaries: dict[str, tuple[float, Summary]] = {}
         self._summarising = asyncio.Lock()
 
@@ -91,7 +95,8 @@ class Experiments:
         """Put the request into an arm, noted in `exchange`; return the policy that answers it.
 
         None where no experiment takes it. Costs a few microseconds, plus the default policy's
-        decision where an experiment targets domains or uses its prediction as a covariate.
+        decision where an experiment targets domains or uses its prediction as a covariate, and
+        what it takes to tell the language where it compares languages.
         """
         if not self.definitions:
             return None
@@ -113,6 +118,8 @@ class Experiments:
             if enrolment.experiment in self._expecting:
                 scores = self.catalog.policies.default.decide(query).scores
                 record.expected_quality = max(scores.values(), default=None)
+            if self._language is not None and enrolment.experiment in self._by_language:
+                record.language = self._language(query.text)
         return enrolment.policy
 
     async def summary(self, name: str) -> Summary | None:
@@ -240,16 +247,50 @@ def conversation(ask: Ask) -> str | None:
     return None
 
 
+# A language shows in so many characters as well as in more.
+_MOST_CHARACTERS = 500
+
+
+def load_language_of() -> Callable[[str], str | None]:
+    """Return what tells a text's language (ISO 639-1); None where it has no letters.
+
+    py3langid (Lui & Baldwin 2012): byte n-grams, 97 languages. Raises `ExperimentError` without it.
+    """
+    try:
+        classify = import_module("py3langid").classify
+    except ImportError:
+        raise ExperimentError(
+            "experiments: segments by language need the package py3langid: "
+            "pip install 'shoal[language]'"
+        ) from None
+    classify("")  # its model is read now, not at the first request
+
+    def language_of(text: str) -> str | None:
+        begin = text[:_MOST_CHARACTERS]
+        return str(classify(begin)[0]) if any(map(str.isalpha, begin)) else None
+
+    return language_of
+
+
 def read_definitions(args: AppArgs) -> tuple[tuple[Experiment, ...], tuple[Shadow, ...]]:
     """Return the configured experiments and shadows.
 
-    Raises `ExperimentError`, also for a policy that neither the pool nor the configuration has.
+    Raises `ExperimentError`, also for a policy, model or judge that nobody has.
     """
-    names = policy_specs(args, load_pool(args.pool))
-    return (
-        read_experiments(args.experiments, policies=names),
-        read_shadows(args.shadows, policies=names),
+    pool = load_pool(args.pool)
+    names = policy_specs(args, pool)
+    shadows = read_shadows(
+        args.shadows, policies=names, models={model.name for model in pool.models}
     )
+    judges = [shadow.name for shadow in shadows if shadow.judge is not None]
+    experiments = read_experiments(args.experiments, policies=names)
+    for experiment in experiments:
+        if experiment.judge not in (None, *judges):
+            raise ExperimentError(
+                f"experiments.{experiment.name}.judge: {experiment.judge!r} is no shadow with a "
+                f"judge; allowed are {', '.join(judges) or '-'}"
+            )
+    return experiments, shadows
 
 
 def policy_specs(args: AppArgs, pool: Pool) -> Mapping[str, Mapping[str, Any]]:

@@ -10,6 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
+import sqlalchemy as sa
+
 from policies.base import Query
 from policies.errors import ExperimentError
 from policies.experiments.analysis import analyse, arm_names, trajectory
@@ -24,12 +27,14 @@ from router.experiments.store import State, load
 from router.ledger.database import Database
 from router.ledger.feedback import RatedRequest, rated_requests
 from router.ledger.queries import Period
+from router.ledger.schema import REQUESTS
+from router.record import mirrored_request_id
 
 Status: TypeAlias = Literal["not started", "running", "ended"]
 
 _METRICS = (
     *("quality", "feedback_rate", "usd", "wh", "gco2e", "latency_s", "ttft_s", "tokens"),
-    *("error_rate", "escalation_rate", "predicted_quality"),
+    *("error_rate", "escalation_rate", "predicted_quality", "grade", "judged_quality"),
 )
 _COMPARED = ("metric", "arm", "difference", "relative", "interval", "p", "power", "")
 
@@ -38,13 +43,17 @@ _OVERLOADED, _SERVER_ERROR, _CLIENT_ERROR = 429, 500, 400
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """Everything known of one experiment; `state` is None if it never ran on this ledger."""
+    """Everything known of one experiment; `state` is None if it never ran on this ledger.
+
+    `judging_usd` is what its judge has cost, which is in no arm's costs.
+    """
 
     experiment: Experiment
     status: Status
     state: State | None
     observations: Observations
     report: Report
+    judging_usd: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Return what `GET /v1/experiments/{name}` and `shoal experiment report --json` show."""
@@ -55,6 +64,7 @@ class Summary:
             "started_s": state.started_s if state else None,
             "weights": dict(state.weights) if state else None,
             "stopped": {arm: dict(stop) for arm, stop in state.stopped.items()} if state else {},
+            "judging_usd": self.judging_usd,
             **self.report.to_json(),
         }
 
@@ -83,7 +93,24 @@ def summarise(database: Database, experiment: Experiment, *, now_s: float) -> Su
         state=state,
         observations=seen,
         report=report,
+        judging_usd=_judging_usd(database, experiment),
     )
+
+
+def _judging_usd(database: Database, experiment: Experiment) -> float:
+    """Return what the judge of `experiment` has cost."""
+    if experiment.judge is None:
+        return 0.0
+    judged = REQUESTS.alias("judged")
+    prefix = mirrored_request_id(experiment.judge, "")
+    graded_id = sa.literal(prefix).concat(REQUESTS.c.request_id)
+    total = (
+        sa.select(sa.func.coalesce(sa.func.sum(judged.c.usd), 0.0))
+        .join_from(REQUESTS, judged, judged.c.request_id == graded_id)
+        .where(REQUESTS.c.experiment == experiment.name)
+    )
+    with database.connect() as connection:
+        return float(connection.execute(total).scalar_one())
 
 
 def _status(experiment: Experiment, state: State | None, now_s: float) -> Status:
@@ -149,6 +176,12 @@ def as_text(summary: Summary) -> str:
     kept = {found.variance_kept for found in report.primary if found.variance_kept < 1}
     if kept:
         lines.append(f"CUPED leaves {min(kept):.0%} of the variance of {report.primary_metric}")
+    if summary.experiment.judge is not None:
+        num = int(np.count_nonzero(~np.isnan(summary.observations.columns.get("grade", np.zeros(0)))))
+        lines.append(
+            f"judge: {summary.experiment.judge} graded {num:,} answers for "
+            f"{summary.judging_usd:.4g} USD, which are in no arm's costs"
+        )
     lines += [f"note: {note}" for note in report.notes]
     return "\n".join([*lines, "", report.recommendation])
 
@@ -173,7 +206,12 @@ def _number(value: float) -> str:
 
 def observe(database: Database, experiment: Experiment, *, since_s: float) -> Observations:
     """Return all that the ledger knows of `experiment` from `since_s` on; blocks."""
-    found = rated_requests(database, experiment=experiment.name, period=Period(since_s=since_s))
+    found = rated_requests(
+        database,
+        experiment=experiment.name,
+        period=Period(since_s=since_s),
+        judge=experiment.judge,
+    )
     rows = (observation(request, experiment) for request in found if request.row["arm"] is not None)
     return Observations.from_rows(rows, arms=arm_names(experiment))
 
@@ -196,6 +234,7 @@ def observation(request: RatedRequest, experiment: Experiment) -> Observation:
         time_s=row["time_s"],
         values={
             "quality": request.score,
+            "grade": request.grade,
             "feedback_rate": float(request.score is not None) if answered else None,
             "predicted_quality": predicted_quality(row["scores"] or {}, members),
             "usd": row["usd"],
@@ -234,6 +273,7 @@ _PARTS: Mapping[Segment, Callable[[Mapping[str, Any]], str]] = {
     "key": lambda row: row["key_id"] or "no key",
     "domain": _domain,
     "length": _length,
+    "language": lambda row: row["language"] or "not told",
 }
 
 

@@ -1,8 +1,9 @@
-"""Shadows: after a client has its answer, another policy answers the same, for nobody.
+"""Shadows: after a client has its answer, another policy answers the same, or a judge grades it.
 
 A mirrored request leaves a row of its own in the ledger (endpoint "shadow"), so its cost never
-mixes with what clients cost, and no key or user pays for it. The report says what shadows found:
-cost, agreement with the answers that were served, and quality by labels.
+mixes with what clients cost, and no key or user pays for it. A judge's grade is feedback on that
+row. The report says what shadows found: cost, agreement with the answers that were served, and
+quality by labels; of a judge, its grades beside what people said of the same answers.
 """
 
 from __future__ import annotations
@@ -15,30 +16,35 @@ from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.exc import SQLAlchemyError
 
+from models.engines.base import SamplingOptions
+from policies.base import Decision
 from policies.experiments.shadow import Shadow, ShadowMeter
 from policies.footprint import estimate
+from policies.grading.base import Question
+from policies.grading.judge import read_grade, single_prompt
+from policies.plan import Answer
 from router.engines import merge
 from router.exchange import Choice, Exchange, answer_digest
 from router.executor.executor import Executor
 from router.executor.judging import attempt
+from router.executor.task import Prompt, Task
+from router.ledger import LedgerError
 from router.ledger.database import Database
+from router.ledger.feedback import Feedback, add_feedback
 from router.ledger.schema import FEEDBACK, REQUESTS
 from router.ledger.writer import Ledger
-from router.record import SHADOW, RequestRecord
+from router.record import SHADOW, RequestRecord, mirrored_request_id
 
 logger = logging.getLogger(__name__)
 
 _DAY_S = 86_400
-
-
-def mirrored_request_id(shadow: str, request_id: str) -> str:
-    """Return the id of the row that `shadow` leaves for `request_id`."""
-    return f"{shadow}/{request_id}"
+_RUBRIC_TOKENS = 100  # of what a judge is told beside question and answer, for the estimate
 
 
 class Mirror:
-    """Mirrors answered requests to other policies, each within its meter's share and cap."""
+    """Mirrors answered requests to policies and judges, each within its meter's share and cap."""
 
     def __init__(
         self,
@@ -76,7 +82,7 @@ class Mirror:
             estimate_usd = estimate(
                 mirrored.choices[0].plan,
                 exchange.catalog.prices.rates,
-                prompt_tokens=exchange.record.prompt_tokens,
+                prompt_tokens=mirrored.record.prompt_tokens,
                 output_tokens=exchange.ask.max_tokens or exchange.limits.default_max_tokens,
             ).usd
             if meter.admit(estimate_usd=estimate_usd, now_s=self._clock()):
@@ -91,20 +97,27 @@ class Mirror:
         await asyncio.gather(*self._running, return_exceptions=True)
 
     def _prepare(self, shadow: Shadow, exchange: Exchange) -> Exchange:
-        """Return the exchange that answers the same question by the shadow's policy."""
+        """Return the exchange that answers the same question by the shadow's policy, or judges."""
         original = exchange.choices[0].task
-        decision = exchange.catalog.policies[shadow.policy].decide(original.query)
         shadow_id = mirrored_request_id(shadow.name, exchange.id)
         task = replace(
             original, request_id=shadow_id, stream=False, client_id=f"shadow {shadow.name}"
         )
+        num_tokens = exchange.record.prompt_tokens
+        if shadow.policy is not None:
+            decision = exchange.catalog.policies[shadow.policy].decide(original.query)
+        else:
+            assert shadow.judge is not None
+            decision = Decision(plan=Answer(members=(shadow.judge,)))
+            task = _judging(task, "".join(exchange.answer), shadow.rubric)
+            num_tokens += exchange.record.output_tokens + _RUBRIC_TOKENS
         record = RequestRecord(
             request_id=shadow_id,
             endpoint=SHADOW,
             time_s=self._clock(),
             policy=shadow.policy,
             edition=exchange.record.edition,
-            prompt_tokens=exchange.record.prompt_tokens,
+            prompt_tokens=num_tokens,
         )
         return Exchange(
             record=record,
@@ -119,7 +132,7 @@ class Mirror:
     ) -> None:
         [choice] = mirrored.choices
         mirrored.started_s = time.perf_counter()
-        text = None
+        text = grade = None
         try:
             async with asyncio.timeout(mirrored.limits.request_timeout_s):
                 run = self._executor(mirrored).run(choice.plan, choice.task, choice.trace)
@@ -128,7 +141,12 @@ class Mirror:
             score = mirrored.catalog.policies.scorers["confidence"].score(whole)
             choice.trace.runs[""].score = score  # the plan's root
             mirrored.record.output_tokens = len(answer.tokens)
-            mirrored.record.status, text = 200, answer.text
+            mirrored.record.status = 200
+            if meter.shadow.judge is None:
+                text = answer.text
+            else:
+                grade = read_grade(answer.text)
+                mirrored.record.error = None if grade is not None else "no_grade"
         except Exception as error:
             logger.warning("shadow %s: %r", mirrored.record.policy, error)
             mirrored.record.status, mirrored.record.error = 500, type(error).__name__
@@ -139,6 +157,30 @@ class Mirror:
             # Keyed by the original request, so that equal answers and labels compare.
             record.answer_digest = None if text is None else answer_digest(original_id, text)
             self._ledger.record(record)
+        if grade is not None:
+            said = Feedback(request_id=record.request_id, time_s=self._clock(), score=grade)
+            await self._ledger.flush()  # feedback is on rows that are written
+            try:
+                await self._ledger.database.calls.run(add_feedback, self._ledger.database, said)
+            except (SQLAlchemyError, LedgerError) as error:
+                logger.warning("shadow %s: its grade is lost: %s", meter.shadow.name, error)
+
+
+def _judging(task: Task, answer: str, rubric: str | None) -> Task:
+    """Return the task of a judge who grades the `answer` to `task`."""
+    messages = task.prompt.messages or ()
+    asked = task.query.text
+    if len(messages) > 1:
+        asked = "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+    prompt = single_prompt(Question(query=asked), answer, rubric)
+    return replace(
+        task,
+        query=replace(task.query, text=prompt, earlier=()),
+        prompt=Prompt(messages=[{"role": "user", "content": prompt}]),
+        sampling=SamplingOptions(temperature=0.0),
+        max_tokens=None,
+        sent=None,
+    )
 
 
 def shadow_report(
@@ -147,7 +189,8 @@ def shadow_report(
     """Return one object per shadow, over all its rows; blocks.
 
     `agreement` is the share of mirrored answers that equal the served ones, `quality` the mean
-    score of those with a label beside `served_quality`, that of the served answers to the same.
+    score of those with a label (a judge's grade of those that were rated) beside `served_quality`,
+    that of the served answers to the same.
     """
     return [_report(database, shadow, now_s) for shadow in shadows]
 
@@ -185,8 +228,10 @@ def _report(database: Database, shadow: Shadow, now_s: float) -> dict[str, Any]:
         "object": "shadow",
         "name": shadow.name,
         "policy": shadow.policy,
+        "judge": shadow.judge,
         "usd_per_day": shadow.usd_per_day,
         **found,
+        **({} if shadow.judge is None else {"agreement": None}),
     }
 
 

@@ -18,6 +18,9 @@ from router.ledger.database import Database, writing
 from router.ledger.queries import ALWAYS, Period, stream
 from router.ledger.schema import FEEDBACK, REQUESTS
 from router.ledger.writer import insert_new
+from router.record import mirrored_request_id
+
+_JUDGED = FEEDBACK.alias("judged")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +78,7 @@ class RatedRequest:
 
     `row` is the row of the table `requests`. `score` is the user's, in [0, 1]; `label` the right
     answer, where given: whoever reads the answer may score it by that. `metrics` are numbers by
-    names of one's own. `feedback_s` is when the feedback came.
+    names of one's own. `feedback_s` is when the feedback came. `grade` is a judge's, in [0, 1].
     """
 
     row: dict[str, Any]
@@ -83,6 +86,7 @@ class RatedRequest:
     label: str | None
     feedback_s: float | None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    grade: float | None = None
 
     def to_line(self) -> dict[str, Any] | None:
         """Return a line of the outcomes format that routers are trained on, or None.
@@ -109,8 +113,11 @@ def rated_requests(
     period: Period = ALWAYS,
     experiment: str | None = None,
     only_with_feedback: bool = False,
+    judge: str | None = None,
 ) -> Generator[RatedRequest]:
     """Yield the requests of `period` with their feedback, in order of time.
+
+    The grades are those of the shadow called `judge`.
 
     Requests that failed are among them (`row["status"]`): leaving them out would flatter an arm
     that fails on hard queries.
@@ -122,6 +129,7 @@ def rated_requests(
             FEEDBACK.c.label.label("feedback_label"),
             FEEDBACK.c.time_s.label("feedback_s"),
             FEEDBACK.c.metrics.label("feedback_metrics"),
+            sa.null().label("grade") if judge is None else _JUDGED.c.score.label("grade"),
         )
         .join_from(
             REQUESTS,
@@ -134,14 +142,18 @@ def rated_requests(
     )
     if experiment is not None:
         query = query.where(REQUESTS.c.experiment == experiment)
+    if judge is not None:
+        graded_id = sa.literal(mirrored_request_id(judge, "")).concat(REQUESTS.c.request_id)
+        query = query.outerjoin(_JUDGED, _JUDGED.c.request_id == graded_id)
     with closing(stream(database, query)) as rows:
         for row in rows:
             score, label = row.pop("feedback_score"), row.pop("feedback_label")
-            metrics = row.pop("feedback_metrics") or {}
+            metrics, grade = row.pop("feedback_metrics") or {}, row.pop("grade")
             yield RatedRequest(
                 row=row,
                 score=score,
                 label=label,
                 feedback_s=row.pop("feedback_s"),
                 metrics=metrics,
+                grade=grade,
             )

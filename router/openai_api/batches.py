@@ -107,6 +107,15 @@ class BatchStore:
         with self.database.connect() as connection:
             return [dict(row) for row in connection.execute(wanted).mappings()]
 
+    def num_left(self, usual: int) -> int:
+        """Return how many lines of all open batches have no result; one unchecked has `usual`."""
+        columns = BATCHES.c
+        unchecked = columns.status == "validating"
+        left = columns.num_total - columns.num_completed - columns.num_failed
+        total = sa.select(sa.func.sum(sa.case((unchecked, usual), else_=left)))
+        with self.database.connect() as connection:
+            return int(connection.execute(total.where(columns.status.in_(OPEN))).scalar() or 0)
+
     def claim(self, holder: str) -> dict[str, Any] | None:
         """Return the oldest batch that nobody works on, now `holder`'s; None if there is none."""
         now_s = time.time()

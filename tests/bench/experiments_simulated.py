@@ -1,6 +1,6 @@
-"""Two simulations of experiments: arms that share a machine, and the search for the best of many.
+"""Simulations of experiments: arms that share a machine, the best of many arms, and a judge.
 
-    python -m tests.bench.experiments_simulated [--days 10] [--races 300] [--seed 0]
+    python -m tests.bench.experiments_simulated [--days 10] [--races 300] [--trials 500] [--seed 0]
 
 **Shared machine.** One server, M/M/1: 0.7 requests a second, a mean service time of 1 s under the
 control's policy and 1.1 s under the treatment's. What the treatment does to latency when it serves
@@ -10,6 +10,11 @@ blocks of 20 minutes see all of it. Draws both confidence sequences to docs/expe
 
 **Best arm.** Arms with success rates of which one is best, looked at after every 50 units of each
 arm on average: top-two sampling against an even split, both with the same stopping rule.
+
+**Judge.** Arms that are alike, or of which one is better by five points; one in five answers is
+rated, a judge grades all of them. It takes answers of the treatment for better than they are (by
+ten points) and is otherwise right more or less often. Who asks the judge alone, who asks people
+alone, and who calibrates the judge by people, each looking after every 100 answers per arm.
 """
 
 from __future__ import annotations
@@ -149,6 +154,84 @@ def race_table(num_races: int, *, seed: int) -> str:
     return "\n".join(lines)
 
 
+JUDGES = {"no better than a coin": 0.0, "fair": 0.6, "good": 0.9}
+
+
+def judged(
+    num: int, *, lift: float, skill: float, bias: float, share: float, rng: np.random.Generator
+) -> Observations:
+    """Return `num` answers, right in 60% and under the treatment in `lift` more; some are rated.
+
+    The judge sees the truth with probability `skill`, and else tosses a coin; `bias` is the chance
+    that it takes a wrong answer of the treatment's for right.
+    """
+    treated = rng.random(num) < 0.5
+    right = rng.random(num) < 0.6 + lift * treated
+    grade = np.where(rng.random(num) < skill, right, rng.random(num) < 0.5)
+    grade |= treated & (rng.random(num) < bias / 0.4)
+    rated = rng.random(num) < share
+    return Observations(
+        arms=("control", "treatment"),
+        arm=treated.astype(np.int64),
+        unit=np.arange(num, dtype=np.int64),
+        propensity=np.full(num, 0.5),
+        time_s=np.arange(num, dtype=np.float64),
+        columns={
+            "quality": np.where(rated, right, np.nan),
+            "grade": grade.astype(np.float64),
+        },
+    )
+
+
+def judged_experiment(metric: str) -> Experiment:
+    """Return the experiment that decides by `metric`."""
+    return Experiment(
+        name="judged",
+        arms=tuple(Arm(name=name, policy=name, weight=0.5) for name in ("control", "treatment")),
+        unit="request",
+        primary=Goal(metric=metric, minimum_effect=0.05),
+        judge="judge",
+    )
+
+
+def coverage(
+    metric: str, seen: Observations, lift: float, *, every: int
+) -> tuple[float, float, bool]:
+    """Return the estimate at the end, its interval's width, and whether it held at every look."""
+    experiment = judged_experiment(metric)
+    found = trajectory(
+        experiment, seen, experiment.treatments[0], num_points=len(seen) // (2 * every)
+    )
+    held = all(point.low <= lift <= point.high for point in found)
+    return found[-1].estimate, found[-1].high - found[-1].low, held
+
+
+def judge_table(num_trials: int, *, seed: int, num: int = 6000) -> str:
+    """Return how far each way is off and how wide its intervals are, as Markdown."""
+    lines = [
+        "| judge | true lift | way | mean estimate | mean width | missed the truth at some look |",
+        "|---|---|---|---|---|---|",
+    ]
+    ways = {"grade": "judge alone", "quality": "people alone", "judged_quality": "both"}
+    for judge, skill in JUDGES.items():
+        for lift in (0.0, 0.05):
+            trials = [
+                judged(
+                    num, lift=lift, skill=skill, bias=0.1, share=0.2,
+                    rng=np.random.default_rng([seed, number]),
+                )
+                for number in range(num_trials)
+            ]  # fmt: skip
+            for metric, way in ways.items():
+                found = [coverage(metric, seen, lift, every=100) for seen in trials]
+                estimate, width, held = (np.mean(column) for column in zip(*found, strict=True))
+                lines.append(
+                    f"| {judge} | {lift:.2f} | {way} | {estimate:+.3f} | {width:.3f} "
+                    f"| {1 - held:.1%} |"
+                )
+    return "\n".join(lines)
+
+
 def draw(days: float, seed: int) -> str:
     """Draw both confidence sequences; return what both found at the end, as a table."""
     from matplotlib.figure import Figure
@@ -192,7 +275,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--days", type=float, default=10)
     parser.add_argument("--races", type=int, default=300)
+    parser.add_argument("--trials", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    print(draw(given.days, given.seed))
-    print(race_table(given.races, seed=given.seed))
+    if given.trials:
+        print(judge_table(given.trials, seed=given.seed))
+    if given.days:
+        print(draw(given.days, given.seed))
+    if given.races:
+        print(race_table(given.races, seed=given.seed))

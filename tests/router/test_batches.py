@@ -3,6 +3,8 @@
 import json
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -10,6 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 from router.access.keys import create_key, revoke_key
+from router.config import AppArgs
 from router.ledger.schema import BATCHES
 from tests.router.conftest import Running, running
 
@@ -248,3 +251,35 @@ def test_files_are_bounded(serve: Callable[..., Running]) -> None:
         client.files.create(file=("a", b"x" * 60_000), purpose="batch")
     with pytest.raises(openai.APIStatusError, match="max_gb"):
         client.files.create(file=("a", b"x"), purpose="batch")
+
+
+def test_a_batch_waits_for_the_cheaper_hour(
+    serve: Callable[..., Running], tmp_path: Path
+) -> None:
+    """After its first lines, which show how long one takes; others are answered meanwhile."""
+    cheap_s = time.time() + 8
+    moments = [(datetime.fromtimestamp(s, UTC).isoformat(), usd)
+               for s, usd in ((0, 0.4), (cheap_s, 0.1), (cheap_s + 86_400, 0.4))]  # fmt: skip
+    tariff = tmp_path / "tariff.csv"
+    tariff.write_text("time,usd_per_kwh\n" + "".join(f"{t},{usd}\n" for t, usd in moments))
+    options = {"models": {"alpha": {"token_latency_s": 0.05}}}
+    engines = [{"name": "one", "kind": "fake", "options": options}, {"name": "two", "kind": "fake"}]
+    batches = {"concurrency": 2, "wait_for": "price", "tariff_file": str(tariff)}
+    server = serve(engines=engines, app={"batches": batches})
+    batch = begin(server.client, [line(f"q{i}", "0123456789") for i in range(30)])
+    server.wait(lambda: len(server.ledger.records) >= 2)
+    server.chat("now", model="beta")
+    batch = ended(server.client, batch.id)
+    assert len(results(server.client, batch.output_file_id)) == 30
+    early = [one for one in server.ledger.records if one.time_s < cheap_s]
+    assert any(one.model == "beta" for one in early)
+    assert len(early) <= 5, "two are answered, two are under way, and one was not the batch's"
+
+
+@pytest.mark.parametrize("batches", [{"wait_for": "price"}, {"tariff_file": "tariff.csv"}])
+def test_waiting_needs_to_know_what_for(batches: dict[str, Any]) -> None:
+    """A tariff and the wish to follow it go together; carbon needs hours that are announced."""
+    with pytest.raises(ValueError, match="wait_for: price and tariff_file go together"):
+        AppArgs.model_validate({"batches": batches})
+    with pytest.raises(ValueError, match=r"wait_for: carbon needs carbon\.grid_file"):
+        AppArgs.model_validate({"batches": {"wait_for": "carbon"}})

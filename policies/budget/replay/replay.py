@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import scipy.sparse as sp
@@ -36,6 +36,9 @@ from policies.tables import text_table
 
 OPTIMUM = "offline optimum"
 CONTROLLER = "controller"
+
+Rivals: TypeAlias = Callable[[Workload, Day, Day, BudgetTarget], Mapping[str, Strategy]]
+"""Further strategies, by name, for a day, the day before it and a target."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +87,9 @@ def replay_day(
     yesterday: Day,
     learned: bool = True,
     seed: int = 0,
+    rivals: Rivals | None = None,
 ) -> ReplayedDay:
-    """Play `day` with every strategy.
+    """Play `day` with every strategy, and with the `rivals`.
 
     Static strategies are calibrated on `yesterday`; the controller has lived through it where
     `learned`, and starts cold otherwise. The target must be per hour.
@@ -124,6 +128,7 @@ def replay_day(
             strong_share=settings.strong_share,
             rng=np.random.default_rng(seed),
         ),
+        **(rivals(workload, day, yesterday, target) if rivals else {}),
     }
     results += [judge.judge(name, _play(one, costs)[0]) for name, one in static.items()]
     hours = judge.hours
@@ -210,6 +215,7 @@ def replay_scenarios(
     num_requests: int,
     mean_gco2e_per_kwh: float,
     seed: int,
+    rivals: Rivals | None = None,
 ) -> Iterator[tuple[str, float, Scenario, ReplayedDay | None]]:
     """Replay an ordinary day at every target, then, where asked, the days that go wrong at one.
 
@@ -236,6 +242,7 @@ def replay_scenarios(
                 yesterday=scenario.yesterday,
                 learned=scenario.learned,
                 seed=seed,
+                rivals=rivals,
             )
         except LawError as error:
             yield f"{title}: {error}", share, scenario, None

@@ -27,6 +27,7 @@ function card(experiment) {
     experiment.status,
     `${experiment.num_units.toLocaleString("en")} ${experiment.unit}s`,
     `${experiment.num_requests.toLocaleString("en")} requests`,
+    ...(experiment.judging_usd ? [`judged for ${plain(experiment.judging_usd)} USD`] : []),
     ratio.alarm ? `split is broken (p = ${plain(ratio.p)})` : "split as planned",
   ];
   return el(
@@ -41,6 +42,7 @@ function card(experiment) {
     ),
     el("p", {}, experiment.recommendation),
     el("p", { className: "hint" }, facts.join(" · ")),
+    ...experiment.notes.map((note) => el("p", { className: "hint" }, note)),
     el(
       "div",
       { className: "scroll" },

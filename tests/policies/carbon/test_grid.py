@@ -3,7 +3,7 @@
 import pytest
 
 from policies.carbon import CachedGrid, GridReading, StaticGrid, find_zone
-from policies.carbon.grid import GRID_FOLDER, ScheduledGrid, load_zones
+from policies.carbon.grid import GRID_FOLDER, ScheduledGrid, load_zones, may_wait
 from policies.errors import CarbonError
 
 
@@ -118,3 +118,38 @@ def test_a_schedule_announces_what_is_to_come(tmp_path):
     series = ScheduledGrid([0.0, 3600.0, 7200.0], [5.0, 6.0, 7.0], source="file:x")
     assert [series.announced(then_s) for then_s in (10, 3700, 7200)] == [5, 6, None]
     assert StaticGrid.of_zone("DE").announced(0) is None
+
+
+def hours(*values):
+    """Announce a value per hour from time zero on, and nothing beyond."""
+    return lambda then_s: values[int(then_s // 3600)] if then_s < 3600 * len(values) else None
+
+
+@pytest.mark.parametrize(
+    ("announced", "work_h", "waits"),
+    [
+        (hours(3, 1, 3, 3), 0.5, True),  # one hour is better, and enough with the margin
+        (hours(3, 1, 3, 3), 1, False),  # an hour and a half needs one of the others too
+        (hours(2, 1, 1, 3), 1, True),
+        (hours(1, 2, 3, 4), 1, False),  # it is now that is best
+        (hours(2, 2, 2, 2), 1, False),  # nothing is better
+        (hours(9, 1, 1, 1), 3, False),  # there is no time to lose
+        (hours(9, 1), 1, False),  # what comes after is not announced
+        (lambda then_s: None, 1, False),
+        (hours(9, 1, 1, 1), 0, False),
+    ],
+)
+def test_work_waits_for_hours_that_suffice(announced, work_h, waits):
+    """Due in four hours: it goes on in the cheapest ones that are enough for 1.5 times the work."""
+    assert may_wait(announced, now_s=0.0, until_s=4 * 3600, work_s=work_h * 3600) is waits
+
+
+def test_a_tariff_is_read_like_a_grid(tmp_path):
+    """Prices have a column of their own."""
+    file = tmp_path / "tariff.csv"
+    file.write_text("hour,usd_per_kwh\n0,0.3\n12,0.1\n")
+    tariff = ScheduledGrid.read(file, column="usd_per_kwh")
+    assert [tariff.announced(hour * 3600) for hour in (1, 13, 30)] == [0.3, 0.1, 0.3]
+    with pytest.raises(CarbonError, match="hour,usd_per_kwh"):
+        file.write_text("hour,gco2e_per_kwh\n0,300\n")
+        ScheduledGrid.read(file, column="usd_per_kwh")

@@ -26,6 +26,7 @@ from policies.carbon.settings import CarbonSettings
 from policies.errors import LawError, OutcomesError
 from policies.footprint import Rates
 from policies.outcomes import Outcome
+from tests.bench.gar import Floor, rivals
 
 CARBON = CarbonSettings.model_validate({"zone": "DE"})
 PRICE = Rates(usd_per_input_token=1e-6, usd_per_output_token=1e-6)
@@ -219,3 +220,23 @@ def test_targets_lie_between_the_cheapest_and_the_best():
     assert (middle.resource, middle.per) == ("gco2e", "hour")
     assert middle.amount == pytest.approx((low + high) / 2)
     assert low < high
+
+
+def test_rivals_are_judged_on_the_same_day():
+    """GAR keeps its floor on yesterday's budget, and its price reacts to what is spent (seed 3)."""
+    workload = made_up_workload()
+    usual = ordinary(workload, num_requests=1000, mean_gco2e_per_kwh=380.0, seed=3)
+    target = target_between(workload, usual.day, "gco2e", share=0.3)
+    found = replay_day(workload, usual.day, target, yesterday=usual.yesterday, rivals=rivals)
+    names = [result.name for result in found.results]
+    assert names[-2:] == ["GAR, floor", "GAR-PD"]
+    for name in names[-2:]:
+        assert 0.5 < found.of(name).spent_share < 1.6
+        assert found.of(name).quality_share < 1.02 * max(1.0, found.of(name).spent_share)
+    floor = Floor(workload, usual.day, usual.yesterday, target)
+    chosen = np.array([floor.choose(index) for index in range(len(usual.day))])
+    rows = np.arange(len(chosen))
+    reached = floor.scores[rows, chosen] >= floor.floor
+    assert (reached | (floor.scores.max(axis=1) < floor.floor)).all()
+    cheaper = floor.estimates < floor.estimates[rows, chosen][:, None]
+    assert not (cheaper & (floor.scores >= floor.floor) & reached[:, None]).any()
