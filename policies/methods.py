@@ -55,9 +55,9 @@ CPU_TIME = Method(
     date="2023-09",
 )
 # Low: LLMCarbon's own residuals (actual over predicted energy of the five training runs of its
-# table 4: 0.93 to 1.04) times 0.35, which is assumed, over the best efficiency there (0.39). High: a
-# published measurement of serving, 0.12 J a token of Llama-3.1-8B on an H100 at batch 64 (ML.ENERGY
-# 3.0), against the 0.0325 J that these equations give.
+# table 4: 0.93 to 1.04) times 0.35, which is assumed, over the best efficiency there (0.39). High:
+# a published measurement of serving, 0.12 J a token of Llama-3.1-8B on an H100 at batch 64
+# (ML.ENERGY 3.0), against the 0.0325 J that these equations give.
 _LOW, _HIGH = 0.83, 3.7
 LLMCARBON = Method(
     name="modelled:llmcarbon",

@@ -2,7 +2,7 @@
 
     claim a batch → check its lines → answer those that have no result yet → show the results
 
-With `batches.wait_for` the rest of a batch waits for better hours (`policies.carbon.grid.may_wait`).
+With `batches.wait_for` the rest of a batch waits for better hours (`may_wait`).
 
 A line's result is a part of the batch's output or error file, by the line's number, and is written
 once; after a restart, here or elsewhere, only lines without one are answered. (One whose answer was
@@ -270,9 +270,7 @@ class Batching:
             now_s = time.monotonic()
             if now_s - work.looked_s > _COUNT_S:
                 work.looked_s = now_s
-                work.num_left = await self._calls.run(
-                    self._batches.num_left, work.row["num_total"]
-                )
+                work.num_left = await self._calls.run(self._batches.num_left, work.row["num_total"])
             if not may_wait(
                 self._announced,
                 now_s=time.time(),

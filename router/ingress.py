@@ -373,7 +373,7 @@ def _hours(args: AppArgs, service: Service) -> Callable[[float], float | None] |
     if args.batches.wait_for is None:
         return None
     if args.batches.tariff_file is None:
-        return lambda then_s: service.catalog.prices.grid.announced(then_s)
+        return service.catalog.prices.grid.announced
     file = service.catalog.pool.folder / args.batches.tariff_file
     return ScheduledGrid.read(file, column="usd_per_kwh").announced
 

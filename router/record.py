@@ -70,8 +70,9 @@ class RequestRecord:
     in order: plan path, members, score, tokens, seconds, outcome. `experiment` and `arm` are where
     the request took part, `unit` the hash of the randomised unit and `propensity` the probability
     with which it got this arm; None outside of experiments. `expected_quality` is the default
-    policy's prediction, whichever policy decided: a covariate. `language` is the query's (ISO 639-1),
-    where an experiment compares languages. `answer_digest` tells whether a label equals the answer. `query_text` (the last user message) and `answer_text` are None unless
+    policy's prediction, whichever policy decided: a covariate. `language` is the query's (ISO
+    639-1), where an experiment compares languages. `answer_digest` tells whether a label equals the
+    answer. `query_text` (the last user message) and `answer_text` are None unless
     `ledger.keep_text`.
     """
 

@@ -194,8 +194,9 @@ class ScheduledGrid:
     def read(cls, file: Path, *, column: str = "gco2e_per_kwh") -> ScheduledGrid:
         """Read a CSV with the columns `hour,gco2e_per_kwh` or `time,gco2e_per_kwh`.
 
-        Another `column` holds something else that varies, as prices do. `hour` is 0 to 23.99 UTC and repeats every day; `time` is ISO 8601 (UTC where it names no
-        offset). Raises `CarbonError` that names the file, the line and what is allowed.
+        Another `column` holds something else that varies, as prices do. `hour` is 0 to 23.99 UTC
+        and repeats every day; `time` is ISO 8601 (UTC where it names no offset). Raises
+        `CarbonError` that names the file, the line and what is allowed.
         """
         try:
             with file.open(newline="") as stream:

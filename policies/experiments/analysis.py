@@ -225,12 +225,10 @@ def _corrected(experiment: Experiment, asked: Sequence[_Asked]) -> tuple[Compari
 
 
 def _selective(experiment: Experiment, seen: Observations) -> list[str]:
-    """Return a note for each arm where, by the judge's grades, those who rate chose what to rate."""
+    """Return a note for each arm of which, by the judge's grades, people chose what to rate."""
     notes = []
     for arm in experiment.arms if experiment.judge else ():
-        shift = rating_shift(
-            _sums(experiment, seen, arm.name, "judged_quality", adjusted=False)
-        )
+        shift = rating_shift(_sums(experiment, seen, arm.name, "judged_quality", adjusted=False))
         if abs(shift) > _CHOSEN:
             notes.append(
                 f"The judge grades the answers of {arm.name!r} that were rated "

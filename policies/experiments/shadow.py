@@ -22,8 +22,9 @@ class Shadow:
     """Mirror `share` of the requests for `models`, for at most `usd_per_day`.
 
     A `policy` answers them again; or a `judge`, a model of the pool, grades the answer from 1 to 10
-    by the `rubric` (None: correctness first). Give one of the two. At most `concurrency` mirrored requests run at once; what comes while they run is skipped, so
-    that shadows never queue in front of clients.
+    by the `rubric` (None: correctness first). Give one of the two. At most `concurrency` mirrored
+    requests run at once; what comes while they run is skipped, so that shadows never queue in front
+    of clients.
     """
 
     name: str

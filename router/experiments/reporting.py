@@ -177,7 +177,9 @@ def as_text(summary: Summary) -> str:
     if kept:
         lines.append(f"CUPED leaves {min(kept):.0%} of the variance of {report.primary_metric}")
     if summary.experiment.judge is not None:
-        num = int(np.count_nonzero(~np.isnan(summary.observations.columns.get("grade", np.zeros(0)))))
+        num = int(
+            np.count_nonzero(~np.isnan(summary.observations.columns.get("grade", np.zeros(0))))
+        )
         lines.append(
             f"judge: {summary.experiment.judge} graded {num:,} answers for "
             f"{summary.judging_usd:.4g} USD, which are in no arm's costs"

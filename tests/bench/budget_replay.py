@@ -19,7 +19,7 @@ import argparse
 import json
 import multiprocessing
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,14 @@ from models.pool import DEFAULT_POOL, load_pool
 from policies.base import ModelFacts
 from policies.budget.replay import ReplayedDay, Workload, replay_scenarios
 from policies.budget.replay.days import Scenario, day_costs, workload_of
-from policies.budget.replay.replay import CONTROLLER, OPTIMUM, draw, offline_optimum, table_of
+from policies.budget.replay.replay import (
+    CONTROLLER,
+    OPTIMUM,
+    Rivals,
+    draw,
+    offline_optimum,
+    table_of,
+)
 from policies.carbon import find_zone
 from policies.carbon.settings import CarbonSettings
 from policies.errors import LawError
@@ -136,11 +143,11 @@ def rows_of(
     ]
 
 
-def replay_seed(data: str, seed: int, plot: Path | None) -> list[dict[str, Any]]:
-    """Replay all scenarios of one seed, print their tables, draw the ordinary day to `plot`."""
-    workload = WORKLOADS[data](seed)
-    rows: list[dict[str, Any]] = []
-    for title, share, scenario, replayed in replay_scenarios(
+def replays(
+    workload: Workload, seed: int, rivals: Rivals | None = None
+) -> Iterator[tuple[str, float, Scenario, ReplayedDay | None]]:
+    """Replay all days of one seed, with the `rivals` too."""
+    return replay_scenarios(
         workload,
         resource="gco2e",
         shares=SHARES,
@@ -148,7 +155,15 @@ def replay_seed(data: str, seed: int, plot: Path | None) -> list[dict[str, Any]]
         num_requests=NUM_REQUESTS,
         mean_gco2e_per_kwh=find_zone("DE").gco2e_per_kwh,
         seed=seed,
-    ):
+        rivals=rivals,
+    )
+
+
+def replay_seed(data: str, seed: int, plot: Path | None) -> list[dict[str, Any]]:
+    """Replay all scenarios of one seed, print their tables, draw the ordinary day to `plot`."""
+    workload = WORKLOADS[data](seed)
+    rows: list[dict[str, Any]] = []
+    for title, share, scenario, replayed in replays(workload, seed):
         print(f"\n{data}, seed {seed}, {title}")
         if replayed is None:
             continue

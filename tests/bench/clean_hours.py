@@ -4,17 +4,17 @@
 
 No hourly intensities ship with Shoal, nor with the tables that it is made from: there are yearly
 means and yearly shares of sources (CodeCarbon's `global_energy_mix.json`). So the year is
-**synthetic**: real are each country's shares, the mean of its year and where the sun stands; made up
-are clouds and wind (log-normal, AR(1) with a memory of one day and of 30 hours) and a demand with
-two daily peaks, quieter weekends and a winter. Nuclear power and biomass run flat, what is then
-missing comes from fossil fuels and water in the year's proportion.
+**synthetic**: real are each country's shares, the mean of its year and where the sun stands; made
+up are clouds and wind (log-normal, AR(1) with a memory of one day and of 30 hours) and a demand
+with two daily peaks, quieter weekends and a winter. Nuclear power and biomass run flat, what is
+then missing comes from fossil fuels and water in the year's proportion.
 
 Batches come at random moments, are due in 24 hours and take 2, 4 or 8 hours of work. The rule is
 the server's (`policies.carbon.grid.may_wait`), asked every quarter of an hour, with three announced
 years: the mean of each hour over the last four weeks (what anybody can write into a `grid_file`), a
 day-ahead forecast (error 15% at 24 hours, growing with the square root of the time ahead), and the
-truth. The batches take 20% longer or shorter than they seem. The optimum takes the cheapest quarters
-of an hour, in hindsight.
+truth. The batches take up to a quarter longer or a sixth shorter than they seem. The optimum takes
+the cheapest quarters of an hour, in hindsight.
 """
 
 from __future__ import annotations

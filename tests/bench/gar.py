@@ -29,21 +29,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.budget.prices import BudgetTarget
-from policies.budget.replay import Workload, replay_scenarios
+from policies.budget.replay import Workload
 from policies.budget.replay.days import Day, day_costs
 from policies.budget.replay.replay import CONTROLLER
 from policies.budget.replay.strategies import Strategy, calibrate
-from policies.carbon import find_zone
-from tests.bench.budget_replay import (
-    DOCS,
-    MIDDLE,
-    NUM_REQUESTS,
-    QUALITY,
-    SHARES,
-    WITHIN,
-    WORKLOADS,
-    rows_of,
-)
+from tests.bench.budget_replay import DOCS, QUALITY, WITHIN, WORKLOADS, replays, rows_of
 
 SEEDS = (801, 802, 803, 804, 805)
 COMPARED = (CONTROLLER, "plain dual descent", "GAR, floor", "GAR-PD")
@@ -153,16 +143,7 @@ def main(names: Sequence[str], *, seeds: Sequence[int], dry: bool) -> None:
     for name in names:
         for seed in seeds:
             workload = WORKLOADS[name](seed)
-            for title, share, scenario, replayed in replay_scenarios(
-                workload,
-                resource="gco2e",
-                shares=SHARES,
-                trouble_share=MIDDLE,
-                num_requests=NUM_REQUESTS,
-                mean_gco2e_per_kwh=find_zone("DE").gco2e_per_kwh,
-                seed=seed,
-                rivals=rivals,
-            ):
+            for title, share, scenario, replayed in replays(workload, seed, rivals):
                 assert replayed is not None
                 found = rows_of(name, seed, scenario, share, replayed)
                 found = [row for row in found if row["strategy"] in COMPARED]

@@ -253,9 +253,7 @@ def test_files_are_bounded(serve: Callable[..., Running]) -> None:
         client.files.create(file=("a", b"x"), purpose="batch")
 
 
-def test_a_batch_waits_for_the_cheaper_hour(
-    serve: Callable[..., Running], tmp_path: Path
-) -> None:
+def test_a_batch_waits_for_the_cheaper_hour(serve: Callable[..., Running], tmp_path: Path) -> None:
     """After its first lines, which show how long one takes; others are answered meanwhile."""
     cheap_s = time.time() + 8
     moments = [(datetime.fromtimestamp(s, UTC).isoformat(), usd)

@@ -43,7 +43,7 @@ def test_one_mean_is_that_of_the_paper() -> None:
 
 
 def test_a_judge_who_likes_one_arm_misleads_alone_and_helps_beside_people() -> None:
-    """With arms that are alike the judge alone is surely wrong; both together are not, and narrower.
+    """With arms that are alike the judge alone is surely wrong; both are right, and narrower.
 
     150 trials with a look after every 100 answers per arm: at most 5% may miss zero at any look
     (seeds 0 to 149).

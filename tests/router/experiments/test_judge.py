@@ -52,7 +52,10 @@ def test_a_judge_grades_what_was_served_and_people_have_the_last_word(tmp_path: 
     assert served.row["language"] == "de"
     assert found[other["id"]].row["language"] == "en"
     for row in graded:
-        assert (row["answered_by"], row["policy"], row["key_id"], row["arm"]) == ("dear", *[None] * 3)
+        assert (row["answered_by"], row["policy"], row["key_id"], row["arm"]) == (
+            "dear",
+            *[None] * 3,
+        )
         assert row["usd"] > 0
     assert list(answer["shoal"]["tokens"]) == ["cheap"]
     assert told["judging_usd"] == pytest.approx(sum(row["usd"] for row in graded))
@@ -89,7 +92,10 @@ def test_the_judge_reads_rubric_question_and_answer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("shadow", "message"),
     [
-        ({**JUDGE, "judge": "nobody"}, r"shadows\.grader\.judge: 'nobody' is unknown; .* cheap, dear"),
+        (
+            {**JUDGE, "judge": "nobody"},
+            r"shadows\.grader\.judge: 'nobody' is unknown; .* cheap, dear",
+        ),
         ({**JUDGE, "policy": "large"}, r"shadows\.grader: give a policy .* or a judge"),
         ({"policy": "large", "share": 1.0, "usd_per_day": 1.0}, r"e\.judge: 'grader' is no shadow"),
     ],
