@@ -40,7 +40,7 @@ endef
 # What `make install` brings beside the command itself; see pyproject.toml. The lock has these.
 EXTRAS ?= postgres,parquet
 
-.PHONY: licences lock bench-routing bench-real bench-general pool-router pool-general setup setup-vllm install serve test test-ops test-faults test-load test-fast test-vllm bench-vllm setup-clients test-clients bench-load check bench bench-downscale pool-cascade clean
+.PHONY: licences lock bench-routing bench-real bench-general bench-gpu pool-router pool-general setup setup-vllm install serve test test-ops test-faults test-load test-fast test-vllm bench-vllm setup-clients test-clients bench-load check bench bench-downscale pool-cascade clean
 
 $(STAMP): pyproject.toml constraints.txt $(if $(LOCKED),locks/dev.txt)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -138,6 +138,12 @@ test-clients: $(STAMP) $(CLIENTS_STAMP)
 bench-load: $(STAMP) $(CLIENTS_STAMP)
 	$(CLIENTS_BIN)/python -m pip install --quiet --constraint constraints-clients.txt 'litellm[proxy]'
 	$(BIN)/python -m tests.bench.load
+
+# Joules per token of a GPU by its own counter beside LLMCarbon's (DEVICE: its name in the hardware
+# table), while 2,000 users ask the shipped pool; minutes, into build/users.
+DEVICE ?= h100
+bench-gpu: $(STAMP)
+	$(BIN)/python -m tests.bench.experiments_users --local --device $(DEVICE)
 
 # Locks the versions that are installed in .venv, after a change of versions that was tested.
 lock: $(STAMP)

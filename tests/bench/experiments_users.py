@@ -5,8 +5,10 @@
 Trains a router on the pool's outcomes, serves pool and experiment with `shoal serve` (on Ray;
 `--local` without), lets users ask held-out questions of the pool's task domains and send the right
 answer as a label four times out of five, then prints `shoal experiment report`, checks that
-`GET /v1/experiments/NAME` says the same, and leaves the plot and the report in `--out`. The last
-line is JSON. Needs models/pools/default.
+`GET /v1/experiments/NAME` says the same, and leaves the plot and the report in `--out`. Energy is
+measured where it can be (NVML, RAPL, else seconds of vCPUs): joules per token by member stand beside
+LLMCarbon's in `energy.txt`; `make bench-gpu` runs this on a GPU. The last line is JSON. Needs
+models/pools/default.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import signal
 import socket
@@ -46,13 +49,14 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--local", action="store_true", help="one process, without Ray")
+    parser.add_argument("--device", default="cpu", help="what answers, by the hardware table")
     parser.add_argument("--router", type=Path, help="a trained router instead of a new one")
     parser.add_argument("--out", type=Path, default=Path("build/users"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "shoal.db").unlink(missing_ok=True)
     router = options.router or train(options.out / "learned.npz")
-    config = write_config(options.out, router)
+    config = write_config(options.out, router, options.device)
     port = free_port()
     server = subprocess.Popen(
         [*_SHOAL, "serve", "--config", config, "--port", str(port)] + ["--local"] * options.local
@@ -69,10 +73,14 @@ def main() -> None:
         shown = run(*common, "--plot", str(plot))
         (options.out / "report.txt").write_text(shown)
         same = json.loads(run(*common, "--json")) == told
+        energy = run(
+            *("report", "--unit", "joules", "--by", "members,method", "--config", str(config))
+        ) + run("calibrate", "energy", "--seconds", "2", "--config", str(config))
+        (options.out / "energy.txt").write_text(energy)
     finally:
         server.send_signal(signal.SIGINT)
         server.wait(60)
-    print(shown)
+    print(shown, energy)
     [quality] = told["primary"]
     print(
         json.dumps(
@@ -100,8 +108,8 @@ def train(file: Path) -> Path:
     return file
 
 
-def write_config(folder: Path, router: Path) -> Path:
-    """Write the server's configuration: two policies and the experiment."""
+def write_config(folder: Path, router: Path, device: str) -> Path:
+    """Write the server's configuration: two policies, the experiment, and what `device` answers."""
     chunks = [
         model.name for model in load_pool(DEFAULT_POOL).models if len(model.spec.domains) == 1
     ]
@@ -109,6 +117,11 @@ def write_config(folder: Path, router: Path) -> Path:
     chain = {"stages": [chunks[0], chunks[-1], "base"], "thresholds": [0.95, 0.95]}
     config = {
         "ledger": {"url": f"sqlite:///{folder.resolve() / 'shoal.db'}"},
+        "carbon": {
+            "meter": "always",
+            "idle": "busy_time",
+            "hardware": {"device": device, "count": os.cpu_count() if device == "cpu" else 1},
+        },
         "policies": {
             "learned": {"kind": "learned", "path": str(router.resolve()), "members": chunks},
             "chain": {"kind": "fixed", "plan": {"cascade": chain}},
