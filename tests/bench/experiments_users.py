@@ -6,9 +6,9 @@ Trains a router on the pool's outcomes, serves pool and experiment with `shoal s
 `--local` without), lets users ask held-out questions of the pool's task domains and send the right
 answer as a label four times out of five, then prints `shoal experiment report`, checks that
 `GET /v1/experiments/NAME` says the same, and leaves the plot and the report in `--out`. Energy is
-measured where it can be (NVML, RAPL, else seconds of vCPUs): joules per token by member stand beside
-LLMCarbon's in `energy.txt`; `make bench-gpu` runs this on a GPU. The last line is JSON. Needs
-models/pools/default.
+measured where it can be (NVML, RAPL, else seconds of vCPUs): joules per token by member stand
+beside LLMCarbon's in `energy.txt`; `make bench-gpu` runs this on a GPU. The last line is JSON.
+Needs models/pools/default.
 """
 
 from __future__ import annotations
