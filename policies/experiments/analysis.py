@@ -345,10 +345,11 @@ def _arm_report(
     experiment: Experiment, seen: Observations, arm: Arm, *, stopped: bool
 ) -> ArmReport:
     here = seen.arm == seen.arms.index(arm.name)
+    judged = ("judged_quality",) if experiment.judge else ()
     means = {
         metric: arm_mean(_sums(experiment, seen, arm.name, metric, adjusted=False))
         for metric in (*METRICS, *experiment.metrics)
-        if metric in seen.columns or experiment.is_ratio(metric) or metric == "judged_quality"
+        if metric in (*seen.columns, *judged) or experiment.is_ratio(metric)
     }
     return ArmReport(
         name=arm.name,

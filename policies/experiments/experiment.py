@@ -302,7 +302,8 @@ class Experiment:
                 for part in own.ratio or ()
             ),
         ):
-            if metric not in allowed or ("ratio" in key and self.is_ratio(metric)):
+            made = metric == "judged_quality" or self.is_ratio(metric)
+            if metric not in allowed or ("ratio" in key and made):
                 raise ExperimentError(
                     f"{where}.{key}: {metric!r} is unknown; allowed are {', '.join(allowed)}"
                 )

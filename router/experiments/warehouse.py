@@ -59,9 +59,10 @@ def export_experiment(summary: Summary, folder: Path) -> int:
 
 
 def columns_of(experiment: Experiment) -> list[str]:
-    """Return the columns of metrics: those that requests have; ratios are made of them."""
-    own = [name for name in experiment.metrics if not experiment.is_ratio(name)]
-    return [*METRICS, *own, *COVARIATES]
+    """Return the columns of metrics: those that requests have; others are made of them."""
+    names = [*METRICS, *experiment.metrics]
+    made = [name for name in names if name == "judged_quality" or experiment.is_ratio(name)]
+    return [*(name for name in names if name not in made), *COVARIATES]
 
 
 def exposures(experiment: Experiment, seen: Observations) -> Iterator[dict[str, Any]]:
