@@ -2,8 +2,8 @@
 
 Everything is computed from sums per randomised unit, because requests of one user are not
 independent. A metric is a ratio of sums, R = Σ y_u / Σ d_u (d counts the requests that have a
-value). By the delta method (Deng, Knoblich & Lu 2018) its sampling error is that of the mean of
-the linearised unit values e_u = (y_u - R d_u) / mean(d).
+value). By the delta method (Deng, Knoblich & Lu 2018) its sampling error is that of the sum of
+the units' shares in it, e_u = (y_u - R d_u) / Σ d.
 
 CUPED (Deng, Xu, Kohavi & Walker 2013) subtracts what a covariate known before the answer
 explains: with several covariates, θ = Σ_xx⁻¹ Σ_xy, in one dimension cov(X, Y)/var(X), pooled over
@@ -264,7 +264,8 @@ def arm_mean(sums: UnitSums) -> ArmMean:
         judge, judge_U = sums.adjusters()[-1]
         theta = float(residuals @ judge_U / max(judge_U @ judge_U, 1e-300))
         mean, residuals = mean - theta * judge, residuals - theta * judge_U
-    return ArmMean(mean=mean, se=_standard_error(residuals), num_units=sums.num_units)
+    se = _standard_error(residuals, sums.num_units)
+    return ArmMean(mean=mean, se=se, num_units=sums.num_units)
 
 
 def rating_shift(sums: UnitSums) -> float:
@@ -276,7 +277,7 @@ def rating_shift(sums: UnitSums) -> float:
     if sums.num_graded < FEWEST_GRADED:
         return 0.0
     shift, residuals = sums.adjusters()[-1]
-    se = _standard_error(residuals)
+    se = _standard_error(residuals, sums.num_graded)
     return shift / se if se > 0 else 0.0
 
 
@@ -284,9 +285,11 @@ def effect(treatment: UnitSums, control: UnitSums) -> Effect:
     """Return the difference of the two arms' ratio means, adjusted by covariates and grades."""
     arms = (treatment, control)
     raw = [_linearise(arm.values, arm.counts) for arm in arms]
-    raw_variance = sum(_standard_error(residuals) ** 2 for _, residuals in raw)
     theta, shifts, adjusted = _cuped(arms, [residuals for _, residuals in raw])
-    variance = sum(_standard_error(residuals) ** 2 for residuals in adjusted)
+    raw_variance, variance = (
+        sum(_standard_error(e_U, arm.num_units) ** 2 for e_U, arm in zip(each, arms, strict=True))
+        for each in ([residuals for _, residuals in raw], adjusted)
+    )
     return Effect(
         estimate=float(raw[0][0] - raw[1][0] - theta @ (shifts[0] - shifts[1])),
         se=float(np.sqrt(variance)),
@@ -297,16 +300,19 @@ def effect(treatment: UnitSums, control: UnitSums) -> Effect:
 
 
 def _linearise(values: Floats, counts: Floats) -> tuple[float, Floats]:
-    """Return R = Σ values / Σ counts and each unit's error in it."""
-    if not counts.any():
+    """Return R = Σ values / Σ counts and each unit's share in its error."""
+    total = counts.sum()
+    if not total:
         return float("nan"), np.zeros(len(counts))
-    mean = float(values.sum() / counts.sum())
-    return mean, (values - mean * counts) / counts.mean()
+    mean = float(values.sum() / total)
+    return mean, (values - mean * counts) / total
 
 
-def _standard_error(residuals: Floats) -> float:
-    n = len(residuals)
-    return float(np.sqrt(np.square(residuals).sum() / (n * (n - 1)))) if n > 1 else float("nan")
+def _standard_error(residuals: Floats, num_units: int) -> float:
+    """Return the standard error of a mean that `num_units` count in, by their shares in it."""
+    if num_units < 2:
+        return float("nan")
+    return float(np.sqrt(np.square(residuals).sum() * num_units / (num_units - 1)))
 
 
 def _cuped(
@@ -315,7 +321,7 @@ def _cuped(
     """Return θ, each arm's means of what adjusts it, and each arm's adjusted residuals."""
     adjusters = [arm.adjusters() for arm in arms]
     num = len(adjusters[0])
-    if not num or any(len(residuals) < 2 for residuals in raw):
+    if not num or any(arm.num_units < 2 for arm in arms):
         return np.zeros(num), [np.zeros(num)] * 2, list(raw)
     shifts = [np.array([mean for mean, _ in columns]) for columns in adjusters]
     spread = [np.column_stack([column for _, column in columns]) for columns in adjusters]
