@@ -78,7 +78,10 @@ def test_a_time_series_holds_each_value_until_the_next(tmp_path):
         ("hour,intensity\n1,2\n", "needs rows under the columns"),
         ("", "needs rows under the columns"),
         ("hour,gco2e_per_kwh\n1,much\n", "line 2: could not convert"),
-        ("hour,gco2e_per_kwh\n1,3\n24,3\n", r"line 3: intensity must be >= 0, an hour in \[0, 24"),
+        (
+            "hour,gco2e_per_kwh\n1,3\n24,3\n",
+            r"line 3: gco2e_per_kwh must be >= 0, an hour in \[0, 24",
+        ),
         ("time,gco2e_per_kwh\nyesterday,3\n", "line 2: Invalid isoformat"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,9 @@ from policies.errors import ExperimentError
 from router.cli.main import app
 from router.config import load_args
 from router.experiments.experiments import read_definitions
-from router.ledger.feedback import rated_requests
+from router.ledger.feedback import RatedRequest, rated_requests
 from tests.router.experiments.test_mirror import rows
-from tests.router.experiments.trial_server import EXPERIMENT, serving, write_config
+from tests.router.experiments.trial_server import EXPERIMENT, Trial, serving, write_config
 
 JUDGE = {"judge": "dear", "share": 1.0, "usd_per_day": 1.0, "concurrency": 4, "rubric": "Be kind."}
 SPEC = {
@@ -28,6 +29,18 @@ SPEC = {
 }
 
 
+def answers(trial: Trial, *, num_grades: int) -> dict[str, RatedRequest]:
+    """What was served, by id, once there are so many grades."""
+    end_s = time.monotonic() + 60
+    while True:
+        found = [r for r in rated_requests(trial.ledger.database, judge="grader")
+                 if r.row["endpoint"] != "shadow"]  # fmt: skip
+        if sum(one.grade is not None for one in found) >= num_grades:
+            return {one.row["request_id"]: one for one in found}
+        assert time.monotonic() < end_s, "waited in vain"
+        time.sleep(0.02)
+
+
 def test_a_judge_grades_what_was_served_and_people_have_the_last_word(tmp_path: Path) -> None:
     """Its grade stands beside the user's and is not replaced by a label; its cost is its own."""
     scripts = {"cheap": {"answers": ["94"]}, "dear": {"answers": ["A fair 7, I would say."]}}
@@ -38,10 +51,8 @@ def test_a_judge_grades_what_was_served_and_people_have_the_last_word(tmp_path: 
         answer = trial.ask("Wie viel ist 37 plus 58, bitte?", user="u")
         other = trial.ask("How much is 37 plus 58, please?", user="v")
         graded = rows(trial, 2)
-        trial.run(trial.service.mirror.close())
         trial.rate(answer["id"], label="95")
-        database = trial.ledger.database
-        found = {r.row["request_id"]: r for r in rated_requests(database, judge="grader")}
+        found = answers(trial, num_grades=2)
         told = trial.http.get("/v1/experiments/e").json()
         [shadow] = trial.http.get("/v1/shadows").json()["data"]
         refused = trial.rate(graded[0]["request_id"], thumb="up")
@@ -66,27 +77,27 @@ def test_a_judge_grades_what_was_served_and_people_have_the_last_word(tmp_path: 
     assert refused.status_code == 404
 
 
-def test_the_judge_reads_rubric_question_and_answer(tmp_path: Path) -> None:
-    """What it is asked holds all three; one who gives no grade leaves none."""
-    scripts = {"cheap": {"answers": ["ninety-five"]}}
-    config = write_config(tmp_path, scripts=scripts, shadows={"grader": JUDGE})
-    asked = []
-    with serving(config) as trial:
-        engine = trial.service.engines["one"]
-        generate = engine.generate
-
-        def listening(request):  # type: ignore[no-untyped-def]
-            asked.append(request)
-            return generate(request)
-
-        engine.generate = listening  # type: ignore[method-assign]
-        trial.ask("What is 37 + 58?")
+@pytest.mark.parametrize(
+    ("rubric", "question", "answer", "said", "grade"),
+    [
+        ("Always 4.", "How many?", "nine", (), 4),
+        ("Be kind.", "How many are 3?", "nine", (), 3),
+        ("Be kind.", "How many?", "9 of them", (), 9),
+        ("Be kind.", "How many?", "nine", ("Hard to say.",), None),
+    ],
+)
+def test_the_judge_reads_rubric_question_and_answer(
+    tmp_path: Path, rubric: str, question: str, answer: str, said: tuple[str, ...], grade: int
+) -> None:
+    """A judge who says what he reads gives the first number in it; one without any, no grade."""
+    scripts = {"cheap": {"answers": [answer]}, "dear": {"answers": said}}
+    shadow = {**JUDGE, "rubric": rubric}
+    with serving(write_config(tmp_path, scripts=scripts, shadows={"grader": shadow})) as trial:
+        trial.ask(question)
         [row] = rows(trial, 1)
-    [prompt] = [m["content"] for one in asked if one.members == ("dear",) for m in one.messages]
-    assert prompt.startswith("Be kind.")
-    assert "What is 37 + 58?" in prompt
-    assert "ninety-five" in prompt
-    assert row["status"] == 200
+        [found] = answers(trial, num_grades=grade is not None).values()
+    assert found.grade == (None if grade is None else pytest.approx((grade - 1) / 9))
+    assert (row["status"], row["error"]) == (200, "no_grade" if grade is None else None)
 
 
 @pytest.mark.parametrize(
