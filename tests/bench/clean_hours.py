@@ -13,7 +13,7 @@ Batches come at random moments, are due in 24 hours and take 2, 4 or 8 hours of 
 the server's (`policies.carbon.grid.may_wait`), asked every quarter of an hour, with three announced
 years: the mean of each hour over the last four weeks (what anybody can write into a `grid_file`), a
 day-ahead forecast (error 15% at 24 hours, growing with the square root of the time ahead), and the
-truth. The batches take up to a quarter longer or a sixth shorter than they seem. The optimum takes
+truth. What is left of a batch seems up to a fifth shorter or longer than it is. The optimum takes
 the cheapest quarters of an hour, in hindsight.
 """
 
@@ -111,18 +111,20 @@ def forecast(truth: Floats, now: int, *, error: float, rng: np.random.Generator)
 
 
 def work(
-    truth: Floats, begin: int, num_steps: int, *, seems: int, announced: Callable[[int], Floats]
+    truth: Floats, begin: int, num_steps: int, *, seems: float, announced: Callable[[int], Floats]
 ) -> tuple[float, bool]:
-    """Return a batch's mean intensity by the server's rule, and whether it was late."""
+    """Return a batch's mean intensity by the server's rule, and whether it was late.
+
+    What is left of it seems to take `seems` times as long as it does.
+    """
     seen = announced(begin)
     done: list[float] = []
     for step in range(DUE):
-        left = max(seems - len(done), 1)
         waits = may_wait(
             lambda then_s: float(seen[min(int(then_s // STEP_S), DUE)]),
             now_s=step * STEP_S,
             until_s=DUE * STEP_S,
-            work_s=left * STEP_S,
+            work_s=seems * (num_steps - len(done)) * STEP_S,
         )
         if not waits:
             done.append(truth[begin + step])
@@ -145,7 +147,7 @@ def savings(country: str, hours: int, *, num: int, seed: int) -> dict[str, float
     at_once, optimum, late = 0.0, 0.0, 0
     sums = dict.fromkeys(ways, 0.0)
     for begin in begins:
-        seems = max(1, round(num_steps / rng.uniform(0.8, 1.2)))
+        seems = rng.uniform(0.8, 1.2)
         at_once += float(truth[begin : begin + num_steps].mean())
         optimum += float(np.sort(truth[begin : begin + DUE])[:num_steps].mean())
         for name, announced in ways.items():
