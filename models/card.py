@@ -142,8 +142,8 @@ def read_count(file: Path, config: Mapping[str, Any], key: str) -> int:
 
 
 def _card_of_file(file: GgufFile, source: str) -> ModelCard:
-    num_heads = int(file.value("attention.head_count"))
-    hidden_size = int(file.value("embedding_length"))
+    num_heads = file.value("attention.head_count")  # 0: state-space models have none
+    hidden_size = file.value("embedding_length")
     tokenizer = {
         key: value
         for key, value in file.metadata.items()
@@ -155,16 +155,16 @@ def _card_of_file(file: GgufFile, source: str) -> ModelCard:
         source=source,
         shape=Shape(
             architecture=file.architecture,
-            num_layers=int(file.value("block_count")),
+            num_layers=file.value("block_count"),
             hidden_size=hidden_size,
-            intermediate_size=int(file.value("feed_forward_length", 4 * hidden_size)),
+            intermediate_size=file.value("feed_forward_length", 4 * hidden_size),
             num_heads=num_heads,
-            num_kv_heads=int(file.value("attention.head_count_kv", num_heads)),
-            head_dim=int(file.value("attention.key_length", hidden_size // num_heads)),
+            num_kv_heads=file.value("attention.head_count_kv", num_heads),
+            head_dim=file.value("attention.key_length", hidden_size // max(num_heads, 1)),
             vocab_size=len(file.tokens()),
         ),
         parameters=file.parameters,
-        context_tokens=int(file.value("context_length")),
+        context_tokens=file.value("context_length"),
         quantization=file.quantization,
         end_tokens=file.end_tokens(),
         sampling=_read_sampling(

@@ -20,7 +20,8 @@ from models.chat_template import (
     read_tokenizer_config,
 )
 from models.errors import PoolError, RequestError
-from models.sources.gguf import build_tokenizer, read_gguf
+from models.sources.gguf import read_gguf
+from models.sources.gguf_tokenizer import build_tokenizer
 from models.sources.safetensors import read_json
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
     locate       a source as pool.yaml writes it → a folder or a .gguf file on this machine
     hub          `hf:ORG/NAME[@REVISION]`, held to one revision by a lock file beside the pool
     safetensors  the tensors of a folder, from the headers alone
-    gguf         a GGUF file: its facts, tensors and tokenizer
+    gguf         a GGUF file: its facts and tensors (`gguf_tokenizer`: its tokenizer)
 
 None of it reads weights or imports a tensor library, so that every replica can look.
 """

@@ -1,4 +1,4 @@
-"""A GGUF file: its facts, its tensors' names and sizes, its tokenizer. Weights are not read.
+"""A GGUF file: its facts, its tensors' names and sizes. Weights are not read.
 
 The format is llama.cpp's (docs/gguf.md of ggml). Its own Python reader makes an array view of
 every string, which takes seconds for a vocabulary of 50,000, so the header is read here.
@@ -11,12 +11,9 @@ import struct
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from models.errors import PoolError
-
-if TYPE_CHECKING:
-    import tokenizers
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -62,23 +59,6 @@ _TENSOR_TYPES: dict[int, tuple[str, int, int]] = {
 }
 _PLAIN = ("F32", "F16", "BF16", "F64")
 
-# How text is split before merging, by `tokenizer.ggml.pre` (llama.cpp's names and expressions).
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_SPLITS: dict[str, tuple[str, ...]] = {
-    "gpt-2": (_GPT2,),
-    "smollm": (r"\p{N}", _GPT2),
-    "llama-bpe": (_LLAMA3,),
-    "qwen2": (_LLAMA3.replace("{1,3}", ""),),
-}
-_BEGINS_TEXT = ("llama-bpe",)  # of those above, the ones that do so where the file is silent
-
-# Token types of `tokenizer.ggml.token_type`.
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
-
 
 @dataclass(frozen=True, kw_only=True)
 class GgufFile:
@@ -95,41 +75,54 @@ class GgufFile:
         """llama.cpp's name of the architecture; the prefix of its keys."""
         return str(self.metadata.get("general.architecture"))
 
-    def value(self, key: str, default: Any = None) -> Any:  # noqa: ANN401 - as the file has it
-        """Return the architecture's `key`; of one value per layer the largest.
+    def value(self, key: str, default: int | None = None) -> int:
+        """Return the architecture's `key`, a whole number; of one value per layer the largest.
 
-        Raises `PoolError` where it is missing and `default` is None.
+        Raises `PoolError` where it is no such number, or is missing and `default` is None.
         """
-        found = self.metadata.get(f"{self.architecture}.{key}", default)
+        key = f"{self.architecture}.{key}"
+        found = self.metadata.get(key, default)
         if found is None:
-            raise PoolError(f"{self.path}: the key {self.architecture}.{key} is missing")
-        return max(found) if isinstance(found, list) else found
+            raise PoolError(f"{self.path}: the key {key} is missing")
+        of_layers = found if isinstance(found, list) else [found]
+        if not of_layers or not all(type(one) is int and one >= 0 for one in of_layers):
+            raise PoolError(f"{self.path}: {key} {found!r} is not allowed; a whole number is")
+        return max(of_layers)
 
     def end_tokens(self) -> frozenset[int]:
         """Return the tokens that end a text, a turn or a message."""
-        ends = (self.metadata.get(f"tokenizer.ggml.{k}_token_id") for k in ("eos", "eot", "eom"))
+        ends = (self.token_id(name) for name in ("eos", "eot", "eom"))
         return frozenset(end for end in ends if end is not None)
 
     def special_tokens(self) -> dict[str, str]:
         """Return the texts of the special tokens by the names that templates use."""
         tokens = self.tokens()
-        names = {
-            "cls": "bos",
-            "unknown": "unk",
-            "padding": "pad",
-        }  # older files of BERTs have a cls
+        # Older files of BERTs have a cls in place of a bos.
+        names = {"cls": "bos", "bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
         return {
-            f"{names.get(name, name)}_token": tokens[index]
-            for name in ("cls", "bos", "eos", "unknown", "padding")
-            if (index := self.metadata.get(f"tokenizer.ggml.{name}_token_id")) is not None
+            f"{name}_token": tokens[index]
+            for key, name in names.items()
+            if (index := self.token_id(key)) is not None
         }
+
+    def token_id(self, name: str) -> int | None:
+        """Return the id of the token that has this role; None if none has.
+
+        Ids that the vocabulary lacks count for nothing, as in llama.cpp.
+        """
+        index = self.metadata.get(f"tokenizer.ggml.{name}_token_id")
+        return index if type(index) is int and 0 <= index < len(self.tokens()) else None
 
     def tokens(self) -> list[str]:
         """Return the texts of all tokens; raises `PoolError` where the file has none."""
-        tokens = self.metadata.get("tokenizer.ggml.tokens")
-        if not isinstance(tokens, list):
-            raise PoolError(f"{self.path}: the key tokenizer.ggml.tokens is missing")
-        return tokens
+        return self.texts("tokenizer.ggml.tokens")
+
+    def texts(self, key: str) -> list[str]:
+        """Return the list of texts at `key`; raises `PoolError` where there is none."""
+        found = self.metadata.get(key)
+        if not isinstance(found, list) or not found or not isinstance(found[0], str):
+            raise PoolError(f"{self.path}: the key {key} is missing, or is no list of texts")
+        return found
 
 
 def read_gguf(path: Path) -> GgufFile:
@@ -210,152 +203,3 @@ def _read_value(stream: BinaryIO, kind: int) -> Any:  # noqa: ANN401 - as the fi
     if kind in (_STRING, _ARRAY):
         return [_read_value(stream, kind) for _ in range(length)]
     return list(_unpack(stream, f"{length}{_NUMBERS[kind]}"))
-
-
-def build_tokenizer(file: GgufFile) -> tokenizers.Tokenizer:
-    """Return the file's tokenizer: the same ids as the one it was made from.
-
-    Raises `PoolError` for a kind that is not built here.
-    """
-    from tokenizers import AddedToken  # noqa: PLC0415 - not needed to look at a file
-    from tokenizers.processors import TemplateProcessing  # noqa: PLC0415
-
-    kind = file.metadata.get("tokenizer.ggml.model")
-    if kind == "gpt2":
-        built, begins_text = _byte_level(file)
-    elif kind == "llama":
-        built, begins_text = _sentence_piece(file), True
-    elif kind == "bert":
-        built, begins_text = _word_piece(file), True
-    elif kind == "t5":
-        built, begins_text = _unigram(file), False
-    else:
-        raise PoolError(
-            f"{file.path}: tokenizer.ggml.model {kind!r} is not read; allowed are gpt2, llama, "
-            "bert, t5"
-        )
-    types = file.metadata.get("tokenizer.ggml.token_type") or []
-    for token, token_type in zip(file.tokens(), types, strict=False):
-        if token_type in (_UNKNOWN, _CONTROL):
-            built.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-        elif token_type == _USER_DEFINED:
-            built.add_tokens([AddedToken(token, special=False, normalized=False)])
-    bos, end = file.special_tokens().get("bos_token"), _end_of_text(file, kind)
-    if not file.metadata.get("tokenizer.ggml.add_bos_token", begins_text):
-        bos = None
-    frame = [token for token in (bos, end) if token]
-    if frame:
-        # A second text stands apart as BERT and RoBERTa have it.
-        between = [end] if kind == "bert" else [end, end]
-        second = [*(between if end else ()), "$B:1", *([f"{end}:1"] if end else ())]
-        built.post_processor = TemplateProcessing(
-            single=[*([bos] if bos else ()), "$A", *([end] if end else ())],
-            pair=[*([bos] if bos else ()), "$A", *second],
-            special_tokens=[(token, built.token_to_id(token)) for token in dict.fromkeys(frame)],
-        )
-    return built
-
-
-def _end_of_text(file: GgufFile, kind: str) -> str | None:
-    """Return what an encoder's texts end with; prompts that are to be answered have no end."""
-    if kind != "bert" and not file.value("pooling_type", 0):
-        return None
-    name, ends = ("seperator", True) if kind == "bert" else ("eos", kind == "t5")
-    index = file.metadata.get(f"tokenizer.ggml.{name}_token_id")
-    if index is None or not file.metadata.get("tokenizer.ggml.add_eos_token", ends):
-        return None
-    end: str = file.tokens()[index]
-    return end
-
-
-def _byte_level(file: GgufFile) -> tuple[tokenizers.Tokenizer, bool]:
-    """Byte-level byte-pair encoding, as GPT-2 and most since; and whether it begins a text."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers  # noqa: PLC0415
-
-    split = file.metadata.get("tokenizer.ggml.pre", "gpt-2")
-    if split not in _SPLITS:
-        raise PoolError(
-            f"{file.path}: tokenizer.ggml.pre {split!r} is not read; allowed are "
-            f"{', '.join(_SPLITS)}"
-        )
-    merges = [tuple(merge.split(" ")) for merge in file.metadata.get("tokenizer.ggml.merges", ())]
-    vocabulary = {token: index for index, token in enumerate(file.tokens())}
-    built = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=split == "llama-bpe"))
-    built.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _SPLITS[split]]
-        + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    built.decoder = decoders.ByteLevel()
-    return built, split in _BEGINS_TEXT
-
-
-def _sentence_piece(file: GgufFile) -> tokenizers.Tokenizer:
-    """SentencePiece's byte-pair encoding: merges are ranked by the score of what they make."""
-    from tokenizers import Tokenizer, decoders, models, normalizers  # noqa: PLC0415
-
-    tokens = file.tokens()
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    scores = file.metadata.get("tokenizer.ggml.scores") or [0.0] * len(tokens)
-    ranked = [
-        (-scores[index], vocabulary[token[:cut]], vocabulary[token[cut:]], token[:cut], token[cut:])
-        for index, token in enumerate(tokens)
-        for cut in range(1, len(token))
-        if token[:cut] in vocabulary and token[cut:] in vocabulary
-    ]
-    merges = [(left, right) for *_, left, right in sorted(ranked)]
-    unknown = file.special_tokens().get("unk_token")
-    built = Tokenizer(
-        models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    )
-    prefix = file.metadata.get("tokenizer.ggml.add_space_prefix", True)
-    built.normalizer = normalizers.Sequence(
-        [*([normalizers.Prepend("▁")] if prefix else []), normalizers.Replace(" ", "▁")]
-    )
-    built.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        + ([decoders.Strip(" ", 1, 0)] if prefix else [])
-    )
-    return built
-
-
-def _word_piece(file: GgufFile) -> tokenizers.Tokenizer:
-    """BERT's WordPiece. The file marks where words begin, the library where they go on."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers  # noqa: PLC0415
-
-    vocabulary = {}
-    for index, token in enumerate(file.tokens()):
-        special = token.startswith("[") and token.endswith("]")
-        inner = token if special else f"##{token}"
-        vocabulary[token[1:] if token.startswith("▁") else inner] = index
-    unknown = file.special_tokens().get("unk_token", "[UNK]")
-    built = Tokenizer(models.WordPiece(vocabulary, unk_token=unknown))
-    built.normalizer = normalizers.BertNormalizer(lowercase=True)
-    built.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    built.decoder = decoders.WordPiece()
-    return built
-
-
-def _unigram(file: GgufFile) -> tokenizers.Tokenizer:
-    """SentencePiece's unigrams, as T5 and XLM-RoBERTa: the likeliest way to cut a text."""
-    from tokenizers import (  # noqa: PLC0415
-        Regex,
-        Tokenizer,
-        decoders,
-        models,
-        normalizers,
-        pre_tokenizers,
-    )
-
-    scores = file.metadata.get("tokenizer.ggml.scores") or [0.0] * len(file.tokens())
-    unknown = file.metadata.get("tokenizer.ggml.unknown_token_id")
-    built = Tokenizer(models.Unigram(list(zip(file.tokens(), scores, strict=True)), unknown))
-    charsmap = file.metadata.get("tokenizer.ggml.precompiled_charsmap")
-    steps: list[normalizers.Normalizer] = []
-    if charsmap:
-        steps.append(normalizers.Precompiled(bytes(value % 256 for value in charsmap)))
-    if file.metadata.get("tokenizer.ggml.remove_extra_whitespaces", True):
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    built.normalizer = normalizers.Sequence(steps)
-    built.pre_tokenizer = pre_tokenizers.Metaspace()
-    built.decoder = decoders.Metaspace()
-    return built

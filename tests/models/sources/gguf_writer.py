@@ -23,7 +23,8 @@ def _value(value: Any) -> tuple[int, bytes]:
         case str():
             return 8, _string(value)
     packed = [_value(entry) for entry in value]
-    return 9, struct.pack("<IQ", packed[0][0], len(packed)) + b"".join(raw for _, raw in packed)
+    kind = 5 if packed[0][0] == 4 else packed[0][0]  # numbers in arrays are signed
+    return 9, struct.pack("<IQ", kind, len(packed)) + b"".join(raw for _, raw in packed)
 
 
 def write_gguf(

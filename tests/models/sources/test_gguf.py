@@ -1,18 +1,22 @@
 """A GGUF file's facts and tokenizer are those it was made with; damaged ones are named."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from models.card import read_card
 from models.errors import PoolError
-from models.sources.gguf import build_tokenizer, read_gguf
+from models.sources.gguf import read_gguf
+from models.sources.gguf_tokenizer import build_tokenizer
 from models.sources.locate import locate
 from models.tokenizer import CheckpointTokenizer
 from tests.models.sources.gguf_writer import write_gguf
+from tests.ports import free_port
 
 TEXTS = (
     "What is 37 + 58?",
@@ -34,6 +38,27 @@ TENSORS = {
     "blk.0.ffn_down.weight": (3, (96, 64), 96 * 64 // 32 * 20),  # Q4_1
     "output_norm.weight": (0, (64,), 256),
 }
+# What llama.cpp itself needs to load a file.
+RUNS = {
+    "llama.feed_forward_length": 96,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "llama.rope.dimension_count": 16,
+}
+LAYER = {
+    "attn_norm": (64,),
+    "attn_q": (64, 64),
+    "attn_k": (64, 32),
+    "attn_v": (64, 32),
+    "attn_output": (64, 64),
+    "ffn_norm": (64,),
+    "ffn_gate": (64, 96),
+    "ffn_up": (64, 96),
+    "ffn_down": (96, 64),
+}
+LLAMA_CPPS = (
+    *("gpt-2", "olmo", "smollm", "starcoder", "refact", "llama-bpe", "lfm2", "smaug-bpe", "qwen2"),
+    *("deepseek-r1-qwen", "qwen35", "tekken", "gpt-4o", "deepseek-v3"),
+)
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}{{ eos_token }}"
 
 
@@ -119,6 +144,54 @@ def test_byte_level_tokenizers_come_back(pre: str, tmp_path: Path) -> None:
         assert built.decode(ids) == original.decode(ids)
 
 
+def llama(num_tokens: int) -> dict[str, tuple[int, tuple[int, ...], int]]:
+    """All tensors of a model of `SHAPE`."""
+    shapes = {"token_embd": (64, num_tokens), "output_norm": (64,)}
+    shapes |= {f"blk.{i}.{name}": shape for i in range(2) for name, shape in LAYER.items()}
+    return {f"{name}.weight": (0, shape, 4 * math.prod(shape)) for name, shape in shapes.items()}
+
+
+def test_splits_are_those_of_llama_cpp(tmp_path: Path) -> None:
+    """Each name splits text as llama.cpp does, by the tokens that both make of it."""
+    xllamacpp = pytest.importorskip("xllamacpp", reason="the extra llamacpp is not installed")
+    original = byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    original.add_tokens(["<think>"])
+    for pre in LLAMA_CPPS:
+        metadata = metadata_of(original, pre) | RUNS
+        tensors = llama(len(metadata["tokenizer.ggml.tokens"]))
+        path = write_gguf(tmp_path / f"{pre}.gguf", metadata, tensors)
+        params, port = xllamacpp.CommonParams(), free_port()
+        params.model.path, params.verbosity, params.n_ctx = str(path), 1, 64
+        params.hostnames, params.port = ["127.0.0.1"], port
+        server = xllamacpp.Server(params)
+        built = build_tokenizer(read_gguf(path))
+        for text in (*TEXTS, "HELLO WorLD's 4ème é中文かな $x+=1;\n\n  ~ok", "a 1 22 333 4444"):
+            body = {"content": text}
+            told = httpx.post(f"http://127.0.0.1:{port}/tokenize", json=body, timeout=30).json()
+            assert built.encode(text, add_special_tokens=False).ids == told["tokens"], (pre, text)
+        del server
+
+
+def test_gemma_4s_tokenizer_comes_back(tmp_path: Path) -> None:
+    """Spaces are letters, merges are written down, unknown characters are bytes."""
+    pieces = ["<pad>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"helo"]
+    merges = ["h e", "l l", "he ll", "▁ hell", "▁hell o"]
+    tokens = [*pieces, *(merge.replace(" ", "") for merge in merges)]
+    metadata = {
+        **SHAPE,
+        "tokenizer.ggml.model": "gemma4",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.token_type": [3, 3, 2, *[6] * 256, *[1] * 10],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.unknown_token_id": 2,
+    }
+    built = build_tokenizer(read_gguf(write_gguf(tmp_path / "m.gguf", metadata, TENSORS)))
+    assert built.encode("hello hello").tokens == ["<bos>", "hell", "o", "▁hello"]
+    ids = built.encode("hello\n\n é", add_special_tokens=False).ids
+    assert built.decode(ids) == "hello\n\n é"
+
+
 def test_sentence_piece_tokenizers_come_back(tmp_path: Path) -> None:
     """Merges follow the scores, spaces and unknown bytes come back."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
@@ -192,7 +265,7 @@ def test_damaged_files_are_named(spoil: Any, message: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokenizer.ggml.pre": "tekken"}, "tokenizer.ggml.pre 'tekken' is not read; allowed are"),
+        ({"tokenizer.ggml.pre": "bloom"}, "tokenizer.ggml.pre 'bloom' is not read; allowed are"),
         ({"tokenizer.ggml.model": "rwkv"}, "tokenizer.ggml.model 'rwkv' is not read"),
     ],
 )
@@ -210,6 +283,9 @@ def test_other_tokenizers_are_refused(
     ("changes", "message"),
     [
         ({"split.count": 3}, "is one of 3 parts"),
+        ({"llama.block_count": "two"}, r"llama\.block_count 'two' is not allowed; a whole number"),
+        ({"llama.context_length": 1.5}, r"llama\.context_length 1\.5 is not allowed"),
+        ({"tokenizer.ggml.tokens": [1, 2]}, r"tokenizer\.ggml\.tokens is missing, or is no list"),
         ({"general.architecture": "other"}, r"the key other\.\S+ is missing"),
     ],
 )
