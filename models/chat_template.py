@@ -31,6 +31,7 @@ has `tool_calls`, a tool's turn the `tool_call_id` that it answers, as OpenAI wr
 _SYSTEM_ROLES = ("system", "developer")
 _ID_CHARACTERS = 9
 _DEFAULT = "default"  # transformers' name of the template that stands alone
+_OPEN_END = "CONTINUE_FINAL_MESSAGE_TAG "  # transformers' mark; its blank tells whether trimmed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,11 +93,14 @@ class ChatTemplate:
         Raises `RequestError` where the template refuses the conversation or fails on it.
         """
         template = self._tool_use if tools else self._template
+        turns = [_turn(message, short_ids=self._short_ids) for message in messages]
+        if rendering.continue_final:
+            turns[-1]["content"] += _OPEN_END
         variables = {
             "documents": None,
             **self._special_tokens,
             **rendering.arguments,
-            "messages": [_turn(message, short_ids=self._short_ids) for message in messages],
+            "messages": turns,
             "add_generation_prompt": rendering.generation_prompt and not rendering.continue_final,
             "tools": [dict(tool) for tool in tools] or None,
         }
@@ -242,16 +246,14 @@ def _short_id(identity: str) -> str:
 
 
 def _left_open(text: str, content: str) -> str:
-    """Return `text` up to the end of its last turn's `content`, as transformers cuts it."""
-    at = text.rfind(content.strip())
-    if not content.strip() or at < 0:
+    """Return `text` up to the mark at the end of its last turn's `content`."""
+    at = text.rfind(_OPEN_END.strip())
+    if at < 0 or content.strip() not in text:
         raise RequestError(
             "continue_final_message: the chat template does not show the last message's content",
             "continue_final_message",
         )
-    # Where the template keeps the blanks at the content's end, they stay.
-    kept = content.lstrip() if text.startswith(content.lstrip(), at) else content.strip()
-    return text[: at + len(kept)]
+    return text[:at] if text.startswith(_OPEN_END, at) else text[:at].rstrip()
 
 
 def _arguments(function: Mapping[str, Any]) -> object:

@@ -25,6 +25,7 @@ FOLDER_FILES = (
 )
 TEMPLATES = "additional_chat_templates"
 
+_SUFFIX = ".safetensors"
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _POINTER = b"version https://git-lfs"
@@ -54,7 +55,12 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise PoolError(f"{index}: weight_map must map tensors to files, got {names!r}")
-    files = tuple(sorted({folder / Path(str(name)).name for name in names.values()}))
+    for name in names.values():
+        if not isinstance(name, str) or Path(name).name != name or Path(name).suffix != _SUFFIX:
+            raise PoolError(
+                f"{index}: weight_map names {name!r}; allowed are {_SUFFIX} files of its folder"
+            )
+    files = tuple(sorted({folder / name for name in names.values()}))
     for file in files:
         if not file.is_file():
             raise PoolError(f"{file} is missing, though {index.name} names it; download it again")
@@ -114,7 +120,10 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     try:
         header = json.loads(raw)
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        ends = {name: int(entry["data_offsets"][1]) for name, entry in entries.items()}
+        spans = {
+            name: (int(entry["data_offsets"][0]), int(entry["data_offsets"][1]))
+            for name, entry in entries.items()
+        }
         tensors = {
             name: StoredTensor(
                 file=file,
@@ -124,12 +133,19 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             for name, entry in entries.items()
         }
         for name, tensor in tensors.items():
-            num_bytes = ends[name] - int(entries[name]["data_offsets"][0])
+            num_bytes = spans[name][1] - spans[name][0]
             if num_bytes != math.prod(tensor.shape) * _BYTES.get(tensor.dtype, 0) != 0:
                 raise ValueError(f"{name} has {num_bytes} bytes")
+        num_bytes = 0
+        for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
+            if begin != num_bytes:
+                raise ValueError(
+                    f"{name} begins at {begin}, what stands before ends at {num_bytes}"
+                )
+            num_bytes = end
     except (LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise PoolError(f"{file} is no safetensors file: its header is damaged ({error})") from None
-    named = 8 + header_bytes + max(ends.values(), default=0)
+    named = 8 + header_bytes + num_bytes
     if size != named:
         raise PoolError(
             f"{file} is cut off or damaged: it has {size} bytes, its header names {named}"

@@ -65,6 +65,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         header(lambda facts: facts["model.norm.weight"].update(shape=[63])),
         r"damaged \(model\.norm\.weight has 256 bytes\)",
     ),
+    "overlapping": (
+        header(lambda facts: facts["model.norm.weight"].update(data_offsets=[0, 256])),
+        r"damaged \(\S+ begins at 0",
+    ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor"),
     "a pickle": (
         lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
@@ -124,6 +128,11 @@ def test_shards_that_are_missing_or_double_are_named(tmp_path: Path) -> None:
     first.unlink()
     with pytest.raises(PoolError, match=rf"{first.name} is missing, though .*index\.json names it"):
         read_card(folder)
+    for name in ("../x.safetensors", "/etc/x.safetensors", "a/x.safetensors", "x.bin", "", None):
+        index = {"weight_map": {"lm_head.weight": name}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(PoolError, match=rf"index\.json: weight_map names {name!r}; allowed"):
+            read_card(folder)
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
     with pytest.raises(PoolError, match="weight_map must map tensors to files"):
         read_card(folder)

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from models.card import read_card
-from models.chat_template import read_chat_template
+from models.chat_template import Rendering, read_chat_template
 from models.errors import PoolError, RequestError
 from models.spec import Model, ModelSpec
 from models.tokenizer import CheckpointTokenizer, load_tokenizers
@@ -72,6 +72,39 @@ def test_prompts_are_those_of_transformers(case: str, tools: Any, tmp_path: Path
     ours = read_chat_template(folder)
     assert ours is not None
     assert ours.render(CHAT, tools or ()) == theirs
+
+
+OPEN = {
+    "ChatML": LOOP + "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
+    "trimmed": LOOP + "{{ m.role }}: {{ m.content | trim }}\nend of turn\n{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("content", ["end", "the end ", " a\n\n", "", "im_end", "é"])
+@pytest.mark.parametrize("case", OPEN)
+def test_last_turns_are_left_open_as_by_transformers(
+    case: str, content: str, tmp_path: Path
+) -> None:
+    """However the last turn's content looks, and whatever the template writes after it."""
+    folder = checkpoint(tmp_path, OPEN[case])
+    chat = [*CHAT[:1], {"role": "assistant", "content": content}]
+    theirs = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        chat, tokenize=False, continue_final_message=True
+    )
+    ours = read_chat_template(folder)
+    assert ours is not None
+    assert ours.render(chat, (), Rendering(continue_final=True)) == theirs
+    assert chat[-1]["content"] == content
+
+
+def test_a_last_turn_that_is_not_shown_cannot_be_left_open(tmp_path: Path) -> None:
+    """As in transformers, where the template drops or changes the content."""
+    for template in ("{{ messages[0].content }}", "{{ messages[-1].content | upper }}"):
+        found = read_chat_template(checkpoint(tmp_path, template))
+        assert found is not None
+        with pytest.raises(RequestError, match="does not show") as caught:
+            found.render(CHAT[:2], (), Rendering(continue_final=True))
+        assert caught.value.param == "continue_final_message"
 
 
 @pytest.mark.parametrize(
