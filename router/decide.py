@@ -198,7 +198,7 @@ def _exceeded(catalog: Catalog, plan: Plan, query: Query) -> tuple[str, ...]:
 
 
 def _task(exchange: Exchange, ask: Ask, *, prompt_index: int, query: Query, i: int) -> Task:
-    sampling = ask.sampling
+    sampling = replace(ask.sampling, logprobs=ask.logprobs or ask.extension.explain)
     if sampling.seed is not None and ask.n > 1:
         # Choices of one prompt differ, and are still the same whenever they are asked for.
         seed = sampling.seed + i % ask.n

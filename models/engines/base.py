@@ -52,7 +52,8 @@ class SamplingOptions:
     off. `top_logprobs` None returns no alternatives, 0-20 that many; `prompt_logprobs` the same for
     the prompt's own tokens. No end is drawn before `min_tokens`; `stop_token_ids` end an answer
     beside the model's own ends. With `include_stop` the stop string stays in the text.
-    `ignore_eos` goes on to `max_tokens` (benchmarks).
+    `ignore_eos` goes on to `max_tokens` (benchmarks). Without `logprobs` nobody reads what an
+    answer's tokens are and how likely: an engine may leave out ids and log-probabilities.
     """
 
     max_tokens: int = 256
@@ -73,6 +74,7 @@ class SamplingOptions:
     prompt_logprobs: int | None = None
     structure: Structure | None = None
     ignore_eos: bool = False
+    logprobs: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -178,9 +178,12 @@ class FakeEngine:
                 finish = "length"
             if finish and not stream.stopped:
                 text += stream.finish()
+            token = _token(token_id, script, sampling.top_logprobs)
             yield Chunk(
                 text=text,
-                tokens=(_token(token_id, script, sampling.top_logprobs),),
+                tokens=(
+                    token if sampling.logprobs else replace(token, logprob=None, entropy=None),
+                ),
                 finish_reason=finish,
                 stop=stream.stop,
                 prompt=() if index else _prompt(request, script),

@@ -238,7 +238,7 @@ class Executor:
         expected to do well has read the prompt, and is cancelled before it writes.
         """
         asked = task.sampling.prompt_logprobs
-        sampling = replace(task.sampling, prompt_logprobs=asked or 0)
+        sampling = replace(task.sampling, prompt_logprobs=asked or 0, logprobs=True)
         told = replace(task, sampling=sampling, stream=True)
         async with aclosing(self.run(stage, told, trace, path)) as chunks:
             try:
@@ -273,7 +273,7 @@ class Executor:
         It is whole, or, without a finish reason, the beginning that `hopeless` gave up.
         """
         end_s = asyncio.get_running_loop().time() + timeout_s
-        task = replace(task, deadline_s=min(end_s, task.deadline_s or end_s))
+        task = replace(task.judged(), deadline_s=min(end_s, task.deadline_s or end_s))
         try:
             async with asyncio.timeout(timeout_s):
                 if hopeless is not None:
@@ -347,7 +347,7 @@ class Executor:
         """
         paths = [child_path(path, index) for index in range(len(best.candidates))]
         running = [
-            asyncio.create_task(self.whole(candidate, task, trace, candidate_path))
+            asyncio.create_task(self.whole(candidate, task.judged(), trace, candidate_path))
             for candidate, candidate_path in zip(best.candidates, paths, strict=True)
         ]
         try:

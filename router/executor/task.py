@@ -201,6 +201,10 @@ class Task:
     offline: bool = False
     deadline_s: float | None = None
 
+    def judged(self) -> Task:
+        """Return the same for an answer that a scorer sees, with its log-probabilities."""
+        return replace(self, sampling=replace(self.sampling, logprobs=True))
+
 
 async def request_of(
     answer: Answer, task: Task, path: str, *, members: Members, max_tokens: int

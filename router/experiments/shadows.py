@@ -98,7 +98,7 @@ class Mirror:
 
     def _prepare(self, shadow: Shadow, exchange: Exchange) -> Exchange:
         """Return the exchange that answers the same question by the shadow's policy, or judges."""
-        original = exchange.choices[0].task
+        original = exchange.choices[0].task.judged()
         shadow_id = mirrored_request_id(shadow.name, exchange.id)
         task = replace(
             original, request_id=shadow_id, stream=False, client_id=f"shadow {shadow.name}"

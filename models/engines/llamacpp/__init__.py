@@ -78,7 +78,7 @@ def slots(spec: EngineSpec, options: LlamacppOptions, card: ModelCard) -> tuple[
     """
     shape = card.shape
     row_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * _BYTES_PER_NUMBER
-    num_rows = spec.kv_memory_bytes // row_bytes
+    num_rows = spec.kv_memory_bytes // max(row_bytes, 1)  # state-space models keep none
     wanted = options.context_tokens or max(num_rows // options.num_slots, _LEAST_CONTEXT_TOKENS)
     context_tokens = min(wanted, card.context_tokens, num_rows)
     return min(options.num_slots, num_rows // max(context_tokens, 1)), context_tokens

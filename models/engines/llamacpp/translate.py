@@ -35,10 +35,12 @@ def write_body(
     llama.cpp cannot leave them out. Stop strings are ours.
     """
     sampling = request.sampling
+    # Tokens come with their ids only where likelihoods are told, and those of a whole vocabulary
+    # take as long to sort as the model takes for the token.
+    tells = sampling.logprobs or sampling.stop_token_ids
     body: dict[str, Any] = {
         "prompt": list(request.prompt_tokens),
-        # One at least: without any, tokens come without their ids.
-        "n_probs": max(sampling.top_logprobs or 0, 1),
+        "n_probs": max(sampling.top_logprobs or 0, 1) if tells else 0,
         "preserved_tokens": list(marks),
         "stream": True,
         "stream_options": {"include_usage": True},
@@ -90,7 +92,7 @@ class MessageReader:
             raise _failure(event["error"])
         usage = event.get("usage")
         tokens: tuple[Token, ...] = ()
-        text = ""
+        text = wrote = ""
         for choice in event["choices"]:
             reason = choice["finish_reason"]
             if reason is not None:
@@ -100,6 +102,7 @@ class MessageReader:
             tokens += tuple(self._token(entry) for entry in entries)
             ids = [entry["id"] for entry in entries if entry["id"] in self._stop_tokens]
             self._ended = next(iter(ids), self._ended)
+            wrote += choice.get("text") or ""
             if self._ended is None or self._include_stop:
                 text += self._text.push((choice.get("text") or "").encode())
         counted = (event.get("timings") or {}).get("predicted_n", 0)
@@ -108,7 +111,9 @@ class MessageReader:
             self._num_cached = usage["prompt_tokens_details"]["cached_tokens"]
         # Tokens that end within a character are only counted: it comes with the one that ends it.
         missing = max(counted - self.num_tokens - len(tokens), 0)
-        tokens = (Token(token_id=0, text="", raw=b"", logprob=None),) * missing + tokens
+        if missing and not tokens:
+            tokens, missing = (_only_text(wrote),), missing - 1
+        tokens = (_only_text(""),) * missing + tokens
         self.num_tokens += len(tokens)
         return Chunk(text=text, tokens=tokens) if tokens or text else None
 
@@ -144,6 +149,11 @@ class MessageReader:
             raw=raw,
             logprob=entry["logprob"],
         )
+
+
+def _only_text(text: str) -> Token:
+    """Return a token of which no more is known."""
+    return Token(token_id=0, text=text, raw=text.encode(), logprob=None)
 
 
 def _failure(error: Mapping[str, Any]) -> EngineError | RequestError:

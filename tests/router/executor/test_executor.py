@@ -59,7 +59,7 @@ def _task(*, stream: bool = False) -> Task:
         request_id="r",
         query=Query(text="q"),
         prompt=Prompt(text="q"),
-        sampling=SamplingOptions(),
+        sampling=SamplingOptions(logprobs=False),  # as of a client who does not ask for them
         max_tokens=None,
         stream=stream,
     )

@@ -136,6 +136,17 @@ def read(loop: asyncio.Runner, engine: Engine) -> Read:
     return lambda request: loop.run(_read(engine, request))
 
 
+def test_without_likelihoods_the_answer_is_the_same(read: Read, ask: Ask) -> None:
+    """Where nobody reads log-probabilities, text, count and end are what they are with them."""
+    question = "Write: é 你好 🙂, thank you!"
+    told, untold = (read(ask(question, max_tokens=24, logprobs=it)) for it in (True, False))
+    assert _text(told) == _text(untold)
+    assert told[-1].finish_reason == untold[-1].finish_reason
+    assert len(_tokens(told)) == len(_tokens(untold))
+    assert all(token.logprob is None for token in _tokens(untold))
+    assert "".join(token.text for token in _tokens(untold)) == _text(untold)
+
+
 def test_answers_people(read: Read, ask: Ask) -> None:
     """A question is answered in sentences, in many chunks, and the end token is counted."""
     chunks = read(ask(CAPITAL))
