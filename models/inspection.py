@@ -131,6 +131,9 @@ def _kinds() -> list[str]:
 
 def _asked(kind: str, card: ModelCard) -> tuple[EngineTraits | None, str | None]:
     """Return what an engine of this kind with this model would be, and why it cannot run here."""
+    found, read = "gguf" if card.is_gguf else "safetensors", KINDS.load(kind).formats
+    if found not in read:
+        return None, f"it reads {' and '.join(read)}, no {found}"
     spec = EngineSpec(name=kind, kind=kind)
     model = Model(
         spec=ModelSpec(name="model", engine=kind, checkpoint=card.source),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from models.errors import PoolError
-from models.inspection import write_pool
+from models.inspection import inspect_checkpoint, write_pool
 from models.pool import load_pool
 from models.sources.locate import locate
 from tests.models.engines.stacked.tiny import save_checkpoint
@@ -49,6 +49,7 @@ def test_what_no_engine_can_run_is_refused_by_all(tmp_path: Path) -> None:
     config.write_text(config.read_text().replace('"silu"', '"relu6"'))
     with pytest.raises(PoolError, match=r"no engine can run it here: stacked: .*relu6"):
         write_pool([str(odd)], tmp_path)
+    assert inspect_checkpoint(odd, "odd").engines["llamacpp"] == "it reads gguf, no safetensors"
     save_checkpoint(tmp_path / "a" / "same")
     save_checkpoint(tmp_path / "b" / "same")
     with pytest.raises(PoolError, match="a model is called 'same' already"):
