@@ -221,7 +221,7 @@ class LawSettings(_Strict):
     `mixture_shares`, and judged after each number of `mixture_tokens`. The share that is taken has
     the least domain loss plus `general_weight` times the general loss. P2, if `pruning_shares` are
     given: chunks that keep each of them of the base, trained likewise and judged after
-    `pruning_tokens`.
+    `pruning_tokens`. `variant_examples` and `selection_keep` belong to `Recipe.baselines`.
     """
 
     mixture_domains: int = Field(2, ge=1)
@@ -230,6 +230,8 @@ class LawSettings(_Strict):
     general_weight: float = Field(0.2, ge=0)
     pruning_shares: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
     pruning_tokens: tuple[int, ...] = (100_000, 200_000, 400_000)
+    variant_examples: int = Field(12_000, ge=32)
+    selection_keep: Annotated[float, Field(gt=0, lt=1)] = 0.6
     bootstrap_samples: int = Field(100, ge=1)
 
 
@@ -259,11 +261,16 @@ _RESERVED: Final = {
     ),
 }  # fmt: skip
 
+Baseline = Literal["finetuned", "scratch", "average", "ties", "random", "spectrum", "distilled"]
+
 
 class Recipe(_Strict):
     """Everything that a pool depends on.
 
-    `adapt_tokens` gives the chunks that it names other tokens than `adapt.tokens`.
+    `adapt_tokens` gives the chunks that it names other tokens than `adapt.tokens`. `baselines` and
+    `compare` change nothing of the pool: they say what a finished one is compared with by this
+    repository's `python -m tests.bench.downscale`; `compare` names `results.json` files of other
+    runs on the same questions.
     """
 
     name: Name
@@ -277,7 +284,9 @@ class Recipe(_Strict):
     adapt: AdaptSettings = AdaptSettings()
     adapt_tokens: dict[str, Annotated[int, Field(gt=0)]] = {}
     laws: LawSettings = LawSettings()
+    baselines: tuple[Baseline, ...] = ()
     measure: MeasureSettings = MeasureSettings()
+    compare: dict[str, str] = {}
 
     @property
     def corpora(self) -> dict[str, CorpusSettings]:
@@ -309,6 +318,8 @@ class Recipe(_Strict):
         for name, settings in self.domains.items():
             if (use := _RESERVED.get(name.lower())) is not None:
                 raise ValueError(f"domains: the name {name!r} is reserved for {use}")
+            if name in self.baselines:
+                raise ValueError(f"domains: the name {name!r} is taken by one of the baselines")
             if (other := seen.setdefault(name.lower(), name)) != name:
                 raise ValueError(f"domains: {other!r} and {name!r} differ in case alone")
             if settings.corpus == ALL_DOMAINS:
@@ -346,7 +357,9 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
         base = base.model_copy(update={"checkpoint": str(folder / base.checkpoint)})
     domains = {name: _absolute(corpus, folder) for name, corpus in recipe.domains.items()}
     general = _absolute(recipe.general, folder)
-    return recipe.model_copy(update={"base": base, "domains": domains, "general": general})
+    compare = {name: str(folder / file) for name, file in recipe.compare.items()}
+    changes = {"base": base, "domains": domains, "general": general, "compare": compare}
+    return recipe.model_copy(update=changes)
 
 
 def _absolute(settings: CorpusSettings, folder: Path) -> CorpusSettings:

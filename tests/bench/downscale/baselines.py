@@ -11,7 +11,6 @@ Comparisons of choices within the pipeline (selection, pruning, distillation) ar
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -133,12 +132,12 @@ def compared(run: Run, folder: Path, name: str) -> None:
     measure_model(run, folder, name, checkpoint, tests)
 
 
-def baseline_systems(run: Run, baselines: Iterable[str]) -> dict[str, System]:
-    """The baselines, as systems beside the pool's."""
+def baseline_systems(run: Run) -> dict[str, System]:
+    """The baselines that the recipe names, as systems beside the pool's."""
     domain_Q = [question.domain for question in questions(run) if question.is_test]
     base_parameters = num_parameters(base_model(run)[0])
     found = []
-    for name in baselines:
+    for name in run.recipe.baselines:
         if name == SCRATCH:
             score_Q = np.zeros(len(domain_Q))
             for domain in run.domains:
@@ -154,12 +153,12 @@ def baseline_systems(run: Run, baselines: Iterable[str]) -> dict[str, System]:
     return {system.name: system for system in found}
 
 
-def baseline_training(run: Run, baselines: Collection[str]) -> dict[str, Any]:
+def baseline_training(run: Run) -> dict[str, Any]:
     """What the baselines' trainings took."""
     folders = {}
-    if FINETUNED in baselines:
+    if FINETUNED in run.recipe.baselines:
         folders[FINETUNED] = finetuned(run)
-    if SCRATCH in baselines:
+    if SCRATCH in run.recipe.baselines:
         folders |= {f"{SCRATCH}-{domain}": scratch(run, domain) for domain in run.domains}
     return {
         name: {

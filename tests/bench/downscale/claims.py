@@ -165,11 +165,11 @@ def other_runs(files: Mapping[str, str], domain_Q: Sequence[str]) -> dict[str, S
             content = json.loads(Path(file).read_text())
             others = content["systems"]
         except (OSError, ValueError, KeyError) as error:
-            raise RecipeError(f"--compare {label}: {file} holds no results: {error}") from None
+            raise RecipeError(f"compare.{label}: {file} holds no results: {error}") from None
         if content["question_domains"] != {
             d: list(domain_Q).count(d) for d in dict.fromkeys(domain_Q)
         }:
-            raise RecipeError(f"--compare {label}: {file} was measured on other questions")
+            raise RecipeError(f"compare.{label}: {file} was measured on other questions")
         for system in others:
             if system["kind"] != "chunk" and system["name"] != BASE:
                 name = f"{label}: {system['name']}"

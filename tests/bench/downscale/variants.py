@@ -9,7 +9,7 @@ chunks get.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,9 +42,6 @@ from tests.bench.downscale.spectrum import spectrum_importance
 VARIANTS_FILE: Final = "variants.json"
 _GENERAL_SHARE: Final = 0.1
 _ENSEMBLE: Final = 2
-# Of a corpus so many examples are chosen from, and of those this share.
-_NUM_CANDIDATES: Final = 12_000
-_KEPT: Final = 0.6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +65,8 @@ class Result(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What is compared: the sides for a domain and a seed, how many seeds, and the name of the
-    baseline that asks for it."""
+    """What is compared: the sides for a domain and a seed, how many seeds, and the name by which a
+    recipe's `baselines` ask for it."""
 
     baseline: str
     sides: Callable[[Run, str, int], dict[str, Side]]
@@ -97,9 +94,9 @@ def variants(run: Run, folder: Path, name: str, domain: str) -> None:
     write_json(folder / VARIANTS_FILE, {"results": results})
 
 
-def results_of(run: Run, baselines: Collection[str]) -> list[Result]:
-    """What the comparisons that are asked for found on the recipe's first domains."""
-    wanted = [name for name, one in COMPARISONS.items() if one.baseline in baselines]
+def results_of(run: Run) -> list[Result]:
+    """What the comparisons that the recipe names found on its first domains."""
+    wanted = [name for name, one in COMPARISONS.items() if one.baseline in run.recipe.baselines]
     return [
         result
         for name in wanted
@@ -109,12 +106,12 @@ def results_of(run: Run, baselines: Collection[str]) -> list[Result]:
 
 
 def _candidates(run: Run, domain: str) -> list[Conversation]:
-    return conversations(run, domain, Split.TRAIN)[:_NUM_CANDIDATES]
+    return conversations(run, domain, Split.TRAIN)[: run.recipe.laws.variant_examples]
 
 
 def _selections(run: Run, domain: str, seed: int) -> dict[str, Side]:
     """BALD with an ensemble of the domain's own chunk, trained shortly in different orders."""
-    candidates, least_tokens = _candidates(run, domain), min(run.recipe.laws.mixture_tokens)
+    candidates, settings = _candidates(run, domain), run.recipe.laws
     members = []
     for number in range(_ENSEMBLE):
         member = load_model(cut_out(run, domain))
@@ -123,17 +120,18 @@ def _selections(run: Run, domain: str, seed: int) -> dict[str, Side]:
             candidates,
             (),
             general_share=0.0,
-            tokens=least_tokens,
+            tokens=min(settings.mixture_tokens),
             settings=run.recipe.adapt,
             seed=1000 * seed + number,
             distill=False,
         )
         members.append(member)
     scores = uncertainty(members, candidates, by="bald")
+    keep = settings.selection_keep
     kept = {
-        "most uncertain": keep_by(scores, _KEPT, "hard"),
-        "most certain": keep_by(scores, _KEPT, "easy"),
-        "by lot": select_at_random(len(candidates), keep=_KEPT, seed=seed).kept,
+        "most uncertain": keep_by(scores, keep, "hard"),
+        "most certain": keep_by(scores, keep, "easy"),
+        "by lot": select_at_random(len(candidates), keep=keep, seed=seed).kept,
     }
     fresh = partial(load_model, cut_out(run, domain))
     return {

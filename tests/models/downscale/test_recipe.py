@@ -58,6 +58,11 @@ def test_paths_start_at_the_recipe(tmp_path):
         ({"domains.fused": {"corpus": "x.txt"}}, "'fused' is reserved for a policy of the pool"),
         ({"domains.Law": {"corpus": "x.txt"}}, "'Law' and 'law' differ in case alone"),
         ({"domains.law.corpus": "domains"}, "only the general corpus may be 'domains'"),
+        (
+            {"baselines": ["finetuned"], "domains.finetuned": {"corpus": "x.txt"}},
+            "'finetuned' is taken by one of the baselines",
+        ),
+        ({"baselines": ["magic"]}, "baselines.0: .*got 'magic'"),
     ],
 )
 def test_bad_values_are_named(tmp_path, change, message):
