@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import replace
 
 from policies.base import Decision, Query
 from policies.errors import PlanError, PolicyError
 from policies.footprint import NO_LIMITS, estimate
-from policies.plan import Answer, Plan, PlanBounds, from_json, num_lanes
+from policies.plan import Answer, Plan, PlanBounds, from_json, members, num_lanes
 from router.catalog.catalog import Catalog, Target
+from router.catalog.members import Members
 from router.config import ServingLimits
 from router.conversations import Conversations, answers_call, stay
 from router.eligible import able_plans, among_able
@@ -80,17 +82,27 @@ async def decide(
                 for plan in fallback
                 if plan != decision.plan and not _exceeded(catalog, plan, query)
             )
-        _check_ceilings(catalog, decision, query)
+        num_read = await most_read((decision.plan, *fallback), catalog.members, prompt)
+        read = replace(query, prompt_tokens=num_read)
+        _check_ceilings(catalog, decision, read)
         decisions.append(decision)
         await asyncio.sleep(0)
         for _ in range(ask.n):
-            task = _task(
-                exchange, ask, prompt_index=len(decisions) - 1, query=query, i=len(choices)
-            )
+            task = _task(exchange, ask, prompt_index=len(decisions) - 1, query=read, i=len(choices))
             choices.append(Choice(plan=decision.plan, task=task, fallback=fallback))
     exchange.decisions = tuple(decisions)
     exchange.choices = tuple(choices)
+    exchange.record.prompt_tokens = exchange.prompt_tokens
     _check_lanes(exchange, limits.plans.lanes)
+
+
+async def most_read(plans: Iterable[Plan], pool: Members, prompt: Prompt) -> int:
+    """Return how many tokens `prompt` has for the one of the plans' members that reads most.
+
+    Each reads it in its own tokenizer and template.
+    """
+    names = dict.fromkeys(name for plan in plans for name in members(plan))
+    return max([await prompt.count(pool.tokenizer_of(name)) for name in names])
 
 
 async def _able(catalog: Catalog, answer: Answer, ask: Ask, prompt: Prompt, query: Query) -> bool:
@@ -108,7 +120,7 @@ async def _query(
     catalog: Catalog, limits: ServingLimits, exchange: Exchange, ask: Ask, prompt: Prompt
 ) -> Query:
     tokenizer = catalog.members.tokenizer
-    prompt.check_size(tokenizer, catalog.members.most_context_tokens)
+    prompt.check_size(catalog.members.most_token_bytes, catalog.members.most_context_tokens)
     return Query(
         text=prompt.query(tokenizer),
         earlier=prompt.earlier(),

@@ -46,6 +46,12 @@ class Choice:
     num_tokens: int = 0
     trace: Trace = field(default_factory=Trace)
 
+    @property
+    def prompt_tokens(self) -> int:
+        """What who answers has read; until somebody has, what who was chosen will."""
+        run = self.trace.accepted_run()
+        return self.task.query.prompt_tokens if run is None else run.prompt_tokens
+
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
@@ -128,6 +134,12 @@ class Exchange:
         """The time since the request arrived; until it was over, if it is."""
         return (self.ended_s or time.perf_counter()) - self.started_s
 
+    @property
+    def prompt_tokens(self) -> int:
+        """The length of all prompts, each once, as its first choice's answer read it."""
+        num_choices = len(self.choices) // max(1, len(self.decisions))
+        return sum(choice.prompt_tokens for choice in self.choices[:: max(1, num_choices)])
+
     def member_tokens(self) -> dict[str, MemberTokens]:
         """Return what each member read and wrote for this request, accepted or not."""
         totals: dict[str, MemberTokens] = {}
@@ -192,6 +204,7 @@ class Exchange:
         record.members = self.member_tokens()
         record.answered_by = who_ran(record.members)
         record.num_choices = len(self.choices)
+        record.prompt_tokens = self.prompt_tokens if self.choices else record.prompt_tokens
         record.stages = tuple(self.stages())
         began_s = [run.started_s for choice in self.choices for run in choice.trace.leaves()]
         record.queue_s = min(began_s) - self.started_s if began_s else None

@@ -38,7 +38,7 @@ from router.logs import REQUEST_ID
 from router.metrics.page import Metrics
 from router.openai_api.endpoint import Head, ResponseWriter, WireFormat
 from router.openai_api.stored import ResponseStore
-from router.record import CLIENT_CLOSED_REQUEST, RequestRecord
+from router.record import CLIENT_CLOSED_REQUEST
 from router.streams import (
     COMMENT,
     DONE,
@@ -239,7 +239,7 @@ class Service:
             created_s=int(exchange.record.time_s),
             model=ask.model,
             fingerprint=exchange.catalog.fingerprint,
-            prompt_tokens=exchange.record.prompt_tokens,
+            usage=lambda: _usage(exchange),
         )
         writer = endpoint.writer(head, ask)
         if not ask.stream:
@@ -268,7 +268,7 @@ class Service:
         content: dict[str, Any] = {}
 
         def write() -> dict[str, Any]:
-            content.update(writer.whole(whole, _usage(exchange.record)))
+            content.update(writer.whole(whole, _usage(exchange)))
             content["shoal"] = shoal_field(exchange, exchange.catalog, whole)
             return content
 
@@ -290,24 +290,25 @@ class Service:
     ) -> AsyncGenerator[bytes, None]:
         """Yield the response's events; its record is kept when this ends, however it ends."""
         num_open = len(exchange.choices)
+        started = False
         try:
-            data = writer.start()
             async for got in answers:
                 if got is None:
                     yield COMMENT
                     continue
                 index, chunk = got
+                data = [] if started else writer.start()
+                started = True
                 _count(exchange, index, chunk)
                 num_open -= chunk.finish_reason is not None
                 data += writer.chunk(index, chunk)
                 if not num_open:
                     await self.accounts.settle(exchange)
-                    data += writer.end(_usage(exchange.record))
+                    data += writer.end(_usage(exchange))
                     data[-1]["shoal"] = shoal_field(exchange, exchange.catalog)
                     await writer.keep(data[-1], exchange.key_id)
                 if data:
                     yield _events_of(writer, data)
-                data = []
             exchange.record.status = 200
             self._conversations.note(exchange)
             if not writer.named_events:
@@ -390,9 +391,6 @@ def _count(exchange: Exchange, index: int, chunk: Chunk) -> None:
     if chunk.output_tokens is not None:
         choice.num_tokens = chunk.output_tokens
     record.output_tokens += choice.num_tokens - before
-    first = index % (len(exchange.choices) // len(exchange.decisions)) == 0  # of its prompt
-    if chunk.prompt_tokens is not None and first:
-        record.prompt_tokens += chunk.prompt_tokens - choice.task.query.prompt_tokens
     if chunk.reasoning_tokens is not None:
         record.reasoning_tokens = (record.reasoning_tokens or 0) + chunk.reasoning_tokens
     if chunk.cached_tokens is not None:
@@ -407,15 +405,16 @@ def _events_of(writer: ResponseWriter, data: Sequence[dict[str, Any]]) -> bytes:
     return b"".join(event(one, named=writer.named_events) for one in data)
 
 
-def _usage(record: RequestRecord) -> dict[str, Any]:
+def _usage(exchange: Exchange) -> dict[str, Any]:
+    record, prompt_tokens = exchange.record, exchange.prompt_tokens
     usage: dict[str, Any] = {
-        "prompt_tokens": record.prompt_tokens,
+        "prompt_tokens": prompt_tokens,
         "completion_tokens": record.output_tokens,
-        "total_tokens": record.prompt_tokens + record.output_tokens,
+        "total_tokens": prompt_tokens + record.output_tokens,
     }
     if record.cached_tokens is not None:
         # Every choice reads the prompt, which counts once.
-        cached = min(record.cached_tokens, record.prompt_tokens)
+        cached = min(record.cached_tokens, prompt_tokens)
         usage["prompt_tokens_details"] = {"cached_tokens": cached}
     if record.reasoning_tokens is not None:
         usage["completion_tokens_details"] = {"reasoning_tokens": record.reasoning_tokens}

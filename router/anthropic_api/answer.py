@@ -151,7 +151,7 @@ class MessageWriter(ResponseWriter):
 
     def start(self) -> list[dict[str, Any]]:
         """Return the start of the message, which tells the prompt's length."""
-        usage = _usage({"prompt_tokens": self.head.prompt_tokens, "completion_tokens": 0})
+        usage = _usage(self.head.usage())
         return [{"type": "message_start", "message": {**self._message(), "usage": usage}}]
 
     def chunk(self, index: int, chunk: Chunk) -> list[dict[str, Any]]:  # noqa: ARG002 - one choice

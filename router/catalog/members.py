@@ -122,6 +122,11 @@ class Members:
             else max(tokens for tokens in each if tokens is not None)
         )
 
+    @property
+    def most_token_bytes(self) -> int:
+        """How long a token of any member can be."""
+        return max(one.most_token_bytes for one in self._tokenizers.values())
+
     def span_engines(self, answer: Answer) -> bool:
         """Return whether no single engine can fuse the members of `answer`."""
         engines = {self._engine_of[name] for name in answer.members}

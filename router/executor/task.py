@@ -115,14 +115,17 @@ class Prompt:
             return next(iter(self.encoding.texts), "")
         return self._text if self._text is not None else tokenizer.decode(self.token_ids or ())
 
-    def check_size(self, tokenizer: Tokenizer, context_tokens: int | None) -> None:
-        """Raise `ContextOverflow` where no such context holds so long a text; tokenizes nothing."""
+    def check_size(self, most_token_bytes: int, context_tokens: int | None) -> None:
+        """Raise `ContextOverflow` where no such context holds so long a text; tokenizes nothing.
+
+        No token stands for more than `most_token_bytes`.
+        """
         if context_tokens is None or self.encoding is not None:
             return
         if self.token_ids is not None:
             num_tokens = len(self.token_ids)
         else:
-            num_tokens = -(-self._num_characters // tokenizer.most_token_bytes)
+            num_tokens = -(-self._num_characters // most_token_bytes)
         if num_tokens >= context_tokens and self._keep_tokens is None:
             raise overflow(context_tokens, f"the prompt has at least {num_tokens}", self.field)
         if num_tokens >= _MOST_SHORTENED * context_tokens:
@@ -230,7 +233,7 @@ async def request_of(
         members.check_tools(answer)
     tokenizer = members.tokenizer_of(answer.members[0])
     context_tokens = members.context_tokens(answer)
-    task.prompt.check_size(tokenizer, context_tokens)
+    task.prompt.check_size(tokenizer.most_token_bytes, context_tokens)
     # Where only the prompt is scored, the token after it is drawn and thrown away.
     wanted = max(task.max_tokens or 1, 1)
     max_tokens = max(max_tokens, 1)

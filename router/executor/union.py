@@ -7,6 +7,10 @@ string starts with, and to one not named either the mean of what is left. The fu
 over the union picks a string, which is appended to the text, and so on. Only strings that are whole
 characters take part, since the next step must read them in every tokenizer.
 
+A given text is scored in the shortest strings that every member reads as whole tokens: each string
+has the weighted mean of the probabilities that its tokens have under the members, which for members
+with one tokenizer is the mixture token by token.
+
 Slow: each step is a round trip, and engines that keep no prompts read them again. It is for
 combining models that share nothing but text; members with one tokenizer belong into one engine.
 """
@@ -16,11 +20,20 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+from bisect import bisect_left
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from models.adapter import AdapterSource
-from models.engines.base import Chunk, FinishReason, GenerationRequest, SamplingOptions, Token
+from models.engines.base import (
+    Chunk,
+    FinishReason,
+    GenerationRequest,
+    SamplingOptions,
+    Token,
+    TopLogprob,
+)
 from models.engines.text import TextStream
 from models.errors import RequestError
 from models.tokenizer import Tokenizer
@@ -34,6 +47,7 @@ TOP = 10
 _ALTERNATIVES = 20  # what an engine tells of; more than TOP, to know what members think of others'
 END = ""
 """The string of every end-of-sequence token."""
+_NEXT = SamplingOptions(max_tokens=1, temperature=0, top_logprobs=_ALTERNATIVES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,27 +81,50 @@ async def unite(
     `clients` and `tokenizers` are the members', in their order, `adapters` by name. Raises
     `RequestError` for options that need one vocabulary, and what engines raise.
     """
-    _check(task.sampling)
-    if task.prompt.tools is not None:
-        raise RequestError(
-            "tools are not supported where members with different tokenizers are fused", "tools"
-        )
-    if task.prompt.token_ids is not None:
-        raise RequestError(
-            "prompt: token ids mean something else to each of members with different tokenizers; "
-            "send the text",
-            "prompt",
-        )
+    _check(task, answer)
     prompts = [await task.prompt.tokens(tokenizer) for tokenizer in tokenizers]
     run.prompt_tokens = max(map(len, prompts))
     relative = answer.weights or (1.0,) * len(answer.members)
     run.weights = tuple(weight / sum(relative) for weight in relative)
     rng = random.Random(task.sampling.seed)
     stream = TextStream(task.sampling.stop, include_stop=task.sampling.include_stop)
-    if not max_tokens:  # nothing but the prompt is wanted
-        yield Chunk(text="", tokens=(), finish_reason="length", weights=run.weights)
-        return
     text, request_id = "", f"{task.request_id}:{run.path}"
+
+    async def ask(
+        tokens: Sequence[tuple[int, ...]], step: str, sampling: SamplingOptions
+    ) -> list[Chunk]:
+        """Return what every member says to its `tokens`."""
+        return await asyncio.gather(
+            *(
+                client.complete(
+                    GenerationRequest(
+                        request_id=f"{request_id}:{step}-{name}",
+                        prompt_tokens=read,
+                        members=(name,),
+                        sampling=sampling,
+                        adapters={name: adapters[name]} if name in adapters else {},
+                    )
+                )
+                for client, name, read in zip(clients, answer.members, tokens, strict=True)
+            )
+        )
+
+    scored: tuple[Token, ...] = ()
+    if task.sampling.prompt_logprobs is not None:
+        told = await ask(prompts, "prompt", replace(_NEXT, prompt_logprobs=_ALTERNATIVES))
+        scored = await asyncio.to_thread(
+            score_strings,
+            (task.prompt.plain_text or "").encode(),
+            [one.prompt for one in told],
+            tokenizers,
+            run.weights,
+            num_alternatives=task.sampling.prompt_logprobs,
+        )
+    if scored or not max_tokens:
+        end: FinishReason | None = None if max_tokens else "length"
+        yield Chunk(text="", tokens=(), finish_reason=end, weights=run.weights, prompt=scored)
+    if not max_tokens:
+        return
     longest = context_tokens or math.inf
     for step in range(max_tokens):
         reads = [
@@ -100,14 +137,11 @@ async def unite(
                 text=stream.finish(), tokens=(), finish_reason="length", weights=run.weights
             )
             return
-        opinions = await asyncio.gather(
-            *(
-                _ask(client, tokenizer, name, tokens, f"{request_id}:{step}-{name}", adapters)
-                for client, tokenizer, name, tokens in zip(
-                    clients, tokenizers, answer.members, reads, strict=True
-                )
-            )
-        )
+        told = await ask(reads, str(step), _NEXT)
+        opinions = [
+            _opinion(one.tokens[0].top if one.tokens else (), tokenizer)
+            for one, tokenizer in zip(told, tokenizers, strict=True)
+        ]
         fused = fuse_strings(opinions, tokenizers, run.weights, product=answer.rule == "product")
         piece = _draw(fused, task.sampling.temperature, rng)
         run.output_tokens += 1
@@ -120,8 +154,7 @@ async def unite(
             reason = "length"
         if reason is not None and not stream.stopped:
             shown += stream.finish()
-        # A string is no one's token: it has no id.
-        token = Token(token_id=0, text=piece, raw=piece.encode(), logprob=fused[piece])
+        token = _token(piece, fused[piece], fused, task.sampling.top_logprobs or 0)
         weights = run.weights if reason else None
         yield Chunk(
             text=shown, tokens=(token,), finish_reason=reason, stop=stream.stop, weights=weights
@@ -138,6 +171,72 @@ def fuse_strings(
     product: bool = False,
 ) -> dict[str, float]:
     """Return the fused log-probabilities of the union's strings, normalised over the union."""
+    fused = _union(opinions, tokenizers, weights, product=product)
+    highest = max(fused.values())
+    total = highest + math.log(math.fsum(math.exp(v - highest) for v in fused.values()))
+    return {text: value - total for text, value in fused.items()}
+
+
+def score_strings(
+    text: bytes,
+    readings: Sequence[Sequence[Token]],
+    tokenizers: Sequence[Tokenizer],
+    weights: Sequence[float],
+    *,
+    num_alternatives: int,
+) -> tuple[Token, ...]:
+    """Return `text` in strings that are whole tokens of every member, each with its mixture.
+
+    `readings` are the members' own tokens of the text, which may begin with tokens that no text
+    has. The first string has no log-probability where a member has none for it. Raises
+    `RequestError` for a member that reads another text.
+    """
+    ends = [[*accumulate(len(token.raw) for token in tokens)] for tokens in readings]
+    for index, (tokens, own) in enumerate(zip(readings, ends, strict=True)):
+        if not b"".join(token.raw for token in tokens).endswith(text):
+            raise RequestError("echo: a member reads the prompt as another text", "echo")
+        ends[index] = [end - own[-1] + len(text) for end in own]
+    # Not inside a character.
+    whole = [p for p in range(1, len(text) + 1) if p == len(text) or text[p] & 0xC0 != 0x80]
+    cuts = sorted(set(whole).intersection(*ends))
+    strings_M: list[list[list[Token]]] = []
+    for tokens, own in zip(readings, ends, strict=True):
+        strings: list[list[Token]] = [[] for _ in cuts]
+        for token, end in zip(tokens, own, strict=True):
+            if end > 0:
+                strings[bisect_left(cuts, end)].append(token)
+        strings_M.append(strings)
+    found = []
+    for start, cut, *parts in zip([0, *cuts], cuts, *strings_M, strict=False):
+        logs = [[token.logprob for token in part] for part in parts]
+        known = [math.fsum(log for log in one if log is not None) for one in logs]
+        logprob = None if any(None in one for one in logs) else _mixed(known, weights)
+        others: dict[str, float] = {}
+        if num_alternatives and logprob is not None:
+            opinions = [_opinion(p[0].top, t) for p, t in zip(parts, tokenizers, strict=True)]
+            others = _union(opinions, tokenizers, weights)
+        found.append(_token(text[start:cut].decode(), logprob, others, num_alternatives))
+    return tuple(found)
+
+
+def _token(text: str, logprob: float | None, others: Mapping[str, float], num_others: int) -> Token:
+    """Return a string as a token, which is no one's and so has no id."""
+    best = sorted(others, key=lambda other: -others[other])[:num_others]
+    top = tuple(
+        TopLogprob(token_id=0, text=other, raw=other.encode(), logprob=others[other])
+        for other in best
+    )
+    return Token(token_id=0, text=text, raw=text.encode(), logprob=logprob, top=top)
+
+
+def _union(
+    opinions: Sequence[Opinion],
+    tokenizers: Sequence[Tokenizer],
+    weights: Sequence[float],
+    *,
+    product: bool = False,
+) -> dict[str, float]:
+    """Return what the members together think of each string that one of them put forward."""
     union = dict.fromkeys(text for one in opinions for text in list(one.named)[:TOP])
     fused: dict[str, float] = {}
     for text in union:
@@ -145,14 +244,19 @@ def fuse_strings(
             one.of(text, first_string(tokenizer, text))
             for one, tokenizer in zip(opinions, tokenizers, strict=True)
         ]
-        if product:
-            fused[text] = math.fsum(w * log for w, log in zip(weights, logs, strict=True))
-        else:
-            mixed = math.fsum(w * math.exp(log) for w, log in zip(weights, logs, strict=True))
-            fused[text] = math.log(max(mixed, 1e-300))
-    highest = max(fused.values())
-    total = highest + math.log(math.fsum(math.exp(v - highest) for v in fused.values()))
-    return {text: value - total for text, value in fused.items()}
+        fused[text] = (
+            math.fsum(w * log for w, log in zip(weights, logs, strict=True))
+            if product
+            else _mixed(logs, weights)
+        )
+    return fused
+
+
+def _mixed(logs: Sequence[float], weights: Sequence[float]) -> float:
+    """Return the logarithm of the weighted mean of the probabilities."""
+    highest = max(logs)
+    mean = math.fsum(w * math.exp(log - highest) for w, log in zip(weights, logs, strict=True))
+    return highest + math.log(max(mean, 1e-300))
 
 
 def continuation(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
@@ -166,25 +270,8 @@ def first_string(tokenizer: Tokenizer, text: str) -> str:
     return tokenizer.decode(ids[:1]) if ids else END
 
 
-async def _ask(
-    client: EngineClient,
-    tokenizer: Tokenizer,
-    name: str,
-    tokens: tuple[int, ...],
-    request_id: str,
-    adapters: Mapping[str, AdapterSource],
-) -> Opinion:
-    """Return what a member thinks comes after `tokens`."""
-    chunk = await client.complete(
-        GenerationRequest(
-            request_id=request_id,
-            prompt_tokens=tokens,
-            members=(name,),
-            sampling=SamplingOptions(max_tokens=1, temperature=0, top_logprobs=_ALTERNATIVES),
-            adapters={name: adapters[name]} if name in adapters else {},
-        )
-    )
-    alternatives = chunk.tokens[0].top if chunk.tokens else ()
+def _opinion(alternatives: Sequence[TopLogprob], tokenizer: Tokenizer) -> Opinion:
+    """Return what a member thinks that named these `alternatives`."""
     # Servers that keep the end's log-probability to themselves only say that it is likeliest.
     named: dict[str, float] = {} if alternatives else {END: 0.0}
     for other in alternatives:
@@ -207,18 +294,31 @@ def _draw(fused: Mapping[str, float], temperature: float, rng: random.Random) ->
     return rng.choices(ranked, shares)[0]
 
 
-def _check(sampling: SamplingOptions) -> None:
+def _check(task: Task, answer: Answer) -> None:
     """Refuse what speaks of token ids, or of a whole vocabulary."""
+    sampling, prompt = task.sampling, task.prompt
+    if sampling.prompt_logprobs is not None and answer.rule == "product":
+        raise RequestError(
+            "echo: a product of members with different tokenizers gives no text a likelihood, as "
+            "nobody can sum it over all strings; the rule mixture does",
+            "echo",
+        )
+    if prompt.token_ids is not None:
+        raise RequestError(
+            "prompt: token ids mean something else to each of members with different tokenizers; "
+            "send the text",
+            "prompt",
+        )
     wanted = {
+        "tools": prompt.tools is not None,
+        "truncate_prompt_tokens": sampling.prompt_logprobs is not None and not prompt.plain_text,
         "logit_bias": bool(sampling.logit_bias),
         "response_format": sampling.structure is not None,
         "repetition_penalty": sampling.repetition_penalty != 1,
         "min_tokens": sampling.min_tokens > 0,
         "stop_token_ids": bool(sampling.stop_token_ids),
-        "echo": sampling.prompt_logprobs is not None,
         "presence_penalty": sampling.presence_penalty != 0,
         "frequency_penalty": sampling.frequency_penalty != 0,
-        "top_logprobs": bool(sampling.top_logprobs),
         "top_p": sampling.top_p < 1,
         "top_k": sampling.top_k is not None,
         "min_p": sampling.min_p is not None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,14 +19,14 @@ from router.openapi import ErrorBody
 class Head:
     """What every object of one response carries; `created_s` is Unix time.
 
-    `prompt_tokens` is what the prompt has before anybody has answered.
+    `usage` tells what has been counted so far, as a chat completion does.
     """
 
     id: str
     created_s: int
     model: str
     fingerprint: str
-    prompt_tokens: int = 0
+    usage: Callable[[], Mapping[str, Any]]
 
     def fields(self, kind: str) -> dict[str, Any]:
         """Return the fields that open an object of this `kind`."""
@@ -95,7 +95,7 @@ class ResponseWriter(Protocol):
         ...
 
     def start(self) -> list[dict[str, Any]]:
-        """Return what comes before the first token."""
+        """Return what comes before the first token, when who answers has read the prompt."""
         ...
 
     def chunk(self, index: int, chunk: Chunk) -> list[dict[str, Any]]:
@@ -128,7 +128,6 @@ class Writer(ResponseWriter):
     ask: Ask
     head: Head
     _shown: dict[int, Progress] = field(default_factory=dict, init=False)
-    _num_tokens: int = 0
 
     def whole(self, choices: list[Chunk], usage: Mapping[str, Any]) -> dict[str, Any]:
         """Return the whole response."""
@@ -141,7 +140,6 @@ class Writer(ResponseWriter):
     def chunk(self, index: int, chunk: Chunk) -> list[dict[str, Any]]:
         """Return what `chunk` of choice `index` becomes; may be nothing."""
         so_far = self._shown.setdefault(index, Progress())
-        self._num_tokens += len(chunk.tokens)
         pieces = self.endpoint.stream_chunk(self.head, self.ask, index, chunk, so_far)
         return [self._with_usage(data) for data in pieces]
 
@@ -156,15 +154,7 @@ class Writer(ResponseWriter):
     def _with_usage(self, data: dict[str, Any]) -> dict[str, Any]:
         if not self.ask.include_usage:
             return data
-        if not self.ask.continuous_usage:
-            return data | {"usage": None}
-        prompt, told = self.head.prompt_tokens, self._num_tokens
-        usage = {
-            "prompt_tokens": prompt,
-            "completion_tokens": told,
-            "total_tokens": prompt + told,
-        }
-        return data | {"usage": usage}
+        return data | {"usage": self.head.usage() if self.ask.continuous_usage else None}
 
 
 @dataclass(frozen=True, kw_only=True)

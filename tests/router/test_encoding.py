@@ -1,5 +1,6 @@
 """Embeddings and rankings by small random encoders, held to transformers' own arithmetic."""
 
+import asyncio
 import base64
 import json
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ import openai
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -19,8 +22,11 @@ from transformers import (
     BertTokenizerFast,
 )
 
+from models.engines.base import Encoding, GenerationRequest
+from models.engines.encoder.engine import EncoderEngine, TextReader
 from models.errors import PoolError
 from models.pool import load_pool
+from models.spec import EngineSpec
 from tests.router.conftest import Running, running, write_pool
 
 BEST = {"best": {"candidates": ["plain", "alpha"], "select": "majority"}}
@@ -282,6 +288,67 @@ def test_folders_that_are_none_are_refused(tmp_path: Path) -> None:
         models = [{"name": "m", "engine": "e", "checkpoint": str(folder)}]
         with pytest.raises(PoolError, match=error):
             load_pool(write_pool(tmp_path, engines=engines, models=models, policies={}))
+
+
+class SlowEncoder:
+    """Tells a vector of ones for each row once it is let; knows what it was asked, in order."""
+
+    reader = TextReader(
+        Tokenizer(WordLevel({"[UNK]": 0}, unk_token="[UNK]")),
+        max_tokens=9,
+    )
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+        self.came = asyncio.Semaphore(0)
+        self.may_go_on = asyncio.Event()
+
+    async def vectors(self, rows: Any) -> Any:
+        """Wait until it may go on."""
+        self.asked.append(len(rows))
+        self.came.release()
+        await self.may_go_on.wait()
+        return np.ones((len(rows), 4), np.float32)
+
+
+def test_offline_texts_give_way() -> None:
+    """Whoever waits for a vector gets it before the next few of a batch's many texts are read."""
+    encoder = SlowEncoder()
+
+    async def load() -> Any:
+        return encoder
+
+    spec = EngineSpec(name="e", kind="encoder")
+    engine = EncoderEngine(spec, "m", ("vector",), load)
+
+    async def tell(num_texts: int, *, offline: bool) -> Any:
+        inputs = ((0,),) * num_texts
+        request = GenerationRequest(
+            request_id=f"{offline}",
+            prompt_tokens=(),
+            members=("m",),
+            offline=offline,
+            encoding=Encoding(inputs=inputs),
+        )
+        [chunk] = [chunk async for chunk in engine.generate(request)]
+        return chunk
+
+    async def main() -> None:
+        await engine.start()
+        batch = asyncio.create_task(tell(40, offline=True))
+        await encoder.came.acquire()
+        mine = asyncio.create_task(tell(3, offline=False))
+        await encoder.came.acquire()
+        encoder.may_go_on.set()
+        assert (await mine).rows.shape == (3, 4)
+        many = await batch
+        assert (many.rows.shape, many.prompt_tokens) == ((40, 4), 40)
+        first, second, *rest = encoder.asked
+        assert second == 3
+        assert sum([first, *rest]) == 40
+        assert max(first, *rest) < 40
+
+    asyncio.run(main())
 
 
 def test_batches_embed(serving: tuple[Running, Path]) -> None:

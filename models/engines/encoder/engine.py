@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import tokenizers
     from tokenizers import Encoding
 
+_OFFLINE_TEXTS = 16  # at a time
+
 
 class TextReader:
     """Makes token ids of texts, and of texts with a query. Its methods may run on any thread."""
@@ -99,7 +101,8 @@ class EncoderEngine:
     """One encoder; see `models.engines.base.Engine`.
 
     `encodes` is what it can tell; without "vector" it reads texts with their query. `load` brings
-    the model, and computes `num_at_once` requests at once.
+    the model, and computes `num_at_once` requests at once. Offline texts are read a few at a time,
+    while nobody waits for others.
     """
 
     def __init__(
@@ -119,6 +122,9 @@ class EncoderEngine:
         self._num_at_once = num_at_once
         self._encoder: Encoder | None = None
         self._num_running = 0
+        self._num_waited_for = 0
+        self._nobody_waits = asyncio.Event()
+        self._nobody_waits.set()
         self._busy_s = 0.0
         self._busy_since_s = 0.0
 
@@ -143,12 +149,15 @@ class EncoderEngine:
             )
         if self._num_running >= self._num_at_once + self._spec.max_queued_requests:
             raise EngineOverloaded(f"{self._num_running} requests run or wait already", 1.0)
-        self._begin()
+        self._begin(offline=request.offline)
         try:
             if "vector" in self._encodes:
                 texts = asked.inputs if asked.query is None else (asked.query, *asked.inputs)
                 ids = await asyncio.to_thread(encoder.reader.rows, texts, cut=asked.cut)
-                rows, num_tokens = _of_length_one(await encoder.vectors(ids)), sum(map(len, ids))
+                vectors = await (
+                    self._in_pauses(encoder, ids) if request.offline else encoder.vectors(ids)
+                )
+                rows, num_tokens = _of_length_one(vectors), sum(map(len, ids))
                 if asked.query is not None:
                     rows = rows[1:] @ rows[:1].T
             else:
@@ -156,7 +165,7 @@ class EncoderEngine:
                 scores, num_tokens = await encoder.scores(asked.query or "", documents)
                 rows = scores[:, None]
         finally:
-            self._end()
+            self._end(offline=request.offline)
         yield Chunk(text="", tokens=(), finish_reason="stop", rows=rows, prompt_tokens=num_tokens)
 
     def stats(self) -> EngineStats:
@@ -181,13 +190,29 @@ class EncoderEngine:
         if encoder is not None:
             await asyncio.to_thread(encoder.close)
 
-    def _begin(self) -> None:
+    async def _in_pauses(
+        self, encoder: Encoder, ids: Sequence[Sequence[int]]
+    ) -> NDArray[np.float32]:
+        """Return the vectors of what nobody waits for."""
+        found = []
+        for start in range(0, len(ids), _OFFLINE_TEXTS):
+            await self._nobody_waits.wait()
+            found.append(await encoder.vectors(ids[start : start + _OFFLINE_TEXTS]))
+        return np.concatenate(found)
+
+    def _begin(self, *, offline: bool) -> None:
         if not self._num_running:
             self._busy_since_s = time.perf_counter()
         self._num_running += 1
+        self._num_waited_for += not offline
+        if self._num_waited_for:
+            self._nobody_waits.clear()
 
-    def _end(self) -> None:
+    def _end(self, *, offline: bool) -> None:
         self._num_running -= 1
+        self._num_waited_for -= not offline
+        if not self._num_waited_for:
+            self._nobody_waits.set()
         if not self._num_running:
             self._busy_s += time.perf_counter() - self._busy_since_s
 

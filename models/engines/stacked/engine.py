@@ -268,12 +268,6 @@ class StackedEngine:
         ]
         end_tokens = frozenset().union(*(self._cards[name].end_tokens for name in used))
         ends = () if sampling.ignore_eos else end_tokens
-        if sampling.prompt_logprobs is not None and request.evidence is not None:
-            raise RequestError(
-                "echo: the weights follow the prompt, so that it has no log-probabilities of its "
-                "own under them; give a plan with weights",
-                "echo",
-            )
         sequence = Sequence(
             request=request,
             members=members,

@@ -135,8 +135,7 @@ class Runner:
         logits_LV = self._graphs.logits(step) if self._graphs else None
         if logits_LV is None:
             hidden_ND = self._model.forward(step.layout, self.arena)
-            self._weigh_prompts(step, hidden_ND)
-            self._score_prompts(step, hidden_ND)
+            self._hear_prompts(step, hidden_ND)
             if not sampling:
                 return Stepped()
             if step.sampled_rows_L is not None:
@@ -204,33 +203,36 @@ class Runner:
             self._step = None
         return took_s
 
-    def _weigh_prompts(self, step: Step, hidden_ND: Tensor) -> None:
-        """Add the log-likelihood of this step's prompt tokens to the evidence that asks for it."""
-        for sequence, hidden_KTD, targets in self._read(step, hidden_ND):
-            if sequence.weights.evidence is None:
-                continue
-            totals = torch.zeros(sequence.num_lanes, dtype=torch.float64)
-            for logp_nV, ids in self._told(sequence, hidden_KTD, targets):
-                picked_n = logp_nV.gather(1, ids.repeat(sequence.num_lanes)[:, None])
-                totals += picked_n.view(sequence.num_lanes, -1).sum(1).double().cpu()
-            sequence.weights = sequence.weights.heard(totals.tolist(), len(targets))
+    def _hear_prompts(self, step: Step, hidden_ND: Tensor) -> None:
+        """Weigh and score this step's prompt tokens for who asked for it.
 
-    def _score_prompts(self, step: Step, hidden_ND: Tensor) -> None:
-        """Keep the fused log-probabilities of this step's prompt tokens for who asked for them."""
+        What the lanes say of a token sets the weights from the next one on. So a prompt's
+        probability under evidence at temperature 1 is the members' own, each whole, mixed by the
+        prior.
+        """
         for sequence, hidden_KTD, targets in self._read(step, hidden_ND):
             num_top = sequence.sampler.options.prompt_logprobs
-            if num_top is None:
-                continue
             slices = []
             for logp_nV, ids in self._told(sequence, hidden_KTD, targets):
+                said_n1 = logp_nV.gather(1, ids.repeat(sequence.num_lanes)[:, None])
+                said_TK = said_n1.view(sequence.num_lanes, -1).T.double().cpu()
+                if num_top is None:
+                    totals = said_TK.sum(0).tolist()
+                    sequence.weights = sequence.weights.heard(totals, len(ids))
+                    continue
+                fusions = []
+                for said in said_TK.tolist():
+                    fusions.append(sequence.fusion)
+                    if sequence.weights.evidence is not None:
+                        sequence.weights = sequence.weights.heard(said, 1)
                 # Row k * T + t is what lane k says of token t.
                 lanes_T = [range(t, len(logp_nV), len(ids)) for t in range(len(ids))]
-                fused_TV = fuse(logp_nV, lanes_T, [sequence.fusion] * len(ids))
-                slices.append(score(fused_TV, ids.tolist(), num_top))
-            sequence.scored = Scored(
-                logprobs=[logprob for one in slices for logprob in one.logprobs],
-                top=[top for one in slices for top in one.top],
-            )
+                slices.append(score(fuse(logp_nV, lanes_T, fusions), ids.tolist(), num_top))
+            if num_top is not None:
+                sequence.scored = Scored(
+                    logprobs=[logprob for one in slices for logprob in one.logprobs],
+                    top=[top for one in slices for top in one.top],
+                )
 
     def _read(self, step: Step, hidden_ND: Tensor) -> Iterator[tuple[Sequence, Tensor, Seq[int]]]:
         """Yield each part's sequence that reads its prompt, its lanes' hidden states, [K, T, D].

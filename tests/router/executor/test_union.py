@@ -4,6 +4,7 @@ import asyncio
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -204,14 +205,69 @@ def test_a_stop_string_ends_the_answer(executor: Any) -> None:
     assert chunks[-1].finish_reason == "stop"
 
 
+def scored_by_parts(folders: list[Path], weights: list[float]) -> list[tuple[str, float | None]]:
+    """The prompt in the strings that both tokenizers have whole, by transformers' likelihoods."""
+    ends, sums = [], []
+    for folder in folders:
+        encoded = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(PROMPT)
+        with torch.inference_mode():
+            logp_TV = load_reference(folder)(torch.tensor([encoded.ids])).logits[0].log_softmax(-1)
+        drawn = [logp_TV[i, token].item() for i, token in enumerate(encoded.ids[1:])]
+        ends.append([end for _, end in encoded.offsets])
+        sums.append(
+            dict(zip(ends[-1], torch.tensor([0.0, *drawn]).cumsum(0).tolist(), strict=True))
+        )
+    cuts = sorted(set(ends[0]) & set(ends[1]))
+    parts: list[tuple[str, float | None]] = [(PROMPT[: cuts[0]], None)]
+    for start, end in pairwise(cuts):
+        mixed = sum(
+            weight * math.exp(by_end[end] - by_end[start])
+            for weight, by_end in zip(weights, sums, strict=True)
+        )
+        parts.append((PROMPT[start:end], math.log(mixed)))
+    return parts
+
+
+def test_a_text_has_a_likelihood(executor: Any, folders: list[Path]) -> None:
+    """Strings that both read whole have their mean probability; an answer follows as usual."""
+    answer = {"members": ["m", "n"], "weights": [1, 2]}
+    [chunk], _ = run(executor, answer, max_tokens=0, prompt_logprobs=2)
+    expected = scored_by_parts(folders, [1 / 3, 2 / 3])
+    assert [token.text for token in chunk.prompt] == [text for text, _ in expected]
+    first, *rest = [token.logprob for token in chunk.prompt]
+    assert first is None
+    assert rest == pytest.approx([logprob for _, logprob in expected[1:]], abs=1e-3)
+    assert [len(token.top) for token in chunk.prompt] == [0] + [2] * len(rest)
+    chunks, _ = run(executor, answer, prompt_logprobs=0)
+    assert [token.text for token in chunks[0].prompt] == [text for text, _ in expected]
+    alone, _ = run(executor, answer)
+    assert "".join(one.text for one in chunks) == "".join(one.text for one in alone)
+
+
+def test_a_product_has_none(executor: Any) -> None:
+    """Nobody can sum a product over all strings, so it is refused by name."""
+    answer = {"members": ["m", "n"], "rule": "product"}
+    with pytest.raises(RequestError, match="gives no text a likelihood"):
+        run(executor, answer, prompt_logprobs=0)
+
+
+def test_alternatives_are_the_union_s(executor: Any) -> None:
+    """The likeliest strings stand beside the drawn one, which at temperature 0 is their first."""
+    chunks, _ = run(executor, {"members": ["m", "n"]}, top_logprobs=3)
+    for chunk in chunks:
+        [token] = chunk.tokens
+        assert [token.top[0].raw, token.top[0].logprob] == [token.raw, token.logprob]
+        assert len(token.top) == 3
+        assert token.top[0].logprob >= token.top[1].logprob >= token.top[2].logprob
+
+
 @pytest.mark.parametrize(
     "field",
     [
         {"logit_bias": {1: 2.0}},
         {"structure": Structure(kind="json", text="{}")},
         {"top_p": 0.5},
-        {"top_logprobs": 2},
-        {"prompt_logprobs": 1},
+        {"prompt_logprobs": 1, "prompt": Prompt(text=PROMPT, keep_tokens=3)},
         {"prompt": Prompt(token_ids=(5, 6))},
         {"min_tokens": 3},
     ],

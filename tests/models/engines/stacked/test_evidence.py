@@ -165,6 +165,33 @@ def test_the_prompt_is_evidence(
         assert all(chunk.weights is None for chunk in chunks[:-1])
 
 
+@pytest.mark.parametrize("temperature", [1.0, 40.0])
+def test_a_prompt_is_scored_as_its_evidence_comes(
+    folders: list[Path], references: list[Any], temperature: float
+) -> None:
+    """Each token has the mixture by what came before it; at 1, all have the members' mixture."""
+    prior = torch.tensor((0.5, 0.3, 0.2))
+    targets = torch.tensor(PROMPT[1:])[:, None]
+    said_MT = torch.stack(
+        [logprobs(one, list(PROMPT))[:-1].gather(1, targets)[:, 0] for one in references]
+    )
+    before_MT = said_MT.cumsum(1) - said_MT
+    weights_MT = (prior.log()[:, None] + before_MT / temperature).softmax(0)
+    expected = torch.logsumexp(weights_MT.log() + said_MT, 0)
+    wanted = replace(
+        request(PROMPT, MEMBERS, weights=(0.5, 0.3, 0.2), max_tokens=2, prompt_logprobs=0),
+        evidence=Evidence(temperature=temperature),
+    )
+    for engine in (build(folders), build_engine(folders)):
+        [chunks] = answer(engine, wanted)
+        first, *rest = [token.logprob for token in chunks[0].prompt]
+        assert first is None
+        assert rest == pytest.approx(expected.tolist(), abs=1e-3)
+    if temperature == 1:
+        whole = torch.logsumexp(prior.log() + said_MT.sum(1), 0)
+        assert sum(rest) == pytest.approx(float(whole), abs=1e-2)
+
+
 def test_evidence_goes_on_with_the_answer(folders: list[Path], references: list[Any]) -> None:
     """With `update`, each generated token moves the weights like a token of the prompt."""
     temperature = 25.0
