@@ -25,6 +25,9 @@ def read_tools(
 ) -> Tools | None:
     """Return what may be called; None for nothing. Raises `ApiError`, 400."""
     names = [_name(tool, "tools") for tool in tools or ()]
+    if isinstance(choice, Mapping) and choice.get("type") == "allowed_tools":
+        choice, allowed = _allowed(choice, names)
+        tools = [tool for tool, name in zip(tools or (), names, strict=True) if name in allowed]
     if isinstance(choice, Mapping):
         if _name(choice, "tool_choice") not in names:
             raise bad_request("tool_choice: it names a function that tools lack", "tool_choice")
@@ -41,6 +44,21 @@ def read_tools(
     return Tools(
         functions=tuple(tools), choice="auto" if choice is None else choice, parallel=parallel
     )
+
+
+def _allowed(choice: Mapping[str, Any], names: Sequence[str]) -> tuple[str, set[str]]:
+    """Return the choice among some of the functions called `names`, and which these are."""
+    asked = choice.get("allowed_tools")
+    mode, some = (asked.get("mode"), asked.get("tools")) if isinstance(asked, Mapping) else (0, 0)
+    if mode not in ("auto", "required") or not isinstance(some, list) or not some:
+        raise bad_request(
+            "tool_choice.allowed_tools needs a mode, auto or required, and a list of tools",
+            "tool_choice.allowed_tools",
+        )
+    allowed = {_name(tool, "tool_choice.allowed_tools.tools") for tool in some}
+    for name in allowed.difference(names):
+        raise bad_request(f"tool_choice.allowed_tools: tools lack {name!r}", "tool_choice")
+    return mode, allowed
 
 
 def read_structure(
@@ -141,9 +159,9 @@ def _of_kind(field: str, kind: str, value: object) -> Structure | None:
 
 def _name(tool: Mapping[str, Any], param: str) -> str:
     """Return the name of the function that `tool` is."""
-    function = tool.get("function")
+    function = tool.get("function") if isinstance(tool, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
-    if tool.get("type") != "function" or not isinstance(name, str) or not name:
+    if not isinstance(name, str) or not name or tool.get("type") != "function":
         raise bad_request(f"{param}: a tool is of type function and names one", param)
     if not isinstance(function, Mapping) or not isinstance(
         function.get("parameters"), Mapping | None

@@ -240,10 +240,19 @@ def _tool(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _tool_choice(choice: str | Mapping[str, Any] | None) -> str | dict[str, Any] | None:
     if choice is None or isinstance(choice, str):
         return choice
+    if choice.get("type") == "allowed_tools":
+        some = choice.get("tools")
+        tools = [
+            _tool(tool, "tool_choice.tools")
+            for tool in (some if isinstance(some, list) else ())
+            if isinstance(tool, Mapping)
+        ]
+        allowed = {"mode": choice.get("mode"), "tools": tools}
+        return {"type": "allowed_tools", "allowed_tools": allowed}
     if choice.get("type") != "function":
         raise bad_request(
             f"tool_choice.type: {choice.get('type')!r} is not supported by this server; "
-            "only function is",
+            "only function and allowed_tools are",
             "tool_choice.type",
             "unsupported_parameter",
         )

@@ -135,6 +135,29 @@ def test_a_loop_of_calls_on_a_stacked_member(front: Running) -> None:
     assert _loop(front, "auto") == ["near"] * 3
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+def test_only_allowed_tools_are_called(front: Running, path: str) -> None:
+    """Of two functions the one that `allowed_tools` names is called, whatever the model drew."""
+    functions = [{**ADD["function"], "name": name} for name in ("add", "subtract")]
+    if path.endswith("responses"):
+        tools: Any = [{"type": "function", **function} for function in functions]
+        some = [{"type": "function", "name": "subtract"}]
+        choice: Any = {"type": "allowed_tools", "mode": "required", "tools": some}
+        body: Any = {"input": "Go on.", "max_output_tokens": 90}
+    else:
+        tools = [{"type": "function", "function": function} for function in functions]
+        some = [{"type": "function", "function": {"name": "subtract"}}]
+        allowed = {"mode": "required", "tools": some}
+        choice = {"type": "allowed_tools", "allowed_tools": allowed}
+        body = {"max_tokens": 90}
+    fields = {"temperature": 1, "parallel_tool_calls": False, "tools": tools, "tool_choice": choice}
+    for seed in range(3):
+        told = front.post(path, model="near", seed=seed, **body, **fields).json()
+        calls = told.get("output") or told["choices"][0]["message"]["tool_calls"]
+        names = {call.get("name") or call["function"]["name"] for call in calls}
+        assert names == {"subtract"}, told
+
+
 def test_results_go_to_who_called(front: Running) -> None:
     """Although `auto` would choose another: the member on the other server goes on."""
     assert _loop(front, "policy/far") == ["far"] * 3
