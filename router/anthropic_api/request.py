@@ -27,7 +27,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "speed": ("standard",),
     "thread": (),
 }
-_FOR_TEMPLATES = ("reasoning_effort", "chat_template_kwargs")
+_FOR_TEMPLATES = ("reasoning_effort", "chat_template_kwargs", "continue_final_message")
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
@@ -83,6 +83,9 @@ class CountFields(BaseModel):
     def chat(self) -> dict[str, Any]:
         """Return the body of a chat completion that asks the same; raises `ApiError`, 400."""
         body: dict[str, Any] = {"model": self.model, "messages": list(self._turns())}
+        last = body["messages"][-1]
+        if last["role"] == "assistant" and last["content"] and not last.get("tool_calls"):
+            body["continue_final_message"] = True  # the answer begins as the client says
         if self.tools:
             body["tools"] = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(self.tools)]
         choice = self.tool_choice

@@ -251,3 +251,19 @@ def test_keys_come_in_anthropics_header(tmp_path: Path) -> None:
         refused = httpx.post(f"{server.url}/v1/messages", json=body, headers={"x-api-key": "no"})
         assert refused.status_code == 401
         assert refused.json()["error"]["type"] == "authentication_error"
+
+
+def test_an_answer_goes_on_from_what_the_client_began(
+    client: anthropic.Anthropic, upstream: BadServer
+) -> None:
+    """An assistant's text as the last message is not a turn of its own; others get it as it is."""
+    begun: Any = [*CHAT, {"role": "assistant", "content": "The sum"}]
+    body = {"model": "small", "messages": begun, "continue_final_message": True}
+    expected = client.post("/tokenize", body=body, cast_to=httpx.Response).json()["count"]
+    message = client.messages.create(model="small", max_tokens=8, messages=begun)
+    assert message.usage.input_tokens == expected
+    assert client.messages.count_tokens(model="small", messages=begun).input_tokens == expected
+    client.messages.create(model="big", max_tokens=8, messages=begun)
+    [request] = upstream.requests
+    assert request["body"]["messages"] == begun
+    assert "continue_final_message" not in request["body"]
