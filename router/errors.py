@@ -11,8 +11,10 @@ Everything else that is raised below the API is mapped by `to_api_error`.
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -47,6 +49,22 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.headers = dict(headers or {})
+
+    def renamed(self, names: Mapping[str, str]) -> ApiError:
+        """Return the error for a dialect where fields that are `names`' keys have other names.
+
+        A turn's place is left out, as a conversation may have others there.
+        """
+        param = self.param or ""
+        old = next((name for name in names if re.match(rf"{re.escape(name)}(\W|$)", param)), None)
+        if old is None:
+            return self
+        rest = param[len(old) :]
+        told = copy(self)
+        told.param = names[old] + ("" if rest.startswith("[") else rest)
+        if self.message.startswith(param):
+            told.message = told.param + self.message[len(param) :]
+        return told
 
     def body(self) -> dict[str, Any]:
         """Return the response's JSON body; what the client sent is not echoed at any length."""

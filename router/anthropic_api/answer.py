@@ -24,6 +24,14 @@ _STOP_REASONS = {
     "tool_calls": "tool_use",
     "content_filter": "refusal",
 }
+# What a chat's fields are called in a message.
+_FIELDS = {
+    "messages": "messages",
+    "reasoning_effort": "output_config.effort",
+    "response_format.json_schema": "output_config.format",
+    "response_format": "output_config.format",
+    "stop": "stop_sequences",
+}
 _ERRORS = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -121,7 +129,7 @@ class MessagesEndpoint(WireFormat):
         """Return Anthropic's error body; clients shorten conversations whose prompt is too long."""
         usual = "invalid_request_error" if error.status < 500 else "api_error"
         kind = _ERRORS.get(error.status, usual)
-        message = error.body()["error"]["message"]
+        message = error.renamed(_FIELDS).body()["error"]["message"]
         if error.code == "context_length_exceeded":
             message = f"prompt is too long: {message}"
         return {"type": "error", "error": {"type": kind, "message": message}}

@@ -24,6 +24,14 @@ from router.openai_api.stored import Kept, ResponseStore
 
 # Why an answer is not whole, as OpenAI says it.
 _INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
+# What a chat's fields are called in a response.
+_FIELDS = {
+    "max_tokens": "max_output_tokens",
+    "messages": "input",
+    "reasoning_effort": "reasoning.effort",
+    "response_format.json_schema": "text.format",
+    "response_format": "text.format",
+}
 _PREFIXES = {"reasoning": "rs", "text": "msg", "refusal": "msg", "call": "fc"}
 # The type of a content part by kind, and the event that adds to it.
 _PARTS = {
@@ -71,7 +79,7 @@ class ResponsesEndpoint(WireFormat):
 
     def error(self, error: ApiError) -> dict[str, Any]:
         """Return OpenAI's error body."""
-        return error.body()
+        return error.renamed(_FIELDS).body()
 
 
 @dataclass(kw_only=True)

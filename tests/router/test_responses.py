@@ -204,6 +204,11 @@ def test_a_ceiling_of_tokens_is_no_promise(client: openai.OpenAI) -> None:
     ("fields", "param"),
     [
         ({"input": 7}, "input"),
+        ({"input": []}, "input"),
+        ({"input": [{"role": "user", "content": "hi"}, {"role": "lord", "content": "x"}]}, "input"),
+        ({"input": "x" * 9000}, "input"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format"),
+        ({"reasoning": {"effort": "some"}}, "reasoning.effort"),
         ({"background": True}, "background"),
         ({"text": {"format": "json"}}, "text.format"),
         ({"store": True}, "store"),
