@@ -60,10 +60,10 @@ def compile_answer(tokenizer: LLTokenizer, grammar: str, request: GenerationRequ
     tools, structure = request.tools, request.sampling.structure
     if tools is not None and tools.choice != "auto":
         what, field = "functions' parameters", "tools"
-    elif structure is not None and structure.kind == "json":
-        what, field = "JSON schema", "response_format"
     else:
-        what, field = structure.kind if structure else "form", "structured_outputs"
+        assert structure is not None, "there is no other reason for a grammar"
+        what = "JSON schema" if structure.kind == "json" else structure.kind
+        field = structure.field
     return compile_grammar(tokenizer, grammar, what=what, field=field)
 
 

@@ -31,13 +31,14 @@ class Structure:
     expression, the JSON text of a list of strings, or a grammar in Lark's or llama.cpp's notation.
 
     What a schema says beyond what a grammar can hold is an error only where it is `strict`. `name`
-    is the client's, for a server that is asked on.
+    is the client's, for a server that is asked on, and `field` the one in which it was asked for.
     """
 
     kind: StructureKind
     text: str
     strict: bool = False
     name: str | None = None
+    field: str = "response_format"
 
 
 @dataclass(frozen=True, kw_only=True)

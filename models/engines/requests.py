@@ -170,8 +170,9 @@ def check_sampling(sampling: SamplingOptions, traits: EngineTraits) -> None:
             raise RequestError(f"{field}: this engine cannot honour it", field)
     structure = sampling.structure
     if structure is not None and structure.kind not in traits.structures:
-        field = "response_format" if structure.kind == "json" else "structured_outputs"
-        raise RequestError(f"{field}: this engine holds no answer to a {structure.kind}", field)
+        raise RequestError(
+            f"{structure.field}: this engine holds no answer to a {structure.kind}", structure.field
+        )
 
 
 def _check_tokens(request: GenerationRequest, vocab_size: int | None) -> None:

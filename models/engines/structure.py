@@ -46,7 +46,8 @@ def write_grammar(structure: Structure) -> str:
     try:
         lark = str(any_to_lark(structure.text))
     except Exception as error:  # the converter raises whatever it stumbles over
-        raise RequestError(f"grammar: it cannot be read: {error}", "structured_outputs") from None
+        field = structure.field
+        raise RequestError(f"{field}: the grammar cannot be read: {error}", field) from None
     return lark if lark.startswith("%llguidance") else HEADER + lark
 
 

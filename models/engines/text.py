@@ -75,19 +75,20 @@ class TextStream:
     def finish(self) -> str:
         """Return what was held back; an incomplete character becomes U+FFFD."""
         text = self._release(self._decoder.decode(b"", final=True))
-        if self.stopped:
-            return text
         text, self._held = text + self._held, ""
         return text
 
     def _release(self, text: str) -> str:
+        if self.stopped:
+            return ""
         if not self._stops:
             return text
         self._held += text
         found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
             at, self.stop = min(found)
-            return self._held[: at + len(self.stop) * self._include_stop]
+            told, self._held = self._held[: at + len(self.stop) * self._include_stop], ""
+            return told
         keep = max(overlap(self._held, stop) for stop in self._stops)
         certain = len(self._held) - keep
         text, self._held = self._held[:certain], self._held[certain:]

@@ -208,19 +208,19 @@ class ChatEndpoint(ByChunks):
     def read(self, sent: Mapping[str, Any]) -> Ask:
         """Return what the object `sent` asks for; raises `ApiError`."""
         fields = read_fields(ChatFields, sent, REFUSED)
-        if fields.top_logprobs is not None and not fields.logprobs:
+        if fields.top_logprobs and not fields.logprobs:
             raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
         for index, message in enumerate(fields.messages):
-            problem = message.problem()
-            if problem is not None:
-                param = f"messages[{index}].{problem[0]}"
-                raise bad_request(f"{param}: {problem[1]}", param)
             for name in ("function_call", "audio"):
                 if getattr(message, name):
                     param = f"messages[{index}].{name}"
                     raise bad_request(
                         f"{param} is not supported by this server", param, "unsupported_parameter"
                     )
+            problem = message.problem()
+            if problem is not None:
+                param = f"messages[{index}].{problem[0]}"
+                raise bad_request(f"{param}: {problem[1]}", param)
         messages = [message.turn() for message in fields.messages]
         tools = read_tools(
             fields.tools, fields.tool_choice, parallel=fields.parallel_tool_calls is not False

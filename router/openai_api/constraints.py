@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from models.engines.base import Structure
@@ -83,7 +84,7 @@ def read_structure(
     for name, structure in asked.items():
         if len(structure.text) > _MOST_CHARACTERS:
             raise bad_request(f"{name}: it has more than {_MOST_CHARACTERS} characters", name)
-        return structure
+        return replace(structure, field=name)
     return None
 
 

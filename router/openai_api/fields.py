@@ -7,10 +7,11 @@ docs/api.md has them all in one table; a test holds the two together.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
 from models.engines.base import SamplingOptions, Structure
@@ -88,6 +89,12 @@ def are_token_ids(values: Collection[Any]) -> bool:
     return set(map(type, values)) <= {int} and all(
         0 <= bound <= MOST_COUNT for bound in (min(values, default=0), max(values, default=0))
     )
+
+
+def _read_some(value: int | None) -> int | None:
+    if value == 0:
+        raise ValueError("must be positive, or -1")
+    return value
 
 
 def few(most: int) -> BeforeValidator:
@@ -176,7 +183,9 @@ class SharedFields(BaseModel):
     )
     structured_outputs: dict[str, Any] | None = None
     top_k: int | None = Field(None, ge=-1, le=MOST_COUNT)
-    truncate_prompt_tokens: int | None = Field(None, ge=-1, le=MOST_COUNT)
+    truncate_prompt_tokens: Annotated[int | None, AfterValidator(_read_some)] = Field(
+        None, ge=-1, le=MOST_COUNT
+    )
 
     def sampling(self, *, top_logprobs: int | None = None) -> SamplingOptions:
         """Return how tokens are drawn; `max_tokens` is set where the plan runs."""
@@ -237,6 +246,8 @@ class SharedFields(BaseModel):
         return read_structure(self.response_format, self.structured_outputs, guided)
 
 
+_TYPE = re.compile(r"str|int|bool|(dict|list|function-[a-z]+)\[.*\]")
+_DICTIONARY = re.compile(r"dictionary( or instance of \w+)?")
 Fields = TypeVar("Fields", bound=BaseModel)
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
@@ -277,10 +288,12 @@ def read_fields(
 
 def _explain(error: ValidationError) -> ApiError:
     detail = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    param = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in detail["loc"])[1:]
+    # Where a field may be of several types, the last part is one of these.
+    loc = [part for part in detail["loc"] if not (isinstance(part, str) and _TYPE.fullmatch(part))]
+    param = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc)[1:]
     if detail["type"] == "missing":
         return bad_request(f"{param} is missing", param, "missing_required_parameter")
     if detail["type"] == "extra_forbidden":
         return bad_request(f"{param} is unknown", param, "unknown_parameter")
-    message = detail["msg"].removeprefix("Value error, ")
+    message = _DICTIONARY.sub("object", detail["msg"].removeprefix("Value error, "))
     return bad_request(f"{param}: {message}", param)

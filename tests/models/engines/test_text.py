@@ -27,6 +27,7 @@ def test_stop_strings(pieces: list[str], stops: list[str]) -> None:
         assert (seen[: min(ends)] if ends else seen).startswith(shown)
         if ends:
             assert shown == seen[: min(ends)]
+            assert stream.push(b"more") + stream.finish() == ""
             return
     assert shown + stream.finish() == seen
 

@@ -55,11 +55,14 @@ def test_forms(folders: list[Path], structure: Structure, pattern: str) -> None:
 
 @pytest.mark.parametrize(
     "structure",
-    [Structure(kind="regex", text="(["), Structure(kind="grammar", text='start: "a')],
+    [
+        Structure(kind="regex", text="([", field="guided_regex"),
+        Structure(kind="grammar", text='start: "a', field="guided_grammar"),
+    ],
 )
 def test_forms_that_cannot_be_read_are_refused(folders: list[Path], structure: Structure) -> None:
     """The field is named."""
-    with pytest.raises(RequestError, match="structured_outputs"):
+    with pytest.raises(RequestError, match=structure.field):
         _one(folders, request([5], structure=structure))
 
 
