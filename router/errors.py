@@ -14,7 +14,6 @@ import math
 import re
 import time
 from collections.abc import Mapping
-from copy import copy
 from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -60,11 +59,13 @@ class ApiError(Exception):
         if old is None:
             return self
         rest = param[len(old) :]
-        told = copy(self)
-        told.param = names[old] + ("" if rest.startswith("[") else rest)
-        if self.message.startswith(param):
-            told.message = told.param + self.message[len(param) :]
-        return told
+        new = names[old] + ("" if rest.startswith("[") else rest)
+        message = self.message
+        if message.startswith(param):
+            message = new + message[len(param) :]
+        return ApiError(
+            self.status, message, kind=self.kind, param=new, code=self.code, headers=self.headers
+        )
 
     def body(self) -> dict[str, Any]:
         """Return the response's JSON body; what the client sent is not echoed at any length."""

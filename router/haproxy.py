@@ -86,6 +86,8 @@ def complete(configuration: str) -> str:
                 "tcp-request connection track-sc0 src",
                 "tcp-request connection reject if "
                 f"{{ sc0_conn_cur gt {most_connections() // 4} }} !{{ src 127.0.0.0/8 ::1 }}",
+                # What is behind it loses the body of a request that offers another protocol.
+                "http-request del-header upgrade",
             ),
         ),
     ):

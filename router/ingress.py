@@ -121,8 +121,8 @@ def create_api(service: Service, args: AppArgs) -> FastAPI:
             max_age=_PREFLIGHT_S,
         )
 
-    async def tell(_: Request, error: Exception) -> JSONResponse:
-        return _error(to_api_error(error))
+    async def tell(request: Request, error: Exception) -> JSONResponse:
+        return _error(to_api_error(error), request.url.path)
 
     # Those of requests for answers are told, and recorded, by the service.
     for kind in (
@@ -192,7 +192,8 @@ def create_api(service: Service, args: AppArgs) -> FastAPI:
         }.get(error.status_code, str(error.detail))
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
         return _error(
-            ApiError(error.status_code, message, code=code, headers=dict(error.headers or {}))
+            ApiError(error.status_code, message, code=code, headers=dict(error.headers or {})),
+            request.url.path,
         )
 
     describe(api)
@@ -240,7 +241,8 @@ class Guard:
     async def __call__(self, scope: types.Scope, receive: types.Receive, send: types.Send) -> None:
         """Pass the request on, or refuse it."""
         refusal = self._refusal(Request(scope)) if scope["type"] == "http" else None
-        await (self._app if refusal is None else _error(refusal))(scope, receive, send)
+        app = self._app if refusal is None else _error(refusal, scope["path"])
+        await app(scope, receive, send)
 
     def _refusal(self, request: Request) -> ApiError | None:
         name = _hostname(request)
@@ -398,5 +400,8 @@ async def _health(service: Service) -> JSONResponse:
     )
 
 
-def _error(error: ApiError) -> JSONResponse:
-    return JSONResponse(error.body(), error.status, error.headers)
+def _error(error: ApiError, path: str) -> JSONResponse:
+    """Return what is told at `path`, in the words of its dialect."""
+    anthropic = path.startswith("/v1/messages")
+    body = MessagesEndpoint().error(error) if anthropic else error.body()
+    return JSONResponse(body, error.status, error.headers)

@@ -31,6 +31,7 @@ from router.service import Service
 
 _MOST_HEAD_BYTES = 2**16
 _OLD_REQUEST = re.compile(rb"[A-Z]+ \S+ HTTP/1\.0\r?\n")
+_UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 
 if TYPE_CHECKING:
     _Base = asyncio.Protocol
@@ -55,7 +56,8 @@ class ImpatientProtocol(_Base):
         """Wait on while no request has begun that is not answered yet."""
         if not self._begun:
             self._begun = True
-            if _OLD_REQUEST.match(data):
+            head, end, _ = data.partition(b"\r\n\r\n")
+            if _OLD_REQUEST.match(data) or (end and _UPGRADE.search(head)):
                 self._hand_over(data)
                 return
         super().data_received(data)
@@ -75,9 +77,11 @@ class ImpatientProtocol(_Base):
         super().connection_lost(exc)
 
     def _hand_over(self, data: bytes) -> None:
-        """Have the connection of a client of HTTP/1.0 served by uvicorn's other protocol.
+        """Have the connection of a peculiar client served by uvicorn's other protocol.
 
-        This one would send it chunks, which that version does not know (RFC 9112, 6.1).
+        This one would send chunks to one of HTTP/1.0, which does not know them (RFC 9112, 6.1), and
+        loses the body of a request that offers to go on in another protocol, as Java's HttpClient
+        does (h2c).
         """
         self._stop_waiting()
         base: Any = self
@@ -134,6 +138,7 @@ def http_server(
             log_level="warning",
             access_log=False,
             http=ImpatientProtocol,
+            ws="none",
             timeout_keep_alive=args.http.keep_alive_s,
             timeout_graceful_shutdown=round(args.ingress.drain_s),
         )

@@ -26,7 +26,6 @@ _STOP_REASONS = {
 }
 # What a chat's fields are called in a message.
 _FIELDS = {
-    "messages": "messages",
     "reasoning_effort": "output_config.effort",
     "response_format.json_schema": "output_config.format",
     "response_format": "output_config.format",

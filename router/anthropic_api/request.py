@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from router.errors import bad_request
+from router.errors import ApiError, bad_request
 from router.openai_api.ask import Ask, Extension
 from router.openai_api.chat import MAX_MESSAGES, ChatEndpoint
 from router.openai_api.constraints import MAX_TOOLS
@@ -171,7 +171,12 @@ def read_count(body: bytes) -> Ask:
 
 
 def _ask(fields: CountFields) -> Ask:
-    return ChatEndpoint().read(fields.chat())
+    chat = fields.chat()
+    try:
+        return ChatEndpoint().read(chat)
+    except ApiError as error:
+        # Turns of the chat stand at other places than the messages that they were made of.
+        raise error.renamed({"messages": "messages"}) from None
 
 
 def _user(content: str | list[dict[str, Any]], where: str) -> Iterator[dict[str, Any]]:
@@ -192,6 +197,8 @@ def _user(content: str | list[dict[str, Any]], where: str) -> Iterator[dict[str,
             pictures += [_part(image, where) for image in told]
             texts = [one for one in inner if not _is_image(one)] if told else inner
             content = _text(texts, f"{where}[{index}].content")
+            if block.get("is_error") and not content.lower().startswith("error"):
+                content = f"Error: {content}"  # a chat has no other way to say so
             yield {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": content}
         else:
             parts.append(_part(block, f"{where}[{index}]"))

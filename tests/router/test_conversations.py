@@ -158,6 +158,14 @@ def test_only_allowed_tools_are_called(front: Running, path: str) -> None:
         assert names == {"subtract"}, told
 
 
+@pytest.mark.parametrize("field", ["guided_regex", "guided_grammar", "structured_outputs"])
+def test_a_form_that_cannot_be_read_is_named(front: Running, field: str) -> None:
+    """The field in which it was asked for, of several in which it could have been."""
+    form: Any = {"regex": "("} if field == "structured_outputs" else "("
+    told = front.post(model="near", max_tokens=4, **{field: form})
+    assert (told.status_code, told.json()["error"]["param"]) == (400, field)
+
+
 def test_results_go_to_who_called(front: Running) -> None:
     """Although `auto` would choose another: the member on the other server goes on."""
     assert _loop(front, "policy/far") == ["far"] * 3

@@ -129,6 +129,29 @@ def _raw(server: Any, text: bytes) -> bytes:
     return got
 
 
+@pytest.mark.parametrize("protocol", ["h2c", "websocket"])
+def test_an_offer_of_another_protocol_is_declined(server: Any, protocol: str) -> None:
+    """Java's HttpClient offers HTTP/2 with its first request, which is answered all the same."""
+    head = (
+        f"POST {PATH} HTTP/1.1\r\nhost: localhost\r\nconnection: upgrade, close\r\n"
+        f"upgrade: {protocol}\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(BODY)}\r\n\r\n"
+    )
+    answer = _raw(server, head.encode() + BODY)
+    assert answer.startswith(b"HTTP/1.1 200"), answer
+    assert b'"content":"hello"' in answer
+
+
+def test_json_is_read_as_it_is_defined(server: Any) -> None:
+    """A mark of the encoding may come first; what is no JSON number is no JSON."""
+    marked = server.http.post(PATH, content=b"\xef\xbb\xbf" + BODY, headers=JSON)
+    assert marked.status_code == 200
+    for number in (b"NaN", b"-Infinity"):
+        body = BODY[:-1] + b', "future_field": ' + number + b"}"
+        error = server.http.post(PATH, content=body, headers=JSON)
+        assert (error.status_code, error.json()["error"]["code"]) == (400, "invalid_json")
+
+
 def test_http_10_gets_no_chunks(server: Any) -> None:
     """An old client's stream ends with the connection; its body is nothing but events."""
     body = json.dumps({**CHAT, "stream": True}).encode()

@@ -63,9 +63,6 @@ def _error(response: httpx.Response) -> dict[str, Any]:
         ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
         ({"top_logprobs": 1}, "top_logprobs"),
         ({"tool_choice": True}, "tool_choice"),
-        ({"guided_regex": "("}, "guided_regex"),
-        ({"guided_grammar": "root ::= ("}, "guided_grammar"),
-        ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
         ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
         (
             {"messages": [{"role": "assistant", "content": None, "function_call": {"name": "f"}}]},

@@ -220,12 +220,15 @@ def test_tokens_are_counted(client: anthropic.Anthropic, front: Running) -> None
 def test_bad_requests_are_told_in_anthropics_shape(
     client: anthropic.Anthropic, fields: dict[str, Any], message: str
 ) -> None:
-    """A 400 is the client's own exception and names what is wrong."""
+    """A 400 is the client's own exception and names what is wrong, as do other paths' errors."""
     asked: Any = {"model": "small", "max_tokens": 8, "messages": CHAT, "extra_body": fields}
     with pytest.raises(anthropic.BadRequestError, match=message) as caught:
         client.messages.create(**asked)
     assert caught.value.body["type"] == "error"  # type: ignore[index]
     assert caught.value.body["error"]["type"] == "invalid_request_error"  # type: ignore[index]
+    with pytest.raises(anthropic.NotFoundError) as missing:
+        client.messages.batches.retrieve("batch_1")
+    assert missing.value.body["error"]["type"] == "not_found_error"  # type: ignore[index]
 
 
 def test_overflow_and_failure_are_told_as_anthropic_does(
@@ -257,12 +260,12 @@ def test_keys_come_in_anthropics_header(tmp_path: Path) -> None:
 
 
 def test_an_answer_goes_on_from_what_the_client_began(
-    client: anthropic.Anthropic, upstream: BadServer
+    client: anthropic.Anthropic, front: Running, upstream: BadServer
 ) -> None:
     """An assistant's text as the last message is not a turn of its own; others get it as it is."""
     begun: Any = [*CHAT, {"role": "assistant", "content": "The sum"}]
-    body = {"model": "small", "messages": begun, "continue_final_message": True}
-    expected = client.post("/tokenize", body=body, cast_to=httpx.Response).json()["count"]
+    told = front.post("/tokenize", model="small", messages=begun, continue_final_message=True)
+    expected = told.json()["count"]
     message = client.messages.create(model="small", max_tokens=8, messages=begun)
     assert message.usage.input_tokens == expected
     assert client.messages.count_tokens(model="small", messages=begun).input_tokens == expected
