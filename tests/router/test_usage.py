@@ -28,7 +28,7 @@ def mixed_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A server whose first model reads bytes; its policies let the second one answer."""
     pool = {
         "engines": [
-            {"name": "one", "kind": "fake", "options": {"context_tokens": 512}},
+            {"name": "one", "kind": "fake", "options": {"context_tokens": 512, "logprob": -9}},
             {"name": "two", "kind": "stacked", "device": "cpu", "kv_memory_bytes": 2**24},
         ],
         "models": [
