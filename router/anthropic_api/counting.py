@@ -28,9 +28,9 @@ class InputTokens(BaseModel):
 
 
 async def _count(catalog: Catalog, ask: Ask) -> int:
-    """Return the tokens that `ask` has for who would answer it, as far as the policy tells.
+    """Return the tokens that `ask` has for who would answer it; of several, for who reads most.
 
-    One with a budget decides by what it has spent: there the model that reads most counts.
+    A policy with a budget decides by what it has spent, so that any of its models may.
     """
     target, [prompt] = named_target(catalog, ask.model), ask.prompts
     policy, pool = target.policy, catalog.members

@@ -28,7 +28,7 @@ def mixed_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A server whose first model reads bytes; its policies let the second one answer."""
     pool = {
         "engines": [
-            {"name": "one", "kind": "fake", "options": {"context_tokens": 512, "logprob": -9}},
+            {"name": "one", "kind": "fake", "options": {"context_tokens": 512}},
             {"name": "two", "kind": "stacked", "device": "cpu", "kv_memory_bytes": 2**24},
         ],
         "models": [
@@ -81,7 +81,10 @@ def test_every_endpoint_counts_as_who_answered_read(
     told = mixed.post("/v1/responses", **body).json()
     assert told["usage"]["input_tokens"] == expected
     counted = mixed.post("/v1/messages/count_tokens", **asked).json()
-    assert counted == {"input_tokens": expected}
+    # Which stage of a cascade answers is not known before; the first one's tokens are more.
+    climbs = model == "policy/climb"
+    assert climbs == (counted["input_tokens"] > expected)
+    assert climbs or counted == {"input_tokens": expected}
 
 
 def test_texts_are_counted_once_each(mixed: Running) -> None:
