@@ -128,8 +128,8 @@ $(CLIENTS_STAMP): constraints-clients.txt tests/clients/node/package-lock.json
 
 setup-clients: $(CLIENTS_STAMP)
 
-# Real client libraries, and lm-evaluation-harness, against the shipped pool; not in .ci/run, as setting
-# them up alone takes minutes.
+# Real client libraries, and lm-evaluation-harness, against the shipped pool; .ci/run leaves the
+# harness out, which takes minutes.
 CLIENT_TESTS ?= tests/clients
 test-clients: $(STAMP) $(CLIENTS_STAMP)
 	$(CLIENTS_BIN)/python -m pytest $(CLIENT_TESTS)
