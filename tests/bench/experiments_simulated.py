@@ -14,7 +14,7 @@ arm on average: top-two sampling against an even split, both with the same stopp
 **Judge.** Arms that are alike, or of which one is better by five points; one in five answers is
 rated, a judge grades all of them. It takes answers of the treatment for better than they are (by
 ten points) and is otherwise right more or less often. Who asks the judge alone, who asks people
-alone, and who calibrates the judge by people, each looking after every 100 answers per arm.
+alone, and who calibrates the judge by people, each looking after every 200 answers per arm.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def coverage(
     return found[-1].estimate, found[-1].high - found[-1].low, held
 
 
-def judge_table(num_trials: int, *, seed: int, num: int = 6000) -> str:
+def judge_table(num_trials: int, *, seed: int, num: int = 4000) -> str:
     """Return how far each way is off and how wide its intervals are, as Markdown."""
     lines = [
         "| judge | true lift | way | mean estimate | mean width | missed the truth at some look |",
@@ -223,7 +223,7 @@ def judge_table(num_trials: int, *, seed: int, num: int = 6000) -> str:
                 for number in range(num_trials)
             ]  # fmt: skip
             for metric, way in ways.items():
-                found = [coverage(metric, seen, lift, every=100) for seen in trials]
+                found = [coverage(metric, seen, lift, every=200) for seen in trials]
                 estimate, width, held = (np.mean(column) for column in zip(*found, strict=True))
                 lines.append(
                     f"| {judge} | {lift:.2f} | {way} | {estimate:+.3f} | {width:.3f} "
