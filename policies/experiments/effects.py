@@ -262,7 +262,7 @@ def arm_mean(sums: UnitSums) -> ArmMean:
     mean, residuals = _linearise(sums.values, sums.counts)
     if sums.num_graded:
         judge, judge_U = sums.adjusters()[-1]
-        theta = float(residuals @ judge_U / max(judge_U @ judge_U, 1e-300))
+        theta = float(residuals @ judge_U) / max(float(judge_U @ judge_U), 1e-300)
         mean, residuals = mean - theta * judge, residuals - theta * judge_U
     se = _standard_error(residuals, sums.num_units)
     return ArmMean(mean=mean, se=se, num_units=sums.num_units)

@@ -82,7 +82,8 @@ def year(country: str, *, seed: int) -> Floats:
         made[source] = missing * share[source] / sum(share[s] for s in rest)
     grams = sum(made[source] * SOURCES[source] for source in SOURCES)
     intensity: Floats = grams / sum(made.values())
-    return intensity * mix["carbon_intensity"] / intensity.mean()
+    scaled: Floats = intensity * (mix["carbon_intensity"] / float(intensity.mean()))
+    return scaled
 
 
 def _memory(rng: np.random.Generator, *, hours: float) -> Floats:
@@ -100,14 +101,16 @@ def rhythm(truth: Floats, now: int) -> Floats:
     """Return the next day as the mean of the last four weeks had it, hour by hour."""
     past = truth[: now // PER_DAY * PER_DAY][-28 * PER_DAY :].reshape(-1, 24, 4).mean(axis=(0, 2))
     at: NDArray[np.int_] = (now + np.arange(DUE + 1)) % PER_DAY // 4
-    return past[at]
+    found: Floats = past[at]
+    return found
 
 
 def forecast(truth: Floats, now: int, *, error: float, rng: np.random.Generator) -> Floats:
     """Return the next day's quarters of an hour with an error that grows with the time ahead."""
     ahead = truth[now : now + DUE + 1]
     steps = rng.normal(size=len(ahead) - 1) * error / math.sqrt(PER_DAY)
-    return ahead * np.exp(np.concatenate([[0.0], np.cumsum(steps)]))
+    announced: Floats = ahead * np.exp(np.concatenate([[0.0], np.cumsum(steps)]))
+    return announced
 
 
 def work(

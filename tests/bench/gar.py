@@ -1,6 +1,6 @@
 """GAR beside the budget controller: the same days, the same outcomes, the same predictions.
 
-    python -m tests.bench.gar [pool] [llmrouter] [--seeds N ...] [--dry]
+    python -m tests.bench.gar [pool] [llmrouter] [--seeds N ...]
 
 GAR (arXiv 2605.11603) minimises a request's carbon under floors on accuracy; GAR-PD prices a
 rolling carbon budget by primal-dual steps. Both are written from the paper's abstract, which names
@@ -13,14 +13,11 @@ its floor on latency is left out, since the data has no latencies. Neither knows
   accuracy less price times carbon. After each request λ <- max(0, λ + step · (carbon - due)), where
   `due` is what the budget allows per request in the mean of the last 200 and the step is such that
   200 requests at twice the budget raise the price by its usual size.
-
-Prints a line per day and strategy, and writes docs/budget/gar.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,7 +30,7 @@ from policies.budget.replay import Workload
 from policies.budget.replay.days import Day, day_costs
 from policies.budget.replay.replay import CONTROLLER
 from policies.budget.replay.strategies import Strategy, calibrate
-from tests.bench.budget_replay import DOCS, QUALITY, WITHIN, WORKLOADS, replays, rows_of
+from tests.bench.budget_replay import QUALITY, WITHIN, WORKLOADS, replays, rows_of
 
 SEEDS = (801, 802, 803, 804, 805)
 COMPARED = (CONTROLLER, "plain dual descent", "GAR, floor", "GAR-PD")
@@ -137,8 +134,8 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main(names: Sequence[str], *, seeds: Sequence[int], dry: bool) -> None:
-    """Replay the days, print them, and keep the figures."""
+def main(names: Sequence[str], *, seeds: Sequence[int]) -> None:
+    """Replay the days, print each, and the table."""
     rows: list[dict[str, Any]] = []
     for name in names:
         for seed in seeds:
@@ -153,10 +150,6 @@ def main(names: Sequence[str], *, seeds: Sequence[int], dry: bool) -> None:
                     for row in found
                 )
                 print(f"{name} {seed} {title}: {told}", flush=True)
-    if not dry:
-        (DOCS / "gar.json").write_text(
-            "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
-        )
     print(summary(rows))
 
 
@@ -164,6 +157,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--dry", action="store_true")
     given = parser.parse_args()
-    main(given.names or list(WORKLOADS), seeds=given.seeds, dry=given.dry)
+    main(given.names or list(WORKLOADS), seeds=given.seeds)
