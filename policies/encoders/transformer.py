@@ -1,9 +1,9 @@
 """Transformer encoders by path, no download: what a sentence means, beside or instead of n-grams.
 
-`SentenceVectors` reads a Hugging Face encoder's folder, and the pooling of sentence-transformers
-folders (`1_Pooling/config.json`); others get the mean over tokens. torch and transformers are
-imported when the first text is encoded, and only here. Milliseconds per text; every process that
-encodes holds the weights.
+`SentenceVectors` reads a Hugging Face encoder's folder, also one that an installed distribution
+ships, and the pooling of sentence-transformers folders (`1_Pooling/config.json`); others get the
+mean over tokens. torch and transformers are imported when the first text is encoded, and only here.
+Milliseconds per text; every process that encodes holds the weights.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from policies.encoders.base import Arrays, Encoded, Features, Floats, Reader, Re
 from policies.encoders.ngrams import NGrams
 from policies.encoders.pooling import Pooling, pool, pooling_config, pooling_of
 from policies.errors import PolicyError
+from policies.files import PACKAGE, shipped
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,17 +41,22 @@ class SentenceVectors:
 
     Code in the folder is never run. Thread-safe: one call computes at a time, a single text on one
     core (a request's few tokens gain nothing from more, and beside other work they wait for each
-    other: 13 times as long on two busy cores). Raises `PolicyError` where `path` is not a model's
-    folder.
+    other: 13 times as long on two busy cores). `path` is a model's folder, or names one that an
+    installed distribution ships (package:DISTRIBUTION/FOLDER); raises `PolicyError` where it is
+    neither.
     """
 
     def __init__(self, path: Path | str, *, max_tokens: int) -> None:
-        config = Path(path) / "config.json"
+        self.path = str(path)
+        self.folder = shipped(self.path) if self.path.startswith(PACKAGE) else Path(path)
+        config = self.folder / "config.json"
         if not config.is_file():
-            raise PolicyError(f"{path} is not a Hugging Face model's folder")
+            raise PolicyError(
+                f"{path} is not a Hugging Face model's folder (package:DISTRIBUTION/FOLDER names "
+                "one that an installed distribution ships)"
+            )
         if max_tokens < 4:
             raise PolicyError(f"max_tokens: {max_tokens} is not at least 4")
-        self.path = str(path)
         self.max_tokens = max_tokens
         shape = json.loads(config.read_text())
         self.num_dimensions = _number(shape, ("hidden_size", "dim", "d_model"), config)
@@ -137,7 +143,7 @@ class SentenceVectors:
         from transformers import AutoTokenizer  # noqa: PLC0415 - only where selected
 
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            self.path, local_files_only=True, trust_remote_code=False
+            self.folder, local_files_only=True, trust_remote_code=False
         )
         return tokenizer
 
@@ -147,7 +153,7 @@ class SentenceVectors:
         from transformers import AutoModel  # noqa: PLC0415 - only where selected
 
         model: PreTrainedModel = AutoModel.from_pretrained(
-            self.path, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            self.folder, local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
         model.eval()  # type: ignore[no-untyped-call]
         return model
@@ -168,7 +174,7 @@ class SentenceVectors:
 
     @cached_property
     def _pooling(self) -> Pooling:
-        file = Path(self.path) / "1_Pooling" / "config.json"
+        file = self.folder / "1_Pooling" / "config.json"
         return pooling_of(json.loads(file.read_text()), file) if file.is_file() else "mean"
 
 
@@ -177,9 +183,9 @@ class Neural:
 
     The vectors are those after `num_layers` of its layers, evenly spaced with the last among them,
     each less its mean: routing lives off what the lower layers still know and the last, trained to
-    tell meanings apart, has given up. `path` is the encoder's folder, which must still be there
-    when the router is loaded; `max_tokens` cuts long queries. `vectors` encodes in the folder's
-    stead (where the vectors of known queries are kept).
+    tell meanings apart, has given up. `path` is the encoder's folder (see `SentenceVectors`), which
+    must still be there when the router is loaded; `max_tokens` cuts long queries. `vectors` encodes
+    in the folder's stead (where the vectors of known queries are kept).
     """
 
     kind = "neural"

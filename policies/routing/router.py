@@ -10,6 +10,7 @@ D dimensions of a point, K clusters.
 from __future__ import annotations
 
 import math
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from scipy.special import expit
 
 from policies.encoders.base import Encoded, Encoder, Features, Reader, build_encoder
 from policies.errors import PolicyError
-from policies.files import Artifact, check_shape, read_artifact, write_artifact
+from policies.files import PACKAGE, Artifact, check_shape, read_artifact, write_artifact
 from policies.routing.looks import Look
 from policies.routing.nearness import Doubt, Landmarks, Nearness, Topics
 from policies.routing.strength import WHOLE, Belief
@@ -31,6 +32,12 @@ Floats = NDArray[np.float64]
 
 _KIND: Final = "router"
 _SCHEMA: Final = 5
+
+# After a mark, at a line's end, and where a capital begins another sentence without a mark before.
+_BETWEEN_CLAUSES: Final = re.compile(r"(?<=[.!?:;,])\s+|\n+|(?<=[\w'\")])\s+(?=[A-Z][\w']* [a-z])")
+_MOST_CLAUSES: Final = 8
+_ASKS_ELSEWHERE: Final = -0.8
+_SURELY_ELSEWHERE: Final = -1.1
 
 
 class Prediction(NamedTuple):
@@ -100,7 +107,32 @@ class Router:
         return np.isin(query_hashes(texts), self.seen_Q)
 
     def predict(self, text: str) -> Prediction:
-        """Predict for one query."""
+        """Predict for one query, by what it asks (see `asked`)."""
+        return self._predict(self.asked(text))
+
+    def asked(self, text: str) -> str:
+        """Return `text` without what is said around its question: clauses at either end that are
+        unlike the field by themselves ("My nephew wonders: what is 3 + 4? Thanks!").
+
+        So the same question gets the same answer, however it is put. All of it is returned where
+        nothing would be left that is like the field, where a clause asks for something else, and
+        where training knew no queries outside the field, so that nothing tells small talk from it.
+        """
+        clauses = _BETWEEN_CLAUSES.split(text.strip())
+        if self.field_F is None or not 1 < len(clauses) <= _MOST_CLAUSES:
+            return text
+        near_C = [self._predict(clause).similarity for clause in clauses]
+        like = [c for c, near in enumerate(near_C) if near >= self.doubt.familiar_above]
+        if not like:
+            return text
+        first, last = like[0], like[-1] + 1
+        around = [*range(first), *range(last, len(clauses))]
+        if not around or any(_asks_elsewhere(clauses[c], near_C[c]) for c in around):
+            return text
+        core = " ".join(clauses[first:last])
+        return core if self._predict(core).familiar else text
+
+    def _predict(self, text: str) -> Prediction:
         features, sums_C, point_D = self._read(text)
         near_L, cluster, similarity = self._nearness.of(point_D)
         likeness_C = self._likeness_CL.dot(near_L)
@@ -120,14 +152,14 @@ class Router:
 
     def qualities(self, texts: Sequence[str]) -> Floats:
         """Return the expected scores [Q, M] of many queries at once."""
-        encoded = self.encoder.encode(texts)
+        encoded = self.encoder.encode([self.asked(text) for text in texts])
         logits = np.asarray(self.landmarks.beside(encoded) @ self.weights_FM, np.float64)
         logits *= self.belief.of(self.topics.similarities(encoded.points_QD))[:, None]
         return self.doubt.shrunk(expit(logits + self.bias_M), self._similarities(encoded))
 
     def cluster_qualities(self, texts: Sequence[str]) -> Floats:
         """Return the mean scores [Q, M] of each query's nearest cluster, with the same doubt."""
-        encoded = self.encoder.encode(texts)
+        encoded = self.encoder.encode([self.asked(text) for text in texts])
         clusters_Q = self.topics.assign(encoded.points_QD)
         quality_QM = self.topics.scores_KM[clusters_Q].astype(np.float64)
         return self.doubt.shrunk(quality_QM, self._similarities(encoded))
@@ -148,6 +180,12 @@ class Router:
             self.doubt.trust(similarity)
         )
         return expected_M
+
+
+def _asks_elsewhere(clause: str, similarity: float) -> bool:
+    """Return whether a clause is a request of its own from outside the field, not small talk."""
+    limit = _ASKS_ELSEWHERE if clause.rstrip().endswith("?") else _SURELY_ELSEWHERE
+    return similarity < limit
 
 
 def query_hashes(texts: Sequence[str]) -> NDArray[np.uint32]:
@@ -302,7 +340,7 @@ def _encoder(
     described: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], folder: Path
 ) -> Encoder:
     settings = dict(described["settings"])
-    if "path" in settings:
+    if "path" in settings and not settings["path"].startswith(PACKAGE):
         settings["path"] = str(folder / settings["path"])
     own = {
         name.removeprefix("encoder."): array
@@ -314,7 +352,7 @@ def _encoder(
 
 def _portable(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return an encoder's settings, its folder relative to `folder` where it lies inside."""
-    if "path" in settings:
+    if "path" in settings and not settings["path"].startswith(PACKAGE):
         full, folder = Path(settings["path"]).resolve(), folder.resolve()
         inside = full.is_relative_to(folder)
         settings["path"] = str(full.relative_to(folder) if inside else full)

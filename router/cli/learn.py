@@ -76,7 +76,11 @@ def learn(
         str, typer.Option(help="Mean cost, as a share of always asking the dearest model.")
     ] = "40%",
     encoder: Annotated[
-        str, typer.Option(help="ngrams, or neural:FOLDER; see `shoal train router`.")
+        str,
+        typer.Option(
+            help="ngrams, or neural:FOLDER, which may be package:DISTRIBUTION/FOLDER; see `shoal "
+            "train router`."
+        ),
     ] = "ngrams",
     test_share: Annotated[
         float, typer.Option(min=0.05, max=0.9, help="Share of the questions to measure on.")

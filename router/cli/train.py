@@ -66,8 +66,9 @@ def train_router(
     encoder: Annotated[
         str,
         typer.Option(
-            help="ngrams; neural:FOLDER, n-grams and a sentence encoder's vector; or "
-            "finetuned:FOLDER, which trains that encoder end to end."
+            help="ngrams; neural:FOLDER, n-grams and a sentence encoder's vectors; or "
+            "finetuned:FOLDER, which trains that encoder end to end. FOLDER may be "
+            "package:DISTRIBUTION/FOLDER, of an installed distribution."
         ),
     ] = "ngrams",
     bits: Annotated[

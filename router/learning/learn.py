@@ -11,39 +11,32 @@ Each gets a version, so that what serves goes on as it was.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from models.pool import Pool
-from policies.base import ModelFacts, Policy, Query
+from policies.base import ModelFacts, Query
 from policies.cascade.answers import answer_table
-from policies.cascade.base import Readings, Scorer
+from policies.cascade.base import Readings
 from policies.cascade.learn import learn_cascade
 from policies.encoders.base import parse_encoder
-from policies.errors import OutcomesError, PolicyError
-from policies.evaluation.metrics import bootstrap
-from policies.evaluation.play import Played, play
+from policies.errors import PolicyError
+from policies.evaluation.play import play
 from policies.fixed import Fixed
 from policies.footprint import Rates
 from policies.outcome_sets import TEST, divide
 from policies.outcomes import Outcome
 from policies.plan import Answer, Plan
-from policies.registry import BuildContext
 from policies.routing.fit import MIN_QUERIES, FitSettings, fit_router
 from policies.routing.policy import Trade, make_chooser
 from policies.routing.router import Router, save_router
-from router.catalog.catalog import load_catalog
-from router.catalog.policies import DEFAULT_POLICY
+from router.learning.exam import Exam, Kind, Measured, Mistake
 from router.learning.fusing import fusible, learn_fusion
-
-Floats = NDArray[np.float64]
 
 MIN_TESTS: Final = 10
 _MOST_CANDIDATES: Final = 4
@@ -60,53 +53,6 @@ class LearnSettings:
     test_share: float = 0.3
     encoder: str = "ngrams"
     seed: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """Something's mean quality on the test questions with a 95% bootstrap interval, and mean USD.
-
-    `kind` is "model", "policy", "serving" or "reference"; `usd` None where it is not known.
-    """
-
-    name: str
-    kind: str
-    quality_Q: Floats
-    usd: float | None
-
-    @property
-    def quality(self) -> float:
-        """The mean."""
-        return float(self.quality_Q.mean())
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Its 95% interval."""
-        return bootstrap(lambda rows: float(self.quality_Q[rows].mean()), len(self.quality_Q))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mistake:
-    """A question whose chosen model answered worse than another, and how sure the router was."""
-
-    query: str
-    chosen: str
-    expected: float
-    better: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kind:
-    """Test questions near one of the router's clusters: an `example`, the likest of them, and what
-    the learned router does with them. `chosen` is who answers most of them, a `share` of them;
-    `expected` what it expects of its choices, `scored` what these scored."""
-
-    example: str
-    num_questions: int
-    chosen: str
-    share: float
-    expected: float
-    scored: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,13 +154,13 @@ def learn(
         except PolicyError as error:
             notes.append(f"no fused: {error}")
     versioned = {f"{name}-v{version}": spec for name, spec in specs.items()}
-    measured = school.measure(tests, versioned, notes)
+    exam = Exam(pool=pool, names=names, tests=tests, readings=readings)
     return Lesson(
         specs=versioned,
-        measured=tuple(measured),
-        mistakes=_mistakes(router, tests),
-        kinds=school.kinds(router, auto, tests),
-        curve=school.curve(tests),
+        measured=tuple(exam.measure(versioned, notes)),
+        mistakes=exam.mistakes(router),
+        kinds=exam.kinds(router, auto),
+        curve=school.curve(exam),
         num_train=len(train),
         best_single=school.best_single,
         version=version,
@@ -320,124 +266,21 @@ class _School:
             specs["best-of"] = {"kind": "fixed", "plan": {"best": best}}
         return specs
 
-    def measure(
-        self, tests: Sequence[Outcome], specs: Mapping[str, Mapping[str, Any]], notes: list[str]
-    ) -> list[Measured]:
-        """Play every model, policy and reference on `tests`; `notes` say what cannot be played."""
-        context = BuildContext(folder=self.pool.folder, models=self.facts)
-        policies: dict[str, tuple[str, Policy]] = {
-            name: ("model", Fixed(plan=Answer(members=(name,)))) for name in self.names
-        }
-        policies |= {name: ("policy", context.build(spec)) for name, spec in specs.items()}
-        serving = load_catalog(self.pool).policies
-        policies[f"{DEFAULT_POLICY} (serving)"] = ("serving", serving.default)
-        scorers: dict[str, Scorer] = {**serving.scorers, **context.scorers}
-        found = []
-        for name, (kind, policy) in policies.items():
-            try:
-                played = [
-                    play(policy, r, rates=self.rates, scorers=scorers, readings=self.readings)
-                    for r in tests
-                ]
-            except OutcomesError as error:
-                notes.append(f"{name} cannot be compared: {error}")
-                continue
-            found.append(_measured(name, kind, played))
-        return [*found, *self._references(tests)]
-
-    def kinds(
-        self, router: Router, spec: Mapping[str, Any], tests: Sequence[Outcome], most: int = 12
-    ) -> tuple[Kind, ...]:
-        """Return what the router's policy, `spec`, does with each kind of test question."""
-        policy = BuildContext(folder=self.pool.folder, models=self.facts).build(spec)
-        played = [play(policy, row, rates=self.rates, scorers={}) for row in tests]
-        predicted = [router.predict(row.query) for row in tests]
-        found = []
-        for cluster in {one.cluster for one in predicted}:
-            here = [q for q, one in enumerate(predicted) if one.cluster == cluster]
-            example = max(here, key=lambda q: predicted[q].similarity)
-            [(chosen, number)] = Counter(played[q].name for q in here).most_common(1)
-            expected = [predicted[q].quality_M[router.models.index(played[q].name)] for q in here]
-            found.append(
-                Kind(
-                    example=tests[example].query,
-                    num_questions=len(here),
-                    chosen=chosen,
-                    share=number / len(here),
-                    expected=float(np.mean(expected)),
-                    scored=float(np.mean([played[q].quality for q in here])),
-                )
-            )
-        return tuple(sorted(found, key=lambda one: -one.num_questions)[:most])
-
-    def _references(self, tests: Sequence[Outcome]) -> list[Measured]:
-        scores_QM = np.array([[row.scores[name] for name in self.names] for row in tests])
-        singles = [Fixed(plan=Answer(members=(name,))) for name in self.names]
-        usd_QM = np.array(
-            [[play(p, r, rates=self.rates, scorers={}).usd or 0.0 for p in singles] for r in tests]
-        )
-        best_Q1 = np.lexsort((usd_QM, -scores_QM), axis=1)[:, :1]
-        oracles = {"oracle of each question": best_Q1}
-        tasks_Q = np.array([row.tags[0] if row.tags else "" for row in tests])
-        if len(set(tasks_Q)) > 1:
-            by_task = {task: scores_QM[tasks_Q == task].mean(0).argmax() for task in set(tasks_Q)}
-            oracles["oracle of each task"] = np.array([[by_task[task]] for task in tasks_Q])
-        return [
-            Measured(name="random", kind="reference", quality_Q=scores_QM.mean(1),
-                     usd=float(usd_QM.mean())),
-            *(
-                Measured(
-                    name=name,
-                    kind="reference",
-                    quality_Q=np.take_along_axis(scores_QM, chosen_Q1, 1)[:, 0],
-                    usd=float(np.take_along_axis(usd_QM, chosen_Q1, 1).mean()),
-                )
-                for name, chosen_Q1 in oracles.items()
-            ),
-        ]  # fmt: skip
-
-    def curve(self, tests: Sequence[Outcome]) -> tuple[tuple[int, float], ...]:
-        """Return the router's mean test quality after parts of the training questions."""
+    def curve(self, exam: Exam) -> tuple[tuple[int, float], ...]:
+        """Return the mean test score of a router's choices after parts of the questions."""
         order = np.random.default_rng(self.settings.seed).permutation(len(self.train))
         points = []
-        for share in _CURVE_SHARES:
-            size = round(share * len(self.train))
+        for size in (round(share * len(self.train)) for share in _CURVE_SHARES):
             if size < MIN_QUERIES:
                 continue
             try:
                 router = self.fit([self.train[at] for at in order[:size]])
             except PolicyError:  # none of them scores some model
                 continue
-            chosen_Q = router.qualities([row.query for row in tests]).argmax(1)
-            scores = [r.scores[router.models[m]] for r, m in zip(tests, chosen_Q, strict=True)]
-            points.append((size, float(np.mean(scores))))
+            points.append((size, exam.choices_score(router)))
         return tuple(points)
 
 
-def _measured(name: str, kind: str, played: Sequence[Played]) -> Measured:
-    costs = [one.usd for one in played if one.usd is not None]
-    return Measured(
-        name=name,
-        kind=kind,
-        quality_Q=np.array([one.quality for one in played]),
-        usd=float(np.mean(costs)) if len(costs) == len(played) else None,
-    )
-
-
-def _mistakes(router: Router, tests: Sequence[Outcome], most: int = 12) -> tuple[Mistake, ...]:
-    """Return where the router's favourite was worse than another model, the surest first."""
-    found = []
-    for row, quality_M in zip(tests, router.qualities([r.query for r in tests]), strict=True):
-        chosen = router.models[int(quality_M.argmax())]
-        better = max(row.scores, key=row.scores.__getitem__)
-        if row.scores[better] > row.scores[chosen]:
-            found.append(
-                Mistake(query=row.query, chosen=chosen, expected=float(quality_M.max()),
-                        better=better)
-            )  # fmt: skip
-    return tuple(sorted(found, key=lambda one: -one.expected)[:most])
-
-
-def _mean(values: Any) -> float:  # noqa: ANN401 - an iterable of numbers or None
+def _mean(values: Iterable[float | None]) -> float:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else 0.0

@@ -19,7 +19,8 @@ from policies.errors import PolicyError
 from policies.evaluation.metrics import bootstrap
 from policies.files import replacing, write_atomic
 from router.catalog.catalog import load_catalog
-from router.learning.learn import Lesson, Measured
+from router.learning.exam import Measured
+from router.learning.learn import Lesson
 
 if TYPE_CHECKING:
     from matplotlib.lines import Line2D
@@ -253,7 +254,7 @@ def is_worse(lesson: Lesson) -> str:
         return "the serving policy could not be played on these questions"
     difference_Q = lesson.row(lesson.auto).quality_Q - serving[0].quality_Q
     low, high = bootstrap(lambda rows: float(difference_Q[rows].mean()), len(difference_Q))
-    if high < 0:
+    if difference_Q.mean() < 0:
         return (
             f"it scores {100 * difference_Q.mean():.1f} points [{100 * low:.1f}, {100 * high:.1f}] "
             "less than the serving policy"

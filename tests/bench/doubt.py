@@ -3,8 +3,8 @@
 `python -m tests.bench.doubt` prints two tables of docs/routing/results.md. *Doubt*: the pool's
 held-out questions beside everyday ones that no router learned from: how similarity tells them
 apart, how many go where they should not, and how far claims are from what answers scored, over both
-together. *Phrases*: how often the same question with something said around it gets another
-decision, by phrases that training knows, and by others.
+together. *Wordings*: how often the same question with something said around it gets another
+decision, in words that no training knows.
 """
 
 from __future__ import annotations
@@ -32,17 +32,24 @@ GENERAL = "general"
 TEN_KINDS = Path(__file__).parents[1] / "policies" / "routing" / "data" / "everyday.jsonl"
 EVERY = 16
 
-KNOWN = (
-    "Hello. {}", "Good day! {}", "Please tell me: {}", "Would you mind telling me: {}",
-    "{} Cheers!", "{} I need this for school.",
+WORDINGS = (
+    "Howdy! {}", "Greetings, friend. {}", "Sir, {}", "Knock knock. {}", "Listen: {}",
+    "Pop quiz: {}", "Here is one for you: {}", "My grandmother would like to know: {}",
+    "The exercise reads: {}", "From page 12 of the book: {}",
+    "Could I bother you with this one? {}", "I lost a bet over this: {}", "Exercise 4. {}",
+    "Dear computer, {}", "Before lunch, please: {}", "Let me ask you something, {}",
+    "I am preparing for a test. {}", "As a teacher, I ask my class: {}",
+    "Do you happen to know {}", "Please help me figure out {}", "I wonder {}",
+    "User: {}\nAssistant:", "### Question\n{}\n### Answer\n", "Answer correctly: {}", "Solve: {}",
+    "{} Ta!", "{} Bless you.", "{} My brother says I am wrong.",
+    "{} I have been at it all morning.", "{} It is for a crossword.", "{} Give only the answer.",
+    "{} No explanation needed.", "{} Answer in a single word or number.", "{} Sincerely, Maria",
+    "{} It came up in a meeting.", "{} Sent from my phone",
+    "{} I am in a hurry, the bus leaves soon.", "{} :)", "{} pls", "{} Right?",
+    "So I was doing the dishes when my son asked me this. {}",
+    "We are building a small website and need this: {} Thanks in advance, the team",
 )  # fmt: skip
-UNKNOWN = (
-    "Morning all. {}", "Riddle me this: {}", "{} Appreciated.", "{} It is for my thesis.",
-    "Yo, {}", "Evening! {}", "My nephew wonders: {}", "Straight to it: {}", "The quiz says: {}",
-    "Assistant, {}", "I cannot work this out. {}", "{} We argued about it at lunch.",
-    "{} I forgot my calculator.", "{} Reply in one line.", "{} That is all I want to know.",
-    "{} Regards, Tom",
-)  # fmt: skip
+"""In no training; nothing was chosen by them."""
 
 
 def main() -> None:
@@ -53,7 +60,7 @@ def main() -> None:
     own = read_outcomes(DEFAULT_POOL / "outcomes.jsonl", split="test")
     print(text_table(doubt(policy, own), num_left=1))
     print()
-    print(text_table(phrases(policy, own[::EVERY]), num_left=2))
+    print(text_table(wordings(policy, own[::EVERY])))
 
 
 def chosen(policy: Learned, text: str) -> str:
@@ -122,19 +129,22 @@ def claimed(
     return claims, scores
 
 
-def phrases(policy: Learned, rows: Sequence[Outcome]) -> list[tuple[str, ...]]:
-    """Return a row for each phrase, and one for all of a kind."""
+def wordings(policy: Learned, rows: Sequence[Outcome]) -> list[tuple[str, ...]]:
+    """Return a row for each wording, and one for all."""
     bare = [chosen(policy, row.query) for row in rows]
-    table: list[tuple[str, ...]] = [("phrase", "in training", "another decision", "`general`")]
-    for told, kind in (("yes", KNOWN), ("no", UNKNOWN)):
-        every: list[tuple[bool, bool]] = []
-        for phrase in kind:
-            now = [chosen(policy, phrase.format(row.query)) for row in rows]
-            found = [(a != b, a == GENERAL) for a, b in zip(now, bare, strict=True)]
-            every += found
-            table.append((phrase.format("…"), told, *map("{:.1%}".format, np.mean(found, 0))))
-        table.append((f"all {len(kind)}", told, *map("{:.1%}".format, np.mean(every, 0))))
-    return table
+    table: list[tuple[str, ...]] = [("wording", "another decision", "95% interval", "`general`")]
+    every: list[tuple[bool, bool]] = []
+    for wording in WORDINGS:
+        now = [chosen(policy, wording.format(row.query)) for row in rows]
+        found = [(a != b, a == GENERAL) for a, b in zip(now, bare, strict=True)]
+        every += found
+        table.append((repr(wording.format("…")), *_shares(found)))
+    return [*table, (f"all {len(WORDINGS)}", *_shares(every))]
+
+
+def _shares(found: Sequence[tuple[bool, bool]]) -> tuple[str, str, str]:
+    changed, away = zip(*found, strict=True)
+    return (*share(changed), f"{np.mean(away):.1%}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Encoders: one contract for all, and what is particular to hashed n-grams."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from policies.encoders.base import Encoder, build_encoder, parse_encoder
 from policies.encoders.ngrams import MAX_BYTES, NGrams, side_by_side
 from policies.encoders.transformer import Neural, SentenceVectors
 from policies.errors import PolicyError
+from policies.outcomes import Outcome
+from policies.routing.fit import fit_router
+from policies.routing.router import load_router, save_router
 
 TEXTS = [
     f"{verb} {a} {word} and {a + 3} more, then say how many"
@@ -220,6 +224,30 @@ def test_layers_are_spread_and_end_with_the_last(tiny_bert: Path) -> None:
     assert Neural(path=str(tiny_bert), num_layers=6).layers == [1, 2]
     with pytest.raises(PolicyError, match="num_layers: 0 is not at least 1"):
         Neural(path=str(tiny_bert), num_layers=0)
+
+
+def test_a_distribution_may_ship_the_encoder(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A router over it names the distribution, not where that lies on this machine."""
+    about = tmp_path / "site" / "tiny_bert-1.0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny-bert\nVersion: 1.0\n")
+    shipped = tmp_path / "site" / "tiny_bert" / "model"
+    shutil.copytree(tiny_bert, shipped)
+    files = [str(file.relative_to(tmp_path / "site")) for file in shipped.iterdir()]
+    (about / "RECORD").write_text("".join(f"{file},,\n" for file in files))
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    source = "package:tiny-bert/tiny_bert/model"
+    scores = [{"one": float(n % 2), "two": float(n % 3 > 0)} for n in range(len(TEXTS))]
+    outcomes = [Outcome(query=text, scores=row) for text, row in zip(TEXTS, scores, strict=True)]
+    router = fit_router(outcomes, encoder=parse_encoder(f"neural:{source}", {"bits": 10}))
+    save_router(router, tmp_path / "router.npz")
+    loaded = load_router(tmp_path / "router.npz")
+    assert loaded.encoder.settings()["path"] == source
+    np.testing.assert_allclose(loaded.qualities(TEXTS), router.qualities(TEXTS), atol=1e-6)
+    with pytest.raises(PolicyError, match="its models are tiny_bert/model"):
+        parse_encoder("neural:package:tiny-bert/other", {})
 
 
 @pytest.mark.parametrize("names", [("dim", "n_layers"), ("d_model", "num_layers")])
