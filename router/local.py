@@ -39,6 +39,13 @@ else:
     _Base = AutoHTTPProtocol
 
 
+class PatientProtocol(H11Protocol):
+    """uvicorn's other protocol, for what `ImpatientProtocol` hands over."""
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Say nothing: nobody has to do anything about an offer that is declined."""
+
+
 class ImpatientProtocol(_Base):
     """Closes a connection whose request head is too long, or takes longer than `head_timeout_s`."""
 
@@ -86,7 +93,7 @@ class ImpatientProtocol(_Base):
         self._stop_waiting()
         base: Any = self
         base.connections.discard(self)
-        old = H11Protocol(base.config, base.server_state, base.app_state)
+        old = PatientProtocol(base.config, base.server_state, base.app_state)
         old.connection_made(base.transport)
         base.transport.set_protocol(old)
         old.data_received(data)
