@@ -8,6 +8,7 @@ import torch
 
 from models.card import read_card
 from models.engines.stacked.layout import Part, build_step, order_parts
+from models.engines.stacked.matrices import as_they_are
 from models.engines.stacked.runner import Runner
 from models.engines.stacked.scheduler import Scheduler
 from tests.models.engines.stacked.tiny import ARCHITECTURES, make_sequence, save_checkpoint
@@ -33,6 +34,7 @@ def test_logits_are_those_of_the_cpu(kind: str, tmp_path: Path) -> None:
             kv_memory_bytes=2**22,
             device=device,
             dtype=dtype,
+            pack=as_they_are,
         )
         sequences = [
             make_sequence([rng.randrange(300) for _ in range(length)], members)
@@ -94,6 +96,7 @@ def test_graphs_change_no_answer(tmp_path: Path) -> None:
             kv_memory_bytes=2**22,
             device=torch.device("cuda"),
             dtype=torch.bfloat16,
+            pack=as_they_are,
         )
         assert runner._graphs is not None
         if not records:

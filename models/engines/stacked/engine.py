@@ -26,7 +26,7 @@ from models.engines.stacked.drafts import Drafts, MemberDrafts, Ngrams, StepCost
 from models.engines.stacked.fusion import LaneWeights, contrastive_powers
 from models.engines.stacked.lead import lead_suffices
 from models.engines.stacked.loop import Loop
-from models.engines.stacked.matrices import Pack, as_int4, as_int8
+from models.engines.stacked.matrices import Pack, as_int4, as_int8, fastest
 from models.engines.stacked.runner import Runner
 from models.engines.stacked.sampler import Grammar, SamplerState
 from models.engines.stacked.scheduler import Scheduler
@@ -216,12 +216,13 @@ class StackedEngine:
         cached = [card for card in (self._base, self._guesser) if card is not None]
         shares = [row_bytes(card.shape, dtype) for card in cached]
         own = row_bytes(cards[0].shape, dtype)
+        plain = fastest(device, dtype, several_rows=self._options.draft is not None)
         runner = Runner(
             cards,
             kv_memory_bytes=self._spec.kv_memory_bytes * own // sum(shares),
             device=device,
             dtype=dtype,
-            pack=_PACKS.get(self._spec.dtype),
+            pack=_PACKS.get(self._spec.dtype, plain),
             num_threads=self._options.num_threads,
         )
         with torch.inference_mode():

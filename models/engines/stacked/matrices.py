@@ -150,12 +150,17 @@ Pack: TypeAlias = Callable[[str, Tensor], MatricesT]
 """Keeps the matrices [M, I, O] of a name for products with them."""
 
 
-def fastest(device: torch.device, dtype: torch.dtype) -> Pack[Tensor | Reordered]:
-    """Return how matrices of a type are kept where the device is to multiply them fast."""
+def fastest(
+    device: torch.device, dtype: torch.dtype, *, several_rows: bool = False
+) -> Pack[Tensor | Reordered]:
+    """Return how matrices of a type are kept where the device is to multiply them fast.
+
+    With `several_rows` mostly several of a member come at once, as drafts make them.
+    """
     if device.type == "cpu" and dtype == torch.bfloat16:
         return outputs_first
     if device.type == "cpu" and dtype == torch.float32 and torch._C._has_mkldnn:
-        return reordered
+        return reordered if several_rows else reordered_alone
     return as_they_are
 
 
@@ -168,6 +173,11 @@ def reordered(_name: str, matrices_MIO: Tensor) -> Tensor | Reordered:
     """Keep float32 in oneDNN's order on CPU, small matrices as they are."""
     large = matrices_MIO[0].numel() >= _LEAST_REORDERED
     return Reordered(matrices_MIO) if large else matrices_MIO
+
+
+def reordered_alone(name: str, matrices_MIO: Tensor) -> Tensor | Reordered:
+    """Keep one member's like that; a row of each of several is fastest in one batched product."""
+    return reordered(name, matrices_MIO) if len(matrices_MIO) == 1 else matrices_MIO
 
 
 def outputs_first(_name: str, matrices_MIO: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from models.engines.stacked.fusion import LaneWeights, fuse
 from models.engines.stacked.graphs import DecodeGraphs, Record, record_cuda
 from models.engines.stacked.layout import Part, Step, build_step, group_rows
 from models.engines.stacked.lead import unsure_leads, with_leads
-from models.engines.stacked.matrices import Pack, fastest
+from models.engines.stacked.matrices import Pack
 from models.engines.stacked.model import StackedModel
 from models.engines.stacked.sampler import Draw, SamplerState, Scored, draw, score
 from models.engines.stacked.sequence import Sequence
@@ -64,14 +64,14 @@ class Runner:
         kv_memory_bytes: int,
         device: torch.device,
         dtype: torch.dtype,
-        pack: Pack[Any] | None = None,
+        pack: Pack[Any],
         num_threads: int | None = None,
         record: Record | None = None,
     ) -> None:
         """Load the members' weights; on CPU compute with `num_threads` at most, or all of torch's.
 
-        `pack` says how matrices are kept; None: as numbers, in the device's `fastest` order.
-        Decoding steps are recorded by `record`; None: as CUDA graphs in bfloat16, else not at all.
+        `pack` says how matrices are kept. Decoding steps are recorded by `record`; None: as CUDA
+        graphs in bfloat16, else not at all.
         Raises `PoolError` for a checkpoint it cannot compute.
         """
         bases = [card for card in cards if card.adapter is None]
@@ -80,9 +80,7 @@ class Runner:
         if record is None and device.type == "cuda" and dtype == torch.bfloat16:
             record = record_cuda(device)  # grouped products of other types ask the device for sizes
         self._record = record
-        weights: Weights[Any] = load_weights(
-            bases, self.architecture, device, dtype, pack=pack or fastest(device, dtype)
-        )
+        weights = load_weights(bases, self.architecture, device, dtype, pack=pack)
         self._take(weights, StackedModel(self.architecture, weights))
         self._threads = StepThreads(num_threads, cards[0].parameters * dtype.itemsize)
         self._device = device

@@ -39,6 +39,7 @@ def answers(folders: list[Path], record: Callable[[Launch], Launch] | None) -> l
         kv_memory_bytes=2**22,
         device=torch.device("cpu"),
         dtype=torch.float32,
+        pack=as_they_are,
         num_threads=1,
         record=record,
     )

@@ -41,7 +41,9 @@ class Bench:
         self.arena = Arena(architecture.shape, 2**20, CPU, dtype)
         self.model = StackedModel(
             architecture,
-            load_weights(cards, architecture, CPU, dtype, pack=fastest(CPU, dtype)),
+            load_weights(
+                cards, architecture, CPU, dtype, pack=fastest(CPU, dtype, several_rows=True)
+            ),
         )
 
     def sequence(self, tokens: Seq[int], members: tuple[int, ...]) -> Sequence:
