@@ -23,9 +23,9 @@ from models.errors import EngineError, EngineFailed, EngineOverloaded, PoolError
 from models.pool import found_here, load_pool
 from models.spec import EngineSpec, Model
 from policies.carbon.settings import CarbonSettings
-from router.catalog.catalog import load_catalog
 from router.compose import check_experiments, compose, freeze, open_ledger
 from router.config import AppArgs
+from router.editions import catalog_of
 from router.energy import lane_meter
 from router.engines import EngineWorker, set_num_threads
 from router.ingress import create_api
@@ -44,7 +44,7 @@ def build(args: AppArgs) -> Application:
     args = args.model_copy(update={"pool": args.pool.resolve()}).started()
     pool = load_pool(args.pool)
     # Find mistakes here, not in a replica.
-    check_experiments(args, pool, load_catalog(pool, policies=args.policies, carbon=args.carbon))
+    check_experiments(args, pool, catalog_of(args, pool))
     engines = {}
     for spec in pool.engines:
         models = pool.models_of(spec.name)
@@ -124,9 +124,7 @@ class Ingress:
         self._service = compose(
             args,
             pool,
-            load_catalog(
-                pool, policies=args.policies, carbon=args.carbon, economics=args.economics
-            ),
+            catalog_of(args, pool),
             engines={name: HandleClient(handle) for name, handle in engines.items()},
             ledger=open_ledger(args),
             echo_request_id=False,

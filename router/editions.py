@@ -66,6 +66,17 @@ class Edition:
         }
 
 
+def catalog_of(args: AppArgs, pool: Pool, *, beside: Catalog | None = None) -> Catalog:
+    """Return what can be asked of `pool` as configured; see `load_catalog`, whose errors it has."""
+    return load_catalog(
+        pool,
+        policies=args.policies,
+        carbon=args.carbon,
+        economics=args.economics,
+        beside=beside,
+    )
+
+
 class Editions:
     """The edition in force in this process; it changes on one event loop.
 
@@ -227,13 +238,7 @@ def _without_adapters(pool: Pool) -> tuple[Model, ...]:
 
 
 def _checked(args: AppArgs, pool: Pool, current: Edition, database: Database) -> Edition:
-    catalog = load_catalog(
-        pool,
-        policies=args.policies,
-        carbon=args.carbon,
-        economics=args.economics,
-        beside=current.catalog,
-    )
+    catalog = catalog_of(args, pool, beside=current.catalog)
     definitions, _ = read_definitions(args)
     # Refuses a policy that changed while an experiment has data of it.
     Experiments(definitions, args=args, pool=pool, catalog=catalog, database=database)
@@ -259,13 +264,7 @@ def _from_row(row: Mapping[str, Any], current: Edition) -> Edition:
     adapters = [ModelSpec.model_validate(spec) for spec in row["contents"]["adapters"]]
     if adapters or pool.adapters:
         pool = with_adapters(pool, adapters)
-    catalog = load_catalog(
-        pool,
-        policies=args.policies,
-        carbon=args.carbon,
-        economics=args.economics,
-        beside=current.catalog,
-    )
+    catalog = catalog_of(args, pool, beside=current.catalog)
     return Edition(
         number=row["number"],
         loaded_s=row["time_s"],

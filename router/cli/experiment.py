@@ -130,18 +130,13 @@ def replay(
     requests of the policy itself the log equals. Refused where the past says nothing.
     """
     from models.pool import load_pool
-    from router.catalog.catalog import load_catalog
     from router.config import load_args
+    from router.editions import catalog_of
     from router.experiments.experiments import read_definitions
 
     with refusing():
         args = load_args(config)
-        catalog = load_catalog(
-            load_pool(args.pool),
-            policies=args.policies,
-            carbon=args.carbon,
-            economics=args.economics,
-        )
+        catalog = catalog_of(args, load_pool(args.pool))
         definitions, _ = read_definitions(args)
         arms = [arm.policy for one in definitions for arm in one.arms]
         names = list(dict.fromkeys(policy or arms or catalog.policies))

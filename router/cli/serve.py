@@ -146,16 +146,14 @@ def _serve_here(args: AppArgs, pool: Pool, host: str, port: int) -> None:
     from uvicorn.loops.auto import auto_loop_factory
 
     from models.errors import EngineError
-    from router.catalog.catalog import load_catalog
     from router.compose import freeze, open_ledger
+    from router.editions import catalog_of
     from router.local import http_server, local_service
     from router.logs import set_up_logs
 
     async def run() -> None:
         set_up_logs(args.logs)
-        catalog = load_catalog(
-            pool, policies=args.policies, carbon=args.carbon, economics=args.economics
-        )
+        catalog = catalog_of(args, pool)
         ledger = open_ledger(args)
         _say("Loading models ...")
         async with local_service(args, pool, catalog, ledger) as service:

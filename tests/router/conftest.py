@@ -17,8 +17,8 @@ import uvicorn
 import yaml
 
 from models.pool import load_pool
-from router.catalog.catalog import load_catalog
 from router.config import AppArgs
+from router.editions import catalog_of
 from router.ledger.database import open_database
 from router.ledger.writer import Ledger
 from router.local import http_server, local_service
@@ -143,9 +143,7 @@ def running(
         }
     )
     pool = load_pool(args.pool)
-    catalog = load_catalog(
-        pool, policies=args.policies, carbon=args.carbon, economics=args.economics
-    )
+    catalog = catalog_of(args, pool)
     ledger = KeepingLedger(
         open_database(args.ledger.url),
         flush_interval_s=args.ledger.flush_interval_s,

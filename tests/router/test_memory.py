@@ -15,9 +15,9 @@ import pytest
 
 from models.pool import load_pool
 from router.access.keys import create_key
-from router.catalog.catalog import load_catalog
 from router.compose import open_ledger
 from router.config import AppArgs
+from router.editions import catalog_of
 from router.ingress import create_api
 from router.local import local_service
 from tests.router.conftest import write_pool
@@ -106,7 +106,7 @@ def test_memory_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     memory: list[float] = []
 
     async def serve() -> None:
-        catalog = load_catalog(load_pool(args.pool), policies=args.policies, carbon=args.carbon)
+        catalog = catalog_of(args, load_pool(args.pool))
         ledger = open_ledger(args)
         _, secret = create_key(ledger.database, name="app", caps={"tokens_per_day": 10**9})
         async with local_service(args, load_pool(args.pool), catalog, ledger) as service:

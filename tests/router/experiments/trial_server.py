@@ -14,9 +14,9 @@ import httpx
 import yaml
 
 from models.pool import load_pool
-from router.catalog.catalog import load_catalog
 from router.compose import open_ledger
 from router.config import load_args
+from router.editions import catalog_of
 from router.ledger.writer import Ledger
 from router.local import http_server, local_service
 from router.service import Service
@@ -112,9 +112,7 @@ def serving(config: Path) -> Iterator[Trial]:
 
     async def serve() -> None:
         ledger = open_ledger(args)
-        async with local_service(
-            args, pool, load_catalog(pool, policies=args.policies), ledger
-        ) as service:
+        async with local_service(args, pool, catalog_of(args, pool), ledger) as service:
             server = http_server(service, host="127.0.0.1", port=0, args=args)
             task = asyncio.create_task(server.serve())
             while not server.started and not task.done():  # noqa: ASYNC110 - uvicorn has no event
