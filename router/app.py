@@ -5,34 +5,24 @@ A deployment per engine of the pool, and the ingress in front of them.
 
 # Not `from __future__ import annotations`: Ray Serve reads the type of `build`'s argument.
 
-import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve import Application
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.serve.handle import DeploymentHandle
 
-from models.engines.base import Chunk, EngineStats, GenerationRequest
-from models.engines.registry import engine_traits, supervised_engine
-from models.errors import EngineError, EngineFailed, EngineOverloaded, PoolError, RequestError
-from models.pool import found_here, load_pool
-from models.spec import EngineSpec, Model
-from policies.carbon.settings import CarbonSettings
+from models.engines.registry import engine_traits
+from models.errors import PoolError
+from models.pool import load_pool
 from router.compose import check_experiments, compose, freeze, open_ledger
 from router.config import AppArgs
 from router.editions import catalog_of
-from router.energy import lane_meter
-from router.engines import EngineWorker, set_num_threads
 from router.ingress import create_api
 from router.logs import set_up_logs
 from router.placement import affinity, on_ray, placement, replicas, single
-
-_BROADCAST_TIMEOUT_S = 5.0
+from router.replica import EngineReplica, HandleClient
 
 
 def build(args: AppArgs) -> Application:
@@ -64,55 +54,6 @@ def build(args: AppArgs) -> Application:
 
 
 @serve.deployment
-class EngineReplica:
-    """One replica of one engine. Unhealthy replicas are replaced by Ray Serve."""
-
-    async def __init__(  # type: ignore[misc] # Ray Serve awaits it
-        self,
-        spec: EngineSpec,
-        models: tuple[Model, ...],
-        num_threads: int | None,
-        carbon: CarbonSettings,
-    ) -> None:
-        self._worker = EngineWorker(
-            supervised_engine(spec, [found_here(model) for model in models]),
-            lane_meter(carbon, spec),
-        )
-        set_num_threads(num_threads)
-        await self._worker.start()
-
-    async def complete(self, request: GenerationRequest) -> Chunk:
-        """Return the whole answer as one chunk."""
-        return await self._worker.complete(request)
-
-    async def stream(self, request: GenerationRequest) -> AsyncIterator[Chunk]:
-        """Yield the answer as it is generated."""
-        async for chunk in self._worker.stream(request):
-            yield chunk
-
-    async def settle(self, request_id: str) -> int:
-        """Return how many tokens a cancelled request generated here."""
-        return await self._worker.settle(request_id)
-
-    async def metrics(self) -> list[tuple[str, str]]:
-        """Return this replica's name and its library's own metrics."""
-        return await self._worker.metrics()
-
-    async def stats(self) -> EngineStats:
-        """Return a snapshot."""
-        return await self._worker.stats()
-
-    async def check_health(self) -> None:
-        """Raise if the engine cannot serve any more."""
-        self._worker.check_health()
-
-    async def __del__(self) -> None:
-        """Stop the engine when Ray Serve takes the replica down."""
-        if hasattr(self, "_worker"):
-            await self._worker.stop()
-
-
-@serve.deployment
 @serve.ingress()
 class Ingress:
     """Takes HTTP requests; every replica holds the whole routing state."""
@@ -134,82 +75,3 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the application that this replica serves."""
         return create_api(self._service, self._args)
-
-
-class HandleClient:
-    """Calls one engine's deployment; Ray Serve picks the replica.
-
-    A whole answer is one call, which costs a fraction of a stream. What no replica's engine raised
-    itself becomes `EngineFailed`: a replica that died, or a deployment that isn't there.
-    """
-
-    def __init__(self, handle: DeploymentHandle[Any]) -> None:
-        self._handle = handle
-        self._complete = handle.complete
-        self._stream = handle.options(stream=True).stream
-
-    async def complete(self, request: GenerationRequest) -> Chunk:
-        """Return the whole answer as one chunk."""
-        with _translated():
-            response = self._complete.remote(request)
-            try:
-                answer = await response
-            except asyncio.CancelledError:
-                response.cancel()  # type: ignore[no-untyped-call]
-                raise
-            assert isinstance(answer, Chunk)
-            return answer
-
-    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
-        """Yield the answer as it is generated."""
-        finished = False
-        with _translated():
-            chunks = self._stream.remote(request)
-            assert isinstance(chunks, DeploymentResponseGenerator)
-            try:
-                async for chunk in chunks:
-                    finished = chunk.finish_reason is not None
-                    yield chunk
-            finally:
-                if not finished:
-                    chunks.cancel()  # type: ignore[no-untyped-call]
-
-    async def settle(self, request_id: str) -> int:
-        """Return how many tokens a cancelled request generated; asks every replica."""
-        with _translated():
-            answers = self._handle.broadcast("settle", request_id)
-            counts = await answers.results_async(timeout_s=_BROADCAST_TIMEOUT_S)
-            return max(counts, default=0)
-
-    async def metrics(self) -> list[tuple[str, str]]:
-        """Return every replica's name and its library's own metrics."""
-        with _translated():
-            answers = self._handle.broadcast("metrics")
-            found = await answers.results_async(timeout_s=_BROADCAST_TIMEOUT_S)
-            return [entry for entries in found for entry in entries]
-
-    async def stats(self) -> EngineStats:
-        """Return the sum over the replicas."""
-        with _translated():
-            answers = self._handle.broadcast("stats")
-            snapshots = await answers.results_async(timeout_s=_BROADCAST_TIMEOUT_S)
-            if not snapshots:
-                raise EngineFailed(f"{self._handle.deployment_name} has no replica")
-            return EngineStats.total(snapshots)
-
-
-@contextmanager
-def _translated() -> Iterator[None]:
-    """Raise what the engine raised, without Ray's wrapping."""
-    try:
-        yield
-    except RayTaskError as error:
-        if isinstance(error.cause, EngineError | RequestError):
-            raise error.cause from None
-        raise EngineFailed(f"an engine's replica failed: {error.cause!r}") from error
-    except BackPressureError as error:
-        raise EngineOverloaded(str(error)) from None
-    except (RayActorError, DeploymentUnavailableError) as error:
-        raise EngineFailed("an engine's replica died") from error
-    except RayError as error:
-        raise EngineFailed(f"an engine cannot be reached: {error}") from error

@@ -69,8 +69,11 @@ def prepared_environment(folder: Path, haproxy: str | None) -> Iterator[None]:
         "RAY_worker_niceness": "0",
         # A busy machine takes longer than the default 5 s to start the HTTP proxy.
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-        # HAProxy, or its manager, that is gone three times is replaced.
-        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+        # HAProxy, or its manager, that fails three checks is replaced.
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "1.5",
+        # A replica that does not answer will finish nothing: it is not waited for.
+        "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
         # Nobody else sends requests here once the command ends.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
         "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "0.5",

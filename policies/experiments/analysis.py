@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
-from scipy.stats import false_discovery_control
 
 from policies.experiments import sequences
 from policies.experiments.best_arm import known_best
@@ -216,6 +215,8 @@ def _corrected(experiment: Experiment, asked: Sequence[_Asked]) -> tuple[Compari
 
     if experiment.correction == "bonferroni" or not asked:
         return tuple(compare(len(asked)))
+    from scipy.stats import false_discovery_control  # noqa: PLC0415 - heavy, and a server waits
+
     p = false_discovery_control([found.p for found in compare(1)], method="bh")
     num_found = max(1, int((p <= experiment.alpha).sum()))
     return tuple(

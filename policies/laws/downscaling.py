@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from scipy.optimize import brentq
 
 from policies.errors import LawError
 from policies.laws.fitting import Constant, Fitted, Number, fit_law, power
@@ -239,6 +238,8 @@ def largest_domain_share(
     last = int(feasible[-1])
     if last == len(shares) - 1:
         return 1.0
+    from scipy.optimize import brentq  # noqa: PLC0415 - heavy, and a server seldom asks
+
     return float(
         brentq(
             lambda share: general.predict(parameters, tokens, 1 - share) - general_loss_limit,
