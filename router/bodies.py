@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 # How much is unpacked at a time: a small body may claim to hold a very large one.
 _STEP_BYTES = 2**16
-STRING = 3
+STRING = 5
 """What a string counts: it takes so many times as long to parse as a number."""
 # Below this, parsing takes less time than handing it to a thread is worth.
 _INLINE_BYTES = 2**14

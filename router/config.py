@@ -44,7 +44,7 @@ class ServingLimits(_Strict):
     """Bounds on one request.
 
     A body has at most `max_body_bytes`, unpacked, and `max_body_values` lists, objects, commas and
-    strings, which count as three each: while they are parsed all other requests wait. It arrives
+    strings, which count as five each: while they are parsed all other requests wait. It arrives
     within `body_timeout_s`, or the request is ended. `default_max_tokens` is the most an answer
     takes where the client names no limit (never more than the context has room for).
     `request_timeout_s` ends a request, and is the most a client may ask for; `stage_timeout_s` ends

@@ -21,7 +21,7 @@ from router.openai_api.logprobs import chat_logprobs
 from router.openai_api.shapes import ChatCompletion, ChatCompletionChunk
 from router.openapi import ErrorBody
 
-MAX_MESSAGES = 8192
+MAX_MESSAGES = 2048  # OpenAI's; each takes everybody's time while it is checked
 _MAX_PARTS = 1024
 _MAX_ARGUMENTS = 64
 

@@ -64,8 +64,8 @@ ATTACKS: dict[str, Attack] = {
     f"{path.removeprefix('/v1/')} {name}": (path, make, {})
     for path, name, make in (
         (CHAT, "messages, 100,000", lambda: _chat(messages=[TURN] * 100_000)),
-        (CHAT, "messages, 2,000 (answered)", lambda: _chat(messages=[TURN] * 2_000)),
-        (CHAT, "messages, 8,000 (answered)", lambda: _chat(messages=[TURN] * 8_000)),
+        (CHAT, "messages, 2,048 (answered)", lambda: _chat(messages=[TURN] * 2_048)),
+        (CHAT, "messages, 8,000", lambda: _chat(messages=[TURN] * 8_000)),
         (CHAT, "content, 3.9 MB", lambda: _said("word " * 780_000)),
         (CHAT, "content, 1 MB (answered)", lambda: _said("word " * 200_000)),
         (CHAT, "content parts, 100,000", lambda: _said([{"type": "text", "text": "x"}] * 100_000)),
@@ -105,14 +105,14 @@ ATTACKS: dict[str, Attack] = {
         (TEXT, "stop_token_ids, 100,000", lambda: {
             "model": "alpha", "prompt": "x", "stop_token_ids": [1] * 100_000}),
         (RESPONSES, "input, 100,000", lambda: {"model": "alpha", "input": [TURN] * 100_000}),
-        (RESPONSES, "input, 8,000 (answered)", lambda: {"model": "alpha", "input": [TURN] * 8_000}),
+        (RESPONSES, "input, 2,048 (answered)", lambda: {"model": "alpha", "input": [TURN] * 2_048}),
         (RESPONSES, "tools, 50,000", lambda: {
             "model": "alpha", "input": "x", "tools": [{"type": "function", "name": "f"}] * 50_000}),
         (MESSAGES, "messages, 100,000", lambda: _chat(messages=[TURN] * 100_000)),
-        (MESSAGES, "messages, 8,000 (answered)", lambda: _chat(messages=[TURN] * 8_000)),
+        (MESSAGES, "messages, 2,048 (answered)", lambda: _chat(messages=[TURN] * 2_048)),
         (MESSAGES, "blocks, 70,000 of no type", lambda: _said([{}] * 70_000)),
         (MESSAGES, "system, 3.9 MB", lambda: _chat(system="word " * 780_000)),
-        (COUNT, "messages, 8,000 (answered)", lambda: _chat(messages=[TURN] * 8_000)),
+        (COUNT, "messages, 2,048 (answered)", lambda: _chat(messages=[TURN] * 2_048)),
         (COUNT, "content, 3.9 MB (answered)", lambda: _said("word " * 780_000)),
         ("/tokenize", "prompt, 3.9 MB (answered)", lambda: {
             "model": "alpha", "prompt": "w " * 1_900_000}),

@@ -48,7 +48,7 @@ def _error(response: httpx.Response) -> dict[str, Any]:
         ({"model": "m" * 300}, "model"),
         ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias"),
         ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
-        ({"messages": [USER] * 8193}, "messages"),
+        ({"messages": [USER] * 2049}, "messages"),
         ({"max_tokens": 2**62}, "max_tokens"),
         ({"min_tokens": 9, "max_tokens": 3}, "min_tokens"),
         ({"stop_token_ids": [2**40]}, "stop_token_ids[0]"),
