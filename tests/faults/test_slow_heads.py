@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import resource
 import socket
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 
 from router.haproxy import HEADER_TIMEOUT_S, find_haproxy, most_connections
-from tests.router.ray.server import serving
+from tests.router.ray.server import Server, serving
 
 pytestmark = [
     pytest.mark.faults,
@@ -24,6 +24,18 @@ NUM_HALVES = 4200
 NUM_ASKED = 10
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that may have as many files open as this machine allows; so may this process."""
+    if find_haproxy() is None:
+        pytest.skip("no HAProxy is installed")
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    assert most_connections() > NUM_HALVES, "this machine has too few descriptors for the attack"
+    with serving(tmp_path_factory.mktemp("pool")) as server:
+        yield server
+
+
 @pytest.mark.parametrize(
     "half",
     [
@@ -33,14 +45,9 @@ NUM_ASKED = 10
     ],
     ids=["heads", "bodies", "nothing"],
 )
-def test_half_sent_requests_deny_nobody(tmp_path: Path, half: bytes) -> None:
+def test_half_sent_requests_deny_nobody(server: Server, half: bytes) -> None:
     """Beside them ten of ten requests are served; heads that never end are closed in time."""
-    if find_haproxy() is None:
-        pytest.skip("no HAProxy is installed")
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    assert most_connections() > NUM_HALVES, "this machine has too few descriptors for the attack"
-    with serving(tmp_path) as server, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         halves = [
             stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=60))
             for _ in range(NUM_HALVES)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -10,14 +11,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
+import sqlalchemy as sa
 import yaml
 
+from router.ledger.database import open_database
+from router.ledger.schema import REQUESTS
 from tests.ports import free_port
 from tests.router.conftest import write_pool
 
@@ -40,6 +46,25 @@ POOL = {
     ],
 }
 
+# Programs by their command lines, as docs/operations.md names them.
+PROGRAMS = {
+    "shoal serve": r"router\.cli serve",
+    "keeper": r"router/keeper\.py ",
+    "HAProxy": r"^\S*haproxy -db ",
+    "HAProxy's manager": r"^ray::HAProxyManager",
+    "Serve's own proxy": r"^ray::ProxyActor",
+    "Serve's controller": r"^ray::ServeController",
+    "ingress replica": r"^ray::ServeReplica:shoal:ingress",
+    "engine replica": r"^ray::ServeReplica:shoal:engine",
+    "idle worker": r"^ray::IDLE",
+    "GCS": r"^\S*/gcs_server ",
+    "raylet": r"^\S*/raylet ",
+    "dashboard agent": r"dashboard/agent\.py|DashboardAgent",
+    "runtime environment agent": r"runtime_env/agent|RuntimeEnvAgent",
+    "autoscaler": r"autoscaler/\S*monitor\.py",
+    "dashboard": r"dashboard/dashboard\.py",
+}
+
 
 @dataclass
 class Served:
@@ -48,6 +73,7 @@ class Served:
     process: subprocess.Popen[str]
     port: int
     said: str
+    folder: Path
 
     @property
     def http(self) -> httpx.Client:
@@ -90,6 +116,17 @@ class Served:
         for pid in found:
             os.kill(pid, signal.SIGKILL)
 
+    def listening(self) -> set[tuple[str, str]]:
+        """Return which of its programs listen on TCP: who, and whether to all or to loopback."""
+        found = set()
+        for pid, line in self.processes().items():
+            who = next((name for name, told in PROGRAMS.items() if re.search(told, line)), line)
+            for one in psutil.Process(pid).net_connections("tcp"):
+                if one.status == psutil.CONN_LISTEN:
+                    address = ip_address(one.laddr.ip.removeprefix("::ffff:"))
+                    found.add((who, "loopback" if address.is_loopback else "all interfaces"))
+        return found
+
 
 def _wait(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + 120
@@ -100,11 +137,17 @@ def _wait(condition: Callable[[], bool]) -> None:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """Start `shoal serve` on a pool of three scripted engines."""
+    """Start `shoal serve` on a pool of three scripted engines, with two ingress replicas."""
     folder = tmp_path_factory.mktemp("pool")
     write_pool(folder, policies={}, **POOL)
     (folder / "config.yaml").write_text(
-        yaml.safe_dump({"pool": ".", "ledger": {"url": "sqlite:///rows.db"}})
+        yaml.safe_dump(
+            {
+                "pool": ".",
+                "ledger": {"url": "sqlite:///rows.db"},
+                "ingress": {"min_replicas": 2, "max_replicas": 2},
+            }
+        )
     )
     port = free_port()
     command = [sys.executable, "-m", "router.cli", "serve", "--config", "config.yaml"]
@@ -124,7 +167,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
                 break
         try:
             assert "Ready at" in said, said
-            yield Served(process, port, said)
+            yield Served(process, port, said, folder)
         finally:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
@@ -177,6 +220,47 @@ def test_plans_span_engines(served: Served) -> None:
     shoal = served.post("auto", shoal={"plan": plan, "explain": True}).json()["shoal"]
     assert [stage["outcome"] for stage in shoal["stages"]] == ["ok", "failed", "ok"]
     assert shoal["members"] == ["alpha"]
+
+
+def test_every_replica_takes_up_new_policies(served: Served) -> None:
+    """Reloaded over HTTP or by SIGHUP, every ingress replica answers by them, without a restart."""
+
+    def answers(policy: str) -> bool:
+        return all(served.post(f"policy/{policy}").status_code == 200 for _ in range(8))
+
+    for number, policy in enumerate(("first", "second"), 2):
+        assert served.post(f"policy/{policy}").status_code == 404
+        write_pool(served.folder, policies={policy: {"kind": "fixed", "plan": "alpha"}}, **POOL)
+        with served.http as http:
+            if policy == "first":
+                assert http.post("/v1/admin/reload").json()["number"] == number
+            else:
+                served.process.send_signal(signal.SIGHUP)
+        _wait(lambda policy=policy: answers(policy))
+        with served.http as http:
+            assert http.get("/v1/admin/edition").json()["number"] == number
+    assert served.post("policy/first").status_code == 404, "it is no more"
+    rows = open_database(f"sqlite:///{served.folder}/rows.db")
+    query = sa.select(REQUESTS.c.edition).where(REQUESTS.c.status == 200).distinct()
+
+    def answered_by() -> set[int]:
+        with rows.connect() as connection:
+            return set(connection.execute(query).scalars())
+
+    _wait(lambda: answered_by() >= {2, 3})
+    rows.dispose()
+
+
+def test_ports_are_those_that_the_documentation_lists(served: Served) -> None:
+    """Who listens, and who of them to others than this machine, stands in docs/operations.md."""
+    text = (Path(__file__).parents[3] / "docs" / "operations.md").read_text()
+    table = text.partition("| who listens | where |")[2].partition("\n\n")[0]
+    rows = {tuple(map(str.strip, line.split("|")[1:3])) for line in table.splitlines()[2:]}
+    found = served.listening()
+    assert found <= rows
+    assert {who for who, where in found if where != "loopback"} == {
+        who for who, where in rows if where != "loopback"
+    }
 
 
 @pytest.mark.parametrize("stream", [False, True])
