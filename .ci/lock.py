@@ -1,10 +1,11 @@
 """Writes locks/NAME.txt: every distribution of an environment, by version and hash.
 
-    python .ci/lock.py NAME REQUIREMENT ... [--no-deps REQUIREMENT ...]
+    python .ci/lock.py NAME [REQUIREMENT ...] [--no-deps REQUIREMENT ...]
 
-That is what the requirements need, and those after `--no-deps` alone. Versions are those that are
-installed in the environment of this Python, where they are. The hashes are of the files that pip
-chooses here, so a lock is for one platform. `make lock` writes all.
+That is what the requirements need, and those after `--no-deps` alone; without any, all that is
+installed in the environment of this Python. Versions are those that are installed there, where they
+are. The hashes are of the files that pip chooses here, so a lock is for one platform. `make lock`
+writes all.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ HEAD = "# For Linux on x86-64 and Python 3.11. `make lock` writes it; see docs/o
 
 
 def installed() -> list[str]:
-    """Return what is installed here as requirements, Shoal itself and pip left out."""
-    found = {one.metadata["Name"]: one.version for one in distributions()}
+    """Return what is installed here as requirements, Shoal itself and pip left out.
+
+    Of a version without a build's name (`+cpu`) pip takes the build that it finds.
+    """
+    found = {one.metadata["Name"]: one.version.partition("+")[0] for one in distributions()}
     return [f"{name}=={found[name]}" for name in sorted(found.keys() - {"shoal", "pip"})]
 
 
@@ -44,12 +48,13 @@ def main() -> None:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser()
     parser.add_argument("name")
-    parser.add_argument("needed", nargs="+")
+    parser.add_argument("needed", nargs="*")
     parser.add_argument("--no-deps", nargs="*", default=[], dest="alone")
     arguments = parser.parse_args()
-    alone = chosen(arguments.alone, "--no-deps") if arguments.alone else []
+    needed, alone = arguments.needed, arguments.alone
+    found = chosen(needed) if needed else chosen(installed(), "--no-deps")
     lines = set()
-    for one in chosen(arguments.needed) + alone:
+    for one in found + (chosen(alone, "--no-deps") if alone else []):
         hashes = one["download_info"].get("archive_info", {}).get("hashes", {})
         if "sha256" in hashes:  # Shoal itself is a folder, and has none
             pinned = f"{one['metadata']['name'].lower()}=={one['metadata']['version']}"

