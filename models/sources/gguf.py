@@ -87,7 +87,8 @@ class GgufFile:
         of_layers = found if isinstance(found, list) else [found]
         if not of_layers or not all(type(one) is int and one >= 0 for one in of_layers):
             raise PoolError(f"{self.path}: {key} {found!r} is not allowed; a whole number is")
-        return max(of_layers)
+        largest: int = max(of_layers)
+        return largest
 
     def end_tokens(self) -> frozenset[int]:
         """Return the tokens that end a text, a turn or a message."""
