@@ -49,8 +49,9 @@ def read_tools(
 
 def _allowed(choice: Mapping[str, Any], names: Sequence[str]) -> tuple[str, set[str]]:
     """Return the choice among some of the functions called `names`, and which these are."""
-    asked = choice.get("allowed_tools")
-    mode, some = (asked.get("mode"), asked.get("tools")) if isinstance(asked, Mapping) else (0, 0)
+    given = choice.get("allowed_tools")
+    asked: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
+    mode, some = asked.get("mode"), asked.get("tools")
     if mode not in ("auto", "required") or not isinstance(some, list) or not some:
         raise bad_request(
             "tool_choice.allowed_tools needs a mode, auto or required, and a list of tools",
@@ -59,7 +60,7 @@ def _allowed(choice: Mapping[str, Any], names: Sequence[str]) -> tuple[str, set[
     allowed = {_name(tool, "tool_choice.allowed_tools.tools") for tool in some}
     for name in allowed.difference(names):
         raise bad_request(f"tool_choice.allowed_tools: tools lack {name!r}", "tool_choice")
-    return mode, allowed
+    return str(mode), allowed
 
 
 def read_structure(
