@@ -177,7 +177,8 @@ def _card_of_file(file: GgufFile, source: str) -> ModelCard:
 
 
 def _prompt_sha256(tokenizer_sha256: str, facts: PromptFacts) -> str:
-    return _sha256([tokenizer_sha256, dict(facts.templates), dict(facts.special_tokens)])
+    said = (facts.templates, facts.special_tokens, facts.added_tokens)
+    return _sha256([tokenizer_sha256, *map(dict, said)])
 
 
 def _sha256(facts: object) -> str:

@@ -30,6 +30,10 @@ has `tool_calls`, a tool's turn the `tool_call_id` that it answers, as OpenAI wr
 
 _SYSTEM_ROLES = ("system", "developer")
 _ID_CHARACTERS = 9
+_ADDED = (
+    *("added_tokens_decoder", "added_tokens"),
+    *("extra_special_tokens", "additional_special_tokens"),
+)
 _DEFAULT = "default"  # transformers' name of the template that stands alone
 _OPEN_END = "CONTINUE_FINAL_MESSAGE_TAG "  # transformers' mark; its blank tells whether trimmed
 
@@ -53,10 +57,14 @@ _USUAL = Rendering()
 
 @dataclass(frozen=True, kw_only=True)
 class PromptFacts:
-    """What a checkpoint says of prompts: templates by name, and named special tokens' texts."""
+    """What a checkpoint says of prompts: templates by name, and named special tokens' texts.
+
+    `added_tokens` is what it adds to its tokenizer.json, as tokenizer_config.json has it.
+    """
 
     templates: Mapping[str, str]
     special_tokens: Mapping[str, str]
+    added_tokens: Mapping[str, Any] = field(default_factory=dict)
 
 
 class ChatTemplate:
@@ -175,18 +183,25 @@ def read_prompt_facts(path: Path) -> PromptFacts:
         if (name.endswith("_token") or name in _dict(config.get("extra_special_tokens")))
         and isinstance(text := value.get("content") if isinstance(value, dict) else value, str)
     }
-    return PromptFacts(templates=written or templates, special_tokens=tokens)
+    return PromptFacts(
+        templates=written or templates,
+        special_tokens=tokens,
+        added_tokens={key: config[key] for key in _ADDED if config.get(key)},
+    )
 
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     """Return tokenizer_config.json; without its own list of added tokens, older files complete it.
 
-    That is transformers' rule for special_tokens_map.json. Raises `PoolError`.
+    That is transformers' rule for special_tokens_map.json, and for added_tokens.json, which is
+    found at the key `added_tokens`: ids by text. Raises `PoolError`.
     """
-    config, older = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
+    config = folder / "tokenizer_config.json"
     facts = read_json(config) if config.is_file() else {}
-    if "added_tokens_decoder" not in facts and older.is_file():
-        facts.update(read_json(older))
+    if "added_tokens_decoder" not in facts:
+        named, added = folder / "special_tokens_map.json", folder / "added_tokens.json"
+        facts.update(read_json(named) if named.is_file() else {})
+        facts["added_tokens"] = read_json(added) if added.is_file() else {}
     return facts
 
 

@@ -254,7 +254,8 @@ def _complete(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) -> Non
             return AddedToken(value, special=True)
         return AddedToken(**{k: v for k, v in value.items() if k != "__type"} | flags)
 
-    known = tokenizer.get_added_tokens_decoder().values()
+    by_id = tokenizer.get_added_tokens_decoder()
+    known = by_id.values()
     listed = config.get("added_tokens_decoder") or {}
     additions = [token(listed[index]) for index in sorted(listed, key=int)]
     as_they_are = {repr(added) for added in known}
@@ -266,14 +267,21 @@ def _complete(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) -> Non
     own = {key: value for key, value in config.items() if key.endswith("_token")}
     names = [*_NAMED, *(key for key in own if key not in _NAMED)]
     named = [own[key] for key in names if isinstance(own.get(key), str | dict)]
-    texts = {added.content for added in (*known, *additions)}
     specials = [token(value, special=True) for value in (*named, *extra.values(), *unnamed)]
+    special = {added.content for added in specials}
+    older = config.get("added_tokens") or {}  # ids by text
+    additions += [
+        AddedToken(text, normalized=text not in special, special=text in special)
+        for text in sorted(older, key=lambda text: int(older[text]))
+        if older[text] not in by_id
+    ]
+    texts = {added.content for added in (*known, *additions)}
     for added in specials:
         if added.content not in texts:
             additions.append(added)
             texts.add(added.content)
     for added in additions:
-        added.special = added.special or any(added.content == each.content for each in specials)
+        added.special = added.special or added.content in special
     tokenizer.add_tokens(additions)
 
 

@@ -154,6 +154,9 @@ def test_each_model_has_its_own_template(tmp_path: Path) -> None:
         "b": checkpoint(tmp_path / "b", "B {{ messages[0].content }}"),
         "c": checkpoint(tmp_path / "c", "A {{ messages[0].content }}"),
         "d": checkpoint(tmp_path / "d", "A {{ messages[0].content }}", bos_token="<|end|>"),
+        "e": checkpoint(
+            tmp_path / "e", "A {{ messages[0].content }}", extra_special_tokens={"m_token": "go"}
+        ),
     }
     models = [
         Model(
@@ -170,6 +173,7 @@ def test_each_model_has_its_own_template(tmp_path: Path) -> None:
     assert prompts["b"] == "B go"
     assert loaded["a"] is loaded["c"]
     assert loaded["a"] is not loaded["d"]
+    assert loaded["e"].encode("go") != loaded["a"].encode("go")
 
 
 @pytest.mark.parametrize(
@@ -182,6 +186,8 @@ def test_each_model_has_its_own_template(tmp_path: Path) -> None:
         {"pad_token": "hello", "unk_token": "<new>"},
         {"additional_special_tokens": ["<extra>", "th"]},
         {"extra_special_tokens": ["<extra>"], "image_token": "<|image|>"},
+        {"added_tokens.json": {"[CALL]": 297, "<think>": 296, "<|end|>": 0}},
+        {"added_tokens.json": {"<extra>": 296}, "extra_special_tokens": ["<extra>"]},
         {
             "added_tokens_decoder": {
                 "0": {"content": "<|end|>", "special": False},
@@ -193,7 +199,10 @@ def test_each_model_has_its_own_template(tmp_path: Path) -> None:
 )
 def test_ids_and_texts_are_those_of_transformers(config: dict[str, Any], tmp_path: Path) -> None:
     """What tokenizer_config.json adds to a tokenizer changes ids and texts alike."""
+    older = config.pop("added_tokens.json", None)
     folder = checkpoint(tmp_path, "{{ messages[0].content }}", **config)
+    if older is not None:
+        (folder / "added_tokens.json").write_text(json.dumps(older))
     ours, theirs = CheckpointTokenizer(folder), AutoTokenizer.from_pretrained(folder)
     assert ours.vocab_size == len(theirs)
     for text in ("hello", "<think> a</think>[CALL]<extra>b<|user|>", " the <new> <|end|>"):
