@@ -162,8 +162,12 @@ def check_shape(name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
 
 def _read(file: Path, kind: str, schema: int) -> Artifact:
     try:
-        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
+        with file.open("rb") as stream:
+            if not zipfile.is_zipfile(stream):  # NumPy's own words advise to trust it
+                raise zipfile.BadZipFile("it is no archive of arrays")
+            stream.seek(0)
+            with np.load(stream, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
         meta = json.loads(arrays.pop(_META).tobytes())
         found = meta["kind"], meta["schema"]
         artifact = Artifact(

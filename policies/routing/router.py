@@ -34,7 +34,9 @@ _KIND: Final = "router"
 _SCHEMA: Final = 5
 
 # After a mark, at a line's end, and where a capital begins another sentence without a mark before.
-_BETWEEN_CLAUSES: Final = re.compile(r"(?<=[.!?:;,])\s+|\n+|(?<=[\w'\")])\s+(?=[A-Z][\w']* [a-z])")
+_BETWEEN_CLAUSES: Final = re.compile(
+    r"(?<=[.!?:;,])\s+|\n+|(?<=[\w'\")])\s+(?=[A-Z][\w']* [a-z0-9\"'(])"
+)
 _MOST_CLAUSES: Final = 8
 _ASKS_ELSEWHERE: Final = -0.8
 _SURELY_ELSEWHERE: Final = -1.1
@@ -183,9 +185,10 @@ class Router:
 
 
 def _asks_elsewhere(clause: str, similarity: float) -> bool:
-    """Return whether a clause is a request of its own from outside the field, not small talk."""
-    limit = _ASKS_ELSEWHERE if clause.rstrip().endswith("?") else _SURELY_ELSEWHERE
-    return similarity < limit
+    """Return whether a clause is a request of its own from outside the field: neither small talk
+    nor, as what has no mark at its end, the beginning of the question."""
+    limits = {"?": _ASKS_ELSEWHERE, ".": _SURELY_ELSEWHERE, "!": _SURELY_ELSEWHERE}
+    return similarity < limits.get(clause.rstrip()[-1:], -math.inf)
 
 
 def query_hashes(texts: Sequence[str]) -> NDArray[np.uint32]:

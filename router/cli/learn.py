@@ -148,7 +148,7 @@ def learn(
             parts.append(collected_now)
         rows = merge(parts)
         if from_ledger is not None:
-            rows += read_feedback(from_ledger)
+            rows += read_feedback(from_ledger, option="--from-ledger")
         if not rows:
             raise PolicyError("there is nothing to learn from: give --queries or --outcomes")
         reads = queries is not None if read is None else read

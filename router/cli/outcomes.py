@@ -78,12 +78,15 @@ def show_one(
     count: Annotated[int, typer.Option(min=1, help="How many.")] = 5,
 ) -> None:
     """Show queries, and each model's answer and score."""
+    from policies.errors import OutcomesError
     from policies.importers import load_outcomes
     from policies.tables import text_table
     from router.cli.console import refusing
 
     with refusing("outcomes show"):
         found = load_outcomes(file)
+        if first > len(found):
+            raise OutcomesError(f"--first {first}: {file} holds {len(found):,} outcomes")
     for number, row in enumerate(found[first - 1 : first - 1 + count], start=first):
         right = "" if row.answer is None else f"  (right: {row.answer})"
         print(f"{number}. {row.query}{right}")

@@ -115,7 +115,7 @@ def train_router(
         for extra in also or []:
             rows += load_outcomes(extra)
         if feedback is not None:
-            rows += read_feedback(feedback)
+            rows += read_feedback(feedback, option="--feedback")
         if kind == "finetuned":
             if readers:
                 raise PolicyError("--readers: an encoder that is trained itself takes no readings")
@@ -140,15 +140,15 @@ def train_router(
     print(json.dumps({"out": str(out), "models": trained.models, **trained.facts}, indent=2))
 
 
-def read_feedback(ledger: str) -> list[Outcome]:
+def read_feedback(ledger: str, *, option: str) -> list[Outcome]:
     """Return the scored answers in the ledger at this address; an empty list where there are none.
 
-    Raises `LedgerError` where there is no ledger.
+    Raises `LedgerError` where there is no ledger; `option` is the one that named it.
     """
     from policies.outcomes import read_outcomes
     from router.ledger.export import export
 
-    with TemporaryDirectory() as folder, opened(ledger, None, option="--feedback") as database:
+    with TemporaryDirectory() as folder, opened(ledger, None, option=option) as database:
         file = Path(folder) / "feedback.jsonl"
         return read_outcomes(file) if export(database, file, format="outcomes") else []
 

@@ -1,6 +1,7 @@
 """What the default pool's router knows that it does not know, with 95% intervals.
 
-`python -m tests.bench.doubt` prints two tables of docs/routing/results.md. *Doubt*: the pool's
+`python -m tests.bench.doubt` prints two tables of docs/routing/results.md; with `--encoder
+neural:FOLDER` those of a router over a sentence encoder that learned the same. *Doubt*: the pool's
 held-out questions beside everyday ones that no router learned from: how similarity tells them
 apart, how many go where they should not, and how far claims are from what answers scored, over both
 together. *Wordings*: how often the same question with something said around it gets another
@@ -9,9 +10,11 @@ decision, in words that no training knows.
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,12 +23,14 @@ from sklearn.metrics import roc_auc_score
 
 from models.pool import DEFAULT_POOL, load_pool
 from policies.base import Query
+from policies.encoders.base import Encoder, parse_encoder
 from policies.evaluation.metrics import bootstrap
 from policies.outcomes import Outcome, read_outcomes
 from policies.plan import members
 from policies.registry import build_policy
-from policies.routing.fit import reliability
+from policies.routing.fit import fit_router, reliability
 from policies.routing.policy import Learned
+from policies.routing.router import save_router
 from policies.tables import text_table
 
 GENERAL = "general"
@@ -52,15 +57,34 @@ WORDINGS = (
 """In no training; nothing was chosen by them."""
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--encoder", help="Learn a router over it, in place of the pool's own.")
+    parser.add_argument("--every", type=int, default=1, help="Take one in so many own questions.")
+    given = parser.parse_args(arguments)
     pool = load_pool(DEFAULT_POOL)
-    policy = build_policy(pool.policies["auto"], folder=pool.folder, models=pool.facts())
+    with TemporaryDirectory() as folder:
+        spec = dict(pool.policies["auto"])
+        if given.encoder:
+            spec["path"] = str(learned(parse_encoder(given.encoder, {"bits": 15}), Path(folder)))
+        policy = build_policy(spec, folder=pool.folder, models=pool.facts())
     assert isinstance(policy, Learned)
-    own = read_outcomes(DEFAULT_POOL / "outcomes.jsonl", split="test")
+    own = read_outcomes(DEFAULT_POOL / "outcomes.jsonl", split="test")[:: given.every]
     print(text_table(doubt(policy, own), num_left=1))
     print()
     print(text_table(wordings(policy, own[::EVERY])))
+
+
+def learned(encoder: Encoder, folder: Path) -> Path:
+    """Return the file of a router that learned over `encoder` what the pool's has."""
+    home, outside = (
+        read_outcomes(DEFAULT_POOL / name, split="router")
+        for name in ("outcomes.jsonl", "everyday.jsonl")
+    )
+    file = folder / "router.npz"
+    save_router(fit_router(home, encoder=encoder, outside=outside), file)
+    return file
 
 
 def chosen(policy: Learned, text: str) -> str:

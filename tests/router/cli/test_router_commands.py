@@ -157,6 +157,12 @@ def test_one_command_retrains_on_feedback(folder: Path, tmp_path: Path) -> None:
             "train router {f}/outcomes.jsonl --out {f}/x.npz --feedback sqlite:///{f}/no.db",
             "name it with --feedback",
         ),
+        (
+            "train router {f}/outcomes.jsonl --out {f}/x.npz --encoder neural:package:no-such/x",
+            "the distribution 'no-such' is not installed",
+        ),
+        ("outcomes show {f}/outcomes.jsonl --first 9000", "--first 9000: "),
+        ("evaluate router {f}/outcomes.jsonl {f}/outcomes.jsonl", "it is no archive of arrays"),
         ("evaluate router {f}/bad.npz {f}/outcomes.jsonl", "bad.npz is not a router file"),
         (
             "evaluate router {f}/router.npz {f}/outcomes.jsonl --models eve",

@@ -146,6 +146,14 @@ def test_a_division_stays_as_it_is_when_questions_join(tmp_path: Path) -> None:
     assert {"train", "test"} == set(later.values())
 
 
+def test_a_ledger_that_is_not_there_is_named_by_its_option(tmp_path: Path) -> None:
+    """By the one of this command."""
+    ledger = f"sqlite:///{tmp_path}/none.db"
+    result = shoal("learn", "--pool", pool_at(tmp_path), "--from-ledger", ledger)
+    assert result.exit_code == 2
+    assert "name it with --from-ledger" in result.stderr
+
+
 def test_from_a_ledger_nothing_worse_than_what_serves_is_installed(tmp_path: Path) -> None:
     """A budget that only pays for wrong answers is reported, and the pool stays as it was."""
     pool = pool_at(tmp_path)
