@@ -45,6 +45,7 @@ _PROXY = """
 model_list:
 - model_name: model
   litellm_params: {{model: openai/model, api_base: "http://127.0.0.1:{port}/v1", api_key: none}}
+general_settings: {{dangerously_permit_weak_or_unset_master_key: true}}
 """
 _SECONDS = 4.0
 _WARM_UP_S = 1.0
@@ -200,7 +201,7 @@ def _process(*command: object) -> Iterator[None]:
         process.wait(30)
 
 
-def _wait_for(url: str, within_s: float = 180) -> None:
+def _wait_for(url: str, within_s: float = 600) -> None:
     """Wait until `url` answers."""
     request = urllib.request.Request(
         f"{url}/v1/chat/completions",
