@@ -61,7 +61,10 @@ FAMILIES: Mapping[str, Family] = {
     "llama": Family(defaults=_defaults(attention_bias=False, mlp_bias=False)),
     "mistral": Family(
         defaults=_defaults(
-            max_position_embeddings=4096 * 32, num_key_value_heads=8, sliding_window=4096
+            max_position_embeddings=4096 * 32,
+            num_key_value_heads=8,
+            sliding_window=4096,
+            layer_types=None,  # transformers takes Ministral's layers where it has them
         )
     ),
     "qwen2": Family(defaults=_defaults(**_QWEN), qkv_bias=True),

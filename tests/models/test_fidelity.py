@@ -99,6 +99,11 @@ GRID: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "a window longer than the context": ("mistral", {"sliding_window": 4096}, {}),
     "a window that is off": ("qwen2", {}, {"sliding_window": 8, "use_sliding_window": False}),
     "a window": ("mistral", {"sliding_window": 16}, {}),
+    "a window in some of mistral's": (
+        "mistral",
+        {"sliding_window": 16},
+        {"layer_types": ["full_attention", "sliding_attention"]},
+    ),
     "a window in later layers": (
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},

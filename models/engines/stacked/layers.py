@@ -58,6 +58,8 @@ def read_layers(file: Path, config: Mapping[str, Any], family: Family) -> tuple[
     if any(windowed):
         if config.get("sliding_window") is None:
             raise PoolError(f"{file}: layer_types has {_SLIDING}, but sliding_window is null")
+        if "use_sliding_window" in family.defaults and not config["use_sliding_window"]:
+            raise PoolError(f"{file}: layer_types has {_SLIDING}, but use_sliding_window is false")
         window_tokens = read_count(file, config, "sliding_window")
         if window_tokens >= read_count(file, config, "max_position_embeddings"):
             window_tokens = None  # no sequence outgrows it
@@ -91,9 +93,7 @@ def _windowed(
     known, num_layers = family.defaults, len(rotates)
     if "sliding_window" not in known:
         return [False] * num_layers
-    if "layer_types" not in known:
-        return [config["sliding_window"] is not None] * num_layers
-    types = config["layer_types"]
+    types = config["layer_types"] if "layer_types" in known else None
     if types is not None:
         if not isinstance(types, list) or len(types) != num_layers or {*types} - {_FULL, _SLIDING}:
             raise PoolError(
@@ -104,6 +104,8 @@ def _windowed(
     if "sliding_window_pattern" in known:
         pattern = read_count(file, config, "sliding_window_pattern")
         return [(index + 1) % pattern != 0 for index in range(num_layers)]
+    if "use_sliding_window" not in known:
+        return [config["sliding_window"] is not None] * num_layers
     if not config["use_sliding_window"] or config["sliding_window"] is None:
         return [False] * num_layers
     if "no_rope_layers" in known:

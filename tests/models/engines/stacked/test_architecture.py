@@ -55,6 +55,11 @@ def test_llama3_frequencies_are_those_of_transformers(tmp_path: Path) -> None:
             {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": None},
             "layer_types has sliding_attention, but sliding_window is null",
         ),
+        (
+            "qwen3",
+            {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8},
+            "layer_types has sliding_attention, but use_sliding_window is false",
+        ),
     ],
 )
 def test_refuses_what_it_does_not_compute(
