@@ -22,6 +22,7 @@ from router.editions import catalog_of
 from router.ledger.database import open_database
 from router.ledger.writer import Ledger
 from router.local import http_server, local_service
+from router.logs import LOGGERS, REQUESTS_LOGGER
 from router.metrics.counting import count_rows
 from router.record import RequestRecord
 from router.service import Service
@@ -180,6 +181,18 @@ def running(
 
 def _port(server: uvicorn.Server) -> int:
     return int(server.servers[0].sockets[0].getsockname()[1])
+
+
+@pytest.fixture(autouse=True)
+def _loggers_as_before() -> Iterator[None]:
+    """Whatever served in this process and set up logs leaves none of that to the next test."""
+    loggers = [logging.getLogger(name) for name in (*LOGGERS, REQUESTS_LOGGER)]
+    before = [(x.level, list(x.handlers), x.propagate) for x in loggers]
+    yield
+    for logger, (level, handlers, propagate) in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+        logger.propagate = propagate
+        logger.handlers[:] = handlers
 
 
 @pytest.fixture(scope="module")

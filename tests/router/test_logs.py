@@ -5,27 +5,21 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from router.logs import LOGGERS, LogsConfig, set_up_logs
+from router.logs import LogsConfig, set_up_logs
 from tests.router.conftest import running
 
 SECRET = "the-prompt-is-secret"
 
 
 @pytest.fixture
-def written() -> Iterator[io.StringIO]:
-    """Where lines go; the loggers are as before afterwards."""
-    loggers = [logging.getLogger(name) for name in (*LOGGERS, "shoal.requests")]
-    before = [(x.level, list(x.handlers), x.propagate) for x in loggers]
-    yield io.StringIO()
-    for logger, (level, handlers, propagate) in zip(loggers, before, strict=True):
-        logger.level, logger.propagate = level, propagate
-        logger.handlers[:] = handlers
+def written() -> io.StringIO:
+    """Where lines go."""
+    return io.StringIO()
 
 
 def lines(written: io.StringIO) -> list[dict[str, Any]]:
