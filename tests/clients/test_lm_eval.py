@@ -11,9 +11,10 @@ import pytest
 from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
 
 from tests.clients.conftest import ROOT, SHOAL, Served
-from tests.clients.harness import POOL, TASKS, evaluated
+from tests.clients.harness import MEMBERS, POOL, TASKS, evaluated
 
 QUESTIONS = [json.loads(line) for line in (TASKS / "questions.jsonl").read_text().splitlines()]
+SYSTEMS = (*MEMBERS, "pair")
 # float32 on both sides, added up in another order.
 CLOSE = 2e-3
 
@@ -60,7 +61,18 @@ def _asked(served: Served, path: str, **body: Any) -> dict[str, Any]:
     return told
 
 
-@pytest.mark.parametrize("system", ["arithmetic", "base", "pair"])
+def _documented(system: str, task: str) -> str:
+    """Return the accuracy that the table in docs/clients.md has for a `task`."""
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (ROOT / "docs/clients.md").read_text().splitlines()
+        if line.startswith("| ")
+    ]
+    head = next(row for row in rows if row[1:] == ["choices", "answers"])
+    return next(row for row in rows if row[0] == f"`{system}`")[head.index(task)]
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
 def test_choices_are_as_likely(served: Served, reference: dict[str, Any], system: str) -> None:
     """Every choice has the log-likelihood that the checkpoints give it, and so the accuracy."""
     model = "policy/pair" if system == "pair" else system
@@ -69,9 +81,10 @@ def test_choices_are_as_likely(served: Served, reference: dict[str, Any], system
     for one, other in zip(mine["said"], theirs["said"], strict=True):
         assert one == pytest.approx(other, abs=CLOSE)
     assert mine["accuracy"] == theirs["accuracy"]
+    assert _documented(system, "choices") == f"{mine['accuracy']:.1%}"
 
 
-@pytest.mark.parametrize("system", ["arithmetic", "base", "pair"])
+@pytest.mark.parametrize("system", SYSTEMS)
 def test_answers_are_the_same(served: Served, reference: dict[str, Any], system: str) -> None:
     """Greedy answers in a chat are those that the checkpoints give, and so is the accuracy."""
     model = "policy/pair" if system == "pair" else system
@@ -79,6 +92,7 @@ def test_answers_are_the_same(served: Served, reference: dict[str, Any], system:
     theirs = reference[system]["pool_answers"]
     assert mine["said"] == theirs["said"]
     assert mine["accuracy"] == theirs["accuracy"]
+    assert _documented(system, "answers") == f"{mine['accuracy']:.1%}"
 
 
 def test_a_policy_scores_as_its_choice_does(served: Served, reference: dict[str, Any]) -> None:
