@@ -22,7 +22,7 @@ from models.errors import CorpusError, DivergedError, TrainingDiverged
 from models.training.checkpoint import Progress
 from models.training.data import Conversation, Rows, fill_rows, lay_out
 from models.training.forward import Distillation, Scorer, answer_loss, target_log_probabilities
-from models.training.loop import Settings, run
+from models.training.loop import Method, Settings, run
 from policies.carbon import training_flops
 
 
@@ -54,14 +54,15 @@ def adapt(  # noqa: PLR0913 - each names a fact of the run
     seed: int,
     folder: Path | None = None,
     distill: bool = True,
+    method: Callable[[int], Method] = lambda _: Method(),
     report: Callable[[str], None] = lambda _: None,
     watch: Callable[[Progress], None] = lambda _: None,
 ) -> AdaptResult:
     """Train `model` in place for `tokens` tokens, `general_share` of them from `general`.
 
     With `distill`, conversations that carry the base's likeliest tokens also teach those. With a
-    `folder` the run is checkpointed there and goes on from what it finds of the same run. `watch`
-    is told of every step.
+    `folder` the run is checkpointed there and goes on from what it finds of the same run. `method`
+    makes of the number of steps what takes part in them; `watch` is told of every step.
 
     Raises:
         DivergedError: the loss is not finite.
@@ -77,8 +78,10 @@ def adapt(  # noqa: PLR0913 - each names a fact of the run
             )
     device = choose_device(settings.device)
     loop = _loop_settings(settings, tokens, distill=distill)
+    taking_part = method(loop.num_steps)
     facts = {
         **asdict(loop),
+        **taking_part.facts,
         "question_weight": settings.question_weight,
         "general_share": general_share,
         "seed": seed,
@@ -107,6 +110,7 @@ def adapt(  # noqa: PLR0913 - each names a fact of the run
             loop,
             facts,
             folder=folder,
+            method=taking_part,
             resume=folder is not None,
             checkpoint_every_s=settings.checkpoint_every_s,
             report=report,

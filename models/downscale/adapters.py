@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from models.downscale.base import base_model
-from models.downscale.recipe import AdaptSettings
+from models.downscale.recipe import AdapterSettings, AdaptSettings, UnmaskSettings
 from models.downscale.stage import Run
-from models.training.lora import add_adapter, save_adapter
+from models.training.loop import Method
+from models.training.lora import LowRank, add_adapter, save_adapter
+from models.training.monte_carlo import MonteCarlo, Posterior, Prior, drawn
+from models.training.unmasking import Unmasking
 
 
 def has_adapters(run: Run) -> bool:
@@ -30,11 +35,13 @@ def adapted_base(run: Run) -> PreTrainedModel:
     settings = run.recipe.members.adapters
     assert settings is not None
     model = copy.deepcopy(base_model(run)[0])
+    prior = _prior(settings)
     add_adapter(
         model,
         rank=settings.rank,
         alpha=2 * settings.rank if settings.alpha is None else settings.alpha,
         seed=run.recipe.seed,
+        kind=LowRank if prior is None else partial(Posterior, prior=prior),
     )
     return model
 
@@ -44,15 +51,54 @@ def training_of(run: Run, settings: AdaptSettings) -> AdaptSettings:
     adapters = run.recipe.members.adapters
     assert adapters is not None
     changes = {"optimizer": "adamw", "learning_rate": adapters.learning_rate}
+    if adapters.unmask is not None:
+        changes["weight_decay"] = 0.0  # would move what does not learn
     return settings.model_copy(update=changes)
 
 
-def keep_adapter(run: Run, model: PreTrainedModel, folder: Path) -> None:
-    """Write the adapter on `model` into `folder`."""
-    save_adapter(model, folder, base=run.recipe.base.checkpoint or "base")
+def method_of(run: Run) -> Callable[[int], Method]:
+    """What takes part in the steps of a member's training, by their number."""
+    adapters = run.recipe.members.adapters
+    if adapters is None or (adapters.unmask is None and adapters.monte_carlo is None):
+        return lambda _: Method()
+    if adapters.unmask is not None:
+        return partial(_unmasking, adapters.unmask)
+    prior = _prior(adapters)
+    assert prior is not None
+    method = MonteCarlo(prior, seed=run.recipe.seed)
+    return lambda _: method
+
+
+def _unmasking(settings: UnmaskSettings, num_steps: int) -> Method:
+    share, exponent, epsilon = settings.share, settings.exponent, settings.epsilon
+    return Unmasking(share=share, exponent=exponent, epsilon=epsilon, num_steps=num_steps)
+
+
+def _prior(adapters: AdapterSettings) -> Prior | None:
+    chosen = adapters.monte_carlo
+    if chosen is None:
+        return None
+    return Prior(
+        deviation=chosen.deviation,
+        components=chosen.components,
+        concentration=chosen.concentration,
+        weight=chosen.weight,
+    )
+
+
+def keep_adapter(run: Run, model: PreTrainedModel, folder: Path, domain: str) -> None:
+    """Write the adapter on `model` into `folder`, and its draws into folders by their names."""
+    base = run.recipe.base.checkpoint or "base"
+    save_adapter(model, folder, base=base)
+    draws = [name for name, of in run.recipe.sampled_members.items() if of == domain]
+    for number, name in enumerate(draws, start=1):
+        # Other numbers than the steps of a training ever have.
+        with drawn(model, seed=run.recipe.seed, draw=-number):
+            save_adapter(model, folder / name, base=base)
 
 
 def copy_adapter(source: Path, folder: Path) -> None:
     """Copy an adapter's files."""
+    folder.mkdir(exist_ok=True)
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         shutil.copy(source / name, folder / name)

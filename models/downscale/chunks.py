@@ -28,6 +28,7 @@ from models.downscale.adapters import (
     copy_adapter,
     has_adapters,
     keep_adapter,
+    method_of,
     training_of,
 )
 from models.downscale.base import base_model
@@ -312,10 +313,11 @@ def train_chunk(run: Run, folder: Path, domain: str) -> None:
         settings=settings,
         seed=run.recipe.seed,
         folder=folder / "training",
+        method=method_of(run),
         report=lambda line: run.report(f"adapt/{domain}: {line}"),
     )
     if has_adapters(run):
-        keep_adapter(run, member, folder)
+        keep_adapter(run, member, folder, domain)
     else:
         save_model(run, member, folder)
     facts = {**asdict(result), "general_share": share, "examples": len(data[domain])}
@@ -324,9 +326,14 @@ def train_chunk(run: Run, folder: Path, domain: str) -> None:
 
 @stage("member")
 def member(run: Run, folder: Path, name: str) -> None:
-    """Stage: a member, called like its domain, or the base, as the pool ships it."""
+    """Stage: a member, called like its domain, or the base, as the pool ships it; draws of a
+    member's posterior lie in folders within."""
     if name != BASE and has_adapters(run):
-        copy_adapter(train_chunk(run, name), folder)
+        trained = train_chunk(run, name)
+        copy_adapter(trained, folder)
+        for draw, domain in run.recipe.sampled_members.items():
+            if domain == name:
+                copy_adapter(trained / draw, folder / draw)
         return
     model = (
         copy.deepcopy(base_model(run)[0]) if name == BASE else load_model(train_chunk(run, name))

@@ -39,11 +39,12 @@ def pool(run: Run, folder: Path) -> None:
     """Stage: the whole pool, ready to be moved to where it is served from."""
     figures, measured = collect(run), members_measured(run)
     write_json(folder / RESULTS_FILE, figures)
+    sampled = run.recipe.sampled_members
     for name in measured:
         shutil.copytree(
             member(run, name),
             folder / name,
-            ignore=shutil.ignore_patterns(*MARKS),
+            ignore=shutil.ignore_patterns(*MARKS, *sampled),
             dirs_exist_ok=True,
         )
         facts = figures["models"][name]
@@ -51,6 +52,8 @@ def pool(run: Run, folder: Path) -> None:
             folder / name / TRAINING_FACTS, {k: v for k, v in facts.items() if k != "by_skill"}
         )
         (folder / name / "README.md").write_text(_member_card(name, figures))
+    for name, domain in sampled.items():
+        shutil.copytree(member(run, domain) / name, folder / name, dirs_exist_ok=True)
     write_outcomes(folder / OUTCOMES_FILE, outcomes(questions(run), measured))
     for source, names in (
         (laws(run), (LAWS_FILE,)),
@@ -79,6 +82,7 @@ def _pool_file(run: Run) -> str:
         }
         for name in ((BASE,) if adapters else ("chunks", BASE))
     ]
+    priced, sampled = prices(run), run.recipe.sampled_members
     models = [
         {
             "name": name,
@@ -87,11 +91,11 @@ def _pool_file(run: Run) -> str:
                 if adapters and name != BASE
                 else {"checkpoint": name, "engine": BASE if name == BASE else "chunks"}
             ),
-            "domains": list(run.domains) if name == BASE else [name],
-            "usd_per_million_input_tokens": read,
-            "usd_per_million_output_tokens": written,
+            "domains": list(run.domains) if name == BASE else [sampled.get(name, name)],
+            "usd_per_million_input_tokens": priced[sampled.get(name, name)][0],
+            "usd_per_million_output_tokens": priced[sampled.get(name, name)][1],
         }
-        for name, (read, written) in prices(run).items()
+        for name in (*priced, *sampled)
     ]
     content = {
         "name": run.recipe.name,

@@ -104,6 +104,31 @@ class MemberShape(_Strict):
     num_kv_heads: int | None = Field(None, gt=0)
 
 
+class UnmaskSettings(_Strict):
+    """ID3: only this share of an adapter's parameters learns, chosen on the way.
+
+    Each step adds those that are highest by |gradient| / (|weight| + epsilon)^exponent.
+    """
+
+    share: float = Field(0.25, gt=0, le=1)
+    exponent: float = Field(0.0, ge=0, le=10)
+    epsilon: float = Field(1e-3, gt=0)
+
+
+class MonteCarloSettings(_Strict):
+    """MonteCLoRA: an adapter with a posterior, of which `members` draws are members of their own.
+
+    The pool has them beside the mean, which is called like the domain: NAME-1, NAME-2 and so on.
+    See `models.training.monte_carlo.Prior` for the others.
+    """
+
+    members: int = Field(4, ge=1, le=64)
+    deviation: float = Field(1e-2, gt=0)
+    components: int = Field(4, ge=1, le=64)
+    concentration: float = Field(1.0, gt=0)
+    weight: float = Field(1e-5, ge=0)
+
+
 class AdapterSettings(_Strict):
     """A low-rank adapter of this rank on every matrix of the base's layers, trained by AdamW.
 
@@ -113,6 +138,14 @@ class AdapterSettings(_Strict):
     rank: int = Field(16, ge=1, le=512)
     alpha: float | None = Field(None, gt=0)
     learning_rate: float = Field(1e-3, gt=0)
+    unmask: UnmaskSettings | None = None
+    monte_carlo: MonteCarloSettings | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> AdapterSettings:
+        if self.unmask is not None and self.monte_carlo is not None:
+            raise ValueError("give either unmask or monte_carlo")
+        return self
 
 
 class MemberSettings(_Strict):
@@ -295,6 +328,15 @@ class Recipe(_Strict):
         general = {} if self.general.corpus == ALL_DOMAINS else {"general": self.general}
         return {**self.domains, **general}
 
+    @property
+    def sampled_members(self) -> dict[str, str]:
+        """The members that are draws of posteriors, by name, and their domains."""
+        adapters = self.members.adapters
+        if adapters is None or adapters.monte_carlo is None:
+            return {}
+        numbers = range(1, adapters.monte_carlo.members + 1)
+        return {f"{domain}-{number}": domain for domain in self.domains for number in numbers}
+
     def adapt_of(self, domain: str) -> AdaptSettings:
         """The settings of the training of one chunk; its warm-up is as long as the others'."""
         tokens = self.adapt_tokens.get(domain, self.adapt.tokens)
@@ -314,6 +356,11 @@ class Recipe(_Strict):
             if name not in self.domains:
                 raise ValueError(
                     f"adapt_tokens: {name!r} is no domain; allowed are {', '.join(self.domains)}"
+                )
+        for name in self.sampled_members:
+            if name in self.domains:
+                raise ValueError(
+                    f"domains: the name {name!r} is taken by a draw of members.adapters.monte_carlo"
                 )
         seen: dict[str, str] = {}
         for name, settings in self.domains.items():

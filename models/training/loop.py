@@ -7,7 +7,8 @@ Knows nothing of tasks, corpora or pools.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -84,12 +85,35 @@ def make_optimizers(model: PreTrainedModel, settings: Settings) -> list[torch.op
     return [muon, adamw]
 
 
+class Method:
+    """What a way of adapting adds to the steps of a run; this one nothing."""
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What the weights depend on because of it, for `run`'s recipe."""
+        return {}
+
+    def step(self, model: PreTrainedModel, step: int) -> AbstractContextManager[None]:  # noqa: ARG002
+        """Stand around the step of this number, counted from 0."""
+        return nullcontext()
+
+    def penalty(self, model: PreTrainedModel) -> Tensor | None:  # noqa: ARG002
+        """Return what is added to the loss of a step."""
+        return None
+
+    def before_update(self, step: int, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Change the step's gradients."""
+
+
 class Trainer:
     """One run's model, optimizers and loss; knows nothing of time, files or schedules."""
 
-    def __init__(self, model: PreTrainedModel, settings: Settings) -> None:
+    def __init__(
+        self, model: PreTrainedModel, settings: Settings, method: Method | None = None
+    ) -> None:
         """Prepare to train `model` in place, on the device that it is on."""
         self.model = model
+        self._method = method or Method()
         self.optimizers = make_optimizers(model, settings)
         self._settings = settings
         self._peaks = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
@@ -104,18 +128,25 @@ class Trainer:
             "distillation": settings.distillation,
         }
 
-    def step(self, rows: Rows, learning_rate_share: float) -> float:
-        """One update at this share of the peak learning rates; returns the label loss before it."""
+    def step(self, rows: Rows, learning_rate_share: float, number: int) -> float:
+        """Update number `number`, counted from 0, at this share of the peak learning rates.
+
+        Returns the label loss before it.
+        """
         for optimizer, rates in zip(self.optimizers, self._peaks, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = learning_rate_share * rate
         total_weight = torch.tensor(float(rows.weights.sum()), device=self.model.device)
         size = self._settings.micro_rows or len(rows.tokens)
         label = torch.zeros((), device=self.model.device)
-        for start in range(0, len(rows.tokens), size):
-            label += self._accumulate(rows.part(slice(start, start + size)), total_weight)
+        with self._method.step(self.model, number):
+            for start in range(0, len(rows.tokens), size):
+                label += self._accumulate(rows.part(slice(start, start + size)), total_weight)
+            if (penalty := self._method.penalty(self.model)) is not None:
+                penalty.backward()  # type: ignore[no-untyped-call]
         value = label.item()
         if math.isfinite(value):
+            self._method.before_update(number, self.optimizers)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._settings.clip_norm)
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -180,6 +211,7 @@ def run(  # noqa: PLR0913 - each names a fact of the run
     recipe: Mapping[str, Any],
     *,
     folder: Path | None,
+    method: Method | None = None,
     resume: bool = False,
     deadline_s: float | None = None,
     checkpoint_every_s: float = 60.0,
@@ -193,12 +225,12 @@ def run(  # noqa: PLR0913 - each names a fact of the run
     folder there are none. With `resume` the run goes on from them if they were written under the
     same `recipe`, a JSON object of all that the weights depend on. At `deadline_s` (on `clock`) it
     stops after a checkpoint; the result is then an unfinished model, to be resumed later. `watch`
-    is told of every step.
+    is told of every step, and `method` takes part in them.
 
     Raises:
         TrainingDiverged: the loss is not finite; the last checkpoint stays.
     """
-    trainer = Trainer(model, settings)
+    trainer = Trainer(model, settings, method)
     restored = trainer.restore(folder, recipe) if folder and resume else None
     done = restored or Progress(step=0, num_tokens=0, wall_clock_s=0.0, recipe={})
     begun_s = saved_s = clock()
@@ -221,7 +253,7 @@ def run(  # noqa: PLR0913 - each names a fact of the run
     for rows in islice(batches(done.step), left):
         if progress.step == decay_at:
             save("stable")
-        loss = trainer.step(rows, _share(settings, progress.step))
+        loss = trainer.step(rows, _share(settings, progress.step), progress.step)
         if not math.isfinite(loss):
             raise TrainingDiverged(progress.step, loss, settings.learning_rate)
         meter.update(loss)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,34 +37,53 @@ class LowRank(nn.Module):
         self.expand = nn.Parameter(torch.zeros(num_outputs, rank))
         nn.init.kaiming_uniform_(self.shrink, a=math.sqrt(5))
 
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B."""
+        return self.shrink, self.expand
+
     def forward(self, weight: Tensor) -> Tensor:
         """Return the adapted matrix."""
-        return weight + self.scale * (self.expand @ self.shrink)
+        shrink, expand = self.factors
+        return weight + self.scale * (expand @ shrink)
 
 
-def add_adapter(model: PreTrainedModel, *, rank: int, alpha: float, seed: int) -> None:
+def add_adapter(
+    model: PreTrainedModel,
+    *,
+    rank: int,
+    alpha: float,
+    seed: int,
+    kind: Callable[[Tensor, int, float], LowRank] = LowRank,
+) -> None:
     """Put a fresh adapter on every matrix of the layers of `model`, and let nothing else learn."""
     model.requires_grad_(requires_grad=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for name, module in list(model.named_modules()):
             if isinstance(module, nn.Linear) and name.startswith(_LAYERS):
-                added = LowRank(module.weight, rank, alpha / rank)
+                added = kind(module.weight, rank, alpha / rank)
                 parametrize.register_parametrization(module, "weight", added)
 
 
-def save_adapter(model: PreTrainedModel, folder: Path, *, base: str) -> None:
-    """Write the adapter on `model` as PEFT does; `base` is what it calls the model."""
-    tensors: dict[str, Tensor] = {}
-    modules = {
+def low_rank_modules(model: PreTrainedModel) -> dict[str, LowRank]:
+    """Return the adapter on `model`, by the names of the modules that it adapts."""
+    return {
         name.removesuffix(".parametrizations.weight.0"): module
         for name, module in model.named_modules()
         if isinstance(module, LowRank)
     }
-    for name, module in modules.items():
-        shrink, expand = factor_names(name)
-        tensors[shrink] = module.shrink.detach().contiguous()
-        tensors[expand] = module.expand.detach().contiguous()
+
+
+@torch.no_grad()
+def save_adapter(model: PreTrainedModel, folder: Path, *, base: str) -> None:
+    """Write the adapter on `model` as PEFT does; `base` is what it calls the model."""
+    modules = low_rank_modules(model)
+    tensors = {
+        name: factor.contiguous()
+        for module, adapter in modules.items()
+        for name, factor in zip(factor_names(module), adapter.factors, strict=True)
+    }
     any_of = next(iter(modules.values()))
     rank = len(any_of.shrink)
     config: dict[str, Any] = {

@@ -67,9 +67,19 @@ def test_what_is_written_is_what_peft_reads(base, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_pool_of_adapters(base, tmp_path):
+@pytest.mark.parametrize(
+    ("way", "draws"),
+    [
+        ({}, []),
+        ({"unmask": {"share": 0.5}}, []),
+        ({"monte_carlo": {"members": 2}}, ["sums-1", "sums-2", "words-1", "words-2"]),
+    ],
+    ids=["plain", "unmask", "monte_carlo"],
+)
+def test_a_pool_of_adapters(base, tmp_path, way, draws):
     """A recipe with `members: {adapters: …}` leaves one engine of the base and an adapter per
-    domain, which learned its domain; a run that goes on does nothing anew."""
+    domain, which learned its domain, and draws of its posterior if it has one; a run that goes on
+    does nothing anew."""
     for name in ("sums", "words"):
         lines = [{"question": f"{name} {i} + 1?", "answer": str(i + 1)} for i in range(120)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -78,7 +88,7 @@ def test_a_pool_of_adapters(base, tmp_path):
             "name": "adapters",
             "base": {"checkpoint": str(base)},
             "domains": {n: {"corpus": str(tmp_path / f"{n}.jsonl")} for n in ("sums", "words")},
-            "members": {"adapters": {"rank": 4, "learning_rate": 0.01}},
+            "members": {"adapters": {"rank": 4, "learning_rate": 0.01, **way}},
             "adapt": {
                 "tokens": 8_000, "rows_per_step": 4, "row_tokens": 32, "general_share": 0.2,
                 "compiled": False, "precision": "float32",
@@ -88,9 +98,9 @@ def test_a_pool_of_adapters(base, tmp_path):
     out = tmp_path / "out"
     downscale(recipe, out, report=lambda _: None)
     pool = load_pool(out)
-    assert [model.name for model in pool.models] == ["base", "sums", "words"]
+    assert [model.name for model in pool.models] == ["base", "sums", "words", *draws]
     assert [engine.name for engine in pool.engines] == ["base"]
-    assert [model.adapter is not None for model in pool.models] == [False, True, True]
+    assert [m.name for m in pool.models if m.adapter is None] == ["base"]
     assert pool.model("sums").spec.domains == ("sums",)
     assert set(pool.policies) == {"auto", "cascade", "fused", "best-of"}
     results = json.loads((out / "results.json").read_text())
@@ -99,6 +109,11 @@ def test_a_pool_of_adapters(base, tmp_path):
         assert results["models"][domain]["parameters"] > results["models"]["base"]["parameters"]
         assert "adapter of rank 4" in results["models"][domain]["lineage"]
         PeftModel.from_pretrained(load(out / "base"), out / domain)
+    for name in draws:
+        domain = name.partition("-")[0]
+        assert pool.model(name).spec.domains == (domain,)
+        assert pool.model(name).adapter != pool.model(domain).adapter
+        PeftModel.from_pretrained(load(out / "base"), out / name)
     lines: list[str] = []
     downscale(recipe, out, resume=True, report=lines.append)
     assert [line for line in lines if "done" in line] == []
@@ -115,5 +130,12 @@ def test_a_recipe_has_cuts_or_adapters():
     assert Recipe.model_validate(content).members.adapters.rank == 4
     with pytest.raises(ValueError, match="leave out parameters and shape"):
         Recipe.model_validate({**content, "members": {"adapters": {}, "parameters": "1/8"}})
+    with pytest.raises(ValueError, match="give either unmask or monte_carlo"):
+        ways = {"unmask": {"share": 0.1}, "monte_carlo": {}}
+        Recipe.model_validate({**content, "members": {"adapters": ways}})
+    with pytest.raises(ValueError, match="'a-1' is taken by a draw"):
+        domains = {"a": {"corpus": "a.txt"}, "a-1": {"corpus": "b.txt"}}
+        adapters = {"adapters": {"monte_carlo": {}}}
+        Recipe.model_validate({**content, "domains": domains, "members": adapters})
     with pytest.raises(ValueError, match=r"select.by: 'bald' .* allowed is 'random'"):
         Recipe.model_validate({**content, "select": {"by": "bald"}})
