@@ -18,8 +18,6 @@ import asyncio
 import json
 import os
 import random
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -35,6 +33,7 @@ from policies.encoders.base import parse_encoder
 from policies.outcomes import read_outcomes
 from policies.routing.fit import FitSettings, fit_router
 from policies.routing.router import save_router
+from tests.server import started
 
 NAME = "learned-vs-cascade"
 _SHOAL = (str(Path(sys.executable).with_name("shoal")),)
@@ -57,17 +56,12 @@ def main() -> None:
     (options.out / "shoal.db").unlink(missing_ok=True)
     router = options.router or train(options.out / "learned.npz")
     config = write_config(options.out, router, options.device)
-    port = free_port()
-    server = subprocess.Popen(
-        [*_SHOAL, "serve", "--config", config, "--port", str(port)] + ["--local"] * options.local
-    )
-    try:
-        url = f"http://127.0.0.1:{port}"
-        wait_until_ready(url, server)
+    arguments = ("--config", str(config.resolve()), *["--local"] * options.local)
+    with started(options.out, *arguments) as server:
         began_s = time.monotonic()
-        asked = asyncio.run(simulate(url, options))
+        asked = asyncio.run(simulate(server.url, options))
         took_s = time.monotonic() - began_s
-        told = settled_report(url, asked)
+        told = settled_report(server.url, asked)
         common = ["experiment", "report", NAME, "--config", str(config)]
         plot = options.out / "report.png"
         shown = run(*common, "--plot", str(plot))
@@ -77,9 +71,6 @@ def main() -> None:
             *("report", "--unit", "joules", "--by", "members,method", "--config", str(config))
         ) + run("calibrate", "energy", "--seconds", "2", "--config", str(config))
         (options.out / "energy.txt").write_text(energy)
-    finally:
-        server.send_signal(signal.SIGINT)
-        server.wait(60)
     print(shown, energy)
     [quality] = told["primary"]
     print(
@@ -145,20 +136,6 @@ def write_config(folder: Path, router: Path, device: str) -> Path:
     return file
 
 
-def wait_until_ready(url: str, server: subprocess.Popen[bytes]) -> None:
-    """Wait until the server is healthy; fail if it ends before that."""
-    deadline_s = time.monotonic() + 300
-    while time.monotonic() < deadline_s:
-        if server.poll() is not None:
-            raise SystemExit(f"the server ended with {server.returncode}")
-        try:
-            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
-                return
-        except httpx.TransportError:
-            time.sleep(0.5)
-    raise SystemExit("the server did not become ready")
-
-
 async def simulate(url: str, options: argparse.Namespace) -> int:
     """Let every user ask one to three questions in turn; return how many were asked."""
     turn = asyncio.Semaphore(options.concurrency)
@@ -206,13 +183,6 @@ def settled_report(url: str, num_requests: int) -> dict[str, Any]:
 def run(*arguments: str) -> str:
     """Run a shoal command and return what it prints."""
     return subprocess.run([*_SHOAL, *arguments], check=True, capture_output=True, text=True).stdout
-
-
-def free_port() -> int:
-    """Return a port on which nobody listens now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

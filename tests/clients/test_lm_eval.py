@@ -10,7 +10,7 @@ import httpx
 import pytest
 from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
 
-from tests.clients.conftest import ROOT, SHOAL, Served
+from tests.clients.conftest import PYTHON, ROOT, Served
 from tests.clients.harness import MEMBERS, POOL, TASKS, evaluated
 
 QUESTIONS = [json.loads(line) for line in (TASKS / "questions.jsonl").read_text().splitlines()]
@@ -24,7 +24,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What `hf` measures, by system."""
     out = tmp_path_factory.mktemp("reference") / "told.json"
     packages = sysconfig.get_paths()["purelib"]
-    command = [SHOAL[0], "-m", "tests.clients.reference", packages, str(out)]
+    command = [PYTHON, "-m", "tests.clients.reference", packages, str(out)]
     subprocess.run(command, cwd=ROOT, check=True)
     told: dict[str, Any] = json.loads(out.read_text())
     return told

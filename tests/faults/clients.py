@@ -18,7 +18,7 @@ import sqlalchemy as sa
 
 from router.ledger.database import Database
 from router.ledger.schema import BUDGET_HOLDS, BUDGET_WINDOWS, REQUESTS
-from tests.router.ray.server import until
+from tests.server import until
 
 NUM_CLIENTS = 20
 PATIENCE_S = 300.0  # what ends a client's request must be the server; this is for what never comes

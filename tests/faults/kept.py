@@ -14,7 +14,7 @@ from tests.faults.clients import ANSWER
 from tests.faults.network import Network
 from tests.ports import free_port
 from tests.router.ledger.pgserver import Server as PostgreSQL
-from tests.router.ray.server import Server, serving, until
+from tests.server import Server, runs, serving, until
 
 LEASE_S = 3.0
 POOL = {
@@ -63,14 +63,10 @@ class Kept:
         self.server = self._start()
         self.database: Database = open_database(self.url)
 
-    def family(self) -> list[psutil.Process]:
-        """Return all processes below the server: by descent, as Ray's titles hide their names."""
-        return psutil.Process(self.server.process.pid).children(recursive=True)
-
     def part(self, kind: str) -> list[psutil.Process]:
         """Return the processes of one kind that run, and do not stand still."""
         found = []
-        for process in self.family():
+        for process in self.server.family():
             with contextlib.suppress(psutil.Error):
                 runs = process.status() not in {psutil.STATUS_ZOMBIE, psutil.STATUS_STOPPED}
                 if runs and re.search(PARTS[kind][0], " ".join(process.cmdline())):
@@ -102,12 +98,5 @@ def wait_for_end(kept: Kept, family: list[psutil.Process]) -> float:
     """Return how long the server and all below it took to end."""
     began_s = time.monotonic()
     kept.server.process.wait(60)
-    until(lambda: not any(_runs(process) for process in family), 30)
+    until(lambda: not any(map(runs, family)), 30)
     return time.monotonic() - began_s
-
-
-def _runs(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

@@ -23,7 +23,7 @@ from tests.faults.clients import NUM_CLIENTS, Clients, Try, read_books
 from tests.faults.kept import LEASE_S, Kept, wait_for_end
 from tests.faults.network import Network, own_network
 from tests.router.ledger.pgserver import postgresql
-from tests.router.ray.server import until
+from tests.server import until
 
 pytestmark = [
     pytest.mark.faults,
@@ -231,7 +231,7 @@ def test_a_part_may_fail(
     kept = serve(database)
     kept.make_whole()
     before = read_books(kept.database, LEASE_S)
-    family = kept.family()
+    family = kept.server.family()
     clients = Clients(kept.server.url, re.sub(r"\W+", "-", name))
     try:
         until(lambda: clients.num_answered(0) >= NUM_CLIENTS)

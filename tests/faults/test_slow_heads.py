@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from router.haproxy import HEADER_TIMEOUT_S, find_haproxy, most_connections
-from tests.router.ray.server import Server, serving
+from tests.server import Server, serving
 
 pytestmark = [
     pytest.mark.faults,

@@ -17,7 +17,7 @@ from router.access.keys import create_key
 from router.cli.main import app
 from router.ledger.database import open_database
 from tests.router.conftest import write_pool
-from tests.router.ray.server import serving, until
+from tests.server import serving, until
 
 PROMPT = "the-prompt-is-nobodys-business"
 USER = "alice-who-asks"
@@ -126,7 +126,7 @@ def test_no_secret_is_told_or_kept(tmp_path: Path) -> None:
             connection.execute("ALTER TABLE gone RENAME TO api_keys")
             connection.commit()
         until(lambda: _provoke(server.url, secret)[0] == 200)
-    said = "".join(server.said)
+    said = server.text
     assert '"status": 200' in said or '"status":200' in said, "the log tells of requests"
     assert "does not answer" in said, "the log tells of the database"
     for where, text in (("log", said), ("page", told), ("ledger", _kept(file))):

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +17,8 @@ from router.catalog.catalog import load_catalog
 from router.config import AppArgs, ConfigError, load_args
 from router.editions import Edition, Editions
 from router.ledger.database import Database, open_database
-from tests.ports import free_port
 from tests.router.conftest import Running, write_pool
+from tests.server import serving, until
 
 Policies = dict[str, dict[str, Any]]
 
@@ -168,40 +164,15 @@ def test_a_configuration_changes_only_where_it_may(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_hangup_reloads(tmp_path: Path) -> None:
     """SIGHUP to `shoal serve` puts a new cap in force, or says in one line why it cannot."""
-    write_pool(tmp_path)
-    config, port = tmp_path / "shoal.yaml", free_port()
-    content = {"pool": "pool.yaml", "ledger": {"url": f"sqlite:///{tmp_path}/shoal.db"}}
-    config.write_text(yaml.safe_dump(content))
-    command = [sys.executable, "-m", "router.cli", "serve", "--local", "--config", str(config)]
-    log = tmp_path / "log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [*command, "--port", str(port)],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-        )
-
-    def wait_for(text: str, count: int = 1) -> None:
-        end_s = time.monotonic() + 120
-        while log.read_text().count(text) < count:
-            assert process.poll() is None and time.monotonic() < end_s, log.read_text()
-            time.sleep(0.05)
-
-    try:
-        wait_for("Ready at")
+    with serving(tmp_path, "--local") as server:
+        config = tmp_path / "config.yaml"
+        content = yaml.safe_load(config.read_text())
         config.write_text(yaml.safe_dump({**content, "budgets": {"server": {"usd_per_dy": 1}}}))
-        process.send_signal(signal.SIGHUP)
-        wait_for("nothing was reloaded: ")
-        assert "usd_per_dy" in log.read_text() and "Traceback" not in log.read_text()
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: "nothing was reloaded: " in server.text)
+        assert "usd_per_dy" in server.text and "Traceback" not in server.text
         caps = {"budgets": {"server": {"requests_per_month": 0}}}
         config.write_text(yaml.safe_dump({**content, **caps}))
-        process.send_signal(signal.SIGHUP)
-        wait_for("edition 2 is in force", 2)  # said, and taken up
-        asked = {"model": "auto", "messages": [{"role": "user", "content": "x"}]}
-        url = f"http://127.0.0.1:{port}/v1/chat/completions"
-        assert httpx.post(url, json=asked, timeout=60).status_code == 429
-    finally:
-        process.terminate()
-        process.wait(60)
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: server.text.count("edition 2 is in force") == 2)  # said, and taken up
+        assert server.ask("auto").status_code == 429

@@ -1,15 +1,13 @@
 """Another `shoal serve`, a process of its own, as a member of our pool."""
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from models.pool import DEFAULT_POOL, load_pool
-from tests.ports import free_port
 from tests.router.conftest import Running, running
+from tests.server import started
 
 pytestmark = pytest.mark.slow
 
@@ -20,14 +18,8 @@ QUESTION = "Write the word 'lantern' backwards."
 @pytest.fixture(scope="module", name="url")
 def upstream_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of the shipped pool, served with `shoal serve --local`."""
-    port = free_port()
-    command = [sys.executable, "-m", "router.cli", "serve", "--local", "--port", str(port)]
-    folder = tmp_path_factory.mktemp("upstream")
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder) as process:
-        assert process.stdout is not None
-        assert any("curl" in line for line in process.stdout)
-        yield f"http://127.0.0.1:{port}/v1"
-        process.terminate()
+    with started(tmp_path_factory.mktemp("upstream"), "--local") as server:
+        yield f"{server.url}/v1"
 
 
 @pytest.fixture(scope="module", name="front")

@@ -1,9 +1,5 @@
 """`shoal serve` on Ray with a pool that mixes engines: chunks stacked, the base on vLLM."""
 
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +14,13 @@ from transformers import AutoModelForCausalLM
 
 from models.pool import DEFAULT_POOL, load_pool
 from models.tokenizer import load_tokenizer
-from tests.ports import free_port
+from tests.server import started, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1800)]
 
 ONE, OTHER, *_, BASE = [model for model in load_pool(DEFAULT_POOL).models if model.spec.domains]
 CHAT: list[Any] = [{"role": "user", "content": "Write the word 'lantern' backwards."}]
 ENGINE_ARGS = {"enforce_eager": True, "max_model_len": 256, "max_num_seqs": 4}
-# Compiling vLLM's sampler takes a minute.
-ENVIRONMENT = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}
 CONFIG = {
     "pool": "pool.yaml",
     "ledger": {"url": "sqlite:///rows.db"},
@@ -81,24 +75,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder: Path = tmp_path_factory.mktemp("mixed")
     (folder / "pool.yaml").write_text(yaml.safe_dump(_pool()))
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
-    port = free_port()
-    command = [sys.executable, "-m", "router.cli", "serve", "--config", "config.yaml"]
-    command += ["--port", str(port)]
-    log = folder / "log"
     with (
-        log.open("w") as said,
-        subprocess.Popen(command, stdout=said, stderr=said, cwd=folder, env=ENVIRONMENT) as process,
+        # Compiling vLLM's sampler takes a minute.
+        started(folder, "--config", "config.yaml", env={"TORCHDYNAMO_DISABLE": "1"}) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300) as client,
     ):
-        try:
-            while "Ready at" not in log.read_text():
-                assert process.poll() is None, log.read_text()
-                time.sleep(0.5)
-            url = f"http://127.0.0.1:{port}"
-            with openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=300) as client:
-                yield Served(url, client)
-        finally:
-            process.terminate()
-            process.wait(120)
+        yield Served(server.url, client)
 
 
 def test_vllm_answers_through_the_openai_client(server: Served) -> None:
@@ -158,10 +140,7 @@ def test_leaving_frees_vllms_lane(server: Served) -> None:
     )
     next(iter(stream))
     stream.close()
-    end_s = time.monotonic() + 60
-    while server.get("/health").json()["engines"]["big"]["running_requests"]:
-        assert time.monotonic() < end_s
-        time.sleep(0.1)
+    until(lambda: not server.get("/health").json()["engines"]["big"]["running_requests"], 60)
     assert server.get("/health").status_code == 200
 
 

@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import sqlalchemy as sa
-import yaml
 
 from router.ledger.database import Database, open_database
 from router.ledger.queries import requests
 from router.ledger.schema import BUDGET_HOLDS, BUDGET_WINDOWS
-from tests.ports import free_port
+from tests.server import serving
 
 # As many clients as the cap has room for at once, so that the last tokens are fought for; one
 # request's estimate is less than the 1% that may be left.
@@ -36,8 +30,12 @@ FLUSH_S = 0.2
 # Longer than any process here is ever held up: who lives must not lose what it holds.
 LEASE_S = 20
 
+CONFIG = {
+    "ingress": {"min_replicas": NUM_REPLICAS, "max_replicas": NUM_REPLICAS},
+    "ledger": {"url": "sqlite:///rows.db", "flush_interval_s": FLUSH_S},
+    "budgets": {"server": {"tokens_per_month": CAP_TOKENS}, "wait_s": 5, "lease_s": LEASE_S},
+}
 POOL = {
-    "name": "load",
     "engines": [
         {
             "name": "one",
@@ -49,60 +47,8 @@ POOL = {
         }
     ],
     "models": [{"name": "alpha", "engine": "one", "usd_per_million_output_tokens": 1}],
+    "policies": {},
 }
-
-
-@contextmanager
-def serving(folder: Path) -> Iterator[tuple[str, int]]:
-    """Run `shoal serve` with four ingress replicas; yield its address and process id."""
-    (folder / "pool.yaml").write_text(yaml.safe_dump(POOL))
-    config = {
-        "pool": "pool.yaml",
-        "ingress": {"min_replicas": NUM_REPLICAS, "max_replicas": NUM_REPLICAS},
-        "ledger": {"url": f"sqlite:///{folder / 'shoal.db'}", "flush_interval_s": FLUSH_S},
-        "budgets": {"server": {"tokens_per_month": CAP_TOKENS}, "wait_s": 5, "lease_s": LEASE_S},
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    port = free_port()
-    command = [sys.executable, "-c", "from router.cli.main import app; app()", "serve"]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            [*command, "--config", str(folder / "config.yaml"), "--port", str(port)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
-        )
-    try:
-        deadline_s = time.monotonic() + 400
-        while "Ready at" not in (text := (folder / "log").read_text()):
-            assert process.poll() is None and time.monotonic() < deadline_s, text
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}", process.pid
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(180)
-
-
-def ingress_replicas(root: int) -> list[int]:
-    """Return the ids of the ingress replicas among the descendants of process `root`."""
-    parents, names = {}, {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(entry.name)] = int(
-                (entry / "stat").read_text().rpartition(")")[2].split()[1]
-            )
-            names[int(entry.name)] = (entry / "cmdline").read_text()
-        except OSError:
-            continue  # it has just ended
-
-    def descends(pid: int) -> bool:
-        while pid > 1 and pid != root:
-            pid = parents.get(pid, 0)
-        return pid == root
-
-    return [
-        pid for pid, name in names.items() if "ServeReplica:shoal:ingress" in name and descends(pid)
-    ]
 
 
 class Load:
@@ -115,16 +61,16 @@ class Load:
         self.ids: list[str] = []
         self._third_used = asyncio.Event()
 
-    async def run(self, kill: int) -> None:
+    async def run(self, kill: psutil.Process) -> None:
         """Run all clients; kill process `kill` when a third of the budget is used."""
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         async with httpx.AsyncClient(base_url=self.url, timeout=120, limits=limits) as http:
             clients = [self._client(http, Random(seed)) for seed in range(NUM_CLIENTS)]
             await asyncio.gather(self._killer(kill), *clients)
 
-    async def _killer(self, pid: int) -> None:
+    async def _killer(self, replica: psutil.Process) -> None:
         await self._third_used.wait()
-        os.kill(pid, signal.SIGKILL)
+        replica.kill()
         self.seen["killed"] += 1
 
     async def _client(self, http: httpx.AsyncClient, random: Random) -> None:
@@ -208,12 +154,12 @@ def test_a_cap_holds_under_load_over_four_replicas_one_of_them_killed(tmp_path: 
     They stream, leave, and lose a replica to SIGKILL on the way; each goes on until it is told
     that the budget is spent. Seeds 0 to 199.
     """
-    with serving(tmp_path) as (url, pid):
-        replicas = ingress_replicas(pid)
+    with serving(tmp_path, config=CONFIG, **POOL) as server:
+        replicas = server.family("ray::ServeReplica:shoal:ingress")
         assert len(replicas) == NUM_REPLICAS
-        load = Load(url)
+        load = Load(server.url)
         asyncio.run(load.run(kill=replicas[0]))
-        database = open_database(f"sqlite:///{tmp_path / 'shoal.db'}")
+        database = open_database(f"sqlite:///{tmp_path / 'rows.db'}")
         spent = _spent_when_nothing_is_held(database)
     rows = list(requests(database))
     database.dispose()

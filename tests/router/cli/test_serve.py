@@ -6,12 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import httpx
 import pytest
-import yaml
 
-from tests.ports import free_port
 from tests.router.conftest import write_pool
+from tests.server import serving, until
 
 SHOAL = (sys.executable, "-m", "router.cli", "serve")
 
@@ -59,25 +57,12 @@ def test_serves_here_until_it_is_told_to_stop(
 
     It warns where others than this machine can reach it without a key.
     """
-    write_pool(tmp_path)
-    config = {"pool": ".", "ledger": {"url": "sqlite:///rows.db"}}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    port = free_port()
-    command = [*SHOAL, "--config", "config.yaml", "--local", "--port", str(port), "--host", host]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
-        assert process.stdout is not None
-        said = ""
-        for line in process.stdout:
-            said += line
-            if "curl" in line:
-                break
-        assert ("Anybody who reaches" in said) == (host == "0.0.0.0")
-        assert "engine one (fake): alpha, beta" in said
-        assert f"Ready at http://127.0.0.1:{port}/v1" in said
-        body = {"model": "alpha", "messages": [{"role": "user", "content": "hello"}]}
-        answer = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body, timeout=120)
-        assert answer.json()["choices"][0]["message"]["content"] == "hello"
-        process.send_signal(number)
-        assert process.wait(60) == 0
-        assert process.stdout.read().splitlines()[-1] == "Stopped."
+    with serving(tmp_path, "--local", "--host", host) as server:
+        assert ("Anybody who reaches" in server.text) == (host == "0.0.0.0")
+        assert "engine one (fake): alpha, beta" in server.text
+        assert f"Ready at {server.url}/v1" in server.text
+        assert server.ask().json()["choices"][0]["message"]["content"] == "hello"
+        server.process.send_signal(number)
+        assert server.process.wait(60) == 0
+        until(lambda: server.text.splitlines()[-1] == "Stopped.")
     assert (tmp_path / "rows.db").is_file()

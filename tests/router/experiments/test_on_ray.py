@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,10 +19,8 @@ import yaml
 from models.pool import DEFAULT_POOL, load_pool
 from models.tasks import Split, domain
 from policies.outcomes import read_outcomes
-from tests.ports import free_port
+from tests.server import started
 
-COMMAND = (sys.executable, "-c", "from router.cli.main import app; app()")
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
 NUM_USERS = 80
 
 
@@ -69,30 +63,6 @@ def write_config(folder: Path) -> Path:
     # The first arm is the control, so the order matters.
     file.write_text(yaml.safe_dump(config, sort_keys=False))
     return file
-
-
-@contextmanager
-def serving(config: Path) -> Iterator[str]:
-    """Run `shoal serve` on Ray and yield its address."""
-    port = free_port()
-    log = config.parent / "log"
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            [*COMMAND, "serve", "--config", str(config), "--port", str(port)],
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env=ENVIRONMENT,
-        )
-    try:
-        deadline_s = time.monotonic() + 400
-        while "Ready at" not in (text := log.read_text()):
-            assert process.poll() is None, text
-            assert time.monotonic() < deadline_s, text
-            time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(180)
 
 
 def ask_twice(url: str, number: int) -> set[str]:
@@ -139,21 +109,16 @@ def test_users_of_two_replicas_find_the_better_policy(tmp_path: Path) -> None:
     the command says what the API says.
     """
     config = write_config(tmp_path)
-    with serving(config) as url:
+    with started(tmp_path, "--config", str(config)) as server:
         with ThreadPoolExecutor(8) as pool:
-            arms = list(pool.map(lambda number: ask_twice(url, number), range(NUM_USERS)))
-        told = settled_report(url)
-        command = [
-            *COMMAND,
-            "experiment",
-            "report",
-            "own-or-not",
-            "--config",
-            str(config),
-            "--json",
-        ]
+            arms = list(pool.map(lambda number: ask_twice(server.url, number), range(NUM_USERS)))
+        told = settled_report(server.url)
+        report = ("experiment", "report", "own-or-not", "--config", str(config), "--json")
         shown = subprocess.run(
-            command, check=True, capture_output=True, text=True, env=ENVIRONMENT
+            [sys.executable, "-m", "router.cli", *report],
+            check=True,
+            capture_output=True,
+            text=True,
         ).stdout
     assert all(len(found) == 1 for found in arms)
     assert (told["verdict"], told["winner"]) == ("ship", "own"), told["recommendation"]

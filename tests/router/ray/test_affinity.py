@@ -1,9 +1,6 @@
 """Conversations find the replica that has their earlier turns, on a real Ray."""
 
 import random
-import signal
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -14,8 +11,8 @@ import pytest
 from models.spec import DeploymentSpec
 from router.placement import affinity
 from tests.models.engines.stacked.tiny import save_checkpoint
-from tests.ports import free_port
 from tests.router.conftest import write_pool
+from tests.server import started
 
 
 def test_places_are_those_of_the_longest_start() -> None:
@@ -53,28 +50,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         engines=[engine],
         models=[{"name": "tiny", "engine": "e", "checkpoint": "tiny"}],
     )
-    port = free_port()
-    command = ["-m", "router.cli", "serve", "--pool", str(folder), "--port", str(port)]
-    with subprocess.Popen(
-        [sys.executable, *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=folder,
-        start_new_session=True,
-    ) as process:
-        assert process.stdout is not None
-        said = ""
-        for line in process.stdout:
-            said += line
-            if "curl" in line:
-                break
-        try:
-            assert "Ready at" in said, said
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(120)
+    with started(folder, "--pool", ".") as server:
+        yield server.url
 
 
 def _ask(http: httpx.Client, prompt: list[int], **fields: Any) -> dict[str, Any]:
