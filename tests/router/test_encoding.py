@@ -14,13 +14,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import (
-    AutoTokenizer,
-    BertConfig,
-    BertForSequenceClassification,
-    BertModel,
-    BertTokenizerFast,
-)
+from transformers import AutoTokenizer, BertForSequenceClassification, BertModel
 
 from models.engines.base import Encoding, GenerationRequest
 from models.engines.encoder.engine import EncoderEngine, TextReader
@@ -28,29 +22,18 @@ from models.errors import PoolError
 from models.pool import load_pool
 from models.spec import EngineSpec
 from tests.router.conftest import Running, running, write_pool
+from tests.tiny_bert import save_bert
 
 BEST = {"best": {"candidates": ["plain", "alpha"], "select": "majority"}}
 TEXTS = ["the cat sat", "a dog", "the the the cat dog sat on a mat", "mat"]
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "dog", "a", "sat", "on", "mat"]
+WORDS = ["the", "cat", "dog", "a", "sat", "on", "mat"]
 
 
 def write_encoder(folder: Path, *, cross: bool = False, **pooling: bool) -> Path:
     """Write a tiny random BERT, as sentence-transformers does where a `pooling` is given."""
-    torch.manual_seed(7)
-    config = BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        max_position_embeddings=24,
-        num_labels=1 if cross else 2,
-    )
-    folder.mkdir(parents=True)
-    model = BertForSequenceClassification(config) if cross else BertModel(config)
-    model.save_pretrained(folder)
-    (folder / "vocab.txt").write_text("\n".join(WORDS))
-    BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"intermediate_size": 48, "max_position_embeddings": 24}
+    save_bert(folder, WORDS, labels=1 if cross else None, seed=7, **shape)
     if pooling:
         kinds = ("Transformer", "1_Pooling", "2_Dense", "3_Normalize")
         modules = [

@@ -7,42 +7,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    AutoTokenizer,
-    BertConfig,
-    BertForSequenceClassification,
-    BertModel,
-    BertTokenizerFast,
-)
+from transformers import AutoTokenizer, BertForSequenceClassification, BertModel
 
 from models.card import read_card
 from models.engines.base import Chunk, Encoding, GenerationRequest
 from models.engines.registry import create_engine, engine_traits
 from models.spec import EngineSpec, Model, ModelSpec
+from tests.tiny_bert import save_bert
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "dog", "a", "sat", "on", "mat"]
+WORDS = ["the", "cat", "dog", "a", "sat", "on", "mat"]
 TEXTS = ("the cat sat", "a dog", "the the the cat dog sat on a mat", "mat")
 
 
 def write_encoder(folder: Path, *, cross: bool) -> Path:
     """Write a tiny random BERT, of vectors or of scores."""
-    torch.manual_seed(7)
-    config = BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=96,
-        max_position_embeddings=32,
-        num_labels=1 if cross else 2,
-        initializer_range=0.2,
-    )
-    folder.mkdir()
-    model = BertForSequenceClassification(config) if cross else BertModel(config)
-    model.save_pretrained(folder)
-    (folder / "vocab.txt").write_text("\n".join(WORDS))
-    BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
-    return folder
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96}
+    shape |= {"max_position_embeddings": 32, "initializer_range": 0.2}
+    return save_bert(folder, WORDS, labels=1 if cross else None, seed=7, **shape)
 
 
 def told(folder: Path, *asked: Encoding) -> list[Chunk]:

@@ -10,6 +10,7 @@ from policies.cascade.base import Attempt, BatchScorer, Scorer, build_scorer
 from policies.cascade.transformer import Transformer
 from policies.errors import PolicyError
 from policies.plan import Answer
+from tests.tiny_bert import save_bert
 
 WORDS = ["add", "7", "and", "8", "what", "is", "the", "colour", "of", "snow", "white", "blue"]
 PAIRS = [
@@ -21,27 +22,10 @@ PAIRS = [
 ]
 
 
-def checkpoint(folder: Path, num_labels: int, *, seed: int = 0) -> Path:
-    """Write a tiny BERT classifier with random weights and its tokenizer."""
-    import torch
-    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
-
-    vocab = folder / "vocab.txt"
-    vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-    BertTokenizerFast(vocab=str(vocab)).save_pretrained(folder)
-    torch.manual_seed(seed)
-    config = BertConfig(
-        vocab_size=len(WORDS) + 5,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=64,
-        initializer_range=0.5,
-        num_labels=num_labels,
-    )
-    BertForSequenceClassification(config).save_pretrained(folder)
-    return folder
+def checkpoint(folder: Path, labels: int) -> Path:
+    """Write a tiny BERT classifier with random weights and its tokenizer (seed 0)."""
+    shape = {"max_position_embeddings": 64, "initializer_range": 0.5}
+    return save_bert(folder, WORDS, labels=labels, **shape)
 
 
 def attempt(query: str, answer: str) -> Attempt:

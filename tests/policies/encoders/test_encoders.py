@@ -17,6 +17,7 @@ from policies.errors import PolicyError
 from policies.outcomes import Outcome
 from policies.routing.fit import fit_router
 from policies.routing.router import load_router, save_router
+from tests.tiny_bert import save_bert
 
 TEXTS = [
     f"{verb} {a} {word} and {a + 3} more, then say how many"
@@ -34,24 +35,8 @@ PINNED += [126771, 129652]
 @pytest.fixture(scope="module")
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A transformer with random weights (seed 0) and its tokenizer, as a folder."""
-    import torch
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    folder = tmp_path_factory.mktemp("bert")
     words = sorted({word for text in TEXTS for word in text.lower().replace(",", " ,").split()})
-    vocab = folder / "vocab.txt"
-    vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
-    BertTokenizerFast(vocab=str(vocab)).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(words) + 5,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=16,
-    )
-    BertModel(config).save_pretrained(folder)
-    return folder
+    return save_bert(tmp_path_factory.mktemp("bert"), words, num_hidden_layers=2)
 
 
 @pytest.fixture(scope="module", params=["ngrams", "neural", "finetuned"])

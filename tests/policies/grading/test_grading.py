@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, BertForSequenceClassification
 
 from policies.errors import PolicyError
 from policies.grading.base import GradingContext, Panel, Question, Sheet
+from tests.tiny_bert import save_bert
 
 
 def graded(
@@ -151,27 +151,12 @@ def test_a_judge_without_a_verdict_gives_no_score() -> None:
     assert sheet.scores == {} and "no grade" in sheet.problems["judge:j"]
 
 
-def classifier(folder: Path) -> Path:
-    """Write a tiny reward model with one label, and its tokenizer."""
-    torch.manual_seed(0)
-    words = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "yes", "no", "why"])}
-    fast = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    fast.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=fast, pad_token="[PAD]", unk_token="[UNK]", model_max_length=16
-    ).save_pretrained(folder)
-    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = BertConfig(vocab_size=5, intermediate_size=16, num_labels=1, pad_token_id=0, **shape)
-    BertForSequenceClassification(config).save_pretrained(folder)
-    return folder
-
-
 def test_a_reward_models_logits_are_kept_raw_and_as_a_softmax(tmp_path: Path) -> None:
     """The shares are transformers' own logits through a softmax, and sum to one."""
-    folder = classifier(tmp_path / "reward")
+    folder = save_bert(tmp_path / "reward", ["yes", "no", "why"], labels=1)
     sheet = graded(f"reward:{folder}", Question(query="why"), ada="yes", bob="no no")
     model = BertForSequenceClassification.from_pretrained(folder).eval()
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():
         pairs = [tokenizer("why", text, return_tensors="pt") for text in ("yes", "no no")]
         logits = torch.cat([model(**pair).logits[0] for pair in pairs])
@@ -183,7 +168,7 @@ def test_a_reward_models_logits_are_kept_raw_and_as_a_softmax(tmp_path: Path) ->
 
 def test_similarity_is_highest_for_the_reference_itself(tmp_path: Path) -> None:
     """The answer that equals a reference has cosine 1; the closest of several references counts."""
-    folder = classifier(tmp_path / "encoder")
+    folder = save_bert(tmp_path / "encoder", ["yes", "no", "why"])
     question = Question(query="?", references=("yes yes", "no"))
     sheet = graded(f"similarity:{folder}", question, ada="no", bob="why why no")
     assert sheet.scores["ada"] == pytest.approx(1, abs=1e-5)

@@ -15,6 +15,7 @@ from policies.routing.fit import FitSettings
 from policies.routing.heads import Objective, distribution
 from policies.routing.policy import Learned
 from policies.routing.router import load_router, save_router
+from tests.tiny_bert import save_bert
 
 WORDS = ["add", "spell", "two", "three", "seven", "shark", "coral"]
 
@@ -39,23 +40,7 @@ def make_outcomes(num_queries: int, *, tagged: bool) -> list[Outcome]:
 @pytest.fixture(scope="module")
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A transformer with random weights (seed 0) and its tokenizer, as a folder."""
-    import torch
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    folder = tmp_path_factory.mktemp("bert")
-    vocab = folder / "vocab.txt"
-    vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-    BertTokenizerFast(vocab=str(vocab)).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(WORDS) + 5,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-    )
-    BertModel(config).save_pretrained(folder)
-    return folder
+    return save_bert(tmp_path_factory.mktemp("bert"), WORDS)
 
 
 def test_the_loss_is_that_of_the_linear_heads() -> None:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import BertWordPieceTokenizer
-from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from models.card import read_card
 from models.engines.base import Chunk, Encoding, GenerationRequest
@@ -16,11 +15,12 @@ from models.engines.registry import create_engine, engine_traits
 from models.errors import ContextOverflow, RequestError
 from models.spec import EngineSpec, Model, ModelSpec
 from models.tokenizer import read_tokenizer
+from tests.tiny_bert import SPECIAL, make_bert
 
 pytest.importorskip("xllamacpp", reason="the extra llamacpp is not installed")
 gguf = pytest.importorskip("gguf")
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "##s", "dog", "a", "sat", ","]
+WORDS = [*SPECIAL, "the", "cat", "##s", "dog", "a", "sat", ","]
 TEXTS = ("The cats sat", "a dog, a cat", "sat")
 CONTEXT_TOKENS = 12
 # What llama.cpp calls the parts of a layer.
@@ -36,20 +36,11 @@ _PARTS = {
 }
 
 
-def make_bert(*, cross: bool = False) -> Any:
+def tiny_bert(labels: int | None = None) -> Any:
     """Return a tiny random BERT."""
-    torch.manual_seed(7)
-    config = BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=96,
-        max_position_embeddings=CONTEXT_TOKENS,
-        num_labels=1 if cross else 2,
-        initializer_range=0.2,
-    )
-    return (BertForSequenceClassification if cross else BertModel)(config).eval()
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96}
+    shape |= {"max_position_embeddings": CONTEXT_TOKENS, "initializer_range": 0.2}
+    return make_bert(len(WORDS), labels=labels, seed=7, **shape)
 
 
 def write_gguf(file: Path, model: Any, pooling: int) -> Path:
@@ -137,7 +128,7 @@ def told(file: Path, *asked: Encoding, **fields: Any) -> list[Chunk | Exception]
 @pytest.mark.parametrize(("pooling", "name"), [(1, "mean"), (2, "cls")])
 def test_vectors_are_transformers(tmp_path: Path, pooling: int, name: str) -> None:
     """Of texts and of their ids alike, pooled as the file says; similarity is the angle."""
-    model = make_bert()
+    model = tiny_bert()
     vocabulary = BertWordPieceTokenizer({word: index for index, word in enumerate(WORDS)})
     ids = tuple(tuple(vocabulary.encode(text).ids) for text in TEXTS)
     rows = []
@@ -175,7 +166,7 @@ def test_a_cross_encoder_scores_pairs(tmp_path: Path) -> None:
 
     llama.cpp has one kind of token, and one separator in a pair.
     """
-    model = make_bert(cross=True)
+    model = tiny_bert(labels=1)
     file = write_gguf(tmp_path / "m.gguf", model, 4)
     tokenizer = read_tokenizer(file)
     begin, end = WORDS.index("[CLS]"), WORDS.index("[SEP]")
@@ -201,10 +192,10 @@ def test_a_cross_encoder_scores_pairs(tmp_path: Path) -> None:
 
 def test_the_pool_file_may_say_how_vectors_are_pooled(tmp_path: Path) -> None:
     """A file that says nothing writes answers, unless the option `pooling` makes it an encoder."""
-    file = write_gguf(tmp_path / "m.gguf", make_bert(), 0)
+    file = write_gguf(tmp_path / "m.gguf", tiny_bert(), 0)
     [one] = told(file, Encoding(inputs=TEXTS), pooling="mean")
     assert isinstance(one, Chunk)
-    [other] = told(write_gguf(tmp_path / "n.gguf", make_bert(), 1), Encoding(inputs=TEXTS))
+    [other] = told(write_gguf(tmp_path / "n.gguf", tiny_bert(), 1), Encoding(inputs=TEXTS))
     assert isinstance(other, Chunk)
     assert one.rows is not None
     np.testing.assert_allclose(one.rows, other.rows, atol=1e-5)
