@@ -10,7 +10,7 @@ from importlib import import_module
 
 import torch
 
-from tests.bench.harness import Row, environment, print_row, save
+from tests.bench.harness import Row, print_row, save
 
 MODULES = ("engine", "overhead", "routing", "budget", "experiments", "metrics")
 
@@ -38,11 +38,8 @@ def main() -> None:
         except Exception as error:
             failed[name] = repr(error)
             print(f"FAIL {name}: {error!r}", flush=True)
-    record = {"environment": environment(), "quick": arguments.quick, "rows": rows}
-    if failed:
-        record["failed"] = failed
     if arguments.save or not (arguments.names or arguments.quick):
-        save(record)
+        save(rows, quick=arguments.quick, **({"failed": failed} if failed else {}))
     if failed:
         raise SystemExit(1)
 

@@ -124,11 +124,11 @@ def print_row(row: Row) -> None:
     )
 
 
-def save(record: Row) -> Path:
-    """Keep a run's record under results/<date>-<host>.json, and print it as one line."""
+def save(rows: list[Row], kind: str = "", **more: Any) -> None:
+    """Print a run's record, `more` with it, as one line, and keep it by date, host and `kind`."""
+    record = {"environment": environment(), **more, "rows": rows}
     RESULTS.mkdir(exist_ok=True)
-    day = record["environment"]["date"][:10]
-    file = RESULTS / f"{day}-{record['environment']['host']}.json"
+    parts = (record["environment"]["date"][:10], record["environment"]["host"], kind)
+    file = RESULTS / f"{'-'.join(filter(None, parts))}.json"
     write_atomic(file, json.dumps(record, indent=1) + "\n")
     print(json.dumps(record))
-    return file

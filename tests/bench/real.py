@@ -37,8 +37,7 @@ import psutil
 import yaml
 
 from models.sources.locate import locate
-from policies.files import write_atomic
-from tests.bench.harness import RESULTS, Row, environment, print_row, read_bytes_per_s
+from tests.bench.harness import Row, print_row, read_bytes_per_s, save
 from tests.bench.real_contenders import (
     CONTEXT_TOKENS,
     KV_BYTES,
@@ -363,11 +362,7 @@ def main() -> None:
         rows += losses(Path(temporary))
     for row in rows:
         print_row(row)
-    record = {"environment": environment(), "arguments": vars(arguments), "rows": rows}
-    RESULTS.mkdir(exist_ok=True)
-    day, host = record["environment"]["date"][:10], record["environment"]["host"]
-    write_atomic(RESULTS / f"{day}-{host}-real.json", json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+    save(rows, "real", arguments=vars(arguments))
 
 
 if __name__ == "__main__":

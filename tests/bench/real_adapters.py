@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
-import json
 import random
 import statistics
 import sys
@@ -22,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from itertools import count
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,20 +30,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models.adapter import read_adapter
 from models.downscale.base import dequantize
-from models.engines.base import GenerationRequest, SamplingOptions
 from models.engines.registry import create_engine
 from models.pool import load_pool
 from models.sources.locate import locate
 from models.training.lora import LowRank, add_adapter, merge_adapter, save_adapter
-from policies.files import write_atomic
-from tests.bench.harness import RESULTS, Row, environment, print_row, read_bytes_per_s
+from tests.bench.harness import Row, print_row, read_bytes_per_s, save
 from tests.bench.real import SOURCE
+from tests.bench.real_contenders import greedy
 
 RANK, PROMPT_TOKENS = 16, 16
 KV_BYTES = 512 * 2**20
 MOST_OF_ONE = 1.5
 _BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
-_ids = count()
 
 _CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -94,12 +91,7 @@ def stacked(
     stack.callback(lambda: runner.run(running.stop()))
 
     async def answer(members: tuple[str, ...], prompt: list[int], num_tokens: int) -> float:
-        request = GenerationRequest(
-            request_id=str(next(_ids)),
-            prompt_tokens=tuple(prompt),
-            members=members,
-            sampling=SamplingOptions(max_tokens=num_tokens, temperature=0, ignore_eos=True),
-        )
+        request = replace(greedy(prompt, num_tokens), members=members)
         first_s = 0.0
         async for chunk in running.generate(request):
             if chunk.tokens and not first_s:
@@ -226,11 +218,7 @@ def main() -> None:
             )
     for row in rows:
         print_row(row)
-    record = {"environment": environment(), "arguments": vars(arguments), "rows": rows}
-    RESULTS.mkdir(exist_ok=True)
-    day, host = record["environment"]["date"][:10], record["environment"]["host"]
-    write_atomic(RESULTS / f"{day}-{host}-adapters.json", json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+    save(rows, "adapters", arguments=vars(arguments))
 
 
 if __name__ == "__main__":

@@ -15,12 +15,13 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
-    from models.engines.base import Engine
+    from models.engines.base import Engine, GenerationRequest
 
 Prompts: TypeAlias = list[list[int]]
 Answer: TypeAlias = Callable[[Prompts, int], tuple[float, float]]
@@ -33,8 +34,6 @@ _ids = count()
 
 def engine(kind: str, model: Path, stack: ExitStack, *, dtype: str = "auto") -> Answer:
     """One of Shoal's engines, asked directly."""
-    from models.engines.base import GenerationRequest, SamplingOptions
-
     options: dict[str, Any] = {}
     if kind == "llamacpp":
         options = {
@@ -44,17 +43,11 @@ def engine(kind: str, model: Path, stack: ExitStack, *, dtype: str = "auto") -> 
             "polling": dtype != "asleep",
         }
         dtype = "auto"
-    runner, running = start_engine(kind, model, stack, dtype, options)
+    runner, running = start_engine(kind, [model], stack, dtype, options)
 
     async def one(prompt: list[int], num_tokens: int) -> float:
         first_s = 0.0
-        request = GenerationRequest(
-            request_id=str(next(_ids)),
-            prompt_tokens=tuple(prompt),
-            members=("m",),
-            sampling=SamplingOptions(max_tokens=num_tokens, temperature=0, ignore_eos=True),
-        )
-        async for chunk in running.generate(request):
+        async for chunk in running.generate(greedy(prompt, num_tokens)):
             if chunk.tokens and not first_s:
                 first_s = time.perf_counter()
         return first_s
@@ -65,10 +58,22 @@ def engine(kind: str, model: Path, stack: ExitStack, *, dtype: str = "auto") -> 
     return lambda prompts, num_tokens: _timed(lambda: runner.run(all_of(prompts, num_tokens)))
 
 
+def greedy(prompt: list[int], num_tokens: int) -> GenerationRequest:
+    """A request of the first model for so many of the likeliest tokens."""
+    from models.engines.base import GenerationRequest, SamplingOptions
+
+    return GenerationRequest(
+        request_id=str(next(_ids)),
+        prompt_tokens=tuple(prompt),
+        members=("m0",),
+        sampling=SamplingOptions(max_tokens=num_tokens, temperature=0, ignore_eos=True),
+    )
+
+
 def start_engine(
-    kind: str, model: Path, stack: ExitStack, dtype: str, options: dict[str, Any]
+    kind: str, models: list[Path], stack: ExitStack, dtype: str, options: dict[str, Any]
 ) -> tuple[asyncio.Runner, Engine]:
-    """Return an engine that runs, with the loop that it runs in."""
+    """Return an engine that runs models named m0, m1, ..., with the loop that it runs in."""
     from models.card import read_card
     from models.engines.registry import create_engine
     from models.spec import EngineSpec, Model, ModelSpec
@@ -76,13 +81,16 @@ def start_engine(
     spec = EngineSpec.model_validate(
         {"name": "e", "kind": kind, "dtype": dtype, "kv_memory_bytes": KV_BYTES, "options": options}
     )
-    served = Model(
-        spec=ModelSpec(name="m", engine="e", checkpoint=str(model)),
-        card=read_card(model),
-        tokenizer=model,
-    )
+    served = [
+        Model(
+            spec=ModelSpec(name=f"m{index}", engine="e", checkpoint=str(model)),
+            card=read_card(model),
+            tokenizer=model,
+        )
+        for index, model in enumerate(models)
+    ]
     runner = stack.enter_context(asyncio.Runner())
-    running = create_engine(spec, [served])
+    running = create_engine(spec, served)
     runner.run(running.start())
     stack.callback(lambda: runner.run(running.stop()))
     return runner, running
@@ -90,17 +98,13 @@ def start_engine(
 
 def loss_per_token(folder: Path, stack: ExitStack, windows: Prompts, *, dtype: str) -> float:
     """Return what the stacked engine's weights as `dtype` say of texts, in nats per token."""
-    from models.engines.base import GenerationRequest, SamplingOptions
+    from models.engines.base import SamplingOptions
 
-    runner, running = start_engine("stacked", folder, stack, dtype, {})
+    runner, running = start_engine("stacked", [folder], stack, dtype, {})
+    told_only = SamplingOptions(max_tokens=1, prompt_logprobs=0)
 
     async def logprobs(prompt: list[int]) -> list[float]:
-        request = GenerationRequest(
-            request_id=str(next(_ids)),
-            prompt_tokens=tuple(prompt),
-            members=("m",),
-            sampling=SamplingOptions(max_tokens=1, prompt_logprobs=0),
-        )
+        request = replace(greedy(prompt, 1), sampling=told_only)
         return [
             token.logprob
             async for chunk in running.generate(request)

@@ -13,30 +13,22 @@ import random
 import tempfile
 import time
 from contextlib import ExitStack
-from itertools import count
 from pathlib import Path
 
 from models.downscale.base import dequantize
-from models.engines.base import Engine, GenerationRequest, SamplingOptions
+from models.engines.base import Engine
 from models.sources.locate import locate
 from tests.bench.real import SOURCE
-from tests.bench.real_contenders import start_engine
+from tests.bench.real_contenders import greedy, start_engine
 
 TURNS, USER_TOKENS, ANSWER_TOKENS = 10, 40, 24
-_ids = count()
 
 
 async def _ask(engine: Engine, prompt: list[int]) -> tuple[float, int, list[int]]:
     """Return the seconds to the first token, how many of the prompt's were found, the answer."""
-    request = GenerationRequest(
-        request_id=str(next(_ids)),
-        prompt_tokens=tuple(prompt),
-        members=("m",),
-        sampling=SamplingOptions(max_tokens=ANSWER_TOKENS, temperature=0, ignore_eos=True),
-    )
     started_s, first_s, found = time.perf_counter(), 0.0, 0
     tokens: list[int] = []
-    async for chunk in engine.generate(request):
+    async for chunk in engine.generate(greedy(prompt, ANSWER_TOKENS)):
         first_s = first_s or time.perf_counter() - started_s
         tokens += [token.token_id for token in chunk.tokens]
         found = chunk.cached_tokens or found
@@ -49,7 +41,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = dequantize(locate(SOURCE, folder=Path()).path, Path(temporary))
         engines = [
-            start_engine("stacked", folder, stack, "float32", {"prefix_cache": keeps})
+            start_engine("stacked", [folder], stack, "float32", {"prefix_cache": keeps})
             for keeps in (False, True)
         ]
         said: list[int] = []

@@ -15,7 +15,6 @@ bandwidth of reading as many bytes as a model has.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import shutil
 import statistics
@@ -33,15 +32,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from models.card import read_card
 from models.downscale.base import dequantize
-from models.engines.base import Engine, GenerationRequest, SamplingOptions
-from models.engines.registry import create_engine
+from models.engines.base import GenerationRequest
 from models.sources.locate import locate
-from models.spec import EngineSpec, Model, ModelSpec
-from policies.files import write_atomic
-from tests.bench.harness import RESULTS, Row, environment, print_row, read_bytes_per_s
+from tests.bench.harness import Row, print_row, read_bytes_per_s, save
 from tests.bench.real import ROOT, SOURCE
+from tests.bench.real_contenders import greedy, start_engine
 
 NUM_TOKENS, NOISE, GATES = 200, 0.125, (0.3, 0.5, 0.9)
 MEMBERS = ("m0", "m1", "m2", "m3")
@@ -52,22 +48,7 @@ class Running:
     """An engine that runs in a loop of its own, over folders named m0, m1, ..."""
 
     def __init__(self, stack: ExitStack, folders: list[Path], dtype: str, **options: Any) -> None:
-        spec = EngineSpec.model_validate(
-            {"name": "e", "kind": "stacked", "dtype": dtype, "kv_memory_bytes": 2**28}
-            | {"options": options}
-        )
-        models = [
-            Model(
-                spec=ModelSpec(name=f"m{i}", engine="e", checkpoint=str(folder)),
-                card=read_card(folder),
-                tokenizer=folder,
-            )
-            for i, folder in enumerate(folders)
-        ]
-        self._runner = stack.enter_context(asyncio.Runner())
-        self.engine: Engine = create_engine(spec, models)
-        self._runner.run(self.engine.start())
-        stack.callback(lambda: self._runner.run(self.engine.stop()))
+        self._runner, self.engine = start_engine("stacked", folders, stack, dtype, options)
 
     def ask(self, request: GenerationRequest) -> tuple[float, list[int]]:
         """Return tokens per second after the first, and the tokens."""
@@ -95,10 +76,7 @@ def asked(
     tokens: list[int], members: tuple[str, ...] = ("m0",), **fields: Any
 ) -> GenerationRequest:
     """A greedy request of `NUM_TOKENS`."""
-    sampling = SamplingOptions(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True)
-    return GenerationRequest(
-        request_id="", prompt_tokens=tuple(tokens), members=members, sampling=sampling, **fields
-    )
+    return replace(greedy(tokens, NUM_TOKENS), members=members, **fields)
 
 
 def plainly(request: GenerationRequest) -> GenerationRequest:
@@ -278,10 +256,7 @@ def main() -> None:
                 for row in measure(folder, into, arguments.dtype, arguments.rounds):
                     print_row(row)
                     rows.append(row)
-    record = {"environment": environment(), "rows": rows}
-    RESULTS.mkdir(exist_ok=True)
-    day, host = record["environment"]["date"][:10], record["environment"]["host"]
-    write_atomic(RESULTS / f"{day}-{host}-real-drafts.json", json.dumps(record, indent=1) + "\n")
+    save(rows, "real-drafts")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import statistics
 import tempfile
@@ -33,9 +32,8 @@ import torch
 
 from models.card import read_card
 from models.engines.vllm_fused.folder import write_folder
-from policies.files import write_atomic
 from tests.bench.engine_models import School, Size, save_model, weight_bytes
-from tests.bench.harness import RESULTS, Row, environment, print_row, read_bytes_per_s
+from tests.bench.harness import Row, print_row, read_bytes_per_s, save
 from tests.bench.vllm_contenders import (
     AveragedContender,
     Contender,
@@ -217,13 +215,7 @@ def main() -> None:
                     rounds=arguments.rounds,
                     compiled=arguments.compiled,
                 )
-    record = {"environment": environment(), "arguments": vars(arguments), "rows": rows}
-    RESULTS.mkdir(exist_ok=True)
-    day, host = record["environment"]["date"][:10], record["environment"]["host"]
-    kind = "vllm-compiled" if arguments.compiled else "vllm"
-    file = RESULTS / f"{day}-{host}-{kind}.json"
-    write_atomic(file, json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+    save(rows, "vllm-compiled" if arguments.compiled else "vllm", arguments=vars(arguments))
 
 
 if __name__ == "__main__":

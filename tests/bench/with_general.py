@@ -31,7 +31,7 @@ from models.tasks import Split, check
 from policies.outcomes import read_outcomes
 from tests.bench.everyday import Everyday, everyday
 from tests.bench.general import GENERAL
-from tests.bench.harness import RESULTS, Row, environment, print_row
+from tests.bench.harness import Row, print_row, save
 from tests.server import started
 
 POLICIES = ("auto", "cascade")
@@ -176,10 +176,7 @@ def main() -> None:
                 rows += [row(f"{policy}, {kind}, {name}", each) for name, each in replies.items()]
                 for latest in rows[-len(clients) :]:
                     print_row(latest)
-    record = {"environment": environment(), "arguments": vars(arguments), "rows": rows}
-    day, host = record["environment"]["date"][:10], record["environment"]["host"]
-    (RESULTS / f"{day}-{host}-general.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+    save(rows, "general", arguments=vars(arguments))
 
 
 if __name__ == "__main__":
