@@ -213,6 +213,11 @@ class StackedEngine:
         """Load `cards`, and run a first step. A guesser shares the cache's bytes, row for row."""
         device = _device(self._spec)
         dtype = _dtype(self._spec, device)
+        if device.type == "cuda" and self._spec.dtype in _PACKS and len(cards) > 1:
+            raise PoolError(
+                f"engines.{self._spec.name}.dtype: {self._spec.dtype} on CUDA is for one "
+                f"checkpoint and its adapters, not for {len(cards)}; try bfloat16, or an engine each"
+            )
         cached = [card for card in (self._base, self._guesser) if card is not None]
         shares = [row_bytes(card.shape, dtype) for card in cached]
         own = row_bytes(cards[0].shape, dtype)
@@ -332,9 +337,11 @@ def _device(spec: EngineSpec) -> torch.device:
 def _dtype(spec: EngineSpec, device: torch.device) -> torch.dtype:
     if spec.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if spec.dtype in _PACKS:
-        if device.type == "cuda":
-            raise PoolError(f"engines.{spec.name}.dtype: {spec.dtype} is for CPU; try bfloat16")
-        return torch.float32  # of everything but the matrices
+    if spec.dtype in _PACKS:  # this is of everything but the matrices
+        if device.type == "cpu":
+            return torch.float32
+        if spec.dtype == "int4":
+            raise PoolError(f"engines.{spec.name}.dtype: int4 is for CPU; try int8 or bfloat16")
+        return torch.bfloat16
     dtype: torch.dtype = getattr(torch, spec.dtype)
     return dtype

@@ -75,9 +75,10 @@ class Int8:
     """Integers of 8 bits with a scale per output."""
 
     def __init__(self, matrices_MIO: Tensor) -> None:
-        """Round float32 matrices."""
+        """Round matrices; on CUDA one, as torch's kernel there wants all rows of one matrix."""
+        assert len(matrices_MIO) == 1 or not matrices_MIO.is_cuda
         self.most_rows = _MOST_ROWS
-        matrices_MOI = matrices_MIO.transpose(1, 2)
+        matrices_MOI = matrices_MIO.transpose(1, 2).float()
         largest_MO = matrices_MOI.abs().amax(2)
         self._scales_MO = (largest_MO / _MOST_INT8).clamp_min(_LEAST_SCALE).bfloat16()
         steps_MOI = (matrices_MOI / self._scales_MO.float()[:, :, None]).round()

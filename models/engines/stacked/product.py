@@ -120,6 +120,9 @@ class Product:
     @property
     def _each(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Every member's rows apart, for kernels that take one matrix."""
+        if not self._rows.runs:
+            assert len(self._rows.ends_M) == 1, "rows of several members come grouped"
+            yield 0, self._x, self._y
         yield from self._single
         for members, x, y in self._runs:
             yield from zip(range(members.start, members.stop), x, y, strict=True)
@@ -175,5 +178,5 @@ def _widened(x_nI: Tensor, matrix_IO: Tensor) -> Tensor:
 
 def _times(x_nI: Tensor, matrices: Packed, member: int) -> Tensor:
     if len(x_nI) > matrices.most_rows:
-        return x_nI @ matrices.member(member)
+        return x_nI @ matrices.member(member).to(x_nI.dtype)
     return matrices.times(x_nI, member)

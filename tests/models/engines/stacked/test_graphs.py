@@ -17,7 +17,7 @@ from models.engines.stacked.architecture import read_architecture
 from models.engines.stacked.cache import Arena
 from models.engines.stacked.graphs import DecodeGraphs
 from models.engines.stacked.layout import Part, Run, build_step
-from models.engines.stacked.matrices import as_they_are
+from models.engines.stacked.matrices import Pack, as_int8, as_they_are
 from models.engines.stacked.model import StackedModel
 from models.engines.stacked.runner import Runner
 from models.engines.stacked.scheduler import Scheduler
@@ -32,14 +32,18 @@ def save_school(folder: Path, kind: str, size: int) -> list[Path]:
     return [save_checkpoint(folder / f"{seed}", kind, seed=seed) for seed in range(size)]
 
 
-def answers(folders: list[Path], record: Callable[[Launch], Launch] | None) -> list[list[int]]:
+def answers(
+    folders: list[Path],
+    record: Callable[[Launch], Launch] | None,
+    pack: Pack[Any] = as_they_are,
+) -> list[list[int]]:
     """The tokens of ten requests that come and go (seed 0): all lengths and sets of members."""
     runner = Runner(
         [read_card(folder) for folder in folders],
         kv_memory_bytes=2**22,
         device=torch.device("cpu"),
         dtype=torch.float32,
-        pack=as_they_are,
+        pack=pack,
         num_threads=1,
         record=record,
     )
@@ -90,6 +94,12 @@ def test_recorded_steps_change_no_token(kind: str, tmp_path: Path) -> None:
     folders = save_school(tmp_path, kind, 3)
     assert answers(folders, record) == answers(folders, None)
     assert 3 <= len(recorded) <= 10  # shapes recur
+
+
+def test_recorded_steps_of_integers_change_no_token(tmp_path: Path) -> None:
+    """One checkpoint in int8, whose rows come without their members' runs, as on CUDA."""
+    folders = save_school(tmp_path, "llama", 1)
+    assert answers(folders, lambda step: step, as_int8) == answers(folders, None, as_int8)
 
 
 def test_a_device_that_records_nothing_still_answers(
