@@ -216,7 +216,7 @@ class StackedEngine:
         if device.type == "cuda" and self._spec.dtype in _PACKS and len(cards) > 1:
             raise PoolError(
                 f"engines.{self._spec.name}.dtype: {self._spec.dtype} on CUDA is for one "
-                f"checkpoint and its adapters, not for {len(cards)}; try bfloat16, or an engine each"
+                f"checkpoint and its adapters, not for {len(cards)}; try bfloat16"
             )
         cached = [card for card in (self._base, self._guesser) if card is not None]
         shares = [row_bytes(card.shape, dtype) for card in cached]
