@@ -27,19 +27,21 @@ class EngineTraits:
 
     `fuses`: one request may name several members, by one of `rules`, and with `updates_evidence`
     their weights may follow the answer's tokens. `logprobs`: answers carry log-probabilities, which
-    scorers of cascades read. `formats` says by model how calls and reasoning are written; `tools`
-    that this is another server's affair, and `media` that all but texts is. Answers can be held to
-    the kinds of `structures`. It `refuses` some of the fields of `requests.OPTIONAL`. `encodes`
-    says by model what it tells of texts; such a model writes no answers. `here`: it draws its
-    energy from this machine. `context_tokens` bounds prompt and answer further than the models do.
-    A replica spreads over `num_workers` devices. With `metrics`, it is a `HasMetrics`. `needs` says
-    what is missing for it to run on this machine.
+    scorers of cascades read; where it `reads`, those of a prompt cost next to nothing. `formats`
+    says by model how calls and reasoning are written; `tools` that this is another server's affair,
+    and `media` that all but texts is. Answers can be held to the kinds of `structures`. It
+    `refuses` some of the fields of `requests.OPTIONAL`. `encodes` says by model what it tells of
+    texts; such a model writes no answers. `here`: it draws its energy from this machine.
+    `context_tokens` bounds prompt and answer further than the models do. A replica spreads over
+    `num_workers` devices. With `metrics`, it is a `HasMetrics`. `needs` says what is missing for it
+    to run on this machine.
     """
 
     fuses: bool = True
     rules: tuple[FusionRule, ...] = ("mixture", "product", "gated", "contrastive")
     updates_evidence: bool = True
     logprobs: bool = True
+    reads: bool = True
     tools: bool = False
     media: bool = False
     structures: tuple[StructureKind, ...] = ("json", "regex", "choice", "grammar")

@@ -182,16 +182,16 @@ class Members:
             for name, engine in self._engine_of.items()
             if self._traits[engine].here
             and not self._traits[engine].encodes
-            and "echo" not in self._traits[engine].refuses
+            and self._traits[engine].reads
         )
 
     def check_reads(self, name: str) -> None:
         """Refuse a plan that needs what a member makes of a prompt, of one that does not tell."""
         engine = self._engine_of[name]
-        if "echo" in self._traits[engine].refuses:
+        if not self._traits[engine].reads:
             raise PolicyError(
-                f"the plan has {name!r} read prompts, whose engine {engine!r} tells no "
-                "log-probabilities of them"
+                f"the plan has {name!r} read prompts, whose engine {engine!r} does not tell "
+                "log-probabilities as it reads them"
             )
 
     def check_tools(self, answer: Answer) -> None:

@@ -7,9 +7,11 @@ string starts with, and to one not named either the mean of what is left. The fu
 over the union picks a string, which is appended to the text, and so on. Only strings that are whole
 characters take part, since the next step must read them in every tokenizer.
 
-A given text is scored in the shortest strings that every member reads as whole tokens: each string
-has the weighted mean of the probabilities that its tokens have under the members, which for members
-with one tokenizer is the mixture token by token.
+A given text is scored in the shortest strings that every member reads as whole tokens, each with
+the probabilities that its tokens have under the members: by the rule mixture their weighted mean,
+which for members with one tokenizer is the mixture token by token; by the rule product what it
+would be drawn with, the string being put to the union, with its weighted geometric mean, where no
+member has put it forward.
 
 Slow: each step is a round trip, and engines that keep no prompts read them again. It is for
 combining models that share nothing but text; members with one tokenizer belong into one engine.
@@ -81,7 +83,7 @@ async def unite(
     `clients` and `tokenizers` are the members', in their order, `adapters` by name. Raises
     `RequestError` for options that need one vocabulary, and what engines raise.
     """
-    _check(task, answer)
+    _check(task)
     prompts = [await task.prompt.tokens(tokenizer) for tokenizer in tokenizers]
     run.prompt_tokens = max(map(len, prompts))
     relative = answer.weights or (1.0,) * len(answer.members)
@@ -119,6 +121,7 @@ async def unite(
             tokenizers,
             run.weights,
             num_alternatives=task.sampling.prompt_logprobs,
+            product=answer.rule == "product",
         )
     if scored or not max_tokens:
         end: FinishReason | None = None if max_tokens else "length"
@@ -171,10 +174,7 @@ def fuse_strings(
     product: bool = False,
 ) -> dict[str, float]:
     """Return the fused log-probabilities of the union's strings, normalised over the union."""
-    fused = _union(opinions, tokenizers, weights, product=product)
-    highest = max(fused.values())
-    total = highest + math.log(math.fsum(math.exp(v - highest) for v in fused.values()))
-    return {text: value - total for text, value in fused.items()}
+    return _normalised(_union(opinions, tokenizers, weights, product=product))
 
 
 def score_strings(
@@ -184,8 +184,9 @@ def score_strings(
     weights: Sequence[float],
     *,
     num_alternatives: int,
+    product: bool = False,
 ) -> tuple[Token, ...]:
-    """Return `text` in strings that are whole tokens of every member, each with its mixture.
+    """Return `text` in strings that are whole tokens of every member, each as they are fused.
 
     `readings` are the members' own tokens of the text, which may begin with tokens that no text
     has. The first string has no log-probability where a member has none for it. Raises
@@ -208,14 +209,19 @@ def score_strings(
         strings_M.append(strings)
     found = []
     for start, cut, *parts in zip([0, *cuts], cuts, *strings_M, strict=False):
-        logs = [[token.logprob for token in part] for part in parts]
-        known = [math.fsum(log for log in one if log is not None) for one in logs]
-        logprob = None if any(None in one for one in logs) else _mixed(known, weights)
+        string, logprob = text[start:cut].decode(), None
         others: dict[str, float] = {}
-        if num_alternatives and logprob is not None:
-            opinions = [_opinion(p[0].top, t) for p, t in zip(parts, tokenizers, strict=True)]
-            others = _union(opinions, tokenizers, weights)
-        found.append(_token(text[start:cut].decode(), logprob, others, num_alternatives))
+        logs = [[token.logprob for token in part] for part in parts]
+        if not any(None in one for one in logs):
+            known = [math.fsum(log for log in one if log is not None) for one in logs]
+            logprob = _fused(known, weights, product=product)
+            if num_alternatives or product:
+                opinions = [_opinion(p[0].top, t) for p, t in zip(parts, tokenizers, strict=True)]
+                others = _union(opinions, tokenizers, weights, product=product)
+            if product:
+                others = _normalised({string: logprob, **others})
+                logprob = others[string]
+        found.append(_token(string, logprob, others, num_alternatives))
     return tuple(found)
 
 
@@ -244,16 +250,21 @@ def _union(
             one.of(text, first_string(tokenizer, text))
             for one, tokenizer in zip(opinions, tokenizers, strict=True)
         ]
-        fused[text] = (
-            math.fsum(w * log for w, log in zip(weights, logs, strict=True))
-            if product
-            else _mixed(logs, weights)
-        )
+        fused[text] = _fused(logs, weights, product=product)
     return fused
 
 
-def _mixed(logs: Sequence[float], weights: Sequence[float]) -> float:
-    """Return the logarithm of the weighted mean of the probabilities."""
+def _normalised(fused: Mapping[str, float]) -> dict[str, float]:
+    """Return log-probabilities whose probabilities sum to one."""
+    highest = max(fused.values())
+    total = highest + math.log(math.fsum(math.exp(v - highest) for v in fused.values()))
+    return {text: value - total for text, value in fused.items()}
+
+
+def _fused(logs: Sequence[float], weights: Sequence[float], *, product: bool) -> float:
+    """Return the logarithm of the weighted mean of probabilities, their product's where wanted."""
+    if product:
+        return math.fsum(w * log for w, log in zip(weights, logs, strict=True))
     highest = max(logs)
     mean = math.fsum(w * math.exp(log - highest) for w, log in zip(weights, logs, strict=True))
     return highest + math.log(max(mean, 1e-300))
@@ -294,15 +305,9 @@ def _draw(fused: Mapping[str, float], temperature: float, rng: random.Random) ->
     return rng.choices(ranked, shares)[0]
 
 
-def _check(task: Task, answer: Answer) -> None:
+def _check(task: Task) -> None:
     """Refuse what speaks of token ids, or of a whole vocabulary."""
     sampling, prompt = task.sampling, task.prompt
-    if sampling.prompt_logprobs is not None and answer.rule == "product":
-        raise RequestError(
-            "echo: a product of members with different tokenizers gives no text a likelihood, as "
-            "nobody can sum it over all strings; the rule mixture does",
-            "echo",
-        )
     if prompt.token_ids is not None:
         raise RequestError(
             "prompt: token ids mean something else to each of members with different tokenizers; "

@@ -15,8 +15,10 @@ from pydantic import BaseModel
 from router.anthropic_api.request import CountFields, MessagesFields
 from router.bodies import STRING, has_more_values
 from router.experiments.endpoints import FeedbackBody
+from router.openai_api.batches import BatchFields
 from router.openai_api.chat import ChatFields
 from router.openai_api.completions import CompletionFields
+from router.openai_api.encoding import EmbeddingFields, RerankFields
 from router.openai_api.responses_request import ResponsesFields
 from router.streams import in_json
 from router.token_routes import DetokenizeFields, TokenizeFields
@@ -31,6 +33,11 @@ ENDPOINTS: dict[str, dict[str, Any]] = {
     "/v1/messages/count_tokens": {"model": "alpha", "messages": [TURN]},
     "/tokenize": {"model": "alpha", "messages": [TURN]},
     "/detokenize": {"model": "alpha", "tokens": [65]},
+    "/v1/embeddings": {"model": "alpha", "input": "x"},
+    "/v1/rerank": {"model": "alpha", "query": "x", "documents": ["x"]},
+    "/v2/rerank": {"model": "alpha", "query": "x", "documents": ["x"]},
+    "/rerank": {"model": "alpha", "query": "x", "documents": ["x"]},
+    "/v1/batches": {"input_file_id": "f", "endpoint": CHAT, "completion_window": "24h"},
     "/v1/feedback": {"id": "none", "thumb": "up"},
 }
 SCHEMAS: tuple[type[BaseModel], ...] = (
@@ -42,7 +49,23 @@ SCHEMAS: tuple[type[BaseModel], ...] = (
     TokenizeFields,
     DetokenizeFields,
     FeedbackBody,
+    EmbeddingFields,
+    RerankFields,
+    BatchFields,
 )
+
+
+def test_every_endpoint_is_here(server: Any) -> None:
+    """What takes JSON is tried below, or takes little of it."""
+    paths = server.http.get("/openapi.json").json()["paths"]
+    taking = {
+        path
+        for path, methods in paths.items()
+        if "application/json" in methods.get("post", {}).get("requestBody", {}).get("content", {})
+    }
+    assert taking >= set(ENDPOINTS)
+    for path in taking - {*ENDPOINTS, "/v1/admin/reload"}:  # which reads none
+        assert server.http.post(path, content=b'"' + b"x" * 2**20 + b'"').status_code == 413, path
 
 
 @pytest.mark.parametrize("path", ENDPOINTS)
@@ -192,6 +215,7 @@ def _calls_on_the_loop(server: Any) -> Iterator[list[int]]:
 def test_no_endpoint_parses_large_bodies_on_the_event_loop(server: Any, path: str) -> None:
     """A body of many values takes as many calls there as one of a single text of its length."""
     turns = [{"role": "user", "content": "x" * 40}, {"role": "assistant", "content": "y"}] * 3000
+    numbers = {f"k{number}": number for number in range(30_000)}
     many: dict[str, Any] = {
         CHAT: {"messages": turns},
         TEXT: {"prompt": [65] * 100_000},
@@ -201,7 +225,9 @@ def test_no_endpoint_parses_large_bodies_on_the_event_loop(server: Any, path: st
         "/tokenize": {"messages": turns},
         "/detokenize": {"tokens": [65] * 100_000},
         "/v1/feedback": {"label": [0] * 100_000},
-    }[path]
+        "/v1/embeddings": {"input": [65] * 100_000},
+        "/v1/batches": {"metadata": numbers},
+    }.get(path, {"documents": [{"text": "x"}] * 10_000})
     usual = ENDPOINTS[path]
     body = json.dumps({**usual, **many}).encode()
     text = json.dumps({**usual, next(iter(many)): 0, "other": ""}).encode()

@@ -89,6 +89,25 @@ def test_texts_and_options_pass_through(front: Running) -> None:
     assert done.choices[0].finish_reason == "stop"
 
 
+def test_a_text_is_scored_upstream(front: Running, upstream: Running) -> None:
+    """The other server's likelihoods of a text are told as if its models ran here."""
+    asked: Any = {"prompt": "añb", "echo": True, "logprobs": 2, "max_tokens": 0}
+    here = front.client.completions.create(model="big", **asked)
+    there = upstream.client.completions.create(model="gamma", **asked)
+    assert here.choices[0].text == there.choices[0].text == "añb"
+    assert here.choices[0].logprobs == there.choices[0].logprobs
+    told = here.choices[0].logprobs
+    assert told is not None
+    assert told.token_logprobs is not None
+    assert [told.token_logprobs[0], len(told.token_logprobs)] == [None, len("añb".encode())]
+    more = front.client.completions.create(model="big", **{**asked, "max_tokens": 9})
+    assert more.choices[0].text == "añb" + "añb"
+    assert (
+        more.usage
+        == upstream.client.completions.create(model="gamma", **{**asked, "max_tokens": 9}).usage
+    )
+
+
 def test_hanging_up_ends_the_work_upstream(front: Running, upstream: Running) -> None:
     """When our client leaves, the other server's lanes are free shortly after."""
     stream = front.chat("hello", "endless", stream=True)

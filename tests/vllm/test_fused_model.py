@@ -212,36 +212,51 @@ class TestOneEngine:
         assert fused_world.token_ids(outputs) == expected
 
     def test_refusals(self, llm: Any) -> None:
-        """Bad arguments and log-probabilities of the prompt with weights are refused, and the
-        engine goes on."""
+        """Bad arguments are refused, and the engine goes on."""
         from vllm import SamplingParams
         from vllm.exceptions import VLLMValidationError
 
         for sampling in (
             {"extra_args": {"shoal_weights": [1]}},
             {"extra_args": {"shoal_members": ["m9"]}},
-            {"extra_args": {"shoal_rule": "product"}, "prompt_logprobs": 1},
         ):
             with pytest.raises(VLLMValidationError, match="shoal_"):
                 llm.generate([{"prompt_token_ids": [5]}], SamplingParams(**sampling))
         assert len(generate(llm, [Ask(prompt=[5])])) == 1
 
-    def test_prompt_logprobs_by_default(self, world: World, llm: Any) -> None:
-        """Without weights a prompt's log-probabilities are the uniform mixture's, also beside a
-        request that has weights."""
+    def test_prompt_logprobs_are_the_fused_ones(self, world: World, llm: Any) -> None:
+        """Every request's prompt is scored by its own weights and rule, over several steps and
+        beside others; where weights follow the prompt, each token under what came before it."""
         from vllm import SamplingParams
 
-        prompt, reference = random_prompt(random.Random(6), 70), Reference(world)
+        rng, reference = random.Random(6), Reference(world)
+        asks = [
+            Ask(prompt=random_prompt(rng, 70)),
+            Ask(prompt=random_prompt(rng, 90), weights=[5.0, 1.0, 0.0]),
+            Ask(prompt=[9, 8, 7], weights=[1.0, 0.0, 0.0]),
+            Ask(prompt=random_prompt(rng, 20), weights=[1.0, 2.0, 3.0], rule="product"),
+            Ask(prompt=random_prompt(rng, 1), weights=[0.0, 1.0, 0.0]),
+        ]
+        evidence = {"shoal_evidence": "sum", "shoal_evidence_temperature": 4.0}
+        told = [(ask, ask.extra_args) for ask in asks]
+        told += [(ask, {**(ask.extra_args or {}), **evidence}) for ask in asks]
+        told.append((Ask(prompt=random_prompt(rng, 12), weights=[0.0, 0.0, 1.0]), None))
         outputs = llm.generate(
-            [{"prompt_token_ids": [9, 8, 7]}, {"prompt_token_ids": prompt}],
-            [
-                SamplingParams(max_tokens=9, extra_args={"shoal_members": ["m1"]}),
-                SamplingParams(max_tokens=2, prompt_logprobs=0),
-            ],
+            [{"prompt_token_ids": ask.prompt} for ask, _ in told],
+            [SamplingParams(max_tokens=3, prompt_logprobs=2, extra_args=args) for _, args in told],
             use_tqdm=False,
         )
-        logp_MTV = reference.logp_MTV(prompt)
-        for place in range(1, len(prompt)):
-            fused_V = reference.fuse(logp_MTV[:, place - 1], [1.0] * 3, "mixture")
-            got = outputs[1].prompt_logprobs[place][prompt[place]].logprob
-            assert got == pytest.approx(float(fused_V[prompt[place]]), abs=2e-3)
+        for (ask, args), output in zip(told, outputs, strict=True):
+            logp_MTV = reference.logp_MTV(ask.prompt)
+            prior_M = torch.tensor((args or {}).get("shoal_weights", [1.0] * 3)).double()
+            heard_M = torch.zeros(3, dtype=torch.float64)
+            for place in range(1, len(ask.prompt)):
+                weights_M = (
+                    (prior_M.log() + heard_M / 4).softmax(0)
+                    if "shoal_evidence" in (args or {})
+                    else prior_M
+                )
+                fused_V = reference.fuse(logp_MTV[:, place - 1], weights_M.tolist(), ask.rule)
+                for token, got in output.prompt_logprobs[place].items():
+                    assert got.logprob == pytest.approx(float(fused_V[token]), abs=5e-3)
+                heard_M += logp_MTV[:, place - 1, ask.prompt[place]]

@@ -4,8 +4,10 @@
     llama.cpp's slots → `translate` reads each token → the event loop
 
 llama.cpp batches what runs, keeps prompts that it has read and constrains answers to grammars; what
-the answers say, stop strings, the queue and fairness are ours. A file of an encoder, which says how
-its token vectors become one, tells vectors or scores instead (`encoder`).
+the answers say, stop strings, the queue and fairness are ours. Of a prompt it tells no likelihoods:
+where they are asked for, the prompt's tokens are forced on it as if it wrote them (`scoring`). A
+file of an encoder, which says how its token vectors become one, tells vectors or scores instead
+(`encoder`).
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ _POOLINGS: dict[int, Pooling] = {1: "mean", 2: "cls", 3: "last", 4: "rank"}  # l
 
 _INSTALL = "it needs xllamacpp, which is not installed here: pip install 'shoal[llamacpp]'"
 
-REFUSES = frozenset({"min_tokens", "echo"})
+REFUSES = frozenset({"min_tokens"})
 
 _LEAST_CONTEXT_TOKENS = 2048
 
@@ -104,6 +106,7 @@ def _inspect(spec: EngineSpec, options: LlamacppOptions, models: Sequence[Model]
     return EngineTraits(
         fuses=False,
         updates_evidence=False,
+        reads=False,
         refuses=REFUSES,
         formats=formats_of(models),
         context_tokens=context_tokens,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 from llguidance import LLTokenizer
 
@@ -13,11 +16,12 @@ from models.answer_format import AnswerFormat
 from models.card import ModelCard
 from models.engines.answer_grammar import answer_grammar, compile_answer
 from models.engines.answer_reader import AnswerReader
-from models.engines.base import Chunk, EngineStats, GenerationRequest
+from models.engines.base import Chunk, EngineStats, GenerationRequest, Token
 from models.engines.kind import EngineTraits
 from models.engines.llamacpp import LlamacppOptions, slots
 from models.engines.llamacpp.admission import Admission
-from models.engines.llamacpp.binding import Call, Server, setting_of
+from models.engines.llamacpp.binding import Call, Event, Server, setting_of
+from models.engines.llamacpp.scoring import score
 from models.engines.llamacpp.translate import MessageReader, write_body
 from models.engines.requests import check_request
 from models.engines.text import Vocabulary
@@ -99,16 +103,12 @@ class LlamacppEngine:
             grammar=grammar,
             marks=self._form.marks,
         )
-        ticket = await running.admission.enter(request.client_id, offline=request.offline)
-        call = Call(running.server, running.threads, body)
-        call.done.add_done_callback(lambda _: running.admission.leave(ticket))
-        running.calls.add(call)
-        try:
-            async for chunk in self._read(call, MessageReader(request, running.vocabulary)):
-                yield reader.read(chunk)
-        finally:
-            call.cancel()
-            running.calls.discard(call)
+        prompt = await self._score(request, running)
+        async with aclosing(self._ask(request, running, body)) as events:
+            async for chunk in self._read(events, MessageReader(request, running.vocabulary)):
+                told = reader.read(chunk)
+                yield replace(told, prompt=prompt) if prompt else told
+                prompt = ()
 
     def stats(self) -> EngineStats:
         """Return a snapshot; cheap. Of the cache it tells whose slots are taken."""
@@ -147,9 +147,39 @@ class LlamacppEngine:
         await asyncio.to_thread(running.threads.shutdown)
         await asyncio.to_thread(running.server.close)
 
-    async def _read(self, call: Call, reader: MessageReader) -> AsyncIterator[Chunk]:
+    async def _ask(
+        self, request: GenerationRequest, running: _Running, body: Mapping[str, Any]
+    ) -> AsyncGenerator[Event, None]:
+        """Yield llama.cpp's messages, once it is the turn of the request's client."""
+        ticket = await running.admission.enter(request.client_id, offline=request.offline)
+        call = Call(running.server, running.threads, body)
+        call.done.add_done_callback(lambda _: running.admission.leave(ticket))
+        running.calls.add(call)
         try:
             async for event in call.events():
+                yield event
+        finally:
+            call.cancel()
+            running.calls.discard(call)
+
+    async def _score(self, request: GenerationRequest, running: _Running) -> tuple[Token, ...]:
+        """Return the prompt's tokens with their likelihoods, where these are asked for."""
+        num_top = request.sampling.prompt_logprobs
+        if num_top is None:
+            return ()
+        return await score(
+            request.prompt_tokens,
+            partial(self._ask, request, running),
+            running.vocabulary,
+            vocab_size=self._card.shape.vocab_size,
+            num_top=num_top,
+        )
+
+    async def _read(
+        self, events: AsyncIterator[Event], reader: MessageReader
+    ) -> AsyncIterator[Chunk]:
+        try:
+            async for event in events:
                 chunk = reader.read(event)
                 if chunk is not None:
                     self._num_tokens += len(chunk.tokens)

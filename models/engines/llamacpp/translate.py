@@ -88,8 +88,7 @@ class MessageReader:
 
     def read(self, event: Event) -> Chunk | None:
         """Return what a message adds, None if nothing; raises what it reports."""
-        if "error" in event:
-            raise _failure(event["error"])
+        raise_failure(event)
         usage = event.get("usage")
         tokens: tuple[Token, ...] = ()
         text = wrote = ""
@@ -99,7 +98,7 @@ class MessageReader:
                 self._reason = _FINISH_REASONS.get(reason, "stop")
             logprobs = choice.get("logprobs") or {}
             entries = logprobs.get("content") or ()
-            tokens += tuple(self._token(entry) for entry in entries)
+            tokens += tuple(told_token(entry, self._vocabulary, self._num_top) for entry in entries)
             ids = [entry["id"] for entry in entries if entry["id"] in self._stop_tokens]
             self._ended = next(iter(ids), self._ended)
             wrote += choice.get("text") or ""
@@ -131,29 +130,38 @@ class MessageReader:
             stop=self._ended if self._text.stop is None else self._text.stop,
         )
 
-    def _token(self, entry: Mapping[str, Any]) -> Token:
-        raw = self._vocabulary.raw(entry["id"])
-        return Token(
-            token_id=entry["id"],
-            text=raw.decode(errors="replace"),
-            raw=raw,
-            logprob=entry["logprob"],
-            top=tuple(self._top(other) for other in entry["top_logprobs"][: self._num_top]),
-        )
 
-    def _top(self, entry: Mapping[str, Any]) -> TopLogprob:
-        raw = self._vocabulary.raw(entry["id"])
-        return TopLogprob(
-            token_id=entry["id"],
-            text=raw.decode(errors="replace"),
-            raw=raw,
-            logprob=entry["logprob"],
-        )
+def told_token(entry: Mapping[str, Any], vocabulary: Vocabulary, num_top: int) -> Token:
+    """Return a token as a message tells it, with at most `num_top` alternatives."""
+    raw = vocabulary.raw(entry["id"])
+    return Token(
+        token_id=entry["id"],
+        text=raw.decode(errors="replace"),
+        raw=raw,
+        logprob=entry["logprob"],
+        top=tuple(_top(other, vocabulary) for other in entry["top_logprobs"][:num_top]),
+    )
+
+
+def _top(entry: Mapping[str, Any], vocabulary: Vocabulary) -> TopLogprob:
+    raw = vocabulary.raw(entry["id"])
+    return TopLogprob(
+        token_id=entry["id"],
+        text=raw.decode(errors="replace"),
+        raw=raw,
+        logprob=entry["logprob"],
+    )
 
 
 def _only_text(text: str) -> Token:
     """Return a token of which no more is known."""
     return Token(token_id=0, text=text, raw=text.encode(), logprob=None)
+
+
+def raise_failure(event: Event) -> None:
+    """Raise what a message reports, if it is an error."""
+    if "error" in event:
+        raise _failure(event["error"])
 
 
 def _failure(error: Mapping[str, Any]) -> EngineError | RequestError:

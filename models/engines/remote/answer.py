@@ -15,12 +15,13 @@ from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from models.engines.base import Chunk, FinishReason, Token, TopLogprob
+from models.engines.base import Chunk, FinishReason, GenerationRequest, Token, TopLogprob
 from models.engines.remote.failures import AttemptFailed, broke_off, from_event
-from models.errors import EngineFailed
+from models.errors import EngineFailed, RequestError
 from models.tools import ToolCall
 
 DONE = "[DONE]"
+_BYTES = re.compile(r"bytes:(\\x[0-9a-fA-F]{2})+")  # as OpenAI writes them
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _MOST_CHARACTERS = 16 * 2**20  # of one line; whoever sends more sends no answer
 # No context is longer; a greater count is a server's mistake, which nobody shall pay for.
@@ -214,9 +215,18 @@ class EventReader:
     usage, the last chunk says so.
     """
 
-    def __init__(self, *, server: str, logprobs: bool, functions: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        *,
+        server: str,
+        logprobs: bool,
+        functions: Collection[str] = (),
+        echoed: GenerationRequest | None = None,
+    ) -> None:
+        """The answer comes after the tokens of the prompt of `echoed`, where one is given."""
         self._server = server
         self._logprobs = logprobs
+        self._echoed = echoed
         self._reason: FinishReason | None = None
         self._stop: str | int | None = None
         self._done = self._counted = False
@@ -245,6 +255,8 @@ class EventReader:
             # Groq tells the usage beside the event, Moonshot in the choice.
             for place in (event, event.get("x_groq"), *choices):
                 self._read_usage(place.get("usage") if isinstance(place, Mapping) else None)
+            if choices and self._echoed is not None:
+                return self._echo(choices[0], self._echoed)
             return self._chunk(choices[0]) if choices else None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise broke_off(
@@ -309,6 +321,23 @@ class EventReader:
         return Chunk(
             text=text, tokens=tokens, reasoning=reasoning, refusal=refusal, tool_calls=calls
         )
+
+    def _echo(self, choice: Mapping[str, Any], request: GenerationRequest) -> Chunk:
+        """Return what a whole choice tells of the prompt and of what follows it."""
+        self._read_reason(choice.get("finish_reason"))
+        told, num_prompt = choice.get("logprobs") or {}, self._usage.get("prompt_tokens", 0)
+        tokens = self._tokens(told, "") if told.get("tokens") else ()
+        # Of an answer's first token a log-probability is told, of a prompt's none.
+        if not 0 < num_prompt <= len(tokens) or tokens[0].logprob is not None:
+            raise AttemptFailed(
+                RequestError(f"echo: {self._server} tells no log-probabilities of prompts", "echo"),
+                retry=False,
+                broken=False,
+            )
+        prompt = tokens[:num_prompt]
+        echoed = request.text or b"".join(one.raw for one in prompt).decode(errors="replace")
+        text = _text(choice.get("text")).removeprefix(echoed)
+        return Chunk(text=text, tokens=tokens[num_prompt:], prompt=prompt)
 
     def _read_reason(self, told: object) -> None:
         if not told:
@@ -391,15 +420,23 @@ def _raw(item: Mapping[str, Any]) -> bytes:
     return str(item["token"]).encode(errors="replace") if listed is None else bytes(listed)
 
 
-def _text_token(text: str, logprob: float | None, top: Mapping[str, float]) -> Token:
+def _text_token(label: str, logprob: float | None, top: Mapping[str, float]) -> Token:
+    raw = _raw_of(label)
     ranked = sorted(top.items(), key=lambda entry: -entry[1])
     return Token(
         token_id=0,
-        text=text,
-        raw=text.encode(errors="replace"),
+        text=raw.decode(errors="replace"),
+        raw=raw,
         logprob=logprob,
         top=tuple(
-            TopLogprob(token_id=0, text=other, raw=other.encode(errors="replace"), logprob=value)
+            TopLogprob(token_id=0, text=other, raw=_raw_of(other), logprob=value)
             for other, value in ranked
         ),
     )
+
+
+def _raw_of(label: str) -> bytes:
+    """Return what a token's label stands for: text, or the bytes of a part of a character."""
+    if _BYTES.fullmatch(label):
+        return bytes.fromhex(label.removeprefix("bytes:").replace("\\x", ""))
+    return label.encode(errors="replace")

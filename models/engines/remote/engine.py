@@ -24,7 +24,6 @@ from models.engines.requests import check_request
 from models.errors import EngineFailed, EngineOverloaded
 from models.spec import EngineSpec, Model
 
-REFUSES = frozenset({"echo"})
 _MAX_ERROR_BYTES = 64 * 1024
 _DRAIN_S = 0.5
 
@@ -219,7 +218,12 @@ class RemoteEngine:
         if request.encoding is not None:
             return RowReader(server=self._server, encoding=request.encoding)
         offered = [tool.get("function", {}).get("name") for tool in body.get("tools", ())]
-        return EventReader(server=self._server, logprobs=self._options.logprobs, functions=offered)
+        return EventReader(
+            server=self._server,
+            logprobs=self._options.logprobs,
+            functions=offered,
+            echoed=request if body.get("echo") else None,
+        )
 
     def _wait_s(self, failure: AttemptFailed, attempt: int) -> float:
         if failure.retry_after_s is not None:
@@ -321,11 +325,12 @@ def _inspect(_spec: EngineSpec, options: RemoteOptions, models: Sequence[Model])
     return EngineTraits(
         fuses=False,
         logprobs=options.logprobs,
+        reads=False,
         tools=True,
         formats=formats_of(models),
         media=True,
         here=False,
-        refuses=REFUSES,
+        refuses=frozenset() if options.logprobs else frozenset({"echo"}),
         encodes={
             model.name: model.spec.remote.encodes
             for model in models

@@ -125,9 +125,14 @@ def write_body(
         return "/chat/completions", body
     body["prompt"] = list(request.prompt_tokens) if request.text is None else request.text
     if options.logprobs:
-        body["logprobs"] = min(sampling.top_logprobs or 0, options.completion_logprobs)
+        num_top = max(sampling.top_logprobs or 0, sampling.prompt_logprobs or 0)
+        body["logprobs"] = min(num_top, options.completion_logprobs)
     # This endpoint has never known another name for it.
     body["max_tokens"] = body.pop(options.max_tokens_field)
+    if sampling.prompt_logprobs is not None:
+        # Whole, so that it is told how many of the tokens are the prompt's.
+        body |= {"echo": True, "stream": False}
+        del body["stream_options"]
     return "/completions", body
 
 

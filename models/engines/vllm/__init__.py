@@ -94,8 +94,6 @@ def _inspect(spec: EngineSpec, options: VllmOptions, models: Sequence[Model]) ->
         fuses=fuses,
         rules=("mixture", "product"),
         updates_evidence=False,
-        # The fused model weighs the rows of requests that draw, not those of prompts.
-        refuses=frozenset({"echo"} if fuses else ()),
         formats=formats_of(models),
         context_tokens=options.engine_args.get("max_model_len"),
         num_workers=options.num_workers,

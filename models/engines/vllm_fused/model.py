@@ -211,14 +211,32 @@ class ShoalFusedForCausalLM(nn.Module):
     ) -> Tensor:
         """Return hidden states [T, M·D]; `inputs_embeds` and pipelines are not supported."""
         hidden: Tensor = self.model(input_ids, positions)
-        if self._table.is_collecting:
-            self._hear_evidence(hidden, positions)
+        if self._table.is_reading:
+            self._read_prompts(hidden, positions)
         return hidden
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """Return the fused log-probabilities of each row, [R, V], float32."""
         fusion = self._table.take(len(hidden_states))
-        return self._fuse(self._logits(hidden_states), fusion)
+        logits_MRV = self._logits(hidden_states)
+        return self._fuse(logits_MRV, fusion or self._prompt_fusion(hidden_states, logits_MRV))
+
+    def _prompt_fusion(self, hidden: Tensor, logits_MTV: Tensor) -> Fusion:
+        """Return how to fuse rows of one prompt that is scored.
+
+        vLLM does not say whose they are, but they are a view into what `forward` returned.
+        """
+        if not self._table.scored:
+            return self._table.uniform(len(hidden))
+        row_bytes = hidden.stride(0) * hidden.element_size()
+        first, within = divmod(hidden.data_ptr() - self._hidden_start, row_bytes)
+        assert not within and 0 <= first < self._num_hidden, "a view into what forward returned"
+        if first not in self._table.scored:
+            return self._table.uniform(len(hidden))
+        row, position = self._table.scored[first]
+        tokens = row.following(position, len(hidden))
+        said_TM = self._said(logits_MTV, tokens).T.tolist()
+        return self._table.fusion_of(row, said_TM)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Return each member's next-token logits, [M, R, V], float32."""
@@ -239,41 +257,50 @@ class ShoalFusedForCausalLM(nn.Module):
         total_RV = terms_MRV.sum(0)
         return tensor_model_parallel_all_reduce(total_RV) if self._num_ranks > 1 else total_RV
 
-    def _hear_evidence(self, hidden: Tensor, positions: Tensor) -> None:
-        """Score the prompts' tokens of this step where requests weigh members by them."""
+    def _read_prompts(self, hidden: Tensor, positions: Tensor) -> None:
+        """Hear the prompts' tokens of this step where requests weigh members by them, and note
+        where those are that are scored.
+        """
+        self._hidden_start, self._num_hidden = hidden.data_ptr(), len(hidden)
         attention = get_forward_context().attn_metadata
         if not isinstance(attention, dict):  # a warm-up run
             return
         row_starts = getattr(next(iter(attention.values())), "query_start_loc", None)
         if row_starts is None:
             logger.warning_once(
-                "shoal_evidence is not heard: the attention backend does not say where rows start; "
-                "choose another with --attention-backend"
+                "shoal_evidence is not heard, and prompts are scored by the uniform mixture: the "
+                "attention backend does not say where rows start; choose another with "
+                "--attention-backend"
             )
             return
         starts = row_starts.tolist()
-        for place, row in self._table.collecting():
+        for place, row in self._table.reading():
             start, end = starts[place], starts[place + 1]
             # Asked, not counted: steps inside a CUDA graph are not seen here.
             position = int(positions[start])
             tokens = row.following(position, end - start)
-            if tokens:
-                scores_M = [
-                    self._log_likelihood(
-                        hidden[start + first :], tokens[first : first + _EVIDENCE_ROWS]
-                    )
-                    for first in range(0, len(tokens), _EVIDENCE_ROWS)
-                ]
-                row.hear(torch.stack(scores_M).sum(0).tolist(), position, len(tokens))
+            if row.scored:
+                self._table.scored[start] = row, position
+            if tokens and row.evidence:
+                row.hear(self._likelihoods(hidden[start:], tokens), len(tokens))
+            row.read_to(position + len(tokens))
 
-    def _log_likelihood(self, hidden: Tensor, tokens: Sequence[int]) -> Tensor:
-        """Return Σ log p of `tokens`, each predicted by its row of `hidden`, for all members."""
-        logp_MTV = self._logits(hidden[: len(tokens)]).log_softmax(-1)
-        index_MT1 = torch.tensor(tokens, device=hidden.device)[None, :, None].expand(
-            len(logp_MTV), -1, 1
+    def _likelihoods(self, hidden: Tensor, tokens: Sequence[int]) -> list[float]:
+        """Return Σ log p of `tokens` for all members, each predicted by its row of `hidden`."""
+        sums_M = []
+        for first in range(0, len(tokens), _EVIDENCE_ROWS):
+            some = tokens[first : first + _EVIDENCE_ROWS]
+            logits_MTV = self._logits(hidden[first : first + len(some)])
+            sums_M.append(self._said(logits_MTV, some).sum(1))
+        return torch.stack(sums_M).sum(0).tolist()
+
+    def _said(self, logits_MTV: Tensor, tokens: Sequence[int]) -> Tensor:
+        """Return what all members say of `tokens`, each predicted by its row, [M, T]."""
+        index_MT1 = torch.tensor(tokens, device=logits_MTV.device)[None, :, None].expand(
+            len(logits_MTV), -1, 1
         )
-        local_M = logp_MTV.gather(-1, index_MT1).sum((1, 2))
-        return tensor_model_parallel_all_gather(local_M) if self._num_ranks > 1 else local_M
+        local_MT = logits_MTV.log_softmax(-1).gather(-1, index_MT1).squeeze(-1)
+        return tensor_model_parallel_all_gather(local_MT, 0) if self._num_ranks > 1 else local_MT
 
 
 def _normed(norm: RMSNorm, x: Tensor) -> Tensor:

@@ -40,13 +40,17 @@ class Fusion:
 
 
 class Row:
-    """One request of the batch that asked for something of its own."""
+    """One request of the batch that asked for something of its own; its prompt's tokens may be
+    `scored`, each under what came before it.
+    """
 
-    def __init__(self, asked: FusionRequest, prompt: Sequence[int]) -> None:
+    def __init__(self, asked: FusionRequest, prompt: Sequence[int], *, scored: bool) -> None:
         self.product = asked.product
-        self._weights = LaneWeights(asked.weights, asked.evidence)
+        self.scored = scored
+        self.evidence = asked.evidence is not None
+        self._weights = self._scoring = LaneWeights(asked.weights, asked.evidence)
         self._prompt = prompt
-        self._num_heard = 0 if asked.evidence else len(prompt)
+        self._num_read = 0 if self.evidence or scored else len(prompt)
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -54,18 +58,31 @@ class Row:
         return self._weights.values
 
     @property
-    def is_collecting(self) -> bool:
-        """Whether tokens of its prompt still have to be heard as evidence."""
-        return self._num_heard < len(self._prompt) - 1
+    def is_reading(self) -> bool:
+        """Whether tokens of its prompt still have to be heard as evidence, or scored."""
+        return self._num_read < len(self._prompt) - 1
 
     def following(self, position: int, num_tokens: int) -> Sequence[int]:
         """Return the prompt's tokens after each of `num_tokens` from `position` on."""
         return self._prompt[position + 1 : position + 1 + num_tokens]
 
-    def hear(self, log_likelihood_M: Sequence[float], position: int, num_tokens: int) -> None:
-        """Take in what each member says of the `num_tokens` tokens after `position`."""
-        self._num_heard = position + num_tokens
+    def hear(self, log_likelihood_M: Sequence[float], num_tokens: int) -> None:
+        """Take in what each member says of the prompt's next `num_tokens` tokens."""
         self._weights = self._weights.heard(log_likelihood_M, num_tokens)
+
+    def read_to(self, position: int) -> None:
+        """Note that the tokens up to `position` have been seen."""
+        self._num_read = position
+
+    def scoring(self, said_TM: Sequence[Sequence[float]]) -> list[tuple[float, ...]]:
+        """Return the weights under which each of the prompt's next tokens counts, [T, M]: what the
+        members said of those before it has set them.
+        """
+        found = []
+        for said_M in said_TM:
+            found.append(self._scoring.values)
+            self._scoring = self._scoring.heard(said_M, 1)
+        return found
 
 
 class FusionTable:
@@ -81,6 +98,9 @@ class FusionTable:
         self._rows: dict[int, Row] = {}
         self._fusion: Fusion | None = None
         self._step_pending = False
+        self.scored: dict[int, tuple[Row, int]] = {}
+        """Of this step's prompts that are scored, by the step's token at which each begins: whose
+        it is, and its place in that prompt."""
 
     @staticmethod
     def of(config: VllmConfig, members: Sequence[str], device: torch.device) -> FusionTable:
@@ -95,37 +115,53 @@ class FusionTable:
         if process_dict_updates(self._rows, update, self._admit) or update:
             self._fusion = None
         self._step_pending = True
+        self.scored.clear()
 
-    def take(self, num_rows: int) -> Fusion:
-        """Return how to fuse `num_rows` rows.
+    def take(self, num_rows: int) -> Fusion | None:
+        """Return how to fuse the `num_rows` rows of the batch; None for others.
 
         vLLM asks once per step for the rows of the batch. Whatever else it asks for (warm-up, the
-        log-probabilities of a prompt) is not of the batch and gets the default.
+        log-probabilities of a prompt) is not of the batch.
         """
         of_batch, self._step_pending = self._step_pending, False
-        if not of_batch or not self._rows:
-            return Fusion(weights_RM=self._uniform_1M.expand(num_rows, -1), product_R1=None)
+        if not of_batch:
+            return None
+        if not self._rows:
+            return self.uniform(num_rows)
         if self._fusion is None:
             self._fusion = self._as_tensors(num_rows)
         return self._fusion
 
-    def collecting(self) -> Iterator[tuple[int, Row]]:
-        """Yield the batch's places of rows that wait for evidence; they will hear some now."""
+    def uniform(self, num_rows: int) -> Fusion:
+        """Return how to fuse rows of which nobody said anything."""
+        return Fusion(weights_RM=self._uniform_1M.expand(num_rows, -1), product_R1=None)
+
+    def fusion_of(self, row: Row, said_TM: Sequence[Sequence[float]]) -> Fusion:
+        """Return how to fuse what predicts the next tokens of the prompt of `row`, of which the
+        members say `said_TM`.
+        """
+        weights_TM = torch.tensor(row.scoring(said_TM), device=self._device)
+        product_T1 = torch.ones_like(weights_TM[:, :1], dtype=torch.bool) if row.product else None
+        return Fusion(weights_RM=weights_TM, product_R1=product_T1)
+
+    def reading(self) -> Iterator[tuple[int, Row]]:
+        """Yield the batch's places of rows whose prompts are heard or scored in this step."""
         self._fusion = None
         for place, row in self._rows.items():
-            if row.is_collecting:
+            if row.is_reading:
                 yield place, row
 
     @property
-    def is_collecting(self) -> bool:
-        """Whether any row still waits for evidence."""
-        return any(row.is_collecting for row in self._rows.values())
+    def is_reading(self) -> bool:
+        """Whether any row's prompt is still to be heard or scored."""
+        return any(row.is_reading for row in self._rows.values())
 
     def _admit(
         self, params: SamplingParams, prompt: list[int] | None, _answer: list[int]
     ) -> Row | None:
         asked = read_request(params.extra_args, self._members)
-        return None if asked is None else Row(asked, prompt or [])
+        scored = params.prompt_logprobs is not None
+        return None if asked is None else Row(asked, prompt or [], scored=scored)
 
     def _as_tensors(self, num_rows: int) -> Fusion:
         uniform = (1 / len(self._members),) * len(self._members)
@@ -154,11 +190,6 @@ class FusionProcessor(LogitsProcessor, metaclass=_BoundType):  # type: ignore[mi
         asked = read_request(sampling_params.extra_args, cls.members)
         if asked is None:
             return
-        if sampling_params.prompt_logprobs is not None:
-            raise ValueError(
-                "prompt_logprobs (echo with logprobs) are those of the uniform mixture and cannot "
-                "be combined with shoal_* arguments"
-            )
         if asked.evidence is not None:
             # What is read from the prefix cache is not computed, and then not heard.
             sampling_params.skip_reading_prefix_cache = True

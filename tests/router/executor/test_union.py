@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
@@ -119,39 +119,55 @@ def run(
     return loop.run_until_complete(read()), trace
 
 
-def reference(folders: list[Path], weights: list[float], *, product: bool) -> tuple[str, float]:
-    """UniTE with transformers and the tokenizers library: the text, and its log-likelihood."""
-    members = [
+def members_of(folders: list[Path]) -> list[tuple[Any, Tokenizer]]:
+    """The members as transformers and the tokenizers library read them."""
+    return [
         (load_reference(folder), Tokenizer.from_file(str(folder / "tokenizer.json")))
         for folder in folders
     ]
-    text, likelihood = "", 0.0
+
+
+def union_of(
+    members: list[tuple[Any, Tokenizer]],
+    reads: list[list[int]],
+    weights: list[float],
+    *,
+    product: bool,
+) -> dict[str, float]:
+    """What UniTE makes of the next string after what each member `reads`, not normalised."""
+    distributions = []
+    for (model, tokenizer), ids in zip(members, reads, strict=True):
+        with torch.inference_mode():
+            logp = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        top = logp.topk(20)
+        named: dict[str, float] = {}
+        for token, value in zip(top.indices.tolist(), top.values.tolist(), strict=True):
+            string = tokenizer.decode([token])
+            if "\ufffd" not in string:
+                named.setdefault(string, value)
+        left = 1 - float(top.values.exp().sum())
+        distributions.append((named, math.log(left / (tokenizer.get_vocab_size() - 20))))
+    union = {string for named, _ in distributions for string in list(named)[:10]}
+    scores = {}
+    for string in union:
+        logs = []
+        for (named, rest), (_, tokenizer) in zip(distributions, members, strict=True):
+            first = tokenizer.decode(tokenizer.encode(string).ids[:1])
+            logs.append(named.get(string, named.get(first, rest)))
+        if product:
+            scores[string] = sum(w * log for w, log in zip(weights, logs, strict=True))
+        else:
+            mixed = sum(w * math.exp(log) for w, log in zip(weights, logs, strict=True))
+            scores[string] = math.log(mixed)
+    return scores
+
+
+def reference(folders: list[Path], weights: list[float], *, product: bool) -> tuple[str, float]:
+    """UniTE with transformers and the tokenizers library: the text, and its log-likelihood."""
+    members, text, likelihood = members_of(folders), "", 0.0
     for _ in range(STEPS):
-        distributions = []
-        for model, tokenizer in members:
-            ids = tokenizer.encode(PROMPT).ids + tokenizer.encode(text).ids
-            with torch.inference_mode():
-                logp = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-            top = logp.topk(20)
-            named: dict[str, float] = {}
-            for token, value in zip(top.indices.tolist(), top.values.tolist(), strict=True):
-                string = tokenizer.decode([token])
-                if "\ufffd" not in string:
-                    named.setdefault(string, value)
-            left = 1 - float(top.values.exp().sum())
-            distributions.append((named, math.log(left / (tokenizer.get_vocab_size() - 20))))
-        union = {string for named, _ in distributions for string in list(named)[:10]}
-        scores = {}
-        for string in union:
-            logs = []
-            for (named, rest), (_, tokenizer) in zip(distributions, members, strict=True):
-                first = tokenizer.decode(tokenizer.encode(string).ids[:1])
-                logs.append(named.get(string, named.get(first, rest)))
-            if product:
-                scores[string] = sum(w * log for w, log in zip(weights, logs, strict=True))
-            else:
-                mixed = sum(w * math.exp(log) for w, log in zip(weights, logs, strict=True))
-                scores[string] = math.log(mixed)
+        reads = [t.encode(PROMPT).ids + t.encode(text).ids for _, t in members]
+        scores = union_of(members, reads, weights, product=product)
         total = math.log(sum(math.exp(score) for score in scores.values()))
         best = max(scores, key=lambda string: scores[string])
         text += best
@@ -205,8 +221,11 @@ def test_a_stop_string_ends_the_answer(executor: Any) -> None:
     assert chunks[-1].finish_reason == "stop"
 
 
-def scored_by_parts(folders: list[Path], weights: list[float]) -> list[tuple[str, float | None]]:
-    """The prompt in the strings that both tokenizers have whole, by transformers' likelihoods."""
+def scored_by_parts(
+    folders: list[Path], fuse: Callable[[list[float]], float]
+) -> list[tuple[str, float | None]]:
+    """The prompt in the strings that both tokenizers have whole, with what `fuse` makes of the
+    likelihoods that transformers says the two members have of each."""
     ends, sums = [], []
     for folder in folders:
         encoded = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(PROMPT)
@@ -220,11 +239,7 @@ def scored_by_parts(folders: list[Path], weights: list[float]) -> list[tuple[str
     cuts = sorted(set(ends[0]) & set(ends[1]))
     parts: list[tuple[str, float | None]] = [(PROMPT[: cuts[0]], None)]
     for start, end in pairwise(cuts):
-        mixed = sum(
-            weight * math.exp(by_end[end] - by_end[start])
-            for weight, by_end in zip(weights, sums, strict=True)
-        )
-        parts.append((PROMPT[start:end], math.log(mixed)))
+        parts.append((PROMPT[start:end], fuse([by_end[end] - by_end[start] for by_end in sums])))
     return parts
 
 
@@ -232,7 +247,9 @@ def test_a_text_has_a_likelihood(executor: Any, folders: list[Path]) -> None:
     """Strings that both read whole have their mean probability; an answer follows as usual."""
     answer = {"members": ["m", "n"], "weights": [1, 2]}
     [chunk], _ = run(executor, answer, max_tokens=0, prompt_logprobs=2)
-    expected = scored_by_parts(folders, [1 / 3, 2 / 3])
+    expected = scored_by_parts(
+        folders, lambda logs: math.log(math.exp(logs[0]) / 3 + math.exp(logs[1]) * 2 / 3)
+    )
     assert [token.text for token in chunk.prompt] == [text for text, _ in expected]
     first, *rest = [token.logprob for token in chunk.prompt]
     assert first is None
@@ -244,11 +261,43 @@ def test_a_text_has_a_likelihood(executor: Any, folders: list[Path]) -> None:
     assert "".join(one.text for one in chunks) == "".join(one.text for one in alone)
 
 
-def test_a_product_has_none(executor: Any) -> None:
-    """Nobody can sum a product over all strings, so it is refused by name."""
-    answer = {"members": ["m", "n"], "rule": "product"}
-    with pytest.raises(RequestError, match="gives no text a likelihood"):
-        run(executor, answer, prompt_logprobs=0)
+def test_a_product_has_a_likelihood(executor: Any, folders: list[Path]) -> None:
+    """Strings that both read whole have their share of the union, to which they are put."""
+    weights = [1 / 3, 2 / 3]
+    answer = {"members": ["m", "n"], "weights": [1, 2], "rule": "product"}
+    [chunk], _ = run(executor, answer, max_tokens=0, prompt_logprobs=0)
+    parts = scored_by_parts(
+        folders, lambda logs: sum(w * log for w, log in zip(weights, logs, strict=True))
+    )
+    assert [token.text for token in chunk.prompt] == [text for text, _ in parts]
+    members, start, expected = members_of(folders), 0, []
+    for text, logprob in parts:
+        if logprob is not None:
+            # Where both end a token, what comes before is read as it is in the whole.
+            reads = []
+            for _, tokenizer in members:
+                read = tokenizer.encode(PROMPT)
+                reads.append(
+                    [i for i, (_, e) in zip(read.ids, read.offsets, strict=True) if e <= start]
+                )
+            union = {text: logprob, **union_of(members, reads, weights, product=True)}
+            expected.append(union[text] - math.log(sum(map(math.exp, union.values()))))
+        start += len(text)
+    assert [token.logprob for token in chunk.prompt[1:]] == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_text_is_as_likely_as_it_was_when_it_was_written(executor: Any) -> None:
+    """A product scores a string that it drew as it drew it, if all members read it whole."""
+    answer, num_whole = {"members": ["m", "n"], "rule": "product"}, 0
+    for seed in range(12):
+        chunks, _ = run(executor, answer, max_tokens=1, temperature=3.0, seed=seed)
+        [drawn] = chunks[0].tokens
+        whole = Prompt(text=PROMPT + drawn.text)
+        [scored], _ = run(executor, answer, prompt=whole, max_tokens=0, prompt_logprobs=0)
+        if drawn.text and scored.prompt[-1].text == drawn.text:
+            assert scored.prompt[-1].logprob == pytest.approx(drawn.logprob, abs=1e-3)
+            num_whole += 1
+    assert num_whole > 3
 
 
 def test_alternatives_are_the_union_s(executor: Any) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,29 +30,44 @@ QUESTIONS = (
     "Name three colours.",
 )
 NUM_TOKENS = 24
+# With characters of several tokens, ends in the middle, and more tokens than are forced at once.
+TEXTS = (
+    "The capital of France is Paris, and é 你好 🙂 that of Italy is Rome.",
+    "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|><|endoftext|>x",
+    "Whoever counts sheep counts one, two, three, four and five of them, then begins again. " * 5,
+    "a",
+)
+MODEL = Model(
+    spec=ModelSpec(name="m", engine="e", checkpoint=SOURCE), card=read_card(FILE), tokenizer=FILE
+)
 
 pytestmark = pytest.mark.slow
 
 
-def test_same_tokens_and_probabilities() -> None:
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    """The same file's model in transformers."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        FILE.parent, gguf_file=FILE.name, dtype=torch.float32
+    )
+
+
+def test_same_tokens_and_probabilities(reference: Any) -> None:
     """Of the greedy answers' tokens almost all are transformers' first choice, too, where they are
     not it is nearly tied; and log-probabilities differ as little as rounding explains.
 
     llama.cpp rounds the activations of quantized products to eight bits, transformers computes
     the dequantized weights in float32: so some hundredths of a nat, more at unlikely tokens.
     """
-    model = Model(
-        spec=ModelSpec(name="m", engine="e", checkpoint=SOURCE),
-        card=read_card(FILE),
-        tokenizer=FILE,
-    )
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(MODEL)
     prompts = [
         tokenizer.encode_chat([{"role": "user", "content": question}]) for question in QUESTIONS
     ]
 
     async def answers() -> list[list[Token]]:
-        engine = create_engine(EngineSpec(name="e", kind="llamacpp"), [model])
+        engine = create_engine(EngineSpec(name="e", kind="llamacpp"), [MODEL])
         await engine.start()
         try:
             return [
@@ -75,11 +91,6 @@ def test_same_tokens_and_probabilities() -> None:
             await engine.stop()
 
     ours = asyncio.run(answers())
-    from transformers import AutoModelForCausalLM
-
-    reference = AutoModelForCausalLM.from_pretrained(
-        FILE.parent, gguf_file=FILE.name, dtype=torch.float32
-    )
     differences, num_first = [], 0
     for prompt, tokens in zip(prompts, ours, strict=True):
         ids = torch.tensor([[*prompt, *(token.token_id for token in tokens)]])
@@ -98,3 +109,45 @@ def test_same_tokens_and_probabilities() -> None:
     assert abs(sum(differences)) / len(differences) < 0.03
     assert sum(map(abs, differences)) / len(differences) < 0.1
     assert max(map(abs, differences)) < 0.5
+
+
+def test_same_likelihoods_of_texts(reference: Any) -> None:
+    """Of given texts every token is told with transformers' log-probability but for rounding, also
+    one that is part of a character or an end, and the alternatives are its likeliest."""
+    tokenizer = load_tokenizer(MODEL)
+    prompts = [tokenizer.encode(text) for text in TEXTS]
+
+    async def scored() -> list[tuple[Token, ...]]:
+        engine = create_engine(EngineSpec(name="e", kind="llamacpp"), [MODEL])
+        await engine.start()
+
+        async def prompt_of(index: int) -> tuple[Token, ...]:
+            request = GenerationRequest(
+                request_id=str(index),
+                prompt_tokens=prompts[index],
+                members=("m",),
+                sampling=SamplingOptions(max_tokens=1, prompt_logprobs=3),
+            )
+            chunks = [chunk async for chunk in engine.generate(request)]
+            assert not any(chunk.prompt for chunk in chunks[1:])
+            return chunks[0].prompt
+
+        try:
+            return await asyncio.gather(*map(prompt_of, range(len(prompts))))
+        finally:
+            await engine.stop()
+
+    for prompt, told in zip(prompts, asyncio.run(scored()), strict=True):
+        assert [token.token_id for token in told] == list(prompt)
+        assert (told[0].logprob, told[0].top) == (None, ())
+        with torch.inference_mode():
+            logp_TV = reference(torch.tensor([prompt])).logits[0].log_softmax(-1)
+        errors = []
+        for token, logp_V in zip(told[1:], logp_TV[:-1], strict=True):
+            assert token.logprob is not None
+            errors.append(token.logprob - float(logp_V[token.token_id]))
+            assert [len(token.top), len({other.token_id for other in token.top})] == [3, 3]
+            likeliest = float(logp_V.topk(3).values[-1])
+            assert all(float(logp_V[one.token_id]) > likeliest - 0.6 for one in token.top)
+        assert max(map(abs, errors), default=0) < 0.6
+        assert abs(sum(errors)) <= 0.06 * len(errors)

@@ -141,6 +141,54 @@ def test_a_server_that_does_not_stream() -> None:
     assert (chunks[-1].finish_reason, chunks[-1].output_tokens) == ("length", 2)
 
 
+def scored(body: Any, **sampling: int) -> tuple[list[Chunk], dict[str, Any]]:
+    """Return the answer of a server that tells `body` of a text to be scored, and what it got."""
+
+    async def run() -> tuple[list[Chunk], dict[str, Any]]:
+        reply = Reply(headers={"content-type": "application/json"}, body=body)
+        async with BadServer.running(reply) as server, running_engine(server) as engine:
+            wanted = request_of(
+                messages=None, text="é so", sampling={"prompt_logprobs": 2, **sampling}
+            )
+            return await read(engine, wanted), server.requests[0]["body"]
+
+    return asyncio.run(run())
+
+
+def test_a_prompt_is_scored_as_the_server_tells_it() -> None:
+    """The prompt's tokens stand before the answer's, in texts or in bytes where a character has
+    several, and their number is in the usage."""
+    told = {
+        "tokens": ["bytes:\\xc3", "bytes:\\xa9", " so", " on"],
+        "token_logprobs": [None, -1.5, -2.5, -0.5],
+        "top_logprobs": [None, {"bytes:\\xa9": -1.5}, {" so": -2.5, " no": -0.25}, {" on": -0.5}],
+        "text_offset": [0, 0, 1, 4],
+    }
+    choice = {"index": 0, "text": "é so on", "logprobs": told, "finish_reason": "length"}
+    usage = {"prompt_tokens": 3, "completion_tokens": 1}
+    chunks, sent = scored({"choices": [choice], "usage": usage}, max_tokens=1)
+    assert [sent[name] for name in ("prompt", "echo", "logprobs")] == ["é so", True, 2]
+    assert [sent[name] for name in ("stream", "max_tokens")] == [False, 1]
+    prompt = chunks[0].prompt
+    assert b"".join(token.raw for token in prompt).decode() == "é so"
+    assert [token.logprob for token in prompt] == [None, -1.5, -2.5]
+    assert [other.text for other in prompt[2].top] == [" no", " so"]
+    assert text_of(chunks) == " on"
+    assert [token.logprob for chunk in chunks for token in chunk.tokens] == [-0.5]
+    assert chunks[-1].output_tokens == 1
+
+
+@pytest.mark.parametrize("logprob", [-0.5, None])
+def test_a_server_that_scores_no_prompts_is_named(logprob: float | None) -> None:
+    """One that tells of its answer alone, or of nothing, is refused by the field's name."""
+    told = {"tokens": [" on"], "token_logprobs": [logprob], "top_logprobs": None}
+    choice = {"text": " on", "logprobs": told if logprob else None, "finish_reason": "length"}
+    usage = {"prompt_tokens": 3, "completion_tokens": 1}
+    with pytest.raises(RequestError, match="tells no log-probabilities of prompts") as caught:
+        scored({"choices": [choice], "usage": usage})
+    assert caught.value.param == "echo"
+
+
 def test_thoughts_and_refusals_are_kept_apart() -> None:
     """Reasoning by either name or as a part, and refusals, stand beside the text."""
     for told in (
