@@ -25,11 +25,13 @@ AUDIT := cyclonedx-bom==7.5.0 pip-audit==2.10.1 pip-licenses==5.5.5
 POOL := models/pools/default
 
 # LOCKED=1 installs the very files that locks/ names by hash and nothing else, as the images and
-# continuous integration do: on Linux, x86-64, Python 3.11. Without it the versions are those of
+# continuous integration do: on Linux, x86-64, Python 3.11. In the latter (CI is set) only what is
+# imported is compiled, when it is. Without LOCKED the versions are those of
 # constraints.txt, whatever the platform, and the newest of what it leaves open.
 LOCKED ?=
 define install_locked
-$(1)/python -m pip install --quiet --no-deps --require-hashes --requirement locks/$(2).txt
+$(1)/python -m pip install --quiet --no-deps --require-hashes $(if $(CI),--no-compile) \
+	--requirement locks/$(2).txt
 endef
 # A lock's versions, for another platform's files.
 define locked_versions
@@ -147,9 +149,8 @@ endif
 
 setup-clients: $(CLIENTS_STAMP)
 
-# Real client libraries, and lm-evaluation-harness, against the shipped pool; .ci/run leaves the
-# harness out, which takes minutes. Libraries leave sockets and loops of their own open, of which Python
-# tells when all tests are over.
+# Real client libraries, and lm-evaluation-harness, against the shipped pool; some minutes. Libraries
+# leave sockets and loops of their own open, of which Python tells when all tests are over.
 CLIENT_TESTS ?= tests/clients
 test-clients: $(STAMP) $(CLIENTS_STAMP)
 	$(CLIENTS_BIN)/python -m pytest -W ignore::pytest.PytestUnraisableExceptionWarning $(CLIENT_TESTS)
