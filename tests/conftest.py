@@ -19,6 +19,12 @@ with suppress(ImportError):  # vLLM's environment does without
     settings.load_profile("patient")
 
 
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """Tests that are coroutines run on asyncio."""
+    return "asyncio"
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Return what hands the tests out to the processes."""

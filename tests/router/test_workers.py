@@ -43,15 +43,12 @@ def test_a_thread_that_fails_begins_again() -> None:
     assert not thread.is_alive()
 
 
-def test_a_task_that_fails_begins_again() -> None:
+async def test_a_task_that_fails_begins_again() -> None:
     """On the event loop it is the same, and cancelling ends it."""
     worker, broken = Worker("clerk"), Broken(2)
 
-    async def run() -> None:
-        task = asyncio.create_task(worker.run(broken.task))
-        await asyncio.to_thread(broken.well.wait, 60)
-        broken.end.set()
-        await task
-
-    asyncio.run(run())
+    task = asyncio.create_task(worker.run(broken.task))
+    await asyncio.to_thread(broken.well.wait, 60)
+    broken.end.set()
+    await task
     assert worker.num_failures == 2

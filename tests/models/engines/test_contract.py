@@ -103,66 +103,50 @@ def _changed(request: GenerationRequest, **fields: Any) -> GenerationRequest:
     return GenerationRequest(**{**vars(request), **fields})
 
 
-def test_answers(start: Start) -> None:
+async def test_answers(start: Start) -> None:
     """Only the last chunk has a reason, tokens are as many as asked for and have probabilities."""
-
-    async def run() -> None:
-        async with start() as (engine, request):
-            assert engine.members[0] == request.members[0]
-            chunks = await _read(engine, request)
-            assert [chunk.finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
-            assert chunks[-1].finish_reason == "length"
-            tokens = [token for chunk in chunks for token in chunk.tokens]
-            assert len(tokens) == 8
-            told = [token.logprob for token in tokens if token.logprob is not None]
-            assert len(told) >= 7
-            assert max(told) <= 0
-            assert "".join(chunk.text for chunk in chunks)
-            assert engine.stats().generated_tokens_total >= 8
-
-    asyncio.run(run())
+    async with start() as (engine, request):
+        assert engine.members[0] == request.members[0]
+        chunks = await _read(engine, request)
+        assert [chunk.finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+        assert chunks[-1].finish_reason == "length"
+        tokens = [token for chunk in chunks for token in chunk.tokens]
+        assert len(tokens) == 8
+        told = [token.logprob for token in tokens if token.logprob is not None]
+        assert len(told) >= 7
+        assert max(told) <= 0
+        assert "".join(chunk.text for chunk in chunks)
+        assert engine.stats().generated_tokens_total >= 8
 
 
-def test_greedy_answers_repeat(start: Start) -> None:
+async def test_greedy_answers_repeat(start: Start) -> None:
     """At temperature 0 the same request gives the same text, alone or beside others."""
-
-    async def run() -> None:
-        async with start() as (engine, request):
-            requests = [_changed(request, request_id=f"r{i}") for i in range(3)]
-            alone = await _read(engine, request)
-            together = await asyncio.gather(*(_read(engine, each) for each in requests))
-            texts = {"".join(chunk.text for chunk in chunks) for chunks in (alone, *together)}
-            assert len(texts) == 1
-
-    asyncio.run(run())
+    async with start() as (engine, request):
+        requests = [_changed(request, request_id=f"r{i}") for i in range(3)]
+        alone = await _read(engine, request)
+        together = await asyncio.gather(*(_read(engine, each) for each in requests))
+        texts = {"".join(chunk.text for chunk in chunks) for chunks in (alone, *together)}
+        assert len(texts) == 1
 
 
-def test_closing_early_frees_the_lane(start: Start) -> None:
+async def test_closing_early_frees_the_lane(start: Start) -> None:
     """Closing the iterator after its first chunk leaves nothing running."""
-
-    async def run() -> None:
-        async with start() as (engine, request):
-            many = SamplingOptions(max_tokens=400, temperature=0, ignore_eos=True)
-            stream = engine.generate(_changed(request, sampling=many))
-            await anext(stream)
-            assert engine.stats().running_requests == 1
-            await stream.aclose()  # type: ignore[attr-defined]
-            async with asyncio.timeout(60):
-                while (stats := engine.stats()).running_requests or stats.active_lanes:  # noqa: ASYNC110
-                    await asyncio.sleep(0.01)
-
-    asyncio.run(run())
+    async with start() as (engine, request):
+        many = SamplingOptions(max_tokens=400, temperature=0, ignore_eos=True)
+        stream = engine.generate(_changed(request, sampling=many))
+        await anext(stream)
+        assert engine.stats().running_requests == 1
+        await stream.aclose()  # type: ignore[attr-defined]
+        async with asyncio.timeout(60):
+            while (stats := engine.stats()).running_requests or stats.active_lanes:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
 
 
-def test_refuses_unknown_members(start: Start) -> None:
+async def test_refuses_unknown_members(start: Start) -> None:
     """A member that the engine lacks is the request's fault."""
-
-    async def run() -> None:
-        async with start() as (engine, request):
-            with pytest.raises(RequestError, match="eve"):
-                await _read(engine, _changed(request, members=("eve",)))
-
-    asyncio.run(run())
+    async with start() as (engine, request):
+        with pytest.raises(RequestError, match="eve"):
+            await _read(engine, _changed(request, members=("eve",)))
 
 
 @pytest.mark.parametrize(
@@ -185,17 +169,13 @@ def test_refuses_unknown_members(start: Start) -> None:
     ],
     ids=str,
 )
-def test_sampling_out_of_range_is_refused(start: Start, changes: dict[str, Any]) -> None:
+async def test_sampling_out_of_range_is_refused(start: Start, changes: dict[str, Any]) -> None:
     """Before it takes part in anything, by the name of its field."""
-
-    async def run() -> None:
-        async with start() as (engine, request):
-            sampling = SamplingOptions(**{**vars(request.sampling), **changes})
-            with pytest.raises(RequestError, match=next(iter(changes))):
-                await _read(engine, _changed(request, sampling=sampling))
-            assert engine.stats().running_requests == 0
-
-    asyncio.run(run())
+    async with start() as (engine, request):
+        sampling = SamplingOptions(**{**vars(request.sampling), **changes})
+        with pytest.raises(RequestError, match=next(iter(changes))):
+            await _read(engine, _changed(request, sampling=sampling))
+        assert engine.stats().running_requests == 0
 
 
 @pytest.mark.parametrize(
@@ -213,33 +193,25 @@ def test_sampling_out_of_range_is_refused(start: Start, changes: dict[str, Any])
     ],
     ids=str,
 )
-def test_fusion_out_of_range_is_refused(
+async def test_fusion_out_of_range_is_refused(
     start: Start, changes: dict[str, Any], message: str
 ) -> None:
     """Numbers that would make a step fail, or its weights nonsense, are the request's fault."""
-
-    async def run() -> None:
-        async with start() as (engine, request):
-            with pytest.raises(RequestError, match=message):
-                await _read(engine, _changed(request, **changes))
-
-    asyncio.run(run())
+    async with start() as (engine, request):
+        with pytest.raises(RequestError, match=message):
+            await _read(engine, _changed(request, **changes))
 
 
-def test_stopping_ends_it(start: Start) -> None:
+async def test_stopping_ends_it(start: Start) -> None:
     """After stop, health fails and requests raise; stopping twice is harmless."""
-
-    async def run() -> None:
-        async with start() as (engine, request):
+    async with start() as (engine, request):
+        engine.check_health()
+        await engine.stop()
+        await engine.stop()
+        with pytest.raises(EngineFailed):
             engine.check_health()
-            await engine.stop()
-            await engine.stop()
-            with pytest.raises(EngineFailed):
-                engine.check_health()
-            with pytest.raises(EngineFailed):
-                await _read(engine, request)
-
-    asyncio.run(run())
+        with pytest.raises(EngineFailed):
+            await _read(engine, request)
 
 
 def test_unknown_kinds_are_refused(tmp_path: Path) -> None:

@@ -92,20 +92,16 @@ def test_logprobs_have_the_asked_alternatives() -> None:
     assert token.top[0].token_id == token.token_id
 
 
-def test_fails_as_scripted() -> None:
+async def test_fails_as_scripted() -> None:
     """The first requests fail after so many tokens, later ones succeed."""
-
-    async def run() -> None:
-        fake = _engine(answers=["abc"], fail_after_tokens=2, num_failures=1)
-        seen = []
-        with pytest.raises(EngineFailed, match="after 2 tokens"):
-            async for chunk in fake.generate(_request()):
-                seen.append(chunk.text)  # noqa: PERF401 - the loop raises
-        assert seen == ["a", "b"]
-        assert _text(await _read(fake, _request())) == "abc"
-        assert fake.stats().running_requests == 0
-
-    asyncio.run(run())
+    fake = _engine(answers=["abc"], fail_after_tokens=2, num_failures=1)
+    seen = []
+    with pytest.raises(EngineFailed, match="after 2 tokens"):
+        async for chunk in fake.generate(_request()):
+            seen.append(chunk.text)  # noqa: PERF401 - the loop raises
+    assert seen == ["a", "b"]
+    assert _text(await _read(fake, _request())) == "abc"
+    assert fake.stats().running_requests == 0
 
 
 def test_refuses_as_scripted() -> None:
@@ -115,29 +111,25 @@ def test_refuses_as_scripted() -> None:
     assert caught.value.retry_after_s > 0
 
 
-def test_queue_is_bounded_and_cancelling_frees_lanes() -> None:
+async def test_queue_is_bounded_and_cancelling_frees_lanes() -> None:
     """One runs, one waits, the third is refused; closing the stream frees the lane at once."""
-
-    async def run() -> None:
-        fake = _engine(
-            answers=["x" * 100],
-            token_latency_s=0.01,
-            max_running_requests=1,
-            max_queued_requests=1,
-        )
-        stream = fake.generate(_request())
-        await anext(stream)
-        waiting = asyncio.create_task(_read(fake, _request(max_tokens=1)))
-        await asyncio.sleep(0)
-        stats = fake.stats()
-        assert (stats.running_requests, stats.queued_requests, stats.active_lanes) == (1, 1, 1)
-        with pytest.raises(EngineOverloaded):
-            await anext(fake.generate(_request()))
-        await stream.aclose()  # type: ignore[attr-defined]
-        await waiting
-        assert fake.stats().active_lanes == 0
-
-    asyncio.run(run())
+    fake = _engine(
+        answers=["x" * 100],
+        token_latency_s=0.01,
+        max_running_requests=1,
+        max_queued_requests=1,
+    )
+    stream = fake.generate(_request())
+    await anext(stream)
+    waiting = asyncio.create_task(_read(fake, _request(max_tokens=1)))
+    await asyncio.sleep(0)
+    stats = fake.stats()
+    assert (stats.running_requests, stats.queued_requests, stats.active_lanes) == (1, 1, 1)
+    with pytest.raises(EngineOverloaded):
+        await anext(fake.generate(_request()))
+    await stream.aclose()  # type: ignore[attr-defined]
+    await waiting
+    assert fake.stats().active_lanes == 0
 
 
 def test_refuses_what_it_cannot_run() -> None:
@@ -152,20 +144,16 @@ def test_refuses_what_it_cannot_run() -> None:
             asyncio.run(_read(fake, bad))
 
 
-def test_stopping_fails_what_runs() -> None:
+async def test_stopping_fails_what_runs() -> None:
     """After stop, running requests fail and the health check says so."""
-
-    async def run() -> None:
-        fake = _engine(answers=["abc"])
-        stream = fake.generate(_request())
+    fake = _engine(answers=["abc"])
+    stream = fake.generate(_request())
+    await anext(stream)
+    await fake.stop()
+    with pytest.raises(EngineFailed):
         await anext(stream)
-        await fake.stop()
-        with pytest.raises(EngineFailed):
-            await anext(stream)
-        with pytest.raises(EngineFailed):
-            fake.check_health()
-
-    asyncio.run(run())
+    with pytest.raises(EngineFailed):
+        fake.check_health()
 
 
 @pytest.mark.parametrize(

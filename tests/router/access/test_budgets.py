@@ -121,87 +121,78 @@ def test_requests_without_caps_touch_no_database(
     assert statements == []
 
 
-def test_reserve_then_settle(database: Database, new_budgets: NewBudgets) -> None:
+async def test_reserve_then_settle(database: Database, new_budgets: NewBudgets) -> None:
     """The estimate is held while a request runs; what it used is charged after, to both scopes."""
     budgets = new_budgets(server={"tokens_per_day": 100, "requests_per_minute": 5})
 
-    async def run() -> None:
-        who = key(tokens_per_day=50)
-        first = await budgets.reserve(request_id="a", key=who, estimate=tokens(40))
-        assert first.headers == {
-            "x-ratelimit-limit-requests": "5",
-            "x-ratelimit-remaining-requests": "4",
-            "x-ratelimit-reset-requests": "1m0s",
-            "x-ratelimit-limit-tokens": "50",
-            "x-ratelimit-remaining-tokens": "10",
-            "x-ratelimit-reset-tokens": "16h0m0s",
-        }
-        assert spent(database) == spent(database, "key_a") == (0, 40)
-        budgets.settle(first, tokens(15))
-        budgets.settle(first, tokens(15))
-        second = await budgets.reserve(request_id="b", key=who, estimate=tokens(35))
-        budgets.settle(second, NOTHING)
-        await budgets.close()
-
-    asyncio.run(run())
+    who = key(tokens_per_day=50)
+    first = await budgets.reserve(request_id="a", key=who, estimate=tokens(40))
+    assert first.headers == {
+        "x-ratelimit-limit-requests": "5",
+        "x-ratelimit-remaining-requests": "4",
+        "x-ratelimit-reset-requests": "1m0s",
+        "x-ratelimit-limit-tokens": "50",
+        "x-ratelimit-remaining-tokens": "10",
+        "x-ratelimit-reset-tokens": "16h0m0s",
+    }
+    assert spent(database) == spent(database, "key_a") == (0, 40)
+    budgets.settle(first, tokens(15))
+    budgets.settle(first, tokens(15))
+    second = await budgets.reserve(request_id="b", key=who, estimate=tokens(35))
+    budgets.settle(second, NOTHING)
+    await budgets.close()
     assert spent(database) == spent(database, "key_a") == (15, 0)
 
 
-def test_an_exhausted_budget_says_which_and_until_when(
+async def test_an_exhausted_budget_says_which_and_until_when(
     database: Database, new_budgets: NewBudgets, clock: Clock
 ) -> None:
     """The refusal is final, names budget, owner, window, figures and reset; then all is open."""
     budgets = new_budgets()
     who = key(tokens_per_minute=20)
 
-    async def run() -> None:
-        clock.now_s = NOW_S + 15
-        done = await budgets.reserve(request_id="a", key=who, estimate=tokens(20))
-        budgets.settle(done, tokens(18))
-        with pytest.raises(BudgetExhausted) as caught:
-            await budgets.reserve(request_id="b", key=who, estimate=tokens(3))
-        # Rebuilt from what __reduce__ says, as between processes.
-        error = copy.copy(caught.value)
-        assert error.final and error.cap == "tokens_per_minute"
-        assert error.reset_s == NOW_S + 60
-        assert error.headers["x-ratelimit-remaining-tokens"] == "2"
-        assert str(error) == (
-            "The budget of 20 tokens per minute of the key 'team' is exhausted: 18 tokens are "
-            "spent, and this request may need 3 tokens. It starts anew at 2027-01-15T08:01:00Z "
-            "(in 45 s)."
-        )
-        with pytest.raises(BudgetExhausted, match="too small for this request"):
-            await budgets.reserve(request_id="c", key=who, estimate=tokens(21))
-        clock.now_s = NOW_S + 60
-        await budgets.reserve(request_id="d", key=who, estimate=tokens(20))
-
-    asyncio.run(run())
+    clock.now_s = NOW_S + 15
+    done = await budgets.reserve(request_id="a", key=who, estimate=tokens(20))
+    budgets.settle(done, tokens(18))
+    with pytest.raises(BudgetExhausted) as caught:
+        await budgets.reserve(request_id="b", key=who, estimate=tokens(3))
+    # Rebuilt from what __reduce__ says, as between processes.
+    error = copy.copy(caught.value)
+    assert error.final and error.cap == "tokens_per_minute"
+    assert error.reset_s == NOW_S + 60
+    assert error.headers["x-ratelimit-remaining-tokens"] == "2"
+    assert str(error) == (
+        "The budget of 20 tokens per minute of the key 'team' is exhausted: 18 tokens are "
+        "spent, and this request may need 3 tokens. It starts anew at 2027-01-15T08:01:00Z "
+        "(in 45 s)."
+    )
+    with pytest.raises(BudgetExhausted, match="too small for this request"):
+        await budgets.reserve(request_id="c", key=who, estimate=tokens(21))
+    clock.now_s = NOW_S + 60
+    await budgets.reserve(request_id="d", key=who, estimate=tokens(20))
 
 
-def test_a_request_waits_for_others_in_flight(database: Database, new_budgets: NewBudgets) -> None:
+async def test_a_request_waits_for_others_in_flight(
+    database: Database, new_budgets: NewBudgets
+) -> None:
     """What others only hold is waited for; after `wait_s` the refusal says to come back."""
     patient, hasty = (
         new_budgets(server={"tokens_per_day": 100}, wait_s=wait_s) for wait_s in (60, 0)
     )
 
-    async def run() -> None:
-        first = await patient.reserve(request_id="a", key=None, estimate=tokens(90))
-        with pytest.raises(BudgetExhausted, match="held by requests in flight") as caught:
-            await hasty.reserve(request_id="b", key=None, estimate=tokens(50))
-        assert not caught.value.final
-        waiting = asyncio.create_task(
-            patient.reserve(request_id="c", key=None, estimate=tokens(50))
-        )
-        await until(lambda: bool(patient._waiting))
-        assert not waiting.done()
-        patient.settle(first, tokens(10))
-        assert (await waiting).counted
-
-    asyncio.run(run())
+    first = await patient.reserve(request_id="a", key=None, estimate=tokens(90))
+    with pytest.raises(BudgetExhausted, match="held by requests in flight") as caught:
+        await hasty.reserve(request_id="b", key=None, estimate=tokens(50))
+    assert not caught.value.final
+    waiting = asyncio.create_task(patient.reserve(request_id="c", key=None, estimate=tokens(50)))
+    await until(lambda: bool(patient._waiting))
+    assert not waiting.done()
+    patient.settle(first, tokens(10))
+    assert (await waiting).counted
     assert spent(database) == (10, 50)
 
 
-def test_a_client_that_leaves_while_waiting_holds_nothing(
+async def test_a_client_that_leaves_while_waiting_holds_nothing(
     database: Database, new_budgets: NewBudgets
 ) -> None:
     """Cancelling a reservation at any moment gives back whatever was decided meanwhile."""
@@ -217,17 +208,14 @@ def test_a_client_that_leaves_while_waiting_holds_nothing(
         with suppress(asyncio.CancelledError):
             budgets.settle(await task, NOTHING)
 
-    async def run() -> None:
-        await asyncio.gather(*(leaving(number) for number in range(60)))
-        await budgets.close()
-
-    asyncio.run(run())
+    await asyncio.gather(*(leaving(number) for number in range(60)))
+    await budgets.close()
     assert spent(database) == (0, 0)
     with database.connect() as connection:
         assert connection.execute(sa.select(BUDGET_HOLDS)).all() == []
 
 
-def test_four_replicas_share_one_budget(database: Database, new_budgets: NewBudgets) -> None:
+async def test_four_replicas_share_one_budget(database: Database, new_budgets: NewBudgets) -> None:
     """200 clients on four replicas use at least 99% of a cap, never more, and nothing twice."""
     replicas = [new_budgets(server={"tokens_per_day": 10_000}, wait_s=60) for _ in range(4)]
     random, used = Random(7), []
@@ -247,16 +235,13 @@ def test_four_replicas_share_one_budget(database: Database, new_budgets: NewBudg
             used.append(amount)
             budgets.settle(reservation, tokens(amount))
 
-    async def run() -> None:
-        await asyncio.gather(*(client(number) for number in range(200)))
-        await asyncio.gather(*(budgets.close() for budgets in replicas))
-
-    asyncio.run(run())
+    await asyncio.gather(*(client(number) for number in range(200)))
+    await asyncio.gather(*(budgets.close() for budgets in replicas))
     assert 9900 <= sum(used) <= 10_000
     assert spent(database) == (sum(used), 0)
 
 
-def test_a_dead_replicas_holds_come_back(
+async def test_a_dead_replicas_holds_come_back(
     database: Database, new_budgets: NewBudgets, clock: Clock, new_ledger: Callable[..., Ledger]
 ) -> None:
     """After the lease, what the ledger has of a dead replica's requests is charged, once."""
@@ -267,34 +252,31 @@ def test_a_dead_replicas_holds_come_back(
     )
     ledger = new_ledger()
 
-    async def run() -> None:
-        for name in ("req-1", "req-2", "req-3"):
-            await dead.reserve(request_id=name, key=None, estimate=tokens(30))
-        ledger.record(record(1, time_s=NOW_S, prompt_tokens=10, output_tokens=5))
-        await ledger.flush()
-        assert spent(database) == (0, 90)
-        clock.now_s += lease_s + 1
-        # It waits for the next sweep.
-        reservation = await alive.reserve(request_id="b", key=None, estimate=tokens(80))
-        assert spent(database) == (15, 80)
-        alive.settle(reservation, tokens(80))
-        await alive.close()
-        # It was only slow: its request is charged late, and the others count once.
-        dead.settle(
-            reservation.__class__(request_id="req-2", windows=reservation.windows, headers={}),
-            tokens(4),
-        )
-        dead.settle(
-            reservation.__class__(request_id="req-1", windows=reservation.windows, headers={}),
-            tokens(9),
-        )
-        await dead.close()
-
-    asyncio.run(run())
+    for name in ("req-1", "req-2", "req-3"):
+        await dead.reserve(request_id=name, key=None, estimate=tokens(30))
+    ledger.record(record(1, time_s=NOW_S, prompt_tokens=10, output_tokens=5))
+    await ledger.flush()
+    assert spent(database) == (0, 90)
+    clock.now_s += lease_s + 1
+    # It waits for the next sweep.
+    reservation = await alive.reserve(request_id="b", key=None, estimate=tokens(80))
+    assert spent(database) == (15, 80)
+    alive.settle(reservation, tokens(80))
+    await alive.close()
+    # It was only slow: its request is charged late, and the others count once.
+    dead.settle(
+        reservation.__class__(request_id="req-2", windows=reservation.windows, headers={}),
+        tokens(4),
+    )
+    dead.settle(
+        reservation.__class__(request_id="req-1", windows=reservation.windows, headers={}),
+        tokens(9),
+    )
+    await dead.close()
     assert spent(database) == (15 + 80 + 4, 0)
 
 
-def test_a_living_replicas_holds_are_renewed(
+async def test_a_living_replicas_holds_are_renewed(
     database: Database, new_budgets: NewBudgets, clock: Clock
 ) -> None:
     """A long stream keeps what it holds well past one lease."""
@@ -307,19 +289,16 @@ def test_a_living_replicas_holds_are_renewed(
         with database.connect() as connection:
             return float(connection.execute(sa.select(BUDGET_HOLDS.c.expires_s)).scalar_one())
 
-    async def run() -> None:
-        await budgets.reserve(request_id="a", key=None, estimate=tokens(90))
-        for number in range(5):
-            clock.now_s += lease_s / 2
-            # Time stands still until the renewal is seen: a slow machine must not end a lease.
-            await until(lambda: expires_s() >= clock.now_s + lease_s)
-            with pytest.raises(BudgetExhausted):
-                await other.reserve(request_id=f"b{number}", key=None, estimate=tokens(50))
-
-    asyncio.run(run())
+    await budgets.reserve(request_id="a", key=None, estimate=tokens(90))
+    for number in range(5):
+        clock.now_s += lease_s / 2
+        # Time stands still until the renewal is seen: a slow machine must not end a lease.
+        await until(lambda: expires_s() >= clock.now_s + lease_s)
+        with pytest.raises(BudgetExhausted):
+            await other.reserve(request_id=f"b{number}", key=None, estimate=tokens(50))
 
 
-def test_a_replica_that_was_held_up_keeps_its_own_holds(
+async def test_a_replica_that_was_held_up_keeps_its_own_holds(
     database: Database, new_budgets: NewBudgets, clock: Clock
 ) -> None:
     """Whose lease is over because the machine stood still renews it, and gives nothing back."""
@@ -331,13 +310,10 @@ def test_a_replica_that_was_held_up_keeps_its_own_holds(
         with database.connect() as connection:
             return connection.execute(sa.select(columns.lapsed, columns.expires_s)).one()
 
-    async def run() -> None:
-        await budgets.reserve(request_id="a", key=None, estimate=tokens(90))
-        clock.now_s += 2 * lease_s
-        await until(lambda: hold().lapsed or hold().expires_s == clock.now_s + lease_s)
-        assert not hold().lapsed
-
-    asyncio.run(run())
+    await budgets.reserve(request_id="a", key=None, estimate=tokens(90))
+    clock.now_s += 2 * lease_s
+    await until(lambda: hold().lapsed or hold().expires_s == clock.now_s + lease_s)
+    assert not hold().lapsed
 
 
 def test_a_new_cap_counts_what_was_spent_before_it(
@@ -369,24 +345,20 @@ def test_a_new_cap_counts_what_was_spent_before_it(
     assert headers["x-ratelimit-remaining-requests"] == str(10 - 3 - 1)
 
 
-def test_budgets_survive_a_restart(database: Database, new_budgets: NewBudgets) -> None:
+async def test_budgets_survive_a_restart(database: Database, new_budgets: NewBudgets) -> None:
     """What was spent before all replicas stopped is still spent after."""
-
-    async def run() -> None:
-        first = new_budgets(server={"tokens_per_day": 100})
-        done = await first.reserve(request_id="a", key=None, estimate=tokens(90))
-        first.settle(done, tokens(60))
-        await first.close()
-        second = new_budgets(server={"tokens_per_day": 100})
-        with pytest.raises(BudgetExhausted, match="60 tokens are spent"):
-            await second.reserve(request_id="b", key=None, estimate=tokens(41))
-        with pytest.raises(BudgetUnavailable, match="shutting down"):
-            await first.reserve(request_id="c", key=None, estimate=tokens(1))
-
-    asyncio.run(run())
+    first = new_budgets(server={"tokens_per_day": 100})
+    done = await first.reserve(request_id="a", key=None, estimate=tokens(90))
+    first.settle(done, tokens(60))
+    await first.close()
+    second = new_budgets(server={"tokens_per_day": 100})
+    with pytest.raises(BudgetExhausted, match="60 tokens are spent"):
+        await second.reserve(request_id="b", key=None, estimate=tokens(41))
+    with pytest.raises(BudgetUnavailable, match="shutting down"):
+        await first.reserve(request_id="c", key=None, estimate=tokens(1))
 
 
-def test_without_the_database_capped_requests_are_refused(
+async def test_without_the_database_capped_requests_are_refused(
     database: Database, new_budgets: NewBudgets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A database that fails refuses requests at once, and settlements are kept until it works."""
@@ -397,31 +369,25 @@ def test_without_the_database_capped_requests_are_refused(
         tried.append(args)
         raise sa.exc.OperationalError("select", {}, Exception("down"))
 
-    async def run() -> None:
-        first = await budgets.reserve(request_id="a", key=None, estimate=tokens(50))
-        with monkeypatch.context() as patch:
-            patch.setattr(budgets._store, "apply", broken)
-            with pytest.raises(BudgetUnavailable):
-                await budgets.reserve(request_id="b", key=None, estimate=tokens(1))
-            refused = len(tried)
-            budgets.settle(first, tokens(7))
-            await until(lambda: len(tried) > refused)
-            assert spent(database) == (0, 50)
-        await until(lambda: spent(database) == (7, 0))
-
-    asyncio.run(run())
+    first = await budgets.reserve(request_id="a", key=None, estimate=tokens(50))
+    with monkeypatch.context() as patch:
+        patch.setattr(budgets._store, "apply", broken)
+        with pytest.raises(BudgetUnavailable):
+            await budgets.reserve(request_id="b", key=None, estimate=tokens(1))
+        refused = len(tried)
+        budgets.settle(first, tokens(7))
+        await until(lambda: len(tried) > refused)
+        assert spent(database) == (0, 50)
+    await until(lambda: spent(database) == (7, 0))
 
 
-def test_what_is_long_over_is_forgotten(
+async def test_what_is_long_over_is_forgotten(
     database: Database, new_budgets: NewBudgets, clock: Clock
 ) -> None:
     """Ended windows and lapsed holds are deleted after days; open windows stay."""
     budgets = new_budgets(server={"tokens_per_minute": 100, "tokens_per_month": 1000}, lease_s=5)
 
-    async def run() -> None:
-        await budgets.reserve(request_id="a", key=None, estimate=tokens(5))
-
-    asyncio.run(run())
+    await budgets.reserve(request_id="a", key=None, estimate=tokens(5))
     store = budgets._store
     store.sweep(NOW_S + 6)
     store.forget(NOW_S + 86400)
@@ -445,21 +411,18 @@ def test_refused_requests_do_not_count() -> None:
     assert used_amounts(ran) == Amounts(1, 7, 500_000_000, 0, 0)
 
 
-def test_a_lost_hold_is_charged_all_the_same(
+async def test_a_lost_hold_is_charged_all_the_same(
     database: Database, new_budgets: NewBudgets, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Where a crash of the database undid a reservation, its request still counts, and is told."""
     budgets = new_budgets(server={"tokens_per_day": 100})
 
-    async def run() -> None:
-        lost = await budgets.reserve(request_id="a", key=None, estimate=tokens(40))
-        with writing(database) as connection:
-            connection.execute(sa.delete(BUDGET_HOLDS))
-            connection.execute(sa.update(BUDGET_WINDOWS).values(held_tokens=0, held_requests=0))
-        budgets.settle(lost, tokens(15))
-        budgets.settle(lost, tokens(15))
-        await budgets.close()
-
-    asyncio.run(run())
+    lost = await budgets.reserve(request_id="a", key=None, estimate=tokens(40))
+    with writing(database) as connection:
+        connection.execute(sa.delete(BUDGET_HOLDS))
+        connection.execute(sa.update(BUDGET_WINDOWS).values(held_tokens=0, held_requests=0))
+    budgets.settle(lost, tokens(15))
+    budgets.settle(lost, tokens(15))
+    await budgets.close()
     assert spent(database) == (15, 0)
     assert "a has no hold" in caplog.text

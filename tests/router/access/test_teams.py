@@ -76,7 +76,7 @@ def test_a_request_is_admitted_when_it_fits_both(
 
 
 @pytest.mark.parametrize("team_cap", [400, 1000])
-def test_both_caps_are_exact_over_replicas(
+async def test_both_caps_are_exact_over_replicas(
     ledger_url: str, database: Database, team_cap: int
 ) -> None:
     """Three keys of a team, three replicas, 150 clients at once: not a token more, nor fewer."""
@@ -111,10 +111,7 @@ def test_both_caps_are_exact_over_replicas(
         used[key.id] += 10
         budgets.settle(reservation, _tokens(10))
 
-    async def run() -> None:
-        await asyncio.gather(*map(client, range(150)))
-
-    asyncio.run(run())
+    await asyncio.gather(*map(client, range(150)))
     for budgets in replicas:
         budgets.stop()
     # The last 10 tokens of a cap have no room for an estimate of 20.
@@ -126,7 +123,7 @@ def test_both_caps_are_exact_over_replicas(
         assert [used[key.id] for key in keys] == [190, 190, 500]
 
 
-def test_a_key_moves_and_its_requests_stay_where_they_were(
+async def test_a_key_moves_and_its_requests_stay_where_they_were(
     ledger_url: str, database: Database
 ) -> None:
     """What was admitted under a team settles there, though the key has left in the meantime."""
@@ -142,14 +139,11 @@ def test_a_key_moves_and_its_requests_stay_where_they_were(
         clock=lambda: NOW_S,
     )
 
-    async def run() -> None:
-        first = await budgets.reserve(request_id="1", key=key, estimate=_tokens(90))
-        second = await budgets.reserve(request_id="2", key=moved, estimate=_tokens(90))
-        budgets.settle(first, _tokens(90))
-        budgets.settle(second, _tokens(0))
-        with pytest.raises(BudgetExhausted, match="team 'old'"):
-            await budgets.reserve(request_id="3", key=key, estimate=_tokens(20))
-        await budgets.reserve(request_id="4", key=moved, estimate=_tokens(100))
-
-    asyncio.run(run())
+    first = await budgets.reserve(request_id="1", key=key, estimate=_tokens(90))
+    second = await budgets.reserve(request_id="2", key=moved, estimate=_tokens(90))
+    budgets.settle(first, _tokens(90))
+    budgets.settle(second, _tokens(0))
+    with pytest.raises(BudgetExhausted, match="team 'old'"):
+        await budgets.reserve(request_id="3", key=key, estimate=_tokens(20))
+    await budgets.reserve(request_id="4", key=moved, estimate=_tokens(100))
     budgets.stop()

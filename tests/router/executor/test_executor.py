@@ -226,28 +226,25 @@ def test_any_nesting(run: Run) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_closing_early_cancels_everything(tmp_path: Path, stream: bool) -> None:
+async def test_closing_early_cancels_everything(tmp_path: Path, stream: bool) -> None:
     """Cancelling the reader of a nested plan leaves no lane, and the engine tells the tokens."""
     slow = {"answers": ["x" * 100], "token_latency_s": 0.01}
 
-    async def run() -> None:
-        executor = _executor(tmp_path, {"a": slow, "b": slow})
-        worker, trace = executor.engines["e"], Trace()
-        plan = {"best": {"candidates": ["a", {"cascade": {"stages": ["b"], "thresholds": []}}]}}
-        reader = asyncio.create_task(_run(executor, plan, trace, stream=stream))
-        while (await worker.stats()).generated_tokens_total < 10:  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
-        reader.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await reader
-        stats = await worker.stats()
-        assert stats.active_lanes == 0
-        cut = list(trace.interrupted())
-        assert [run.path for run in cut] == ["0", "1.0"]
-        used = [await worker.settle(run.request_id or "") for run in cut]
-        assert sum(used) == stats.generated_tokens_total
-
-    asyncio.run(run())
+    executor = _executor(tmp_path, {"a": slow, "b": slow})
+    worker, trace = executor.engines["e"], Trace()
+    plan = {"best": {"candidates": ["a", {"cascade": {"stages": ["b"], "thresholds": []}}]}}
+    reader = asyncio.create_task(_run(executor, plan, trace, stream=stream))
+    while (await worker.stats()).generated_tokens_total < 10:  # noqa: ASYNC110
+        await asyncio.sleep(0.005)
+    reader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reader
+    stats = await worker.stats()
+    assert stats.active_lanes == 0
+    cut = list(trace.interrupted())
+    assert [run.path for run in cut] == ["0", "1.0"]
+    used = [await worker.settle(run.request_id or "") for run in cut]
+    assert sum(used) == stats.generated_tokens_total
 
 
 def test_tokens_are_counted_for_everything_that_ran(run: Run) -> None:

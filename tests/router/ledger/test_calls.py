@@ -44,24 +44,21 @@ def test_a_database_that_hangs_is_given_up_and_taken_up_again(
     assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
 
 
-def test_only_an_absent_database_opens_the_circuit() -> None:
+async def test_only_an_absent_database_opens_the_circuit() -> None:
     """A refused connection does, and tells no statement; what a statement did wrong does not."""
     calls = Calls(timeout_s=60)
 
     def collide() -> None:
         raise IntegrityError("INSERT", {}, ValueError("taken"))
 
-    async def run() -> None:
-        with pytest.raises(IntegrityError):
-            await calls.run(collide)
-        assert await calls.run(str, 1) == "1"
-        with pytest.raises(DatabaseUnavailable) as caught:
-            await calls.run(_refuse)
-        assert str(caught.value) == "nobody listens"
-        with pytest.raises(DatabaseUnavailable):
-            await calls.run(str, 1)
-
-    asyncio.run(run())
+    with pytest.raises(IntegrityError):
+        await calls.run(collide)
+    assert await calls.run(str, 1) == "1"
+    with pytest.raises(DatabaseUnavailable) as caught:
+        await calls.run(_refuse)
+    assert str(caught.value) == "nobody listens"
+    with pytest.raises(DatabaseUnavailable):
+        await calls.run(str, 1)
     calls.close()
 
 

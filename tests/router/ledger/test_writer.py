@@ -176,7 +176,7 @@ def test_a_full_queue_drops_the_newest_without_blocking(
     database.dispose()
 
 
-def test_many_replicas_write_side_by_side(database: Database, new_ledger: NewLedger) -> None:
+async def test_many_replicas_write_side_by_side(database: Database, new_ledger: NewLedger) -> None:
     """Four ledgers on one database lose and double nothing, duplicates of each other included."""
     ledgers = [new_ledger(flush_interval_s=0.005) for _ in range(4)]
 
@@ -186,10 +186,7 @@ def test_many_replicas_write_side_by_side(database: Database, new_ledger: NewLed
             await asyncio.sleep(0)
         await ledger.close()
 
-    async def run() -> None:
-        await asyncio.gather(*(replica(ledger, i) for i, ledger in enumerate(ledgers)))
-
-    asyncio.run(run())
+    await asyncio.gather(*(replica(ledger, i) for i, ledger in enumerate(ledgers)))
     assert len(list(requests(database))) == 370
     assert [ledger.dropped_rows for ledger in ledgers] == [0] * 4
 

@@ -287,64 +287,52 @@ def test_closing_frees_the_slot_during_the_prompt(
     loop.run(run())
 
 
-def test_the_queue_is_bounded(ask: Ask) -> None:
+async def test_the_queue_is_bounded(ask: Ask) -> None:
     """One runs, one waits, the third is told to come back; the second runs when the first goes."""
-
-    async def run() -> None:
-        async with _running(options={"num_slots": 1}, max_queued_requests=1) as engine:
-            first = engine.generate(ask("Tell me a story.", max_tokens=200, ignore_eos=True))
-            await anext(first)
-            second = asyncio.create_task(_read(engine, ask(CAPITAL)))
-            await asyncio.sleep(0.05)
-            stats = engine.stats()
-            assert (stats.running_requests, stats.queued_requests) == (1, 1)
-            with pytest.raises(EngineOverloaded):
-                await _read(engine, ask(CAPITAL))
-            await first.aclose()  # type: ignore[attr-defined]
-            assert "Paris" in _text(await second)
-
-    asyncio.run(run())
+    async with _running(options={"num_slots": 1}, max_queued_requests=1) as engine:
+        first = engine.generate(ask("Tell me a story.", max_tokens=200, ignore_eos=True))
+        await anext(first)
+        second = asyncio.create_task(_read(engine, ask(CAPITAL)))
+        await asyncio.sleep(0.05)
+        stats = engine.stats()
+        assert (stats.running_requests, stats.queued_requests) == (1, 1)
+        with pytest.raises(EngineOverloaded):
+            await _read(engine, ask(CAPITAL))
+        await first.aclose()  # type: ignore[attr-defined]
+        assert "Paris" in _text(await second)
 
 
-def test_offline_work_runs_after_all_others(ask: Ask) -> None:
+async def test_offline_work_runs_after_all_others(ask: Ask) -> None:
     """Of those that wait for a slot, the one that nobody waits for goes last, if it came first."""
+    async with _running(options={"num_slots": 1}) as engine:
+        first = engine.generate(ask("Tell me a story.", max_tokens=200, ignore_eos=True))
+        await anext(first)
+        ended: list[str] = []
 
-    async def run() -> None:
-        async with _running(options={"num_slots": 1}) as engine:
-            first = engine.generate(ask("Tell me a story.", max_tokens=200, ignore_eos=True))
-            await anext(first)
-            ended: list[str] = []
+        async def read(name: str, *, offline: bool) -> None:
+            await _read(engine, replace(ask(CAPITAL, max_tokens=2), offline=offline))
+            ended.append(name)
 
-            async def read(name: str, *, offline: bool) -> None:
-                await _read(engine, replace(ask(CAPITAL, max_tokens=2), offline=offline))
-                ended.append(name)
-
-            waiting = [asyncio.create_task(read("batch", offline=True))]
-            await asyncio.sleep(0.05)
-            waiting += [asyncio.create_task(read(name, offline=False)) for name in "ab"]
-            await asyncio.sleep(0.05)
-            await first.aclose()  # type: ignore[attr-defined]
-            await asyncio.gather(*waiting)
-            assert ended == ["a", "b", "batch"]
-
-    asyncio.run(run())
+        waiting = [asyncio.create_task(read("batch", offline=True))]
+        await asyncio.sleep(0.05)
+        waiting += [asyncio.create_task(read(name, offline=False)) for name in "ab"]
+        await asyncio.sleep(0.05)
+        await first.aclose()  # type: ignore[attr-defined]
+        await asyncio.gather(*waiting)
+        assert ended == ["a", "b", "batch"]
 
 
-def test_stopping_fails_what_runs_and_waits(ask: Ask) -> None:
+async def test_stopping_fails_what_runs_and_waits(ask: Ask) -> None:
     """Both the running and the waiting request are told that the engine was stopped."""
-
-    async def run() -> None:
-        async with _running(options={"num_slots": 1}) as engine:
-            requests = [ask("A story!", max_tokens=400, ignore_eos=True) for _ in range(2)]
-            reading = [asyncio.create_task(_read(engine, request)) for request in requests]
-            while not engine.stats().generated_tokens_total:  # noqa: ASYNC110 - as above
-                await asyncio.sleep(0.01)
-            await engine.stop()
-            for ended in await asyncio.gather(*reading, return_exceptions=True):
-                assert isinstance(ended, EngineFailed)
-                assert "was stopped" in str(ended)
-
-    asyncio.run(run())
+    async with _running(options={"num_slots": 1}) as engine:
+        requests = [ask("A story!", max_tokens=400, ignore_eos=True) for _ in range(2)]
+        reading = [asyncio.create_task(_read(engine, request)) for request in requests]
+        while not engine.stats().generated_tokens_total:  # noqa: ASYNC110 - as above
+            await asyncio.sleep(0.01)
+        await engine.stop()
+        for ended in await asyncio.gather(*reading, return_exceptions=True):
+            assert isinstance(ended, EngineFailed)
+            assert "was stopped" in str(ended)
 
 
 def test_nobody_else_can_ask(engine: Engine) -> None:
@@ -378,7 +366,7 @@ def test_refuses_what_it_cannot_run(
         read(replace(ask(CAPITAL), **change))
 
 
-def test_calls_tools(tmp_path: Path) -> None:
+async def test_calls_tools(tmp_path: Path) -> None:
     """Where the template knows tools, a call streams, its arguments as JSON."""
     file = tmp_path / "tools.gguf"
     file.write_bytes(_with_template(FILE.read_bytes(), _TEMPLATE_WITH_TOOLS))
@@ -410,18 +398,15 @@ def test_calls_tools(tmp_path: Path) -> None:
         sampling=SamplingOptions(max_tokens=60, temperature=0, top_logprobs=1),
     )
 
-    async def run() -> None:
-        async with _running(model, options={"num_slots": 1}) as engine:
-            chunks = await _read(engine, request)
-            assert chunks[-1].finish_reason == "tool_calls"
-            pieces = [call for chunk in chunks for call in chunk.tool_calls]
-            assert len(pieces) > 2
-            [call] = join_calls(pieces)
-            assert call.name == "get_weather"
-            assert json.loads(call.arguments) == {"city": "Paris"}
-            assert all(token.top for token in _tokens(chunks)[:4])
-
-    asyncio.run(run())
+    async with _running(model, options={"num_slots": 1}) as engine:
+        chunks = await _read(engine, request)
+        assert chunks[-1].finish_reason == "tool_calls"
+        pieces = [call for chunk in chunks for call in chunk.tool_calls]
+        assert len(pieces) > 2
+        [call] = join_calls(pieces)
+        assert call.name == "get_weather"
+        assert json.loads(call.arguments) == {"city": "Paris"}
+        assert all(token.top for token in _tokens(chunks)[:4])
 
 
 def _call(name: str, city: str) -> dict[str, Any]:

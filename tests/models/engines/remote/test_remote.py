@@ -39,53 +39,50 @@ from tests.models.engines.remote.bad_server import (
 )
 
 
-def test_asks_as_openai_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_asks_as_openai_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The key, the server's own model name and every option that was asked for are sent."""
     monkeypatch.setenv("UPSTREAM_KEY", KEY)
 
-    async def run() -> None:
-        async with (
-            BadServer.running(answer("hi")) as server,
-            running_engine(server, api_key_env="UPSTREAM_KEY", headers={"x-team": "t"}) as engine,
-        ):
-            sampling = {
-                "max_tokens": 7,
-                "temperature": 0.5,
-                "top_k": 4,
-                "seed": 3,
-                "stop": ("x",),
-                "logit_bias": {5: -1.0},
-                "top_logprobs": 2,
-                "structure": Structure(kind="json", text='{"type": "string"}'),
-            }
-            await read(engine, request_of(sampling=sampling))
-            [sent] = server.requests
-        assert sent["path"] == "/v1/chat/completions"
-        assert sent["headers"]["authorization"] == f"Bearer {KEY}"
-        assert (sent["headers"]["x-team"], sent["headers"]["x-request-id"]) == ("t", "r-1")
-        body = sent["body"]
-        schema = body.pop("response_format")["json_schema"]["schema"]
-        assert schema == {"type": "string"}
-        assert body == {
-            "model": "up-a",
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            "messages": [{"role": "user", "content": "hello"}],
+    async with (
+        BadServer.running(answer("hi")) as server,
+        running_engine(server, api_key_env="UPSTREAM_KEY", headers={"x-team": "t"}) as engine,
+    ):
+        sampling = {
             "max_tokens": 7,
             "temperature": 0.5,
             "top_k": 4,
             "seed": 3,
-            "stop": ["x"],
-            "logit_bias": {"5": -1.0},
-            "logprobs": True,
+            "stop": ("x",),
+            "logit_bias": {5: -1.0},
             "top_logprobs": 2,
+            "structure": Structure(kind="json", text='{"type": "string"}'),
         }
-
-    asyncio.run(run())
+        await read(engine, request_of(sampling=sampling))
+        [sent] = server.requests
+    assert sent["path"] == "/v1/chat/completions"
+    assert sent["headers"]["authorization"] == f"Bearer {KEY}"
+    assert (sent["headers"]["x-team"], sent["headers"]["x-request-id"]) == ("t", "r-1")
+    body = sent["body"]
+    schema = body.pop("response_format")["json_schema"]["schema"]
+    assert schema == {"type": "string"}
+    assert body == {
+        "model": "up-a",
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "messages": [{"role": "user", "content": "hello"}],
+        "max_tokens": 7,
+        "temperature": 0.5,
+        "top_k": 4,
+        "seed": 3,
+        "stop": ["x"],
+        "logit_bias": {"5": -1.0},
+        "logprobs": True,
+        "top_logprobs": 2,
+    }
 
 
 @pytest.mark.parametrize(("text", "prompt"), [("once", "once"), (None, [0, 0])])
-def test_texts_and_token_ids_go_to_the_completions_endpoint(text: Any, prompt: Any) -> None:
+async def test_texts_and_token_ids_go_to_the_completions_endpoint(text: Any, prompt: Any) -> None:
     """A plain text is sent as it is, token ids as ids; the answer's format is read."""
     events = [
         {
@@ -104,71 +101,56 @@ def test_texts_and_token_ids_go_to_the_completions_endpoint(text: Any, prompt: A
         "[DONE]",
     ]
 
-    async def run() -> None:
-        async with (
-            BadServer.running(Reply(events=events)) as server,
-            running_engine(server, max_tokens_field="max_completion_tokens") as engine,
-        ):
-            chunks = await read(engine, request_of(messages=None, text=text))
-            [sent] = server.requests
-        assert (sent["path"], sent["body"]["prompt"]) == ("/v1/completions", prompt)
-        assert sent["body"]["max_tokens"] == 256
-        assert (text_of(chunks), chunks[-1].finish_reason) == (" upon", "length")
-        [token] = chunks[0].tokens
-        assert (token.logprob, [other.text for other in token.top]) == (-0.25, [" upon", " more"])
-
-    asyncio.run(run())
+    async with (
+        BadServer.running(Reply(events=events)) as server,
+        running_engine(server, max_tokens_field="max_completion_tokens") as engine,
+    ):
+        chunks = await read(engine, request_of(messages=None, text=text))
+        [sent] = server.requests
+    assert (sent["path"], sent["body"]["prompt"]) == ("/v1/completions", prompt)
+    assert sent["body"]["max_tokens"] == 256
+    assert (text_of(chunks), chunks[-1].finish_reason) == (" upon", "length")
+    [token] = chunks[0].tokens
+    assert (token.logprob, [other.text for other in token.top]) == (-0.25, [" upon", " more"])
 
 
-def test_usage_of_the_server_counts() -> None:
+async def test_usage_of_the_server_counts() -> None:
     """Tokens that were never shown (reasoning, the end) are counted, and the prompt's too."""
-
-    async def run() -> None:
-        reply = answer("one", " two", prompt_tokens=41, completion_tokens=9)
-        async with BadServer.running(reply) as server, running_engine(server) as engine:
-            chunks = await read(engine, request_of())
-        assert [token.logprob for chunk in chunks for token in chunk.tokens] == [-0.5, -0.5]
-        assert [chunk.prompt_tokens for chunk in chunks] == [None, None, 41]
-        assert [chunk.output_tokens for chunk in chunks] == [None, None, 9]
-
-    asyncio.run(run())
+    reply = answer("one", " two", prompt_tokens=41, completion_tokens=9)
+    async with BadServer.running(reply) as server, running_engine(server) as engine:
+        chunks = await read(engine, request_of())
+    assert [token.logprob for chunk in chunks for token in chunk.tokens] == [-0.5, -0.5]
+    assert [chunk.prompt_tokens for chunk in chunks] == [None, None, 41]
+    assert [chunk.output_tokens for chunk in chunks] == [None, None, 9]
 
 
-def test_without_usage_tokens_are_counted() -> None:
+async def test_without_usage_tokens_are_counted() -> None:
     """A server that tells neither usage nor log-probabilities: one token per piece of text."""
-
-    async def run() -> None:
-        events = [
-            delta("", None, reasoning_content="hm"),
-            delta("a", None),
-            delta("b", None),
-            *finish(),
-        ]
-        async with (
-            BadServer.running(Reply(events=events)) as server,
-            running_engine(server, logprobs=False) as engine,
-        ):
-            chunks = await read(engine, request_of())
-            assert "logprobs" not in server.requests[0]["body"]
-            with pytest.raises(RequestError, match="returns none"):
-                await read(engine, request_of(sampling={"top_logprobs": 0}))
-        assert (text_of(chunks), chunks[-1].prompt_tokens) == ("ab", None)
-        assert sum(len(chunk.tokens) for chunk in chunks) == 3
-
-    asyncio.run(run())
+    events = [
+        delta("", None, reasoning_content="hm"),
+        delta("a", None),
+        delta("b", None),
+        *finish(),
+    ]
+    async with (
+        BadServer.running(Reply(events=events)) as server,
+        running_engine(server, logprobs=False) as engine,
+    ):
+        chunks = await read(engine, request_of())
+        assert "logprobs" not in server.requests[0]["body"]
+        with pytest.raises(RequestError, match="returns none"):
+            await read(engine, request_of(sampling={"top_logprobs": 0}))
+    assert (text_of(chunks), chunks[-1].prompt_tokens) == ("ab", None)
+    assert sum(len(chunk.tokens) for chunk in chunks) == 3
 
 
-def test_missing_logprobs_say_what_to_configure() -> None:
+async def test_missing_logprobs_say_what_to_configure() -> None:
     """A server that ignores `logprobs` makes the answer fail with the option's name."""
-
-    async def run() -> None:
-        reply = Reply(events=[delta("a", None), *finish()])
-        async with BadServer.running(reply) as server, running_engine(server) as engine:
-            with pytest.raises(EngineFailed, match="set logprobs: false"):
-                await read(engine, request_of())
-            assert len(server.requests) == 1
-
-    asyncio.run(run())
+    reply = Reply(events=[delta("a", None), *finish()])
+    async with BadServer.running(reply) as server, running_engine(server) as engine:
+        with pytest.raises(EngineFailed, match="set logprobs: false"):
+            await read(engine, request_of())
+        assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize(
@@ -199,230 +181,181 @@ def test_missing_logprobs_say_what_to_configure() -> None:
         (Reply(events=finish("abort")), EngineFailed, "broke off: finish reason 'abort'", 3),
     ],
 )
-def test_failures_become_our_errors(
+async def test_failures_become_our_errors(
     reply: Reply, error: type[Exception], message: str, num_requests: int
 ) -> None:
     """Each failure has its error; only what may help is repeated, and never once text has come."""
-
-    async def run() -> None:
-        async with BadServer.running(reply) as server, running_engine(server) as engine:
-            with pytest.raises(error, match=message) as caught:
-                await read(engine, request_of())
-            assert KEY not in str(caught.value)
-            assert len(server.requests) == num_requests
-            assert engine.stats().running_requests == 0
-
-    asyncio.run(run())
+    async with BadServer.running(reply) as server, running_engine(server) as engine:
+        with pytest.raises(error, match=message) as caught:
+            await read(engine, request_of())
+        assert KEY not in str(caught.value)
+        assert len(server.requests) == num_requests
+        assert engine.stats().running_requests == 0
 
 
-def test_a_silent_server_is_asked_again() -> None:
+async def test_a_silent_server_is_asked_again() -> None:
     """A server that says nothing for `read_timeout_s` has failed, each time that it is asked."""
-
-    async def run() -> None:
-        async with (
-            BadServer.running(Reply(end=HANG)) as server,
-            running_engine(server, read_timeout_s=0.2) as engine,
-        ):
-            with pytest.raises(EngineFailed, match="ReadTimeout"):
-                await read(engine, request_of())
-            assert len(server.requests) == 3
-
-    asyncio.run(run())
+    async with (
+        BadServer.running(Reply(end=HANG)) as server,
+        running_engine(server, read_timeout_s=0.2) as engine,
+    ):
+        with pytest.raises(EngineFailed, match="ReadTimeout"):
+            await read(engine, request_of())
+        assert len(server.requests) == 3
 
 
-def test_a_server_that_falls_silent_is_not_asked_again() -> None:
+async def test_a_server_that_falls_silent_is_not_asked_again() -> None:
     """Once text has come nothing is repeated."""
-
-    async def run() -> None:
-        reply = Reply(events=[delta("a")], end=HANG)
-        async with (
-            BadServer.running(reply) as server,
-            running_engine(server, read_timeout_s=60) as engine,
-        ):
-            stream = engine.generate(request_of())
-            assert (await anext(stream)).text == "a"
-            loop = asyncio.get_running_loop()
-            began_s, true_time = loop.time(), loop.time
-            # From now on a minute passes in 60 ms.
-            loop.time = lambda: began_s + 1000 * (true_time() - began_s)  # type: ignore[method-assign]
-            reading = asyncio.ensure_future(anext(stream))
-            while not reading.done():  # noqa: ASYNC110 - a loop that slept would sleep a minute
-                await asyncio.sleep(0)
-            with pytest.raises(EngineFailed, match="ReadTimeout"):
-                reading.result()
-            assert len(server.requests) == 1
-            assert engine.stats().running_requests == 0
-
-    asyncio.run(run())
+    reply = Reply(events=[delta("a")], end=HANG)
+    async with (
+        BadServer.running(reply) as server,
+        running_engine(server, read_timeout_s=60) as engine,
+    ):
+        stream = engine.generate(request_of())
+        assert (await anext(stream)).text == "a"
+        loop = asyncio.get_running_loop()
+        began_s, true_time = loop.time(), loop.time
+        # From now on a minute passes in 60 ms.
+        loop.time = lambda: began_s + 1000 * (true_time() - began_s)  # type: ignore[method-assign]
+        reading = asyncio.ensure_future(anext(stream))
+        while not reading.done():  # noqa: ASYNC110 - a loop that slept would sleep a minute
+            await asyncio.sleep(0)
+        with pytest.raises(EngineFailed, match="ReadTimeout"):
+            reading.result()
+        assert len(server.requests) == 1
+        assert engine.stats().running_requests == 0
 
 
-def test_a_refusal_names_the_field() -> None:
+async def test_a_refusal_names_the_field() -> None:
     """A 400 of the server carries its `param` on to our client."""
-
-    async def run() -> None:
-        reply = Reply(400, body={"error": {"message": "m", "param": "temperature"}})
-        async with BadServer.running(reply) as server, running_engine(server) as engine:
-            with pytest.raises(RequestError) as caught:
-                await read(engine, request_of())
-            assert caught.value.param == "temperature"
-
-    asyncio.run(run())
+    reply = Reply(400, body={"error": {"message": "m", "param": "temperature"}})
+    async with BadServer.running(reply) as server, running_engine(server) as engine:
+        with pytest.raises(RequestError) as caught:
+            await read(engine, request_of())
+        assert caught.value.param == "temperature"
 
 
 @pytest.mark.parametrize("header", [{"retry-after-ms": "150"}, {"retry-after": "0.15"}])
-def test_retry_after_is_obeyed(header: dict[str, str]) -> None:
+async def test_retry_after_is_obeyed(header: dict[str, str]) -> None:
     """The engine waits as long as the server says, then gets its answer."""
-
-    async def run() -> None:
-        async with (
-            BadServer.running(Reply(429, header), answer("late")) as server,
-            running_engine(server) as engine,
-        ):
-            began_s = time.monotonic()
-            assert text_of(await read(engine, request_of(timeout_s=60))) == "late"
-            assert time.monotonic() - began_s >= 0.15
-            assert engine.stats().circuit == "closed"
-
-    asyncio.run(run())
+    async with (
+        BadServer.running(Reply(429, header), answer("late")) as server,
+        running_engine(server) as engine,
+    ):
+        began_s = time.monotonic()
+        assert text_of(await read(engine, request_of(timeout_s=60))) == "late"
+        assert time.monotonic() - began_s >= 0.15
+        assert engine.stats().circuit == "closed"
 
 
-def test_no_waiting_past_the_deadline() -> None:
+async def test_no_waiting_past_the_deadline() -> None:
     """When the server wants a pause that outlasts the request, its client hears so at once."""
-
-    async def run() -> None:
-        async with (
-            BadServer.running(Reply(429, {"retry-after": "3600"})) as server,
-            running_engine(server) as engine,
-        ):
-            async with asyncio.timeout(60):
-                with pytest.raises(EngineOverloaded) as caught:
-                    await read(engine, request_of(timeout_s=600))
-            assert caught.value.retry_after_s == 3600
-            assert len(server.requests) == 1
-
-    asyncio.run(run())
+    async with (
+        BadServer.running(Reply(429, {"retry-after": "3600"})) as server,
+        running_engine(server) as engine,
+    ):
+        async with asyncio.timeout(60):
+            with pytest.raises(EngineOverloaded) as caught:
+                await read(engine, request_of(timeout_s=600))
+        assert caught.value.retry_after_s == 3600
+        assert len(server.requests) == 1
 
 
-def test_the_circuit_opens_and_closes_again() -> None:
+async def test_the_circuit_opens_and_closes_again() -> None:
     """After failures in a row the server is not asked; later one request finds it well."""
-
-    async def run() -> None:
-        async with (
-            BadServer.running(Reply(500), Reply(500), answer("well")) as server,
-            running_engine(server, max_retries=0, breaker_failures=2, breaker_open_s=30) as engine,
-        ):
-            passed_s = 0.0
-            engine._breaker = CircuitBreaker(failures=2, open_s=30, clock=lambda: passed_s)
-            for _ in range(2):
-                with pytest.raises(EngineFailed, match="500"):
-                    await read(engine, request_of())
-            assert engine.stats().circuit == "open"
-            with pytest.raises(EngineFailed, match="left alone"):
+    async with (
+        BadServer.running(Reply(500), Reply(500), answer("well")) as server,
+        running_engine(server, max_retries=0, breaker_failures=2, breaker_open_s=30) as engine,
+    ):
+        passed_s = 0.0
+        engine._breaker = CircuitBreaker(failures=2, open_s=30, clock=lambda: passed_s)
+        for _ in range(2):
+            with pytest.raises(EngineFailed, match="500"):
                 await read(engine, request_of())
-            assert len(server.requests) == 2
-            passed_s = 30.0
-            assert engine.stats().circuit == "half-open"
-            engine.check_health()
-            assert text_of(await read(engine, request_of())) == "well"
-            assert engine.stats().circuit == "closed"
+        assert engine.stats().circuit == "open"
+        with pytest.raises(EngineFailed, match="left alone"):
+            await read(engine, request_of())
+        assert len(server.requests) == 2
+        passed_s = 30.0
+        assert engine.stats().circuit == "half-open"
+        engine.check_health()
+        assert text_of(await read(engine, request_of())) == "well"
+        assert engine.stats().circuit == "closed"
 
-    asyncio.run(run())
 
-
-def test_nobody_listening_opens_the_circuit() -> None:
+async def test_nobody_listening_opens_the_circuit() -> None:
     """A server that cannot be reached counts as failing; the engine starts all the same."""
-
-    async def run() -> None:
-        async with BadServer.running(answer("x")) as server:
-            pass
-        async with running_engine(server, breaker_failures=3) as engine:
-            with pytest.raises(EngineFailed, match="ConnectError"):
-                await read(engine, request_of())
-            assert engine.stats().circuit == "open"
-
-    asyncio.run(run())
+    async with BadServer.running(answer("x")) as server:
+        pass
+    async with running_engine(server, breaker_failures=3) as engine:
+        with pytest.raises(EngineFailed, match="ConnectError"):
+            await read(engine, request_of())
+        assert engine.stats().circuit == "open"
 
 
-def test_leaving_closes_the_upstream_stream() -> None:
+async def test_leaving_closes_the_upstream_stream() -> None:
     """Closing the iterator, and cancelling its reader, breaks the connection to the server."""
-
-    async def run() -> None:
-        hanging = Reply(events=[delta("a")], end=HANG)
-        async with (
-            BadServer.running(hanging) as server,
-            running_engine(server) as engine,
-        ):
-            stream = engine.generate(request_of())
-            assert (await anext(stream)).text == "a"
-            await stream.aclose()  # type: ignore[attr-defined]
-            reading = asyncio.create_task(read(engine, request_of()))
-            await until(lambda: engine.stats().generated_tokens_total == 2)
-            reading.cancel()
-            await asyncio.gather(reading, return_exceptions=True)
-            await until(lambda: server.num_broken == 2)
-            assert engine.stats() == replace(
-                EngineStats(circuit="closed"), generated_tokens_total=2
-            )
-
-    asyncio.run(run())
+    hanging = Reply(events=[delta("a")], end=HANG)
+    async with (
+        BadServer.running(hanging) as server,
+        running_engine(server) as engine,
+    ):
+        stream = engine.generate(request_of())
+        assert (await anext(stream)).text == "a"
+        await stream.aclose()  # type: ignore[attr-defined]
+        reading = asyncio.create_task(read(engine, request_of()))
+        await until(lambda: engine.stats().generated_tokens_total == 2)
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        await until(lambda: server.num_broken == 2)
+        assert engine.stats() == replace(EngineStats(circuit="closed"), generated_tokens_total=2)
 
 
-def test_stopping_fails_what_runs() -> None:
+async def test_stopping_fails_what_runs() -> None:
     """After stop a running request fails at once, and so does the health check."""
-
-    async def run() -> None:
-        hanging = Reply(events=[delta("a")], end=HANG)
-        async with (
-            BadServer.running(hanging) as server,
-            running_engine(server) as engine,
-        ):
-            reading = asyncio.create_task(read(engine, request_of()))
-            await until(lambda: engine.stats().generated_tokens_total == 1)
-            await engine.stop()
-            with pytest.raises(EngineFailed, match="was stopped"):
-                await asyncio.wait_for(reading, 60)
-            with pytest.raises(EngineFailed, match="not running"):
-                engine.check_health()
-
-    asyncio.run(run())
+    hanging = Reply(events=[delta("a")], end=HANG)
+    async with (
+        BadServer.running(hanging) as server,
+        running_engine(server) as engine,
+    ):
+        reading = asyncio.create_task(read(engine, request_of()))
+        await until(lambda: engine.stats().generated_tokens_total == 1)
+        await engine.stop()
+        with pytest.raises(EngineFailed, match="was stopped"):
+            await asyncio.wait_for(reading, 60)
+        with pytest.raises(EngineFailed, match="not running"):
+            engine.check_health()
 
 
-def test_connections_and_queue_are_bounded() -> None:
+async def test_connections_and_queue_are_bounded() -> None:
     """One runs, one waits for its connection, the third is refused."""
-
-    async def run() -> None:
-        replies = Reply(events=[delta("a")], end=HANG), answer("b")
-        async with (
-            BadServer.running(*replies) as server,
-            running_engine(server, max_connections=1, max_queued_requests=1) as engine,
-        ):
-            stream = engine.generate(request_of())
-            await anext(stream)
-            waiting = asyncio.create_task(read(engine, request_of()))
-            await until(lambda: engine.stats().queued_requests == 1)
-            assert engine.stats().running_requests == 1
-            with pytest.raises(EngineOverloaded):
-                await read(engine, request_of())
-            await stream.aclose()  # type: ignore[attr-defined]
-            assert text_of(await waiting) == "b"
-
-    asyncio.run(run())
+    replies = Reply(events=[delta("a")], end=HANG), answer("b")
+    async with (
+        BadServer.running(*replies) as server,
+        running_engine(server, max_connections=1, max_queued_requests=1) as engine,
+    ):
+        stream = engine.generate(request_of())
+        await anext(stream)
+        waiting = asyncio.create_task(read(engine, request_of()))
+        await until(lambda: engine.stats().queued_requests == 1)
+        assert engine.stats().running_requests == 1
+        with pytest.raises(EngineOverloaded):
+            await read(engine, request_of())
+        await stream.aclose()  # type: ignore[attr-defined]
+        assert text_of(await waiting) == "b"
 
 
-def test_connections_are_reused(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_connections_are_reused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests after another go through one connection."""
     monkeypatch.setattr("models.engines.remote.engine._DRAIN_S", 60)
 
-    async def run() -> None:
-        async with BadServer.running(answer("a")) as server, running_engine(server) as engine:
-            for _ in range(3):
-                await read(engine, request_of())
-            assert (len(server.requests), server.num_connections) == (3, 1)
-
-    asyncio.run(run())
+    async with BadServer.running(answer("a")) as server, running_engine(server) as engine:
+        for _ in range(3):
+            await read(engine, request_of())
+        assert (len(server.requests), server.num_connections) == (3, 1)
 
 
-def test_keys_come_from_the_environment_or_a_file(
+async def test_keys_come_from_the_environment_or_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file's key is sent without its line end; a missing key is named when the engine starts."""
@@ -430,18 +363,15 @@ def test_keys_come_from_the_environment_or_a_file(
     file.write_text(f"{KEY}\n")
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
 
-    async def run() -> None:
-        async with BadServer.running(answer("a")) as server:
-            async with running_engine(server, api_key_file=str(file)) as engine:
-                await read(engine, request_of())
-                assert KEY not in repr(vars(engine))
-            assert server.requests[0]["headers"]["authorization"] == f"Bearer {KEY}"
-            for bad in ({"api_key_env": "NO_SUCH_KEY"}, {"api_key_file": str(tmp_path / "no")}):
-                with pytest.raises(PoolError, match=next(iter(bad))):
-                    async with running_engine(server, **bad):
-                        pass
-
-    asyncio.run(run())
+    async with BadServer.running(answer("a")) as server:
+        async with running_engine(server, api_key_file=str(file)) as engine:
+            await read(engine, request_of())
+            assert KEY not in repr(vars(engine))
+        assert server.requests[0]["headers"]["authorization"] == f"Bearer {KEY}"
+        for bad in ({"api_key_env": "NO_SUCH_KEY"}, {"api_key_file": str(tmp_path / "no")}):
+            with pytest.raises(PoolError, match=next(iter(bad))):
+                async with running_engine(server, **bad):
+                    pass
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,7 @@ def test_answers_depend_on_nobody_else(
     assert list(map(token_ids, together)) == list(map(token_ids, alone))
 
 
-def test_adapters_make_room_and_come_back(
+async def test_adapters_make_room_and_come_back(
     base: Path, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     """With room for two, the third takes the place of the one longest unused, never of one in use;
@@ -211,28 +211,25 @@ def test_adapters_make_room_and_come_back(
     }
     pool = write_pool(tmp_path, base, {}, options={"max_adapters": 2})
 
-    async def run() -> None:
-        async with running(build(pool)) as engine:
-            for name, one in zip(names, wanted, strict=True):
-                assert token_ids(await read(engine, one)) == alone[name], name
-            long = [
-                dataclasses.replace(
-                    request(PROMPT, [name], max_tokens=200, ignore_eos=True),
-                    adapters={name: origins[name]},
-                )
-                for name in names[:2]
-            ]
-            busy = [asyncio.create_task(read(engine, one)) for one in long]
-            await asyncio.sleep(0.05)
-            with pytest.raises(EngineOverloaded, match="max_adapters"):
-                await read(engine, wanted[2])
-            assert [len(token_ids(await one)) for one in busy] == [200, 200]
-            assert token_ids(await read(engine, wanted[2])) == alone["some"]
-
-    asyncio.run(run())
+    async with running(build(pool)) as engine:
+        for name, one in zip(names, wanted, strict=True):
+            assert token_ids(await read(engine, one)) == alone[name], name
+        long = [
+            dataclasses.replace(
+                request(PROMPT, [name], max_tokens=200, ignore_eos=True),
+                adapters={name: origins[name]},
+            )
+            for name in names[:2]
+        ]
+        busy = [asyncio.create_task(read(engine, one)) for one in long]
+        await asyncio.sleep(0.05)
+        with pytest.raises(EngineOverloaded, match="max_adapters"):
+            await read(engine, wanted[2])
+        assert [len(token_ids(await one)) for one in busy] == [200, 200]
+        assert token_ids(await read(engine, wanted[2])) == alone["some"]
 
 
-def test_what_cannot_be_loaded_fails_alone(
+async def test_what_cannot_be_loaded_fails_alone(
     base: Path, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     """A folder that is gone, or holds something else by now: that request's error alone."""
@@ -240,15 +237,12 @@ def test_what_cannot_be_loaded_fails_alone(
     gone = AdapterSource(source=str(tmp_path / "gone"), sha256="0" * 64)
     changed = AdapterSource(source=str(folders["some"]), sha256="0" * 64)
 
-    async def run() -> None:
-        async with running(build(pool)) as engine:
-            for origin, why in ((gone, "no folder"), (changed, "has changed")):
-                wanted = dataclasses.replace(request(PROMPT, ["x"]), adapters={"x": origin})
-                with pytest.raises(EngineFailed, match=why):
-                    await read(engine, wanted)
-            assert token_ids(await read(engine, request(PROMPT, ["plain"])))
-
-    asyncio.run(run())
+    async with running(build(pool)) as engine:
+        for origin, why in ((gone, "no folder"), (changed, "has changed")):
+            wanted = dataclasses.replace(request(PROMPT, ["x"]), adapters={"x": origin})
+            with pytest.raises(EngineFailed, match=why):
+                await read(engine, wanted)
+        assert token_ids(await read(engine, request(PROMPT, ["plain"])))
 
 
 def test_adapters_and_a_second_base_are_refused(

@@ -174,96 +174,82 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
     return found
 
 
-def test_only_active_lanes_are_held(folders: list[Path], steps: Steps) -> None:
+async def test_only_active_lanes_are_held(folders: list[Path], steps: Steps) -> None:
     """A request holds one lane per member of weight above zero, and its rows of the cache."""
-
-    async def run() -> None:
-        engine = build_engine(folders)
-        async with running(engine):
-            wanted = request(
-                [5] * 10, ("m3", "m0", "m1"), weights=(1, 0, 2), max_tokens=200, ignore_eos=True
-            )
-            steps.hold(after=1)
-            async with aclosing(engine.generate(wanted)) as stream:  # type: ignore[type-var]
-                await anext(stream)
-                stats = engine.stats()
-                assert (stats.running_requests, stats.active_lanes) == (1, 2)
-                # 2 layers, keys and values of 2 heads of 16 floats
-                assert stats.kv_bytes_used == 2 * 209 * (2 * 2 * 2 * 16 * 4)
-            steps.go_on()
-            await until(lambda: engine.stats().kv_bytes_used == 0)
-
-    asyncio.run(run())
+    engine = build_engine(folders)
+    async with running(engine):
+        wanted = request(
+            [5] * 10, ("m3", "m0", "m1"), weights=(1, 0, 2), max_tokens=200, ignore_eos=True
+        )
+        steps.hold(after=1)
+        async with aclosing(engine.generate(wanted)) as stream:  # type: ignore[type-var]
+            await anext(stream)
+            stats = engine.stats()
+            assert (stats.running_requests, stats.active_lanes) == (1, 2)
+            # 2 layers, keys and values of 2 heads of 16 floats
+            assert stats.kv_bytes_used == 2 * 209 * (2 * 2 * 2 * 16 * 4)
+        steps.go_on()
+        await until(lambda: engine.stats().kv_bytes_used == 0)
 
 
-def test_cancelling_the_reading_task_frees_its_lanes(folders: list[Path], steps: Steps) -> None:
+async def test_cancelling_the_reading_task_frees_its_lanes(
+    folders: list[Path], steps: Steps
+) -> None:
     """A cancelled reader's request is gone, and one that waited for its room runs."""
-
-    async def run() -> None:
-        engine = build_engine(folders, kv_memory_bytes=256 * 512)
-        async with running(engine):
-            steps.hold(after=0)
-            reader = asyncio.create_task(
-                read(engine, request([5] * 56, max_tokens=200, ignore_eos=True))
-            )
-            waiting = asyncio.create_task(read(engine, request([6] * 100, max_tokens=8)))
-            await asyncio.sleep(0)  # both are submitted
-            steps.hold(after=1)
-            await until(lambda: engine.stats().queued_requests == 1)
-            assert engine.stats().running_requests == 1
-            reader.cancel()
-            await asyncio.sleep(0)
-            steps.go_on()
-            assert (await waiting)[-1].finish_reason is not None
-            with pytest.raises(asyncio.CancelledError):
-                await reader
-
-    asyncio.run(run())
+    engine = build_engine(folders, kv_memory_bytes=256 * 512)
+    async with running(engine):
+        steps.hold(after=0)
+        reader = asyncio.create_task(
+            read(engine, request([5] * 56, max_tokens=200, ignore_eos=True))
+        )
+        waiting = asyncio.create_task(read(engine, request([6] * 100, max_tokens=8)))
+        await asyncio.sleep(0)  # both are submitted
+        steps.hold(after=1)
+        await until(lambda: engine.stats().queued_requests == 1)
+        assert engine.stats().running_requests == 1
+        reader.cancel()
+        await asyncio.sleep(0)
+        steps.go_on()
+        assert (await waiting)[-1].finish_reason is not None
+        with pytest.raises(asyncio.CancelledError):
+            await reader
 
 
-def test_the_queue_is_bounded(folders: list[Path], steps: Steps) -> None:
+async def test_the_queue_is_bounded(folders: list[Path], steps: Steps) -> None:
     """One request too many is turned away at once, saying when to come back; the rest finish."""
-
-    async def run() -> None:
-        engine = build_engine(folders, kv_memory_bytes=256 * 512, max_queued_requests=2)
-        async with running(engine):
-            wanted = [request([5] * 100, max_tokens=100, ignore_eos=True) for _ in range(4)]
-            steps.hold(after=0)
-            reading = [asyncio.create_task(read(engine, one)) for one in wanted]
-            await asyncio.sleep(0)  # all are submitted
-            steps.go_on()
-            results = await asyncio.gather(*reading, return_exceptions=True)
-        assert [type(result) for result in results] == [list, list, list, EngineOverloaded]
-        assert results[3].retry_after_s >= 1  # type: ignore[union-attr]
-
-    asyncio.run(run())
+    engine = build_engine(folders, kv_memory_bytes=256 * 512, max_queued_requests=2)
+    async with running(engine):
+        wanted = [request([5] * 100, max_tokens=100, ignore_eos=True) for _ in range(4)]
+        steps.hold(after=0)
+        reading = [asyncio.create_task(read(engine, one)) for one in wanted]
+        await asyncio.sleep(0)  # all are submitted
+        steps.go_on()
+        results = await asyncio.gather(*reading, return_exceptions=True)
+    assert [type(result) for result in results] == [list, list, list, EngineOverloaded]
+    assert results[3].retry_after_s >= 1  # type: ignore[union-attr]
 
 
-def test_clients_take_turns(folders: list[Path], steps: Steps) -> None:
+async def test_clients_take_turns(folders: list[Path], steps: Steps) -> None:
     """A client with one request does not wait behind another's twenty."""
+    engine = build_engine(folders, kv_memory_bytes=64 * 512)
+    finished: list[str] = []
 
-    async def run() -> None:
-        engine = build_engine(folders, kv_memory_bytes=64 * 512)
-        finished: list[str] = []
+    async def one(client: str) -> None:
+        await read(engine, request([5] * 20, max_tokens=40, client_id=client, ignore_eos=True))
+        finished.append(client)
 
-        async def one(client: str) -> None:
-            await read(engine, request([5] * 20, max_tokens=40, client_id=client, ignore_eos=True))
-            finished.append(client)
-
-        async with running(engine):
-            steps.hold(after=0)
-            greedy = [asyncio.create_task(one("greedy")) for _ in range(20)]
-            await asyncio.sleep(0)  # all are submitted
-            steps.hold(after=1)
-            await until(lambda: engine.stats().queued_requests >= 15)
-            modest = asyncio.create_task(one("modest"))
-            await asyncio.sleep(0)
-            steps.go_on()
-            await asyncio.gather(modest, *greedy)
-        # Those that were running or admitted next when it came, not the whole queue.
-        assert finished.index("modest") <= 7
-
-    asyncio.run(run())
+    async with running(engine):
+        steps.hold(after=0)
+        greedy = [asyncio.create_task(one("greedy")) for _ in range(20)]
+        await asyncio.sleep(0)  # all are submitted
+        steps.hold(after=1)
+        await until(lambda: engine.stats().queued_requests >= 15)
+        modest = asyncio.create_task(one("modest"))
+        await asyncio.sleep(0)
+        steps.go_on()
+        await asyncio.gather(modest, *greedy)
+    # Those that were running or admitted next when it came, not the whole queue.
+    assert finished.index("modest") <= 7
 
 
 def test_long_prompts_do_not_stop_others(folders: list[Path], steps: Steps) -> None:
@@ -417,26 +403,22 @@ def _fails(engine: Engine) -> bool:
     return False
 
 
-def test_stopping_fails_what_runs(folders: list[Path], steps: Steps) -> None:
+async def test_stopping_fails_what_runs(folders: list[Path], steps: Steps) -> None:
     """`stop` ends running answers with an error, can be repeated, and the engine says so."""
-
-    async def run() -> None:
-        engine = build_engine(folders)
-        await engine.start()
-        steps.hold(after=0)
-        reader = asyncio.create_task(read(engine, request([5], max_tokens=250, ignore_eos=True)))
-        await until(lambda: engine.stats().running_requests == 1)
-        stopping = asyncio.create_task(engine.stop())
-        await asyncio.sleep(0)  # it is told to
-        steps.go_on()
-        await stopping
-        await engine.stop()
-        with pytest.raises(EngineFailed, match="stopped"):
-            await reader
-        with pytest.raises(EngineFailed, match="not running"):
-            engine.check_health()
-
-    asyncio.run(run())
+    engine = build_engine(folders)
+    await engine.start()
+    steps.hold(after=0)
+    reader = asyncio.create_task(read(engine, request([5], max_tokens=250, ignore_eos=True)))
+    await until(lambda: engine.stats().running_requests == 1)
+    stopping = asyncio.create_task(engine.stop())
+    await asyncio.sleep(0)  # it is told to
+    steps.go_on()
+    await stopping
+    await engine.stop()
+    with pytest.raises(EngineFailed, match="stopped"):
+        await reader
+    with pytest.raises(EngineFailed, match="not running"):
+        engine.check_health()
 
 
 def test_text_of_tokens(folders: list[Path]) -> None:
