@@ -32,6 +32,7 @@ from policies.cascade.learn import measure_stops, replay_cascade
 from policies.cascade.learned import LearnedCascade
 from policies.cascade.scorer import LearnedScorer
 from policies.evidence import HeldOutAnswers, calibrate, evidence_weights, mixture_nll
+from policies.files import write_atomic
 from policies.fused import with_prior
 from policies.outcomes import Outcome, read_outcomes
 from policies.plan import Answer, Plan
@@ -83,9 +84,7 @@ def install(pool: Pool, bench: Bench) -> None:
     content["policies"] = {name: {**known.get(name, {}), **spec} for name, spec in learned.items()}
     content["policies"]["auto"] = known["auto"]
     heading = text.partition("\n")[0] + "\n" if text.startswith("#") else ""
-    partial = file.with_name(".pool.yaml.partial")
-    partial.write_text(heading + yaml.safe_dump(content, sort_keys=False))
-    partial.replace(file)
+    write_atomic(file, heading + yaml.safe_dump(content, sort_keys=False))
 
 
 class Bench:
@@ -254,13 +253,7 @@ class Bench:
                 if top:  # the best first: it leads where the rule knows a lead
                     members = tuple(chunks[i] for i in ranked[: top if top > 0 else None])
                 scores = dict(zip(chunks, prior_M.tolist(), strict=True))
-                plan = Answer(
-                    members=members,
-                    rule=answer.rule,
-                    weighting=answer.weighting,
-                    temperature=answer.temperature,
-                )
-                primed = with_prior(plan, scores, power=exponent)
+                primed = with_prior(replace(answer, members=members), scores, power=exponent)
                 assert isinstance(primed, Answer)
                 plans[name].append(primed)
         return plans

@@ -272,38 +272,8 @@ def test_bad_corpora_leave_no_pool(recipe, tmp_path):
 
 
 _WORDS = {
-    "fish": [
-        "salmon",
-        "trout",
-        "herring",
-        "swim",
-        "river",
-        "deep",
-        "cold",
-        "scales",
-        "gills",
-        "net",
-        "boat",
-        "catch",
-        "shoal",
-        "tide",
-    ],
-    "bread": [
-        "flour",
-        "water",
-        "yeast",
-        "oven",
-        "crust",
-        "dough",
-        "knead",
-        "warm",
-        "butter",
-        "loaf",
-        "slice",
-        "rye",
-        "salt",
-        "bake",
-    ],
+    "fish": "salmon trout herring swim river deep cold scales gills net boat catch shoal tide",
+    "bread": "flour water yeast oven crust dough knead warm butter loaf slice rye salt bake",
 }
 
 
@@ -313,12 +283,14 @@ def recipe_of_texts(tmp_path):
     for name, words in _WORDS.items():
         (tmp_path / name).mkdir()
         for number in range(60):
-            text = " ".join(rng.choices(words, k=60))
+            text = " ".join(rng.choices(words.split(), k=60))
             kind = ("txt", "md", "html")[number % 3]
             page = f"<html><body><nav>Menu</nav><p>{text}</p></body></html>"
             file = tmp_path / name / f"{number}.{kind}"
             file.write_text(page if kind == "html" else text)
-        lines = (json.dumps({"text": " ".join(rng.choices(words, k=60))}) for _ in range(60))
+        lines = (
+            json.dumps({"text": " ".join(rng.choices(words.split(), k=60))}) for _ in range(60)
+        )
         (tmp_path / name / "more.jsonl").write_text("\n".join(lines))
     content = tiny_recipe(tmp_path).model_dump()
     content["domains"] = {name: {"corpus": str(tmp_path / name)} for name in _WORDS}

@@ -4,9 +4,10 @@ import asyncio
 import json
 import math
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,14 +16,7 @@ import pytest
 
 from models.card import read_card
 from models.chat_template import Rendering
-from models.engines.base import (
-    Chunk,
-    Engine,
-    GenerationRequest,
-    SamplingOptions,
-    Structure,
-    Token,
-)
+from models.engines.base import Chunk, Engine, GenerationRequest, SamplingOptions, Structure, Token
 from models.engines.registry import create_engine, engine_traits
 from models.errors import ContextOverflow, EngineFailed, EngineOverloaded, PoolError, RequestError
 from models.pool import DEFAULT_POOL
@@ -55,7 +49,7 @@ _TEMPLATE_WITH_TOOLS = (
 )
 
 Ask: TypeAlias = Callable[..., GenerationRequest]
-Read: TypeAlias = Callable[[GenerationRequest], list[Chunk]]
+Read: TypeAlias = Callable[[GenerationRequest], Awaitable[list[Chunk]]]
 SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
 CITIES = ("Rome", "Berlin", "Madrid")
 CAPITAL = "What is the capital of France?"
@@ -115,31 +109,22 @@ def _text(chunks: list[Chunk]) -> str:
 
 
 @pytest.fixture(scope="module")
-def loop() -> Iterator[asyncio.Runner]:
-    """The one event loop of the shared engine, which hears there of threads that end late."""
-    with asyncio.Runner() as runner:
-        yield runner
-
-
-@pytest.fixture(scope="module")
-def engine(loop: asyncio.Runner) -> Iterator[Engine]:
+async def engine() -> AsyncIterator[Engine]:
     """A started engine of two slots."""
-    engine = create_engine(_spec(options={"num_slots": 2}), [MODEL])
-    loop.run(engine.start())
-    yield engine
-    loop.run(engine.stop())
+    async with _running(options={"num_slots": 2}) as engine:
+        yield engine
 
 
 @pytest.fixture
-def read(loop: asyncio.Runner, engine: Engine) -> Read:
+def read(engine: Engine) -> Read:
     """Return what reads an answer of the engine."""
-    return lambda request: loop.run(_read(engine, request))
+    return partial(_read, engine)
 
 
-def test_without_likelihoods_the_answer_is_the_same(read: Read, ask: Ask) -> None:
+async def test_without_likelihoods_the_answer_is_the_same(read: Read, ask: Ask) -> None:
     """Where nobody reads log-probabilities, text, count and end are what they are with them."""
     question = "Write: é 你好 🙂, thank you!"
-    told, untold = (read(ask(question, max_tokens=24, logprobs=it)) for it in (True, False))
+    told, untold = [await read(ask(question, max_tokens=24, logprobs=it)) for it in (True, False)]
     assert _text(told) == _text(untold)
     assert told[-1].finish_reason == untold[-1].finish_reason
     assert len(_tokens(told)) == len(_tokens(untold))
@@ -147,9 +132,9 @@ def test_without_likelihoods_the_answer_is_the_same(read: Read, ask: Ask) -> Non
     assert "".join(token.text for token in _tokens(untold)) == _text(untold)
 
 
-def test_answers_people(read: Read, ask: Ask) -> None:
+async def test_answers_people(read: Read, ask: Ask) -> None:
     """A question is answered in sentences, in many chunks, and the end token is counted."""
-    chunks = read(ask(CAPITAL))
+    chunks = await read(ask(CAPITAL))
     assert "Paris" in _text(chunks)
     assert chunks[-1].finish_reason == "stop"
     assert len(chunks) > 4
@@ -157,9 +142,9 @@ def test_answers_people(read: Read, ask: Ask) -> None:
     assert (last.token_id in MODEL.card.end_tokens, last.text) == (True, "")
 
 
-def test_tokens_spell_the_text(read: Read, ask: Ask) -> None:
+async def test_tokens_spell_the_text(read: Read, ask: Ask) -> None:
     """The tokens' bytes make up the text, and each is the likeliest of its alternatives."""
-    chunks = read(ask(CAPITAL, top_logprobs=3))
+    chunks = await read(ask(CAPITAL, top_logprobs=3))
     tokens = _tokens(chunks)
     assert b"".join(token.raw for token in tokens).decode() == _text(chunks)
     for token in tokens:
@@ -168,12 +153,14 @@ def test_tokens_spell_the_text(read: Read, ask: Ask) -> None:
         logprobs = [other.logprob for other in token.top]
         assert logprobs == sorted(logprobs, reverse=True)
         assert sum(math.exp(logprob) for logprob in logprobs) <= 1.0001
-    assert not any(token.top for token in _tokens(read(ask(CAPITAL))))
+    assert not any(token.top for token in _tokens(await read(ask(CAPITAL))))
 
 
-def test_characters_of_several_tokens_are_whole(read: Read, ask: Ask, tokenizer: Tokenizer) -> None:
+async def test_characters_of_several_tokens_are_whole(
+    read: Read, ask: Ask, tokenizer: Tokenizer
+) -> None:
     """An emoji, which several tokens spell, comes whole; all its tokens are counted."""
-    chunks = read(ask("Laugh!", structure=_json('{"const": "😀😃😄"}')))
+    chunks = await read(ask("Laugh!", structure=_json('{"const": "😀😃😄"}')))
     assert _text(chunks) == '"😀😃😄"'
     num_tokens = len(tokenizer.encode('"😀😃😄"'))
     assert num_tokens > 4
@@ -183,59 +170,61 @@ def test_characters_of_several_tokens_are_whole(read: Read, ask: Ask, tokenizer:
 @pytest.mark.parametrize(
     "narrow", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}], ids=lambda narrow: next(iter(narrow))
 )
-def test_filters_narrow_to_the_likeliest(read: Read, ask: Ask, narrow: dict[str, float]) -> None:
+async def test_filters_narrow_to_the_likeliest(
+    read: Read, ask: Ask, narrow: dict[str, float]
+) -> None:
     """At a high temperature each filter alone can leave only the greedy answer."""
-    assert _text(read(ask(CAPITAL, temperature=1.9, **narrow))) == _text(read(ask(CAPITAL)))
+    assert _text(await read(ask(CAPITAL, temperature=1.9, **narrow))) == _text(
+        await read(ask(CAPITAL))
+    )
 
 
-def test_bias_and_penalties_change_tokens(read: Read, ask: Ask) -> None:
+async def test_bias_and_penalties_change_tokens(read: Read, ask: Ask) -> None:
     """A bias forbids a token; a penalty ends a repetition; probabilities stay the model's own."""
-    first = _tokens(read(ask(CAPITAL, max_tokens=1)))[0]
+    first = _tokens(await read(ask(CAPITAL, max_tokens=1)))[0]
     forbidden = {first.token_id: -100.0}
-    [other] = _tokens(read(ask(CAPITAL, max_tokens=1, logit_bias=forbidden, top_logprobs=1)))
+    [other] = _tokens(await read(ask(CAPITAL, max_tokens=1, logit_bias=forbidden, top_logprobs=1)))
     assert other.token_id != first.token_id
     assert other.top[0].token_id == first.token_id
     assert other.top[0].logprob == pytest.approx(first.logprob, abs=1e-3)
     again = "Say dog dog dog dog dog dog dog dog again and again."
-    plain, penalised = (
-        _text(read(ask(again, max_tokens=24, ignore_eos=True, frequency_penalty=penalty)))
+    plain, penalised = [
+        _text(await read(ask(again, max_tokens=24, ignore_eos=True, frequency_penalty=penalty)))
         for penalty in (0.0, 2.0)
-    )
+    ]
     assert plain.count("dog") > penalised.count("dog")
 
 
-def test_ignores_the_end_where_asked(read: Read, ask: Ask) -> None:
+async def test_ignores_the_end_where_asked(read: Read, ask: Ask) -> None:
     """With ignore_eos an answer goes on to max_tokens."""
-    chunks = read(ask(CAPITAL, max_tokens=24, ignore_eos=True))
+    chunks = await read(ask(CAPITAL, max_tokens=24, ignore_eos=True))
     assert (len(_tokens(chunks)), chunks[-1].finish_reason) == (24, "length")
 
 
-def test_seeds_repeat(loop: asyncio.Runner, engine: Engine, ask: Ask) -> None:
+async def test_seeds_repeat(engine: Engine, ask: Ask) -> None:
     """A seed gives the same answer, alone or beside others; another seed another."""
-
-    async def run() -> None:
-        warm = {"temperature": 1.0, "max_tokens": 12}
-        alone = _text(await _read(engine, ask("Tell me a story.", seed=7, **warm)))
-        beside = await asyncio.gather(
-            *(_read(engine, ask("Tell me a story.", seed=seed, **warm)) for seed in (7, 8, 7))
-        )
-        assert [_text(chunks) == alone for chunks in beside] == [True, False, True]
-
-    loop.run(run())
+    warm = {"temperature": 1.0, "max_tokens": 12}
+    alone = _text(await _read(engine, ask("Tell me a story.", seed=7, **warm)))
+    beside = await asyncio.gather(
+        *(_read(engine, ask("Tell me a story.", seed=seed, **warm)) for seed in (7, 8, 7))
+    )
+    assert [_text(chunks) == alone for chunks in beside] == [True, False, True]
 
 
 @pytest.mark.parametrize(
     ("stop", "expected"),
     [((" of",), "The capital"), (("x", " France"), "The capital of"), ((" of Spain",), None)],
 )
-def test_stop_strings(read: Read, ask: Ask, stop: tuple[str, ...], expected: str | None) -> None:
+async def test_stop_strings(
+    read: Read, ask: Ask, stop: tuple[str, ...], expected: str | None
+) -> None:
     """A stop string ends the answer before it; a mere beginning of one, even last, is text."""
-    chunks = read(ask(CAPITAL, stop=stop, max_tokens=3))
+    chunks = await read(ask(CAPITAL, stop=stop, max_tokens=3))
     assert _text(chunks) == (expected or "The capital of")
     assert chunks[-1].finish_reason == ("length" if expected is None or stop[0] == "x" else "stop")
 
 
-def test_schemas_bind(read: Read, ask: Ask) -> None:
+async def test_schemas_bind(read: Read, ask: Ask) -> None:
     """An answer follows its schema, and the object is closed when it ends."""
     schema = {
         "type": "object",
@@ -243,7 +232,7 @@ def test_schemas_bind(read: Read, ask: Ask) -> None:
         "required": ["city", "people"],
         "additionalProperties": False,
     }
-    chunks = read(
+    chunks = await read(
         ask("Describe Paris as JSON.", structure=_json(json.dumps(schema)), max_tokens=64)
     )
     answer = json.loads(_text(chunks))
@@ -252,39 +241,33 @@ def test_schemas_bind(read: Read, ask: Ask) -> None:
 
 
 @pytest.mark.parametrize("schema", ['{"type": "nonsense"}', '{"$ref": "#/nope"}'])
-def test_schemas_that_cannot_be_used_are_refused(read: Read, ask: Ask, schema: str) -> None:
+async def test_schemas_that_cannot_be_used_are_refused(read: Read, ask: Ask, schema: str) -> None:
     """llama.cpp itself would answer freely; the request is refused instead."""
     with pytest.raises(RequestError, match="JSON schema cannot be used"):
-        read(ask("JSON, please.", structure=_json(schema)))
+        await read(ask("JSON, please.", structure=_json(schema)))
 
 
-def test_prompts_are_kept(read: Read, ask: Ask) -> None:
+async def test_prompts_are_kept(read: Read, ask: Ask) -> None:
     """A prompt that was read before is not read again, and the answer says so."""
     question = ask("Which of the seas around Europe is the saltiest one?", max_tokens=2)
-    read(question)
-    num_cached = read(question)[-1].cached_tokens
+    await read(question)
+    num_cached = (await read(question))[-1].cached_tokens
     assert num_cached is not None
     assert 0 < num_cached < len(question.prompt_tokens)
 
 
-def test_closing_frees_the_slot_during_the_prompt(
-    loop: asyncio.Runner, engine: Engine, ask: Ask
-) -> None:
+async def test_closing_frees_the_slot_during_the_prompt(engine: Engine, ask: Ask) -> None:
     """A request that is cancelled while its long prompt is read frees its slot and its rows."""
-
-    async def run() -> None:
-        reading = asyncio.create_task(_read(engine, ask("word " * 1000)))
-        while not engine.stats().running_requests:  # noqa: ASYNC110 - the thread has no event
+    reading = asyncio.create_task(_read(engine, ask("word " * 1000)))
+    while not engine.stats().running_requests:  # noqa: ASYNC110 - the thread has no event
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.2)
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
+    async with asyncio.timeout(60):
+        while engine.stats().running_requests:  # noqa: ASYNC110 - the thread has no event
             await asyncio.sleep(0.01)
-        await asyncio.sleep(0.2)
-        reading.cancel()
-        await asyncio.gather(reading, return_exceptions=True)
-        async with asyncio.timeout(60):
-            while engine.stats().running_requests:  # noqa: ASYNC110 - the thread has no event
-                await asyncio.sleep(0.01)
-        assert engine.stats().kv_bytes_used == 0
-
-    loop.run(run())
+    assert engine.stats().kv_bytes_used == 0
 
 
 async def test_the_queue_is_bounded(ask: Ask) -> None:
@@ -358,12 +341,12 @@ def test_nobody_else_can_ask(engine: Engine) -> None:
         ({"sampling": SamplingOptions(max_tokens=0)}, RequestError, "max_tokens: 0"),
     ],
 )
-def test_refuses_what_it_cannot_run(
+async def test_refuses_what_it_cannot_run(
     read: Read, ask: Ask, change: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     """What is at fault is named, before anything runs."""
     with pytest.raises(error, match=message):
-        read(replace(ask(CAPITAL), **change))
+        await read(replace(ask(CAPITAL), **change))
 
 
 async def test_calls_tools(tmp_path: Path) -> None:
