@@ -1,6 +1,7 @@
 """How `pytest -n 2` shares the cores: by file, and files that start Ray one after another.
 
-A slow machine is no fault of what is tested: property tests have no deadline.
+A slow machine is no fault of what is tested: property tests have no deadline, and they try the same
+examples at every run.
 """
 
 from contextlib import suppress
@@ -14,7 +15,10 @@ with suppress(ImportError):  # vLLM's environment does without
     from hypothesis import HealthCheck, settings
 
     settings.register_profile(
-        "patient", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+        "patient",
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
     )
     settings.load_profile("patient")
 

@@ -109,7 +109,7 @@ def _read(
     return "".join(text for text, _ in told), [call for _, calls in told for call in calls]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(data=st.data())
 @pytest.mark.parametrize(("form", "written", "text", "calls"), RECORDED)
 def test_answers_are_read_wherever_they_are_cut(
@@ -146,7 +146,7 @@ def test_a_truncated_call_is_no_text(form: FormatName) -> None:
         assert len(join_calls(calls)) <= 2
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(text=st.text(max_size=40))
 @pytest.mark.parametrize("form", get_args(FormatName))
 def test_any_text_is_read(form: FormatName, text: str) -> None:

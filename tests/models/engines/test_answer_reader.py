@@ -32,7 +32,7 @@ def _read(pieces: Sequence[str], request: GenerationRequest, reason: Any = "stop
     return [*map(reader.read, chunks[:-1]), reader.read(replace(chunks[-1], finish_reason=reason))]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(data=st.data())
 @pytest.mark.parametrize(
     ("written", "reasoning", "text", "calls"),

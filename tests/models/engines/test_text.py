@@ -10,7 +10,7 @@ from models.engines.text import TextStream, Vocabulary
 from tests.models.engines.stacked.tiny import VOCAB_SIZE, build_tokenizer
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 @given(
     pieces=st.lists(st.text("abcé", max_size=4), max_size=12),
     stops=st.lists(st.text("abcé", min_size=1, max_size=4), max_size=3),
@@ -32,7 +32,7 @@ def test_stop_strings(pieces: list[str], stops: list[str]) -> None:
     assert shown + stream.finish() == seen
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(text=st.text(max_size=12), cuts=st.lists(st.integers(0, 40), max_size=6))
 def test_characters_stay_whole(text: str, cuts: list[int]) -> None:
     """Bytes cut anywhere give the same text, without replacement characters on the way."""

@@ -15,7 +15,7 @@ def _pieces(tokenizer: PreTrainedTokenizerFast, text: str) -> list[str]:
     return list(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).tokens)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(text=st.text())
 def test_any_text_round_trips(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     """Encoding and decoding gives back every string that writes no control token."""

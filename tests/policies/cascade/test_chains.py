@@ -40,7 +40,7 @@ def simulate(stages: list[StageColumn], thresholds: tuple[float, ...]) -> tuple[
     return quality / num_queries, cost / num_queries
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 25))
 def test_every_grid_point_equals_a_simulation(seed: int, num_stages: int, num_queries: int) -> None:
     """Accuracy and cost of every threshold combination equal a query-by-query run."""

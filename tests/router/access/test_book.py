@@ -140,11 +140,11 @@ class TrueSpending(RuleBasedStateMachine):
             assert tally.spent.get(i) <= limit.cap.limit + self.late.get(i)
 
 
-TrueSpending.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TrueSpending.TestCase.settings = settings(max_examples=40, stateful_step_count=30)
 TestTrueSpending = TrueSpending.TestCase
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32), in_flight=st.integers(1, 50))
 def test_at_least_99_percent_of_a_cap_is_usable(seed: int, in_flight: int) -> None:
     """With requests of at most 1% of the cap, refusals begin above 99% of it, however many run."""
@@ -167,7 +167,7 @@ def test_at_least_99_percent_of_a_cap_is_usable(seed: int, in_flight: int) -> No
     assert 990 <= spent <= 1000
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     factor=st.fractions(1, 5, max_denominator=10),
     seed=st.integers(0, 2**32),

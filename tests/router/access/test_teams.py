@@ -36,7 +36,7 @@ def _limits(scope: str, cap: int | None) -> tuple[Limit, ...]:
     return limits(scope, read_caps(caps, scope), NOW_S)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(team=CAPS, own=st.tuples(CAPS, CAPS, CAPS), events=EVENTS)
 def test_a_request_is_admitted_when_it_fits_both(
     team: int | None, own: tuple[int | None, ...], events: list[tuple[str, int, int]]

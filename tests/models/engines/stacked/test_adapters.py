@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from models.adapter import AdapterSource, read_adapter
@@ -148,13 +148,7 @@ requests = st.builds(
 )
 
 
-@settings(
-    max_examples=8,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-    phases=[Phase.explicit, Phase.generate],
-)
+@settings(max_examples=8, phases=[Phase.explicit, Phase.generate])
 @given(
     plan=st.lists(st.tuples(requests, st.integers(0, 6)), min_size=2, max_size=6),
     step_rows=st.sampled_from([8, 2048]),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from models.engines.base import Chunk, Engine, Evidence, GenerationRequest
@@ -62,13 +62,8 @@ turns = st.lists(
 )
 
 
-@settings(
-    max_examples=12,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow],
-    phases=[Phase.explicit, Phase.generate],  # shrinking would run into the test's time limit
-)
+# Shrinking would run into the test's time limit.
+@settings(max_examples=12, phases=[Phase.explicit, Phase.generate])
 @given(conversations=st.lists(turns, min_size=1, max_size=3), rows=st.sampled_from([500, 4000]))
 def test_tokens_never_change(
     folders: list[Path],
@@ -188,7 +183,7 @@ def test_after_a_failure_nothing_is_reused(
     assert asyncio.run(run()) == (len(START) - 1, 0)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 60), st.booleans()), max_size=40))
 def test_no_row_is_lost_or_lent_twice(steps: list[tuple[int, int, bool]]) -> None:
     """Requests come, compute and end in any order: the regions of those that run never overlap,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
@@ -85,13 +85,8 @@ requests = st.builds(
 
 @pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("how", DRAFTS)
-@settings(
-    max_examples=8,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-    phases=[Phase.explicit, Phase.generate],  # shrinking would run into the test's time limit
-)
+# Shrinking would run into the test's time limit.
+@settings(max_examples=8, phases=[Phase.explicit, Phase.generate])
 @given(wanted=st.lists(requests, min_size=1, max_size=5), rows=st.sampled_from([300, 4000]))
 def test_no_draft_changes_a_token(
     folders: list[Path], how: str, wanted: list[GenerationRequest], rows: int

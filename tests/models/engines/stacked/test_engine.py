@@ -10,7 +10,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from models.engines.base import Chunk, Engine, GenerationRequest, Structure
@@ -57,13 +57,8 @@ requests = st.builds(
 )
 
 
-@settings(
-    max_examples=8,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow],
-    phases=[Phase.explicit, Phase.generate],  # shrinking would run into the test's time limit
-)
+# Shrinking would run into the test's time limit.
+@settings(max_examples=8, phases=[Phase.explicit, Phase.generate])
 @given(
     plan=st.lists(
         st.tuples(requests, st.integers(0, 6), st.one_of(st.none(), st.integers(0, 8))),

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from models.engines.base import Chunk, Engine, GenerationRequest
@@ -78,13 +78,8 @@ requests = st.builds(
 )
 
 
-@settings(
-    max_examples=10,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow],
-    phases=[Phase.explicit, Phase.generate],  # shrinking would run into the test's time limit
-)
+# Shrinking would run into the test's time limit.
+@settings(max_examples=10, phases=[Phase.explicit, Phase.generate])
 @given(wanted=st.lists(requests, min_size=1, max_size=5), step_rows=st.sampled_from([8, 64, 2048]))
 def test_tokens_are_those_of_computing_everybody_at_every_token(
     folders: list[Path], wanted: list[GenerationRequest], step_rows: int
