@@ -199,12 +199,11 @@ async def test_adapters_make_room_and_come_back(
         )
         for name in names
     ]
-    alone = {
-        name: token_ids(answer(build(write_pool(tmp_path, base, {name: folders[name]})), one)[0])
-        for name, one in zip(names, wanted, strict=True)
-    }
+    alone = {}
+    for name, one in zip(names, wanted, strict=True):
+        async with running(build(write_pool(tmp_path, base, {name: folders[name]}))) as engine:
+            alone[name] = token_ids(await read(engine, one))
     pool = write_pool(tmp_path, base, {}, options={"max_adapters": 2})
-
     async with running(build(pool)) as engine:
         for name, one in zip(names, wanted, strict=True):
             assert token_ids(await read(engine, one)) == alone[name], name
