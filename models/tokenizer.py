@@ -44,8 +44,12 @@ class Tokenizer(Protocol):
         """Ids are in [0, vocab_size)."""
         ...
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Return the ids of plain `text`, with what the model expects at the start of a text."""
+    def encode(self, text: str, *, special: bool = True) -> tuple[int, ...]:
+        """Return the ids of plain `text`, if `special` with what the model wants around a text."""
+        ...
+
+    def token_text(self, token_id: int) -> str:
+        """Return a token as the vocabulary has it; empty if it hasn't."""
         ...
 
     @property
@@ -85,9 +89,13 @@ class ByteTokenizer:
         """256 bytes and the end of a turn."""
         return 257
 
-    def encode(self, text: str) -> tuple[int, ...]:
+    def encode(self, text: str, *, special: bool = True) -> tuple[int, ...]:  # noqa: ARG002
         """Return the bytes of `text`."""
         return tuple(text.encode())
+
+    def token_text(self, token_id: int) -> str:
+        """Return the byte's character, U+FFFD for a part of one."""
+        return self.decode([token_id])
 
     def encode_chat(
         self,
@@ -146,9 +154,11 @@ class CheckpointTokenizer:
         """Ids are below this, added tokens included."""
         return int(self._tokenizer.get_vocab_size())
 
-    def encode(self, text: str) -> tuple[int, ...]:
+    def encode(self, text: str, *, special: bool = True) -> tuple[int, ...]:
         """Return the ids of `text`, with the beginning-of-text token where the model has one."""
-        return self._encode(text, add_special_tokens=True)
+        # Encoding a single text holds the interpreter's lock all the while; a batch does not.
+        [found] = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)
+        return tuple(found.ids)
 
     @cached_property
     def most_token_bytes(self) -> int:
@@ -169,12 +179,7 @@ class CheckpointTokenizer:
             raise RequestError("the model has no chat template; use /v1/completions", "messages")
         # The template writes the special tokens itself.
         text = self._template.render(open_conversation(messages, self._system), tools, rendering)
-        return self._encode(text, add_special_tokens=False)
-
-    def _encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
-        # Encoding a single text holds the interpreter's lock all the while; a batch does not.
-        [found] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        return tuple(found.ids)
+        return self.encode(text, special=False)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of `token_ids`, special tokens left out."""
@@ -195,9 +200,13 @@ class RoughTokenizer:
         """There is one id."""
         return 1
 
-    def encode(self, text: str) -> tuple[int, ...]:
+    def encode(self, text: str, *, special: bool = True) -> tuple[int, ...]:  # noqa: ARG002
         """Return about as many ids as `text` has tokens."""
         return (0,) * -(-len(text.encode()) // self.BYTES_PER_TOKEN)
+
+    def token_text(self, token_id: int) -> str:  # noqa: ARG002 - the contract
+        """Return nothing, as `decode` does."""
+        return ""
 
     def encode_chat(
         self,

@@ -20,7 +20,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 
 from models.engines.base import EngineStats
-from models.errors import EngineError
+from models.errors import EngineError, RequestError
 from policies.carbon.grid import ScheduledGrid
 from router.access.authentication import Identify, KeyRejected
 from router.access.keys import KeysError, Scope
@@ -127,12 +127,13 @@ def create_api(service: Service, args: AppArgs) -> FastAPI:
     # Those of requests for answers are told, and recorded, by the service.
     for kind in (
         ApiError,
+        RequestError,
         KeyRejected,
         KeysError,
         CapError,
         SQLAlchemyError,
         TimeoutError,
-        Exception,
+        Exception,  # what is none of these closes its connection, too
     ):
         api.add_exception_handler(kind, tell)
 

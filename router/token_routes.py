@@ -19,6 +19,7 @@ from policies.plan import Answer
 from router.bodies import Bodies
 from router.catalog.catalog import Catalog
 from router.decide import named_target
+from router.errors import bad_request
 from router.executor.task import Prompt
 from router.openai_api.chat import ChatEndpoint
 from router.openai_api.fields import read_fields, read_json
@@ -36,6 +37,8 @@ class TokenizeFields(BaseModel):
     model: str = Field(min_length=1, max_length=256)
     prompt: str | None = None
     messages: list[Any] | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
 
 
 class DetokenizeFields(BaseModel):
@@ -49,14 +52,16 @@ class DetokenizeFields(BaseModel):
     )
 
 
-def _read_prompt(body: bytes) -> tuple[str, Prompt]:
+def _read_prompt(body: bytes) -> tuple[TokenizeFields, Prompt]:
     """Return whose tokens of what are wanted; raises `ApiError`, 400."""
     sent = read_json(body)
     fields = read_fields(TokenizeFields, sent, {})
+    if (fields.prompt is None) == (fields.messages is None):
+        raise bad_request("either prompt or messages is needed", "prompt")
     if fields.prompt is not None:
-        return fields.model, Prompt(text=fields.prompt)
+        return fields, Prompt(text=fields.prompt)
     [prompt] = ChatEndpoint().read(sent).prompts
-    return fields.model, prompt
+    return fields, prompt
 
 
 def _read_tokens(body: bytes) -> DetokenizeFields:
@@ -64,12 +69,13 @@ def _read_tokens(body: bytes) -> DetokenizeFields:
 
 
 class Tokenized(BaseModel):
-    """A prompt's token ids, and how many tokens the model's context holds (null: unknown)."""
+    """A prompt's token ids, where it was asked for each one's text, and how many tokens the model's
+    context holds (null: unknown)."""
 
     count: int
     max_model_len: int | None
     tokens: list[int]
-    token_strs: None
+    token_strs: list[str] | None
 
 
 class Detokenized(BaseModel):
@@ -124,8 +130,12 @@ def add_token_routes(
 
     async def tokenize(request: Request) -> Response:
         await identify(request)
-        model, prompt = await bodies.parse(_read_prompt, await bodies.read(request))
-        tokens = await prompt.tokens(tokenizer_of(model))
+        fields, prompt = await bodies.parse(_read_prompt, await bodies.read(request))
+        model, tokenizer = fields.model, tokenizer_of(fields.model)
+        if fields.prompt is not None and fields.add_special_tokens is False:
+            tokens = await asyncio.to_thread(tokenizer.encode, fields.prompt, special=False)
+        else:
+            tokens = await prompt.tokens(tokenizer)
         catalog = now()
         known = model in catalog.prices.facts
         context = (
@@ -133,15 +143,27 @@ def add_token_routes(
             if known
             else catalog.members.most_context_tokens
         )
-        told = {"count": len(tokens), "max_model_len": context, "tokens": tokens}
-        body = await in_json(lambda: {**told, "token_strs": None}, len(tokens))
-        return Response(body, media_type="application/json")
+
+        def told() -> dict[str, Any]:
+            texts = map(tokenizer.token_text, tokens) if fields.return_token_strs else None
+            return {
+                "count": len(tokens),
+                "max_model_len": context,
+                "tokens": tokens,
+                "token_strs": texts and list(texts),
+            }
+
+        return Response(await in_json(told, len(tokens)), media_type="application/json")
 
     async def detokenize(request: Request) -> Response:
         await identify(request)
         fields = await bodies.parse(_read_tokens, await bodies.read(request))
         tokenizer = tokenizer_of(fields.model)
         tokens = fields.tokens
+        if tokens and max(tokens) >= tokenizer.vocab_size:
+            raise bad_request(
+                f"tokens: an id is outside of the vocabulary of {tokenizer.vocab_size}", "tokens"
+            )
         body = await in_json(lambda: {"prompt": tokenizer.decode(tokens)}, len(tokens))
         return Response(body, media_type="application/json")
 

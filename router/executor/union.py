@@ -131,7 +131,7 @@ async def unite(
     longest = context_tokens or math.inf
     for step in range(max_tokens):
         reads = [
-            (*prompt, *continuation(tokenizer, text))
+            (*prompt, *tokenizer.encode(text, special=False))
             for prompt, tokenizer in zip(prompts, tokenizers, strict=True)
         ]
         if step and max(map(len, reads)) >= longest:
@@ -270,14 +270,9 @@ def _fused(logs: Sequence[float], weights: Sequence[float], *, product: bool) ->
     return highest + math.log(max(mean, 1e-300))
 
 
-def continuation(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-    """Return the ids of `text` without what a tokenizer puts at the start of a text."""
-    return tokenizer.encode(text)[len(tokenizer.encode("")) :] if text else ()
-
-
 def first_string(tokenizer: Tokenizer, text: str) -> str:
     """Return the string of the first token of `text`."""
-    ids = continuation(tokenizer, text)
+    ids = tokenizer.encode(text, special=False)
     return tokenizer.decode(ids[:1]) if ids else END
 
 

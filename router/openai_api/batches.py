@@ -198,7 +198,7 @@ def add_batch_routes(
             )
         file = await calls.run(files.find, fields.input_file_id, key_id)
         if file is None:
-            raise unknown_file(fields.input_file_id)
+            raise unknown_file(fields.input_file_id, "input_file_id")
         if file["purpose"] != PURPOSE:
             raise bad_request(f"input_file_id: its purpose is not {PURPOSE}", "input_file_id")
         return JSONResponse(to_json(await calls.run(store.add, fields, key_id)))

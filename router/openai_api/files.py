@@ -15,7 +15,7 @@ from typing import Any, Literal
 import sqlalchemy as sa
 from fastapi import FastAPI, Request
 from pydantic import BaseModel
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Message
 
@@ -29,6 +29,7 @@ from router.openapi import described
 
 _PART_BYTES = 2**18
 _DAY_S = 86_400.0
+_LEAST_KEPT_S = 3600  # OpenAI's
 _MOST_LISTED = 10_000
 _FORM_BYTES = 2**16  # what a form takes beside its file
 PURPOSE, RESULTS = "batch", "batch_output"
@@ -41,9 +42,13 @@ class FileStore:
         self.database = database
         self.config = config
 
-    async def add(self, upload: UploadFile, key_id: str | None) -> dict[str, Any]:
-        """Keep what a client uploads; raises `ApiError`."""
+    async def add(
+        self, upload: UploadFile, key_id: str | None, keep_s: float | None = None
+    ) -> dict[str, Any]:
+        """Keep what a client uploads for so long, None: as long as others; raises `ApiError`."""
         row = self.new_row(upload.filename or "batch.jsonl", PURPOSE, key_id)
+        if keep_s is not None:
+            row["expires_s"] = row["created_s"] + keep_s
         await self.database.calls.run(self.begin, row)
         num_bytes = index = 0
         try:
@@ -235,6 +240,23 @@ def to_json(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _keep_s(form: FormData, most_s: float) -> float | None:
+    """Return how long a form wants its file kept, None if it says nothing; raises `ApiError`."""
+    anchor, seconds = (form.get(f"expires_after[{name}]") for name in ("anchor", "seconds"))
+    if anchor is None and seconds is None:
+        return None
+    if anchor != "created_at":
+        raise bad_request("expires_after.anchor: must be created_at", "expires_after")
+    whole = isinstance(seconds, str) and seconds.isdecimal() and len(seconds) < 10
+    if not whole or not _LEAST_KEPT_S <= int(str(seconds)) <= most_s:
+        raise bad_request(
+            f"expires_after.seconds: must be from {_LEAST_KEPT_S} to {most_s:.0f} "
+            "(batches.keep_days)",
+            "expires_after",
+        )
+    return float(str(seconds))
+
+
 def add_file_routes(api: FastAPI, store: FileStore, *, identify: Identify) -> None:
     """Add what uploads, tells, reads and deletes files."""
     calls = store.database.calls
@@ -252,7 +274,8 @@ def add_file_routes(api: FastAPI, store: FileStore, *, identify: Identify) -> No
                     f"purpose: {str(purpose)[:40]!r} is not supported; allowed is {PURPOSE}",
                     "purpose",
                 )
-            return JSONResponse(await store.add(file, key_id))
+            keep_s = _keep_s(form, store.config.keep_days * _DAY_S)
+            return JSONResponse(await store.add(file, key_id, keep_s))
 
     async def found(request: Request, file_id: str) -> dict[str, Any]:
         row = await calls.run(store.find, file_id, await identify(request))
@@ -284,6 +307,8 @@ def add_file_routes(api: FastAPI, store: FileStore, *, identify: Identify) -> No
         "properties": {
             "file": {"type": "string", "format": "binary"},
             "purpose": {"type": "string", "enum": [PURPOSE]},
+            "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+            "expires_after[seconds]": {"type": "integer", "minimum": _LEAST_KEPT_S},
         },
     }
     uploads = {
@@ -308,10 +333,10 @@ def add_file_routes(api: FastAPI, store: FileStore, *, identify: Identify) -> No
     )
 
 
-def unknown_file(file_id: str) -> ApiError:
+def unknown_file(file_id: str, param: str = "id") -> ApiError:
     """Return the error for a file that is not there, or not for who asks."""
     return ApiError(
-        404, f"There is no file {file_id[:80]!r} here for you.", param="id", code="file_not_found"
+        404, f"There is no file {file_id[:80]!r} here for you.", param=param, code="file_not_found"
     )
 
 

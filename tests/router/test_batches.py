@@ -117,8 +117,9 @@ def test_bad_requests_are_named(server: Running) -> None:
     client = server.client
     with pytest.raises(openai.BadRequestError, match="purpose"):
         client.files.create(file=("a.txt", b"x"), purpose="assistants")
-    with pytest.raises(openai.NotFoundError):
+    with pytest.raises(openai.NotFoundError) as caught:
         client.batches.create(input_file_id="file-x", endpoint=CHAT, completion_window="24h")
+    assert caught.value.param == "input_file_id"
     with pytest.raises(openai.BadRequestError, match="endpoint"):
         begin(client, [line("a")], url="/v1/nothing")
     page = {"origin": "http://evil.example"}
@@ -137,6 +138,21 @@ def slow_server(serve: Callable[..., Running]) -> Iterator[Running]:
         {"name": "two", "kind": "fake"},
     ]
     yield serve(engines=engines, app={"batches": {"concurrency": 2}})
+
+
+def test_a_file_is_kept_as_long_as_its_owner_says(server: Running) -> None:
+    """`expires_after` counts from the upload; nothing else is allowed."""
+    upload: dict[str, Any] = {"file": ("in.jsonl", b"{}"), "purpose": "batch"}
+
+    def kept(anchor: Any, seconds: int) -> openai.types.FileObject:
+        after: Any = {"anchor": anchor, "seconds": seconds}
+        return server.client.files.create(**upload, expires_after=after)
+
+    file = kept("created_at", 7200)
+    assert file.expires_at == pytest.approx(file.created_at + 7200, abs=1)
+    for anchor, seconds in (("created_at", 60), ("created_at", 10**9), ("last_active_at", 7200)):
+        with pytest.raises(openai.BadRequestError, match="expires_after"):
+            kept(anchor, seconds)
 
 
 def test_cancelling_keeps_what_is_done(slow: Running) -> None:

