@@ -269,21 +269,31 @@ def _pool_laws(
     pruning: Fitted[PostPruningLaw] | None,
     mixture: Mapping[str, Any] | None,
 ) -> PoolLaws:
-    def ensemble(what: str) -> EnsembleLaw | None:
+    def ensemble(what: str) -> Fitted[EnsembleLaw] | None:
         curve = curves.get(f"{what}/evidence/all")
-        return curve.law.law if curve and curve.law else None
+        return curve.law if curve else None
 
+    error, loss = ensemble("error"), ensemble("loss")
+    fits = {"ensemble_error": error, "ensemble_loss": loss, "post_pruning": pruning}
     return PoolLaws(
         origin=(
             f"shoal downscale, pool {run.recipe.name}: all subsets of {len(run.domains)} chunks, "
             "fused with weights from evidence, on held-out test questions or texts; short training "
             "runs"
         ),
-        ensemble_error=ensemble("error"),
-        ensemble_loss=ensemble("loss"),
+        ensemble_error=error and error.law,
+        ensemble_loss=loss and loss.law,
         mixture_general=MixtureLaw(**mixture["general"]["law"]) if mixture else None,
         mixture_domain=MixtureLaw(**mixture["domain"]["law"]) if mixture else None,
-        post_pruning=pruning.law if pruning else None,
+        post_pruning=pruning and pruning.law,
+        rmse={
+            **{name: fitted.rmse for name, fitted in fits.items() if fitted},
+            **{
+                f"mixture_{kind}": mixture[kind]["rmse"]
+                for kind in ("general", "domain")
+                if mixture
+            },
+        },
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +22,8 @@ _SCHEMA: Final = 1
 class PoolLaws:
     """Laws fitted to one pool; None where nobody measured. `origin` says on what and when.
 
-    `data_sha256` is the hash of the measurements that they were fitted to, empty where unknown.
+    `data_sha256` is the hash of the measurements that they were fitted to, and `rmse` how far each
+    law, by its name here, is from them in the mean (root of the squares); empty where unknown.
 
     `ensemble_error` is the ensemble law of the share of wrong answers, which the budget controller
     uses; `ensemble_loss` that of the loss in nats per token. `mixture_general` is the D-CPT law of
@@ -35,6 +37,7 @@ class PoolLaws:
     mixture_domain: MixtureLaw | None = None
     post_pruning: PostPruningLaw | None = None
     data_sha256: str = ""
+    rmse: Mapping[str, float] = field(default_factory=dict)
 
 
 _KINDS: dict[str, type[Any]] = {
@@ -49,7 +52,11 @@ _KINDS: dict[str, type[Any]] = {
 def write_laws(file: Path, laws: PoolLaws) -> None:
     """Write `laws` to `file` atomically, leaving out what is None."""
     fitted = {name: value for name, value in asdict(laws).items() if value is not None}
-    artifact = Artifact(data_sha256=fitted.pop("data_sha256"), settings=fitted)
+    artifact = Artifact(
+        data_sha256=fitted.pop("data_sha256"),
+        metrics={"rmse": fitted.pop("rmse")},
+        settings=fitted,
+    )
     write_artifact(file, artifact, kind=_KIND, schema=_SCHEMA)
 
 
@@ -67,11 +74,12 @@ def _restored(artifact: Artifact) -> PoolLaws:
         if name not in _KINDS:
             raise LawError(f"the key {name!r} is unknown; allowed are origin, {', '.join(_KINDS)}")
         laws[name] = _law(name, _KINDS[name], constants)
-    return PoolLaws(origin=origin, data_sha256=artifact.data_sha256, **laws)
+    rmse = {name: float(value) for name, value in artifact.metrics.get("rmse", {}).items()}
+    return PoolLaws(origin=origin, data_sha256=artifact.data_sha256, rmse=rmse, **laws)
 
 
 def _law(name: str, kind: type[Any], constants: object) -> Any:  # noqa: ANN401 - any law
-    allowed = [field.name for field in fields(kind)]
+    allowed = [one.name for one in fields(kind)]
     if not isinstance(constants, dict) or set(constants) != set(allowed):
         raise LawError(f"{name}: exactly the keys {', '.join(allowed)} are needed")
     for key, value in constants.items():

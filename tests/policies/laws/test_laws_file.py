@@ -14,7 +14,8 @@ from policies.laws.file import PoolLaws, read_laws, write_laws
 def test_laws_come_back_as_written(tmp_path: Path) -> None:
     """What is written is read back; what was None stays None."""
     law = EnsembleLaw(L0=0.4, a=0.8, b=0.2)
-    laws = PoolLaws(origin="measured", ensemble_error=law, data_sha256="5e" * 32)
+    known = {"data_sha256": "5e" * 32, "rmse": {"ensemble_error": 0.02}}
+    laws = PoolLaws(origin="measured", ensemble_error=law, **known)
     write_laws(tmp_path / "laws.npz", laws)
     assert read_laws(tmp_path / "laws.npz") == laws
 
