@@ -1,73 +1,25 @@
 """Plans run as their combinators say, whatever fails, and every token is accounted for."""
 
 import asyncio
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from models.engines.base import Chunk, SamplingOptions
-from models.engines.registry import create_engine
+from models.engines.base import Chunk
 from models.errors import EngineFailed, EngineOverloaded
-from models.pool import load_pool
-from policies.base import Query
-from policies.cascade.base import Attempt, Scorer
+from policies.cascade.base import Attempt
 from policies.plan import from_json
-from router.catalog.catalog import load_catalog
-from router.config import ServingLimits
-from router.engines import EngineWorker, merge
-from router.executor.executor import Executor
-from router.executor.task import Prompt, Task
+from router.engines import merge
 from router.executor.trace import Trace
+from tests.router.executor.running import chunks_of, says, scripted, task_of
 
-SURE, UNSURE = math.log(0.9), math.log(0.2)
+UNSURE = 0.2
 SLOW = {"answers": ["slow"], "time_to_first_token_s": 200}
 BROKEN = {"fail_after_tokens": 1}
 
 Run = Callable[..., tuple[Chunk, Trace]]
-
-
-def _executor(
-    folder: Path,
-    scripts: dict[str, Any],
-    scorers: Mapping[str, Scorer] | None = None,
-    **limits: Any,
-) -> Executor:
-    content = {
-        "name": "p",
-        "engines": [{"name": "e", "kind": "fake", "options": {"models": scripts}}],
-        "models": [{"name": name, "engine": "e"} for name in scripts],
-    }
-    (folder / "pool.yaml").write_text(yaml.safe_dump(content))
-    pool = load_pool(folder)
-    [spec] = pool.engines
-    engines = {"e": EngineWorker(create_engine(spec, pool.models))}
-    catalog = load_catalog(pool)
-    return Executor(
-        engines=engines,
-        members=catalog.members,
-        scorers={**catalog.policies.scorers, **(scorers or {})},
-        limits=ServingLimits(**limits),
-    )
-
-
-def _task(*, stream: bool = False) -> Task:
-    return Task(
-        request_id="r",
-        query=Query(text="q"),
-        prompt=Prompt(text="q"),
-        sampling=SamplingOptions(logprobs=False),  # as of a client who does not ask for them
-        max_tokens=None,
-        stream=stream,
-    )
-
-
-async def _run(executor: Executor, data: Any, trace: Trace, *, stream: bool = False) -> list[Chunk]:
-    chunks = executor.run(from_json(data), _task(stream=stream), trace)
-    return [chunk async for chunk in chunks]
 
 
 @pytest.fixture
@@ -77,8 +29,9 @@ def run(tmp_path: Path) -> Run:
     def run(data: Any, scripts: dict[str, Any], **options: Any) -> tuple[Chunk, Trace]:
         stream = options.pop("stream", False)
         trace = Trace()
-        executor = _executor(tmp_path, scripts, **options)
-        return merge(asyncio.run(_run(executor, data, trace, stream=stream))), trace
+        executor = scripted(tmp_path, scripts, **options)
+        task = task_of(stream=stream, logprobs=False)  # as of a client who does not ask for them
+        return merge(asyncio.run(chunks_of(executor, from_json(data), task, trace))), trace
 
     return run
 
@@ -87,17 +40,13 @@ def _outcomes(trace: Trace) -> dict[str, str]:
     return {path: run.outcome for path, run in trace.runs.items()}
 
 
-def _says(text: str, logprob: float = SURE, **script: Any) -> dict[str, Any]:
-    return {"answers": [text], "logprob": logprob, **script}
-
-
 CASCADE = {"cascade": {"stages": ["a", "b", "c"], "thresholds": [0.5, 0.5]}}
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_cascade_stops_at_the_first_good_answer(run: Run, stream: bool) -> None:
     """An unsure stage is rejected, the next is accepted, the third never runs."""
-    scripts = {"a": _says("no", UNSURE), "b": _says("yes"), "c": _says("never")}
+    scripts = {"a": says("no", UNSURE), "b": says("yes"), "c": says("never")}
     answer, trace = run(CASCADE, scripts, stream=stream)
     assert answer.text == "yes"
     assert _outcomes(trace) == {"": "ok", "0": "rejected", "1": "ok"}
@@ -118,7 +67,7 @@ def test_a_stage_has_its_own_time(run: Run) -> None:
     scripts = {
         "slow": SLOW,
         "slower": {"answers": ["in time"], "time_to_first_token_s": 0.2},
-        "c": _says("never"),
+        "c": says("never"),
     }
     answer, trace = run({"cascade": stages}, scripts, stage_timeout_s=60)
     assert answer.text == "in time"
@@ -134,25 +83,26 @@ def test_scorers_see_the_mean_entropy(tmp_path: Path) -> None:
             seen.append(attempt)
             return 0.0
 
-    scripts = {"a": _says("one", entropy=0.7), "b": _says("two"), "c": _says("three")}
-    executor = _executor(tmp_path, scripts, {"spy": Spy()})
+    scripts = {"a": says("one", entropy=0.7), "b": says("two"), "c": says("three")}
+    executor = scripted(tmp_path, scripts, {"spy": Spy()})
     body = {"stages": ["a", "b", "c"], "thresholds": [0.5, 0.5], "scorer": "spy"}
-    asyncio.run(_run(executor, {"cascade": body}, Trace()))
+    asyncio.run(chunks_of(executor, from_json({"cascade": body}), task_of(), Trace()))
     assert [attempt.entropy_mean for attempt in seen] == [pytest.approx(0.7), None]
 
 
 def test_cascades_last_stage_streams(run: Run, tmp_path: Path) -> None:
     """The last stage is accepted unseen, so its tokens come one by one."""
-    scripts = {"a": _says("no", UNSURE), "b": _says("no", UNSURE), "c": _says("last", UNSURE)}
-    executor = _executor(tmp_path, scripts)
-    chunks = asyncio.run(_run(executor, CASCADE, Trace(), stream=True))
+    scripts = {"a": says("no", UNSURE), "b": says("no", UNSURE), "c": says("last", UNSURE)}
+    executor = scripted(tmp_path, scripts)
+    task = task_of(stream=True)
+    chunks = asyncio.run(chunks_of(executor, from_json(CASCADE), task, Trace()))
     assert [chunk.text for chunk in chunks] == ["l", "a", "s", "t", ""]
 
 
 def test_cascade_survives_failing_and_slow_stages(run: Run) -> None:
     """A stage that fails, and one that takes too long, move on to the next, and it is noted."""
     stages = {**CASCADE["cascade"], "timeouts_s": [60, None]}
-    scripts = {"a": BROKEN, "b": SLOW, "c": _says("saved")}
+    scripts = {"a": BROKEN, "b": SLOW, "c": says("saved")}
     answer, trace = run({"cascade": stages}, scripts, stage_timeout_s=0.05)
     assert answer.text == "saved"
     assert _outcomes(trace) == {"": "ok", "0": "failed", "1": "timeout", "2": "ok"}
@@ -162,7 +112,7 @@ def test_cascade_survives_failing_and_slow_stages(run: Run) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_cascade_falls_back_on_the_best_rejected_answer(run: Run, stream: bool) -> None:
     """If the last stage fails, the likeliest of the rejected answers is better than none."""
-    scripts = {"a": _says("poor", UNSURE), "b": _says("fair", math.log(0.4)), "c": {"refuse": True}}
+    scripts = {"a": says("poor", UNSURE), "b": says("fair", 0.4), "c": {"refuse": True}}
     answer, trace = run(CASCADE, scripts, stream=stream)
     assert answer.text == "fair"
     assert _outcomes(trace) == {"": "ok", "0": "rejected", "1": "ok", "2": "failed"}
@@ -177,7 +127,7 @@ def test_cascade_fails_when_every_stage_does(run: Run) -> None:
 def test_majority_wins_and_stops_early(run: Run) -> None:
     """Answers that differ in case and closing marks are one vote; a decided vote ends at once."""
     best = {"best": {"candidates": ["a", "b", "c"]}}
-    scripts = {"a": _says("Yes."), "b": _says("yes"), "c": SLOW}
+    scripts = {"a": says("Yes."), "b": says("yes"), "c": SLOW}
     answer, trace = run(best, scripts)
     assert answer.text == "Yes."
     assert _outcomes(trace) == {"": "ok", "0": "ok", "1": "rejected", "2": "cancelled"}
@@ -186,7 +136,7 @@ def test_majority_wins_and_stops_early(run: Run) -> None:
 def test_majority_ignores_failures_and_prefers_earlier_on_ties(run: Run) -> None:
     """A candidate that fails doesn't vote; on a tie the earlier one wins."""
     best = {"best": {"candidates": ["a", "b", "c"]}}
-    answer, trace = run(best, {"a": BROKEN, "b": _says("one"), "c": _says("two")})
+    answer, trace = run(best, {"a": BROKEN, "b": says("one"), "c": says("two")})
     assert answer.text == "one"
     assert _outcomes(trace) == {"": "ok", "0": "failed", "1": "ok", "2": "rejected"}
     with pytest.raises(EngineFailed):
@@ -196,7 +146,7 @@ def test_majority_ignores_failures_and_prefers_earlier_on_ties(run: Run) -> None
 def test_best_by_confidence(run: Run) -> None:
     """The candidate with the highest mean token probability is chosen."""
     best = {"best": {"candidates": ["a", "b"], "select": "confidence"}}
-    answer, trace = run(best, {"a": _says("low", UNSURE), "b": _says("high")})
+    answer, trace = run(best, {"a": says("low", UNSURE), "b": says("high")})
     assert answer.text == "high"
     assert trace.runs["0"].score == pytest.approx(0.2)
 
@@ -207,7 +157,7 @@ def test_any_nesting(run: Run) -> None:
     inner = {"cascade": {"stages": ["a", "c"], "thresholds": [0.5]}}
     vote = {"best": {"candidates": [inner, "a", "b"]}}
     plan = {"cascade": {"stages": [vote, fused], "thresholds": [0.95]}}
-    scripts = {"a": _says("x", UNSURE), "b": _says("y", UNSURE), "c": _says("y")}
+    scripts = {"a": says("x", UNSURE), "b": says("y", UNSURE), "c": says("y")}
     answer, trace = run(plan, scripts)
     assert answer.text == "x"  # the fused answer plays its first member's script
     assert _outcomes(trace) == {
@@ -230,10 +180,12 @@ async def test_closing_early_cancels_everything(tmp_path: Path, stream: bool) ->
     """Cancelling the reader of a nested plan leaves no lane, and the engine tells the tokens."""
     slow = {"answers": ["x" * 100], "token_latency_s": 0.01}
 
-    executor = _executor(tmp_path, {"a": slow, "b": slow})
+    executor = scripted(tmp_path, {"a": slow, "b": slow})
     worker, trace = executor.engines["e"], Trace()
     plan = {"best": {"candidates": ["a", {"cascade": {"stages": ["b"], "thresholds": []}}]}}
-    reader = asyncio.create_task(_run(executor, plan, trace, stream=stream))
+    reader = asyncio.create_task(
+        chunks_of(executor, from_json(plan), task_of(stream=stream), trace)
+    )
     while (await worker.stats()).generated_tokens_total < 10:  # noqa: ASYNC110
         await asyncio.sleep(0.005)
     reader.cancel()
@@ -250,7 +202,7 @@ async def test_closing_early_cancels_everything(tmp_path: Path, stream: bool) ->
 def test_tokens_are_counted_for_everything_that_ran(run: Run) -> None:
     """Each member's tokens add up over stages and candidates; fused members count each."""
     plan = {"best": {"candidates": ["a", {"answer": {"members": ["a", "b"]}}]}}
-    _, trace = run(plan, {"a": _says("xyz"), "b": _says("q")})
+    _, trace = run(plan, {"a": says("xyz"), "b": says("q")})
     tokens = trace.member_tokens()
     assert (tokens["a"].prompt_tokens, tokens["a"].output_tokens) == (2, 8)
     assert (tokens["b"].prompt_tokens, tokens["b"].output_tokens) == (1, 4)

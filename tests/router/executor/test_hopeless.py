@@ -10,66 +10,26 @@ from typing import Any
 import pytest
 import yaml
 
-from models.engines.base import Chunk, SamplingOptions
-from models.engines.registry import create_engine
+from models.engines.base import Chunk
 from models.errors import EngineOverloaded
 from models.pool import load_pool
-from policies.base import Query
-from policies.cascade.base import Attempt, Scorer
+from policies.cascade.base import Attempt
 from policies.errors import PolicyError
 from policies.plan import from_json
 from router.catalog.catalog import load_catalog
 from router.catalog.policies import Policies
-from router.config import ServingLimits
-from router.engines import EngineWorker, merge
+from router.engines import merge
 from router.executor.executor import Executor
-from router.executor.task import Prompt, Task
 from router.executor.trace import Trace
+from tests.router.executor.running import chunks_of, says, scripted, task_of
 
 CASCADE = {"cascade": {"stages": ["a", "b"], "thresholds": [0.5]}}
 
 
-def executor_of(
-    folder: Path, scripts: dict[str, Any], scorers: dict[str, Scorer] | None = None
-) -> Executor:
-    """Return an executor over a fake engine whose models play `scripts`."""
-    content = {
-        "name": "p",
-        "engines": [{"name": "e", "kind": "fake", "options": {"models": scripts}}],
-        "models": [{"name": name, "engine": "e"} for name in scripts],
-    }
-    (folder / "pool.yaml").write_text(yaml.safe_dump(content))
-    pool = load_pool(folder)
-    [spec] = pool.engines
-    engines = {"e": EngineWorker(create_engine(spec, pool.models))}
-    catalog = load_catalog(pool)
-    return Executor(
-        engines=engines,
-        members=catalog.members,
-        scorers={**catalog.policies.scorers, **(scorers or {})},
-        limits=ServingLimits(),
-    )
-
-
-async def answer_of(
-    executor: Executor, data: Any, trace: Trace, *, max_tokens: int = 20, stream: bool = False
-) -> Chunk:
-    """Run the plan `data` and return its whole answer."""
-    plan = from_json(data)
-    task = Task(
-        request_id="r",
-        query=Query(text="q"),
-        prompt=Prompt(text="q"),
-        sampling=SamplingOptions(),
-        max_tokens=max_tokens,
-        stream=stream,
-    )
-    return merge([chunk async for chunk in executor.run(plan, task, trace)])
-
-
-def says(text: str, probability: float, **script: Any) -> dict[str, Any]:
-    """Return the script of an answer whose tokens all have `probability`."""
-    return {"answers": [text], "logprob": math.log(probability), **script}
+async def answer_of(executor: Executor, data: Any, trace: Trace, *, stream: bool = False) -> Chunk:
+    """Run the plan `data`, of at most 20 tokens, and return its whole answer."""
+    task = task_of(stream=stream, max_tokens=20)
+    return merge(await chunks_of(executor, from_json(data), task, trace))
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -82,7 +42,7 @@ def test_a_hopeless_stage_is_cancelled(tmp_path: Path, stream: bool) -> None:
 
     async def run() -> None:
         scripts = {"a": says("x" * 19, 0.01, token_latency_s=0.02), "b": says("yes", 0.9)}
-        executor, trace = executor_of(tmp_path, scripts), Trace()
+        executor, trace = scripted(tmp_path, scripts), Trace()
         answer = await answer_of(executor, CASCADE, trace, stream=stream)
         assert answer.text == "yes"
         stopped = trace.runs["0"]
@@ -121,7 +81,7 @@ def test_a_stage_that_can_still_pass_is_never_stopped(tmp_path: Path) -> None:
             # Half of them lie within a rounding error of their threshold.
             sure = rng.choice([threshold, rng.uniform(0.01, 1)])
             scripts = {"a": says("x" * size, sure), "b": says("b", 0.9)}
-            executor = executor_of(tmp_path, scripts, {"unwatched": Unwatched()})
+            executor = scripted(tmp_path, scripts, {"unwatched": Unwatched()})
             texts = []
             for scorer in ("confidence", "unwatched"):
                 body = {"stages": ["a", "b"], "thresholds": [threshold], "scorer": scorer}
@@ -136,7 +96,7 @@ def test_a_stage_that_can_still_pass_is_never_stopped(tmp_path: Path) -> None:
 
 def test_a_stopped_stage_leaves_nothing_to_fall_back_on(tmp_path: Path) -> None:
     """Half an answer is none: if the last stage fails, its error is raised."""
-    executor = executor_of(tmp_path, {"a": says("x" * 19, 0.01), "b": {"refuse": True}})
+    executor = scripted(tmp_path, {"a": says("x" * 19, 0.01), "b": {"refuse": True}})
     with pytest.raises(EngineOverloaded):
         asyncio.run(answer_of(executor, CASCADE, Trace()))
 
@@ -162,7 +122,7 @@ def test_a_slow_scorer_leaves_the_event_loop_free(tmp_path: Path) -> None:
         nonlocal loop
         loop = asyncio.get_running_loop()
         scripts = {"a": says("no", 0.9), "b": says("yes", 0.1), "c": says("never", 0.9)}
-        executor = executor_of(tmp_path, scripts, {"slow": Slow()})
+        executor = scripted(tmp_path, scripts, {"slow": Slow()})
         return (await answer_of(executor, data, Trace())).text
 
     body = {"stages": ["a", "b", "c"], "thresholds": [0.5, 0.5], "scorer": "slow"}
@@ -174,7 +134,7 @@ def test_a_slow_scorer_leaves_the_event_loop_free(tmp_path: Path) -> None:
 
 def test_a_pool_file_names_scorers(tmp_path: Path) -> None:
     """A pool's scorer is known to plans by its name; mistakes name the scorer and the key."""
-    executor_of(tmp_path, {"a": {}})
+    scripted(tmp_path, {"a": {}})
     content = yaml.safe_load((tmp_path / "pool.yaml").read_text())
     (tmp_path / "judge").mkdir()
     (tmp_path / "judge" / "config.json").write_text(

@@ -1,14 +1,12 @@
 """A cascade whose scorer judges by what a model makes of the prompt, before its answer begins."""
 
 import asyncio
-from contextlib import aclosing
 from pathlib import Path
 
 import pytest
 
-from models.engines.base import Chunk, SamplingOptions
+from models.engines.base import Chunk
 from models.pool import load_pool
-from policies.base import Query
 from policies.cascade.base import Attempt, Reading
 from policies.encoders.ngrams import NGrams
 from policies.errors import PolicyError
@@ -18,11 +16,10 @@ from policies.routing.router import save_router
 from router.catalog.catalog import load_catalog
 from router.engines import merge
 from router.executor.executor import Executor
-from router.executor.task import Prompt, Task
 from router.executor.trace import Trace
 from tests.policies.routing.test_probing import READINGS, ROWS
 from tests.router.conftest import write_pool
-from tests.router.executor.test_hopeless import executor_of, says
+from tests.router.executor.running import chunks_of, says, scripted, task_of
 
 PLAN = from_json({"cascade": {"stages": ["a", "b"], "thresholds": [0.5], "scorer": "seer"}})
 
@@ -45,25 +42,17 @@ class Seer:
         raise AssertionError(attempt)
 
 
-async def chunks_of(executor: Executor, trace: Trace, **sampling: int) -> list[Chunk]:
+async def ask(executor: Executor, trace: Trace, **sampling: int) -> list[Chunk]:
     """Run the plan on a question of 12 bytes."""
-    task = Task(
-        request_id="r",
-        query=Query(text="the question"),
-        prompt=Prompt(text="the question"),
-        sampling=SamplingOptions(**sampling),
-        max_tokens=20,
-        stream=True,
-    )
-    async with aclosing(executor.run(PLAN, task, trace)) as chunks:
-        return [chunk async for chunk in chunks]
+    task = task_of("the question", max_tokens=20, stream=True, **sampling)
+    return await chunks_of(executor, PLAN, task, trace)
 
 
 def test_who_is_expected_to_do_well_streams(tmp_path: Path) -> None:
     """Its first chunk comes before its last is written, and shows nothing of the reading."""
     seer, trace = Seer(0.6), Trace()
     scripts = {"a": says("yes it is", 0.5, entropy=0.25), "b": says("no", 0.9)}
-    chunks = asyncio.run(chunks_of(executor_of(tmp_path, scripts, {"seer": seer}), trace))
+    chunks = asyncio.run(ask(scripted(tmp_path, scripts, {"seer": seer}), trace))
     assert len(chunks) > 1 and merge(chunks).text == "yes it is"
     assert all(not chunk.prompt and chunk.rows is None for chunk in chunks)
     assert list(trace.runs) == ["", "0"]
@@ -80,8 +69,8 @@ def test_who_is_not_only_reads(tmp_path: Path) -> None:
     async def run() -> None:
         trace = Trace()
         scripts = {"a": says("x" * 19, 0.5, token_latency_s=0.02), "b": says("no", 0.9)}
-        executor = executor_of(tmp_path, scripts, {"seer": Seer(0.4)})
-        assert merge(await chunks_of(executor, trace)).text == "no"
+        executor = scripted(tmp_path, scripts, {"seer": Seer(0.4)})
+        assert merge(await ask(executor, trace)).text == "no"
         read = trace.runs["0"]
         assert (read.outcome, read.output_tokens) == ("hopeless", 1)
         assert list(trace.interrupted()) == [read]
@@ -100,29 +89,17 @@ def test_whoever_fails_or_dawdles_before_it_has_read_is_passed_over(tmp_path: Pa
                          "timeouts_s": [0.2]}}
         )  # fmt: skip
         seer, trace = Seer(1.0), Trace()
-        executor = executor_of(tmp_path, {"a": script, "b": says("no", 0.9)}, {"seer": seer})
+        executor = scripted(tmp_path, {"a": script, "b": says("no", 0.9)}, {"seer": seer})
 
-        async def run(
-            executor: Executor = executor, trace: Trace = trace, plan: Plan = plan
-        ) -> str:
-            task = Task(
-                request_id="r",
-                query=Query(text="the question"),
-                prompt=Prompt(text="the question"),
-                sampling=SamplingOptions(),
-                max_tokens=20,
-                stream=False,
-            )
-            return (await executor.whole(plan, task, trace)).text
-
-        assert asyncio.run(run()) == "no"
+        task = task_of("the question", max_tokens=20)
+        assert asyncio.run(executor.whole(plan, task, trace)).text == "no"
         assert trace.runs["0"].outcome in ("failed", "timeout") and not seer.seen
 
 
 def test_a_client_that_wants_its_prompt_back_gets_it(tmp_path: Path) -> None:
     """What the look asked for is not taken from who asked for it, too."""
-    executor = executor_of(tmp_path, {"a": says("yes", 0.5), "b": {}}, {"seer": Seer(1.0)})
-    chunks = asyncio.run(chunks_of(executor, Trace(), prompt_logprobs=0))
+    executor = scripted(tmp_path, {"a": says("yes", 0.5), "b": {}}, {"seer": Seer(1.0)})
+    chunks = asyncio.run(ask(executor, Trace(), prompt_logprobs=0))
     assert len(merge(chunks).prompt) == 12
 
 

@@ -7,19 +7,13 @@ from typing import Any
 import pytest
 import yaml
 
-from models.engines.base import Chunk, SamplingOptions
-from models.engines.registry import create_engine
+from models.engines.base import Chunk
 from models.engines.stacked.runner import Runner
 from models.pool import load_pool
-from policies.base import Query
 from policies.plan import from_json
-from router.catalog.catalog import load_catalog
-from router.config import ServingLimits
-from router.engines import EngineWorker
-from router.executor.executor import Executor
-from router.executor.task import Prompt, Task
 from router.executor.trace import Trace
 from tests.models.engines.stacked.tiny import save_checkpoint
+from tests.router.executor.running import chunks_of, executor_of, task_of, workers_of
 from tests.router.executor.test_union import other_tokenizer
 
 TEXT = "the quick brown fox says hello world 123 " * 2
@@ -61,30 +55,13 @@ def test_a_prompt_is_computed_once(
 
     async def run() -> tuple[list[Chunk], Trace]:
         nonlocal rows
-        engines = {
-            spec.name: EngineWorker(create_engine(spec, pool.models_of(spec.name)))
-            for spec in pool.engines
-        }
+        engines = workers_of(pool)
         for worker in engines.values():
             await worker.start()
         rows = 0
-        catalog = load_catalog(pool)
-        executor = Executor(
-            engines=engines,
-            members=catalog.members,
-            scorers=catalog.policies.scorers,
-            limits=ServingLimits(),
-        )
-        task = Task(
-            request_id="r",
-            query=Query(text=TEXT),
-            prompt=Prompt(text=TEXT),
-            sampling=SamplingOptions(temperature=1.0, seed=1, max_tokens=NUM_TOKENS),
-            max_tokens=NUM_TOKENS,
-            stream=False,
-        )
+        task = task_of(TEXT, max_tokens=NUM_TOKENS, temperature=1.0, seed=1)
         trace = Trace()
-        chunks = [chunk async for chunk in executor.run(from_json(PLANS[plan]), task, trace)]
+        chunks = await chunks_of(executor_of(pool, engines), from_json(PLANS[plan]), task, trace)
         for worker in engines.values():
             await worker.stop()
         return chunks, trace

@@ -14,21 +14,18 @@ import yaml
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
 
-from models.engines.base import Chunk, SamplingOptions, Structure
-from models.engines.registry import create_engine
+from models.engines.base import Chunk, Structure
 from models.errors import RequestError
 from models.pool import load_pool
-from policies.base import Query
 from policies.errors import PolicyError
 from policies.plan import from_json
 from router.catalog.catalog import load_catalog
-from router.config import ServingLimits
-from router.engines import EngineWorker
 from router.executor.executor import Executor
-from router.executor.task import Prompt, Task
+from router.executor.task import Prompt
 from router.executor.trace import Trace
 from router.executor.union import Opinion, fuse_strings
 from tests.models.engines.stacked.tiny import load_reference, save_checkpoint
+from tests.router.executor.running import chunks_of, executor_of, task_of, workers_of
 
 PROMPT = "the quick brown fox says hello"
 STEPS = 8
@@ -75,20 +72,11 @@ def executor(folders: list[Path]) -> Iterator[tuple[Executor, asyncio.AbstractEv
     loop = asyncio.new_event_loop()
     with ExitStack() as stack:
         stack.callback(loop.close)
-        workers = {}
-        for spec in pool.engines:
-            workers[spec.name] = EngineWorker(create_engine(spec, pool.models_of(spec.name)))
-            loop.run_until_complete(workers[spec.name].start())
-            stack.callback(
-                lambda worker: loop.run_until_complete(worker.stop()), workers[spec.name]
-            )
-        catalog = load_catalog(pool)
-        executor = Executor(
-            engines=workers,
-            members=catalog.members,
-            scorers=catalog.policies.scorers,
-            limits=ServingLimits(),
-        )
+        workers = workers_of(pool)
+        for worker in workers.values():
+            loop.run_until_complete(worker.start())
+            stack.callback(lambda worker: loop.run_until_complete(worker.stop()), worker)
+        executor = executor_of(pool, workers)
         yield executor, loop
 
 
@@ -104,19 +92,9 @@ def run(
     its, loop = executor
     plan = from_json({"answer": answer})
     trace = Trace()
-    task = Task(
-        request_id="r",
-        query=Query(text=PROMPT),
-        prompt=prompt or Prompt(text=PROMPT),
-        sampling=SamplingOptions(**{"temperature": 0.0, **sampling}),
-        max_tokens=max_tokens,
-        stream=True,
-    )
-
-    async def read() -> list[Chunk]:
-        return [chunk async for chunk in its.run(plan, task, trace)]
-
-    return loop.run_until_complete(read()), trace
+    sampling = {"temperature": 0.0, **sampling}
+    task = task_of(PROMPT, prompt=prompt, max_tokens=max_tokens, stream=True, **sampling)
+    return loop.run_until_complete(chunks_of(its, plan, task, trace)), trace
 
 
 def members_of(folders: list[Path]) -> list[tuple[Any, Tokenizer]]:
