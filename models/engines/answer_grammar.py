@@ -1,18 +1,38 @@
-"""What an answer is held to, as one grammar: calls, a form of the text, and thoughts before it."""
+"""What an answer is held to, as one grammar that llguidance reads: calls, a form of the text, and
+thoughts before it.
+
+Between the tokens of JSON at most `_BLANKS` characters of white space are allowed: a model that
+likes blanks would otherwise spend its whole answer on them. For the same reason objects whose
+properties are named have no others, unless their schema speaks of others.
+"""
 
 from __future__ import annotations
 
 import json
 import keyword
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from functools import partial
+from typing import Any, Final, TypeAlias
 
 from llguidance import LLMatcher, LLTokenizer
+from llguidance.gbnf_to_lark import any_to_lark
 
 from models.answer_format import AnswerFormat, ReasoningTags
 from models.engines.base import GenerationRequest, Structure
-from models.engines.structure import HEADER, compile_grammar, json_rule, write_grammar
+from models.errors import RequestError
 from models.tools import FormatName, Tools
+
+_HEADER: Final = "%llguidance {}\n"
+_BLANKS: Final = 8
+_OF_SCHEMAS: Final = {"items", "prefixItems", "additionalProperties", "anyOf", "oneOf", "allOf"}
+_OF_NAMED_SCHEMAS: Final = {"properties", "patternProperties", "$defs", "definitions"}
+_SPEAKS_OF_OTHERS: Final = {
+    *("additionalProperties", "unevaluatedProperties", "patternProperties", "propertyNames"),
+    *("minProperties", "anyOf", "oneOf", "if", "$ref", "dependentSchemas"),
+}
+_LOOKS_AROUND: Final = re.compile(r"\(\?<?[=!]")
+_JSON_OPTIONS: Final = {"whitespace_pattern": f"[ \\n\\t\\r]{{1,{_BLANKS}}}"}
 
 Function: TypeAlias = Mapping[str, Any]
 Terminal: TypeAlias = Callable[[str], str]
@@ -36,7 +56,7 @@ def answer_grammar(
         return None
     tags = form.reasoning if opened else None
     if structure is not None and tools is None and tags is None:
-        return write_grammar(structure)
+        return _structure_grammar(structure)
     rules: list[str] = []
     answers: list[str] = []
     if tools is not None and form.calls is not None:
@@ -49,7 +69,7 @@ def answer_grammar(
     if tags is not None:
         start = f"thoughts ({start})"
         rules.append(_thoughts(tags, terminal))
-    return f"{HEADER}start: {start}\n" + "".join(rules)
+    return f"{_HEADER}start: {start}\n" + "".join(rules)
 
 
 def compile_answer(tokenizer: LLTokenizer, grammar: str, request: GenerationRequest) -> LLMatcher:
@@ -64,13 +84,19 @@ def compile_answer(tokenizer: LLTokenizer, grammar: str, request: GenerationRequ
         assert structure is not None, "there is no other reason for a grammar"
         what = "JSON schema" if structure.kind == "json" else structure.kind
         field = structure.field
-    return compile_grammar(tokenizer, grammar, what=what, field=field)
+    matcher = LLMatcher(tokenizer, grammar, log_level=0)  # releases the interpreter's lock
+    if matcher.is_error():
+        told = matcher.get_error().strip().splitlines()
+        raise RequestError(
+            f"{field}: the {what} cannot be used: {told[0] if told else 'unknown'}", field
+        )
+    return matcher
 
 
 def _form(structure: Structure) -> str:
     if structure.kind == "json":
-        return f"form: {json_rule(structure.text, strict=structure.strict)}\n"
-    inner = write_grammar(structure).removeprefix(HEADER)
+        return f"form: {_json_rule(structure.text, strict=structure.strict)}\n"
+    inner = _structure_grammar(structure).removeprefix(_HEADER)
     return f"form: %lark {{\n{inner}\n}}\n"
 
 
@@ -138,7 +164,7 @@ def _objects(functions: Sequence[Function], *, key: str = "arguments") -> str:
         head = json.dumps(f'{{"name": {name}, "{key}": ', ensure_ascii=False)
         rules.append(f'object_{number}: {head} arguments_{number} "}}"')
         schema = json.dumps(_parameters(function))
-        rules.append(f"arguments_{number}: {json_rule(schema, strict=_is_strict(function))}")
+        rules.append(f"arguments_{number}: {_json_rule(schema, strict=_is_strict(function))}")
     return "\n".join(rules) + "\n"
 
 
@@ -156,7 +182,7 @@ def _python_call(number: int, function: Function) -> Iterator[str]:
     yield f'call_{number}: {name} first_{number}_0 ")"'
     for index, (key, schema) in enumerate(properties.items()):
         rule, following = f"{number}_{index}", f"{number}_{index + 1}"
-        written = json_rule(json.dumps({**schema, **shared}), strict=_is_strict(function))
+        written = _json_rule(json.dumps({**schema, **shared}), strict=_is_strict(function))
         yield f"value_{rule}: {written}"
         given = f'"{key}=" value_{rule} next_{following}'
         lacking = () if key in required else (f"first_{following}", f"next_{following}")
@@ -177,3 +203,65 @@ def _parameters(function: Function) -> dict[str, Any]:
 
 def _is_strict(function: Function) -> bool:
     return function.get("strict") is True
+
+
+def _structure_grammar(structure: Structure) -> str:
+    """Return the grammar of `structure`, in Lark's notation; nothing has been checked.
+
+    Raises `RequestError` for a grammar in a notation that cannot be read.
+    """
+    if structure.kind == "json":
+        return f"{_HEADER}start: {_json_rule(structure.text, strict=structure.strict)}\n"
+    if structure.kind == "regex":
+        escaped = structure.text.replace("\\/", "/").replace("/", "\\/").replace("\n", "\\n")
+        return f"{_HEADER}start: /{escaped}/\n"
+    if structure.kind == "choice":
+        choices = (json.dumps(choice) for choice in json.loads(structure.text))
+        return f"{_HEADER}start: {' | '.join(choices)}\n"
+    try:
+        lark = str(any_to_lark(structure.text))
+    except Exception as error:  # the converter raises whatever it stumbles over
+        field = structure.field
+        raise RequestError(f"{field}: the grammar cannot be read: {error}", field) from None
+    return lark if lark.startswith("%llguidance") else _HEADER + lark
+
+
+def _json_rule(schema: str, *, strict: bool = False) -> str:
+    """Return what a rule of a grammar says for a JSON text that `schema` describes.
+
+    What a grammar cannot hold is ignored, unless `strict`.
+    """
+    # Each part of an `allOf` knows some of the properties only.
+    content = _read(json.loads(schema), closes='"allOf"' not in schema, strict=strict)
+    if isinstance(content, dict):
+        own = content.get("x-guidance")
+        options = {**(own if isinstance(own, dict) else {}), **_JSON_OPTIONS}
+        content = {**content, "x-guidance": {**options, "lenient": not strict}}
+    return f"%json {json.dumps(content)}"
+
+
+def _read(schema: Any, *, closes: bool, strict: bool) -> Any:  # noqa: ANN401 - any JSON
+    """Return `schema` as grammars take it.
+
+    With `closes`, objects are closed that name properties and say nothing of others. Unless
+    `strict`, patterns that look around go: Rust's regular expressions cannot, and pydantic's
+    decimals do.
+    """
+    again = partial(_read, closes=closes, strict=strict)
+    if isinstance(schema, list):
+        return [again(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = dict(schema)
+    for key in _OF_SCHEMAS & found.keys():
+        found[key] = again(found[key])
+    for key in _OF_NAMED_SCHEMAS & found.keys():
+        if isinstance(found[key], dict):
+            found[key] = {name: again(one) for name, one in found[key].items()}
+    if not strict and _LOOKS_AROUND.search(str(found.get("pattern", ""))):
+        del found["pattern"]
+    named, required = found.get("properties"), found.get("required") or ()
+    closes = closes and isinstance(named, dict) and all(name in named for name in required)
+    if closes and not _SPEAKS_OF_OTHERS & found.keys():
+        found["additionalProperties"] = False
+    return found

@@ -32,7 +32,7 @@ class Grammar:
     """The state of an answer that must follow a grammar: which tokens may come next."""
 
     def __init__(self, matcher: LLMatcher) -> None:
-        """Start an answer; see `models.engines.structure`."""
+        """Start an answer; see `models.engines.answer_grammar`."""
         self._matcher = matcher
 
     def allowed(self, vocab_size: int) -> Tensor:
