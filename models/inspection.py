@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from models.sources.locate import HUB, locate
 from models.sources.safetensors import FOLDER_FILES, TEMPLATES
 from models.spec import EngineSpec, Model, ModelSpec
 from models.tokenizer import CheckpointTokenizer
-from policies.files import write_atomic
+from policies.files import replacing_folder, write_atomic
 
 # Who runs a checkpoint where nobody says so: the first of these that can, else any other kind.
 _PREFERRED = ("stacked", "llamacpp", "vllm", "encoder")
@@ -109,17 +108,12 @@ def pull(source: str, out: Path, *, folder: Path) -> Inspection | Adapter:
     if out.exists():
         raise PoolError(f"{out} is there already; remove it or choose another")
     found = locate(source, folder=folder)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    gathered = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
-        gathered.chmod(0o755)
-        copied = _copy(found.path, gathered)
-        look_at(copied, found.source)
-        gathered.rename(out)
+        with replacing_folder(out) as gathered:
+            copied = _copy(found.path, gathered)
+            look_at(copied, found.source)
     except OSError as error:
         raise PoolError(f"{out} cannot be written: {error.strerror}") from None
-    finally:
-        shutil.rmtree(gathered, ignore_errors=True)
     return look_at(out / copied.relative_to(gathered), found.source)
 
 

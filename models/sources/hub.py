@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from models.errors import PoolError
 from models.sources.safetensors import FOLDER_FILES, TEMPLATES
+from policies.files import write_atomic
 
 # Every folder of a repository but the one of templates, in fnmatch, whose `*` crosses folders.
 _OTHER_FOLDERS = ["[!a]*/*", "a[!d]*/*"]
@@ -116,11 +116,7 @@ def _keep(lock: Path, key: str, commit: str) -> None:
         return
     text = json.dumps({**known, key: commit}, indent=2, sort_keys=True) + "\n"
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", dir=lock.parent, prefix=lock.name, delete=False, encoding="utf-8"
-        ) as file:
-            file.write(text)
-        Path(file.name).replace(lock)
+        write_atomic(lock, text)
     except OSError as error:
         raise PoolError(
             f"{lock} cannot be written ({error.strerror}); every replica must get the same "

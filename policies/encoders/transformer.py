@@ -9,7 +9,6 @@ Milliseconds per text; every process that encodes holds the weights.
 from __future__ import annotations
 
 import json
-import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -25,7 +24,7 @@ from policies.encoders.base import Arrays, Encoded, Features, Floats, Reader, Re
 from policies.encoders.ngrams import NGrams
 from policies.encoders.pooling import Pooling, pool, pooling_config, pooling_of
 from policies.errors import PolicyError
-from policies.files import PACKAGE, shipped
+from policies.files import PACKAGE, replacing_folder, shipped
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,17 +124,12 @@ class SentenceVectors:
 
     def save(self, folder: Path) -> None:
         """Write weights (safetensors), configuration, tokenizer and pooling to `folder`."""
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            new, old = Path(temporary) / "new", Path(temporary) / "old"
+        with replacing_folder(folder) as new:
             self.model.save_pretrained(new)
             self.tokenizer.save_pretrained(new)
             (new / "1_Pooling").mkdir()
             told = json.dumps(pooling_config(self._pooling))
             (new / "1_Pooling" / "config.json").write_text(told)
-            if folder.exists():
-                folder.rename(old)
-            new.rename(folder)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from models.card import ModelCard, read_card
 from models.engines.stacked.architecture import read_architecture
 from models.errors import PoolError
+from policies.files import replacing_folder
 
 ARCHITECTURE = "ShoalFusedForCausalLM"
 _KEY = "shoal"
@@ -39,19 +39,12 @@ def write_folder(members: Mapping[str, ModelCard], folder: Path) -> None:
     (name, first), *rest = members.items()
     for other_name, other in rest:
         _check_fits(name, first, other_name, other)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        temporary.chmod(0o755)
+    with replacing_folder(folder) as temporary:
         for file in (*_COPIED, *_TEMPLATES):
             if (first.path / file).is_file():
                 shutil.copyfile(first.path / file, temporary / file)
         _write(temporary / "generation_config.json", _generation_config(members))
         _write(temporary / "config.json", _wide_config(members, folder.resolve()))
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary)
-        raise
 
 
 def read_members(folder: Path) -> dict[str, ModelCard]:

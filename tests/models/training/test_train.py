@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,14 +73,19 @@ def test_a_resumed_run_gives_the_same_weights(
     assert _same_weights(whole, resumed)
 
 
-def test_a_finished_run_can_be_lengthened(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+@pytest.mark.parametrize(
+    "change", [{"num_steps": 20, "num_decay_steps": 6}, {"learning_rate": 1e-3}]
+)
+def test_a_finished_run_becomes_what_is_wanted(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, change: dict[str, Any]
 ) -> None:
-    """A longer run resumes before the decay of a shorter one and ends as if run at once."""
-    longer = replace(_RECIPE, num_steps=20, num_decay_steps=6)
-    _run(tokenizer, tmp_path / "short", _RECIPE)
-    lengthened = _run(tokenizer, tmp_path / "short", longer, resume=True)
-    assert _same_weights(lengthened, _run(tokenizer, tmp_path / "long", longer))
+    """A longer run resumes before the decay of a shorter one, and of another recipe nothing is
+    resumed: both end as if run at once.
+    """
+    other = replace(_RECIPE, **change)
+    _run(tokenizer, tmp_path / "a", _RECIPE)
+    resumed = _run(tokenizer, tmp_path / "a", other, resume=True)
+    assert _same_weights(resumed, _run(tokenizer, tmp_path / "b", other))
 
 
 def test_a_run_can_be_shortened_before_its_decay(
@@ -94,14 +100,6 @@ def test_a_run_can_be_shortened_before_its_decay(
     assert 0 < stopped.step <= 8
     shortened = _run(tokenizer, tmp_path / "a", _RECIPE, resume=True)
     assert _same_weights(shortened, _run(tokenizer, tmp_path / "b", _RECIPE))
-
-
-def test_another_recipe_starts_afresh(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """A checkpoint of a different recipe is not resumed."""
-    other = replace(_RECIPE, learning_rate=1e-3)
-    _run(tokenizer, tmp_path / "a", _RECIPE)
-    resumed = _run(tokenizer, tmp_path / "a", other, resume=True)
-    assert _same_weights(resumed, _run(tokenizer, tmp_path / "b", other))
 
 
 def test_a_checkpoint_replaces_the_old_one_whole(

@@ -125,27 +125,22 @@ def test_experiments_of_one_layer_stand_beside_each_other() -> None:
     }
 
 
-def test_shares_above_one_are_refused() -> None:
-    """Two experiments that together want more than the layer has are refused."""
-    with pytest.raises(ExperimentError, match=r"experiments\.b\.traffic: 0\.6 does not fit"):
-        read_experiments({"a": spec(traffic=0.5), "b": spec(traffic=0.6)}, policies=POLICIES)
-
-
-def test_overlapping_offsets_are_refused() -> None:
-    """Explicit places may not overlap, although the shares would fit."""
-    with pytest.raises(ExperimentError, match="must not overlap"):
-        read_experiments(
-            {"a": spec(traffic=0.3, offset=0.2), "b": spec(traffic=0.3, offset=0.4)},
-            policies=POLICIES,
-        )
-
-
-def test_layers_that_compete_for_requests_are_refused() -> None:
-    """Two layers may not target the same requests, as a request follows one policy."""
-    with pytest.raises(ExperimentError, match="overlaps the layer 'default' of 'a'"):
-        read_experiments(
-            {"a": spec(traffic=0.3), "b": spec(traffic=0.3, layer="second")}, policies=POLICIES
-        )
+@pytest.mark.parametrize(
+    ("one", "other", "words"),
+    [
+        ({"traffic": 0.5}, {"traffic": 0.6}, r"experiments\.b\.traffic: 0\.6 does not fit"),
+        ({"offset": 0.2}, {"offset": 0.4}, "must not overlap"),
+        ({}, {"layer": "second"}, "overlaps the layer 'default' of 'a'"),
+        ({}, {"unit": "session"}, "a layer has one unit"),
+    ],
+)
+def test_two_that_compete_for_requests_are_refused(
+    one: dict[str, Any], other: dict[str, Any], words: str
+) -> None:
+    """A request follows one policy: shares, offsets, layers and units must leave it one."""
+    both = {"a": spec(**{"traffic": 0.3, **one}), "b": spec(**{"traffic": 0.3, **other})}
+    with pytest.raises(ExperimentError, match=words):
+        read_experiments(both, policies=POLICIES)
 
 
 @pytest.mark.parametrize(
@@ -163,14 +158,6 @@ def test_layers_with_traffic_of_their_own_may_each_take_all(apart: dict[str, Any
         {"a": first, "b": spec(layer="second", **apart)}, policies=POLICIES
     )
     assert set(place(experiments).values()) == {(0.0, 1.0)}
-
-
-def test_one_layer_has_one_unit() -> None:
-    """Splitting the same requests by user and by session is refused."""
-    with pytest.raises(ExperimentError, match="a layer has one unit"):
-        read_experiments(
-            {"a": spec(traffic=0.3), "b": spec(traffic=0.3, unit="session")}, policies=POLICIES
-        )
 
 
 def test_the_fingerprint_follows_what_must_not_change() -> None:
