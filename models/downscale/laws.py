@@ -274,7 +274,11 @@ def _pool_laws(
         return curve.law if curve else None
 
     error, loss = ensemble("error"), ensemble("loss")
-    fits = {"ensemble_error": error, "ensemble_loss": loss, "post_pruning": pruning}
+    fits: dict[str, Fitted[Any] | None] = {
+        "ensemble_error": error,
+        "ensemble_loss": loss,
+        "post_pruning": pruning,
+    }
     return PoolLaws(
         origin=(
             f"shoal downscale, pool {run.recipe.name}: all subsets of {len(run.domains)} chunks, "
