@@ -6,6 +6,7 @@ A grader sees all models' answers to a question at once, as some compare them wi
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,12 +130,18 @@ class Panel:
     def __init__(self, specs: Sequence[str], context: GradingContext) -> None:
         """`specs` are [WEIGHT*]NAME[:ARGUMENT] each. Raises `PolicyError`."""
         self.specs = tuple(specs)
-        self._graders = {spec: _build(spec, context) for spec in dict.fromkeys(specs)}
+        self._graders = {spec: _build(spec, context) for spec in specs}
         if not self._graders:
             raise PolicyError(f"no grader is named; allowed are {', '.join(KINDS.names())}")
+        for name, times in Counter(map(_unweighted, specs)).items():
+            if times > 1:
+                raise PolicyError(f"grade: {name} is named {times} times; give it a weight instead")
 
     async def grade(self, question: Question, answers: Mapping[str, str]) -> Sheet:
-        """Ask every grader about `answers`, by model."""
+        """Ask every grader about `answers`, by model.
+
+        What goes wrong in one is a problem of this question, and never ends a long run.
+        """
         found: dict[str, tuple[float, Graded]] = {}
         problems: dict[str, str] = {}
         for spec, (weight, grader) in self._graders.items():
@@ -142,6 +149,8 @@ class Panel:
                 found[_unweighted(spec)] = weight, await grader.grade(question, answers)
             except Ungradable as error:
                 problems[spec] = str(error)
+            except Exception as error:  # a grader's own fault, perhaps another distribution's
+                problems[spec] = f"{type(error).__name__}: {error}"
         scores = {}
         for name in answers:
             given = [(w, graded.scores[name]) for w, graded in found.values()

@@ -15,7 +15,7 @@ from policies.cascade.base import Attempt
 from policies.cascade.transformer import Transformer
 from policies.encoders.transformer import SentenceVectors
 from policies.errors import PolicyError
-from policies.grading.base import Graded, GraderKind, GradingContext, Question
+from policies.grading.base import Graded, GraderKind, GradingContext, Question, Ungradable
 from policies.plan import Answer
 
 _MOST_TOKENS = 512
@@ -60,6 +60,8 @@ class Reward:
             for name, text in answers.items()
         ]
         logits = await asyncio.to_thread(self._classifier.logits, attempts)
+        if not all(map(math.isfinite, logits)):
+            raise Ungradable("the reward model's logits are not finite")
         raw = dict(zip(answers, logits, strict=True))
         if len(logits) == 1:
             return Graded(scores={n: 0.5 * (1 + math.tanh(x / 2)) for n, x in raw.items()}, raw=raw)

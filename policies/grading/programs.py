@@ -130,7 +130,10 @@ def _build_code(argument: str, context: GradingContext) -> Code:
 
 
 def _build_command(argument: str, _: GradingContext) -> Command:
-    words = shlex.split(argument)
+    try:
+        words = shlex.split(argument)
+    except ValueError as error:
+        raise PolicyError(f"grade: command:{argument}: {error}") from None
     if not words:
         raise PolicyError("grade: command needs a program, as in command:./grade.py")
     return Command(words)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -47,18 +47,37 @@ def _plain(name: str, compare: Compare) -> GraderKind:
 
 def exact(question: Question, answer: str) -> float:
     """1 where the answer equals a reference but for case, spacing and closing punctuation."""
-    return float(normalise(answer) in map(normalise, question.right()))
+    return float(any(_plainly(answer, right) == right for right in map(_wanted, question.right())))
 
 
 def contains(question: Question, answer: str) -> float:
-    """1 where a reference stands in the answer as whole words, case and spacing aside."""
-    said = normalise(answer)
-    return float(
-        any(
-            re.search(rf"(?<!\w){re.escape(normalise(right))}(?!\w)", said)
-            for right in question.right()
-        )
-    )
+    """1 where a reference stands in the answer as whole words and numbers, case and spacing aside.
+
+    So 5 is neither in 15 nor in 2.5.
+    """
+    rights = map(_wanted, question.right())
+    return float(any(_standing(right).search(_plainly(answer, right)) for right in rights))
+
+
+def _standing(text: str) -> re.Pattern[str]:
+    """Return the pattern of `text` that is not a part of a longer word or number."""
+    before = r"(?<!\w)(?<!\d[.,])" if re.match(r"\w", text) else ""
+    after = r"(?!\w)(?![.,]\d)" if re.search(r"\w\Z", text) else ""
+    return re.compile(before + re.escape(text) + after)
+
+
+def _wanted(reference: str) -> str:
+    """Return a reference as it is compared: normalised, unless nothing of it ("!") would be left.
+
+    Raises `Ungradable` for an empty one, which every answer would have.
+    """
+    if not reference.strip():
+        raise Ungradable("the reference is empty")
+    return normalise(reference) or reference.strip()
+
+
+def _plainly(answer: str, wanted: str) -> str:
+    return normalise(answer) if normalise(wanted) else answer.strip()
 
 
 def regex(argument: str) -> Compare:
@@ -91,7 +110,10 @@ _UNITS: Final[dict[str, tuple[str, float]]] = {
     **{unit: ("l", size) for unit, size in {"ml": 1e-3, "cl": 1e-2, "l": 1}.items()},
     "%": ("", 0.01),
 }  # fmt: skip
-_NUMBER = re.compile(r"[-+−]?(?:\d[\d,]*\.?\d*|\.\d+)(?:e[-+]?\d+)?(?:\s?(%|[a-z]+))?", re.I)
+# A sign that follows a figure or a letter joins two things, as in 2010-2015.
+_NUMBER = re.compile(
+    r"(?:(?<!\w)[-+−])?(?:\d[\d,]*\.?\d*|\.\d+)(?:e[-+]?\d+)?(?:\s?(%|[a-z]+))?", re.I
+)
 
 
 def numeric(argument: str) -> Compare:
@@ -134,7 +156,17 @@ def _same(one: tuple[float, str], other: tuple[float, str], tolerance: float) ->
     return math.isclose(a, b, rel_tol=tolerance)
 
 
-_LETTER = re.compile(r"(?:answer(?:\s+is)?|option|choice)?\s*:?\s*\(?([A-Z])\)?(?:[.:)\s]|$)")
+# A letter that is marked as one, "(B)", "B.", "**B**" or "answer is B", or stands alone; others
+# may be words: "A cat", "I think".
+_BEFORE: Final = r"(?<![A-Za-z0-9_'])"
+_MARKED: Final = re.compile(
+    r"(?i:\b(?:answer(?:\s+is)?|option|choice)\b)[\s:*(\[{]*([A-Z])(?![A-Za-z0-9_'])"
+    rf"|{_BEFORE}[(\[{{*]+([A-Za-z])[)\]}}*]+"
+    r"|^\W*([A-Z])(?:[.:),]|\W*$)"
+    rf"|{_BEFORE}([A-Za-z])[)](?!\w)",
+    re.MULTILINE,
+)
+_LETTER: Final = re.compile(rf"{_BEFORE}([A-Z])(?![A-Za-z0-9_'])")
 
 
 def choice(question: Question, answer: str) -> float:
@@ -149,19 +181,23 @@ def choice(question: Question, answer: str) -> float:
 
 
 def _chosen(text: str, choices: list[str]) -> int | None:
+    """Return the choice that `text` names: by its whole text, a marked letter (the last, as answers
+    end with what they conclude), the only text that stands in it, or the only letter."""
     said = normalise(text)
     if said in choices:
         return choices.index(said)
-    letters = [ord(found[1]) - ord("A") for found in _LETTER.finditer(text.strip())]
-    if len(said) == 1 and said.isalpha():
-        letters = [ord(said.upper()) - ord("A")]
-    known = [letter for letter in letters if letter < len(choices)]
-    if known:
-        return known[-1] if "answer" in said else known[0]
-    named = [
-        at for at, one in enumerate(choices) if re.search(rf"(?<!\w){re.escape(one)}(?!\w)", said)
-    ]
-    return named[0] if len(named) == 1 else None
+    alone = said.upper() if len(said) == 1 else ""
+    marked = [next(filter(None, found)).upper() for found in _MARKED.findall(alone or text)]
+    concluded = _places(marked, choices)
+    if concluded:
+        return concluded[-1]
+    named = [at for at, one in enumerate(choices) if one and _standing(one).search(said)]
+    found = named or _places(dict.fromkeys(_LETTER.findall(text)), choices)
+    return found[0] if len(found) == 1 else None
+
+
+def _places(letters: Iterable[str], choices: list[str]) -> list[int]:
+    return [at for at in (ord(letter) - ord("A") for letter in letters) if at < len(choices)]
 
 
 _FENCE = re.compile(r"```(?:json)?\s*(.*?)```", re.DOTALL)
@@ -172,21 +208,41 @@ def json_value(question: Question, answer: str) -> float:
 
     Either may be missing, not both. A fenced block is read where the answer has one.
     """
-    if question.schema is None:
+    schema = question.schema
+    if schema is None:
         question.right()
     fenced = _FENCE.search(answer)
     try:
-        value: Any = json.loads(fenced[1] if fenced else answer)
+        value = _read_json(fenced[1] if fenced else answer)
     except ValueError:
         return 0.0
-    if question.schema is not None and not Draft202012Validator(question.schema).is_valid(value):
-        return 0.0
+    try:
+        if schema is not None and not Draft202012Validator(schema).is_valid(value):
+            return 0.0
+    except Exception as error:  # whatever a schema that is none leads to
+        raise Ungradable(f"the schema cannot be used: {type(error).__name__}: {error}") from None
     if not question.references:
         return 1.0
     try:
-        return float(any(json.loads(right) == value for right in question.references))
+        return float(any(_equal(_read_json(right), value) for right in question.references))
     except ValueError:
         raise Ungradable(f"the reference {question.references!r} is not JSON") from None
+
+
+def _read_json(text: str) -> Any:  # noqa: ANN401 - any value that JSON can hold
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _equal(one: Any, other: Any) -> bool:  # noqa: ANN401
+    """Return whether two JSON values are equal; to Python true would be 1."""
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
 
 
 EXACT = _plain("exact", exact)

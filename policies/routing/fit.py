@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import compress
 from typing import Any
 
@@ -40,7 +40,7 @@ from policies.routing.nearness import (
     fit_landmarks,
     fit_topics,
 )
-from policies.routing.phrases import wrapped
+from policies.routing.phrases import SMALL_TALK, clauses, wrapped
 from policies.routing.router import Router, query_hashes
 from policies.routing.strength import WHOLE, choose_strength
 
@@ -214,10 +214,18 @@ def _fit_router(
     X_QF = both_QF[:num_queries]
     tags = examples.tags(topics.assign(points_QD))
     if home_Q.all():
-        field_F, doubt = None, make_doubt(points_QD, scores_QM, tags, settings)
+        field_F, talk_F, doubt = None, None, make_doubt(points_QD, scores_QM, tags, settings)
     else:
         field_F = field_weights(both_QF, np.tile(home_Q, num_copies))
         doubt = outside_doubt(examples, both_QF, settings)
+        talk_F, talk_above = fit_talk(
+            examples,
+            lambda texts: landmarks.beside(encoder.encode(texts)),
+            field_F=field_F,
+            familiar_above=doubt.familiar_above,
+            settings=settings,
+        )
+        doubt = replace(doubt, talk_above=talk_above)
     held_out_Q = examples.held_out(settings.held_out_share, settings.seed)
     unseen_QF, unseen_QM = X_QF[held_out_Q], scores_QM[held_out_Q]
     strength, belief = choose_strength(
@@ -266,6 +274,7 @@ def _fit_router(
         weights_FM=heads.weights_FM,
         bias_M=heads.bias_M,
         field_F=field_F,
+        talk_F=talk_F,
         belief=belief,
         topics=topics,
         doubt=doubt,
@@ -341,6 +350,37 @@ def outside_doubt(examples: Examples, both_QF: sp.csr_matrix, settings: FitSetti
         ),
         left_out_similarity_U=np.array([np.finfo(np.float32).min], np.float32),
     )
+
+
+def fit_talk(
+    examples: Examples,
+    features: Callable[[Sequence[str]], sp.csr_matrix],
+    *,
+    field_F: NDArray[np.float32],
+    familiar_above: float,
+    settings: FitSettings,
+) -> tuple[NDArray[np.float32], float]:
+    """Return what tells small talk from requests, [F], and the least that it and similarity have
+    together of small talk.
+
+    Small talk are the phrases, and the clauses of the field's own questions that are unlike it by
+    themselves ("Anna has 9 pens."); requests are what was asked outside. The limit lies midway
+    between what all but 1% of the phrases have in cross-validation, and half of the requests.
+    """
+    home = compress(examples.texts, examples.home_Q)
+    away = list(compress(examples.texts, ~examples.home_Q))
+    parts = list(dict.fromkeys(p for text in home for p in clauses(text) if p != text.strip()))
+    unlike = compress(parts, features(parts) @ field_F < familiar_above) if parts else ()
+    talk = [*SMALL_TALK, *unlike]
+    X_QF = features([*talk, *away])
+    is_talk_Q = np.arange(len(talk) + len(away)) < len(talk)
+    both_Q: NDArray[np.float32] = X_QF @ field_F
+    folds = StratifiedKFold(NUM_FOLDS, shuffle=True, random_state=settings.seed)
+    for seen, unseen in folds.split(is_talk_Q, is_talk_Q):
+        both_Q[unseen] += X_QF[unseen] @ field_weights(X_QF[seen], is_talk_Q[seen])
+    least = np.quantile(both_Q[: len(SMALL_TALK)], settings.unfamiliar_share)
+    usual = np.median(both_Q[~is_talk_Q])
+    return field_weights(X_QF, is_talk_Q), float(least + usual) / 2
 
 
 def held_out_metrics(quality_QM: Floats, scores_QM: Floats) -> dict[str, Any]:

@@ -183,12 +183,14 @@ class Doubt:
     training show what then remains: `left_out_M` are the models' mean scores on those of their
     queries that were unfamiliar, `left_out_similarity_U` (ascending) how similar these were. A
     query less like training than they were has less to go by than they had, and so its prediction
-    shrinks further, to nothing where no left-out query was as strange.
+    shrinks further, to nothing where no left-out query was as strange. What is said beside a query
+    is small talk, and no request, where its similarity and its `talk` together are `talk_above`.
     """
 
     familiar_above: float
     left_out_M: Floats
     left_out_similarity_U: Floats
+    talk_above: float = 0.0
 
     def trust(self, similarity: float) -> float:
         """Return the share of left-out, unfamiliar queries that were no more like training."""

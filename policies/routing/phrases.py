@@ -2,12 +2,14 @@
 
 A router that learned from a field's bare questions, and from everyday requests outside it, takes
 "Hello" and "please" for signs of the latter. Copies of both kinds with phrases around them teach it
-that they are signs of nothing.
+that they are signs of nothing; the phrases alone, and the clauses of the field's questions that are
+unlike it by themselves, tell it small talk from requests.
 """
 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from typing import Final
 
@@ -38,6 +40,19 @@ _AFTER: Final = (
     " I would appreciate it.", " Many thanks.", " Have a nice day!", " No hurry.",
 )  # fmt: skip
 _SHARE_BEFORE, _SHARE_AFTER = 0.65, 0.6
+
+SMALL_TALK: Final = tuple(phrase.strip() for phrase in (*_BEFORE, *_AFTER))
+"""The phrases, each by itself."""
+
+# After a mark, at a line's end, and where a capital begins another sentence without a mark before.
+_BETWEEN_CLAUSES: Final = re.compile(
+    r"(?<=[.!?:;,])\s+|\n+|(?<=[\w'\")])\s+(?=[A-Z][\w']* [a-z0-9\"'(])"
+)
+
+
+def clauses(text: str) -> list[str]:
+    """Return the parts of a text between its marks and lines."""
+    return _BETWEEN_CLAUSES.split(text.strip())
 
 
 def wrapped(texts: Sequence[str], *, seed: int) -> list[str]:

@@ -10,7 +10,6 @@ D dimensions of a point, K clusters.
 from __future__ import annotations
 
 import math
-import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from policies.errors import PolicyError
 from policies.files import PACKAGE, Artifact, check_shape, read_artifact, write_artifact
 from policies.routing.looks import Look
 from policies.routing.nearness import Doubt, Landmarks, Nearness, Topics
+from policies.routing.phrases import clauses
 from policies.routing.strength import WHOLE, Belief
 
 Floats = NDArray[np.float64]
@@ -33,13 +33,7 @@ Floats = NDArray[np.float64]
 _KIND: Final = "router"
 _SCHEMA: Final = 5
 
-# After a mark, at a line's end, and where a capital begins another sentence without a mark before.
-_BETWEEN_CLAUSES: Final = re.compile(
-    r"(?<=[.!?:;,])\s+|\n+|(?<=[\w'\")])\s+(?=[A-Z][\w']* [a-z0-9\"'(])"
-)
 _MOST_CLAUSES: Final = 8
-_ASKS_ELSEWHERE: Final = -0.8
-_SURELY_ELSEWHERE: Final = -1.1
 
 
 class Prediction(NamedTuple):
@@ -47,14 +41,16 @@ class Prediction(NamedTuple):
 
     `quality_M` are calibrated expected scores in [0, 1]; `cluster` is the nearest, `similarity`
     how much the query is like training's (see `Router.similarities`). Where it is not `familiar`,
-    `quality_M` is what queries unlike training's make one expect (see `Doubt`). `likeness_M` is the
-    share of the logits that is owed to the landmarks.
+    `quality_M` is what queries unlike training's make one expect (see `Doubt`). `talk` is about 1
+    for small talk and -1 for a request. `likeness_M` is the share of the logits that is owed to the
+    landmarks.
     """
 
     quality_M: NDArray[np.float32]
     cluster: int
     similarity: float
     familiar: bool
+    talk: float
     likeness_M: NDArray[np.float32]
     features: Features
 
@@ -65,11 +61,11 @@ class Router:
 
     `weights_FM` [F + N, M] weigh the encoder's features, then the landmarks'; `field_F` [F + N]
     weigh them to tell the field's queries from others, where training knew others (None: it did
-    not). `belief` says what share of all that counts. `output_tokens_M` are the models' mean answer
-    lengths (NaN where unknown). `seen_Q` are the hashes of the training queries, ascending: nobody
-    should judge it on them. `looks` say by model what its reading of a query changes, where
-    training knew readings. `facts` is JSON data about the training: data hash, numbers, held-out
-    metrics.
+    not), and `talk_F` small talk from requests. `belief` says what share of all that counts.
+    `output_tokens_M` are the models' mean answer lengths (NaN where unknown). `seen_Q` are the
+    hashes of the training queries, ascending: nobody should judge it on them. `looks` say by model
+    what its reading of a query changes, where training knew readings. `facts` is JSON data about
+    the training: data hash, numbers, held-out metrics.
     """
 
     models: tuple[str, ...]
@@ -81,6 +77,7 @@ class Router:
     doubt: Doubt
     output_tokens_M: NDArray[np.float32]
     field_F: NDArray[np.float32] | None = None
+    talk_F: NDArray[np.float32] | None = None
     belief: Belief = WHOLE
     seen_Q: NDArray[np.uint32] = field(default_factory=lambda: np.empty(0, np.uint32))
     looks: Mapping[str, Look] = field(default_factory=dict)
@@ -92,8 +89,9 @@ class Router:
     def __post_init__(self) -> None:
         """Lay the arrays out for one query at a time: what is multiplied together lies together."""
         num_features, weights_FC = self.encoder.num_features, self.weights_FM
-        if self.field_F is not None:  # the last column, after the models'
-            weights_FC = np.column_stack((weights_FC, self.field_F))
+        for extra_F in (self.field_F, self.talk_F):  # columns after the models'
+            if extra_F is not None:
+                weights_FC = np.column_stack((weights_FC, extra_F))
         # The landmarks' mixing is linear, as is what weighs it: one product instead of two.
         likeness_LC = self.landmarks.mix_LN @ weights_FC[num_features:]
         laid_out = {
@@ -113,25 +111,29 @@ class Router:
         return self._predict(self.asked(text))
 
     def asked(self, text: str) -> str:
-        """Return `text` without what is said around its question: clauses at either end that are
-        unlike the field by themselves ("My nephew wonders: what is 3 + 4? Thanks!").
+        """Return the part of `text` that decides: without what is said around its question, which
+        is clauses at either end that are unlike the field ("My nephew wonders: …? Thanks!").
 
-        So the same question gets the same answer, however it is put. All of it is returned where
-        nothing would be left that is like the field, where a clause asks for something else, and
-        where training knew no queries outside the field, so that nothing tells small talk from it.
+        So the same question gets the same answer, however it is put. Where such a clause is no
+        small talk but a request of its own, it decides, the most surely one if there are several:
+        who answers must know that, too. All of `text` is returned where nothing would be left that
+        is like the field, and where training knew nothing outside the field to tell it from.
         """
-        clauses = _BETWEEN_CLAUSES.split(text.strip())
-        if self.field_F is None or not 1 < len(clauses) <= _MOST_CLAUSES:
+        parts = clauses(text)
+        if self.talk_F is None or not 1 < len(parts) <= _MOST_CLAUSES:
             return text
-        near_C = [self._predict(clause).similarity for clause in clauses]
-        like = [c for c, near in enumerate(near_C) if near >= self.doubt.familiar_above]
+        seen = [self._predict(part) for part in parts]
+        like = [c for c, part in enumerate(seen) if part.familiar]
         if not like:
             return text
         first, last = like[0], like[-1] + 1
-        around = [*range(first), *range(last, len(clauses))]
-        if not around or any(_asks_elsewhere(clauses[c], near_C[c]) for c in around):
+        around = [*range(first), *range(last, len(parts))]
+        if not around:
             return text
-        core = " ".join(clauses[first:last])
+        talk, least = min((seen[c].talk + seen[c].similarity, c) for c in around)
+        if talk < self.doubt.talk_above:
+            return parts[least]
+        core = " ".join(parts[first:last])
         return core if self._predict(core).familiar else text
 
     def _predict(self, text: str) -> Prediction:
@@ -144,13 +146,15 @@ class Router:
             sums_C *= share
             likeness_C *= share
             features = features._replace(values=features.values * share)
-        logits_M, likeness_M = sums_C, likeness_C
+        num_models = len(self.models)
+        logits_M, likeness_M = sums_C[:num_models], likeness_C[:num_models]
         if self.field_F is not None:
-            logits_M, likeness_M, similarity = sums_C[:-1], likeness_C[:-1], float(sums_C[-1])
+            similarity = float(sums_C[num_models])
+        talk = 0.0 if self.talk_F is None else float(sums_C[-1])
         logits_M += self.bias_M
         familiar = similarity >= self.doubt.familiar_above
         quality_M = expit(logits_M) if familiar else self._expected(similarity)
-        return Prediction(quality_M, cluster, similarity, familiar, likeness_M, features)
+        return Prediction(quality_M, cluster, similarity, familiar, talk, likeness_M, features)
 
     def qualities(self, texts: Sequence[str]) -> Floats:
         """Return the expected scores [Q, M] of many queries at once."""
@@ -184,13 +188,6 @@ class Router:
         return expected_M
 
 
-def _asks_elsewhere(clause: str, similarity: float) -> bool:
-    """Return whether a clause is a request of its own from outside the field: neither small talk
-    nor, as what has no mark at its end, the beginning of the question."""
-    limits = {"?": _ASKS_ELSEWHERE, ".": _SURELY_ELSEWHERE, "!": _SURELY_ELSEWHERE}
-    return similarity < limits.get(clause.rstrip()[-1:], -math.inf)
-
-
 def query_hashes(texts: Sequence[str]) -> NDArray[np.uint32]:
     """Return a number for each query; case and white space do not change it."""
     plain = (" ".join(text.lower().split()).encode("utf-8", "replace") for text in texts)
@@ -201,8 +198,9 @@ def save_router(router: Router, path: Path | str) -> None:
     """Write `router` to `path`, replacing what was there in one step."""
     path = Path(path)
     used_F = router.weights_FM.any(1)
-    if router.field_F is not None:
-        used_F |= router.field_F != 0
+    for extra_F in (router.field_F, router.talk_F):
+        if extra_F is not None:
+            used_F |= extra_F != 0
     rows = np.flatnonzero(used_F)
     facts = dict(router.facts)
     artifact = Artifact(
@@ -215,6 +213,7 @@ def save_router(router: Router, path: Path | str) -> None:
                 "settings": _portable(router.encoder.settings(), path.parent),
             },
             "familiar_above": router.doubt.familiar_above,
+            "talk_above": router.doubt.talk_above,
             "sharpness": router.landmarks.sharpness,
             "faint": router.landmarks.faint,
             "looks": {name: look.reach for name, look in router.looks.items()},
@@ -225,6 +224,7 @@ def save_router(router: Router, path: Path | str) -> None:
             "weights": router.weights_FM[rows],
             "bias": router.bias_M,
             **({} if router.field_F is None else {"field": router.field_F[rows]}),
+            **({} if router.talk_F is None else {"talk": router.talk_F[rows]}),
             "belief_edges": router.belief.edges,
             "belief_shares": router.belief.shares_B,
             "landmark_centre": router.landmarks.centre_D,
@@ -278,9 +278,8 @@ def _restored(artifact: Artifact, folder: Path) -> Router:
         "left_out_similarity": (len(arrays["left_out_similarity"]),),
         "output_tokens": (num_models,),
     }
-    if "field" in arrays:
-        shapes["field"] = (len(rows),)
-    for name, shape in shapes.items():
+    extra = {name: (len(rows),) for name in ("field", "talk") if name in arrays}
+    for name, shape in (shapes | extra).items():
         check_shape(name, arrays[name], shape)
 
     def spread(name: str) -> NDArray[np.float32]:
@@ -302,6 +301,8 @@ def _restored(artifact: Artifact, folder: Path) -> Router:
         weights_FM=spread("weights"),
         bias_M=arrays["bias"],
         field_F=spread("field") if "field" in arrays else None,
+        # Nor does a router of an earlier version know small talk.
+        talk_F=spread("talk") if "talk" in arrays else None,
         topics=Topics(
             centroids_KD=arrays["centroids"],
             scores_KM=arrays["cluster_scores"],
@@ -309,6 +310,7 @@ def _restored(artifact: Artifact, folder: Path) -> Router:
         ),
         doubt=Doubt(
             familiar_above=_number("familiar_above", settings),
+            talk_above=_number("talk_above", settings) if "talk" in arrays else 0.0,
             left_out_M=arrays["left_out_scores"],
             left_out_similarity_U=arrays["left_out_similarity"],
         ),

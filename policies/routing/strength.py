@@ -22,6 +22,7 @@ of similarity, S shares.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -45,6 +46,8 @@ NUM_FOLDS: Final = 5
 NUM_PRICES: Final = 9
 NUM_BINS: Final = 6
 SHARES: Final = (0.0, 0.25, 0.5, 0.75, 1.0)
+# So many standard errors, what is gained by believing less must be above nothing.
+_SURE: Final = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +135,8 @@ def choose_strength(
         # Means of all queries: those without the left-out tasks would lean the other way.
         predicted_QM = mean_M + inside[one]
         error = float(np.nansum((predicted_QM - scores_QM) ** 2))
-        return round(policy_value(predicted_QM, scores_QM, prices_TM), 6), -error
+        value = float(policy_values(predicted_QM, scores_QM, prices_TM).mean())
+        return round(value, 6), -error
 
     best = max(candidates, key=worth)
     if len(set(tasks)) < 2:
@@ -158,19 +162,17 @@ def fit_belief(
     """Return the shares of deviations from `mean_M` that choose best, of all that ascend.
 
     Bin by bin the value of every share is known; the best ascending sequence is found by dynamic
-    programming over bins and shares.
+    programming over bins and shares. All counts everywhere where what that gains may be chance:
+    shares that differ by bin also change which queries are worth a better model's price.
     """
     edges: Floats = np.quantile(
         similarity_Q.astype(np.float64), np.linspace(0, 1, NUM_BINS + 1)[1:-1]
     )
     bins_Q = edges.searchsorted(similarity_Q, side="right")
-    worth_BS = np.zeros((NUM_BINS, len(SHARES)))
-    for bin_, share in np.ndindex(worth_BS.shape):
-        here_Q = bins_Q == bin_
-        if here_Q.any():
-            predicted_QM = mean_M + SHARES[share] * deviation_QM[here_Q]
-            value = policy_value(predicted_QM, scores_QM[here_Q], prices_TM)
-            worth_BS[bin_, share] = value * here_Q.sum()
+    worth_SQ = np.stack(
+        [policy_values(mean_M + share * deviation_QM, scores_QM, prices_TM) for share in SHARES]
+    )
+    worth_BS = np.array([worth_SQ[:, bins_Q == bin_].sum(1) for bin_ in range(NUM_BINS)])
     # Sequences by their last share, each with what it is worth; of equals the larger share.
     ends: list[tuple[float, tuple[int, ...]]] = [
         (float(worth), (share,)) for share, worth in enumerate(worth_BS[0])
@@ -182,6 +184,9 @@ def fit_belief(
             for before, shares in [max(ends[: share + 1])]
         ]
     _, shares = max(ends)
+    gained_Q = worth_SQ[np.array(shares)[bins_Q], np.arange(len(bins_Q))] - worth_SQ[-1]
+    if gained_Q.mean() <= _SURE * gained_Q.std() / math.sqrt(len(gained_Q)):
+        return WHOLE
     return Belief(edges=edges, shares_B=np.array([SHARES[share] for share in shares]))
 
 
@@ -202,17 +207,17 @@ def prices(scores_QM: Floats) -> Floats:
     return times_T[:, None] * above_M
 
 
-def policy_value(predicted_QM: Floats, scores_QM: Floats, prices_TM: Floats) -> float:
-    """Return the mean of score less price, of the model with the highest predicted one.
+def policy_values(predicted_QM: Floats, scores_QM: Floats, prices_TM: Floats) -> Floats:
+    """Return score less price, the mean over prices, of the models with the highest predicted one.
 
-    The choice is among the models whose score is known (not NaN).
+    That is [Q]. The choice is among the models whose score is known (not NaN).
     """
     known_QM = ~np.isnan(scores_QM)
-    total = 0.0
+    total_Q = np.zeros(len(scores_QM))
     for price_M in prices_TM:
         chosen_Q1 = np.where(known_QM, predicted_QM - price_M, -np.inf).argmax(1)[:, None]
-        total += float(np.take_along_axis(scores_QM - price_M, chosen_Q1, 1).mean())
-    return total / len(prices_TM)
+        total_Q += np.take_along_axis(scores_QM - price_M, chosen_Q1, 1)[:, 0]
+    return total_Q / len(prices_TM)
 
 
 def left_out(

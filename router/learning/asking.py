@@ -254,7 +254,7 @@ def _read(model: str, content: Mapping[str, Any], latency_s: float) -> Reply:
         cost = told.get("cost") or {}
         seen = told.get("logprobs")
         return Reply(
-            text=text,
+            text=text.encode("utf-8", "replace").decode(),  # half a character is no text
             latency_s=latency_s,
             logprobs=AnswerLogprobs(**seen) if seen else _summary(choice.get("logprobs")),
             prompt_tokens=usage.get("prompt_tokens"),

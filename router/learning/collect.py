@@ -65,7 +65,9 @@ class Line(BaseModel):
         if self.query is not None:
             return self.query
         said = [m.get("content") for m in self.messages or () if m.get("role") == "user"]
-        return str(said[-1] or "") if said else ""
+        parts = said[-1] if said and isinstance(said[-1], list) else said[-1:]
+        texts = (p.get("text") if isinstance(p, dict) else p for p in parts)
+        return "\n".join(text for text in texts if isinstance(text, str))
 
     @property
     def question(self) -> Question:
@@ -225,7 +227,11 @@ class Collector:
             self.problems.add("not graded at all", f"question {line.id}: no grader gave a score")
             return None
         name = line.id if self.sampling.num_samples == 1 else f"{line.id}/{sample}"
-        return _outcome(name, line, given, sheet)
+        try:
+            return _outcome(name, line, given, sheet)
+        except ValidationError as error:  # a server's negative cost, say
+            self.problems.add("not usable", f"question {line.id}: {explain(error)}")
+            return None
 
     async def _ask(self, line: Line, sample: int, model: str) -> Reply | None:
         drawn = self.sampling

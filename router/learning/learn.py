@@ -155,9 +155,18 @@ def learn(
             notes.append(f"no fused: {error}")
     versioned = {f"{name}-v{version}": spec for name, spec in specs.items()}
     exam = Exam(pool=pool, names=names, tests=tests, readings=readings)
+    measured = tuple(exam.measure(versioned, notes))
+    quality = {row.name: row.quality for row in measured}
+    looking, blind = f"probing-v{version}", f"auto-v{version}"
+    if looking in quality and quality[looking] < quality[blind]:
+        del versioned[looking]
+        notes.append(
+            f"no {looking}: a look at the prompt made the test questions' answers worse, "
+            f"{quality[looking]:.3f} instead of {quality[blind]:.3f}"
+        )
     return Lesson(
         specs=versioned,
-        measured=tuple(exam.measure(versioned, notes)),
+        measured=measured,
         mistakes=exam.mistakes(router),
         kinds=exam.kinds(router, auto),
         curve=school.curve(exam),

@@ -30,6 +30,12 @@ def graded(
         ("exact", ("Paris",), "It is Paris", 0),
         ("contains", ("Paris",), "It is PARIS, of course", 1),
         ("contains", ("art",), "a party", 0),
+        ("contains", ("5",), "It is 5.", 1),
+        ("contains", ("5",), "15, or 2.5", 0),
+        ("contains", ("C++",), "I like C++.", 1),
+        ("contains", ("!",), "wow!", 1),
+        ("exact", ("!",), "!", 1),
+        ("exact", ("!",), "", 0),
         ("regex:^\\d+$", (), "42", 1),
         ("regex:^\\d+$", (), "42!", 0),
         ("regex", ("[Yy]es",), "Well, yes", 1),
@@ -41,10 +47,15 @@ def graded(
         ("numeric", ("5 km",), "5000", 0),
         ("numeric", ("5 km",), "5 kg", 0),
         ("numeric", ("-3",), "minus three", 0),
+        ("numeric", ("2015",), "from 2010-2015", 1),
+        ("numeric", ("-3",), "x = -3", 1),
         ("numeric", ("0.5",), "50%", 0),
         ("json", ('{"a": [1, 2]}',), '```json\n{"a": [1, 2]}\n```', 1),
         ("json", ('{"a": [1, 2]}',), '{"a": [2, 1]}', 0),
         ("json", ('{"a": 1}',), "a is 1", 0),
+        ("json", ("[1, 2.0]",), "[1.0, 2]", 1),
+        ("json", ("[[1]]",), "[[true]]", 0),
+        ("json", ("[1]",), "[" * 100_000, 0),
     ],
 )
 def test_an_answer_is_compared_with_the_references(
@@ -67,6 +78,15 @@ def test_an_answer_is_compared_with_the_references(
         ("It must be Rome, I think", 1),
         ("A", 0),
         ("Paris or Rome", 0),
+        ("**B**", 1),
+        ("\\boxed{B}", 1),
+        ("B, because A is wrong", 1),
+        ("A) Paris is wrong. The answer is (B)", 1),
+        ("A city in Italy: Rome", 1),
+        ("I think B", 1),
+        ("(b)", 1),
+        ("Certainly. By NASA", 0),
+        ("B or C", 0),
         ("no idea", 0),
     ],
 )
@@ -82,6 +102,37 @@ def test_a_schema_holds_json_without_a_reference() -> None:
     question = Question(query="?", schema={"type": "object", "required": ["name"]})
     sheet = graded("json", question, ada='{"name": 1}', bob="{}", cy="[")
     assert sheet.scores == {"ada": 1, "bob": 0, "cy": 0}
+
+
+@pytest.mark.parametrize(
+    ("spec", "question"),
+    [
+        ("exact", Question(query="?", references=(" ",))),
+        ("contains", Question(query="?", references=("",))),
+        ("json", Question(query="?", schema={"type": "foo"})),
+        ("json", Question(query="?", schema={"$ref": "http://nowhere.invalid/schema"})),
+        ("json", Question(query="?", references=("[" * 100_000,))),
+        ("choice", Question(query="?", references=("C",), choices=("yes", "no"))),
+    ],
+)
+def test_a_question_that_cannot_be_graded_is_a_problem_and_not_the_end(
+    spec: str, question: Question
+) -> None:
+    """Empty references, schemas that are none, letters beyond the choices."""
+    sheet = graded(spec, question, ada="1")
+    assert sheet.scores == {} and sheet.problems[spec]
+
+
+def test_a_graders_own_fault_is_a_problem_of_the_question() -> None:
+    """Another grader's score stands, and the error is named by its type."""
+
+    async def broken(_: str, prompt: str) -> str:
+        raise KeyError("choices")
+
+    question = Question(query="?", references=("a",))
+    sheet = graded(["exact", "judge:j"], question, GradingContext(ask=broken), ada="a")
+    assert sheet.scores == {"ada": 1}
+    assert sheet.problems == {"judge:j": "KeyError: 'choices'"}
 
 
 def test_code_runs_apart_and_only_where_it_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,12 +253,19 @@ def test_graders_are_weighed_and_a_missing_one_is_left_out() -> None:
         ("reward:/nowhere", "/nowhere"),
         ("similarity:/nowhere", "/nowhere"),
         ("command:", "needs a program"),
+        ('command:"grade', "No closing quotation"),
     ],
 )
 def test_a_grader_that_cannot_be_is_refused_by_name(spec: str, message: str) -> None:
     """Before anything is asked, with what is allowed."""
     with pytest.raises(PolicyError, match=message):
         Panel([spec], GradingContext())
+
+
+def test_a_grader_named_twice_is_refused() -> None:
+    """Which of two weights would count?"""
+    with pytest.raises(PolicyError, match="exact is named 2 times"):
+        Panel(["exact", "0.5*exact"], GradingContext())
 
 
 def test_a_sheet_survives_json() -> None:

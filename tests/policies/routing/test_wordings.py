@@ -43,6 +43,27 @@ def test_a_question_among_small_talk_is_found() -> None:
         assert policy.decide(Query(text=text)).plan == Answer(members=("general",))
 
 
+def test_a_request_beside_a_question_decides() -> None:
+    """Whoever answers must know it too: of 200 of the pool's questions beside an everyday request
+    that no router learned from, before it or after it, most go to who answers the latter.
+    """
+    pool = load_pool(DEFAULT_POOL)
+    policy = build_policy(pool.policies["auto"], folder=pool.folder, models=pool.facts())
+    own = read_outcomes(DEFAULT_POOL / "outcomes.jsonl", split="test")[::16]
+    others = [
+        row.query
+        for row in read_outcomes(DEFAULT_POOL / "everyday.jsonl", split="test")
+        if row.query[-1] in "?." and len(row.query) < 120
+    ]
+    found = 0
+    for n, row in enumerate(own):
+        question = row.query if row.query[-1] in "?." else f"{row.query}."
+        other = others[n % len(others)]
+        text = f"{question} {other}" if n % 2 else f"{other} {question}"
+        found += members(policy.decide(Query(text=text, max_tokens=64)).plan) == ("general",)
+    assert found >= 0.6 * len(own)
+
+
 def test_many_queries_are_read_as_one_is() -> None:
     """By what they ask, without what is said around it; evaluation sees what serving does."""
     router = load_router(DEFAULT_POOL / "router.npz")

@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -121,7 +123,8 @@ def test_a_running_server_is_asked_as_a_client_would(
         ]
     )
     said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
-    queries = questions_at(tmp_path, {"messages": [*said, {"role": "user", "content": "and?"}]})
+    last = {"role": "user", "content": [{"type": "text", "text": "and?"}]}
+    queries = questions_at(tmp_path, {"messages": [*said, last]})
     out = tmp_path / "o.jsonl"
     result = collect(
         queries, out, "--server", server.url, "--models", "alpha", "--grade", "judge:beta"
@@ -130,6 +133,49 @@ def test_a_running_server_is_asked_as_a_client_would(
     [outcome] = read_outcomes(out)
     assert outcome.query == "and?" and outcome.outputs == {"alpha": "and?"}
     assert outcome.scores["alpha"] == pytest.approx(8 / 9)
+
+
+class Odd(BaseHTTPRequestHandler):
+    """A server whose model ends in half a character, and once costs less than nothing."""
+
+    def do_GET(self) -> None:
+        """List the model."""
+        self.say({"data": [{"id": "odd"}]})
+
+    def do_POST(self) -> None:
+        """Answer what was asked."""
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        asked = body["messages"][-1]["content"]
+        cost = {"usd": -1.0 if asked == "free?" else 1.0}
+        message = {"role": "assistant", "content": f"{asked} \ud83d"}
+        self.say({"choices": [{"message": message}], "shoal": {"cost": cost}})
+
+    def say(self, content: object) -> None:
+        """Send JSON."""
+        data = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        """Be silent."""
+
+
+def test_a_servers_odd_answers_do_not_end_the_run(tmp_path: Path) -> None:
+    """Half a character is replaced; an answer that outcomes cannot hold is named and counted."""
+    queries = questions_at(
+        tmp_path, {"query": "free?", "reference": "x"}, {"query": "dear?", "reference": "dear? ?"}
+    )
+    out = tmp_path / "o.jsonl"
+    with ThreadingHTTPServer(("127.0.0.1", 0), Odd) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        result = collect(queries, out, "--server", f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert result.exit_code == 0, result.output
+    [outcome] = read_outcomes(out)
+    assert outcome.outputs == {"odd": "dear? ?"} and outcome.costs == {"odd": 1.0}
+    assert "not usable: 1" in result.stderr and "question 1: costs.odd" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from models.pool import DEFAULT_POOL, load_pool
 from policies.base import Query
 from policies.cascade.base import Reading
+from policies.outcome_sets import TEST, divide
 from policies.outcomes import Outcome, read_outcomes, write_outcomes
 from policies.plan import Cascade
 from router.catalog.catalog import load_catalog
@@ -54,30 +55,41 @@ def rows() -> list[Outcome]:
     return [row for name in DOMAINS for row in every if row.tags == (name,)][::8]
 
 
-def test_a_look_is_learned_installed_and_served(tmp_path: Path) -> None:
-    """From outcomes that are there and readings taken now; the answer comes from one of both.
+def told_by_readings(pool: Path) -> list[Outcome]:
+    """Return outcomes of which the text leaves open what the chunk's reading tells.
 
-    The chunk is right where it finds the question likelier than it finds most of its domain, and
-    the base in half of all: the text leaves open what the reading tells.
+    It is right where it finds the question likelier than it finds most of its domain, and the base
+    in half of all.
     """
-    pool = pool_at(tmp_path)
     found = rows()
-    queries = [row.query for row in found]
-    told = asyncio.run(read_prompts(pool, queries, models={"numerals"}))["numerals"]
-    likely = {query: told[query].logprob_mean for query in queries}
+    told = asyncio.run(read_prompts(pool, [row.query for row in found], models={"numerals"}))
+    likely = {query: one.logprob_mean for query, one in told["numerals"].items()}
     outcomes = []
     for row in found:
         peers = [likely[other.query] for other in found if other.tags == row.tags]
         right = float(likely[row.query] > statistics.median(peers))
         outcomes.append(replace(row, scores={"numerals": right, "base": 0.5}))
-    write_outcomes(tmp_path / "outcomes.jsonl", outcomes)
-    words = ["learn", "--pool", pool, "--outcomes", tmp_path / "outcomes.jsonl", "--read"]
-    words += ["--budget", "100%"]
+    return outcomes
+
+
+def learn(pool: Path, outcomes: list[Outcome]) -> str:
+    """Run the command on them, with readings taken now; return what it printed."""
+    file = pool.parent / "outcomes.jsonl"
+    write_outcomes(file, outcomes)
+    words = ["learn", "--pool", pool, "--outcomes", file, "--read", "--budget", "100%"]
     result = CliRunner().invoke(app, [str(word) for word in words])
     assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_a_look_is_learned_installed_and_served(tmp_path: Path) -> None:
+    """From outcomes that are there; the answer comes from one of both."""
+    pool = pool_at(tmp_path)
+    found = rows()
+    output = learn(pool, told_by_readings(pool))
     spec = yaml.safe_load(pool.read_text())["policies"]["probing-v1"]
     assert (spec["kind"], spec["scorer"]) == ("probing", "probing-v1")
-    assert re.search(r"probing-v1 +policy +0\.\d", result.output)
+    assert re.search(r"probing-v1 +policy +0\.\d", output)
     policy = load_catalog(load_pool(pool)).policies["probing-v1"]
     asked = [Query(text=row.query, prompt_tokens=30, max_tokens=12) for row in found]
     looking = [query for query in asked if isinstance(policy.decide(query).plan, Cascade)]
@@ -93,6 +105,20 @@ def test_a_look_is_learned_installed_and_served(tmp_path: Path) -> None:
             ]
 
     assert all(reply.text for reply in asyncio.run(served()))
+
+
+def test_a_look_that_makes_answers_worse_is_not_installed(tmp_path: Path) -> None:
+    """Where what readings tell of the questions learned from is the reverse on the others."""
+    pool = pool_at(tmp_path)
+    outcomes = [
+        replace(row, scores={**row.scores, "numerals": 1 - row.scores["numerals"]})
+        if row.split == TEST
+        else row
+        for row in divide(told_by_readings(pool), test_share=0.3, seed=0)
+    ]
+    output = learn(pool, outcomes)
+    assert "no probing-v1: a look at the prompt made" in output
+    assert "probing-v1" not in yaml.safe_load(pool.read_text())["policies"]
 
 
 def test_readings_are_of_the_prompts_that_are_served(tmp_path: Path) -> None:
