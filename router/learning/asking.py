@@ -95,10 +95,12 @@ class Asker:
         temperature: float = 0.0,
         seed: int | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
+        text_only: bool = False,
     ) -> Reply:
         """Return `model`'s answer; waits and asks again where the server is busy.
 
-        Raises `AskError`.
+        Log-probabilities, which cost time, and the like are asked for but with `text_only`. Raises
+        `AskError`.
         """
         body: dict[str, Any] = {
             "model": model,
@@ -110,27 +112,32 @@ class Asker:
         body |= {"tools": list(tools)} if tools else {}
         async with self._slots:
             start_s = time.perf_counter()
-            content = await self._post(model, body)
+            content = await self._post(model, body, {} if text_only else _EXTRAS)
         return _read(model, content, time.perf_counter() - start_s)
 
     async def say(self, model: str, prompt: str) -> str:
         """Return `model`'s answer to `prompt`, for a grader; raises `Ungradable`."""
         try:
             reply = await self.ask(
-                model, [{"role": "user", "content": prompt}], max_tokens=_JUDGED_TOKENS
+                model,
+                [{"role": "user", "content": prompt}],
+                max_tokens=_JUDGED_TOKENS,
+                text_only=True,
             )
         except AskError as error:
             raise Ungradable(str(error)) from None
         return reply.text
 
-    async def _post(self, model: str, body: dict[str, Any]) -> dict[str, Any]:
+    async def _post(
+        self, model: str, body: dict[str, Any], wanted: Mapping[str, Any]
+    ) -> dict[str, Any]:
         pause_s = _FIRST_PAUSE_S
         why = ""
         for attempt in range(_NUM_TRIES):
             if attempt:
                 await asyncio.sleep(pause_s)
                 pause_s *= 2
-            extras = {} if model in self._plain else _EXTRAS
+            extras = {} if model in self._plain else wanted
             try:
                 response = await self._client.post("/chat/completions", json={**body, **extras})
             except httpx.TransportError as error:

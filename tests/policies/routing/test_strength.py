@@ -130,30 +130,32 @@ def test_without_a_query_that_two_models_answered_the_usual_is_taken() -> None:
 
 
 def test_what_misleads_on_new_tasks_is_believed_on_known_ones_alone() -> None:
-    """Every task has one model that knows it; beyond, only that model 0 is better throughout tells.
+    """Tasks are alike by twos, and every task has one model of its own that knows it.
 
-    What is learned of 12 tasks says nothing of a thirteenth, and choosing by it does harm: of
-    queries unlike training less is believed, of those like it all (seed 0).
+    So what is learned of one does harm on its twin, where that was left out, and model 0 is better:
+    of queries unlike training less is believed, of those like it all (seed 0).
     """
-    X, task_Q, rng = fields(12)
-    knows = 0.2 * rng.random((400, 13))
+    X, task_Q, _ = fields(12)
+    X = sp.hstack([X, 2 * np.eye(6)[task_Q // 2]]).tocsr()
+    knows = np.zeros((400, 13))
     knows[:, 0] = 0.6
     knows[np.arange(400), 1 + task_Q] = 1.0
     strength, belief = both(X, knows, task_Q)
     assert strength.ridge < 1000
-    assert belief.shares_B[-1] == 1
+    assert belief.shares_B[0] < 1 and belief.shares_B[-1] == 1
     assert (np.diff(belief.shares_B) >= 0).all() and (np.diff(belief.edges) >= 0).all()
     low, high = belief.edges[0] - 1, belief.edges[-1] + 1
     np.testing.assert_array_equal(belief.of([low, high]), belief.shares_B[[0, -1]])
 
 
 def test_shares_of_belief_are_the_best_that_ascend() -> None:
-    """Compared with trying all sequences (a problem at random, seed 0)."""
+    """Compared with trying all sequences, where deviations mislead at low similarity (seed 0)."""
     rng = np.random.default_rng(0)
-    number = 300
+    number = 900
     similarity = rng.random(number).astype(np.float32)
     scores, mean = rng.random((number, 4)), np.array([0.5, 0.52, 0.48, 0.5])
-    deviations = 0.3 * rng.normal(size=(number, 4)) + similarity[:, None] * (scores - mean)
+    right = (similarity[:, None] - 0.4) * (scores - mean)
+    deviations = right + 0.05 * rng.normal(size=(number, 4))
     free = np.zeros((1, 4))
     found = fit_belief(similarity, deviations, scores, mean, free)
 
