@@ -60,7 +60,8 @@ class Run:
         """Nothing is written before the first stage runs; `clock` counts seconds."""
         self.report = report
         self._recipe = recipe
-        self._work = work
+        # Paths within go into files and settings that are read from elsewhere.
+        self._work = work.absolute()
         self._clock = clock
         self._reading: list[_Notes] = []
         self._digests: dict[str, str] = {}

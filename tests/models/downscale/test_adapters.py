@@ -1,6 +1,7 @@
 """Adapters in place of cuts: one per domain, measured like chunks, served on their base."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,10 +77,10 @@ def test_what_is_written_is_what_peft_reads(base, tmp_path):
     ],
     ids=["plain", "unmask", "monte_carlo"],
 )
-def test_a_pool_of_adapters(base, tmp_path, way, draws):
+def test_a_pool_of_adapters(base, tmp_path, way, draws, monkeypatch):
     """A recipe with `members: {adapters: …}` leaves one engine of the base and an adapter per
     domain, which learned its domain, and draws of its posterior if it has one; a run that goes on
-    does nothing anew."""
+    does nothing anew. The folder is named as people do, from where they are."""
     for name in ("sums", "words"):
         lines = [{"question": f"{name} {i} + 1?", "answer": str(i + 1)} for i in range(120)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -95,7 +96,8 @@ def test_a_pool_of_adapters(base, tmp_path, way, draws):
             },
         }
     )  # fmt: skip
-    out = tmp_path / "out"
+    monkeypatch.chdir(tmp_path)
+    out = Path("out")
     downscale(recipe, out, report=lambda _: None)
     pool = load_pool(out)
     assert [model.name for model in pool.models] == ["base", "sums", "words", *draws]
