@@ -87,7 +87,16 @@ class Policy(ABC):
         """
 
     def settle(self, query: Query, decision: Decision, cost: Footprint) -> None:  # noqa: B027
-        """Learn what a query that was decided here has cost; most policies have no use for it."""
+        """Learn what a query that was decided here has cost; most policies have no use for it.
+
+        Called once for each decision; with `Footprint()` where nothing ran for it.
+        """
+
+    def predict(self, query: Query) -> Mapping[str, float]:
+        """Return the scores that `decide` would predict, for who wants these alone."""
+        decision = self.decide(query)
+        self.settle(query, decision, Footprint())
+        return decision.scores
 
 
 def members_of(policy: Policy) -> tuple[str, ...]:

@@ -39,7 +39,7 @@ class Primed(Policy):
 
     def decide(self, query: Query) -> Decision:
         """Return the plan with the weights for `query`."""
-        scores = self._router.decide(query).scores
+        scores = self._router.predict(query)
         named = members(self._plan)
         return Decision(
             plan=with_prior(self._plan, scores),

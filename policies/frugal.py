@@ -18,6 +18,7 @@ from policies.cascade.learned import (
     within_budget,
 )
 from policies.cascade.scorer import LearnedScorer
+from policies.footprint import Footprint
 from policies.fused import best_members, with_prior
 from policies.kinds import Settings
 from policies.plan import Answer, Cascade, Name, Plan, Timeout, members
@@ -85,6 +86,7 @@ class Frugal(Policy):
             elsewhere = self._outside.decide(query)
             if self._is_elsewhere(elsewhere.plan):
                 return elsewhere
+            self._outside.settle(query, elsewhere, Footprint())
         priors = self.scorer.priors(query.text)
         scores = {member: priors[name] for name, member in self._alone.items()}
         kept, skipped = self._resolve(priors, scores)
@@ -111,6 +113,11 @@ class Frugal(Policy):
             yield self._chain(stages, [0.0] * len(judged))
         if self._outside is not None:
             yield from filter(self._is_elsewhere, self._outside.plans())
+
+    def settle(self, query: Query, decision: Decision, cost: Footprint) -> None:
+        """Tell `outside` of what it decided."""
+        if self._outside is not None and self._is_elsewhere(decision.plan):
+            self._outside.settle(query, decision, cost)
 
     def _is_elsewhere(self, plan: Plan) -> bool:
         """Return whether `plan` needs a model that no stage has."""

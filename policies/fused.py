@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field
 
 from policies.base import Decision, Policy, Query
 from policies.errors import PolicyError
+from policies.footprint import Footprint
 from policies.kinds import Settings
 from policies.plan import Answer, Cascade, Plan, children, from_json
 from policies.registry import BuildContext, PolicyKind
@@ -50,6 +51,7 @@ class Fused(Policy):
         if self._router is None:
             return Decision(plan=self._answer, reason="fixed fusion")
         routed = self._router.decide(query)
+        self._router.settle(query, routed, Footprint())
         scores = routed.scores
         answer = best_members(self._answer, scores, self._top)
         plan = with_prior(answer, scores, power=self._prior_power)

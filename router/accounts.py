@@ -100,8 +100,6 @@ class Accounts:
         self._ledger.record(record)
         for watcher in self._watchers:
             watcher.ended(exchange, record)
-        if record.answered_by is None:
-            return  # refused: nothing to learn from
         policies = exchange.catalog.policies
         policy = policies.get(record.policy or "")
         if policy is not None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from policies.base import Decision, Query
 from policies.errors import PlanError, PolicyError
-from policies.footprint import NO_LIMITS, estimate
+from policies.footprint import NO_LIMITS, Footprint, estimate
 from policies.plan import Answer, Plan, PlanBounds, from_json, members, num_lanes
 from router.catalog.catalog import Catalog, Target
 from router.catalog.members import Members
@@ -48,48 +48,55 @@ async def decide(
     exchange.record.policy = target.policy_name
     decisions: list[Decision] = []
     choices: list[Choice] = []
-    for query, prompt in zip(queries, ask.prompts, strict=True):
-        if len(query.text) + sum(map(len, query.earlier)) > INLINE_CHARACTERS:
-            decision = await asyncio.to_thread(target.policy.decide, query)
-        else:
-            decision = target.policy.decide(query)
-        unlimited = target.policy_name is not None and not decision.limited
-        if unlimited and query.limits != NO_LIMITS:
-            decision = catalog.policies.limiter.choose(query, decision)
-        fallback: tuple[Plan, ...] = ()
-        if target.policy_name is not None:
-            last = await conversations.last(exchange, prompt)
-            if last is not None and await _able(catalog, last, ask, prompt, query):
-                margin = catalog.policies.margins[target.policy_name]
-                decision = stay(decision, last, margin=margin, in_call=answers_call(prompt))
-        if target.policy_name is not None:
-            fallback = await able_plans(
-                catalog.policies.fallbacks[target.policy_name],
-                pool=catalog.members,
-                ask=ask,
-                prompt=prompt,
-            )
-            decision = await among_able(
-                decision,
-                target.policy,
-                pool=catalog.members,
-                ask=ask,
-                prompt=prompt,
-                fallback=fallback,
-            )
-            fallback = tuple(
-                plan
-                for plan in fallback
-                if plan != decision.plan and not _exceeded(catalog, plan, query)
-            )
-        num_read = await most_read((decision.plan, *fallback), catalog.members, prompt)
-        read = replace(query, prompt_tokens=num_read)
-        _check_ceilings(catalog, decision, read)
-        decisions.append(decision)
-        await asyncio.sleep(0)
-        for _ in range(ask.n):
-            task = _task(exchange, ask, prompt_index=len(decisions) - 1, query=read, i=len(choices))
-            choices.append(Choice(plan=decision.plan, task=task, fallback=fallback))
+    made: list[tuple[Query, Decision]] = []
+    try:
+        for query, prompt in zip(queries, ask.prompts, strict=True):
+            if len(query.text) + sum(map(len, query.earlier)) > INLINE_CHARACTERS:
+                decision = await asyncio.to_thread(target.policy.decide, query)
+            else:
+                decision = target.policy.decide(query)
+            made.append((query, decision))
+            unlimited = target.policy_name is not None and not decision.limited
+            if unlimited and query.limits != NO_LIMITS:
+                decision = catalog.policies.limiter.choose(query, decision)
+            fallback: tuple[Plan, ...] = ()
+            if target.policy_name is not None:
+                last = await conversations.last(exchange, prompt)
+                if last is not None and await _able(catalog, last, ask, prompt, query):
+                    margin = catalog.policies.margins[target.policy_name]
+                    decision = stay(decision, last, margin=margin, in_call=answers_call(prompt))
+            if target.policy_name is not None:
+                fallback = await able_plans(
+                    catalog.policies.fallbacks[target.policy_name],
+                    pool=catalog.members,
+                    ask=ask,
+                    prompt=prompt,
+                )
+                decision = await among_able(
+                    decision,
+                    target.policy,
+                    pool=catalog.members,
+                    ask=ask,
+                    prompt=prompt,
+                    fallback=fallback,
+                )
+                fallback = tuple(
+                    plan
+                    for plan in fallback
+                    if plan != decision.plan and not _exceeded(catalog, plan, query)
+                )
+            num_read = await most_read((decision.plan, *fallback), catalog.members, prompt)
+            read = replace(query, prompt_tokens=num_read)
+            _check_ceilings(catalog, decision, read)
+            decisions.append(decision)
+            await asyncio.sleep(0)
+            for _ in range(ask.n):
+                task = _task(exchange, ask, prompt_index=len(decisions) - 1, query=read, i=len(choices))
+                choices.append(Choice(plan=decision.plan, task=task, fallback=fallback))
+    except BaseException:
+        for query, decision in made:
+            target.policy.settle(query, decision, Footprint())  # nothing of it will run
+        raise
     exchange.decisions = tuple(decisions)
     exchange.choices = tuple(choices)
     exchange.record.prompt_tokens = exchange.prompt_tokens

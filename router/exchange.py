@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import reduce
 from typing import Any
 
 from models.engines.base import Chunk
@@ -168,15 +169,19 @@ class Exchange:
         return totals
 
     def settled(self, rates: Mapping[str, Rates]) -> Iterator[tuple[Query, Decision, Footprint]]:
-        """Yield each prompt's decision with what its choices have cost, and taken together."""
+        """Yield each prompt's decision with what its choices have cost, and taken together.
+
+        That is `Footprint()` where nothing ran.
+        """
         num_choices = len(self.choices) // max(1, len(self.decisions))
         for index, decision in enumerate(self.decisions):
-            total = Footprint()
             own = self.choices[index * num_choices : (index + 1) * num_choices]
-            for choice in own:
-                for cost in choice.trace.member_footprints(rates).values():
-                    total = total.beside(cost)
-            yield own[0].task.query, decision, replace(total, latency_s=self.elapsed_s)
+            parts = [choice.trace.member_footprints(rates) for choice in own]
+            costs = [cost for part in parts for cost in part.values()]
+            total = reduce(Footprint.beside, costs, Footprint())
+            if costs:
+                total = replace(total, latency_s=self.elapsed_s)
+            yield own[0].task.query, decision, total
 
     def stages(self) -> list[dict[str, Any]]:
         """Return everything that ran, in JSON; the choice's number where there are several."""

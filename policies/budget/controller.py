@@ -155,7 +155,10 @@ class Controller:
         )
 
     def observe(self, query: Query, decision: Decision, cost: Footprint) -> None:
-        """Settle a request that this controller chose: `cost` is what it really was."""
+        """Settle a request that this controller chose: `cost` is what it really was.
+
+        `Footprint()` stands for one for which nothing ran: it leaves no trace.
+        """
         key = key_of(decision.plan)
         if cost.latency_s > 0:
             usual = estimate(
@@ -174,6 +177,9 @@ class Controller:
             for index, target in enumerate(self.targets):
                 self._spent[index] += measured[index] - expected[target.resource]
                 self._pending[index] -= expected[target.resource]
+            if cost == Footprint():
+                self._count(self._clock(), -1)
+                return
             self._corrections.learn(key, measured=measured[0], estimated=self._estimate(key, query))
 
     def window_started_s(self, now_s: float) -> float:

@@ -116,7 +116,7 @@ class Experiments:
             record.experiment, record.arm = enrolment.experiment, enrolment.arm
             record.unit, record.propensity = enrolment.unit, enrolment.propensity
             if enrolment.experiment in self._expecting:
-                scores = self.catalog.policies.default.decide(query).scores
+                scores = self.catalog.policies.default.predict(query)
                 record.expected_quality = max(scores.values(), default=None)
             if self._language is not None and enrolment.experiment in self._by_language:
                 record.language = self._language(query.text)
@@ -224,7 +224,7 @@ class Experiments:
 
     def _domain(self, query: Query) -> str | None:
         """Return the first domain of the model that the default policy thinks best."""
-        scores = self.catalog.policies.default.decide(query).scores
+        scores = self.catalog.policies.default.predict(query)
         if not scores:
             return None
         best = max(scores, key=lambda name: scores[name])

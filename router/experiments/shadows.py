@@ -89,6 +89,8 @@ class Mirror:
                 task = asyncio.ensure_future(self._run(meter, mirrored, exchange.id, estimate_usd))
                 self._running.add(task)
                 task.add_done_callback(self._running.discard)
+            else:
+                _settle(mirrored)
 
     async def close(self) -> None:
         """Cut off what still runs; its cost so far is recorded."""
@@ -157,6 +159,7 @@ class Mirror:
             # Keyed by the original request, so that equal answers and labels compare.
             record.answer_digest = None if text is None else answer_digest(original_id, text)
             self._ledger.record(record)
+            _settle(mirrored)
         if grade is not None:
             said = Feedback(request_id=record.request_id, time_s=self._clock(), score=grade)
             await self._ledger.flush()  # feedback is on rows that are written
@@ -164,6 +167,14 @@ class Mirror:
                 await self._ledger.database.calls.run(add_feedback, self._ledger.database, said)
             except (SQLAlchemyError, LedgerError) as error:
                 logger.warning("shadow %s: its grade is lost: %s", meter.shadow.name, error)
+
+
+def _settle(mirrored: Exchange) -> None:
+    """Tell the shadow's policy what its decision has cost."""
+    policy = mirrored.catalog.policies.get(mirrored.record.policy or "")
+    if policy is not None:
+        for query, decision, cost in mirrored.settled(mirrored.catalog.prices.rates):
+            policy.settle(query, decision, cost)
 
 
 def _judging(task: Task, answer: str, rubric: str | None) -> Task:

@@ -19,6 +19,7 @@ from router.ledger.calls import Calls
 from router.ledger.database import Database
 from router.ledger.writer import Ledger
 from router.record import RequestRecord
+from tests.router.conftest import Running
 from tests.router.ledger.records import record as plausible
 
 DAY_S = 86_400.0
@@ -98,6 +99,38 @@ def test_a_controller_learns_what_other_replicas_spent(
 
     asyncio.run(sync())
     assert mine.spent()["usd"] == pytest.approx(5.0 + running_usd)
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "by a ceiling, at its second prompt": {"prompt": ["a", "a " * 200], "shoal": {"max_usd": 2e-4}},
+    "by too many lanes": {"prompt": "a", "n": 128},
+    "by a cap": {"prompt": "a " * 1000},
+    "by its engine": {"prompt": "a"},
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused_is_no_spending(serve: Callable[..., Running], case: str) -> None:
+    """Whoever refuses a request that was decided, its estimate does not stay in the books."""
+    full = case == "by its engine"
+    server = serve(
+        engines=[{"name": "one", "kind": "fake", "options": {"refuse": full}}],
+        policies={
+            "auto": {
+                "kind": "budgeted",
+                "policy": {"kind": "fixed", "plan": "alpha"},
+                "targets": [{"resource": "usd", "amount": 10.0}],
+            }
+        },
+        models=[{"name": "alpha", "engine": "one", "usd_per_million_input_tokens": 1}],
+        app={"budgets": {"server": {"tokens_per_hour": 500}}},
+    )
+    controller = server.service.catalog.policies.controllers["auto"]
+    response = server.post("/v1/completions", model="auto", max_tokens=8, **REFUSED[case])
+    assert response.status_code in (400, 429, 503), response.text
+    server.settle()
+    assert controller.spent()["usd"] == 0.0
+    assert server.last_record().policy == "auto"
 
 
 def test_a_database_that_fails_is_logged_and_asked_again(caplog: pytest.LogCaptureFixture) -> None:

@@ -108,6 +108,29 @@ def test_a_target_per_thousand_requests_is_held_whatever_the_traffic():
     assert spent / 3000 == pytest.approx(5.0, rel=0.02)
 
 
+def test_requests_that_were_refused_are_worth_no_budget():
+    """Three of four are settled at nothing: a thousand of those that ran cost what a target says.
+
+    Seed 4.
+    """
+    rng = random.Random(4)
+    clock = Clock()
+    target = BudgetTarget(resource="usd", amount=5000.0, per="1000_requests")
+    controller = two_models(clock, targets=[target])
+    spent = 0.0
+    for number in range(8000):
+        clock.now_s += 1.0
+        query = Query(text="")
+        decision = controller.choose(query, prefers_large(rng.random()))
+        if number % 4:
+            controller.observe(query, decision, Footprint())
+            continue
+        cost = Footprint(usd=10.0 if members(decision.plan) == ("large",) else 1.0)
+        controller.observe(query, decision, cost)
+        spent += cost.usd
+    assert spent / 2000 == pytest.approx(5.0, rel=0.02)
+
+
 def test_two_replicas_that_share_a_record_hold_one_target():
     """Each decides for half of the traffic; together they spend the target (seed 3)."""
     rng = random.Random(3)

@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from router.ledger.queries import requests
 from tests.router.experiments.trial_server import Trial, serving, write_config
 
@@ -69,3 +71,22 @@ def test_a_named_model_is_not_mirrored(tmp_path: Path) -> None:
         rows(trial, 1)
         trial.run(trial.service.mirror.close())
         assert len(rows(trial, 1)) == 1
+
+
+def test_a_budget_that_a_shadow_decides_by_is_settled(tmp_path: Path) -> None:
+    """What ran costs what its row says; what the shadow's own cap kept back costs nothing."""
+    target = {"resource": "usd", "amount": 1.0}
+    inner = {"kind": "fixed", "plan": "dear"}
+    thrifty = {"kind": "budgeted", "policy": inner, "targets": [target]}
+    config = write_config(
+        tmp_path,
+        policies={"thrifty": thrifty},
+        shadows={"once": {**SHADOW, "policy": "thrifty", "usd_per_day": 1e-4}},
+    )
+    with serving(config) as trial:
+        for _ in range(3):
+            trial.ask("hello", max_tokens=8)
+        [row] = rows(trial, 1)
+        spent = trial.service.catalog.policies.controllers["thrifty"].spent
+        assert spent()["usd"] == pytest.approx(row["usd"], rel=1e-9)
+        assert row["usd"] > 0
