@@ -26,8 +26,8 @@ class Method:
     guesses_time: bool = False
 
 
-# What a GPU's counter was found to miss of a steady draw on more than seventy GPUs, which is also what
-# NVIDIA's reference of NVML says (of Fermi and Kepler). One short request may be off by more.
+# What a GPU's counter was found to miss of a steady draw on more than seventy GPUs; NVIDIA's own
+# reference of NVML says the same of Fermi and Kepler. One short request may be off by more.
 NVML = Method(
     name="measured:nvml",
     low=0.95,

@@ -65,33 +65,16 @@ async def decide(
                 if last is not None and await _able(catalog, last, ask, prompt, query):
                     margin = catalog.policies.margins[target.policy_name]
                     decision = stay(decision, last, margin=margin, in_call=answers_call(prompt))
-            if target.policy_name is not None:
-                fallback = await able_plans(
-                    catalog.policies.fallbacks[target.policy_name],
-                    pool=catalog.members,
-                    ask=ask,
-                    prompt=prompt,
-                )
-                decision = await among_able(
-                    decision,
-                    target.policy,
-                    pool=catalog.members,
-                    ask=ask,
-                    prompt=prompt,
-                    fallback=fallback,
-                )
-                fallback = tuple(
-                    plan
-                    for plan in fallback
-                    if plan != decision.plan and not _exceeded(catalog, plan, query)
-                )
+                decision, fallback = await _narrowed(catalog, target, ask, prompt, query, decision)
             num_read = await most_read((decision.plan, *fallback), catalog.members, prompt)
             read = replace(query, prompt_tokens=num_read)
             _check_ceilings(catalog, decision, read)
             decisions.append(decision)
             await asyncio.sleep(0)
             for _ in range(ask.n):
-                task = _task(exchange, ask, prompt_index=len(decisions) - 1, query=read, i=len(choices))
+                task = _task(
+                    exchange, ask, prompt_index=len(decisions) - 1, query=read, i=len(choices)
+                )
                 choices.append(Choice(plan=decision.plan, task=task, fallback=fallback))
     except BaseException:
         for query, decision in made:
@@ -101,6 +84,21 @@ async def decide(
     exchange.choices = tuple(choices)
     exchange.record.prompt_tokens = exchange.prompt_tokens
     _check_lanes(exchange, limits.plans.lanes)
+
+
+async def _narrowed(
+    catalog: Catalog, target: Target, ask: Ask, prompt: Prompt, query: Query, decision: Decision
+) -> tuple[Decision, tuple[Plan, ...]]:
+    """Return a policy's decision among those who can take the request, and what follows it."""
+    assert target.policy_name is not None
+    plans = catalog.policies.fallbacks[target.policy_name]
+    fallback = await able_plans(plans, pool=catalog.members, ask=ask, prompt=prompt)
+    decision = await among_able(
+        decision, target.policy, pool=catalog.members, ask=ask, prompt=prompt, fallback=fallback
+    )
+    return decision, tuple(
+        plan for plan in fallback if plan != decision.plan and not _exceeded(catalog, plan, query)
+    )
 
 
 async def most_read(plans: Iterable[Plan], pool: Members, prompt: Prompt) -> int:

@@ -1,9 +1,11 @@
 """What batch work saves by waiting for cleaner hours: a year of hours, against the offline optimum.
 
-    python -m tests.bench.clean_hours [--seed 0] [--plot FILE]
+    python -m tests.bench.clean_hours [--seed 0] [--plot FILE] [--hourly FILE ...]
 
 No hourly intensities ship with Shoal, nor with the tables that it is made from: there are yearly
-means and yearly shares of sources (CodeCarbon's `global_energy_mix.json`). So the year is
+means and yearly shares of sources (CodeCarbon's `global_energy_mix.json`). **Real** hours may be
+given as `--hourly`: CSV files whose first column is "gco2e_per_kwh" or "kg_CO2/kWh", a line an
+hour, as `carbon_intensity.csv` in the package CityLearn 2.0.0. Without them the year is
 **synthetic**: real are each country's shares, the mean of its year and where the sun stands; made
 up are clouds and wind (log-normal, AR(1) with a memory of one day and of 30 hours) and a demand
 with two daily peaks, quieter weekends and a winter. Nuclear power and biomass run flat, what is
@@ -20,6 +22,7 @@ the cheapest quarters of an hour, in hindsight.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import math
 from collections.abc import Callable
@@ -86,6 +89,18 @@ def year(country: str, *, seed: int) -> Floats:
     return scaled
 
 
+def hourly(file: Path) -> Floats:
+    """Return a file's intensity per quarter of an hour, gCO2e per kWh; gaps as the hour before."""
+    with file.open(newline="") as lines:
+        head, *rows = csv.reader(lines)
+    grams = (
+        np.array([float(row[0]) for row in rows])
+        * {"kg_CO2/kWh": 1000, "gco2e_per_kwh": 1}[head[0]]
+    )
+    known = np.maximum.accumulate(np.where(grams > 0, np.arange(len(grams)), 0))
+    return np.repeat(grams[known], PER_DAY // 24)
+
+
 def _memory(rng: np.random.Generator, *, hours: float) -> Floats:
     """Return a stationary AR(1) of variance one that forgets in so many `hours`."""
     keep = math.exp(-1 / (4 * hours))
@@ -136,12 +151,11 @@ def work(
     return float(np.mean([*done, *truth[begin + DUE : begin + DUE + num_steps - len(done)]])), True
 
 
-def savings(country: str, hours: int, *, num: int, seed: int) -> dict[str, float]:
+def savings(truth: Floats, hours: int, *, num: int, seed: int) -> dict[str, float]:
     """Return, by what is announced, the share of carbon saved; and how many batches were late."""
-    truth = year(country, seed=seed)
     rng = np.random.default_rng([seed, hours])
     num_steps = hours * 4
-    begins = rng.integers(29 * PER_DAY, (DAYS - 3) * PER_DAY, size=num).tolist()
+    begins = rng.integers(29 * PER_DAY, len(truth) - 3 * PER_DAY, size=num).tolist()
     ways: dict[str, Callable[[int], Floats]] = {
         "rhythm": lambda now: rhythm(truth, now),
         "forecast": lambda now: forecast(truth, now, error=0.15, rng=rng),
@@ -164,16 +178,18 @@ def savings(country: str, hours: int, *, num: int, seed: int) -> dict[str, float
     }
 
 
-def main(num: int, seed: int, plot: Path | None) -> None:
+def main(num: int, seed: int, plot: Path | None, files: list[Path]) -> None:
     """Print what is saved per country and length of work, as Markdown."""
     print("| country, mean | work | rhythm | forecast | truth | optimum | late |")
     print("|---|---|---|---|---|---|---|")
-    for country in PLACES:
-        mean = year(country, seed=seed).mean()
+    years = {file.parent.name: hourly(file) for file in files} or {
+        country: year(country, seed=seed) for country in PLACES
+    }
+    for name, truth in years.items():
         for hours in (2, 4, 8):
-            found = savings(country, hours, num=num, seed=seed)
-            told = " | ".join(f"{found[name]:.1%}" for name in found)
-            print(f"| {country}, {mean:.0f} g/kWh | {hours} h | {told} |", flush=True)
+            found = savings(truth, hours, num=num, seed=seed)
+            told = " | ".join(f"{share:.1%}" for share in found.values())
+            print(f"| {name}, {truth.mean():.0f} g/kWh | {hours} h | {told} |", flush=True)
     if plot is not None:
         draw(seed, plot)
 
@@ -199,5 +215,6 @@ if __name__ == "__main__":
     parser.add_argument("--num", type=int, default=300, help="batches per country and length")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--hourly", type=Path, nargs="*", default=[])
     given = parser.parse_args()
-    main(given.num, given.seed, given.plot)
+    main(given.num, given.seed, given.plot, given.hourly)

@@ -21,11 +21,15 @@ _VARIABLES = {"$__rate_interval": "60s", "$__range": "5m", "$job": ".*", "$exper
 
 @dataclass(frozen=True, kw_only=True)
 class PanelQuery:
-    """One query of one panel, its variables filled in."""
+    """One query of one panel, its variables filled in.
+
+    `if_empty` is what the panel says where the query finds nothing.
+    """
 
     dashboard: str
     panel: str
     expression: str
+    if_empty: str | None
 
 
 def load(file: Path) -> dict[str, Any]:
@@ -46,7 +50,12 @@ def panel_queries() -> Iterator[PanelQuery]:
                 expression = target["expr"]
                 for name, value in _VARIABLES.items():
                     expression = expression.replace(name, value)
-                yield PanelQuery(dashboard=file.stem, panel=panel["title"], expression=expression)
+                yield PanelQuery(
+                    dashboard=file.stem,
+                    panel=panel["title"],
+                    expression=expression,
+                    if_empty=panel["fieldConfig"]["defaults"].get("noValue"),
+                )
 
 
 def rules() -> list[dict[str, Any]]:

@@ -29,12 +29,11 @@ BASE = "base"
 PROMETHEUS = shutil.which("prometheus")
 
 
-def configuration(folder: Path) -> dict[str, Any]:
+def everything() -> dict[str, Any]:
     """Return a configuration that uses everything there is a metric of."""
     learned = {"kind": "learned", "path": "router.npz"}
     targets = [{"resource": name, "amount": 1.0} for name in ("usd", "wh", "gco2e")]
     return {
-        "ledger": {"url": f"sqlite:///{folder}/shoal.db", "flush_interval_s": 0.1},
         "budgets": {"server": {"usd_per_day": 1, "tokens_per_hour": 10_000_000}},
         # Nobody listens there: the feed is stale from the start.
         "carbon": {"feed": {"url": "http://127.0.0.1:9/latest", "zone": "DE"}},
@@ -89,10 +88,11 @@ def process(*command: str, folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def shoal(folder: Path) -> Iterator[str]:
-    """Serve the default pool in one process; yield the address."""
+def shoal(folder: Path, configuration: dict[str, Any]) -> Iterator[str]:
+    """Serve the default pool in one process, with a ledger in `folder`; yield the address."""
     config = folder / "shoal.yaml"
-    config.write_text(yaml.safe_dump(configuration(folder), sort_keys=False))
+    ledger = {"url": f"sqlite:///{folder}/shoal.db", "flush_interval_s": 0.1}
+    config.write_text(yaml.safe_dump({"ledger": ledger, **configuration}, sort_keys=False))
     port = free_port()
     command = (sys.executable, "-m", "router.cli", "serve", "--local", "--config", str(config))
     url = f"http://127.0.0.1:{port}"

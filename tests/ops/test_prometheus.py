@@ -10,7 +10,7 @@ import pytest
 
 from router.metrics.families import FAMILIES
 from tests.ops.queries import metrics, panel_queries, rules
-from tests.ops.served import PROMETHEUS, Prometheus, prometheus, shoal, traffic, wait
+from tests.ops.served import PROMETHEUS, Prometheus, everything, prometheus, shoal, traffic, wait
 
 pytestmark = [
     pytest.mark.slow,
@@ -28,7 +28,7 @@ NOT_HERE = {"shoal_engine_circuit_open"}
 def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """A Prometheus that has watched a busy server for a while, and goes on watching."""
     folder = tmp_path_factory.mktemp("ops")
-    with shoal(folder) as url, prometheus(folder, url) as server, traffic(url):
+    with shoal(folder, everything()) as url, prometheus(folder, url) as server, traffic(url):
         wait(
             lambda: (
                 bool(server.query("shoal_shadow_quality_ratio"))
@@ -99,3 +99,14 @@ def test_prometheus_counts_what_was_asked(scraped: Prometheus, tmp_path: Path) -
     refused = float(scraped.query('sum(shoal_requests_total{status="404"})')[0]["value"][1])
     assert 0 < refused < total
     assert models > total - refused, "fused and escalated requests ran for several models"
+
+
+def test_an_empty_panel_says_why(tmp_path: Path) -> None:
+    """Of a server that nobody has asked, each panel has data or tells why there is none."""
+    with shoal(tmp_path, {}) as url, prometheus(tmp_path, url) as server:
+        wait(
+            lambda: bool(server.query("shoal_reports_age_seconds")), timeout_s=120, what="a scrape"
+        )
+        empty = [query for query in panel_queries() if not server.query(query.expression)]
+        assert len(empty) > 30
+        assert not [query for query in empty if query.if_empty is None]

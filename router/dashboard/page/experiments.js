@@ -62,12 +62,13 @@ const head = () =>
   );
 
 function rows(experiment) {
-  const found = [...experiment.primary, ...experiment.secondary].map((effect) => {
+  const { primary, secondary, segments } = experiment;
+  const found = [...primary, ...secondary, ...segments].map((effect) => {
     const tone = effect.better === null ? "" : effect.better ? "good-text" : "bad-text";
     const relative = effect.relative === null ? "" : ` (${sign(effect.relative)}${percent(effect.relative)})`;
     return row(
       effect.treatment,
-      effect.metric,
+      effect.segment ? `${effect.metric}, ${effect.segment} ${effect.part}` : effect.metric,
       [`${sign(effect.estimate)}${plain(effect.estimate)}${relative}`, tone],
       effect.low === null ? "–" : `[${plain(effect.low)}, ${plain(effect.high)}]`,
       plain(effect.p),
