@@ -67,7 +67,18 @@ class Edition:
 
 
 def catalog_of(args: AppArgs, pool: Pool, *, beside: Catalog | None = None) -> Catalog:
-    """Return what can be asked of `pool` as configured; see `load_catalog`, whose errors it has."""
+    """Return what can be asked of `pool` as configured; see `load_catalog`, whose errors it has.
+
+    Raises `ConfigError` for engines in the configuration that the pool lacks.
+    """
+    engines = [engine.name for engine in pool.engines]
+    for section in ("carbon", "economics"):
+        for name in getattr(getattr(args, section), "engines", ()):
+            if name not in engines:
+                raise ConfigError(
+                    f"{section}.engines: {name!r} is no engine of the pool; "
+                    f"allowed are {', '.join(engines)}"
+                )
     return load_catalog(
         pool,
         policies=args.policies,

@@ -13,12 +13,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from policies.carbon.llmcarbon import HOURS_PER_YEAR, Device
+from policies.kinds import Settings
 
 
-class DeviceCosts(BaseModel):
+class DeviceCosts(Settings):
     """What one device costs: the GPU with its share of the host, or the machine without one.
 
     `utilisation` is the share of its life in which it works. `other_usd_per_hour` is what else its
@@ -26,13 +27,11 @@ class DeviceCosts(BaseModel):
     whole price, and `device_usd` 0.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    device_usd: float = Field(ge=0)
-    lifetime_years: float = Field(5, gt=0)
-    utilisation: float = Field(gt=0, le=1)
-    usd_per_kwh: float = Field(ge=0)
-    other_usd_per_hour: float = Field(0, ge=0)
+    device_usd: float = Field(ge=0, le=1e9)
+    lifetime_years: float = Field(5, ge=0.01, le=1000)
+    utilisation: float = Field(ge=1e-4, le=1)
+    usd_per_kwh: float = Field(ge=0, le=1e3)
+    other_usd_per_hour: float = Field(0, ge=0, le=1e6)
 
 
 class EconomicsSettings(DeviceCosts):

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from policies.base import ModelFacts
 from policies.carbon.economics import DeviceCosts, EconomicsSettings, device_price, idle_seconds
@@ -20,16 +20,14 @@ from policies.carbon.grid import (
     StaticGrid,
 )
 from policies.carbon.llmcarbon import Device, find_device, rates_for
+from policies.errors import CarbonError
 from policies.footprint import IdleRule, Rates
+from policies.kinds import Settings
 
 MeterKind: TypeAlias = Literal["auto", "rapl", "nvml", "cpu-time", "always", "off"]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DeviceSettings(_Strict):
+class DeviceSettings(Settings):
     """`count` devices of the shipped table; figures you have measured replace the table's.
 
     The table's "cpu" is one vCPU: a machine of eight has `count: 8`. `power_w`, `idle_w` and
@@ -44,7 +42,7 @@ class DeviceSettings(_Strict):
     peak_tflops: float | None = Field(None, gt=0)
 
     def build(self) -> Device:
-        """Return the devices as one; `CarbonError` for an unknown name."""
+        """Return the devices as one; `CarbonError` for an unknown name or impossible power."""
         overrides = {
             key: value
             for key, value in self.model_dump(exclude={"device", "count"}).items()
@@ -54,10 +52,14 @@ class DeviceSettings(_Strict):
         if overrides:
             source = f"{device.source}; overridden: {overrides}"
             device = replace(device, **overrides, source=source)
+        if device.idle_w > device.power_w:
+            raise CarbonError(
+                f"{self.device}: idle_w {device.idle_w:g} is more than power_w {device.power_w:g}"
+            )
         return device.times(self.count)
 
 
-class FeedSettings(_Strict):
+class FeedSettings(Settings):
     """A live feed of the Electricity Maps API's shape.
 
     GET `url`?zone=… with the header `auth-token`, read from the environment variable
@@ -73,7 +75,7 @@ class FeedSettings(_Strict):
     timeout_s: float = Field(10, gt=0)
 
 
-class CarbonSettings(_Strict):
+class CarbonSettings(Settings):
     """Where the electricity comes from and what it drives.
 
     `zone` is a country (DE), WORLD, or a cloud region (gcp:europe-west3); `grid_file` a CSV that
@@ -86,7 +88,7 @@ class CarbonSettings(_Strict):
     """
 
     zone: str = "WORLD"
-    grid_file: Path | None = None
+    grid_file: Path | None = Field(None, strict=False)
     feed: FeedSettings | None = None
     pue: float = Field(1.0, ge=1)
     hardware: DeviceSettings = DeviceSettings()

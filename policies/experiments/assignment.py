@@ -181,7 +181,7 @@ class Assigner:
             if not entry.wants(visit, now_s):
                 continue
             if entry.experiment.unit == "block":
-                number, washing = entry.experiment.switchback.block(now_s, entry.offset)
+                number, washing = entry.experiment.blocks.block(now_s, entry.offset)
                 unit: bytes | None = str(number).encode()
             else:
                 unit, washing = unit_of(entry.experiment, visit), False

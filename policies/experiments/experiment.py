@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from types import MappingProxyType
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 from pydantic import with_config
 
@@ -57,6 +58,11 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
     )
 )
 
+
+# Labels of metrics and rows join an experiment's name and an arm's by a slash.
+_ARM_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+# As feedback may name a number.
+METRIC_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
 
 Unit: TypeAlias = Literal["user", "session", "request", "block"]
 Segment: TypeAlias = Literal["key", "domain", "length", "language"]
@@ -200,7 +206,7 @@ class Experiment:
     compared too. `correction` says how the secondary comparisons, and those of segments, allow for
     their number: intervals that all hold together, or a share `alpha` of false discoveries.
     `judge` names the shadow whose model grades a sample of the answers.
-    `switchback` is for the unit "block".
+    `switchback` is for the unit "block" (None: as `Switchback` has it).
     `salt` seeds the assignment: a new one draws new groups.
     """
 
@@ -213,7 +219,7 @@ class Experiment:
     segments: tuple[Segment, ...] = ()
     correction: Correction = "bonferroni"
     judge: str | None = None
-    switchback: Switchback = field(default_factory=Switchback)
+    switchback: Switchback | None = None
     guardrails: tuple[Guardrail, ...] = ()
     control: str | None = None
     traffic: float = 1.0
@@ -232,7 +238,10 @@ class Experiment:
         where = f"experiments.{self.name}"
         self._check_arms(where)
         self._check_bounds(where)
+        self._check_own_metrics(where)
         self._check_metrics(where)
+        self._check_effects(where)
+        self._check_repeated(where)
 
     def _check_arms(self, where: str) -> None:
         names = [arm.name for arm in self.arms]
@@ -240,6 +249,12 @@ class Experiment:
             raise ExperimentError(f"{where}.arms: {names} is too few; name at least two arms")
         if len(set(names)) != len(names):
             raise ExperimentError(f"{where}.arms: {names} names an arm twice")
+        for name in names:
+            if not _ARM_NAME.fullmatch(name):
+                raise ExperimentError(
+                    f"{where}.arms: {name!r} is no name for an arm: it has letters, digits, '.', "
+                    "'_' and '-', and begins with a letter or digit"
+                )
         if HOLDOUT in names:
             raise ExperimentError(
                 f"{where}.arms: the name {HOLDOUT!r} is taken; set {where}.holdout to a share"
@@ -270,26 +285,39 @@ class Experiment:
             raise ExperimentError(
                 f"{where}.stop: {self.stop.isoformat()} is not after {self.start.isoformat()}"
             )
-        blocks = self.switchback
+        if self.switchback is not None and self.unit != "block":
+            raise ExperimentError(
+                f"{where}.switchback: gives blocks to arms, but the unit is {self.unit!r}; "
+                'it goes with unit: "block"'
+            )
+        blocks = self.blocks
         if not 0 <= blocks.washout_minutes < blocks.block_minutes:
             raise ExperimentError(
                 f"{where}.switchback.washout_minutes: {blocks.washout_minutes} is not in "
                 f"[0, {blocks.block_minutes:g}), the length of a block"
             )
-        if not self.primary.minimum_effect > 0:
+        if not 0.01 <= blocks.block_minutes <= 527_040:
             raise ExperimentError(
-                f"{where}.primary.minimum_effect: {self.primary.minimum_effect} is not above 0"
+                f"{where}.switchback.block_minutes: {blocks.block_minutes} is not in "
+                "[0.01, 527040], up to a year"
             )
 
-    def _check_metrics(self, where: str) -> None:
-        allowed = (*METRICS, *self.metrics)
+    def _check_own_metrics(self, where: str) -> None:
         for name, own in self.metrics.items():
             if name in (*METRICS, *COVARIATES):
                 raise ExperimentError(f"{where}.metrics: the name {name!r} is taken")
-            if not own.minimum_effect > 0:
+            if not METRIC_NAME.fullmatch(name):
                 raise ExperimentError(
-                    f"{where}.metrics.{name}.minimum_effect: {own.minimum_effect} is not above 0"
+                    f"{where}.metrics: {name!r} is no name that feedback can bring: up to 64 "
+                    "letters, digits, '_', '.' and '-', the first a letter or '_'"
                 )
+            if own.ratio is not None and (own.kind == "binary" or len(set(own.ratio)) == 1):
+                raise ExperimentError(
+                    f'{where}.metrics.{name}.ratio: a ratio is of two metrics, and "real"'
+                )
+
+    def _check_metrics(self, where: str) -> None:
+        allowed = (*METRICS, *self.metrics)
         if self.judge is None:
             allowed = tuple(name for name in allowed if name not in JUDGED)
         for key, metric in (
@@ -319,6 +347,32 @@ class Experiment:
                     f"allowed are {', '.join(COVARIATES)}"
                 )
 
+    def _check_effects(self, where: str) -> None:
+        for key, goal in (("primary", self.primary), *self._own_goals()):
+            share = self.metric(goal.metric).is_share and not goal.relative
+            most = 1 if share else math.inf
+            if not 0 < goal.minimum_effect < most:
+                raise ExperimentError(
+                    f"{where}.{key}.minimum_effect: {goal.minimum_effect} is not between 0 and "
+                    f"{most:g}"
+                )
+
+    def _check_repeated(self, where: str) -> None:
+        for key, names in (
+            ("secondary", self.secondary),
+            ("guardrails", tuple(guardrail.metric for guardrail in self.guardrails)),
+            ("segments", self.segments),
+            ("covariates", self.covariates),
+        ):
+            for name in names:
+                if names.count(name) > 1:
+                    raise ExperimentError(f"{where}.{key}: {name!r} is there twice")
+
+    def _own_goals(self) -> Iterator[tuple[str, Goal]]:
+        for name, own in self.metrics.items():
+            goal = Goal(metric=name, minimum_effect=own.minimum_effect, relative=own.relative)
+            yield f"metrics.{name}", goal
+
     def is_ratio(self, name: str) -> bool:
         """Return whether the metric called `name` is a ratio of two others."""
         return name in self.metrics and self.metrics[name].ratio is not None
@@ -341,6 +395,11 @@ class Experiment:
     def treatments(self) -> tuple[Arm, ...]:
         """Every arm but the control's."""
         return tuple(arm for arm in self.arms if arm != self.control_arm)
+
+    @property
+    def blocks(self) -> Switchback:
+        """How time is cut where the unit is "block"."""
+        return self.switchback or Switchback()
 
     @property
     def direction(self) -> Direction:
@@ -367,7 +426,7 @@ class Experiment:
             "arms": [[arm.name, arm.policy, policies.get(arm.policy, "")] for arm in self.arms],
             "control": self.control_arm.name,
             "unit": self.unit,
-            **({"switchback": asdict(self.switchback)} if self.unit == "block" else {}),
+            **({"switchback": asdict(self.blocks)} if self.unit == "block" else {}),
             "holdout": self.holdout,
             "target": asdict(self.target),
             "primary": [self.primary.metric, self.direction],

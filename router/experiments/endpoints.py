@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.responses import JSONResponse
 
+from policies.experiments.experiment import METRIC_NAME
 from policies.experiments.report import Report
 from router.access.authentication import Identify
 from router.bodies import Bodies
@@ -103,7 +104,7 @@ def add_experiment_routes(
         api.add_api_route(path, answer, methods=["GET"], openapi_extra=described(answers))
 
 
-MetricName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]{0,63}$")]
+MetricName = Annotated[str, Field(pattern=f"^{METRIC_NAME.pattern}$")]
 
 
 class FeedbackBody(BaseModel):

@@ -284,7 +284,20 @@ def read_definitions(args: AppArgs) -> tuple[tuple[Experiment, ...], tuple[Shado
     )
     judges = [shadow.name for shadow in shadows if shadow.judge is not None]
     experiments = read_experiments(args.experiments, policies=names)
+    models = {model.name: model.spec.domains for model in pool.models}
+    served = (DEFAULT_POLICY, *(f"policy/{name}" for name in names), *models)
+    domains = tuple(dict.fromkeys(domain for known in models.values() for domain in known))
     for experiment in experiments:
+        target = experiment.target
+        for key, wanted, known in (
+            ("models", target.models, served),
+            ("domains", target.domains, domains),
+        ):
+            for name in set(wanted) - set(known):
+                raise ExperimentError(
+                    f"experiments.{experiment.name}.target.{key}: {name!r} is unknown; "
+                    f"allowed are {', '.join(known)}"
+                )
         if experiment.judge not in (None, *judges):
             raise ExperimentError(
                 f"experiments.{experiment.name}.judge: {experiment.judge!r} is no shadow with a "

@@ -9,6 +9,8 @@ from models.pool import DEFAULT_POOL, load_pool
 from policies.base import Query
 from policies.errors import PolicyError
 from router.catalog.catalog import Catalog, load_catalog
+from router.config import AppArgs, ConfigError
+from router.editions import catalog_of
 from tests.router.conftest import write_pool
 
 CHUNKS = ["arithmetic", "stories", "conversion", "numerals", "dates", "text", "lists", "code"]
@@ -88,3 +90,18 @@ def test_open_weights_are_filled_in_inside_a_budget(tmp_path: Path) -> None:
     catalog = load(tmp_path, auto=LEARNED, trial=budgeted({"kind": "fixed", "plan": open_plan}))
     decision = catalog.policies["trial"].decide(Query(text="Name a colour."))
     assert set(decision.scores) == {"text", "code"}
+
+
+@pytest.mark.parametrize("section", ["carbon", "economics"])
+def test_engines_that_the_pool_lacks_have_no_costs(tmp_path: Path, section: str) -> None:
+    """A misspelt engine is refused by name: its device would silently be everybody's."""
+    costs = {"device_usd": 1, "utilisation": 0.5, "usd_per_kwh": 0.2}
+    content = {
+        "carbon": {"engines": {"oen": {"device": "cpu"}}},
+        "economics": {**costs, "engines": {"oen": None}},
+    }
+    pool = write_pool(tmp_path)
+    args = AppArgs.model_validate({"pool": pool, section: content[section]})
+    words = rf"{section}\.engines: 'oen' is no engine of the pool; allowed are one, two"
+    with pytest.raises(ConfigError, match=words):
+        catalog_of(args, load_pool(pool))

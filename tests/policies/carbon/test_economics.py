@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
+from pydantic import ValidationError
 
 from policies.base import ModelFacts
 from policies.carbon import find_device
 from policies.carbon.economics import DeviceCosts, EconomicsSettings, break_even, device_price
 from policies.carbon.settings import CarbonSettings
 from policies.footprint import Rates
+from policies.kinds import explain
 
 H200 = find_device("h200")
 COSTS = DeviceCosts(
@@ -114,3 +119,41 @@ def test_a_machine_of_several_vcpus_is_so_many_times_one() -> None:
     )
     assert two.busy_s == pytest.approx(one.busy_s / 2)
     assert (two.wh, two.gco2e) == pytest.approx((one.wh, one.gco2e))
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"device_usd": math.inf}, "device_usd"),
+        ({"device_usd": True}, "device_usd"),
+        ({"device_usd": "1200"}, "device_usd"),
+        ({"lifetime_years": math.inf}, "lifetime_years"),
+        ({"lifetime_years": 1e-300}, "lifetime_years"),
+        ({"utilisation": 1e-300}, "utilisation"),
+        ({"utilisation": 30}, "utilisation"),
+        ({"usd_per_kwh": math.inf}, "usd_per_kwh"),
+        ({"engines": {"one": {"device_usd": 1}}}, "engines.one.utilisation"),
+        ({"utilization": 0.4}, "utilization"),
+    ],
+)
+def test_costs_that_no_device_has_are_refused(changes: dict[str, Any], key: str) -> None:
+    """Neither infinities, nor what would become one, nor what is no number; the key is named."""
+    with pytest.raises(ValidationError) as refused:
+        EconomicsSettings.model_validate({**COSTS.model_dump(), **changes})
+    assert f"{key}: " in explain(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "words"),
+    [
+        ({"idle_w": 10.0, "power_w": 1.0}, "cpu: idle_w 10 is more than power_w 1"),
+        ({"idle_w": 1e6}, "is more than power_w"),
+        ({"power_w": math.inf}, "should be a finite number"),
+        ({"count": True}, "should be a valid integer"),
+    ],
+)
+def test_hardware_that_cannot_be_is_refused(hardware: dict[str, Any], words: str) -> None:
+    """A device does not draw more when it rests than when it works."""
+    with pytest.raises(ValidationError) as refused:
+        CarbonSettings.model_validate({"hardware": hardware})
+    assert words in explain(refused.value)

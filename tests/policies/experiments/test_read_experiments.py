@@ -97,7 +97,51 @@ def test_a_whole_experiment_is_read() -> None:
         ({"traffic": 0}, "traffic: 0.0 is not in (0, 1]"),
         ({"control": "best"}, "control: 'best' is not an arm; allowed are cascade, learned"),
         ({"primary": {"metric": "clicks"}}, "primary.metric: 'clicks' is unknown"),
-        ({"primary": {"minimum_effect": 0}}, "minimum_effect: 0.0 is not above 0"),
+        ({"primary": {"minimum_effect": 0}}, "minimum_effect: 0.0 is not between 0 and 1"),
+        ({"primary": {"minimum_effect": 5}}, "primary.minimum_effect: 5.0 is not between 0 and 1"),
+        (
+            {"primary": {"metric": "usd", "minimum_effect": float("inf"), "relative": True}},
+            "minimum_effect: inf is not between 0 and inf",
+        ),
+        (
+            {"metrics": {"refund": {"direction": "decrease", "minimum_effect": float("nan")}}},
+            "metrics.refund.minimum_effect: nan",
+        ),
+        ({"metrics": {"my metric": {"direction": "increase"}}}, "'my metric' is no name that"),
+        ({"metrics": {"": {"direction": "increase"}}}, "'' is no name that feedback can bring"),
+        (
+            {"metrics": {"r": {"direction": "decrease", "ratio": ["usd", "usd"]}}},
+            "metrics.r.ratio: a ratio is of two metrics",
+        ),
+        (
+            {
+                "metrics": {
+                    "r": {"direction": "decrease", "kind": "binary", "ratio": ["usd", "tokens"]}
+                }
+            },
+            "metrics.r.ratio: a ratio is of two metrics",
+        ),
+        ({"segments": ["key", "key"]}, "segments: 'key' is there twice"),
+        ({"secondary": ["usd", "wh", "usd"]}, "secondary: 'usd' is there twice"),
+        ({"covariates": ["prompt_tokens"] * 2}, "covariates: 'prompt_tokens' is there twice"),
+        (
+            {"guardrails": [{"metric": "usd", "limit": 1}, {"metric": "usd", "limit": 2}]},
+            "guardrails: 'usd' is there twice",
+        ),
+        ({"switchback": {"block_minutes": 30}}, "the unit is 'user'; it goes with unit: \"block\""),
+        (
+            {
+                "arms": {
+                    "a/b": {"policy": "base", "weight": 0.5},
+                    "c": {"policy": "cascade", "weight": 0.5},
+                }
+            },
+            "arms: 'a/b' is no name for an arm",
+        ),
+        (
+            {"unit": "block", "switchback": {"block_minutes": float("inf")}},
+            "block_minutes: inf is not in [0.01, 527040]",
+        ),
         ({"guardrails": [{"metric": "usd", "limit": -1}]}, "usd's limit -1.0 is below 0"),
         ({"start": "2026-02-02", "stop": "2026-02-01"}, "is not after"),
         ({"covariates": ["mood"]}, "covariates: 'mood' is unknown"),
