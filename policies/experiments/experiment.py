@@ -304,7 +304,10 @@ class Experiment:
 
     def _check_own_metrics(self, where: str) -> None:
         for name, own in self.metrics.items():
-            if name in (*METRICS, *COVARIATES):
+            # Warehouses, which get a column of each, mostly do not tell capital letters from small.
+            others = [own for own in self.metrics if own != name]
+            taken = (*METRICS, *COVARIATES, "unit", "timestamp", *others)
+            if name.lower() in map(str.lower, taken):
                 raise ExperimentError(f"{where}.metrics: the name {name!r} is taken")
             if not METRIC_NAME.fullmatch(name):
                 raise ExperimentError(

@@ -72,8 +72,11 @@ def _settings(
     args: AppArgs, policy: str | None, resource: str | None, amount: float | None, per: str
 ) -> BudgetedSettings:
     """Return the settings of the policy that is meant, or of the target on the command line."""
+    from pydantic import ValidationError
+
     from models.pool import load_pool
     from policies.budgeted import BudgetedSettings
+    from policies.kinds import explain
 
     specs = {**load_pool(args.pool).policies, **args.policies}
     budgeted = [name for name, spec in specs.items() if spec.get("kind") == "budgeted"]
@@ -84,16 +87,20 @@ def _settings(
     own = {}
     if policy or len(budgeted) == 1:
         own = {key: value for key, value in specs[policy or budgeted[0]].items() if key != "kind"}
-    if resource is not None and amount is not None:
+    if (resource is None) != (amount is None):
+        raise ValueError("--resource and --amount go together")
+    if resource is not None:
         own["targets"] = [{"resource": resource, "amount": amount, "per": per}]
     if not own.get("targets"):
         raise ValueError(
             "which target? Name one with --resource and --amount, or with --policy one of "
             f"{', '.join(budgeted) or 'the budgeted policies, of which there is none'}"
         )
-    return BudgetedSettings.model_validate(
-        {"policy": {}, **{key: own[key] for key in own if key in BudgetedSettings.model_fields}}
-    )
+    known = {key: own[key] for key in own if key in BudgetedSettings.model_fields}
+    try:
+        return BudgetedSettings.model_validate({"policy": {}, **known})
+    except ValidationError as error:
+        raise ValueError(explain(error)) from None
 
 
 _HEAD = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -103,11 +104,11 @@ def costs(
     *,
     hosted_input: Annotated[
         float | None,
-        typer.Option(min=0, help="A hosted service's USD per million tokens read."),
+        typer.Option(min=0, max=1e9, help="A hosted service's USD per million tokens read."),
     ] = None,
     hosted_output: Annotated[
         float | None,
-        typer.Option(min=0, help="A hosted service's USD per million tokens written."),
+        typer.Option(min=0, max=1e9, help="A hosted service's USD per million tokens written."),
     ] = None,
     since: SinceOption = None,
     until: UntilOption = None,
@@ -124,6 +125,10 @@ def costs(
     from router.ledger.queries import requests
 
     with refusing(), opened(ledger, config) as database:
+        if (hosted_input is None) != (hosted_output is None):
+            raise ValueError("--hosted-input and --hosted-output go together")
+        if not math.isfinite((hosted_input or 0) + (hosted_output or 0)):
+            raise ValueError("--hosted-input and --hosted-output are numbers of USD")
         args = load_args(config)
         pool = load_pool(args.pool)
         found = uses(requests(database, period=read_period(since, until)))
@@ -247,7 +252,9 @@ def load_lines(
 @calibrate_app.command("energy")
 def calibrate_energy(
     *,
-    seconds: Annotated[float, typer.Option(min=0.1, help="How long each load is held.")] = 5.0,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, max=3600, help="How long each load is held.")
+    ] = 5.0,
     since: SinceOption = None,
     until: UntilOption = None,
     ledger: LedgerOption = None,

@@ -1,6 +1,7 @@
 """Simulations of experiments: arms that share a machine, the best of many arms, and a judge.
 
-    python -m tests.bench.experiments_simulated [--days 10] [--races 300] [--trials 500] [--seed 0]
+    python -m tests.bench.experiments_simulated [--days 10] [--races 300] [--trials 500]
+        [--repeat 20] [--seed 0]
 
 **Shared machine.** One server, M/M/1: 0.7 requests a second, a mean service time of 1 s under the
 control's policy and 1.1 s under the treatment's. What the treatment does to latency when it serves
@@ -280,16 +281,42 @@ def draw(days: float, seed: int) -> str:
     return f"truth: {TRUTH_S:+.3f} s\n{text_table(lines)}"
 
 
+def repeated(days: float, num: int, *, seed: int) -> str:
+    """Return what both ways find in `num` other such runs, as Markdown."""
+    lines = [
+        "| unit | mean estimate | least and most | interval without the truth, at the end | ever |",
+        "|---|---|---|---|---|",
+    ]
+    for unit in ("request", "block"):
+        experiment = shared_machine(unit)  # type: ignore[arg-type]
+        found, missed_last, missed_ever = [], 0, 0
+        for number in range(1, num + 1):
+            seen = queue(experiment, days=days, seed=seed + number)
+            points = trajectory(experiment, seen, experiment.treatments[0], num_points=30)
+            missed = [not p.low <= TRUTH_S <= p.high for p in points if np.isfinite(p.high)]
+            found.append(points[-1].estimate)
+            missed_last += missed[-1]
+            missed_ever += any(missed)
+        lines.append(
+            f"| {unit} | {np.mean(found):+.3f} s | {min(found):+.3f} to {max(found):+.3f} s "
+            f"| {missed_last} of {num} | {missed_ever} of {num} |"
+        )
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--days", type=float, default=10)
     parser.add_argument("--races", type=int, default=300)
     parser.add_argument("--trials", type=int, default=500)
+    parser.add_argument("--repeat", type=int, default=0, help="other runs of the shared machine")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     if given.trials:
         print(judge_table(given.trials, seed=given.seed))
     if given.days:
         print(draw(given.days, given.seed))
+    if given.repeat:
+        print(repeated(given.days or 5, given.repeat, seed=given.seed))
     if given.races:
         print(race_table(given.races, seed=given.seed))

@@ -109,6 +109,12 @@ def test_a_whole_experiment_is_read() -> None:
         ),
         ({"metrics": {"my metric": {"direction": "increase"}}}, "'my metric' is no name that"),
         ({"metrics": {"": {"direction": "increase"}}}, "'' is no name that feedback can bring"),
+        ({"metrics": {"USD": {"direction": "increase"}}}, "metrics: the name 'USD' is taken"),
+        ({"metrics": {"unit": {"direction": "increase"}}}, "metrics: the name 'unit' is taken"),
+        (
+            {"metrics": {name: {"direction": "increase"} for name in ("tips", "Tips")}},
+            "metrics: the name 'tips' is taken",
+        ),
         (
             {"metrics": {"r": {"direction": "decrease", "ratio": ["usd", "usd"]}}},
             "metrics.r.ratio: a ratio is of two metrics",

@@ -94,3 +94,21 @@ def test_a_config_without_a_target_says_what_is_missing(config: Path) -> None:
     result = CliRunner().invoke(app, ["budget", "simulate", str(config)])
     assert result.exit_code == 2
     assert "--resource and --amount" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--resource", "usd"], "--resource and --amount go together"),
+        (["--amount", "3"], "--resource and --amount go together"),
+        (["--resource", "usd", "--amount", "0"], "targets.0.amount: Input should be greater than"),
+        (["--resource", "usd", "--amount", "inf"], "targets.0.amount: Input should be a finite"),
+        (["--resource", "usd", "--amount", "nan"], "targets.0.amount: Input should be a finite"),
+        (["--policy", "nobody"], "'nobody' is no budgeted policy"),
+    ],
+)
+def test_a_target_that_is_none_is_refused(config: Path, options: list[str], words: str) -> None:
+    """Half a target too: another one would be simulated in its place."""
+    result = CliRunner().invoke(app, ["budget", "simulate", str(config), *options])
+    assert result.exit_code == 2
+    assert words in result.output
