@@ -87,7 +87,7 @@ def test_local_members_are_priced_by_their_hardware_others_by_what_was_typed() -
     )
     price = device_price(economics, find_device("cpu"), pue=1.0)
     assert measured.usd == pytest.approx(3 * price.usd_per_busy_s + 2 * 0.0003)
-    assert measured.usd_high - measured.usd == pytest.approx(2 * 0.0003 * 0.05)
+    assert measured.usd_high - measured.usd == pytest.approx(2 * 0.0003 * 0.73)
 
 
 @pytest.mark.parametrize(
