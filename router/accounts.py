@@ -70,13 +70,14 @@ class Accounts:
             assert run.request_id is not None
             run.settled = True
             try:
-                num_tokens = await self._engines[run.engine].settle(run.request_id)
+                used = await self._engines[run.engine].settle(run.request_id)
             except Exception as error:
                 # The engine is gone; what reached us stays counted.
                 if not isinstance(error, EngineError | TimeoutError):
                     logger.exception("%s: cannot be settled", exchange.id)
                 return
-            run.output_tokens = max(run.output_tokens, num_tokens)
+            run.output_tokens = max(run.output_tokens, used.num_tokens)
+            run.energy = run.energy or used.energy
 
         interrupted = [run for choice in exchange.choices for run in choice.trace.interrupted()]
         await asyncio.gather(*map(settle, interrupted))

@@ -17,11 +17,19 @@ from typing import Protocol
 
 from models.engines.base import Chunk, Engine, EngineStats, GenerationRequest, HasMetrics
 from models.tools import join_calls
-from router.energy import LaneMeter, energy_of, metered
+from router.energy import EnergyUse, LaneMeter, energy_of, metered
 
 # How many cancelled requests are remembered until somebody asks what they used.
 _MAX_REMEMBERED = 4096
 _SETTLE_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Used:
+    """What a cancelled request used: tokens that it wrote, and energy where a meter counts it."""
+
+    num_tokens: int = 0
+    energy: EnergyUse | None = None
 
 
 class EngineClient(Protocol):
@@ -40,8 +48,8 @@ class EngineClient(Protocol):
         """Yield the answer as it is generated."""
         ...
 
-    async def settle(self, request_id: str) -> int:
-        """Return how many tokens a cancelled request generated, once it is over.
+    async def settle(self, request_id: str) -> Used:
+        """Return what a cancelled request used, once it is over.
 
         Raises `EngineFailed` if the engine that ran it cannot be asked.
         """
@@ -84,11 +92,11 @@ class EngineWorker:
     """Drives one engine and remembers what cancelled requests used."""
 
     def __init__(self, engine: Engine, meter: LaneMeter | None = None) -> None:
-        """Drive `engine`; a `meter` attributes its energy to the answers that finish."""
+        """Drive `engine`; a `meter` attributes its energy to requests."""
         self._engine = engine
         self._meter = meter
         self._active: dict[str, _Progress] = {}
-        self._cancelled: OrderedDict[str, int] = OrderedDict()
+        self._cancelled: OrderedDict[str, Used] = OrderedDict()
 
     async def start(self) -> None:
         """Start the engine."""
@@ -127,22 +135,23 @@ class EngineWorker:
                     else:
                         yield chunk
         finally:
-            if meter is not None:
-                meter.end(request.request_id)
+            energy = None if meter is None else meter.end(request.request_id)
             del self._active[request.request_id]
             if not finished:
-                self._cancelled[request.request_id] = progress.num_tokens
+                used = Used(num_tokens=progress.num_tokens, energy=energy)
+                self._cancelled[request.request_id] = used
                 if len(self._cancelled) > _MAX_REMEMBERED:
                     self._cancelled.popitem(last=False)
             progress.over.set()
 
-    async def settle(self, request_id: str) -> int:
-        """Return how many tokens a cancelled request generated, once it is over."""
+    async def settle(self, request_id: str) -> Used:
+        """Return what a cancelled request used, once it is over."""
         progress = self._active.get(request_id)
         if progress is not None:
             async with asyncio.timeout(_SETTLE_TIMEOUT_S):
                 await progress.over.wait()
-        return self._cancelled.pop(request_id, progress.num_tokens if progress else 0)
+        so_far = Used(num_tokens=progress.num_tokens if progress else 0)
+        return self._cancelled.pop(request_id, so_far)
 
     async def metrics(self) -> list[tuple[str, str]]:
         """Return this process' name and the engine's own metrics; empty where it has none."""

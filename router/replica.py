@@ -23,7 +23,7 @@ from models.pool import found_here
 from models.spec import EngineSpec, Model
 from policies.carbon.settings import CarbonSettings
 from router.energy import lane_meter
-from router.engines import EngineWorker, set_num_threads
+from router.engines import EngineWorker, Used, set_num_threads
 
 _BROADCAST_TIMEOUT_S = 5.0
 
@@ -55,8 +55,8 @@ class EngineReplica:
         async for chunk in self._worker.stream(request):
             yield chunk
 
-    async def settle(self, request_id: str) -> int:
-        """Return how many tokens a cancelled request generated here."""
+    async def settle(self, request_id: str) -> Used:
+        """Return what a cancelled request used here."""
         return await self._worker.settle(request_id)
 
     async def metrics(self) -> list[tuple[str, str]]:
@@ -115,12 +115,12 @@ class HandleClient:
                 if not finished:
                     chunks.cancel()  # type: ignore[no-untyped-call]
 
-    async def settle(self, request_id: str) -> int:
-        """Return how many tokens a cancelled request generated; asks every replica."""
+    async def settle(self, request_id: str) -> Used:
+        """Return what a cancelled request used; asks every replica."""
         with _translated():
             answers = self._handle.broadcast("settle", request_id)
-            counts = await answers.results_async(timeout_s=_BROADCAST_TIMEOUT_S)
-            return max(counts, default=0)
+            found = await answers.results_async(timeout_s=_BROADCAST_TIMEOUT_S)
+            return max(found, key=lambda used: (used.num_tokens, bool(used.energy)), default=Used())
 
     async def metrics(self) -> list[tuple[str, str]]:
         """Return every replica's name and its library's own metrics."""

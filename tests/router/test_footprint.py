@@ -11,7 +11,7 @@ import pytest
 from models.engines.base import GenerationRequest
 from models.engines.registry import create_engine
 from router.energy import LaneMeter, energy_of
-from router.engines import EngineWorker
+from router.engines import EngineWorker, Used
 from tests.models.engines.stacked.tiny import save_checkpoint
 from tests.router.conftest import running
 
@@ -149,9 +149,9 @@ def test_measured_energy_replaces_the_model(
 
 
 def test_an_answer_that_is_cut_off_leaves_no_lane_behind() -> None:
-    """Closing a stream early ends its lanes, so that later energy is idle."""
+    """Closing a stream early ends its lanes: later energy is idle, and its own is asked for."""
 
-    async def cut_off() -> tuple[float, float]:
+    async def cut_off() -> tuple[float, float, Used]:
         meter = LaneMeter(Kettle(), clock=lambda: 0.0)
         worker = EngineWorker(_fake_engine(), meter)
         await worker.start()
@@ -164,11 +164,15 @@ def test_an_answer_that_is_cut_off_leaves_no_lane_behind() -> None:
         with contextlib.suppress(StopAsyncIteration):
             await anext(stream)
         after = meter.idle_wh
+        used = await worker.settle("r")
         await worker.stop()
-        return before, after
+        return before, after, used
 
-    before, after = asyncio.run(cut_off())
+    before, after, used = asyncio.run(cut_off())
     assert after > before
+    assert used.num_tokens == 1
+    assert used.energy is not None
+    assert (used.energy.wh, used.energy.method) == (1.0, "measured:test")
 
 
 def _fake_engine() -> Any:
