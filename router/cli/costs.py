@@ -69,7 +69,7 @@ class Use:
         self.busy_s += cost["busy_s"]
         self.wh += cost["wh"]
         self.usd += cost["usd"]
-        self.methods.add(cost["method"])
+        self.methods |= {part for part in cost["method"].split("+") if part}
         self.prices.add(cost["price"])
 
 

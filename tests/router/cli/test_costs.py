@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,20 @@ def test_without_economics_prices_are_those_that_were_typed(ledger: str) -> None
     assert f"{10 * 5e-6 / 500 * 1e6:.4g}" in line
     assert "typed" in line
     assert "economics" in said
+
+
+def test_what_is_known_in_several_ways_names_each_once(tmp_path: Path) -> None:
+    """One answer measured, one modelled, one in part each: two methods."""
+    url = f"sqlite:///{tmp_path / 'shoal.db'}"
+    writer = Ledger(open_database(url), count=count_rows, logger=logging.getLogger("test"))
+    both = "measured:rapl+modelled:llmcarbon"
+    for number, method in enumerate(("measured:rapl", "modelled:llmcarbon", both)):
+        cost = replace(COST, method=method)
+        used = {MEMBER: MemberTokens(prompt_tokens=30, output_tokens=20)}
+        writer.record(record(number, members=used, costs={MEMBER: cost}))
+    writer.stop()
+    [line] = [one for one in run("costs", "--ledger", url).splitlines() if one.startswith(MEMBER)]
+    assert line.endswith(f" {both}")
 
 
 def test_a_report_in_joules_tells_their_range(ledger: str) -> None:
