@@ -59,8 +59,6 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
 )
 
 
-# Labels of metrics and rows join an experiment's name and an arm's by a slash.
-_ARM_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # As feedback may name a number.
 METRIC_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
 
@@ -250,10 +248,10 @@ class Experiment:
         if len(set(names)) != len(names):
             raise ExperimentError(f"{where}.arms: {names} names an arm twice")
         for name in names:
-            if not _ARM_NAME.fullmatch(name):
+            if not name.strip() or "/" in name:
                 raise ExperimentError(
-                    f"{where}.arms: {name!r} is no name for an arm: it has letters, digits, '.', "
-                    "'_' and '-', and begins with a letter or digit"
+                    f"{where}.arms: {name!r} is no name for an arm; a slash parts it from the "
+                    "experiment's name in labels"
                 )
         if HOLDOUT in names:
             raise ExperimentError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import subprocess
 import sys
@@ -127,8 +126,6 @@ def costs(
     with refusing(), opened(ledger, config) as database:
         if (hosted_input is None) != (hosted_output is None):
             raise ValueError("--hosted-input and --hosted-output go together")
-        if not math.isfinite((hosted_input or 0) + (hosted_output or 0)):
-            raise ValueError("--hosted-input and --hosted-output are numbers of USD")
         args = load_args(config)
         pool = load_pool(args.pool)
         found = uses(requests(database, period=read_period(since, until)))

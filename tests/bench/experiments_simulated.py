@@ -53,7 +53,7 @@ def shared_machine(unit: Unit) -> Experiment:
         arms=tuple(Arm(name=name, policy=name, weight=0.5) for name in SERVICE_S),
         unit=unit,
         primary=Goal(metric="latency_s", minimum_effect=0.5),
-        switchback=Switchback(block_minutes=20, washout_minutes=5),
+        switchback=Switchback(block_minutes=20, washout_minutes=5) if unit == "block" else None,
     )
 
 

@@ -129,16 +129,9 @@ def test_calibration_is_the_line_of_least_squares() -> None:
     assert f"power_w: {line.intercept / 8 + line.slope:.3f}" in said
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--hosted-input", "1"], "--hosted-input and --hosted-output go together"),
-        (["--hosted-input", "nan", "--hosted-output", "1"], "are numbers of USD"),
-        (["--hosted-input", "-1", "--hosted-output", "1"], "is not in the range"),
-    ],
-)
-def test_half_a_hosted_price_is_refused(ledger: str, options: list[str], words: str) -> None:
+@pytest.mark.parametrize("option", ["--hosted-input", "--hosted-output"])
+def test_half_a_hosted_price_is_refused(ledger: str, option: str) -> None:
     """A break-even that was asked for is never left out without a word."""
-    result = CliRunner().invoke(app, ["costs", "--ledger", ledger, *options])
-    assert result.exit_code in (1, 2)
-    assert words in result.output
+    result = CliRunner().invoke(app, ["costs", "--ledger", ledger, option, "1"])
+    assert result.exit_code == 1
+    assert "--hosted-input and --hosted-output go together" in result.output

@@ -128,76 +128,6 @@ def _cells(browser: webdriver.Chrome, table: str) -> list[list[str]]:
     return list(browser.execute_script(script, table))
 
 
-def test_an_experiment_says_what_its_report_says(tmp_path: Path, browser: webdriver.Chrome) -> None:
-    """Verdict, split, effects, intervals, segments and guardrails are those of the API."""
-    config = {"dashboard": {"access": "loopback"}, "experiments": {"old-or-new": EXPERIMENT}}
-    with _serving(tmp_path, **config) as server:
-        for number in range(160):
-            answer = server.post(model="auto").json()
-            dear = answer["shoal"]["members"] == ["alpha"]
-            score = {"id": answer["id"], "score": float(dear or number % 3 == 0)}
-            server.http.post("/v1/feedback", json=score)
-        _open(browser, server)
-        _wait(browser, lambda: "160 requests" in _text(browser, "#experiments"))
-        told = server.http.get("/v1/experiments/old-or-new").json()
-        shown = _text(browser, "#experiments article")
-        badge = _text(browser, "#experiments .badge")
-        cells = _cells(browser, "#experiments")
-    [quality], [usd] = told["primary"], told["secondary"]
-    assert (told["verdict"], badge.lower()) == ("ship", "ship")
-    assert told["recommendation"] in shown
-    assert "split as planned" in shown
-    by_metric = {row[1]: row for row in cells if row[0] == "new"}
-    for effect in (quality, usd):
-        row = by_metric[effect["metric"]]
-        low, high = (float(end) for end in row[3].strip("[]").split(", "))
-        assert (low, high) == pytest.approx((effect["low"], effect["high"]), rel=6e-3)
-        assert float(row[2].split()[0]) == pytest.approx(effect["estimate"], rel=6e-3)
-    assert quality["estimate"] > 0.3
-    [part] = {effect["part"] for effect in told["segments"]}
-    assert f"quality, length {part}" in by_metric
-    assert by_metric["error_rate (guardrail)"][2:4] == ["holds", "limit 0.02"]
-
-
-def test_a_target_is_tried_before_it_is_set(tmp_path: Path, browser: webdriver.Chrome) -> None:
-    """The form's answer: the sentence, a line per domain and one of all; or why there is none."""
-
-    def simulate(amount: str) -> None:
-        field = browser.find_element(By.ID, "amount")
-        field.clear()
-        field.send_keys(amount)
-        browser.find_element(By.CSS_SELECTOR, "#resource option[value='usd']").click()
-        browser.find_element(By.CSS_SELECTOR, "#target button").click()
-
-    with _serving(tmp_path, dashboard={"access": "loopback"}) as server:
-        _open(browser, server)
-        simulate("1")
-        _wait(browser, lambda: "there is nothing to simulate" in _text(browser, "#target"))
-        for number in range(200):
-            row = record(
-                number,
-                time_s=time.time() - 36 * number,
-                scores={"alpha": 0.9, "beta": 0.85 - 0.6 * (number % 2)},
-                plan={"answer": {"members": ["alpha", "beta"]}},
-                members={name: MemberTokens(output_tokens=20) for name in ("alpha", "beta")},
-                usd=1.2e-4,
-                costs={"alpha": Cost(usd=4e-5), "beta": Cost(usd=8e-5)},
-            )
-            server.ledger.record(row)
-        asyncio.run_coroutine_threadsafe(server.ledger.flush(), server.loop).result(60)
-        simulate("0.005")
-        _wait(browser, lambda: "these 200 requests" in _text(browser, "#target"))
-        asked = {"amount": "0.005", "resource": "usd", "per": "hour"}
-        told = server.http.get("/dashboard/target", params=asked).json()
-        cells = _cells(browser, "#target")
-    assert "would get fewer members" in told["sentence"]
-    assert told["sentence"] in _text(browser, "#target")
-    assert [row[0] for row in cells] == [*told["domains"], "all"]
-    assert cells[-1][1] == "200"
-    assert float(cells[-1][5]) == pytest.approx(told["total"]["under"]["usd"], rel=6e-3)
-    assert told["total"]["under"]["usd"] < 0.7 * told["total"]["was"]["usd"]
-
-
 def test_it_works_offline(browser: webdriver.Chrome, busy: Running) -> None:
     """Everything that the page loads comes from the server itself."""
     _open(browser, busy)
@@ -343,3 +273,74 @@ def test_it_says_when_the_server_is_gone(browser: webdriver.Chrome, tmp_path: Pa
         _wait(browser, lambda: _tile(browser, "Requests") == "0")
     _wait(browser, lambda: "does not answer, as of" in _text(browser, "#state"))
     assert _tile(browser, "Requests") == "0"
+
+
+def test_an_experiment_says_what_its_report_says(tmp_path: Path, browser: webdriver.Chrome) -> None:
+    """Verdict, split, effects, intervals, segments and guardrails are those of the API."""
+    config = {"dashboard": {"access": "loopback"}, "experiments": {"old-or-new": EXPERIMENT}}
+    with _serving(tmp_path, **config) as server:
+        for number in range(160):
+            answer = server.post(model="auto").json()
+            dear = answer["shoal"]["members"] == ["alpha"]
+            score = {"id": answer["id"], "score": float(dear or number % 3 == 0)}
+            server.http.post("/v1/feedback", json=score)
+        _open(browser, server)
+        _wait(browser, lambda: "160 requests" in _text(browser, "#experiments"))
+        told = server.http.get("/v1/experiments/old-or-new").json()
+        shown = _text(browser, "#experiments article")
+        badge = _text(browser, "#experiments .badge")
+        cells = _cells(browser, "#experiments")
+    [quality], [usd] = told["primary"], told["secondary"]
+    assert (told["verdict"], badge.lower()) == ("ship", "ship")
+    assert told["recommendation"] in shown
+    assert "split as planned" in shown
+    by_metric = {row[1]: row for row in cells if row[0] == "new"}
+    for effect in (quality, usd):
+        shown_effect = by_metric[effect["metric"]][2].split()[0]
+        assert float(shown_effect) == pytest.approx(effect["estimate"], rel=6e-3)
+    low, high = (float(end) for end in by_metric["quality"][3].strip("[]").split(", "))
+    assert (low, high) == pytest.approx((quality["low"], quality["high"]), rel=6e-3)
+    assert quality["estimate"] > 0.3
+    [part] = {effect["part"] for effect in told["segments"]}
+    assert f"quality, length {part}" in by_metric
+    assert by_metric["error_rate (guardrail)"][2:4] == ["holds", "limit 0.02"]
+
+
+def test_a_target_is_tried_before_it_is_set(tmp_path: Path, browser: webdriver.Chrome) -> None:
+    """The form's answer: the sentence, a line per domain and one of all; or why there is none."""
+
+    def simulate(amount: str) -> None:
+        field = browser.find_element(By.ID, "amount")
+        field.clear()
+        field.send_keys(amount)
+        browser.find_element(By.CSS_SELECTOR, "#resource option[value='usd']").click()
+        browser.find_element(By.CSS_SELECTOR, "#target button").click()
+
+    with _serving(tmp_path, dashboard={"access": "loopback"}) as server:
+        _open(browser, server)
+        _wait(browser, lambda: _tile(browser, "Requests") == "0")
+        simulate("1")
+        _wait(browser, lambda: "there is nothing to simulate" in _text(browser, "#target"))
+        for number in range(200):
+            row = record(
+                number,
+                time_s=time.time() - 36 * number,
+                scores={"alpha": 0.9, "beta": 0.85 - 0.6 * (number % 2)},
+                plan={"answer": {"members": ["alpha", "beta"]}},
+                members={name: MemberTokens(output_tokens=20) for name in ("alpha", "beta")},
+                usd=1.2e-4,
+                costs={"alpha": Cost(usd=4e-5), "beta": Cost(usd=8e-5)},
+            )
+            server.ledger.record(row)
+        asyncio.run_coroutine_threadsafe(server.ledger.flush(), server.loop).result(60)
+        simulate("0.005")
+        _wait(browser, lambda: "these 200 requests" in _text(browser, "#target"))
+        asked = {"amount": "0.005", "resource": "usd", "per": "hour"}
+        told = server.http.get("/dashboard/target", params=asked).json()
+        cells = _cells(browser, "#target")
+    assert "would get fewer members" in told["sentence"]
+    assert told["sentence"] in _text(browser, "#target")
+    assert [row[0] for row in cells] == [*told["domains"], "all"]
+    assert cells[-1][1] == "200"
+    assert float(cells[-1][5]) == pytest.approx(told["total"]["under"]["usd"], rel=6e-3)
+    assert told["total"]["under"]["usd"] < 0.7 * told["total"]["was"]["usd"]
