@@ -83,6 +83,11 @@ class Pool:
         """Return the models that the engine called `engine` runs, adapters after their base."""
         return tuple(model for model in self.models if model.spec.engine == engine)
 
+    def loaded_by(self, engine: str) -> tuple[Model, ...]:
+        """Return the models that the engine called `engine` loads: its own, then its leads."""
+        spec = next(spec for spec in self.engines if spec.name == engine)
+        return (*self.models_of(engine), *(m for m in self.models if m.name in spec.leads))
+
     def facts(self) -> dict[str, ModelFacts]:
         """Return what policies may know about every model, by name."""
         return {model.name: model.facts() for model in self.models}
@@ -135,7 +140,7 @@ def load_pool(path: Path | str) -> Pool:
     )
     for engine in pool.engines:
         try:
-            engine_traits(engine, pool.models_of(engine.name))
+            engine_traits(engine, pool.loaded_by(engine.name))
         except PoolError as error:
             raise PoolError(f"{file}: {error}") from None
     return pool
@@ -152,7 +157,7 @@ def with_adapters(pool: Pool, specs: Sequence[ModelSpec]) -> Pool:
     ]
     changed = replace(pool, models=(*bases.values(), *adapters))
     for engine in changed.engines:
-        engine_traits(engine, changed.models_of(engine.name))
+        engine_traits(engine, changed.loaded_by(engine.name))
     return changed
 
 
@@ -179,6 +184,14 @@ def _check_names(file: Path, content: PoolFile) -> None:
                 f"{file}: models.{model.name}.otherwise: {model.otherwise!r} is unknown; allowed "
                 f"are {', '.join(others)}"
             )
+    for engine in content.engines:
+        others = [model.name for model in content.models if model.engine != engine.name]
+        for lead in engine.leads:
+            if lead not in others or engine.leads.count(lead) > 1:
+                raise PoolError(
+                    f"{file}: engines.{engine.name}.leads: {lead!r} is no model of another engine, "
+                    f"or named twice; allowed are {', '.join(others) or 'none of this pool'}"
+                )
     used = {model.engine for model in content.models}
     for name in sorted(engines - used):
         raise PoolError(f"{file}: engines.{name} runs no model; give it one or remove it")

@@ -52,7 +52,9 @@ class EngineSpec(_Strict):
     """One engine: `kind` picks the implementation, `options` are that implementation's own.
 
     `kv_memory_bytes` bounds the key/value cache; requests beyond it wait, at most
-    `max_queued_requests` of them. `device` "auto" takes CUDA where there is one.
+    `max_queued_requests` of them. `device` "auto" takes CUDA where there is one. `leads` are models
+    of other engines, smaller than its own, of which it keeps a copy: "gated" answers may begin with
+    one of them.
     """
 
     name: Name
@@ -61,6 +63,7 @@ class EngineSpec(_Strict):
     dtype: Dtype = "auto"
     kv_memory_bytes: int = Field(256 * 2**20, gt=0)
     max_queued_requests: int = Field(256, ge=0, le=1_000_000)
+    leads: tuple[Name, ...] = ()
     options: dict[str, Any] = Field(default_factory=dict)
     deployment: DeploymentSpec = Field(default_factory=DeploymentSpec)
 

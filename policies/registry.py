@@ -44,6 +44,7 @@ KINDS: Plugins[PolicyKind[Any]] = Plugins(
         "fused": "policies.fused:KIND",
         "learned": "policies.routing.policy:LEARNED",
         "probing": "policies.routing.probing:KIND",
+        "speculative": "policies.speculative:KIND",
     },
 )
 

@@ -37,7 +37,7 @@ def build(args: AppArgs) -> Application:
     check_experiments(args, pool, catalog_of(args, pool))
     engines = {}
     for spec in pool.engines:
-        models = pool.models_of(spec.name)
+        models = pool.loaded_by(spec.name)
         traits = engine_traits(spec, models)
         if traits.needs is not None:
             raise PoolError(f"engines.{spec.name}: {traits.needs}")

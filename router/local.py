@@ -123,7 +123,7 @@ async def local_service(
     async with AsyncExitStack() as stack:
         workers: dict[str, EngineWorker] = {}
         for spec in pool.engines:
-            engine = supervised_engine(spec, pool.models_of(spec.name))
+            engine = supervised_engine(spec, pool.loaded_by(spec.name))
             worker = EngineWorker(engine, lane_meter(args.metering, spec))
             set_num_threads(args.num_threads)
             stack.push_async_callback(worker.stop)

@@ -197,9 +197,10 @@ class Chunk:
     one did (`stop`), and where several members were fused the `weights` that they
     had in the end, in the request's order. Where another server counted, it says how many tokens
     prompt and answer had, whatever was shown of them; and where the engine knows, how many of the
-    prompt's were kept from earlier ones, and how many of the answer's were reasoning. The first
-    chunk has the tokens of the `prompt` with their log-probabilities, where these were asked for;
-    the first of them has none, and `rows` are then what each member's last layer made of the
+    prompt's were kept from earlier ones, and how many of the answer's were reasoning. Where a lead
+    wrote alone until it was unsure, `followed` is how many tokens the others read and wrote. The
+    first chunk has the tokens of the `prompt` with their log-probabilities, where these were asked
+    for; the first of them has none, and `rows` are then what each member's last layer made of the
     prompt's end, where the engine can see it. An encoder's only chunk has `rows`, one per input:
     vectors [num_inputs, num_dimensions], or scores [num_inputs, 1].
     """
@@ -216,6 +217,7 @@ class Chunk:
     output_tokens: int | None = None
     cached_tokens: int | None = None
     reasoning_tokens: int | None = None
+    followed: tuple[int, int] | None = None
     prompt: tuple[Token, ...] = ()
     rows: NDArray[np.float32] | None = None
 

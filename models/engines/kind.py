@@ -33,8 +33,9 @@ class EngineTraits:
     `refuses` some of the fields of `requests.OPTIONAL`. `encodes` says by model what it tells of
     texts; such a model writes no answers. `here`: it draws its energy from this machine.
     `context_tokens` bounds prompt and answer further than the models do. A replica spreads over
-    `num_workers` devices. With `metrics`, it is a `HasMetrics`. `needs` says what is missing for it
-    to run on this machine.
+    `num_workers` devices. `leads` are other engines' models of which it keeps a copy: one may come
+    first in a "gated" answer of its own. With `metrics`, it is a `HasMetrics`. `needs` says what is
+    missing for it to run on this machine.
     """
 
     fuses: bool = True
@@ -50,6 +51,7 @@ class EngineTraits:
     here: bool = True
     context_tokens: int | None = None
     num_workers: int = 1
+    leads: tuple[str, ...] = ()
     metrics: bool = False
     needs: str | None = None
     formats: Mapping[str, AnswerFormat] = field(default_factory=dict)
@@ -77,7 +79,8 @@ class EngineKind(Generic[Options]):
     `PoolError`. `create` makes the engine of what `inspect` has passed, and imports what that
     takes; the engine's `start` loads. `formats` are the checkpoints that it reads: folders of
     "safetensors", files of "gguf"; none for one that reads none. It computes in one of `dtypes`.
-    With `remote` its models are another server's; with `adapters` they may be adapters of one base.
+    With `remote` its models are another server's; with `adapters` they may be adapters of one base;
+    with `leads` those of other engines may lead its own.
     """
 
     options: type[Options]
@@ -87,6 +90,7 @@ class EngineKind(Generic[Options]):
     dtypes: tuple[Dtype, ...] = ("auto", "float32", "bfloat16", "float16")
     remote: bool = False
     adapters: bool = False
+    leads: bool = False
 
 
 def base_of(spec: EngineSpec, models: Sequence[Model]) -> Model | None:

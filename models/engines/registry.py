@@ -70,6 +70,11 @@ def _read(spec: EngineSpec, models: Sequence[Model]) -> tuple[EngineKind[Any], B
             f"engines.{spec.name}.dtype: {spec.dtype!r} is not allowed for kind {spec.kind}; "
             f"allowed are {', '.join(kind.dtypes)}"
         )
+    if spec.leads and not kind.leads:
+        allowed = ", ".join(name for name in KINDS.names() if KINDS.load(name).leads)
+        raise PoolError(
+            f"engines.{spec.name}.leads: the kind {spec.kind} takes none; allowed is {allowed}"
+        )
     for model in models:
         _check_checkpoint(spec, kind, model)
     try:

@@ -31,7 +31,7 @@ class Members:
         self._pool = pool
         self._engine_of = {model.name: model.spec.engine for model in pool.models}
         self._traits = {
-            engine.name: engine_traits(engine, pool.models_of(engine.name))
+            engine.name: engine_traits(engine, pool.loaded_by(engine.name))
             for engine in pool.engines
         }
         self._tokenizers = load_tokenizers(pool.models)
@@ -127,11 +127,23 @@ class Members:
         """How long a token of any member can be."""
         return max(one.most_token_bytes for one in self._tokenizers.values())
 
+    def engine_for(self, answer: Answer) -> str | None:
+        """Return the engine that runs all members of `answer`; None where no single one does.
+
+        One that is its others' lead in a "gated" answer may be another engine's.
+        """
+        first, *others = answer.members
+        engines = {self._engine_of[name] for name in others or [first]}
+        engine = engines.pop()
+        traits = self._traits[engine]
+        given = answer.weighting in ("static", "router")
+        leads = answer.rule == "gated" and given and first in traits.leads
+        together = traits.fuses and (leads or self._engine_of[first] == engine)
+        return engine if not engines and (together or not others) else None
+
     def span_engines(self, answer: Answer) -> bool:
         """Return whether no single engine can fuse the members of `answer`."""
-        engines = {self._engine_of[name] for name in answer.members}
-        alone = len(answer.members) == 1
-        return not alone and (len(engines) > 1 or not self._traits[engines.pop()].fuses)
+        return self.engine_for(answer) is None
 
     def check_answer(self, answer: Answer) -> None:
         """Raise `PolicyError` if the members of `answer` cannot give it together, saying why."""
@@ -156,7 +168,7 @@ class Members:
             raise PolicyError(
                 f"the plan fuses {', '.join(answer.members)}, which no one engine runs "
                 "together: there only the rules mixture and product are known, and weights "
-                "that are given or the router's"
+                f"that are given or the router's{self._may_lead(answer)}"
             )
         for name in answer.members:
             self.check_tells(name, "fuses")
@@ -165,6 +177,13 @@ class Members:
                     f"the plan fuses {name!r}, whose tokenizer nobody knows; "
                     f"models.{name}.remote.tokenizer must name it"
                 )
+
+    def _may_lead(self, answer: Answer) -> str:
+        if answer.rule != "gated":
+            return ""
+        engine = self._engine_of[answer.members[-1]]
+        leads = ", ".join(self._traits[engine].leads) or "nobody"
+        return f"; the first of a gated answer may be one of engines.{engine}.leads: {leads}"
 
     def check_tells(self, name: str, what: str) -> None:
         """Refuse a plan that needs log-probabilities of a member that gives none."""
@@ -250,7 +269,8 @@ class Members:
 
     def _check_fusion(self, answer: Answer) -> None:
         """Refuse a fusion that the members' engine does not know."""
-        engine = self._engine_of[answer.members[0]]
+        engine = self.engine_for(answer)
+        assert engine is not None, "answers that span engines are checked otherwise"
         traits = self._traits[engine]
         if len(answer.members) > 1 and answer.rule not in traits.rules:
             raise PolicyError(

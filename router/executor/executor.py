@@ -116,7 +116,8 @@ class Executor:
         media = task.prompt.media
         if media is not None:
             self._members.check_media(answer, media.kind, media.field)
-        if self._members.span_engines(answer):
+        engine = self._members.engine_for(answer)
+        if engine is None:
             async with aclosing(self._union(answer, task, run)) as united:
                 async for chunk in united:
                     yield chunk
@@ -124,11 +125,10 @@ class Executor:
         request = await request_of(
             answer, task, run.path, members=self._members, max_tokens=self._max_tokens(task)
         )
-        run.engine = self._members.engine_of(answer.members[0])
-        run.request_id = request.request_id
+        run.engine, run.request_id = engine, request.request_id
         encodes = request.encoding is not None
         run.prompt_tokens = task.query.prompt_tokens if encodes else len(request.prompt_tokens)
-        client = self.engines[run.engine]
+        client = self.engines[engine]
         try:
             if not task.stream:
                 chunk = await client.complete(request)
@@ -420,6 +420,6 @@ def _note(run: Run, chunk: Chunk) -> None:
     run.output_tokens += len(chunk.tokens)
     if chunk.output_tokens is not None:
         run.output_tokens = chunk.output_tokens
-    run.weights, run.energy = chunk.weights, energy_of(chunk)
+    run.weights, run.energy, run.followed = chunk.weights, energy_of(chunk), chunk.followed
     if chunk.prompt_tokens is not None:
         run.prompt_tokens = chunk.prompt_tokens

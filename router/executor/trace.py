@@ -34,7 +34,8 @@ class Run:
     `request_id` and `engine` are set for an `Answer` that reached its engine. `score` is what the
     parent's scorer or vote gave it. `settled` says that a cut-off run's tokens were asked for.
     `weights` are those with which several members were fused in the end; `energy` what the answer
-    used, where it was measured.
+    used, where it was measured. Where the first member wrote alone until it was unsure, `followed`
+    is how many tokens each of the others read and wrote.
     """
 
     path: str
@@ -51,6 +52,18 @@ class Run:
     settled: bool = False
     weights: tuple[float, ...] | None = None
     energy: EnergyUse | None = None
+    followed: tuple[int, int] | None = None
+
+    def member_tokens(self) -> dict[str, MemberTokens]:
+        """Return what each member of an `Answer` read and wrote: all alike, but for followers."""
+        assert isinstance(self.plan, Answer)
+        read, written = self.prompt_tokens, self.output_tokens
+        first, *others = self.plan.members
+        whole = MemberTokens(prompt_tokens=read, output_tokens=written)
+        if self.followed is not None:
+            read, written = self.followed
+        other = MemberTokens(prompt_tokens=read, output_tokens=written)
+        return {first: whole, **dict.fromkeys(others, other)}
 
     def to_json(self) -> dict[str, Any]:
         """Return what a client or the ledger may see; no text."""
@@ -61,6 +74,8 @@ class Run:
             data["output_tokens"] = self.output_tokens
             if self.engine is not None:
                 data["engine"] = self.engine
+            if self.followed is not None:
+                data["followed_tokens"] = dict(zip(("read", "written"), self.followed, strict=True))
             if self.weights is not None:
                 data["weights"] = [round(weight, 6) for weight in self.weights]
         else:
@@ -130,26 +145,25 @@ class Trace:
         """Return what each member read and wrote; members fused together each count whole."""
         totals: dict[str, MemberTokens] = {}
         for run in self.leaves():
-            assert isinstance(run.plan, Answer)
-            for name in run.plan.members:
+            for name, tokens in run.member_tokens().items():
                 total = totals.get(name, _NONE)
                 totals[name] = MemberTokens(
-                    prompt_tokens=total.prompt_tokens + run.prompt_tokens,
-                    output_tokens=total.output_tokens + run.output_tokens,
+                    prompt_tokens=total.prompt_tokens + tokens.prompt_tokens,
+                    output_tokens=total.output_tokens + tokens.output_tokens,
                 )
         return totals
 
     def member_footprints(self, rates: Mapping[str, Rates]) -> dict[str, Footprint]:
         """Return what each member cost: measured where a meter was, else by its rates.
 
-        Members fused together share an answer's energy equally, as they share its lanes. Latencies
-        are estimates; the request knows its own.
+        Members fused together share an answer's energy as they share its work: equally, but where
+        some only follow a lead. Latencies are estimates; the request knows its own.
         """
         totals: dict[str, Footprint] = {}
         for run in self.leaves():
-            assert isinstance(run.plan, Answer)
-            for name in run.plan.members:
-                cost = _member_cost(run, rates[name], len(run.plan.members))
+            tokens = run.member_tokens()
+            for name, share in _shares(tokens, rates).items():
+                cost = _member_cost(run, tokens[name], rates[name], share)
                 totals[name] = totals.get(name, Footprint()).beside(cost)
         return totals
 
@@ -160,15 +174,30 @@ class Trace:
         return any(self.runs[node].outcome not in ("ok", "running") for node in above)
 
 
-def _member_cost(run: Run, rates: Rates, num_members: int) -> Footprint:
+def _shares(tokens: Mapping[str, MemberTokens], rates: Mapping[str, Rates]) -> dict[str, float]:
+    """Return each member's share of the work: its tokens, by what one takes where that is known."""
+    flops = [rates[name].flops_per_token for name in tokens]
+    per_token = flops if all(flops) else [1.0] * len(flops)
+    work = [
+        (one.prompt_tokens + one.output_tokens) * each
+        for one, each in zip(tokens.values(), per_token, strict=True)
+    ]
+    total = sum(work)
+    return {
+        name: part / total if total else 1 / len(work)
+        for name, part in zip(tokens, work, strict=True)
+    }
+
+
+def _member_cost(run: Run, tokens: MemberTokens, rates: Rates, share: float) -> Footprint:
     if run.energy is None:
-        return rates.footprint(run.prompt_tokens, run.output_tokens)
+        return rates.footprint(tokens.prompt_tokens, tokens.output_tokens)
     return rates.measured(
-        run.prompt_tokens,
-        run.output_tokens,
-        wh=run.energy.wh / num_members,
-        busy_s=run.energy.busy_s / num_members,
-        idle_wh=run.energy.idle_wh / num_members,
+        tokens.prompt_tokens,
+        tokens.output_tokens,
+        wh=run.energy.wh * share,
+        busy_s=run.energy.busy_s * share,
+        idle_wh=run.energy.idle_wh * share,
         latency_s=0.0,
         method=run.energy.method,
     )

@@ -34,7 +34,7 @@ def fusible(pool: Pool, names: Sequence[str]) -> tuple[str, ...]:
     They share an engine, and conversations become the same tokens in all of them; and each has a
     folder of weights, by which its fusion can be calibrated.
     """
-    fuses = {e.name: engine_traits(e, pool.models_of(e.name)).fuses for e in pool.engines}
+    fuses = {e.name: engine_traits(e, pool.loaded_by(e.name)).fuses for e in pool.engines}
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name in names:
         engine, card = pool.engine_of(name), pool.model(name).card

@@ -18,6 +18,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from models.card import ModelCard
 from models.engines.base import Engine
 from models.engines.kind import EngineKind, EngineTraits, base_of, check_one_shape, formats_of
 from models.engines.stacked.architecture import read_stack
@@ -62,8 +63,7 @@ class StackedOptions(BaseModel):
 
 
 def _inspect(spec: EngineSpec, options: StackedOptions, models: Sequence[Model]) -> EngineTraits:
-    guesser = _guesser(spec, options, models)
-    answering = [model for model in models if model is not guesser]
+    answering, guests = _split(spec, options, models)
     check_one_shape(spec, answering)
     base_of(spec, answering)
     num_adapters = sum(model.adapter is not None for model in models)
@@ -72,9 +72,41 @@ def _inspect(spec: EngineSpec, options: StackedOptions, models: Sequence[Model])
             f"engines.{spec.name}.options.max_adapters: {options.max_adapters} is too few for the "
             f"pool's {num_adapters} adapters"
         )
-    for stack in (answering, [guesser]) if guesser else (answering,):
+    for stack in (answering, guests) if guests else (answering,):
         read_stack([model.card for model in stack if model.card and model.adapter is None])
-    return EngineTraits(formats=formats_of(answering))
+    return _traits(spec, answering, guests)
+
+
+def _traits(spec: EngineSpec, answering: Sequence[Model], guests: Sequence[Model]) -> EngineTraits:
+    leads = [model for model in guests if model.name in spec.leads]
+    names = tuple(model.name for model in leads)
+    return EngineTraits(formats=formats_of([*answering, *leads]), leads=names)
+
+
+def _split(
+    spec: EngineSpec, options: StackedOptions, models: Sequence[Model]
+) -> tuple[list[Model], list[Model]]:
+    """Return who answers here, and the guests of another shape that only lead or draft."""
+    own = [model for model in models if model.name not in spec.leads]
+    leads = [model for model in models if model.name in spec.leads]
+    guesser = _guesser(spec, options, [*own, *leads])
+    answering = [model for model in own if model is not guesser]
+    guests = leads if guesser is None or guesser in leads else [*leads, guesser]
+    _check_guests(spec, answering, guests)
+    return answering, guests
+
+
+def _check_guests(spec: EngineSpec, answering: Sequence[Model], guests: Sequence[Model]) -> None:
+    where = f"engines.{spec.name}.leads"
+    first = answering[0].card
+    for model in guests:
+        if model.card is None or model.adapter is not None:
+            raise PoolError(f"{where}: {model.name!r} is no model with a checkpoint of its own")
+        assert first is not None, "members have checkpoints"
+        if not _same_vocabulary(model.card, first):
+            raise PoolError(f"{where}: {model.name!r} has another vocabulary than the members")
+    if guests:
+        check_one_shape(spec, guests)
 
 
 def _guesser(spec: EngineSpec, options: StackedOptions, models: Sequence[Model]) -> Model | None:
@@ -90,24 +122,26 @@ def _guesser(spec: EngineSpec, options: StackedOptions, models: Sequence[Model])
             f"{', '.join(cards)}"
         )
     card, first = cards[wanted], others[0]
-    if card.tokenizer_sha256 != first.tokenizer_sha256 or (
-        card.shape.vocab_size != first.shape.vocab_size
-    ):
+    if not _same_vocabulary(card, first):
         raise PoolError(f"{where}: {wanted!r} has another vocabulary than the models it drafts for")
     return None if card.shape == first.shape else next(m for m in models if m.name == wanted)
+
+
+def _same_vocabulary(one: ModelCard, other: ModelCard) -> bool:
+    same = one.tokenizer_sha256 == other.tokenizer_sha256
+    return same and one.shape.vocab_size == other.shape.vocab_size
 
 
 def _create(spec: EngineSpec, options: StackedOptions, models: Sequence[Model]) -> Engine:
     from models.engines.stacked.engine import StackedEngine  # noqa: PLC0415 - loads torch
 
-    cards = {model.name: model.card for model in models if model.card is not None}
-    guesser = _guesser(spec, options, models)
+    answering, guests = _split(spec, options, models)
     return StackedEngine(
         spec,
-        {name: card for name, card in cards.items() if guesser is None or name != guesser.name},
-        EngineTraits(formats=formats_of([model for model in models if model is not guesser])),
+        {model.name: model.card for model in answering if model.card is not None},
+        _traits(spec, answering, guests),
         options,
-        guesser.card if guesser else None,
+        {model.name: model.card for model in guests if model.card is not None},
     )
 
 
@@ -118,4 +152,5 @@ KIND = EngineKind(
     formats=("safetensors",),
     dtypes=("auto", "float32", "bfloat16", "float16", "int8", "int4"),
     adapters=True,
+    leads=True,
 )

@@ -278,12 +278,7 @@ class MemberDrafts:
             return None
         if lane.num_reused is None and not self._prefixes.begin(lane, lends=False):
             return None
-        # What it has run of its last draft stands as far as that was right.
-        lane.num_cached = min(lane.num_cached, len(sequence.tokens) - 1)
-        while lane.tokens[: lane.num_cached] != sequence.tokens[: lane.num_cached]:
-            lane.num_cached -= 1
-        lane.tokens[:] = sequence.tokens
-        lane.sampler = sequence.sampler
+        lane.follow(sequence)
         return lane
 
     def _started(self, sequence: Sequence) -> Sequence | None:
@@ -317,5 +312,6 @@ def _takes_drafts(part: Part) -> bool:
         and part.samples
         and sequence.num_generated > 0
         and not sequence.lead_alone
+        and sequence.scout is None
         and not sequence.reads_prompt
     )

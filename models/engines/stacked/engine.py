@@ -24,7 +24,7 @@ from models.engines.stacked.adapters import Adapters
 from models.engines.stacked.cache import PrefixCache, row_bytes
 from models.engines.stacked.drafts import Drafts, MemberDrafts, Ngrams, StepCosts
 from models.engines.stacked.fusion import LaneWeights, contrastive_powers
-from models.engines.stacked.lead import lead_suffices
+from models.engines.stacked.lead import lead_suffices, scout_of
 from models.engines.stacked.loop import Loop
 from models.engines.stacked.matrices import Pack, as_int4, as_int8, fastest
 from models.engines.stacked.runner import Runner
@@ -50,6 +50,7 @@ class _Running:
     context_tokens: int
     num_rows: int
     row_bytes: int
+    guests: Runner | None
     adapters: Adapters
 
 
@@ -67,12 +68,12 @@ class StackedEngine:
         members: Mapping[str, ModelCard],
         traits: EngineTraits,
         options: StackedOptions,
-        guesser: ModelCard | None = None,
+        guests: Mapping[str, ModelCard],
     ) -> None:
-        """Only remember; `start` loads. A `guesser` drafts for the members and is none of them."""
+        """Only remember; `start` loads. `guests`, of another shape, draft for members or lead."""
         self._spec = spec
         self._traits = traits
-        self._options, self._guesser = options, guesser
+        self._options, self._guests = options, dict(guests)
         self._cards = dict(members)
         self._bases = [name for name, card in members.items() if card.adapter is None]
         self._base = self._cards[self._bases[0]]
@@ -86,17 +87,22 @@ class StackedEngine:
 
     async def start(self) -> None:
         """Load the weights, run a first step, and start the engine's thread."""
-        runner, tokenizer, vocabulary = await asyncio.to_thread(self._load)
+        runner, guests, tokenizer, vocabulary = await asyncio.to_thread(self._load)
+        keeps = self._options.prefix_cache
+        scouts = None if guests is None else PrefixCache(guests.arena, keeps=keeps)
         scheduler = Scheduler(
             runner.arena,
             step_rows=self._options.step_rows,
-            keeps_prefixes=self._options.prefix_cache,
+            keeps_prefixes=keeps,
+            scouts=scouts,
         )
+        drafts = await asyncio.to_thread(self._drafts, runner, scheduler.prefixes, guests, scouts)
         loop = Loop(
             runner,
             scheduler,
             vocabulary=vocabulary,
-            drafts=await asyncio.to_thread(self._drafts, runner, scheduler.prefixes),
+            drafts=drafts,
+            scouts=guests,
             max_queued_requests=self._spec.max_queued_requests,
             stream_interval_s=self._options.stream_interval_ms / 1e3,
             event_loop=asyncio.get_running_loop(),
@@ -110,6 +116,7 @@ class StackedEngine:
             context_tokens=runner.architecture.context_tokens,
             num_rows=runner.arena.num_rows,
             row_bytes=runner.arena.row_bytes,
+            guests=guests,
             adapters=Adapters(
                 partial(runner.prepare, self._base),
                 base=self._base,
@@ -190,8 +197,9 @@ class StackedEngine:
             for outcomes in running.readers:
                 outcomes.put_nowait(EngineFailed(f"a step of the engine {self._spec.name} hangs"))
 
-    def _load(self) -> tuple[Runner, LLTokenizer, Vocabulary]:
+    def _load(self) -> tuple[Runner, Runner | None, LLTokenizer, Vocabulary]:
         runner = self._runner([self._cards[name] for name in self._bases])
+        guests = self._runner(list(self._guests.values())) if self._guests else None
         path = self._base.path
         ends = sorted(frozenset().union(*(card.end_tokens for card in self._cards.values())))
         tokenizer = read_tokenizer(path)
@@ -202,7 +210,7 @@ class StackedEngine:
         except ValueError as error:
             raise PoolError(f"{path}: the tokenizer cannot be loaded: {error}") from None
         marks = {mark for form in self._traits.formats.values() for mark in form.marks}
-        return runner, grammars, Vocabulary(tokenizer, grammars, marks)
+        return runner, guests, grammars, Vocabulary(tokenizer, grammars, marks)
 
     def _adopt(self, name: str) -> None:
         """Take a name in that an adapter of the base got since the pool was read."""
@@ -210,7 +218,7 @@ class StackedEngine:
         self._traits = self._traits.adopting(name, self._bases[0])
 
     def _runner(self, cards: Seq[ModelCard]) -> Runner:
-        """Load `cards`, and run a first step. A guesser shares the cache's bytes, row for row."""
+        """Load `cards`, and run a first step. Guests share the cache's bytes, row for row."""
         device = _device(self._spec)
         dtype = _dtype(self._spec, device)
         if device.type == "cuda" and self._spec.dtype in _PACKS and len(cards) > 1:
@@ -218,10 +226,11 @@ class StackedEngine:
                 f"engines.{self._spec.name}.dtype: {self._spec.dtype} on CUDA is for one "
                 f"checkpoint and its adapters, not for {len(cards)}; try bfloat16"
             )
-        cached = [card for card in (self._base, self._guesser) if card is not None]
+        cached = [self._base, *list(self._guests.values())[:1]]
         shares = [row_bytes(card.shape, dtype) for card in cached]
         own = row_bytes(cards[0].shape, dtype)
-        plain = fastest(device, dtype, several_rows=self._options.draft is not None)
+        drafts = self._options.draft is not None or bool(self._guests)
+        plain = fastest(device, dtype, several_rows=drafts)
         runner = Runner(
             cards,
             kv_memory_bytes=self._spec.kv_memory_bytes * own // sum(shares),
@@ -235,8 +244,14 @@ class StackedEngine:
         return runner
 
     @torch.inference_mode()
-    def _drafts(self, runner: Runner, prefixes: PrefixCache) -> Drafts | None:
-        """Load who guesses, and measure what steps take."""
+    def _drafts(
+        self,
+        runner: Runner,
+        prefixes: PrefixCache,
+        guests: Runner | None,
+        scouts: PrefixCache | None,
+    ) -> Drafts | None:
+        """Return who guesses, having measured what steps take."""
         draft = self._options.draft
         if draft is None:
             return None
@@ -244,10 +259,11 @@ class StackedEngine:
         if draft == "ngram":
             return Drafts(Ngrams(), costs)
         member, guess_s = None, costs.one_s
-        if self._guesser is not None:
-            runner = self._runner([self._guesser])
-            prefixes = PrefixCache(runner.arena, keeps=self._options.prefix_cache)
-            member, guess_s = 0, StepCosts.measured(runner, 1).one_s
+        if draft != "heaviest" and draft.member in self._guests:
+            assert guests is not None and scouts is not None, "there are guests"
+            runner, prefixes = guests, scouts
+            member = list(self._guests).index(draft.member)
+            guess_s = StepCosts.measured(runner, len(self._guests)).one_s
         elif draft != "heaviest":
             member = self._bases.index(draft.member)
         most = self._options.step_rows
@@ -260,26 +276,30 @@ class StackedEngine:
         adapters: Mapping[str, int],
         outcomes: asyncio.Queue[Outcome],
     ) -> Sequence:
+        scout, context_tokens = self._scout(request), running.context_tokens
+        if running.guests is not None and scout is not None:
+            context_tokens = min(context_tokens, running.guests.architecture.context_tokens)
         max_new_tokens = check_request(
             request,
-            members=self.members,
+            members=self.members if scout is None else (request.members[0], *self.members),
             traits=self._traits,
-            context_tokens=running.context_tokens,
+            context_tokens=context_tokens,
             vocab_size=self._vocab_size,
         )
         members, weights, lane_of = self._lanes(request, adapters)
+        cards = {**self._guests, **self._cards}
         sampling = request.sampling
         used = [
             name for name, lane in zip(request.members, lane_of, strict=True) if lane is not None
         ]
-        end_tokens = frozenset().union(*(self._cards[name].end_tokens for name in used))
+        end_tokens = frozenset().union(*(cards[name].end_tokens for name in used))
         ends = () if sampling.ignore_eos else end_tokens
         sequence = Sequence(
             request=request,
             members=members,
             weights=LaneWeights(weights, request.evidence),
             lane_of=lane_of,
-            lead_alone=len(members) > 1 and lead_suffices(request),
+            lead_alone=scout is None and len(members) > 1 and lead_suffices(request),
             end_tokens=end_tokens,
             tokens=list(request.prompt_tokens),
             max_new_tokens=max_new_tokens,
@@ -293,10 +313,14 @@ class StackedEngine:
             text=TextStream(sampling.stop, include_stop=sampling.include_stop),
             send=outcomes.put_nowait,
         )
-        if sequence.num_rows > running.num_rows:
+        num_rows = running.num_rows
+        if running.guests is not None and scout is not None:
+            sequence.scout = scout_of(sequence, scout)
+            num_rows = min(num_rows, running.guests.arena.num_rows)
+        if sequence.num_rows > num_rows:
             raise RequestError(
                 f"prompt and answer need {sequence.num_rows * running.row_bytes} bytes of "
-                f"key/value cache, but the engine has {running.num_rows * running.row_bytes}; "
+                f"key/value cache, but the engine has {num_rows * running.row_bytes}; "
                 "lower max_tokens",
                 "max_tokens",
             )
@@ -309,8 +333,10 @@ class StackedEngine:
 
         Also which of these lanes each member named by the request is; of `adapters` this says which
         member of the step each is. Members of zero weight need no lane, but for one that leads; one
-        that runs alone comes first.
+        that runs alone comes first. A lead that is a guest has no lane but a weight, the first.
         """
+        if self._scout(request) is not None:
+            return self._following(request)
         indices = [
             adapters[name] if name in adapters else self._bases.index(name)
             for name in request.members
@@ -324,6 +350,31 @@ class StackedEngine:
             used.sort(key=lambda member: member != lead)
         lane_of = tuple(used.index(member) if member in used else None for member in lanes)
         return tuple(used), tuple(lanes[member] for member in used), lane_of
+
+    def _scout(self, request: GenerationRequest) -> int | None:
+        """Return which guest leads `request`; None where none does, as it names only members."""
+        lead, *others = request.members or ("",)
+        if request.rule != "gated" or not others or lead not in self._traits.leads:
+            return None
+        if request.evidence is not None or request.sampling.prompt_logprobs is not None:
+            field = "evidence" if request.evidence is not None else "echo"
+            raise RequestError(f"{field}: {lead} leads, which does not go with it", field)
+        return list(self._guests).index(lead)
+
+    def _following(
+        self, request: GenerationRequest
+    ) -> tuple[tuple[int, ...], tuple[float, ...], tuple[int | None, ...]]:
+        """Return what `_lanes` does where a guest leads, of those who follow it."""
+        lead, *shares = relative_weights(request)
+        others = map(self._bases.index, request.members[1:])
+        weights = dict(zip(others, shares, strict=True))
+        used = sorted(member for member, weight in weights.items() if weight) or [min(weights)]
+        places = {member: 1 + lane for lane, member in enumerate(used)}
+        return (
+            tuple(used),
+            (lead, *(weights[member] for member in used)),
+            (0, *(places.get(member) for member in weights)),
+        )
 
 
 def _device(spec: EngineSpec) -> torch.device:

@@ -137,6 +137,7 @@ class Step:
     lanes: Grouping  # of the lanes that sample
     sampled_rows_L: Tensor | None  # None: every row samples
     lanes_R: list[list[int]]  # of each token drawn, its request's lanes in L
+    num_tokens_R: list[int]  # of each part's request: prompt and answer so far
 
     @property
     def num_rows(self) -> int:
@@ -150,14 +151,19 @@ class Step:
                 return padded
         return None
 
-    def continues(self, parts: Seq[Part]) -> bool:
-        """Whether `parts` are this step again, one drawn token further.
+    def continues(self, parts: Seq[Part], token_ids: Seq[int]) -> bool:
+        """Whether `parts` are this step again, one drawn token further; `token_ids` were drawn.
 
-        A prompt's chunk may be one token, too, but draws none.
+        A prompt's chunk may be one token, too, but draws none; and where a lane guesses, another
+        token may have come instead, or several.
         """
         return len(parts) == len(self.parts) == len(self.lanes_R) and all(
-            new.sequence is old.sequence and new.num_tokens == old.num_tokens == 1
-            for new, old in zip(parts, self.parts, strict=True)
+            new.sequence is old.sequence
+            and new.num_tokens == old.num_tokens == 1
+            and new.sequence.tokens[end:] == [token]
+            for new, old, end, token in zip(
+                parts, self.parts, self.num_tokens_R, token_ids, strict=True
+            )
         )
 
     def advance(self, tokens_R: Tensor) -> bool:
@@ -165,6 +171,7 @@ class Step:
         layout = self.layout
         if not all(path.advance() for path in layout.paths):
             return False
+        self.num_tokens_R = [end + 1 for end in self.num_tokens_R]
         layout.positions_N += 1
         layout.cache_rows_N += 1
         if self.request_of_N is None:
@@ -241,6 +248,7 @@ def build_step(parts: Seq[Part], *, num_members: int, row_bytes: int, device: to
         else _group(member_of[last_rows[lane_order]], num_members, device),
         sampled_rows_L=None if all_sample else tensor(sampled_rows[lane_order]),
         lanes_R=lanes_R if num_lanes else [],
+        num_tokens_R=[len(part.sequence.tokens) for part in parts],
     )
 
 

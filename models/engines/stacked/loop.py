@@ -25,10 +25,11 @@ import torch
 from models.engines.base import EngineStats
 from models.engines.stacked.drafts import Drafts
 from models.engines.stacked.layout import Part
-from models.engines.stacked.runner import Runner
+from models.engines.stacked.lead import MOST_AHEAD, heard, run_ahead
+from models.engines.stacked.runner import Runner, Stepped
 from models.engines.stacked.sampler import Draw
 from models.engines.stacked.scheduler import Scheduler
-from models.engines.stacked.sequence import Outcome, Sequence
+from models.engines.stacked.sequence import Outcome, Said, Sequence
 from models.engines.text import Vocabulary
 from models.errors import EngineFailed, EngineOverloaded
 
@@ -48,16 +49,19 @@ class Loop(threading.Thread):
         *,
         vocabulary: Vocabulary,
         drafts: Drafts | None = None,
+        scouts: Runner | None = None,
         max_queued_requests: int,
         stream_interval_s: float,
         event_loop: AbstractEventLoop,
     ) -> None:
+        """`scouts` runs leads of another shape."""
         super().__init__(name="stacked-engine", daemon=True)
         self.failure: EngineFailed | None = None
         self._runner = runner
         self._scheduler = scheduler
         self._vocabulary = vocabulary
         self._drafts = drafts
+        self._scouts = scouts
         self._max_queued_requests = max_queued_requests
         self._stream_interval_s = stream_interval_s
         self._event_loop = event_loop
@@ -152,21 +156,28 @@ class Loop(threading.Thread):
 
     def _turn(self) -> None:
         """Run one step and hand over what is due."""
+        for _ in range(MOST_AHEAD):
+            if not (leading := self._scheduler.lead_step()):
+                break
+            self._timed(leading, self._scouts)
         parts = self._scheduler.next_step()
         if self._drafts is not None:
             parts = self._drafts.extend(parts)
         if parts:
             if any(part.num_tokens > 1 + len(part.draft) for part in parts):
                 self._deliver()  # what is ready doesn't wait for a prompt
-            self._step_began_s = started_s = time.perf_counter()
-            self._step(parts)
-            self._step_began_s, ended_s = None, time.perf_counter()
-            self._busy_s += ended_s - started_s
-            # Due if another step as long as this one would make it late.
-            due_s = self._delivered_s + self._stream_interval_s
-            self._urgent |= 2 * ended_s - started_s >= due_s
+            self._timed(parts, self._runner)
         if self._urgent:
             self._deliver()
+
+    def _timed(self, parts: list[Part], runner: Runner) -> None:
+        self._step_began_s = started_s = time.perf_counter()
+        self._step(parts, runner)
+        self._step_began_s, ended_s = None, time.perf_counter()
+        self._busy_s += ended_s - started_s
+        # Due if another step as long as this one would make it late.
+        due_s = self._delivered_s + self._stream_interval_s
+        self._urgent |= 2 * ended_s - started_s >= due_s
 
     @property
     def _why_ended(self) -> EngineFailed:
@@ -183,20 +194,21 @@ class Loop(threading.Thread):
             idle = False
         return not self._stopping
 
-    def _step(self, parts: list[Part]) -> None:
+    def _step(self, parts: list[Part], runner: Runner) -> None:
         """Run a step; where it raises run its halves, until only who causes that has failed."""
         if self._stopping:
             return
         try:
-            stepped = self._runner.step(parts)
+            stepped = runner.step(parts)
         except Exception as error:
             if len(parts) > 1:
                 half = len(parts) // 2
-                self._step(parts[:half])
-                self._step(parts[half:])
+                self._step(parts[:half], runner)
+                self._step(parts[half:], runner)
             else:
                 logger.exception("a request's step failed")
-                self._fail(parts[0].sequence, EngineFailed(f"a step failed: {error!r}"))
+                failed = parts[0].sequence
+                self._fail(failed.follows or failed, EngineFailed(f"a step failed: {error!r}"))
                 self._suspect()
             return
         self._num_failures = 0
@@ -204,28 +216,44 @@ class Loop(threading.Thread):
             part.sequence.score(vocabulary=self._vocabulary)
             part.sequence.advance(part.num_tokens - len(part.draft))
         for sequence, said_V in stepped.unsure.items():
-            sequence.lead_said = said_V
-        if stepped.drawn is not None:
-            rows: defaultdict[Sequence, list[int]] = defaultdict(list)
-            for row, sequence in enumerate(stepped.sequences):
-                rows[sequence].append(row)
-            for part in parts:
-                self._accept_all(part, stepped.drawn, rows[part.sequence])
+            sequence.said = [Said(said_V, is_sure=False)]
+        if stepped.drawn is None:
+            return
+        if runner is self._scouts:
+            self._hear_scouts(stepped, stepped.drawn)
+            return
+        rows: defaultdict[Sequence, list[int]] = defaultdict(list)
+        for row, sequence in enumerate(stepped.sequences):
+            rows[sequence].append(row)
+        for part in parts:
+            self._accept_all(part, stepped.drawn, rows[part.sequence])
+
+    def _hear_scouts(self, stepped: Stepped, drawn: Draw) -> None:
+        """Take what leads of another shape are sure of, and keep the rest to be checked."""
+        for row, (sequence, said) in enumerate(heard(stepped.sequences, stepped.logp_RV, drawn)):
+            if said.is_sure and not sequence.said:
+                self._accept(sequence, drawn, row, said)
+            else:
+                run_ahead(sequence, said, drawn.token_ids[row])
 
     def _accept_all(self, part: Part, drawn: Draw, rows: list[int]) -> None:
         """Take what was drawn for a part, as far as its draft was right."""
-        num_right = 0
-        for row, guess in zip_longest(rows, part.draft):
-            self._accept(part.sequence, drawn, row)
+        num_right, said = 0, list(part.sequence.said)
+        for row, guess, lead in zip_longest(rows, part.draft, said[: len(rows)]):
+            part.sequence.num_cached = len(part.sequence.tokens)
+            self._accept(part.sequence, drawn, row, lead)
             if part.sequence.finished or guess != drawn.token_ids[row]:
                 break
             num_right += 1
         if part.draft and self._drafts is not None:
             self._drafts.learn(part, num_right)
 
-    def _accept(self, sequence: Sequence, drawn: Draw, row: int) -> None:
-        self._num_gated += sequence.lead_alone
-        self._num_fused += sequence.lead_said is not None
+    def _accept(self, sequence: Sequence, drawn: Draw, row: int, lead: Said | None) -> None:
+        """Take a token, of which a `lead` may have said something."""
+        is_asked = lead is not None and not lead.is_sure
+        self._num_gated += sequence.lead_alone or sequence.scout is not None
+        self._num_fused += is_asked
+        sequence.num_asked += is_asked
         try:
             if not math.isfinite(drawn.entropies[row]):
                 raise ArithmeticError("the next token's distribution is not finite")
@@ -277,7 +305,7 @@ class Loop(threading.Thread):
         if not sequence.finished:
             self._drop(sequence)
             if isinstance(error, EngineFailed):
-                self._scheduler.prefixes.clear()
+                self._scheduler.forget_prefixes()
             self._outbox.append((sequence, error))
             self._urgent = True
 

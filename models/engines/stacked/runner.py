@@ -27,7 +27,7 @@ from models.engines.stacked.lead import unsure_leads, with_leads
 from models.engines.stacked.matrices import Pack
 from models.engines.stacked.model import StackedModel
 from models.engines.stacked.sampler import Draw, SamplerState, Scored, draw, score
-from models.engines.stacked.sequence import Sequence
+from models.engines.stacked.sequence import Said, Sequence
 from models.engines.stacked.weights import Weights, load_weights
 from models.engines.text import TextStream
 
@@ -47,10 +47,12 @@ class Stepped:
     that are `unsure` said, [V], of whom nothing is drawn before the others were asked (see `lead`).
 
     After a draft a sequence has several, each drawn as if what the draft has before it were right.
+    `logp_RV` is what they were drawn from, before any filter.
     """
 
     sequences: Seq[Sequence] = ()
     drawn: Draw | None = None
+    logp_RV: Tensor | None = None
     unsure: Mapping[Sequence, Tensor] = field(default_factory=dict)
 
 
@@ -84,7 +86,7 @@ class Runner:
         self._take(weights, StackedModel(self.architecture, weights))
         self._threads = StepThreads(num_threads, cards[0].parameters * dtype.itemsize)
         self._device = device
-        self._drawn_R: Tensor | None = None
+        self._drawn: Draw | None = None
 
     def prepare(self, base: ModelCard, adapters: Mapping[int, Adapter]) -> Callable[[], None]:
         """Read adapters of the `base`, which are to be these members; return what puts them in.
@@ -140,7 +142,8 @@ class Runner:
                 hidden_ND = hidden_ND.index_select(0, step.sampled_rows_L)
             _keep_states(sampling, hidden_ND, step.lanes_R)
             logits_LV = self._model.logits(hidden_ND, step.lanes)
-        logp_LV, lanes_R = with_leads(logits_LV.log_softmax(-1), step.lanes_R, sampling)
+        leads = [said for part in step.parts for said in _leads_of(part)]
+        logp_LV, lanes_R = with_leads(logits_LV.log_softmax(-1), step.lanes_R, leads)
         unsure = unsure_leads(logp_LV, lanes_R, sampling)
         if unsure:
             sure = [r for r, sequence in enumerate(sampling) if sequence not in unsure]
@@ -151,10 +154,10 @@ class Runner:
         logp_RV = fuse(logp_LV, lanes_R, [sequence.fusion for sequence in sampling])
         drawn = draw(logp_RV, states)
         _weigh_answers(sampling, logp_LV, lanes_R, drawn.token_ids)
-        if not unsure and all(sequence.lead_said is None for sequence in sampling):
-            # The same lanes go on.
-            self._step, self._drawn_R = step, drawn.tokens_R
-        return Stepped(sampling, drawn, unsure)
+        if not unsure and not any(leads):
+            # The same lanes may go on.
+            self._step, self._drawn = step, drawn
+        return Stepped(sampling, drawn, logp_RV, unsure)
 
     def try_out(self) -> None:
         """Run one prefill and one decoding step of all members; raises what they raise.
@@ -192,10 +195,10 @@ class Runner:
             for num_tokens in chunks:
                 draft = (0,) * (num_tokens - sequence.num_pending)
                 started_s = time.perf_counter()
-                self.step([Part(sequence=sequence, num_tokens=num_tokens, draft=draft)])
+                stepped = self.step([Part(sequence=sequence, num_tokens=num_tokens, draft=draft)])
                 took_s.append(time.perf_counter() - started_s)
                 sequence.num_cached += num_tokens
-                sequence.tokens += [0] * (1 + len(draft))
+                sequence.tokens += stepped.drawn.token_ids if stepped.drawn else ()
         finally:
             self.arena.release(sequence.region_start, sequence.num_rows)
             self._step = None
@@ -268,9 +271,9 @@ class Runner:
         step = self._step
         if (
             step is not None
-            and self._drawn_R is not None
-            and step.continues(parts)
-            and step.advance(self._drawn_R)
+            and self._drawn is not None
+            and step.continues(parts, self._drawn.token_ids)
+            and step.advance(self._drawn.tokens_R)
         ):
             return step
         return build_step(
@@ -279,6 +282,12 @@ class Runner:
             row_bytes=self.arena.row_bytes // self.architecture.shape.num_layers,
             device=self._device,
         )
+
+
+def _leads_of(part: Part) -> Seq[Said | None]:
+    """Return for each token that a part draws what a lead has said of it, if it has one."""
+    num_drawn = len(list(part.drafts))
+    return part.sequence.said[:num_drawn] or [None] * num_drawn
 
 
 def _keep_states(sampling: Seq[Sequence], hidden_LD: Tensor, lanes_R: Seq[Seq[int]]) -> None:

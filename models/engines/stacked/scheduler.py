@@ -9,6 +9,8 @@ not fit holds back those behind it, so that large requests don't starve. One cli
 an eighth of the arena to others, who need not wait for their end. In a step in which several
 clients take part none decodes more rows than the smallest does, or a few; who was left out comes
 first next time.
+
+A lead of another shape runs on rows of its own, in steps of its own: `lead_step` chooses those.
 """
 
 from __future__ import annotations
@@ -29,9 +31,20 @@ _SPARED = 8
 class Scheduler:
     """Keeps the queue and the running requests; used by the engine's thread only."""
 
-    def __init__(self, arena: Arena, *, step_rows: int, keeps_prefixes: bool = True) -> None:
-        """`step_rows` bounds the rows of a step; decoding comes first, prefill takes the rest."""
+    def __init__(
+        self,
+        arena: Arena,
+        *,
+        step_rows: int,
+        keeps_prefixes: bool = True,
+        scouts: PrefixCache | None = None,
+    ) -> None:
+        """`step_rows` bounds the rows of a step; decoding comes first, prefill takes the rest.
+
+        `scouts` gives leads of another shape their rows.
+        """
         self.prefixes = PrefixCache(arena, keeps=keeps_prefixes)
+        self._scouts = scouts
         self._arena = arena
         self._step_rows = step_rows
         self._waiting: dict[str, deque[Sequence]] = {}
@@ -65,6 +78,8 @@ class Scheduler:
         else:
             self.running.remove(sequence)
             self.prefixes.end(sequence)
+            if sequence.scout is not None and self._scouts is not None:
+                self._scouts.end(sequence.scout)
         if client not in self._waiting and all(
             other.request.client_id != client for other in self.running
         ):
@@ -73,19 +88,52 @@ class Scheduler:
 
     def next_step(self) -> list[Part]:
         """Choose the next step's parts: every decoding request, then prefill chunks in turn."""
-        decoding = self._share([sequence for sequence in self.running if sequence.num_pending == 1])
-        parts = [Part(sequence=sequence, num_tokens=1) for sequence in decoding]
+        able = [sequence for sequence in self.running if sequence.may_run]
+        decoding = self._share([sequence for sequence in able if sequence.num_pending == 1])
+        parts = [_whole(sequence) for sequence in decoding]
         room = self._step_rows - sum(part.num_rows for part in parts)
-        prefilling = [sequence for sequence in self.running if sequence.num_pending > 1]
+        prefilling = [sequence for sequence in able if sequence.num_pending > 1]
         for sequence in sorted(prefilling, key=self._turn):
-            if sequence.num_reused is None and not self.prefixes.begin(sequence):
+            # Who follows a scout may never compute the prompt: nobody is to wait for that.
+            lends = sequence.scout is None
+            if sequence.num_reused is None and not self.prefixes.begin(sequence, lends=lends):
                 continue
             # One prefill always moves on, however many requests decode.
             least = 0 if len(parts) > len(decoding) else 1
             num_tokens = min(sequence.num_pending, max(room // len(sequence.due), least))
-            if num_tokens > 0:
+            if num_tokens == sequence.num_pending:
+                parts.append(_whole(sequence))
+            elif num_tokens > 0:
                 parts.append(Part(sequence=sequence, num_tokens=num_tokens))
-                room -= parts[-1].num_rows
+            else:
+                continue
+            room -= parts[-1].num_rows
+        return self._charged(parts)
+
+    def lead_step(self) -> list[Part]:
+        """Choose a step of the scouts: those that have not asked who follows them."""
+        parts, room = list[Part](), self._step_rows
+        for sequence in self.running:
+            scout = sequence.scout
+            if scout is None or sequence.asks or self._scouts is None:
+                continue
+            if not sequence.said:
+                scout.follow(sequence)
+            if scout.num_reused is None:
+                self._scouts.begin(scout, lends=False)
+            num_tokens = min(scout.num_pending, room)
+            if num_tokens > 0:
+                parts.append(Part(sequence=scout, num_tokens=num_tokens))
+                room -= num_tokens
+        return self._charged(parts)
+
+    def forget_prefixes(self) -> None:
+        """Forget all rows that are only kept."""
+        for prefixes in (self.prefixes, self._scouts):
+            if prefixes is not None:
+                prefixes.clear()
+
+    def _charged(self, parts: list[Part]) -> list[Part]:
         for part in parts:
             self._served[part.sequence.request.client_id] += part.num_rows
         return order_parts(parts)
@@ -128,7 +176,7 @@ class Scheduler:
         while open_clients := [c for c, q in self._waiting.items() if not self._is_spared(q[0])]:
             client = min(open_clients, key=lambda name: self._turn(self._waiting[name][0]))
             sequence = self._waiting[client][0]
-            if not self.prefixes.admit(sequence):
+            if not self._has_room(sequence):
                 return
             # Charged in advance by a step, so that clients alternate when several are admitted.
             self._served[client] += sequence.num_lanes
@@ -137,6 +185,21 @@ class Scheduler:
             self.num_waiting -= 1
             self.running.append(sequence)
 
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Give a request its rows, and its scout's; False where there is no room for both."""
+        if not self.prefixes.admit(sequence):
+            return False
+        if sequence.scout is None or self._scouts is None or self._scouts.admit(sequence.scout):
+            return True
+        self.prefixes.end(sequence)
+        return False
+
     def _drop_empty_queue(self, client: str) -> None:
         if not self._waiting[client]:
             del self._waiting[client]
+
+
+def _whole(sequence: Sequence) -> Part:
+    """Return all that must still go through, and the guesses that are to be checked with it."""
+    draft = sequence.draft
+    return Part(sequence=sequence, num_tokens=sequence.num_pending + len(draft), draft=draft)

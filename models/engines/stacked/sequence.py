@@ -19,6 +19,18 @@ Outcome = Chunk | EngineError | RequestError
 """What a reader receives: chunks, the last with a finish reason; or one error."""
 
 
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a lead says of a token to come: log-probabilities, [V], and whether it is sure.
+
+    One that runs ahead has drawn a token to go on with, whose log-probability it gives as well.
+    """
+
+    logp_V: Tensor
+    is_sure: bool
+    logprob: float = 0.0
+
+
 @dataclass(kw_only=True, eq=False, slots=True)
 class Sequence:
     """The engine's state of one request; only the engine's thread changes it.
@@ -26,8 +38,10 @@ class Sequence:
     `members` are indices, ascending, without those that do not count; `weights` are theirs.
     `lane_of` says for each member that the request names which lane it is, None if it has none.
     With `lead_alone` the lead comes before all others, and the others follow only where they are
-    asked (see `lead`): theirs are the first `num_followed` tokens, and `lead_said` are the
-    log-probabilities, [V], that wait for what they say.
+    asked (see `lead`): theirs are the first `num_followed` tokens, and `said` is what waits for
+    what they say. A lead of another shape is no lane but a sequence of its own, the `scout`, and a
+    scout's `follows` is who it leads; the others run once the lead `asks`. `num_asked` counts the
+    tokens at which they had a say.
     `end_tokens` end an answer of any of its members. `tokens` is the prompt and what was generated
     so far, of which the first `num_cached` have their keys and values in the cache, from row
     `region_start` on (None while it waits); the first `num_reused` were copied from another
@@ -48,9 +62,13 @@ class Sequence:
     text: TextStream
     send: Callable[[Outcome], None]
     lead_alone: bool = False
+    scout: Sequence | None = None
+    follows: Sequence | None = None
+    said: list[Said] = field(default_factory=list)
+    asks: bool = False
+    num_asked: int = 0
     num_cached: int = 0
     num_followed: int = 0
-    lead_said: Tensor | None = None
     num_reused: int | None = None
     region_start: int | None = None
     finished: bool = False
@@ -66,7 +84,7 @@ class Sequence:
     def fusion(self) -> Fusion:
         """How the next token's distributions are fused."""
         request = self.request
-        if self.lead_alone and self.lead_said is None:
+        if self.lead_alone and not self.said:
             return Fusion("mixture", (1.0,))
         return Fusion(request.rule, self.weights.values, self.lane_of[0] or 0, request.gate)
 
@@ -100,7 +118,7 @@ class Sequence:
         """The lanes that run next: all; where the lead runs alone it, or the others once asked."""
         if not self.lead_alone:
             return range(self.num_lanes)
-        return range(1) if self.lead_said is None else range(1, self.num_lanes)
+        return range(1, self.num_lanes) if self.said else range(1)
 
     def num_cached_of(self, lane: int) -> int:
         """Return how many tokens have their keys and values in the cache."""
@@ -110,6 +128,27 @@ class Sequence:
     def num_pending(self) -> int:
         """Tokens that must still go through what is due: 1 while decoding, more before."""
         return len(self.tokens) - self.num_cached_of(self.due.start)
+
+    @property
+    def draft(self) -> tuple[int, ...]:
+        """What those whom a scout asks must read of its guesses to check them all: not the last."""
+        return () if self.scout is None else tuple(self.scout.tokens[len(self.tokens) : -1])
+
+    @property
+    def may_run(self) -> bool:
+        """Whether its own lanes have something to do, rather than a scout."""
+        return self.scout is None or self.asks
+
+    def follow(self, text: Sequence) -> None:
+        """Bring a lane of its own to the tokens of the sequence for which it guesses.
+
+        What it has run of earlier guesses stands as far as those were right.
+        """
+        self.num_cached = min(self.num_cached, len(text.tokens) - 1)
+        while self.tokens[: self.num_cached] != text.tokens[: self.num_cached]:
+            self.num_cached -= 1
+        self.tokens[:] = text.tokens
+        self.sampler = text.sampler
 
     def advance(self, num_tokens: int) -> None:
         """Note that so many more tokens have gone through what was due."""
@@ -122,9 +161,9 @@ class Sequence:
         """Take the token drawn in `row`; `take` tells the reader."""
         token = drawn.token_ids[row]
         options = self.sampler.options
-        self.num_cached = len(self.tokens)
         self.tokens.append(token)
-        self.lead_said = None
+        self.said.clear()
+        self.asks = False
         complete = self.sampler.accept(token)
         if options.prompt_logprobs is not None and self.num_generated == 1:
             self._prompt.insert(0, _prompt_token(self.tokens[0], None, (), vocabulary))
@@ -167,7 +206,8 @@ class Sequence:
             finish_reason=self._finish_reason,
             stop=self._stop,
             weights=self._named_weights() if self.finished and len(self.lane_of) > 1 else None,
-            cached_tokens=(self.num_reused or 0) if self.finished else None,
+            cached_tokens=((self.scout or self).num_reused or 0) if self.finished else None,
+            followed=self._followed() if self.finished else None,
             prompt=tuple(self._prompt),
             rows=self.state_KD,
         )
@@ -182,6 +222,16 @@ class Sequence:
         self._finish_reason = reason
         if not self.text.stopped:
             self._new_text += self.text.finish()
+
+    def _followed(self) -> tuple[int, int] | None:
+        """Return how many tokens those who follow a lead have read and written; None: nobody does.
+
+        Who writes a token need not read it again but for the next one, as everywhere.
+        """
+        if not self.lead_alone and self.scout is None:
+            return None
+        num_computed = self.num_followed if self.lead_alone else self.num_cached
+        return (num_computed - self.num_asked + 1 if self.num_asked else 0), self.num_asked
 
     def _named_weights(self) -> tuple[float, ...]:
         values = self.weights.values

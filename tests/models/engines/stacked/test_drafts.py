@@ -197,6 +197,31 @@ def test_right_guesses_save_steps(folders: list[Path], monkeypatch: pytest.Monke
     assert len(checks) < 20
 
 
+@pytest.mark.usefixtures("always")
+def test_guesses_follow_the_text(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever became of its earlier guesses, a member guesses what it says of the text so far."""
+    drafts: list[tuple[list[int], tuple[int, ...]]] = []
+    step = Runner.step
+
+    def noting(self: Runner, parts: Any) -> Any:
+        drafts.extend((list(part.sequence.tokens), part.draft) for part in parts if part.draft)
+        return step(self, parts)
+
+    monkeypatch.setattr(Runner, "step", noting)
+    answer(
+        build(folders, "another shape"),
+        request(range(9, 30), ("m0",), max_tokens=60, ignore_eos=True),
+    )
+    reference, num_checked = load_reference(folders[3]), 0
+    for tokens, draft in drafts:
+        if tokens[0]:  # the engine's own first steps are of zeros
+            with torch.inference_mode():
+                said = reference(torch.tensor([[*tokens, *draft]])).logits[0].argmax(-1)
+            assert draft == tuple(said[len(tokens) - 1 : -1].tolist())
+            num_checked += 1
+    assert num_checked > 5
+
+
 def test_drafts_that_do_not_pay_are_not_made(
     folders: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -120,9 +120,10 @@ def build_engine(
     kv_memory_bytes: int = 4 * 2**20,
     max_queued_requests: int = 64,
     dtype: Any = "auto",
+    leads: Sequence[str] = (),
     **options: Any,
 ) -> Engine:
-    """An engine whose members are named m0, m1, ..."""
+    """An engine whose members are named m0, m1, ...; the last of them may be another's `leads`."""
     spec = EngineSpec(
         name="tiny",
         kind="stacked",
@@ -130,6 +131,7 @@ def build_engine(
         dtype=dtype,
         kv_memory_bytes=kv_memory_bytes,
         max_queued_requests=max_queued_requests,
+        leads=tuple(leads),
         options={"num_threads": 1, **options},
     )
     return create_engine(
