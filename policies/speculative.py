@@ -25,16 +25,19 @@ class Speculative(Policy):
     """Lets one of `leads` write, and `base` where its likeliest token is less likely than `gate`.
 
     Of several leads `router` chooses; what it gives to another model goes there. Raises
-    `PolicyError` for several without a router.
+    `PolicyError` for several without a router, and for a base that leads.
     """
 
     def __init__(
         self, leads: Iterable[str], base: str, *, gate: float, router: Policy | None = None
     ) -> None:
+        names = tuple(leads)
+        if base in names:
+            raise PolicyError(f"speculative.leads: {base!r} is the base, which cannot lead itself")
         self._router = router
         self._led = {
             lead: Answer(members=(lead, base), weights=(0.0, 1.0), rule="gated", gate=gate)
-            for lead in leads
+            for lead in names
         }
         if router is None and len(self._led) != 1:
             raise PolicyError("speculative.router is missing; several leads need one")
