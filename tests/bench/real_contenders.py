@@ -71,15 +71,24 @@ def greedy(prompt: list[int], num_tokens: int) -> GenerationRequest:
 
 
 def start_engine(
-    kind: str, models: list[Path], stack: ExitStack, dtype: str, options: dict[str, Any]
+    kind: str,
+    models: list[Path],
+    stack: ExitStack,
+    dtype: str,
+    options: dict[str, Any],
+    leads: tuple[str, ...] = (),
 ) -> tuple[asyncio.Runner, Engine]:
-    """Return an engine that runs models named m0, m1, ..., with the loop that it runs in."""
+    """Return an engine that runs models named m0, m1, ..., with the loop that it runs in.
+
+    Some of them may be the others' `leads`.
+    """
     from models.card import read_card
     from models.engines.registry import create_engine
     from models.spec import EngineSpec, Model, ModelSpec
 
     spec = EngineSpec.model_validate(
-        {"name": "e", "kind": kind, "dtype": dtype, "kv_memory_bytes": KV_BYTES, "options": options}
+        {"name": "e", "kind": kind, "dtype": dtype, "kv_memory_bytes": KV_BYTES}
+        | {"leads": leads, "options": options}
     )
     served = [
         Model(

@@ -1,6 +1,6 @@
 """Drafts, and leads that run alone, with SmolLM2 on the `stacked` engine: tokens/s, side by side.
 
-    python -m tests.bench.real_drafts [--only TEXT]
+    python -m tests.bench.real_drafts [--only KIND] [--gates G ...]
 
 Answers of 200 greedy tokens. One engine is asked in two ways in turn, `--rounds` times after one
 that does not count: as it comes, and so that nothing is spared (who wants the prompt's
@@ -8,8 +8,10 @@ log-probabilities gets no drafts, and everybody computes every token). Ratios ar
 rounds; the tokens of both are compared. The members of a fused answer are SmolLM2-135M with noise
 of their own on every matrix, an eighth of its standard deviation: alike enough to agree mostly, as
 chunks of one base do. The chunk is SmolLM2 without half of its layers, which nobody trained to
-agree: it shows that drafts which do not pay turn themselves off. The ceiling of one answer is the
-bandwidth of reading as many bytes as a model has.
+agree: it shows that drafts which do not pay turn themselves off. A chunk that was trained is the
+shipped school's for arithmetic, before its base: their answers are short, so questions are asked
+one after another, and their steps are the interpreter's more than the weights'. The ceiling of one
+answer is the bandwidth of reading as many bytes as a model has.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import count
@@ -34,21 +37,32 @@ from tokenizers import Tokenizer
 
 from models.downscale.base import dequantize
 from models.engines.base import GenerationRequest
+from models.pool import DEFAULT_POOL, load_pool
 from models.sources.locate import locate
+from models.tokenizer import load_tokenizer
+from policies.outcomes import read_outcomes
 from tests.bench.harness import Row, print_row, read_bytes_per_s, save
 from tests.bench.real import ROOT, SOURCE
 from tests.bench.real_contenders import greedy, start_engine
 
 NUM_TOKENS, NOISE, GATES = 200, 0.125, (0.3, 0.5, 0.9)
-MEMBERS = ("m0", "m1", "m2", "m3")
+MEMBERS, WEIGHTS = ("m0", "m1", "m2", "m3"), (0.4, 0.2, 0.2, 0.2)
+NUM_ASKED = 60
 _ids = count()
 
 
 class Running:
     """An engine that runs in a loop of its own, over folders named m0, m1, ..."""
 
-    def __init__(self, stack: ExitStack, folders: list[Path], dtype: str, **options: Any) -> None:
-        self._runner, self.engine = start_engine("stacked", folders, stack, dtype, options)
+    def __init__(
+        self,
+        stack: ExitStack,
+        folders: list[Path],
+        dtype: str,
+        leads: tuple[str, ...] = (),
+        **options: Any,
+    ) -> None:
+        self._runner, self.engine = start_engine("stacked", folders, stack, dtype, options, leads)
 
     def ask(self, request: GenerationRequest) -> tuple[float, list[int]]:
         """Return tokens per second after the first, and the tokens."""
@@ -129,7 +143,11 @@ def siblings(folder: Path, into: Path, number: int) -> list[Path]:
     weights = load_file(folder / "model.safetensors")
     paths = []
     for seed in range(number):
-        path = _copied(folder, into / f"sibling{seed}")
+        path = into / f"sibling{seed}"
+        paths.append(path)
+        if path.exists():
+            continue
+        _copied(folder, path)
         random = torch.Generator().manual_seed(seed)
         noisy = {
             name: matrix + NOISE * matrix.std() * torch.randn(matrix.shape, generator=random)
@@ -138,7 +156,6 @@ def siblings(folder: Path, into: Path, number: int) -> list[Path]:
             for name, matrix in weights.items()
         }
         save_file(noisy, path / "model.safetensors", {"format": "pt"})
-        paths.append(path)
     return paths
 
 
@@ -187,29 +204,81 @@ def base_rows(folder: Path, temporary: Path, dtype: str, rounds: int) -> Iterato
 
 
 def fused_rows(folder: Path, temporary: Path, dtype: str, rounds: int) -> Iterator[Row]:
-    """Four fused: drafts of the heaviest; a lead that runs alone, its share of fused tokens."""
-    folders = siblings(folder, temporary, len(MEMBERS))
+    """Four fused: with drafts of the heaviest and without, and beside one."""
     _, prompt = _prompts(folder)
-    weights = (0.4, 0.2, 0.2, 0.2)
     with ExitStack() as stack:
+        folders = siblings(folder, temporary, len(MEMBERS))
         running = Running(stack, folders, dtype, draft="heaviest")
-        fused = asked(prompt, MEMBERS, weights=weights)
+        fused = asked(prompt, MEMBERS, weights=WEIGHTS)
         yield compare("four fused, with drafts", running, fused, rounds=rounds)
         one = plainly(asked(prompt))
         yield compare("four fused beside one", running, plainly(fused), one, rounds=rounds)
-        for gate in GATES:
+
+
+def gated_rows(
+    folder: Path, temporary: Path, dtype: str, rounds: int, gates: Seq[float]
+) -> Iterator[Row]:
+    """Four fused where the lead is unsure: the share of such tokens, and what that does to loss."""
+    _, prompt = _prompts(folder)
+    with ExitStack() as stack:
+        running = Running(stack, siblings(folder, temporary, len(MEMBERS)), dtype)
+        fused = asked(prompt, MEMBERS, weights=WEIGHTS)
+        for gate in gates:
             lead = replace(fused, rule="gated", gate=gate)
             yield compare(f"gated at {gate}", running, lead, rounds=rounds)
-        yield from _losses(running, folder, weights)
+        yield from _losses(running, folder, gates)
 
 
-def _losses(running: Running, folder: Path, weights: tuple[float, ...]) -> Iterator[Row]:
+def school_rows(rounds: int) -> Iterator[Row]:
+    """The school's base beside its arithmetic chunk, which drafts for it or leads it."""
+    told = read_outcomes(DEFAULT_POOL / "outcomes.jsonl")
+    texts = [row.query for row in told if row.split == "test" and row.tags == ("arithmetic",)]
+    tokenizer = load_tokenizer(load_pool(DEFAULT_POOL).model("base"))
+    sampling = replace(asked([]).sampling, max_tokens=32, ignore_eos=False)
+    prompts = [
+        tokenizer.encode_chat([{"role": "user", "content": text}]) for text in texts[:NUM_ASKED]
+    ]
+    plain = [replace(asked(list(prompt)), sampling=sampling) for prompt in prompts]
+    led = {"members": ("m1", "m0"), "weights": (0.0, 1.0), "rule": "gated"}
+    with ExitStack() as stack:
+        folders = [DEFAULT_POOL / "base", DEFAULT_POOL / "arithmetic"]
+        running = Running(stack, folders, "float32", leads=("m1",), draft={"member": "m1"})
+        ways = {"the school's base, its chunk drafts": plain} | {
+            f"the school's base, its chunk leads at {gate}": [
+                replace(request, gate=gate, **led) for request in plain
+            ]
+            for gate in GATES
+        }
+        alone = [plainly(request) for request in plain]
+        for name, ours in ways.items():
+            rates = []
+            for number in range(rounds + 1):
+                one, two = (_answers_per_s(running, way) for way in (ours, alone))
+                if number:
+                    rates.append((one, two))
+            yield {
+                "name": name,
+                "unit": "times the answers/s",
+                "ours": round(statistics.median(one for one, _ in rates), 1),
+                "other": round(statistics.median(two for _, two in rates), 1),
+                "measured": round(statistics.median(one / two for one, two in rates), 2),
+            }
+
+
+def _answers_per_s(running: Running, requests: Seq[GenerationRequest]) -> float:
+    started_s = time.perf_counter()
+    for request in requests:
+        running.ask(request)
+    return len(requests) / (time.perf_counter() - started_s)
+
+
+def _losses(running: Running, folder: Path, gates: Seq[float]) -> Iterator[Row]:
     """What lead, mixture and gates say of the README, in nats per token."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     ids = tokenizer.encode((ROOT / "README.md").read_text()).ids[: 4 * 256]
-    fused = replace(asked([]), members=MEMBERS, weights=weights)
+    fused = replace(asked([]), members=MEMBERS, weights=WEIGHTS)
     ways = {"the lead alone": asked([]), "the mixture": fused} | {
-        f"gated at {gate}": replace(fused, rule="gated", gate=gate) for gate in GATES
+        f"gated at {gate}": replace(fused, rule="gated", gate=gate) for gate in gates
     }
     for name, way in ways.items():
         told = []
@@ -243,17 +312,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.real_drafts")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--only", choices=("base", "fused"))
+    parser.add_argument("--only", choices=("base", "fused", "gated", "school"))
+    parser.add_argument("--gates", type=float, nargs="+", default=GATES)
     parser.add_argument("--folder", type=Path, help="SmolLM2 as safetensors; made if not given")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         into = Path(temporary)
         folder = arguments.folder or dequantize(locate(SOURCE, folder=Path()).path, into / "base")
         rows: list[Row] = []
-        kinds = {"base": base_rows, "fused": fused_rows}
-        for kind, measure in kinds.items():
+        dtype, rounds = arguments.dtype, arguments.rounds
+        kinds: dict[str, Iterator[Row]] = {
+            "base": base_rows(folder, into, dtype, rounds),
+            "fused": fused_rows(folder, into, dtype, rounds),
+            "gated": gated_rows(folder, into, dtype, rounds, arguments.gates),
+            "school": school_rows(rounds),
+        }
+        for kind, measured in kinds.items():
             if arguments.only in (None, kind):
-                for row in measure(folder, into, arguments.dtype, arguments.rounds):
+                for row in measured:
                     print_row(row)
                     rows.append(row)
     save(rows, "real-drafts")

@@ -19,6 +19,9 @@ from models.engines.stacked import drafts as drafts_module
 from models.engines.stacked.drafts import StepCosts
 from models.engines.stacked.runner import Runner
 from models.errors import PoolError
+from models.pool import DEFAULT_POOL, load_pool
+from models.tokenizer import load_tokenizer
+from policies.outcomes import read_outcomes
 from tests.models.engines.stacked.tiny import (
     answer,
     build_engine,
@@ -264,3 +267,31 @@ def test_senseless_drafts_are_refused(folders: list[Path], draft: Any, message: 
 def test_who_only_drafts_answers_nothing(folders: list[Path]) -> None:
     """A drafting member of another shape is none that a request may name."""
     assert build(folders, "another shape").members == ("m0", "m1", "m2")
+
+
+def test_two_hundred_greedy_answers_stay_what_they_are() -> None:
+    """The shipped base, with kept prefixes and its chunk's drafts, by n-grams, and plainly: the
+    same 200 questions, each asked twice, token for token.
+    """
+    told = read_outcomes(DEFAULT_POOL / "outcomes.jsonl")
+    texts = [row.query for row in told if row.split == "test"][::16]
+    tokenizer = load_tokenizer(load_pool(DEFAULT_POOL).model("base"))
+    folders = [DEFAULT_POOL / "base", DEFAULT_POOL / "text"]
+
+    def tokens(**options: Any) -> list[list[int]]:
+        engine = build_engine(folders, leads=("m1",), kv_memory_bytes=2**26, **options)
+
+        async def run() -> list[list[int]]:
+            async with running(engine):
+                answers = []
+                for text in texts * 2:
+                    prompt = tokenizer.encode_chat([{"role": "user", "content": text}])
+                    answers.append(token_ids(await read(engine, request(prompt, max_tokens=24))))
+                return answers
+
+        return asyncio.run(run())
+
+    plain = tokens(prefix_cache=False)
+    assert len(plain) == 400
+    assert tokens(draft={"member": "m1"}) == plain
+    assert tokens(draft="ngram") == plain
