@@ -157,7 +157,8 @@ class Loop(threading.Thread):
     def _turn(self) -> None:
         """Run one step and hand over what is due."""
         for _ in range(MOST_AHEAD):
-            if not (leading := self._scheduler.lead_step()):
+            leading = self._scheduler.lead_step()
+            if not leading or self._scouts is None:
                 break
             self._timed(leading, self._scouts)
         parts = self._scheduler.next_step()
@@ -245,7 +246,7 @@ class Loop(threading.Thread):
             if part.sequence.finished or guess != drawn.token_ids[row]:
                 break
             num_right += 1
-        if part.draft and self._drafts is not None:
+        if part.draft and self._drafts is not None and part.sequence.scout is None:
             self._drafts.learn(part, num_right)
 
     def _accept(self, sequence: Sequence, drawn: Draw, row: int, lead: Said | None) -> None:
