@@ -89,9 +89,11 @@ def _split(
     """Return who answers here, and the guests of another shape that only lead or draft."""
     own = [model for model in models if model.name not in spec.leads]
     leads = [model for model in models if model.name in spec.leads]
-    guesser = _guesser(spec, options, [*own, *leads])
+    draft = options.draft
+    drafts_too = isinstance(draft, DraftingMember) and draft.member in [m.name for m in leads]
+    guesser = None if drafts_too else _guesser(spec, options, own)
     answering = [model for model in own if model is not guesser]
-    guests = leads if guesser is None or guesser in leads else [*leads, guesser]
+    guests = [*leads, guesser] if guesser else leads
     _check_guests(spec, answering, guests)
     return answering, guests
 

@@ -335,12 +335,13 @@ class StackedEngine:
         member of the step each is. Members of zero weight need no lane, but for one that leads; one
         that runs alone comes first. A lead that is a guest has no lane but a weight, the first.
         """
-        if self._scout(request) is not None:
-            return self._following(request)
+        scout = self._scout(request)
         indices = [
             adapters[name] if name in adapters else self._bases.index(name)
-            for name in request.members
+            for name in request.members[0 if scout is None else 1 :]
         ]
+        if scout is not None:
+            return _following(indices, relative_weights(request))
         lanes = dict(zip(indices, relative_weights(request), strict=True))
         if request.rule == "contrastive":
             lanes = dict(zip(lanes, contrastive_powers(len(lanes), request.contrast), strict=True))
@@ -361,20 +362,20 @@ class StackedEngine:
             raise RequestError(f"{field}: {lead} leads, which does not go with it", field)
         return list(self._guests).index(lead)
 
-    def _following(
-        self, request: GenerationRequest
-    ) -> tuple[tuple[int, ...], tuple[float, ...], tuple[int | None, ...]]:
-        """Return what `_lanes` does where a guest leads, of those who follow it."""
-        lead, *shares = relative_weights(request)
-        others = map(self._bases.index, request.members[1:])
-        weights = dict(zip(others, shares, strict=True))
-        used = sorted(member for member, weight in weights.items() if weight) or [min(weights)]
-        places = {member: 1 + lane for lane, member in enumerate(used)}
-        return (
-            tuple(used),
-            (lead, *(weights[member] for member in used)),
-            (0, *(places.get(member) for member in weights)),
-        )
+
+def _following(
+    members: Seq[int], weights: Seq[float]
+) -> tuple[tuple[int, ...], tuple[float, ...], tuple[int | None, ...]]:
+    """Return what `_lanes` does for `members` who follow a guest, whose weight is the first."""
+    lead, *shares = weights
+    weight_of = dict(zip(members, shares, strict=True))
+    used = sorted(member for member, weight in weight_of.items() if weight) or [min(members)]
+    places = {member: 1 + lane for lane, member in enumerate(used)}
+    return (
+        tuple(used),
+        (lead, *(weight_of[member] for member in used)),
+        (0, *(places.get(member) for member in members)),
+    )
 
 
 def _device(spec: EngineSpec) -> torch.device:
