@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from llguidance import LLTokenizer
 from safetensors.torch import load_file, save_file
@@ -133,13 +133,8 @@ requests = st.builds(
 )
 
 
-@settings(
-    max_examples=15,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-    phases=[Phase.explicit, Phase.generate],  # shrinking would run into the test's time limit
-)
+# Shrinking would run into the test's time limit.
+@settings(max_examples=15, phases=[Phase.explicit, Phase.generate])
 @given(
     wanted=st.lists(requests, min_size=1, max_size=5),
     rows=st.sampled_from([120, 4000]),
