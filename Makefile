@@ -210,6 +210,7 @@ bench-real: $(STAMP)
 	$(BIN)/python -m tests.bench.real_conversation
 	$(BIN)/python -m tests.bench.real_adapters
 	$(BIN)/python -m tests.bench.real_drafts
+	$(BIN)/python -m tests.bench.affinity
 
 # Tables and plots of the routers; ENCODER=neural:FOLDER adds rows with a sentence encoder.
 bench-routing: $(STAMP)
