@@ -134,12 +134,15 @@ async def _unpacked(request: Request, packing: str) -> AsyncIterator[bytes]:
                 if start % _STEP_BYTES == 0:
                     await asyncio.sleep(0)
         return
-    inflating = zlib.decompressobj(zlib.MAX_WBITS | 32 if "gzip" in packing else zlib.MAX_WBITS)
+    bits = zlib.MAX_WBITS | 32 if "gzip" in packing else zlib.MAX_WBITS
+    inflating = zlib.decompressobj(bits)
     async for part in request.stream():
         left = part
         while left:
+            if inflating.eof:  # of one part of several: together they are the whole
+                inflating = zlib.decompressobj(bits)
             yield inflating.decompress(left, _STEP_BYTES)
-            left = inflating.unconsumed_tail
+            left = inflating.unconsumed_tail or inflating.unused_data
             await asyncio.sleep(0)
     if not inflating.eof:
         raise EOFError

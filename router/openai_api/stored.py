@@ -184,6 +184,15 @@ def add_response_routes(api: FastAPI, store: ResponseStore, *, identify: Identif
             raise _unknown(response_id, store)
         return JSONResponse({"id": response_id, "object": "response", "deleted": True})
 
+    async def cancel(request: Request, response_id: str) -> JSONResponse:
+        await found(request, response_id)
+        raise bad_request(
+            "Only responses of background: true can be cancelled, which this server has none of; "
+            "one that is being written ends when its client hangs up.",
+            "response_id",
+            "response_over",
+        )
+
     async def items(request: Request, response_id: str) -> JSONResponse:
         kept = await found(request, response_id)
         newest_first = _listed(kept.items, response_id)[::-1]
@@ -193,6 +202,7 @@ def add_response_routes(api: FastAPI, store: ResponseStore, *, identify: Identif
     for path, method, answer, extra in (
         (one, "GET", read, described(Response)),
         (one, "DELETE", delete, described(DeletedResponse)),
+        (f"{one}/cancel", "POST", cancel, described(Response)),
         (
             f"{one}/input_items",
             "GET",

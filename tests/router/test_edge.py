@@ -20,8 +20,15 @@ BODY = json.dumps(CHAT).encode()
 JSON = {"content-type": "application/json"}
 PATH = "/v1/chat/completions"
 
+
+def _gzip_parts(body: bytes) -> bytes:
+    """Return what several programs have packed one after another."""
+    return gzip.compress(body[:9]) + gzip.compress(body[9:])
+
+
 PACKINGS: dict[str, Callable[[bytes], bytes]] = {
     "gzip": gzip.compress,
+    "x-gzip": _gzip_parts,
     "deflate": zlib.compress,
     "zstd": zstandard.compress,
 }

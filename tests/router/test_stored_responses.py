@@ -77,6 +77,16 @@ def test_kept_responses_are_read_and_forgotten(keeping: Running) -> None:
         assert refused.value.param == "previous_response_id"
 
 
+def test_what_is_over_cannot_be_cancelled(keeping: Running) -> None:
+    """A kept response is whole: 400; one that is not there is 404."""
+    responses = keeping.client.responses
+    told = responses.create(model="alpha", input="hello", store=True)
+    with pytest.raises(openai.BadRequestError, match="background"):
+        responses.cancel(told.id)
+    with pytest.raises(openai.NotFoundError):
+        responses.cancel("resp_none")
+
+
 def test_what_cannot_be_kept_says_so(keeping: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer whose conversation takes too much room is told, and says that it was not kept."""
     monkeypatch.setattr("router.openai_api.stored._MOST_BYTES", 10)
