@@ -285,11 +285,11 @@ def _pool_laws(
             "fused with weights from evidence, on held-out test questions or texts; short training "
             "runs"
         ),
-        ensemble_error=error and error.law,
-        ensemble_loss=loss and loss.law,
+        ensemble_error=error.law if error else None,
+        ensemble_loss=loss.law if loss else None,
         mixture_general=MixtureLaw(**mixture["general"]["law"]) if mixture else None,
         mixture_domain=MixtureLaw(**mixture["domain"]["law"]) if mixture else None,
-        post_pruning=pruning and pruning.law,
+        post_pruning=pruning.law if pruning else None,
         rmse={
             **{name: fitted.rmse for name, fitted in fits.items() if fitted},
             **{
