@@ -87,6 +87,9 @@ ATTACKS: dict[str, Attack] = {
         (CHAT, "template variables, 37,000", lambda: _chat(chat_template_kwargs=_keys(37_000))),
         (CHAT, "schema, 37,000 keys", lambda: _schema({"properties": _keys(37_000)})),
         (CHAT, "schema, 3.9 MB", lambda: _schema({"description": "x" * 3_900_000})),
+        (CHAT, "choices, 50,000", lambda: _chat(guided_choice=["x"] * 50_000)),
+        (CHAT, "regex, 3.9 MB", lambda: _chat(guided_regex="a" * 3_900_000)),
+        (CHAT, "grammar, 3.9 MB", lambda: _chat(guided_grammar='root ::= "' + "a" * 3_900_000)),
         (CHAT, "candidates, 50,000", lambda: _chat(
             shoal={"plan": {"best": {"candidates": ["alpha"] * 50_000, "select": "majority"}}})),
         (CHAT, "shoal, 37,000 keys", lambda: _chat(shoal=_keys(37_000))),
@@ -112,12 +115,24 @@ ATTACKS: dict[str, Attack] = {
         (MESSAGES, "messages, 2,048 (answered)", lambda: _chat(messages=[TURN] * 2_048)),
         (MESSAGES, "blocks, 70,000 of no type", lambda: _said([{}] * 70_000)),
         (MESSAGES, "system, 3.9 MB", lambda: _chat(system="word " * 780_000)),
+        (MESSAGES, "tools, 50,000", lambda: _chat(
+            tools=[{"name": "f", "input_schema": {}}] * 50_000)),
+        (MESSAGES, "stop_sequences, 100,000", lambda: _chat(stop_sequences=["x"] * 100_000)),
         (COUNT, "messages, 2,048 (answered)", lambda: _chat(messages=[TURN] * 2_048)),
         (COUNT, "content, 3.9 MB (answered)", lambda: _said("word " * 780_000)),
         ("/tokenize", "prompt, 3.9 MB (answered)", lambda: {
             "model": "alpha", "prompt": "w " * 1_900_000}),
         ("/detokenize", "tokens, 140,000 (answered)", lambda: {
             "model": "alpha", "tokens": [65] * 140_000}),
+        ("/v1/embeddings", "input, 140,000 token ids", lambda: {
+            "model": "alpha", "input": [65] * 140_000}),
+        ("/v1/embeddings", "input, 2,048 texts of 1.9 kB", lambda: {
+            "model": "alpha", "input": ["word " * 380] * 2_048}),
+        ("/v1/rerank", "documents, 40,000", lambda: {
+            "model": "alpha", "query": "x", "documents": ["x"] * 40_000}),
+        ("/v1/batches", "metadata, 24,000", lambda: {
+            "input_file_id": "f", "endpoint": CHAT, "completion_window": "24h",
+            "metadata": _keys(24_000)}),
         ("/v1/feedback", "id, 0.9 MB", lambda: {"id": "x" * 900_000, "thumb": "up"}),
         ("/v1/feedback", "unknown fields, 37,000", lambda: {"id": "x", **_keys(37_000)}),
     )
