@@ -71,9 +71,11 @@ def prepared_environment(folder: Path, haproxy: str | None) -> Iterator[None]:
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         # HAProxy, or its manager, that fails three checks is replaced.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",
-        "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "1.5",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "1",
         # A replica that does not answer will finish nothing: it is not waited for.
         "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
+        # What stands still does not heed SIGTERM either; replicas have been drained before it.
+        "RAY_kill_worker_timeout_milliseconds": "1000",
         # Nobody else sends requests here once the command ends.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
         "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "0.5",
@@ -84,8 +86,8 @@ def prepared_environment(folder: Path, haproxy: str | None) -> Iterator[None]:
             "RAY_SERVE_HAPROXY_BINARY_PATH": str(write_launcher(folder, haproxy)),
             "RAY_SERVE_HAPROXY_MAXCONN": str(most_connections()),
             "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(CLIENT_TIMEOUT_S),
-            # Replicas that stand still get no new requests after three checks of two seconds.
-            "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "2s",
+            # Replicas that stand still get no new requests after three checks of a second.
+            "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
             "RAY_SERVE_HAPROXY_HEALTH_CHECK_FALL": "3",
             "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",

@@ -20,9 +20,9 @@ def replicas(spec: DeploymentSpec) -> dict[str, Any]:
     options: dict[str, Any] = {
         "max_ongoing_requests": _MAX_ONGOING_REQUESTS,
         # Three checks in a row that fail, or have no answer, are the end of a replica: so one that
-        # stands still is replaced after nine seconds, one that is gone after one.
-        "health_check_period_s": 1,
-        "health_check_timeout_s": 2,
+        # stands still is replaced after five seconds, one that is gone after one.
+        "health_check_period_s": 0.5,
+        "health_check_timeout_s": 1.5,
         "graceful_shutdown_timeout_s": spec.drain_s,
         "graceful_shutdown_wait_loop_s": 0.5,
         "logging_config": {"enable_access_log": False},

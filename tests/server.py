@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     import psutil
 
 
-def until(condition: Callable[[], bool], within_s: float = 120) -> None:
-    """Wait for `condition`."""
+def until(condition: Callable[[], bool], within_s: float = 120, *, every_s: float = 0.05) -> None:
+    """Wait for `condition`, which is looked at `every_s`."""
     end = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
+        time.sleep(every_s)
 
 
 @dataclass

@@ -23,10 +23,10 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm
 
 from policies.base import Policy, Query
 from policies.cascade.base import Scorer
@@ -40,7 +40,7 @@ from policies.plan import to_json
 # Normal intervals around fewer effective requests than this say nothing.
 MIN_EFFECTIVE = 30.0
 # Of 95% intervals.
-_Z = float(norm.isf(0.025))
+_Z = NormalDist().inv_cdf(0.975)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ def estimate(logged: Logged, *, confidence: float = 0.95) -> OffPolicy:
             f"replay: {num} requests are worth only {effective:.1f} under this policy; "
             f"at least {MIN_EFFECTIVE:.0f} are needed"
         )
-    z = float(norm.isf((1 - confidence) / 2))
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
     snips = float((w * logged.rewards).sum() / w.sum())
     return OffPolicy(
         ips=_mean(w * logged.rewards, z),

@@ -13,8 +13,6 @@ from dataclasses import asdict, dataclass
 from io import BytesIO
 from typing import Any, Literal, TypeAlias
 
-from scipy.stats import chi2, chi2_contingency
-
 from policies.experiments import sequences
 from policies.experiments.effects import ArmMean
 from policies.experiments.experiment import Experiment
@@ -41,6 +39,8 @@ def sample_ratio(
     arms: Sequence[str], observed: Sequence[int], expected: Sequence[float]
 ) -> SampleRatio:
     """Compare `observed` units with relative `expected` shares (arms with share 0 left out)."""
+    from scipy.stats import chi2  # noqa: PLC0415 - heavy, and a server waits
+
     kept = [i for i, share in enumerate(expected) if share > 0]
     total, shares = sum(observed[i] for i in kept), sum(expected[i] for i in kept)
     wanted = [total * expected[i] / shares for i in kept] if shares else []
@@ -281,6 +281,8 @@ def _notes(
     table = [[yes, total - yes] for yes, total in counts]
     measurable = len(table) > 1 and all(map(sum, zip(*table, strict=True)))
     if experiment.primary.metric in ("quality", "judged_quality") and measurable:
+        from scipy.stats import chi2_contingency  # noqa: PLC0415 - heavy, and a server waits
+
         p = float(chi2_contingency(table).pvalue)
         if p < ALARM_P:
             rates = ", ".join(f"{arm.name} {arm.means['feedback_rate'].mean:.1%}" for arm in rated)

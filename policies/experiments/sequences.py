@@ -15,13 +15,15 @@ floats or arrays alike.
 
 from __future__ import annotations
 
+from statistics import NormalDist
 from typing import TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm
 
 Values = TypeVar("Values", float, NDArray[np.float64])
+
+_NORMAL = NormalDist()
 
 
 def tuned_rho(v: Values, *, alpha: float) -> Values:
@@ -61,7 +63,7 @@ def p_value(estimate: Values, se: Values, *, rho: Values) -> Values:
 
 def information_for(effect: Values, *, alpha: float, power: float = 0.9) -> Values:
     """Return the information 1/se² at which a fixed-sample test finds `effect` with `power`."""
-    z = norm.isf(alpha / 2) + norm.isf(1 - power)
+    z = _NORMAL.inv_cdf(power) - _NORMAL.inv_cdf(alpha / 2)
     return cast(Values, np.square(z / effect))
 
 
@@ -76,4 +78,4 @@ def power_at(effect: float, se: float, *, rho: float, alpha: float) -> float:
     The sequence's own power is higher: it may have crossed earlier.
     """
     width = radius(se, rho=rho, alpha=alpha)
-    return float(norm.sf((width - abs(effect)) / se)) if np.isfinite(width) else 0.0
+    return _NORMAL.cdf((abs(effect) - width) / se) if np.isfinite(width) else 0.0

@@ -14,7 +14,6 @@ from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import least_squares
 
 from policies.errors import LawError
 
@@ -88,6 +87,8 @@ def fit_law(
     def predict(law: Law) -> Array:
         predicted: Array = getattr(law, "predict")(**points)  # noqa: B009 - a Law is any type
         return predicted
+
+    from scipy.optimize import least_squares  # noqa: PLC0415 - heavy, and a server waits
 
     is_log = np.array([constant.positive for constant in constants])
 

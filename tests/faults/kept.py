@@ -65,17 +65,11 @@ class Kept:
 
     def part(self, kind: str) -> list[psutil.Process]:
         """Return the processes of one kind that run, and do not stand still."""
-        found = []
-        for process in self.server.family():
-            with contextlib.suppress(psutil.Error):
-                runs = process.status() not in {psutil.STATUS_ZOMBIE, psutil.STATUS_STOPPED}
-                if runs and re.search(PARTS[kind][0], " ".join(process.cmdline())):
-                    found.append(process)
-        return found
+        return [process for process, line in self._running() if re.search(PARTS[kind][0], line)]
 
     def make_whole(self) -> None:
         """Wait until every part runs, and start the server again where it has ended."""
-        until(self._is_whole, 300)
+        until(self._is_whole, 300, every_s=0.5)  # to look takes a share of what is waited for
 
     def close(self) -> None:
         """Stop it for good."""
@@ -85,7 +79,20 @@ class Kept:
     def _is_whole(self) -> bool:
         if self.server.process.poll() is not None:
             self.server = self._start()
-        return all(len(self.part(kind)) >= number for kind, (_, number) in PARTS.items())
+        lines = [line for _, line in self._running()]
+        return all(
+            sum(bool(re.search(pattern, line)) for line in lines) >= number
+            for pattern, number in PARTS.values()
+        )
+
+    def _running(self) -> list[tuple[psutil.Process, str]]:
+        """Return the processes that neither ended nor stand still, and their command lines."""
+        found = []
+        for process in self.server.family():
+            with contextlib.suppress(psutil.Error):
+                if process.status() not in {psutil.STATUS_ZOMBIE, psutil.STATUS_STOPPED}:
+                    found.append((process, " ".join(process.cmdline())))
+        return found
 
     def _start(self) -> Server:
         config = {**CONFIG, "ledger": {"url": self.url}}
