@@ -16,7 +16,7 @@ from ray.serve.handle import DeploymentHandle
 from models.engines.registry import engine_traits
 from models.errors import PoolError
 from models.pool import load_pool
-from router.compose import check_experiments, compose, freeze, open_ledger
+from router.compose import check_experiments, compose, open_ledger, settle_in
 from router.config import AppArgs
 from router.editions import catalog_of
 from router.ingress import create_api
@@ -70,7 +70,7 @@ class Ingress:
             ledger=open_ledger(args),
             echo_request_id=False,
         )
-        freeze()
+        settle_in()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the application that this replica serves."""

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Final
 
 VARIABLE: Final = "SHOAL_SERVER"
+_OWNER: Final = ".server"  # the file of a server's folder that holds its name
 _PROC: Final = Path("/proc")
 _LISTEN: Final = "0A"  # TCP_LISTEN in /proc/net/tcp
 _LOOK_S: Final = 1.0  # how often the keeper looks who is there
@@ -37,7 +38,8 @@ _SWEEP_S: Final = 5.0  # a killed process is gone at once, unless the disk holds
 def kept(folder: Path | None = None) -> Iterator[None]:
     """Keep this process's children, and `folder`, from outliving it or the block.
 
-    What earlier servers of this user left is ended first. Does nothing where there is no /proc.
+    What earlier servers of this user left, beside `folder` too, is ended first. Does nothing where
+    there is no /proc.
     """
     if not (_PROC / "self" / "environ").exists():
         yield
@@ -45,6 +47,13 @@ def kept(folder: Path | None = None) -> Iterator[None]:
     for name in {name for _, name in _named() if _is_gone(name)}:
         sweep(name)
     name = _name_of(os.getpid())
+    if folder is not None:
+        for left in folder.parent.glob(f"*/{_OWNER}"):
+            with contextlib.suppress(OSError):
+                mine = left.is_file() and left.stat().st_uid == os.getuid()
+                if mine and _is_gone(left.read_text()):
+                    shutil.rmtree(left.parent)
+        (folder / _OWNER).write_text(name)
     os.environ[VARIABLE] = name
     command = [sys.executable, __file__, name, *([str(folder)] if folder else [])]
     keeper = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)

@@ -72,6 +72,7 @@ def serve(
                 "configuration, and make keys with `shoal keys create`."
             )
         _catch_signals(_interrupt)
+        os.environ.setdefault("VLLM_RPC_BASE_PATH", folder)  # so that its sockets end with this
         with kept(Path(folder)):
             _serve(args, loaded, host, port, Path(folder), local=local)
     _say("Stopped.")
@@ -146,7 +147,7 @@ def _serve_here(args: AppArgs, pool: Pool, host: str, port: int) -> None:
     from uvicorn.loops.auto import auto_loop_factory
 
     from models.errors import EngineError
-    from router.compose import freeze, open_ledger
+    from router.compose import open_ledger, settle_in
     from router.editions import catalog_of
     from router.local import http_server, local_service
     from router.logs import set_up_logs
@@ -162,7 +163,7 @@ def _serve_here(args: AppArgs, pool: Pool, host: str, port: int) -> None:
             while not server.started and not serving.done():  # noqa: ASYNC110 - has no event
                 await asyncio.sleep(0.01)
             if server.started:
-                freeze()
+                settle_in()
                 _announce(host, port, args)
                 _reload_on_hangup(args, pool)
             await serving

@@ -122,9 +122,10 @@ JSON_VALUES = st.recursive(
 )
 
 
-@given(JSON_VALUES, st.booleans())
-def test_values_are_counted_exactly(value: Any, ascii_only: bool) -> None:
-    """Lists, objects, commas and strings, whatever stands within these."""
+@given(JSON_VALUES, st.booleans(), st.sampled_from((0, 2**14 - 4, 2**15)), st.integers(0, 3))
+def test_values_are_counted_exactly(value: Any, ascii_only: bool, length: int, more: int) -> None:
+    """Lists, objects, commas and strings, whatever stands within these, and wherever."""
+    value = ['\\"' * (length // 4) + "x" * more, '"\\' * (length // 4), value]
 
     def count(part: Any) -> int:
         if isinstance(part, dict):

@@ -128,7 +128,9 @@ def test_the_next_server_ends_what_server_and_keeper_left(start: Callable[..., S
     assert not _ended(lost)
     start()
     assert _ended(lost)
+    assert not lost.folder.exists()
     assert all(is_running(pid) for pid in living.started)
+    assert living.folder.exists()
 
 
 def test_a_variable_of_that_name_alone_is_no_reason(start: Callable[..., Server]) -> None:
