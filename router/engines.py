@@ -135,10 +135,10 @@ class EngineWorker:
                     else:
                         yield chunk
         finally:
-            energy = None if meter is None else meter.end(request.request_id)
+            spent = None if meter is None else meter.end(request.request_id)
             del self._active[request.request_id]
             if not finished:
-                used = Used(num_tokens=progress.num_tokens, energy=energy)
+                used = Used(num_tokens=progress.num_tokens, energy=spent)
                 self._cancelled[request.request_id] = used
                 if len(self._cancelled) > _MAX_REMEMBERED:
                     self._cancelled.popitem(last=False)
