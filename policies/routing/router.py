@@ -130,8 +130,8 @@ class Router:
         around = [*range(first), *range(last, len(parts))]
         if not around:
             return text
-        talk, least = min((seen[c].talk + seen[c].similarity, c) for c in around)
-        if talk < self.doubt.talk_above:
+        least: int = min(around, key=lambda c: seen[c].talk + seen[c].similarity)
+        if seen[least].talk + seen[least].similarity < self.doubt.talk_above:
             return parts[least]
         core = " ".join(parts[first:last])
         return core if self._predict(core).familiar else text
