@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
 from fastapi import FastAPI, Request
@@ -21,7 +21,7 @@ from router.bodies import Bodies
 from router.errors import ApiError, bad_request
 from router.ledger.database import Database, writing
 from router.ledger.schema import BATCHES
-from router.openai_api.fields import read_fields, read_json
+from router.openai_api.fields import few, read_fields, read_json
 from router.openai_api.files import PURPOSE, FileStore, page, unknown_file
 from router.openapi import described
 
@@ -44,7 +44,7 @@ class BatchFields(BaseModel):
     input_file_id: str = Field(min_length=1, max_length=256)
     endpoint: str = Field(max_length=256)
     completion_window: Literal["24h"]
-    metadata: dict[str, str] | None = Field(None, max_length=16)
+    metadata: Annotated[dict[str, str] | None, few(16)] = Field(None, max_length=16)
 
 
 class BatchStore:
