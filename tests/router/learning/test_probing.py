@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 from models.pool import DEFAULT_POOL, load_pool
 from policies.base import Query
 from policies.cascade.base import Reading
-from policies.outcome_sets import TEST, divide
 from policies.outcomes import Outcome, read_outcomes, write_outcomes
 from policies.plan import Cascade
 from router.catalog.catalog import load_catalog
@@ -105,20 +104,6 @@ def test_a_look_is_learned_installed_and_served(tmp_path: Path) -> None:
             ]
 
     assert all(reply.text for reply in asyncio.run(served()))
-
-
-def test_a_look_that_makes_answers_worse_is_not_installed(tmp_path: Path) -> None:
-    """Where what readings tell of the questions learned from is the reverse on the others."""
-    pool = pool_at(tmp_path)
-    outcomes = [
-        replace(row, scores={**row.scores, "numerals": 1 - row.scores["numerals"]})
-        if row.split == TEST
-        else row
-        for row in divide(told_by_readings(pool), test_share=0.3, seed=0)
-    ]
-    output = learn(pool, outcomes)
-    assert "no probing-v1: a look at the prompt made" in output
-    assert "probing-v1" not in yaml.safe_load(pool.read_text())["policies"]
 
 
 def test_readings_are_of_the_prompts_that_are_served(tmp_path: Path) -> None:
