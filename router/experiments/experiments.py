@@ -143,7 +143,8 @@ class Experiments:
         return [summary for summary in found if summary is not None]
 
     async def check(self, experiment: Experiment) -> None:
-        """Stop arms that breach a guardrail, and move adaptive weights."""
+        """Stop arms that breach a guardrail, and move adaptive weights, by what is there now."""
+        self._summaries.pop(experiment.name, None)
         summary = await self.summary(experiment.name)
         if summary is None or summary.state is None:
             return

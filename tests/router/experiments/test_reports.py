@@ -119,6 +119,7 @@ def test_thompson_sampling_moves_the_weights(tmp_path: Path) -> None:
             answer = trial.ask(f"hi {turn}")
             good = answer["shoal"]["arm"] == "new"
             trial.rate(answer["id"], score=0.9 if good and turn % 5 else 0.2)
+        trial.flush()
         experiments = trial.service.experiments
         assert experiments is not None
         trial.run(experiments.check(experiments.definitions[0]))
