@@ -266,8 +266,9 @@ class Anthropic(Library):
         return self._told(told).text
 
     def parse(self, model: str, question: str) -> Sum:
+        # It tells the bounds in words alone, and toys know none: greedily, for a number that fits.
         got = self._messages().parse(
-            model=model, max_tokens=64, messages=user(question), output_format=Sum
+            model=model, max_tokens=64, messages=user(question), output_format=Sum, **GREEDY
         )
         assert isinstance(got.parsed_output, Sum)
         return got.parsed_output
