@@ -168,11 +168,11 @@ def test_interrupted_training_goes_on_from_its_checkpoint(recipe, tmp_path, monk
 
     step, left = Trainer.step, [20]
 
-    def failing(self, rows, share):
+    def failing(self, rows, share, number):
         left[0] -= 1
         if left[0] < 0:
             raise KeyboardInterrupt
-        return step(self, rows, share)
+        return step(self, rows, share, number)
 
     out = tmp_path / "interrupted"
     monkeypatch.setattr(Trainer, "step", failing)
