@@ -8,6 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from random import Random
 from typing import Any
 
+import pytest
+
+from tests.router.conftest import Running, running
+from tests.router.test_encoding import pool_of
+
 NUM_SEEDS = 2000
 
 # What is put in the place of any part of a body that was in order.
@@ -115,7 +120,42 @@ BODIES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("/detokenize", {"model": "alpha", "tokens": [65, 66]}),
     ("/v1/feedback", {"id": "chatcmpl-none", "label": "l"}),
     ("/v1/feedback", {"id": "chatcmpl-none", "score": 0.5}),
+    (
+        "/v1/embeddings",
+        {
+            "model": "plain", "input": ["the cat"], "dimensions": 8, "encoding_format": "float",
+            "truncate_prompt_tokens": -1, "user": "u", "shoal": {"session": "s"},
+        },
+    ),
+    ("/v1/embeddings", {"model": "plain", "input": [[5, 6], [7]], "encoding_format": "base64"}),
+    (
+        "/v1/rerank",
+        {
+            "model": "plain", "query": "the cat", "documents": ["a dog", {"text": "the cat sat"}],
+            "top_n": 1, "return_documents": True,
+        },
+    ),
+    (
+        "/v1/batches",
+        {
+            "input_file_id": "file-of-lines", "endpoint": CHAT, "completion_window": "24h",
+            "metadata": {"a": "b"}, "output_expires_after": None,
+        },
+    ),
+    (
+        "/v1/admin/keys",
+        {"name": "k", "scope": "user", "team": "team-there", "caps": {"usd_per_day": 1}},
+    ),
+    ("/v1/admin/keys/key-there", {"team": None, "caps": {"tokens_per_minute": 5.5, "x": None}}),
+    ("/v1/admin/teams", {"name": "t", "caps": {"requests_per_month": 7}}),
+    ("/v1/admin/teams/team-there", {"caps": {"wh_per_hour": None, "gco2e_per_day": 2}}),
 )  # fmt: skip
+LINE = {"custom_id": "1", "method": "POST", "url": CHAT, "body": BODIES[0][1]}
+FORM = (
+    b'--x\r\ncontent-disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--x\r\n'
+    b'content-disposition: form-data; name="file"; filename="in.jsonl"\r\n\r\n%s\r\n--x--\r\n'
+)
+JSON, UPLOAD = "application/json", "multipart/form-data; boundary=x"
 
 
 def _places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -131,16 +171,14 @@ def _places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]
         yield from _places(part, (*place, key))
 
 
-def _mutate(seed: int) -> tuple[str, bytes]:
-    """Return a path and a body that is nearly right: parts replaced by odd ones, or bytes."""
+def _mutate(seed: int) -> tuple[str, str, bytes]:
+    """Return a path, a type and a body that is nearly right: odd parts, or bytes, put in."""
     random = Random(seed)
+    if random.random() < 0.05:
+        return "/v1/files", UPLOAD, _scratched(FORM % json.dumps(LINE).encode(), random)
     path, body = copy.deepcopy(random.choice(BODIES))
     if random.random() < 0.2:
-        raw = bytearray(json.dumps(body).encode())
-        for _ in range(random.randint(1, 6)):
-            at = random.randint(0, len(raw))
-            raw[at : at + random.randint(0, 20)] = random.randbytes(random.randint(0, 2))
-        return path, bytes(raw)
+        return path, JSON, _scratched(json.dumps(body).encode(), random)
     for _ in range(random.choice((1, 1, 1, 2, 3, 4))):
         *above, last = random.choice([place for place in _places(body) if place])
         target: Any = body
@@ -148,15 +186,45 @@ def _mutate(seed: int) -> tuple[str, bytes]:
             target = target[key]
         kin = [odd for odd in ODD if type(odd) is type(target[last])]
         target[last] = copy.deepcopy(random.choice(kin if kin and random.random() < 0.6 else ODD))
-    return path, json.dumps(body).encode()
+    return path, JSON, json.dumps(body).encode()
 
 
-def test_nothing_that_is_sent_breaks_the_server(server: Any) -> None:
+def _scratched(body: bytes, random: Random) -> bytes:
+    """Return `body` with some bytes taken out and others put in."""
+    raw = bytearray(body)
+    for _ in range(random.randint(1, 6)):
+        at = random.randint(0, len(raw))
+        raw[at : at + random.randint(0, 20)] = random.randbytes(random.randint(0, 2))
+    return bytes(raw)
+
+
+@pytest.fixture(name="server", scope="module")
+def server_of_everything(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Scripted models, and an encoder."""
+    folder = tmp_path_factory.mktemp("pool")
+    pool = pool_of(folder)
+    scripted = [{"name": name, "engine": "one"} for name in ("beta", "gamma")]
+    policies = {"auto": {"kind": "fixed", "plan": "beta"}}
+    with running(
+        folder, **{**pool, "models": [*pool["models"], *scripted], "policies": policies}
+    ) as server:
+        yield server
+
+
+def test_nothing_that_is_sent_breaks_the_server(server: Running) -> None:
     """No body is answered by a 5xx, and every error is in the shape of its API."""
+    whole = {"content": FORM % json.dumps(LINE).encode(), "headers": {"content-type": UPLOAD}}
+    there = {
+        b"file-of-lines": server.http.post("/v1/files", **whole).json()["id"],
+        b"key-there": server.http.post("/v1/admin/keys", json={"name": "k"}).json()["id"],
+        b"team-there": server.http.post("/v1/admin/teams", json={"name": "t0"}).json()["id"],
+    }
 
     def post(seed: int) -> tuple[int, str]:
-        path, body = _mutate(seed)
-        answer = server.http.post(path, content=body, headers={"content-type": "application/json"})
+        path, kind, body = _mutate(seed)
+        for name, found in there.items():
+            path, body = path.replace(name.decode(), found), body.replace(name, found.encode())
+        answer = server.http.post(path, content=body, headers={"content-type": kind})
         told = f"seed {seed} {path}: {answer.status_code} {answer.text[:200]}"
         if answer.status_code >= 400:
             error = answer.json()["error"]
