@@ -54,6 +54,7 @@ from models.downscale.recipe import ALL_DOMAINS, AdaptSettings
 from models.downscale.shape import num_parameters, solve_shape
 from models.downscale.stage import Run, progress_bar, read_json, remembered, stage, write_json
 from models.errors import DownscaleError
+from models.precision import products_dtype
 from models.tasks import Split
 from models.training.checkpoint import export_checkpoint
 from models.training.data import Conversation
@@ -196,7 +197,7 @@ def lessons(run: Run, folder: Path) -> None:
             base,
             row_tokens=settings.row_tokens,
             compiled=settings.compiled,
-            dtype=torch.bfloat16 if settings.precision == "bfloat16" else torch.float32,
+            dtype=products_dtype(settings.precision, base.device),
         )
         tokens = write_lessons(base, examples, folder, scorer=scorer, progress=advance)
     run.report(f"lessons: the base read {tokens:,} tokens")

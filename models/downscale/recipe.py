@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from models.errors import RecipeError
+from models.precision import Precision
 from models.sources.locate import HUB
 from models.spec import Name
 from policies.files import PACKAGE
@@ -243,7 +244,7 @@ class AdaptSettings(_Strict):
     row_tokens: int = Field(128, gt=0)
     accumulate: int = Field(1, gt=0)
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    precision: Precision = "auto"
     compiled: bool = True
     checkpoint_every_s: float = Field(60, gt=0)
 

@@ -12,13 +12,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from models.errors import TrainingDiverged
+from models.precision import Precision, products_dtype
 from models.training.checkpoint import Progress, load_checkpoint, read_progress, save_checkpoint
 from models.training.data import Rows
 from models.training.forward import (
@@ -30,6 +31,7 @@ from models.training.forward import (
     rotary_tables,
     to_tensors,
 )
+from models.training.muon import Muon
 
 _REPORT_EVERY_STEPS: Final = 50
 
@@ -39,8 +41,8 @@ class Settings:
     """How a model is trained. Both learning rates are peaks.
 
     With `muon` off, AdamW at `learning_rate` trains everything. `compiled` runs the step through
-    torch.compile; `precision` is that of the matrix products, None means bfloat16 where compiled.
-    A step takes `micro_rows` of its rows at a time (None: all at once) and adds up their gradients.
+    torch.compile; `precision` is that of the matrix products, "auto" means bfloat16 where that is
+    fast. A step takes `micro_rows` of its rows at a time (None: all at once) and adds up their gradients.
     """
 
     num_steps: int
@@ -54,7 +56,7 @@ class Settings:
     clip_norm: float = 1.0
     muon: bool = True
     compiled: bool = True
-    precision: Literal["bfloat16", "float32"] | None = None
+    precision: Precision = "auto"
     micro_rows: int | None = None
     distillation: Distillation | None = None
 
@@ -76,12 +78,7 @@ def make_optimizers(model: PreTrainedModel, settings: Settings) -> list[torch.op
     )
     if not settings.muon:
         return [adamw]
-    muon = torch.optim.Muon(
-        hidden,
-        lr=settings.muon_learning_rate,
-        weight_decay=settings.weight_decay,
-        adjust_lr_fn="match_rms_adamw",
-    )
+    muon = Muon(hidden, lr=settings.muon_learning_rate, weight_decay=settings.weight_decay)
     return [muon, adamw]
 
 
@@ -117,8 +114,7 @@ class Trainer:
         self.optimizers = make_optimizers(model, settings)
         self._settings = settings
         self._peaks = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
-        precision = settings.precision or ("bfloat16" if settings.compiled else "float32")
-        self._dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        self._dtype = products_dtype(settings.precision, model.device)
         self._loss = compile_shapes(packed_loss) if settings.compiled else packed_loss
         cos, sin = rotary_tables(model, settings.row_tokens)
         self._constants: dict[str, Any] = {

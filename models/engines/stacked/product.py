@@ -14,11 +14,11 @@ from torch import Tensor
 
 from models.engines.stacked.layout import Grouping, Run
 from models.engines.stacked.matrices import Adapted, Matrices, Packed
+from models.precision import fast_bfloat16
 
 # Where the processor has no instructions for bfloat16, each row costs as much as the first: more
 # than these are faster in float32, where so many outputs at once stay in the processor's cache.
 _MOST_BFLOAT16_ROWS, _CACHED_OUTPUTS = 4, 192
-_BFLOAT16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 class Product:
@@ -30,8 +30,7 @@ class Product:
 
     def __init__(self, x_NI: Tensor, y_NO: Tensor, rows: Grouping) -> None:
         self._grouped = x_NI.is_cuda or not rows.runs
-        # Without instructions for it the processor is many times faster in float32.
-        self._widens = x_NI.dtype == torch.bfloat16 and x_NI.device.type == "cpu" and not _BFLOAT16
+        self._widens = x_NI.dtype == torch.bfloat16 and not fast_bfloat16(x_NI.device)
         self._x, self._y, self._ends_M = x_NI, y_NO, rows.ends_M
         self._rows, runs = rows, rows.runs
         self._narrow: dict[int, _LowRank] = {}  # by rank

@@ -16,7 +16,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final, TypedDict
 
-import torch
 from transformers import PreTrainedModel
 
 from models.downscale.adapt import adapt, trial
@@ -34,6 +33,7 @@ from models.downscale.examples import GENERAL, conversations
 from models.downscale.recipe import DistillSettings
 from models.downscale.shape import shape_of
 from models.downscale.stage import Run, read_json, stage, write_json
+from models.precision import products_dtype
 from models.tasks import Split
 from models.training.data import Conversation
 from models.training.forward import Scorer
@@ -157,14 +157,15 @@ def _prunings(run: Run, domain: str, seed: int) -> dict[str, Side]:
 
 def _distillations(run: Run, domain: str, seed: int) -> dict[str, Side]:
     candidates, settings = _candidates(run, domain), run.recipe.adapt
+    base = base_model(run)[0]
     scorer = Scorer(
-        base_model(run)[0],
+        base,
         row_tokens=settings.row_tokens,
         compiled=settings.compiled,
-        dtype=torch.bfloat16 if settings.precision == "bfloat16" else torch.float32,
+        dtype=products_dtype(settings.precision, base.device),
     )
     with TemporaryDirectory() as folder:
-        write_lessons(base_model(run)[0], {domain: candidates}, Path(folder), scorer=scorer)
+        write_lessons(base, {domain: candidates}, Path(folder), scorer=scorer)
         taught = with_lessons({domain: candidates}, Path(folder))[domain]
     fresh = partial(load_model, cut_out(run, domain))
     return {
