@@ -42,7 +42,8 @@ class Settings:
 
     With `muon` off, AdamW at `learning_rate` trains everything. `compiled` runs the step through
     torch.compile; `precision` is that of the matrix products, "auto" means bfloat16 where that is
-    fast. A step takes `micro_rows` of its rows at a time (None: all at once) and adds up their gradients.
+    fast. A step takes `micro_rows` of its rows at a time (None: all at once) and adds up their
+    gradients.
     """
 
     num_steps: int
