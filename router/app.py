@@ -13,7 +13,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
-from models.engines.registry import engine_traits
+from models.engines.registry import engine_traits, with_threads
 from models.errors import PoolError
 from models.pool import load_pool
 from router.compose import check_experiments, compose, open_ledger, settle_in
@@ -46,7 +46,12 @@ def build(args: AppArgs) -> Application:
             **replicas(spec.deployment),
             **affinity(spec.deployment),
             **placement(spec, traits),
-        ).bind(on_ray(spec, traits), models, args.num_threads, args.metering)
+        ).bind(
+            with_threads(on_ray(spec, traits), args.num_threads),
+            models,
+            args.num_threads,
+            args.metering,
+        )
     ingress: Application = Ingress.options(  # type: ignore[attr-defined]
         name="ingress", **replicas(args.ingress), **single(args.ingress)
     ).bind(args, engines)

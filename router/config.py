@@ -165,17 +165,16 @@ class AppArgs(_Strict):
 
     `pool` is a pool.yaml or its folder (default: the pool that comes with Shoal). `policies` adds
     to the pool's policies or replaces them by name; paths in them are relative to the pool's
-    folder. `http` is about connections and browsers, `responses` about those that
-    are kept, `batches` about offline work. `ingress` says how many replicas take HTTP
-    requests. `num_threads` is the number of
-    CPU threads of each engine replica (default: all cores of the machine). `ledger` is
-    the database of rows, keys and budgets. `carbon` says what hardware runs the
-    models and on which grid; a relative `grid_file` starts at the pool's folder. `economics` says
-    what that hardware costs (null: prices are those typed in the pool file). `logs` and
-    `tracing` (null: off) say what the server tells of its requests while it runs. `dashboard` says
-    who may see the built-in page, the metrics and the reports. `hosts` are the names by which
-    clients address the server; others are refused (null: none is). `experiments` and `shadows` are
-    read by `router.experiments`, which knows the policies they may name.
+    folder. `http` is about connections and browsers, `responses` about those that are kept,
+    `batches` about offline work. `ingress` says how many replicas take HTTP requests. `num_threads`
+    is the number of CPU threads of each engine replica whose options name none (default: all cores
+    of the machine). `ledger` is the database of rows, keys and budgets. `carbon` says what hardware
+    runs the models and on which grid; a relative `grid_file` starts at the pool's folder.
+    `economics` says what that hardware costs (null: prices are those typed in the pool file).
+    `logs` and `tracing` (null: off) say what the server tells of its requests while it runs.
+    `dashboard` says who may see the built-in page, the metrics and the reports. `hosts` are the
+    names by which clients address the server; others are refused (null: none is). `experiments` and
+    `shadows` are read by `router.experiments`, which knows the policies they may name.
     """
 
     pool: Path = DEFAULT_POOL

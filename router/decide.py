@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterable
 from dataclasses import replace
 
-from policies.base import Decision, Query
+from policies.base import Decision, Policy, Query
 from policies.errors import PlanError, PolicyError
 from policies.footprint import NO_LIMITS, Footprint, estimate
 from policies.plan import Answer, Plan, PlanBounds, from_json, members, num_lanes
@@ -51,10 +51,7 @@ async def decide(
     made: list[tuple[Query, Decision]] = []
     try:
         for query, prompt in zip(queries, ask.prompts, strict=True):
-            if len(query.text) + sum(map(len, query.earlier)) > INLINE_CHARACTERS:
-                decision = await asyncio.to_thread(target.policy.decide, query)
-            else:
-                decision = target.policy.decide(query)
+            decision = await _decided(target.policy, query)
             made.append((query, decision))
             unlimited = target.policy_name is not None and not decision.limited
             if unlimited and query.limits != NO_LIMITS:
@@ -84,6 +81,26 @@ async def decide(
     exchange.choices = tuple(choices)
     exchange.record.prompt_tokens = exchange.prompt_tokens
     _check_lanes(exchange, limits.plans.lanes)
+
+
+async def _decided(policy: Policy, query: Query) -> Decision:
+    """Return what `policy` decides, of a long text in a thread.
+
+    A thread goes on when its request is cancelled: what it decides then costs nothing.
+    """
+    if len(query.text) + sum(map(len, query.earlier)) <= INLINE_CHARACTERS:
+        return policy.decide(query)
+
+    def drop(deciding: asyncio.Task[Decision]) -> None:
+        if deciding.exception() is None:
+            policy.settle(query, deciding.result(), Footprint())
+
+    deciding = asyncio.create_task(asyncio.to_thread(policy.decide, query))
+    try:
+        return await asyncio.shield(deciding)
+    except asyncio.CancelledError:
+        deciding.add_done_callback(drop)
+        raise
 
 
 async def _narrowed(

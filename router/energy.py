@@ -24,7 +24,7 @@ from typing import Any, Protocol
 from models.engines.base import Chunk
 from models.spec import EngineSpec
 from policies.carbon.llmcarbon import Device
-from policies.carbon.settings import CarbonSettings, MeterKind
+from policies.carbon.settings import CarbonSettings, DeviceSettings, MeterKind
 from policies.methods import CPU_TIME, NVML, RAPL
 
 logger = logging.getLogger(__name__)
@@ -215,23 +215,41 @@ def open_meter(
     return CpuTimeMeter(device, num_vcpus=num_vcpus)
 
 
-def lane_meter(carbon: CarbonSettings, spec: EngineSpec) -> LaneMeter | None:
-    """Return what attributes the energy of the engine that `spec` describes; None to model it.
+class LaneMeters:
+    """A lane meter per device of this process: what engines share is read and attributed once.
 
-    To be called when the engine has been made: only then is its tensor library loaded. What a
-    remote engine draws, no meter of this machine sees.
+    There is one set of RAPL counters, and one GPU that a process sees first; by CPU time engines
+    run on one device unless `carbon.engines` gives them hardware of their own.
     """
-    if spec.kind == "remote":
-        return None
-    torch = sys.modules.get("torch")
-    on_gpu = spec.device.startswith("cuda") or (
-        spec.device == "auto" and torch is not None and torch.cuda.is_available()
-    )
-    settings = carbon.engines.get(spec.name, carbon.hardware)
-    meter = open_meter(
-        carbon.meter, on_gpu=on_gpu, device=settings.build(), num_vcpus=settings.count
-    )
-    return None if meter is None else LaneMeter(meter, clock=time.monotonic, pue=carbon.pue)
+
+    def __init__(self, carbon: CarbonSettings) -> None:
+        """Attribute energy as `carbon` says."""
+        self._carbon = carbon
+        self._made: dict[tuple[str, DeviceSettings | None], LaneMeter] = {}
+
+    def of(self, spec: EngineSpec) -> LaneMeter | None:
+        """Return what attributes the energy of the engine that `spec` describes; None to model it.
+
+        To be called when the engine has been made: only then is its tensor library loaded. What a
+        remote engine draws, no meter of this machine sees.
+        """
+        if spec.kind == "remote":
+            return None
+        torch = sys.modules.get("torch")
+        on_gpu = spec.device.startswith("cuda") or (
+            spec.device == "auto" and torch is not None and torch.cuda.is_available()
+        )
+        settings = self._carbon.engines.get(spec.name, self._carbon.hardware)
+        meter = open_meter(
+            self._carbon.meter, on_gpu=on_gpu, device=settings.build(), num_vcpus=settings.count
+        )
+        if meter is None:
+            return None
+        device = (meter.method, settings if meter.method == CPU_TIME.name else None)
+        if device not in self._made:
+            self._made[device] = LaneMeter(meter, clock=time.monotonic, pue=self._carbon.pue)
+        self._made[device].num_engines += 1
+        return self._made[device]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,30 +266,34 @@ class EnergyUse:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Running:
-    lanes: int
+class Lanes:
+    """A request's lanes while they run: how many, and what one had used when they began."""
+
+    num: int
     wh_per_lane: float
     s_per_lane: float
 
 
 class LaneMeter:
-    """Attributes one engine's energy. Called on the engine's event loop, not thread-safe.
+    """Attributes one device's energy to the lanes of all engines that share it.
 
-    Constant work per request: it integrates energy and time per lane, and a request takes the
-    difference between its end and its begin (the virtual time of fair queueing).
+    Called on their event loop, not thread-safe. Constant work per request: it integrates energy and
+    time per lane, and a request takes the difference between its end and its begin (the virtual
+    time of fair queueing).
     """
 
     def __init__(self, meter: Meter, *, clock: Callable[[], float], pue: float = 1.0) -> None:
         """Attribute what `meter` reads; requests also pay for cooling, by the PUE."""
+        self.num_engines = 0
         self._meter = meter
         self._pue = pue
         self._clock = clock
-        self._running: dict[str, _Running] = {}
         self._num_lanes = 0
         self._wh_per_lane = 0.0
         self._s_per_lane = 0.0
         self._idle_wh = 0.0
         self._busy_s = 0.0
+        self._answered_s = 0.0
         self._last_wh = meter.read_wh()
         self._last_s = clock()
 
@@ -281,22 +303,29 @@ class LaneMeter:
         self._settle()
         return self._idle_wh
 
-    def begin(self, request_id: str, *, lanes: int) -> None:
-        """Note that a request starts on `lanes` members."""
-        self._settle()
-        self._num_lanes += lanes
-        self._running[request_id] = _Running(
-            lanes=lanes, wh_per_lane=self._wh_per_lane, s_per_lane=self._s_per_lane
-        )
+    def idle_share_wh(self, busy_s: float) -> float:
+        """Return the part of `idle_wh` of an engine whose ended requests took `busy_s`.
 
-    def end(self, request_id: str) -> EnergyUse:
+        Engines share it by busy time, or alike before any request has ended.
+        """
+        if self._answered_s:
+            return self.idle_wh * busy_s / self._answered_s
+        return self.idle_wh / max(1, self.num_engines)
+
+    def begin(self, num_lanes: int) -> Lanes:
+        """Note that a request starts on `num_lanes` members, and return what `end` is to get."""
+        self._settle()
+        self._num_lanes += num_lanes
+        return Lanes(num=num_lanes, wh_per_lane=self._wh_per_lane, s_per_lane=self._s_per_lane)
+
+    def end(self, lanes: Lanes) -> EnergyUse:
         """Note that a request ended, however it did, and return what it used."""
         self._settle()
-        began = self._running.pop(request_id)
-        self._num_lanes -= began.lanes
-        busy_s = began.lanes * (self._s_per_lane - began.s_per_lane)
+        self._num_lanes -= lanes.num
+        busy_s = lanes.num * (self._s_per_lane - lanes.s_per_lane)
+        self._answered_s += busy_s
         return EnergyUse(
-            wh=began.lanes * (self._wh_per_lane - began.wh_per_lane) * self._pue,
+            wh=lanes.num * (self._wh_per_lane - lanes.wh_per_lane) * self._pue,
             busy_s=busy_s,
             idle_wh=busy_s * self._idle_wh / self._busy_s * self._pue if self._busy_s else 0.0,
             method=self._meter.method,

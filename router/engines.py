@@ -17,7 +17,7 @@ from typing import Protocol
 
 from models.engines.base import Chunk, Engine, EngineStats, GenerationRequest, HasMetrics
 from models.tools import join_calls
-from router.energy import EnergyUse, LaneMeter, energy_of, metered
+from router.energy import EnergyUse, LaneMeter, Lanes, energy_of, metered
 
 # How many cancelled requests are remembered until somebody asks what they used.
 _MAX_REMEMBERED = 4096
@@ -95,6 +95,7 @@ class EngineWorker:
         """Drive `engine`; a `meter` attributes its energy to requests."""
         self._engine = engine
         self._meter = meter
+        self._busy_s = 0.0
         self._active: dict[str, _Progress] = {}
         self._cancelled: OrderedDict[str, Used] = OrderedDict()
 
@@ -121,21 +122,19 @@ class EngineWorker:
         """Yield the answer as it is generated."""
         progress = self._active[request.request_id] = _Progress()
         finished = False
-        meter = self._meter
-        if meter is not None:
-            meter.begin(request.request_id, lanes=len(request.members))
+        lanes = None if self._meter is None else self._meter.begin(len(request.members))
         try:
             async with aclosing(self._engine.generate(request)) as chunks:  # type: ignore[type-var]
                 async for chunk in chunks:
                     progress.num_tokens += len(chunk.tokens)
                     finished = chunk.finish_reason is not None
-                    if finished and meter is not None:
-                        energy, meter = meter.end(request.request_id), None
+                    if finished and lanes is not None:
+                        energy, lanes = self._ended(lanes), None
                         yield metered(chunk, energy)
                     else:
                         yield chunk
         finally:
-            spent = None if meter is None else meter.end(request.request_id)
+            spent = None if lanes is None else self._ended(lanes)
             del self._active[request.request_id]
             if not finished:
                 used = Used(num_tokens=progress.num_tokens, energy=spent)
@@ -143,6 +142,12 @@ class EngineWorker:
                 if len(self._cancelled) > _MAX_REMEMBERED:
                     self._cancelled.popitem(last=False)
             progress.over.set()
+
+    def _ended(self, lanes: Lanes) -> EnergyUse:
+        assert self._meter is not None
+        energy = self._meter.end(lanes)
+        self._busy_s += energy.busy_s
+        return energy
 
     async def settle(self, request_id: str) -> Used:
         """Return what a cancelled request used, once it is over."""
@@ -162,7 +167,9 @@ class EngineWorker:
         """Return a snapshot."""
         self._engine.check_health()
         stats = self._engine.stats()
-        return stats if self._meter is None else replace(stats, idle_wh=self._meter.idle_wh)
+        if self._meter is None:
+            return stats
+        return replace(stats, idle_wh=self._meter.idle_share_wh(self._busy_s))
 
 
 def set_num_threads(num_threads: int | None) -> None:

@@ -17,12 +17,12 @@ import uvicorn
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from models.engines.registry import supervised_engine
+from models.engines.registry import supervised_engine, with_threads
 from models.pool import Pool
 from router.catalog.catalog import Catalog
 from router.compose import compose
 from router.config import AppArgs
-from router.energy import lane_meter
+from router.energy import LaneMeters
 from router.engines import EngineWorker, set_num_threads
 from router.haproxy import HEADER_TIMEOUT_S
 from router.ingress import create_api
@@ -122,9 +122,11 @@ async def local_service(
     """Start the pool's engines here and yield the service; stop them at the end."""
     async with AsyncExitStack() as stack:
         workers: dict[str, EngineWorker] = {}
+        meters = LaneMeters(args.metering)
         for spec in pool.engines:
-            engine = supervised_engine(spec, pool.loaded_by(spec.name))
-            worker = EngineWorker(engine, lane_meter(args.metering, spec))
+            limited = with_threads(spec, args.num_threads)
+            engine = supervised_engine(limited, pool.loaded_by(spec.name))
+            worker = EngineWorker(engine, meters.of(spec))
             set_num_threads(args.num_threads)
             stack.push_async_callback(worker.stop)
             await worker.start()

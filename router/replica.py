@@ -22,7 +22,7 @@ from models.errors import EngineError, EngineFailed, EngineOverloaded, RequestEr
 from models.pool import found_here
 from models.spec import EngineSpec, Model
 from policies.carbon.settings import CarbonSettings
-from router.energy import lane_meter
+from router.energy import LaneMeters
 from router.engines import EngineWorker, Used, set_num_threads
 
 _BROADCAST_TIMEOUT_S = 5.0
@@ -41,7 +41,7 @@ class EngineReplica:
     ) -> None:
         self._worker = EngineWorker(
             supervised_engine(spec, [found_here(model) for model in models]),
-            lane_meter(carbon, spec),
+            LaneMeters(carbon).of(spec),
         )
         set_num_threads(num_threads)
         await self._worker.start()

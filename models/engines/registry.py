@@ -55,16 +55,31 @@ def supervised_engine(spec: EngineSpec, models: Sequence[Model]) -> SupervisedEn
     return SupervisedEngine(lambda: create_engine(spec, models))
 
 
+def with_threads(spec: EngineSpec, num_threads: int | None) -> EngineSpec:
+    """Return `spec` with `num_threads` CPU threads, unless its options say how many or take none.
+
+    Raises `PoolError` for an unknown kind.
+    """
+    if num_threads is None or "num_threads" not in _kind(spec).options.model_fields:
+        return spec
+    options = {"num_threads": num_threads, **spec.options}
+    return spec.model_copy(update={"options": options})
+
+
 def adapter_kinds() -> tuple[str, ...]:
     """Return the kinds of engines that run adapters."""
     return tuple(name for name in KINDS.names() if KINDS.load(name).adapters)
 
 
-def _read(spec: EngineSpec, models: Sequence[Model]) -> tuple[EngineKind[Any], BaseModel]:
+def _kind(spec: EngineSpec) -> EngineKind[Any]:
     try:
-        kind = KINDS.load(spec.kind)
+        return KINDS.load(spec.kind)
     except PluginError as error:
         raise PoolError(f"engines.{spec.name}.kind: {error}") from None
+
+
+def _read(spec: EngineSpec, models: Sequence[Model]) -> tuple[EngineKind[Any], BaseModel]:
+    kind = _kind(spec)
     if spec.dtype not in kind.dtypes:
         raise PoolError(
             f"engines.{spec.name}.dtype: {spec.dtype!r} is not allowed for kind {spec.kind}; "

@@ -195,8 +195,9 @@ class ScheduledGrid:
         """Read a CSV with the columns `hour,gco2e_per_kwh` or `time,gco2e_per_kwh`.
 
         Another `column` holds something else that varies, as prices do. `hour` is 0 to 23.99 UTC
-        and repeats every day; `time` is ISO 8601 (UTC where it names no offset). Raises
-        `CarbonError` that names the file, the line and what is allowed.
+        and repeats every day; `time` is ISO 8601 (UTC where it names no offset). Carbon is never
+        below zero, which prices may be. Raises `CarbonError` that names the file, the line and what
+        is allowed, also for a time that is there twice, as where clocks were put back.
         """
         try:
             with file.open(newline="") as stream:
@@ -209,22 +210,28 @@ class ScheduledGrid:
             raise CarbonError(
                 f"grid file {file}: needs rows under the columns hour,{column} or time,{column}"
             )
-        points = []
+        points: dict[float, float] = {}
+        least = 0.0 if column == "gco2e_per_kwh" else -math.inf
         for line, row in enumerate(rows, start=2):
             try:
                 time_s = float(row["hour"]) * 3600 if daily else _unix_s(row["time"])
                 value = float(row[column])
             except (TypeError, ValueError) as error:
                 raise CarbonError(f"grid file {file}, line {line}: {error}") from None
-            if not 0 <= value < float("inf") or (daily and not 0 <= time_s < 86400):
+            if not (math.isfinite(value) and value >= least):
+                allowed = "a number" if least < 0 else "a number >= 0"
+                raise CarbonError(f"grid file {file}, line {line}: {column} must be {allowed}")
+            if daily and not 0 <= time_s < 86400:
+                raise CarbonError(f"grid file {file}, line {line}: an hour is in [0, 24)")
+            if time_s in points:
                 raise CarbonError(
-                    f"grid file {file}, line {line}: {column} must be >= 0, an hour in [0, 24)"
+                    f"grid file {file}, line {line}: {row['hour' if daily else 'time']} is there "
+                    "twice; times are UTC unless they name an offset (2026-10-25T02:00+02:00)"
                 )
-            points.append((time_s, value))
-        points.sort()
+            points[time_s] = value
         return cls(
-            [time_s for time_s, _ in points],
-            [value for _, value in points],
+            sorted(points),
+            [points[time_s] for time_s in sorted(points)],
             source=f"file:{file.name}",
             daily=daily,
         )

@@ -25,7 +25,8 @@ from policies.experiments.effects import (
     effect,
     rating_shift,
 )
-from policies.experiments.experiment import HOLDOUT, METRICS, Arm, Experiment, Goal, Guardrail
+from policies.experiments.experiment import HOLDOUT, Arm, Experiment
+from policies.experiments.metrics import METRICS, Goal, Guardrail
 from policies.experiments.report import (
     ArmReport,
     Comparison,

@@ -38,6 +38,9 @@ def _calibrate() -> None:
     """Measure what is otherwise assumed."""
 
 
+_AMOUNTS = ("busy_s", "wh", "wh_low", "wh_high", "usd")
+
+
 @dataclass(kw_only=True)
 class Use:
     """What one member used, in sums: tokens, seconds of a whole device, watt-hours and USD.
@@ -50,6 +53,8 @@ class Use:
     output_tokens: int = 0
     busy_s: float = 0.0
     wh: float = 0.0
+    wh_low: float = 0.0
+    wh_high: float = 0.0
     usd: float = 0.0
     methods: set[str] = field(default_factory=set)
     prices: set[str] = field(default_factory=set)
@@ -65,9 +70,8 @@ class Use:
         """Add what one request says of the member."""
         self.prompt_tokens += tokens["prompt_tokens"]
         self.output_tokens += tokens["output_tokens"]
-        self.busy_s += cost["busy_s"]
-        self.wh += cost["wh"]
-        self.usd += cost["usd"]
+        for name in _AMOUNTS:
+            setattr(self, name, getattr(self, name) + cost[name])
         self.methods |= {part for part in cost["method"].split("+") if part}
         self.prices.add(cost["price"])
 
@@ -90,7 +94,7 @@ def together(parts: Iterable[Use]) -> Use:
     """Return several uses as one."""
     whole = Use()
     for part in parts:
-        for name in ("prompt_tokens", "output_tokens", "busy_s", "wh", "usd"):
+        for name in ("prompt_tokens", "output_tokens", *_AMOUNTS):
             setattr(whole, name, getattr(whole, name) + getattr(part, name))
         whole.methods |= part.methods
         whole.prices |= part.prices
@@ -133,6 +137,9 @@ def costs(
             model.name: together(use for (name, _), use in found.items() if name == model.name)
             for model in pool.models
         }
+        if not any(use.num_tokens for use in by_member.values()):
+            typer.echo("No member of the pool answered anything in this ledger and period.")
+            return
         typer.echo(text_table(cost_lines(args, pool, by_member), num_left=2))
         for line in load_lines(args, pool, by_member, hosted_input, hosted_output):
             typer.echo(line)
@@ -140,7 +147,7 @@ def costs(
 
 _HEAD = (
     *("member", "priced by", "tokens", "busy s", "USD/M tokens"),
-    *("capital", "other", "idle", "energy", "J/token", "energy known by"),
+    *("capital", "other", "idle", "energy", "J/token", "at least", "at most", "energy known by"),
 )
 
 
@@ -175,7 +182,7 @@ def cost_lines(args: AppArgs, pool: Pool, by_member: Mapping[str, Use]) -> list[
                     f"{parts[part] / usd:.0%}" if parts and usd else "-"
                     for part in ("capital", "other", "idle", "energy")
                 ),
-                f"{use.wh * 3600 / use.num_tokens:.4g}",
+                *(f"{wh * 3600 / use.num_tokens:.4g}" for wh in (use.wh, use.wh_low, use.wh_high)),
                 "+".join(sorted(use.methods)) or "-",
             )
         )
@@ -210,7 +217,7 @@ def load_lines(
         use = together(by_member[model.name] for model in pool.models_of(spec.name))
         if device_costs is None or not use.busy_s:
             continue
-        span_s = use.last_s - use.first_s
+        span_s = max(use.last_s - use.first_s, use.busy_s)
         guessed = any(method_of(name).guesses_time for name in use.methods)
         lines.append(
             f"{spec.name}: one device would have been busy {use.busy_s / span_s:.2%} of the time "
@@ -262,6 +269,7 @@ def calibrate_energy(
     Prints the lines that make the model of CPU time fit this machine, where it has RAPL counters.
     """
     from models.pool import load_pool
+    from policies.methods import CPU_TIME
     from policies.tables import text_table
     from router.config import load_args
     from router.energy import MeterError, RaplMeter
@@ -271,7 +279,11 @@ def calibrate_energy(
     try:
         meter = RaplMeter()
     except MeterError as error:
-        typer.echo(f"Not calibrated: {error}.")
+        typer.echo(
+            f"Not calibrated: {error}. Where `carbon.meter` is always or cpu-time, a CPU's energy "
+            f"is {CPU_TIME.name}: seconds of vCPUs at the power that carbon.hardware states, true "
+            f"within {CPU_TIME.low:g} to {CPU_TIME.high:g} times."
+        )
     else:
         typer.echo(calibration(measure(meter, os.cpu_count() or 1, seconds)))
     with refusing():

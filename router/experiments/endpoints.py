@@ -16,7 +16,7 @@ from fastapi import FastAPI, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.responses import JSONResponse
 
-from policies.experiments.experiment import METRIC_NAME
+from policies.experiments.metrics import METRIC_NAME
 from policies.experiments.report import Report
 from router.access.authentication import Identify
 from router.bodies import Bodies

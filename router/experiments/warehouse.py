@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from policies.experiments.effects import Observations
-from policies.experiments.experiment import COVARIATES, METRICS, Experiment
+from policies.experiments.experiment import Experiment
+from policies.experiments.metrics import COVARIATES, METRICS
 from policies.files import replacing, write_atomic
 from router.experiments.reporting import Summary
 from router.ledger import LedgerError

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 import types
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any, get_args, get_type_hints
 
 import sqlalchemy as sa
@@ -29,12 +30,20 @@ def _json(name: str) -> sa.Column[object]:
     return sa.Column(name, sa.JSON(none_as_null=True))
 
 
+def _column(name: str, kind: type, *, nullable: bool = False, **options: bool) -> sa.Column[Any]:
+    """Return a column of a plain type, which always has a value unless it says otherwise."""
+    return sa.Column(name, _TYPES[kind], nullable=nullable, **options)  # type: ignore[arg-type]
+
+
+_text, _count, _real = (partial(_column, kind=kind) for kind in (str, int, float))
+
+
 def _columns(record: type) -> Iterator[sa.Column[Any]]:
     """Yield a column per field of `record`: a plain type, null where it may be None, or JSON."""
     for name, hint in get_type_hints(record).items():
         kinds = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         if kinds[0] in _TYPES:
-            yield sa.Column(name, _TYPES[kinds[0]], nullable=types.NoneType in kinds)
+            yield _column(name, kinds[0], nullable=types.NoneType in kinds)
         else:
             yield _json(name)
 
@@ -53,22 +62,22 @@ REQUESTS = sa.Table(
 FEEDBACK = sa.Table(
     "feedback",
     METADATA,
-    sa.Column("request_id", sa.Text, primary_key=True),
-    sa.Column("time_s", sa.Double, nullable=False, index=True),
-    sa.Column("score", sa.Double),
-    sa.Column("label", sa.Text),
+    _text("request_id", primary_key=True),
+    _real("time_s", index=True),
+    _real("score", nullable=True),
+    _text("label", nullable=True),
     _json("metrics"),
-    sa.Column("key_id", sa.Text),
+    _text("key_id", nullable=True),
 )
 
 # One row per experiment that ever ran: what must not change, and what did.
 EXPERIMENTS = sa.Table(
     "experiments",
     METADATA,
-    sa.Column("name", sa.Text, primary_key=True),
-    sa.Column("fingerprint", sa.Text, nullable=False),
-    sa.Column("started_s", sa.Double, nullable=False),
-    sa.Column("checked_s", sa.Double, nullable=False),
+    _text("name", primary_key=True),
+    _text("fingerprint"),
+    _real("started_s"),
+    _real("checked_s"),
     _json("allocations"),
     _json("stopped"),
 )
@@ -77,47 +86,47 @@ EXPERIMENTS = sa.Table(
 METRIC_COUNTERS = sa.Table(
     "metric_counters",
     METADATA,
-    sa.Column("series", sa.Text, primary_key=True),
-    sa.Column("value", sa.Double, nullable=False),
+    _text("series", primary_key=True),
+    _real("value"),
 )
 METRIC_SNAPSHOTS = sa.Table(
     "metric_snapshots",
     METADATA,
-    sa.Column("holder", sa.Text, primary_key=True),
-    sa.Column("time_s", sa.Double, nullable=False),
-    sa.Column("gauges", sa.Text, nullable=False),
+    _text("holder", primary_key=True),
+    _real("time_s"),
+    _text("gauges"),
 )
 
 TEAMS = sa.Table(
     "teams",
     METADATA,
-    sa.Column("team_id", sa.Text, primary_key=True),
-    sa.Column("name", sa.Text, nullable=False, unique=True),
+    _text("team_id", primary_key=True),
+    _text("name", unique=True),
     _json("caps"),
-    sa.Column("created_s", sa.Double, nullable=False),
+    _real("created_s"),
 )
 
 API_KEYS = sa.Table(
     "api_keys",
     METADATA,
-    sa.Column("key_id", sa.Text, primary_key=True),
-    sa.Column("team_id", sa.Text),
-    sa.Column("name", sa.Text, nullable=False, unique=True),
-    sa.Column("prefix", sa.Text, nullable=False),
-    sa.Column("sha256", sa.Text, nullable=False, unique=True),
-    sa.Column("scope", sa.Text, nullable=False),
+    _text("key_id", primary_key=True),
+    _text("team_id", nullable=True),
+    _text("name", unique=True),
+    _text("prefix"),
+    _text("sha256", unique=True),
+    _text("scope"),
     _json("caps"),
-    sa.Column("created_s", sa.Double, nullable=False),
-    sa.Column("revoked_s", sa.Double),
+    _real("created_s"),
+    _real("revoked_s", nullable=True),
 )
 
 # What each server's replicas are to serve, since its first reload.
 EDITIONS = sa.Table(
     "editions",
     METADATA,
-    sa.Column("server", sa.Text, primary_key=True),
+    _text("server", primary_key=True),
     sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("time_s", sa.Double, nullable=False),
+    _real("time_s"),
     _json("contents"),
 )
 
@@ -127,10 +136,10 @@ AUDIT = sa.Table(
     METADATA,
     # SQLite counts up by itself in a column of exactly this type.
     sa.Column("audit_id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True),
-    sa.Column("time_s", sa.Double, nullable=False),
-    sa.Column("actor", sa.Text, nullable=False),
-    sa.Column("action", sa.Text, nullable=False),
-    sa.Column("subject", sa.Text, nullable=False),
+    _real("time_s"),
+    _text("actor"),
+    _text("action"),
+    _text("subject"),
     _json("before"),
     _json("after"),
 )
@@ -141,24 +150,20 @@ _AMOUNTS = ("requests", "tokens", "nano_usd", "nano_wh", "nano_gco2e")
 BUDGET_WINDOWS = sa.Table(
     "budget_windows",
     METADATA,
-    sa.Column("window_id", sa.Text, primary_key=True),
-    sa.Column("end_s", sa.BigInteger, nullable=False, index=True),
-    *(
-        sa.Column(f"{state}_{name}", sa.BigInteger, nullable=False)
-        for state in ("spent", "held", "estimated")
-        for name in _AMOUNTS
-    ),
+    _text("window_id", primary_key=True),
+    _count("end_s", index=True),
+    *(_count(f"{state}_{name}") for state in ("spent", "held", "estimated") for name in _AMOUNTS),
 )
 
 BUDGET_HOLDS = sa.Table(
     "budget_holds",
     METADATA,
-    sa.Column("request_id", sa.Text, primary_key=True),
-    sa.Column("holder", sa.Text, nullable=False, index=True),
-    sa.Column("expires_s", sa.Double, nullable=False),
+    _text("request_id", primary_key=True),
+    _text("holder", index=True),
+    _real("expires_s"),
     sa.Column("lapsed", sa.Boolean, nullable=False),
     _json("windows"),
-    *(sa.Column(name, sa.BigInteger, nullable=False) for name in _AMOUNTS),
+    *(_count(name) for name in _AMOUNTS),
     sa.Index("budget_holds_by_expiry", "lapsed", "expires_s"),
 )
 
@@ -166,33 +171,33 @@ BUDGET_HOLDS = sa.Table(
 RESPONSES = sa.Table(
     "responses",
     METADATA,
-    sa.Column("response_id", sa.Text, primary_key=True),
-    sa.Column("key_id", sa.Text),
-    sa.Column("created_s", sa.Double, nullable=False, index=True),
-    sa.Column("expires_s", sa.Double, nullable=False, index=True),
-    sa.Column("num_bytes", sa.BigInteger, nullable=False),
-    sa.Column("body", sa.Text, nullable=False),
-    sa.Column("items", sa.Text, nullable=False),
+    _text("response_id", primary_key=True),
+    _text("key_id", nullable=True),
+    _real("created_s", index=True),
+    _real("expires_s", index=True),
+    _count("num_bytes"),
+    _text("body"),
+    _text("items"),
 )
 
 # Files that clients uploaded for batches, and those that batches wrote; shown once they are ready.
 FILES = sa.Table(
     "files",
     METADATA,
-    sa.Column("file_id", sa.Text, primary_key=True),
-    sa.Column("key_id", sa.Text, index=True),
-    sa.Column("filename", sa.Text, nullable=False),
-    sa.Column("purpose", sa.Text, nullable=False),
-    sa.Column("num_bytes", sa.BigInteger, nullable=False),
-    sa.Column("created_s", sa.Double, nullable=False),
-    sa.Column("expires_s", sa.Double, nullable=False, index=True),
+    _text("file_id", primary_key=True),
+    _text("key_id", index=True, nullable=True),
+    _text("filename"),
+    _text("purpose"),
+    _count("num_bytes"),
+    _real("created_s"),
+    _real("expires_s", index=True),
     sa.Column("ready", sa.Boolean, nullable=False),
 )
 FILE_PARTS = sa.Table(
     "file_parts",
     METADATA,
-    sa.Column("file_id", sa.Text, primary_key=True),
-    sa.Column("part", sa.BigInteger, primary_key=True, autoincrement=False),
+    _text("file_id", primary_key=True),
+    _count("part", primary_key=True, autoincrement=False),
     sa.Column("data", sa.LargeBinary, nullable=False),
 )
 
@@ -201,38 +206,38 @@ FILE_PARTS = sa.Table(
 BATCHES = sa.Table(
     "batches",
     METADATA,
-    sa.Column("batch_id", sa.Text, primary_key=True),
-    sa.Column("key_id", sa.Text, index=True),
-    sa.Column("endpoint", sa.Text, nullable=False),
-    sa.Column("input_file_id", sa.Text, nullable=False),
-    sa.Column("output_file_id", sa.Text),
-    sa.Column("error_file_id", sa.Text),
-    sa.Column("status", sa.Text, nullable=False, index=True),
-    sa.Column("created_s", sa.Double, nullable=False),
-    sa.Column("expires_s", sa.Double, nullable=False),
+    _text("batch_id", primary_key=True),
+    _text("key_id", index=True, nullable=True),
+    _text("endpoint"),
+    _text("input_file_id"),
+    _text("output_file_id", nullable=True),
+    _text("error_file_id", nullable=True),
+    _text("status", index=True),
+    _real("created_s"),
+    _real("expires_s"),
     _json("times"),
     _json("errors"),
     _json("metadata"),
-    sa.Column("num_total", sa.BigInteger, nullable=False),
-    sa.Column("num_completed", sa.BigInteger, nullable=False),
-    sa.Column("num_failed", sa.BigInteger, nullable=False),
-    sa.Column("holder", sa.Text),
-    sa.Column("lease_s", sa.Double, nullable=False),
+    _count("num_total"),
+    _count("num_completed"),
+    _count("num_failed"),
+    _text("holder", nullable=True),
+    _real("lease_s"),
 )
 
 # What only this installation's servers know.
 SECRETS = sa.Table(
     "secrets",
     METADATA,
-    sa.Column("name", sa.Text, primary_key=True),
-    sa.Column("value", sa.Text, nullable=False),
+    _text("name", primary_key=True),
+    _text("value"),
 )
 
 SCHEMA_VERSION = sa.Table(
     "schema_version",
     METADATA,
     sa.Column("version", sa.Integer, primary_key=True),
-    sa.Column("time_s", sa.Double, nullable=False),
+    _real("time_s"),
 )
 
 # What brings a database of version n to n + 1, the first entry from 1 to 2: plain SQL that SQLite

@@ -16,7 +16,8 @@ import numpy as np
 from policies.experiments.analysis import analyse, arm_names
 from policies.experiments.assignment import Assigner, Visit
 from policies.experiments.effects import Observations
-from policies.experiments.experiment import Arm, Experiment, Guardrail
+from policies.experiments.experiment import Arm, Experiment
+from policies.experiments.metrics import Guardrail
 
 TARGET_US = 20.0
 

@@ -30,14 +30,8 @@ from policies.experiments.analysis import analyse, trajectory
 from policies.experiments.assignment import Assigner, Visit, adaptive_weights
 from policies.experiments.best_arm import known_best
 from policies.experiments.effects import ArmMean, Observation, Observations
-from policies.experiments.experiment import (
-    Allocation,
-    Arm,
-    Experiment,
-    Goal,
-    Switchback,
-    Unit,
-)
+from policies.experiments.experiment import Allocation, Arm, Experiment, Switchback, Unit
+from policies.experiments.metrics import Goal
 from policies.tables import text_table
 
 RATE, SERVICE_S = 0.7, {"control": 1.0, "slower": 1.1}

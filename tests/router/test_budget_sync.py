@@ -12,6 +12,7 @@ import sqlalchemy as sa
 
 from policies.base import Decision, ModelFacts, Query
 from policies.budget import BudgetTarget, Controller
+from policies.budgeted import Budgeted
 from policies.footprint import Rates
 from policies.plan import Answer
 from router.background import BudgetSync, read_spending
@@ -21,6 +22,7 @@ from router.ledger.writer import Ledger
 from router.record import RequestRecord
 from tests.router.conftest import Running
 from tests.router.ledger.records import record as plausible
+from tests.server import until
 
 DAY_S = 86_400.0
 NOON_S = 20_000 * DAY_S + DAY_S / 2
@@ -131,6 +133,41 @@ def test_what_is_refused_is_no_spending(serve: Callable[..., Running], case: str
     server.settle()
     assert controller.spent()["usd"] == 0.0
     assert server.last_record().policy == "auto"
+
+
+def test_who_leaves_while_a_policy_decides_spends_nothing(
+    serve: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long text is decided in a thread, which goes on: its estimate is taken back at the end."""
+    server = serve(
+        engines=[{"name": "one", "kind": "fake", "options": {"context_tokens": 100_000}}],
+        policies={
+            "auto": {
+                "kind": "budgeted",
+                "policy": {"kind": "fixed", "plan": "alpha"},
+                "targets": [{"resource": "usd", "amount": 10.0}],
+            }
+        },
+        models=[{"name": "alpha", "engine": "one", "usd_per_million_input_tokens": 1}],
+    )
+    controller = server.service.catalog.policies.controllers["auto"]
+    entered, release, decide, noted = threading.Event(), threading.Event(), Budgeted.decide, []
+
+    def slow(policy: Budgeted, query: Query) -> Decision:
+        entered.set()
+        release.wait(60)
+        decision = decide(policy, query)
+        noted.append(controller.spent()["usd"])
+        return decision
+
+    monkeypatch.setattr(Budgeted, "decide", slow)
+    response = server.post(
+        "/v1/completions", model="auto", prompt="a " * 20_000, shoal={"timeout_s": 0.5}
+    )
+    assert (response.status_code, entered.is_set(), noted) == (504, True, [])
+    release.set()
+    until(lambda: bool(noted) and controller.spent()["usd"] == 0.0, 60)
+    assert noted[0] > 0
 
 
 def test_a_database_that_fails_is_logged_and_asked_again(caplog: pytest.LogCaptureFixture) -> None:

@@ -131,8 +131,8 @@ def test_measured_energy_replaces_the_model(
     """With a meter at the engine the answer's energy is the meter's, split over its members."""
     seconds = iter(range(1000))
     monkeypatch.setattr(
-        "router.local.lane_meter",
-        lambda carbon, spec: LaneMeter(Kettle(), clock=lambda: float(next(seconds)), pue=2.0),
+        "router.local.LaneMeters.of",
+        lambda meters, spec: LaneMeter(Kettle(), clock=lambda: float(next(seconds)), pue=2.0),
     )
     with serving(tmp_path) as server:
         for stream in (False, True):

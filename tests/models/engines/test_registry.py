@@ -21,11 +21,13 @@ from models.engines.kind import EngineKind, EngineTraits
 class Options(BaseModel):
     model_config = ConfigDict(extra="forbid")
     word: str
+    num_threads: int | None = None
 
 
 class Parrot:
     def __init__(self, spec, options, models):
-        self.members, self._word = tuple(model.name for model in models), options.word
+        self.members = tuple(model.name for model in models)
+        self._word = options.word.format(options.num_threads)
 
     async def start(self): ...
 
@@ -79,6 +81,19 @@ def test_another_distribution_brings_an_engine(tmp_path: Path) -> None:
         ),
     ):
         pass
+
+
+@pytest.mark.usefixtures("distribution")
+@pytest.mark.parametrize(("own", "told"), [({}, "3"), ({"num_threads": 1}, "1")])
+def test_the_configurations_threads_reach_every_kind_that_counts_them(
+    tmp_path: Path, own: dict[str, int], told: str
+) -> None:
+    """An engine whose options name no number of threads has the configuration's."""
+    engines = [{**PARROT[0], "options": {"word": "{}", **own}}]
+    with running(
+        tmp_path, app={"num_threads": 3}, engines=engines, models=MODEL, policies=POLICIES
+    ) as server:
+        assert server.chat(model="polly").choices[0].message.content == told
 
 
 @pytest.mark.parametrize(

@@ -78,9 +78,13 @@ def test_a_time_series_holds_each_value_until_the_next(tmp_path):
         ("hour,intensity\n1,2\n", "needs rows under the columns"),
         ("", "needs rows under the columns"),
         ("hour,gco2e_per_kwh\n1,much\n", "line 2: could not convert"),
+        ("hour,gco2e_per_kwh\n1,3\n24,3\n", r"line 3: an hour is in \[0, 24"),
+        ("hour,gco2e_per_kwh\n1,-3\n", "line 2: gco2e_per_kwh must be a number >= 0"),
+        ("hour,gco2e_per_kwh\n1,nan\n", "line 2: gco2e_per_kwh must be a number >= 0"),
+        ("hour,gco2e_per_kwh\n1,3\n1,4\n", "line 3: 1 is there twice"),
         (
-            "hour,gco2e_per_kwh\n1,3\n24,3\n",
-            r"line 3: gco2e_per_kwh must be >= 0, an hour in \[0, 24",
+            "time,gco2e_per_kwh\n2026-10-25T02:00,3\n2026-10-25T02:00,4\n",
+            "line 3: 2026-10-25T02:00 is there twice; times are UTC unless they name an offset",
         ),
         ("time,gco2e_per_kwh\nyesterday,3\n", "line 2: Invalid isoformat"),
     ],
@@ -147,12 +151,21 @@ def test_work_waits_for_hours_that_suffice(announced, work_h, waits):
     assert may_wait(announced, now_s=0.0, until_s=4 * 3600, work_s=work_h * 3600) is waits
 
 
+def test_the_hour_that_comes_twice_in_autumn_is_two_hours(tmp_path):
+    """Local times with their offsets: clocks are put back from summer time in between."""
+    file = tmp_path / "series.csv"
+    rows = ("2026-10-25T02:00+02:00,3", "2026-10-25T02:00+01:00,4", "2026-10-25T03:00+01:00,5")
+    file.write_text("\n".join(("time,gco2e_per_kwh", *rows)))
+    grid, midnight_s = ScheduledGrid.read(file), 1_792_886_400
+    assert [grid.at(midnight_s + hour * 3600).gco2e_per_kwh for hour in (0, 1, 2)] == [3, 4, 5]
+
+
 def test_a_tariff_is_read_like_a_grid(tmp_path):
-    """Prices have a column of their own."""
+    """Prices have a column of their own, and may be negative."""
     file = tmp_path / "tariff.csv"
-    file.write_text("hour,usd_per_kwh\n0,0.3\n12,0.1\n")
+    file.write_text("hour,usd_per_kwh\n0,0.3\n12,-0.1\n")
     tariff = ScheduledGrid.read(file, column="usd_per_kwh")
-    assert [tariff.announced(hour * 3600) for hour in (1, 13, 30)] == [0.3, 0.1, 0.3]
+    assert [tariff.announced(hour * 3600) for hour in (1, 13, 30)] == [0.3, -0.1, 0.3]
     with pytest.raises(CarbonError, match="hour,usd_per_kwh"):
         file.write_text("hour,gco2e_per_kwh\n0,300\n")
         ScheduledGrid.read(file, column="usd_per_kwh")

@@ -18,14 +18,8 @@ from policies.experiments.analysis import (
 )
 from policies.experiments.assignment import Assigner, Visit
 from policies.experiments.effects import Observation, Observations
-from policies.experiments.experiment import (
-    Allocation,
-    Arm,
-    Experiment,
-    Goal,
-    Guardrail,
-    OwnMetric,
-)
+from policies.experiments.experiment import Allocation, Arm, Experiment
+from policies.experiments.metrics import Goal, Guardrail, OwnMetric
 from policies.experiments.report import draw
 
 

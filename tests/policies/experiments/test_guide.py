@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from policies.experiments.experiment import METRICS
+from policies.experiments.metrics import METRICS
 from policies.experiments.read import read_experiments
 from policies.experiments.shadow import read_shadows
 

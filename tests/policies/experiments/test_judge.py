@@ -11,7 +11,8 @@ from scipy.stats import binom
 from policies.errors import ExperimentError
 from policies.experiments.analysis import analyse
 from policies.experiments.effects import Observations, arm_mean
-from policies.experiments.experiment import Experiment, Goal
+from policies.experiments.experiment import Experiment
+from policies.experiments.metrics import Goal
 from tests.bench.experiments_simulated import coverage, judged, judged_experiment
 
 

@@ -7,7 +7,8 @@ import pytest
 
 from policies.experiments.assignment import adaptive_weights
 from policies.experiments.effects import ArmMean
-from policies.experiments.experiment import Allocation, Arm, Experiment, Goal
+from policies.experiments.experiment import Allocation, Arm, Experiment
+from policies.experiments.metrics import Goal
 
 
 def experiment(metric: str = "quality") -> Experiment:

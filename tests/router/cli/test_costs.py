@@ -70,11 +70,32 @@ def test_costs_follow_from_seconds_and_energy(ledger: str, config: Path) -> None
     [line] = [line for line in said.splitlines() if line.startswith(MEMBER)]
     assert f"{usd / 500 * 1e6:.4g}" in line
     assert "hardware" in line
-    assert "measured:rapl" in line
+    # 0.1 Wh over 500 tokens, at least 0.08 and at most 0.2.
+    assert line.split()[-4:] == ["0.72", "0.576", "1.44", "measured:rapl"]
     assert "busy 2.00% of the time" in said
     # A hosted service asks 0.005 USD for the 500 tokens; the device alone costs 0.002.
     even = (1e-4 + 0.64 / 3600 * 5e-4) / (0.005 / 20 - 0.1 / 20 * 5e-4 + 0.64 / 3600 * 5e-4)
     assert f"{even:.1%} of the device's time" in said
+
+
+def test_a_ledger_without_answers_has_no_costs(tmp_path: Path, config: Path) -> None:
+    """Nothing was asked yet: a sentence, no table of a head alone."""
+    url = f"sqlite:///{tmp_path / 'new.db'}"
+    open_database(url).dispose()
+    hosted = ("--hosted-input", "1", "--hosted-output", "1")
+    said = run("costs", "--ledger", url, "--config", str(config), *hosted)
+    assert said == "No member of the pool answered anything in this ledger and period.\n"
+
+
+def test_one_answer_is_costed(tmp_path: Path, config: Path) -> None:
+    """A ledger of one request, whose device was as busy as time passed."""
+    url = f"sqlite:///{tmp_path / 'one.db'}"
+    writer = Ledger(open_database(url), count=count_rows, logger=logging.getLogger("test"))
+    used = {MEMBER: MemberTokens(prompt_tokens=30, output_tokens=20)}
+    writer.record(record(0, latency_s=0.0, members=used, costs={MEMBER: COST}))
+    writer.stop()
+    said = run("costs", "--ledger", url, "--config", str(config))
+    assert "busy 100.00% of the time" in said
 
 
 def test_without_economics_prices_are_those_that_were_typed(ledger: str) -> None:
@@ -110,6 +131,7 @@ def test_a_report_in_joules_tells_their_range(ledger: str) -> None:
 def test_llmcarbon_is_compared_with_what_was_measured(ledger: str) -> None:
     """One command prints both, and their ratio; where there is no counter it says so."""
     said = run("calibrate", "energy", "--seconds", "0.1", "--ledger", ledger)
+    assert said.startswith("RAPL: ") or "a CPU's energy is modelled:cpu-time" in said
     [line] = [line for line in said.splitlines() if line.startswith(MEMBER)]
     parameters = load_pool(DEFAULT_POOL).facts()[MEMBER].parameters
     assert parameters is not None

@@ -11,7 +11,8 @@ import pytest
 
 from policies.experiments.analysis import analyse, arm_names
 from policies.experiments.effects import Observation, Observations
-from policies.experiments.experiment import Arm, Experiment, OwnMetric
+from policies.experiments.experiment import Arm, Experiment
+from policies.experiments.metrics import OwnMetric
 from router.experiments.reporting import Summary
 from router.experiments.warehouse import EXPOSURES, FACTS, VIEWS, export_experiment
 

@@ -1,0 +1,107 @@
+"""What experiments measure: the metrics that there are, one's own, and what is asked of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final, Literal, TypeAlias
+
+from pydantic import with_config
+
+Direction: TypeAlias = Literal["increase", "decrease"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A mean over those requests that have a value. `direction` is the good one."""
+
+    name: str
+    direction: Direction
+    unit: str
+    meaning: str
+
+    @property
+    def is_share(self) -> bool:
+        """Whether it lies in [0, 1] by its nature."""
+        return self.unit in ("share", "[0, 1]")
+
+
+def _metric(name: str, direction: Direction, unit: str, meaning: str) -> tuple[str, Metric]:
+    return name, Metric(name=name, direction=direction, unit=unit, meaning=meaning)
+
+
+METRICS: Mapping[str, Metric] = MappingProxyType(
+    dict(
+        (
+            _metric("quality", "increase", "[0, 1]", "feedback, of the requests that have any"),
+            _metric("judged_quality", "increase", "[0, 1]", "feedback, with the judge's help"),
+            _metric("grade", "increase", "[0, 1]", "what the judge alone says"),
+            _metric("predicted_quality", "increase", "[0, 1]", "the policy's own prediction"),
+            _metric("feedback_rate", "increase", "share", "requests with feedback"),
+            _metric("usd", "decrease", "USD", "money per request"),
+            _metric("wh", "decrease", "Wh", "energy per request"),
+            _metric("gco2e", "decrease", "gCO2e", "carbon per request"),
+            _metric("latency_s", "decrease", "s", "time to the whole answer"),
+            _metric("ttft_s", "decrease", "s", "time to the first text"),
+            _metric("tokens", "decrease", "tokens", "read and written by all members"),
+            _metric("error_rate", "decrease", "share", "requests that failed at the server"),
+            _metric("escalation_rate", "decrease", "share", "requests that needed a later stage"),
+        )
+    )
+)
+
+
+# As feedback may name a number.
+METRIC_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
+
+# Metrics that there are with a judge only.
+JUDGED = ("judged_quality", "grade")
+COVARIATES = ("prompt_tokens", "expected_quality")
+
+
+@with_config(extra="forbid")
+@dataclass(frozen=True, kw_only=True)
+class OwnMetric:
+    """A metric of one's own: a number that feedback brings under its name, or a ratio of two.
+
+    A "binary" one is 0 or 1, and other values of it are left out. `ratio` names numerator and
+    denominator, metrics of any kind whose sums are divided over the requests that have both.
+    `minimum_effect` is as in `Goal`; it tunes the interval.
+    """
+
+    direction: Direction
+    kind: Literal["binary", "real"] = "real"
+    unit: str = ""
+    ratio: tuple[str, str] | None = None
+    minimum_effect: float = 0.05
+    relative: bool = True
+
+
+@with_config(extra="forbid")
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """The metric that decides, and the smallest change in it that would matter.
+
+    `minimum_effect` is in the metric's own unit, or a share of the control's mean if `relative`.
+    The confidence sequence is tightest once the data could show an effect of this size.
+    """
+
+    metric: str = "quality"
+    direction: Direction | None = None
+    minimum_effect: float = 0.02
+    relative: bool = False
+
+
+@with_config(extra="forbid")
+@dataclass(frozen=True, kw_only=True)
+class Guardrail:
+    """Stop an arm when its `metric` is surely worse than the control's by more than `limit`.
+
+    `limit` is in the metric's own unit, or a share of the control's mean if `relative`.
+    """
+
+    metric: str
+    limit: float = 0.0
+    relative: bool = False
