@@ -131,14 +131,11 @@ class Executor:
         client = self.engines[engine]
         try:
             if not task.stream:
-                chunk = await client.complete(request)
-                _note(run, chunk)
-                yield chunk if task.max_tokens != 0 else _without_answer(chunk)
+                yield _noted(run, task, await client.complete(request))
                 return
             async with aclosing(client.stream(request)) as chunks:
                 async for chunk in chunks:
-                    _note(run, chunk)
-                    yield chunk if task.max_tokens != 0 else _without_answer(chunk)
+                    yield _noted(run, task, chunk)
         except (EngineOverloaded, RequestError):
             run.prompt_tokens = 0  # the engine refused it unread: nobody pays for that
             raise
@@ -413,13 +410,19 @@ def _whole(chunks: list[Chunk]) -> Chunk:
 def _without_answer(chunk: Chunk) -> Chunk:
     """Return what `chunk` says of the prompt alone."""
     reason = chunk.finish_reason and "length"
-    return replace(chunk, text="", reasoning="", tokens=(), tool_calls=(), finish_reason=reason)
+    followed = chunk.followed and (chunk.followed[0], 0)
+    plain = replace(chunk, text="", reasoning="", tokens=(), tool_calls=(), followed=followed)
+    return replace(plain, finish_reason=reason)
 
 
-def _note(run: Run, chunk: Chunk) -> None:
+def _noted(run: Run, task: Task, chunk: Chunk) -> Chunk:
+    """Return what `task` wants of `chunk`, having noted in `run` what is paid for."""
+    if task.max_tokens == 0:
+        chunk = _without_answer(chunk)
     run.output_tokens += len(chunk.tokens)
     if chunk.output_tokens is not None:
         run.output_tokens = chunk.output_tokens
     run.weights, run.energy, run.followed = chunk.weights, energy_of(chunk), chunk.followed
     if chunk.prompt_tokens is not None:
         run.prompt_tokens = chunk.prompt_tokens
+    return chunk

@@ -198,8 +198,8 @@ class StackedEngine:
                 outcomes.put_nowait(EngineFailed(f"a step of the engine {self._spec.name} hangs"))
 
     def _load(self) -> tuple[Runner, Runner | None, LLTokenizer, Vocabulary]:
-        runner = self._runner([self._cards[name] for name in self._bases])
         guests = self._runner(list(self._guests.values())) if self._guests else None
+        runner = self._runner([self._cards[name] for name in self._bases], scouts=guests)
         path = self._base.path
         ends = sorted(frozenset().union(*(card.end_tokens for card in self._cards.values())))
         tokenizer = read_tokenizer(path)
@@ -217,7 +217,7 @@ class StackedEngine:
         self._cards[name] = self._base
         self._traits = self._traits.adopting(name, self._bases[0])
 
-    def _runner(self, cards: Seq[ModelCard]) -> Runner:
+    def _runner(self, cards: Seq[ModelCard], scouts: Runner | None = None) -> Runner:
         """Load `cards`, and run a first step. Guests share the cache's bytes, row for row."""
         device = _device(self._spec)
         dtype = _dtype(self._spec, device)
@@ -238,6 +238,7 @@ class StackedEngine:
             dtype=dtype,
             pack=_PACKS.get(self._spec.dtype, plain),
             num_threads=self._options.num_threads,
+            scouts=scouts,
         )
         with torch.inference_mode():
             runner.try_out()
@@ -357,9 +358,8 @@ class StackedEngine:
         lead, *others = request.members or ("",)
         if request.rule != "gated" or not others or lead not in self._traits.leads:
             return None
-        if request.evidence is not None or request.sampling.prompt_logprobs is not None:
-            field = "evidence" if request.evidence is not None else "echo"
-            raise RequestError(f"{field}: {lead} leads, which does not go with it", field)
+        if request.evidence is not None:
+            raise RequestError(f"evidence: {lead} leads, which does not go with it", "evidence")
         return list(self._guests).index(lead)
 
 

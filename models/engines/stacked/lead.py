@@ -11,7 +11,8 @@ A lead of another shape than the others, such as a chunk before its base, is a *
 of its own, on a runner and rows of its own. Where it is unsure it does not wait but goes on, as
 long as its guesses are likely to stand; then the others run what they have missed and all guesses
 in one pass, and each token is drawn as it is where everybody runs at every token, by the same
-number of the request's generator. The first that is not the lead's guess ends the step. With
+number of the request's generator. The first that is not the lead's guess ends the step. Where a
+prompt is to be scored both read it whole, and each token counts as it would be drawn. With
 weights 0 and 1 this is a speculative cascade (Narasimhan et al. 2025, "Faster Cascades via
 Speculative Decoding") by Chow's rule (equation 2 there: the small model's token stands where its
 likeliest has probability 1 - alpha, here `gate`), the one of their rules that can tell without
@@ -120,7 +121,8 @@ def run_ahead(sequence: Sequence, said: Said, token: int) -> None:
     most = min(MOST_AHEAD, sequence.max_new_tokens - sequence.num_generated)
     grammar = sequence.sampler.grammar
     sequence.asks = (
-        chance < _LEAST_CHANCE
+        (sequence.reads_prompt and not sequence.num_generated)
+        or chance < _LEAST_CHANCE
         or len(guesses) >= most
         or token in sequence.end_tokens
         or (grammar is not None and grammar.num_allowed(guesses) < len(guesses))

@@ -232,7 +232,8 @@ class Loop(threading.Thread):
     def _hear_scouts(self, stepped: Stepped, drawn: Draw) -> None:
         """Take what leads of another shape are sure of, and keep the rest to be checked."""
         for row, (sequence, said) in enumerate(heard(stepped.sequences, stepped.logp_RV, drawn)):
-            if said.is_sure and not sequence.said:
+            unread = sequence.reads_prompt and not sequence.num_generated
+            if said.is_sure and not sequence.said and not unread:
                 self._accept(sequence, drawn, row, said)
             else:
                 run_ahead(sequence, said, drawn.token_ids[row])

@@ -69,11 +69,12 @@ class Runner:
         pack: Pack[Any],
         num_threads: int | None = None,
         record: Record | None = None,
+        scouts: Runner | None = None,
     ) -> None:
         """Load the members' weights; on CPU compute with `num_threads` at most, or all of torch's.
 
-        `pack` says how matrices are kept. Decoding steps are recorded by `record`; None: as CUDA
-        graphs in bfloat16, else not at all.
+        `scouts` runs leads of another shape. `pack` says how matrices are kept. Decoding steps are
+        recorded by `record`; None: as CUDA graphs in bfloat16, else not at all.
         Raises `PoolError` for a checkpoint it cannot compute.
         """
         bases = [card for card in cards if card.adapter is None]
@@ -85,6 +86,7 @@ class Runner:
         weights = load_weights(bases, self.architecture, device, dtype, pack=pack)
         self._take(weights, StackedModel(self.architecture, weights))
         self._threads = StepThreads(num_threads, cards[0].parameters * dtype.itemsize)
+        self._scouts = scouts
         self._device = device
         self._drawn: Draw | None = None
 
@@ -209,14 +211,17 @@ class Runner:
 
         What the lanes say of a token sets the weights from the next one on. So a prompt's
         probability under evidence at temperature 1 is the members' own, each whole, mixed by the
-        prior.
+        prior. What a scout makes of a prompt waits for those whom it leads, who say the rest.
         """
         for sequence, hidden_KTD, targets in self._read(step, hidden_ND):
+            if sequence.follows is not None:
+                sequence.keep_prompt(hidden_KTD[0])
+                continue
             num_top = sequence.sampler.options.prompt_logprobs
             slices = []
             for logp_nV, ids in self._told(sequence, hidden_KTD, targets):
-                said_n1 = logp_nV.gather(1, ids.repeat(sequence.num_lanes)[:, None])
-                said_TK = said_n1.view(sequence.num_lanes, -1).T.double().cpu()
+                said_n1 = logp_nV.gather(1, ids.repeat(len(logp_nV) // len(ids))[:, None])
+                said_TK = said_n1.view(-1, len(ids)).T.double().cpu()
                 if num_top is None:
                     totals = said_TK.sum(0).tolist()
                     sequence.weights = sequence.weights.heard(totals, len(ids))
@@ -259,13 +264,22 @@ class Runner:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield what the lanes say of `targets`, lane by lane, [K * T, V], and the targets, [T].
 
-        A slice at a time, to bound memory.
+        A scout's come first. A slice at a time, to bound memory.
         """
+        leading: Iterator[tuple[Tensor, Tensor]] | None = None
+        if self._scouts is not None and sequence.scout is not None:
+            its_TD = sequence.scout.prompt_TD
+            assert its_TD is not None, "a scout reads before those whom it leads"
+            its_1TD = its_TD[None, sequence.num_cached :]
+            leading = self._scouts._told(sequence.scout, its_1TD, targets)
         for start in range(0, len(targets), _EVIDENCE_TOKENS):
             ids = torch.tensor(targets[start : start + _EVIDENCE_TOKENS], device=self._device)
             hidden_nD = hidden_KTD[:, start : start + len(ids)].flatten(0, 1)
             lanes = group_rows(sequence.members, len(ids), self._num_members, self._device)
-            yield self._model.logits(hidden_nD, lanes).log_softmax(-1), ids
+            logp_nV = self._model.logits(hidden_nD, lanes).log_softmax(-1)
+            if leading is not None:
+                logp_nV = torch.cat([next(leading)[0], logp_nV])
+            yield logp_nV, ids
 
     def _step_of(self, parts: Seq[Part]) -> Step:
         step = self._step
@@ -291,10 +305,14 @@ def _leads_of(part: Part) -> Seq[Said | None]:
 
 
 def _keep_states(sampling: Seq[Sequence], hidden_LD: Tensor, lanes_R: Seq[Seq[int]]) -> None:
-    """Keep what the last layer made of the end of a prompt that is to be scored."""
+    """Keep what the last layer made of the end of a prompt that is to be scored.
+
+    Of those whom a scout leads, of another width, only the scout's.
+    """
     for sequence, lanes in zip(sampling, lanes_R, strict=True):
-        if sequence.sampler.options.prompt_logprobs is not None and not sequence.num_generated:
-            sequence.state_KD = hidden_LD[list(lanes)].float().cpu().numpy()
+        scores = sequence.sampler.options.prompt_logprobs is not None
+        if scores and not sequence.num_generated and sequence.scout is None:
+            (sequence.follows or sequence).state_KD = hidden_LD[list(lanes)].float().cpu().numpy()
 
 
 def _weigh_answers(

@@ -46,7 +46,8 @@ class Sequence:
     so far, of which the first `num_cached` have their keys and values in the cache, from row
     `region_start` on (None while it waits); the first `num_reused` were copied from another
     request's (None until its prompt has begun). `scored` is what the members said of the prompt in
-    the last step, where that was asked for, `state_KD` what their last layers made of its end.
+    the last step, where that was asked for, `state_KD` what their last layers made of its end, and
+    a scout's `prompt_TD` what its last layer made of the whole.
     `send` hands an outcome to the reader, on the event loop; what `accept` collects is for its next
     one.
     """
@@ -74,6 +75,7 @@ class Sequence:
     finished: bool = False
     scored: Scored | None = None
     state_KD: NDArray[np.float32] | None = None
+    prompt_TD: Tensor | None = None
     _new_tokens: list[Token] = field(default_factory=list)
     _prompt: list[Token] = field(default_factory=list)
     _new_text: str = ""
@@ -149,6 +151,13 @@ class Sequence:
             self.num_cached -= 1
         self.tokens[:] = text.tokens
         self.sampler = text.sampler
+
+    def keep_prompt(self, hidden_TD: Tensor) -> None:
+        """Keep what the last layer made of the prompt's tokens after the first `num_cached`."""
+        if self.prompt_TD is None:
+            num_tokens = len(self.request.prompt_tokens)
+            self.prompt_TD = hidden_TD.new_empty(num_tokens, hidden_TD.shape[-1])
+        self.prompt_TD[self.num_cached : self.num_cached + len(hidden_TD)] = hidden_TD
 
     def advance(self, num_tokens: int) -> None:
         """Note that so many more tokens have gone through what was due."""
@@ -231,7 +240,7 @@ class Sequence:
         if not self.lead_alone and self.scout is None:
             return None
         num_computed = self.num_followed if self.lead_alone else self.num_cached
-        return (num_computed - self.num_asked + 1 if self.num_asked else 0), self.num_asked
+        return num_computed - self.num_asked + bool(self.num_asked), self.num_asked
 
     def _named_weights(self) -> tuple[float, ...]:
         values = self.weights.values

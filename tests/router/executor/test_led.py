@@ -86,6 +86,31 @@ def test_who_is_not_asked_is_not_paid(server: Running) -> None:
     assert usd["unsure"] == pytest.approx(usd["alone"] + usd["base"])
 
 
+def test_a_text_has_a_likelihood(server: Running) -> None:
+    """It is the chunk's where that is always sure, the base's where it never is, and each of the
+    two's somewhere between; both read all of it, and are paid.
+    """
+    scored = {"echo": True, "logprobs": 1, "max_tokens": 0}
+    names = ("chunk", "base", "policy/sure", "policy/unsure", "policy/auto")
+    told = {name: ask(server, name, **scored) for name in names}
+    first, *said = zip(
+        *(told[name]["choices"][0]["logprobs"]["token_logprobs"] for name in names), strict=True
+    )
+    assert set(first) == {None}
+    assert said
+    for chunk, base, sure, unsure, auto in said:
+        assert sure == pytest.approx(chunk, abs=1e-4)
+        assert unsure == pytest.approx(base, abs=1e-4)
+        assert auto in (pytest.approx(chunk, abs=1e-4), pytest.approx(base, abs=1e-4))
+    for name in names[2:]:
+        [stage] = told[name]["shoal"]["stages"]
+        num_prompt = told[name]["usage"]["prompt_tokens"]
+        assert stage["followed_tokens"] == {"read": num_prompt, "written": 0}
+        assert told[name]["usage"]["completion_tokens"] == stage["output_tokens"] == 0
+        usd = [told[one]["shoal"]["footprint"]["usd"] for one in ("chunk", "base", name)]
+        assert usd[2] == pytest.approx(usd[0] + usd[1])
+
+
 def test_what_cannot_lead_is_refused_by_name(tmp_path: Path) -> None:
     """Another engine's model leads only where its engine says so, and only models do."""
     content = {"name": "p", "engines": ENGINES, "models": models(tmp_path)}

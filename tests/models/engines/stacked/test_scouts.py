@@ -8,16 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from llguidance import LLTokenizer
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from models.answer_format import PLAIN
 from models.engines.answer_grammar import answer_grammar, compile_answer
-from models.engines.base import Chunk, Engine, GenerationRequest, Structure
+from models.engines.base import Chunk, Engine, Evidence, GenerationRequest, Structure
 from models.engines.stacked.cache import BLOCK_TOKENS
 from models.engines.stacked.fusion import Fusion, fuse
 from models.engines.stacked.runner import Runner
@@ -46,7 +48,7 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required"
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two random checkpoints of one shape, and two of another, sure of some tokens."""
     root = tmp_path_factory.mktemp("scouts")
-    small = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48}
+    small: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48}
     return [
         *(save_checkpoint(root / f"{seed}", seed=seed) for seed in range(2)),
         *(
@@ -229,6 +231,53 @@ def test_guesses_are_checked_several_at_a_time(twins: list[Path], steps: Any) ->
     assert token_ids(chunks) == token_ids(alone[0])
 
 
+def distributions(model: Any, tokens: Seq[int]) -> NDArray[np.float64]:
+    """What transformers says of each next token of a text, [T, V], as probabilities."""
+    with torch.inference_mode():
+        logits_TV = model(torch.tensor([list(tokens)])).logits[0]
+    return np.asarray(logits_TV.double().softmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("members", "weights"),
+    [(("m2", "m0"), (0.0, 1.0)), (("m3", "m1", "m0"), (0.5, 0.2, 0.3))],
+)
+@pytest.mark.parametrize("options", [{}, {"step_rows": 8}], ids=["whole", "in chunks"])
+def test_a_text_is_scored_as_it_would_be_drawn(
+    folders: list[Path],
+    references: dict[str, Any],
+    members: tuple[str, ...],
+    weights: tuple[float, ...],
+    options: dict[str, Any],
+) -> None:
+    """Each token of a prompt, and of the answer, by the lead where its likeliest token passes the
+    gate, else by the mixture; whoever else is in the batch.
+    """
+    text = [*PROMPT, *(5, 9, 7, 200, 31, 32) * 4]
+    said_MTV = np.stack([distributions(references[name], text) for name in members])
+    sure_T1 = said_MTV[0].max(-1, keepdims=True)
+    wanted, expected = [], []
+    for gate in (0.0, float(np.median(sure_T1)), 1.0):
+        fused_TV = np.where(sure_T1 >= gate, said_MTV[0], np.tensordot(weights, said_MTV, 1))
+        expected.append(np.log(fused_TV[np.arange(len(text) - 1), text[1:]]))
+        one = led(text, members, gate=gate, weights=weights, prompt_logprobs=2, max_tokens=2)
+        wanted.append(one)
+    beside = led(PROMPT, gate=0.5), request(PROMPT, ("m1",), prompt_logprobs=0)
+    answers = answer(build(folders, **options), *wanted, *beside)
+    for one, chunks, due in zip(wanted, answers, expected, strict=False):
+        prompt = [token for chunk in chunks for token in chunk.prompt]
+        assert [token.token_id for token in prompt] == text
+        assert prompt[0].logprob is None
+        assert [token.logprob for token in prompt[1:]] == pytest.approx(due.tolist(), abs=1e-3)
+        assert all(len(token.top) == 2 for token in prompt[1:])
+        tokens, logprobs = zip(*told(chunks), strict=True)
+        drawn, said = zip(*everybody(references, one), strict=True)
+        assert tokens == drawn
+        assert logprobs == pytest.approx(said, abs=1e-3)
+        num_read, num_written = chunks[-1].followed or (0, 0)
+        assert num_read + num_written >= len(text)
+
+
 def test_leads_find_the_prefixes_that_they_have(folders: list[Path]) -> None:
     """A later turn starts from what the lead computed, and who follows it from what it did."""
     later = [*PROMPT, *range(100, 120)]
@@ -278,7 +327,7 @@ def test_a_lead_that_fails_takes_nobody_along(
         (request(PROMPT, ("m2", "m0")), "'m2' is unknown"),
         (led(PROMPT, ("m0", "m2"), gate=0.5), "'m2' is unknown"),
         (led(PROMPT, ("m2", "m3"), gate=0.5), "'m3' is unknown"),
-        (led(PROMPT, gate=0.5, prompt_logprobs=0), "echo: m2 leads"),
+        (replace(led(PROMPT, gate=0.5), evidence=Evidence()), "evidence: m2 leads"),
     ],
 )
 def test_leads_do_nothing_else(
