@@ -159,11 +159,12 @@ test-clients: $(STAMP) $(CLIENTS_STAMP)
 bench-load: $(STAMP) $(CLIENTS_STAMP)
 	$(BIN)/python -m tests.bench.load
 
-# Joules per token of a GPU by its own counter beside LLMCarbon's (DEVICE: its name in the hardware
-# table), while 2,000 users ask the shipped pool; minutes, into build/users.
+# What the stacked engine does on a GPU; then its joules per token by its own counter beside LLMCarbon's
+# (DEVICE: its name in the hardware table), while users ask the shipped pool. Eight minutes.
 DEVICE ?= h100
 bench-gpu: $(STAMP)
-	$(BIN)/python -m tests.bench.experiments_users --local --device $(DEVICE)
+	$(BIN)/python -m tests.bench.gpu --minutes 6
+	$(BIN)/python -m tests.bench.experiments_users --local --device $(DEVICE) --users 200
 
 # These tools by their lock alone: they read what is installed, and are no part of it.
 $(AUDIT_STAMP): locks/audit.txt

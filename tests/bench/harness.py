@@ -74,11 +74,15 @@ def speedup_row(
     }
 
 
-def read_bytes_per_s(num_bytes: int) -> float:
-    """Measure how fast a working set of that size is read again and again: the best of 10."""
-    block = torch.ones(max(num_bytes // 4, 1))
-    block.sum()
-    return num_bytes / min(seconds(block.sum) for _ in range(10))
+def read_bytes_per_s(num_bytes: int, device: str = "cpu") -> float:
+    """Measure how fast so many bytes are read on a device again and again: the best of 10."""
+    block = torch.ones(max(num_bytes // 4, 1), device=device)
+
+    def read() -> None:
+        block.sum().item()  # waits for the device
+
+    read()
+    return num_bytes / min(seconds(read) for _ in range(10))
 
 
 def environment() -> Row:

@@ -103,13 +103,14 @@ def stacked(
 
 def transformers(model: Path, dtype: str, times: int, clock: Clock) -> Timed:
     """`generate`, so many times after one another."""
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).to(device)
 
     def run(prompt: list[int], num_tokens: int) -> float:
         started_s = clock()
         loaded.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            torch.tensor([prompt], device=device),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=device),
             max_new_tokens=num_tokens,
             min_new_tokens=num_tokens,
             do_sample=False,

@@ -131,7 +131,8 @@ def transformers(model: Path, *, dtype: str) -> Answer:
     from transformers import AutoModelForCausalLM
     from transformers.generation.streamers import BaseStreamer
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).to(device)
 
     class First(BaseStreamer):
         """Notes when the first token comes; the prompt comes before it."""
@@ -147,7 +148,7 @@ def transformers(model: Path, *, dtype: str) -> Answer:
             """Nothing to do."""
 
     def answer(prompts: Prompts, num_tokens: int) -> tuple[float, float]:
-        ids = torch.tensor(prompts)
+        ids = torch.tensor(prompts, device=device)
         first = First()
 
         def run() -> float:

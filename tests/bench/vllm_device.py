@@ -25,7 +25,7 @@ import torch
 from models.card import read_card
 from models.engines.vllm_fused.folder import write_folder
 from tests.bench.engine_models import SHIPPED, School, Size, save_model
-from tests.bench.harness import Row, environment, seconds
+from tests.bench.harness import Row, environment, read_bytes_per_s
 from tests.bench.vllm_contenders import Contender, StackedContender, VllmContender
 
 CONCURRENT = (1, 8, 32)
@@ -131,17 +131,6 @@ def _rows(
                 flush=True,
             )
             yield row
-
-
-def read_bytes_per_s(num_bytes: int, device: str) -> float:
-    """Measure how fast so many bytes are read on the device again and again: the best of 10."""
-    block = torch.ones(max(num_bytes // 4, 1), device=device)
-
-    def read() -> None:
-        block.sum().item()  # waits for the device
-
-    read()
-    return num_bytes / min(seconds(read) for _ in range(10))
 
 
 def main() -> None:
