@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -334,6 +335,12 @@ class VllmEngine:
         return relative_weights(request)
 
 
+@cache
+def _socket_folder() -> tempfile.TemporaryDirectory[str]:
+    """Return a folder for the sockets that vLLM leaves; it goes when this process ends."""
+    return tempfile.TemporaryDirectory(prefix="shoal-")
+
+
 def configure(
     spec: EngineSpec, checkpoint: Path, engine_args: Mapping[str, Any], num_threads: int | None
 ) -> VllmConfig:
@@ -341,6 +348,8 @@ def configure(
     # Nothing is reported to anybody; vLLM reads this when it is imported.
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    if "VLLM_RPC_BASE_PATH" not in os.environ:  # a server's is its own folder
+        os.environ["VLLM_RPC_BASE_PATH"] = _socket_folder().name
     from vllm import AsyncEngineArgs  # noqa: PLC0415
     from vllm.platforms import current_platform  # noqa: PLC0415
 
