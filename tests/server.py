@@ -134,9 +134,13 @@ def serving(
     *arguments: str,
     port: int | None = None,
     config: Mapping[str, Any] = MappingProxyType({}),
+    env: Mapping[str, str] = MappingProxyType({}),
     **pool: Any,
 ) -> Iterator[Server]:
-    """Serve a pool of fake engines from `folder` until the block ends; `config` adds to it."""
+    """Serve a pool of fake engines from `folder` until the block ends.
+
+    `config` and `env` add to the server's.
+    """
     import yaml
 
     from tests.router.conftest import write_pool
@@ -145,5 +149,5 @@ def serving(
     (folder / "config.yaml").write_text(
         yaml.safe_dump({"pool": ".", "ledger": {"url": "sqlite:///rows.db"}, **config})
     )
-    with started(folder, "--config", "config.yaml", *arguments, port=port) as server:
+    with started(folder, "--config", "config.yaml", *arguments, port=port, env=env) as server:
         yield server

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import time
 from pathlib import Path
@@ -58,6 +59,8 @@ class Kept:
         self.network = network
         self.postgresql = postgresql
         self.url = postgresql.address if postgresql else f"sqlite:///{folder / 'rows.db'}"
+        self._clock = folder / "clock"
+        self.set_clock(0)
         self._port = free_port()
         self._stack = contextlib.ExitStack()
         self.server = self._start()
@@ -66,6 +69,12 @@ class Kept:
     def part(self, kind: str) -> list[psutil.Process]:
         """Return the processes of one kind that run, and do not stand still."""
         return [process for process, line in self._running() if re.search(PARTS[kind][0], line)]
+
+    def set_clock(self, ahead_s: float) -> None:
+        """Move the clock that the server's Python processes read; see `clock/`."""
+        replacement = self._clock.with_suffix(".new")
+        replacement.write_text(str(ahead_s))
+        replacement.replace(self._clock)
 
     def make_whole(self) -> None:
         """Wait until every part runs, and start the server again where it has ended."""
@@ -96,8 +105,13 @@ class Kept:
 
     def _start(self) -> Server:
         config = {**CONFIG, "ledger": {"url": self.url}}
+        paths = [str(Path(__file__).parent / "clock"), os.environ.get("PYTHONPATH", "")]
+        environment = {
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "SHOAL_FAULTS_CLOCK": str(self._clock),
+        }
         return self._stack.enter_context(
-            serving(self.folder, port=self._port, config=config, **POOL)
+            serving(self.folder, port=self._port, config=config, env=environment, **POOL)
         )
 
 

@@ -1,8 +1,7 @@
 """`make test-faults`: kill, stop and starve every part of a server on Ray while clients run.
 
 Clients repeat what fails, as OpenAI's do. Whoever starts the server starts it again where it ended.
-The table that this prints stands in docs/operations.md. The machine's clock is left alone: what
-jumps of it do is tested where a process reads it (`tests/router/test_record.py`).
+The table that this prints stands in docs/operations.md.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ AWAY_S = 3.0
 FLUSHED_S = 2.0
 COLUMNS = (
     "fault", "requests", "repeated", "failed", "rows lost", "charged without a row",
-    "charged twice", "longest wait, s", "whole again, s",
+    "charged twice", "longest wait, s", "ended, s", "whole again, s",
 )  # fmt: skip
 
 
@@ -109,6 +108,15 @@ def _fill_disk(kept: Kept) -> None:
         process.rlimit(psutil.RLIMIT_FSIZE, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
 
 
+def _move_clock(ahead_s: float) -> Callable[[Kept], None]:
+    def inject(kept: Kept) -> None:
+        kept.set_clock(ahead_s)
+        time.sleep(AWAY_S)
+        kept.set_clock(0)
+
+    return inject
+
+
 def _kill_postgresql(kept: Kept) -> None:
     assert kept.postgresql is not None
     for process in kept.postgresql.processes():
@@ -173,6 +181,8 @@ FAULTS = {
         f"network {half} an ingress replica cut, {AWAY_S:g} s": Fault(inject=_cut(half))
         for half in ("to", "from")
     },
+    f"clock half an hour ahead, {AWAY_S:g} s": Fault(inject=_move_clock(1800)),
+    f"clock half an hour back, {AWAY_S:g} s": Fault(inject=_move_clock(-1800)),
     f"no disk space, {AWAY_S:g} s": Fault(inject=_fill_disk),
     f"database locked, {AWAY_S:g} s": Fault(inject=_lock_database),
     "SIGTERM of shoal serve": Fault(
@@ -237,8 +247,7 @@ def test_a_part_may_fail(
         until(lambda: clients.num_answered(0) >= NUM_CLIENTS)
         fault_s = time.monotonic()
         fault.inject(kept)
-        if fault.ends:
-            wait_for_end(kept, family)
+        ended = f"{wait_for_end(kept, family):.1f}" if fault.ends else "–"
         kept.make_whole()
         whole_s = time.monotonic()
         until(lambda: clients.num_answered(whole_s) >= 2 * NUM_CLIENTS, 300)
@@ -265,7 +274,7 @@ def test_a_part_may_fail(
         len(clients.asked), sum(len(asked.tries) > 1 for asked in clients.asked), failed, len(lost),
         max(0, num_charged - num_rows) if fault.kills_writers else 0, max(0, twice),
     )  # fmt: skip
-    times = f"{clients.longest_s(fault_s):.1f} | {whole_s - fault_s:.1f}"
+    times = f"{clients.longest_s(fault_s):.1f} | {ended} | {whole_s - fault_s:.1f}"
     with capsys.disabled():
         sys.stderr.write(f"| {name} | {' | '.join(map(str, numbers))} | {times} |\n")
     assert failed == 0
