@@ -1,7 +1,8 @@
 """The OpenAPI document: what every endpoint takes, answers and streams, as named schemas.
 
 Endpoints read their bodies and write their answers themselves; here they say only what these are
-like. Tests hold what is served to it.
+like. Tests hold what is served to it. Schemas are worked out when somebody asks for the document:
+all of them take a second, which a replica that starts has no time for.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 from fastapi import FastAPI
 from pydantic import BaseModel, TypeAdapter
-from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, NoDefault
 from pydantic_core import core_schema
 from starlette.responses import JSONResponse, Response
 
@@ -20,6 +21,9 @@ _KEYS = {"type": "http", "scheme": "bearer", "description": "Needed where `auth.
 
 Shape: TypeAlias = type[Any]
 """A pydantic model or a dataclass."""
+Mode: TypeAlias = Literal["validation", "serialization"]
+
+_SHAPES: dict[str, tuple[Shape, Mode]] = {}  # what operations refer to, by name
 
 
 class ErrorFacts(BaseModel):
@@ -37,7 +41,16 @@ class ErrorBody(BaseModel):
     error: ErrorFacts
 
 
-class _Finite(GenerateJsonSchema):
+class _Schema(GenerateJsonSchema):
+    """Leaves out that a default is null, which says nothing to a client."""
+
+    def get_default_value(self, schema: core_schema.WithDefaultSchema) -> Any:  # noqa: ANN401
+        """Return the default, or that there is none."""
+        found = super().get_default_value(schema)
+        return NoDefault if found is None else found
+
+
+class _Finite(_Schema):
     """Says of dataclasses' numbers that they may be null: so are told NaN and infinity."""
 
     def float_schema(self, schema: core_schema.FloatSchema) -> JsonSchemaValue:
@@ -59,22 +72,21 @@ def described(
     The answer has a shape, or (None) is anything of the `media_type`. A stream is server-sent
     events whose data has one of the shapes of `streams`. `query` are its optional parameters.
     """
-    schema = {"type": "string"} if answers is None else _schema(answers, "serialization")
+    schema = {"type": "string"} if answers is None else _reference(answers)
     content = {media_type: {"schema": schema}}
     if streams:
-        events = [_schema(event, "serialization") for event in streams]
-        content["text/event-stream"] = {"schema": {"anyOf": events}}
+        content["text/event-stream"] = {"schema": {"anyOf": [*map(_reference, streams)]}}
     operation: dict[str, Any] = {
         "responses": {
             "200": {"description": "The answer.", "content": content},
             "default": {
                 "description": "What went wrong.",
-                "content": {"application/json": {"schema": _schema(errors, "serialization")}},
+                "content": {"application/json": {"schema": _reference(errors)}},
             },
         }
     }
     if takes is not None:
-        body = {"schema": _schema(takes, "validation")}
+        body = {"schema": _reference(takes, "validation")}
         operation["requestBody"] = {"required": True, "content": {"application/json": body}}
     if query:
         operation["parameters"] = [
@@ -87,7 +99,8 @@ def described(
 def document(described_by_fastapi: dict[str, Any]) -> dict[str, Any]:
     """Return the whole document: every schema under its name, and who may ask."""
     schemas: dict[str, Any] = {}
-    paths = _gathered(described_by_fastapi["paths"], schemas)
+    paths = described_by_fastapi["paths"]
+    _gather(paths, schemas)
     for operations in paths.values():
         for operation in operations.values():
             # FastAPI would refuse parameters so; ours are texts, which it never does.
@@ -118,25 +131,32 @@ def describe(api: FastAPI) -> None:
     api.add_api_route(path, openapi, include_in_schema=False)
 
 
-def _schema(shape: Shape, mode: Literal["validation", "serialization"]) -> dict[str, Any]:
-    """Return a reference to the schema of `shape`, which stands beside it for `_gathered`."""
-    plain = issubclass(shape, BaseModel)
+def _reference(shape: Shape, mode: Mode = "serialization") -> dict[str, str]:
+    """Return a reference to the schema of `shape`; a name means one thing."""
+    name = shape.__name__
+    assert _SHAPES.setdefault(name, (shape, mode)) == (shape, mode), f"two are called {name}"
+    return {"$ref": f"{_PLACE}{name}"}
+
+
+def _schemas(shape: Shape, mode: Mode) -> dict[str, Any]:
+    """Return the schema of `shape`, and those that it refers to, by their names."""
     schema = TypeAdapter(shape).json_schema(
         mode=mode,
         ref_template=f"{_PLACE}{{model}}",
-        schema_generator=GenerateJsonSchema if plain else _Finite,
+        schema_generator=_Schema if issubclass(shape, BaseModel) else _Finite,
     )
-    definitions = schema.pop("$defs", {})
-    name = shape.__name__
-    return {"$ref": f"{_PLACE}{name}", "$defs": {name: schema, **definitions}}
+    return {**schema.pop("$defs", {}), shape.__name__: schema}
 
 
-def _gathered(node: Any, schemas: dict[str, Any]) -> Any:  # noqa: ANN401 - JSON
-    """Return `node` without its definitions, which go to `schemas`; a name means one thing."""
+def _gather(node: Any, schemas: dict[str, Any]) -> None:  # noqa: ANN401 - JSON
+    """Put the schemas that are referred to in `node` into `schemas`."""
     if isinstance(node, list):
-        return [_gathered(item, schemas) for item in node]
-    if not isinstance(node, dict):
-        return node
-    for name, schema in node.get("$defs", {}).items():
-        assert schemas.setdefault(name, schema) == schema, f"two schemas are called {name}"
-    return {key: _gathered(value, schemas) for key, value in node.items() if key != "$defs"}
+        for item in node:
+            _gather(item, schemas)
+    elif isinstance(node, dict):
+        name = str(node.get("$ref", "")).removeprefix(_PLACE)
+        if name in _SHAPES and name not in schemas:
+            for found, schema in _schemas(*_SHAPES[name]).items():
+                assert schemas.setdefault(found, schema) == schema, f"two are called {found}"
+        for value in node.values():
+            _gather(value, schemas)
