@@ -2,12 +2,13 @@
 
 Parsing holds the interpreter's lock for as long as a body has values, and every other request waits
 meanwhile. So what a body holds is counted before it is parsed, which costs little more than a copy,
-and long bodies are parsed one after another on a thread of their own.
+and long bodies are parsed one after another on a thread of their own, with rests between.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 import zlib
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,8 @@ STRING = 5
 _SLICE_BYTES = 2**14
 # Below this, parsing takes less time than handing it to a thread is worth.
 _INLINE_BYTES = 2**14
+# The thread leaves the lock alone for so many times as long as a long body took.
+_REST = 2.0
 
 
 class Bodies:
@@ -42,6 +45,7 @@ class Bodies:
         self.timeout_s = timeout_s
         # One: every thread that parses is another that the event loop waits for.
         self._thread = ThreadPoolExecutor(1, "shoal-bodies")
+        self._rests_until_s = 0.0  # monotonic
 
     async def read(self, request: Request, max_bytes: int | None = None) -> bytes:
         """Return the request's body, unpacked; `max_bytes` may be less than the server's.
@@ -93,7 +97,16 @@ class Bodies:
         if len(body) <= _INLINE_BYTES:
             return self._counted(parse, body)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, self._counted, parse, body)
+        return await loop.run_in_executor(self._thread, self._in_turn, parse, body)
+
+    def _in_turn(self, parse: Callable[[bytes], T], body: bytes) -> T:
+        time.sleep(max(0.0, self._rests_until_s - time.monotonic()))
+        began_s = time.thread_time()
+        try:
+            return self._counted(parse, body)
+        finally:
+            took_s = time.thread_time() - began_s
+            self._rests_until_s = time.monotonic() + _REST * took_s
 
     def _counted(self, parse: Callable[[bytes], T], body: bytes) -> T:
         if has_more_values(body, self.max_values):

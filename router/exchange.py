@@ -165,7 +165,7 @@ class Exchange:
         totals: dict[str, Footprint] = {}
         for choice in self.choices:
             for name, cost in choice.trace.member_footprints(rates).items():
-                totals[name] = totals.get(name, Footprint()).beside(cost)
+                totals[name] = totals[name].beside(cost) if name in totals else cost
         return totals
 
     def settled(self, rates: Mapping[str, Rates]) -> Iterator[tuple[Query, Decision, Footprint]]:

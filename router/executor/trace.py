@@ -164,7 +164,7 @@ class Trace:
             tokens = run.member_tokens()
             for name, share in _shares(tokens, rates).items():
                 cost = _member_cost(run, tokens[name], rates[name], share)
-                totals[name] = totals.get(name, Footprint()).beside(cost)
+                totals[name] = totals[name].beside(cost) if name in totals else cost
         return totals
 
     def _refused(self, path: str) -> bool:
