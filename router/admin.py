@@ -47,6 +47,7 @@ class KeyFacts(BaseModel):
     prefix: str
     scope: Literal["user", "admin"]
     team: str | None
+    weight: float
     caps: Caps
     created_s: float
     revoked_s: float | None
@@ -115,11 +116,12 @@ class Nothing(_Body):
 
 
 class NewKey(_Body):
-    """A key to make; `team` is an id or a name."""
+    """A key to make; `team` is an id or a name, `weight` its share of busy engines."""
 
     name: Name
     scope: Literal["user", "admin"] = "user"
     team: Name | None = None
+    weight: float = 1.0
     caps: Caps = {}
 
 
@@ -127,6 +129,7 @@ class ChangedKey(_Body):
     """What to change of a key: caps that are null go, others stay; `team` null takes it out."""
 
     team: Name | None = None
+    weight: float | None = None
     caps: dict[str, float | None] = {}
 
 
@@ -163,6 +166,7 @@ def add_admin_routes(
             name=new.name,
             scope=new.scope,
             team=new.team,
+            weight=new.weight,
             caps=new.caps,
             actor=actor,
         )
@@ -181,6 +185,7 @@ def add_admin_routes(
             key,
             caps=changed.caps,
             team=False if leaves else changed.team,
+            weight=changed.weight,
             actor=actor,
         )
         return _told(changed_key.to_json())

@@ -246,6 +246,7 @@ def _task(exchange: Exchange, ask: Ask, *, prompt_index: int, query: Query, i: i
         stream=ask.stream,
         # All that nobody waits for shares the turn of one client.
         client_id="offline" if exchange.offline else exchange.key_id or exchange.user or "",
+        client_weight=exchange.key.weight if exchange.key and not exchange.offline else 1.0,
         sent=ask.sent,
         ceiling=ask.ceiling,
         offline=exchange.offline,

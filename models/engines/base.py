@@ -129,7 +129,8 @@ class GenerationRequest:
     token ids; `rendering` is how a conversation was made a prompt, None for what was none. `sent`
     is the client's own body, where another server gets it as it came. `tools` are offered only to
     engines whose traits allow them. `request_id` is unique; cancellation and logs use it.
-    `client_id` groups requests for fair queueing. After `timeout_s` nobody waits for the answer any
+    `client_id` groups requests for fair queueing, in which a client of twice the `client_weight`
+    gets twice as much. After `timeout_s` nobody waits for the answer any
     more (None: not known). Those that are `offline` get their turn when no others wait. With an
     `encoding` it is one of an encoder, and has no prompt. `adapters` are those of the members that
     are adapters, by name: an engine loads one that it has not when a request first needs it, so
@@ -146,6 +147,7 @@ class GenerationRequest:
     evidence: Evidence | None = None
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     client_id: str = ""
+    client_weight: float = 1.0
     messages: tuple[Message, ...] | None = None
     text: str | None = None
     sent: Mapping[str, Any] | None = None

@@ -4,7 +4,8 @@ A key is "sk-shoal-" and 256 random bits, so its plain SHA-256 cannot be reverse
 looking it up by that hash leaks nothing through timing. It is shown once. Neither the key nor the
 hash is ever logged; `prefix`, its first characters, is what people recognise it by.
 
-A request must fit the caps of its key and those of its key's team. All functions block.
+A request must fit the caps of its key and those of its key's team. Where engines are busy, a key
+gets its turn by its weight. All functions block.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ Scope: TypeAlias = Literal["user", "admin"]
 
 PREFIX = "sk-shoal-"
 _LEAST_LENGTH = len(PREFIX) + 32
+_WEIGHTS = (0.01, 100.0)
 
 
 class KeysError(ValueError):
@@ -77,6 +79,7 @@ class Key:
     name: str
     prefix: str
     scope: Scope = "user"
+    weight: float = 1.0
     caps: tuple[Cap, ...] = ()
     team: Team | None = None
     created_s: float = 0.0
@@ -91,6 +94,7 @@ class Key:
             "prefix": self.prefix,
             "scope": self.scope,
             "team": self.team and self.team.name,
+            "weight": self.weight,
             "caps": _caps_json(self.caps),
             "created_s": self.created_s,
             "revoked_s": self.revoked_s,
@@ -102,6 +106,7 @@ def create_key(
     *,
     name: str,
     scope: Scope = "user",
+    weight: float = 1.0,
     caps: Mapping[str, float] | None = None,
     team: str | None = None,
     secret: str | None = None,
@@ -111,8 +116,8 @@ def create_key(
 
     `caps` are as in "usd_per_day": 5, `team` is an id or a name. A `secret` that was drawn
     elsewhere takes the place of a new one. The `actor` of the audit is by default who runs this
-    process. Raises `KeysError` for a name that is taken or empty, a secret too easy to guess or a
-    team that is not there, `CapError` for a cap that is not known.
+    process. Raises `KeysError` for a name that is taken or empty, a secret too easy to guess, a
+    weight out of range or a team that is not there, `CapError` for a cap that is not known.
     """
     if secret is not None and not (secret.startswith(PREFIX) and len(secret) >= _LEAST_LENGTH):
         raise KeysError(
@@ -129,6 +134,7 @@ def create_key(
         "prefix": secret[: len(PREFIX) + 4],
         "sha256": hash_secret(secret),
         "scope": scope,
+        "weight": _checked(weight),
     }
     with writing(database) as connection:
         row["team_id"] = None if team is None else _team(connection, team).id
@@ -162,18 +168,22 @@ def change_key(
     *,
     caps: Mapping[str, float | None] | None = None,
     team: str | Literal[False] | None = None,
+    weight: float | None = None,
     actor: str | None = None,
 ) -> Key:
-    """Change a key's `caps` and `team`; servers notice within their `cache_s`.
+    """Change a key's `caps`, `team` and `weight`; servers notice within their `cache_s`.
 
     Caps that are None go, those that are not named stay. `team` None stays as it is, False takes
-    the key out of its team. Raises `KeysError` where there is no such key or team, `CapError`.
+    the key out of its team. A `weight` of None stays. Raises `KeysError` where there is no
+    such key or team, or for a weight out of range, and `CapError`.
     """
     with writing(database) as connection:
         before = _key(connection, id_or_name)
         values: dict[str, Any] = {"caps": _changed(before, caps or {})}
         if team is not None:
             values["team_id"] = _team(connection, team).id if team else None
+        if weight is not None:
+            values["weight"] = _checked(weight)
         return _update(connection, "key.change", before, values, actor)
 
 
@@ -319,6 +329,13 @@ def _changed(owner: Key | Team, caps: Mapping[str, float | None]) -> dict[str, f
     return {name: value for name, value in every.items() if value is not None}
 
 
+def _checked(weight: float) -> float:
+    least, most = _WEIGHTS
+    if not least <= weight <= most:
+        raise KeysError(f"keys: weight {weight} is not in [{least:g}, {most:g}]", "weight")
+    return weight
+
+
 def _caps_json(caps: tuple[Cap, ...]) -> dict[str, float]:
     return {cap.name: to_number(cap.resource, cap.limit) for cap in caps}
 
@@ -344,6 +361,7 @@ def _read_key(row: sa.RowMapping) -> Key:
         name=row["name"],
         prefix=row["prefix"],
         scope=row["scope"],
+        weight=row["weight"],
         caps=read_caps(row["caps"] or {}, f"caps of the key {row['name']!r}"),
         team=None if row["team_id"] is None else _read_team(team),
         created_s=row["created_s"],

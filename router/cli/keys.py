@@ -48,6 +48,9 @@ def create_key(
     team: Annotated[
         str | None, typer.Option(help="Whose caps hold too: a team's id or name.")
     ] = None,
+    weight: Annotated[
+        float, typer.Option(help="Its share of busy engines, beside other keys' 1.")
+    ] = 1.0,
     usd_per_day: Annotated[float | None, typer.Option(min=0, show_default=False)] = None,
     usd_per_month: Annotated[float | None, typer.Option(min=0, show_default=False)] = None,
     gco2e_per_day: Annotated[float | None, typer.Option(min=0, show_default=False)] = None,
@@ -71,7 +74,9 @@ def create_key(
         caps = {cap_name: value for cap_name, value in named.items() if value is not None}
         caps |= _read_caps(cap)
         with opened(ledger, config, create=True) as database:
-            key, secret = keys.create_key(database, name=name, scope=scope, caps=caps, team=team)
+            key, secret = keys.create_key(
+                database, name=name, scope=scope, weight=weight, caps=caps, team=team
+            )
     typer.echo(f"{key.id} ({key.name}). The key, which is shown only this once:", err=True)
     typer.echo(secret)
 
@@ -104,19 +109,17 @@ def import_keys(
 
 @app.command("list")
 def list_keys(ledger: LedgerOption = None, config: ConfigOption = None) -> None:
-    """Print all keys, revoked ones too: id, name, first characters, scope, team, caps."""
+    """Print all keys, revoked ones too: id, first characters, scope, weight, name, team, caps."""
     from router.access import keys
 
     with refusing(), opened(ledger, config) as database:
         found = keys.list_keys(database)
-    lines = [("id", "key", "scope", "created", "state", "name", "team", "caps")]
+    lines = [("id", "key", "scope", "weight", "created", "state", "name", "team", "caps")]
     for key in found:
         state = "active" if key.revoked_s is None else f"revoked {_date(key.revoked_s)}"
         team = key.team.name if key.team else ""
-        made = _date(key.created_s)
-        lines.append(
-            (key.id, f"{key.prefix}…", key.scope, made, state, key.name, team, _caps(key.caps))
-        )
+        facts = (f"{key.weight:g}", _date(key.created_s), state, key.name, team, _caps(key.caps))
+        lines.append((key.id, f"{key.prefix}…", key.scope, *facts))
     _print(lines)
 
 
@@ -129,20 +132,30 @@ def change_key(
         str | None, typer.Option(help="Put it into this team.", show_default=False)
     ] = None,
     no_team: Annotated[bool, typer.Option("--no-team", help="Take it out of its team.")] = False,
+    weight: Annotated[
+        float | None, typer.Option(help="Its share of busy engines.", show_default=False)
+    ] = None,
     ledger: LedgerOption = None,
     config: ConfigOption = None,
 ) -> None:
-    """Change a key's caps and team; running servers follow within seconds."""
+    """Change a key's caps, team and weight; running servers follow within seconds."""
     from router.access import keys
 
     with refusing(), opened(ledger, config) as database:
         if team and no_team:
             raise ValueError("give --team or --no-team, not both")
         changed = keys.change_key(
-            database, key, caps=_read_changes(cap), team=False if no_team else team
+            database,
+            key,
+            caps=_read_changes(cap),
+            team=False if no_team else team,
+            weight=weight,
         )
     team_name = changed.team.name if changed.team else "none"
-    typer.echo(f"{changed.id} ({changed.name}): team {team_name}, caps {_caps(changed.caps)}")
+    typer.echo(
+        f"{changed.id} ({changed.name}): team {team_name}, weight {changed.weight:g}, "
+        f"caps {_caps(changed.caps)}"
+    )
 
 
 @app.command("revoke")

@@ -199,6 +199,7 @@ class Task:
     max_tokens: int | None
     stream: bool
     client_id: str = ""
+    client_weight: float = 1.0
     sent: Mapping[str, Any] | None = None
     ceiling: bool = False
     offline: bool = False
@@ -225,6 +226,7 @@ async def request_of(
             prompt_tokens=(),
             members=answer.members,
             client_id=task.client_id,
+            client_weight=task.client_weight,
             timeout_s=timeout_s,
             offline=task.offline,
             encoding=task.prompt.encoding,
@@ -261,6 +263,7 @@ async def request_of(
             max_tokens=max_tokens,
         ),
         client_id=task.client_id,
+        client_weight=task.client_weight,
         messages=(None if messages is None else members.opened(answer.members[0], messages)),
         text=task.prompt.plain_text,
         sent=members.sent(answer.members[0], task.sent),

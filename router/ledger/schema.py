@@ -115,6 +115,7 @@ API_KEYS = sa.Table(
     _text("prefix"),
     _text("sha256", unique=True),
     _text("scope"),
+    _real("weight"),
     _json("caps"),
     _real("created_s"),
     _real("revoked_s", nullable=True),

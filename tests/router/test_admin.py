@@ -10,6 +10,7 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
+from models.engines.base import Chunk, GenerationRequest
 from router.access.keys import create_key
 from router.cli.main import app
 from tests.router.conftest import Running
@@ -82,6 +83,24 @@ def test_a_key_lives_from_its_making_to_its_end(admin: Admin) -> None:
     assert gone["revoked_s"] is not None
     assert admin("DELETE", "/keys/ann").json() == gone, "revoking twice changes nothing"
     assert admin.chat(secret).status_code == 401
+
+
+def test_a_keys_weight_reaches_the_engine(admin: Admin, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is given, told and changed, and engines get it with each of the key's requests."""
+    client = admin.server.service.engines["one"]
+    complete, seen = client.complete, []
+
+    async def noting(request: GenerationRequest) -> Chunk:
+        seen.append((request.client_id, request.client_weight))
+        return await complete(request)
+
+    monkeypatch.setattr(client, "complete", noting)
+    ann = admin.made("/keys", name="ann", weight=4)
+    assert ann["weight"] == 4
+    admin.chat(ann["secret"])
+    assert admin("POST", "/keys/ann", {"weight": 0.5}).json()["weight"] == 0.5
+    admin.chat(ann["secret"])
+    assert seen == [(ann["id"], 4.0), (ann["id"], 0.5)]
 
 
 def test_a_teams_caps_hold_beside_its_keys(admin: Admin) -> None:
@@ -184,6 +203,8 @@ REFUSED: list[tuple[str, Any, int, str | None]] = [
     ("/keys", {"name": "root"}, 409, "name"),
     ("/keys", {"name": "x", "scope": "king"}, 400, "scope"),
     ("/keys", {"name": "x", "team": "nowhere"}, 404, "team"),
+    ("/keys", {"name": "x", "weight": 0}, 400, "weight"),
+    ("/keys/root", {"weight": 101}, 400, "weight"),
     ("/keys", {"name": "x", "caps": {"usd_per_week": 1}}, 400, "caps"),
     ("/keys", {"name": "x", "caps": {"usd_per_day": -1}}, 400, "caps"),
     ("/keys", {"name": "x", "caps": {"usd_per_day": None}}, 400, "caps.usd_per_day"),

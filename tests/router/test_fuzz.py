@@ -144,7 +144,7 @@ BODIES: tuple[tuple[str, dict[str, Any]], ...] = (
     ),
     (
         "/v1/admin/keys",
-        {"name": "k", "scope": "user", "team": "team-there", "caps": {"usd_per_day": 1}},
+        {"name": "k", "scope": "user", "weight": 2, "team": "team-there", "caps": {}},
     ),
     ("/v1/admin/keys/key-there", {"team": None, "caps": {"tokens_per_minute": 5.5, "x": None}}),
     ("/v1/admin/teams", {"name": "t", "caps": {"requests_per_month": 7}}),

@@ -15,6 +15,7 @@ class Ticket:
     """One request's place, for a client; `admitted` is set once it may run."""
 
     client_id: str
+    weight: float
     offline: bool
     admitted: asyncio.Future[None]
 
@@ -22,8 +23,8 @@ class Ticket:
 class Admission:
     """At most `num_slots` requests run and `max_queued` wait. Used on the event loop only.
 
-    The next slot goes to the client with the fewest requests running, among equals to the request
-    that has waited longest; to those that are offline only where no other waits.
+    The next slot goes to the client with the fewest requests running for its weight, among equals
+    to the request that has waited longest; to those that are offline only where no other waits.
     """
 
     def __init__(self, *, num_slots: int, max_queued: int) -> None:
@@ -50,9 +51,9 @@ class Admission:
         """For how long at least one request has been running."""
         return self._busy_s + (time.perf_counter() - self._busy_since_s if self._running else 0.0)
 
-    async def enter(self, client_id: str, *, offline: bool = False) -> Ticket:
+    async def enter(self, client_id: str, *, weight: float = 1.0, offline: bool = False) -> Ticket:
         """Wait for a slot; raises `EngineOverloaded` where too many wait already."""
-        ticket = Ticket(client_id, offline, asyncio.get_running_loop().create_future())
+        ticket = Ticket(client_id, weight, offline, asyncio.get_running_loop().create_future())
         self._waiting.append(ticket)
         self._admit()
         if self.num_waiting > self._max_queued:
@@ -88,7 +89,9 @@ class Admission:
 
     def _admit(self) -> None:
         while self._waiting and self.num_running < self.num_slots:
-            ticket = min(self._waiting, key=lambda t: (t.offline, self._running[t.client_id]))
+            ticket = min(
+                self._waiting, key=lambda t: (t.offline, self._running[t.client_id] / t.weight)
+            )
             if not self._running:
                 self._busy_since_s = time.perf_counter()
             self._waiting.remove(ticket)

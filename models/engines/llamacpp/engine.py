@@ -151,7 +151,9 @@ class LlamacppEngine:
         self, request: GenerationRequest, running: _Running, body: Mapping[str, Any]
     ) -> AsyncGenerator[Event, None]:
         """Yield llama.cpp's messages, once it is the turn of the request's client."""
-        ticket = await running.admission.enter(request.client_id, offline=request.offline)
+        ticket = await running.admission.enter(
+            request.client_id, weight=request.client_weight, offline=request.offline
+        )
         call = Call(running.server, running.threads, body)
         call.done.add_done_callback(lambda _: running.admission.leave(ticket))
         running.calls.add(call)

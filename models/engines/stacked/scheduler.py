@@ -1,14 +1,14 @@
 """Who runs in the next step: admission by cache rows, fair queueing, chunked prefill.
 
 Waiting requests are queued per client. The client that was served least goes first, by a counter
-of tokens times lanes (virtual token counters, Sheng et al. 2024, "Fairness in Serving Large
-Language Models", algorithm 2), and offline work after all others; a client that comes back from
-idleness starts level with the least served one that is waiting or running. A request is admitted
-once the arena has room for its whole answer, so nothing that runs is ever evicted; one that does
-not fit holds back those behind it, so that large requests don't starve. One client's requests leave
-an eighth of the arena to others, who need not wait for their end. In a step in which several
-clients take part none decodes more rows than the smallest does, or a few; who was left out comes
-first next time.
+of tokens times lanes over its weight (virtual token counters, Sheng et al. 2024, "Fairness in
+Serving Large Language Models", algorithm 2), and offline work after all others; a client that comes
+back from idleness starts level with the least served one that is waiting or running. A request is
+admitted once the arena has room for its whole answer, so nothing that runs is ever evicted; one
+that does not fit holds back those behind it, so that large requests don't starve. One client's
+requests leave an eighth of the arena to others, who need not wait for their end. In a step in which
+several clients take part none decodes more rows for its weight than the smallest does, or a few;
+who was left out comes first next time.
 
 A lead of another shape runs on rows of its own, in steps of its own: `lead_step` chooses those.
 """
@@ -48,7 +48,7 @@ class Scheduler:
         self._arena = arena
         self._step_rows = step_rows
         self._waiting: dict[str, deque[Sequence]] = {}
-        self._served: dict[str, int] = {}
+        self._served: dict[str, float] = {}
         self.running: list[Sequence] = []
         self.num_waiting = 0
 
@@ -135,7 +135,8 @@ class Scheduler:
 
     def _charged(self, parts: list[Part]) -> list[Part]:
         for part in parts:
-            self._served[part.sequence.request.client_id] += part.num_rows
+            request = part.sequence.request
+            self._served[request.client_id] += part.num_rows / request.client_weight
         return order_parts(parts)
 
     @property
@@ -150,12 +151,14 @@ class Scheduler:
             rows[sequence.request.client_id] += sequence.num_lanes
         if len(rows) < 2:
             return decoding
-        most = max(_LEAST_ROWS, min(rows.values()))
+        weights = {s.request.client_id: s.request.client_weight for s in self.running}
+        smallest = min(rows[client] / weight for client, weight in weights.items())
         taken: Counter[str] = Counter()
         chosen = []
         # Those behind come first, so that a client's own requests move on alike.
         for sequence in sorted(decoding, key=lambda s: s.num_generated):
             client = sequence.request.client_id
+            most = max(_LEAST_ROWS, smallest * weights[client])
             if not taken[client] or taken[client] + sequence.num_lanes <= most:
                 taken[client] += sequence.num_lanes
                 chosen.append(sequence)
@@ -168,7 +171,7 @@ class Scheduler:
         most = self._arena.num_rows - self._arena.num_rows // _SPARED
         return bool(own) and held + sequence.num_rows > most
 
-    def _turn(self, sequence: Sequence) -> tuple[bool, int]:
+    def _turn(self, sequence: Sequence) -> tuple[bool, float]:
         """Return what requests go by, the least first."""
         return sequence.request.offline, self._served[sequence.request.client_id]
 
@@ -179,7 +182,7 @@ class Scheduler:
             if not self._has_room(sequence):
                 return
             # Charged in advance by a step, so that clients alternate when several are admitted.
-            self._served[client] += sequence.num_lanes
+            self._served[client] += sequence.num_lanes / sequence.request.client_weight
             self._waiting[client].popleft()
             self._drop_empty_queue(client)
             self.num_waiting -= 1

@@ -24,10 +24,19 @@ def scheduler() -> Scheduler:
     return Scheduler(arena, step_rows=512)
 
 
-def add(scheduler: Scheduler, client: str, *, num_tokens: int, offline: bool = False) -> Sequence:
+def add(
+    scheduler: Scheduler,
+    client: str,
+    *,
+    num_tokens: int,
+    offline: bool = False,
+    weight: float = 1.0,
+) -> Sequence:
     """Add a request of a short prompt and `num_tokens` tokens to come."""
     sequence = make_sequence([5, 6], (0,))
-    sequence.request = replace(sequence.request, client_id=client, offline=offline)
+    sequence.request = replace(
+        sequence.request, client_id=client, offline=offline, client_weight=weight
+    )
     sequence.max_new_tokens = num_tokens
     scheduler.add(sequence)
     return sequence
@@ -67,6 +76,28 @@ def test_many_choices_of_one_client_do_not_starve_another(scheduler: Scheduler) 
     assert step(scheduler)["greedy"] > 16, "alone again, it has all"
     counts = [sequence.num_generated for sequence in greedy if sequence.region_start is not None]
     assert max(counts) - min(counts) <= 1, "its own requests move on alike"
+
+
+def test_a_client_of_more_weight_gets_more(scheduler: Scheduler) -> None:
+    """Where all rows of a step are wanted it has as many times more of them."""
+    for _ in range(128):
+        add(scheduler, "light", num_tokens=10)
+        add(scheduler, "heavy", num_tokens=10, weight=4)
+    step(scheduler)
+    assert step(scheduler) == {"light": 32, "heavy": 128}
+
+
+def test_turns_go_by_weight(scheduler: Scheduler) -> None:
+    """Where there is room for few, four times the weight is let in four times as often."""
+    holder = add(scheduler, "first", num_tokens=NUM_ROWS - 1)
+    waiting = [
+        add(scheduler, client, num_tokens=NUM_ROWS // 16 - 2, weight=weight)
+        for client, weight in (("light", 1), ("heavy", 4))
+        for _ in range(20)
+    ]
+    scheduler.remove(holder)
+    running = [s.request.client_id for s in waiting if s.region_start is not None]
+    assert 3 <= running.count("heavy") / running.count("light") <= 5
 
 
 def test_a_client_alone_may_take_all(scheduler: Scheduler) -> None:
