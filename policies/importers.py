@@ -20,15 +20,42 @@ import csv
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
+
+from pydantic import ValidationError
 
 from policies.errors import OutcomesError
+from policies.kinds import explain
 from policies.outcome_sets import merge
 from policies.outcomes import Outcome, of_split, read_outcomes
 
-Rows = Iterator[tuple[int, dict[str, Any]]]
+
+class Rows:
+    """The rows of a file of JSON Lines, or of a CSV; `number` is the line of the last one."""
+
+    def __init__(self, file: Path) -> None:
+        self.number = 0
+        self._file = file
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self._file.suffix == ".csv":
+            with self._file.open(encoding="utf-8-sig", newline="") as table:
+                reader = csv.DictReader(table)
+                for row in reader:
+                    self.number = reader.line_num
+                    yield row
+            return
+        with self._file.open("rb") as lines:
+            for self.number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield json.loads(line)
+
+
+Importer: TypeAlias = Callable[[Path, Rows], Iterable[Outcome]]
+
 # What lm-evaluation-harness's metrics are called, the best-informed first.
 _METRICS: Final = ("exact_match", "acc_norm", "acc", "pass@1", "pass_at_1", "f1")
 _SAMPLES = re.compile(r"samples_(.+?)(_\d{4}-.*)?\.jsonl")
@@ -36,7 +63,7 @@ _LABELS: Final = {"A is better": (1.0, 0.0), "B is better": (0.0, 1.0)}
 _TIE: Final = (0.5, 0.5)
 
 
-def import_samples(file: Path) -> list[Outcome]:
+def _samples(file: Path, rows: Rows) -> Iterator[Outcome]:
     """Read one `samples_*.jsonl` of lm-evaluation-harness; the task becomes the tag.
 
     The score is the first known metric of a line. Of a question with several choices, a line each,
@@ -44,17 +71,15 @@ def import_samples(file: Path) -> list[Outcome]:
     """
     name = _SAMPLES.fullmatch(file.name)
     model = file.parent.name or "model"
-    return [
-        Outcome(
-            id=str(row.get("doc_id", number)),
+    for row in rows:
+        yield Outcome(
+            id=str(row.get("doc_id", rows.number)),
             query=_prompt(row["arguments"]),
             tags=(name[1],) if name else (),
             answer=str(row["target"]) if row.get("target") is not None else None,
             scores={model: _metric(row)},
             outputs=_said(model, row.get("filtered_resps") or row["resps"]),
         )
-        for number, row in _json_rows(file)
-    ]
 
 
 def _prompt(arguments: Any) -> str:  # noqa: ANN401 - either of two layouts
@@ -68,7 +93,7 @@ def _metric(row: Mapping[str, Any]) -> float:
         value = next((row[key] for key in row if key.split(",")[0] == name), None)
         if isinstance(value, int | float):
             return float(value)
-    raise ValueError(f"no metric among {', '.join(_METRICS)}")
+    raise OutcomesError(f"it has no metric; known are {', '.join(_METRICS)}")
 
 
 def _said(model: str, responses: Any) -> dict[str, str]:  # noqa: ANN401 - nested lists
@@ -77,12 +102,11 @@ def _said(model: str, responses: Any) -> dict[str, str]:  # noqa: ANN401 - neste
     return {model: responses} if isinstance(responses, str) else {}
 
 
-def import_evals(file: Path) -> list[Outcome]:
+def _evals(_: Path, rows: Rows) -> Iterator[Outcome]:
     """Read a log of OpenAI evals: its `match` events, with the prompt of the `sampling` before."""
     model, task = "model", ""
     asked: dict[str, Mapping[str, Any]] = {}
-    outcomes = []
-    for _, row in _json_rows(file):
+    for row in rows:
         if "spec" in row:
             model = str(row["spec"]["completion_fns"][0])
             task = str(row["spec"].get("base_eval") or row["spec"].get("eval_name") or "")
@@ -93,30 +117,27 @@ def import_evals(file: Path) -> list[Outcome]:
             told, found = asked.get(sample, {}), row["data"]
             right = found.get("expected")
             right = right[0] if isinstance(right, list) and right else right
-            outcomes.append(
-                Outcome(
-                    id=sample,
-                    query=_asked(told.get("prompt", sample)),
-                    tags=(task,) if task else (),
-                    answer=None if right is None else str(right),
-                    scores={model: float(found.get("score", found["correct"]))},
-                    outputs=_said(model, told.get("sampled") or found.get("sampled")),
-                )
+            score = found["score"] if "score" in found else found["correct"]
+            yield Outcome(
+                id=sample,
+                query=_asked(told.get("prompt", sample)),
+                tags=(task,) if task else (),
+                answer=None if right is None else str(right),
+                scores={model: float(score)},
+                outputs=_said(model, told.get("sampled") or found.get("sampled")),
             )
-    return outcomes
 
 
 def _asked(prompt: Any) -> str:  # noqa: ANN401 - a text or a conversation
     return str(prompt[-1]["content"]) if isinstance(prompt, list) else str(prompt)
 
 
-def import_mixinstruct(file: Path) -> list[Outcome]:
+def _mixinstruct(_: Path, rows: Rows) -> Iterator[Outcome]:
     """Read MixInstruct: a model's score is the share of its comparisons that it won, ties half.
 
     Where candidates bring a `score` along, it is that; without `cmp_results`, the BERTScore.
     """
-    outcomes = []
-    for number, row in _json_rows(file):
+    for row in rows:
         candidates = {str(one["model"]): one for one in row["candidates"]}
         own = {
             n: one["scores"]["score"] for n, one in candidates.items() if "score" in one["scores"]
@@ -134,118 +155,142 @@ def import_mixinstruct(file: Path) -> list[Outcome]:
         else:
             scores = {n: float(one["scores"]["bertscore"]) for n, one in candidates.items()}
         parts = [str(row[key]) for key in ("instruction", "input") if row.get(key)]
-        outcomes.append(
-            Outcome(
-                id=str(row.get("id", number)),
-                query="\n".join(parts),
-                tags=tuple(str(row["id"]).split("/")[:1]) if "/" in str(row.get("id")) else (),
-                answer=row.get("output"),
-                scores=scores,
-                outputs={name: str(one.get("text", "")) for name, one in candidates.items()},
-            )
+        yield Outcome(
+            id=str(row.get("id", rows.number)),
+            query="\n".join(parts),
+            tags=tuple(str(row["id"]).split("/")[:1]) if "/" in str(row.get("id")) else (),
+            answer=row.get("output"),
+            scores=scores,
+            outputs={name: str(one.get("text", "")) for name, one in candidates.items()},
         )
-    return outcomes
 
 
-def import_routerbench(file: Path) -> list[Outcome]:
-    """Read RouterBench as CSV: a column of scores per model, its response and its cost beside."""
-    outcomes = []
-    for _, row in _csv_rows(file):
+def _routerbench(_: Path, rows: Rows) -> Iterator[Outcome]:
+    """Read RouterBench as CSV: a column of scores per model, its response and its cost beside.
+
+    A query that no model has a score of is left out.
+    """
+    for row in rows:
+        if None in row or None in row.values():
+            raise OutcomesError(f"it has not as many cells as the {len(row)} columns of the head")
         models = [key.partition("|")[0] for key in row if key.endswith("|total_cost")]
-        known = [name for name in models if row.get(name)]
-        outcomes.append(
-            Outcome(
-                id=row.get("sample_id", ""),
-                query=row["prompt"],
-                tags=(row["eval_name"],),
-                scores={name: float(row[name]) for name in known},
-                outputs={name: row.get(f"{name}|model_response", "") for name in known},
-                costs={n: float(cost) for n in known if (cost := row[f"{n}|total_cost"])},
-            )
+        known = [name for name in models if row[name]]
+        if models and not known:
+            continue
+        yield Outcome(
+            id=row.get("sample_id", ""),
+            query=row["prompt"],
+            tags=(row["eval_name"],),
+            scores={name: float(row[name]) for name in known},
+            outputs={name: row.get(f"{name}|model_response", "") for name in known},
+            costs={n: float(cost) for n in known if (cost := row[f"{n}|total_cost"])},
         )
-    return outcomes
 
 
-def import_routerarena(file: Path) -> list[Outcome]:
+def _routerarena(_: Path, rows: Rows) -> Iterator[Outcome]:
     """Read one model's cached results of RouterArena; failed and unjudged answers are left out.
 
     The task is what stands before the number of `global_index`.
     """
-    outcomes = []
-    for _, row in _json_rows(file):
+    for row in rows:
         judged = row.get("evaluation_result") or {}
         if row.get("success") is False or judged.get("score") is None:
             continue
         model, tokens = str(row["llm_selected"]), row.get("token_usage") or {}
         right, usd = judged.get("ground_truth"), judged.get("inference_cost")
         written = tokens.get("output_tokens")
-        outcomes.append(
-            Outcome(
-                id=str(row["global_index"]),
-                query=str(row["question"]),
-                tags=(str(row["global_index"]).rpartition("_")[0],),
-                answer=None if right is None else str(right),
-                scores={model: min(max(float(judged["score"]), 0.0), 1.0)},
-                outputs=_said(model, row.get("generated_answer")),
-                prompt_tokens=tokens.get("input_tokens"),
-                output_tokens={} if written is None else {model: int(written)},
-                costs={} if usd is None else {model: float(usd)},
-            )
+        yield Outcome(
+            id=str(row["global_index"]),
+            query=str(row["question"]),
+            tags=(str(row["global_index"]).rpartition("_")[0],),
+            answer=None if right is None else str(right),
+            scores={model: min(max(float(judged["score"]), 0.0), 1.0)},
+            outputs=_said(model, row.get("generated_answer")),
+            prompt_tokens=tokens.get("input_tokens"),
+            output_tokens={} if written is None else {model: int(written)},
+            costs={} if usd is None else {model: float(usd)},
         )
-    return outcomes
 
 
-def _importer_of(file: Path) -> Callable[[Path], list[Outcome]] | None:
+_LINES: Final[tuple[tuple[frozenset[str], Importer, str], ...]] = (
+    (
+        frozenset({"doc", "resps"}),
+        _samples,
+        "lm-evaluation-harness's samples: doc, arguments, resps and a metric",
+    ),
+    (
+        frozenset({"spec"}),
+        _evals,
+        "a log of OpenAI's evals: events of sample_id, type and data, of which a match has correct",
+    ),
+    (
+        frozenset({"candidates"}),
+        _mixinstruct,
+        "MixInstruct: instruction, and candidates of model, text and scores",
+    ),
+    (
+        frozenset({"global_index", "llm_selected"}),
+        _routerarena,
+        "RouterArena's cached results: global_index, question, llm_selected and evaluation_result",
+    ),
+)
+"""What reads JSON Lines whose first has these keys, and what each of them has to have."""
+
+_TABLE: Final = "RouterBench: prompt, eval_name, and MODEL and MODEL|total_cost of every model"
+
+
+def _reader_of(file: Path) -> Callable[[], list[Outcome]] | None:
     """Return what reads `file`, by its first line; None for outcomes of Shoal's own."""
     if file.suffix == ".csv":
-        return _guarded(import_routerbench)
+        return lambda: _imported(file, _routerbench, _TABLE)
     try:
-        with file.open(encoding="utf-8") as stream:
-            first = json.loads(stream.readline() or "null")
+        first = next(iter(Rows(file)), None)
     except (OSError, ValueError):
         return None
     keys = set(first) if isinstance(first, dict) else set()
-    for wanted, read in (
-        ({"doc", "resps"}, import_samples),
-        ({"spec"}, import_evals),
-        ({"candidates"}, import_mixinstruct),
-        ({"global_index", "llm_selected"}, import_routerarena),
-    ):
+    for wanted, read, layout in _LINES:
         if wanted <= keys:
-            return _guarded(read)
+            return lambda: _imported(file, read, layout)
     return None
 
 
-def _guarded(read: Callable[[Path], list[Outcome]]) -> Callable[[Path], list[Outcome]]:
-    """Return `read`, raising `OutcomesError` for what is not as the format says."""
+def _imported(file: Path, read: Importer, layout: str) -> list[Outcome]:
+    """Return what `read` makes of `file`, whose lines are to have a `layout`.
 
-    def guarded(file: Path) -> list[Outcome]:
-        try:
-            outcomes = read(file)
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OSError) as error:
-            raise OutcomesError(f"{file}: {type(error).__name__}: {error}") from None
-        if not outcomes:
-            raise OutcomesError(f"{file}: the file holds no answer with a score")
-        return outcomes
-
-    return guarded
+    Raises `OutcomesError`, naming the line, where one has not.
+    """
+    with _rows(file, layout) as rows:
+        outcomes = list(read(file, rows))
+    if not outcomes:
+        raise OutcomesError(f"{file}: the file holds no answer with a score; expected {layout}")
+    return outcomes
 
 
-def _json_rows(file: Path) -> Rows:
-    with file.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                yield number, json.loads(line)
+@contextmanager
+def _rows(file: Path, layout: str) -> Iterator[Rows]:
+    """Give the rows of `file`; what goes wrong with one becomes an error that names its line."""
+    rows = Rows(file)
+    try:
+        yield rows
+    except OSError as error:
+        raise OutcomesError(f"{file} cannot be read: {error.strerror}") from None
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, csv.Error) as error:
+        raise OutcomesError(
+            f"{file}, line {rows.number}: {_why(error)}; expected {layout}"
+        ) from None
 
 
-def _csv_rows(file: Path) -> Rows:
-    with file.open(encoding="utf-8", newline="") as stream:
-        reader = csv.DictReader(stream)
-        for row in reader:
-            yield reader.line_num, row
+def _why(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"the key {error.args[0]!r} is missing"
+    if isinstance(error, ValidationError):
+        return explain(error)
+    if isinstance(error, json.JSONDecodeError):
+        return f"it is not JSON: {error}"
+    return str(error) if isinstance(error, OutcomesError) else f"{type(error).__name__}: {error}"
 
 
-_TRUTH = {"True": 1.0, "False": 0.0}
+_TASKS: Final = "example_data/query_data/default_query_{}.jsonl"
 
 
 def import_routellm_mmlu(folder: Path) -> list[Outcome]:
@@ -254,28 +299,22 @@ def import_routellm_mmlu(folder: Path) -> list[Outcome]:
     Leaves out the prompts of `contaminated_prompts.jsonl`. The subject becomes the tag. Raises
     `OutcomesError` naming file and line.
     """
-    contaminated = {
-        str(row["eval_prompt"]) for row in _json_lines(folder / "contaminated_prompts.jsonl")
-    }
+    with _rows(folder / "contaminated_prompts.jsonl", "eval_prompt") as rows:
+        contaminated = {str(row["eval_prompt"]) for row in rows}
     files = sorted((folder / "responses").glob("*.csv"))
     if not files:
         raise OutcomesError(f"{folder / 'responses'} holds no CSV file")
     outcomes = []
     for file in files:
         subject = file.stem.removeprefix("mmlu_")
-        with file.open(encoding="utf-8", newline="") as stream:
-            reader = csv.DictReader(stream)
-            for row in reader:
-                prompt = row.pop("prompt", None)
-                if prompt is None or set(row.values()) - set(_TRUTH):
-                    raise OutcomesError(
-                        f"{file}, line {reader.line_num}: expected a prompt and True or False "
-                        f"per model, got {row}"
-                    )
-                if prompt in contaminated:
-                    continue
-                scores = {name: _TRUTH[value] for name, value in row.items()}
-                outcomes.append(Outcome(query=prompt, scores=scores, tags=(subject,)))
+        with _rows(file, "prompt, and True or False per model") as rows:
+            for row in rows:
+                prompt = row.pop("prompt")
+                if not all(value in ("True", "False") for value in row.values()):
+                    raise OutcomesError(f"it has {row}")
+                if prompt not in contaminated:
+                    scores = {name: float(value == "True") for name, value in row.items()}
+                    outcomes.append(Outcome(query=prompt, scores=scores, tags=(subject,)))
     return outcomes
 
 
@@ -284,34 +323,36 @@ def import_llmrouter(folder: Path) -> list[Outcome]:
 
     The task becomes the tag (from `example_data/query_data`), the part `split`. Test questions
     that also stand in train get the split "test-in-train", so that nobody judges a router on what
-    it has seen. Raises `OutcomesError` naming file and entry.
+    it has seen. A score that is null is missing. Raises `OutcomesError` naming file and entry.
     """
     outcomes = []
     seen: set[str] = set()
-    tasks = {
-        str(row["query"]): str(row["task_name"])
-        for split in ("train", "test")
-        for row in _json_lines(folder / f"example_data/query_data/default_query_{split}.jsonl")
-    }
+    tasks: dict[str, str] = {}
+    for split in ("train", "test"):
+        with _rows(folder / _TASKS.format(split), "query and task_name") as rows:
+            tasks |= {str(row["query"]): str(row["task_name"]) for row in rows}
     for split in ("train", "test"):
         file = folder / "dcrouter_preprocessed" / f"{split}.json"
-        rows = _json(file)
-        if not isinstance(rows, list):
+        entries = _json(file)
+        if not isinstance(entries, list):
             raise OutcomesError(f"{file} does not hold a list")
-        for number, row in enumerate(rows, start=1):
+        for number, row in enumerate(entries, start=1):
             try:
                 query, scores = str(row["question"]), dict(row["scores"])
                 leaked = split == "test" and query.strip() in seen
+                told = {n: float(scores[n]) for n in sorted(scores) if scores[n] is not None}
                 outcomes.append(
                     Outcome(
                         query=query,
-                        scores={name: float(scores[name]) for name in sorted(scores)},
+                        scores=told,
                         tags=(tasks[query],) if query in tasks else (),
                         split="test-in-train" if leaked else split,
                     )
                 )
             except (KeyError, TypeError, ValueError) as error:
-                raise OutcomesError(f"{file}, entry {number}: {error!r}") from None
+                raise OutcomesError(
+                    f"{file}, entry {number}: {_why(error)}; expected question, and scores by model"
+                ) from None
         seen = {outcome.query.strip() for outcome in outcomes}
     return outcomes
 
@@ -331,16 +372,16 @@ def load_outcomes(path: Path | str, *, split: str | None = None) -> list[Outcome
     """
     path = Path(path)
     if not path.is_dir():
-        read_log = _importer_of(path)
+        read_log = _reader_of(path)
         if read_log is None:
             return read_outcomes(path, split=split)
-        return of_split(path, read_log(path), split)
+        return of_split(path, read_log(), split)
     for folder, read_all in PUBLISHED.items():
         if (path / folder).is_dir():
             return of_split(path, read_all(path), split)
-    logs = [(file, read) for file in sorted(path.rglob("*.jsonl")) if (read := _importer_of(file))]
+    logs = [read for file in sorted(path.rglob("*.jsonl")) if (read := _reader_of(file))]
     if logs:
-        return of_split(path, merge(read(file) for file, read in logs), split)
+        return of_split(path, merge(read() for read in logs), split)
     raise OutcomesError(
         f"{path} is a folder without {' or '.join(f'{name}/' for name in PUBLISHED)}, and without "
         "logs of lm-evaluation-harness, OpenAI's evals or RouterArena; give a file of outcomes "
@@ -350,14 +391,8 @@ def load_outcomes(path: Path | str, *, split: str | None = None) -> list[Outcome
 
 def _json(file: Path) -> Any:  # noqa: ANN401 - the callers check the shape
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise OutcomesError(f"{file} cannot be read: {error}") from None
-
-
-def _json_lines(file: Path) -> list[Any]:
-    try:
-        text = file.read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (OSError, ValueError) as error:
-        raise OutcomesError(f"{file} cannot be read: {error}") from None
+        return json.loads(file.read_bytes())
+    except OSError as error:
+        raise OutcomesError(f"{file} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise OutcomesError(f"{file} is not JSON: {error}") from None

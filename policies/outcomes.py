@@ -7,6 +7,7 @@ benchmark knows all. `importers` reads other formats, `outcome_sets` merges, div
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -145,8 +146,10 @@ def _read(path: Path) -> Iterator[Outcome]:
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _read_line(path, number, line)
+                # Some editors and spreadsheets begin a file with a mark of its encoding.
+                text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if text.strip():
+                    yield _read_line(path, number, text)
     except OSError as error:
         raise OutcomesError(f"{path} cannot be read: {error.strerror}") from None
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,13 +19,20 @@ Ask = Callable[[str, str], Awaitable[str]]
 """From a model's name and a prompt to its answer; raises `Ungradable` where there is none."""
 
 
-Likelihood = Callable[[str, str, str], Awaitable[float]]
-"""From a model's name, a question and a text to log P(text | question) in nats; may raise the same.
-"""
-
-
 class Ungradable(Exception):
     """Says why a grader has no score for a question: it lacks a reference, a judge was silent."""
+
+
+class Likelihood(Protocol):
+    """How likely models find texts."""
+
+    async def __call__(self, model: str, query: str, text: str, /) -> float:
+        """Return log P(text | query) under `model`, in nats; raises `Ungradable`."""
+        ...
+
+    def check(self, model: str, /) -> None:
+        """Raise `Ungradable` where nothing can be said of `model`."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +74,16 @@ class Grader(Protocol):
 
 @dataclass(frozen=True)
 class GradingContext:
-    """What graders may use: `ask` a model, `locate` the folder that a source names, whether answers
-    may be run as programs, and a `likelihood` where the models' weights are at hand."""
+    """What graders may use: `ask` one of the models `askable` (None: nobody knows which there are),
+    `locate` the folder that a source names, whether answers may be run as programs, and a
+    `likelihood` where weights are at hand. `models` are those whose answers are graded."""
 
     ask: Ask | None = None
     locate: Callable[[str], Path] = Path
     allow_code: bool = False
     likelihood: Likelihood | None = None
+    askable: Collection[str] | None = None
+    models: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

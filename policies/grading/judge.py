@@ -168,6 +168,11 @@ def _build_loss(argument: str, context: GradingContext) -> Loss:
         raise PolicyError(f"grade: loss takes no argument, got {argument!r}")
     if context.likelihood is None:
         raise PolicyError("grade: loss reads the models' weights, and needs a --pool")
+    for name in context.models:
+        try:
+            context.likelihood.check(name)
+        except Ungradable as error:
+            raise PolicyError(f"grade: {error}") from None
     return Loss(context.likelihood)
 
 
@@ -176,6 +181,9 @@ def _build(argument: str, context: GradingContext) -> Judge:
         raise PolicyError("grade: judge needs a model of the pool or server, as in judge:base")
     if context.ask is None:
         raise PolicyError(f"grade: judge:{argument}: there is no pool or server to ask")
+    if context.askable is not None and argument not in context.askable:
+        known = ", ".join(context.askable)
+        raise PolicyError(f"grade: judge:{argument}: {argument!r} is unknown; there are {known}")
     return Judge(argument, context.ask)
 
 

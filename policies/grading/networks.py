@@ -1,13 +1,14 @@
 """Graders that compute: a sentence encoder's likeness to a reference, a reward model's opinion.
 
-Their weights are read at the first question, and one question computes at a time.
+One question computes at a time. Each is tried once before there is any, so that weights which
+cannot be used are known before a pool has answered for an hour.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -48,17 +49,7 @@ class Reward:
 
     async def grade(self, question: Question, answers: Mapping[str, str]) -> Graded:
         """Return each answer's share of the softmax, and its logit."""
-        attempts = [
-            Attempt(
-                query=question.query,
-                plan=Answer(members=(name,)),
-                answer=text,
-                logprob_mean=0.0,
-                logprob_min=0.0,
-                num_tokens=0,
-            )
-            for name, text in answers.items()
-        ]
+        attempts = _attempts(question.query, answers)
         logits = await asyncio.to_thread(self._classifier.logits, attempts)
         if not all(map(math.isfinite, logits)):
             raise Ungradable("the reward model's logits are not finite")
@@ -70,16 +61,43 @@ class Reward:
         return Graded(scores=dict(zip(answers, shares, strict=True)), raw=raw)
 
 
+def _attempts(query: str, answers: Mapping[str, str]) -> list[Attempt]:
+    return [
+        Attempt(
+            query=query,
+            plan=Answer(members=(name,)),
+            answer=text,
+            logprob_mean=0.0,
+            logprob_min=0.0,
+            num_tokens=0,
+        )
+        for name, text in answers.items()
+    ]
+
+
 def _build_similarity(argument: str, context: GradingContext) -> Similarity:
     if not argument:
         raise PolicyError("grade: similarity needs an encoder, as in similarity:hf:ORG/NAME")
-    return Similarity(SentenceVectors(context.locate(argument), max_tokens=_MOST_TOKENS))
+    vectors = SentenceVectors(context.locate(argument), max_tokens=_MOST_TOKENS)
+    _try(f"similarity:{argument}", lambda: vectors(["?"]))
+    return Similarity(vectors)
 
 
 def _build_reward(argument: str, context: GradingContext) -> Reward:
     if not argument:
         raise PolicyError("grade: reward needs a sequence classifier, as in reward:hf:ORG/NAME")
-    return Reward(Transformer(context.locate(argument), max_tokens=_MOST_TOKENS))
+    classifier = Transformer(context.locate(argument), max_tokens=_MOST_TOKENS)
+    _try(f"reward:{argument}", lambda: classifier.logits(_attempts("?", {"one": "!"})))
+    return Reward(classifier)
+
+
+def _try(spec: str, compute: Callable[[], object]) -> None:
+    try:
+        compute()
+    except Exception as error:  # whatever a checkpoint's files lead to
+        raise PolicyError(
+            f"grade: {spec} cannot be used: {type(error).__name__}: {error}"
+        ) from None
 
 
 SIMILARITY = GraderKind(_build_similarity)

@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -136,6 +137,8 @@ def _build_command(argument: str, _: GradingContext) -> Command:
         raise PolicyError(f"grade: command:{argument}: {error}") from None
     if not words:
         raise PolicyError("grade: command needs a program, as in command:./grade.py")
+    if shutil.which(words[0]) is None:
+        raise PolicyError(f"grade: command:{argument}: {words[0]} is no program that can be run")
     return Command(words)
 
 

@@ -68,10 +68,14 @@ def learn(
     from_ledger: Annotated[
         str | None,
         typer.Option(
-            help="Also what users thought of real answers, from the ledger at this address; then "
-            "nothing is installed that is worse than what serves."
+            help="Also what users thought of real answers, from the ledger at this address, and "
+            "without --queries a --sample of what they asked, answered by every model and judged "
+            "(--grade judge:MODEL); nothing is installed that is worse than what serves."
         ),
     ] = None,
+    sample: Annotated[
+        int, typer.Option(min=1, help="So many of the ledger's questions are asked, by lot.")
+    ] = 300,
     budget: Annotated[
         str, typer.Option(help="Mean cost, as a share of always asking the dearest model.")
     ] = "40%",
@@ -115,7 +119,7 @@ def learn(
     from policies.tables import text_table
     from router.cli.console import refusing
     from router.cli.train import read_feedback, readings_of
-    from router.learning.collect import Problems, Sampling
+    from router.learning.collect import Problems, Sampling, read_lines
     from router.learning.learn import LearnSettings
     from router.learning.learn import learn as learn_from
     from router.learning.report import advice, install, is_worse, table, verdict, write_report
@@ -128,11 +132,14 @@ def learn(
             budget_share=_share(budget), test_share=test_share, encoder=encoder, seed=seed
         )
         parts = [load_outcomes(one) for one in use or []]
-        if queries is not None:
+        lines = [] if queries is None else read_lines(queries, problems)
+        if queries is None and from_ledger is not None and grade:
+            lines = _asked(from_ledger, sample)
+        if lines:
             kept = file.parent / "learned" / "outcomes.jsonl"
             kept.parent.mkdir(exist_ok=True)
             collected_now = collected(
-                queries,
+                lines,
                 kept,
                 pool=pool,
                 server=None,
@@ -151,7 +158,13 @@ def learn(
             rows += read_feedback(from_ledger, option="--from-ledger")
         if not rows:
             raise PolicyError("there is nothing to learn from: give --queries or --outcomes")
-        reads = queries is not None if read is None else read
+        if not parts:
+            raise PolicyError(
+                "the ledger has one model's answer to each question, and nothing can be compared "
+                "by that: give --grade judge:MODEL, for which every model is asked a sample of "
+                "them, or --queries or --outcomes"
+            )
+        reads = bool(lines) if read is None else read
         readings = readings_of(file, rows, num_at_once=at_once) if reads else {}
         lesson = learn_from(rows, found, settings, readings)
         page = write_report(lesson, found)
@@ -171,6 +184,21 @@ def learn(
             "POST /v1/admin/reload, or kill -HUP of `shoal serve`; then ask for "
             f"policy/{lesson.auto}. To make it the default, name its settings auto."
         )
+
+
+def _asked(ledger: str, most: int) -> list[Line]:
+    """Return questions from the ledger at this address, at most so many, drawn by their hashes."""
+    from hashlib import sha256
+
+    from router.cli.console import opened
+    from router.learning.collect import Line
+    from router.ledger.feedback import asked
+
+    with opened(ledger, None, option="--from-ledger") as database:
+        found = asked(database)
+    drawn = sorted(found, key=lambda text: sha256(text.encode("utf-8", "replace")).digest())
+    lines = (Line(query=text, reference=found[text]) for text in drawn if text.strip())
+    return [line.model_copy(update={"id": str(n)}) for n, line in enumerate(lines, 1)][:most]
 
 
 def _share(text: str) -> float:
@@ -206,12 +234,12 @@ def collect(
     """
     from policies.outcomes import write_outcomes
     from router.cli.console import refusing
-    from router.learning.collect import Problems, Sampling
+    from router.learning.collect import Problems, Sampling, read_lines
 
     problems = Problems()
     with refusing("outcomes collect"):
         found = collected(
-            queries,
+            read_lines(queries, problems),
             out,
             pool=pool,
             server=server,
@@ -233,7 +261,7 @@ def collect(
 
 
 def collected(
-    queries: Path,
+    lines: list[Line],
     out: Path,
     *,
     pool: Path | None,
@@ -256,12 +284,11 @@ def collected(
     from policies.errors import PolicyError
     from policies.grading.base import GradingContext, Panel
     from router.learning.asking import AskError, ask_pool, ask_server
-    from router.learning.collect import Collector, Journal, journal_of, read_lines
+    from router.learning.collect import Collector, Journal, journal_of
     from router.learning.likelihood import Likelihoods
 
     if (pool is None) == (server is None):
         raise PolicyError("give either --pool or --server")
-    lines: list[Line] = read_lines(queries, problems)
     if not out.parent.is_dir():
         raise PolicyError(f"--out: there is no folder {out.parent}")
 
@@ -274,12 +301,21 @@ def collected(
             else ask_pool(pool or Path(), num_at_once=at_once)
         )
         async with asking as asker:
-            names = await asker.models()
+            askable = await asker.names()
+            names = tuple(n for n in askable if n != "auto" and not n.startswith("policy/"))
             wanted = tuple(models.split(",")) if models else names
             for name in wanted:
                 if name not in names:
                     raise PolicyError(f"--models: {name!r} is unknown; it has {', '.join(names)}")
-            panel = Panel(grade, GradingContext(asker.say, located, allow_code, likelihood))
+            context = GradingContext(
+                ask=asker.say,
+                askable=askable,
+                locate=located,
+                allow_code=allow_code,
+                likelihood=likelihood,
+                models=wanted,
+            )
+            panel = Panel(grade, context)
             with ExitStack() as stack:
                 bar = stack.enter_context(
                     tqdm(total=len(lines) * sampling.num_samples, unit="questions", disable=None)

@@ -76,15 +76,14 @@ class Asker:
         self._slots = asyncio.Semaphore(num_at_once)
         self._plain: set[str] = set()
 
-    async def models(self) -> tuple[str, ...]:
-        """Return the names of the models, without those of policies; raises `AskError`."""
+    async def names(self) -> tuple[str, ...]:
+        """Return what can be asked, models and policies; raises `AskError`."""
         try:
             response = await self._client.get("/models")
             response.raise_for_status()
-            names = [str(model["id"]) for model in response.json()["data"]]
+            return tuple(str(model["id"]) for model in response.json()["data"])
         except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
             raise AskError(f"{self.url} lists no models: {error}") from None
-        return tuple(n for n in names if n != "auto" and not n.startswith("policy/"))
 
     async def ask(
         self,

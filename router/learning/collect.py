@@ -103,7 +103,7 @@ def read_lines(path: Path, problems: Problems) -> list[Line]:
     Raises `OutcomesError` for a file that cannot be read or holds no question.
     """
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise OutcomesError(f"{path} cannot be read: {error}") from None
     lines = []

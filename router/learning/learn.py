@@ -123,10 +123,12 @@ def learn(
     tests = [row for row in complete if row.split == TEST]
     if len(train) < MIN_QUERIES or len(tests) < MIN_TESTS:
         wanted = max(MIN_QUERIES / (1 - settings.test_share), MIN_TESTS / settings.test_share)
+        partly = len(divided) - len(complete)
         raise PolicyError(
             f"{len(complete)} questions that all of {', '.join(names)} answered are too few: "
             f"{len(train)} to learn from and {len(tests)} to measure on. Give about "
             f"{max(1, round(1.2 * wanted) - len(complete))} more"
+            + (f"; of {partly} others only some models' answers are known" if partly else "")
         )
     version = next_version(pool)
     folder = _folder(version)

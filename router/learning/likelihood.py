@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from models.card import ModelCard
 from models.pool import Pool
 from models.tokenizer import CheckpointTokenizer
 from policies.grading.base import Ungradable
@@ -36,6 +37,10 @@ class Likelihoods:
         self._pool = pool
         self._loaded: dict[str, tuple[PreTrainedModel, CheckpointTokenizer]] = {}
         self._lock = threading.Lock()
+
+    def check(self, name: str) -> None:
+        """Raise `Ungradable` for a model without a folder of weights."""
+        self._card(name)
 
     async def __call__(self, name: str, query: str, text: str) -> float:
         """Return log P(text | query) under the model called `name`, in nats.
@@ -74,9 +79,7 @@ class Likelihoods:
             import torch  # noqa: PLC0415 - only where it is asked for
             from transformers import AutoModelForCausalLM  # noqa: PLC0415 - slow to import
 
-            card = self._pool.model(name).card
-            if card is None or not card.path.is_dir():
-                raise Ungradable(f"loss: {name} has no folder of weights that can be read here")
+            card = self._card(name)
             model = AutoModelForCausalLM.from_pretrained(
                 card.path,
                 dtype=torch.float32,
@@ -91,3 +94,9 @@ class Likelihoods:
             # As loaded, it is in evaluation mode already.
             self._loaded[name] = model, CheckpointTokenizer(card.path)
         return self._loaded[name]
+
+    def _card(self, name: str) -> ModelCard:
+        card = self._pool.model(name).card
+        if card is None or not card.path.is_dir():
+            raise Ungradable(f"loss: {name} has no folder of weights that can be read here")
+        return card

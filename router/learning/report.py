@@ -217,14 +217,7 @@ def install(lesson: Lesson, file: Path) -> None:
     """
     before = file.read_text(encoding="utf-8")
     block = yaml.safe_dump(dict(lesson.specs), sort_keys=False, allow_unicode=True)
-    lines = before.splitlines(keepends=True)
-    at = next((i for i, line in enumerate(lines) if line.rstrip() == "policies:"), None)
-    if at is None:
-        added = before.rstrip("\n") + "\npolicies:\n" + _indented(block, "  ")
-    else:
-        own = next((line for line in lines[at + 1 :] if line.strip(" \n")), "  ")
-        indent = own[: len(own) - len(own.lstrip(" "))] or "  "
-        added = "".join([*lines[: at + 1], _indented(block, indent), *lines[at + 1 :]])
+    added = _with_policies(before, block)
     wanted = yaml.safe_load(before)
     wanted["policies"] = {**lesson.specs, **(wanted.get("policies") or {})}
     try:
@@ -241,6 +234,22 @@ def install(lesson: Lesson, file: Path) -> None:
     except ValueError:
         write_atomic(file, before)
         raise
+
+
+def _with_policies(text: str, block: str) -> str:
+    """Return a pool file's text with `block` first among its policies, where YAML's marks say."""
+    root = yaml.compose(text)
+    pairs = root.value if isinstance(root, yaml.MappingNode) else ()
+    policies = next((value for key, value in pairs if key.value == "policies"), None)
+    if policies is None:
+        return text.rstrip("\n") + "\npolicies:\n" + _indented(block, "  ")
+    first, last = policies.start_mark, policies.end_mark
+    if isinstance(policies, yaml.MappingNode) and policies.value:
+        at = first.index - first.column
+        return text[:at] + _indented(block, " " * first.column) + text[at:]
+    # None yet, however that is written: `policies:`, `policies: {}`, `policies: null`.
+    before, after = text[: first.index].rstrip(" "), text[last.index :]
+    return f"{before}\n{_indented(block, '  ').rstrip()}{after}"
 
 
 def _indented(block: str, indent: str) -> str:

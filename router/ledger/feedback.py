@@ -18,7 +18,7 @@ from router.ledger.database import Database, writing
 from router.ledger.queries import ALWAYS, Period, stream
 from router.ledger.schema import FEEDBACK, REQUESTS
 from router.ledger.writer import insert_new
-from router.record import mirrored_request_id
+from router.record import SHADOW, mirrored_request_id
 
 _JUDGED = FEEDBACK.alias("judged")
 
@@ -157,3 +157,19 @@ def rated_requests(
                 metrics=metrics,
                 grade=grade,
             )
+
+
+def asked(database: Database) -> dict[str, str | None]:
+    """Return what clients asked and were answered, where texts were kept, and the right answer
+    where a user gave it; shadows' requests are not among them."""
+    query = (
+        sa.select(REQUESTS.c.query_text, FEEDBACK.c.label)
+        .join_from(REQUESTS, FEEDBACK, REQUESTS.c.request_id == FEEDBACK.c.request_id, isouter=True)
+        .where(REQUESTS.c.query_text != "", REQUESTS.c.status < 400, REQUESTS.c.endpoint != SHADOW)
+        .order_by(REQUESTS.c.time_s)
+    )
+    found: dict[str, str | None] = {}
+    with closing(stream(database, query)) as rows:
+        for row in rows:
+            found[row["query_text"]] = row["label"] or found.get(row["query_text"])
+    return found

@@ -253,6 +253,7 @@ def test_graders_are_weighed_and_a_missing_one_is_left_out() -> None:
         ("reward:/nowhere", "/nowhere"),
         ("similarity:/nowhere", "/nowhere"),
         ("command:", "needs a program"),
+        ("command:/nowhere/grade", "/nowhere/grade is no program"),
         ('command:"grade', "No closing quotation"),
     ],
 )
@@ -260,6 +261,15 @@ def test_a_grader_that_cannot_be_is_refused_by_name(spec: str, message: str) -> 
     """Before anything is asked, with what is allowed."""
     with pytest.raises(PolicyError, match=message):
         Panel([spec], GradingContext())
+
+
+@pytest.mark.parametrize("kind", ["reward", "similarity"])
+def test_weights_that_cannot_be_read_are_refused_by_name(tmp_path: Path, kind: str) -> None:
+    """A folder that looks like a model is tried once, not at every question of a long run."""
+    save_bert(tmp_path, ["yes"], labels=1 if kind == "reward" else None)
+    (tmp_path / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(PolicyError, match=f"grade: {kind}:{tmp_path} cannot be used: "):
+        Panel([f"{kind}:{tmp_path}"], GradingContext())
 
 
 def test_a_grader_named_twice_is_refused() -> None:

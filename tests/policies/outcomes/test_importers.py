@@ -93,11 +93,67 @@ def test_routerbench_as_csv(tmp_path: Path) -> None:
 
 
 def test_what_is_not_as_its_format_says_is_named(tmp_path: Path) -> None:
-    """The file and what is missing; a folder of nothing says what may be there."""
+    """The file, the line and what is missing; a folder of nothing says what may be there."""
     row = {"doc": {}, "resps": [], "arguments": [["q"]]}
-    file = write(tmp_path / "bad" / "samples_x.jsonl", row)
-    with pytest.raises(OutcomesError, match=r"samples_x.jsonl: ValueError: no metric among"):
+    file = write(tmp_path / "bad" / "samples_x.jsonl", {**row, "acc": 1}, row)
+    with pytest.raises(OutcomesError, match=r"samples_x.jsonl, line 2: it has no metric; known"):
         load_outcomes(file)
     (tmp_path / "empty").mkdir()
     with pytest.raises(OutcomesError, match="lm-evaluation-harness"):
         load_outcomes(tmp_path / "empty")
+
+
+ARENA = {"global_index": "g_1", "llm_selected": "a", "question": "q"}
+MATCH = {"sample_id": "s", "type": "match", "data": {"correct": True}}
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "message"),
+    [
+        (
+            "a.jsonl",
+            [{"candidates": [{"model": "a", "scores": {"score": 1}}]}, {"candidates": None}],
+            "line 2: TypeError: .*; expected MixInstruct: instruction, and candidates of model",
+        ),
+        (
+            "a.jsonl",
+            [{"candidates": [{"model": "a", "scores": {"score": 7}}]}],
+            "line 1: scores.a: .*less than or equal to 1, got 7.0",
+        ),
+        (
+            "a.jsonl",
+            [{"spec": {"completion_fns": ["a"]}}, {**MATCH, "data": {}}],
+            "line 2: the key 'correct' is missing; expected a log of OpenAI's evals",
+        ),
+        (
+            "a.jsonl",
+            [{**ARENA, "evaluation_result": {"score": 1}}, "{"],
+            "line 2: it is not JSON: .*; expected RouterArena's cached results: global_index",
+        ),
+        ("a.csv", ["prompt,eval_name,a,a|total_cost", "q,t,1"], "line 2: it has not as many cells"),
+        ("a.csv", ["prompt,eval_name,a,a|total_cost", "q,t,x,"], "line 2: ValueError: could not"),
+        ("a.csv", ["prompt,eval_name,a,a|total_cost", "q,t,nan,"], "line 2: scores.a: .*finite"),
+        ("a.csv", ["question,a", "q,1"], "line 2: the key 'prompt' is missing; expected RouterBe"),
+        ("a.csv", ["prompt,eval_name"], "the file holds no answer with a score; expected RouterB"),
+    ],
+)
+def test_the_bad_line_is_named_with_what_is_allowed(
+    tmp_path: Path, name: str, lines: list[Any], message: str
+) -> None:
+    """Of each format, so that whoever wrote the file can mend it."""
+    file = tmp_path / name
+    file.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines))
+    with pytest.raises(OutcomesError, match=message) as caught:
+        load_outcomes(file)
+    assert str(file) in str(caught.value)
+
+
+def test_other_systems_files_are_read_as_any(tmp_path: Path) -> None:
+    """A mark of the encoding at the beginning and returns at the lines' ends do not count."""
+    table = "prompt,eval_name,ada,ada|total_cost\r\nq,math,1,\r\np,math,,\r\n"
+    (tmp_path / "table.csv").write_bytes(b"\xef\xbb\xbf" + table.encode())
+    [outcome] = load_outcomes(tmp_path / "table.csv")  # nobody has answered the other query
+    assert outcome.query == "q" and outcome.scores == {"ada": 1}
+    row = json.dumps({**ARENA, "evaluation_result": {"score": 1}})
+    (tmp_path / "log.jsonl").write_bytes(b"\xef\xbb\xbf" + row.encode() + b"\r\n")
+    assert load_outcomes(tmp_path / "log.jsonl")[0].scores == {"a": 1}

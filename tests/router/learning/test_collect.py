@@ -185,6 +185,8 @@ def test_a_servers_odd_answers_do_not_end_the_run(tmp_path: Path) -> None:
         (("--pool", "nowhere"), "no pool file"),
         (("--pool", "POOL", "--models", "delta"), "'delta' is unknown; it has alpha, beta, gamma"),
         (("--pool", "POOL", "--grade", "guess"), "'guess' is unknown"),
+        (("--pool", "POOL", "--grade", "judge:delta"), "'delta' is unknown; there are "),
+        (("--pool", "POOL", "--grade", "loss"), "alpha has no folder of weights"),
         (("--server", "http://127.0.0.1:9"), "lists no models"),
     ],
 )

@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,13 @@ from policies.outcomes import read_outcomes
 from policies.plan import Answer
 from router.catalog.catalog import load_catalog
 from router.cli.main import app
-from router.ledger.database import open_database
+from router.ledger.database import Database, open_database, writing
+from router.ledger.feedback import Feedback, add_feedback
+from router.ledger.schema import REQUESTS
+from router.ledger.writer import insert_new, row_of
+from router.record import SHADOW, MemberTokens
 from tests.router.conftest import write_pool
+from tests.router.ledger.records import record
 
 MODELS = [
     {"name": "sums", "engine": "one", "usd_per_million_output_tokens": 1},
@@ -56,6 +63,14 @@ def questions_at(folder: Path, number: int) -> Path:
 def shoal(*words: object) -> Result:
     """Run a command."""
     return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@contextmanager
+def closing_database(url: str) -> Iterator[Database]:
+    """Open a ledger's database, and give its connections back."""
+    database = open_database(url)
+    yield database
+    database.dispose()
 
 
 def test_a_pool_learns_from_questions_in_one_command(tmp_path: Path) -> None:
@@ -105,6 +120,22 @@ def test_what_was_collected_is_used_again_under_a_new_version(tmp_path: Path) ->
     assert policies["auto-v2"]["path"] == "learned/v2/router.npz"
 
 
+@pytest.mark.parametrize("empty", ["policies: {}  # none yet", "policies:", "policies: null"])
+def test_a_pool_without_policies_gets_its_first_ones(tmp_path: Path, empty: str) -> None:
+    """Under the key that is there, however it says that there are none; never a second one."""
+    pool = pool_at(tmp_path)
+    head, _, _ = pool.read_text().partition("policies:")
+    pool.write_text(f"{head}{empty}\n# the end\n")
+    result = shoal(
+        "learn", "--pool", pool, "--queries", questions_at(tmp_path, 60), "--grade", "contains",
+        "--budget", "100%",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    after = pool.read_text()
+    assert "auto-v1" in yaml.safe_load(after)["policies"]
+    assert after.startswith(head) and after.count("policies:") == 1 and "# the end" in after
+
+
 def test_too_few_questions_say_how_many_more(tmp_path: Path) -> None:
     """Nothing is written into the pool."""
     pool = pool_at(tmp_path)
@@ -152,6 +183,36 @@ def test_a_ledger_that_is_not_there_is_named_by_its_option(tmp_path: Path) -> No
     result = shoal("learn", "--pool", pool_at(tmp_path), "--from-ledger", ledger)
     assert result.exit_code == 2
     assert "name it with --from-ledger" in result.stderr
+
+
+def test_a_ledgers_questions_are_asked_and_graded(tmp_path: Path) -> None:
+    """Each once, those of users who said what is right; a shadow's and a failed one's are not."""
+    pool, ledger = pool_at(tmp_path), f"sqlite:///{tmp_path / 'ledger.db'}"
+    lines = [json.loads(line) for line in questions_at(tmp_path, 70).read_text().splitlines()]
+    served: dict[str, Any] = {"members": {"large": MemberTokens(output_tokens=3)}}
+    with closing_database(ledger) as database:
+        rows = [
+            record(number, **served, query_text=line["query"]) for number, line in enumerate(lines)
+        ]
+        rows.append(record(90, **served, query_text=lines[0]["query"]))
+        rows.append(record(91, **served, query_text="unseen", endpoint=SHADOW))
+        rows.append(record(92, **served, query_text="failed", status=500))
+        with writing(database) as connection:
+            connection.execute(insert_new(connection, REQUESTS), [row_of(row) for row in rows])
+        for number, line in enumerate(lines):
+            told = Feedback(
+                request_id=f"req-{number}", time_s=1, score=1.0, label=line["reference"]
+            )
+            add_feedback(database, told)
+    words = ("learn", "--pool", pool, "--from-ledger", ledger, "--budget", "100%")
+    result = shoal(*words)
+    assert result.exit_code == 2 and "give --grade judge:MODEL" in result.stderr
+    result = shoal(*words, "--grade", "contains", "--sample", 65)
+    assert result.exit_code == 0, result.output
+    asked = read_outcomes(tmp_path / "learned" / "outcomes.jsonl")
+    assert len(asked) == 65 and all(set(row.scores) == {"sums", "words", "large"} for row in asked)
+    assert {row.query for row in asked} < {line["query"] for line in lines}
+    assert "auto-v1" in yaml.safe_load(pool.read_text())["policies"]
 
 
 def test_from_a_ledger_nothing_worse_than_what_serves_is_installed(tmp_path: Path) -> None:

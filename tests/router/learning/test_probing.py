@@ -1,22 +1,27 @@
 """`shoal learn --read`: a policy that looks before it answers is learned, installed and served."""
 
 import asyncio
+import random
 import re
 import statistics
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import yaml
 from typer.testing import CliRunner
 
 from models.pool import DEFAULT_POOL, load_pool
 from policies.base import Query
 from policies.cascade.base import Reading
+from policies.outcome_sets import TEST, divide
 from policies.outcomes import Outcome, read_outcomes, write_outcomes
 from policies.plan import Cascade
 from router.catalog.catalog import load_catalog
 from router.cli.main import app
 from router.learning.asking import Reply, ask_pool, read_prompts
+from router.learning.learn import LearnSettings
+from router.learning.learn import learn as learn_from
 
 MODELS = {"numerals": 1, "base": 8}
 DOMAINS = ("numerals", "conversion", "text")
@@ -104,6 +109,28 @@ def test_a_look_is_learned_installed_and_served(tmp_path: Path) -> None:
             ]
 
     assert all(reply.text for reply in asyncio.run(served()))
+
+
+@pytest.mark.parametrize("misleads", [True, False])
+def test_a_look_that_answers_worse_is_left_out(tmp_path: Path, misleads: bool) -> None:
+    """What told right from wrong in training may tell the opposite of the test's questions."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnopqrst", k=6)) for _ in range(400)]
+    asked = [
+        Outcome(query=" ".join(rng.sample(words, 8)), scores={"base": 0.5}) for _ in range(300)
+    ]
+    readings, outcomes = {}, []
+    for row in divide(asked):
+        likely = rng.random() < 0.5
+        told = not likely if misleads and row.split == TEST else likely
+        outcomes.append(replace(row, scores={"numerals": float(likely), "base": 0.5}))
+        readings[row.query] = Reading(logprob_mean=float(told) - 2.0, logprob_min=-3.0)
+    pool = load_pool(pool_at(tmp_path))
+    lesson = learn_from(outcomes, pool, LearnSettings(budget_share=1.0), {"numerals": readings})
+    assert ("probing-v1" in lesson.specs) is not misleads
+    assert any("no probing-v1: a look at" in note for note in lesson.notes) is misleads
+    looked, blind = lesson.row("probing-v1").quality, lesson.row("auto-v1").quality
+    assert (looked < blind) is misleads
 
 
 def test_readings_are_of_the_prompts_that_are_served(tmp_path: Path) -> None:
