@@ -15,8 +15,9 @@ from typing import Any, Protocol
 from policies.errors import PolicyError
 from policies.kinds import PluginError, Plugins
 
-Ask = Callable[[str, str], Awaitable[str]]
-"""From a model's name and a prompt to its answer; raises `Ungradable` where there is none."""
+Ask = Callable[[str, str, Sequence[str]], Awaitable[str]]
+"""From a model's name, a prompt and the words to choose from to its answer, which is one of these
+where the model can be held to it; raises `Ungradable` where there is none."""
 
 
 class Ungradable(Exception):

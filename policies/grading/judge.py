@@ -9,7 +9,6 @@ where both orders agree and is a tie otherwise. A model's score is the mean of i
 
 from __future__ import annotations
 
-import asyncio
 import math
 import re
 from collections import defaultdict
@@ -32,6 +31,7 @@ from policies.grading.base import (
 _RUBRIC: Final = (
     "Judge by correctness first, then by whether it answers what was asked, then by brevity."
 )
+# What one question's prompts have in common comes first: an engine that keeps it reads it once.
 _PAIR: Final = """{rubric}
 
 [Question]
@@ -53,6 +53,8 @@ _SINGLE: Final = """{rubric}
 {first}
 
 How good is the answer, from 1 (useless) to 10 (perfect)? Reply with the number."""
+_WORDS: Final = ("A", "B", "tie")
+_NUMBERS: Final = tuple(map(str, range(1, 11)))
 _VERDICT = re.compile(r"\b(A|B|tie)\b", re.IGNORECASE)
 _GRADE = re.compile(r"\b(10|[1-9])\b")
 
@@ -81,15 +83,16 @@ class Judge:
         """Return each model's share of pairs won; raises `Ungradable` for a judge without words."""
         if len(answers) == 1:
             [(name, text)] = answers.items()
-            said = await self._ask(self._model, single_prompt(question, text))
+            said = await self._ask(self._model, single_prompt(question, text), _NUMBERS)
             grade = read_grade(said)
             if grade is None:
                 raise Ungradable(f"the judge {self._model} gave no grade but {said[:60]!r}")
             return Graded(scores={name: grade})
         pairs = list(combinations(answers, 2))
-        verdicts = await asyncio.gather(
-            *(self._compare(question, answers[one], answers[other]) for one, other in pairs)
-        )
+        # One after the other, so that each finds in the engine what the one before it has read.
+        verdicts = [
+            await self._compare(question, answers[one], answers[other]) for one, other in pairs
+        ]
         won: dict[str, list[float]] = defaultdict(list)
         for (one, other), share in zip(pairs, verdicts, strict=True):
             if share is not None:
@@ -106,13 +109,11 @@ class Judge:
         """
         if normalise(one) == normalise(other):
             return 0.5
-        first, second = await asyncio.gather(
-            self._say(question, one, other), self._say(question, other, one)
-        )
-        shares = [_share(first, "a"), _share(second, "b")]
-        if None in shares:
-            return None
-        return shares[0] if shares[0] == shares[1] else 0.5
+        share = _share(await self._say(question, one, other), "a")
+        if share in (None, 0.5):  # whatever the other order brings, nobody wins
+            return share
+        again = _share(await self._say(question, other, one), "b")
+        return again if again in (None, share) else 0.5
 
     async def _say(self, question: Question, first: str, second: str) -> str:
         prompt = _PAIR.format(
@@ -122,7 +123,7 @@ class Judge:
             first=first,
             second=second,
         )
-        return await self._ask(self._model, prompt)
+        return await self._ask(self._model, prompt, _WORDS)
 
 
 def _reference(question: Question) -> str:

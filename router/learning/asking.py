@@ -74,7 +74,7 @@ class Asker:
         self.url = url
         self._client = client
         self._slots = asyncio.Semaphore(num_at_once)
-        self._plain: set[str] = set()
+        self._plain: set[tuple[str, ...]] = set()
 
     async def names(self) -> tuple[str, ...]:
         """Return what can be asked, models and policies; raises `AskError`."""
@@ -94,12 +94,12 @@ class Asker:
         temperature: float = 0.0,
         seed: int | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
-        text_only: bool = False,
+        choice: Sequence[str] = (),
     ) -> Reply:
         """Return `model`'s answer; waits and asks again where the server is busy.
 
-        Log-probabilities, which cost time, and the like are asked for but with `text_only`. Raises
-        `AskError`.
+        Of a `choice` between words, to which a server that can is held, only the text is asked for;
+        else log-probabilities and the like, which cost time. Raises `AskError`.
         """
         body: dict[str, Any] = {
             "model": model,
@@ -111,17 +111,21 @@ class Asker:
         body |= {"tools": list(tools)} if tools else {}
         async with self._slots:
             start_s = time.perf_counter()
-            content = await self._post(model, body, {} if text_only else _EXTRAS)
+            held = {"structured_outputs": {"choice": list(choice)}}
+            content = await self._post(model, body, held if choice else _EXTRAS)
         return _read(model, content, time.perf_counter() - start_s)
 
-    async def say(self, model: str, prompt: str) -> str:
-        """Return `model`'s answer to `prompt`, for a grader; raises `Ungradable`."""
+    async def say(self, model: str, prompt: str, words: Sequence[str]) -> str:
+        """Return which of `words` is `model`'s answer to `prompt`, for a grader.
+
+        Whatever else it says where it cannot be held to them. Raises `Ungradable`.
+        """
         try:
             reply = await self.ask(
                 model,
                 [{"role": "user", "content": prompt}],
                 max_tokens=_JUDGED_TOKENS,
-                text_only=True,
+                choice=words,
             )
         except AskError as error:
             raise Ungradable(str(error)) from None
@@ -136,14 +140,14 @@ class Asker:
             if attempt:
                 await asyncio.sleep(pause_s)
                 pause_s *= 2
-            extras = {} if model in self._plain else wanted
+            extras = {} if (model, *wanted) in self._plain else wanted
             try:
                 response = await self._client.post("/chat/completions", json={**body, **extras})
             except httpx.TransportError as error:
                 why = f"{type(error).__name__} {error}".strip()
                 continue
             if response.status_code == 400 and extras:
-                self._plain.add(model)
+                self._plain.add((model, *wanted))
                 response = await self._client.post("/chat/completions", json=body)
             if response.status_code == 200:
                 try:

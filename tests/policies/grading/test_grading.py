@@ -3,6 +3,7 @@
 import asyncio
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -126,7 +127,7 @@ def test_a_question_that_cannot_be_graded_is_a_problem_and_not_the_end(
 def test_a_graders_own_fault_is_a_problem_of_the_question() -> None:
     """Another grader's score stands, and the error is named by its type."""
 
-    async def broken(_: str, prompt: str) -> str:
+    async def broken(_: str, prompt: str, words: Sequence[str]) -> str:
         raise KeyError("choices")
 
     question = Question(query="?", references=("a",))
@@ -174,11 +175,11 @@ def test_a_command_is_asked_once_for_all_answers(tmp_path: Path) -> None:
 def test_a_judge_compares_in_both_orders() -> None:
     """A judge who always prefers what stands first finds only ties; a fair one ranks."""
 
-    async def biased(_: str, prompt: str) -> str:
+    async def biased(_: str, prompt: str, words: Sequence[str]) -> str:
         return "A"
 
-    async def fair(model: str, prompt: str) -> str:
-        assert model == "judge-dredd"
+    async def fair(model: str, prompt: str, words: Sequence[str]) -> str:
+        assert model == "judge-dredd" and set(words) == {"A", "B", "tie"}
         first, second = prompt.split("[Answer A]")[1].split("[Answer B]")
         return "A" if first.count("!") > second.split("Which")[0].count("!") else "B"
 
@@ -190,10 +191,24 @@ def test_a_judge_compares_in_both_orders() -> None:
     assert sheet.scores == {"ada": 0, "bob": 0.5, "cy": 1}
 
 
+def test_a_tie_is_not_asked_about_twice() -> None:
+    """Nobody can win a pair that one order ties, and pairs come one after another."""
+    asked: list[str] = []
+
+    async def ask(_: str, prompt: str, words: Sequence[str]) -> str:
+        asked.append(prompt)
+        return "tie" if "hm" in prompt else "A"
+
+    sheet = graded(
+        "judge:j", Question(query="?"), GradingContext(ask=ask), ada="hm", bob="y", cy="n"
+    )
+    assert set(sheet.scores.values()) == {0.5} and len(asked) == 2 + 2
+
+
 def test_a_judge_without_a_verdict_gives_no_score() -> None:
     """A single answer is graded from 1 to 10; words without a number are a problem, not a zero."""
 
-    async def ask(_: str, prompt: str) -> str:
+    async def ask(_: str, prompt: str, words: Sequence[str]) -> str:
         return "10" if "splendid" in prompt else "Well..."
 
     context = GradingContext(ask=ask)

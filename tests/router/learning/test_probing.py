@@ -117,7 +117,13 @@ def test_a_look_that_answers_worse_is_left_out(tmp_path: Path, misleads: bool) -
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghijklmnopqrst", k=6)) for _ in range(400)]
     asked = [
-        Outcome(query=" ".join(rng.sample(words, 8)), scores={"base": 0.5}) for _ in range(300)
+        Outcome(
+            query=" ".join(rng.sample(words, 8)),
+            scores={"base": 0.5},
+            prompt_tokens=20,
+            output_tokens=dict.fromkeys(MODELS, 8),
+        )
+        for _ in range(300)
     ]
     readings, outcomes = {}, []
     for row in divide(asked):
