@@ -44,8 +44,8 @@ _SHARE_BEFORE, _SHARE_AFTER = 0.65, 0.6
 SMALL_TALK: Final = tuple(phrase.strip() for phrase in (*_BEFORE, *_AFTER))
 """The phrases, each by itself."""
 
-# After a mark, at a line's end, and where a word with a capital begins another sentence without a mark
-# before; what is all capitals (USD, PDF, I) begins none.
+# After a mark, at a line's end, and where a word with a capital begins another sentence without a
+# mark before; what is all capitals (USD, PDF, I) begins none.
 _BETWEEN_CLAUSES: Final = re.compile(
     r"(?<=[.!?:;,])\s+|\n+|(?<=[\w'\")])\s+(?=[A-Z][a-z']+ [a-z0-9\"'(])"
 )
