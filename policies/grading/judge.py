@@ -32,7 +32,7 @@ _RUBRIC: Final = (
     "Judge by correctness first, then by whether it answers what was asked, then by brevity."
 )
 # What one question's prompts have in common comes first: an engine that keeps it reads it once.
-_PAIR: Final = """{rubric}
+_PAIR: Final = """Which of two answers, A and B, is better? {rubric} Reply with one word: A, B or tie.
 
 [Question]
 {query}
@@ -43,7 +43,7 @@ _PAIR: Final = """{rubric}
 [Answer B]
 {second}
 
-Which answer is better? Reply with one word: A, B or tie."""
+[Better: A, B or tie]"""
 _SINGLE: Final = """{rubric}
 
 [Question]

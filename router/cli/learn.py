@@ -52,7 +52,14 @@ TemperatureOption: TypeAlias = Annotated[
 CodeOption: TypeAlias = Annotated[
     bool, typer.Option("--allow-code", help="Let the grader code run what models wrote.")
 ]
-AtOnceOption: TypeAlias = Annotated[int, typer.Option(min=1, help="Requests at a time.")]
+AtOnceOption: TypeAlias = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Questions at a time; no more than a judge's engine has slots, so that it finds there "
+        "what it has read.",
+    ),
+]
 
 
 def learn(
@@ -103,7 +110,7 @@ def learn(
     grade: GradeOption = None,
     max_tokens: TokensOption = 512,
     allow_code: CodeOption = False,
-    at_once: AtOnceOption = 16,
+    at_once: AtOnceOption = 8,
     seed: Annotated[int, typer.Option(help="Seed of the division into parts.")] = 0,
 ) -> None:
     """Learn routing policies for a pool from your questions, and measure them on unseen ones.
@@ -226,7 +233,7 @@ def collect(
     max_tokens: TokensOption = 512,
     temperature: TemperatureOption = 1.0,
     allow_code: CodeOption = False,
-    at_once: AtOnceOption = 16,
+    at_once: AtOnceOption = 8,
 ) -> None:
     """Ask every model every question, and grade the answers.
 

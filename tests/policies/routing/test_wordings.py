@@ -43,6 +43,15 @@ def test_a_question_among_small_talk_is_found() -> None:
         assert policy.decide(Query(text=text)).plan == Answer(members=("general",))
 
 
+def test_an_acronym_begins_no_sentence() -> None:
+    """What follows it belongs to the question: half of it may be like the field, all of it not."""
+    pool = load_pool(DEFAULT_POOL)
+    policy = build_policy(pool.policies["auto"], folder=pool.folder, models=pool.facts())
+    for text in ("Convert 100 USD to EUR", "Convert 25 GBP to CHF", "Convert 3 BTC to USD please"):
+        assert policy.decide(Query(text=text)).plan == Answer(members=("general",))
+    assert policy.decide(Query(text="Convert 5 km to m")).plan == Answer(members=("conversion",))
+
+
 def test_a_request_beside_a_question_decides() -> None:
     """Whoever answers must know it too: of 200 of the pool's questions beside an everyday request
     that no router learned from, before it or after it, most go to who answers the latter.
