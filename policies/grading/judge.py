@@ -32,7 +32,8 @@ _RUBRIC: Final = (
     "Judge by correctness first, then by whether it answers what was asked, then by brevity."
 )
 # What one question's prompts have in common comes first: an engine that keeps it reads it once.
-_PAIR: Final = """Which of two answers, A and B, is better? {rubric} Reply with one word: A, B or tie.
+_PAIR: Final = """Which of two answers, A and B, is better? {rubric}
+Reply with one word: A, B or tie.
 
 [Question]
 {query}
