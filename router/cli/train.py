@@ -213,12 +213,12 @@ def train_cascade(
     from models.pool import DEFAULT_POOL, load_pool
     from policies.cascade.answers import answer_table
     from policies.cascade.learn import draw, learn_cascade, render, report
-    from policies.outcomes import read_outcomes
+    from policies.importers import load_outcomes
 
     with refusing("train cascade"):
         facts = load_pool(pool or DEFAULT_POOL).facts()
         rates = {name: fact.rates for name, fact in facts.items()}
-        train = read_outcomes(outcomes, split=split)
+        train = load_outcomes(outcomes, split=split)
         answered = Counter(name for row in train for name in row.scores)
         # A model that few queries were put to would leave hardly any that all have answered.
         scored = [name for name, number in answered.items() if 2 * number >= len(train)]
@@ -238,7 +238,7 @@ def train_cascade(
             seed=seed,
             prior_power=prior_power,
         )
-        unseen = answer_table(read_outcomes(outcomes, split=held_out), plans, rates, sizes)
+        unseen = answer_table(load_outcomes(outcomes, split=held_out), plans, rates, sizes)
         measured = report(learned, *unseen)
     learned.save(out)
     picture = plot or out.with_suffix(".png")
