@@ -13,7 +13,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from itertools import combinations
+from itertools import combinations, permutations
 from typing import Final
 
 from policies.cascade.base import normalise
@@ -38,13 +38,13 @@ Reply with one word: A, B or tie.
 [Question]
 {query}
 {reference}
-[Answer A]
+[A]
 {first}
 
-[Answer B]
+[B]
 {second}
 
-[Better: A, B or tie]"""
+Better:"""
 _SINGLE: Final = """{rubric}
 
 [Question]
@@ -55,6 +55,7 @@ _SINGLE: Final = """{rubric}
 
 How good is the answer, from 1 (useless) to 10 (perfect)? Reply with the number."""
 _WORDS: Final = ("A", "B", "tie")
+_SHARES: Final = {"a": 1.0, "b": 0.0, "tie": 0.5}
 _NUMBERS: Final = tuple(map(str, range(1, 11)))
 _VERDICT = re.compile(r"\b(A|B|tie)\b", re.IGNORECASE)
 _GRADE = re.compile(r"\b(10|[1-9])\b")
@@ -89,34 +90,29 @@ class Judge:
             if grade is None:
                 raise Ungradable(f"the judge {self._model} gave no grade but {said[:60]!r}")
             return Graded(scores={name: grade})
-        pairs = list(combinations(answers, 2))
-        # One after the other, so that each finds in the engine what the one before it has read.
-        verdicts = [
-            await self._compare(question, answers[one], answers[other]) for one, other in pairs
-        ]
+        told: dict[tuple[str, str], float | None] = {}
+        # By what stands first: a prompt begins as the one before it, which engines still have.
+        for one, other in permutations(answers, 2):
+            reverse = told.get((other, one), 1.0)
+            if normalise(answers[one]) == normalise(answers[other]):
+                told[one, other] = 0.5
+            elif reverse in (None, 0.5):  # whatever this order brings, nobody wins
+                told[one, other] = reverse
+            else:
+                told[one, other] = await self._say(question, answers[one], answers[other])
         won: dict[str, list[float]] = defaultdict(list)
-        for (one, other), share in zip(pairs, verdicts, strict=True):
-            if share is not None:
+        for one, other in combinations(answers, 2):
+            first, second = told[one, other], told[other, one]
+            if first is not None and second is not None:
+                share = first if first == 1 - second else 0.5
                 won[one].append(share)
                 won[other].append(1 - share)
         if not won:
             raise Ungradable(f"the judge {self._model} named no winner of any pair")
         return Graded(scores={name: sum(shares) / len(shares) for name, shares in won.items()})
 
-    async def _compare(self, question: Question, one: str, other: str) -> float | None:
-        """Return 1 where `one` wins in both orders, 0 where `other` does, 0.5 where they tie.
-
-        None where the judge says nothing of use.
-        """
-        if normalise(one) == normalise(other):
-            return 0.5
-        share = _share(await self._say(question, one, other), "a")
-        if share in (None, 0.5):  # whatever the other order brings, nobody wins
-            return share
-        again = _share(await self._say(question, other, one), "b")
-        return again if again in (None, share) else 0.5
-
-    async def _say(self, question: Question, first: str, second: str) -> str:
+    async def _say(self, question: Question, first: str, second: str) -> float | None:
+        """Return 1 where the judge prefers `first`, 0 `second`, 0.5 neither; None: it says none."""
         prompt = _PAIR.format(
             rubric=_RUBRIC,
             query=question.query,
@@ -124,21 +120,14 @@ class Judge:
             first=first,
             second=second,
         )
-        return await self._ask(self._model, prompt, _WORDS)
+        verdict = _VERDICT.search(await self._ask(self._model, prompt, _WORDS))
+        return None if verdict is None else _SHARES[verdict[1].lower()]
 
 
 def _reference(question: Question) -> str:
     if not question.references:
         return ""
     return f"\n[Reference answer]\n{question.references[0]}\n"
-
-
-def _share(said: str, winner: str) -> float | None:
-    verdict = _VERDICT.search(said)
-    if verdict is None:
-        return None
-    word = verdict[1].lower()
-    return 0.5 if word == "tie" else float(word == winner)
 
 
 class Loss:

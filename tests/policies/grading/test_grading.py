@@ -180,7 +180,7 @@ def test_a_judge_compares_in_both_orders() -> None:
 
     async def fair(model: str, prompt: str, words: Sequence[str]) -> str:
         assert model == "judge-dredd" and set(words) == {"A", "B", "tie"}
-        first, second = prompt.split("[Answer A]")[1].split("[Answer B]")
+        first, second = prompt.split("[A]")[1].split("[B]")
         return "A" if first.count("!") > second.count("!") else "B"
 
     question = Question(query="?")
