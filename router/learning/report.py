@@ -247,8 +247,8 @@ def _with_policies(text: str, block: str) -> str:
     if isinstance(policies, yaml.MappingNode) and policies.value:
         at = first.index - first.column
         return text[:at] + _indented(block, " " * first.column) + text[at:]
-    # None yet, however that is written: `policies:`, `policies: {}`, `policies: null`.
-    before, after = text[: first.index].rstrip(" "), text[last.index :]
+    # `policies: {}`: there are none yet.
+    before, after = text[: first.index].rstrip(), text[last.index :]
     return f"{before}\n{_indented(block, '  ').rstrip()}{after}"
 
 
