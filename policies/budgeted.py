@@ -60,6 +60,11 @@ class TargetSettings(Settings):
     amount: float = Field(gt=0)
     per: Per = "hour"
 
+    def __str__(self) -> str:
+        """Say it in words."""
+        per = "hour" if self.per == "hour" else "1,000 requests"
+        return f"{self.amount:g} {self.resource} per {per}"
+
 
 class BudgetedSettings(Settings):
     """The keys of `kind: budgeted`."""

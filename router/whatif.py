@@ -120,10 +120,3 @@ def _ratios(
                     estimated[key] += getattr(usual, resource)
     found = {key: logged[key] / total for key, total in estimated.items() if total}
     return {**{("", resource): 1.0 for resource in RESOURCES}, **found}
-
-
-def stated_target(settings: BudgetedSettings) -> tuple[str, Resource]:
-    """Return the first target in words, and its resource."""
-    target = settings.targets[0]
-    per = "an hour" if target.per == "hour" else "1,000 requests"
-    return f"{target.amount:g} {target.resource} per {per.removeprefix('an ')}", target.resource

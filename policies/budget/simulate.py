@@ -9,7 +9,7 @@ be as long as the one there was, and members to cost what their logged answers c
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -75,8 +75,11 @@ class Simulation:
     domains: Mapping[str, Sums]
     hours: float
 
-    def sentence(self, target: str, resource: Resource) -> str:
-        """Return in words what would have been different under `target`, and who pays for it."""
+    def sentence(self, targets: Sequence[object], resource: Resource) -> str:
+        """Return in words what would have been different under `targets`, and who pays for it.
+
+        Costs are told in `resource`.
+        """
         total = self.total
         if not total.num_requests:
             return "No request here has a policy's predictions: there is nothing to simulate."
@@ -87,14 +90,19 @@ class Simulation:
         lost = sorted(self.domains.items(), key=lambda entry: -entry[1].lost)
         paying = [f"{name} (-{sums.lost:.3f})" for name, sums in lost if sums.lost > _NOTHING]
         return (
-            f"Under {target} these {total.num_requests:,} requests of {self.hours:.2g} hours would "
+            f"Under {' and '.join(map(str, targets))} {_these(total.num_requests)} of "
+            f"{self.hours:.2g} hours would "
             f"have cost {under:.4g} {resource} instead of {was:.4g} ({change:+.1%}), at a "
             f"predicted quality of {worse:.3f} instead of {better:.3f}: "
             f"{total.num_fewer / total.num_requests:.1%} of them would get fewer members, "
             f"{total.num_cheaper / total.num_requests:.1%} cheaper ones; "
-            + (f"{', '.join(paying[:_MOST_NAMED])} pay" if paying else "no domain pays")
-            + " for it."
+            + f"{', '.join(paying[:_MOST_NAMED]) or 'no domain'} "
+            + ("pay for it." if len(paying) > 1 else "pays for it.")
         )
+
+
+def _these(num: int) -> str:
+    return f"these {num:,} requests" if num > 1 else "this one request"
 
 
 class Clock:

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from router.cli.console import SinceOption, UntilOption, opened, read_period, refusing
+from router.cli.console import (
+    ConfigArgument,
+    SinceOption,
+    UntilOption,
+    finite,
+    opened,
+    read_period,
+    refusing,
+)
 
 if TYPE_CHECKING:
     from policies.budget.simulate import Simulation
@@ -22,7 +30,7 @@ app = typer.Typer(
 @app.command("simulate")
 def simulate_budget(
     *,
-    config: Annotated[Path, typer.Argument(help="The server's configuration file.")],
+    config: ConfigArgument,
     traffic: Annotated[
         str | None,
         typer.Option(help="Address of the ledger with the traffic. [default: the configuration's]"),
@@ -47,12 +55,11 @@ def simulate_budget(
     """Say what past traffic would have cost and been worth under a target, and who pays for it."""
     from models.pool import load_pool
     from router.config import load_args
-    from router.whatif import stated_target, what_if
+    from router.whatif import what_if
 
     with refusing("budget simulate", ValueError):
         args = load_args(config)
         settings = _settings(args, policy, resource, amount, per)
-        target, limited = stated_target(settings)
         with opened(traffic, config, option="--traffic") as database:
             found = what_if(
                 database,
@@ -62,10 +69,13 @@ def simulate_budget(
                 period=read_period(since, until),
                 most=10**9,
             )
-    typer.echo(found.sentence(target, limited))
+    limited = settings.targets[0].resource
+    typer.echo(found.sentence(settings.targets, limited))
     if found.total.num_requests:
         typer.echo("")
         typer.echo(simulation_text(found, limited))
+    else:
+        typer.echo(f"Only requests from --since {since} on were looked at.")
 
 
 def _settings(
@@ -150,6 +160,7 @@ def replay_budget(
         typer.Option(
             min=0.01,
             max=1,
+            callback=finite,
             help="The target, between the cheapest model (0) and the best one (1) for everybody.",
         ),
     ] = 0.3,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ ConfigOption = Annotated[
     Path | None,
     typer.Option("--config", help="The server's configuration file.", show_default=False),
 ]
+ConfigArgument = Annotated[Path, typer.Argument(help="The server's configuration file.")]
 SinceOption = Annotated[
     str | None,
     typer.Option(
@@ -49,6 +51,13 @@ UrlOption: TypeAlias = Annotated[
 KeyOption: TypeAlias = Annotated[
     str | None, typer.Option(envvar="SHOAL_API_KEY", help="An API key, if the server wants one.")
 ]
+
+
+def finite(value: float | None) -> float | None:
+    """Refuse "nan" and "inf", which pass an option's bounds or may."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
 
 
 @contextmanager

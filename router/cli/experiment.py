@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from policies.files import write_atomic
-from router.cli.console import LedgerOption, opened, refusing
+from router.cli.console import ConfigArgument, LedgerOption, opened, refusing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -104,7 +104,7 @@ _HEAD = ("policy", "quality", "95% interval", "IPS", "SNIPS", "worth", "requests
 
 def replay(
     *,
-    config: Annotated[Path, typer.Argument(help="The server's configuration, with the policies.")],
+    config: ConfigArgument,
     source: Annotated[
         str,
         typer.Option(

@@ -10,6 +10,7 @@ import typer
 from router.cli import (
     asking,
     budget,
+    calibrate,
     costs,
     experiment,
     keys,
@@ -59,7 +60,7 @@ app.command()(experiment.replay)
 app.add_typer(budget.app, name="budget")
 app.command()(ledger.report)
 app.command()(costs.costs)
-app.add_typer(costs.calibrate_app, name="calibrate")
+app.add_typer(calibrate.app, name="calibrate")
 app.command()(asking.route)
 app.command()(pools.downscale)
 app.command()(pools.stack)

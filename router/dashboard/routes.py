@@ -175,12 +175,11 @@ def add_dashboard(
         # One at a time: each keeps a core busy for seconds.
         async with simulating:
             found = await database.reports.run(simulate, settings)
-        wanted = settings.targets[0]
-        words = f"{wanted.amount:g} {wanted.resource} per {wanted.per.replace('_', ' ')}"
+        resource = settings.targets[0].resource
         return JSONResponse(
             {
-                "sentence": found.sentence(words, wanted.resource),
-                "resource": wanted.resource,
+                "sentence": found.sentence(settings.targets, resource),
+                "resource": resource,
                 "total": found.total.to_json(),
                 "domains": {name: sums.to_json() for name, sums in found.domains.items()},
             },

@@ -105,6 +105,8 @@ def add_experiment_routes(
 
 
 MetricName = Annotated[str, Field(pattern=f"^{METRIC_NAME.pattern}$")]
+# Squares of such numbers, and sums of these, are finite.
+MetricValue = Annotated[float, Field(ge=-1e100, le=1e100, allow_inf_nan=False)]
 
 
 class FeedbackBody(BaseModel):
@@ -121,9 +123,7 @@ class FeedbackBody(BaseModel):
     thumb: Literal["up", "down"] | None = None
     score: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     label: str | None = Field(None, max_length=65_536)
-    metrics: dict[MetricName, Annotated[float, Field(allow_inf_nan=False)]] = Field(
-        default_factory=dict, max_length=50
-    )
+    metrics: dict[MetricName, MetricValue] = Field(default_factory=dict, max_length=50)
 
     @model_validator(mode="after")
     def _one(self) -> Self:

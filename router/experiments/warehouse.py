@@ -1,7 +1,8 @@
 """An experiment's assignments and metrics as files that GrowthBook and dbt-style warehouses read.
 
 Two Parquet tables and the SQL of views over them, in plain SQL that DuckDB, PostgreSQL, SQLite and
-the large warehouses understand:
+the large warehouses understand (names of one's own metrics are in double quotes: they may be words
+of SQL, and where a warehouse wants backticks it gets them by hand):
 
 - `shoal_exposures`: each randomised unit once, with the arm and the time of its first request;
 - `shoal_facts`: each request, with its unit, time and one column per metric (null: not known).
@@ -91,15 +92,17 @@ def facts(seen: Observations, names: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 def views(names: Sequence[str]) -> str:
     """Return the SQL of the views."""
+    plain = (*METRICS, *COVARIATES)
     sums = ",\n".join(
-        f'  SUM(f."{name}") AS "{name}_sum",\n  COUNT(f."{name}") AS "{name}_count"'
-        for name in names
+        f"  SUM(f.{quote}{name}{quote}) AS {quote}{name}_sum{quote},\n"
+        f"  COUNT(f.{quote}{name}{quote}) AS {quote}{name}_count{quote}"
+        for name, quote in ((name, "" if name in plain else '"') for name in names)
     )
     return f"""-- Load the Parquet files as the tables shoal_exposures and shoal_facts; in DuckDB:
 --   CREATE TABLE shoal_exposures AS SELECT * FROM 'shoal_exposures.parquet';
 --   CREATE TABLE shoal_facts AS SELECT * FROM 'shoal_facts.parquet';
 
--- GrowthBook: experiment assignment query, identifier type "unit".
+-- GrowthBook: experiment assignment query, identifier type "unit"; variation ids are arms' names.
 CREATE VIEW experiment_assignments AS
 SELECT unit, timestamp, experiment_id, variation_id FROM shoal_exposures;
 

@@ -1,10 +1,10 @@
 """A day of real traffic to the default pool, in less than a day.
 
-    python -m tests.bench.day --out build/day [--requests 2400] [--minutes 40] [--seed 1]
+    python -m tests.bench.day --out build/day [--requests 2100] [--minutes 20] [--seed 1]
 
 Serves the default pool with `shoal serve --local` and asks it what it would be asked in a day: 400
 users with four keys, some of whom ask far more than others, in the day's rhythm of
-`simulate_arrivals`; two thirds are held-out questions of the pool's domains, the rest everyday
+`simulate_arrivals`; three quarters are held-out questions of the pool's domains, the rest everyday
 ones; most go to `auto`, a few to the other policies, of which those to `cascade` take part in an
 experiment; some answers are rated by what is right. The real members answer, and their tokens,
 seconds and energy are as measured.
@@ -43,7 +43,7 @@ from tests.server import started
 
 MIDNIGHT_S = 1_795_910_400.0  # 29 November 2026, UTC
 NUM_USERS, NUM_KEYS, AT_ONCE = 400, 4, 12
-EVERYDAY_SHARE, RATED_SHARE, STREAMED_SHARE = 0.35, 0.4, 0.5
+EVERYDAY_SHARE, RATED_SHARE, STREAMED_SHARE = 0.25, 0.4, 0.5
 MODELS = {
     "auto": 0.86,
     "policy/cascade": 0.06,
@@ -51,7 +51,7 @@ MODELS = {
     "policy/best-of": 0.03,
     "policy/thrifty": 0.02,
 }
-MOST_TOKENS = {"task": 32, "everyday": 64}
+MOST_TOKENS = {"task": 32, "everyday": 40}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +160,7 @@ def move_times(file: Path, sent: list[tuple[float, float]]) -> None:
                 f"UPDATE {table} SET time_s = ? WHERE request_id = ?",
                 [(time_s, row[0]) for time_s, row in zip(moved, rows, strict=True)],
             )
+        ledger.execute("UPDATE experiments SET started_s = ?", (day_s[0],))
 
 
 def write_config(folder: Path) -> Path:
@@ -224,8 +225,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--requests", type=int, default=2400)
-    parser.add_argument("--minutes", type=float, default=40)
+    parser.add_argument("--requests", type=int, default=2100)
+    parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("build/day"))
     options = parser.parse_args()

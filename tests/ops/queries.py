@@ -16,7 +16,11 @@ DASHBOARDS = sorted((CHART / "dashboards").glob("*.json"))
 RULES = sorted((CHART / "rules").glob("*.yaml"))
 
 # Grafana's variables as a person would find them with everything selected.
-_VARIABLES = {"$__rate_interval": "60s", "$__range": "5m", "$job": ".*", "$experiment": ".*"}
+_VARIABLES = {
+    "$__rate_interval": "60s",
+    "$__range": "5m",
+    **dict.fromkeys(("$job", "$experiment", "$metric"), ".*"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,6 +89,22 @@ def test_a_tight_target_takes_from_those_who_lose_least(config: Path) -> None:
     assert float(total[4]) == pytest.approx(0.013 * 24, rel=0.1)
 
 
+def test_a_time_without_requests_says_which_time_that_is(config: Path) -> None:
+    """The default looks at a week: whoever has an older ledger learns what to say."""
+    said = simulate(config, "--resource", "usd", "--amount", "1", "--since", "2100-01-01")
+    assert said.splitlines()[1] == "Only requests from --since 2100-01-01 on were looked at."
+
+
+def test_all_targets_are_named(config: Path) -> None:
+    """A policy's several targets stand in the sentence, whose costs are in the first one's unit."""
+    wanted = [{"resource": "usd", "amount": 0.013}, {"resource": "wh", "amount": 5, "per": "hour"}]
+    policy = {"kind": "budgeted", "policy": {"kind": "fixed", "plan": "large"}, "targets": wanted}
+    content = yaml.safe_load(config.read_text())
+    config.write_text(yaml.safe_dump({**content, "policies": {"auto": policy}}))
+    said = simulate(config)
+    assert said.startswith("Under 0.013 usd per hour and 5 wh per hour these 600 requests")
+
+
 def test_a_config_without_a_target_says_what_is_missing(config: Path) -> None:
     """One sentence and status 2."""
     result = CliRunner().invoke(app, ["budget", "simulate", str(config)])

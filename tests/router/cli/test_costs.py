@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from models.pool import DEFAULT_POOL, load_pool
 from policies.footprint import Cost
-from router.cli.costs import calibration
+from router.cli.calibrate import calibration
 from router.cli.main import app
 from router.ledger.database import open_database
 from router.ledger.writer import Ledger
@@ -76,6 +76,24 @@ def test_costs_follow_from_seconds_and_energy(ledger: str, config: Path) -> None
     # A hosted service asks 0.005 USD for the 500 tokens; the device alone costs 0.002.
     even = (1e-4 + 0.64 / 3600 * 5e-4) / (0.005 / 20 - 0.1 / 20 * 5e-4 + 0.64 / 3600 * 5e-4)
     assert f"{even:.1%} of the device's time" in said
+
+
+def test_engines_on_alike_devices_are_told_together_too(tmp_path: Path, config: Path) -> None:
+    """They may share one machine, whose load is then the sum of theirs."""
+    url = f"sqlite:///{tmp_path / 'two.db'}"
+    writer = Ledger(open_database(url), count=count_rows, logger=logging.getLogger("test"))
+    for number, member in enumerate((MEMBER, "base")):
+        used = {member: MemberTokens(prompt_tokens=30, output_tokens=20)}
+        at = {"time_s": 1_800_000_000.0, "latency_s": 100.0}
+        writer.record(record(number, **at, members=used, costs={member: COST}))
+    writer.stop()
+    said = run("costs", "--ledger", url, "--config", str(config)).splitlines()
+    shares = {
+        line.split(":")[0]: line.split("busy ")[1].split()[0]
+        for line in said
+        if "%) " in line or ("busy " in line and ":" in line)
+    }
+    assert shares == {"chunks": "2.00%", "base": "2.00%", "chunks, base": "4.00%"}
 
 
 def test_a_ledger_without_answers_has_no_costs(tmp_path: Path, config: Path) -> None:
@@ -149,6 +167,15 @@ def test_calibration_is_the_line_of_least_squares() -> None:
     said = calibration(points)
     assert f"idle_w: {line.intercept / 8:.3f}" in said
     assert f"power_w: {line.intercept / 8 + line.slope:.3f}" in said
+
+
+@pytest.mark.parametrize("value", ["nan", "-1", "1e10"])
+def test_a_hosted_price_is_a_number_that_may_be(ledger: str, value: str) -> None:
+    """What is none would pass every comparison, and be printed as a price."""
+    prices = ["--hosted-input", value, "--hosted-output", "1"]
+    result = CliRunner().invoke(app, ["costs", "--ledger", ledger, *prices])
+    assert result.exit_code == 2
+    assert "--hosted-input" in result.output
 
 
 @pytest.mark.parametrize("option", ["--hosted-input", "--hosted-output"])

@@ -86,6 +86,7 @@ def test_numbers_of_ones_own_are_kept_beside_a_score(trial: Trial) -> None:
     ("feedback", "words"),
     [
         ({"metrics": {"refund": "much"}}, "metrics.refund"),
+        ({"metrics": {"refund": 1e101}}, "metrics.refund"),
         ({}, "give exactly one of thumb, score and label"),
         ({"thumb": "up", "score": 1}, "give exactly one"),
         ({"score": 1.5}, "score"),

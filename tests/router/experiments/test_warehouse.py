@@ -18,17 +18,26 @@ from router.experiments.warehouse import EXPOSURES, FACTS, VIEWS, export_experim
 
 
 def test_the_views_say_what_the_report_says(tmp_path: Path) -> None:
-    """Means per arm in SQL equal the report's, with own metrics and values that are missing."""
+    """Means per arm in SQL equal the report's, with own metrics and values that are missing.
+
+    A metric of one's own may be called by a word of SQL.
+    """
     experiment = Experiment(
         name="race",
         arms=tuple(Arm(name=name, policy="auto", weight=0.5) for name in ("old", "new")),
-        metrics={"refund": OwnMetric(direction="decrease")},
+        metrics={
+            "refund": OwnMetric(direction="decrease"),
+            "order": OwnMetric(direction="increase"),
+        },
     )
     rng = np.random.default_rng(31)
     rows = [
         Observation(
             unit=f"u{n % 40}", arm=("old", "new")[n % 2], propensity=0.5, time_s=1e9 + n,
-            values={"usd": float(rng.random()), "refund": float(n % 3) if n % 5 else None},
+            values={
+                "usd": float(rng.random()), "refund": float(n % 3) if n % 5 else None,
+                "order": float(n % 7),
+            },
         )
         for n in range(200)
     ]  # fmt: skip
@@ -58,7 +67,7 @@ def test_the_views_say_what_the_report_says(tmp_path: Path) -> None:
         "old": (20, 20), "new": (20, 20),
     }  # fmt: skip
     for arm in report.arms:
-        for metric in ("usd", "refund"):
+        for metric in ("usd", "refund", "order"):
             [(mean,)] = warehouse.execute(
                 f"SELECT SUM({metric}_sum) / SUM({metric}_count) FROM metrics_by_unit "
                 "WHERE variation_id = ?",
