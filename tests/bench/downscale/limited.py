@@ -119,7 +119,9 @@ def train(
 def fresh(like: PreTrainedModel, seed: int) -> PreTrainedModel:
     """A model of the same shape with weights of its own."""
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(like.config, dtype=torch.float32)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        like.config, dtype=torch.float32
+    )
     return model
 
 
