@@ -10,8 +10,9 @@ of their own on every matrix, an eighth of its standard deviation: alike enough 
 chunks of one base do. The chunk is SmolLM2 without half of its layers, which nobody trained to
 agree: it shows that drafts which do not pay turn themselves off. A chunk that was trained is the
 shipped school's for arithmetic, before its base: their answers are short, so questions are asked
-one after another, and their steps are the interpreter's more than the weights'. The ceiling of one
-answer is the bandwidth of reading as many bytes as a model has.
+one after another, and their steps are the interpreter's more than the weights'. The ceiling is how
+often a second the weights of those who answer can be read, of a gated answer the lead's; drafts may
+pass it, as they get several tokens out of one reading.
 """
 
 from __future__ import annotations
@@ -188,8 +189,7 @@ def _copied(folder: Path, path: Path) -> Path:
 
 def base_rows(folder: Path, temporary: Path, dtype: str, rounds: int) -> Iterator[Row]:
     """One model: n-grams where the answer copies and where it does not, and a chunk."""
-    num_bytes = (folder / "model.safetensors").stat().st_size // (2 if dtype == "bfloat16" else 1)
-    ceiling = read_bytes_per_s(num_bytes) / num_bytes
+    ceiling = passes_per_s(folder, dtype)
     copies, writes = _prompts(folder)
     with ExitStack() as stack:
         grams = Running(stack, [folder], dtype, draft="ngram")
@@ -200,7 +200,13 @@ def base_rows(folder: Path, temporary: Path, dtype: str, rounds: int) -> Iterato
         chunk = [folder, shallow(folder, temporary)]
         drafted = Running(stack, chunk, dtype, draft={"member": "m1"})
         name = "an untrained chunk of half the layers"
-        yield compare(name, drafted, asked(writes), rounds=rounds)
+        yield compare(name, drafted, asked(writes), rounds=rounds, ceiling=ceiling)
+
+
+def passes_per_s(folder: Path, dtype: str, *, number: int = 1) -> float:
+    """How often the weights of so many such models can be read in a second."""
+    num_bytes = (folder / "model.safetensors").stat().st_size // (2 if dtype == "bfloat16" else 1)
+    return read_bytes_per_s(number * num_bytes) / (number * num_bytes)
 
 
 def fused_rows(folder: Path, temporary: Path, dtype: str, rounds: int) -> Iterator[Row]:
@@ -210,9 +216,10 @@ def fused_rows(folder: Path, temporary: Path, dtype: str, rounds: int) -> Iterat
         folders = siblings(folder, temporary, len(MEMBERS))
         running = Running(stack, folders, dtype, draft="heaviest")
         fused = asked(prompt, MEMBERS, weights=WEIGHTS)
-        yield compare("four fused, with drafts", running, fused, rounds=rounds)
-        one = plainly(asked(prompt))
-        yield compare("four fused beside one", running, plainly(fused), one, rounds=rounds)
+        ceiling = passes_per_s(folder, dtype, number=len(MEMBERS))
+        yield compare("four fused, with drafts", running, fused, rounds=rounds, ceiling=ceiling)
+        one, every = plainly(asked(prompt)), plainly(fused)
+        yield compare("four fused beside one", running, every, one, rounds=rounds, ceiling=ceiling)
 
 
 def gated_rows(
@@ -225,7 +232,8 @@ def gated_rows(
         fused = asked(prompt, MEMBERS, weights=WEIGHTS)
         for gate in gates:
             lead = replace(fused, rule="gated", gate=gate)
-            yield compare(f"gated at {gate}", running, lead, rounds=rounds)
+            ceiling = passes_per_s(folder, dtype)  # where the lead is always sure
+            yield compare(f"gated at {gate}", running, lead, rounds=rounds, ceiling=ceiling)
         yield from _losses(running, folder, gates)
 
 
