@@ -72,7 +72,7 @@ def described(
     The answer has a shape, or (None) is anything of the `media_type`. A stream is server-sent
     events whose data has one of the shapes of `streams`. `query` are its optional parameters.
     """
-    schema = {"type": "string"} if answers is None else _reference(answers)
+    schema: dict[str, Any] = {"type": "string"} if answers is None else _reference(answers)
     content = {media_type: {"schema": schema}}
     if streams:
         content["text/event-stream"] = {"schema": {"anyOf": [*map(_reference, streams)]}}
