@@ -19,7 +19,7 @@ import math
 import secrets
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -29,10 +29,11 @@ from starlette.responses import Response
 
 from policies.carbon.grid import may_wait
 from router.access.authentication import KeyRejected
+from router.bodies import Bodies
 from router.config import BatchesConfig
 from router.errors import ApiError, bad_request, to_api_error
 from router.ledger.calls import DatabaseUnavailable
-from router.openai_api.batches import LEASE_S, BatchStore
+from router.openai_api.batches import LEASE_S, BatchStore, line_problem, most_line_bytes
 from router.openai_api.endpoint import WireFormat
 from router.openai_api.files import RESULTS, FileStore
 
@@ -46,7 +47,6 @@ _PRUNE_S = 60.0
 _COUNT_S = 10.0  # how often the lines that are left are counted
 _TRIES_S = (0.5, 1, 2, 4, 8, 16, 30)  # the waits of a line that the server has no room for
 _MOST_ERRORS = 20  # that are told of one file
-_MOST_ID_CHARACTERS = 512
 
 
 class Answers(Protocol):
@@ -98,7 +98,8 @@ class _Work:
 class Batching:
     """Works on one batch at a time. `endpoints` are those that lines may name, by path.
 
-    `announced` tells how dear an hour to come is, where batches may wait for a better one.
+    Lines are bounded as `bodies` are. `announced` tells how dear an hour to come is, where batches
+    may wait for a better one.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class Batching:
         batches: BatchStore,
         files: FileStore,
         config: BatchesConfig,
-        max_body_bytes: int,
+        bodies: Bodies,
         announced: Callable[[float], float | None] | None = None,
     ) -> None:
         self._answers = answers
@@ -118,7 +119,7 @@ class Batching:
         self._batches = batches
         self._files = files
         self._config = config
-        self._max_body_bytes = max_body_bytes
+        self._bodies = bodies
         self._holder = f"{socket.gethostname()}-{secrets.token_hex(8)}"
         self._calls = batches.database.reports
 
@@ -175,6 +176,9 @@ class Batching:
         if work.status:  # it is still ours
             await self._finish(work)
 
+    def _lines(self, row: Mapping[str, Any]) -> AsyncIterator[bytes]:
+        return self._files.lines(row["input_file_id"], most_line_bytes(self._bodies) + 1)
+
     async def _done(self, *file_ids: str) -> list[set[int]]:
         return await self._calls.run(self._files.done, file_ids)
 
@@ -183,7 +187,7 @@ class Batching:
         errors: list[dict[str, Any]] = []
         known: set[str] = set()
         num_lines = number = 0
-        async for line in self._files.lines(row["input_file_id"]):
+        async for line in self._lines(row):
             number += 1
             if not line.strip():
                 continue
@@ -194,7 +198,9 @@ class Batching:
                     f"a batch has at most {most} lines (batches.max_requests)"
                 )
             else:
-                told = await asyncio.to_thread(_problem, line, row["endpoint"], known)
+                told = await asyncio.to_thread(
+                    line_problem, line, row["endpoint"], known, self._bodies
+                )
             if told is not None:
                 errors.append(
                     {
@@ -242,7 +248,7 @@ class Batching:
         running: set[asyncio.Task[None]] = set()
         try:
             number = -1
-            async for line in self._files.lines(work.row["input_file_id"]):
+            async for line in self._lines(work.row):
                 number += 1
                 if not line.strip() or any(number in done for done in work.done):
                     continue
@@ -288,12 +294,11 @@ class Batching:
 
     async def _answer(self, work: _Work, number: int, line: bytes) -> None:
         """Answer one line and write its result, unless the batch is over before."""
-        asked = await asyncio.to_thread(json.loads, line)
-        body = json.dumps(asked["body"]).encode()
+        asked, body = await asyncio.to_thread(_read, line)
         endpoint = self._endpoints[work.row["endpoint"]]
         for wait_s in (*_TRIES_S, None):
-            if len(body) > self._max_body_bytes:
-                most = self._max_body_bytes
+            most = self._bodies.max_bytes
+            if len(body) > most:
                 told = ApiError(413, f"The body is over {most} bytes.", code="body_too_large")
                 answer = _refused(told, endpoint)
             elif asked["body"].get("stream"):
@@ -308,29 +313,23 @@ class Batching:
             if wait_s is None or not waits or answer.headers.get("x-should-retry") == "false":
                 break
             await asyncio.sleep(wait_s)
-        result = {
-            "id": f"batch_req_{secrets.token_hex(12)}",
-            "custom_id": asked["custom_id"],
-            "response": {
-                "status_code": answer.status_code,
-                "request_id": answer.headers.get("x-request-id", ""),
-                "body": json.loads(bytes(answer.body)),
-            },
-            "error": None,
+        response = {
+            "status_code": answer.status_code,
+            "request_id": answer.headers.get("x-request-id", ""),
         }
+        # The body is JSON already, and may be megabytes.
+        told = json.dumps(response)[:-1].encode() + b', "body": ' + bytes(answer.body) + b"}"
+        result = _result(asked["custom_id"], response=told)
         await self._write(work, number, result, failed=answer.status_code != 200)
 
-    async def _write(
-        self, work: _Work, number: int, result: Mapping[str, Any], *, failed: bool
-    ) -> None:
+    async def _write(self, work: _Work, number: int, data: bytes, *, failed: bool) -> None:
         file_id = work.error_id if failed else work.output_id
-        data = json.dumps(result, ensure_ascii=False).encode() + b"\n"
         while True:
             try:
                 await self._calls.run(self._files.add_part, file_id, number, data)
                 break
-            except DatabaseUnavailable as error:  # an answer has been paid for: wait
-                await asyncio.sleep(max(error.retry_after_s, 0.1))
+            except DatabaseUnavailable as away:  # an answer has been paid for: wait
+                await asyncio.sleep(max(away.retry_after_s, 0.1))
         work.done[failed].add(number)
 
     async def _watch(self, work: _Work) -> None:
@@ -383,7 +382,7 @@ class Batching:
         number, found = -1, False
         if sum(map(len, work.done)) >= work.row["num_total"]:
             return False
-        async for line in self._files.lines(work.row["input_file_id"]):
+        async for line in self._lines(work.row):
             number += 1
             if not line.strip() or any(number in done for done in work.done):
                 continue
@@ -392,12 +391,8 @@ class Batching:
                 "code": "batch_expired",
                 "message": "The completion window was over before this request was answered.",
             }
-            result = {
-                "id": f"batch_req_{secrets.token_hex(12)}",
-                "custom_id": json.loads(line)["custom_id"],
-                "response": None,
-                "error": error,
-            }
+            asked, _ = await asyncio.to_thread(_read, line)
+            result = _result(asked["custom_id"], error=json.dumps(error).encode())
             await self._write(work, number, result, failed=True)
         return found
 
@@ -410,31 +405,19 @@ async def _some_done(running: set[asyncio.Task[None]]) -> set[asyncio.Task[None]
     return left
 
 
+def _result(custom_id: str, *, response: bytes = b"null", error: bytes = b"null") -> bytes:
+    """Return a line's result, of which `response` and `error` are JSON."""
+    names = {"id": f"batch_req_{secrets.token_hex(12)}", "custom_id": custom_id}
+    head = json.dumps(names, ensure_ascii=False)[:-1].encode()
+    return head + b', "response": ' + response + b', "error": ' + error + b"}\n"
+
+
+def _read(line: bytes) -> tuple[dict[str, Any], bytes]:
+    """Return a line's object, and its body as JSON; on a thread, as it may be megabytes."""
+    asked = json.loads(line)
+    return asked, json.dumps(asked["body"]).encode()
+
+
 def _refused(error: ApiError, endpoint: WireFormat) -> Response:
     body = json.dumps(endpoint.error(error)).encode()
     return Response(body, error.status, {"x-should-retry": "false"}, "application/json")
-
-
-def _problem(line: bytes, endpoint: str, known: set[str]) -> ApiError | None:
-    """Return what is wrong with a line of a batch's input; its id is `known` from then on."""
-    try:
-        asked = json.loads(line)
-    except (ValueError, RecursionError):
-        return bad_request("the line is not valid JSON", code="invalid_json_line")
-    if not isinstance(asked, dict):
-        return bad_request("the line is no JSON object", code="invalid_json_line")
-    custom_id = asked.get("custom_id")
-    if not isinstance(custom_id, str) or not 0 < len(custom_id) <= _MOST_ID_CHARACTERS:
-        return bad_request("custom_id: a string is needed", "custom_id")
-    if custom_id in known:
-        return bad_request(
-            f"custom_id: {custom_id[:80]!r} is there twice", "custom_id", "duplicate_custom_id"
-        )
-    known.add(custom_id)
-    if asked.get("method") != "POST":
-        return bad_request("method: only POST is allowed", "method", "invalid_method")
-    if asked.get("url") != endpoint:
-        return bad_request(f"url: the batch is for {endpoint}", "url", "mismatched_url")
-    if not isinstance(asked.get("body"), dict):
-        return bad_request("body: an object is needed", "body")
-    return None

@@ -365,7 +365,7 @@ def _add_batches(
             batches=batches,
             files=files,
             config=args.batches,
-            max_body_bytes=service.limits.max_body_bytes,
+            bodies=service.bodies,
             announced=_hours(args, service),
         )
     )

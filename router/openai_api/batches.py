@@ -6,6 +6,7 @@ Any replica takes a batch that nobody holds: it has a lease, which it renews whi
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse
 
 from router.access.authentication import Identify
-from router.bodies import Bodies
+from router.bodies import Bodies, has_more_values
 from router.errors import ApiError, bad_request
 from router.ledger.database import Database, writing
 from router.ledger.schema import BATCHES
@@ -30,6 +31,9 @@ _DAY_S = 86_400.0
 _LOCK = 5_350_004
 _MOST_LISTED = 10_000
 _MOST_OPEN = 100  # of one key
+_MOST_ID_CHARACTERS = 512
+# What a line may have around its body.
+_FRAME_BYTES, _FRAME_VALUES = 2**14, 64
 OPEN = ("validating", "in_progress", "finalizing", "cancelling")
 
 # The times that OpenAI's object tells, by the statuses that begin at them.
@@ -337,3 +341,50 @@ def to_json(row: Mapping[str, Any]) -> dict[str, Any]:
         },
         "metadata": row["metadata"],
     }
+
+
+def most_line_bytes(bodies: Bodies) -> int:
+    """Return how long a line of a batch's input may be."""
+    return bodies.max_bytes + _FRAME_BYTES
+
+
+def line_problem(line: bytes, endpoint: str, known: set[str], bodies: Bodies) -> ApiError | None:
+    """Return what is wrong with a line of a batch's input; its id is `known` from then on.
+
+    While it is parsed nothing else runs: it is bounded before, as a request's body is.
+    """
+    too_much = _too_much(line, bodies)
+    if too_much is not None:
+        return too_much
+    try:
+        asked = json.loads(line)
+    except (ValueError, RecursionError):
+        asked = None
+    if not isinstance(asked, dict):
+        return bad_request("the line is no JSON object", code="invalid_json_line")
+    custom_id = asked.get("custom_id")
+    if not isinstance(custom_id, str) or not 0 < len(custom_id) <= _MOST_ID_CHARACTERS:
+        return bad_request("custom_id: a string is needed", "custom_id")
+    if custom_id in known:
+        return bad_request(
+            f"custom_id: {custom_id[:80]!r} is there twice", "custom_id", "duplicate_custom_id"
+        )
+    known.add(custom_id)
+    if asked.get("method") != "POST":
+        return bad_request("method: only POST is allowed", "method", "invalid_method")
+    if asked.get("url") != endpoint:
+        return bad_request(f"url: the batch is for {endpoint}", "url", "mismatched_url")
+    if not isinstance(asked.get("body"), dict):
+        return bad_request("body: an object is needed", "body")
+    return None
+
+
+def _too_much(line: bytes, bodies: Bodies) -> ApiError | None:
+    most = most_line_bytes(bodies)
+    if len(line) > most:
+        message = f"the line is over {most} bytes (limits.max_body_bytes)"
+        return bad_request(message, code="line_too_long")
+    if has_more_values(line, bodies.max_values + _FRAME_VALUES):
+        message = f"the line holds over {bodies.max_values} JSON values (limits.max_body_values)"
+        return bad_request(message, code="body_too_complex")
+    return None

@@ -114,15 +114,18 @@ class FileStore:
             if found is not None:
                 yield found[1]
 
-    async def lines(self, file_id: str) -> AsyncIterator[bytes]:
-        """Yield a file's lines, empty ones too."""
-        left = b""
+    async def lines(self, file_id: str, most_bytes: int) -> AsyncIterator[bytes]:
+        """Yield a file's lines, empty ones too, and of each the first `most_bytes`."""
+        begun = b""
         async for data in self.parts(file_id):
-            *whole, left = (left + data).split(b"\n")
-            for line in whole:
-                yield line
-        if left:
-            yield left
+            *ends, rest = data.split(b"\n")
+            for end in ends:
+                yield (begun + end)[:most_bytes]
+                begun = b""
+            if len(begun) < most_bytes:
+                begun += rest
+        if begun:
+            yield begun[:most_bytes]
 
     def done(self, file_ids: Sequence[str]) -> list[set[int]]:
         """Return the numbers of the parts that each file has; blocks."""

@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from fastapi import FastAPI, Request
 from pydantic import BaseModel
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.responses import JSONResponse
+from starlette.responses import Response as HttpResponse
 
 from router.access.authentication import Identify
 from router.config import ResponsesConfig
@@ -30,6 +32,7 @@ from router.ledger.writer import insert_new
 from router.openai_api.files import page
 from router.openai_api.shapes import Response
 from router.openapi import described
+from router.streams import in_json
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +70,8 @@ class ResponseStore:
 
     async def add(self, kept: Kept, key_id: str | None) -> bool:
         """Keep a response for `key_id`; return whether that could be done. Never raises."""
-        body, items = _text(kept.response), _text(kept.items)
-        num_bytes = len(body.encode()) + len(items.encode())
+        body, items = await asyncio.to_thread(_texts, kept)
+        num_bytes = len(body) + len(items)
         if num_bytes > _MOST_BYTES:
             return False
         now_s = time.time()
@@ -90,10 +93,7 @@ class ResponseStore:
 
     async def find(self, response_id: str, key_id: str | None) -> Kept | None:
         """Return what was kept for `key_id`; raises `DatabaseUnavailable`."""
-        row = await self._database.calls.run(self._find, response_id, key_id)
-        if row is None:
-            return None
-        return Kept(response=json.loads(row["body"]), items=json.loads(row["items"]))
+        return await self._database.calls.run(self._find, response_id, key_id)
 
     async def delete(self, response_id: str, key_id: str | None) -> bool:
         """Forget a response; return whether there was one."""
@@ -133,13 +133,15 @@ class ResponseStore:
         with writing(self._database) as connection:
             connection.execute(insert_new(connection, RESPONSES), row)
 
-    def _find(self, response_id: str, key_id: str | None) -> Mapping[str, Any] | None:
+    def _find(self, response_id: str, key_id: str | None) -> Kept | None:
         wanted = sa.select(RESPONSES.c.body, RESPONSES.c["items"]).where(
             *_owned(response_id, key_id), RESPONSES.c.expires_s > time.time()
         )
         with self._database.connect() as connection:
             row = connection.execute(wanted).mappings().first()
-        return None if row is None else dict(row)
+        if row is None:
+            return None
+        return Kept(response=json.loads(row["body"]), items=json.loads(row["items"]))
 
     def _delete(self, response_id: str, key_id: str | None) -> bool:
         with writing(self._database) as connection:
@@ -174,10 +176,11 @@ def add_response_routes(api: FastAPI, store: ResponseStore, *, identify: Identif
             raise _unknown(response_id, store)
         return kept
 
-    async def read(request: Request, response_id: str) -> JSONResponse:
+    async def read(request: Request, response_id: str) -> HttpResponse:
         if request.query_params.get("stream", "false") != "false":
             raise bad_request("stream: a kept response is told whole", "stream")
-        return JSONResponse((await found(request, response_id)).response)
+        kept = await found(request, response_id)
+        return await _told(lambda: kept.response)
 
     async def delete(request: Request, response_id: str) -> JSONResponse:
         if not await store.delete(response_id, await identify(request)):
@@ -193,10 +196,14 @@ def add_response_routes(api: FastAPI, store: ResponseStore, *, identify: Identif
             "response_over",
         )
 
-    async def items(request: Request, response_id: str) -> JSONResponse:
+    async def items(request: Request, response_id: str) -> HttpResponse:
         kept = await found(request, response_id)
-        newest_first = _listed(kept.items, response_id)[::-1]
-        return JSONResponse(page(newest_first, request.query_params, usual=20))
+
+        def listed() -> dict[str, Any]:
+            newest_first = _listed(kept.items, response_id)[::-1]
+            return page(newest_first, request.query_params, usual=20)
+
+        return await _told(listed)
 
     one = "/v1/responses/{response_id}"
     for path, method, answer, extra in (
@@ -211,6 +218,11 @@ def add_response_routes(api: FastAPI, store: ResponseStore, *, identify: Identif
         ),
     ):
         api.add_api_route(path, answer, methods=[method], openapi_extra=extra)
+
+
+async def _told(make: Callable[[], object]) -> HttpResponse:
+    """Return what may be megabytes, written on a thread."""
+    return HttpResponse(await in_json(make, sys.maxsize), media_type="application/json")
 
 
 def _unknown(response_id: str, store: ResponseStore) -> ApiError:
@@ -240,6 +252,14 @@ def _listed(items: Sequence[Mapping[str, Any]], response_id: str) -> list[dict[s
     return listed
 
 
+def _texts(kept: Kept) -> tuple[str, str]:
+    """Return the response and the items as JSON, ASCII alone, written piece by piece.
+
+    Both databases hold escapes for what they cannot store as it is.
+    """
+    response = ",".join(f"{_text(key)}:{_text(value)}" for key, value in kept.response.items())
+    return f"{{{response}}}", f"[{','.join(map(_text, kept.items))}]"
+
+
 def _text(data: object) -> str:
-    # Both databases hold escapes for what they cannot store as it is.
     return json.dumps(data, separators=(",", ":"))

@@ -60,7 +60,7 @@ class Reply:
 def questions(number: int) -> dict[str, list[Question]]:
     """Return `number` questions of either kind, evenly from those that nothing was learned from."""
     own = [
-        Question(text=row.query, grade=partial(_exact, row.answer or ""))
+        Question(text=row.query, grade=partial(exact, row.answer or ""))
         for row in read_outcomes(DEFAULT_POOL / "outcomes.jsonl", split="test")
     ]
     others = [
@@ -74,14 +74,16 @@ def questions(number: int) -> dict[str, list[Question]]:
     }
 
 
-def _exact(reference: str, answer: str) -> float:
+def exact(reference: str, answer: str) -> float:
+    """Return 1 for the answer of the reference, else 0."""
     return float(check(reference, answer))
 
 
 @contextmanager
-def serving(*, with_general: bool) -> Iterator[httpx.Client]:
-    """Serve the default pool on a port of its own; yield a client of it."""
+def serving(*, with_general: bool = True, **auto: Any) -> Iterator[httpx.Client]:
+    """Serve the default pool on a port of its own; yield a client of it. `auto` changes that."""
     content = yaml.safe_load((DEFAULT_POOL / "pool.yaml").read_text("utf-8"))
+    content["policies"]["auto"] |= auto
     for model in content["models"]:
         if model["name"] == GENERAL and not with_general:
             model["checkpoint"] = LACKING

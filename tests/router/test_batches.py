@@ -99,6 +99,8 @@ def test_a_file_that_is_no_batch_fails_by_line(server: Running) -> None:
         line("c", url="/v1/completions"),
         {**line("d"), "method": "GET"},
         {**line("e"), "body": None},
+        json.dumps(line("f", "x" * (2**22 + 2**15))),
+        json.dumps(line("g", stop_token_ids=[1] * 260_000)),
     ]
     batch = ended(server.client, begin(server.client, lines).id)
     assert batch.status == "failed"
@@ -108,6 +110,8 @@ def test_a_file_that_is_no_batch_fails_by_line(server: Running) -> None:
         (4, "mismatched_url"),
         (5, "invalid_method"),
         (6, "invalid_value"),
+        (7, "line_too_long"),
+        (8, "body_too_complex"),
     ]
     assert not server.ledger.records
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.engines.base import Chunk, Encoding
+from models.engines.remote.answer import read_whole
 from models.engines.remote.failures import broke_off, from_event
+
+_VECTOR = re.compile(rb'"embedding"\s*:\s*(\[[^][{}"]*\])')
 
 
 def write_encoding(encoding: Encoding, model: str) -> tuple[str, dict[str, Any]]:
@@ -23,6 +28,28 @@ def write_encoding(encoding: Encoding, model: str) -> tuple[str, dict[str, Any]]
         return "/rerank", {"model": model, "query": encoding.query, "documents": inputs}
     body = {"model": model, "input": inputs, "encoding_format": "float"}
     return "/embeddings", body | ({"truncate_prompt_tokens": -1} if encoding.cut else {})
+
+
+def read_vectors(body: bytes) -> dict[str, Any] | None:
+    """Return the one object that a server tells, its vectors as arrays; None if it is none.
+
+    Each vector is parsed by itself, so that a thread that reads thousands of them holds the
+    interpreter's lock for none too long.
+    """
+    vectors: list[NDArray[np.float32]] = []
+
+    def keep(found: re.Match[bytes]) -> bytes:
+        vectors.append(np.asarray(json.loads(found[1]), np.float32))
+        return b'"embedding":%d' % (len(vectors) - 1)
+
+    try:
+        told = read_whole(_VECTOR.sub(keep, body))
+        if told is not None and vectors:
+            for entry in told["data"]:
+                entry["embedding"] = vectors[entry["embedding"]]
+    except (ValueError, TypeError, LookupError):  # not as agreed
+        return None
+    return told
 
 
 class RowReader:

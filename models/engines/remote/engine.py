@@ -17,7 +17,7 @@ from models.engines.answer_reader import AnswerReader
 from models.engines.base import Chunk, Circuit, EngineStats, GenerationRequest
 from models.engines.kind import EngineKind, EngineTraits, formats_of
 from models.engines.remote.answer import DONE, EventReader, read_events, read_whole
-from models.engines.remote.encoding import RowReader
+from models.engines.remote.encoding import RowReader, read_vectors
 from models.engines.remote.failures import AttemptFailed, from_response, from_transport
 from models.engines.remote.request import RemoteOptions, write_body
 from models.engines.requests import check_request
@@ -298,7 +298,8 @@ async def _events_of(
     """Yield the events of a response: one where it comes `whole`, or the server does not stream."""
     if whole or "application/json" in response.headers.get("content-type", ""):
         body = b"".join([part async for part in parts])
-        yield read_whole(body) or body.decode(errors="replace")
+        read = read_vectors if whole else read_whole
+        yield await asyncio.to_thread(read, body) or body.decode(errors="replace")
         return
     async for event in read_events(parts):
         yield event
