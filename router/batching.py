@@ -318,8 +318,8 @@ class Batching:
             "request_id": answer.headers.get("x-request-id", ""),
         }
         # The body is JSON already, and may be megabytes.
-        told = json.dumps(response)[:-1].encode() + b', "body": ' + bytes(answer.body) + b"}"
-        result = _result(asked["custom_id"], response=told)
+        whole = json.dumps(response)[:-1].encode() + b', "body": ' + bytes(answer.body) + b"}"
+        result = _result(asked["custom_id"], response=whole)
         await self._write(work, number, result, failed=answer.status_code != 200)
 
     async def _write(self, work: _Work, number: int, data: bytes, *, failed: bool) -> None:

@@ -298,8 +298,8 @@ async def _events_of(
     """Yield the events of a response: one where it comes `whole`, or the server does not stream."""
     if whole or "application/json" in response.headers.get("content-type", ""):
         body = b"".join([part async for part in parts])
-        read = read_vectors if whole else read_whole
-        yield await asyncio.to_thread(read, body) or body.decode(errors="replace")
+        told = await asyncio.to_thread(read_vectors if whole else read_whole, body)
+        yield told or body.decode(errors="replace")
         return
     async for event in read_events(parts):
         yield event
