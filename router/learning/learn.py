@@ -163,8 +163,8 @@ def learn(
     if looking in quality and quality[looking] < quality[blind]:
         del versioned[looking]
         notes.append(
-            f"no {looking}: a look at the prompt made the test questions' answers worse, "
-            f"{quality[looking]:.3f} instead of {quality[blind]:.3f}"
+            f"no {looking}: a look at the prompt made the test questions' answers worse by "
+            f"{100 * (quality[blind] - quality[looking]):.2g} points"
         )
     return Lesson(
         specs=versioned,

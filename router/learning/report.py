@@ -176,19 +176,23 @@ def _draw(lesson: Lesson, file: Path) -> None:
             )  # fmt: skip
     who.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
     who.set(xlabel="mean score, 95% interval", title="Who scores what")
-    for row in _frontier(lesson):
-        trade.annotate(row.name, (1000 * (row.usd or 0.0), row.quality), xytext=(5, 5),
-                       textcoords="offset points", fontsize=8)  # fmt: skip
+    for at, row in enumerate(_frontier(lesson)):  # above and below in turn, as they lie close
+        point, beside = (1000 * (row.usd or 0.0), row.quality), (6, 6 if at % 2 else -13)
+        trade.annotate(row.name, point, xytext=beside, textcoords="offset points", fontsize=8)
     trade.set(xlabel="USD per 1,000 questions", ylabel="mean score", title="Quality and cost")
     trade.margins(x=0.2, y=0.1)
+    trade.locator_params(axis="x", nbins=4)
     learning.plot(*zip(*lesson.curve, strict=True), "o-", color=_COLOURS["policy"], label="router")
     learning.axhline(
         lesson.row(lesson.best_single).quality, color=_COLOURS["serving"], ls=":",
         label=lesson.best_single,
     )  # fmt: skip
     learning.set(xlabel="questions learned from", ylabel="mean score", title="Learning curve")
-    for ax, handles in ((who, _legend(rows)), (learning, None)):
-        ax.legend(handles=handles, frameon=False, fontsize=8, loc="lower right")
+    for ax, handles, place in (
+        (who, _legend(rows), "lower right"),
+        (learning, None, "center right"),
+    ):
+        ax.legend(handles=handles, frameon=False, fontsize=8, loc=place)
     with replacing(file) as fresh:
         figure.savefig(fresh, dpi=130)
 
