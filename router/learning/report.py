@@ -5,6 +5,7 @@ The page needs nothing beside it; the plots lie there as PNG too.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -220,7 +221,9 @@ def install(lesson: Lesson, file: Path) -> None:
     Raises `PolicyError`, and leaves the file alone, where it would not say then what it should.
     """
     before = file.read_text(encoding="utf-8")
-    block = yaml.safe_dump(dict(lesson.specs), sort_keys=False, allow_unicode=True)
+    # By way of JSON, so that what policies share is written out: an anchor's name stands only once.
+    specs = json.loads(json.dumps(dict(lesson.specs)))
+    block = yaml.safe_dump(specs, sort_keys=False, allow_unicode=True)
     added = _with_policies(before, block)
     wanted = yaml.safe_load(before)
     wanted["policies"] = {**lesson.specs, **(wanted.get("policies") or {})}

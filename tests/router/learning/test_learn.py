@@ -18,6 +18,8 @@ from policies.outcomes import read_outcomes
 from policies.plan import Answer
 from router.catalog.catalog import load_catalog
 from router.cli.main import app
+from router.learning.learn import Lesson
+from router.learning.report import install
 from router.ledger.database import Database, open_database, writing
 from router.ledger.feedback import Feedback, add_feedback
 from router.ledger.schema import REQUESTS
@@ -134,6 +136,29 @@ def test_a_pool_without_policies_gets_its_first_ones(tmp_path: Path, empty: str)
     after = pool.read_text()
     assert "auto-v1" in yaml.safe_load(after)["policies"]
     assert after.startswith(head) and after.count("policies:") == 1 and "# the end" in after
+
+
+def test_what_policies_share_is_written_out(tmp_path: Path) -> None:
+    """A second lesson stands beside the first, though policies of each have settings in common."""
+    pool = pool_at(tmp_path)
+    shared = {"kind": "fixed", "plan": "large"}
+    for version in (1, 2):
+        lesson = Lesson(
+            specs={f"auto-v{version}": shared, f"cascade-v{version}": shared},
+            measured=(),
+            mistakes=(),
+            kinds=(),
+            curve=(),
+            num_train=0,
+            best_single="large",
+            version=version,
+            unfamiliar=0.0,
+        )
+        install(lesson, pool)
+    policies = yaml.safe_load(pool.read_text())["policies"]
+    assert policies == dict.fromkeys(
+        ("auto", "auto-v1", "cascade-v1", "auto-v2", "cascade-v2"), shared
+    )
 
 
 def test_too_few_questions_say_how_many_more(tmp_path: Path) -> None:
