@@ -31,7 +31,7 @@ from typing import Any
 from policies.tables import text_table
 
 CLIENTS = (1, 8, 32, 64)
-_LITELLM = Path(".venv-clients/bin/litellm")
+_LITELLM = (".venv-clients/bin/python", "-m", "litellm.proxy.proxy_cli")
 _BODY = {"model": "model", "messages": [{"role": "user", "content": "What is 37 + 58?"}]}
 _POOL = """
 name: load
@@ -179,7 +179,7 @@ def _deploy(folder: Path, upstream: int, port: int) -> dict[str, str]:
 def _litellm(folder: Path, upstream: int, port: int, num_workers: int) -> Iterator[None]:
     config = folder / "litellm.yaml"
     config.write_text(_PROXY.format(port=upstream))
-    command = [_LITELLM, "--config", config, "--host", "127.0.0.1", "--port", port]
+    command = [*_LITELLM, "--config", config, "--host", "127.0.0.1", "--port", port]
     with _process(*command, "--num_workers", num_workers):
         yield
 
