@@ -88,7 +88,7 @@ def test_a_key_lives_from_its_making_to_its_end(admin: Admin) -> None:
 def test_a_keys_weight_reaches_the_engine(admin: Admin, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is given, told and changed, and engines get it with each of the key's requests."""
     client = admin.server.service.engines["one"]
-    complete, seen = client.complete, []
+    complete, seen = client.complete, list[tuple[str, float]]()
 
     async def noting(request: GenerationRequest) -> Chunk:
         seen.append((request.client_id, request.client_weight))
