@@ -25,6 +25,7 @@ from typing import Final
 
 HEADER_TIMEOUT_S: Final = 10
 CLIENT_TIMEOUT_S: Final = 600
+_DRAINING: Final = "proc.draining"  # a variable of HAProxy's
 _MOST_CONNECTIONS: Final = 50_000
 _DESCRIPTORS_PER_CONNECTION: Final = 3  # to the client, to the replica, for splicing
 _SPARE_DESCRIPTORS: Final = 500
@@ -88,6 +89,9 @@ def complete(configuration: str) -> str:
                 f"{{ sc0_conn_cur gt {most_connections() // 4} }} !{{ src 127.0.0.0/8 ::1 }}",
                 # What is behind it loses the body of a request that offers another protocol.
                 "http-request del-header upgrade",
+                # A client that keeps its connection would go on asking here, see `drain`.
+                "http-after-response set-header connection close "
+                f"if {{ var({_DRAINING}) -m bool }}",
             ),
         ),
     ):
@@ -98,7 +102,7 @@ def complete(configuration: str) -> str:
 
 
 def drain(folder: Path, within_s: float) -> None:
-    """Take no new connections, and wait until the requests that run are answered.
+    """Take no new connections, end kept ones, and wait until what runs is answered.
 
     `folder` is where Ray Serve keeps HAProxy's sockets. Returns after `within_s` in any case.
     """
@@ -106,6 +110,7 @@ def drain(folder: Path, within_s: float) -> None:
     sockets = [path for path in folder.rglob("admin.sock") if path.is_socket()]
     for path in sockets:
         _tell(path, "disable frontend http_frontend")
+        _tell(path, f"experimental-mode on; set var {_DRAINING} bool(true)")
     while time.monotonic() < end_s and any(_num_running(path) for path in sockets):
         time.sleep(0.05)
 

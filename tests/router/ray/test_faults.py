@@ -5,6 +5,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
@@ -28,6 +29,20 @@ def _ask_slowly(server: Server, stream: bool) -> str:
     return "whole" if response.status_code == 200 else str(response.status_code)
 
 
+def _ask_on(server: Server) -> bool:
+    """Ask over one connection until nobody is there; whether every answer was whole till then."""
+    body = {"model": "alpha", "messages": [{"role": "user", "content": "hello"}]}
+    with server.http as http:
+        while True:
+            try:
+                if http.post("/v1/chat/completions", json=body).status_code != 200:
+                    return False
+            except httpx.ConnectError:
+                return True
+            except httpx.HTTPError:
+                return False
+
+
 def _listens(server: Server) -> bool:
     """Whether anybody has its port."""
     return any(
@@ -37,17 +52,22 @@ def _listens(server: Server) -> bool:
 
 @pytest.mark.parametrize("arguments", [(), ("--local",)], ids=["ray", "local"])
 def test_sigterm_finishes_what_runs(tmp_path: Path, arguments: tuple[str, ...]) -> None:
-    """Running requests are answered whole, new ones find nobody, and the exit code is 0."""
+    """Running requests are answered whole, new ones find nobody, and the exit code is 0.
+
+    Behind HAProxy that is so, too, for clients that go on asking over connections that they keep.
+    """
     with (
         serving(tmp_path, *arguments, **POOL) as server,
-        ThreadPoolExecutor(20) as clients,
+        ThreadPoolExecutor(24) as clients,
     ):
         server.ask()
         running = [clients.submit(_ask_slowly, server, bool(i % 2)) for i in range(20)]
         until(lambda: sum(one["running_requests"] for one in server.engines().values()) == 20)
+        going_on = [] if arguments else [clients.submit(_ask_on, server) for _ in range(4)]
         family = server.family()
         server.process.send_signal(signal.SIGTERM)
         until(lambda: not _listens(server), 30)
         assert Counter(one.result() for one in running) == {"whole": 20}
+        assert all(one.result() for one in going_on)
         assert server.process.wait(60) == 0
         until(lambda: not any(map(runs, family)), 10)
