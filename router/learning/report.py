@@ -178,7 +178,7 @@ def _draw(lesson: Lesson, file: Path) -> None:
     who.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
     who.set(xlabel="mean score, 95% interval", title="Who scores what")
     for at, row in enumerate(_frontier(lesson)):  # above and below in turn, as they lie close
-        point, beside = (1000 * (row.usd or 0.0), row.quality), (6, 6 if at % 2 else -13)
+        point, beside = (1000 * (row.usd or 0.0), row.quality), (6, -13 if at % 2 else 6)
         trade.annotate(row.name, point, xytext=beside, textcoords="offset points", fontsize=8)
     trade.set(xlabel="USD per 1,000 questions", ylabel="mean score", title="Quality and cost")
     trade.margins(x=0.2, y=0.1)
