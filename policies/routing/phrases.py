@@ -45,9 +45,9 @@ SMALL_TALK: Final = tuple(phrase.strip() for phrase in (*_BEFORE, *_AFTER))
 """The phrases, each by itself."""
 
 # After a mark, at a line's end, and where a word with a capital begins another sentence without a
-# mark before; what is all capitals (USD, PDF, I) begins none.
+# mark before; an acronym (USD, PDF) begins none.
 _BETWEEN_CLAUSES: Final = re.compile(
-    r"(?<=[.!?:;,])\s+|\n+|(?<=[\w'\")])\s+(?=[A-Z][a-z']+ [a-z0-9\"'(])"
+    r"(?<=[.!?:;,])\s+|\n+|(?<=[\w'\")])\s+(?=[A-Z][a-z']* [a-z0-9\"'(])"
 )
 
 
