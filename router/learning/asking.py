@@ -111,7 +111,7 @@ class Asker:
         body |= {"tools": list(tools)} if tools else {}
         async with self._slots:
             start_s = time.perf_counter()
-            held = {"structured_outputs": {"choice": list(choice)}}
+            held: Mapping[str, Any] = {"structured_outputs": {"choice": list(choice)}}
             content = await self._post(model, body, held if choice else _EXTRAS)
         return _read(model, content, time.perf_counter() - start_s)
 
