@@ -32,7 +32,6 @@ from policies.kinds import explain
 from policies.outcome_sets import merge
 from policies.outcomes import Outcome, of_split, read_outcomes
 
-
 _MORE: Final = "cells beyond the head's"
 
 
