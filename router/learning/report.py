@@ -189,11 +189,8 @@ def _draw(lesson: Lesson, file: Path) -> None:
         label=lesson.best_single,
     )  # fmt: skip
     learning.set(xlabel="questions learned from", ylabel="mean score", title="Learning curve")
-    for ax, handles, place in (
-        (who, _legend(rows), "lower right"),
-        (learning, None, "center right"),
-    ):
-        ax.legend(handles=handles, frameon=False, fontsize=8, loc=place)
+    who.legend(handles=_legend(rows), frameon=False, fontsize=8, loc="lower right")
+    learning.legend(frameon=False, fontsize=8, loc="center right")
     with replacing(file) as fresh:
         figure.savefig(fresh, dpi=130)
 
