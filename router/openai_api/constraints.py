@@ -14,6 +14,7 @@ from router.errors import bad_request
 MAX_TOOLS = 128  # OpenAI's
 _MOST_CHARACTERS = 2**18  # of a schema or grammar
 _MOST_CHOICES = 1024
+_MOST_TOLD = 16  # names of functions in an error
 _TOOL_CHOICES = ("none", "auto", "required")
 _KINDS = ("json", "regex", "choice", "grammar")
 
@@ -30,8 +31,8 @@ def read_tools(
         choice, allowed = _allowed(choice, names)
         tools = [tool for tool, name in zip(tools or (), names, strict=True) if name in allowed]
     if isinstance(choice, Mapping):
-        if _name(choice, "tool_choice") not in names:
-            raise bad_request("tool_choice: it names a function that tools lack", "tool_choice")
+        if (name := _name(choice, "tool_choice")) not in names:
+            raise bad_request(f"tool_choice: {_lacking(name, names)}", "tool_choice")
     elif choice is not None and choice not in _TOOL_CHOICES:
         raise bad_request(
             f"tool_choice: {choice!r} is unknown; allowed are {', '.join(_TOOL_CHOICES)}, or a "
@@ -59,8 +60,13 @@ def _allowed(choice: Mapping[str, Any], names: Sequence[str]) -> tuple[str, set[
         )
     allowed = {_name(tool, "tool_choice.allowed_tools.tools") for tool in some}
     for name in allowed.difference(names):
-        raise bad_request(f"tool_choice.allowed_tools: tools lack {name!r}", "tool_choice")
+        raise bad_request(f"tool_choice.allowed_tools: {_lacking(name, names)}", "tool_choice")
     return str(mode), allowed
+
+
+def _lacking(name: str, names: Sequence[str]) -> str:
+    told = ", ".join(names[:_MOST_TOLD]) + (", ..." if len(names) > _MOST_TOLD else "")
+    return f"tools lack {name!r}; " + (f"they have {told}" if told else "there are none")
 
 
 def read_structure(

@@ -109,6 +109,18 @@ def test_bad_fields_are_named(server: Any, body: dict[str, Any], param: str) -> 
     assert server.last_record().status == 400
 
 
+def test_a_function_that_tools_lack_is_named(server: Any) -> None:
+    """So are those that there are, of a plain choice and of a choice among some."""
+    choices = (
+        OTHER,
+        {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [OTHER]}},
+    )
+    for choice in choices:
+        message = _error(server.post(tools=[TOOL], tool_choice=choice))["message"]
+        assert repr(OTHER["function"]["name"]) in message
+        assert f"they have {TOOL['function']['name']}" in message
+
+
 @pytest.mark.parametrize("content", [b"{", b"", b"[]", b"\xff"])
 def test_malformed_json(server: Any, content: bytes) -> None:
     """A body that is no JSON object is refused, and said so."""
