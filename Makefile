@@ -128,8 +128,9 @@ endif
 setup-vllm: $(VLLM_STAMP)
 
 # Real vLLM on CPU: the engine, and the fused ensemble inside vLLM.
+VLLM_TESTS ?= tests/vllm
 test-vllm: $(VLLM_STAMP)
-	$(VLLM_BIN)/python -m pytest tests/vllm
+	$(VLLM_BIN)/python -m pytest $(VLLM_TESTS)
 
 bench-vllm: $(VLLM_STAMP)
 	$(VLLM_BIN)/python -m tests.bench.vllm_fused
