@@ -44,6 +44,7 @@ from policies.plan import Answer
 
 RIVAL, ROW_TOKENS = "finetuned", 64
 NUM_RESAMPLES = 2000
+LEAST_SIZES = 4  # the law has three constants
 
 
 def recipe(num_examples: int, num_test: int) -> Recipe:
@@ -164,7 +165,10 @@ def measure(run: Run, folders: dict[str, Path], domain: str, num_test: int) -> d
     single = told[len(fused) :].mean(0)
     rival, rival_loss = recorded(domain, len(tests))
     curve = [per_token(by_size[n]) for n in sizes]
-    law = EnsembleLaw.fit(num_members=sizes, losses=curve, num_resamples=50).law
+    law: dict[str, Any] | None = None
+    if len(sizes) >= LEAST_SIZES:
+        found = EnsembleLaw.fit(num_members=sizes, losses=curve, num_resamples=50).law
+        law = asdict(found) | {"r2": explained(curve, [found.predict(float(n)) for n in sizes])}
 
     def accuracy(of: NDArray[Any], other: NDArray[Any]) -> list[float]:
         return interval(lambda drawn: float(of[drawn].mean() - other[drawn].mean()), len(tests))
@@ -184,10 +188,11 @@ def measure(run: Run, folders: dict[str, Path], domain: str, num_test: int) -> d
                 "accuracy": round(float(told[n - 1].mean()), 4),
                 "accuracy beside one": accuracy(told[n - 1], single),
                 "accuracy beside the fine-tuned base": accuracy(told[n - 1], rival),
+                "right": "".join("01"[int(one)] for one in told[n - 1]),
             }
             for n in sizes
         },
-        "law": asdict(law) | {"r2": explained(curve, [law.predict(float(n)) for n in sizes])},
+        "law": law,
     }
 
 
