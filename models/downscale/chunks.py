@@ -325,6 +325,25 @@ def train_chunk(run: Run, folder: Path, domain: str) -> None:
     write_json(folder / ADAPT_FILE, facts)
 
 
+@stage("trained-base")
+def trained_base(run: Run, folder: Path, tokens: int) -> None:
+    """Stage: the base that the chunks were cut from, trained on all corpora for `tokens`."""
+    settings, model = run.recipe.adapt_of_base(tokens), copy.deepcopy(base_model(run)[0])
+    result = adapt(
+        model,
+        [one for domain in run.domains for one in conversations(run, domain, Split.TRAIN)],
+        (),
+        general_share=0.0,
+        tokens=tokens,
+        settings=settings,
+        seed=run.recipe.seed,
+        folder=folder / "training",
+        report=lambda line: run.report(f"trained base: {line}"),
+    )
+    save_model(run, model, folder)
+    write_json(folder / ADAPT_FILE, asdict(result))
+
+
 @stage("member")
 def member(run: Run, folder: Path, name: str) -> None:
     """Stage: a member, called like its domain, or the base, as the pool ships it; draws of a
@@ -336,9 +355,13 @@ def member(run: Run, folder: Path, name: str) -> None:
             if domain == name:
                 copy_adapter(trained / draw, folder / draw)
         return
-    model = (
-        copy.deepcopy(base_model(run)[0]) if name == BASE else load_model(train_chunk(run, name))
-    )
+    tokens = run.recipe.adapt_tokens.get(BASE)
+    if name != BASE:
+        model = load_model(train_chunk(run, name))
+    elif tokens is not None:
+        model = load_model(trained_base(run, tokens))
+    else:
+        model = copy.deepcopy(base_model(run)[0])
     export_checkpoint(model.to(torch.bfloat16), base_model(run)[1], folder)  # type: ignore[arg-type]
 
 

@@ -26,6 +26,7 @@ from models.downscale.chunks import (
     cut_out,
     selection_of,
     train_chunk,
+    trained_base,
 )
 from models.downscale.laws import fits_of
 from models.downscale.policies import policies_of
@@ -261,7 +262,7 @@ def _models(
     for name, one in measured.items():
         found[name] = {"parameters": card_of(run, name).parameters}
         if name == BASE:
-            found[name]["lineage"] = "the base"
+            found[name] |= _base_training(run)
         else:
             found[name] |= {
                 **_lineage(run, name),
@@ -275,6 +276,17 @@ def _models(
                 skills[f"{question.domain}/{question.example.skill}"].append(bool(score == 1))
         found[name]["by_skill"] = {skill: share(v) for skill, v in sorted(skills.items())}
     return found
+
+
+def _base_training(run: Run) -> dict[str, Any]:
+    """Where the pool's base comes from, and what it took after the chunks were cut."""
+    tokens = run.recipe.adapt_tokens.get(BASE)
+    if tokens is None:
+        return {"lineage": "the base"}
+    return {
+        "lineage": "the base, trained on all corpora after the chunks were cut from it",
+        **training_facts(read_json(trained_base(run, tokens) / ADAPT_FILE)),
+    }
 
 
 def _lineage(run: Run, domain: str) -> dict[str, Any]:

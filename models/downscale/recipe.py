@@ -302,7 +302,9 @@ Baseline = Literal["finetuned", "scratch", "average", "ties", "random", "spectru
 class Recipe(_Strict):
     """Everything that a pool depends on.
 
-    `adapt_tokens` gives the chunks that it names other tokens than `adapt.tokens`. `baselines` and
+    `adapt_tokens` gives the chunks that it names other tokens than `adapt.tokens`. What it gives to
+    `base` the base is trained on, on all corpora, once the chunks are cut from it: the pool then has
+    a base that learnt what they did. Without, its base is the one that they come from. `baselines` and
     `compare` change nothing of the pool: they say what a finished one is compared with by this
     repository's `python -m tests.bench.downscale`; `compare` names `results.json` files of other
     runs on the same questions.
@@ -340,7 +342,18 @@ class Recipe(_Strict):
 
     def adapt_of(self, domain: str) -> AdaptSettings:
         """The settings of the training of one chunk; its warm-up is as long as the others'."""
-        tokens = self.adapt_tokens.get(domain, self.adapt.tokens)
+        return self._adapt_for(self.adapt_tokens.get(domain, self.adapt.tokens))
+
+    def adapt_of_base(self, tokens: int) -> AdaptSettings:
+        """The settings of training the base on for `tokens`, on all corpora as they are."""
+        changes = {
+            "general_share": 0.0,
+            "rows_per_step": 4 * self.adapt.rows_per_step,  # of all domains, a larger batch
+            "distill": DistillSettings(),
+        }
+        return self._adapt_for(tokens).model_copy(update=changes)
+
+    def _adapt_for(self, tokens: int) -> AdaptSettings:
         if tokens == self.adapt.tokens:
             return self.adapt
         warmup_share = min(1.0, self.adapt.warmup_share * self.adapt.tokens / tokens)
@@ -353,10 +366,12 @@ class Recipe(_Strict):
                 f"select.by: {self.select.by!r} has chunks judge; allowed is 'random' where the "
                 "members are adapters"
             )
+        trained = self.domains if self.members.adapters is not None else (*self.domains, "base")
         for name in self.adapt_tokens:
-            if name not in self.domains:
+            if name not in trained:
+                why = "adapters need the base as it is" if name == "base" else "it is no domain"
                 raise ValueError(
-                    f"adapt_tokens: {name!r} is no domain; allowed are {', '.join(self.domains)}"
+                    f"adapt_tokens: {name!r}: {why}; allowed are {', '.join(trained)}"
                 )
         for name in self.sampled_members:
             if name in self.domains:

@@ -10,7 +10,6 @@ Comparisons of choices within the pipeline (selection, pruning, distillation) ar
 
 from __future__ import annotations
 
-import copy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from models.downscale.chunks import (
     load_model,
     loss_on,
     train_chunk,
+    trained_base,
     training_data,
 )
 from models.downscale.examples import GENERAL, conversations
@@ -48,33 +48,9 @@ SCALES = (0.3, 0.6, 1.0)
 NUM_JUDGED = 800
 
 
-@stage("finetuned")
-def finetuned(run: Run, folder: Path) -> None:
-    """Stage: the base trained on."""
-    recipe = run.recipe
-    tokens = sum(recipe.adapt_of(domain).tokens for domain in run.domains)
-    usual = len(run.domains) * recipe.adapt.tokens
-    changes = {
-        # As many steps as a chunk has, or a few more: the base's batch is larger.
-        "rows_per_step": 4 * recipe.adapt.rows_per_step,
-        # As long a warm-up as if no chunk had tokens of its own (see `Recipe.adapt_of`).
-        "warmup_share": min(1.0, recipe.adapt.warmup_share * usual / tokens),
-    }
-    model = copy.deepcopy(base_model(run)[0])
-    result = adapt(
-        model,
-        [one for domain in run.domains for one in conversations(run, domain, Split.TRAIN)],
-        (),
-        general_share=0.0,
-        tokens=tokens,
-        settings=recipe.adapt.model_copy(update=changes),
-        seed=recipe.seed,
-        folder=folder / "training",
-        distill=False,
-        report=lambda line: run.report(f"finetuned: {line}"),
-    )
-    _export(run, model, folder)
-    write_json(folder / ADAPT_FILE, asdict(result))
+def finetuned(run: Run) -> Path:
+    """The base trained on for as many tokens as all chunks together."""
+    return trained_base(run, sum(run.recipe.adapt_of(domain).tokens for domain in run.domains))
 
 
 @stage("scratch")
