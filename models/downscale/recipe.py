@@ -303,9 +303,10 @@ class Recipe(_Strict):
     """Everything that a pool depends on.
 
     `adapt_tokens` gives the chunks that it names other tokens than `adapt.tokens`. What it gives to
-    `base` the base is trained on, on all corpora, once the chunks are cut from it: the pool then has
-    a base that learnt what they did. Without, its base is the one that they come from. `baselines` and
-    `compare` change nothing of the pool: they say what a finished one is compared with by this
+    `base` the base is trained on, on all corpora, once the chunks are cut from it: the pool then
+    has a base that learnt what they did. Without, its base is the one that they come from.
+    `baselines` and `compare` change nothing of the pool: they say what a finished one is compared
+    with by this
     repository's `python -m tests.bench.downscale`; `compare` names `results.json` files of other
     runs on the same questions.
     """
@@ -370,9 +371,7 @@ class Recipe(_Strict):
         for name in self.adapt_tokens:
             if name not in trained:
                 why = "adapters need the base as it is" if name == "base" else "it is no domain"
-                raise ValueError(
-                    f"adapt_tokens: {name!r}: {why}; allowed are {', '.join(trained)}"
-                )
+                raise ValueError(f"adapt_tokens: {name!r}: {why}; allowed are {', '.join(trained)}")
         for name in self.sampled_members:
             if name in self.domains:
                 raise ValueError(

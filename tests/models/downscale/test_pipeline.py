@@ -96,6 +96,24 @@ def test_the_toy_pool_is_whole_and_loads(toy_pool):
 
 
 @pytest.mark.slow
+def test_the_base_that_is_served_learnt_as_much_as_the_chunks(toy_pool):
+    """Cut first, then trained on all corpora for the tokens that the recipe gives to `base`: other
+    weights than the chunks come from, less loss than a chunk's; the results tell what it took."""
+    results = json.loads((toy_pool / "results.json").read_text())
+    training = results["models"]["base"]["training"]
+    assert training["tokens"] == pytest.approx(30_000, rel=0.1)
+    assert sum(results["losses"]["base"].values()) < sum(results["losses"]["code"].values())
+    served, cut_from = (
+        AutoModelForCausalLM.from_pretrained(toy_pool / folder, dtype=torch.float32).state_dict()
+        for folder in ("base", ".work/base/checkpoint")
+    )
+    moved = [
+        name for name, one in served.items() if not one.equal(cut_from[name].bfloat16().float())
+    ]
+    assert moved
+
+
+@pytest.mark.slow
 def test_every_policy_of_the_toy_pool_is_built_and_decides(toy_pool):
     """Their files are beside the pool file, and what they did on the test stands in the results."""
     pool = load_pool(toy_pool)

@@ -62,6 +62,11 @@ def test_paths_start_at_the_recipe(tmp_path):
             {"baselines": ["finetuned"], "domains.finetuned": {"corpus": "x.txt"}},
             "'finetuned' is taken by one of the baselines",
         ),
+        ({"adapt_tokens": {"lore": 5}}, "adapt_tokens: 'lore': it is no domain; .*law, sums, base"),
+        (
+            {"adapt_tokens": {"base": 5}, "members.adapters": {}},
+            "adapt_tokens: 'base': adapters need the base as it is; allowed are law, sums",
+        ),
         ({"baselines": ["magic"]}, "baselines.0: .*got 'magic'"),
     ],
 )
