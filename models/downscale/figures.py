@@ -28,10 +28,12 @@ from models.downscale.chunks import (
     train_chunk,
     trained_base,
 )
+from models.downscale.examples import conversations
 from models.downscale.laws import fits_of
 from models.downscale.policies import policies_of
 from models.downscale.questions import Question, questions
 from models.downscale.stage import Run, read_json
+from models.tasks import Split
 from policies.carbon import find_device, find_zone
 from policies.carbon.llmcarbon import run_carbon
 
@@ -283,9 +285,13 @@ def _base_training(run: Run) -> dict[str, Any]:
     tokens = run.recipe.adapt_tokens.get(BASE)
     if tokens is None:
         return {"lineage": "the base"}
+    facts = read_json(trained_base(run, tokens) / ADAPT_FILE)
+    examples = sum(len(conversations(run, domain, Split.TRAIN)) for domain in run.domains)
     return {
         "lineage": "the base, trained on all corpora after the chunks were cut from it",
-        **training_facts(read_json(trained_base(run, tokens) / ADAPT_FILE)),
+        "corpus": "all corpora",
+        "distilled": False,
+        **training_facts(facts | {"general_share": 0.0, "examples": examples}),
     }
 
 
