@@ -41,7 +41,7 @@ class StackedOptions(BaseModel):
     prompts faster and the gaps between streamed tokens longer. Tokens come out at most every
     `stream_interval_ms`, several at a time if steps are faster, but the first and the last of an
     answer at once: the event loop's work would hold up the steps otherwise. `num_threads` is the
-    most CPU threads that a step gets (see `runner.StepThreads`); None: as many as torch has. A step
+    most CPU threads that a step gets (see `threads`); None: as many as torch has. A step
     that takes longer than `step_timeout_s` is taken to hang: what runs fails, and the engine is
     started again. With `prefix_cache` a prompt starts from the keys and values of an earlier one
     that began alike (see `cache`). Adapters of the one base, those of the pool and those loaded

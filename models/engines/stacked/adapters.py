@@ -33,6 +33,7 @@ from models.adapter import (
 from models.card import ModelCard
 from models.engines.stacked.architecture import Architecture
 from models.engines.stacked.matrices import Adapted, Matrices
+from models.engines.stacked.threads import in_own_thread
 from models.engines.stacked.weights import (
     Checkpoints,
     LayerWeights,
@@ -139,7 +140,7 @@ class Adapters:
             return self._prepare(adapters)
 
         try:
-            put_in = await asyncio.to_thread(prepare)
+            put_in = await in_own_thread(prepare)
         except PoolError as error:
             names = ", ".join(name for name, _ in missing)
             raise EngineFailed(f"{names} cannot be loaded: {error}") from None

@@ -31,6 +31,7 @@ from models.engines.stacked.runner import Runner
 from models.engines.stacked.sampler import Grammar, SamplerState
 from models.engines.stacked.scheduler import Scheduler
 from models.engines.stacked.sequence import Outcome, Sequence
+from models.engines.stacked.threads import in_own_thread
 from models.engines.text import TextStream, Vocabulary
 from models.errors import EngineFailed, PoolError, RequestError
 from models.spec import EngineSpec
@@ -87,7 +88,7 @@ class StackedEngine:
 
     async def start(self) -> None:
         """Load the weights, run a first step, and start the engine's thread."""
-        runner, guests, tokenizer, vocabulary = await asyncio.to_thread(self._load)
+        runner, guests, tokenizer, vocabulary = await in_own_thread(self._load)
         keeps = self._options.prefix_cache
         scouts = None if guests is None else PrefixCache(guests.arena, keeps=keeps)
         scheduler = Scheduler(
@@ -96,7 +97,7 @@ class StackedEngine:
             keeps_prefixes=keeps,
             scouts=scouts,
         )
-        drafts = await asyncio.to_thread(self._drafts, runner, scheduler.prefixes, guests, scouts)
+        drafts = await in_own_thread(self._drafts, runner, scheduler.prefixes, guests, scouts)
         loop = Loop(
             runner,
             scheduler,

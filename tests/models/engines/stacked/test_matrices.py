@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.engines.stacked.matrices import as_int4, as_int8, outputs_first
+from models.engines.stacked.matrices import Int8, Int8Rows, as_int4, outputs_first
 from models.errors import PoolError
 from tests.models.engines.stacked.tiny import (
     answer,
@@ -28,6 +28,16 @@ def random_matrices(seed: int, scale: float, *shape: int) -> torch.Tensor:
     return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def int8(_name: str, matrices: torch.Tensor) -> Int8:
+    """Integers times rows in bfloat16, whatever the processor."""
+    return Int8(matrices)
+
+
+def int8_rows(_name: str, matrices: torch.Tensor) -> Int8Rows:
+    """Integers times rows of integers, whatever the processor."""
+    return Int8Rows(matrices)
+
+
 @settings(max_examples=25)
 @given(
     seed=st.integers(0, 99),
@@ -35,7 +45,7 @@ def random_matrices(seed: int, scale: float, *shape: int) -> torch.Tensor:
     num_inputs=st.sampled_from([32, 96]),
     num_rows=st.integers(1, 5),
 )
-@pytest.mark.parametrize(("pack", "steps"), [(as_int8, 127), (as_int4, 7.5)])
+@pytest.mark.parametrize(("pack", "steps"), [(int8, 127), (int8_rows, 127), (as_int4, 7.5)])
 def test_products_are_those_of_rounded_numbers(
     pack: Any, steps: float, seed: int, scale: float, num_inputs: int, num_rows: int
 ) -> None:
@@ -54,10 +64,25 @@ def test_products_are_those_of_rounded_numbers(
         assert (np.abs(packed.times(x, member).double().numpy() - exact) <= largest / 100).all()
 
 
+def test_a_row_is_rounded_as_it_would_be_alone() -> None:
+    """Whatever stands beside it: rows a million times as large, zeros, outliers; and its product is
+    that of 16 bits, not of 8.
+    """
+    matrices = random_matrices(0, 0.05, 1, 96, 48)
+    packed = Int8Rows(matrices)
+    x = random_matrices(1, 1.0, 4, 96) * torch.tensor([[1.0], [1e6], [0.0], [1e-6]])
+    x[0, 5] = 300.0
+    together = packed.times(x, 0)
+    assert torch.equal(together, torch.cat([packed.times(row[None], 0) for row in x]))
+    exact = x.double() @ packed.member(0).double()
+    largest = x.abs().amax(1, keepdim=True) * packed.member(0).abs().sum(0)
+    assert ((together - exact).abs() <= largest / 2**15).all()
+
+
 def test_a_column_of_zeros_stays_zero() -> None:
     """No scale divides by zero."""
     matrices = torch.zeros(1, 32, 16)
-    for pack in (as_int8, as_int4):
+    for pack in (int8, int8_rows, as_int4):
         assert (pack("down", matrices).member(0).abs() < 1e-20).all()
 
 

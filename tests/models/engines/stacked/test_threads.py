@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
-from models.engines.stacked.runner import StepThreads
+from models.engines.stacked.threads import StepThreads, in_own_thread
 
 MB = 2**20
 
@@ -32,3 +34,20 @@ def test_a_step_leaves_the_number_as_it_was() -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+async def test_what_computes_once_leaves_no_thread_behind() -> None:
+    """Neither when it returns nor when it raises, so that OpenMP's helpers of it are gone."""
+
+    def where(fails: bool) -> threading.Thread:
+        if fails:
+            raise ValueError("here")
+        return threading.current_thread()
+
+    thread = await in_own_thread(where, fails=False)
+    thread.join(10)
+    assert not thread.is_alive()
+    before = threading.active_count()
+    with pytest.raises(ValueError, match="here"):
+        await in_own_thread(where, fails=True)
+    assert threading.active_count() <= before + 1  # the last may be about to end
