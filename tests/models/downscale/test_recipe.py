@@ -1,6 +1,7 @@
 """Recipes: read whole, refused by name."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import yaml
@@ -33,6 +34,13 @@ def write(folder, change=None):
 def test_shipped_recipes_are_valid(file):
     """Both recipes that come with Shoal read without an error and train their base themselves."""
     assert read_recipe(file).base.train is not None
+
+
+def test_recipes_of_the_benches_are_valid():
+    """What the documents say was run can be run."""
+    folder = Path(__file__).parents[2] / "bench/downscale"
+    recipes = [read_recipe(file) for file in folder.glob("*.yaml")]
+    assert {"equal-flops", "smollm2"} <= {recipe.name for recipe in recipes}
 
 
 def test_paths_start_at_the_recipe(tmp_path):
