@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.engines.stacked.matrices import Int8, Int8Rows, as_int4, outputs_first
+from models.engines.stacked.matrices import Int8, Int8Rows, as_int4, as_int8, outputs_first
 from models.errors import PoolError
 from tests.models.engines.stacked.tiny import (
     answer,
