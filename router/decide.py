@@ -9,7 +9,7 @@ from dataclasses import replace
 from policies.base import Decision, Policy, Query
 from policies.errors import PlanError, PolicyError
 from policies.footprint import NO_LIMITS, Footprint, estimate
-from policies.plan import Answer, Plan, PlanBounds, from_json, members, num_lanes
+from policies.plan import Answer, Plan, PlanBounds, answers, from_json, members, num_lanes
 from router.catalog.catalog import Catalog, Target
 from router.catalog.members import Members
 from router.config import ServingLimits
@@ -36,6 +36,8 @@ async def decide(
     unknown names, plans that cannot run and ceilings that the plan exceeds.
     """
     target = _target(catalog, ask, limits.plans)
+    if target.policy_name is None:
+        _check_encodes(catalog.members, target.policy.plans(), ask.prompts[0])
     queries = []
     for prompt in ask.prompts:
         queries.append(await _query(catalog, limits, exchange, ask, prompt))
@@ -81,6 +83,13 @@ async def decide(
     exchange.choices = tuple(choices)
     exchange.record.prompt_tokens = exchange.prompt_tokens
     _check_lanes(exchange, limits.plans.lanes)
+
+
+def _check_encodes(pool: Members, plans: Iterable[Plan], prompt: Prompt) -> None:
+    """Refuse who was asked by name and cannot take it, before a long text is read for it."""
+    for plan in plans:
+        for answer in answers(plan):
+            pool.check_encodes(answer, prompt.encoding)
 
 
 async def _decided(policy: Policy, query: Query) -> Decision:
