@@ -306,9 +306,8 @@ class Recipe(_Strict):
     `base` the base is trained on, on all corpora, once the chunks are cut from it: the pool then
     has a base that learnt what they did. Without, its base is the one that they come from.
     `baselines` and `compare` change nothing of the pool: they say what a finished one is compared
-    with by this
-    repository's `python -m tests.bench.downscale`; `compare` names `results.json` files of other
-    runs on the same questions.
+    with by this repository's `python -m tests.bench.downscale`; `compare` names `results.json`
+    files of other runs on the same questions.
     """
 
     name: Name

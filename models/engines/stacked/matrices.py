@@ -8,8 +8,8 @@ of 4 bits a seventh. They are made from the checkpoint's numbers when it is load
 the nearest: int8 with one scale per output (as LLM.int8() has for weights, Dettmers et al. 2022,
 section 2.1), int4 with a scale and an offset for every 32 inputs of an output. Torch's kernels
 multiply them with rows in bfloat16; where the processor multiplies integers of 8 bits itself
-(VNNI), rows are rounded to such, too, which is faster.
-Everything between the products stays as it is.
+(VNNI), rows are rounded to such, too, which is faster. Everything between the products stays as it
+is.
 """
 
 from __future__ import annotations
