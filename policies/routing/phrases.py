@@ -45,9 +45,11 @@ SMALL_TALK: Final = tuple(phrase.strip() for phrase in (*_BEFORE, *_AFTER))
 """The phrases, each by itself."""
 
 # After a mark, at a line's end, and where a word with a capital begins another sentence without a
-# mark before; an acronym (USD, PDF) begins none.
+# mark before; an acronym (USD, PDF) begins none. A comma between the things of a list ("Sort 65,
+# 50, 72.") divides nothing: more than one of them must follow, and among them a word.
 _BETWEEN_CLAUSES: Final = re.compile(
-    r"(?<=[.!?:;,])\s+|\n+|(?<=[\w'\")])\s+(?=[A-Z][a-z']* [a-z0-9\"'(])"
+    r"(?<=[.!?:;])\s+|(?<=,)\s+(?=[^\s,.!?:;]+\s+[^\s,.!?:;])(?=[^,.!?:;]*[^\W\d_])|\n+"
+    r"|(?<=[\w'\")])\s+(?=[A-Z][a-z']* [a-z0-9\"'(])"
 )
 
 

@@ -34,6 +34,8 @@ _KIND: Final = "router"
 _SCHEMA: Final = 5
 
 _MOST_CLAUSES: Final = 8
+# Fewer words beside a question ("the team", "Sir,") ask for nothing of their own.
+_REQUEST_WORDS: Final = 3
 
 
 class Prediction(NamedTuple):
@@ -130,7 +132,8 @@ class Router:
         around = [*range(first), *range(last, len(parts))]
         if not around:
             return text
-        least: int = min(around, key=lambda c: seen[c].talk + seen[c].similarity)
+        own = [c for c in around if len(parts[c].split()) >= _REQUEST_WORDS]
+        least: int = min(own, key=lambda c: seen[c].talk + seen[c].similarity, default=first)
         if seen[least].talk + seen[least].similarity < self.doubt.talk_above:
             return parts[least]
         core = " ".join(parts[first:last])

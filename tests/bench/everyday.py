@@ -49,7 +49,8 @@ _ASKING: Final = frozenset(
 )
 _TOYS_PHRASES: Final = re.compile(
     r"roman numeral|(?:a|de)scending order|(?:upper|lower) case|digits|24-hour|iso (?:iso|date)"
-    r"|python expression|in reverse|(?:last|first|smallest|largest) number in|value of '",
+    r"|python expression|in reverse|(?:last|first|smallest|largest) number in|value of '"
+    r"|letter of",
     re.IGNORECASE,
 )
 

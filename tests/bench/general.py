@@ -8,7 +8,7 @@ many, as it takes its time, and those that the pool's policy sends to it; what i
 pool's `outcomes.jsonl`. Everyday requests go to everybody, and what they said into `everyday.jsonl`
 beside it: the router learns from it what the chunks are not for. Last, `general` answers some of
 the everyday questions that the router is tested on and never learns from, which are others and of
-other kinds too. `--again` asks `general` everything once more.
+other kinds too. `--again NAME` asks that model everything once more.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -210,11 +210,11 @@ async def ask_tested(pool: Pool, rows: list[dict[str, Any]]) -> list[dict[str, A
     return rows
 
 
-def _forget(row: Outcome) -> Outcome:
-    """Return `row` as if `general` had not been asked."""
+def _forget(row: Outcome, names: Container[str]) -> Outcome:
+    """Return `row` as if the models called `names` had not been asked."""
 
     def without(values: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in values.items() if name != GENERAL}
+        return {name: value for name, value in values.items() if name not in names}
 
     return replace(
         row,
@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--pool", type=Path, default=DEFAULT_POOL)
     parser.add_argument("--one-in-router", type=int, default=64)
     parser.add_argument("--one-in-test", type=int, default=32)
-    parser.add_argument("--again", action="store_true", help="ask `general` once more")
+    parser.add_argument("--again", nargs="+", default=[], help="ask these models once more")
     options = parser.parse_args()
     pool, file = load_pool(options.pool), options.pool / "outcomes.jsonl"
     one_in = {"router": options.one_in_router, "test": options.one_in_test}
@@ -239,8 +239,9 @@ def main() -> None:
     everyday_file = options.pool / EVERYDAY_FILE
     asked = read_outcomes(everyday_file) if everyday_file.exists() else []
     rows = read_outcomes(file)
-    if options.again:
-        asked, rows = list(map(_forget, asked)), list(map(_forget, rows))
+    asked = [_forget(row, options.again) for row in asked]
+    if GENERAL in options.again:
+        rows = [_forget(row, [GENERAL]) for row in rows]
         for row in tested:
             row.pop("answer", None)
     texts = [row["query"] for row in tested]

@@ -104,9 +104,9 @@ def test_prometheus_counts_what_was_asked(scraped: Prometheus, tmp_path: Path) -
 def test_an_empty_panel_says_why(tmp_path: Path) -> None:
     """Of a server that nobody has asked, each panel has data or tells why there is none."""
     with shoal(tmp_path, {}) as url, prometheus(tmp_path, url) as server:
-        wait(
-            lambda: bool(server.query("shoal_reports_age_seconds")), timeout_s=120, what="a scrape"
-        )
+        # What a counter gained within a minute takes two scrapes.
+        twice = "count_over_time(shoal_reports_age_seconds[5m]) >= 2"
+        wait(lambda: bool(server.query(twice)), timeout_s=120, what="two scrapes")
         empty = [query for query in panel_queries() if not server.query(query.expression)]
         assert len(empty) > 30
         assert not [query for query in empty if query.if_empty is None]

@@ -217,10 +217,9 @@ def test_offline_work_runs_after_all_others(engine: VllmEngine, model: Model, ru
 
         async with asyncio.TaskGroup() as tasks:
             for i in range(4):  # as many as run at once
-                tasks.create_task(read(f"running-{i}", 60 + i))
-            await asyncio.sleep(0.2)
+                tasks.create_task(read(f"running-{i}", 120 + i))
+            # In this order and at once: however fast the machine, the four are far from their end.
             tasks.create_task(read("batch", 2, offline=True))
-            await asyncio.sleep(0.05)
             tasks.create_task(read("person", 2))
         return ended
 

@@ -1,9 +1,11 @@
 """Four corpora of real text, from Debian packages: `python -m tests.bench.downscale.corpora DIR`.
 
 Fetches the packages by name with apt-get, without installing them, and writes a folder of documents
-per domain, each package's licence beside it, and the recipe smollm2.yaml that downscales on them:
+per domain, each package's licence beside it, and the recipes that downscale on them, to cut chunks
+and to adapters:
 
     shoal downscale DIR/smollm2.yaml --out POOL
+    shoal downscale DIR/smollm2-adapters.yaml --out POOL
 
 Python's library reference, PostgreSQL's manual, Git's manual (HTML as shipped), and the King James
 Bible (a file per chapter, written by the program that the text is packed for).
@@ -26,7 +28,7 @@ _PAGES = {
     "git": ("git-doc", "usr/share/doc/git-doc"),
 }
 _BIBLE = ("bible-kjv", "bible-kjv-text")
-_RECIPE = Path(__file__).with_name("smollm2.yaml")
+_RECIPES = sorted(Path(__file__).parent.glob("smollm2*.yaml"))
 _VERSE = re.compile(r"(\w+?)(\d+):\d+ (.+)")
 # Lists of words and of pages are no text.
 _NO_TEXT = ("bookindex.html", "genindex-all.html", "index.html", "contents.html")
@@ -46,8 +48,9 @@ def main() -> None:
         for domain, (package, inner) in _PAGES.items():
             _write_pages(Path(root) / inner, _fresh(folder, domain, package, Path(root)))
         _write_bible(Path(root), _fresh(folder, "bible", _BIBLE[1], Path(root)))
-    shutil.copy(_RECIPE, folder)
-    print(f"{folder / _RECIPE.name}")
+    for recipe in _RECIPES:
+        shutil.copy(recipe, folder)
+        print(folder / recipe.name)
 
 
 def _fresh(folder: Path, domain: str, package: str, root: Path) -> Path:

@@ -5,7 +5,7 @@
 The setting that the ensemble law comes from (Lobacheva et al. 2020), with the shipped pool's cuts
 and recipe. Loss (nats per answer token) and greedy accuracy of n fused uniformly, on the questions
 of the pool's report, with 95% intervals by bootstrap over questions, paired: beside one of them,
-and beside the base that the report fine-tuned on everything, whose answers it keeps. The law is
+and beside the pool's base, trained on everything, whose answers the report keeps. The law is
 fitted on the losses of 1 to n members, each the mean over subsets. What is trained is kept in OUT
 and not trained again.
 """
@@ -42,7 +42,7 @@ from models.training.forward import Scorer, target_log_probabilities
 from policies.laws.ensemble import EnsembleLaw
 from policies.plan import Answer
 
-RIVAL, ROW_TOKENS = "finetuned", 64
+RIVAL, ROW_TOKENS = "base", 64
 NUM_RESAMPLES = 2000
 LEAST_SIZES = 4  # the law has three constants
 
@@ -94,7 +94,7 @@ def train(run: Run, domain: str, folder: Path, *, seed: int, num_tokens: int) ->
 
 
 def recorded(domain: str, num_questions: int) -> tuple[NDArray[np.bool_], float]:
-    """Which of the domain's questions the fine-tuned base of the shipped pool's report had right,
+    """Which of the domain's questions the base of the shipped pool's report had right,
     and its loss on them."""
     told = read_json(DEFAULT_POOL / "results.json")
     counts = list(told["question_domains"].items())
@@ -179,7 +179,7 @@ def measure(run: Run, folders: dict[str, Path], domain: str, num_test: int) -> d
     return {
         "domain": domain,
         "questions": len(tests),
-        "the fine-tuned base": {"nats": rival_loss, "accuracy": round(float(rival.mean()), 4)},
+        "the base": {"nats": rival_loss, "accuracy": round(float(rival.mean()), 4)},
         "one": {"nats": round(curve[0], 4), "accuracy": round(float(single.mean()), 4)},
         "fused": {
             n: {
@@ -187,7 +187,7 @@ def measure(run: Run, folders: dict[str, Path], domain: str, num_test: int) -> d
                 "nats beside one": loss(by_size[n], by_size[1]),
                 "accuracy": round(float(told[n - 1].mean()), 4),
                 "accuracy beside one": accuracy(told[n - 1], single),
-                "accuracy beside the fine-tuned base": accuracy(told[n - 1], rival),
+                "accuracy beside the base": accuracy(told[n - 1], rival),
                 "right": "".join("01"[int(one)] for one in told[n - 1]),
             }
             for n in sizes
