@@ -150,8 +150,8 @@ def test_options_are_obeyed(engine: VllmEngine, model: Model, answer: str, run: 
     stopped = run(_read(engine, _request(model, stop=(last,), max_tokens=64)))
     assert _text(stopped) == answer[: answer.index(last)]
     assert stopped[-1].finish_reason == "stop"
-    short = run(_read(engine, _request(model, max_tokens=2)))
-    assert (len(_tokens(short)), short[-1].finish_reason) == (2, "length")
+    short = run(_read(engine, _request(model, max_tokens=1)))
+    assert (len(_tokens(short)), short[-1].finish_reason) == (1, "length")
     [banned, *_] = _tokens(short)
     biased = run(_read(engine, _request(model, max_tokens=2, logit_bias={banned: -100})))
     assert _tokens(biased)[0] != banned
