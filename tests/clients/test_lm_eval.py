@@ -116,6 +116,7 @@ def test_a_policy_scores_as_its_choice_does(served: Served, reference: dict[str,
             expected[-1].append(reference[member]["pool_choices"]["said"][index][number])
     for one, other in zip(mine["said"], expected, strict=True):
         assert one == pytest.approx(other, abs=CLOSE)
+    assert _documented("auto", "choices") == f"{mine['accuracy']:.1%}"
 
 
 def test_a_policy_answers_as_its_choice_does(served: Served, reference: dict[str, Any]) -> None:
@@ -134,3 +135,4 @@ def test_a_policy_answers_as_its_choice_does(served: Served, reference: dict[str
             num_known += 1
     assert num_known > 0.9 * len(QUESTIONS)
     assert mine["said"] == expected
+    assert _documented("auto", "answers") == f"{mine['accuracy']:.1%}"
