@@ -124,7 +124,7 @@ def learn(
     from policies.outcome_sets import merge
     from policies.outcomes import write_outcomes
     from policies.tables import text_table
-    from router.cli.console import refusing
+    from router.cli.console import names_in, refusing
     from router.cli.train import read_feedback, readings_of
     from router.learning.collect import Problems, Sampling, read_lines
     from router.learning.learn import LearnSettings
@@ -136,7 +136,11 @@ def learn(
         file = pool / "pool.yaml" if pool.is_dir() else pool
         found = load_pool(file)
         settings = LearnSettings(
-            budget_share=_share(budget), test_share=test_share, encoder=encoder, seed=seed
+            budget_share=_share(budget),
+            test_share=test_share,
+            encoder=encoder,
+            seed=seed,
+            models=tuple(names_in(models) or ()),
         )
         parts = [load_outcomes(one) for one in use or []]
         lines = [] if queries is None else read_lines(queries, problems)
@@ -289,15 +293,16 @@ def collected(
 
     from models.pool import load_pool
     from policies.errors import PolicyError
+    from policies.files import check_target
     from policies.grading.base import GradingContext, Panel
+    from router.cli.console import names_in
     from router.learning.asking import AskError, ask_pool, ask_server
     from router.learning.collect import Collector, Journal, journal_of
     from router.learning.likelihood import Likelihoods
 
     if (pool is None) == (server is None):
         raise PolicyError("give either --pool or --server")
-    if not out.parent.is_dir():
-        raise PolicyError(f"--out: there is no folder {out.parent}")
+    check_target(out, option="--out")
 
     likelihood = None if pool is None else Likelihoods(load_pool(pool))
 
@@ -310,7 +315,7 @@ def collected(
         async with asking as asker:
             askable = await asker.names()
             names = tuple(n for n in askable if n != "auto" and not n.startswith("policy/"))
-            wanted = tuple(models.split(",")) if models else names
+            wanted = tuple(names_in(models) or names)
             for name in wanted:
                 if name not in names:
                     raise PolicyError(f"--models: {name!r} is unknown; it has {', '.join(names)}")
