@@ -4,6 +4,7 @@ that to policies of the pool."""
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
@@ -119,13 +120,11 @@ def learn(
     best-of-v1.
     """
     from models.pool import load_pool
-    from policies.errors import PolicyError
     from policies.importers import load_outcomes
-    from policies.outcome_sets import merge
     from policies.outcomes import write_outcomes
     from policies.tables import text_table
     from router.cli.console import names_in, refusing
-    from router.cli.train import read_feedback, readings_of
+    from router.cli.train import readings_of
     from router.learning.collect import Problems, Sampling, read_lines
     from router.learning.learn import LearnSettings
     from router.learning.learn import learn as learn_from
@@ -164,21 +163,12 @@ def learn(
             )
             write_outcomes(kept, collected_now)
             parts.append(collected_now)
-        rows = merge(parts)
-        if from_ledger is not None:
-            rows += read_feedback(from_ledger, option="--from-ledger")
-        if not rows:
-            raise PolicyError("there is nothing to learn from: give --queries or --outcomes")
-        if not parts:
-            raise PolicyError(
-                "the ledger has one model's answer to each question, and nothing can be compared "
-                "by that: give --grade judge:MODEL, for which every model is asked a sample of "
-                "them, or --queries or --outcomes"
-            )
+        rows = _with_feedback(parts, from_ledger)
         reads = bool(lines) if read is None else read
         readings = readings_of(file, rows, num_at_once=at_once) if reads else {}
         lesson = learn_from(rows, found, settings, readings)
         page = write_report(lesson, found)
+        write_outcomes(page.with_name("outcomes.jsonl"), rows)
         why = is_worse(lesson) if from_ledger is not None else ""
         if not why and not dry_run:
             install(lesson, file)
@@ -195,6 +185,34 @@ def learn(
             "POST /v1/admin/reload, or kill -HUP of `shoal serve`; then ask for "
             f"policy/{lesson.auto}. To make it the default, name its settings auto."
         )
+
+
+def _with_feedback(parts: Sequence[list[Outcome]], ledger: str | None) -> list[Outcome]:
+    """Return the outcomes of `parts`, and of what users scored in the ledger at this address.
+
+    Raises `PolicyError` where there is nothing to learn from.
+    """
+    from policies.errors import PolicyError
+    from policies.outcome_sets import merge
+    from router.cli.train import read_feedback
+
+    rows = merge(parts)
+    if ledger is not None:
+        rows += read_feedback(ledger, option="--from-ledger")
+        if not rows:
+            raise PolicyError(
+                "the ledger has no answer that a user scored and whose text was kept "
+                "(ledger.keep_text): give --grade judge:MODEL, --queries or --outcomes"
+            )
+    if not rows:
+        raise PolicyError("there is nothing to learn from: give --queries or --outcomes")
+    if not parts:
+        raise PolicyError(
+            "the ledger has one model's answer to each question, and nothing can be compared "
+            "by that: give --grade judge:MODEL, for which every model is asked a sample of "
+            "them, or --queries or --outcomes"
+        )
+    return rows
 
 
 def _asked(ledger: str, most: int) -> list[Line]:

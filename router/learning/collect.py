@@ -20,7 +20,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from policies.errors import OutcomesError
-from policies.grading.base import Panel, Question, Sheet
+from policies.grading.base import Graded, Panel, Question, Sheet
 from policies.kinds import explain
 from policies.outcomes import AnswerLogprobs, Outcome
 from router.learning.asking import Asker, AskError, Reply
@@ -269,15 +269,16 @@ class Collector:
         return reply
 
     async def _grade(self, line: Line, answers: Mapping[str, str]) -> Sheet:
-        key = _key("grades", self.panel.specs, asdict(line.question), answers)
-        known = self.journal.get(key)
-        if known is not None:
-            return Sheet(**known)
-        sheet = await self.panel.grade(line.question, answers)
+        asked = asdict(line.question)
+        keys = {name: _key("grades", name, asked, answers) for name in self.panel.names}
+        before = {name: self.journal.get(key) for name, key in keys.items()}
+        known = {name: Graded(**told) for name, told in before.items() if told is not None}
+        sheet = await self.panel.grade(line.question, answers, known)
         for spec, why in sheet.problems.items():
             self.problems.add(f"not graded by {spec}", f"question {line.id}: {spec}: {why}")
-        if not sheet.problems:
-            self.journal.put(key, asdict(sheet))
+        for name, graded in known.items():
+            if before[name] is None:
+                self.journal.put(keys[name], asdict(graded))
         return sheet
 
 

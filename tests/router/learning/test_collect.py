@@ -80,6 +80,21 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert read_outcomes(out) == first
 
 
+def test_what_a_grader_said_is_kept_whatever_others_could_not_say(tmp_path: Path) -> None:
+    """Nor does another weight, or one grader more, ask it again."""
+    program = tmp_path / "grade.sh"
+    program.write_text(f"#!/bin/sh\necho asked >> {tmp_path}/log\necho '{{\"gamma\": 0.5}}'\n")
+    program.chmod(0o755)
+    queries, out = questions_at(tmp_path, {"query": "no reference"}), tmp_path / "o.jsonl"
+    words = ("--pool", str(pool_at(tmp_path)), "--models", "gamma", "--grade")
+    for graders in (("exact", f"command:{program}"), (f"2*command:{program}", "contains")):
+        result = collect(queries, out, *words, graders[0], "--grade", graders[1])
+        assert result.exit_code == 0, result.output
+    assert "not graded by contains: 1" in result.stderr
+    assert read_outcomes(out)[0].scores == {"gamma": 0.5}
+    assert (tmp_path / "log").read_text() == "asked\n"
+
+
 def test_what_is_wrong_with_a_line_or_a_model_is_named_and_counted(tmp_path: Path) -> None:
     """Bad lines, answers that failed and questions nobody can grade do not end the run."""
     queries = questions_at(

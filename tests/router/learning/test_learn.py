@@ -119,6 +119,10 @@ def test_what_was_collected_is_used_again_under_a_new_version(tmp_path: Path) ->
     assert len(read_outcomes(kept)) == 60
     result = shoal(*words, "--outcomes", kept)
     assert result.exit_code == 0, result.output
+    # Whatever is collected next, each lesson keeps its own.
+    assert shoal(*words, "--queries", questions_at(tmp_path, 2)).exit_code == 2
+    assert len(read_outcomes(kept)) == 2
+    assert [len(read_outcomes(kept.parent / v / kept.name)) for v in ("v1", "v2")] == [60, 60]
     policies = yaml.safe_load(pool.read_text())["policies"]
     assert {"auto-v1", "auto-v2"} <= set(policies)
     assert policies["auto-v2"]["path"] == "learned/v2/router.npz"
@@ -283,6 +287,8 @@ def test_from_a_ledger_nothing_worse_than_what_serves_is_installed(tmp_path: Pat
             for n in range(70)
         )
     )
+    bare = shoal("learn", "--pool", pool, "--from-ledger", ledger)
+    assert "no answer that a user scored" in bare.stderr and "--grade judge" in bare.stderr
     words = ("learn", "--pool", pool, "--queries", queries, "--from-ledger", ledger)
     result = shoal(*words, "--budget", "30%")
     assert result.exit_code == 0, result.output
