@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import typer
 
 if TYPE_CHECKING:
+    from models.pool import Pool
     from policies.outcomes import Outcome
+    from router.config import AppArgs
     from router.learning.collect import Line, Problems, Sampling
+    from router.learning.learn import Lesson
 
 PoolOption: TypeAlias = Annotated[
     Path | None, typer.Option(help="The pool whose models answer, a file or folder.")
@@ -84,6 +87,13 @@ def learn(
     sample: Annotated[
         int, typer.Option(min=1, help="So many of the ledger's questions are asked, by lot.")
     ] = 300,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="The server's configuration: what its experiments logged in the --from-ledger "
+            "then says, off policy, what the new router would have scored."
+        ),
+    ] = None,
     budget: Annotated[
         str, typer.Option(help="Mean cost, as a share of always asking the dearest model.")
     ] = "40%",
@@ -125,15 +135,16 @@ def learn(
     from policies.tables import text_table
     from router.cli.console import names_in, refusing
     from router.cli.train import readings_of
+    from router.config import ConfigError
     from router.learning.collect import Problems, Sampling, read_lines
     from router.learning.learn import LearnSettings
     from router.learning.learn import learn as learn_from
     from router.learning.report import advice, install, is_worse, table, verdict, write_report
 
     problems = Problems()
-    with refusing("learn"):
+    with refusing("learn", ConfigError):
         file = pool / "pool.yaml" if pool.is_dir() else pool
-        found = load_pool(file)
+        found, args = load_pool(file), _configured(config, from_ledger)
         settings = LearnSettings(
             budget_share=_share(budget),
             test_share=test_share,
@@ -167,6 +178,7 @@ def learn(
         reads = bool(lines) if read is None else read
         readings = readings_of(file, rows, num_at_once=at_once) if reads else {}
         lesson = learn_from(rows, found, settings, readings)
+        lesson.notes.extend(_off_policy(lesson, found, args, from_ledger))
         page = write_report(lesson, found)
         write_outcomes(page.with_name("outcomes.jsonl"), rows)
         why = is_worse(lesson) if from_ledger is not None else ""
@@ -185,6 +197,32 @@ def learn(
             "POST /v1/admin/reload, or kill -HUP of `shoal serve`; then ask for "
             f"policy/{lesson.auto}. To make it the default, name its settings auto."
         )
+
+
+def _configured(config: Path | None, ledger: str | None) -> AppArgs | None:
+    """Return what a server's configuration says, whose experiments a ledger has."""
+    from policies.errors import PolicyError
+    from router.config import load_args
+    from router.experiments.experiments import read_definitions
+
+    if config is None:
+        return None
+    if ledger is None:
+        raise PolicyError("--config: there is no --from-ledger with its experiments' requests")
+    args = load_args(config)
+    read_definitions(args)  # what is wrong with them is known before anything is asked
+    return args
+
+
+def _off_policy(lesson: Lesson, pool: Pool, args: AppArgs | None, ledger: str | None) -> list[str]:
+    """Return what the ledger's experiments say of the lesson's router, in sentences."""
+    from router.cli.console import opened
+    from router.learning.offpolicy import off_policy
+
+    if args is None:
+        return []
+    with opened(ledger, None, option="--from-ledger") as database:
+        return list(off_policy(lesson, pool, args, database))
 
 
 def _with_feedback(parts: Sequence[list[Outcome]], ledger: str | None) -> list[Outcome]:
