@@ -22,15 +22,28 @@ from numpy.typing import NDArray
 from policies.errors import ArtifactError, PolicyError
 
 
+def check_target(target: Path, *, option: str = "", suffix: str = "") -> None:
+    """Raise `PolicyError` where no file can be written to `target`: to ask before long work.
+
+    With a `suffix`, also where its name ends in another; `option` is the one that named it.
+    """
+    named = f"{option}: " if option else ""
+    if not target.parent.is_dir():
+        raise PolicyError(f"{named or f'{target}: '}there is no folder {target.parent}")
+    if target.is_dir():
+        raise PolicyError(f"{named}{target} is a folder, not a file")
+    if suffix and target.suffix != suffix:
+        raise PolicyError(f"{named}{target} does not end in {suffix}")
+
+
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
     """Give a path to write to; on leaving without an exception it becomes `target`.
 
     The path has the target's suffix, by which some libraries tell the format. Raises `PolicyError`
-    where the folder is missing.
+    as `check_target` does.
     """
-    if not target.parent.is_dir():
-        raise PolicyError(f"{target}: there is no folder {target.parent}")
+    check_target(target)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=target.suffix)
     os.close(handle)
     temporary = Path(name)

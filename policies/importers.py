@@ -7,6 +7,7 @@
 | MixInstruct (LLM-Blender) | `candidates` | all; scores are win rates |
 | RouterArena's cached results | `global_index` and `llm_selected` | one a file |
 | RouterBench as CSV | `eval_name`, and `MODEL|total_cost` | all |
+| RouteLLM's responses as CSV | `prompt` without `eval_name` | all |
 
 Data stays where it is, with its licence beside it. RouteLLM's MMLU answers and LLMRouter's are
 folders, known by a folder that only they have; any other folder stands for all logs that are in it,
@@ -33,6 +34,7 @@ from policies.outcome_sets import merge
 from policies.outcomes import Outcome, of_split, read_outcomes
 
 _MORE: Final = "cells beyond the head's"
+csv.field_size_limit(2**31 - 1)  # whole documents stand in cells
 
 
 class Rows:
@@ -43,8 +45,9 @@ class Rows:
         self._file = file
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        if self._file.suffix == ".csv":
+        if self._file.suffix.lower() == ".csv":
             with self._file.open(encoding="utf-8-sig", newline="") as table:
+                self.number = 1
                 reader = csv.DictReader(table, restkey=_MORE)
                 for row in reader:
                     self.number = reader.line_num
@@ -61,19 +64,28 @@ Importer: TypeAlias = Callable[[Path, Rows], Iterable[Outcome]]
 # What lm-evaluation-harness's metrics are called, the best-informed first.
 _METRICS: Final = ("exact_match", "acc_norm", "acc", "pass@1", "pass_at_1", "f1")
 _SAMPLES = re.compile(r"samples_(.+?)(_\d{4}-.*)?\.jsonl")
-_LABELS: Final = {"A is better": (1.0, 0.0), "B is better": (0.0, 1.0)}
 _TIE: Final = (0.5, 0.5)
+_LABELS: Final = {
+    "A is better": (1.0, 0.0),
+    "B is better": (0.0, 1.0),
+    "Same good": _TIE,
+    "Same bad": _TIE,
+}
 
 
 def _samples(file: Path, rows: Rows) -> Iterator[Outcome]:
     """Read one `samples_*.jsonl` of lm-evaluation-harness; the task becomes the tag.
 
-    The score is the first known metric of a line. Of a question with several choices, a line each,
-    there is one outcome.
+    The score is the first known metric of a line. Where answers were read by several filters, a
+    line each, it is the first filter's.
     """
     name = _SAMPLES.fullmatch(file.name)
     model = file.parent.name or "model"
-    for row in rows:
+    first: Any = None
+    for number, row in enumerate(rows):
+        first = row.get("filter") if number == 0 else first
+        if row.get("filter") != first:
+            continue
         yield Outcome(
             id=str(row.get("doc_id", rows.number)),
             query=_prompt(row["arguments"]),
@@ -105,7 +117,10 @@ def _said(model: str, responses: Any) -> dict[str, str]:  # noqa: ANN401 - neste
 
 
 def _evals(_: Path, rows: Rows) -> Iterator[Outcome]:
-    """Read a log of OpenAI evals: its `match` events, with the prompt of the `sampling` before."""
+    """Read a log of OpenAI evals: its `match` events, with the prompt of the `sampling` before.
+
+    Where a model was the judge, that is the first `sampling`, and the score is in `metrics`.
+    """
     model, task = "model", ""
     asked: dict[str, Mapping[str, Any]] = {}
     for row in rows:
@@ -113,8 +128,10 @@ def _evals(_: Path, rows: Rows) -> Iterator[Outcome]:
             model = str(row["spec"]["completion_fns"][0])
             task = str(row["spec"].get("base_eval") or row["spec"].get("eval_name") or "")
         elif row.get("type") == "sampling":
-            asked[str(row["sample_id"])] = row["data"]
-        elif row.get("type") == "match":
+            asked.setdefault(str(row["sample_id"]), row["data"])
+        elif row.get("type") == "match" or (
+            row.get("type") == "metrics" and "score" in row["data"]
+        ):
             sample = str(row["sample_id"])
             told, found = asked.get(sample, {}), row["data"]
             right = found.get("expected")
@@ -131,7 +148,9 @@ def _evals(_: Path, rows: Rows) -> Iterator[Outcome]:
 
 
 def _asked(prompt: Any) -> str:  # noqa: ANN401 - a text or a conversation
-    return str(prompt[-1]["content"]) if isinstance(prompt, list) else str(prompt)
+    said = prompt[-1]["content"] if isinstance(prompt, list) else prompt
+    parts = said if isinstance(said, list) else [said]
+    return "\n".join(str(part["text"] if isinstance(part, dict) else part) for part in parts)
 
 
 def _mixinstruct(_: Path, rows: Rows) -> Iterator[Outcome]:
@@ -151,7 +170,9 @@ def _mixinstruct(_: Path, rows: Rows) -> Iterator[Outcome]:
         elif results:
             shares: dict[str, list[float]] = defaultdict(list)
             for pair, label in results.items():
-                for name, share in zip(pair.split(","), _LABELS.get(label, _TIE), strict=True):
+                if label not in _LABELS:
+                    raise OutcomesError(f"{pair}: {label!r} is none of {', '.join(_LABELS)}")
+                for name, share in zip(pair.split(","), _LABELS[label], strict=True):
                     shares[name].append(share)
             scores = {name: sum(won) / len(won) for name, won in shares.items()}
         else:
@@ -187,6 +208,42 @@ def _routerbench(_: Path, rows: Rows) -> Iterator[Outcome]:
             outputs={name: row.get(f"{name}|model_response", "") for name in known},
             costs={n: float(cost) for n in known if (cost := row[f"{n}|total_cost"])},
         )
+
+
+def _routellm(file: Path, rows: Rows) -> Iterator[Outcome]:
+    """Read RouteLLM's `gsm8k_responses.csv`, or one subject of its MMLU answers.
+
+    Leaves out what the `contaminated_prompts.jsonl` beside it, or above, names.
+    """
+    lists = (folder / _CONTAMINATED for folder in (file.parent, file.parent.parent))
+    listed = next(filter(Path.is_file, lists), None)
+    yield from _right_or_wrong(file, rows, _contaminated(listed) if listed else frozenset())
+
+
+def _contaminated(file: Path) -> frozenset[str]:
+    with _rows(file, "eval_prompt") as rows:
+        return frozenset(str(row["eval_prompt"]) for row in rows)
+
+
+def _right_or_wrong(file: Path, rows: Rows, contaminated: frozenset[str]) -> Iterator[Outcome]:
+    """Read a column of True and False per model, perhaps with its responses in another.
+
+    An empty cell is a missing score. The file's name is the tag.
+    """
+    subject = file.stem.removeprefix("mmlu_").removesuffix(_SAID + "s")
+    for row in rows:
+        if _MORE in row or None in row.values():
+            raise OutcomesError("it has not as many cells as the head has columns")
+        prompt = row.pop("prompt")
+        said_of = {name: name.removesuffix(_SAID) for name in row if name.endswith(_SAID)}
+        models = [name for name in row if said_of.get(name) not in row]
+        told = {name: row[name] for name in models if row[name]}
+        if not set(told.values()) <= {"True", "False"}:
+            raise OutcomesError(f"it has {told}")
+        if prompt not in contaminated and told:
+            said = {name: row[name + _SAID] for name in told if row.get(name + _SAID)}
+            scores = {name: float(value == "True") for name, value in told.items()}
+            yield Outcome(query=prompt, scores=scores, tags=(subject,), outputs=said)
 
 
 def _routerarena(_: Path, rows: Rows) -> Iterator[Outcome]:
@@ -239,17 +296,22 @@ _LINES: Final[tuple[tuple[frozenset[str], Importer, str], ...]] = (
 """What reads JSON Lines whose first has these keys, and what each of them has to have."""
 
 _TABLE: Final = "RouterBench: prompt, eval_name, and MODEL and MODEL|total_cost of every model"
+_RIGHT_OR_WRONG: Final = "prompt, and True or False per model"
+_SAID: Final = "_response"
+_CONTAMINATED: Final = "contaminated_prompts.jsonl"
 
 
 def _reader_of(file: Path) -> Callable[[], list[Outcome]] | None:
     """Return what reads `file`, by its first line; None for outcomes of Shoal's own."""
-    if file.suffix == ".csv":
-        return lambda: _imported(file, _routerbench, _TABLE)
     try:
         first = next(iter(Rows(file)), None)
-    except (OSError, ValueError):
-        return None
+    except (OSError, ValueError, csv.Error):
+        first = None
     keys = set(first) if isinstance(first, dict) else set()
+    if file.suffix.lower() == ".csv":
+        if "prompt" in keys and "eval_name" not in keys:
+            return lambda: _imported(file, _routellm, f"RouteLLM: {_RIGHT_OR_WRONG}")
+        return lambda: _imported(file, _routerbench, _TABLE)
     for wanted, read, layout in _LINES:
         if wanted <= keys:
             return lambda: _imported(file, read, layout)
@@ -301,22 +363,14 @@ def import_routellm_mmlu(folder: Path) -> list[Outcome]:
     Leaves out the prompts of `contaminated_prompts.jsonl`. The subject becomes the tag. Raises
     `OutcomesError` naming file and line.
     """
-    with _rows(folder / "contaminated_prompts.jsonl", "eval_prompt") as rows:
-        contaminated = {str(row["eval_prompt"]) for row in rows}
+    contaminated = _contaminated(folder / _CONTAMINATED)
     files = sorted((folder / "responses").glob("*.csv"))
     if not files:
         raise OutcomesError(f"{folder / 'responses'} holds no CSV file")
-    outcomes = []
+    outcomes: list[Outcome] = []
     for file in files:
-        subject = file.stem.removeprefix("mmlu_")
-        with _rows(file, "prompt, and True or False per model") as rows:
-            for row in rows:
-                prompt = row.pop("prompt")
-                if not all(value in ("True", "False") for value in row.values()):
-                    raise OutcomesError(f"it has {row}")
-                if prompt not in contaminated:
-                    scores = {name: float(value == "True") for name, value in row.items()}
-                    outcomes.append(Outcome(query=prompt, scores=scores, tags=(subject,)))
+        with _rows(file, _RIGHT_OR_WRONG) as rows:
+            outcomes += _right_or_wrong(file, rows, contaminated)
     return outcomes
 
 
@@ -343,6 +397,8 @@ def import_llmrouter(folder: Path) -> list[Outcome]:
                 query, scores = str(row["question"]), dict(row["scores"])
                 leaked = split == "test" and query.strip() in seen
                 told = {n: float(scores[n]) for n in sorted(scores) if scores[n] is not None}
+                if scores and not told:
+                    continue
                 outcomes.append(
                     Outcome(
                         query=query,
@@ -381,7 +437,8 @@ def load_outcomes(path: Path | str, *, split: str | None = None) -> list[Outcome
     for folder, read_all in PUBLISHED.items():
         if (path / folder).is_dir():
             return of_split(path, read_all(path), split)
-    logs = [read for file in sorted(path.rglob("*.jsonl")) if (read := _reader_of(file))]
+    files = sorted(file for kind in ("*.jsonl", "*_responses.csv") for file in path.rglob(kind))
+    logs = [read for file in files if (read := _reader_of(file))]
     if logs:
         return of_split(path, merge(read() for read in logs), split)
     raise OutcomesError(

@@ -38,11 +38,14 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-def explain(error: ValidationError) -> str:
-    """Return a pydantic error as sentences that name the key, the value and what is allowed."""
+def explain(error: ValidationError, *, whole: str = "the file") -> str:
+    """Return a pydantic error as sentences that name the key, the value and what is allowed.
+
+    `whole` is what holds the keys, where one is wrong with no key.
+    """
     lines = []
     for detail in error.errors(include_url=False):
-        where = ".".join(str(part) for part in detail["loc"]) or "the file"
+        where = ".".join(str(part) for part in detail["loc"]) or whole
         if detail["type"] == "extra_forbidden":
             lines.append(f"{where}: unknown key")
         elif detail["type"] == "missing":

@@ -26,18 +26,17 @@ TRAIN, TEST = "train", "test"
 
 
 def merge(parts: Iterable[Sequence[Outcome]]) -> list[Outcome]:
-    """Return one outcome per query and id, with what all `parts` know of it; the last word counts.
+    """Return one outcome per query, with what all `parts` know of it; the last word counts.
 
-    So models that were asked at different times, or graded again, come together.
+    So models that were asked at different times, or graded again, come together. What a part says
+    of a query again is another draw, and joins the others' draw of the same number.
     """
-    found: dict[tuple[str, str], Outcome] = {}
+    found: dict[tuple[str, int], Outcome] = {}
     for part in parts:
-        seen: Counter[tuple[str, str]] = Counter()
+        seen: Counter[str] = Counter()
         for outcome in part:
-            key = outcome.query, outcome.id.partition("/")[2]
-            # Within a part, a repeated query is another draw.
-            seen[key] += 1
-            key = key[0], f"{key[1]}#{seen[key]}"
+            seen[outcome.query] += 1
+            key = outcome.query, seen[outcome.query]
             found[key] = _joined(found[key], outcome) if key in found else outcome
     return list(found.values())
 

@@ -25,6 +25,7 @@ from policies.files import replacing
 
 Score: TypeAlias = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count: TypeAlias = Annotated[int, Field(ge=0)]
+Finite: TypeAlias = Annotated[float, Field(allow_inf_nan=False)]
 Amount: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 _STRICT = ConfigDict(extra="forbid")
@@ -38,8 +39,8 @@ class AnswerLogprobs:
     None where nobody kept it.
     """
 
-    mean: float
-    min: float
+    mean: Finite
+    min: Finite
     num_tokens: Count
     entropy: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
@@ -70,7 +71,7 @@ class Outcome:
     format: Literal[1, 2] = 1
     energies: dict[str, Amount] = field(default_factory=dict)
     latencies: dict[str, Amount] = field(default_factory=dict)
-    grades: dict[str, dict[str, float]] = field(default_factory=dict)
+    grades: dict[str, dict[str, Finite]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +105,9 @@ def of_split(path: Path, outcomes: list[Outcome], split: str | None) -> list[Out
         return outcomes
     chosen = [outcome for outcome in outcomes if outcome.split == split]
     if not chosen:
-        known = sorted({str(outcome.split) for outcome in outcomes})
-        raise OutcomesError(f"{path}: split {split!r} is unknown; the file has {', '.join(known)}")
+        known = sorted({outcome.split for outcome in outcomes if outcome.split is not None})
+        has = "the file has " + (", ".join(known) or "none; shoal outcomes split marks them")
+        raise OutcomesError(f"{path}: split {split!r} is unknown; {has}")
     return chosen
 
 

@@ -40,10 +40,10 @@ NUM_TIMED = 500
 class Result:
     """What one method reached on the pooled test queries; intervals are 95% bootstrap.
 
-    APGR and CPT exist for two models only (weak first), `diagram` for methods that predict, AIQ and
-    `usd`, the mean cost of the choices, where costs are known. `fold_apgrs` are the APGRs of each
-    fold alone: the pooled one compares scores of routers that never meet. `decision_us` is the
-    median time of one decision, for the methods that Shoal serves.
+    APGR and CPT exist for two models only (weak first) whose means differ, `diagram` for methods
+    that predict, AIQ and `usd`, the mean cost of the choices, where costs are known. `fold_apgrs`
+    are the APGRs of each fold alone: the pooled one compares scores of routers that never meet.
+    `decision_us` is the median time of one decision, for the methods that Shoal serves.
     """
 
     method: str
@@ -108,8 +108,8 @@ def evaluate_router(
     complete = ~np.isnan(scores_QM).any(1)
     if not complete.any():
         raise PolicyError(f"no outcome has scores for all of {', '.join(names)}")
-    if len(names) == 2 and np.diff(scores_QM[complete].mean(0)) < 0:
-        names, scores_QM = names[::-1], scores_QM[:, ::-1]
+    names = _weak_first(outcomes, names)
+    scores_QM = score_table(outcomes, names).scores_QM
     known = router.facts.get("data_sha256") == content_sha256(outcomes)
     seen_Q = router.has_seen([row.query for row in outcomes]) | known
     repeats = _repeats(outcomes, trained_on)
@@ -150,6 +150,15 @@ def evaluate_router(
         ),
         reliability(learned_QM.ravel(), scores_QM.ravel()),
     )
+
+
+def _weak_first(outcomes: Sequence[Outcome], names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return `names`, of two that with the lower mean score first; queries scored for all count."""
+    scores_QM = score_table(outcomes, names).scores_QM
+    if len(names) != 2:
+        return names
+    weak, strong = np.nanmean(scores_QM[~np.isnan(scores_QM).any(1)], axis=0)
+    return names if weak <= strong else names[::-1]
 
 
 def compare(
@@ -216,23 +225,35 @@ def evaluate_protocol(
 
     `folds`: each fifth in turn, by a hash of the query, repeats together. `tasks`: each task (first
     tag) in turn, which shows what unheard-of questions get. `split`: what the outcomes call "train"
-    and "test". Raises `PolicyError` where there is nothing to train or judge on.
+    and "test". Of two models the one with the lower mean score counts as the weak one.
+    Raises `PolicyError` where there is nothing to train or judge on.
     """
     parts = _parts(outcomes, protocol, num_folds, seed)
     names = tuple(models or score_table(outcomes).models)
+    if not any(all(name in row.scores for name in names) for row in outcomes):
+        raise PolicyError(f"no outcome has scores for all of {', '.join(names)}")
+    names = _weak_first(outcomes, names)
     predicted: list[Floats] = []
     tested: list[Outcome] = []
-    num_tests = sum(len(test) for _, test in parts)
-    for train, test in parts:
+    num_tests = sum(len(test) for _, test in parts.values())
+    for left_out, (train, test) in parts.items():
         complete = [row for row in test if all(name in row.scores for name in names)]
         if not complete:
             continue
-        router = fit(train)
+        try:
+            router = fit(train)
+        except PolicyError as error:
+            raise PolicyError(f"--protocol {protocol}, without {left_out}: {error}") from None
+        for name in names:
+            if name not in router.models:
+                raise PolicyError(
+                    f"the router knows nothing of {name!r}; it knows {', '.join(router.models)}"
+                )
         columns = [router.models.index(name) for name in names]
         predicted.append(router.qualities([row.query for row in complete])[:, columns])
         tested += complete
     if not tested:
-        raise PolicyError(f"no outcome has scores for all of {', '.join(names)}")
+        raise PolicyError(f"no outcome to judge on has scores for all of {', '.join(names)}")
     lacking = num_tests - len(tested)
     return compare(
         f"Choice among {', '.join(names)}, trained anew: {protocol}",
@@ -247,8 +268,8 @@ def evaluate_protocol(
 
 def _parts(
     outcomes: Sequence[Outcome], protocol: Protocol, num_folds: int, seed: int
-) -> list[tuple[list[Outcome], list[Outcome]]]:
-    """Return pairs of what to train on and what to judge on."""
+) -> dict[str, tuple[list[Outcome], list[Outcome]]]:
+    """Return pairs of what to train on and what to judge on, by a name of the latter."""
     if protocol == "split":
         marked = list(outcomes)
         labels = ["train" if row.split != "test" else "test" for row in marked]
@@ -259,17 +280,17 @@ def _parts(
     else:
         labels = fold_names(outcomes, num_folds=num_folds, seed=seed)
         tests = sorted(set(labels))
-    pairs = [
-        (
+    pairs = {
+        test or "(no tag)": (
             [row for row, at in zip(outcomes, labels, strict=True) if at != test],
             [row for row, at in zip(outcomes, labels, strict=True) if at == test],
         )
         for test in tests
-    ]
-    if not all(train and test for train, test in pairs):
+    }
+    if not all(train and test for train, test in pairs.values()):
         raise PolicyError(
             f"--protocol {protocol}: there is nothing to train or nothing to judge on; the "
-            f"outcomes have {', '.join(sorted(set(labels)))}"
+            f"outcomes have {', '.join(at or '(no tag)' for at in sorted(set(labels)))}"
         )
     return pairs
 
@@ -311,7 +332,10 @@ def judge(
     """
     chosen_Q = chosen_scores(quality_QM, scores_QM)
     num_queries, num_models = scores_QM.shape
-    if num_models == 2:
+    # Between two models of the same mean there is no gap to recover.
+    two = num_models == 2 and scores_QM[:, 0].sum() != scores_QM[:, 1].sum()
+    traded = trade_curve(quality_QM, scores_QM, cost_QM)
+    if two:
         preference_Q = quality_QM[:, 1] - quality_QM[:, 0]
         weak_Q, strong_Q = scores_QM.T
         curve = two_model_curve(preference_Q, weak_Q, strong_Q)
@@ -323,8 +347,7 @@ def judge(
         fold_rows = np.split(np.arange(num_queries), np.cumsum(fold_sizes or [num_queries])[:-1])
         fold_apgrs = tuple(resampled(rows) for rows in fold_rows)
     else:
-        curve = trade_curve(quality_QM, scores_QM, cost_QM)
-    two = num_models == 2
+        curve = traded
     priced = np.ptp(cost_QM) > 0
     usd_Q1 = np.take_along_axis(cost_QM, quality_QM.argmax(1)[:, None], 1)
     predicts = method not in ("random", "per-query oracle")
@@ -334,7 +357,7 @@ def judge(
         accuracy_interval=bootstrap(lambda rows: float(chosen_Q[rows].mean()), num_queries),
         curve=curve,
         usd=float(usd_Q1.mean()) if priced else None,
-        aiq=aiq(curve, float(cost_QM.max())) if priced else None,
+        aiq=aiq(traded, float(cost_QM.max())) if priced else None,
         apgr=apgr(curve) if two else None,
         apgr_interval=interval if two else None,
         fold_apgrs=fold_apgrs if two else (),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -148,16 +148,31 @@ class Panel:
             if times > 1:
                 raise PolicyError(f"grade: {name} is named {times} times; give it a weight instead")
 
-    async def grade(self, question: Question, answers: Mapping[str, str]) -> Sheet:
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The graders, without their weights."""
+        return tuple(map(_unweighted, self.specs))
+
+    async def grade(
+        self,
+        question: Question,
+        answers: Mapping[str, str],
+        known: MutableMapping[str, Graded] | None = None,
+    ) -> Sheet:
         """Ask every grader about `answers`, by model.
 
-        What goes wrong in one is a problem of this question, and never ends a long run.
+        `known` is what graders have said of them before, by name, and gets what they say now. What
+        goes wrong in one is a problem of this question, and never ends a long run.
         """
+        known = {} if known is None else known
         found: dict[str, tuple[float, Graded]] = {}
         problems: dict[str, str] = {}
         for spec, (weight, grader) in self._graders.items():
+            name = _unweighted(spec)
             try:
-                found[_unweighted(spec)] = weight, await grader.grade(question, answers)
+                if name not in known:
+                    known[name] = await grader.grade(question, answers)
+                found[name] = weight, known[name]
             except Ungradable as error:
                 problems[spec] = str(error)
             except Exception as error:  # a grader's own fault, perhaps another distribution's

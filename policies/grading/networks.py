@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import numpy as np
 
@@ -20,6 +21,8 @@ from policies.grading.base import Graded, GraderKind, GradingContext, Question, 
 from policies.plan import Answer
 
 _MOST_TOKENS = 512
+
+T = TypeVar("T")
 
 
 class Similarity:
@@ -78,26 +81,35 @@ def _attempts(query: str, answers: Mapping[str, str]) -> list[Attempt]:
 def _build_similarity(argument: str, context: GradingContext) -> Similarity:
     if not argument:
         raise PolicyError("grade: similarity needs an encoder, as in similarity:hf:ORG/NAME")
-    vectors = SentenceVectors(context.locate(argument), max_tokens=_MOST_TOKENS)
-    _try(f"similarity:{argument}", lambda: vectors(["?"]))
-    return Similarity(vectors)
+    folder = context.locate(argument)
+
+    def load() -> SentenceVectors:
+        vectors = SentenceVectors(folder, max_tokens=_MOST_TOKENS)
+        vectors(["?"])
+        return vectors
+
+    return Similarity(_tried(f"similarity:{argument}", load))
 
 
 def _build_reward(argument: str, context: GradingContext) -> Reward:
     if not argument:
         raise PolicyError("grade: reward needs a sequence classifier, as in reward:hf:ORG/NAME")
-    classifier = Transformer(context.locate(argument), max_tokens=_MOST_TOKENS)
-    _try(f"reward:{argument}", lambda: classifier.logits(_attempts("?", {"one": "!"})))
-    return Reward(classifier)
+    folder = context.locate(argument)
+
+    def load() -> Transformer:
+        classifier = Transformer(folder, max_tokens=_MOST_TOKENS)
+        classifier.logits(_attempts("?", {"one": "!"}))
+        return classifier
+
+    return Reward(_tried(f"reward:{argument}", load))
 
 
-def _try(spec: str, compute: Callable[[], object]) -> None:
+def _tried(spec: str, load: Callable[[], T]) -> T:
     try:
-        compute()
+        return load()
     except Exception as error:  # whatever a checkpoint's files lead to
-        raise PolicyError(
-            f"grade: {spec} cannot be used: {type(error).__name__}: {error}"
-        ) from None
+        told = error if isinstance(error, PolicyError) else f"{type(error).__name__}: {error}"
+        raise PolicyError(f"grade: {spec} cannot be used: {told}") from None
 
 
 SIMILARITY = GraderKind(_build_similarity)

@@ -1,8 +1,8 @@
 """Graders that run something: the answer as a program, or a program of the user's.
 
 Answers are strangers' code. They run in a process of their own, without this one's environment, in
-an empty folder, with limits on time, memory, file size and processes; that is no sandbox against
-malice, so `code` works only where it was allowed.
+an empty folder, with limits on time, memory and file size, and what they start ends with them; that
+is no sandbox against malice, so `code` works only where it was allowed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from typing import Final
 from policies.errors import PolicyError
 from policies.grading.base import Graded, GraderKind, GradingContext, Question, Ungradable
 
-_FENCE = re.compile(r"```(?:python|py)?\s*\n(.*?)```", re.DOTALL)
+# Some models end without closing what they have opened.
+_FENCE = re.compile(r"```(?:python|py)?\d?\s*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 _SECONDS: Final = 10
 _COMMAND_SECONDS: Final = 120
 _JAIL: Final = f"""

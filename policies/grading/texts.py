@@ -59,10 +59,19 @@ def contains(question: Question, answer: str) -> float:
     return float(any(_standing(right).search(_plainly(answer, right)) for right in rights))
 
 
+# Letters of scripts that put no space between words (or, as Korean, none before particles): Thai to
+# Khmer, Chinese and Japanese, Hangul.
+_UNSPACED: Final = r"\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
+_SPACED: Final = rf"(?:(?![{_UNSPACED}])\w)"
+
+
 def _standing(text: str) -> re.Pattern[str]:
-    """Return the pattern of `text` that is not a part of a longer word or number."""
-    before = r"(?<!\w)(?<!\d[.,])" if re.match(r"\w", text) else ""
-    after = r"(?!\w)(?![.,]\d)" if re.search(r"\w\Z", text) else ""
+    """Return the pattern of `text` that is not a part of a longer word or number.
+
+    Where a script puts no spaces, nobody can tell: there it may stand anywhere.
+    """
+    before = rf"(?<!{_SPACED})(?<!\d[.,])" if re.match(_SPACED, text) else ""
+    after = rf"(?!{_SPACED})(?![.,]\d)" if re.search(_SPACED + r"\Z", text) else ""
     return re.compile(before + re.escape(text) + after)
 
 
@@ -112,12 +121,17 @@ _UNITS: Final[dict[str, tuple[str, float]]] = {
 }  # fmt: skip
 # A sign that follows a figure or a letter joins two things, as in 2010-2015.
 _NUMBER = re.compile(
-    r"(?:(?<!\w)[-+−])?(?:\d[\d,]*\.?\d*|\.\d+)(?:e[-+]?\d+)?(?:\s?(%|[a-z]+))?", re.I
+    r"(?:(?<!\w)[-+−])?(?:\d[\d,]*\.?\d*|\.\d+)(?:e[-+]?\d+)?"
+    r"(?P<below>(?:\s?/\s?\d+(?:\.\d+)?)*)(?:\s?(?P<unit>%|[a-z]+))?",
+    re.I,
 )
 
 
+_LATEX: Final = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
+
+
 def numeric(argument: str) -> Compare:
-    """1 where the answer's last number is a reference's, within a relative tolerance.
+    """1 where the answer's last number, or fraction, is a reference's, within a relative tolerance.
 
     The argument is the tolerance (default 1e-6). Units of length, mass, time and volume, and
     percentages, are converted where both sides name one; a side without a unit means the other's.
@@ -126,6 +140,8 @@ def numeric(argument: str) -> Compare:
         tolerance = float(argument or 1e-6)
     except ValueError:
         raise PolicyError(f"grade: numeric:{argument}: the tolerance is not a number") from None
+    if not 0 <= tolerance < 1:
+        raise PolicyError(f"grade: numeric:{argument}: the tolerance is not in [0, 1)")
 
     def compare(question: Question, answer: str) -> float:
         found = _last_number(answer)
@@ -140,11 +156,17 @@ def numeric(argument: str) -> Compare:
 def _last_number(text: str) -> tuple[float, str] | None:
     """Return the last number of `text` and its unit, empty where it has none that is known."""
     last = None
+    text = _LATEX.sub(r"\1/\2", text)
     for match in _NUMBER.finditer(text):
-        unit = (match[1] or "").lower()
-        digits = match[0][: len(match[0]) - len(match[1] or "")].strip()
+        unit, below = (match["unit"] or "").lower(), match["below"].split("/")[1:]
+        digits = text[match.start() : match.start("below")]
         value = float(digits.replace(",", "").replace("−", "-"))
-        last = value, unit if unit in _UNITS else ""
+        if len(below) == 1 and float(below[0]):
+            value /= float(below[0])
+        elif below:  # a date, say
+            value = float(below[-1])
+        if math.isfinite(value):
+            last = value, unit if unit in _UNITS else ""
     return last
 
 

@@ -60,6 +60,13 @@ def finite(value: float | None) -> float | None:
     return value
 
 
+def names_in(text: str | None) -> list[str] | None:
+    """Return the names that an option lists with commas, each once; None without the option."""
+    if text is None:
+        return None
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
 @contextmanager
 def refusing(command: str | None = None, *more: type[Exception]) -> Iterator[None]:
     """Turn what the user got wrong into one line on stderr.

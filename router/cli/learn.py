@@ -4,6 +4,7 @@ that to policies of the pool."""
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
@@ -11,8 +12,11 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import typer
 
 if TYPE_CHECKING:
+    from models.pool import Pool
     from policies.outcomes import Outcome
+    from router.config import AppArgs
     from router.learning.collect import Line, Problems, Sampling
+    from router.learning.learn import Lesson
 
 PoolOption: TypeAlias = Annotated[
     Path | None, typer.Option(help="The pool whose models answer, a file or folder.")
@@ -83,6 +87,13 @@ def learn(
     sample: Annotated[
         int, typer.Option(min=1, help="So many of the ledger's questions are asked, by lot.")
     ] = 300,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="The server's configuration: what its experiments logged in the --from-ledger "
+            "then says, off policy, what the new router would have scored."
+        ),
+    ] = None,
     budget: Annotated[
         str, typer.Option(help="Mean cost, as a share of always asking the dearest model.")
     ] = "40%",
@@ -119,24 +130,27 @@ def learn(
     best-of-v1.
     """
     from models.pool import load_pool
-    from policies.errors import PolicyError
     from policies.importers import load_outcomes
-    from policies.outcome_sets import merge
     from policies.outcomes import write_outcomes
     from policies.tables import text_table
-    from router.cli.console import refusing
-    from router.cli.train import read_feedback, readings_of
+    from router.cli.console import names_in, refusing
+    from router.cli.train import readings_of
+    from router.config import ConfigError
     from router.learning.collect import Problems, Sampling, read_lines
     from router.learning.learn import LearnSettings
     from router.learning.learn import learn as learn_from
     from router.learning.report import advice, install, is_worse, table, verdict, write_report
 
     problems = Problems()
-    with refusing("learn"):
+    with refusing("learn", ConfigError):
         file = pool / "pool.yaml" if pool.is_dir() else pool
-        found = load_pool(file)
+        found, args = load_pool(file), _configured(config, from_ledger)
         settings = LearnSettings(
-            budget_share=_share(budget), test_share=test_share, encoder=encoder, seed=seed
+            budget_share=_share(budget),
+            test_share=test_share,
+            encoder=encoder,
+            seed=seed,
+            models=tuple(names_in(models) or ()),
         )
         parts = [load_outcomes(one) for one in use or []]
         lines = [] if queries is None else read_lines(queries, problems)
@@ -160,21 +174,13 @@ def learn(
             )
             write_outcomes(kept, collected_now)
             parts.append(collected_now)
-        rows = merge(parts)
-        if from_ledger is not None:
-            rows += read_feedback(from_ledger, option="--from-ledger")
-        if not rows:
-            raise PolicyError("there is nothing to learn from: give --queries or --outcomes")
-        if not parts:
-            raise PolicyError(
-                "the ledger has one model's answer to each question, and nothing can be compared "
-                "by that: give --grade judge:MODEL, for which every model is asked a sample of "
-                "them, or --queries or --outcomes"
-            )
+        rows = _with_feedback(parts, from_ledger)
         reads = bool(lines) if read is None else read
         readings = readings_of(file, rows, num_at_once=at_once) if reads else {}
         lesson = learn_from(rows, found, settings, readings)
+        lesson.notes.extend(_off_policy(lesson, found, args, from_ledger))
         page = write_report(lesson, found)
+        write_outcomes(page.with_name("outcomes.jsonl"), rows)
         why = is_worse(lesson) if from_ledger is not None else ""
         if not why and not dry_run:
             install(lesson, file)
@@ -191,6 +197,60 @@ def learn(
             "POST /v1/admin/reload, or kill -HUP of `shoal serve`; then ask for "
             f"policy/{lesson.auto}. To make it the default, name its settings auto."
         )
+
+
+def _configured(config: Path | None, ledger: str | None) -> AppArgs | None:
+    """Return what a server's configuration says, whose experiments a ledger has."""
+    from policies.errors import PolicyError
+    from router.config import load_args
+    from router.experiments.experiments import read_definitions
+
+    if config is None:
+        return None
+    if ledger is None:
+        raise PolicyError("--config: there is no --from-ledger with its experiments' requests")
+    args = load_args(config)
+    read_definitions(args)  # what is wrong with them is known before anything is asked
+    return args
+
+
+def _off_policy(lesson: Lesson, pool: Pool, args: AppArgs | None, ledger: str | None) -> list[str]:
+    """Return what the ledger's experiments say of the lesson's router, in sentences."""
+    from router.cli.console import opened
+    from router.learning.offpolicy import off_policy
+
+    if args is None:
+        return []
+    with opened(ledger, None, option="--from-ledger") as database:
+        return list(off_policy(lesson, pool, args, database))
+
+
+def _with_feedback(parts: Sequence[list[Outcome]], ledger: str | None) -> list[Outcome]:
+    """Return the outcomes of `parts`, and of what users scored in the ledger at this address.
+
+    Raises `PolicyError` where there is nothing to learn from.
+    """
+    from policies.errors import PolicyError
+    from policies.outcome_sets import merge
+    from router.cli.train import read_feedback
+
+    rows = merge(parts)
+    if ledger is not None:
+        rows += read_feedback(ledger, option="--from-ledger")
+        if not rows:
+            raise PolicyError(
+                "the ledger has no answer that a user scored and whose text was kept "
+                "(ledger.keep_text): give --grade judge:MODEL, --queries or --outcomes"
+            )
+    if not rows:
+        raise PolicyError("there is nothing to learn from: give --queries or --outcomes")
+    if not parts:
+        raise PolicyError(
+            "the ledger has one model's answer to each question, and nothing can be compared "
+            "by that: give --grade judge:MODEL, for which every model is asked a sample of "
+            "them, or --queries or --outcomes"
+        )
+    return rows
 
 
 def _asked(ledger: str, most: int) -> list[Line]:
@@ -289,15 +349,16 @@ def collected(
 
     from models.pool import load_pool
     from policies.errors import PolicyError
+    from policies.files import check_target
     from policies.grading.base import GradingContext, Panel
+    from router.cli.console import names_in
     from router.learning.asking import AskError, ask_pool, ask_server
     from router.learning.collect import Collector, Journal, journal_of
     from router.learning.likelihood import Likelihoods
 
     if (pool is None) == (server is None):
         raise PolicyError("give either --pool or --server")
-    if not out.parent.is_dir():
-        raise PolicyError(f"--out: there is no folder {out.parent}")
+    check_target(out, option="--out")
 
     likelihood = None if pool is None else Likelihoods(load_pool(pool))
 
@@ -310,7 +371,7 @@ def collected(
         async with asking as asker:
             askable = await asker.names()
             names = tuple(n for n in askable if n != "auto" and not n.startswith("policy/"))
-            wanted = tuple(models.split(",")) if models else names
+            wanted = tuple(names_in(models) or names)
             for name in wanted:
                 if name not in names:
                     raise PolicyError(f"--models: {name!r} is unknown; it has {', '.join(names)}")

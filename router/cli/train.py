@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from router.cli.console import opened, refusing
+from router.cli.console import names_in, opened, refusing
 
 if TYPE_CHECKING:
     from policies.cascade.base import Readings
@@ -98,19 +99,19 @@ def train_router(
     """
     from policies.encoders.base import parse_encoder
     from policies.errors import PolicyError
+    from policies.files import check_target
     from policies.importers import load_outcomes
     from policies.routing.finetune import FinetuneSettings, finetune_router
     from policies.routing.fit import FitSettings, fit_router
     from policies.routing.router import save_router
 
     kind, _, folder = encoder.partition(":")
-    names = models.split(",") if models else None
+    names = names_in(models)
     settings = FitSettings(num_clusters=clusters, seed=seed)
     if beta is not None:
         settings = replace(settings, betas=(beta,))
     with refusing("train router"):
-        if not out.parent.is_dir():
-            raise PolicyError(f"--out: there is no folder {out.parent}")
+        check_target(out, option="--out")
         rows = load_outcomes(outcomes, split=split)
         for extra in also or []:
             rows += load_outcomes(extra)
@@ -213,9 +214,13 @@ def train_cascade(
     from models.pool import DEFAULT_POOL, load_pool
     from policies.cascade.answers import answer_table
     from policies.cascade.learn import draw, learn_cascade, render, report
+    from policies.files import check_target
     from policies.importers import load_outcomes
 
+    picture = plot or out.with_suffix(".png")
     with refusing("train cascade"):
+        check_target(out, option="--out")
+        check_target(picture, option="--plot", suffix=".png")
         facts = load_pool(pool or DEFAULT_POOL).facts()
         rates = {name: fact.rates for name, fact in facts.items()}
         train = load_outcomes(outcomes, split=split)
@@ -240,9 +245,8 @@ def train_cascade(
         )
         unseen = answer_table(load_outcomes(outcomes, split=held_out), plans, rates, sizes)
         measured = report(learned, *unseen)
-    learned.save(out)
-    picture = plot or out.with_suffix(".png")
-    draw(measured, picture)
+        learned.save(out)
+        draw(measured, picture)
     print(render(measured))
     print(f"\nCascade: {out}\nPlot: {picture}")
 
@@ -290,20 +294,22 @@ def _budget_usd(text: str, dearest_usd: float) -> float:
     from policies.errors import PolicyError
 
     try:
-        if text.endswith("%"):
-            return float(text[:-1]) / 100 * dearest_usd
-        return float(text) / 1000
+        value = float(text.removesuffix("%"))
     except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
         raise PolicyError(
             f"--budget {text!r} is neither a percentage (40%) nor US dollars per 1,000 queries"
-        ) from None
+        )
+    return value / 100 * dearest_usd if text.endswith("%") else value / 1000
 
 
 def _routed(
     text: str | None, mean_usd: Mapping[str, float], rates: Mapping[str, Rates]
 ) -> list[str]:
-    if text is not None:
-        return [name.strip() for name in text.split(",") if name.strip()]
+    named = names_in(text)
+    if named is not None:
+        return named
     models = [name for name in mean_usd if name in rates]
     dearest = max(models, key=mean_usd.__getitem__, default=None)
     return [name for name in models if name != dearest]
@@ -351,6 +357,7 @@ def evaluate_router(
     With `--protocol`, routers like it are trained anew on parts of the outcomes, by its own encoder
     and settings, and judged on the rest.
     """
+    from policies.errors import PolicyError
     from policies.evaluation.judge import evaluate_protocol, evaluate_router
     from policies.evaluation.report import draw_reliability, table
     from policies.importers import load_outcomes
@@ -358,20 +365,26 @@ def evaluate_router(
     from policies.routing.router import load_router
 
     with refusing("evaluate router"):
+        if protocol is not None and (trained_on or seen):
+            option = "--trained-on" if trained_on else "--seen"
+            raise PolicyError(f"{option}: --protocol {protocol} trains anew, on no test question")
+        if trained_split and not trained_on:
+            raise PolicyError("--trained-split: there is no --trained-on whose split it could be")
         learned, rows = load_router(file), load_outcomes(outcomes, split=split)
-        names = models.split(",") if models else None
+        names = names_in(models)
         if protocol is not None:
             fit = refit_like(learned)
-            print(table(evaluate_protocol(rows, fit=fit, protocol=protocol, models=names)))
-            return
-        report, diagram = evaluate_router(
-            learned,
-            rows,
-            models=names,
-            trained_on=load_outcomes(trained_on, split=trained_split) if trained_on else (),
-            seen=seen,
-        )
+            report = evaluate_protocol(rows, fit=fit, protocol=protocol, models=names)
+            [diagram] = [row.diagram for row in report.results if row.method == "Learned"]
+        else:
+            report, diagram = evaluate_router(
+                learned,
+                rows,
+                models=names,
+                trained_on=load_outcomes(trained_on, split=trained_split) if trained_on else (),
+                seen=seen,
+            )
         print(table(report))
-        if plot is not None:
+        if plot is not None and diagram is not None:
             draw_reliability(diagram, report.title, plot)
             print(f"\nPlot: {plot}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import AsyncIterator, Container, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -42,7 +43,9 @@ _NUM_TRIES: Final = 6
 _FIRST_PAUSE_S: Final = 0.25
 _TIMEOUT_S: Final = 600.0
 _JUDGED_TOKENS: Final = 12
+_LONGEST_PAUSE_S: Final = 60.0
 _BUSY: Final = (408, 429, 502, 503, 504)
+_UNFIT: Final = (400, 422)
 # What only some servers take; asked for again without it where a server refuses.
 _EXTRAS: Final = {"logprobs": True, "shoal": {"explain": True}}
 
@@ -143,12 +146,14 @@ class Asker:
             extras = {} if (model, *wanted) in self._plain else wanted
             try:
                 response = await self._client.post("/chat/completions", json={**body, **extras})
+                if response.status_code in _UNFIT and extras:
+                    response = await self._client.post("/chat/completions", json=body)
+                    # What it refuses either way (a prompt that is too long) says nothing of them.
+                    if response.status_code == 200:
+                        self._plain.add((model, *wanted))
             except httpx.TransportError as error:
                 why = f"{type(error).__name__} {error}".strip()
                 continue
-            if response.status_code == 400 and extras:
-                self._plain.add((model, *wanted))
-                response = await self._client.post("/chat/completions", json=body)
             if response.status_code == 200:
                 try:
                     return dict(response.json())
@@ -157,6 +162,7 @@ class Asker:
             why = _message(response)
             if response.status_code not in _BUSY:
                 break
+            pause_s = max(pause_s, _told_pause_s(response))
         raise AskError(f"{model}: {why}")
 
 
@@ -164,10 +170,14 @@ class Asker:
 async def ask_server(
     url: str, *, key: str | None = None, num_at_once: int = 16
 ) -> AsyncIterator[Asker]:
-    """Ask the server at `url`, with or without "/v1" at its end."""
+    """Ask the server at `url`, with or without "/v1" at its end; raises `AskError` for no URL."""
     base = url.rstrip("/").removesuffix("/v1") + "/v1"
     headers = {"authorization": f"Bearer {key}"} if key else {}
-    async with httpx.AsyncClient(base_url=base, headers=headers, timeout=_TIMEOUT_S) as client:
+    try:
+        client = httpx.AsyncClient(base_url=base, headers=headers, timeout=_TIMEOUT_S)
+    except httpx.InvalidURL as error:
+        raise AskError(f"{url!r} is no server's address: {error}") from None
+    async with client:
         yield Asker(client, url=base, num_at_once=num_at_once)
 
 
@@ -246,6 +256,12 @@ def _place(path: Path) -> str:
     return str(path.resolve())
 
 
+def _told_pause_s(response: httpx.Response) -> float:
+    """Return how long a busy server asks to be left alone; 0 where it doesn't say in seconds."""
+    told = response.headers.get("retry-after", "")
+    return min(float(told), _LONGEST_PAUSE_S) if told.isdecimal() else 0.0
+
+
 def _message(response: httpx.Response) -> str:
     try:
         return str(response.json()["error"]["message"])
@@ -277,8 +293,11 @@ def _read(model: str, content: Mapping[str, Any], latency_s: float) -> Reply:
 
 
 def _summary(logprobs: Mapping[str, Any] | None) -> AnswerLogprobs | None:
-    """Return what another server's `logprobs` tell; they lack the end-of-sequence token."""
+    """Return what another server's `logprobs` tell; they lack the end-of-sequence token.
+
+    None where one of them is no number: a mean over the others would flatter the answer.
+    """
     known = [token["logprob"] for token in (logprobs or {}).get("content") or ()]
-    if not known:
+    if not known or not all(map(math.isfinite, known)):
         return None
     return AnswerLogprobs(mean=sum(known) / len(known), min=min(known), num_tokens=len(known))

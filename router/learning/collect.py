@@ -17,10 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from policies.errors import OutcomesError
-from policies.grading.base import Panel, Question, Sheet
+from policies.grading.base import Graded, Panel, Question, Sheet
 from policies.kinds import explain
 from policies.outcomes import AnswerLogprobs, Outcome
 from router.learning.asking import Asker, AskError, Reply
@@ -29,7 +29,8 @@ from router.learning.asking import Asker, AskError, Reply
 class Line(BaseModel):
     """One line of a file of questions: a `query` or a conversation's `messages`, and what is known.
 
-    `reference` is one right answer or several. `choices` and `tests` are for graders, and are not
+    `reference` is one right answer or several; what is no text stands for its JSON, 42 for "42".
+    `choices` and `tests` are for graders, and are not
     shown to the models; a question that offers choices says them in its text.
     """
 
@@ -45,6 +46,11 @@ class Line(BaseModel):
     tests: str | None = None
     answer_schema: dict[str, Any] | None = Field(None, alias="schema")
     tools: tuple[dict[str, Any], ...] = ()
+
+    @field_validator("reference", mode="before")
+    @classmethod
+    def _as_text(cls, value: object) -> object:
+        return [_text(one) for one in value] if isinstance(value, list) else _text(value)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -82,6 +88,10 @@ class Line(BaseModel):
         )
 
 
+def _text(value: object) -> object:
+    return value if value is None or isinstance(value, str) else json.dumps(value)
+
+
 @dataclass(kw_only=True)
 class Problems:
     """What went wrong, by kind, with the first few examples of each."""
@@ -100,7 +110,7 @@ class Problems:
 def read_lines(path: Path, problems: Problems) -> list[Line]:
     """Return the questions of a JSON Lines file; bad lines are added to `problems`.
 
-    Raises `OutcomesError` for a file that cannot be read or holds no question.
+    Raises `OutcomesError` for a file that cannot be read or holds no question, and says why.
     """
     try:
         content = path.read_text(encoding="utf-8-sig")
@@ -113,11 +123,13 @@ def read_lines(path: Path, problems: Problems) -> list[Line]:
         try:
             line = Line.model_validate_json(text)
         except ValidationError as error:
-            problems.add("bad lines", f"{path}, line {number}: {explain(error)}")
+            told = explain(error, whole="the line")
+            problems.add("bad lines", f"{path}, line {number}: {told}")
             continue
         lines.append(line if line.id else line.model_copy(update={"id": str(number)}))
     if not lines:
-        raise OutcomesError(f"{path}: the file holds no question that can be asked")
+        bad = [f": {text}" for text in problems.examples[:1]]
+        raise OutcomesError(f"{path}: the file holds no question that can be asked{''.join(bad)}")
     return lines
 
 
@@ -257,15 +269,16 @@ class Collector:
         return reply
 
     async def _grade(self, line: Line, answers: Mapping[str, str]) -> Sheet:
-        key = _key("grades", self.panel.specs, asdict(line.question), answers)
-        known = self.journal.get(key)
-        if known is not None:
-            return Sheet(**known)
-        sheet = await self.panel.grade(line.question, answers)
+        asked = asdict(line.question)
+        keys = {name: _key("grades", name, asked, answers) for name in self.panel.names}
+        before = {name: self.journal.get(key) for name, key in keys.items()}
+        known = {name: Graded(**told) for name, told in before.items() if told is not None}
+        sheet = await self.panel.grade(line.question, answers, known)
         for spec, why in sheet.problems.items():
             self.problems.add(f"not graded by {spec}", f"question {line.id}: {spec}: {why}")
-        if not sheet.problems:
-            self.journal.put(key, asdict(sheet))
+        for name, graded in known.items():
+            if before[name] is None:
+                self.journal.put(keys[name], asdict(graded))
         return sheet
 
 

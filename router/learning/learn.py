@@ -11,6 +11,7 @@ Each gets a version, so that what serves goes on as it was.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,12 +48,16 @@ _CURVE_SHARES: Final = (0.125, 0.25, 0.5, 1.0)
 
 @dataclass(frozen=True, kw_only=True)
 class LearnSettings:
-    """`budget_share` bounds a policy's mean cost, as a share of always asking the dearest model."""
+    """`budget_share` bounds a policy's mean cost, as a share of always asking the dearest model.
+
+    `models` are those of the pool to choose between; empty: all that the outcomes score.
+    """
 
     budget_share: float = 0.4
     test_share: float = 0.3
     encoder: str = "ngrams"
     seed: int = 0
+    models: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,15 +116,25 @@ def learn(
     Raises `PolicyError` where there is too little to learn from, and says how much more it takes.
     """
     facts = pool.facts()
-    names = [name for name in facts if any(name in outcome.scores for outcome in outcomes)]
-    if len(names) < 2:
+    for name in settings.models:
+        if name not in facts:
+            raise PolicyError(f"--models: {name!r} is unknown; the pool has {', '.join(facts)}")
+    scored = Counter(name for outcome in outcomes for name in outcome.scores)
+    every = [name for name in facts if name in scored and name in (settings.models or facts)]
+    if len(every) < 2:
         raise PolicyError(
-            f"the outcomes score {len(names)} of the pool's models ({', '.join(facts)}); there is "
-            "nothing to choose between"
+            f"the outcomes score {', '.join(scored)}, and {len(every)} of them are among "
+            f"{', '.join(settings.models or facts)}; there is nothing to choose between"
         )
     divided = divide(outcomes, test_share=settings.test_share, seed=settings.seed)
-    complete = [row for row in divided if all(name in row.scores for name in names)]
-    train = [row for row in divided if row.split != TEST]
+    names = _comparable(divided, every)
+    notes = [
+        f"left out {name}: {scored[name]} questions have its score"
+        for name in every
+        if name not in names
+    ]
+    complete = _complete(divided, names)
+    train = [r for r in divided if r.split != TEST and any(name in r.scores for name in names)]
     tests = [row for row in complete if row.split == TEST]
     if len(train) < MIN_QUERIES or len(tests) < MIN_TESTS:
         wanted = max(MIN_QUERIES / (1 - settings.test_share), MIN_TESTS / settings.test_share)
@@ -132,13 +147,12 @@ def learn(
         )
     version = next_version(pool)
     folder = _folder(version)
-    (pool.folder / folder).mkdir(parents=True)
+    readings = {name: told for name, told in readings.items() if name in names}
     school = _School(
         pool=pool, facts=facts, names=names, train=train, settings=settings, readings=readings
     )
     router, auto = school.route(folder)
     specs: dict[str, dict[str, Any]] = {"auto": auto}
-    notes: list[str] = []
     if router.looks:
         specs["probing"] = {**auto, "kind": "probing", "scorer": f"probing-v{version}"}
     elif readings:
@@ -178,6 +192,25 @@ def learn(
         unfamiliar=float(np.mean([not router.predict(row.query).familiar for row in tests])),
         notes=notes,
     )
+
+
+def _complete(outcomes: Sequence[Outcome], names: Sequence[str]) -> list[Outcome]:
+    return [row for row in outcomes if all(name in row.scores for name in names)]
+
+
+def _comparable(divided: Sequence[Outcome], names: Sequence[str]) -> list[str]:
+    """Return those of `names` that enough test questions score all.
+
+    Models that few questions were put to are left out where they would leave too few that all
+    have answered; all names where that does not help.
+    """
+    tests = [row for row in divided if row.split == TEST]
+    kept = list(names)
+    while len(_complete(tests, kept)) < MIN_TESTS:
+        if len(kept) == 2:
+            return list(names)
+        kept.remove(min(kept, key=lambda name: sum(name in row.scores for row in tests)))
+    return kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,8 +257,10 @@ class _School:
         )
 
     def route(self, folder: Path) -> tuple[Router, dict[str, Any]]:
-        """Write the router and return it with its policy, whose price fits the budget."""
+        """Make `folder`, write the router there, and return it; with its policy, whose price fits
+        the budget."""
         router = self.fit(self.train, self.readings)
+        (self.pool.folder / folder).mkdir(parents=True)
         file = folder / "router.npz"
         save_router(router, self.pool.folder / file)
         spec: dict[str, Any] = {"kind": "learned", "path": str(file)}

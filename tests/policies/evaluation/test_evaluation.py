@@ -266,6 +266,44 @@ def test_a_protocol_trains_on_parts_and_judges_on_the_rest(
         assert [{one.tags for one in rows} for rows in trained] == [{("words",)}, {("sums",)}]
 
 
+def test_of_two_models_the_lower_mean_is_the_weak_one_under_a_protocol_too() -> None:
+    """APGR is measured from the weak one up, whichever is named first."""
+    outcomes = make_outcomes()
+
+    def fit(rows: Sequence[Outcome]) -> Router:
+        return fit_router(rows, encoder=NGrams(bits=10, num_dimensions=4))
+
+    first, second = (
+        evaluate_protocol(outcomes, fit=fit, protocol="split", models=models)
+        for models in (["weak", "strong"], ["strong", "weak"])
+    )
+    assert first.models == second.models
+    assert [row.apgr for row in first.results] == [row.apgr for row in second.results]
+
+
+def test_a_protocol_says_which_part_cannot_be_trained_on() -> None:
+    """A model that only one task scores cannot be learned without it."""
+    outcomes = [
+        replace(one, scores={"weak": one.scores["weak"]}) if one.tags == ("words",) else one
+        for one in make_outcomes(60)
+    ]
+
+    def fit(rows: Sequence[Outcome]) -> Router:
+        return fit_router(rows, encoder=NGrams(bits=10), models=["weak", "strong"])
+
+    with pytest.raises(PolicyError, match=r"--protocol tasks, without sums: .*'strong' has"):
+        evaluate_protocol(outcomes, fit=fit, protocol="tasks")
+
+
+def test_two_models_of_one_mean_have_no_gap_to_recover() -> None:
+    """No APGR, instead of one that is not a number."""
+    outcomes = make_outcomes()
+    even = [replace(one, scores={"weak": 0.5, "strong": 0.5}) for one in outcomes]
+    router = fit_router(outcomes, encoder=NGrams(bits=10, num_dimensions=4))
+    report, _ = evaluate_router(router, even, seen=True)
+    assert all(row.apgr is None for row in report.results) and "nan" not in table(report)
+
+
 def test_costs_that_are_known_make_an_aiq() -> None:
     """Where every outcome says what every model costs; else there is none."""
     outcomes = make_outcomes()
@@ -280,6 +318,8 @@ def test_costs_that_are_known_make_an_aiq() -> None:
     by_name = {row.method: row.aiq for row in report.results}
     assert by_name["per-query oracle"] == by_name["Learned"]
     assert by_name["Learned"] is not None
+    # A mean of scores over the costs that can be had, of two models as of many.
+    assert all(row.aiq is None or 0 <= row.aiq <= 1 for row in report.results)
     # One cost that nobody knows is the model's mean; a model without any leaves no AIQ.
     some = [replace(priced[0], costs={"weak": 1.0}), *priced[1:]]
     again, _ = evaluate_router(router, some)

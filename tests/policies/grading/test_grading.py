@@ -34,6 +34,10 @@ def graded(
         ("contains", ("5",), "It is 5.", 1),
         ("contains", ("5",), "15, or 2.5", 0),
         ("contains", ("C++",), "I like C++.", 1),
+        ("contains", ("東京",), "首都は東京です", 1),
+        ("contains", ("5",), "答えは5です", 1),
+        ("contains", ("5",), "答えは15です", 0),
+        ("contains", ("서울",), "서울입니다", 1),
         ("contains", ("!",), "wow!", 1),
         ("exact", ("!",), "!", 1),
         ("exact", ("!",), "", 0),
@@ -51,6 +55,12 @@ def graded(
         ("numeric", ("2015",), "from 2010-2015", 1),
         ("numeric", ("-3",), "x = -3", 1),
         ("numeric", ("0.5",), "50%", 0),
+        ("numeric", ("3/4",), "It is 1/4", 0),
+        ("numeric", ("3/4",), "It is 0.75", 1),
+        ("numeric", ("-0.75",), r"That makes -\frac{3}{4}.", 1),
+        ("numeric", ("2024",), "on 12/05/2024", 1),
+        ("numeric", ("1/2",), "0.5/1.0", 1),
+        ("numeric", ("1" * 30,), "9" * 400, 0),
         ("json", ('{"a": [1, 2]}',), '```json\n{"a": [1, 2]}\n```', 1),
         ("json", ('{"a": [1, 2]}',), '{"a": [2, 1]}', 0),
         ("json", ('{"a": 1}',), "a is 1", 0),
@@ -148,11 +158,13 @@ def test_code_runs_apart_and_only_where_it_is_allowed(monkeypatch: pytest.Monkey
         question,
         GradingContext(allow_code=True),
         right="So:\n```python\ndef double(x):\n    return 2 * x\n```\nDone.",
+        unclosed="```Python3\ndef double(x): return 2 * x",
         wrong="def double(x): return x",
         leaves="import os\nos._exit(0)",
         greedy="x = bytearray(2 << 30)\ndef double(x): return 2 * x",
     )
-    assert sheet.scores == {"right": 1, "wrong": 0, "leaves": 0, "greedy": 0}
+    passed = {"right": 1, "unclosed": 1}
+    assert sheet.scores == passed | {"wrong": 0, "leaves": 0, "greedy": 0}
 
 
 def test_a_command_is_asked_once_for_all_answers(tmp_path: Path) -> None:
@@ -261,12 +273,14 @@ def test_graders_are_weighed_and_a_missing_one_is_left_out() -> None:
         ("x*exact", "is not \\[WEIGHT"),
         ("exact:x", "takes no argument"),
         ("numeric:some", "not a number"),
+        ("numeric:-1", "not in"),
+        ("numeric:nan", "not in"),
         ("regex:(", "not a pattern"),
         ("judge", "needs a model"),
         ("judge:base", "no pool or server"),
         ("reward", "needs a sequence classifier"),
-        ("reward:/nowhere", "/nowhere"),
-        ("similarity:/nowhere", "/nowhere"),
+        ("reward:/nowhere", "grade: reward:/nowhere cannot be used: .*is not a Hugging Face"),
+        ("similarity:/nowhere", "grade: similarity:/nowhere cannot be used: /nowhere is not"),
         ("command:", "needs a program"),
         ("command:/nowhere/grade", "/nowhere/grade is no program"),
         ('command:"grade', "No closing quotation"),

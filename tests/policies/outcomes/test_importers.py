@@ -62,6 +62,54 @@ def test_a_log_of_openai_evals(tmp_path: Path) -> None:
     assert outcome.scores == {"ada": 1} and outcome.outputs == {"ada": "4"}
 
 
+def test_a_log_of_openai_evals_whose_judge_is_a_model(tmp_path: Path) -> None:
+    """The score is among the metrics; the first sampling is the answer, the second the judge's."""
+    parts = [{"type": "text", "text": "2+2"}]
+    file = write(
+        tmp_path / "log.jsonl",
+        {"spec": {"completion_fns": ["ada"], "eval_name": "sums"}},
+        *(
+            {"sample_id": "s", "type": "sampling", "data": {"prompt": prompt, "sampled": [said]}}
+            for prompt, said in (([{"role": "user", "content": parts}], "4"), ("Right?", "Y"))
+        ),
+        {"sample_id": "s", "type": "metrics", "data": {"choice": "Y", "score": 0.5}},
+        {"sample_id": "s", "type": "metrics", "data": {"accuracy": 1}},
+    )
+    [outcome] = load_outcomes(file)
+    assert (outcome.query, outcome.scores, outcome.outputs) == ("2+2", {"ada": 0.5}, {"ada": "4"})
+
+
+def test_an_answer_that_several_filters_read_counts_once(tmp_path: Path) -> None:
+    """The harness writes a line per filter; the first filter's score is the score."""
+    file = write(
+        tmp_path / "ada" / "samples_gsm8k.jsonl",
+        *(
+            {**sample(number, right, named=True), "filter": name}
+            for name, right in (("strict-match", 0.0), ("flexible-extract", 1.0))
+            for number in range(2)
+        ),
+    )
+    assert [outcome.scores for outcome in load_outcomes(file)] == [{"ada": 0}] * 2
+
+
+def test_routellm_as_csv(tmp_path: Path) -> None:
+    """A column per model, responses in others; an empty cell is missing, what leaked left out."""
+    file = tmp_path / "gsm8k_responses.csv"
+    file.write_text('prompt,a,b,a_response,b_response\nwhy,True,,"x, y",\nleaked,True,True,,\n')
+    write(tmp_path / "contaminated_prompts.jsonl", {"eval_prompt": "leaked"})
+    [outcome] = load_outcomes(file)
+    assert outcome.scores == {"a": 1} and outcome.outputs == {"a": "x, y"}
+    assert outcome.tags == ("gsm8k",)
+    assert load_outcomes(tmp_path) == [outcome]
+
+
+def test_cells_may_hold_whole_documents(tmp_path: Path) -> None:
+    """More than the csv module allows by itself."""
+    file = tmp_path / "LONG.CSV"
+    file.write_text(f"prompt,eval_name,ada,ada|total_cost\n{'x' * 200_000},math,1,1\n")
+    assert len(load_outcomes(file)[0].query) == 200_000
+
+
 def test_mixinstruct_scores_are_win_rates(tmp_path: Path) -> None:
     """Ties count half; without comparisons it is the BERTScore."""
     candidates = [
@@ -119,6 +167,11 @@ MATCH = {"sample_id": "s", "type": "match", "data": {"correct": True}}
             "a.jsonl",
             [{"candidates": [{"model": "a", "scores": {"score": 7}}]}],
             "line 1: scores.a: .*less than or equal to 1, got 7.0",
+        ),
+        (
+            "a.jsonl",
+            [{"candidates": [{"model": "a", "scores": {}}], "cmp_results": {"a,b": "a wins"}}],
+            "line 1: a,b: 'a wins' is none of A is better, B is better, Same good, Same bad",
         ),
         (
             "a.jsonl",

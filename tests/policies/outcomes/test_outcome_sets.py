@@ -37,6 +37,15 @@ def test_samples_of_a_query_stay_apart() -> None:
     ]
 
 
+def test_whatever_their_programs_call_them_the_same_query_comes_together() -> None:
+    """Ids are other programs' own: "alpaca/7" is no seventh draw."""
+    first, second = (
+        Outcome(query="a", id="alpaca/7", scores={"ada": 1}),
+        Outcome(query="a", id="1/0", scores={"bob": 0}),
+    )
+    assert [o.scores for o in merge([[first], [second]])] == [{"ada": 1, "bob": 0}]
+
+
 def test_repeats_are_left_out_and_divided_together() -> None:
     """Near duplicates count as one question, wherever they stand."""
     rows = [outcome(f"{LONG} number {n}", ada=1) for n in range(3)]

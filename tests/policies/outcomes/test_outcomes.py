@@ -53,6 +53,12 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         ('{"query": "q", "scores": {"ada": 1.5}}', r"line 2: scores.ada.*less than or equal to 1"),
         ('{"query": "q", "scores": {"ada": NaN}}', "line 2: scores.ada"),
         ('{"query": "q", "scores": {"ada": 1}, "score": 1}', "line 2: score: "),
+        (
+            '{"query": "q", "scores": {"a": 1}, "logprobs": '
+            '{"a": {"mean": NaN, "min": -1, "num_tokens": 1}}}',
+            "line 2: logprobs.a.mean: .*finite",
+        ),
+        ('{"query": "q", "scores": {"a": 1}, "grades": {"g": {"a": NaN}}}', "grades.g.a: .*finite"),
         ('{"query": "q", "scores": {"ada": 1}, "prompt_tokens": -1}', "line 2: prompt_tokens"),
         ('{"query": 7, "scores": {"ada": 1}}', "line 2: query"),
     ],
@@ -134,7 +140,7 @@ def test_folders_of_published_data_are_outcomes_too(tmp_path: Path) -> None:
     )
     [outcome] = load_outcomes(tmp_path)
     assert outcome == Outcome(query="why", scores={"a": 1, "b": 0}, tags=("law",))
-    with pytest.raises(OutcomesError, match="split 'test' is unknown; the file has None"):
+    with pytest.raises(OutcomesError, match="split 'test' is unknown; the file has none; shoal"):
         load_outcomes(tmp_path, split="test")
     write_outcomes(tmp_path / "one.jsonl", [outcome])
     assert load_outcomes(tmp_path / "one.jsonl") == [outcome]

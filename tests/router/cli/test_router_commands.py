@@ -170,6 +170,22 @@ def test_one_command_retrains_on_feedback(folder: Path, tmp_path: Path) -> None:
         ),
         ("evaluate router {f}/router.npz {f}/outcomes.jsonl --split dev", "split 'dev' is unknown"),
         ("evaluate router {f}/router.npz {f}/outcomes.jsonl --plot {f}", "Is a directory"),
+        (
+            "evaluate router {f}/router.npz {f}/outcomes.jsonl --protocol folds --seen",
+            "--seen: --protocol folds trains anew",
+        ),
+        (
+            "evaluate router {f}/router.npz {f}/outcomes.jsonl --trained-split test",
+            "there is no --trained-on",
+        ),
+        (
+            "train cascade {f}/outcomes.jsonl --budget 1 --out {f}/no/x.npz",
+            "--out: there is no fol",
+        ),
+        (
+            "train cascade {f}/outcomes.jsonl --budget 1 --out {f}/x.npz --plot {f}/x.foo",
+            "x.foo does not end in .png",
+        ),
         ("route hello --pool {f} --policy best", "allowed|the pool has auto, nearest, always"),
         ("route hello --pool {f}/nowhere", "there is no pool file"),
         ("route hello --pool {f}/broken", "router.npz is not a router file"),
@@ -188,6 +204,17 @@ def test_mistakes_are_one_line_and_status_2(folder: Path, arguments: str, messag
     assert result.stderr.startswith(f"shoal {arguments.partition(' {')[0].split(' hello')[0]}: ")
     assert len(result.stderr.splitlines()) == 1
     assert not (folder / "x.npz").exists()
+
+
+def test_a_protocol_draws_its_diagram_too(folder: Path, tmp_path: Path) -> None:
+    """Of what the routers trained anew predicted."""
+    plot = tmp_path / "reliability.png"
+    result = _shoal(
+        *("evaluate", "router", folder / "router.npz", folder / "outcomes.jsonl"),
+        *("--protocol", "split", "--plot", plot, "--models", "adder, speller"),
+    )
+    assert result.exit_code == 0, result.output
+    assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_cascade_is_learned_where_every_model_lacks_some_answer(
@@ -215,6 +242,11 @@ def test_a_cascade_is_learned_where_every_model_lacks_some_answer(
     assert result.exit_code == 0, result.output
     assert re.search(r"Left out: \d+ of 120 that lack an answer", result.stderr)
     assert "rare" not in result.stdout
+    endless = _shoal(
+        *("train", "cascade", tmp_path / "outcomes.jsonl", "--pool", folder, "--budget", "inf"),
+        *("--split", "train", "--out", tmp_path / "other.npz"),
+    )
+    assert "--budget 'inf' is neither a percentage" in endless.stderr
     strangers = _shoal(
         *("train", "cascade", tmp_path / "outcomes.jsonl", "--budget", "60%"),
         *("--split", "train", "--out", tmp_path / "other.npz"),

@@ -1,6 +1,7 @@
 """`shoal outcomes collect`: answers of a pool or a server, graded, resumable."""
 
 import json
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -79,6 +80,21 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert read_outcomes(out) == first
 
 
+def test_what_a_grader_said_is_kept_whatever_others_could_not_say(tmp_path: Path) -> None:
+    """Nor does another weight, or one grader more, ask it again."""
+    program = tmp_path / "grade.sh"
+    program.write_text(f"#!/bin/sh\necho asked >> {tmp_path}/log\necho '{{\"gamma\": 0.5}}'\n")
+    program.chmod(0o755)
+    queries, out = questions_at(tmp_path, {"query": "no reference"}), tmp_path / "o.jsonl"
+    words = ("--pool", str(pool_at(tmp_path)), "--models", "gamma", "--grade")
+    for graders in (("exact", f"command:{program}"), (f"2*command:{program}", "contains")):
+        result = collect(queries, out, *words, graders[0], "--grade", graders[1])
+        assert result.exit_code == 0, result.output
+    assert "not graded by contains: 1" in result.stderr
+    assert read_outcomes(out)[0].scores == {"gamma": 0.5}
+    assert (tmp_path / "log").read_text() == "asked\n"
+
+
 def test_what_is_wrong_with_a_line_or_a_model_is_named_and_counted(tmp_path: Path) -> None:
     """Bad lines, answers that failed and questions nobody can grade do not end the run."""
     queries = questions_at(
@@ -99,6 +115,40 @@ def test_what_is_wrong_with_a_line_or_a_model_is_named_and_counted(tmp_path: Pat
     assert "line 1: " in result.stderr and "colour: unknown key" in result.stderr
     assert "no answer of gamma: 2" in result.stderr
     assert "not graded at all: 1" in result.stderr
+
+
+def test_a_file_of_bad_lines_alone_says_what_is_wrong_with_them(tmp_path: Path) -> None:
+    """A refusal names the first."""
+    queries = questions_at(tmp_path, {"question": "2 + 2?"})
+    result = collect(queries, tmp_path / "o.jsonl", "--pool", str(pool_at(tmp_path)))
+    assert result.exit_code == 2
+    assert "no question that can be asked: " in result.stderr
+    assert "line 1: question: unknown key" in result.stderr
+
+
+def test_a_reference_that_is_no_text_stands_for_its_json(tmp_path: Path) -> None:
+    """Numbers and objects are right answers, too."""
+    queries = questions_at(
+        tmp_path, {"query": "2 + 2?", "reference": 4}, {"query": "?", "reference": [{"a": 1}, 4.0]}
+    )
+    out = tmp_path / "o.jsonl"
+    words = ("--pool", str(pool_at(tmp_path)), "--models", "alpha , alpha", "--grade", "json")
+    assert collect(queries, out, *words).exit_code == 0
+    assert [one.answer for one in read_outcomes(out)] == ["4", '{"a": 1}']
+    assert [one.scores for one in read_outcomes(out)] == [{"alpha": 1}] * 2
+
+
+def test_a_question_that_is_too_long_costs_the_others_nothing(tmp_path: Path) -> None:
+    """A refusal of the prompt is none of what else is asked for: log-probabilities are kept."""
+    queries = questions_at(
+        tmp_path,
+        {"query": "long " * 20_000, "reference": "4"},
+        *({"query": f"q{n}", "reference": "4"} for n in range(2)),
+    )
+    out = tmp_path / "o.jsonl"
+    result = collect(queries, out, "--pool", str(pool_at(tmp_path)), "--at-once", "1")
+    assert result.exit_code == 0, result.output
+    assert [set(one.logprobs) for one in read_outcomes(out)] == [{"alpha", "beta", "gamma"}] * 2
 
 
 def test_samples_are_outcomes_of_their_own(tmp_path: Path) -> None:
@@ -150,16 +200,51 @@ class Odd(BaseHTTPRequestHandler):
         message = {"role": "assistant", "content": f"{asked} \ud83d"}
         self.say({"choices": [{"message": message}], "shoal": {"cost": cost}})
 
-    def say(self, content: object) -> None:
+    def say(self, content: object, status: int = 200, **headers: str) -> None:
         """Send JSON."""
         data = json.dumps(content).encode()
-        self.send_response(200)
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
         self.send_header("content-length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
 
     def log_message(self, *_: object) -> None:
         """Be silent."""
+
+
+class Strict(Odd):
+    """A server that takes no fields but OpenAI's, is busy once, and knows no finite probability."""
+
+    busy = True
+
+    def do_POST(self) -> None:
+        """Refuse what it does not know; say when to come back."""
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if "shoal" in body:
+            self.say({"error": {"message": "extra fields"}}, status=422)
+        elif Strict.busy:
+            Strict.busy = False
+            self.say({}, status=429, retry_after="1")
+        else:
+            seen = {"content": [{"logprob": float("-inf")}]}
+            self.say({"choices": [{"message": {"content": "4"}, "logprobs": seen}]})
+
+
+def test_a_server_is_asked_as_it_wants_to_be(tmp_path: Path) -> None:
+    """Without what it refuses, by whatever status, and not before the time that it names."""
+    queries = questions_at(tmp_path, {"query": "2 + 2?", "reference": "4"})
+    out = tmp_path / "o.jsonl"
+    start_s = time.monotonic()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Strict) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        result = collect(queries, out, "--server", f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert result.exit_code == 0, result.output
+    [outcome] = read_outcomes(out)
+    assert outcome.scores == {"odd": 1} and not outcome.logprobs
+    assert time.monotonic() - start_s >= 1
 
 
 def test_a_servers_odd_answers_do_not_end_the_run(tmp_path: Path) -> None:
@@ -188,6 +273,8 @@ def test_a_servers_odd_answers_do_not_end_the_run(tmp_path: Path) -> None:
         (("--pool", "POOL", "--grade", "judge:delta"), "'delta' is unknown; there are "),
         (("--pool", "POOL", "--grade", "loss"), "alpha has no folder of weights"),
         (("--server", "http://127.0.0.1:9"), "lists no models"),
+        (("--server", "http://[::1"), "is no server's address"),
+        (("--pool", "POOL", "--out", "."), "--out: . is a folder"),
     ],
 )
 def test_what_cannot_start_is_refused_in_a_sentence(

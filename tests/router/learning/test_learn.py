@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from typer.testing import CliRunner, Result
 from models.pool import load_pool
 from policies.base import Query
 from policies.outcome_sets import divide
-from policies.outcomes import read_outcomes
+from policies.outcomes import Outcome, read_outcomes, write_outcomes
 from policies.plan import Answer
+from policies.routing.router import load_router
 from router.catalog.catalog import load_catalog
 from router.cli.main import app
 from router.learning.learn import Lesson
@@ -117,9 +119,41 @@ def test_what_was_collected_is_used_again_under_a_new_version(tmp_path: Path) ->
     assert len(read_outcomes(kept)) == 60
     result = shoal(*words, "--outcomes", kept)
     assert result.exit_code == 0, result.output
+    # Whatever is collected next, each lesson keeps its own.
+    assert shoal(*words, "--queries", questions_at(tmp_path, 2)).exit_code == 2
+    assert len(read_outcomes(kept)) == 2
+    assert [len(read_outcomes(kept.parent / v / kept.name)) for v in ("v1", "v2")] == [60, 60]
     policies = yaml.safe_load(pool.read_text())["policies"]
     assert {"auto-v1", "auto-v2"} <= set(policies)
     assert policies["auto-v2"]["path"] == "learned/v2/router.npz"
+
+
+def test_models_that_few_questions_were_put_to_do_not_hinder_the_others(tmp_path: Path) -> None:
+    """They are left out with a note, as are those that --models does not name."""
+    pool = pool_at(tmp_path)
+    file = tmp_path / "outcomes.jsonl"
+    lines = [json.loads(line) for line in questions_at(tmp_path, 60).read_text().splitlines()]
+    rows = [
+        Outcome(
+            query=line["query"],
+            scores={"sums": line["reference"] == "sum", "words": line["reference"] == "word"}
+            | ({"large": 1.0} if n < 3 else {}),
+        )
+        for n, line in enumerate(lines)
+    ]
+    write_outcomes(file, rows)
+    words = ("learn", "--pool", pool, "--budget", "100%", "--outcomes", file)
+    result = shoal(*words)
+    assert result.exit_code == 0, result.output
+    assert "Note: left out large: 3 questions have its score" in result.stdout
+    assert load_router(tmp_path / "learned/v1/router.npz").models == ("sums", "words")
+    write_outcomes(file, [replace(row, scores={**row.scores, "large": 1.0}) for row in rows])
+    assert shoal(*words, "--models", "sums, large").exit_code == 0
+    assert load_router(tmp_path / "learned/v2/router.npz").models == ("sums", "large")
+    none = shoal(*words, "--models", "sums,huge")
+    assert "--models: 'huge' is unknown; the pool has sums, words, large" in none.stderr
+    write_outcomes(file, [replace(row, scores={"others": 1.0}) for row in rows])
+    assert "the outcomes score others, and 0 of them are among sums" in shoal(*words).stderr
 
 
 @pytest.mark.parametrize("empty", ["policies: {}  # none yet", "policies:\n  {}"])
@@ -253,6 +287,8 @@ def test_from_a_ledger_nothing_worse_than_what_serves_is_installed(tmp_path: Pat
             for n in range(70)
         )
     )
+    bare = shoal("learn", "--pool", pool, "--from-ledger", ledger)
+    assert "no answer that a user scored" in bare.stderr and "--grade judge" in bare.stderr
     words = ("learn", "--pool", pool, "--queries", queries, "--from-ledger", ledger)
     result = shoal(*words, "--budget", "30%")
     assert result.exit_code == 0, result.output
