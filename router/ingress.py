@@ -354,7 +354,7 @@ def _add_batches(
     database = service.ledger.database
     files, batches = FileStore(database, args.batches), BatchStore(database)
     offline = {one.path: one for one in endpoints if one.path in OFFLINE}
-    add_file_routes(api, files, identify=identify)
+    add_file_routes(api, files, identify=identify, bodies=service.bodies)
     add_batch_routes(
         api, batches, files, endpoints=offline, identify=identify, bodies=service.bodies
     )

@@ -3,10 +3,12 @@
 import json
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import sqlalchemy as sa
@@ -271,6 +273,26 @@ def test_files_are_bounded(serve: Callable[..., Running]) -> None:
         client.files.create(file=("a", b"x" * 60_000), purpose="batch")
     with pytest.raises(openai.APIStatusError, match="max_gb"):
         client.files.create(file=("a", b"x"), purpose="batch")
+
+
+def test_files_that_come_at_once_share_the_room(serve: Callable[..., Running]) -> None:
+    """What is on its way counts: uploads side by side take no more than one after the other."""
+    server = serve(app={"batches": {"max_gb": 2e-3}})
+
+    def upload(_: int) -> int:
+        with httpx.Client(base_url=server.url, timeout=120) as http:
+            file = ("a", b"x" * 1_500_000)
+            told = http.post("/v1/files", files={"file": file}, data={"purpose": "batch"})
+            return told.status_code
+
+    with ThreadPoolExecutor(8) as clients:
+        statuses = list(clients.map(upload, range(8)))
+    assert set(statuses) <= {200, 413} and 413 in statuses, statuses
+    kept = server.client.files.list()
+    assert sum(file.bytes for file in kept) <= 2e6 + 8 * 2**18
+    for file in kept:
+        server.client.files.delete(file.id)
+    assert upload(0) == 200, "what was refused takes no room"
 
 
 def test_a_batch_waits_for_the_cheaper_hour(serve: Callable[..., Running], tmp_path: Path) -> None:
