@@ -27,6 +27,7 @@ from router.catalog.catalog import Catalog
 from router.dashboard.figures import WINDOWS, Figures
 from router.errors import ApiError, bad_request
 from router.ledger.database import Database
+from router.streams import until_disconnected
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -171,9 +172,14 @@ def add_dashboard(
             )
         except ValidationError as error:
             return _refusal(bad_request(explain(error), "amount"))
-        # One at a time: each keeps a core busy for seconds.
-        async with simulating:
-            found = await database.reports.run(simulate, settings)
+
+        async def simulated() -> Simulation:
+            # One at a time: each keeps a core busy for seconds.
+            async with simulating:
+                return await database.reports.run(simulate, settings)
+
+        # A page may have a browser ask very often, and go on asking.
+        found = await until_disconnected(request.receive, simulated())
         resource = settings.targets[0].resource
         return JSONResponse(
             {
