@@ -10,7 +10,7 @@ import json
 import secrets
 import time
 from collections.abc import Collection, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import sqlalchemy as sa
 from fastapi import FastAPI, Request
@@ -22,7 +22,7 @@ from router.bodies import Bodies, has_more_values
 from router.errors import ApiError, bad_request
 from router.ledger.database import Database, writing
 from router.ledger.schema import BATCHES
-from router.openai_api.fields import few, read_fields, read_json
+from router.openai_api.fields import Metadata, read_fields, read_json
 from router.openai_api.files import PURPOSE, FileStore, page, unknown_file
 from router.openapi import described
 
@@ -48,7 +48,7 @@ class BatchFields(BaseModel):
     input_file_id: str = Field(min_length=1, max_length=256)
     endpoint: str = Field(max_length=256)
     completion_window: Literal["24h"]
-    metadata: Annotated[dict[str, str] | None, few(16)] = Field(None, max_length=16)
+    metadata: Metadata | None = None
 
 
 class BatchStore:
@@ -87,6 +87,14 @@ class BatchStore:
                     code="too_many_batches",
                 )
             connection.execute(sa.insert(BATCHES).values(**row))
+            # Nobody is told of more; one whose file is no batch costs its key nothing.
+            surplus = (
+                sa.select(BATCHES.c.batch_id)
+                .where(BATCHES.c.key_id.is_not_distinct_from(key_id), BATCHES.c.status.not_in(OPEN))
+                .order_by(BATCHES.c.created_s.desc())
+                .offset(_MOST_LISTED)
+            )
+            connection.execute(sa.delete(BATCHES).where(BATCHES.c.batch_id.in_(surplus)))
         found = self.find(row["batch_id"], key_id)
         assert found is not None
         return found
@@ -119,6 +127,12 @@ class BatchStore:
         total = sa.select(sa.func.sum(sa.case((unchecked, usual), else_=left)))
         with self.database.connect() as connection:
             return int(connection.execute(total.where(columns.status.in_(OPEN))).scalar() or 0)
+
+    def prune(self, before_s: float) -> int:
+        """Delete the batches that began before then and are over; return how many."""
+        old = BATCHES.c.status.not_in(OPEN) & (BATCHES.c.created_s < before_s)
+        with writing(self.database) as connection:
+            return connection.execute(sa.delete(BATCHES).where(old)).rowcount
 
     def claim(self, holder: str) -> dict[str, Any] | None:
         """Return the oldest batch that nobody works on, now `holder`'s; None if there is none."""

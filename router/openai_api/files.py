@@ -34,6 +34,7 @@ _PART_BYTES = 2**18
 _DAY_S = 86_400.0
 _LEAST_KEPT_S = 3600  # OpenAI's
 _MOST_LISTED = 10_000
+_ROW_BYTES = 2**10  # what even an empty file takes
 _FORM_BYTES = 2**16  # what a form takes beside its file
 _CHARSETS = ("utf-8", "us-ascii", "iso-8859-1")
 PURPOSE, RESULTS = "batch", "batch_output"
@@ -165,8 +166,8 @@ class FileStore:
             connection.execute(larger.values(num_bytes=FILES.c.num_bytes + len(data)))
 
     def _check_room(self, connection: sa.Connection) -> None:
-        taken = connection.execute(sa.select(sa.func.sum(FILES.c.num_bytes))).scalar() or 0
-        if int(taken) > self.config.max_gb * 1e9:
+        sizes = sa.select(sa.func.sum(FILES.c.num_bytes + _ROW_BYTES))
+        if int(connection.execute(sizes).scalar() or 0) > self.config.max_gb * 1e9:
             raise ApiError(
                 413,
                 f"All files together may take {self.config.max_gb:g} GB (batches.max_gb) and "
