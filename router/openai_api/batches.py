@@ -29,7 +29,8 @@ from router.openapi import described
 LEASE_S = 30.0
 _DAY_S = 86_400.0
 _LOCK = 5_350_004
-_MOST_LISTED = 10_000
+_MOST_KEPT = 10_000  # of one key
+_MOST_LISTED = 100  # OpenAI's
 _MOST_OPEN = 100  # of one key
 _MOST_ID_CHARACTERS = 512
 # What a line may have around its body.
@@ -92,7 +93,7 @@ class BatchStore:
                 sa.select(BATCHES.c.batch_id)
                 .where(BATCHES.c.key_id.is_not_distinct_from(key_id), BATCHES.c.status.not_in(OPEN))
                 .order_by(BATCHES.c.created_s.desc())
-                .offset(_MOST_LISTED)
+                .offset(_MOST_KEPT)
             )
             connection.execute(sa.delete(BATCHES).where(BATCHES.c.batch_id.in_(surplus)))
         found = self.find(row["batch_id"], key_id)
@@ -108,16 +109,23 @@ class BatchStore:
             row = connection.execute(wanted).mappings().first()
         return None if row is None else dict(row)
 
-    def of_key(self, key_id: str | None) -> list[dict[str, Any]]:
-        """Return the batches of `key_id`, newest first."""
+    def of_key(self, key_id: str | None) -> list[str]:
+        """Return the ids of the batches of `key_id`, newest first."""
         wanted = (
-            sa.select(BATCHES)
+            sa.select(BATCHES.c.batch_id)
             .where(BATCHES.c.key_id.is_not_distinct_from(key_id))
             .order_by(BATCHES.c.created_s.desc())
-            .limit(_MOST_LISTED)
+            .limit(_MOST_KEPT)
         )
         with self.database.connect() as connection:
-            return [dict(row) for row in connection.execute(wanted).mappings()]
+            return list(connection.execute(wanted).scalars())
+
+    def rows(self, batch_ids: Sequence[str]) -> list[dict[str, Any]]:
+        """Return the batches that are so called and there, in this order."""
+        wanted = sa.select(BATCHES).where(BATCHES.c.batch_id.in_(batch_ids))
+        with self.database.connect() as connection:
+            rows = {row["batch_id"]: dict(row) for row in connection.execute(wanted).mappings()}
+        return [rows[batch_id] for batch_id in batch_ids if batch_id in rows]
 
     def num_left(self, usual: int) -> int:
         """Return how many lines of all open batches have no result; one unchecked has `usual`."""
@@ -233,8 +241,13 @@ def add_batch_routes(
         return row
 
     async def every(request: Request) -> JSONResponse:
-        rows = await calls.run(store.of_key, await identify(request))
-        return JSONResponse(page([to_json(row) for row in rows], request.query_params, usual=20))
+        ids = await calls.run(store.of_key, await identify(request))
+        # Whole batches are read for the page alone: a key's may take a hundred megabytes.
+        listed = page(
+            [{"id": one} for one in ids], request.query_params, usual=20, most=_MOST_LISTED
+        )
+        rows = await calls.run(store.rows, [one["id"] for one in listed["data"]])
+        return JSONResponse({**listed, "data": [to_json(row) for row in rows]})
 
     async def one(request: Request, batch_id: str) -> JSONResponse:
         return JSONResponse(to_json(await found(request, batch_id)))

@@ -362,13 +362,17 @@ def unknown_file(file_id: str, param: str = "id") -> ApiError:
 
 
 def page(
-    listed: list[dict[str, Any]], query: Mapping[str, str], *, usual: int = 100
+    listed: list[dict[str, Any]],
+    query: Mapping[str, str],
+    *,
+    usual: int = 100,
+    most: int = _MOST_LISTED,
 ) -> dict[str, Any]:
     """Return one page of what is `listed` newest first; raises `ApiError`, 400."""
     limit, order = query.get("limit", str(usual)), query.get("order", "desc")
     # Of thousands of digits Python makes no number.
-    if not limit.isdecimal() or len(limit) > 9 or not 1 <= int(limit) <= _MOST_LISTED:
-        raise bad_request(f"limit: {limit[:20]!r} is not in [1, {_MOST_LISTED}]", "limit")
+    if not limit.isdecimal() or len(limit) > 9 or not 1 <= int(limit) <= most:
+        raise bad_request(f"limit: {limit[:20]!r} is not in [1, {most}]", "limit")
     if order not in ("asc", "desc"):
         raise bad_request(f"order: {order[:20]!r} is unknown; allowed are asc, desc", "order")
     left = listed if order == "desc" else listed[::-1]

@@ -307,7 +307,7 @@ def test_small_files_take_room_too(serve: Callable[..., Running]) -> None:
 
 def test_batches_are_forgotten(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that are over go in time, and the oldest of a key that has very many."""
-    monkeypatch.setattr("router.openai_api.batches._MOST_LISTED", 3)
+    monkeypatch.setattr("router.openai_api.batches._MOST_KEPT", 3)
     store = BatchStore(database)
     fields = BatchFields(input_file_id="file-x", endpoint=CHAT, completion_window="24h")
 
@@ -323,6 +323,18 @@ def test_batches_are_forgotten(database: Database, monkeypatch: pytest.MonkeyPat
     assert store.prune(time.time() - 60) == 0
     assert store.prune(time.time() + 1) == 3
     assert store.find(theirs, "theirs") and store.find(last, "mine"), "they are under way"
+
+
+def test_batches_are_listed_by_pages(serve: Callable[..., Running]) -> None:
+    """Newest first, each once, at most a hundred at a time: whole batches are read for no more."""
+    server = serve()
+    begun = [begin(server.client, [line(f"{i}")]).id for i in range(7)]
+    listed = [batch.id for batch in server.client.batches.list(limit=3)]
+    assert listed == begun[::-1]
+    last = server.client.batches.list(limit=3, after=begun[1])
+    assert ([batch.id for batch in last.data], last.has_more) == ([begun[0]], False)
+    with pytest.raises(openai.BadRequestError, match="limit"):
+        server.client.batches.list(limit=101)
 
 
 def test_a_batchs_metadata_are_bounded(server: Running) -> None:
