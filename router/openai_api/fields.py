@@ -111,7 +111,9 @@ def few(most: int) -> BeforeValidator:
 
 # A client's own records of what is kept, within OpenAI's bounds.
 Metadata = Annotated[
-    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], few(16)
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+    Field(max_length=16),
+    few(16),
 ]
 
 
