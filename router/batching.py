@@ -131,6 +131,8 @@ class Batching:
                 if time.monotonic() - pruned_s > _PRUNE_S:
                     pruned_s = time.monotonic()
                     await self._calls.run(self._files.prune)
+                    kept_s = self._config.keep_days * 86_400
+                    await self._calls.run(self._batches.prune, time.time() - kept_s)
                 row = await self._calls.run(self._batches.claim, self._holder)
             except SQLAlchemyError as error:
                 logger.warning("batches wait for the database: %s", error)

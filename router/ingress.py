@@ -17,6 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette import types
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
 from models.engines.base import EngineStats
@@ -48,7 +49,9 @@ from router.openai_api.responses import ResponsesEndpoint
 from router.openai_api.shapes import ModelEntry, ModelList
 from router.openai_api.stored import add_response_routes
 from router.openapi import describe, described
+from router.record import CLIENT_CLOSED_REQUEST
 from router.service import Service
+from router.streams import ClientDisconnected
 from router.token_routes import add_token_routes
 from router.whatif import last_week
 
@@ -136,6 +139,12 @@ def create_api(service: Service, args: AppArgs) -> FastAPI:
         Exception,  # what is none of these closes its connection, too
     ):
         api.add_exception_handler(kind, tell)
+
+    async def nobody(_: Request, __: Exception) -> Response:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+    for left in (ClientDisconnected, ClientDisconnect):
+        api.add_exception_handler(left, nobody)
 
     add_count_route(
         api,
@@ -354,7 +363,7 @@ def _add_batches(
     database = service.ledger.database
     files, batches = FileStore(database, args.batches), BatchStore(database)
     offline = {one.path: one for one in endpoints if one.path in OFFLINE}
-    add_file_routes(api, files, identify=identify)
+    add_file_routes(api, files, identify=identify, bodies=service.bodies)
     add_batch_routes(
         api, batches, files, endpoints=offline, identify=identify, bodies=service.bodies
     )

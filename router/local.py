@@ -35,24 +35,18 @@ _UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 
 if TYPE_CHECKING:
     _Base = asyncio.Protocol
+    _Auto = asyncio.Protocol
 else:
-    _Base = AutoHTTPProtocol
+    _Base = object
+    _Auto = AutoHTTPProtocol
 
 
-class PatientProtocol(H11Protocol):
-    """uvicorn's other protocol, for what `ImpatientProtocol` hands over."""
-
-    def _unsupported_upgrade_warning(self) -> None:
-        """Say nothing: nobody has to do anything about an offer that is declined."""
-
-
-class ImpatientProtocol(_Base):
+class Impatient(_Base):
     """Closes a connection whose request head is too long, or takes longer than `head_timeout_s`."""
 
     head_timeout_s: float = HEADER_TIMEOUT_S
     _num_bytes = 0
     _timer: asyncio.TimerHandle | None = None
-    _begun = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin to wait for the first request."""
@@ -61,12 +55,6 @@ class ImpatientProtocol(_Base):
 
     def data_received(self, data: bytes) -> None:
         """Wait on while no request has begun that is not answered yet."""
-        if not self._begun:
-            self._begun = True
-            head, end, _ = data.partition(b"\r\n\r\n")
-            if _OLD_REQUEST.match(data) or (end and _UPGRADE.search(head)):
-                self._hand_over(data)
-                return
         super().data_received(data)
         cycle = getattr(self, "cycle", None)
         in_head = cycle is None or (cycle.response_complete and not cycle.more_body)
@@ -83,21 +71,6 @@ class ImpatientProtocol(_Base):
         self._stop_waiting()
         super().connection_lost(exc)
 
-    def _hand_over(self, data: bytes) -> None:
-        """Have the connection of a peculiar client served by uvicorn's other protocol.
-
-        This one would send chunks to one of HTTP/1.0, which does not know them (RFC 9112, 6.1), and
-        loses the body of a request that offers to go on in another protocol, as Java's HttpClient
-        does (h2c).
-        """
-        self._stop_waiting()
-        base: Any = self
-        base.connections.discard(self)
-        old = PatientProtocol(base.config, base.server_state, base.app_state)
-        old.connection_made(base.transport)
-        base.transport.set_protocol(old)
-        old.data_received(data)
-
     def _wait(self) -> None:
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(self.head_timeout_s, self._close)
@@ -113,6 +86,44 @@ class ImpatientProtocol(_Base):
         if transport is not None:
             transport.write(told)
             transport.close()
+
+
+class OtherProtocol(Impatient, H11Protocol):
+    """uvicorn's other protocol, for what `ImpatientProtocol` hands over."""
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Say nothing: nobody has to do anything about an offer that is declined."""
+
+
+class ImpatientProtocol(Impatient, _Auto):
+    """uvicorn's protocol for all but peculiar clients."""
+
+    _begun = False
+
+    def data_received(self, data: bytes) -> None:
+        """Read on, or leave the connection to the other protocol from its first bytes on."""
+        if not self._begun:
+            self._begun = True
+            head, end, _ = data.partition(b"\r\n\r\n")
+            if _OLD_REQUEST.match(data) or (end and _UPGRADE.search(head)):
+                self._hand_over(data)
+                return
+        super().data_received(data)
+
+    def _hand_over(self, data: bytes) -> None:
+        """Have the connection of a peculiar client served by uvicorn's other protocol.
+
+        This one would send chunks to one of HTTP/1.0, which does not know them (RFC 9112, 6.1), and
+        loses the body of a request that offers to go on in another protocol, as Java's HttpClient
+        does (h2c).
+        """
+        self._stop_waiting()
+        base: Any = self
+        base.connections.discard(self)
+        old = OtherProtocol(base.config, base.server_state, base.app_state)
+        old.connection_made(base.transport)
+        base.transport.set_protocol(old)
+        old.data_received(data)
 
 
 @asynccontextmanager

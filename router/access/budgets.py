@@ -35,6 +35,7 @@ from router.access.limits import (
     to_text,
 )
 from router.access.store import Admission, BudgetStore, Reserve, Settle
+from router.ledger.calls import reason
 from router.ledger.database import Database
 from router.workers import Worker
 
@@ -214,9 +215,11 @@ class Budgets:
                     self._logger.warning("budgets: the database answers again")
             except SQLAlchemyError as error:
                 if not self._away:
-                    self._logger.error("budgets: the database does not answer: %s", error)
+                    self._logger.error("budgets: the database does not answer: %s", reason(error))
                 self._away = True
                 self._settles = [replace(settle, again=True) for settle in self._settles]
+                # A commit that nobody saw end may hold for them, and be renewed for ever.
+                undone = [w.reserve.request_id for w in self._waiting]
                 self._refuse_waiting()
                 if self._closed.is_set():
                     self._logger.error(
@@ -224,6 +227,7 @@ class Budgets:
                         len(self._settles),
                     )
                     return
+                self._settles += [Settle(request_id=name, used=NOTHING) for name in undone]
                 time.sleep(_AWAY_S)
             if self._closed.is_set() and not self._settles and self._items.empty():
                 self._refuse_waiting()

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, TypeAlias
-from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -28,6 +27,7 @@ from router.catalog.catalog import Catalog
 from router.dashboard.figures import WINDOWS, Figures
 from router.errors import ApiError, bad_request
 from router.ledger.database import Database
+from router.streams import until_disconnected
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -172,9 +172,14 @@ def add_dashboard(
             )
         except ValidationError as error:
             return _refusal(bad_request(explain(error), "amount"))
-        # One at a time: each keeps a core busy for seconds.
-        async with simulating:
-            found = await database.reports.run(simulate, settings)
+
+        async def simulated() -> Simulation:
+            # One at a time: each keeps a core busy for seconds.
+            async with simulating:
+                return await database.reports.run(simulate, settings)
+
+        # A page may have a browser ask very often, and go on asking.
+        found = await until_disconnected(request.receive, simulated())
         resource = settings.targets[0].resource
         return JSONResponse(
             {
@@ -217,7 +222,7 @@ def may_see(access: Access, request: Request) -> bool:
     if access == "key" or request.url.hostname not in LOOPBACK:
         return False
     page = request.headers.get("origin")
-    if page is not None and urlsplit(page).netloc != request.url.netloc:
+    if page is not None and page.partition("://")[2] != request.url.netloc:
         return False
     forwarded = ",".join(request.headers.get(name, "") for name in _FORWARDED)
     return all(part.strip().strip('"') in {"", *LOOPBACK} for part in forwarded.split(","))

@@ -45,11 +45,21 @@ class DatabaseUnavailable(SQLAlchemyError):
 
 
 def is_away(error: BaseException) -> bool:
-    """Whether the connection, a lock or time is at fault: the same may well succeed later."""
+    """Whether the database is at fault, and not what it was asked: the same may succeed later.
+
+    It may be gone, locked, slow, damaged, or take nothing, as PostgreSQL's standby does.
+    """
     if isinstance(error, DBAPIError) and error.connection_invalidated:
         return True
-    away = sa.exc.OperationalError | sa.exc.InterfaceError | sa.exc.TimeoutError
-    return isinstance(error, away | DatabaseUnavailable)
+    if type(error) is sa.exc.DatabaseError:  # as SQLite says of a damaged file
+        return True
+    away = sa.exc.OperationalError | sa.exc.InterfaceError | sa.exc.InternalError
+    return isinstance(error, away | sa.exc.TimeoutError | DatabaseUnavailable)
+
+
+def reason(error: BaseException) -> str:
+    """Return what the database says of `error`: neither statement nor PostgreSQL's DETAIL."""
+    return str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
 
 
 class Calls:
@@ -115,11 +125,11 @@ class Calls:
             raise DatabaseUnavailable(f"{_MOST_WAITING} calls wait already")
 
     def _failed(self, error: SQLAlchemyError) -> DatabaseUnavailable:
-        reason = str(getattr(error, "orig", error)).strip()
+        why = reason(error)
         if self._away_until_s is None:
-            logger.error("database: does not answer, what needs it is refused: %s", reason)
+            logger.error("database: does not answer, what needs it is refused: %s", why)
         self._away_until_s = time.monotonic() + _PAUSE_S
-        return DatabaseUnavailable(reason)
+        return DatabaseUnavailable(why)
 
     def _start(self) -> None:
         for _ in range(self._num_threads):

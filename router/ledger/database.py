@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from sqlalchemy import event
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError
 
 from policies.kinds import Count
 from router.ledger import LedgerError
@@ -196,7 +196,14 @@ def _open_sqlite(url: sa.URL, fast_commits: bool) -> sa.Engine:
     )
     event.listen(engine, "connect", on_connect)
     event.listen(engine, "begin", _on_begin)
+    event.listen(engine, "handle_error", _let_go)
     return engine
+
+
+def _let_go(context: sa.engine.ExceptionContext) -> None:
+    """Open the file anew after it was found damaged: a connection keeps what it has read."""
+    if type(context.sqlalchemy_exception) is DatabaseError:
+        context.is_disconnect = True
 
 
 def _is_late() -> bool:

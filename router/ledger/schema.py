@@ -18,8 +18,26 @@ from router.record import RequestRecord
 
 METADATA = sa.MetaData()
 
+
+class Text(sa.TypeDecorator[str]):
+    """Text as every database takes it, to be written or to be looked for.
+
+    PostgreSQL refuses NUL, and neither takes half a surrogate pair; a request's JSON or path may
+    hold both. What stands for them is in no name that we give.
+    """
+
+    impl = sa.Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: sa.Dialect) -> str | None:  # noqa: ARG002
+        """Return what is handed to the database for `value`."""
+        if value is None:
+            return None
+        return value.replace("\0", "\ufffd").encode("utf-8", "replace").decode("utf-8")
+
+
 _TYPES: dict[type, type[sa.types.TypeEngine[Any]]] = {
-    str: sa.Text,
+    str: Text,
     bool: sa.Boolean,
     int: sa.BigInteger,
     float: sa.Double,

@@ -33,7 +33,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
-from router.ledger.calls import is_away
+from router.ledger.calls import is_away, reason
 from router.ledger.database import Database, writing
 from router.ledger.schema import REQUESTS, SECRETS
 from router.ledger.sizes import keep_within
@@ -198,13 +198,12 @@ class Ledger:
             except Exception as error:
                 if is_away(error):
                     if attempt == 0:
-                        self._logger.warning("ledger: cannot write, rows wait: %s", error)
+                        self._logger.warning("ledger: cannot write, rows wait: %s", reason(error))
                     time.sleep(_RETRY_S[min(attempt, len(_RETRY_S) - 1)])
                     attempt += 1
                     continue
                 if len(batch) == 1:
-                    reason = getattr(error, "orig", error)
-                    self._drop(1, f"the database refuses {batch[0].request_id}: {reason}")
+                    self._drop(1, f"the database refuses {batch[0].request_id}: {reason(error)}")
                     return
             middle = len(batch) // 2
             self._write(batch[:middle])
@@ -227,7 +226,7 @@ class Ledger:
         try:
             num_rows = keep_within(self.database, max_bytes)
         except SQLAlchemyError as error:
-            self._logger.warning("ledger: its size is not known now: %s", error)
+            self._logger.warning("ledger: its size is not known now: %s", reason(error))
             return
         if num_rows:
             self._logger.warning(

@@ -178,7 +178,10 @@ def exposition(values: Values, *, accept: str, others: Iterable[Metric] = ()) ->
     """
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Page(values, others))
-    encode, content_type = choose_encoder(accept)
+    try:
+        encode, content_type = choose_encoder(accept)
+    except (TypeError, ValueError):  # it asks for a version that is no number
+        encode, content_type = choose_encoder("")
     return encode(registry), content_type
 
 

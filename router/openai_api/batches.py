@@ -10,7 +10,7 @@ import json
 import secrets
 import time
 from collections.abc import Collection, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import sqlalchemy as sa
 from fastapi import FastAPI, Request
@@ -22,14 +22,15 @@ from router.bodies import Bodies, has_more_values
 from router.errors import ApiError, bad_request
 from router.ledger.database import Database, writing
 from router.ledger.schema import BATCHES
-from router.openai_api.fields import few, read_fields, read_json
+from router.openai_api.fields import Metadata, read_fields, read_json
 from router.openai_api.files import PURPOSE, FileStore, page, unknown_file
 from router.openapi import described
 
 LEASE_S = 30.0
 _DAY_S = 86_400.0
 _LOCK = 5_350_004
-_MOST_LISTED = 10_000
+_MOST_KEPT = 10_000  # of one key
+_MOST_LISTED = 100  # OpenAI's
 _MOST_OPEN = 100  # of one key
 _MOST_ID_CHARACTERS = 512
 # What a line may have around its body.
@@ -48,7 +49,7 @@ class BatchFields(BaseModel):
     input_file_id: str = Field(min_length=1, max_length=256)
     endpoint: str = Field(max_length=256)
     completion_window: Literal["24h"]
-    metadata: Annotated[dict[str, str] | None, few(16)] = Field(None, max_length=16)
+    metadata: Metadata | None = None
 
 
 class BatchStore:
@@ -87,6 +88,14 @@ class BatchStore:
                     code="too_many_batches",
                 )
             connection.execute(sa.insert(BATCHES).values(**row))
+            # Nobody is told of more; one whose file is no batch costs its key nothing.
+            surplus = (
+                sa.select(BATCHES.c.batch_id)
+                .where(BATCHES.c.key_id.is_not_distinct_from(key_id), BATCHES.c.status.not_in(OPEN))
+                .order_by(BATCHES.c.created_s.desc())
+                .offset(_MOST_KEPT)
+            )
+            connection.execute(sa.delete(BATCHES).where(BATCHES.c.batch_id.in_(surplus)))
         found = self.find(row["batch_id"], key_id)
         assert found is not None
         return found
@@ -100,16 +109,23 @@ class BatchStore:
             row = connection.execute(wanted).mappings().first()
         return None if row is None else dict(row)
 
-    def of_key(self, key_id: str | None) -> list[dict[str, Any]]:
-        """Return the batches of `key_id`, newest first."""
+    def of_key(self, key_id: str | None) -> list[str]:
+        """Return the ids of the batches of `key_id`, newest first."""
         wanted = (
-            sa.select(BATCHES)
+            sa.select(BATCHES.c.batch_id)
             .where(BATCHES.c.key_id.is_not_distinct_from(key_id))
             .order_by(BATCHES.c.created_s.desc())
-            .limit(_MOST_LISTED)
+            .limit(_MOST_KEPT)
         )
         with self.database.connect() as connection:
-            return [dict(row) for row in connection.execute(wanted).mappings()]
+            return list(connection.execute(wanted).scalars())
+
+    def rows(self, batch_ids: Sequence[str]) -> list[dict[str, Any]]:
+        """Return the batches that are so called and there, in this order."""
+        wanted = sa.select(BATCHES).where(BATCHES.c.batch_id.in_(batch_ids))
+        with self.database.connect() as connection:
+            rows = {row["batch_id"]: dict(row) for row in connection.execute(wanted).mappings()}
+        return [rows[batch_id] for batch_id in batch_ids if batch_id in rows]
 
     def num_left(self, usual: int) -> int:
         """Return how many lines of all open batches have no result; one unchecked has `usual`."""
@@ -119,6 +135,12 @@ class BatchStore:
         total = sa.select(sa.func.sum(sa.case((unchecked, usual), else_=left)))
         with self.database.connect() as connection:
             return int(connection.execute(total.where(columns.status.in_(OPEN))).scalar() or 0)
+
+    def prune(self, before_s: float) -> int:
+        """Delete the batches that began before then and are over; return how many."""
+        old = BATCHES.c.status.not_in(OPEN) & (BATCHES.c.created_s < before_s)
+        with writing(self.database) as connection:
+            return connection.execute(sa.delete(BATCHES).where(old)).rowcount
 
     def claim(self, holder: str) -> dict[str, Any] | None:
         """Return the oldest batch that nobody works on, now `holder`'s; None if there is none."""
@@ -219,8 +241,13 @@ def add_batch_routes(
         return row
 
     async def every(request: Request) -> JSONResponse:
-        rows = await calls.run(store.of_key, await identify(request))
-        return JSONResponse(page([to_json(row) for row in rows], request.query_params, usual=20))
+        ids = await calls.run(store.of_key, await identify(request))
+        # Whole batches are read for the page alone: a key's may take a hundred megabytes.
+        listed = page(
+            [{"id": one} for one in ids], request.query_params, usual=20, most=_MOST_LISTED
+        )
+        rows = await calls.run(store.rows, [one["id"] for one in listed["data"]])
+        return JSONResponse({**listed, "data": [to_json(row) for row in rows]})
 
     async def one(request: Request, batch_id: str) -> JSONResponse:
         return JSONResponse(to_json(await found(request, batch_id)))

@@ -109,6 +109,14 @@ def few(most: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+# A client's own records of what is kept, within OpenAI's bounds.
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+    Field(max_length=16),
+    few(16),
+]
+
+
 def _read_logit_bias(value: object) -> dict[int, float]:
     if value is None:
         return {}

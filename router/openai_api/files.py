@@ -7,6 +7,7 @@ that a file belongs to sees it; files go when their time is over.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
@@ -15,11 +16,13 @@ from typing import Any, Literal
 import sqlalchemy as sa
 from fastapi import FastAPI, Request
 from pydantic import BaseModel
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Message
 
 from router.access.authentication import Identify
+from router.bodies import Bodies
 from router.config import BatchesConfig
 from router.errors import ApiError, bad_request
 from router.ledger.database import Database, writing
@@ -31,7 +34,9 @@ _PART_BYTES = 2**18
 _DAY_S = 86_400.0
 _LEAST_KEPT_S = 3600  # OpenAI's
 _MOST_LISTED = 10_000
+_ROW_BYTES = 2**10  # what even an empty file takes
 _FORM_BYTES = 2**16  # what a form takes beside its file
+_CHARSETS = ("utf-8", "us-ascii", "iso-8859-1")
 PURPOSE, RESULTS = "batch", "batch_output"
 
 
@@ -54,7 +59,7 @@ class FileStore:
         try:
             while data := await upload.read(_PART_BYTES):
                 num_bytes += len(data)
-                await self.database.calls.run(self.add_part, row["file_id"], index, data)
+                await self.database.calls.run(self._append, row["file_id"], index, data)
                 index += 1
             if not num_bytes:
                 raise bad_request("file: it is empty", "file")
@@ -148,15 +153,27 @@ class FileStore:
     def begin(self, row: Mapping[str, Any]) -> None:
         """Begin a file that has no parts yet; raises `ApiError` where there is no room; blocks."""
         with writing(self.database) as connection:
-            taken = connection.execute(sa.select(sa.func.sum(FILES.c.num_bytes))).scalar() or 0
-            if int(taken) > self.config.max_gb * 1e9:
-                raise ApiError(
-                    413,
-                    f"All files together may take {self.config.max_gb:g} GB (batches.max_gb) and "
-                    "do; delete some.",
-                    code="storage_full",
-                )
+            self._check_room(connection)
             connection.execute(sa.insert(FILES).values(**row))
+
+    def _append(self, file_id: str, index: int, data: bytes) -> None:
+        """Write the next part of an upload, which counts from then on: others come beside it."""
+        with writing(self.database) as connection:
+            self._check_room(connection)
+            row = {"file_id": file_id, "part": index, "data": data}
+            connection.execute(sa.insert(FILE_PARTS), row)
+            larger = sa.update(FILES).where(FILES.c.file_id == file_id)
+            connection.execute(larger.values(num_bytes=FILES.c.num_bytes + len(data)))
+
+    def _check_room(self, connection: sa.Connection) -> None:
+        sizes = sa.select(sa.func.sum(FILES.c.num_bytes + _ROW_BYTES))
+        if int(connection.execute(sizes).scalar() or 0) > self.config.max_gb * 1e9:
+            raise ApiError(
+                413,
+                f"All files together may take {self.config.max_gb:g} GB (batches.max_gb) and "
+                "do; delete some.",
+                code="storage_full",
+            )
 
     def _part_after(self, file_id: str, after: int) -> tuple[int, bytes] | None:
         wanted = (
@@ -260,14 +277,15 @@ def _keep_s(form: FormData, most_s: float) -> float | None:
     return float(str(seconds))
 
 
-def add_file_routes(api: FastAPI, store: FileStore, *, identify: Identify) -> None:
+def add_file_routes(api: FastAPI, store: FileStore, *, identify: Identify, bodies: Bodies) -> None:
     """Add what uploads, tells, reads and deletes files."""
     calls = store.database.calls
 
     async def upload(request: Request) -> JSONResponse:
         key_id = await identify(request)
+        _check_form(request.headers.get("content-type", ""))
         most = int(store.config.max_file_mb * 1e6)
-        bounded = Request(request.scope, _bounded(request, most))
+        bounded = Request(request.scope, _bounded(request, most, bodies.timeout_s))
         async with bounded.form(max_files=1, max_fields=8) as form:
             file, purpose = form.get("file"), form.get("purpose")
             if not isinstance(file, UploadFile):
@@ -344,12 +362,17 @@ def unknown_file(file_id: str, param: str = "id") -> ApiError:
 
 
 def page(
-    listed: list[dict[str, Any]], query: Mapping[str, str], *, usual: int = 100
+    listed: list[dict[str, Any]],
+    query: Mapping[str, str],
+    *,
+    usual: int = 100,
+    most: int = _MOST_LISTED,
 ) -> dict[str, Any]:
     """Return one page of what is `listed` newest first; raises `ApiError`, 400."""
     limit, order = query.get("limit", str(usual)), query.get("order", "desc")
-    if not limit.isdecimal() or not 1 <= int(limit) <= _MOST_LISTED:
-        raise bad_request(f"limit: {limit[:20]!r} is not in [1, {_MOST_LISTED}]", "limit")
+    # Of thousands of digits Python makes no number.
+    if not limit.isdecimal() or len(limit) > 9 or not 1 <= int(limit) <= most:
+        raise bad_request(f"limit: {limit[:20]!r} is not in [1, {most}]", "limit")
     if order not in ("asc", "desc"):
         raise bad_request(f"order: {order[:20]!r} is unknown; allowed are asc, desc", "order")
     left = listed if order == "desc" else listed[::-1]
@@ -369,13 +392,42 @@ def page(
     }
 
 
-def _bounded(request: Request, most: int) -> Any:  # noqa: ANN401 - ASGI's receive
-    """Return what receives the request's body and raises `ApiError`, 413, beyond `most` bytes."""
+def _check_form(kind: str) -> None:
+    """Raise `ApiError`, 415, for anything but a form whose texts are plain.
+
+    A form may name how its texts are written, and for some of Python's codecs ("punycode") a text
+    takes time with the square of its length: nobody else would be served meanwhile.
+    """
+    name, options = parse_options_header(kind)
+    charset = options.get(b"charset", b"utf-8").decode("latin-1").lower()
+    if name != b"multipart/form-data":
+        message = f"The content-type {kind[:80]!r} is not supported; send multipart/form-data."
+    elif charset not in _CHARSETS:
+        allowed = ", ".join(_CHARSETS)
+        message = f"The charset {charset[:40]!r} is not supported; allowed are {allowed}."
+    else:
+        return
+    raise ApiError(415, message, code="unsupported_media_type")
+
+
+def _bounded(request: Request, most: int, timeout_s: float) -> Any:  # noqa: ANN401 - ASGI's receive
+    """Return what receives the request's body.
+
+    It raises `ApiError`: 413 beyond `most` bytes, 408 where nothing comes for `timeout_s`.
+    """
     num_bytes = 0
 
     async def receive() -> Message:
         nonlocal num_bytes
-        message = await request.receive()
+        try:
+            async with asyncio.timeout(timeout_s):
+                message = await request.receive()
+        except TimeoutError:
+            raise ApiError(
+                408,
+                f"Nothing more of the body came for {timeout_s:g} s (limits.body_timeout_s).",
+                code="body_timeout",
+            ) from None
         num_bytes += len(message.get("body", b""))
         if num_bytes > most + _FORM_BYTES:
             raise ApiError(

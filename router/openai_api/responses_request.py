@@ -12,7 +12,7 @@ from router.errors import bad_request
 from router.openai_api.ask import Ask, Extension
 from router.openai_api.chat import ChatEndpoint, ChatFields
 from router.openai_api.constraints import MAX_TOOLS
-from router.openai_api.fields import few, read_fields, read_json
+from router.openai_api.fields import Metadata, few, read_fields, read_json
 
 # Known fields that cannot be honoured, each with the values that ask for nothing.
 _REFUSED: dict[str, tuple[Any, ...]] = {
@@ -51,7 +51,7 @@ class ResponsesFields(BaseModel):
     include: list[str] | None = Field(None, max_length=16, fail_fast=True)
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
-    metadata: Annotated[dict[str, str] | None, few(16)] = None
+    metadata: Metadata | None = None
     parallel_tool_calls: bool | None = None
     previous_response_id: str | None = None
     reasoning: dict[str, Any] | None = None

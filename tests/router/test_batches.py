@@ -3,17 +3,21 @@
 import json
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import sqlalchemy as sa
 
 from router.access.keys import create_key, revoke_key
 from router.config import AppArgs
+from router.ledger.database import Database
 from router.ledger.schema import BATCHES
+from router.openai_api.batches import BatchFields, BatchStore
 from tests.router.conftest import Running, running
 
 CHAT = "/v1/chat/completions"
@@ -271,6 +275,73 @@ def test_files_are_bounded(serve: Callable[..., Running]) -> None:
         client.files.create(file=("a", b"x" * 60_000), purpose="batch")
     with pytest.raises(openai.APIStatusError, match="max_gb"):
         client.files.create(file=("a", b"x"), purpose="batch")
+
+
+def test_files_that_come_at_once_share_the_room(serve: Callable[..., Running]) -> None:
+    """What is on its way counts: uploads side by side take no more than one after the other."""
+    server = serve(app={"batches": {"max_gb": 2e-3}})
+
+    def upload(_: int) -> int:
+        with httpx.Client(base_url=server.url, timeout=120) as http:
+            file = ("a", b"x" * 1_500_000)
+            told = http.post("/v1/files", files={"file": file}, data={"purpose": "batch"})
+            return told.status_code
+
+    with ThreadPoolExecutor(8) as clients:
+        statuses = list(clients.map(upload, range(8)))
+    assert set(statuses) <= {200, 413} and 413 in statuses, statuses
+    kept = server.client.files.list()
+    assert sum(file.bytes for file in kept) <= 2e6 + 8 * 2**18
+    for file in kept:
+        server.client.files.delete(file.id)
+    assert upload(0) == 200, "what was refused takes no room"
+
+
+def test_small_files_take_room_too(serve: Callable[..., Running]) -> None:
+    """What is kept of a file beside its bytes counts: nobody fills a disk with empty ones."""
+    server = serve(app={"batches": {"max_gb": 1e-5}})
+    with pytest.raises(openai.APIStatusError, match="max_gb"):
+        for _ in range(20):
+            server.client.files.create(file=("a", b"x"), purpose="batch")
+
+
+def test_batches_are_forgotten(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are over go in time, and the oldest of a key that has very many."""
+    monkeypatch.setattr("router.openai_api.batches._MOST_KEPT", 3)
+    store = BatchStore(database)
+    fields = BatchFields(input_file_id="file-x", endpoint=CHAT, completion_window="24h")
+
+    def add(key_id: str) -> str:
+        return str(store.add(fields, key_id)["batch_id"])
+
+    begun = [add("mine") for _ in range(6)]
+    for batch_id in begun:
+        assert store.move(batch_id, "failed")
+    theirs, last = add("theirs"), add("mine")
+    assert all(store.find(batch_id, "mine") for batch_id in (*begun[3:], last))
+    assert not any(store.find(batch_id, "mine") for batch_id in begun[:3])
+    assert store.prune(time.time() - 60) == 0
+    assert store.prune(time.time() + 1) == 3
+    assert store.find(theirs, "theirs") and store.find(last, "mine"), "they are under way"
+
+
+def test_batches_are_listed_by_pages(serve: Callable[..., Running]) -> None:
+    """Newest first, each once, at most a hundred at a time: whole batches are read for no more."""
+    server = serve()
+    begun = [begin(server.client, [line(f"{i}")]).id for i in range(7)]
+    listed = [batch.id for batch in server.client.batches.list(limit=3)]
+    assert listed == begun[::-1]
+    last = server.client.batches.list(limit=3, after=begun[1])
+    assert ([batch.id for batch in last.data], last.has_more) == ([begun[0]], False)
+    with pytest.raises(openai.BadRequestError, match="limit"):
+        server.client.batches.list(limit=101)
+
+
+def test_a_batchs_metadata_are_bounded(server: Running) -> None:
+    """They are kept, so that they have OpenAI's bounds."""
+    for metadata in ({"x" * 65: "y"}, {"x": "y" * 513}, {f"{i}": "y" for i in range(17)}):
+        with pytest.raises(openai.BadRequestError, match="metadata"):
+            begin(server.client, [line("a")], metadata=metadata)
 
 
 def test_a_batch_waits_for_the_cheaper_hour(serve: Callable[..., Running], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 import socket
 import zlib
 from collections.abc import Callable
@@ -178,6 +179,30 @@ def test_a_hang_up_during_upload_is_the_clients(server: Any) -> None:
             f"POST {PATH} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n{{".encode()
         )
     assert server.last_record().status == 499
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/feedback", "/v1/files", "/v1/batches", "/v1/admin/keys", "/tokenize"]
+)
+def test_a_hang_up_is_no_error_anywhere(
+    server: Any, caplog: pytest.LogCaptureFixture, path: str
+) -> None:
+    """Nobody fills the log by going away."""
+    uvicorns, tasks = logging.getLogger("uvicorn.error"), server.server.server_state.tasks
+    uvicorns.addHandler(caplog.handler)
+    kind = "multipart/form-data; boundary=x" if path == "/v1/files" else "application/json"
+    at = urlsplit(server.url)
+    try:
+        with socket.create_connection((at.hostname, at.port)) as half:
+            half.sendall(
+                f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: {kind}\r\n"
+                "content-length: 1000\r\n\r\n-".encode()
+            )
+            server.wait(lambda: bool(tasks))
+        server.wait(lambda: not tasks)
+    finally:
+        uvicorns.removeHandler(caplog.handler)
+    assert [record.getMessage() for record in caplog.records if record.exc_info] == []
 
 
 def test_errors_do_not_echo_at_length(server: Any) -> None:

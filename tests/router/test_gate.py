@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from router.access.keys import create_key, revoke_key
 from router.access.store import BudgetStore
 from router.config import AppArgs
-from router.ledger.database import open_database
+from router.ledger.database import database_url, open_database
 from router.ledger.queries import requests
 from router.ledger.schema import BUDGET_HOLDS, BUDGET_WINDOWS
 from tests.router.ledger.pgserver import postgresql
@@ -272,6 +272,67 @@ def test_a_database_that_is_away_is_told_and_comes_back(
         assert secret not in caplog.text and hashlib.sha256(secret.encode()).hexdigest() not in (
             caplog.text
         )
+        server.server.should_exit = True
+        server.wait(lambda: not server.loop.is_running())
+
+
+@pytest.mark.parametrize("whole_bytes", [0, 4096], ids=["its head, too", "all but its head"])
+def test_a_file_that_is_damaged_is_told_and_comes_back(
+    kept: Kept, serve: Serve, caplog: pytest.LogCaptureFixture, whole_bytes: int
+) -> None:
+    """While the ledger's file holds rubbish what needs it gets 503; restored, all is well again."""
+    server = serve(app=kept.app(auth={"required": True, "cache_s": 0}))
+    _, secret = create_key(kept.database, name="team", scope="admin")
+    client = _as(server, secret)
+    _say(client)
+    kept.rows(1)
+    file = Path(kept.url.removeprefix("sqlite:///"))
+    with kept.database.connect() as connection:
+        connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:whole_bytes] + b"\xde\xad" * ((len(whole) - whole_bytes) // 2))
+    headers = {"authorization": f"Bearer {secret}"}
+    for path in ("/v1/models", "/v1/files", "/v1/admin/keys", "/metrics", "/v1/experiments"):
+        answer = server.http.get(path, headers=headers)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "database_unavailable")
+        assert int(answer.headers["retry-after"]) >= 1
+    lines = [record for record in caplog.records if "database" in record.getMessage()]
+    assert 1 <= len(lines) <= 6, "one per part that uses it"
+    assert not any(record.exc_info or "\n" in record.getMessage() for record in lines)
+    file.write_bytes(whole)
+    server.wait(lambda: server.http.get("/v1/models", headers=headers).status_code == 200)
+    assert _say(client)
+
+
+def test_a_database_that_only_reads_is_told(serve: Serve) -> None:
+    """What cannot be written now, as after a failover to a standby, is 503, not 500."""
+    with postgresql() as server_of_rows:
+        server = serve(app={"ledger": {"url": server_of_rows.address}})
+        admin = sa.create_engine(database_url(server_of_rows.address), isolation_level="AUTOCOMMIT")
+        with admin.connect() as connection:
+            connection.exec_driver_sql(
+                "ALTER DATABASE postgres SET default_transaction_read_only = on"
+            )
+            connection.exec_driver_sql(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
+            )
+
+        def made() -> int:
+            return int(server.http.post("/v1/admin/teams", json={"name": "t"}).status_code)
+
+        assert {made() for _ in range(3)} == {503}
+        with admin.connect() as connection:
+            connection.exec_driver_sql("SET SESSION CHARACTERISTICS AS TRANSACTION READ WRITE")
+            connection.exec_driver_sql(
+                "ALTER DATABASE postgres RESET default_transaction_read_only"
+            )
+            connection.exec_driver_sql(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
+            )
+        server.wait(lambda: made() == 200)
+        admin.dispose()
         server.server.should_exit = True
         server.wait(lambda: not server.loop.is_running())
 

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from random import Random
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -379,6 +380,27 @@ async def test_without_the_database_capped_requests_are_refused(
         await until(lambda: len(tried) > refused)
         assert spent(database) == (0, 50)
     await until(lambda: spent(database) == (7, 0))
+
+
+async def test_a_commit_that_nobody_saw_end_holds_nothing(
+    database: Database, new_budgets: NewBudgets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reservation that was refused for want of an answer is undone, though it was committed."""
+    budgets = new_budgets(server={"tokens_per_day": 100}, wait_s=60)
+    apply, committed = budgets._store.apply, []
+
+    def cut(*args: Any) -> None:
+        apply(*args)
+        committed.append(spent(database))
+        raise sa.exc.OperationalError("commit", {}, Exception("the connection is lost"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(budgets._store, "apply", cut)
+        with pytest.raises(BudgetUnavailable):
+            await budgets.reserve(request_id="a", key=None, estimate=tokens(60))
+    assert committed[0] == (0, 60)
+    await until(lambda: spent(database) == (0, 0))
+    await budgets.reserve(request_id="b", key=None, estimate=tokens(100))
 
 
 async def test_what_is_long_over_is_forgotten(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -138,3 +141,28 @@ def test_the_chart_library_has_its_licence_beside_it() -> None:
     licence = (FOLDER / "vendor" / "LICENSE.uPlot").read_text()
     assert "Permission is hereby granted" in licence
     assert "uPlot (v1.6.32)" in (FOLDER / "vendor" / "uPlot.iife.min.js").read_text()[:200]
+
+
+def test_who_leaves_is_simulated_nothing(
+    serve: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page elsewhere that asks a hundred times, and is closed, keeps no core busy for hours."""
+    begun, go_on = [], threading.Event()
+
+    def simulate(*_: object) -> None:
+        begun.append(1)
+        go_on.wait(60)
+
+    monkeypatch.setattr("router.ingress.last_week", simulate)
+    server = serve()
+    at = urlsplit(server.url)
+    asking = [socket.create_connection((at.hostname, at.port)) for _ in range(50)]
+    for one in asking:
+        one.sendall(b"GET /dashboard/target?amount=1 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    server.wait(lambda: bool(begun) and len(server.server.server_state.tasks) == len(asking))
+    for one in asking:
+        one.close()
+    server.wait(lambda: len(server.server.server_state.tasks) == 1)
+    go_on.set()
+    server.settle()
+    assert len(begun) == 1
