@@ -274,7 +274,9 @@ class Budgets:
             raise
         except Exception as error:
             if len(settles) + len(waiting) > 1:
-                half, rest = len(settles) // 2, len(waiting) // 2
+                # Of both what is settled first: one of each has no halves.
+                half = len(settles) if waiting else len(settles) // 2
+                rest = 0 if settles else len(waiting) // 2
                 self._transact(settles[:half], waiting[:rest])
                 self._transact(settles[half:], waiting[rest:])
                 return

@@ -104,7 +104,7 @@ def draw(
         title=f"Every policy on {num} held-out queries (◆: the budget's chain)",
     )
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="center", fontsize=8)
     for (name, values), style in zip(list(loss_by_n.items())[1:], ("o-", "s--", "^:"), strict=True):
         losses.plot(loss_by_n["n"], values, style, label=name)
     losses.set(

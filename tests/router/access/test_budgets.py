@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from random import Random
+from threading import Event
 from typing import Any
 
 import pytest
@@ -401,6 +402,35 @@ async def test_a_commit_that_nobody_saw_end_holds_nothing(
     assert committed[0] == (0, 60)
     await until(lambda: spent(database) == (0, 0))
     await budgets.reserve(request_id="b", key=None, estimate=tokens(100))
+
+
+async def test_what_cannot_be_counted_fails_alone(
+    database: Database, new_budgets: NewBudgets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside a single end that came with it, too: one of each has no halves."""
+    budgets = new_budgets(server={"tokens_per_day": 10_000}, wait_s=60)
+    apply, busy, go_on = budgets._store.apply, Event(), Event()
+    first = await budgets.reserve(request_id="a", key=None, estimate=tokens(60))
+
+    def odd(settles: Any, reserves: Any, now_s: float) -> Any:
+        if any(reserve.request_id == "held" for reserve in reserves):
+            busy.set()
+            go_on.wait(60)
+        if any(reserve.amounts.tokens > 5000 for reserve in reserves):
+            raise OverflowError("int too large")
+        return apply(settles, reserves, now_s)
+
+    monkeypatch.setattr(budgets._store, "apply", odd)
+    held = asyncio.create_task(budgets.reserve(request_id="held", key=None, estimate=tokens(1)))
+    await asyncio.to_thread(busy.wait, 60)
+    budgets.settle(first, tokens(50))
+    bad = asyncio.create_task(budgets.reserve(request_id="bad", key=None, estimate=tokens(6000)))
+    await asyncio.sleep(0)  # it waits now
+    go_on.set()
+    with pytest.raises(OverflowError):
+        await bad
+    await held
+    await until(lambda: spent(database) == (50, 1))
 
 
 async def test_what_is_long_over_is_forgotten(
