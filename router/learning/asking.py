@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any, Final
 
 import httpx
@@ -23,6 +24,7 @@ import httpx
 from models.engines.base import SamplingOptions
 from models.errors import EngineError, RequestError
 from models.pool import load_pool
+from models.spec import Model
 from policies.base import Query
 from policies.cascade.base import Reading, Readings
 from policies.grading.base import Ungradable
@@ -50,6 +52,9 @@ _UNFIT: Final = (400, 422)
 _EXTRAS: Final = {"logprobs": True, "shoal": {"explain": True}}
 
 
+_ANSWERS_DEPEND_ON: Final = {"checkpoint", "base", "adapter", "remote", "system", "sampling"}
+
+
 class AskError(Exception):
     """A model that gave no answer: says which and why."""
 
@@ -70,14 +75,27 @@ class Reply:
 class Asker:
     """Asks the models behind `client`, at most `num_at_once` at a time.
 
-    `url` says where they are: answers of two places are never mistaken for each other.
+    `url` says where they are, and `states` what each is now, where that is known: answers of two
+    places, or of a model before it was trained again, are never mistaken for each other.
     """
 
-    def __init__(self, client: httpx.AsyncClient, *, url: str, num_at_once: int) -> None:
+    def __init__(
+        self,
+        client: httpx.AsyncClient,
+        *,
+        url: str,
+        num_at_once: int,
+        states: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.url = url
+        self._states = states
         self._client = client
         self._slots = asyncio.Semaphore(num_at_once)
         self._plain: set[tuple[str, ...]] = set()
+
+    def place(self, model: str) -> tuple[str, str]:
+        """Return what tells `model` from another of its name."""
+        return self.url, self._states.get(model, "")
 
     async def names(self) -> tuple[str, ...]:
         """Return what can be asked, models and policies; raises `AskError`."""
@@ -192,7 +210,8 @@ async def ask_pool(path: Path, *, num_at_once: int = 16) -> AsyncIterator[Asker]
         async with httpx.AsyncClient(
             transport=transport, base_url="http://pool/v1", timeout=None
         ) as client:
-            yield Asker(client, url=_place(path), num_at_once=num_at_once)
+            states = {model.name: _state(model) for model in load_pool(path).models}
+            yield Asker(client, url=_place(path), num_at_once=num_at_once, states=states)
 
 
 async def read_prompts(
@@ -254,6 +273,18 @@ async def _started(path: Path) -> AsyncIterator[tuple[Service, AppArgs]]:
 
 def _place(path: Path) -> str:
     return str(path.resolve())
+
+
+def _state(model: Model) -> str:
+    """Return what changes with what a model answers: how it is asked, and its files."""
+    spec = model.spec.model_dump(mode="json", include=_ANSWERS_DEPEND_ON)
+    files: list[object] = []
+    if model.card is not None:
+        path = model.card.path
+        every = sorted(path.glob("*")) if path.is_dir() else [path]
+        files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in every]
+    adapter = "" if model.adapter is None else model.adapter.sha256
+    return json.dumps([spec, files, adapter])
 
 
 def _told_pause_s(response: httpx.Response) -> float:

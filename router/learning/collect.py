@@ -247,7 +247,7 @@ class Collector:
 
     async def _ask(self, line: Line, sample: int, model: str) -> Reply | None:
         drawn = self.sampling
-        key = _key("answer", self.asker.url, model, line.conversation, line.tools, sample,
+        key = _key("answer", *self.asker.place(model), model, line.conversation, line.tools, sample,
                    drawn.max_tokens, drawn.temperature)  # fmt: skip
         known = self.journal.get(key)
         if known is not None:

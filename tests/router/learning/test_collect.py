@@ -1,6 +1,7 @@
 """`shoal outcomes collect`: answers of a pool or a server, graded, resumable."""
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,8 +10,10 @@ from threading import Thread
 from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner, Result
 
+from models.pool import DEFAULT_POOL
 from policies.outcomes import read_outcomes
 from router.cli.main import app
 from tests.router.conftest import write_pool
@@ -78,6 +81,29 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     result = collect(queries, out, "--pool", str(pool))
     assert result.exit_code == 0, result.output
     assert read_outcomes(out) == first
+
+
+def test_a_model_that_was_trained_again_is_asked_again(tmp_path: Path) -> None:
+    """The pool stands where it stood, and its file says the same; the checkpoint has changed."""
+    pool, out = tmp_path / "pool", tmp_path / "o.jsonl"
+    pool.mkdir()
+    for name in ("arithmetic", "text"):
+        shutil.copytree(DEFAULT_POOL / name, pool / name)
+    models = [{"name": n, "engine": "own", "checkpoint": n} for n in ("arithmetic", "text")]
+    content = {"name": "p", "engines": [{"name": "own", "kind": "stacked"}], "models": models}
+    (pool / "pool.yaml").write_text(yaml.safe_dump(content))
+    queries = questions_at(tmp_path, {"query": "What is 41 + 17?", "reference": "58"})
+
+    def told() -> dict[str, str]:
+        result = collect(queries, out, "--pool", str(pool))
+        assert result.exit_code == 0, result.output
+        return dict(read_outcomes(out)[0].outputs)
+
+    first = told()
+    assert first["arithmetic"] == "58" != first["text"]
+    shutil.rmtree(pool / "text")
+    shutil.copytree(pool / "arithmetic", pool / "text")
+    assert told() == {"arithmetic": "58", "text": "58"}
 
 
 def test_what_a_grader_said_is_kept_whatever_others_could_not_say(tmp_path: Path) -> None:
