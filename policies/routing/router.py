@@ -118,8 +118,9 @@ class Router:
 
         So the same question gets the same answer, however it is put. Where such a clause is no
         small talk but a request of its own, it decides, the most surely one if there are several:
-        who answers must know that, too. All of `text` is returned where nothing would be left that
-        is like the field, and where training knew nothing outside the field to tell it from.
+        who answers must know that, too; two words ask for nothing. All of `text` is returned where
+        nothing would be left that is like the field, and where training knew nothing outside the
+        field to tell it from.
         """
         parts = clauses(text)
         if self.talk_F is None or not 1 < len(parts) <= _MOST_CLAUSES:
@@ -133,9 +134,10 @@ class Router:
         if not around:
             return text
         own = [c for c in around if len(parts[c].split()) >= _REQUEST_WORDS]
-        least: int = min(own, key=lambda c: seen[c].talk + seen[c].similarity, default=first)
-        if seen[least].talk + seen[least].similarity < self.doubt.talk_above:
-            return parts[least]
+        if own:
+            least: int = min(own, key=lambda c: seen[c].talk + seen[c].similarity)
+            if seen[least].talk + seen[least].similarity < self.doubt.talk_above:
+                return parts[least]
         core = " ".join(parts[first:last])
         return core if self._predict(core).familiar else text
 
