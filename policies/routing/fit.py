@@ -42,7 +42,7 @@ from policies.routing.nearness import (
 )
 from policies.routing.phrases import SMALL_TALK, clauses, wrapped
 from policies.routing.router import Router, query_hashes
-from policies.routing.strength import WHOLE, choose_strength
+from policies.routing.strength import WHOLE, choose_belief, choose_strength
 
 Floats = NDArray[np.float64]
 
@@ -228,18 +228,25 @@ def _fit_router(
         doubt = replace(doubt, talk_above=talk_above)
     held_out_Q = examples.held_out(settings.held_out_share, settings.seed)
     unseen_QF, unseen_QM = X_QF[held_out_Q], scores_QM[held_out_Q]
-    strength, belief = choose_strength(
+    strength = choose_strength(
         X_QF,
-        points_QD,
         scores_QM,
         tags,
         betas=settings.betas,
         ridges=settings.ridges,
-        num_clusters=settings.num_clusters,
         seed=settings.seed,
     )
-    if field_F is not None:
-        belief = WHOLE  # what is unlike the field is told apart, and gets the safe plan
+    belief = WHOLE  # what is unlike a field is told apart, and gets the safe plan
+    if field_F is None:
+        belief = choose_belief(
+            X_QF,
+            points_QD,
+            scores_QM,
+            tags,
+            strength,
+            num_clusters=settings.num_clusters,
+            seed=settings.seed,
+        )
     share_Q = belief.of(topics.similarities(points_QD))
 
     def fit(rows_Q: NDArray[np.bool_]) -> Heads:

@@ -14,33 +14,35 @@ is more like. So ridge and β are chosen by what is left out at random, and the 
 believed the less, the less a query is like training (`Belief`), by both together; see
 docs/routing/results.md.
 
-Regression in its dual form, on a sample of the queries: one factorisation serves every β and model.
+All queries are regressed on, for what a query's own score is worth beside its task's mean grows
+with their number: of 1,600 of MMLU's questions β 0 chooses best, of eleven thousand it costs a
+point. So many parts are left out one after the other as a judgement needs.
 
 Shape legend: Q queries, F features, M models, R ridges, T prices, D dimensions of a point, B bins
-of similarity, S shares.
+of similarity, S shares, L queries left out.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import ArrayLike, NDArray
-from scipy.linalg import cho_factor, cho_solve
 from sklearn.model_selection import GroupKFold, KFold
 
-from policies.routing.heads import enhance, mean_scores
+from policies.routing.heads import enhance, mean_scores, ridge_regression
 from policies.routing.nearness import fit_topics
 
 Floats = NDArray[np.float64]
-Folds = Iterable[tuple[NDArray[np.intp], NDArray[np.intp]]]
+Parts = Sequence[tuple[NDArray[np.intp], NDArray[np.intp]]]
+"""Which queries are seen, and which are left out."""
 
-MOST_QUERIES: Final = 1600
-"""The right ridge hardly depends on how many queries there are; the time goes by their cube."""
+ENOUGH_LEFT_OUT: Final = 4000
+"""Left-out queries with which candidates are told apart; fewer queries are all left out once."""
 
 NUM_FOLDS: Final = 5
 NUM_PRICES: Final = 9
@@ -81,75 +83,94 @@ USUAL: Final = Strength(beta=0.7, ridge=10.0)
 """Where no query has two scores, so that nothing can be said of choosing."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """How far regression predicts scores above the models' means, of queries that it has not seen.
+
+    [L, M] each: from queries' own scores, and from the means of their tags.
+    """
+
+    own_LM: Floats
+    tagged_LM: Floats
+
+    def deviations(self, beta: float) -> Floats:
+        """Return what targets with this share of a query's own score lead to, [L, M]."""
+        mixed: Floats = beta * self.own_LM + (1 - beta) * self.tagged_LM
+        return mixed
+
+
 def choose_strength(
     X_QF: sp.csr_matrix,
-    points_QD: NDArray[np.float32],
     scores_QM: Floats,
     tags: Sequence[Sequence[str]],
     *,
     betas: Sequence[float],
     ridges: Sequence[float],
-    num_clusters: int,
     seed: int,
-) -> tuple[Strength, Belief]:
-    """Return which of `betas` and `ridges` is worth most on left-out queries, and the belief in it.
+) -> Strength:
+    """Return which of `betas` and `ridges` is worth most on queries left out at random.
 
-    `scores_QM` are NaN where unknown; a query's task is the first of its `tags`, and similarity is
-    that to one of `num_clusters` clusters of `points_QD`. Of candidates that choose as well, the
-    one with the least squared error is taken.
+    `scores_QM` are NaN where unknown. Of candidates that choose as well, the one with the least
+    squared error is taken.
     """
     candidates = [Strength(beta=b, ridge=r) for b in betas for r in ridges]
-    tellable_Q = np.flatnonzero((~np.isnan(scores_QM)).sum(1) > 1)
-    if len(candidates) == 1 or len(tellable_Q) < 2 * NUM_FOLDS:
-        return candidates[0] if len(candidates) == 1 else USUAL, WHOLE
-    rng = np.random.default_rng(seed)
-    drawn_Q = np.sort(rng.permutation(tellable_Q)[:MOST_QUERIES])
-    scores_QM, tags = scores_QM[drawn_Q], [tags[q] for q in drawn_Q]
-    points_QD, kernel_QQ = points_QD[drawn_Q], products(X_QF[drawn_Q])
-    prices_TM = prices(scores_QM)
-    mean_M = mean_scores(scores_QM)
+    tellable_Q = (~np.isnan(scores_QM)).sum(1) > 1
+    if len(candidates) == 1 or tellable_Q.sum() < 2 * NUM_FOLDS:
+        return candidates[0] if len(candidates) == 1 else USUAL
+    parts = _enough(_at_random(len(tags), seed), tellable_Q)
+    scores_LM = scores_QM[np.concatenate([out for _, out in parts])]
+    mean_M, prices_TM = mean_scores(scores_QM), prices(scores_QM)
 
-    def deviations(folds: Folds, ones: Sequence[Strength]) -> dict[Strength, Floats]:
-        firmness = sorted({one.ridge for one in ones})
-        own_RQM, tagged_RQM = left_out(kernel_QQ, scores_QM, tags, folds, firmness)
-        return {
-            one: one.beta * own_RQM[r] + (1 - one.beta) * tagged_RQM[r]
-            for one in ones
-            for r in [firmness.index(one.ridge)]
-        }
+    def worth(beta: float, found: LeftOut) -> tuple[float, float]:
+        predicted_LM = mean_M + found.deviations(beta)
+        error = float(np.nansum((predicted_LM - scores_LM) ** 2))
+        value = float(policy_values(predicted_LM, scores_LM, prices_TM).mean())
+        return round(value, 6), -error
 
-    def similarities(folds: Folds) -> NDArray[np.float32]:
-        similarity_Q = np.empty(len(points_QD), np.float32)
-        for seen, out in folds:
+    worths: dict[Strength, tuple[float, float]] = {}
+    for ridge in ridges:
+        found = left_out(X_QF, scores_QM, tags, parts, ridge=ridge)
+        worths |= {Strength(beta=beta, ridge=ridge): worth(beta, found) for beta in betas}
+    return max(candidates, key=worths.__getitem__)
+
+
+def choose_belief(
+    X_QF: sp.csr_matrix,
+    points_QD: NDArray[np.float32],
+    scores_QM: Floats,
+    tags: Sequence[Sequence[str]],
+    strength: Strength,
+    *,
+    num_clusters: int,
+    seed: int,
+) -> Belief:
+    """Return the belief in heads of this strength, from queries and whole tasks left out.
+
+    A query's task is the first of its tags, and similarity is that to one of `num_clusters`
+    clusters of `points_QD`.
+    """
+    tasks = [row[0] for row in tags]
+    if len(set(tasks)) < 2 or ((~np.isnan(scores_QM)).sum(1) > 1).sum() < 2 * NUM_FOLDS:
+        return WHOLE
+    by_task = list(GroupKFold(min(NUM_FOLDS, len(set(tasks)))).split(tasks, groups=tasks))
+    rows, similarities, deviations = [], [], []
+    for parts in (_at_random(len(tags), seed), by_task):
+        found = left_out(X_QF, scores_QM, tags, parts, ridge=strength.ridge)
+        deviations.append(found.deviations(strength.beta))
+        for seen, out in parts:
             topics = fit_topics(
                 points_QD[seen], scores_QM[seen], num_clusters=num_clusters, seed=seed
             )
-            similarity_Q[out] = topics.similarities(points_QD[out])
-        return similarity_Q
-
-    tasks = [row[0] for row in tags]
-    at_random = list(KFold(NUM_FOLDS, shuffle=True, random_state=seed).split(tasks))
-    inside = deviations(at_random, candidates)
-
-    def worth(one: Strength) -> tuple[float, float]:
+            similarities.append(topics.similarities(points_QD[out]))
+            rows.append(out)
+    return fit_belief(
+        np.concatenate(similarities),
+        np.concatenate(deviations),
+        scores_QM[np.concatenate(rows)],
         # Means of all queries: those without the left-out tasks would lean the other way.
-        predicted_QM = mean_M + inside[one]
-        error = float(np.nansum((predicted_QM - scores_QM) ** 2))
-        value = float(policy_values(predicted_QM, scores_QM, prices_TM).mean())
-        return round(value, 6), -error
-
-    best = max(candidates, key=worth)
-    if len(set(tasks)) < 2:
-        return best, WHOLE
-    by_task = list(GroupKFold(min(NUM_FOLDS, len(set(tasks)))).split(tasks, groups=tasks))
-    belief = fit_belief(
-        np.concatenate([similarities(at_random), similarities(by_task)]),
-        np.concatenate([inside[best], deviations(by_task, [best])[best]]),
-        np.tile(scores_QM, (2, 1)),
-        mean_M,
-        prices_TM,
+        mean_scores(scores_QM),
+        prices(scores_QM),
     )
-    return best, belief
 
 
 def fit_belief(
@@ -190,15 +211,6 @@ def fit_belief(
     return Belief(edges=edges, shares_B=np.array([SHARES[share] for share in shares]))
 
 
-def products(X_QF: sp.csr_matrix) -> Floats:
-    """Return the queries' products [Q, Q]; features that most queries have are multiplied dense."""
-    common = np.bincount(X_QF.indices, minlength=X_QF.shape[1]) > X_QF.shape[0] / 4
-    dense_QF = X_QF[:, np.flatnonzero(common)].toarray()
-    rare_QF = X_QF[:, np.flatnonzero(~common)]
-    kernel_QQ: Floats = np.asarray((rare_QF @ rare_QF.T).toarray() + dense_QF @ dense_QF.T, float)
-    return kernel_QQ
-
-
 def prices(scores_QM: Floats) -> Floats:
     """Return the models' prices [T, M]: none, but between two up to twice the better one's lead."""
     mean_M = mean_scores(scores_QM)
@@ -221,35 +233,36 @@ def policy_values(predicted_QM: Floats, scores_QM: Floats, prices_TM: Floats) ->
 
 
 def left_out(
-    kernel_QQ: Floats,
+    X_QF: sp.csr_matrix,
     scores_QM: Floats,
     tags: Sequence[Sequence[str]],
-    folds: Folds,
-    ridges: Sequence[float],
-) -> tuple[Floats, Floats]:
-    """Return how far regression predicts each query's scores above the models' means, [R, Q, M].
-
-    Fitted on the folds without it: from queries' own scores, and from the means of their tags.
-    """
-    num_queries, num_models = scores_QM.shape
-    found = np.zeros((2, len(ridges), num_queries, num_models))
-    for seen, out in folds:
+    parts: Parts,
+    *,
+    ridge: float,
+) -> LeftOut:
+    """Return what each part's queries are predicted by the regression on all others, in turn."""
+    found = []
+    for seen, out in parts:
         seen_QM = scores_QM[seen]
-        mean_M = mean_scores(seen_QM)
         tagged_QM = enhance(seen_QM, [tags[q] for q in seen], beta=0.0)
-        masks_M = (~np.isnan(seen_QM)).T
-        for mask_Q in {mask.tobytes(): mask for mask in masks_M}.values():
-            if not mask_Q.any():
-                continue
-            columns = np.flatnonzero((masks_M == mask_Q).all(1))
-            rows = seen[mask_Q]
-            targets = np.hstack(
-                [(part[mask_Q] - mean_M)[:, columns] for part in (seen_QM, tagged_QM)]
-            )
-            inner, across = kernel_QQ[np.ix_(rows, rows)], kernel_QQ[np.ix_(out, rows)]
-            for r, ridge in enumerate(ridges):
-                factor = cho_factor(inner + ridge * np.eye(len(rows)), check_finite=False)
-                own, tagged = np.hsplit(across @ cho_solve(factor, targets), 2)
-                for part, values in enumerate((own, tagged)):
-                    found[part, r][np.ix_(out, columns)] += values
-    return found[0], found[1]
+        known_QM = ~np.isnan(seen_QM)
+        deviations = [
+            np.where(known_QM, part - mean_scores(seen_QM), 0.0) for part in (seen_QM, tagged_QM)
+        ]
+        W_FC = ridge_regression(
+            X_QF[seen], np.hstack(deviations), np.hstack([known_QM, known_QM]), ridge=ridge
+        )
+        found.append(np.asarray(X_QF[out] @ W_FC, np.float64))
+    own_LM, tagged_LM = np.hsplit(np.concatenate(found), 2)
+    return LeftOut(own_LM=own_LM, tagged_LM=tagged_LM)
+
+
+def _at_random(num_queries: int, seed: int) -> Parts:
+    folds = KFold(NUM_FOLDS, shuffle=True, random_state=seed)
+    return list(folds.split(np.zeros(num_queries)))
+
+
+def _enough(parts: Parts, tellable_Q: NDArray[np.bool_]) -> Parts:
+    """Return the first of the parts, until they have enough queries that tell choices apart."""
+    sums = np.cumsum([tellable_Q[out].sum() for _, out in parts])
+    return parts[: int(sums.searchsorted(ENOUGH_LEFT_OUT)) + 1]
