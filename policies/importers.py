@@ -263,7 +263,7 @@ def _routerarena(_: Path, rows: Rows) -> Iterator[Outcome]:
             query=str(row["question"]),
             tags=(str(row["global_index"]).rpartition("_")[0],),
             answer=None if right is None else str(right),
-            scores={model: min(max(float(judged["score"]), 0.0), 1.0)},
+            scores={model: float(judged["score"])},
             outputs=_said(model, row.get("generated_answer")),
             prompt_tokens=tokens.get("input_tokens"),
             output_tokens={} if written is None else {model: int(written)},

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+import regex as patterns
 from jsonschema import Draft202012Validator
 
 from policies.cascade.base import normalise
@@ -90,20 +92,34 @@ def _plainly(answer: str, wanted: str) -> str:
 
 
 def regex(argument: str) -> Compare:
-    """1 where the argument, or without one a reference, is found in the answer as a pattern."""
+    """1 where the argument, or without one a reference, is found in the answer as a pattern.
+
+    A pattern that takes longer than `LONGEST_SEARCH_S` with an answer gives it no score.
+    """
     fixed = _compiled(argument, PolicyError) if argument else None
 
     def compare(question: Question, answer: str) -> float:
-        patterns = [fixed] if fixed else [_compiled(p, Ungradable) for p in question.right()]
-        return float(any(pattern.search(answer) for pattern in patterns))
+        tried = [fixed] if fixed else [_compiled(p, Ungradable) for p in question.right()]
+        try:
+            found = (one.search(answer, timeout=LONGEST_SEARCH_S) for one in tried)
+            return float(any(found))
+        except TimeoutError:
+            raise Ungradable(
+                f"regex {[one.pattern for one in tried]} took over {LONGEST_SEARCH_S:g} s"
+                f" with an answer of {len(answer):,} characters"
+            ) from None
 
     return compare
 
 
-def _compiled(pattern: str, error: type[Exception]) -> re.Pattern[str]:
+LONGEST_SEARCH_S: Final = 1.0
+"""Some patterns take time that doubles with each character; the whole collecting would wait."""
+
+
+def _compiled(pattern: str, error: type[Exception]) -> patterns.Pattern[str]:
     try:
-        return re.compile(pattern)
-    except re.error as problem:
+        return patterns.compile(pattern)
+    except patterns.error as problem:
         raise error(f"grade: regex {pattern!r} is not a pattern: {problem}") from None
 
 
@@ -127,7 +143,14 @@ _NUMBER = re.compile(
 )
 
 
-_LATEX: Final = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
+# Fractions as LaTeX has them and as one sign; a whole number may stand before either.
+_FRACTION: Final = re.compile(
+    r"(?P<whole>\d)?(?:\\[dt]?frac\{(?P<above>\d+)\}\{(?P<below>\d+)\}"
+    r"|(?P<sign>[\u00bc-\u00be\u2150-\u215e]))"
+)
+_MIXED: Final = re.compile(
+    r"(?<![\d.,/])(\d{1,9})\s+(\d{1,9})\s?/\s?(\d{1,9})(?![\d.]|\s?/)"
+)
 
 
 def numeric(argument: str) -> Compare:
@@ -156,7 +179,7 @@ def numeric(argument: str) -> Compare:
 def _last_number(text: str) -> tuple[float, str] | None:
     """Return the last number of `text` and its unit, empty where it has none that is known."""
     last = None
-    text = _LATEX.sub(r"\1/\2", text)
+    text = _MIXED.sub(_whole_and_part, _FRACTION.sub(_in_figures, text))
     for match in _NUMBER.finditer(text):
         unit, below = (match["unit"] or "").lower(), match["below"].split("/")[1:]
         digits = text[match.start() : match.start("below")]
@@ -168,6 +191,17 @@ def _last_number(text: str) -> tuple[float, str] | None:
         if math.isfinite(value):
             last = value, unit if unit in _UNITS else ""
     return last
+
+
+def _in_figures(fraction: re.Match[str]) -> str:
+    sign = unicodedata.normalize("NFKC", fraction["sign"] or "").replace("\N{FRACTION SLASH}", "/")
+    figures = sign or f"{fraction['above']}/{fraction['below']}"
+    return f"{fraction['whole']} {figures}" if fraction["whole"] else figures
+
+
+def _whole_and_part(mixed: re.Match[str]) -> str:
+    whole, above, below = (int(digits) for digits in mixed.groups())
+    return str(whole + above / below) if above < below else mixed[0]
 
 
 def _same(one: tuple[float, str], other: tuple[float, str], tolerance: float) -> bool:

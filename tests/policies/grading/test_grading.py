@@ -58,7 +58,12 @@ def graded(
         ("numeric", ("3/4",), "It is 1/4", 0),
         ("numeric", ("3/4",), "It is 0.75", 1),
         ("numeric", ("-0.75",), r"That makes -\frac{3}{4}.", 1),
+        ("numeric", ("1.75",), "It takes 1 3/4 cups", 1),
+        ("numeric", ("-2.5",), r"x = -2\dfrac{1}{2}", 1),
+        ("numeric", ("2½ h",), "150 min", 1),
+        ("numeric", ("1.25",), "7 5/4", 1),
         ("numeric", ("2024",), "on 12/05/2024", 1),
+        ("numeric", ("2024",), "by 3 1/4/2024", 1),
         ("numeric", ("1/2",), "0.5/1.0", 1),
         ("numeric", ("1" * 30,), "9" * 400, 0),
         ("json", ('{"a": [1, 2]}',), '```json\n{"a": [1, 2]}\n```', 1),
@@ -75,6 +80,13 @@ def test_an_answer_is_compared_with_the_references(
     """Each text grader says right or wrong by its own rule."""
     question = Question(query="?", references=references)
     assert graded(spec, question, ada=answer).scores == {"ada": score}
+
+
+def test_a_pattern_that_never_ends_gives_no_score() -> None:
+    """The time of this one doubles with every character; whoever reads the reason can mend it."""
+    spec = "regex:(a|aa)+$"
+    sheet = graded(spec, Question(query="?"), ada="a" * 60 + "b")
+    assert not sheet.scores and "['(a|aa)+$'] took over 1 s" in sheet.problems[spec]
 
 
 @pytest.mark.parametrize(

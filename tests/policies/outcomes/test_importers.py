@@ -183,6 +183,11 @@ MATCH = {"sample_id": "s", "type": "match", "data": {"correct": True}}
             [{**ARENA, "evaluation_result": {"score": 1}}, "{"],
             "line 2: it is not JSON: .*; expected RouterArena's cached results: global_index",
         ),
+        (
+            "a.jsonl",
+            [{**ARENA, "evaluation_result": {"score": 85}}],
+            "line 1: scores.a: .*less than or equal to 1, got 85.0",
+        ),
         ("a.csv", ["prompt,eval_name,a,a|total_cost", "q,t,1"], "line 2: it has not as many cells"),
         ("a.csv", ["prompt,eval_name,a,a|total_cost", "q,t,x,"], "line 2: ValueError: could not"),
         ("a.csv", ["prompt,eval_name,a,a|total_cost", "q,t,nan,"], "line 2: scores.a: .*finite"),
