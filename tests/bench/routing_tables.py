@@ -178,16 +178,16 @@ def _pool(encoders: Encoders, most: int | None) -> list[tuple[str, Callable[[], 
     file = DEFAULT_POOL / "outcomes.jsonl"
     outcomes = _drawn(read_outcomes(file), most)
     facts = load_pool(DEFAULT_POOL).facts()
-    chunks = [name for name, fact in facts.items() if fact.domains and name != "base"]
+    members = [name for name, fact in facts.items() if fact.domains]
 
     def run(protocol: Protocol) -> Callable[[], Report]:
         return lambda: evaluate(
             outcomes,
-            title=f"Default pool, single chunks, {PROTOCOLS[protocol]}",
+            title=f"Default pool, its chunks and their base, {PROTOCOLS[protocol]}",
             protocol=protocol,
             encoders=encoders,
-            models=chunks,
-            relative_cost=[facts[name].rates.usd_per_output_token for name in chunks],
+            models=members,
+            relative_cost=[facts[name].rates.usd_per_output_token for name in members],
             train="router",
         )
 
