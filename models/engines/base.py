@@ -161,10 +161,9 @@ class GenerationRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TopLogprob:
-    """One alternative at a position: id, text, raw bytes, natural log-probability."""
+    """One alternative at a position: id, bytes, natural log-probability."""
 
     token_id: int
-    text: str
     raw: bytes
     logprob: float
 
@@ -180,7 +179,6 @@ class Token:
     """
 
     token_id: int
-    text: str
     raw: bytes
     logprob: float | None
     top: tuple[TopLogprob, ...] = ()
@@ -193,7 +191,7 @@ class Chunk:
     """A piece of the answer. `text` may lag behind `tokens` while a stop string or a character may
     still be incomplete; the texts of all chunks joined are the answer, without the stop string.
     `tokens` holds every generated token, the end-of-sequence token included in the count but with
-    empty text. What the model thought before it answered is `reasoning`, why it would not is the
+    no bytes. What the model thought before it answered is `reasoning`, why it would not is the
     `refusal`; neither is in the text. `tool_calls` are calls, or pieces of them. The last chunk,
     and only it, has a `finish_reason`, the request's stop string or token that ended the answer, if
     one did (`stop`), and where several members were fused the `weights` that they

@@ -220,20 +220,14 @@ def _last(request: GenerationRequest) -> str:
 
 
 def _token(token_id: int, script: Script, top_logprobs: int | None) -> Token:
-    raw, vocab_size = _raw(token_id), ByteTokenizer().vocab_size
+    vocab_size = ByteTokenizer().vocab_size
     others = [(token_id + step) % vocab_size for step in range(top_logprobs or 0)]
     return Token(
         token_id=token_id,
-        text=raw.decode(errors="replace"),
-        raw=raw,
+        raw=_raw(token_id),
         logprob=script.logprob,
         top=tuple(
-            TopLogprob(
-                token_id=other,
-                text=_raw(other).decode(errors="replace"),
-                raw=_raw(other),
-                logprob=script.logprob - rank,
-            )
+            TopLogprob(token_id=other, raw=_raw(other), logprob=script.logprob - rank)
             for rank, other in enumerate(others)
         ),
         entropy=script.entropy,

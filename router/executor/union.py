@@ -228,11 +228,8 @@ def score_strings(
 def _token(text: str, logprob: float | None, others: Mapping[str, float], num_others: int) -> Token:
     """Return a string as a token, which is no one's and so has no id."""
     best = sorted(others, key=lambda other: -others[other])[:num_others]
-    top = tuple(
-        TopLogprob(token_id=0, text=other, raw=other.encode(), logprob=others[other])
-        for other in best
-    )
-    return Token(token_id=0, text=text, raw=text.encode(), logprob=logprob, top=top)
+    top = tuple(TopLogprob(token_id=0, raw=other.encode(), logprob=others[other]) for other in best)
+    return Token(token_id=0, raw=text.encode(), logprob=logprob, top=top)
 
 
 def _union(

@@ -97,8 +97,8 @@ def test_the_drawn_token_is_among_the_alternatives(server: Any) -> None:
     """Also where none were asked for, and where alternatives look alike."""
     [choice] = _complete(server, "ab", logprobs=0).choices
     assert choice.logprobs.top_logprobs == [{"a": -0.1}, {"b": -0.1}]
-    same = TopLogprob(token_id=7, text="a", raw=b"a", logprob=-3.0)
-    drawn = Token(token_id=5, text="a", raw=b"a", logprob=-2.0, top=(same,))
+    same = TopLogprob(token_id=7, raw=b"a", logprob=-3.0)
+    drawn = Token(token_id=5, raw=b"a", logprob=-2.0, top=(same,))
     [top] = text_logprobs([drawn], Offsets())["top_logprobs"]
     assert top == {"a": -2.0, "token_id:7": -3.0}
 

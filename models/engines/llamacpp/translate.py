@@ -133,29 +133,22 @@ class MessageReader:
 
 def told_token(entry: Mapping[str, Any], vocabulary: Vocabulary, num_top: int) -> Token:
     """Return a token as a message tells it, with at most `num_top` alternatives."""
-    raw = vocabulary.raw(entry["id"])
     return Token(
         token_id=entry["id"],
-        text=raw.decode(errors="replace"),
-        raw=raw,
+        raw=vocabulary.raw(entry["id"]),
         logprob=entry["logprob"],
-        top=tuple(_top(other, vocabulary) for other in entry["top_logprobs"][:num_top]),
-    )
-
-
-def _top(entry: Mapping[str, Any], vocabulary: Vocabulary) -> TopLogprob:
-    raw = vocabulary.raw(entry["id"])
-    return TopLogprob(
-        token_id=entry["id"],
-        text=raw.decode(errors="replace"),
-        raw=raw,
-        logprob=entry["logprob"],
+        top=tuple(
+            TopLogprob(
+                token_id=other["id"], raw=vocabulary.raw(other["id"]), logprob=other["logprob"]
+            )
+            for other in entry["top_logprobs"][:num_top]
+        ),
     )
 
 
 def _only_text(text: str) -> Token:
     """Return a token of which no more is known."""
-    return Token(token_id=0, text=text, raw=text.encode(), logprob=None)
+    return Token(token_id=0, raw=text.encode(), logprob=None)
 
 
 def raise_failure(event: Event) -> None:

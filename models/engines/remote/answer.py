@@ -41,7 +41,7 @@ _BREAKS = (
     "insufficient_system_resource",
 )
 # A token without text: the end of sequence, hidden reasoning, a piece of a tool call.
-_HIDDEN = Token(token_id=0, text="", raw=b"", logprob=None)
+_HIDDEN = Token(token_id=0, raw=b"", logprob=None)
 
 
 async def read_events(parts: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any] | str]:
@@ -397,18 +397,17 @@ def _read_content(content: object) -> tuple[str, str]:
 
 
 def _unknown(text: str) -> Token:
-    return Token(token_id=0, text=text, raw=text.encode(errors="replace"), logprob=None)
+    return Token(token_id=0, raw=text.encode(errors="replace"), logprob=None)
 
 
 def _chat_token(item: Mapping[str, Any]) -> Token:
     top = tuple(
-        TopLogprob(token_id=0, text=i["token"], raw=_raw(i), logprob=float(i["logprob"]))
+        TopLogprob(token_id=0, raw=_raw(i), logprob=float(i["logprob"]))
         for i in item.get("top_logprobs") or ()
     )
     logprob = item.get("logprob")
     return Token(
         token_id=0,
-        text=item["token"],
         raw=_raw(item),
         logprob=None if logprob is None else float(logprob),
         top=top,
@@ -421,16 +420,13 @@ def _raw(item: Mapping[str, Any]) -> bytes:
 
 
 def _text_token(label: str, logprob: float | None, top: Mapping[str, float]) -> Token:
-    raw = _raw_of(label)
     ranked = sorted(top.items(), key=lambda entry: -entry[1])
     return Token(
         token_id=0,
-        text=raw.decode(errors="replace"),
-        raw=raw,
+        raw=_raw_of(label),
         logprob=logprob,
         top=tuple(
-            TopLogprob(token_id=0, text=other, raw=_raw_of(other), logprob=value)
-            for other, value in ranked
+            TopLogprob(token_id=0, raw=_raw_of(other), logprob=value) for other, value in ranked
         ),
     )
 

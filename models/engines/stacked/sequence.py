@@ -189,7 +189,6 @@ class Sequence:
         self._new_tokens.append(
             Token(
                 token_id=token,
-                text=raw.decode(errors="replace"),
                 raw=raw,
                 logprob=drawn.logprobs[row],
                 top=_alternatives(drawn.top[row], vocabulary),
@@ -250,11 +249,9 @@ class Sequence:
 def _prompt_token(
     token: int, logprob: float | None, top: Iterable[tuple[int, float]], vocabulary: Vocabulary
 ) -> Token:
-    raw = vocabulary.raw(token)
     return Token(
         token_id=token,
-        text=raw.decode(errors="replace"),
-        raw=raw,
+        raw=vocabulary.raw(token),
         logprob=logprob,
         top=_alternatives(top, vocabulary),
     )
@@ -264,11 +261,6 @@ def _alternatives(
     top: Iterable[tuple[int, float]], vocabulary: Vocabulary
 ) -> tuple[TopLogprob, ...]:
     return tuple(
-        TopLogprob(
-            token_id=token,
-            text=vocabulary.raw(token).decode(errors="replace"),
-            raw=vocabulary.raw(token),
-            logprob=logprob,
-        )
+        TopLogprob(token_id=token, raw=vocabulary.raw(token), logprob=logprob)
         for token, logprob in top
     )

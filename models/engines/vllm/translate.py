@@ -86,19 +86,12 @@ def _token(
     token_id: int, entries: dict[int, Logprob], vocabulary: Vocabulary, num_top: int
 ) -> Token:
     ranked = sorted(entries.items(), key=lambda entry: entry[1].rank or 0)[:num_top]
-    raw = vocabulary.raw(token_id)
     return Token(
         token_id=token_id,
-        text=raw.decode(errors="replace"),
-        raw=raw,
+        raw=vocabulary.raw(token_id),
         logprob=entries[token_id].logprob,
         top=tuple(
-            TopLogprob(
-                token_id=other,
-                text=vocabulary.raw(other).decode(errors="replace"),
-                raw=vocabulary.raw(other),
-                logprob=entry.logprob,
-            )
+            TopLogprob(token_id=other, raw=vocabulary.raw(other), logprob=entry.logprob)
             for other, entry in ranked
         ),
     )
@@ -111,10 +104,7 @@ def prompt_tokens(
     num_top: int,
 ) -> tuple[Token, ...]:
     """Return the prompt's tokens with what vLLM says of them; of the first it says nothing."""
-    first = vocabulary.raw(token_ids[0])
-    start = Token(
-        token_id=token_ids[0], text=first.decode(errors="replace"), raw=first, logprob=None
-    )
+    start = Token(token_id=token_ids[0], raw=vocabulary.raw(token_ids[0]), logprob=None)
     pairs = zip(token_ids[1:], entries[1:], strict=True)
     return start, *(_token(i, told or {}, vocabulary, num_top) for i, told in pairs)
 

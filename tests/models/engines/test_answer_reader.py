@@ -27,8 +27,8 @@ def _request(**fields: Any) -> GenerationRequest:
 def _read(pieces: Sequence[str], request: GenerationRequest, reason: Any = "stop") -> list[Chunk]:
     """Read pieces that are one token each; the last is the end's, without text."""
     reader = AnswerReader(request, FORM, None)
-    tokens = [Token(token_id=1, text=p, raw=p.encode(), logprob=-1.0) for p in (*pieces, "")]
-    chunks = [Chunk(text=token.text, tokens=(token,)) for token in tokens]
+    tokens = [Token(token_id=1, raw=p.encode(), logprob=-1.0) for p in (*pieces, "")]
+    chunks = [Chunk(text=token.raw.decode(), tokens=(token,)) for token in tokens]
     return [*map(reader.read, chunks[:-1]), reader.read(replace(chunks[-1], finish_reason=reason))]
 
 

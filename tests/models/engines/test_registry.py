@@ -32,7 +32,7 @@ class Parrot:
     async def start(self): ...
 
     async def generate(self, request):
-        word = Token(token_id=0, text=self._word, raw=self._word.encode(), logprob=0.0)
+        word = Token(token_id=0, raw=self._word.encode(), logprob=0.0)
         yield Chunk(text=self._word, tokens=(word,), finish_reason="stop")
 
     def stats(self):

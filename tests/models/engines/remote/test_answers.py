@@ -172,7 +172,7 @@ def test_a_prompt_is_scored_as_the_server_tells_it() -> None:
     prompt = chunks[0].prompt
     assert b"".join(token.raw for token in prompt).decode() == "é so"
     assert [token.logprob for token in prompt] == [None, -1.5, -2.5]
-    assert [other.text for other in prompt[2].top] == [" no", " so"]
+    assert [other.raw for other in prompt[2].top] == [b" no", b" so"]
     assert text_of(chunks) == " on"
     assert [token.logprob for chunk in chunks for token in chunk.tokens] == [-0.5]
     assert chunks[-1].output_tokens == 1

@@ -111,7 +111,7 @@ async def test_texts_and_token_ids_go_to_the_completions_endpoint(text: Any, pro
     assert sent["body"]["max_tokens"] == 256
     assert (text_of(chunks), chunks[-1].finish_reason) == (" upon", "length")
     [token] = chunks[0].tokens
-    assert (token.logprob, [other.text for other in token.top]) == (-0.25, [" upon", " more"])
+    assert (token.logprob, [other.raw for other in token.top]) == (-0.25, [b" upon", b" more"])
 
 
 async def test_usage_of_the_server_counts() -> None:
