@@ -20,7 +20,7 @@ import httpx
 import sqlalchemy as sa
 from pydantic import BaseModel, Field
 
-from policies.budget import Controller
+from policies.budget.controller import Controller
 from policies.carbon.grid import CachedGrid, GridReading
 from policies.carbon.settings import FeedSettings
 from router.ledger.database import Database

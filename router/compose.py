@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from models.pool import Pool
-from policies.budget import Controller
+from policies.budget.controller import Controller
 from policies.carbon.grid import CachedGrid
 from policies.experiments.shadow import Shadow, ShadowMeter
 from router.access.authentication import Authenticator

@@ -23,7 +23,7 @@ from models.training.checkpoint import Progress
 from models.training.data import Conversation, Rows, fill_rows, lay_out
 from models.training.forward import Distillation, Scorer, answer_loss, target_log_probabilities
 from models.training.loop import Method, Settings, run
-from policies.carbon import training_flops
+from policies.carbon.llmcarbon import training_flops
 
 
 @dataclass(frozen=True, kw_only=True)

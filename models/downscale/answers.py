@@ -28,7 +28,7 @@ from models.engines.base import Chunk, Engine, Evidence, GenerationRequest, Samp
 from models.engines.registry import create_engine
 from models.pool import load_adapter
 from models.spec import EngineSpec, Model, ModelSpec
-from models.tasks import check
+from models.tasks.base import check
 from models.tokenizer import CheckpointTokenizer
 from models.training.data import Conversation
 from models.training.forward import Scorer, target_log_probabilities

@@ -55,7 +55,7 @@ from models.downscale.shape import num_parameters, solve_shape
 from models.downscale.stage import Run, progress_bar, read_json, remembered, stage, write_json
 from models.errors import DownscaleError
 from models.precision import products_dtype
-from models.tasks import Split
+from models.tasks.base import Split
 from models.training.checkpoint import export_checkpoint
 from models.training.data import Conversation
 from models.training.forward import Scorer

@@ -24,7 +24,8 @@ from typing import Any, Final
 from models.downscale.recipe import TASKS, CorpusSettings
 from models.downscale.texts import LINES, Copies, files_of, paragraphs, read_text
 from models.errors import CorpusError
-from models.tasks import DOMAINS, Split, Task
+from models.tasks import DOMAINS
+from models.tasks.base import Split, Task
 from models.training.scratch import draw_dialogue
 from policies.cascade.base import normalise
 

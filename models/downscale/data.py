@@ -34,7 +34,8 @@ from models.downscale.cut import pad
 from models.training.data import Conversation, TopTokens
 from models.training.forward import Scorer
 from policies.errors import LawError
-from policies.laws import Fitted, MixtureLaw
+from policies.laws.downscaling import MixtureLaw
+from policies.laws.fitting import Fitted
 
 Switch = Literal["hard", "easy"]
 Score = Literal["bald", "disagreement"]

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from policies.errors import LawError
-from policies.laws import EnsembleLaw, Fitted
+from policies.laws.ensemble import EnsembleLaw
+from policies.laws.fitting import Fitted
 
 Floats = NDArray[np.float64]
 

@@ -30,7 +30,7 @@ from models.downscale.recipe import ALL_DOMAINS, TASKS, CorpusSettings
 from models.downscale.render import Renderer
 from models.downscale.stage import Run, remembered, stage, write_json
 from models.errors import CorpusError
-from models.tasks import Split
+from models.tasks.base import Split
 from models.training.data import Conversation
 
 GENERAL: Final = "general"

@@ -33,9 +33,9 @@ from models.downscale.laws import fits_of
 from models.downscale.policies import policies_of
 from models.downscale.questions import Question, questions
 from models.downscale.stage import Run, read_json
-from models.tasks import Split
-from policies.carbon import find_device, find_zone
-from policies.carbon.llmcarbon import run_carbon
+from models.tasks.base import Split
+from policies.carbon.grid import find_zone
+from policies.carbon.llmcarbon import find_device, run_carbon
 
 Floats = NDArray[np.float64]
 

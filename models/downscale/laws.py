@@ -49,12 +49,14 @@ from models.downscale.recipe import MemberShape
 from models.downscale.shape import num_parameters, solve_shape
 from models.downscale.stage import Run, read_json, stage, write_json
 from models.errors import BaseError
-from models.tasks import Split
+from models.tasks.base import Split
 from models.training.forward import Scorer
 from policies.errors import LawError
 from policies.evidence import HeldOutAnswers, calibrate, evidence_weights
-from policies.laws import EnsembleLaw, Fitted, MixtureLaw, PostPruningLaw
+from policies.laws.downscaling import MixtureLaw, PostPruningLaw
+from policies.laws.ensemble import EnsembleLaw
 from policies.laws.file import LAWS_FILE, PoolLaws, write_laws
+from policies.laws.fitting import Fitted
 
 _FITS, _PRUNING = "fits.json", "pruning.json"
 WEIGHTINGS: Final = ("uniform", "evidence")

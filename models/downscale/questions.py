@@ -14,7 +14,7 @@ from models.downscale.corpus import Example
 from models.downscale.examples import corpus, render, renderer
 from models.downscale.stage import Run, remembered
 from models.errors import CorpusError
-from models.tasks import Split
+from models.tasks.base import Split
 from models.training.data import Conversation
 
 

@@ -5,24 +5,11 @@ A new domain is one file and one line here.
 
 from typing import Final
 
-from models.tasks.base import Domain, Draft, Skill, Split, Task, check, normalise, split_of
+from models.tasks.base import Domain
 from models.tasks.code import CODE
 from models.tasks.dates import DATES
 from models.tasks.numbers import ARITHMETIC, CONVERSION, NUMERALS, STORIES
 from models.tasks.text import LISTS, TEXT
-
-__all__ = [
-    "DOMAINS",
-    "Domain",
-    "Draft",
-    "Skill",
-    "Split",
-    "Task",
-    "check",
-    "domain",
-    "normalise",
-    "split_of",
-]
 
 DOMAINS: Final[dict[str, Domain]] = {
     domain.name: domain

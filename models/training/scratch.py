@@ -27,7 +27,8 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from models.tasks import DOMAINS, Split, Task
+from models.tasks import DOMAINS
+from models.tasks.base import Split, Task
 from models.training.checkpoint import Progress
 from models.training.data import Conversation, Rows, pack
 from models.training.loop import Settings, run

@@ -3,8 +3,3 @@
 `candidates` are the plans to choose from and their expected costs, `pace` says what traffic is to
 come, `prices` holds the targets and finds the dual price of each, `controller` chooses.
 """
-
-from policies.budget.controller import Controller
-from policies.budget.prices import BudgetTarget
-
-__all__ = ["BudgetTarget", "Controller"]

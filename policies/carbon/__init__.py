@@ -4,29 +4,3 @@ LLMCarbon's equations (Faiz et al. 2024; Sengupta et al. 2025, eq. 3-6 and 14-24
 devices and of the grid; and `economics`, what a device costs. This package does no I/O but reading
 those tables and, on request, a file.
 """
-
-from policies.carbon.grid import CachedGrid, GridIntensity, GridReading, StaticGrid, find_zone
-from policies.carbon.llmcarbon import (
-    CarbonLaw,
-    Device,
-    TrainingCarbon,
-    find_device,
-    inference_flops,
-    rates_for,
-    training_flops,
-)
-
-__all__ = [
-    "CachedGrid",
-    "CarbonLaw",
-    "Device",
-    "GridIntensity",
-    "GridReading",
-    "StaticGrid",
-    "TrainingCarbon",
-    "find_device",
-    "find_zone",
-    "inference_flops",
-    "rates_for",
-    "training_flops",
-]

@@ -6,34 +6,3 @@ numbers are meant where none other is named; Bian et al. 2025; Que et al. 2024; 
 2025 ("Compression Laws for Large Language Models"). A constant that is published stands beside its
 law as `PUBLISHED`; where none is, there is no default.
 """
-
-from policies.laws.downscaling import (
-    MixtureLaw,
-    PostPruningLaw,
-    RecoveryLaw,
-    RuntimeLaw,
-)
-from policies.laws.ensemble import EnsembleLaw, ensemble_margin, smallest_winning_ensemble
-from policies.laws.fitting import Fitted, Interval
-from policies.laws.scaling import (
-    InferenceEfficient,
-    Shape,
-    SharedExponent,
-    rank_shapes,
-)
-
-__all__ = [
-    "EnsembleLaw",
-    "Fitted",
-    "InferenceEfficient",
-    "Interval",
-    "MixtureLaw",
-    "PostPruningLaw",
-    "RecoveryLaw",
-    "RuntimeLaw",
-    "Shape",
-    "SharedExponent",
-    "ensemble_margin",
-    "rank_shapes",
-    "smallest_winning_ensemble",
-]

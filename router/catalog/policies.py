@@ -13,7 +13,7 @@ from typing import Any
 
 from models.pool import Pool
 from policies.base import ModelFacts, Policy
-from policies.budget import Controller
+from policies.budget.controller import Controller
 from policies.cascade.base import Confidence, PromptScorer, Ranker, Scorer, build_scorer
 from policies.errors import PolicyError
 from policies.fixed import always

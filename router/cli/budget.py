@@ -175,10 +175,9 @@ def replay_budget(
 ) -> None:
     """Replay 24 simulated hours over real answers, with the controller and simpler strategies."""
     from models.pool import DEFAULT_POOL, load_pool
-    from policies.budget.replay import replay_scenarios
     from policies.budget.replay.days import workload_of
-    from policies.budget.replay.replay import draw, table_of
-    from policies.carbon import find_zone
+    from policies.budget.replay.replay import draw, replay_scenarios, table_of
+    from policies.carbon.grid import find_zone
     from policies.carbon.settings import CarbonSettings, DeviceSettings
     from policies.outcomes import read_outcomes
 

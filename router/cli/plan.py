@@ -43,7 +43,8 @@ def plan(
     plot: Annotated[Path | None, typer.Option(help="Also draw the answers to this PNG.")] = None,
 ) -> None:
     """Answer how many chunks of which size, at what loss and carbon, before any training."""
-    from policies.carbon import find_device, find_zone
+    from policies.carbon.grid import find_zone
+    from policies.carbon.llmcarbon import find_device
     from policies.laws.file import read_laws
     from policies.planning import Site, budget_flops, plan_training
 

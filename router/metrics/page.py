@@ -31,7 +31,7 @@ from prometheus_client.registry import Collector
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.responses import PlainTextResponse
 
-from policies.budget import Controller
+from policies.budget.controller import Controller
 from policies.experiments.shadow import Shadow
 from router.access.authentication import Identify
 from router.config import AppArgs

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
-from policies.budget import Controller
+from policies.budget.controller import Controller
 from policies.experiments.report import Report
 from policies.experiments.shadow import Shadow
 from router.background import read_spending

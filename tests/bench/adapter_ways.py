@@ -30,7 +30,7 @@ from models.downscale.examples import conversations
 from models.downscale.recipe import Recipe
 from models.downscale.stage import Run
 from models.pool import DEFAULT_POOL
-from models.tasks import Split
+from models.tasks.base import Split
 from models.training.data import Conversation
 from models.training.forward import Scorer, answer_loss, target_log_probabilities
 from models.training.monte_carlo import drawn, posteriors

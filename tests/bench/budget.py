@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from policies.base import Decision, ModelFacts, Query
-from policies.budget import BudgetTarget, Controller
-from policies.carbon import find_device, rates_for
+from policies.budget.controller import Controller
+from policies.budget.prices import BudgetTarget
+from policies.carbon.llmcarbon import find_device, rates_for
 from policies.footprint import Footprint, Rates
-from policies.laws import EnsembleLaw
+from policies.laws.ensemble import EnsembleLaw
 from policies.plan import Answer
 
 TARGET_US = 100.0

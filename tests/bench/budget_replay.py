@@ -28,17 +28,18 @@ import numpy as np
 
 from models.pool import DEFAULT_POOL, load_pool
 from policies.base import ModelFacts
-from policies.budget.replay import ReplayedDay, Workload, replay_scenarios
-from policies.budget.replay.days import Scenario, day_costs, workload_of
+from policies.budget.replay.days import Scenario, Workload, day_costs, workload_of
 from policies.budget.replay.replay import (
     CONTROLLER,
     OPTIMUM,
+    ReplayedDay,
     Rivals,
     draw,
     offline_optimum,
+    replay_scenarios,
     table_of,
 )
-from policies.carbon import find_zone
+from policies.carbon.grid import find_zone
 from policies.carbon.settings import CarbonSettings
 from policies.errors import LawError
 from policies.footprint import Rates

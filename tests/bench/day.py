@@ -36,7 +36,8 @@ import httpx
 import numpy as np
 import yaml
 
-from models.tasks import DOMAINS, Split, check
+from models.tasks import DOMAINS
+from models.tasks.base import Split, check
 from policies.budget.replay.days import DAY_S, simulate_arrivals
 from tests.bench.everyday import everyday
 from tests.server import started

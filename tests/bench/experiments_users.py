@@ -28,7 +28,8 @@ import httpx
 import yaml
 
 from models.pool import DEFAULT_POOL, load_pool
-from models.tasks import DOMAINS, Split
+from models.tasks import DOMAINS
+from models.tasks.base import Split
 from policies.encoders.base import parse_encoder
 from policies.outcomes import read_outcomes
 from policies.routing.fit import FitSettings, fit_router

@@ -23,7 +23,7 @@ from models.downscale.chunks import BASE
 from models.downscale.policies import CASCADE_FILE, Fusion, learn_stages, specify
 from models.pool import DEFAULT_POOL, Pool, load_pool
 from policies.base import ModelFacts
-from policies.carbon import find_device, rates_for
+from policies.carbon.llmcarbon import find_device, rates_for
 from policies.cascade.answers import AnswerTable, Floats, answer_table, predict
 from policies.cascade.base import normalise
 from policies.cascade.fit import fit_scorer

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from models.downscale.answers import Written, ask
 from models.pool import Pool
-from models.tasks import check
+from models.tasks.base import check
 from models.tokenizer import Tokenizer, load_tokenizer
 from policies.evidence import Floats
 from policies.footprint import Rates

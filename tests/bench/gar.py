@@ -26,8 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.budget.prices import BudgetTarget
-from policies.budget.replay import Workload
-from policies.budget.replay.days import Day, day_costs
+from policies.budget.replay.days import Day, Workload, day_costs
 from policies.budget.replay.replay import CONTROLLER
 from policies.budget.replay.strategies import Strategy, calibrate
 from tests.bench.budget_replay import QUALITY, WITHIN, WORKLOADS, replays, rows_of

@@ -28,7 +28,7 @@ from models.engines.base import GenerationRequest, SamplingOptions
 from models.engines.registry import create_engine
 from models.pool import DEFAULT_POOL, Pool, load_pool
 from models.spec import Model
-from models.tasks import check
+from models.tasks.base import check
 from models.tokenizer import Tokenizer, load_tokenizer
 from policies.base import Policy, Query
 from policies.files import write_atomic

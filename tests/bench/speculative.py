@@ -29,7 +29,7 @@ import matplotlib.pyplot as plt
 from models.engines.base import Chunk, Engine, GenerationRequest, SamplingOptions
 from models.engines.registry import create_engine
 from models.pool import DEFAULT_POOL, Pool, load_pool
-from models.tasks import check
+from models.tasks.base import check
 from models.tokenizer import load_tokenizer
 from policies.outcomes import Outcome, read_outcomes
 from tests.bench.harness import environment

@@ -27,7 +27,7 @@ import numpy as np
 import yaml
 
 from models.pool import DEFAULT_POOL
-from models.tasks import Split, check
+from models.tasks.base import Split, check
 from policies.outcomes import read_outcomes
 from tests.bench.everyday import Everyday, everyday
 from tests.bench.general import GENERAL

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models.downscale.answers import ask
 from models.pool import load_pool
-from models.tasks import DOMAINS, Split, check
+from models.tasks import DOMAINS
+from models.tasks.base import Split, check
 from policies.plan import Answer
 
 _POOL = Path(__file__).parents[2] / "models" / "pools" / "default"

@@ -6,7 +6,7 @@ from policies.base import ModelFacts, Policy, Query, members_of
 from policies.budgeted import Budgeted
 from policies.errors import PolicyError
 from policies.footprint import Footprint, Limits, Rates
-from policies.laws import EnsembleLaw
+from policies.laws.ensemble import EnsembleLaw
 from policies.laws.file import PoolLaws, write_laws
 from policies.plan import members
 from policies.registry import build_policy

@@ -2,9 +2,10 @@
 
 import pytest
 
-from policies.carbon import find_device
+from policies.carbon.llmcarbon import find_device
 from policies.errors import LawError
-from policies.laws import EnsembleLaw, MixtureLaw
+from policies.laws.downscaling import MixtureLaw
+from policies.laws.ensemble import EnsembleLaw
 from policies.laws.file import PoolLaws
 from policies.planning import Site, budget_flops, plan_training
 

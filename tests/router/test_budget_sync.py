@@ -11,7 +11,8 @@ import pytest
 import sqlalchemy as sa
 
 from policies.base import Decision, ModelFacts, Query
-from policies.budget import BudgetTarget, Controller
+from policies.budget.controller import Controller
+from policies.budget.prices import BudgetTarget
 from policies.budgeted import Budgeted
 from policies.footprint import Rates
 from policies.plan import Answer

@@ -37,7 +37,7 @@ from models.downscale.figures import System, training_facts
 from models.downscale.questions import questions
 from models.downscale.shape import num_parameters
 from models.downscale.stage import Run, read_json, stage, write_json
-from models.tasks import Split
+from models.tasks.base import Split
 from models.training.checkpoint import export_checkpoint
 from tests.bench.downscale.merge import Descendant, merge
 

@@ -14,12 +14,8 @@ from models.downscale.figures import ORACLE, Comparison, System
 from models.downscale.report import Table, percent
 from models.downscale.stage import Run
 from models.errors import RecipeError
-from policies.laws import (
-    RecoveryLaw,
-    RuntimeLaw,
-    ensemble_margin,
-    smallest_winning_ensemble,
-)
+from policies.laws.downscaling import RecoveryLaw, RuntimeLaw
+from policies.laws.ensemble import ensemble_margin, smallest_winning_ensemble
 
 Figures = Mapping[str, Any]
 Row = tuple[str, ...]

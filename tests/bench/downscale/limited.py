@@ -33,7 +33,8 @@ from models.downscale.pipeline import claimed
 from models.downscale.recipe import AdaptSettings
 from models.downscale.shape import num_parameters
 from models.downscale.stage import Run, read_json, write_json
-from models.tasks import DOMAINS, Split
+from models.tasks import DOMAINS
+from models.tasks.base import Split
 from models.training.checkpoint import Progress
 from models.training.data import Conversation
 from policies.plan import Answer

@@ -32,7 +32,7 @@ from models.downscale.policies import policies_of
 from models.downscale.questions import questions
 from models.downscale.recipe import Recipe, read_recipe
 from models.downscale.stage import Run, read_json, write_json
-from models.tasks import Split
+from models.tasks.base import Split
 
 NUM_RESAMPLES = 2000
 OWN = "its domain's own"

@@ -36,7 +36,8 @@ from models.downscale.pipeline import claimed
 from models.downscale.recipe import AdaptSettings, Recipe
 from models.downscale.stage import Run, read_json, write_json
 from models.pool import DEFAULT_POOL
-from models.tasks import DOMAINS, Split, check
+from models.tasks import DOMAINS
+from models.tasks.base import Split, check
 from models.training.data import Conversation
 from models.training.forward import Scorer, target_log_probabilities
 from policies.laws.ensemble import EnsembleLaw

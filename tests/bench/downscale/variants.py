@@ -34,7 +34,7 @@ from models.downscale.recipe import DistillSettings
 from models.downscale.shape import shape_of
 from models.downscale.stage import Run, read_json, stage, write_json
 from models.precision import products_dtype
-from models.tasks import Split
+from models.tasks.base import Split
 from models.training.data import Conversation
 from models.training.forward import Scorer
 from tests.bench.downscale.spectrum import spectrum_importance

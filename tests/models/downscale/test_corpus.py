@@ -17,7 +17,7 @@ from models.downscale.corpus import (
 from models.downscale.recipe import CorpusSettings
 from models.downscale.render import PLAIN_TEMPLATE, Renderer
 from models.errors import CorpusError
-from models.tasks import Split
+from models.tasks.base import Split
 from models.training.scratch import build_tokenizer
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from models.downscale.data import Point, best_share, fit_mixture
-from policies.laws import MixtureLaw
+from policies.laws.downscaling import MixtureLaw
 
 # Rises fast as a corpus's own share goes to nothing.
 _LAW = MixtureLaw(

@@ -4,7 +4,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from models.downscale.answers import ask
-from models.tasks import DOMAINS, Split
+from models.tasks import DOMAINS
+from models.tasks.base import Split
 from models.training.checkpoint import export_checkpoint
 from models.training.scratch import LlamaShape, build_model, build_tokenizer
 from policies.plan import Answer

@@ -6,7 +6,8 @@ from itertools import islice
 
 import pytest
 
-from models.tasks import DOMAINS, Split, Task
+from models.tasks import DOMAINS
+from models.tasks.base import Split, Task
 from models.tasks.numbers import in_words
 
 _MONTHS = [datetime.date(2023, m, 1).strftime("%B") for m in range(1, 13)]

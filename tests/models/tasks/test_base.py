@@ -5,7 +5,8 @@ from itertools import islice
 
 import pytest
 
-from models.tasks import DOMAINS, Domain, Draft, Skill, Split, check, domain, normalise, split_of
+from models.tasks import DOMAINS, domain
+from models.tasks.base import Domain, Draft, Skill, Split, check, normalise, split_of
 
 
 def test_splits_are_stable() -> None:

@@ -7,7 +7,8 @@ from itertools import islice
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from models.tasks import DOMAINS, Split
+from models.tasks import DOMAINS
+from models.tasks.base import Split
 from models.training.data import Conversation, pack
 from models.training.scratch import Renderer, draw_dialogue, steps
 

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from models.tasks import DOMAINS, Split
+from models.tasks import DOMAINS
+from models.tasks.base import Split
 from models.training.scratch import SPECIAL_TOKENS, build_tokenizer
 
 

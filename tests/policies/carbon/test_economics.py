@@ -9,8 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from policies.base import ModelFacts
-from policies.carbon import find_device
 from policies.carbon.economics import DeviceCosts, EconomicsSettings, break_even, device_price
+from policies.carbon.llmcarbon import find_device
 from policies.carbon.settings import CarbonSettings
 from policies.footprint import Rates
 from policies.kinds import explain

@@ -2,8 +2,16 @@
 
 import pytest
 
-from policies.carbon import CachedGrid, GridReading, StaticGrid, find_zone
-from policies.carbon.grid import GRID_FOLDER, ScheduledGrid, load_zones, may_wait
+from policies.carbon.grid import (
+    GRID_FOLDER,
+    CachedGrid,
+    GridReading,
+    ScheduledGrid,
+    StaticGrid,
+    find_zone,
+    load_zones,
+    may_wait,
+)
 from policies.errors import CarbonError
 
 

@@ -6,8 +6,15 @@ from datetime import UTC, datetime
 
 import pytest
 
-from policies.carbon import CarbonLaw, find_device, find_zone, inference_flops, training_flops
-from policies.carbon.llmcarbon import embodied_tco2e, run_carbon
+from policies.carbon.grid import find_zone
+from policies.carbon.llmcarbon import (
+    CarbonLaw,
+    embodied_tco2e,
+    find_device,
+    inference_flops,
+    run_carbon,
+    training_flops,
+)
 from policies.footprint import Rates
 from policies.methods import LLMCARBON
 

@@ -7,7 +7,8 @@ import pytest
 from pydantic import ValidationError
 
 from policies.base import ModelFacts
-from policies.carbon import CachedGrid, find_device, rates_for
+from policies.carbon.grid import CachedGrid
+from policies.carbon.llmcarbon import find_device, rates_for
 from policies.carbon.settings import CarbonSettings
 from policies.footprint import Footprint, Rates, estimate
 from policies.plan import Answer

@@ -7,7 +7,7 @@ import pytest
 
 from policies.errors import ArtifactError
 from policies.files import Artifact, write_artifact
-from policies.laws import EnsembleLaw
+from policies.laws.ensemble import EnsembleLaw
 from policies.laws.file import PoolLaws, read_laws, write_laws
 
 

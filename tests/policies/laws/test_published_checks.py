@@ -5,20 +5,20 @@ import math
 import pytest
 
 from policies.errors import LawError
-from policies.laws import (
+from policies.laws.downscaling import PostPruningLaw, RecoveryLaw, RuntimeLaw
+from policies.laws.ensemble import (
+    PAPER_LOOSE_B,
     EnsembleLaw,
-    InferenceEfficient,
-    PostPruningLaw,
-    RecoveryLaw,
-    RuntimeLaw,
-    Shape,
-    SharedExponent,
     ensemble_margin,
-    rank_shapes,
     smallest_winning_ensemble,
 )
-from policies.laws.ensemble import PAPER_LOOSE_B
-from policies.laws.scaling import shapes_of_size
+from policies.laws.scaling import (
+    InferenceEfficient,
+    Shape,
+    SharedExponent,
+    rank_shapes,
+    shapes_of_size,
+)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from policies.carbon import find_device
+from policies.carbon.llmcarbon import find_device
 from router.energy import (
     CpuTimeMeter,
     MeterError,

@@ -17,7 +17,8 @@ import pytest
 import yaml
 
 from models.pool import DEFAULT_POOL, load_pool
-from models.tasks import Split, domain
+from models.tasks import domain
+from models.tasks.base import Split
 from policies.outcomes import read_outcomes
 from tests.server import started
 

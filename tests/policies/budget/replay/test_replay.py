@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from policies.base import ModelFacts
-from policies.budget.replay import replay_day, simulate_arrivals
 from policies.budget.replay.days import (
     Burst,
     Workload,
@@ -15,12 +14,13 @@ from policies.budget.replay.days import (
     draw_day,
     ordinary,
     rates_at,
+    simulate_arrivals,
     simulate_lengths,
     solar_day,
     target_between,
     workload_of,
 )
-from policies.budget.replay.replay import CONTROLLER, OPTIMUM, draw, offline_optimum
+from policies.budget.replay.replay import CONTROLLER, OPTIMUM, draw, offline_optimum, replay_day
 from policies.carbon.grid import StaticGrid
 from policies.carbon.settings import CarbonSettings
 from policies.errors import LawError, OutcomesError
