@@ -14,10 +14,9 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from models.adapter import AdapterSource
-from models.answer_format import AnswerFormat, ReasoningTags, detect_format
+from models.answer_format import AnswerFormat, FormatName, ReasoningTags, detect_format
 from models.card import ModelCard
 from models.chat_template import Message, open_conversation, read_prompt_facts
-from models.tools import FormatName
 from policies.base import ModelFacts
 from policies.footprint import Rates
 

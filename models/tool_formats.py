@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from typing import ClassVar
 
-from models.tools import FormatName, ToolCall, join_calls
+from models.answer_format import FormatName, ToolCall, join_calls
 
 _ARGUMENTS = ("arguments", "parameters")
 

@@ -17,8 +17,8 @@ from policies.carbon.settings import LiveModels
 from policies.errors import PolicyError
 from policies.footprint import Footprint, Limits
 from policies.kinds import Settings
-from policies.laws.ensemble import EnsembleLaw
 from policies.laws.file import LAWS_FILE, read_laws
+from policies.laws.scaling import EnsembleLaw
 from policies.plan import Answer, Name, Plan
 from policies.registry import BuildContext, PolicyKind
 

@@ -14,20 +14,18 @@ from dataclasses import dataclass
 from policies.carbon.llmcarbon import CarbonLaw, Device, TrainingCarbon, run_carbon, training_flops
 from policies.errors import LawError
 from policies.laws.downscaling import RecoveryLaw, RuntimeLaw, largest_domain_share
-from policies.laws.ensemble import (
+from policies.laws.file import PoolLaws
+from policies.laws.scaling import (
     PAPER_LOOSE_A,
     PAPER_LOOSE_B,
     EnsembleLaw,
-    ensemble_margin,
-    smallest_winning_ensemble,
-)
-from policies.laws.file import PoolLaws
-from policies.laws.scaling import (
     InferenceEfficient,
     RankedShape,
     SharedExponent,
+    ensemble_margin,
     rank_shapes,
     shapes_of_size,
+    smallest_winning_ensemble,
 )
 
 # Budget units in lower case, with their size in the base unit of the same kind.

@@ -19,7 +19,7 @@ from router.errors import ApiError, bad_request
 from router.exchange import Choice, Exchange
 from router.executor.task import INLINE_CHARACTERS, Prompt, Task
 from router.experiments.experiments import Experiments
-from router.openai_api.ask import Ask
+from router.openai_api.endpoint import Ask
 
 
 async def decide(

@@ -18,7 +18,7 @@ from policies.base import Decision, Policy, members_of
 from policies.plan import Answer, Best, Cascade, Plan, answers, members
 from router.catalog.members import Members
 from router.executor.task import Prompt
-from router.openai_api.ask import Ask
+from router.openai_api.endpoint import Ask
 
 
 async def able_plans(

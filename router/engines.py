@@ -15,8 +15,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from models.answer_format import join_calls
 from models.engines.base import Chunk, Engine, EngineStats, GenerationRequest, HasMetrics
-from models.tools import join_calls
 from router.energy import EnergyUse, LaneMeter, Lanes, energy_of, metered
 
 # How many cancelled requests are remembered until somebody asks what they used.

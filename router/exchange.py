@@ -25,7 +25,7 @@ from router.config import ServingLimits
 from router.executor.judging import logprobs
 from router.executor.task import Task
 from router.executor.trace import Trace
-from router.openai_api.ask import Ask
+from router.openai_api.endpoint import Ask
 from router.record import MemberTokens, RequestRecord, who_ran
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")

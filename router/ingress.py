@@ -28,9 +28,9 @@ from router.access.keys import KeysError, Scope
 from router.access.limits import CapError
 from router.adapters import add_adapter_routes
 from router.admin import add_admin_routes, add_reload_routes
-from router.anthropic_api.answer import MessagesEndpoint
-from router.anthropic_api.counting import add_count_route
+from router.anthropic_api.answer import MessagesEndpoint, add_count_route
 from router.batching import OFFLINE, Batching
+from router.catalog.catalog import describe_model, list_models
 from router.config import AppArgs
 from router.dashboard.routes import Access, add_dashboard, may_see
 from router.decide import named_target
@@ -44,7 +44,6 @@ from router.openai_api.completions import CompletionEndpoint
 from router.openai_api.encoding import EmbeddingsEndpoint, RerankEndpoint
 from router.openai_api.endpoint import WireFormat
 from router.openai_api.files import FileStore, add_file_routes
-from router.openai_api.models import describe_model, list_models
 from router.openai_api.responses import ResponsesEndpoint
 from router.openai_api.shapes import ModelEntry, ModelList
 from router.openai_api.stored import add_response_routes

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from policies.errors import LawError
-from policies.laws.ensemble import EnsembleLaw
 from policies.laws.fitting import Fitted
+from policies.laws.scaling import EnsembleLaw
 
 Floats = NDArray[np.float64]
 

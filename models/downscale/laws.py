@@ -54,9 +54,9 @@ from models.training.forward import Scorer
 from policies.errors import LawError
 from policies.evidence import HeldOutAnswers, calibrate, evidence_weights
 from policies.laws.downscaling import MixtureLaw, PostPruningLaw
-from policies.laws.ensemble import EnsembleLaw
 from policies.laws.file import LAWS_FILE, PoolLaws, write_laws
 from policies.laws.fitting import Fitted
+from policies.laws.scaling import EnsembleLaw
 
 _FITS, _PRUNING = "fits.json", "pruning.json"
 WEIGHTINGS: Final = ("uniform", "evidence")

@@ -18,10 +18,9 @@ from typing import Any, Final, TypeAlias
 from llguidance import LLMatcher, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
 
-from models.answer_format import AnswerFormat, ReasoningTags
+from models.answer_format import AnswerFormat, FormatName, ReasoningTags, Tools
 from models.engines.base import GenerationRequest, Structure
 from models.errors import RequestError
-from models.tools import FormatName, Tools
 
 _HEADER: Final = "%llguidance {}\n"
 _BLANKS: Final = 8

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.adapter import AdapterSource
+from models.answer_format import ToolCall, Tools
 from models.chat_template import Message, Rendering
-from models.tools import ToolCall, Tools
 
 FinishReason: TypeAlias = Literal["stop", "length", "content_filter", "tool_calls"]
 FusionRule: TypeAlias = Literal["mixture", "product", "gated", "contrastive"]

@@ -1,7 +1,7 @@
 """Where checkpoints come from, and what the files are before anybody computes with them.
 
-    locate       a source as pool.yaml writes it → a folder or a .gguf file on this machine
-    hub          `hf:ORG/NAME[@REVISION]`, held to one revision by a lock file beside the pool
+    locate       a source as pool.yaml writes it → a folder or a .gguf file on this machine; the
+                 Hub's are held to one revision by a lock file beside the pool
     safetensors  the tensors of a folder, from the headers alone
     gguf         a GGUF file: its facts and tensors (`gguf_tokenizer`: its tokenizer)
 

@@ -15,7 +15,7 @@ from typing import TypeAlias
 from policies.base import Decision, ModelFacts
 from policies.budget.prices import Resource, spent
 from policies.footprint import Rates, estimate
-from policies.laws.ensemble import EnsembleLaw
+from policies.laws.scaling import EnsembleLaw
 from policies.plan import Answer, Best, Cascade, Plan, children
 
 # What stands for a candidate in caches: an Answer's members (weights cost nothing), or the plan.

@@ -29,7 +29,7 @@ from policies.budget.pace import Pace
 from policies.budget.prices import BudgetTarget, DualPrice, spent
 from policies.errors import PolicyError
 from policies.footprint import NO_LIMITS, Footprint, Limits, estimate
-from policies.laws.ensemble import EnsembleLaw
+from policies.laws.scaling import EnsembleLaw
 from policies.plan import Answer, Plan
 
 # Ensembles are looked at up to this multiple of n*, which is that of a member of mean cost.

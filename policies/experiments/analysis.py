@@ -16,7 +16,6 @@ from typing import TypeAlias
 import numpy as np
 
 from policies.experiments import sequences
-from policies.experiments.best_arm import known_best
 from policies.experiments.effects import (
     Effect,
     Observations,
@@ -37,6 +36,7 @@ from policies.experiments.report import (
     advise,
     sample_ratio,
 )
+from policies.experiments.sequences import known_best
 
 # Below this many units in either arm, normal approximations do not hold and nothing is concluded.
 MIN_UNITS = 30

@@ -73,7 +73,7 @@ class Allocation:
 
     "fixed"; "thompson": each arm's probability of being the best; "best_arm": towards telling the
     best arm from its closest rivals, with a stopping rule of its own
-    (`policies.experiments.best_arm`). `floor` is the least weight that is left to an arm. Adaptive
+    (`policies.experiments.sequences`). `floor` is the least weight that is left to an arm. Adaptive
     weights lose guarantees that fixed ones have: see `policies.experiments.assignment`.
     """
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 from policies.errors import LawError
 from policies.files import Artifact, read_artifact, write_artifact
 from policies.laws.downscaling import MixtureLaw, PostPruningLaw
-from policies.laws.ensemble import EnsembleLaw
+from policies.laws.scaling import EnsembleLaw
 
 LAWS_FILE: Final = "laws.npz"
 

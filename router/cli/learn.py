@@ -217,7 +217,7 @@ def _configured(config: Path | None, ledger: str | None) -> AppArgs | None:
 def _off_policy(lesson: Lesson, pool: Pool, args: AppArgs | None, ledger: str | None) -> list[str]:
     """Return what the ledger's experiments say of the lesson's router, in sentences."""
     from router.cli.console import opened
-    from router.learning.offpolicy import off_policy
+    from router.learning.report import off_policy
 
     if args is None:
         return []
@@ -354,7 +354,7 @@ def collected(
     from router.cli.console import names_in
     from router.learning.asking import AskError, ask_pool, ask_server
     from router.learning.collect import Collector, Journal, journal_of
-    from router.learning.likelihood import Likelihoods
+    from router.learning.fusing import Likelihoods
 
     if (pool is None) == (server is None):
         raise PolicyError("give either --pool or --server")

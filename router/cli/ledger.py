@@ -61,7 +61,7 @@ def prune_rows(
     config: ConfigOption = None,
 ) -> None:
     """Delete rows (and the feedback on them) that are older than --older-than."""
-    from router.ledger.sizes import prune
+    from router.ledger.writer import prune
 
     with refusing(), opened(ledger, config) as database:
         num_rows = prune(database, before_s=read_time(older_than))

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, NamedTuple
 
+from models.answer_format import Tools
 from models.chat_template import Message, Rendering
 from models.engines.base import Encoding, Evidence, GenerationRequest, SamplingOptions
 from models.errors import ContextOverflow, RequestError
 from models.tokenizer import RoughTokenizer, Tokenizer
-from models.tools import Tools
 from policies.base import Query
 from policies.plan import Answer
 from router.catalog.members import Members

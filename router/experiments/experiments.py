@@ -32,7 +32,7 @@ from router.exchange import Exchange
 from router.experiments import store
 from router.experiments.reporting import Summary, summarise
 from router.ledger.database import Database
-from router.openai_api.ask import Ask
+from router.openai_api.endpoint import Ask
 
 logger = logging.getLogger(__name__)
 

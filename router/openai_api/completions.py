@@ -13,8 +13,7 @@ from models.tokenizer import Tokenizer
 from policies.kinds import MOST_COUNT
 from router.errors import bad_request
 from router.executor.task import Prompt
-from router.openai_api.ask import Ask
-from router.openai_api.endpoint import ByChunks, Head, Progress, Shapes, ending
+from router.openai_api.endpoint import Ask, ByChunks, Head, Progress, Shapes, ending
 from router.openai_api.fields import (
     MAX_CHOICES,
     SharedFields,

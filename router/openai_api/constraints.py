@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from models.answer_format import Tools
 from models.engines.base import Structure
-from models.tools import Tools
 from router.errors import bad_request
 
 MAX_TOOLS = 128  # OpenAI's

@@ -19,8 +19,7 @@ from models.engines.base import Chunk, Encoding, SamplingOptions
 from policies.kinds import Count
 from router.errors import ApiError, bad_request
 from router.executor.task import Prompt
-from router.openai_api.ask import Ask, Extension
-from router.openai_api.endpoint import Head, ResponseWriter, Shapes, WireFormat
+from router.openai_api.endpoint import Ask, Extension, Head, ResponseWriter, Shapes, WireFormat
 from router.openai_api.fields import are_token_ids, few, read_fields, read_json
 from router.openai_api.shapes import AnswerFacts
 

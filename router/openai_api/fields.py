@@ -18,8 +18,8 @@ from pydantic_core import from_json
 from models.engines.base import SamplingOptions, Structure
 from policies.kinds import MOST_COUNT, Count
 from router.errors import ApiError, bad_request
-from router.openai_api.ask import Extension
 from router.openai_api.constraints import read_structure
+from router.openai_api.endpoint import Extension
 
 MAX_CHOICES = 128
 MAX_STOPS = 16

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
+from models.answer_format import ToolCall, join_calls
 from models.engines.base import Chunk
-from models.tools import ToolCall, join_calls
 
 PartKind: TypeAlias = Literal["reasoning", "text", "refusal", "call"]
 

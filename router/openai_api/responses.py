@@ -7,11 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from models.answer_format import join_calls
 from models.engines.base import Chunk
-from models.tools import join_calls
 from router.errors import ApiError, bad_request
-from router.openai_api.ask import Ask
-from router.openai_api.endpoint import Head, ResponseWriter, Shapes, WireFormat
+from router.openai_api.endpoint import Ask, Head, ResponseWriter, Shapes, WireFormat
 from router.openai_api.parts import Part, PartReader, parts_of
 from router.openai_api.responses_request import (
     ResponseAsk,

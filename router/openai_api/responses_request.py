@@ -9,9 +9,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from router.errors import bad_request
-from router.openai_api.ask import Ask, Extension
 from router.openai_api.chat import ChatEndpoint, ChatFields
 from router.openai_api.constraints import MAX_TOOLS
+from router.openai_api.endpoint import Ask, Extension
 from router.openai_api.fields import Metadata, few, read_fields, read_json
 
 # Known fields that cannot be honoured, each with the values that ask for nothing.

@@ -17,7 +17,7 @@ from policies.budget.controller import Controller
 from policies.budget.prices import BudgetTarget
 from policies.carbon.llmcarbon import find_device, rates_for
 from policies.footprint import Footprint, Rates
-from policies.laws.ensemble import EnsembleLaw
+from policies.laws.scaling import EnsembleLaw
 from policies.plan import Answer
 
 TARGET_US = 100.0

@@ -28,10 +28,10 @@ import numpy as np
 
 from policies.experiments.analysis import analyse, trajectory
 from policies.experiments.assignment import Assigner, Visit, adaptive_weights
-from policies.experiments.best_arm import known_best
 from policies.experiments.effects import ArmMean, Observation, Observations
 from policies.experiments.experiment import Allocation, Arm, Experiment, Switchback, Unit
 from policies.experiments.metrics import Goal
+from policies.experiments.sequences import known_best
 from policies.tables import text_table
 
 RATE, SERVICE_S = 0.7, {"control": 1.0, "slower": 1.1}

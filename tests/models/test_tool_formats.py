@@ -7,9 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.answer_format import AnswerFormat, ReasoningTags, detect_format
+from models.answer_format import (
+    AnswerFormat,
+    FormatName,
+    ReasoningTags,
+    ToolCall,
+    detect_format,
+    join_calls,
+)
 from models.tool_formats import READERS
-from models.tools import FormatName, ToolCall, join_calls
 
 NAMES = ("get_weather", "add", "write_file")
 PARIS = ("get_weather", {"city": "Paris"})

@@ -6,8 +6,8 @@ from policies.base import ModelFacts, Policy, Query, members_of
 from policies.budgeted import Budgeted
 from policies.errors import PolicyError
 from policies.footprint import Footprint, Limits, Rates
-from policies.laws.ensemble import EnsembleLaw
 from policies.laws.file import PoolLaws, write_laws
+from policies.laws.scaling import EnsembleLaw
 from policies.plan import members
 from policies.registry import build_policy
 

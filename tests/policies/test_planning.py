@@ -5,8 +5,8 @@ import pytest
 from policies.carbon.llmcarbon import find_device
 from policies.errors import LawError
 from policies.laws.downscaling import MixtureLaw
-from policies.laws.ensemble import EnsembleLaw
 from policies.laws.file import PoolLaws
+from policies.laws.scaling import EnsembleLaw
 from policies.planning import Site, budget_flops, plan_training
 
 SITE = Site(

@@ -8,15 +8,15 @@ from typing import Any
 import openai
 import pytest
 
+from models.answer_format import Tools
 from models.engines.base import SamplingOptions
 from models.pool import load_pool
-from models.tools import Tools
 from policies.base import Decision, Policy, Query
 from policies.plan import Answer, Best, Cascade, Plan
 from router.catalog.catalog import load_catalog
 from router.eligible import among_able, without
 from router.executor.task import Prompt
-from router.openai_api.ask import Ask
+from router.openai_api.endpoint import Ask
 from tests.models.engines.remote.bad_server import answer, in_thread
 from tests.router.conftest import Running, running, write_pool
 

@@ -1,13 +1,13 @@
 """The llamacpp engine: any GGUF file through llama.cpp, by the binding xllamacpp.
 
-    `engine` admits (`admission`) → `translate` writes the request → `binding` runs it in one of
+    `engine` admits → `translate` writes the request → `binding` runs it in one of
     llama.cpp's slots → `translate` reads each token → the event loop
 
 llama.cpp batches what runs, keeps prompts that it has read and constrains answers to grammars; what
 the answers say, stop strings, the queue and fairness are ours. Of a prompt it tells no likelihoods:
-where they are asked for, the prompt's tokens are forced on it as if it wrote them (`scoring`). A
-file of an encoder, which says how its token vectors become one, tells vectors or scores instead
-(`encoder`).
+where they are asked for, the prompt's tokens are forced on it as if it wrote them
+(`translate.score`). A file of an encoder, which says how its token vectors become one, tells
+vectors or scores instead (`encoder`).
 """
 
 from __future__ import annotations

@@ -15,10 +15,10 @@ from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from models.answer_format import ToolCall
 from models.engines.base import Chunk, FinishReason, GenerationRequest, Token, TopLogprob
 from models.engines.remote.failures import AttemptFailed, broke_off, from_event
 from models.errors import EngineFailed, RequestError
-from models.tools import ToolCall
 
 DONE = "[DONE]"
 _BYTES = re.compile(r"bytes:(\\x[0-9a-fA-F]{2})+")  # as OpenAI writes them

@@ -15,7 +15,7 @@ from models.downscale.report import Table, percent
 from models.downscale.stage import Run
 from models.errors import RecipeError
 from policies.laws.downscaling import RecoveryLaw, RuntimeLaw
-from policies.laws.ensemble import ensemble_margin, smallest_winning_ensemble
+from policies.laws.scaling import ensemble_margin, smallest_winning_ensemble
 
 Figures = Mapping[str, Any]
 Row = tuple[str, ...]

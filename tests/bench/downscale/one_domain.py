@@ -40,7 +40,7 @@ from models.tasks import DOMAINS
 from models.tasks.base import Split, check
 from models.training.data import Conversation
 from models.training.forward import Scorer, target_log_probabilities
-from policies.laws.ensemble import EnsembleLaw
+from policies.laws.scaling import EnsembleLaw
 from policies.plan import Answer
 
 RIVAL, ROW_TOKENS = "base", 64

@@ -8,11 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.answer_format import AnswerFormat, ReasoningTags
+from models.answer_format import AnswerFormat, ReasoningTags, Tools
 from models.chat_template import Rendering
 from models.engines.answer_reader import AnswerReader
 from models.engines.base import Chunk, GenerationRequest, Token
-from models.tools import Tools
 
 FORM = AnswerFormat(calls="hermes", reasoning=ReasoningTags(open="<think>", close="</think>"))
 TOOL = {"type": "function", "function": {"name": "add"}}

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from models.errors import PoolError
-from models.sources.hub import HubSource, parse_hub_source
+from models.sources.locate import HubSource, parse_hub_source
 from tests.models.engines.stacked.tiny import save_checkpoint
 from tests.models.sources.hub_server import FakeHub
 

@@ -4,7 +4,7 @@ import pytest
 
 from policies.base import Decision
 from policies.budget.candidates import candidates, key_of, plan_of, plan_quality
-from policies.laws.ensemble import EnsembleLaw
+from policies.laws.scaling import EnsembleLaw
 from policies.plan import Answer, Best, Cascade
 
 LAW = EnsembleLaw(L0=0.5, a=1.0, b=0.2)

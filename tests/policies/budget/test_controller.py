@@ -10,7 +10,7 @@ from policies.budget.controller import Controller
 from policies.budget.prices import BudgetTarget
 from policies.errors import PolicyError
 from policies.footprint import Footprint, Limits, Rates
-from policies.laws.ensemble import EnsembleLaw
+from policies.laws.scaling import EnsembleLaw
 from policies.plan import Answer, Cascade, members
 
 LAW = EnsembleLaw(L0=0.5, a=0.8, b=0.3)

@@ -8,9 +8,9 @@ from scipy.stats import binom
 
 from policies.experiments.analysis import analyse
 from policies.experiments.assignment import Assigner, Visit
-from policies.experiments.best_arm import known_best
 from policies.experiments.effects import ArmMean
 from policies.experiments.experiment import Experiment, Switchback
+from policies.experiments.sequences import known_best
 from tests.bench.experiments_simulated import TRUTH_S, queue, race, shared_machine
 
 BEST = (0.5, 0.6, 0.45, 0.5)

@@ -5,7 +5,7 @@ import pytest
 
 from policies.errors import LawError
 from policies.laws.downscaling import MixtureLaw, PostPruningLaw, largest_domain_share
-from policies.laws.ensemble import EnsembleLaw
+from policies.laws.scaling import EnsembleLaw
 
 MIXTURE = MixtureLaw(
     A=20.0, B=15.0, C=0.2, E=1.5, alpha=0.2, beta=0.2, gamma=0.6, eta=0.5, epsilon=0.1

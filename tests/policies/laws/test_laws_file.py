@@ -7,8 +7,8 @@ import pytest
 
 from policies.errors import ArtifactError
 from policies.files import Artifact, write_artifact
-from policies.laws.ensemble import EnsembleLaw
 from policies.laws.file import PoolLaws, read_laws, write_laws
+from policies.laws.scaling import EnsembleLaw
 
 
 def test_laws_come_back_as_written(tmp_path: Path) -> None:

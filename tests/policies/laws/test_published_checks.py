@@ -6,18 +6,16 @@ import pytest
 
 from policies.errors import LawError
 from policies.laws.downscaling import PostPruningLaw, RecoveryLaw, RuntimeLaw
-from policies.laws.ensemble import (
+from policies.laws.scaling import (
     PAPER_LOOSE_B,
     EnsembleLaw,
-    ensemble_margin,
-    smallest_winning_ensemble,
-)
-from policies.laws.scaling import (
     InferenceEfficient,
     Shape,
     SharedExponent,
+    ensemble_margin,
     rank_shapes,
     shapes_of_size,
+    smallest_winning_ensemble,
 )
 
 

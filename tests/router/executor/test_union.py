@@ -270,9 +270,9 @@ def test_a_text_is_as_likely_as_it_was_when_it_was_written(executor: Any) -> Non
     for seed in range(12):
         chunks, _ = run(executor, answer, max_tokens=1, temperature=3.0, seed=seed)
         [drawn] = chunks[0].tokens
-        whole = Prompt(text=PROMPT + drawn.text)
+        whole = Prompt(text=PROMPT + drawn.raw.decode())
         [scored], _ = run(executor, answer, prompt=whole, max_tokens=0, prompt_logprobs=0)
-        if drawn.text and scored.prompt[-1].text == drawn.text:
+        if drawn.raw and scored.prompt[-1].raw == drawn.raw:
             assert scored.prompt[-1].logprob == pytest.approx(drawn.logprob, abs=1e-3)
             num_whole += 1
     assert num_whole > 3

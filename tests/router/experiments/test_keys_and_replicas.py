@@ -18,7 +18,7 @@ from router.executor.task import Prompt
 from router.experiments import store
 from router.experiments.experiments import Experiments, read_definitions
 from router.ledger.database import open_database
-from router.openai_api.ask import Ask
+from router.openai_api.endpoint import Ask
 from tests.router.experiments.trial_server import EXPERIMENT, serving, write_config
 
 

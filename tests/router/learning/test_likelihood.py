@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from models.pool import DEFAULT_POOL, load_pool
 from policies.errors import PolicyError
 from policies.grading.base import GradingContext, Panel, Question
-from router.learning.likelihood import Likelihoods
+from router.learning.fusing import Likelihoods
 
 
 def test_the_loss_is_that_of_transformers() -> None:

@@ -22,8 +22,7 @@ from router.ledger.export import export, plot, report_lines
 from router.ledger.feedback import Feedback, add_feedback, rated_requests
 from router.ledger.queries import Spend, requests, stream
 from router.ledger.schema import REQUESTS
-from router.ledger.sizes import prune
-from router.ledger.writer import Ledger
+from router.ledger.writer import Ledger, prune
 from router.record import MemberTokens
 from tests.router.ledger.records import record
 
@@ -129,7 +128,7 @@ def test_prune_removes_old_rows_and_their_feedback(
     database: Database, new_ledger: NewLedger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows before the given time go, in several transactions; the rest and its feedback stay."""
-    monkeypatch.setattr("router.ledger.sizes._PRUNED_PER_TRANSACTION", 4)
+    monkeypatch.setattr("router.ledger.writer._PRUNED_PER_TRANSACTION", 4)
     _fill(new_ledger(), 20)
     for number in (2, 15):
         add_feedback(database, Feedback(request_id=f"req-{number}", time_s=1, score=1.0))

@@ -9,8 +9,7 @@ import sqlalchemy as sa
 from router.ledger.database import Database
 from router.ledger.queries import requests
 from router.ledger.schema import METRIC_COUNTERS
-from router.ledger.sizes import keep_within
-from router.ledger.writer import Ledger
+from router.ledger.writer import Ledger, keep_within
 from router.record import RequestRecord
 from tests.router.ledger.records import record
 

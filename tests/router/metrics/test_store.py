@@ -13,8 +13,7 @@ import pytest
 
 from router.ledger.database import Database, open_database
 from router.ledger.queries import requests
-from router.ledger.sizes import prune
-from router.ledger.writer import Ledger
+from router.ledger.writer import Ledger, prune
 from router.metrics import families as f
 from router.metrics.counting import Store
 from tests.router.ledger.records import record

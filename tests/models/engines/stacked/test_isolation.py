@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models.engines.base import Chunk, Engine, Evidence, GenerationRequest, Structure
+from models.engines.registry import SupervisedEngine
 from models.engines.stacked import runner as runner_module
 from models.engines.stacked.runner import Runner
 from models.engines.stacked.scheduler import Scheduler
-from models.engines.supervisor import SupervisedEngine
 from models.errors import EngineFailed
 from tests.models.engines.stacked.tiny import (
     answer,

@@ -8,11 +8,11 @@ from typing import Any, get_args
 import pytest
 from tokenizers import AddedToken
 
+from models.answer_format import FormatName, Tools, join_calls
 from models.chat_template import Rendering
 from models.engines.base import Chunk, GenerationRequest, SamplingOptions, Structure
 from models.errors import RequestError
 from models.tokenizer import CheckpointTokenizer
-from models.tools import FormatName, Tools, join_calls
 from tests.models.engines.stacked.tiny import answer, build_engine, build_tokenizer, save_checkpoint
 
 SCHEMA = {
