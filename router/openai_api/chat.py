@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -14,7 +14,14 @@ from policies.kinds import Count
 from router.errors import bad_request
 from router.executor.task import Media, Prompt
 from router.openai_api.constraints import MAX_TOOLS, read_tools
-from router.openai_api.endpoint import Ask, ByChunks, Head, Progress, Shapes, ending
+from router.openai_api.endpoint import (
+    Ask,
+    ChunkWriter,
+    Head,
+    ResponseWriter,
+    Shapes,
+    WireFormat,
+)
 from router.openai_api.fields import ReasoningEffort, SharedFields, read_fields, read_json
 from router.openai_api.logprobs import chat_logprobs
 from router.openai_api.shapes import ChatCompletion, ChatCompletionChunk
@@ -191,7 +198,7 @@ class ChatFields(SharedFields):
         )
 
 
-class ChatEndpoint(ByChunks):
+class ChatEndpoint(WireFormat):
     """Reads and writes chat completions."""
 
     path = "/v1/chat/completions"
@@ -251,64 +258,54 @@ class ChatEndpoint(ByChunks):
             extension=fields.extension(),
         )
 
-    def response(self, head: Head, ask: Ask, choices: list[Chunk]) -> dict[str, Any]:
-        """Return the whole response but for usage."""
+    def writer(self, head: Head, ask: Ask) -> ResponseWriter:
+        """Return what writes the completion."""
+        return ChatWriter(head=head, ask=ask)
+
+
+class ChatWriter(ChunkWriter):
+    """Writes a chat completion."""
+
+    kind = "chat.completion"
+    chunk_kind = "chat.completion.chunk"
+
+    def choice(self, index: int, choice: Chunk) -> dict[str, Any]:  # noqa: ARG002 - all are alike
+        """Return a message, and its tokens where they were asked for."""
         return {
-            **head.fields("chat.completion"),
-            "choices": [
-                {
-                    "index": index,
-                    "message": _message(choice, reasoning=ask.reasoning),
-                    "logprobs": chat_logprobs(choice.tokens) if ask.logprobs else None,
-                    **ending(choice),
-                }
-                for index, choice in enumerate(choices)
-            ],
+            "message": _message(choice, reasoning=self.ask.reasoning),
+            "logprobs": chat_logprobs(choice.tokens) if self.ask.logprobs else None,
         }
 
-    def stream_start(self, head: Head, ask: Ask) -> Iterator[dict[str, Any]]:
-        """Yield what comes before the first token: each choice's role."""
-        for index in range(ask.num_choices):
-            delta = {"role": "assistant", "content": "", "refusal": None}
-            yield self._chunk(head, index, delta)
+    def start(self) -> list[dict[str, Any]]:
+        """Return each choice's role."""
+        delta = {"role": "assistant", "content": "", "refusal": None}
+        return [self._delta(index, delta) for index in range(self.ask.num_choices)]
 
-    def stream_chunk(
-        self,
-        head: Head,
-        ask: Ask,
-        index: int,
-        chunk: Chunk,
-        so_far: Progress,  # noqa: ARG002 - the contract
-    ) -> Iterator[dict[str, Any]]:
-        """Yield what `chunk` of choice `index` becomes: thoughts, text, calls, why it ended."""
-        if chunk.reasoning and ask.reasoning:
-            yield self._chunk(head, index, _reasoning(chunk))
-        if chunk.text or (ask.logprobs and chunk.tokens):
-            logprobs = chat_logprobs(chunk.tokens) if ask.logprobs else None
-            yield self._chunk(head, index, {"content": chunk.text}, logprobs)
+    def chunk(self, index: int, chunk: Chunk) -> list[dict[str, Any]]:
+        """Return what `chunk` becomes: thoughts, text, calls, why it ended."""
+        pieces = []
+        if chunk.reasoning and self.ask.reasoning:
+            pieces.append(self._delta(index, _reasoning(chunk)))
+        if chunk.text or (self.ask.logprobs and chunk.tokens):
+            logprobs = chat_logprobs(chunk.tokens) if self.ask.logprobs else None
+            pieces.append(self._delta(index, {"content": chunk.text}, logprobs))
         if chunk.refusal:
-            yield self._chunk(head, index, {"refusal": chunk.refusal})
+            pieces.append(self._delta(index, {"refusal": chunk.refusal}))
         if chunk.tool_calls:
             calls = [call.to_delta() for call in chunk.tool_calls]
-            yield self._chunk(head, index, {"tool_calls": calls})
+            pieces.append(self._delta(index, {"tool_calls": calls}))
         if chunk.finish_reason is not None:
-            yield self._chunk(head, index, {}, end=chunk)
+            pieces.append(self._delta(index, {}, end=chunk))
+        return pieces
 
-    def stream_end(self, head: Head) -> dict[str, Any]:
-        """Return the chunk that carries the usage."""
-        return {**head.fields("chat.completion.chunk"), "choices": []}
-
-    def _chunk(
+    def _delta(
         self,
-        head: Head,
         index: int,
-        delta: dict[str, Any],
+        delta: Mapping[str, Any],
         logprobs: dict[str, Any] | None = None,
         end: Chunk | None = None,
     ) -> dict[str, Any]:
-        why = {"finish_reason": None} if end is None else ending(end)
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, **why}
-        return {**head.fields("chat.completion.chunk"), "choices": [choice]}
+        return self.piece(index, {"delta": delta}, logprobs, end)
 
 
 def _media(messages: Sequence[Mapping[str, Any]]) -> Media | None:

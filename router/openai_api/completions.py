@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
@@ -13,7 +14,14 @@ from models.tokenizer import Tokenizer
 from policies.kinds import MOST_COUNT
 from router.errors import bad_request
 from router.executor.task import Prompt
-from router.openai_api.endpoint import Ask, ByChunks, Head, Progress, Shapes, ending
+from router.openai_api.endpoint import (
+    Ask,
+    ChunkWriter,
+    Head,
+    ResponseWriter,
+    Shapes,
+    WireFormat,
+)
 from router.openai_api.fields import (
     MAX_CHOICES,
     SharedFields,
@@ -65,7 +73,7 @@ class CompletionFields(SharedFields):
     max_tokens: int | None = Field(None, ge=0, le=MOST_COUNT)
 
 
-class CompletionEndpoint(ByChunks):
+class CompletionEndpoint(WireFormat):
     """Reads and writes text completions. Token ids are echoed as the text that they are to a model:
     `tokenizer_for` returns the tokenizer of a served name.
     """
@@ -120,57 +128,46 @@ class CompletionEndpoint(ByChunks):
             extension=fields.extension(),
         )
 
-    def response(self, head: Head, ask: Ask, choices: list[Chunk]) -> dict[str, Any]:
-        """Return the whole response but for usage."""
+    def writer(self, head: Head, ask: Ask) -> ResponseWriter:
+        """Return what writes the completion."""
+        tokenizer = self._tokenizer_for(ask.model)
+        prompts = [prompt.text(tokenizer) for prompt in ask.prompts] if ask.echo else []
+        return TextWriter(head=head, ask=ask, prompts=prompts)
+
+
+@dataclass(kw_only=True)
+class TextWriter(ChunkWriter):
+    """Writes a text completion, after the text of its prompt where `prompts` are to be echoed."""
+
+    kind = chunk_kind = "text_completion"
+
+    prompts: Sequence[str]
+    _offsets: dict[int, Offsets] = field(default_factory=lambda: defaultdict(Offsets))
+
+    def choice(self, index: int, choice: Chunk) -> dict[str, Any]:
+        """Return a text, and its tokens where they were asked for."""
         return {
-            **head.fields("text_completion"),
-            "choices": [
-                {
-                    "index": index,
-                    "text": self._echo(ask, index) + choice.text,
-                    "logprobs": _logprobs(ask, choice, Offsets()),
-                    **ending(choice),
-                }
-                for index, choice in enumerate(choices)
-            ],
+            "text": self._echo(index) + choice.text,
+            "logprobs": self._logprobs(index, choice),
         }
 
-    def stream_start(self, head: Head, ask: Ask) -> Iterator[dict[str, Any]]:
-        """Yield the prompts, if they are to be echoed."""
-        for index in range(ask.num_choices if ask.echo else 0):
-            yield self._chunk(head, index, self._echo(ask, index))
+    def start(self) -> list[dict[str, Any]]:
+        """Return the prompts, if they are to be echoed."""
+        choices = range(self.ask.num_choices if self.ask.echo else 0)
+        return [self.piece(index, {"text": self._echo(index)}) for index in choices]
 
-    def stream_chunk(
-        self, head: Head, ask: Ask, index: int, chunk: Chunk, so_far: Progress
-    ) -> Iterator[dict[str, Any]]:
-        """Yield `chunk` of choice `index`; text offsets count from the start of what is shown."""
-        if chunk.text or chunk.finish_reason or (ask.logprobs and (chunk.tokens or chunk.prompt)):
-            logprobs = _logprobs(ask, chunk, so_far.offsets)
-            yield self._chunk(head, index, chunk.text, logprobs, chunk)
+    def chunk(self, index: int, chunk: Chunk) -> list[dict[str, Any]]:
+        """Return what `chunk` becomes; text offsets count from the start of what is shown."""
+        told = self.ask.logprobs and (chunk.tokens or chunk.prompt)
+        if not (chunk.text or chunk.finish_reason or told):
+            return []
+        return [self.piece(index, {"text": chunk.text}, self._logprobs(index, chunk), chunk)]
 
-    def stream_end(self, head: Head) -> dict[str, Any]:
-        """Return the chunk that carries the usage."""
-        return {**head.fields("text_completion"), "choices": []}
+    def _echo(self, index: int) -> str:
+        return self.prompts[index // self.ask.n] if self.ask.echo else ""
 
-    def _echo(self, ask: Ask, index: int) -> str:
-        if not ask.echo:
-            return ""
-        return ask.prompts[index // ask.n].text(self._tokenizer_for(ask.model))
-
-    def _chunk(
-        self,
-        head: Head,
-        index: int,
-        text: str,
-        logprobs: dict[str, Any] | None = None,
-        end: Chunk | None = None,
-    ) -> dict[str, Any]:
-        why = {"finish_reason": None} if end is None else ending(end)
-        choice = {"index": index, "text": text, "logprobs": logprobs, **why}
-        return {**head.fields("text_completion"), "choices": [choice]}
-
-
-def _logprobs(ask: Ask, chunk: Chunk, offsets: Offsets) -> dict[str, Any] | None:
-    if not ask.logprobs:
-        return None
-    return text_logprobs(chunk.tokens, offsets, chunk.prompt if ask.echo else None)
+    def _logprobs(self, index: int, chunk: Chunk) -> dict[str, Any] | None:
+        if not self.ask.logprobs:
+            return None
+        prompt = chunk.prompt if self.ask.echo else None
+        return text_logprobs(chunk.tokens, self._offsets[index], prompt)

@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from models.engines.base import Chunk, Encoding, SamplingOptions
 from policies.kinds import Count
-from router.errors import ApiError, bad_request
+from router.errors import bad_request
 from router.executor.task import Prompt
 from router.openai_api.endpoint import Ask, Extension, Head, ResponseWriter, Shapes, WireFormat
 from router.openai_api.fields import are_token_ids, few, read_fields, read_json
@@ -193,10 +193,6 @@ class EmbeddingsEndpoint(WireFormat):
         assert isinstance(ask, EncodingAsk)
         return VectorWriter(head=head, ask=ask)
 
-    def error(self, error: ApiError) -> dict[str, Any]:
-        """Return OpenAI's error body."""
-        return error.body()
-
 
 class RerankEndpoint(WireFormat):
     """Reads requests for a ranking and writes it; vLLM and Cohere have it at other paths, too."""
@@ -221,35 +217,17 @@ class RerankEndpoint(WireFormat):
         assert isinstance(ask, EncodingAsk)
         return RankWriter(head=head, ask=ask)
 
-    def error(self, error: ApiError) -> dict[str, Any]:
-        """Return OpenAI's error body."""
-        return error.body()
-
 
 @dataclass(kw_only=True)
 class _RowWriter(ResponseWriter):
     """Writes what an encoder tells, which never streams."""
 
-    named_events = False
-
     head: Head
     ask: EncodingAsk
-
-    def start(self) -> list[dict[str, Any]]:
-        """Return nothing."""
-        return []
 
     def chunk(self, index: int, chunk: Chunk) -> list[dict[str, Any]]:  # noqa: ARG002
         """Return nothing."""
         return []
-
-    def end(self, usage: Mapping[str, Any]) -> list[dict[str, Any]]:  # noqa: ARG002
-        """Return nothing."""
-        return []
-
-    def failed(self, error: ApiError) -> list[dict[str, Any]]:
-        """Return the error."""
-        return [error.body()]
 
 
 class VectorWriter(_RowWriter):

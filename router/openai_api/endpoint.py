@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -12,7 +12,6 @@ from models.engines.base import Chunk, SamplingOptions
 from policies.footprint import Limits
 from router.errors import ApiError
 from router.executor.task import Prompt
-from router.openai_api.logprobs import Offsets
 from router.openapi import ErrorBody
 
 
@@ -113,50 +112,14 @@ def ending(chunk: Chunk) -> dict[str, Any]:
     return {"finish_reason": chunk.finish_reason, **told}
 
 
-@dataclass(kw_only=True)
-class Progress:
-    """What a stream has already shown of one choice."""
-
-    offsets: Offsets = field(default_factory=Offsets)
-
-
-@runtime_checkable
-class Endpoint(Protocol):
-    """Reads a body and writes a response, whole or in chunks; knows nothing of how it is run."""
-
-    path: str
-    id_prefix: str
-
-    def parse(self, body: bytes) -> Ask:
-        """Return what `body` asks for; raises `ApiError`, 400, that names the field."""
-        ...
-
-    def response(self, head: Head, ask: Ask, choices: list[Chunk]) -> dict[str, Any]:
-        """Return the whole response but for usage."""
-        ...
-
-    def stream_start(self, head: Head, ask: Ask) -> Iterator[dict[str, Any]]:
-        """Yield what comes before the first token."""
-        ...
-
-    def stream_chunk(
-        self, head: Head, ask: Ask, index: int, chunk: Chunk, so_far: Progress
-    ) -> Iterator[dict[str, Any]]:
-        """Yield what `chunk` of choice `index` becomes; the last one says why it ended."""
-        ...
-
-    def stream_end(self, head: Head) -> dict[str, Any]:
-        """Return the chunk that carries the usage: no choices."""
-        ...
-
-
 class ResponseWriter(Protocol):
     """Writes one response, whole or as events; those carry their type's name if `named_events`.
 
-    Endpoints without a memory inherit that nothing is kept.
+    What is not said otherwise: events begin with the first chunk's and end with the last one's,
+    errors are OpenAI's, and nothing is kept.
     """
 
-    named_events: bool
+    named_events: bool = False
 
     def whole(self, choices: list[Chunk], usage: Mapping[str, Any]) -> dict[str, Any]:
         """Return the whole response; `usage` is OpenAI's, of a chat completion."""
@@ -164,19 +127,19 @@ class ResponseWriter(Protocol):
 
     def start(self) -> list[dict[str, Any]]:
         """Return what comes before the first token, when who answers has read the prompt."""
-        ...
+        return []
 
     def chunk(self, index: int, chunk: Chunk) -> list[dict[str, Any]]:
         """Return what `chunk` of choice `index` becomes; may be nothing."""
         ...
 
-    def end(self, usage: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def end(self, usage: Mapping[str, Any]) -> list[dict[str, Any]]:  # noqa: ARG002
         """Return what comes after the last chunk; together with the last chunk's not nothing."""
-        ...
+        return []
 
     def failed(self, error: ApiError) -> list[dict[str, Any]]:
         """Return what ends a stream that failed."""
-        ...
+        return [error.body()]
 
     async def keep(self, told: dict[str, Any], key_id: str | None) -> bool:  # noqa: ARG002
         """Keep the answer for `key_id` where that was asked for; `told` is it, or its last event.
@@ -187,42 +150,51 @@ class ResponseWriter(Protocol):
 
 
 @dataclass(kw_only=True)
-class Writer(ResponseWriter):
-    """Writes one response in chunks: an endpoint, the request it answers, and how far it got."""
+class ChunkWriter(ResponseWriter):
+    """Writes a completion, chat or text: its choices, all at once or chunk by chunk.
 
-    named_events = False
+    Objects are called `kind`, and `chunk_kind` in a stream, where each tells the usage so far if
+    that was asked for.
+    """
 
-    endpoint: Endpoint
+    kind: ClassVar[str]
+    chunk_kind: ClassVar[str]
+
     ask: Ask
     head: Head
-    _shown: dict[int, Progress] = field(default_factory=dict, init=False)
+
+    def choice(self, index: int, choice: Chunk) -> dict[str, Any]:
+        """Return what a whole `choice` is told as, but for its index and why it ended."""
+        raise NotImplementedError
 
     def whole(self, choices: list[Chunk], usage: Mapping[str, Any]) -> dict[str, Any]:
         """Return the whole response."""
-        return {**self.endpoint.response(self.head, self.ask, choices), "usage": usage}
-
-    def start(self) -> list[dict[str, Any]]:
-        """Return what comes before the first token."""
-        return [self._with_usage(data) for data in self.endpoint.stream_start(self.head, self.ask)]
-
-    def chunk(self, index: int, chunk: Chunk) -> list[dict[str, Any]]:
-        """Return what `chunk` of choice `index` becomes; may be nothing."""
-        so_far = self._shown.setdefault(index, Progress())
-        pieces = self.endpoint.stream_chunk(self.head, self.ask, index, chunk, so_far)
-        return [self._with_usage(data) for data in pieces]
+        told = [
+            {"index": index, **self.choice(index, choice), **ending(choice)}
+            for index, choice in enumerate(choices)
+        ]
+        return {**self.head.fields(self.kind), "choices": told, "usage": usage}
 
     def end(self, usage: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return the chunk that carries the usage, if it was asked for."""
-        return [self.endpoint.stream_end(self.head) | {"usage": usage}] * self.ask.include_usage
-
-    def failed(self, error: ApiError) -> list[dict[str, Any]]:
-        """Return what ends a stream that failed."""
-        return [error.body()]
-
-    def _with_usage(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Return the chunk that carries the usage, if it was asked for: it has no choices."""
         if not self.ask.include_usage:
-            return data
-        return data | {"usage": self.head.usage() if self.ask.continuous_usage else None}
+            return []
+        return [{**self.head.fields(self.chunk_kind), "choices": [], "usage": usage}]
+
+    def piece(
+        self,
+        index: int,
+        told: Mapping[str, Any],
+        logprobs: dict[str, Any] | None = None,
+        end: Chunk | None = None,
+    ) -> dict[str, Any]:
+        """Return a chunk of one choice: what it adds, and at its `end` why it ended."""
+        why = {"finish_reason": None} if end is None else ending(end)
+        choice = {"index": index, **told, "logprobs": logprobs, **why}
+        data = {**self.head.fields(self.chunk_kind), "choices": [choice]}
+        if self.ask.include_usage:
+            data["usage"] = self.head.usage() if self.ask.continuous_usage else None
+        return data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,18 +227,5 @@ class WireFormat(Protocol):
         ...
 
     def error(self, error: ApiError) -> dict[str, Any]:
-        """Return the body of a response that refuses a request."""
-        ...
-
-
-class ByChunks(WireFormat):
-    """The rest of an `Endpoint`, which makes it a `WireFormat`."""
-
-    def writer(self, head: Head, ask: Ask) -> ResponseWriter:
-        """Return a writer of chunks."""
-        assert isinstance(self, Endpoint)
-        return Writer(endpoint=self, ask=ask, head=head)
-
-    def error(self, error: ApiError) -> dict[str, Any]:
-        """Return OpenAI's error body."""
+        """Return the body of a response that refuses a request: OpenAI's."""
         return error.body()
