@@ -22,6 +22,7 @@ from pydantic.dataclasses import dataclass as validated
 
 from policies.errors import OutcomesError
 from policies.files import replacing
+from policies.kinds import short
 
 Score: TypeAlias = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count: TypeAlias = Annotated[int, Field(ge=0)]
@@ -163,13 +164,8 @@ def _read_line(path: Path, number: int, line: bytes) -> Outcome:
         detail = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in detail["loc"]) or "the line"
         raise OutcomesError(
-            f"{path}, line {number}: {key}: {detail['msg']}, got {_shorten(detail['input'])}"
+            f"{path}, line {number}: {key}: {detail['msg']}, got {short(detail['input'])}"
         ) from None
-
-
-def _shorten(value: Any, limit: int = 80) -> str:  # noqa: ANN401 - whatever the file held
-    text = repr(value)
-    return text if len(text) <= limit else text[:limit] + "..."
 
 
 def _to_json(outcome: Outcome) -> Mapping[str, Any]:

@@ -42,14 +42,8 @@ class _Answer(BaseModel):
 class GridFeed:
     """Fetches one zone's intensity every `refresh_s`; failures are logged once and retried."""
 
-    def __init__(
-        self,
-        settings: FeedSettings,
-        grid: CachedGrid,
-        *,
-        transport: httpx.AsyncBaseTransport | None = None,
-    ) -> None:
-        """Push the readings of `settings.url` into `grid`; `transport` None is the network.
+    def __init__(self, settings: FeedSettings, grid: CachedGrid) -> None:
+        """Push the readings of `settings.url` into `grid`.
 
         Raises `ValueError` if the environment lacks the token that the settings name.
         """
@@ -64,9 +58,7 @@ class GridFeed:
             headers["auth-token"] = token
         self._settings = settings
         self._grid = grid
-        self._client = httpx.AsyncClient(
-            headers=headers, timeout=settings.timeout_s, transport=transport
-        )
+        self._client = httpx.AsyncClient(headers=headers, timeout=settings.timeout_s)
         self._failing = False
 
     async def run(self) -> None:

@@ -101,15 +101,6 @@ def load_checkpoint(
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def load_weights(folder: Path, model: PreTrainedModel) -> None:
-    """Restore the weights in place.
-
-    Raises:
-        KeyError: the checkpoint is of another model.
-    """
-    load_checkpoint(folder, model, ())
-
-
 TRAINING_FACTS = "training.json"
 
 

@@ -16,7 +16,6 @@ checkpoints with tied embeddings and grouped-query attention.
 """
 
 import random
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -94,22 +93,18 @@ MAX_TOKENS: Final = 1024
 _PIECES: Final = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]|\s"
 
 
-def _splitter() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-
-
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """The tokenizer; always the same."""
     byte_pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = [*SPECIAL_TOKENS, *byte_pieces, *words()]
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
-    tokenizer.pre_tokenizer = _splitter()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL_TOKENS])
     fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
@@ -290,10 +285,7 @@ def train(
     *,
     folder: Path,
     resume: bool = False,
-    deadline_s: float | None = None,
-    checkpoint_every_s: float = 60.0,
     report: Callable[[str], None] = print,
-    clock: Callable[[], float] = time.monotonic,
 ) -> Progress:
     """Train `model` in place on fresh tasks; see `models.training.loop.run`."""
     return run(
@@ -311,8 +303,5 @@ def train(
         asdict(replace(recipe, mixture=dict(recipe.mixture))),
         folder=folder,
         resume=resume,
-        deadline_s=deadline_s,
-        checkpoint_every_s=checkpoint_every_s,
         report=report,
-        clock=clock,
     )

@@ -97,10 +97,10 @@ def find_zone(key: str) -> GridZone:
 
 
 @cache
-def load_zones(folder: Path = GRID_FOLDER) -> dict[str, GridZone]:
+def load_zones() -> dict[str, GridZone]:
     """Read the shipped tables; keys are in lower case."""
     zones = {}
-    with (folder / "zones.csv").open(newline="") as stream:
+    with (GRID_FOLDER / "zones.csv").open(newline="") as stream:
         for row in csv.DictReader(stream):
             zone = GridZone(
                 key=row["zone"],
@@ -112,7 +112,7 @@ def load_zones(folder: Path = GRID_FOLDER) -> dict[str, GridZone]:
             zones[row["zone"].lower()] = zone
             if row["iso3"]:
                 zones[row["iso3"].lower()] = zone
-    with (folder / "regions.csv").open(newline="") as stream:
+    with (GRID_FOLDER / "regions.csv").open(newline="") as stream:
         for row in csv.DictReader(stream):
             key = f"{row['cloud']}:{row['region']}"
             zones[key.lower()] = GridZone(

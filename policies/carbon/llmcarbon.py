@@ -76,9 +76,9 @@ def find_device(name: str) -> Device:
 
 
 @cache
-def load_devices(file: Path = DEVICES_FILE) -> dict[str, Device]:
+def load_devices() -> dict[str, Device]:
     """Read the device table."""
-    data: dict[str, Any] = yaml.safe_load(file.read_text())
+    data: dict[str, Any] = yaml.safe_load(DEVICES_FILE.read_text())
     host_kgco2e = sum(data["host"].values())
     return {
         name: Device(
@@ -95,9 +95,6 @@ def load_devices(file: Path = DEVICES_FILE) -> dict[str, Device]:
         )
         for name, row in data["devices"].items()
     }
-
-
-DAYS_PER_YEAR = HOURS_PER_YEAR / 24
 
 
 def training_flops(parameters: float, tokens: float) -> float:
@@ -119,11 +116,6 @@ class TrainingCarbon:
     mwh: float
     operational_tco2e: float
     embodied_tco2e: float
-
-    @property
-    def tco2e(self) -> float:
-        """Operational plus embodied carbon (eq. 5)."""
-        return self.operational_tco2e + self.embodied_tco2e
 
 
 def run_carbon(
@@ -152,17 +144,6 @@ def run_carbon(
     )
 
 
-def embodied_tco2e(
-    parts_kgco2e: dict[str, tuple[float, int]], *, days: float, lifetime_years: float
-) -> float:
-    """Return the embodied carbon of `days` of use of some parts, in tonnes (eq. 4, 20-21).
-
-    `parts_kgco2e` maps a part's name to its (kg CO2e each, count).
-    """
-    total_kg = sum(each * count for each, count in parts_kgco2e.values())
-    return total_kg * days / (lifetime_years * DAYS_PER_YEAR) / 1000
-
-
 @dataclass(frozen=True, kw_only=True)
 class CarbonLaw:
     """CO2eq = (K1 + K2)·N·D: linear in parameters and tokens (eq. 5, 6 and 24).
@@ -182,12 +163,8 @@ class CarbonLaw:
             K2=seconds * device.embodied_gco2e_per_s,
         )
 
-    def predict(self, parameters: float, tokens: float) -> float:
-        """Return grams of CO2e for training `parameters` on `tokens`."""
-        return (self.K1 + self.K2) * parameters * tokens
-
     def tokens_for(self, parameters: float, gco2e: float) -> float:
-        """Return the tokens that `gco2e` pays for, the inverse of `predict`."""
+        """Return the tokens that `gco2e` pays for, at (K1 + K2) grams per parameter and token."""
         return gco2e / ((self.K1 + self.K2) * parameters)
 
 

@@ -34,6 +34,8 @@ from policies.errors import PolicyError
 
 Sparse: TypeAlias = Any  # scipy.sparse.csr_array; scipy's stubs leave its element type open
 
+_NUM_FOLDS = 5
+_PENALTIES = (0.5, 5.0)  # candidates for C, scikit-learn's inverse L2 strength
 FALSE_STOPS = 0.01
 """Of the answers that reach a threshold, at most this share is stopped early."""
 
@@ -50,26 +52,18 @@ def fit_scorer(
     table: AnswerTable,
     *,
     seed: int = 0,
-    num_folds: int = 5,
-    penalties: Sequence[float] = (0.5, 5.0),
 ) -> FittedScorer:
-    """Fit priors and scorers of every stage by cross-fitting.
-
-    `penalties` are candidate values of C, scikit-learn's inverse L2 strength; each model takes
-    the one with the lowest out-of-fold log loss. Raises `PolicyError` for too few queries.
-    """
+    """Fit priors and scorers of every stage by cross-fitting; `PolicyError` for too few queries."""
     num_queries, num_stages = table.quality_QS.shape
-    if num_queries < 2 * num_folds:
+    if num_queries < 2 * _NUM_FOLDS:
         raise PolicyError(
-            f"the cascade's scorer needs at least {2 * num_folds} queries, got {num_queries}"
+            f"the cascade's scorer needs at least {2 * _NUM_FOLDS} queries, got {num_queries}"
         )
-    fold_Q = np.random.default_rng(seed).permutation(num_queries) % num_folds
+    fold_Q = np.random.default_rng(seed).permutation(num_queries) % _NUM_FOLDS
     query_encoder = NGrams(bits=12, num_dimensions=1, seed=seed).fit(table.queries)
     query_QN = query_encoder.matrix(table.queries)
-    priors = [
-        cross_fit(query_QN, table.quality_QS[:, s], fold_Q, penalties) for s in range(num_stages)
-    ]
-    pooled_prior = cross_fit(query_QN, table.quality_QS.mean(axis=1), fold_Q, penalties)
+    priors = [cross_fit(query_QN, table.quality_QS[:, s], fold_Q) for s in range(num_stages)]
+    pooled_prior = cross_fit(query_QN, table.quality_QS.mean(axis=1), fold_Q)
     every_answer = [answer for answers in table.answers for answer in answers]
     # Answers are short: windows of three characters tell a number from a date from a word.
     answer_encoder = NGrams(bits=8, window=3, num_dimensions=1, seed=seed).fit(every_answer)
@@ -85,7 +79,6 @@ def fit_scorer(
             design,
             np.tile(table.quality_QS[:, s], 2),
             np.tile(fold_Q, 2),
-            penalties,
             num_dense=num_dense,
         )
         for s, design in enumerate(designs)
@@ -94,7 +87,6 @@ def fit_scorer(
         stack([design[:num_queries] for design in designs]),
         table.quality_QS.T.ravel(),
         np.tile(fold_Q, num_stages),
-        penalties,
         num_dense=num_dense,
     )
     every = [*models, pooled]
@@ -259,15 +251,13 @@ def cross_fit(
     design: Sparse,
     quality_N: Floats,
     fold_N: Ints,
-    penalties: Sequence[float],
     *,
     num_dense: int = 0,
 ) -> CrossFit:
-    """Fit logistic models in and out of fold, with the best of `penalties`, and calibrate.
+    """Fit logistic models in and out of fold, with the best of `_PENALTIES`, and calibrate.
 
-    `penalties` are candidates for C, scikit-learn's inverse L2 strength; the lowest out-of-fold
-    log loss wins. The first `num_dense` features are standardised, the others (n-gram vectors of
-    unit length) are not: scaling rare buckets up would drown the rest.
+    The lowest out-of-fold log loss wins. The first `num_dense` features are standardised, the
+    others (n-gram vectors of unit length) are not: scaling rare buckets up would drown the rest.
     """
     best: CrossFit | None = None
     best_loss = np.inf
@@ -276,7 +266,7 @@ def cross_fit(
         deviation = design[:, :num_dense].toarray().std(axis=0)
         scale[:num_dense] = np.where(deviation > 1e-9, deviation, 1.0)
     scaled = design.multiply(1 / scale).tocsr()
-    for penalty in penalties:
+    for penalty in _PENALTIES:
         logit_N = np.empty(quality_N.size)
         fold_weights = []
         for fold in range(int(fold_N.max()) + 1):
@@ -285,7 +275,8 @@ def cross_fit(
             logit_N[out] = scaled[out] @ weights + bias
             fold_weights.append(weights / scale)
         slope, offset = _platt(logit_N, quality_N)
-        loss = _log_loss(slope * logit_N + offset, quality_N)
+        calibrated_N = slope * logit_N + offset
+        loss = float(np.mean(np.logaddexp(0, calibrated_N) - quality_N * calibrated_N))
         if loss < best_loss:
             weights, bias = fit_logistic(scaled, quality_N, penalty)
             best_loss = loss
@@ -330,10 +321,6 @@ def _platt(logit_N: Floats, quality_N: Floats) -> tuple[float, float]:
         mean = float(np.clip(quality_N.mean(), 0.5 / quality_N.size, 1 - 0.5 / quality_N.size))
         offset = float(np.log(mean / (1 - mean)))
     return slope, offset
-
-
-def _log_loss(logit_N: Floats, quality_N: Floats) -> float:
-    return float(np.mean(np.logaddexp(0, logit_N) - quality_N * logit_N))
 
 
 def stack(blocks: Sequence[Sparse]) -> Sparse:

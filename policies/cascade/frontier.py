@@ -108,7 +108,9 @@ def search(
     chains = tuple(
         chain for chain in _chains(table, max_stages, min_disagreement) if chain[-1] in ends
     )
-    ungated = _frontier(point for chain in chains for point in evaluate(chain, _no_gates(chain)))
+    ungated = _frontier(
+        point for chain in chains for point in evaluate(chain, (0.0,) * (len(chain) - 1))
+    )
     if num_gates == 0:
         return ungated
     position = {name: index for index, name in enumerate(table.names)}
@@ -288,7 +290,3 @@ def _gates(table: StageTable, chain: Chain, num_gates: int) -> Iterator[tuple[fl
     for gates in product(*choices):
         if any(gates):
             yield gates
-
-
-def _no_gates(chain: Chain) -> tuple[float, ...]:
-    return (0.0,) * (len(chain) - 1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from policies.cascade.answers import AnswerTable, Floats, Ints, Predictions, Rows, predict
+from policies.cascade.answers import AnswerTable, Floats, Predictions, Rows, predict
 from policies.cascade.fit import fit_scorer
 from policies.cascade.frontier import Chain, StageColumn, StageTable, columns, pareto, search, thin
 from policies.cascade.learned import (
@@ -25,11 +25,10 @@ from policies.tables import text_table
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """What a chain did on each of Q queries: quality in [0, 1], cost, and which stage answered."""
+    """What a chain did on each of Q queries: quality in [0, 1], and cost."""
 
     quality_Q: Floats
     cost_Q: Floats
-    answered_Q: Ints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,15 +185,13 @@ def _run(stages: Sequence[StageColumn], thresholds: Sequence[float]) -> Replay:
     num_queries = stages[0].quality_Q.size
     open_Q = np.ones(num_queries, dtype=bool)
     quality_Q, cost_Q = np.zeros(num_queries), np.zeros(num_queries)
-    answered_Q = np.zeros(num_queries, dtype=np.intp)
     for j, stage in enumerate(stages):
         cost_Q += np.where(open_Q, stage.cost_Q, 0.0)
         last = j == len(stages) - 1
         accept_Q = open_Q if last else open_Q & (stage.score_Q >= thresholds[j])
         quality_Q = np.where(accept_Q, stage.quality_Q, quality_Q)
-        answered_Q = np.where(accept_Q, j, answered_Q)
         open_Q = open_Q & ~accept_Q
-    return Replay(quality_Q=quality_Q, cost_Q=cost_Q, answered_Q=answered_Q)
+    return Replay(quality_Q=quality_Q, cost_Q=cost_Q)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,10 +259,10 @@ def measured(name: str, quality_Q: Floats, cost_Q: Floats) -> Measured:
     )
 
 
-def render(report: CascadeReport, *, max_rows: int = 12) -> str:
-    """Return the frontier as text, thinned to about `max_rows`, with 95% intervals."""
+def render(report: CascadeReport) -> str:
+    """Return the frontier as text, thinned to about a dozen rows, with 95% intervals."""
     dearest = max(single.usd for single in report.singles)
-    picks = np.linspace(0, len(report.chains) - 1, min(max_rows, len(report.chains)))
+    picks = np.linspace(0, len(report.chains) - 1, min(12, len(report.chains)))
     shown = sorted({*picks.round().astype(int).tolist(), report.chosen})
     head = ("chain", "USD/1000", "of dearest", "accuracy", "learned")
     chains = [

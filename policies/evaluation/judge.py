@@ -218,8 +218,6 @@ def evaluate_protocol(
     fit: Callable[[Sequence[Outcome]], Router],
     protocol: Protocol,
     models: Sequence[str] | None = None,
-    num_folds: int = 5,
-    seed: int = 0,
 ) -> Report:
     """Train by `fit` on parts of the outcomes and judge on the rest, pooled.
 
@@ -228,7 +226,7 @@ def evaluate_protocol(
     and "test". Of two models the one with the lower mean score counts as the weak one.
     Raises `PolicyError` where there is nothing to train or judge on.
     """
-    parts = _parts(outcomes, protocol, num_folds, seed)
+    parts = _parts(outcomes, protocol)
     names = tuple(models or score_table(outcomes).models)
     if not any(all(name in row.scores for name in names) for row in outcomes):
         raise PolicyError(f"no outcome has scores for all of {', '.join(names)}")
@@ -267,7 +265,7 @@ def evaluate_protocol(
 
 
 def _parts(
-    outcomes: Sequence[Outcome], protocol: Protocol, num_folds: int, seed: int
+    outcomes: Sequence[Outcome], protocol: Protocol
 ) -> dict[str, tuple[list[Outcome], list[Outcome]]]:
     """Return pairs of what to train on and what to judge on, by a name of the latter."""
     if protocol == "split":
@@ -278,7 +276,7 @@ def _parts(
         labels = [row.tags[0] if row.tags else "" for row in outcomes]
         tests = sorted(set(labels))
     else:
-        labels = fold_names(outcomes, num_folds=num_folds, seed=seed)
+        labels = fold_names(outcomes, num_folds=5)
         tests = sorted(set(labels))
     pairs = {
         test or "(no tag)": (

@@ -54,16 +54,14 @@ def cpt(curve: Curve, share: float) -> float:
     return float(curve.cost_P[reached.argmax()])
 
 
-def trade_curve(
-    quality_QM: Floats, scores_QM: Floats, cost_QM: Floats, num_points: int = 60
-) -> Curve:
+def trade_curve(quality_QM: Floats, scores_QM: Floats, cost_QM: Floats) -> Curve:
     """Return mean score against mean cost while the price of cost rises from nothing.
 
     At price λ every query goes to the model with the highest predicted quality - λ·cost.
     """
     scale = cost_QM.max() or 1.0
     points = set()
-    for price in (0.0, *np.logspace(-4, 2, num_points)):
+    for price in (0.0, *np.logspace(-4, 2, 60)):
         chosen_Q1 = (quality_QM - price * cost_QM / scale).argmax(1)[:, None]
         cost = np.take_along_axis(cost_QM, chosen_Q1, 1).mean()
         points.add((float(cost), float(np.take_along_axis(scores_QM, chosen_Q1, 1).mean())))
@@ -91,19 +89,13 @@ def aiq(curve: Curve, largest_cost: float) -> float:
     return float(np.trapezoid(qualities, costs) / largest_cost)
 
 
-def bootstrap(
-    metric: Callable[[NDArray[np.intp]], float],
-    num_queries: int,
-    *,
-    num_samples: int = 300,
-    seed: int = 0,
-) -> tuple[float, float]:
+def bootstrap(metric: Callable[[NDArray[np.intp]], float], num_queries: int) -> tuple[float, float]:
     """Return the 95% percentile interval of `metric`, a function of resampled row numbers.
 
     Samples where it is NaN are left out.
     """
-    rng = np.random.default_rng(seed)
-    values = [metric(rng.integers(num_queries, size=num_queries)) for _ in range(num_samples)]
+    rng = np.random.default_rng(0)
+    values = [metric(rng.integers(num_queries, size=num_queries)) for _ in range(300)]
     low, high = np.nanquantile(values, (0.025, 0.975))
     return float(low), float(high)
 

@@ -17,7 +17,6 @@ import numpy as np
 
 from policies.experiments import sequences
 from policies.experiments.effects import (
-    Effect,
     Observations,
     UnitSums,
     arm_mean,
@@ -109,7 +108,7 @@ def analyse(
             best = known_best(
                 racing,
                 delta=experiment.alpha,
-                smallest=minimum_effect(goal, racing[experiment.control_arm.name].mean),
+                smallest=goal.smallest(racing[experiment.control_arm.name].mean),
                 increase=experiment.direction == "increase",
             )
     advice = advise(
@@ -197,11 +196,6 @@ def trajectory(
     return tuple(points)
 
 
-def minimum_effect(goal: Goal, control_mean: float) -> float:
-    """Return the goal's minimum effect in the metric's own unit."""
-    return goal.minimum_effect * (abs(control_mean) if goal.relative else 1.0)
-
-
 _Asked: TypeAlias = tuple[Observations, Arm, Goal, str | None, str | None]
 
 
@@ -271,7 +265,7 @@ def _compare(
         for name in (arm.name, experiment.control_arm.name)
     )
     found = effect(treated, control)
-    smallest = minimum_effect(goal, found.control.mean)
+    smallest = goal.smallest(found.control.mean)
     alpha = experiment.alpha / family
     enough = min(found.control.num_units, found.treatment.num_units) >= MIN_UNITS
     width, p, power = math.inf, 1.0, 0.0
@@ -291,7 +285,7 @@ def _compare(
         high=high,
         p=p,
         control_mean=found.control.mean,
-        relative=_relative(found),
+        relative=found.estimate / abs(found.control.mean) if found.control.mean else math.nan,
         better=_better(experiment, goal, low, high),
         variance_kept=found.variance_kept,
         power=power,
@@ -321,10 +315,6 @@ def _better(experiment: Experiment, goal: Goal, low: float, high: float) -> bool
     if not (low > 0 or high < 0):
         return None
     return (low > 0) == ((goal.direction or experiment.metric(goal.metric).direction) == "increase")
-
-
-def _relative(found: Effect) -> float:
-    return found.estimate / abs(found.control.mean) if found.control.mean else math.nan
 
 
 def _until(seen: Observations, arm: Arm, stopped_s: Mapping[str, float]) -> Observations:

@@ -93,6 +93,10 @@ class Goal:
     minimum_effect: float = 0.02
     relative: bool = False
 
+    def smallest(self, control_mean: float) -> float:
+        """Return the minimum effect in the metric's own unit."""
+        return self.minimum_effect * (abs(control_mean) if self.relative else 1.0)
+
 
 @with_config(extra="forbid")
 @dataclass(frozen=True, kw_only=True)

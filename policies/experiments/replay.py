@@ -39,6 +39,8 @@ from policies.plan import to_json
 
 # Normal intervals around fewer effective requests than this say nothing.
 MIN_EFFECTIVE = 30.0
+# Of the reward model, each of which the others predict.
+_NUM_FOLDS = 5
 # Of 95% intervals.
 _Z = NormalDist().inv_cdf(0.975)
 
@@ -84,7 +86,7 @@ class OffPolicy:
     num_effective: float
 
 
-def estimate(logged: Logged, *, confidence: float = 0.95) -> OffPolicy:
+def estimate(logged: Logged) -> OffPolicy:
     """Estimate the target's mean reward; raises `ExperimentError` where support is missing."""
     num = len(logged.rewards)
     missing = int(np.count_nonzero(~logged.supported))
@@ -102,26 +104,25 @@ def estimate(logged: Logged, *, confidence: float = 0.95) -> OffPolicy:
             f"replay: {num} requests are worth only {effective:.1f} under this policy; "
             f"at least {MIN_EFFECTIVE:.0f} are needed"
         )
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
     snips = float((w * logged.rewards).sum() / w.sum())
     return OffPolicy(
-        ips=_mean(w * logged.rewards, z),
+        ips=_mean(w * logged.rewards),
         # The ratio's delta-method residuals have mean zero.
-        snips=_around(snips, w * (logged.rewards - snips) / w.mean(), z),
-        dr=_mean(logged.q_target + w * (logged.rewards - logged.q_logged), z),
+        snips=_around(snips, w * (logged.rewards - snips) / w.mean()),
+        dr=_mean(logged.q_target + w * (logged.rewards - logged.q_logged)),
         num_requests=num,
         num_effective=effective,
     )
 
 
-def _mean(terms: Floats, z: float) -> Estimate:
-    return _around(float(terms.mean()), terms - terms.mean(), z)
+def _mean(terms: Floats) -> Estimate:
+    return _around(float(terms.mean()), terms - terms.mean())
 
 
-def _around(value: float, residuals: Floats, z: float) -> Estimate:
+def _around(value: float, residuals: Floats) -> Estimate:
     n = len(residuals)
     se = math.sqrt(np.square(residuals).sum() / (n * (n - 1))) if n > 1 else math.inf
-    width = z * se
+    width = _Z * se
     return Estimate(value=value, low=value - width, high=value + width)
 
 
@@ -131,8 +132,6 @@ def fit_rewards(
     rewards: Floats,
     *,
     targets: Sequence[str],
-    num_folds: int = 5,
-    penalty: float = 1.0,
 ) -> tuple[Floats, Floats]:
     """Return q of the logged and of the target actions, each predicted by a fold that excludes it.
 
@@ -141,13 +140,13 @@ def fit_rewards(
     al. 2018).
     """
     num = len(rewards)
-    fold = np.arange(num) % num_folds
+    fold = np.arange(num) % _NUM_FOLDS
     action, target = np.array(actions), np.array(targets)
     x_NF = np.column_stack([np.ones(num), features_NF])
-    ridge = penalty * np.eye(x_NF.shape[1])
+    ridge = np.eye(x_NF.shape[1])
     ridge[0, 0] = 0.0
     q_logged, q_target = np.zeros(num), np.zeros(num)
-    for k in range(num_folds):
+    for k in range(_NUM_FOLDS):
         train, test = fold != k, fold == k
         for name in np.unique(np.concatenate([action[test], target[test]])):
             seen = train & (action == name)
@@ -216,8 +215,8 @@ def replay_outcomes(
     scores, costs = [one.quality for one in played], [one.usd for one in played]
     known = [usd for usd in costs if usd is not None]
     return ReplayedPolicy(
-        quality=_mean(np.array(scores), _Z),
-        usd=_mean(np.array(known), _Z) if len(known) == len(costs) else None,
+        quality=_mean(np.array(scores)),
+        usd=_mean(np.array(known)) if len(known) == len(costs) else None,
         num_requests=len(scores),
     )
 

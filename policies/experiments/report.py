@@ -230,7 +230,7 @@ def advise(
         return advice(
             "keep_control", f"Keep {control!r}: in {metric}, {worst}; you may stop now.", control
         )
-    smallest = _smallest(experiment, running[0])
+    smallest = experiment.primary.smallest(running[0].control_mean)
     if all(_best_case(experiment, found) < smallest for found in running):
         return advice(
             "keep_control",
@@ -297,11 +297,6 @@ def _change(found: Comparison) -> str:
     word = "higher" if found.estimate > 0 else "lower"
     low, high = sorted((abs(found.low), abs(found.high)))
     return f"{word} by {abs(found.estimate):.3g} ({low:.3g} to {high:.3g})"
-
-
-def _smallest(experiment: Experiment, found: Comparison) -> float:
-    goal = experiment.primary
-    return goal.minimum_effect * (abs(found.control_mean) if goal.relative else 1.0)
 
 
 def _best_case(experiment: Experiment, found: Comparison) -> float:

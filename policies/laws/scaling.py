@@ -13,24 +13,15 @@ from policies.laws.fitting import Constant, Fitted, Number, fit_law, power
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A transformer's width and depth, with the parameters of its layers.
-
-    `intermediate_ratio` is d_ff / d_model.
-    """
+    """A transformer's width and depth."""
 
     d_model: int
     num_layers: int
-    intermediate_ratio: float = 2.7
 
     @property
     def aspect_ratio(self) -> float:
         """R = d_model / n_layers, the law's shape variable."""
         return self.d_model / self.num_layers
-
-    @property
-    def layer_parameters(self) -> float:
-        """Parameters of all layers: attention 4·d² and a gated MLP of 3·d·d_ff each."""
-        return self.num_layers * self.d_model**2 * (4 + 3 * self.intermediate_ratio)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,24 +107,22 @@ def rank_shapes(
     return tuple(sorted(ranked, key=lambda item: item.loss))
 
 
-def shapes_of_size(
-    parameters: float,
-    *,
-    depths: Sequence[int] = (8, 12, 16, 20, 24, 32, 40),
-    head_dim: int = 64,
-    intermediate_ratio: float = 2.7,
-) -> tuple[Shape, ...]:
+# Of shapes to choose from: their depths, the size of a head, and d_ff / d_model.
+_DEPTHS = (8, 12, 16, 20, 24, 32, 40)
+_HEAD_DIM = 64
+_INTERMEDIATE_RATIO = 2.7
+
+
+def shapes_of_size(parameters: float) -> tuple[Shape, ...]:
     """Return, for each depth, the shape whose layers come closest to `parameters`.
 
-    d_model is a multiple of `head_dim`; embeddings are not counted.
+    A layer has 4·d² of attention and 3·d·d_ff of a gated MLP; embeddings are not counted.
     """
     shapes = []
-    for num_layers in depths:
-        width = (parameters / (num_layers * (4 + 3 * intermediate_ratio))) ** 0.5
-        d_model = max(head_dim, round(width / head_dim) * head_dim)
-        shapes.append(
-            Shape(d_model=d_model, num_layers=num_layers, intermediate_ratio=intermediate_ratio)
-        )
+    for num_layers in _DEPTHS:
+        width = (parameters / (num_layers * (4 + 3 * _INTERMEDIATE_RATIO))) ** 0.5
+        d_model = max(_HEAD_DIM, round(width / _HEAD_DIM) * _HEAD_DIM)
+        shapes.append(Shape(d_model=d_model, num_layers=num_layers))
     return tuple(shapes)
 
 

@@ -98,13 +98,13 @@ class File:
         return Response(self.content, headers=headers, media_type=self.media_type)
 
 
-def read_page(folder: Path = FOLDER) -> Mapping[str, File]:
-    """Return every file that a browser may load, by its path below `folder`."""
+def read_page() -> Mapping[str, File]:
+    """Return every file that a browser may load, by its path below `FOLDER`."""
     files = {}
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(FOLDER.rglob("*")):
         if path.suffix in _TYPES:
             content = path.read_bytes()
-            files[path.relative_to(folder).as_posix()] = File(
+            files[path.relative_to(FOLDER).as_posix()] = File(
                 content=content,
                 media_type=_TYPES[path.suffix],
                 etag=f'"{hashlib.sha256(content).hexdigest()[:32]}"',

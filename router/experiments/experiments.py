@@ -59,8 +59,6 @@ class Experiments:
         catalog: Catalog,
         database: Database,
         clock: Callable[[], float] = time.time,
-        rng: np.random.Generator | None = None,
-        check_s: float = _CHECK_S,
     ) -> None:
         """Start or take up each experiment; blocks.
 
@@ -70,8 +68,7 @@ class Experiments:
         self.catalog = catalog
         self.database = database
         self._clock = clock
-        self._rng = rng or np.random.default_rng()
-        self._check_s = check_s
+        self._rng = np.random.default_rng()
         contents = policy_contents(args, pool)
         self._states = {
             experiment.name: store.register(
@@ -196,7 +193,7 @@ class Experiments:
                     began_s = time.monotonic()
                     if await self.database.reports.run(
                         store.claim_check, self.database, experiment.name,
-                        now_s=self._clock(), interval_s=self._check_s,
+                        now_s=self._clock(), interval_s=_CHECK_S,
                     ):  # fmt: skip
                         await self.check(experiment)
                     pause_s = (time.monotonic() - began_s) / _CHECK_SHARE

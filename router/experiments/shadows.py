@@ -52,12 +52,10 @@ class Mirror:
         *,
         executor: Callable[[Exchange], Executor],
         ledger: Ledger,
-        clock: Callable[[], float] = time.time,
     ) -> None:
         self._meters = tuple(meters)
         self._executor = executor
         self._ledger = ledger
-        self._clock = clock
         self._running: set[asyncio.Task[None]] = set()
 
     @property
@@ -85,7 +83,7 @@ class Mirror:
                 prompt_tokens=mirrored.record.prompt_tokens,
                 output_tokens=exchange.ask.max_tokens or exchange.limits.default_max_tokens,
             ).usd
-            if meter.admit(estimate_usd=estimate_usd, now_s=self._clock()):
+            if meter.admit(estimate_usd=estimate_usd, now_s=time.time()):
                 task = asyncio.ensure_future(self._run(meter, mirrored, exchange.id, estimate_usd))
                 self._running.add(task)
                 task.add_done_callback(self._running.discard)
@@ -116,7 +114,7 @@ class Mirror:
         record = RequestRecord(
             request_id=shadow_id,
             endpoint=SHADOW,
-            time_s=self._clock(),
+            time_s=time.time(),
             policy=shadow.policy,
             edition=exchange.record.edition,
             prompt_tokens=num_tokens,
@@ -161,7 +159,7 @@ class Mirror:
             self._ledger.record(record)
             _settle(mirrored)
         if grade is not None:
-            said = Feedback(request_id=record.request_id, time_s=self._clock(), score=grade)
+            said = Feedback(request_id=record.request_id, time_s=time.time(), score=grade)
             await self._ledger.flush()  # feedback is on rows that are written
             try:
                 await self._ledger.database.calls.run(add_feedback, self._ledger.database, said)

@@ -116,7 +116,7 @@ class Exam:
                 notes.append(f"{name} cannot be compared: {error}")
         return [*found, *self._references()]
 
-    def kinds(self, router: Router, spec: Mapping[str, Any], most: int = 12) -> tuple[Kind, ...]:
+    def kinds(self, router: Router, spec: Mapping[str, Any]) -> tuple[Kind, ...]:
         """Return what the router's policy, `spec`, does with each kind of test question."""
         context = BuildContext(folder=self.pool.folder, models=self.facts)
         played = self._played(context.build(spec), {})
@@ -137,9 +137,9 @@ class Exam:
                     scored=float(np.mean([played[q].quality for q in here])),
                 )
             )
-        return tuple(sorted(found, key=lambda one: -one.num_questions)[:most])
+        return tuple(sorted(found, key=lambda one: -one.num_questions)[:12])
 
-    def mistakes(self, router: Router, most: int = 12) -> tuple[Mistake, ...]:
+    def mistakes(self, router: Router) -> tuple[Mistake, ...]:
         """Return where the router's favourite was worse than another model, the surest first."""
         found = []
         quality_QM = router.qualities([row.query for row in self.tests])
@@ -151,7 +151,7 @@ class Exam:
                     Mistake(query=row.query, chosen=chosen, expected=float(quality_M.max()),
                             better=better)
                 )  # fmt: skip
-        return tuple(sorted(found, key=lambda one: -one.expected)[:most])
+        return tuple(sorted(found, key=lambda one: -one.expected)[:12])
 
     def choices_score(self, router: Router) -> float:
         """Return the mean score of the models that the router expects most of."""

@@ -75,7 +75,6 @@ class Metrics:
         holder: str,
         reports: Reports,
         read_budgets: ReadBudgets,
-        clock: Callable[[], float] = time.time,
     ) -> None:
         """Publish as `holder`, a name that no other replica has.
 
@@ -89,7 +88,6 @@ class Metrics:
         self._holder = holder
         self._reports = reports
         self._read_budgets = read_budgets
-        self._clock = clock
         self.workers: tuple[Worker, ...] = ()
 
     async def run(self) -> None:
@@ -127,7 +125,7 @@ class Metrics:
         return await asyncio.to_thread(exposition, values, accept=accept, others=others)
 
     def _publish(self) -> None:
-        now_s = self._clock()
+        now_s = time.time()
         self._store.publish(
             self._holder, self._live.gauges(), now_s=now_s, counts=self._live.counted(self.workers)
         )
@@ -135,7 +133,7 @@ class Metrics:
 
     def _kept(self) -> Values:
         """Return what all replicas share; what this one alone knows if the database is away."""
-        now_s = self._clock()
+        now_s = time.time()
         up = f.LEDGER_UP.series()
         try:
             snapshots = self._store.snapshots(since_s=now_s - _FORGET_AFTER_S)

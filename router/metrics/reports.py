@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import sqlalchemy as sa
@@ -62,7 +62,6 @@ class Reports:
         experiments: Experiments,
         shadows: Sequence[Shadow],
         controllers: Mapping[str, Controller],
-        clock: Callable[[], float] = time.time,
     ) -> None:
         """Report on `experiments`, `shadows`, and the targets of policies' `controllers`."""
         self._database = database
@@ -70,7 +69,6 @@ class Reports:
         self._experiments = experiments
         self._shadows = tuple(shadows)
         self._controllers = controllers
-        self._clock = clock
         self._every_s = _EVERY_S
         self._renewing: asyncio.Task[None] | None = None
 
@@ -89,22 +87,20 @@ class Reports:
     async def _renew(self) -> None:
         try:
             if not await self._database.reports.run(
-                self._store.claim, HOLDER, now_s=self._clock(), every_s=self._every_s
+                self._store.claim, HOLDER, now_s=time.time(), every_s=self._every_s
             ):
                 return
             began_s = time.monotonic()
             summaries = await self._experiments.summaries()
             gauges = experiment_gauges(summary.report for summary in summaries)
             gauges |= await self._database.reports.run(self._read)
-            await self._database.reports.run(
-                self._store.publish, HOLDER, gauges, now_s=self._clock()
-            )
+            await self._database.reports.run(self._store.publish, HOLDER, gauges, now_s=time.time())
             self._every_s = max(_EVERY_S, (time.monotonic() - began_s) / _SHARE)
         except SQLAlchemyError as error:
             logger.warning("metrics: the reports wait for the ledger: %s", error)
 
     def _read(self) -> dict[Series, float]:
-        now_s = self._clock()
+        now_s = time.time()
         return {
             **calibration_gauges(self._database),
             **_shadow_gauges(self._database, self._shadows, now_s),

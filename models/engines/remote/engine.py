@@ -97,8 +97,6 @@ class RemoteEngine:
         options: RemoteOptions,
         traits: EngineTraits,
         max_queued_requests: int,
-        clock: Callable[[], float] = time.monotonic,
-        rng: random.Random | None = None,
     ) -> None:
         """Only remember; `start` reads the key and opens the connection pool."""
         self._name = name
@@ -106,12 +104,10 @@ class RemoteEngine:
         self._options = options
         self._traits = traits
         self._max_queued_requests = max_queued_requests
-        self._clock = clock
-        self._rng = rng or random.Random()
         self._url = options.base_url.rstrip("/")
         self._server = f"the server {urlsplit(self._url).netloc.rpartition('@')[2]}"
         self._breaker = CircuitBreaker(
-            failures=options.breaker_failures, open_s=options.breaker_open_s, clock=clock
+            failures=options.breaker_failures, open_s=options.breaker_open_s, clock=time.monotonic
         )
         self._slots = asyncio.Semaphore(options.max_connections)
         self._running = 0
@@ -144,7 +140,7 @@ class RemoteEngine:
         """Stream the server's answer; see the contract."""
         self.check_health()
         check_request(request, members=self.members, traits=self._traits)
-        started_s = self._clock()
+        started_s = time.monotonic()
         given_s = float("inf") if request.timeout_s is None else request.timeout_s
         path, body = write_body(request, self._upstream[request.members[0]], self._options)
         form = self._traits.answer_format(request.members)
@@ -166,7 +162,7 @@ class RemoteEngine:
                     return
                 except AttemptFailed as failure:
                     wait_s = self._wait_s(failure, attempt)
-                    left_s = given_s - (self._clock() - started_s)
+                    left_s = given_s - (time.monotonic() - started_s)
                     last = attempt == self._options.max_retries
                     if answering or last or not failure.retry or wait_s >= left_s:
                         raise failure.error from None
@@ -229,7 +225,7 @@ class RemoteEngine:
         if failure.retry_after_s is not None:
             return failure.retry_after_s
         # Jitter: those who failed together should not come back together.
-        return self._options.backoff_s * 2.0**attempt * self._rng.uniform(0.75, 1.25)
+        return self._options.backoff_s * 2.0**attempt * random.uniform(0.75, 1.25)
 
     async def _attempt(
         self, url: str, body: dict[str, Any], request_id: str, reader: EventReader | RowReader

@@ -130,7 +130,7 @@ def simulate_lengths(
 
 
 def cross_fitted_predictions(
-    texts: Sequence[str], scores_QM: NDArray[np.float64], *, num_folds: int = 5, seed: int = 0
+    texts: Sequence[str], scores_QM: NDArray[np.float64], *, seed: int = 0
 ) -> NDArray[np.float64]:
     """Return [Q, M] predicted scores, each from a model that never saw its query.
 
@@ -143,7 +143,7 @@ def cross_fitted_predictions(
 
     predicted = np.zeros_like(scores_QM)
     array = np.array(texts, dtype=object)
-    for train, test in KFold(num_folds, shuffle=True, random_state=seed).split(array):
+    for train, test in KFold(5, shuffle=True, random_state=seed).split(array):
         encoder = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
         features = encoder.fit_transform(array[train])
         head = Ridge(alpha=3.0, random_state=seed, solver="lsqr")

@@ -43,7 +43,6 @@ class ByController:
         target: BudgetTarget,
         *,
         announced: GridIntensity,
-        expected_output_tokens: int = 128,
     ) -> None:
         self._workload = workload
         self._resource = target.resource
@@ -53,7 +52,6 @@ class ByController:
         self._day: Day | None = None
         self._last: tuple[Query, Decision] | None = None
         self._target = target
-        self._expected_output_tokens = expected_output_tokens
         self._controller: Controller | None = None
 
     def begin(self, day: Day) -> None:
@@ -73,7 +71,6 @@ class ByController:
                 clock=self._clock,
                 announced=self._grid.announced,
                 targets=(self._target,),
-                expected_output_tokens=self._expected_output_tokens,
             )
 
     @property
