@@ -1,13 +1,112 @@
-"""What answering costs: money, energy, carbon and time, before (estimated) and after (measured)."""
+"""What answering costs: money, energy, carbon and time, before (estimated) and after (measured).
+
+Each figure of energy has a `Method`, and lies between `low` and `high` times what is printed.
+Errors of one method are systematic, so that the ranges of sums are the sums of the ranges.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeAlias
 
-from policies.methods import method_of
 from policies.plan import Answer, Best, Plan, children
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way to know energy: its error as factors, where they come from, and since when.
+
+    `guesses_time` says that the device's busy seconds are guessed too, and are off alike.
+    """
+
+    name: str
+    low: float
+    high: float
+    source: str
+    date: str
+    guesses_time: bool = False
+
+
+# What a GPU's counter was found to miss of a steady draw on more than seventy GPUs; NVIDIA's own
+# reference of NVML says the same of Fermi and Kepler. One short request may be off by more.
+NVML = Method(
+    name="measured:nvml",
+    low=0.95,
+    high=1.05,
+    source="a GPU's own counter, whole board; 5% of a steady draw against meters (Yang et al., "
+    "arXiv 2312.02741). Of short work an A100 or H100 samples a quarter: there they cut errors by "
+    "35% in the mean and by 65% at most",
+    date="2024-11",
+)
+# The worst mean error that a comparison of such counters with meters found, in either direction.
+RAPL = Method(
+    name="measured:rapl",
+    low=0.58,
+    high=1.73,
+    source="a CPU's own counters, package and memory. They follow the plug closely (Khan et al., "
+    "RAPL in Action, 2018), but the energy that work adds was off by up to 73% in the mean (Fahad "
+    "et al., Energies 12(11) 2204, 2019); power supply and fans are not in it",
+    date="2019-06",
+)
+# The least and the most that a busy vCPU draws by the same tables, against the table's 3.97 W.
+CPU_TIME = Method(
+    name="modelled:cpu-time",
+    low=0.40,
+    high=2.16,
+    source="seconds of vCPUs times their power; cloud-carbon-coefficients: 1.58 (EPYC, 2nd "
+    "generation) to 8.58 W (Sandy Bridge) a busy vCPU; state yours (`shoal calibrate energy`)",
+    date="2023-09",
+)
+# Low: LLMCarbon's own residuals (actual over predicted energy of the five training runs of its
+# table 4: 0.93 to 1.04) times 0.35, which is assumed, over the best efficiency there (0.39). High:
+# a published measurement of serving, 0.12 J a token of Llama-3.1-8B on an H100 at batch 64
+# (ML.ENERGY 3.0), against the 0.0325 J that these equations give.
+_LOW, _HIGH = 0.83, 3.7
+LLMCARBON = Method(
+    name="modelled:llmcarbon",
+    low=_LOW,
+    high=_HIGH,
+    source="LLMCarbon's equations (Faiz et al. 2024), efficiency assumed; its residuals, and "
+    "ML.ENERGY 3.0 at batch 64. One request alone on a large GPU takes many times more",
+    date="2026-11",
+    guesses_time=True,
+)
+STATED = Method(
+    name="modelled:stated",
+    low=_LOW,
+    high=_HIGH,
+    source="LLMCarbon's equations with the size and the hardware that were stated of a remote "
+    "model; errors as LLMCarbon's",
+    date="2026-11",
+    guesses_time=True,
+)
+UNKNOWN = Method(
+    name="unknown",
+    low=1.0,
+    high=1.0,
+    source="nobody knows: not in the figures, so that these are too low",
+    date="",
+)
+
+METHODS = {m.name: m for m in (NVML, RAPL, CPU_TIME, LLMCARBON, STATED, UNKNOWN)}
+
+
+def method_of(name: str) -> Method:
+    """Return the method called `name`; one without error where there is none of that name."""
+    return METHODS.get(name) or Method(name=name, low=1.0, high=1.0, source="", date="")
+
+
+def explain_methods(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return what is known of the methods in `names`, each of which may join several by "+"."""
+    single = sorted({part for name in names for part in name.split("+") if part})
+    return {
+        name: {
+            k: v for k, v in asdict(method_of(name)).items() if k not in ("name", "guesses_time")
+        }
+        for name in single
+    }
+
 
 # What becomes of the energy that a device draws while no request runs. It is never part of `wh`.
 # "excluded": nobody's. "busy_time": each busy second bears what idle energy there has been per busy
@@ -19,7 +118,7 @@ IdleRule: TypeAlias = Literal["excluded", "busy_time", "capacity"]
 class Cost:
     """US dollars, watt-hours and grams of CO2 equivalent (operational plus embodied).
 
-    `method` says how energy was found, by a name of `policies.methods`, and `price` how money was:
+    `method` says how energy was found, by a name of `METHODS`, and `price` how money was:
     "typed" in the pool file, or worked out from the "hardware" (`policies.carbon.economics`);
     several are joined by "+", empty where nobody has said. The true figures lie between `_low` and
     `_high` as far as the methods' errors go. `busy_s` are seconds of a whole device; `idle_wh` is

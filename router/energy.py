@@ -25,7 +25,7 @@ from models.engines.base import Chunk
 from models.spec import EngineSpec
 from policies.carbon.llmcarbon import Device
 from policies.carbon.settings import CarbonSettings, DeviceSettings, MeterKind
-from policies.methods import CPU_TIME, NVML, RAPL
+from policies.footprint import CPU_TIME, NVML, RAPL
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Meter(Protocol):
 
     @property
     def method(self) -> str:
-        """How it measures, by a name of `policies.methods`."""
+        """How it measures, by a name of `policies.footprint.METHODS`."""
         ...
 
     def read_wh(self) -> float:

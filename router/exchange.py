@@ -15,8 +15,7 @@ from typing import Any
 from models.engines.base import Chunk
 from policies.base import Decision, Query
 from policies.cascade.base import normalise
-from policies.footprint import Footprint, Rates
-from policies.methods import explain_methods
+from policies.footprint import Footprint, Rates, explain_methods
 from policies.plan import Answer, Plan, to_json
 from router.access.budgets import Reservation
 from router.access.keys import Key

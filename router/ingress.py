@@ -28,7 +28,8 @@ from router.access.keys import KeysError, Scope
 from router.access.limits import CapError
 from router.adapters import add_adapter_routes
 from router.admin import add_admin_routes, add_reload_routes
-from router.anthropic_api.answer import MessagesEndpoint, add_count_route
+from router.anthropic_api.answer import MessagesEndpoint
+from router.anthropic_api.counting import add_count_route
 from router.batching import OFFLINE, Batching
 from router.catalog.catalog import describe_model, list_models
 from router.config import AppArgs

@@ -21,8 +21,7 @@ from models.downscale.recipe import AdapterSettings, AdaptSettings, UnmaskSettin
 from models.downscale.stage import Run
 from models.training.loop import Method
 from models.training.lora import LowRank, add_adapter, save_adapter
-from models.training.monte_carlo import MonteCarlo, Posterior, Prior, drawn
-from models.training.unmasking import Unmasking
+from models.training.monte_carlo import MonteCarlo, Posterior, Prior, Unmasking, drawn
 
 
 def has_adapters(run: Run) -> bool:

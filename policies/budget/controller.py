@@ -25,8 +25,7 @@ from policies.budget.candidates import (
     plan_of,
     plan_quality,
 )
-from policies.budget.pace import Pace
-from policies.budget.prices import BudgetTarget, DualPrice, spent
+from policies.budget.prices import BudgetTarget, DualPrice, Pace, spent
 from policies.errors import PolicyError
 from policies.footprint import NO_LIMITS, Footprint, Limits, estimate
 from policies.laws.scaling import EnsembleLaw

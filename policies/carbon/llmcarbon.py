@@ -15,8 +15,7 @@ import yaml
 
 from policies.base import ModelFacts
 from policies.errors import CarbonError
-from policies.footprint import Rates
-from policies.methods import LLMCARBON, STATED, UNKNOWN
+from policies.footprint import LLMCARBON, STATED, UNKNOWN, Rates
 
 DEVICES_FILE = Path(__file__).parent.parent / "data" / "hardware" / "devices.yaml"
 HOURS_PER_YEAR = 365 * 24

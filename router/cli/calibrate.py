@@ -51,7 +51,7 @@ def calibrate_energy(
     Prints the lines that make the model of CPU time fit this machine, where it has RAPL counters.
     """
     from models.pool import load_pool
-    from policies.methods import CPU_TIME
+    from policies.footprint import CPU_TIME
     from policies.tables import text_table
     from router.config import load_args
     from router.energy import MeterError, RaplMeter

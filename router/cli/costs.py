@@ -212,7 +212,7 @@ def load_lines(
     And one of engines together whose devices are alike: they may share one.
     """
     from policies.carbon.economics import break_even, device_price
-    from policies.methods import method_of
+    from policies.footprint import method_of
 
     if args.economics is None:
         return [

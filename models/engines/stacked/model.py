@@ -20,11 +20,10 @@ import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
 from models.engines.stacked.architecture import Architecture
-from models.engines.stacked.buffers import Buffers, Norm
+from models.engines.stacked.buffers import Buffers, Norm, Product
 from models.engines.stacked.cache import Arena
 from models.engines.stacked.layers import Rotary
 from models.engines.stacked.layout import Grouping, Layout, Order
-from models.engines.stacked.product import Product
 from models.engines.stacked.weights import LayerWeights, Weights
 
 

@@ -14,8 +14,7 @@ from models.downscale.adapt import adapt
 from models.downscale.recipe import AdaptSettings, DistillSettings
 from models.training.loop import Method
 from models.training.lora import LowRank, add_adapter, low_rank_modules
-from models.training.monte_carlo import MonteCarlo, Posterior, Prior, drawn, posteriors
-from models.training.unmasking import Unmasking
+from models.training.monte_carlo import MonteCarlo, Posterior, Prior, Unmasking, drawn, posteriors
 from tests.models.downscale.tiny_models import random_conversations, tiny_model
 
 PRIOR = Prior(deviation=0.05, components=3, concentration=0.7, weight=1e-3)

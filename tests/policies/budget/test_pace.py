@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from policies.budget.pace import Pace
+from policies.budget.prices import Pace
 
 DAY_S = 86_400.0
 

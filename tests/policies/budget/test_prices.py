@@ -5,8 +5,7 @@ import random
 
 import pytest
 
-from policies.budget.pace import Rest
-from policies.budget.prices import BudgetTarget, DualPrice
+from policies.budget.prices import BudgetTarget, DualPrice, Rest
 
 HOURLY = BudgetTarget(resource="wh", amount=100.0)
 CARBON = BudgetTarget(resource="gco2e", amount=100.0)

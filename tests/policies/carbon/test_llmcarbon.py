@@ -14,8 +14,7 @@ from policies.carbon.llmcarbon import (
     run_carbon,
     training_flops,
 )
-from policies.footprint import Rates
-from policies.methods import LLMCARBON
+from policies.footprint import LLMCARBON, Rates
 
 # name, parameters, tokens, kg/kWh, PUE, device, power_w, peak, efficiency, devices, days, MWh, tCO2
 TABLE_4 = [
