@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from policies.errors import PolicyError
 from router.cli.console import KeyOption, UrlOption, connect, refuse_errors, refusing
 
 if TYPE_CHECKING:
@@ -160,7 +161,6 @@ def route(
     """Decide for one query and print the plan."""
     from models.pool import DEFAULT_POOL, load_pool
     from policies.base import Query
-    from policies.errors import PolicyError
     from policies.plan import to_json
     from policies.registry import build_policy
 

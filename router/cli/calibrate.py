@@ -21,6 +21,7 @@ from router.cli.console import (
     refusing,
 )
 from router.cli.costs import Use, used
+from router.ledger import LedgerError
 
 if TYPE_CHECKING:
     from policies.footprint import Rates
@@ -55,7 +56,6 @@ def calibrate_energy(
     from policies.tables import text_table
     from router.config import load_args
     from router.energy import MeterError, RaplMeter
-    from router.ledger import LedgerError
 
     try:
         meter = RaplMeter()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from policies.errors import ExperimentError
 from policies.files import write_atomic
 from router.cli.console import ConfigArgument, LedgerOption, opened, refusing
 
@@ -85,7 +86,6 @@ def export_experiment(
 
 
 def _summaries(config: Path, ledger: str | None, name: str | None) -> list[Summary]:
-    from policies.errors import ExperimentError
     from router.config import load_args
     from router.experiments.experiments import read_definitions
     from router.experiments.reporting import summarise
@@ -187,7 +187,6 @@ def _from_ledger(
 
 
 def _try(play: Callable[[str], ReplayedPolicy], name: str) -> ReplayedPolicy | str:
-    from policies.errors import ExperimentError
 
     try:
         return play(name)

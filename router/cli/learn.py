@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
+from models.errors import PoolError
+from policies.errors import PolicyError
+from router.cli.console import names_in, opened, refusing
+
 if TYPE_CHECKING:
     from models.pool import Pool
     from policies.outcomes import Outcome
@@ -133,7 +137,6 @@ def learn(
     from policies.importers import load_outcomes
     from policies.outcomes import write_outcomes
     from policies.tables import text_table
-    from router.cli.console import names_in, refusing
     from router.cli.train import readings_of
     from router.config import ConfigError
     from router.learning.collect import Problems, Sampling, read_lines
@@ -201,7 +204,6 @@ def learn(
 
 def _configured(config: Path | None, ledger: str | None) -> AppArgs | None:
     """Return what a server's configuration says, whose experiments a ledger has."""
-    from policies.errors import PolicyError
     from router.config import load_args
     from router.experiments.experiments import read_definitions
 
@@ -216,7 +218,6 @@ def _configured(config: Path | None, ledger: str | None) -> AppArgs | None:
 
 def _off_policy(lesson: Lesson, pool: Pool, args: AppArgs | None, ledger: str | None) -> list[str]:
     """Return what the ledger's experiments say of the lesson's router, in sentences."""
-    from router.cli.console import opened
     from router.learning.report import off_policy
 
     if args is None:
@@ -230,7 +231,6 @@ def _with_feedback(parts: Sequence[list[Outcome]], ledger: str | None) -> list[O
 
     Raises `PolicyError` where there is nothing to learn from.
     """
-    from policies.errors import PolicyError
     from policies.outcome_sets import merge
     from router.cli.train import read_feedback
 
@@ -257,7 +257,6 @@ def _asked(ledger: str, most: int) -> list[Line]:
     """Return questions from the ledger at this address, at most so many, drawn by their hashes."""
     from hashlib import sha256
 
-    from router.cli.console import opened
     from router.learning.collect import Line
     from router.ledger.feedback import asked
 
@@ -269,7 +268,6 @@ def _asked(ledger: str, most: int) -> list[Line]:
 
 
 def _share(text: str) -> float:
-    from policies.errors import PolicyError
 
     try:
         share = float(text.removesuffix("%")) / 100
@@ -300,7 +298,6 @@ def collect(
     Interrupted, the same command goes on where it stopped: OUT.journal holds what is known.
     """
     from policies.outcomes import write_outcomes
-    from router.cli.console import refusing
     from router.learning.collect import Problems, Sampling, read_lines
 
     problems = Problems()
@@ -348,10 +345,8 @@ def collected(
     from tqdm import tqdm
 
     from models.pool import load_pool
-    from policies.errors import PolicyError
     from policies.files import check_target
     from policies.grading.base import GradingContext, Panel
-    from router.cli.console import names_in
     from router.learning.asking import AskError, ask_pool, ask_server
     from router.learning.collect import Collector, Journal, journal_of
     from router.learning.fusing import Likelihoods
@@ -410,9 +405,7 @@ def collected(
 
 def located(source: str) -> Path:
     """Return the folder that a grader's `source` stands for; `PolicyError` where there is none."""
-    from models.errors import PoolError
     from models.sources.locate import locate
-    from policies.errors import PolicyError
 
     try:
         return locate(source, folder=Path()).path

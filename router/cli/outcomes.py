@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Final, TypeAlias
 
 import typer
 
+from policies.errors import OutcomesError
+from router.cli.console import refusing
+
 if TYPE_CHECKING:
     from policies.outcome_sets import ModelStats
 
@@ -28,7 +31,6 @@ def stats(file: FileArgument) -> None:
     from policies.importers import load_outcomes
     from policies.outcome_sets import agreements, summarise
     from policies.tables import text_table
-    from router.cli.console import refusing
 
     with refusing("outcomes stats"):
         rows = load_outcomes(file)
@@ -78,10 +80,8 @@ def show_one(
     count: Annotated[int, typer.Option(min=1, help="How many.")] = 5,
 ) -> None:
     """Show queries, and each model's answer and score."""
-    from policies.errors import OutcomesError
     from policies.importers import load_outcomes
     from policies.tables import text_table
-    from router.cli.console import refusing
 
     with refusing("outcomes show"):
         found = load_outcomes(file)
@@ -112,7 +112,6 @@ def merge_files(
     from policies.importers import load_outcomes
     from policies.outcome_sets import merge
     from policies.outcomes import write_outcomes
-    from router.cli.console import refusing
 
     with refusing("outcomes merge"):
         found = merge(load_outcomes(file) for file in files)
@@ -137,7 +136,6 @@ def export_file(
     """Write outcomes as another router's or evaluation's program reads them."""
     from policies.exporters import export_outcomes
     from policies.importers import load_outcomes
-    from router.cli.console import refusing
 
     with refusing("outcomes export"):
         rows = load_outcomes(file)
@@ -157,7 +155,6 @@ def split_file(
     from policies.importers import load_outcomes
     from policies.outcome_sets import TEST, divide
     from policies.outcomes import write_outcomes
-    from router.cli.console import refusing
 
     with refusing("outcomes split"):
         found = divide(load_outcomes(file), test_share=test_share, seed=seed)
@@ -172,7 +169,6 @@ def dedupe_file(file: FileArgument, *, out: OutOption) -> None:
     from policies.importers import load_outcomes
     from policies.outcome_sets import dedupe
     from policies.outcomes import write_outcomes
-    from router.cli.console import refusing
 
     with refusing("outcomes dedupe"):
         before = load_outcomes(file)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from models.adapter import Adapter
+from models.errors import PoolError
 from router.cli.console import refusing
 
 if TYPE_CHECKING:
@@ -77,7 +78,6 @@ def stack(
 
 
 def _members(pool: Pool, names: list[str] | None) -> dict[str, ModelCard]:
-    from models.errors import PoolError
 
     if names is None:
         stacks = [

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from models.errors import EngineError
+
 if TYPE_CHECKING:
     from models.pool import Pool
     from router.config import AppArgs
@@ -146,7 +148,6 @@ def _serve_here(args: AppArgs, pool: Pool, host: str, port: int) -> None:
 
     from uvicorn.loops.auto import auto_loop_factory
 
-    from models.errors import EngineError
     from router.compose import open_ledger, settle_in
     from router.editions import catalog_of
     from router.local import http_server, local_service

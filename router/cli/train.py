@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from policies.errors import PolicyError
 from router.cli.console import names_in, opened, refusing
 
 if TYPE_CHECKING:
@@ -98,7 +99,6 @@ def train_router(
     With `--feedback sqlite:///shoal.db` this is also how to retrain on what users thought.
     """
     from policies.encoders.base import parse_encoder
-    from policies.errors import PolicyError
     from policies.files import check_target
     from policies.importers import load_outcomes
     from policies.routing.finetune import FinetuneSettings, finetune_router
@@ -256,7 +256,6 @@ def _plans(
 ) -> dict[str, Plan]:
     """Return the stages by their names in the outcomes: the pool's models in `scored`, then
     `stages`."""
-    from policies.errors import PolicyError
     from policies.plan import Answer, from_json
 
     plans: dict[str, Plan] = {name: Answer(members=(name,)) for name in rates if name in scored}
@@ -278,7 +277,6 @@ def _plans(
 
 def _sizes(texts: list[str], plans: Mapping[str, Plan]) -> dict[str, int]:
     from policies.cascade.learned import check_top
-    from policies.errors import PolicyError
 
     sizes: dict[str, int] = {}
     for text in texts:
@@ -291,7 +289,6 @@ def _sizes(texts: list[str], plans: Mapping[str, Plan]) -> dict[str, int]:
 
 
 def _budget_usd(text: str, dearest_usd: float) -> float:
-    from policies.errors import PolicyError
 
     try:
         value = float(text.removesuffix("%"))
@@ -357,7 +354,6 @@ def evaluate_router(
     With `--protocol`, routers like it are trained anew on parts of the outcomes, by its own encoder
     and settings, and judged on the rest.
     """
-    from policies.errors import PolicyError
     from policies.evaluation.judge import evaluate_protocol, evaluate_router
     from policies.evaluation.report import draw_reliability, table
     from policies.importers import load_outcomes
