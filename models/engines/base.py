@@ -307,3 +307,9 @@ class Engine(Protocol):
     async def stop(self) -> None:
         """Cancel what runs and free everything; idempotent."""
         ...
+
+
+def of_length_one(rows: NDArray[Any]) -> NDArray[np.float32]:
+    """Return an encoder's vectors, a row each, scaled to length one; zeros stay zeros."""
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.asarray(rows / np.maximum(norms, 1e-12), np.float32)

@@ -24,7 +24,7 @@ from models.engines.base import (
     TopLogprob,
 )
 from models.engines.kind import EngineKind, EngineTraits, formats_of
-from models.engines.requests import check_request
+from models.engines.requests import Slots, check_request
 from models.engines.text import TextStream
 from models.errors import EngineFailed, EngineOverloaded, PoolError
 from models.spec import EngineSpec, Model
@@ -79,11 +79,8 @@ class FakeEngine:
         self._members = tuple(members)
         self._traits = traits or EngineTraits()
         self._options = options
-        self._max_queued_requests = max_queued_requests
-        self._slots = asyncio.Semaphore(options.max_running_requests)
+        self._slots = Slots(options.max_running_requests, max_queued=max_queued_requests)
         self._requests_of = {name: itertools.count() for name in members}
-        self._running = 0
-        self._queued = 0
         self._lanes = 0
         self._generated_tokens = 0
         self._stopped = False
@@ -102,32 +99,24 @@ class FakeEngine:
         script = self._options.models.get(request.members[0], self._options)
         turn = next(self._requests_of[request.members[0]])
         scripted_failure = script.num_failures is None or turn < script.num_failures
-        if self._queued >= self._max_queued_requests and self._slots.locked():
-            raise EngineOverloaded(f"{self._queued} requests wait already", 1.0)
+        self._slots.check_room()
         if script.refuse and scripted_failure:
             raise EngineOverloaded("the script refuses this request", 1.0)
-        self._queued += 1
-        try:
-            await self._slots.acquire()
-        finally:
-            self._queued -= 1
-        self._running += 1
-        self._lanes += len(request.members)
-        try:
-            fail_after_tokens = script.fail_after_tokens if scripted_failure else None
-            reader = AnswerReader(request, self._traits.answer_format(request.members), None)
-            async for chunk in self._play(request, script, turn, fail_after_tokens, max_tokens):
-                yield reader.read(chunk)
-        finally:
-            self._running -= 1
-            self._lanes -= len(request.members)
-            self._slots.release()
+        async with self._slots.taken():
+            self._lanes += len(request.members)
+            try:
+                fail_after_tokens = script.fail_after_tokens if scripted_failure else None
+                reader = AnswerReader(request, self._traits.answer_format(request.members), None)
+                async for chunk in self._play(request, script, turn, fail_after_tokens, max_tokens):
+                    yield reader.read(chunk)
+            finally:
+                self._lanes -= len(request.members)
 
     def stats(self) -> EngineStats:
         """Count what runs and waits."""
         return EngineStats(
-            running_requests=self._running,
-            queued_requests=self._queued,
+            running_requests=self._slots.num_running,
+            queued_requests=self._slots.num_queued,
             active_lanes=self._lanes,
             generated_tokens_total=self._generated_tokens,
         )

@@ -6,14 +6,16 @@ of range would fail everybody in the same step.
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 
 from models.adapter import AdapterSource
 from models.card import ModelCard
 from models.engines.base import GenerationRequest, SamplingOptions
 from models.engines.kind import EngineTraits
-from models.errors import ContextOverflow, RequestError
+from models.errors import ContextOverflow, EngineOverloaded, RequestError
 from policies.plan import TEMPERATURES
 
 # What each number of `SamplingOptions` may be, both ends included.
@@ -56,6 +58,37 @@ def adapters_of(
     own = {name: cards[name].adapter for name in request.members if name in cards}
     found = {name: adapter.origin for name, adapter in own.items() if adapter is not None}
     return {**found, **request.adapters}
+
+
+class Slots:
+    """At most `num` requests run at once, and `max_queued` wait for one. On one event loop only."""
+
+    def __init__(self, num: int, *, max_queued: int) -> None:
+        self._free = asyncio.Semaphore(num)
+        self._max_queued = max_queued
+        self.num_running = 0
+        self.num_queued = 0
+
+    def check_room(self) -> None:
+        """Raise `EngineOverloaded` where no more may wait."""
+        if self._free.locked() and self.num_queued >= self._max_queued:
+            raise EngineOverloaded(f"{self.num_queued} requests wait already", 1.0)
+
+    @asynccontextmanager
+    async def taken(self) -> AsyncIterator[None]:
+        """Wait for a slot, and hold it; raises `EngineOverloaded`."""
+        self.check_room()
+        self.num_queued += 1
+        try:
+            await self._free.acquire()
+        finally:
+            self.num_queued -= 1
+        self.num_running += 1
+        try:
+            yield
+        finally:
+            self.num_running -= 1
+            self._free.release()
 
 
 def check_request(

@@ -290,11 +290,9 @@ def render(report: CascadeReport) -> str:
 
 def draw(report: CascadeReport, file: Path) -> None:
     """Draw the held-out frontier, the single stages and the oracle to a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - drawing only
     from matplotlib.figure import Figure  # noqa: PLC0415 - drawing only
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     cost = np.array([row.usd for row in report.chains])
     accuracy = np.array([row.accuracy for row in report.chains])

@@ -145,11 +145,9 @@ def planning_text(report: PlanningReport, *, place: str) -> str:
 
 def draw_planning(report: PlanningReport, file: Path) -> None:
     """Draw losses, eq. 13's margin and the shapes to a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
     losses, margins, shapes = figure.subplots(1, 3)
     sizes = [row.num_chunks for row in report.rows]
     losses.plot(sizes, [row.chunk_loss for row in report.rows], "o-", label="one chunk")

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from models.engines.base import Chunk, Encoding, SamplingOptions
+from models.engines.base import Chunk, Encoding, SamplingOptions, of_length_one
 from policies.kinds import Count
 from router.errors import bad_request
 from router.executor.task import Prompt
@@ -291,9 +291,7 @@ def _shortened(rows: NDArray[np.float32], dimensions: int | None) -> NDArray[np.
             f"dimensions: {dimensions} is more than the {rows.shape[1]} that the model has",
             "dimensions",
         )
-    short = rows[:, :dimensions]
-    norms = np.linalg.norm(short, axis=1, keepdims=True)
-    return np.asarray(short / np.maximum(norms, 1e-12), np.float32)
+    return of_length_one(rows[:, :dimensions])
 
 
 def _packed(row: NDArray[np.float32]) -> str:

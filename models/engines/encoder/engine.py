@@ -8,12 +8,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from models.engines.base import Chunk, Encodes, EngineStats, GenerationRequest
+from models.engines.base import Chunk, Encodes, EngineStats, GenerationRequest, of_length_one
 from models.errors import ContextOverflow, EngineFailed, EngineOverloaded, RequestError
 from models.spec import EngineSpec
 
@@ -157,7 +157,7 @@ class EncoderEngine:
                 vectors = await (
                     self._in_pauses(encoder, ids) if request.offline else encoder.vectors(ids)
                 )
-                rows, num_tokens = _of_length_one(vectors), sum(map(len, ids))
+                rows, num_tokens = of_length_one(vectors), sum(map(len, ids))
                 if asked.query is not None:
                     rows = rows[1:] @ rows[:1].T
             else:
@@ -215,8 +215,3 @@ class EncoderEngine:
             self._nobody_waits.set()
         if not self._num_running:
             self._busy_s += time.perf_counter() - self._busy_since_s
-
-
-def _of_length_one(rows: NDArray[Any]) -> NDArray[np.float32]:
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.asarray(rows / np.maximum(norms, 1e-12), np.float32)

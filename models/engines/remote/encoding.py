@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.engines.base import Chunk, Encoding
+from models.engines.base import Chunk, Encoding, of_length_one
 from models.engines.remote.answer import read_whole
 from models.engines.remote.failures import broke_off, from_event
 
@@ -105,10 +105,7 @@ class RowReader:
         found = np.asarray([rows[i] for i in range(len(self._encoding.inputs))], np.float32)
         if found.ndim != 2 or not np.isfinite(found).all():
             raise ValueError("its rows are no numbers, or of several lengths")
-        if scored:
-            return found
-        norms = np.linalg.norm(found, axis=1, keepdims=True)
-        return np.asarray(found / np.maximum(norms, 1e-12), np.float32)
+        return found if scored else of_length_one(found)
 
 
 def _num_tokens(usage: Mapping[str, Any] | None) -> int | None:

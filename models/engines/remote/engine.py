@@ -20,8 +20,8 @@ from models.engines.remote.answer import DONE, EventReader, read_events, read_wh
 from models.engines.remote.encoding import RowReader, read_vectors
 from models.engines.remote.failures import AttemptFailed, from_response, from_transport
 from models.engines.remote.request import RemoteOptions, write_body
-from models.engines.requests import check_request
-from models.errors import EngineFailed, EngineOverloaded
+from models.engines.requests import Slots, check_request
+from models.errors import EngineFailed
 from models.spec import EngineSpec, Model
 
 _MAX_ERROR_BYTES = 64 * 1024
@@ -103,15 +103,12 @@ class RemoteEngine:
         self._upstream = dict(upstream)
         self._options = options
         self._traits = traits
-        self._max_queued_requests = max_queued_requests
         self._url = options.base_url.rstrip("/")
         self._server = f"the server {urlsplit(self._url).netloc.rpartition('@')[2]}"
         self._breaker = CircuitBreaker(
             failures=options.breaker_failures, open_s=options.breaker_open_s, clock=time.monotonic
         )
-        self._slots = asyncio.Semaphore(options.max_connections)
-        self._running = 0
-        self._queued = 0
+        self._slots = Slots(options.max_connections, max_queued=max_queued_requests)
         self._generated_tokens = 0
         self._client: httpx.AsyncClient | None = None
 
@@ -144,7 +141,7 @@ class RemoteEngine:
         given_s = float("inf") if request.timeout_s is None else request.timeout_s
         path, body = write_body(request, self._upstream[request.members[0]], self._options)
         form = self._traits.answer_format(request.members)
-        async with self._slot():
+        async with self._slots.taken():
             for attempt in range(self._options.max_retries + 1):
                 answering, num_tokens = False, 0
                 try:
@@ -171,9 +168,9 @@ class RemoteEngine:
     def stats(self) -> EngineStats:
         """Count what runs and waits here; the server's own load is not known."""
         return EngineStats(
-            running_requests=self._running,
-            queued_requests=self._queued,
-            active_lanes=self._running,
+            running_requests=self._slots.num_running,
+            queued_requests=self._slots.num_queued,
+            active_lanes=self._slots.num_running,
             generated_tokens_total=self._generated_tokens,
             circuit=self._breaker.state,
         )
@@ -191,22 +188,6 @@ class RemoteEngine:
         if client is not None:
             with contextlib.suppress(RuntimeError):  # some requests were still running
                 await client.aclose()
-
-    @contextlib.asynccontextmanager
-    async def _slot(self) -> AsyncIterator[None]:
-        if self._slots.locked() and self._queued >= self._max_queued_requests:
-            raise EngineOverloaded(f"{self._queued} requests wait already", 1.0)
-        self._queued += 1
-        try:
-            await self._slots.acquire()
-        finally:
-            self._queued -= 1
-        self._running += 1
-        try:
-            yield
-        finally:
-            self._running -= 1
-            self._slots.release()
 
     def _reader(
         self, request: GenerationRequest, body: Mapping[str, Any]

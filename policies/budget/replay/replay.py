@@ -304,11 +304,9 @@ def table_of(replayed: ReplayedDay) -> str:
 
 def draw(replayed: ReplayedDay, file: Path) -> None:
     """Write a PNG with four panels to `file`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - heavy
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     figure = Figure(figsize=(9, 9), layout="constrained")
-    FigureCanvasAgg(figure)
     traffic, spending, price, quality = figure.subplots(4, 1, sharex=True)
     hours = np.arange(24)
 
