@@ -32,7 +32,7 @@ from models.spec import (
 from policies.base import ModelFacts
 from policies.kinds import explain
 
-# Beside the pool file: which commits its Hub sources stand for (see `sources.hub`).
+# Beside the pool file: which commits its Hub sources stand for (see `sources.locate`).
 LOCK = "pool.lock"
 
 DEFAULT_POOL = Path(__file__).parent / "pools" / "default"

@@ -298,8 +298,7 @@ class Experiment:
         if own is None:
             return METRICS[name]
         unit = "share" if own.kind == "binary" and own.ratio is None else own.unit
-        meaning = " per ".join(own.ratio) if own.ratio else "one's own, from feedback"
-        return Metric(name=name, direction=own.direction, unit=unit, meaning=meaning)
+        return Metric(name, own.direction, unit)
 
     @property
     def control_arm(self) -> Arm:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Final, Literal, TypeAlias
 
 from pydantic import with_config
@@ -13,14 +12,13 @@ from pydantic import with_config
 Direction: TypeAlias = Literal["increase", "decrease"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Metric:
     """A mean over those requests that have a value. `direction` is the good one."""
 
     name: str
     direction: Direction
     unit: str
-    meaning: str
 
     @property
     def is_share(self) -> bool:
@@ -28,30 +26,24 @@ class Metric:
         return self.unit in ("share", "[0, 1]")
 
 
-def _metric(name: str, direction: Direction, unit: str, meaning: str) -> tuple[str, Metric]:
-    return name, Metric(name=name, direction=direction, unit=unit, meaning=meaning)
-
-
-METRICS: Mapping[str, Metric] = MappingProxyType(
-    dict(
-        (
-            _metric("quality", "increase", "[0, 1]", "feedback, of the requests that have any"),
-            _metric("judged_quality", "increase", "[0, 1]", "feedback, with the judge's help"),
-            _metric("grade", "increase", "[0, 1]", "what the judge alone says"),
-            _metric("predicted_quality", "increase", "[0, 1]", "the policy's own prediction"),
-            _metric("feedback_rate", "increase", "share", "requests with feedback"),
-            _metric("usd", "decrease", "USD", "money per request"),
-            _metric("wh", "decrease", "Wh", "energy per request"),
-            _metric("gco2e", "decrease", "gCO2e", "carbon per request"),
-            _metric("latency_s", "decrease", "s", "time to the whole answer"),
-            _metric("ttft_s", "decrease", "s", "time to the first text"),
-            _metric("tokens", "decrease", "tokens", "read and written by all members"),
-            _metric("error_rate", "decrease", "share", "requests that failed at the server"),
-            _metric("escalation_rate", "decrease", "share", "requests that needed a later stage"),
-        )
+METRICS: Final[Mapping[str, Metric]] = {
+    metric.name: metric
+    for metric in (
+        Metric("quality", "increase", "[0, 1]"),  # feedback, of the requests that have any
+        Metric("judged_quality", "increase", "[0, 1]"),  # feedback, with the judge's help
+        Metric("grade", "increase", "[0, 1]"),  # what the judge alone says
+        Metric("predicted_quality", "increase", "[0, 1]"),  # the policy's own prediction
+        Metric("feedback_rate", "increase", "share"),  # requests with feedback
+        Metric("usd", "decrease", "USD"),
+        Metric("wh", "decrease", "Wh"),
+        Metric("gco2e", "decrease", "gCO2e"),
+        Metric("latency_s", "decrease", "s"),  # time to the whole answer
+        Metric("ttft_s", "decrease", "s"),  # time to the first text
+        Metric("tokens", "decrease", "tokens"),  # read and written by all members
+        Metric("error_rate", "decrease", "share"),  # requests that failed at the server
+        Metric("escalation_rate", "decrease", "share"),  # requests that needed a later stage
     )
-)
-
+}
 
 # As feedback may name a number.
 METRIC_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")

@@ -99,8 +99,6 @@ class ShadowMeter:
         self._reserved_usd = 0.0
         self._running = 0
         self.spent_today_usd = spent_usd / num_processes
-        self.num_mirrored = 0
-        self.num_skipped = 0
 
     def wants(self, request_id: str, *, model: str) -> bool:
         """Return whether this request belongs to the mirrored share; always the same answer."""
@@ -115,7 +113,6 @@ class ShadowMeter:
         committed_usd = self.spent_today_usd + self._reserved_usd + estimate_usd
         full = self._running >= self.shadow.concurrency
         if full or committed_usd > self._cap_usd:
-            self.num_skipped += 1
             return False
         self._running += 1
         self._reserved_usd += estimate_usd
@@ -126,4 +123,3 @@ class ShadowMeter:
         self._running -= 1
         self._reserved_usd = max(0.0, self._reserved_usd - estimate_usd)
         self.spent_today_usd += usd
-        self.num_mirrored += 1

@@ -93,7 +93,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
             "auth: {required: true}\n"
         )
         key = _make_key(folder, "all")
-        spent = _make_key(folder, "none", "--requests-per-minute", "0")
+        spent = _make_key(folder, "none", "--cap", "requests_per_minute=0")
         command = ("--local", "--config", "config.yaml")
         server = stack.enter_context(started(folder, *command, python=PYTHON))
         yield Served(url=server.url, key=key, spent=spent, upstream=upstream)

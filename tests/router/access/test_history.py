@@ -26,8 +26,7 @@ from router.access.limits import NOTHING, SERVER, Amounts, limits, read_caps
 from router.access.store import BudgetStore, Reserve, Settle
 from router.ledger.database import Database, writing
 from router.ledger.schema import BUDGET_HOLDS, BUDGET_WINDOWS, REQUESTS
-from router.ledger.writer import insert_new, row_of
-from tests.router.ledger.records import record
+from tests.router.ledger.records import keep, record
 
 NOW_S = 1_800_000_000.0
 CAP_TOKENS = 1000
@@ -171,8 +170,7 @@ class History(RuleBasedStateMachine):
         one = self.running[name]
         one.used = one.used or used
         row = record(0, request_id=name, prompt_tokens=0, output_tokens=one.used)
-        with writing(self.database) as connection:
-            connection.execute(insert_new(connection, REQUESTS), row_of(row))
+        keep(self.database, [row])
 
     def _window(self) -> tuple[int, int, int]:
         columns = BUDGET_WINDOWS.c

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from policies.outcomes import Outcome, write_outcomes
 from router.cli.main import app
-from router.ledger.database import Database
-from router.ledger.feedback import Feedback, add_feedback
-from router.ledger.schema import REQUESTS
-from router.ledger.writer import insert_new, row_of
-from router.record import MemberTokens
-from tests.router.experiments.trial_server import EXPERIMENT, serving, write_config
-from tests.router.ledger.records import record
+from tests.router.experiments.trial_server import EXPERIMENT, log_coins, serving, write_config
 
 
 def sums(number: int) -> str:
@@ -25,33 +17,15 @@ def sums(number: int) -> str:
     return f"How much is {number} plus {3 * number}" if number % 2 else f"Spell the word {number}"
 
 
-def fill(database: Database, number: int) -> None:
-    """Log requests that a coin gave to either model (seed 0), and whether the answer was right."""
-    rng = np.random.default_rng(0)
-    for i in range(number):
-        new = bool(rng.random() < 0.5)
-        member = "dear" if new else "cheap"
-        values: dict[str, Any] = {
-            "time_s": 4e9 + i,
-            "experiment": "e",
-            "arm": "new" if new else "control",
-            "policy": "large" if new else "small",
-            "unit": f"u{i}",
-            "propensity": 0.5,
-            "plan": {"answer": {"members": [member], "rule": "mixture"}},
-            "members": {member: MemberTokens(output_tokens=3)},
-            "query_text": sums(1000 + i),
-        }
-        with database.engine.begin() as connection:
-            connection.execute(insert_new(connection, REQUESTS), row_of(record(i, **values)))
-        right = float(new == bool(i % 2))
-        add_feedback(database, Feedback(request_id=f"req-{i}", time_s=4e9, score=right))
-
-
 def test_an_experiments_log_says_what_the_new_router_would_have_scored(tmp_path: Path) -> None:
     """The router tells the kinds apart, which no arm did; what it learned from is left out."""
     with serving(write_config(tmp_path, experiments={"e": EXPERIMENT})) as trial:
-        fill(trial.ledger.database, 400)
+        log_coins(
+            trial.ledger.database,
+            400,
+            score=lambda number, new: new == bool(number % 2),
+            text=lambda number: sums(1000 + number),
+        )
         config = trial.config
     rows = [
         Outcome(query=sums(n), scores={"cheap": float(n % 2 == 0), "dear": float(n % 2)})

@@ -11,11 +11,7 @@ from typer.testing import CliRunner, Result
 from policies.outcomes import Outcome, write_outcomes
 from router.cli.main import app
 from router.ledger.database import Database, open_database
-from router.ledger.feedback import Feedback, add_feedback
-from router.ledger.schema import REQUESTS
-from router.ledger.writer import insert_new, row_of
-from tests.router.experiments.trial_server import EXPERIMENT, serving, write_config
-from tests.router.ledger.records import record
+from tests.router.experiments.trial_server import EXPERIMENT, log_coins, serving, write_config
 
 FUSED = {"fused": {"kind": "fixed", "plan": {"answer": {"members": ["cheap", "dear"]}}}}
 
@@ -53,28 +49,10 @@ def test_outcomes_give_every_arm_its_quality_and_cost(tmp_path: Path) -> None:
     assert "unknown" in replay(config, tmp_path / "outcomes.jsonl", "--policy", "x").stderr
 
 
-def fill(database: Database, rows: int, **fields: Any) -> None:
-    """Log answered requests of the experiment with feedback (seed 0): dear is better."""
-    rng = np.random.default_rng(0)
-    for i in range(rows):
-        new = rng.random() < 0.5
-        member = "dear" if new else "cheap"
-        values: dict[str, Any] = {
-            "time_s": 4e9 + i,
-            "experiment": "e",
-            "arm": "new" if new else "control",
-            "policy": "large" if new else "small",
-            "unit": f"u{i}",
-            "propensity": 0.5,
-            "plan": {"answer": {"members": [member], "rule": "mixture"}},
-            "usd": 1e-5 if new else 1e-6,
-        }
-        with database.engine.begin() as connection:
-            connection.execute(
-                insert_new(connection, REQUESTS), row_of(record(i, **{**values, **fields}))
-            )
-        score = float(rng.random() < (0.9 if new else 0.4))
-        add_feedback(database, Feedback(request_id=f"req-{i}", time_s=4e9, score=score))
+def fill(database: Database, number: int) -> None:
+    """Log requests of which the dear model answered more to its user's liking (seed 1)."""
+    rng = np.random.default_rng(1)
+    log_coins(database, number, score=lambda _, new: bool(rng.random() < (0.9 if new else 0.4)))
 
 
 def test_a_ledger_gives_off_policy_estimates(tmp_path: Path) -> None:

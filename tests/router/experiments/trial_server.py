@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import yaml
 
 from models.pool import load_pool
 from router.compose import open_ledger
 from router.config import load_args
 from router.editions import catalog_of
+from router.ledger.database import Database
+from router.ledger.feedback import Feedback, add_feedback
 from router.ledger.writer import Ledger
 from router.local import http_server, local_service
+from router.record import MemberTokens
 from router.service import Service
+from tests.router.ledger.records import keep, record
 
 
 @dataclass
@@ -143,3 +148,36 @@ def serving(config: Path) -> Iterator[Trial]:
         server.should_exit = True
         thread.join(60)
         ledger.database.dispose()
+
+
+def log_coins(
+    database: Database,
+    number: int,
+    *,
+    score: Callable[[int, bool], bool],
+    text: Callable[[int], str | None] = lambda _: None,
+) -> None:
+    """Log answered requests of the experiment "e" whose arms coins chose (seed 0).
+
+    `score` says of a request and its arm (whether it is the new one) if the answer was right,
+    `text` what the ledger kept of the question.
+    """
+    rng = np.random.default_rng(0)
+    for i in range(number):
+        new = bool(rng.random() < 0.5)
+        member = "dear" if new else "cheap"
+        answered = record(
+            i,
+            time_s=4e9 + i,
+            experiment="e",
+            arm="new" if new else "control",
+            policy="large" if new else "small",
+            unit=f"u{i}",
+            propensity=0.5,
+            plan={"answer": {"members": [member], "rule": "mixture"}},
+            members={member: MemberTokens(output_tokens=3)},
+            query_text=text(i),
+        )
+        keep(database, [answered])
+        rated = Feedback(request_id=answered.request_id, time_s=4e9, score=float(score(i, new)))
+        add_feedback(database, rated)

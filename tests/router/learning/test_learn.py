@@ -22,13 +22,11 @@ from router.catalog.catalog import load_catalog
 from router.cli.main import app
 from router.learning.learn import Lesson
 from router.learning.report import install
-from router.ledger.database import Database, open_database, writing
+from router.ledger.database import Database, open_database
 from router.ledger.feedback import Feedback, add_feedback
-from router.ledger.schema import REQUESTS
-from router.ledger.writer import insert_new, row_of
 from router.record import SHADOW, MemberTokens
 from tests.router.conftest import write_pool
-from tests.router.ledger.records import record
+from tests.router.ledger.records import keep, record
 
 MODELS = [
     {"name": "sums", "engine": "one", "usd_per_million_output_tokens": 1},
@@ -256,8 +254,7 @@ def test_a_ledgers_questions_are_asked_and_graded(tmp_path: Path) -> None:
         rows.append(record(90, **served, query_text=lines[0]["query"]))
         rows.append(record(91, **served, query_text="unseen", endpoint=SHADOW))
         rows.append(record(92, **served, query_text="failed", status=500))
-        with writing(database) as connection:
-            connection.execute(insert_new(connection, REQUESTS), [row_of(row) for row in rows])
+        keep(database, rows)
         for number, line in enumerate(lines):
             told = Feedback(
                 request_id=f"req-{number}", time_s=1, score=1.0, label=line["reference"]

@@ -1,7 +1,11 @@
 """Records for tests."""
 
+from collections.abc import Sequence
 from typing import Any
 
+from router.ledger.database import Database, writing
+from router.ledger.schema import REQUESTS
+from router.ledger.writer import insert_new, row_of
 from router.record import MemberTokens, RequestRecord, who_ran
 
 
@@ -35,3 +39,9 @@ def record(number: int = 0, **fields: Any) -> RequestRecord:
     }
     values |= fields
     return RequestRecord(**{"answered_by": who_ran(values["members"]), **values})
+
+
+def keep(database: Database, records: Sequence[RequestRecord]) -> None:
+    """Write these records to the ledger."""
+    with writing(database) as connection:
+        connection.execute(insert_new(connection, REQUESTS), [row_of(one) for one in records])
