@@ -43,14 +43,17 @@ SinceOption = Annotated[
 UntilOption = Annotated[
     str | None, typer.Option(help="Only rows before this; as --since.", show_default=False)
 ]
-
-_UNITS_S = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 UrlOption: TypeAlias = Annotated[
     str, typer.Option(envvar="SHOAL_URL", help="The server's address.")
 ]
 KeyOption: TypeAlias = Annotated[
     str | None, typer.Option(envvar="SHOAL_API_KEY", help="An API key, if the server wants one.")
 ]
+OutcomesOption: TypeAlias = Annotated[
+    Path, typer.Option("--out", help="Where the outcomes go (JSON Lines).")
+]
+
+_UNITS_S = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
 def finite(value: float | None) -> float | None:

@@ -187,7 +187,6 @@ def _from_ledger(
 
 
 def _try(play: Callable[[str], ReplayedPolicy], name: str) -> ReplayedPolicy | str:
-
     try:
         return play(name)
     except ExperimentError as error:

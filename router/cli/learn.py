@@ -13,7 +13,7 @@ import typer
 
 from models.errors import PoolError
 from policies.errors import PolicyError
-from router.cli.console import names_in, opened, refusing
+from router.cli.console import KeyOption, OutcomesOption, names_in, opened, refusing
 
 if TYPE_CHECKING:
     from models.pool import Pool
@@ -35,9 +35,6 @@ QueriesOption: TypeAlias = Annotated[
 ServerOption: TypeAlias = Annotated[
     str | None,
     typer.Option(help="Any OpenAI-compatible server that answers, instead of a pool."),
-]
-KeyOption: TypeAlias = Annotated[
-    str | None, typer.Option(envvar="SHOAL_API_KEY", help="An API key, if the server wants one.")
 ]
 ModelsOption: TypeAlias = Annotated[
     str | None, typer.Option(help="The models to ask, with commas; default: all.")
@@ -268,7 +265,6 @@ def _asked(ledger: str, most: int) -> list[Line]:
 
 
 def _share(text: str) -> float:
-
     try:
         share = float(text.removesuffix("%")) / 100
     except ValueError:
@@ -281,7 +277,7 @@ def _share(text: str) -> float:
 def collect(
     *,
     queries: QueriesOption,
-    out: Annotated[Path, typer.Option(help="Where the outcomes go (JSON Lines).")],
+    out: OutcomesOption,
     pool: PoolOption = None,
     server: ServerOption = None,
     key: KeyOption = None,

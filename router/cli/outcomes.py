@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Final, TypeAlias
 import typer
 
 from policies.errors import OutcomesError
-from router.cli.console import refusing
+from router.cli.console import OutcomesOption, refusing
 
 if TYPE_CHECKING:
     from policies.outcome_sets import ModelStats
@@ -22,7 +22,6 @@ _MOST_SHOWN: Final = 60
 FileArgument: TypeAlias = Annotated[
     Path, typer.Argument(help="Outcomes: a file, or a folder or log that Shoal can read.")
 ]
-OutOption: TypeAlias = Annotated[Path, typer.Option(help="Where the outcomes go (JSON Lines).")]
 
 
 @app.command()
@@ -102,7 +101,7 @@ def show_one(
 def merge_files(
     files: Annotated[list[Path], typer.Argument(help="Outcomes; the last word on a query counts.")],
     *,
-    out: OutOption,
+    out: OutcomesOption,
 ) -> None:
     """Bring outcomes together: one per query, with all models that any of the files knows.
 
@@ -147,7 +146,7 @@ def export_file(
 def split_file(
     file: FileArgument,
     *,
-    out: OutOption,
+    out: OutcomesOption,
     test_share: Annotated[float, typer.Option(help="Share that is marked test.")] = 0.3,
     seed: Annotated[int, typer.Option(help="Another seed draws another division.")] = 0,
 ) -> None:
@@ -164,7 +163,7 @@ def split_file(
 
 
 @app.command("dedupe")
-def dedupe_file(file: FileArgument, *, out: OutOption) -> None:
+def dedupe_file(file: FileArgument, *, out: OutcomesOption) -> None:
     """Leave out queries that (nearly) repeat an earlier one."""
     from policies.importers import load_outcomes
     from policies.outcome_sets import dedupe

@@ -78,7 +78,6 @@ def stack(
 
 
 def _members(pool: Pool, names: list[str] | None) -> dict[str, ModelCard]:
-
     if names is None:
         stacks = [
             pool.models_of(engine.name) for engine in pool.engines if engine.kind == "stacked"

@@ -289,7 +289,6 @@ def _sizes(texts: list[str], plans: Mapping[str, Plan]) -> dict[str, int]:
 
 
 def _budget_usd(text: str, dearest_usd: float) -> float:
-
     try:
         value = float(text.removesuffix("%"))
     except ValueError:
