@@ -28,8 +28,14 @@ import numpy as np
 
 from models.pool import DEFAULT_POOL, load_pool
 from policies.base import ModelFacts
-from policies.budget.replay.days import Scenario, Workload, day_costs, workload_of
-from policies.budget.replay.replay import (
+from policies.carbon.grid import find_zone
+from policies.carbon.settings import CarbonSettings
+from policies.errors import LawError
+from policies.footprint import Rates
+from policies.importers import import_llmrouter
+from policies.outcomes import read_outcomes, score_table
+from tests.bench.replay.days import Scenario, Workload, day_costs, workload_of
+from tests.bench.replay.replay import (
     CONTROLLER,
     OPTIMUM,
     ReplayedDay,
@@ -39,12 +45,6 @@ from policies.budget.replay.replay import (
     replay_scenarios,
     table_of,
 )
-from policies.carbon.grid import find_zone
-from policies.carbon.settings import CarbonSettings
-from policies.errors import LawError
-from policies.footprint import Rates
-from policies.importers import import_llmrouter
-from policies.outcomes import read_outcomes, score_table
 from tests.bench.routing_harness import llmrouter_prices
 
 FOLDER = Path(__file__).parents[3] / "shared" / "data" / "routing" / "LLMRouter"

@@ -38,8 +38,8 @@ import yaml
 
 from models.tasks import DOMAINS
 from models.tasks.base import Split, check
-from policies.budget.replay.days import DAY_S, simulate_arrivals
 from tests.bench.everyday import everyday
+from tests.bench.replay.days import DAY_S, simulate_arrivals
 from tests.server import started
 
 MIDNIGHT_S = 1_795_910_400.0  # 29 November 2026, UTC

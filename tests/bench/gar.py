@@ -26,10 +26,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.budget.prices import BudgetTarget
-from policies.budget.replay.days import Day, Workload, day_costs
-from policies.budget.replay.replay import CONTROLLER
-from policies.budget.replay.strategies import Strategy, calibrate
 from tests.bench.budget_replay import QUALITY, WITHIN, WORKLOADS, replays, rows_of
+from tests.bench.replay.days import Day, Workload, day_costs
+from tests.bench.replay.replay import CONTROLLER
+from tests.bench.replay.strategies import Strategy, calibrate
 
 SEEDS = (801, 802, 803, 804, 805)
 COMPARED = (CONTROLLER, "plain dual descent", "GAR, floor", "GAR-PD")

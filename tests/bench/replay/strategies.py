@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from policies.base import Decision, Query
 from policies.budget.controller import Controller
 from policies.budget.prices import BudgetTarget, Resource
-from policies.budget.replay.days import Day, Workload, day_costs
 from policies.carbon.grid import GridIntensity, GridReading
 from policies.carbon.settings import LiveModels
 from policies.footprint import Footprint
 from policies.plan import Answer, members
+from tests.bench.replay.days import Day, Workload, day_costs
 
 
 class Strategy(Protocol):

@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from scipy.optimize import linprog
 
 from policies.budget.prices import BudgetTarget, Resource
-from policies.budget.replay.days import (
+from policies.errors import LawError
+from policies.tables import text_table
+from tests.bench.replay.days import (
     Day,
     Scenario,
     Workload,
@@ -22,7 +24,7 @@ from policies.budget.replay.days import (
     ordinary,
     target_between,
 )
-from policies.budget.replay.strategies import (
+from tests.bench.replay.strategies import (
     ByClock,
     ByController,
     FixedPrice,
@@ -31,8 +33,6 @@ from policies.budget.replay.strategies import (
     Thinning,
     calibrate,
 )
-from policies.errors import LawError
-from policies.tables import text_table
 
 OPTIMUM = "offline optimum"
 CONTROLLER = "controller"
@@ -304,7 +304,7 @@ def table_of(replayed: ReplayedDay) -> str:
 
 def draw(replayed: ReplayedDay, file: Path) -> None:
     """Write a PNG with four panels to `file`."""
-    from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 9), layout="constrained")
     traffic, spending, price, quality = figure.subplots(4, 1, sharex=True)

@@ -1,14 +1,14 @@
-"""`shoal budget replay` on the command line."""
+"""`python -m tests.bench.replay` on the command line."""
 
 import json
 
 import typer
 from typer.testing import CliRunner
 
-from router.cli.budget import replay_budget
+from tests.bench.replay.__main__ import main
 
 app = typer.Typer()
-app.command()(replay_budget)
+app.command()(main)
 
 POOL = """
 name: test

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from policies.base import ModelFacts
-from policies.budget.replay.days import (
+from policies.carbon.grid import StaticGrid
+from policies.carbon.settings import CarbonSettings
+from policies.errors import LawError, OutcomesError
+from policies.footprint import Rates
+from policies.outcomes import Outcome
+from tests.bench.gar import Floor, rivals
+from tests.bench.replay.days import (
     Burst,
     Workload,
     adversarial,
@@ -20,13 +26,7 @@ from policies.budget.replay.days import (
     target_between,
     workload_of,
 )
-from policies.budget.replay.replay import CONTROLLER, OPTIMUM, draw, offline_optimum, replay_day
-from policies.carbon.grid import StaticGrid
-from policies.carbon.settings import CarbonSettings
-from policies.errors import LawError, OutcomesError
-from policies.footprint import Rates
-from policies.outcomes import Outcome
-from tests.bench.gar import Floor, rivals
+from tests.bench.replay.replay import CONTROLLER, OPTIMUM, draw, offline_optimum, replay_day
 
 CARBON = CarbonSettings.model_validate({"zone": "DE"})
 PRICE = Rates(usd_per_input_token=1e-6, usd_per_output_token=1e-6)

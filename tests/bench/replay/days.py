@@ -137,9 +137,9 @@ def cross_fitted_predictions(
     TF-IDF of words and character n-grams into ridge regression: a plain router, as a stand-in for
     whatever policy is deployed.
     """
-    from sklearn.feature_extraction.text import TfidfVectorizer  # noqa: PLC0415 - heavy
-    from sklearn.linear_model import Ridge  # noqa: PLC0415
-    from sklearn.model_selection import KFold  # noqa: PLC0415
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import Ridge
+    from sklearn.model_selection import KFold
 
     predicted = np.zeros_like(scores_QM)
     array = np.array(texts, dtype=object)
