@@ -18,21 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.downscale.answers import Measured, members_measured
-from models.downscale.chunks import (
-    ADAPT_FILE,
-    BASE,
-    CUT_FILE,
-    card_of,
-    cut_out,
-    selection_of,
-    train_chunk,
-    trained_base,
-)
+from models.downscale.chunks import BASE, CUT_FILE, cut_out, selection_of
 from models.downscale.examples import conversations
 from models.downscale.laws import fits_of
+from models.downscale.members import card_of, train_chunk
 from models.downscale.policies import policies_of
 from models.downscale.questions import Question, questions
 from models.downscale.stage import Run, read_json
+from models.downscale.teachers import ADAPT_FILE, trained_base
 from models.tasks import Split
 from policies.carbon import find_device, find_zone
 from policies.carbon.llmcarbon import run_carbon

@@ -17,15 +17,9 @@ from typing import Final
 from models.downscale.adapters import has_adapters
 from models.downscale.answers import measure
 from models.downscale.base import base, check_base, find_base, trained_parameters
-from models.downscale.chunks import (
-    BASE,
-    calibrate,
-    cut_out,
-    general_share,
-    select_examples,
-    train_chunk,
-)
+from models.downscale.chunks import BASE, calibrate, cut_out, select_examples
 from models.downscale.examples import corpora, lengths, sources
+from models.downscale.members import general_share, train_chunk
 from models.downscale.pool import pool
 from models.downscale.questions import questions
 from models.downscale.recipe import Recipe

@@ -11,9 +11,10 @@ import yaml
 
 from models.downscale.adapters import has_adapters
 from models.downscale.answers import ENGINE_KIND, members_measured, outcomes
-from models.downscale.chunks import BASE, member
+from models.downscale.chunks import BASE
 from models.downscale.figures import collect
 from models.downscale.laws import laws
+from models.downscale.members import member
 from models.downscale.policies import (
     CASCADE_FILE,
     ROUTER_FILE,
