@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Annotated, Final, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from models.downscale.distill import DistillSettings, Share, Strict
 from models.errors import RecipeError
 from models.precision import Precision
 from models.sources.locate import HUB
@@ -26,14 +27,8 @@ _RECIPES: Final = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE: Final = _RECIPES / "default.yaml"
 QUICK_RECIPE: Final = _RECIPES / "quick.yaml"
 
-Share = Annotated[float, Field(ge=0, le=1)]
 
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class CorpusSettings(_Strict):
+class CorpusSettings(Strict):
     """Where a corpus comes from.
 
     `corpus` is a file of JSON Lines or text, a folder of such files (Markdown and HTML are text),
@@ -48,7 +43,7 @@ class CorpusSettings(_Strict):
     examples: int = Field(20_000, ge=1)
 
 
-class BaseShape(_Strict):
+class BaseShape(Strict):
     """Width and heads of a base that is trained here; a stage adds the depth."""
 
     hidden_size: int = Field(gt=0)
@@ -58,7 +53,7 @@ class BaseShape(_Strict):
     head_dim: int = Field(32, gt=0)
 
 
-class BaseStage(_Strict):
+class BaseStage(Strict):
     """One stretch of the base's training; a deeper one grows from the shallower before it."""
 
     num_layers: int = Field(gt=0)
@@ -71,7 +66,7 @@ class BaseStage(_Strict):
     seed: int = 0
 
 
-class BaseTraining(_Strict):
+class BaseTraining(Strict):
     """Trains the base from scratch on the built-in task domains that the recipe names."""
 
     shape: BaseShape
@@ -79,7 +74,7 @@ class BaseTraining(_Strict):
     compiled: bool = True
 
 
-class BaseSettings(_Strict):
+class BaseSettings(Strict):
     """The base: a checkpoint, or how to train one.
 
     `checkpoint` is a folder, a .gguf file, `hf:ORG/NAME[@REVISION]` or `package:DISTRIBUTION/FILE`.
@@ -95,7 +90,7 @@ class BaseSettings(_Strict):
         return self
 
 
-class MemberShape(_Strict):
+class MemberShape(Strict):
     """What a chunk's shape is wished to be; what is left out is chosen, and the feed-forward
     width is always solved for the wanted number of parameters."""
 
@@ -105,7 +100,7 @@ class MemberShape(_Strict):
     num_kv_heads: int | None = Field(None, gt=0)
 
 
-class UnmaskSettings(_Strict):
+class UnmaskSettings(Strict):
     """ID3: only this share of an adapter's parameters learns, chosen on the way.
 
     Each step adds those that are highest by |gradient| / (|weight| + epsilon)^exponent.
@@ -116,7 +111,7 @@ class UnmaskSettings(_Strict):
     epsilon: float = Field(1e-3, gt=0)
 
 
-class MonteCarloSettings(_Strict):
+class MonteCarloSettings(Strict):
     """MonteCLoRA: an adapter with a posterior, of which `members` draws are members of their own.
 
     The pool has them beside the mean, which is called like the domain: NAME-1, NAME-2 and so on.
@@ -130,7 +125,7 @@ class MonteCarloSettings(_Strict):
     weight: float = Field(1e-5, ge=0)
 
 
-class AdapterSettings(_Strict):
+class AdapterSettings(Strict):
     """A low-rank adapter of this rank on every matrix of the base's layers, trained by AdamW.
 
     What it adds is multiplied by `alpha` / `rank`; by default `alpha` is twice the rank.
@@ -149,7 +144,7 @@ class AdapterSettings(_Strict):
         return self
 
 
-class MemberSettings(_Strict):
+class MemberSettings(Strict):
     """The members, one per domain: chunks, how many parameters each has and optionally its shape;
     or with `adapters`, adapters of the whole base.
 
@@ -185,13 +180,13 @@ class MemberSettings(_Strict):
         return round(base_parameters * wanted) if wanted <= 1 else round(wanted)
 
 
-class CutSettings(_Strict):
+class CutSettings(Strict):
     """How many examples of a domain the importance of the base's parts is measured on."""
 
     calibration_examples: int = Field(512, ge=1)
 
 
-class SelectSettings(_Strict):
+class SelectSettings(Strict):
     """Which share of a corpus is kept for training, and how it is chosen.
 
     By default all of it: on this project's corpora a choice by uncertainty was worse than as many
@@ -209,56 +204,7 @@ class SelectSettings(_Strict):
     trial_tokens: int = Field(100_000, gt=0)
 
 
-class MetaDistillSettings(_Strict):
-    """MPDistil: the teacher's head goes on learning from a quiz, and the pupil ends by choosing
-    what it learns next; see `models.training.mp_distil`.
-
-    `quiz_share` of each domain's examples are its quiz. The head learns from it every `every_steps`
-    steps, by the `collaborative` or `competitive` loss. The last `curriculum_share` of the steps are
-    the pupil's own choices among all domains' quizzes, which are rewarded by whether it is surer
-    than the teacher (`binary`) or by how much (`real`), `episode_steps` at a time.
-    """
-
-    loss: Literal["collaborative", "competitive"] = "collaborative"
-    reward: Literal["binary", "real"] = "binary"
-    hidden_weight: float = Field(100.0, ge=0)
-    quiz_share: float = Field(0.1, gt=0, lt=1)
-    learning_rate: float = Field(1e-3, gt=0)
-    every_steps: int = Field(4, ge=1)
-    curriculum_share: Share = 0.2
-    episode_steps: int = Field(8, ge=1)
-
-
-class DistillSettings(_Strict):
-    """Distillation: (1 - weight) of the loss is the labels', `weight` the teacher's.
-
-    The teacher's part is temperature² · KL(teacher ‖ chunk), both softened by `temperature`
-    (Hinton et al. 2015). `teacher` is the `base`, as the chunks are cut from it; the `trained` one,
-    which `adapt_tokens.base` trains; or each `domain` has its own, the base trained on the domain
-    alone, for `teacher_tokens` or by default as much compute as its chunk. `meta` makes it MPDistil.
-    Off by default: a chunk trained on its domain outgrows the base there, and what teachers gained
-    stands in docs/downscale/results.md.
-    """
-
-    temperature: float = Field(1.0, gt=0)
-    weight: Share = 0.0
-    teacher: Literal["base", "trained", "domain"] = "base"
-    teacher_tokens: int | None = Field(None, gt=0)
-    meta: MetaDistillSettings | None = None
-
-    @model_validator(mode="after")
-    def _of_use(self) -> DistillSettings:
-        if self.weight == 0 and (self.teacher != "base" or self.meta is not None):
-            raise ValueError("weight: 0 leaves a teacher nothing to say; give more, up to 1")
-        if self.teacher_tokens is not None and self.teacher != "domain":
-            raise ValueError(
-                f"teacher_tokens: {self.teacher_tokens} trains nobody where teacher is "
-                f"{self.teacher!r}; allowed where it is 'domain'"
-            )
-        return self
-
-
-class AdaptSettings(_Strict):
+class AdaptSettings(Strict):
     """The chunks' continual training.
 
     `tokens` per chunk; `general_share` of them come from the general corpus, a number or "auto":
@@ -286,7 +232,7 @@ class AdaptSettings(_Strict):
     checkpoint_every_s: float = Field(60, gt=0)
 
 
-class LawSettings(_Strict):
+class LawSettings(Strict):
     """The short runs that laws are fitted on, and the bootstrap behind their intervals.
 
     D-CPT: the chunks of the first `mixture_domains` domains are trained with each general share of
@@ -307,7 +253,7 @@ class LawSettings(_Strict):
     bootstrap_samples: int = Field(100, ge=1)
 
 
-class MeasureSettings(_Strict):
+class MeasureSettings(Strict):
     """How many held-out questions per domain are asked, or pieces of texts gone on with: to train
     routers on, and to test.
 
@@ -336,7 +282,7 @@ _RESERVED: Final = {
 Baseline = Literal["finetuned", "scratch", "average", "ties", "random", "spectrum", "distilled"]
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """Everything that a pool depends on.
 
     `adapt_tokens` gives the chunks that it names other tokens than `adapt.tokens`. What it gives to
@@ -356,11 +302,11 @@ class Recipe(_Strict):
     cut: CutSettings = CutSettings()
     select: SelectSettings = SelectSettings()
     adapt: AdaptSettings = AdaptSettings()
-    adapt_tokens: dict[str, Annotated[int, Field(gt=0)]] = {}
+    adapt_tokens: dict[str, Annotated[int, Field(gt=0)]] = Field(default_factory=dict)
     laws: LawSettings = LawSettings()
     baselines: tuple[Baseline, ...] = ()
     measure: MeasureSettings = MeasureSettings()
-    compare: dict[str, str] = {}
+    compare: dict[str, str] = Field(default_factory=dict)
 
     @property
     def corpora(self) -> dict[str, CorpusSettings]:
@@ -402,6 +348,17 @@ class Recipe(_Strict):
         return self.adapt.model_copy(update={"tokens": tokens, "warmup_share": warmup_share})
 
     @model_validator(mode="after")
+    def _teachable(self) -> Recipe:
+        if self.adapt.distill.teacher == "trained" and "base" not in self.adapt_tokens:
+            raise ValueError(
+                "adapt.distill.teacher: 'trained' is the base that adapt_tokens.base trains, which "
+                "is not given; allowed without are base, domain"
+            )
+        if self.adapt.distill.meta is not None and self.members.adapters is not None:
+            raise ValueError("adapt.distill.meta: trains chunks; leave it out beside adapters")
+        return self
+
+    @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         if self.members.adapters is not None and self.select.by != "random":
             raise ValueError(
@@ -413,13 +370,6 @@ class Recipe(_Strict):
             if name not in trained:
                 why = "adapters need the base as it is" if name == "base" else "it is no domain"
                 raise ValueError(f"adapt_tokens: {name!r}: {why}; allowed are {', '.join(trained)}")
-        if self.adapt.distill.teacher == "trained" and "base" not in self.adapt_tokens:
-            raise ValueError(
-                "adapt.distill.teacher: 'trained' is the base that adapt_tokens.base trains, which "
-                "is not given; allowed without are base, domain"
-            )
-        if self.adapt.distill.meta is not None and self.members.adapters is not None:
-            raise ValueError("adapt.distill.meta: trains chunks; leave it out beside adapters")
         for name in self.sampled_members:
             if name in self.domains:
                 raise ValueError(

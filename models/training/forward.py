@@ -163,7 +163,7 @@ def packed_states(
 
 
 def head_of(weights: Weights) -> Tensor:
-    """The matrix `[V, D]` that makes logits of the last state: the embedding where they are tied."""
+    """The matrix `[V, D]` that makes logits of the last state; the embedding where it is tied."""
     return weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
 
 

@@ -103,7 +103,10 @@ class Method:
         return rows
 
     def loss(
-        self, compute: Callable[..., tuple[Tensor, Tensor]], weights: Weights, **arguments: Any
+        self,
+        compute: Callable[..., tuple[Tensor, Tensor]],
+        weights: Weights,
+        **arguments: Any,  # noqa: ANN401 - as `packed_loss` takes them
     ) -> tuple[Tensor, Tensor]:
         """Return what to minimise of a part of the step and the label loss, as `compute` does,
         which is `packed_loss`."""

@@ -19,10 +19,12 @@ classification, y the right one. The squared distance of distributions is summed
 (the mean over two or three classes there would be next to nothing over thousands). A student that
 is narrower than its teacher has no h of the same width: a linear bridge, trained with it, maps its
 states; each of its layers but the last is matched with the teacher's at the same share of the depth
-(as PKD skips), and the last state, since T' reads that. The state that the policy sees is, as in the
-authors' code, a fixed projection of the last matrix before the head, here scaled to a mean square
-of 1. Where their code adds up gradients over an episode, the student learns after each choice; and since a training here has hardly an epoch, head and student take turns by steps.
-T' in the student's loss of step 3 has no gradient there, and is left out.
+(as PKD skips), and the last state, since T' reads that. The state that the policy sees is, as in
+the authors' code, a fixed projection of the last matrix before the head, here scaled to a mean
+square of 1. Where their code adds up gradients over an episode, the student learns after each
+choice, and it is kept as it is at the end, not as it was best; since a training here has hardly an
+epoch, head and student take turns by steps. T' in the student's loss of step 3 has no gradient
+there, and is left out.
 
 Shapes: `B` rows, `T` tokens a row, `N` = B·T, `S` student's width, `D` teacher's, `V` vocabulary,
 `C` domains.
@@ -38,7 +40,7 @@ from itertools import islice
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from models.errors import CorpusError
@@ -55,7 +57,7 @@ from models.training.forward import (
     to_tensors,
 )
 from models.training.loop import Method
-from models.training.mp_losses import meta_loss, outdoing_loss, taught_loss
+from models.training.mp_parts import make_parts, matched, meta_loss, outdoing_loss, taught_loss
 
 _DISCOUNT: Final = 0.99
 _LESSONS: Final = ("teacher_ids_BTK", "teacher_log_probabilities_BTK")
@@ -122,19 +124,19 @@ class MPDistil(Method):
         self._teacher = {name: weight.detach() for name, weight in weights.items()}
         self._teachers = _Constants.of(teacher, running.row_tokens)
         self._students = _Constants.of(student.to(running.device), running.row_tokens)  # type: ignore[arg-type]
-        self._pairs = _matched(self._students.geometry, self._teachers.geometry)
-        self._parts = _parts(student, teacher, len(quizzes), running.seed).to(running.device)
-        parameters = {name: list(self._parts[name].parameters()) for name in self._parts}
+        self._pairs = matched(self._students.geometry, self._teachers.geometry)
+        self._parts = make_parts(student, teacher, len(quizzes), running.seed).to(running.device)
         self._optimizers = {
-            name: torch.optim.AdamW(own_parameters, lr=meta.learning_rate, weight_decay=0.0)
-            for name, own_parameters in parameters.items()
+            name: torch.optim.AdamW(part.parameters(), lr=meta.learning_rate, weight_decay=0.0)
+            for name, part in self._parts.items()
         }
         generator = torch.Generator().manual_seed(running.seed)
         width = int(student.config.intermediate_size)
         self._projection_F = torch.randn(width, generator=generator).to(running.device)
-        compile_ = compile_shapes if running.compiled else _as_it_is
-        self._states = compile_(packed_states)
-        self._taught, self._alone = compile_(taught_loss), compile_(outdoing_loss)
+        functions: Any = (packed_states, taught_loss, outdoing_loss)
+        if running.compiled:
+            functions = map(compile_shapes, functions)
+        self._states, self._taught, self._alone = functions
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -160,7 +162,10 @@ class MPDistil(Method):
         return self._chosen(model, step)
 
     def loss(
-        self, compute: Callable[..., tuple[Tensor, Tensor]], weights: Weights, **arguments: Any
+        self,
+        compute: Callable[..., tuple[Tensor, Tensor]],
+        weights: Weights,
+        **arguments: Any,  # noqa: ANN401 - as `packed_loss` takes them
     ) -> tuple[Tensor, Tensor]:
         """See `Method`; `compute` is not asked."""
         del compute
@@ -224,10 +229,15 @@ class MPDistil(Method):
         tensors, shares_N = self._batch(self._own, f"meta/{step}")
         with torch.no_grad():
             told_ND, heard_ND, _ = self._last_states(model, tensors)
+        targets_N = tensors["targets_BT"].flatten()
         loss = meta_loss(
-            self._parts["head"].weight, told_ND, heard_ND, tensors["targets_BT"].flatten(), shares_N,
+            self._parts["head"].weight,
+            told_ND,
+            heard_ND,
+            targets_N,
+            shares_N,
             competitive=self._meta.competitive,
-        )  # fmt: skip
+        )
         loss.backward()  # type: ignore[no-untyped-call]
         self._update("head")
 
@@ -319,31 +329,6 @@ class _Constants:
         return {"cos": self.cos, "sin": self.sin, "geometry": self.geometry}
 
 
-def _parts(
-    student: PreTrainedModel, teacher: PreTrainedModel, num_domains: int, seed: int
-) -> nn.ModuleDict:
-    """Head `[V, D]`, bridge `[D, S]` and policy `[C, S]`; the first is the teacher's."""
-    width, wide = int(student.config.hidden_size), int(teacher.config.hidden_size)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        parts = nn.ModuleDict({
-            "head": nn.Linear(wide, int(teacher.config.vocab_size), bias=False),
-            "bridge": nn.Linear(width, wide, bias=False),
-            "policy": nn.Linear(width, num_domains),
-        })  # fmt: skip
-    head: Any = teacher.get_output_embeddings()
-    with torch.no_grad():
-        parts["head"].weight.copy_(head.weight)
-    return parts
-
-
-def _matched(student: Geometry, teacher: Geometry) -> tuple[tuple[int, int], ...]:
-    """Which states are matched: layers at the same share of the depth, and the last state."""
-    ratio = teacher.num_layers / student.num_layers
-    layers = ((i, round((i + 1) * ratio) - 1) for i in range(student.num_layers - 1))
-    return (*layers, (student.num_layers, teacher.num_layers))
-
-
 def _fitting(
     quizzes: Mapping[str, Sequence[Conversation]], row_tokens: int
 ) -> dict[str, list[Conversation]]:
@@ -365,7 +350,3 @@ def _of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _right(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     return logits_NV.softmax(-1).gather(-1, targets_N[:, None])[:, 0]
-
-
-def _as_it_is(function: Any) -> Any:  # noqa: ANN401 - whatever it is given
-    return function

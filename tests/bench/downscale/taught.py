@@ -4,16 +4,17 @@ fine-tuned, a teacher of its domain, or MPDistil.
     python -m tests.bench.downscale.taught BASE OUT [--domains NAME ...] [--tokens N]
 
 BASE is the checkpoint that the chunks are cut from; the fine-tuned one is the shipped pool's
-`base`, trained on from the same. A domain's teacher is BASE trained on the domain alone, by the stage of
-that name. Every student is the same cut and has as many tokens in the same order, about one epoch.
-Loss (nats per answer token) and greedy accuracy on held-out questions, 95% by bootstrap over
-questions, paired with labels alone. What is made is kept in OUT and not made again.
+`base`, trained on from the same. A domain's teacher is BASE trained on the domain alone, by the
+stage of that name. Every student is the same cut and has as many tokens, about one epoch. Loss
+(nats per answer token) and greedy accuracy on held-out questions, 95% by bootstrap over questions,
+paired with labels alone. What is made is kept in OUT and not made again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,10 @@ from models.downscale.adapt import adapt
 from models.downscale.base import base_model
 from models.downscale.chunks import load_model, save_model, selected, untrained
 from models.downscale.data import with_lessons, write_lessons
+from models.downscale.distill import DistillSettings
 from models.downscale.examples import corpus, render
 from models.downscale.pipeline import claimed
-from models.downscale.recipe import AdaptSettings, DistillSettings, Recipe
+from models.downscale.recipe import AdaptSettings, Recipe
 from models.downscale.shape import num_parameters
 from models.downscale.stage import Run, read_json, write_json
 from models.downscale.teachers import ADAPT_FILE, meta_distillation, quiz_apart, teacher
@@ -97,24 +99,27 @@ def epoch(run: Run, domain: str, tokens: int) -> list[Conversation]:
     return examples[: int(np.searchsorted(np.cumsum(lengths), tokens)) + 1]
 
 
-def train(run: Run, domain: str, name: str, folder: Path, tokens: int) -> dict[str, Any]:
-    """Train the domain's cut in one of the ways; returns what it took."""
+def train(
+    run: Run, domain: str, name: str, folder: Path, *, tokens: int, tasks: Sequence[str]
+) -> dict[str, Any]:
+    """Train the domain's cut in one of the ways; returns what it took. MPDistil's curriculum
+    chooses among `tasks`."""
     if (folder / "facts.json").exists():
         return read_json(folder / "facts.json")
     student, way = untrained(run, domain), DistillSettings.model_validate(WAYS[name])
     settings = AdaptSettings.model_validate({**run.recipe.adapt.model_dump(), "distill": way})
-    own, seed, chosen, read = epoch(run, domain, tokens), run.recipe.seed, None, 0
+    own, seed, chosen = epoch(run, domain, tokens), run.recipe.seed, None
     if way.meta is not None:
         share = way.meta.quiz_share
         quizzes = {
             one: quiz_apart(selected(run, one), share=share, domain=one, seed=seed)[0]
-            for one in run.domains
+            for one in tasks
         }
         own = quiz_apart(own, share=share, domain=domain, seed=seed)[1]
         teaching = master(run, way, domain)
         make = partial(meta_distillation, student, teaching, domain, quizzes, settings, seed)
     elif way.weight:
-        own, read = taught(master(run, way, domain), domain, own, folder, settings), 1
+        own = taught(master(run, way, domain), domain, own, folder, settings)
 
     def method(num_steps: int) -> Method:
         nonlocal chosen
@@ -138,7 +143,7 @@ def train(run: Run, domain: str, name: str, folder: Path, tokens: int) -> dict[s
     facts: dict[str, Any] = {"tflop": result.flops / 1e12, "cpu_s": round(result.cpu_s, 1)}
     facts["teacher reads, tflop"] = forward / 1e12 if way.weight else 0.0
     if isinstance(chosen, MPDistil):
-        facts["chosen"] = {one: chosen.choices.count(one) for one in run.domains}
+        facts["chosen"] = {one: chosen.choices.count(one) for one in tasks}
         facts["rewards"] = [round(reward, 4) for reward in chosen.rewards]
     write_json(folder / "facts.json", facts)
     return facts
@@ -200,6 +205,7 @@ def main() -> None:
     parser.add_argument(
         "--domains", choices=sorted(DOMAINS), nargs="+", default=["arithmetic", "dates"]
     )
+    parser.add_argument("--tasks", choices=sorted(DOMAINS), nargs="+", default=list(DOMAINS))
     parser.add_argument("--ways", choices=list(WAYS), nargs="+", default=list(WAYS))
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--teacher-tokens", type=int, default=900_000)
@@ -215,7 +221,9 @@ def main() -> None:
         for domain in arguments.domains:
             folders = {name: work / "taught" / domain / name for name in ways}
             facts = {
-                name: train(run, domain, name, folder, arguments.tokens)
+                name: train(
+                    run, domain, name, folder, tokens=arguments.tokens, tasks=arguments.tasks
+                )
                 for name, folder in folders.items()
             }
             whole = {

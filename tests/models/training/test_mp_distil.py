@@ -1,4 +1,4 @@
-"""MPDistil: its losses are the paper's, its parts learn what they are for, and it can be resumed."""
+"""MPDistil: its losses are the paper's, its parts learn what they are for, it can be resumed."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from models.training.data import lay_out
 from models.training.forward import geometry, low_precision, rotary_tables, to_tensors
 from models.training.loop import Trainer
 from models.training.mp_distil import Meta, MPDistil, Running
-from models.training.mp_losses import meta_loss, outdoing_loss, taught_loss
+from models.training.mp_parts import meta_loss, outdoing_loss, taught_loss
 from tests.models.downscale.tiny_models import random_conversations, tiny_model
 
 QUIZZES = {name: random_conversations(8, seed=seed) for seed, name in enumerate("ab", start=5)}
@@ -96,7 +96,7 @@ def test_the_students_losses_are_the_papers():
         )
         found, label = taught_loss(
             low_precision(pupil, torch.float32), **arguments,
-            states=[*theirs.hidden_states[1:-1], theirs.hidden_states[-1], theirs.hidden_states[-1]],
+            states=[*theirs.hidden_states[1:], theirs.hidden_states[-1]],
             head_VD=teacher.lm_head.weight, bridge_DS=bridge, pairs=((0, 1), (2, 4)),
             weight=0.3, temperature=2.0, hidden_weight=7.0,
         )  # fmt: skip

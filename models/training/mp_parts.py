@@ -1,7 +1,7 @@
-"""The losses of MPDistil, which says what they are for and where they are from (`mp_distil`).
+"""What MPDistil learns by and with: losses, head, bridge and policy; `mp_distil` says what for.
 
-Weighted sums over tokens in nats, as `packed_loss` has them, which `torch.compile` can take.
-Shapes: `N` tokens, `S` student's width, `D` teacher's, `V` vocabulary.
+The losses are weighted sums over tokens in nats, as `packed_loss` has them, which `torch.compile`
+can take. Shapes: `N` tokens, `S` student's width, `D` teacher's, `V` vocabulary, `C` domains.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
-from models.training.forward import Weights, head_of, packed_states
+from models.training.forward import Geometry, Weights, head_of, packed_states
 
 
 def taught_loss(  # noqa: PLR0913 - torch.compile wants tensors, not what holds them
@@ -29,7 +30,7 @@ def taught_loss(  # noqa: PLR0913 - torch.compile wants tensors, not what holds 
     weight: float,
     temperature: float,
     hidden_weight: float,
-    **inputs: Any,
+    **inputs: Any,  # noqa: ANN401 - as `packed_loss` takes them
 ) -> tuple[Tensor, Tensor]:
     """The student's loss of step 1, and the label loss within it; weighted sums in nats.
 
@@ -56,7 +57,7 @@ def outdoing_loss(
     targets_BT: Tensor,
     loss_weights_BT: Tensor,
     total_weight: Tensor,
-    **inputs: Any,
+    **inputs: Any,  # noqa: ANN401 - as `packed_loss` takes them
 ) -> tuple[Tensor, Tensor]:
     """The student's loss of step 3, CE - mean p_S(y), and the label loss within it."""
     flat_NV = (packed_states(weights, **inputs)[-1] @ head_of(weights).T).float().flatten(0, 1)
@@ -82,6 +83,31 @@ def meta_loss(
     if competitive:
         return ((-told_N - told_N.exp() + heard_N.exp()) * shares_N).sum()
     return (-0.5 * (told_N + heard_N) * shares_N).sum()
+
+
+def make_parts(
+    student: PreTrainedModel, teacher: PreTrainedModel, num_domains: int, seed: int
+) -> nn.ModuleDict:
+    """Head `[V, D]`, bridge `[D, S]` and policy `[C, S]`; the first is the teacher's."""
+    width, wide = int(student.config.hidden_size), int(teacher.config.hidden_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts = nn.ModuleDict({
+            "head": nn.Linear(wide, int(teacher.config.vocab_size), bias=False),
+            "bridge": nn.Linear(width, wide, bias=False),
+            "policy": nn.Linear(width, num_domains),
+        })  # fmt: skip
+    head: Any = teacher.get_output_embeddings()
+    with torch.no_grad():
+        parts["head"].weight.copy_(head.weight)
+    return parts
+
+
+def matched(student: Geometry, teacher: Geometry) -> tuple[tuple[int, int], ...]:
+    """Which states are matched: layers at the same share of the depth, and the last state."""
+    ratio = teacher.num_layers / student.num_layers
+    layers = ((i, round((i + 1) * ratio) - 1) for i in range(student.num_layers - 1))
+    return (*layers, (student.num_layers, teacher.num_layers))
 
 
 def _unit(states: Tensor) -> Tensor:
