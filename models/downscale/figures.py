@@ -25,7 +25,13 @@ from models.downscale.members import card_of, train_chunk
 from models.downscale.policies import policies_of
 from models.downscale.questions import Question, questions
 from models.downscale.stage import Run, read_json
-from models.downscale.teachers import ADAPT_FILE, trained_base
+from models.downscale.teachers import (
+    ADAPT_FILE,
+    LABELS_ALONE,
+    taught_by,
+    teachers_training,
+    trained_base,
+)
 from models.tasks import Split
 from policies.carbon import find_device, find_zone
 from policies.carbon.llmcarbon import run_carbon
@@ -262,9 +268,11 @@ def _models(
             found[name] |= {
                 **_lineage(run, name),
                 "corpus": run.recipe.domains[name].corpus,
-                "distilled": run.recipe.adapt.distill.weight > 0,
+                "taught_by": taught_by(run),
                 **training_facts(read_json(train_chunk(run, name) / ADAPT_FILE)),
             }
+            if (school := teachers_training(run, name)) is not None:
+                found[name]["teacher"] = training_facts(school)
         skills: dict[str, list[bool]] = defaultdict(list)
         for question, score in zip(asked, one.score_Q, strict=True):
             if question.is_test and question.example.skill and not question.by_loss:
@@ -283,7 +291,7 @@ def _base_training(run: Run) -> dict[str, Any]:
     return {
         "lineage": "the base, trained on all corpora after the chunks were cut from it",
         "corpus": "all corpora",
-        "distilled": False,
+        "taught_by": LABELS_ALONE,
         **training_facts(facts | {"general_share": 0.0, "examples": examples}),
     }
 

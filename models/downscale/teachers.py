@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from transformers import PreTrainedModel
@@ -26,7 +26,7 @@ from models.downscale.data import with_lessons, write_lessons
 from models.downscale.examples import GENERAL, conversations
 from models.downscale.recipe import AdaptSettings
 from models.downscale.shape import num_parameters
-from models.downscale.stage import Run, progress_bar, remembered, stage, write_json
+from models.downscale.stage import Run, progress_bar, read_json, remembered, stage, write_json
 from models.precision import products_dtype
 from models.tasks import Split
 from models.training.data import Conversation
@@ -35,6 +35,12 @@ from models.training.loop import Method
 from models.training.mp_distil import Meta, MPDistil, Running
 
 ADAPT_FILE: Final = "adapt.json"
+LABELS_ALONE: Final = "nothing, labels alone"
+_WHO: Final = {
+    "base": "the base",
+    "trained": "the base, trained on all corpora",
+    "domain": "the base, trained on its domain",
+}
 
 
 @stage("trained-base")
@@ -80,6 +86,21 @@ def _train_whole(
     )
     save_model(run, model, folder)
     write_json(folder / ADAPT_FILE, asdict(result))
+
+
+def teachers_training(run: Run, domain: str) -> dict[str, Any] | None:
+    """What the training of a domain's own teacher took; None where it has none."""
+    if run.recipe.adapt.distill.teacher != "domain":
+        return None
+    return read_json(teacher(run, domain) / ADAPT_FILE)
+
+
+def taught_by(run: Run) -> str:
+    """Who teaches the members beside their labels, for people to read."""
+    distill = run.recipe.adapt.distill
+    if distill.weight == 0:
+        return LABELS_ALONE
+    return _WHO[distill.teacher] + (", by MPDistil" if distill.meta is not None else "")
 
 
 def teacher_of(run: Run, name: str) -> PreTrainedModel:

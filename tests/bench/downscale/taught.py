@@ -75,6 +75,7 @@ def recipe(base: Path, teacher_tokens: int, num_test: int) -> Recipe:
             "domains": {name: {"corpus": f"tasks:{name}", "examples": 60_000} for name in DOMAINS},
             "members": {"parameters": "1/8", "shape": {"hidden_size": 128, "num_layers": 3}},
             "adapt": {
+                "tokens": teacher_tokens,
                 "general_share": 0.0,
                 "rows_per_step": 32,
                 "row_tokens": 64,

@@ -273,9 +273,8 @@ def test_each_part_of_a_teaching_reruns_what_depends_on_it(recipe, tmp_path, tra
         return {f"{stage}/{name}" for stage in names for name in recipe.domains}
 
     def taught(**keys):
-        return changed(
-            recipe, adapt={"distill": {"weight": 0.5, "teacher": "domain", **keys}}
-        ).model_copy(update={"adapt_tokens": {"base": 1_000}})
+        distill = {"weight": 0.5, "teacher": "domain", **keys}
+        return changed(recipe, adapt={"distill": distill}, adapt_tokens={"base": 1_000})
 
     assert trained(taught()) == stages_of("teacher", "lessons", "adapt")
     assert trained(taught()) == set()
