@@ -46,7 +46,6 @@ from transformers import PreTrainedModel
 from models.errors import CorpusError
 from models.training.data import Conversation, Rows, fill_rows, lay_out
 from models.training.forward import (
-    Geometry,
     Weights,
     compile_shapes,
     geometry,
@@ -57,7 +56,7 @@ from models.training.forward import (
     to_tensors,
 )
 from models.training.loop import Method
-from models.training.mp_parts import make_parts, matched, meta_loss, outdoing_loss, taught_loss
+from models.training.mp_parts import Parts, matched, meta_loss, outdoing_loss, taught_loss
 
 _DISCOUNT: Final = 0.99
 _LESSONS: Final = ("teacher_ids_BTK", "teacher_log_probabilities_BTK")
@@ -122,13 +121,13 @@ class MPDistil(Method):
         with torch.no_grad():
             weights = low_precision(teacher, running.dtype)
         self._teacher = {name: weight.detach() for name, weight in weights.items()}
-        self._teachers = _Constants.of(teacher, running.row_tokens)
-        self._students = _Constants.of(student.to(running.device), running.row_tokens)  # type: ignore[arg-type]
-        self._pairs = matched(self._students.geometry, self._teachers.geometry)
-        self._parts = make_parts(student, teacher, len(quizzes), running.seed).to(running.device)
+        self._teachers = _constants(teacher, running.row_tokens)
+        self._students = _constants(student.to(running.device), running.row_tokens)  # type: ignore[arg-type]
+        self._pairs = matched(geometry(student), geometry(teacher))
+        self._parts = Parts(student, teacher, len(quizzes), seed=running.seed).to(running.device)
         self._optimizers = {
             name: torch.optim.AdamW(part.parameters(), lr=meta.learning_rate, weight_decay=0.0)
-            for name, part in self._parts.items()
+            for name, part in self._parts.named_children()
         }
         generator = torch.Generator().manual_seed(running.seed)
         width = int(student.config.intermediate_size)
@@ -171,21 +170,23 @@ class MPDistil(Method):
         del compute
         inputs = {n: v for n, v in arguments.items() if n not in ("distillation", *_LESSONS)}
         if self._step >= self._first_choice:
-            return self._alone(weights, **inputs)
+            alone: tuple[Tensor, Tensor] = self._alone(weights, **inputs)
+            return alone
         with torch.no_grad():
-            states = self._states(self._teacher, **_of(inputs), **self._teachers.arguments)
+            states = self._states(self._teacher, **_of(inputs), **self._teachers)
         meta = self._meta
-        return self._taught(
+        taught: tuple[Tensor, Tensor] = self._taught(
             weights,
             **inputs,
             states=states,
-            head_VD=self._parts["head"].weight.detach(),
-            bridge_DS=self._parts["bridge"].weight,
+            head_VD=self._parts.head.weight.detach(),
+            bridge_DS=self._parts.bridge.weight,
             pairs=self._pairs,
             weight=meta.weight,
             temperature=meta.temperature,
             hidden_weight=meta.hidden_weight,
         )
+        return taught
 
     def before_update(self, step: int, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """The bridge learns with the student."""
@@ -231,7 +232,7 @@ class MPDistil(Method):
             told_ND, heard_ND, _ = self._last_states(model, tensors)
         targets_N = tensors["targets_BT"].flatten()
         loss = meta_loss(
-            self._parts["head"].weight,
+            self._parts.head.weight,
             told_ND,
             heard_ND,
             targets_N,
@@ -247,7 +248,7 @@ class MPDistil(Method):
         tensors, shares_N = self._batch(self._own, f"reward/{step}")
         told_ND, _, logits_NV = self._last_states(model, tensors)
         targets_N = tensors["targets_BT"].flatten()
-        theirs_N = _right(told_ND @ self._parts["head"].weight.T, targets_N)
+        theirs_N = _right(told_ND @ self._parts.head.weight.T, targets_N)
         ours_N = _right(logits_NV, targets_N)
         gain_N = (ours_N > theirs_N).float() if self._meta.binary else ours_N - theirs_N
         return float((gain_N * shares_N).sum())
@@ -259,7 +260,7 @@ class MPDistil(Method):
         discounted = rewards * _DISCOUNT ** torch.arange(count)
         returns = discounted.flip(0).cumsum(0).flip(0)
         drawn = torch.tensor([names.index(one) for one in self.choices[-count:]])
-        odds = self._parts["policy"](torch.stack(self._seen)).log_softmax(-1).cpu()
+        odds = self._parts.policy(torch.stack(self._seen)).log_softmax(-1).cpu()
         gained = (returns - returns.mean()) * odds.gather(1, drawn[:, None])[:, 0]
         (-gained.mean()).backward()
         self._update("policy")
@@ -271,7 +272,7 @@ class MPDistil(Method):
         with torch.no_grad():
             state_S = matrix.float() @ self._projection_F
             state_S = state_S * torch.rsqrt(state_S.pow(2).mean() + 1e-12)
-            odds = self._parts["policy"](state_S).softmax(-1).cpu()
+            odds = self._parts.policy(state_S).softmax(-1).cpu()
         generator = torch.Generator().manual_seed((self._running.seed << 32) + step)
         name = list(self._quizzes)[int(torch.multinomial(odds, 1, generator=generator))]
         self._seen.append(state_S)
@@ -283,9 +284,9 @@ class MPDistil(Method):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The teacher's last state and, over the bridge, the student's, `[N, D]`; its logits."""
         ours = low_precision(model, self._running.dtype)
-        told = self._states(self._teacher, **_of(tensors), **self._teachers.arguments)[-1]
-        last = self._states(ours, **_of(tensors), **self._students.arguments)[-1]
-        heard = self._parts["bridge"](last.float())
+        told = self._states(self._teacher, **_of(tensors), **self._teachers)[-1]
+        last = self._states(ours, **_of(tensors), **self._students)[-1]
+        heard = self._parts.bridge(last.float())
         logits = (last @ head_of(ours).T).float()
         return told.float().flatten(0, 1), heard.flatten(0, 1), logits.flatten(0, 1)
 
@@ -312,21 +313,10 @@ class MPDistil(Method):
         self._optimizers[name].zero_grad()
 
 
-@dataclass(frozen=True)
-class _Constants:
-    """What the forward pass of one model takes beside its weights and rows."""
-
-    cos: Tensor
-    sin: Tensor
-    geometry: Geometry
-
-    @classmethod
-    def of(cls, model: PreTrainedModel, row_tokens: int) -> _Constants:
-        return cls(*rotary_tables(model, row_tokens), geometry(model))
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        return {"cos": self.cos, "sin": self.sin, "geometry": self.geometry}
+def _constants(model: PreTrainedModel, row_tokens: int) -> dict[str, Any]:
+    """What the forward pass of a model takes beside its weights and rows."""
+    cos, sin = rotary_tables(model, row_tokens)
+    return {"cos": cos, "sin": sin, "geometry": geometry(model)}
 
 
 def _fitting(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from models.training.forward import Geometry, Weights, head_of, packed_states
+from models.training.forward import Geometry, Weights, head_of, low_precision, packed_states
 
 
 def taught_loss(  # noqa: PLR0913 - torch.compile wants tensors, not what holds them
@@ -85,22 +85,22 @@ def meta_loss(
     return (-0.5 * (told_N + heard_N) * shares_N).sum()
 
 
-def make_parts(
-    student: PreTrainedModel, teacher: PreTrainedModel, num_domains: int, seed: int
-) -> nn.ModuleDict:
-    """Head `[V, D]`, bridge `[D, S]` and policy `[C, S]`; the first is the teacher's."""
-    width, wide = int(student.config.hidden_size), int(teacher.config.hidden_size)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        parts = nn.ModuleDict({
-            "head": nn.Linear(wide, int(teacher.config.vocab_size), bias=False),
-            "bridge": nn.Linear(width, wide, bias=False),
-            "policy": nn.Linear(width, num_domains),
-        })  # fmt: skip
-    head: Any = teacher.get_output_embeddings()
-    with torch.no_grad():
-        parts["head"].weight.copy_(head.weight)
-    return parts
+class Parts(nn.Module):
+    """What learns beside the student: head `[V, D]`, bridge `[D, S]` and policy `[C, S]`."""
+
+    def __init__(
+        self, student: PreTrainedModel, teacher: PreTrainedModel, num_domains: int, *, seed: int
+    ) -> None:
+        """The head starts as the teacher's, the others by lot of this seed."""
+        super().__init__()
+        width, wide = int(student.config.hidden_size), int(teacher.config.hidden_size)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.head = nn.Linear(wide, int(teacher.config.vocab_size), bias=False)
+            self.bridge = nn.Linear(width, wide, bias=False)
+            self.policy = nn.Linear(width, num_domains)
+        with torch.no_grad():
+            self.head.weight.copy_(head_of(low_precision(teacher, torch.float32)))
 
 
 def matched(student: Geometry, teacher: Geometry) -> tuple[tuple[int, int], ...]:
