@@ -63,6 +63,7 @@ WAYS: dict[str, dict[str, Any]] = {
         for loss in ("collaborative", "competitive")
         for reward in ("binary", "real")
     },
+    "no-curriculum": META | {"meta": {"curriculum_share": 0.0}},
 }
 
 
@@ -167,19 +168,21 @@ def taught(
 def measure(run: Run, domain: str, folders: dict[str, Path], num_test: int) -> dict[str, Any]:
     """Loss and accuracy of each, and what it has more than labels alone."""
     tests = corpus(run, domain).questions(Split.TEST)[:num_test]
-    held_out, names = render(run, tests), list(folders)
+    held_out = render(run, tests)
     losses = {
         name: fused_losses([answer_odds(load_model(folder), held_out)])
         for name, folder in folders.items()
     }
-    told = right(folders, [Answer(members=(name,)) for name in names], tests)
-    correct = dict(zip(names, told.astype(float), strict=True))
+    correct = {  # teachers are of another shape, so each is asked by itself
+        name: right({name: folder}, [Answer(members=(name,))], tests)[0].astype(float)
+        for name, folder in folders.items()
+    }
 
     def mean(of: NDArray[np.float64], drawn: NDArray[np.int64]) -> float:
         return float(of[drawn].mean())
 
     found = {}
-    for name in names:
+    for name in folders:
         right_Q, loss_Q = correct[name], losses[name]
         more_Q, base_Q = right_Q - correct[LABELS], losses[LABELS]
         found[name] = {
@@ -228,11 +231,12 @@ def main() -> None:
                 for name, folder in folders.items()
             }
             whole = {
-                "its teacher": teacher(run, domain),
-                "the fine-tuned base": DEFAULT_POOL / "base",
+                "teacher-base": arguments.base,
+                "teacher-trained": DEFAULT_POOL / "base",
+                "teacher-domain": teacher(run, domain),
             }
             told = measure(run, domain, {**folders, **whole}, arguments.test)
-            training = {**facts, "its teacher": read_json(teacher(run, domain) / ADAPT_FILE)}
+            training = {**facts, "teacher-domain": read_json(teacher(run, domain) / ADAPT_FILE)}
             result[domain] = {"measured": told, "training": training}
             write_json(arguments.out / "taught.json", result)
     print(json.dumps(result))
