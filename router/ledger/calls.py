@@ -106,6 +106,11 @@ class Calls:
             logger.warning("database: it answers again")
         return found
 
+    @property
+    def num_waiting(self) -> int:
+        """How many calls wait for a thread."""
+        return self._calls.qsize()
+
     def close(self, wait_s: float = 2.0) -> None:
         """End the threads when they have done what waits, or leave them behind after `wait_s`."""
         for _ in self._threads:
@@ -121,7 +126,7 @@ class Calls:
             if now_s < self._away_until_s:
                 raise DatabaseUnavailable("it is away", self._away_until_s - now_s)
             self._away_until_s = now_s + self._timeout_s  # this call tries, others wait for it
-        if self._calls.qsize() >= _MOST_WAITING:
+        if self.num_waiting >= _MOST_WAITING:
             raise DatabaseUnavailable(f"{_MOST_WAITING} calls wait already")
 
     def _failed(self, error: SQLAlchemyError) -> DatabaseUnavailable:

@@ -215,7 +215,7 @@ def add_batch_routes(
 
     async def create(request: Request) -> JSONResponse:
         key_id = await identify(request)
-        fields = await bodies.parse(_read, await bodies.read(request))
+        fields = await bodies.take(request, _read, key_id)
         if fields.endpoint not in endpoints:
             raise bad_request(
                 f"endpoint: {fields.endpoint!r} is not supported; allowed are "
