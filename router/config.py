@@ -52,8 +52,8 @@ class ServingLimits(_Strict):
     most a client may ask for; `stage_timeout_s` ends a stage of a cascade, the last one excepted,
     so that the next one can run. A stream that has nothing to send for `first_comment_s` begins
     nonetheless, with a comment that clients skip, and sends another every `comment_interval_s`, so
-    that no proxy cuts it: errors that come later stand in the stream. `plans` bounds how large a plan a client may send, and how many lanes any plan
-    may take.
+    that no proxy cuts it: errors that come later stand in the stream. `plans` bounds how large a
+    plan a client may send, and how many lanes any plan may take.
     """
 
     max_body_bytes: Count = 4 * 2**20
