@@ -218,7 +218,7 @@ _BEFORE: Final = r"(?<![A-Za-z0-9_'])"
 _MARKED: Final = re.compile(
     r"(?i:\b(?:answer(?:\s+is)?|option|choice)\b)[\s:*(\[{]*([A-Z])(?![A-Za-z0-9_'])"
     rf"|{_BEFORE}[(\[{{*]+([A-Za-z])[)\]}}*]+"
-    r"|^\W*([A-Z])(?:[.:),]|\W*$)"
+    r"|^[^\w\n]*([A-Z])(?:[.:),]|[^\w\n]*$)"
     rf"|{_BEFORE}([A-Za-z])[)](?!\w)",
     re.MULTILINE,
 )
@@ -256,7 +256,7 @@ def _places(letters: Iterable[str], choices: list[str]) -> list[int]:
     return [at for at in (ord(letter) - ord("A") for letter in letters) if at < len(choices)]
 
 
-_FENCE = re.compile(r"```(?:json)?\s*(.*?)```", re.DOTALL)
+_FENCE = re.compile(r"```(?:json)?(.*?)```", re.DOTALL)
 
 
 def json_value(question: Question, answer: str) -> float:
