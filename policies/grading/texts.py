@@ -217,7 +217,7 @@ def _same(one: tuple[float, str], other: tuple[float, str], tolerance: float) ->
 _BEFORE: Final = r"(?<![A-Za-z0-9_'])"
 _MARKED: Final = re.compile(
     r"(?i:\b(?:answer(?:\s+is)?|option|choice)\b)[\s:*(\[{]*([A-Z])(?![A-Za-z0-9_'])"
-    rf"|{_BEFORE}[(\[{{*]+([A-Za-z])[)\]}}*]+"
+    r"|(?<![A-Za-z0-9_'(\[{*])[(\[{*]++([A-Za-z])[)\]}*]+"
     r"|^[^\w\n]*([A-Z])(?:[.:),]|[^\w\n]*$)"
     rf"|{_BEFORE}([A-Za-z])[)](?!\w)",
     re.MULTILINE,

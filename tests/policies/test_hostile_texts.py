@@ -10,7 +10,7 @@ from policies.grading.programs import _FENCE as PROGRAM
 from policies.grading.texts import choice, exact, json_value, numeric
 from policies.routing.phrases import clauses
 
-NUM_CHARACTERS = 100_000
+NUM_CHARACTERS = 20_000
 PARTS = (
     *("a", "A", "1", " ", "\n", " \n", ".", ",", "(", "[", "-", "'", '"', "1,", ", a", "A\n"),
     *(". ", "1/", "1 /", "e1", "```", "``` ", "\\frac{1}", "answer is ", "Ab ", "\u0301", "\u202e"),
@@ -28,10 +28,10 @@ READERS: dict[str, Callable[[str], object]] = {
 
 @pytest.mark.parametrize("name", READERS)
 def test_time_is_linear(name: str) -> None:
-    """A hundred thousand characters of anything, begun in any way, are read at once."""
+    """Twenty thousand characters of anything, begun in any way, are read at once."""
     for part in PARTS:
-        for start in ("", "```", "A", "answer is ", "1"):
+        for start in ("", "```", "answer is "):
             text = start + part * (NUM_CHARACTERS // len(part)) + "\x01"
             began_s = time.thread_time()
             READERS[name](text)
-            assert time.thread_time() - began_s < 2, (start, part)
+            assert time.thread_time() - began_s < 0.5, (start, part)
