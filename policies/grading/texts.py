@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import unicodedata
@@ -16,6 +15,7 @@ from jsonschema import Draft202012Validator
 from policies.cascade.base import normalise
 from policies.errors import PolicyError
 from policies.grading.base import Graded, GraderKind, GradingContext, Question, Ungradable
+from policies.json_text import read_json_text
 
 Compare = Callable[[Question, str], float]
 
@@ -269,7 +269,7 @@ def json_value(question: Question, answer: str) -> float:
         question.right()
     fenced = _FENCE.search(answer)
     try:
-        value = _read_json(fenced[1] if fenced else answer)
+        value = read_json_text(fenced[1] if fenced else answer)
     except ValueError:
         return 0.0
     try:
@@ -280,16 +280,9 @@ def json_value(question: Question, answer: str) -> float:
     if not question.references:
         return 1.0
     try:
-        return float(any(_equal(_read_json(right), value) for right in question.references))
+        return float(any(_equal(read_json_text(right), value) for right in question.references))
     except ValueError:
         raise Ungradable(f"the reference {question.references!r} is not JSON") from None
-
-
-def _read_json(text: str) -> Any:  # noqa: ANN401 - any value that JSON can hold
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
 
 
 def _equal(one: Any, other: Any) -> bool:  # noqa: ANN401

@@ -15,6 +15,7 @@ from models.errors import (
     EngineOverloaded,
     RequestError,
 )
+from policies.json_text import read_json_text
 
 _MAX_CHARACTERS = 300
 _RETRIED = (408, 409, 429)
@@ -137,7 +138,7 @@ def read_retry_after_s(headers: Mapping[str, str]) -> float | None:
 def _read_error(body: bytes) -> tuple[str, str | None, str | None]:
     """Return message, param and code (or type) of an error body; its text if it is no JSON."""
     try:
-        data = json.loads(body)
+        data = read_json_text(body)
     except ValueError:
         return _short(body.decode(errors="replace")) or "no explanation", None, None
     error = data.get("error", data) if isinstance(data, dict) else data
