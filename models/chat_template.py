@@ -22,6 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from models.errors import PoolError, RequestError
 from models.sources.gguf import GgufFile, read_gguf
 from models.sources.safetensors import TEMPLATES, read_json
+from policies.json_text import read_json_text
 
 Message: TypeAlias = Mapping[str, Any]
 """One turn of a conversation: `role` and `content`, both text. An assistant's turn that calls tools
@@ -273,7 +274,7 @@ def _left_open(text: str, content: str) -> str:
 
 def _arguments(function: Mapping[str, Any]) -> object:
     try:
-        return json.loads(function["arguments"])
+        return read_json_text(function["arguments"])
     except ValueError:
         return function["arguments"]
 

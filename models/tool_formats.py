@@ -22,6 +22,7 @@ from collections.abc import Callable, Collection
 from typing import ClassVar
 
 from models.answer_format import FormatName, ToolCall, join_calls
+from policies.json_text import read_json_text
 
 _ARGUMENTS = ("arguments", "parameters")
 
@@ -324,7 +325,7 @@ READERS: dict[FormatName, type[CallReader]] = {
 def _string(written: str) -> str | None:
     """Return the string that a JSON text says; None if it says none."""
     try:
-        found = json.loads(written)
+        found = read_json_text(written)
     except ValueError:
         return None
     return found if isinstance(found, str) else None

@@ -6,8 +6,10 @@ Errors of one method are systematic, so that the ranges of sums are the sums of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import reduce
+from operator import attrgetter
 from typing import Any, Literal, TypeAlias
 
 from policies.plan import Answer, Best, Plan, children
@@ -159,29 +161,37 @@ class Footprint(Cost):
 
     def then(self, other: Footprint) -> Footprint:
         """Return the cost of this followed by `other`: everything adds up."""
-        return self._with(other, self.latency_s + other.latency_s)
+        return _sum((self, other), self.latency_s + other.latency_s)
 
     def beside(self, other: Footprint) -> Footprint:
         """Return the cost of both at the same time: the slower one sets the latency."""
-        return self._with(other, max(self.latency_s, other.latency_s))
+        return Footprint.together((self, other))
 
     def to_json(self) -> dict[str, Any]:
         """Return the footprint as JSON data."""
         return dict(vars(self))
 
-    def _with(self, other: Footprint, latency_s: float) -> Footprint:
-        return Footprint(
-            **{name: getattr(self, name) + getattr(other, name) for name in _SUMMED},
-            latency_s=latency_s,
-            method=_join(self.method, other.method),
-            price=_join(self.price, other.price),
-        )
+    @classmethod
+    def together(cls, costs: Sequence[Footprint]) -> Footprint:
+        """Return the cost of all `costs` at the same time, whether few or a hundred."""
+        if len(costs) == 1:
+            return costs[0]
+        return _sum(costs, max((cost.latency_s for cost in costs), default=0.0))
 
 
 COST_FIELDS = tuple(field.name for field in fields(Cost))
 """The fields of a `Cost`; those that are numbers add up, and so are columns of the ledger."""
 AMOUNTS = tuple(name for name in COST_FIELDS if name not in ("method", "price"))
-_SUMMED = (*AMOUNTS, "embodied_gco2e", "flops")
+_SUMMED = {name: attrgetter(name) for name in (*AMOUNTS, "embodied_gco2e", "flops")}
+
+
+def _sum(costs: Sequence[Footprint], latency_s: float) -> Footprint:
+    return Footprint(
+        **{name: sum(map(read, costs)) for name, read in _SUMMED.items()},
+        latency_s=latency_s,
+        method=reduce(_join, {cost.method for cost in costs}, ""),
+        price=reduce(_join, {cost.price for cost in costs}, ""),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

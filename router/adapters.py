@@ -66,8 +66,8 @@ def add_adapter_routes(
             raise bad_request(f"Nothing was changed. {error}", code="adapter_refused") from None
 
     async def load(request: Request) -> PlainTextResponse:
-        await identify(request)
-        body = await bodies.parse(read_json, await bodies.read(request, _MOST_BODY_BYTES))
+        who = await identify(request)
+        body = await bodies.take(request, read_json, who, _MOST_BODY_BYTES)
         new = read_fields(LoadAdapter, body, {})
         path = _below(roots, new.lora_path)
         pool = editions.current.catalog.pool
@@ -82,8 +82,8 @@ def add_adapter_routes(
         return PlainTextResponse(f"Success: LoRA adapter '{new.lora_name}' added successfully.")
 
     async def unload(request: Request) -> PlainTextResponse:
-        await identify(request)
-        body = await bodies.parse(read_json, await bodies.read(request, _MOST_BODY_BYTES))
+        who = await identify(request)
+        body = await bodies.take(request, read_json, who, _MOST_BODY_BYTES)
         name = read_fields(UnloadAdapter, body, {}).lora_name
         if not _is_adapter(editions.current.catalog.pool, name):
             raise ApiError(

@@ -155,8 +155,8 @@ def add_admin_routes(
         return await identify(request) or ANONYMOUS
 
     async def read(request: Request, schema: type[Body]) -> Body:
-        body = await bodies.read(request, _MOST_BODY_BYTES)
-        return read_fields(schema, await bodies.parse(read_json, body), {})
+        body = await bodies.take(request, read_json, None, _MOST_BODY_BYTES)
+        return read_fields(schema, body, {})
 
     async def create_key(request: Request) -> JSONResponse:
         actor, new = await administrator(request), await read(request, NewKey)

@@ -17,6 +17,7 @@ from typing import TypeVar
 import zstandard
 from starlette.requests import ClientDisconnect, Request
 
+from router.arriving import Held, Room
 from router.errors import ApiError, bad_request
 from router.streams import ClientDisconnected
 
@@ -36,22 +37,44 @@ _REST = 2.0
 class Bodies:
     """Reads the bodies of one server's requests.
 
-    Each has at most `max_bytes` and `max_values`, and arrives within `timeout_s`.
+    Each has at most `max_bytes` and `max_values`, and arrives within `timeout_s`; together they
+    have `max_arriving_bytes` until they are parsed.
     """
 
-    def __init__(self, *, max_bytes: int, max_values: int, timeout_s: float) -> None:
+    def __init__(
+        self, *, max_bytes: int, max_values: int, timeout_s: float, max_arriving_bytes: int
+    ) -> None:
         self.max_bytes = max_bytes
         self.max_values = max_values
         self.timeout_s = timeout_s
+        self.room = Room(max_arriving_bytes)
         # One: every thread that parses is another that the event loop waits for.
         self._thread = ThreadPoolExecutor(1, "shoal-bodies")
         self._rests_until_s = 0.0  # monotonic
 
-    async def read(self, request: Request, max_bytes: int | None = None) -> bytes:
+    def hold(self, request: Request, key_id: str | None) -> Held:
+        """Return what the body takes of the room, for use as a context, in the name of its key or
+        address; raises `ApiError` where that has too much under way.
+        """
+        return self.room.hold(key_id or (request.client.host if request.client else ""))
+
+    async def take(
+        self,
+        request: Request,
+        parse: Callable[[bytes], T],
+        key_id: str | None,
+        max_bytes: int | None = None,
+    ) -> T:
+        """Return what `parse` makes of the body that `key_id` sends; see `read` and `parse`."""
+        with self.hold(request, key_id) as held:
+            return await self.parse(parse, await self.read(request, held, max_bytes))
+
+    async def read(self, request: Request, held: Held, max_bytes: int | None = None) -> bytes:
         """Return the request's body, unpacked; `max_bytes` may be less than the server's.
 
-        Raises `ApiError`: 413 if it is longer, 408 if it comes too slowly, 415 for what is packed
-        in an unknown way, 400 for what cannot be unpacked; and `ClientDisconnected`.
+        What has come is `held`. Raises `ApiError`: 413 if it is longer, 408 if it comes too
+        slowly, 415 for what is packed in an unknown way, 429 or 503 for too much at once, 400 for
+        what cannot be unpacked; and `ClientDisconnected`.
         """
         most = min(max_bytes or self.max_bytes, self.max_bytes)
         packing = request.headers.get("content-encoding", "identity").strip().lower()
@@ -74,6 +97,7 @@ class Bodies:
         try:
             async with asyncio.timeout(self.timeout_s):
                 async for part in unpacked:
+                    held.add(len(part))
                     body += part
                     if len(body) > most:
                         raise too_large

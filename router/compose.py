@@ -158,6 +158,7 @@ def compose(
         gate.configure(edition.args.budgets)
         service.bodies.max_bytes = edition.args.limits.max_body_bytes
         service.bodies.max_values = edition.args.limits.max_body_values
+        service.bodies.room.max_bytes = edition.args.limits.max_arriving_bytes
         service.bodies.timeout_s = edition.args.limits.body_timeout_s
         experiments.catalog = edition.catalog
         controllers.clear()

@@ -45,25 +45,32 @@ class ServingLimits(_Strict):
 
     A body has at most `max_body_bytes`, unpacked, and `max_body_values` lists, objects, commas and
     strings, which count as five each: while they are parsed all other requests wait. It arrives
-    within `body_timeout_s`, or the request is ended. `default_max_tokens` is the most an answer
-    takes where the client names no limit (never more than the context has room for).
-    `request_timeout_s` ends a request, and is the most a client may ask for; `stage_timeout_s` ends
-    a stage of a cascade, the last one excepted, so that the next one can run. A stream that has
-    nothing to send for `first_comment_s` begins nonetheless, with a comment that clients skip, and
-    sends another every `comment_interval_s`, so that no proxy cuts it: errors that come later stand
-    in the stream. `plans` bounds how large a plan a client may send, and how many lanes any plan
-    may take.
+    within `body_timeout_s`, or the request is ended. All bodies on their way to a replica, uploads
+    too, take at most `max_arriving_mb` megabytes together, and those of one key or address half of
+    what others leave. `default_max_tokens` is the most an answer takes where the client names no
+    limit (never more than the context has room for). `request_timeout_s` ends a request, and is the
+    most a client may ask for; `stage_timeout_s` ends a stage of a cascade, the last one excepted,
+    so that the next one can run. A stream that has nothing to send for `first_comment_s` begins
+    nonetheless, with a comment that clients skip, and sends another every `comment_interval_s`, so
+    that no proxy cuts it: errors that come later stand in the stream. `plans` bounds how large a
+    plan a client may send, and how many lanes any plan may take.
     """
 
     max_body_bytes: Count = 4 * 2**20
     max_body_values: Count = 250_000
     body_timeout_s: float = Field(60, gt=0, le=86_400)
+    max_arriving_mb: float = Field(512, ge=1, le=1e6)
     first_comment_s: float = Field(1, gt=0, le=86_400)
     comment_interval_s: float = Field(10, gt=0, le=86_400)
     default_max_tokens: Count = 1024
     request_timeout_s: float = Field(600, gt=0, le=86_400)
     stage_timeout_s: float = Field(60, gt=0, le=86_400)
     plans: PlanBounds = Field(default_factory=PlanBounds)
+
+    @property
+    def max_arriving_bytes(self) -> int:
+        """The most that all bodies on their way may take."""
+        return int(self.max_arriving_mb * 1e6)
 
 
 class HttpConfig(_Strict):

@@ -30,7 +30,7 @@ from router.executor.task import Prompt
 from router.ledger.database import Database
 from router.ledger.schema import REQUESTS
 
-_MOST_REMEMBERED: Final = 65_536
+_MOST_REMEMBERED: Final = 10_000  # what is older, the database knows
 # Nobody waits longer for the database to know a conversation.
 _PATIENCE_S: Final = 0.25
 _SAID: Final = ("role", "name", "content", "tool_calls", "tool_call_id")

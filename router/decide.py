@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterable
 from dataclasses import replace
 
+from models.engines.base import SamplingOptions
 from policies.base import Decision, Policy, Query
 from policies.errors import PlanError, PolicyError
 from policies.footprint import NO_LIMITS, Footprint, estimate
@@ -70,10 +71,9 @@ async def decide(
             _check_ceilings(catalog, decision, read)
             decisions.append(decision)
             await asyncio.sleep(0)
-            for _ in range(ask.n):
-                task = _task(
-                    exchange, ask, prompt_index=len(decisions) - 1, query=read, i=len(choices)
-                )
+            sampling = replace(ask.sampling, logprobs=ask.logprobs or ask.extension.explain)
+            for i in range(len(choices), len(choices) + ask.n):
+                task = _task(exchange, ask, prompt=prompt, sampling=sampling, query=read, i=i)
                 choices.append(Choice(plan=decision.plan, task=task, fallback=fallback))
     except BaseException:
         for query, decision in made:
@@ -240,8 +240,9 @@ def _exceeded(catalog: Catalog, plan: Plan, query: Query) -> tuple[str, ...]:
     return tuple(query.limits.exceeded(cost))
 
 
-def _task(exchange: Exchange, ask: Ask, *, prompt_index: int, query: Query, i: int) -> Task:
-    sampling = replace(ask.sampling, logprobs=ask.logprobs or ask.extension.explain)
+def _task(
+    exchange: Exchange, ask: Ask, *, prompt: Prompt, sampling: SamplingOptions, query: Query, i: int
+) -> Task:
     if sampling.seed is not None and ask.n > 1:
         # Choices of one prompt differ, and are still the same whenever they are asked for.
         seed = sampling.seed + i % ask.n
@@ -249,7 +250,7 @@ def _task(exchange: Exchange, ask: Ask, *, prompt_index: int, query: Query, i: i
     return Task(
         request_id=f"{exchange.id}-{i}",
         query=query,
-        prompt=ask.prompts[prompt_index],
+        prompt=prompt,
         sampling=sampling,
         max_tokens=ask.max_tokens,
         stream=ask.stream,

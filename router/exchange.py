@@ -9,7 +9,6 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import reduce
 from typing import Any
 
 from models.engines.base import Chunk
@@ -23,7 +22,7 @@ from router.catalog.catalog import Catalog
 from router.config import ServingLimits
 from router.executor.judging import logprobs
 from router.executor.task import Task
-from router.executor.trace import Trace
+from router.executor.trace import Trace, tokens_of
 from router.openai_api.endpoint import Ask
 from router.record import MemberTokens, RequestRecord, who_ran
 
@@ -137,47 +136,38 @@ class Exchange:
     @property
     def prompt_tokens(self) -> int:
         """The length of all prompts, each once, as its first choice's answer read it."""
-        num_choices = len(self.choices) // max(1, len(self.decisions))
-        return sum(choice.prompt_tokens for choice in self.choices[:: max(1, num_choices)])
+        return sum(choice.prompt_tokens for choice in self.choices[:: max(1, self.n)])
+
+    @property
+    def n(self) -> int:
+        """How many choices each prompt has; they follow each other, all with the same plan."""
+        return len(self.choices) // max(1, len(self.decisions))
 
     def member_tokens(self) -> dict[str, MemberTokens]:
         """Return what each member read and wrote for this request, accepted or not."""
-        totals: dict[str, MemberTokens] = {}
-        for choice in self.choices:
-            for name, tokens in choice.trace.member_tokens().items():
-                seen = totals.get(name, MemberTokens())
-                totals[name] = MemberTokens(
-                    prompt_tokens=seen.prompt_tokens + tokens.prompt_tokens,
-                    output_tokens=seen.output_tokens + tokens.output_tokens,
-                )
-        return totals
+        return tokens_of(run for choice in self.choices for run in choice.trace.leaves())
 
     def total(self, parts: Mapping[str, Footprint]) -> Footprint:
         """Return the sum of the members' footprints, its latency as measured so far."""
-        total = Footprint()
-        for cost in parts.values():
-            total = total.beside(cost)
-        return replace(total, latency_s=self.elapsed_s)
+        return replace(Footprint.together(tuple(parts.values())), latency_s=self.elapsed_s)
 
     def member_footprints(self, rates: Mapping[str, Rates]) -> dict[str, Footprint]:
         """Return what each member has cost, measured where it could be."""
-        totals: dict[str, Footprint] = {}
+        costs: dict[str, list[Footprint]] = {}
         for choice in self.choices:
-            for name, cost in choice.trace.member_footprints(rates).items():
-                totals[name] = totals[name].beside(cost) if name in totals else cost
-        return totals
+            for name, cost in choice.trace.member_footprints(rates):
+                costs.setdefault(name, []).append(cost)
+        return {name: Footprint.together(own) for name, own in costs.items()}
 
     def settled(self, rates: Mapping[str, Rates]) -> Iterator[tuple[Query, Decision, Footprint]]:
         """Yield each prompt's decision with what its choices have cost, and taken together.
 
         That is `Footprint()` where nothing ran.
         """
-        num_choices = len(self.choices) // max(1, len(self.decisions))
         for index, decision in enumerate(self.decisions):
-            own = self.choices[index * num_choices : (index + 1) * num_choices]
-            parts = [choice.trace.member_footprints(rates) for choice in own]
-            costs = [cost for part in parts for cost in part.values()]
-            total = reduce(Footprint.beside, costs, Footprint())
+            own = self.choices[index * self.n : (index + 1) * self.n]
+            costs = [cost for choice in own for _, cost in choice.trace.member_footprints(rates)]
+            total = Footprint.together(costs)
             if costs:
                 total = replace(total, latency_s=self.elapsed_s)
             yield own[0].task.query, decision, total

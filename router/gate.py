@@ -77,24 +77,23 @@ def most(exchange: Exchange, catalog: Catalog) -> Amounts:
     """Return the most that answering may use: every stage of every choice and of what may
     take over from it, to its last token.
     """
-    tokens, cost = exchange.record.prompt_tokens, Footprint()
-    for choice in exchange.choices:
+    tokens, costs = exchange.record.prompt_tokens, list[Footprint]()
+    for choice in exchange.choices[:: max(1, exchange.n)]:
         query = choice.task.query
         plans = (choice.plan, *choice.fallback)
         sizes = [
             _most_output(plan, query.prompt_tokens, query.max_tokens, catalog) for plan in plans
         ]
-        tokens += max(sizes)
+        tokens += exchange.n * max(sizes)
         for plan, output_tokens in zip(plans, sizes, strict=True):
-            cost = cost.then(
-                estimate(
-                    plan,
-                    catalog.prices.rates,
-                    prompt_tokens=query.prompt_tokens,
-                    output_tokens=output_tokens,
-                )
+            cost = estimate(
+                plan,
+                catalog.prices.rates,
+                prompt_tokens=query.prompt_tokens,
+                output_tokens=output_tokens,
             )
-    return Amounts.of(tokens=tokens, cost=cost)
+            costs += [cost] * exchange.n
+    return Amounts.of(tokens=tokens, cost=Footprint.together(costs))
 
 
 def _most_output(plan: Plan, prompt_tokens: int, max_tokens: int, catalog: Catalog) -> int:

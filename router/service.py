@@ -20,6 +20,7 @@ from starlette.responses import Response
 from models.engines.base import Chunk
 from policies.experiments.shadow import ShadowMeter
 from router.accounts import Accounts, Watcher
+from router.arriving import Held
 from router.bodies import Bodies
 from router.catalog.catalog import Catalog
 from router.config import ServingLimits
@@ -109,6 +110,7 @@ class Service:
             max_bytes=self.limits.max_body_bytes,
             max_values=self.limits.max_body_values,
             timeout_s=self.limits.body_timeout_s,
+            max_arriving_bytes=self.limits.max_arriving_bytes,
         )
         self._echo_request_id = echo_request_id
         self.mirror = Mirror(shadows, executor=self._executor, ledger=ledger)
@@ -158,9 +160,11 @@ class Service:
             exchange.deadline_s = self._deadline_s(exchange, _timeout_s(request.headers))
             async with asyncio.timeout_at(exchange.deadline_s):
                 exchange.key = await self.gate.identify(credentials(request.headers))
-                body = await self.bodies.read(request)
-            work = self._answer(exchange, endpoint, body)
-            return await until_disconnected(request.receive, work)
+            with self.bodies.hold(request, exchange.key_id) as held:
+                async with asyncio.timeout_at(exchange.deadline_s):
+                    body = await self.bodies.read(request, held)
+                work = self._answer(exchange, endpoint, body, held)
+                return await until_disconnected(request.receive, work)
 
         self.num_waited_for += 1
         return await self._settled(exchange, endpoint, answer())
@@ -204,9 +208,13 @@ class Service:
         await self.mirror.close()
         await self.accounts.close()
 
-    async def _answer(self, exchange: Exchange, endpoint: WireFormat, body: bytes) -> Response:
+    async def _answer(
+        self, exchange: Exchange, endpoint: WireFormat, body: bytes, held: Held | None = None
+    ) -> Response:
         async with asyncio.timeout_at(exchange.deadline_s):
             ask = await self.bodies.parse(endpoint.parse, body)
+            if held is not None:
+                held.release()
             ask = await endpoint.recall(ask, exchange.key_id)
         exchange.ask = ask
         exchange.user = ask.user or exchange.user

@@ -29,28 +29,19 @@ async def side_by_side(
             async for item in items:
                 yield 0, item
         return
-    ready: asyncio.Queue[tuple[int, T] | BaseException | None] = asyncio.Queue()
-
-    async def pump(index: int, stream: AsyncGenerator[T, None]) -> None:
-        for _ in range(index // _AT_ONCE):  # a hundred that begin together hold others up
-            await asyncio.sleep(0)
-        try:
-            async with aclosing(stream) as items:
-                async for item in items:
-                    ready.put_nowait((index, item))
-        except Exception as error:
-            ready.put_nowait(error)
-        else:
-            ready.put_nowait(None)
-
-    pumps = [asyncio.ensure_future(pump(*entry)) for entry in enumerate(streams)]
+    ready: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue()
+    pumps: list[asyncio.Future[None]] = []
     try:
-        num_open = len(pumps)
+        num_open = len(streams)
+        for index, stream in enumerate(streams):
+            pumps.append(asyncio.ensure_future(_pump(index, stream, ready)))
+            if len(pumps) % _AT_ONCE == 0:  # a hundred that begin together hold others up
+                await asyncio.sleep(0)
         while num_open:
             got = await ready.get()
             if got is None:
                 num_open -= 1
-            elif isinstance(got, BaseException):
+            elif isinstance(got, Exception):
                 raise got
             else:
                 yield got
@@ -58,6 +49,22 @@ async def side_by_side(
         for pumping in pumps:
             pumping.cancel()
         await asyncio.gather(*pumps, return_exceptions=True)
+
+
+async def _pump(
+    index: int,
+    stream: AsyncGenerator[T, None],
+    ready: asyncio.Queue[tuple[int, T] | Exception | None],
+) -> None:
+    """Hand on what `stream` yields, and how it ends: by an error, or None."""
+    try:
+        async with aclosing(stream) as items:
+            async for item in items:
+                ready.put_nowait((index, item))
+    except Exception as error:
+        ready.put_nowait(error)
+    else:
+        ready.put_nowait(None)
 
 
 async def before(deadline_s: float, stream: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:

@@ -129,8 +129,7 @@ def add_token_routes(
         return catalog.members.tokenizer_of(model) if known else catalog.members.tokenizer
 
     async def tokenize(request: Request) -> Response:
-        await identify(request)
-        fields, prompt = await bodies.parse(_read_prompt, await bodies.read(request))
+        fields, prompt = await bodies.take(request, _read_prompt, await identify(request))
         model, tokenizer = fields.model, tokenizer_of(fields.model)
         if fields.prompt is not None and fields.add_special_tokens is False:
             tokens = await asyncio.to_thread(tokenizer.encode, fields.prompt, special=False)
@@ -156,8 +155,7 @@ def add_token_routes(
         return Response(await in_json(told, len(tokens)), media_type="application/json")
 
     async def detokenize(request: Request) -> Response:
-        await identify(request)
-        fields = await bodies.parse(_read_tokens, await bodies.read(request))
+        fields = await bodies.take(request, _read_tokens, await identify(request))
         tokenizer = tokenizer_of(fields.model)
         tokens = fields.tokens
         if tokens and max(tokens) >= tokenizer.vocab_size:

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from models.adapter import ADAPTER_CONFIG
 from models.card import read_card
-from models.downscale.chunks import BASE, base_of, load_model, member
+from models.downscale.chunks import BASE, load_model
+from models.downscale.members import base_of, member
 from models.downscale.questions import Question, questions
 from models.downscale.stage import Run, progress_bar, read_json, remembered, stage, write_json
 from models.engines.base import Chunk, Engine, Evidence, GenerationRequest, SamplingOptions

@@ -18,21 +18,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.downscale.answers import Measured, members_measured
-from models.downscale.chunks import (
-    ADAPT_FILE,
-    BASE,
-    CUT_FILE,
-    card_of,
-    cut_out,
-    selection_of,
-    train_chunk,
-    trained_base,
-)
+from models.downscale.chunks import BASE, CUT_FILE, cut_out, selection_of
 from models.downscale.examples import conversations
 from models.downscale.laws import fits_of
+from models.downscale.members import card_of, train_chunk
 from models.downscale.policies import policies_of
 from models.downscale.questions import Question, questions
 from models.downscale.stage import Run, read_json
+from models.downscale.teachers import (
+    ADAPT_FILE,
+    LABELS_ALONE,
+    taught_by,
+    teachers_training,
+    trained_base,
+)
 from models.tasks.base import Split
 from policies.carbon.grid import find_zone
 from policies.carbon.llmcarbon import find_device, run_carbon
@@ -269,9 +268,11 @@ def _models(
             found[name] |= {
                 **_lineage(run, name),
                 "corpus": run.recipe.domains[name].corpus,
-                "distilled": run.recipe.adapt.distill.weight > 0,
+                "taught_by": taught_by(run),
                 **training_facts(read_json(train_chunk(run, name) / ADAPT_FILE)),
             }
+            if (school := teachers_training(run, name)) is not None:
+                found[name]["teacher"] = training_facts(school)
         skills: dict[str, list[bool]] = defaultdict(list)
         for question, score in zip(asked, one.score_Q, strict=True):
             if question.is_test and question.example.skill and not question.by_loss:
@@ -290,7 +291,7 @@ def _base_training(run: Run) -> dict[str, Any]:
     return {
         "lineage": "the base, trained on all corpora after the chunks were cut from it",
         "corpus": "all corpora",
-        "distilled": False,
+        "taught_by": LABELS_ALONE,
         **training_facts(facts | {"general_share": 0.0, "examples": examples}),
     }
 

@@ -24,14 +24,7 @@ from models.downscale.adapt import NUM_JUDGED, trial
 from models.downscale.adapters import has_adapters
 from models.downscale.answers import answer_odds, measured, prompt_odds
 from models.downscale.base import base_model
-from models.downscale.chunks import (
-    base_of,
-    importance_of,
-    load_model,
-    loss_on,
-    member,
-    mixture_of,
-)
+from models.downscale.chunks import importance_of, load_model, loss_on
 from models.downscale.cut import cut
 from models.downscale.ensemble import (
     Curve,
@@ -44,6 +37,7 @@ from models.downscale.ensemble import (
     subsets,
 )
 from models.downscale.examples import GENERAL, conversations
+from models.downscale.members import base_of, member, mixture_of
 from models.downscale.questions import Question, questions
 from models.downscale.recipe import MemberShape
 from models.downscale.shape import num_parameters, solve_shape

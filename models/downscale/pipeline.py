@@ -17,15 +17,9 @@ from typing import Final
 from models.downscale.adapters import has_adapters
 from models.downscale.answers import measure
 from models.downscale.base import base, check_base, find_base, trained_parameters
-from models.downscale.chunks import (
-    BASE,
-    calibrate,
-    cut_out,
-    general_share,
-    select_examples,
-    train_chunk,
-)
+from models.downscale.chunks import BASE, calibrate, cut_out, select_examples
 from models.downscale.examples import corpora, lengths, sources
+from models.downscale.members import general_share, train_chunk
 from models.downscale.pool import pool
 from models.downscale.questions import questions
 from models.downscale.recipe import Recipe
@@ -118,6 +112,8 @@ def needed_bytes(recipe: Recipe, *, base_parameters: int, corpus_bytes: int) -> 
         target = min(base_parameters, recipe.members.adapters.rank * _PARAMETERS_PER_RANK)
     trained = len(recipe.domains) * target
     trained += base_parameters if recipe.base.train is not None else 0
+    if recipe.adapt.distill.teacher == "domain":
+        trained += len(recipe.domains) * base_parameters
     examples = sum(corpus.examples for corpus in recipe.domains.values())
     corpora = max(2 * corpus_bytes, examples * _TOKENS_PER_EXAMPLE) * _BYTES_PER_CORPUS_TOKEN // 4
     copies = base_parameters * _BASE_BYTES_PER_PARAMETER

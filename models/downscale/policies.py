@@ -36,7 +36,8 @@ from models.downscale.answers import (
     score,
     summary,
 )
-from models.downscale.chunks import BASE, card_of, member
+from models.downscale.chunks import BASE
+from models.downscale.members import card_of, member
 from models.downscale.questions import questions
 from models.downscale.stage import Run, progress_bar, read_json, stage, write_json
 from policies.base import ModelFacts, Policy

@@ -11,9 +11,10 @@ import yaml
 
 from models.downscale.adapters import has_adapters
 from models.downscale.answers import ENGINE_KIND, members_measured, outcomes
-from models.downscale.chunks import BASE, member
+from models.downscale.chunks import BASE
 from models.downscale.figures import collect
 from models.downscale.laws import laws
+from models.downscale.members import member
 from models.downscale.policies import (
     CASCADE_FILE,
     ROUTER_FILE,
@@ -132,11 +133,13 @@ def _member_card(name: str, figures: Mapping[str, Any]) -> str:
             "data": f"{facts['corpus']}, {training['examples']:,} examples, "
             f"{training['general_share']:.1%} general data",
             "tokens": f"{training['tokens']:,} in {training['num_steps']:,} steps",
-            "distilled from": "the base" if facts["distilled"] else "nothing, labels alone",
+            "distilled from": facts["taught_by"],
             "energy": f"{footprint['wh']} Wh ({footprint['method']})",
             "carbon": f"{footprint['operational_gco2e']} gCO2e operational, "
             f"{footprint['embodied_gco2e']} gCO2e embodied",
         }
+    if (teacher := facts.get("teacher")) is not None:
+        rows["energy of its teacher's training"] = f"{teacher['footprint']['wh']} Wh"
     [system] = [s for s in figures["systems"] if s["name"] == name]
     for domain, share in system.get("by_domain", {}).items():
         low, high = (100 * v for v in share["interval_95"])

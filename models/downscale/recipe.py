@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Annotated, Final, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from models.downscale.distill import DistillSettings, Share, Strict
 from models.errors import RecipeError
 from models.precision import Precision
 from models.sources.locate import HUB
@@ -26,14 +27,8 @@ _RECIPES: Final = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE: Final = _RECIPES / "default.yaml"
 QUICK_RECIPE: Final = _RECIPES / "quick.yaml"
 
-Share = Annotated[float, Field(ge=0, le=1)]
 
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class CorpusSettings(_Strict):
+class CorpusSettings(Strict):
     """Where a corpus comes from.
 
     `corpus` is a file of JSON Lines or text, a folder of such files (Markdown and HTML are text),
@@ -48,7 +43,7 @@ class CorpusSettings(_Strict):
     examples: int = Field(20_000, ge=1)
 
 
-class BaseShape(_Strict):
+class BaseShape(Strict):
     """Width and heads of a base that is trained here; a stage adds the depth."""
 
     hidden_size: int = Field(gt=0)
@@ -58,7 +53,7 @@ class BaseShape(_Strict):
     head_dim: int = Field(32, gt=0)
 
 
-class BaseStage(_Strict):
+class BaseStage(Strict):
     """One stretch of the base's training; a deeper one grows from the shallower before it."""
 
     num_layers: int = Field(gt=0)
@@ -71,7 +66,7 @@ class BaseStage(_Strict):
     seed: int = 0
 
 
-class BaseTraining(_Strict):
+class BaseTraining(Strict):
     """Trains the base from scratch on the built-in task domains that the recipe names."""
 
     shape: BaseShape
@@ -79,7 +74,7 @@ class BaseTraining(_Strict):
     compiled: bool = True
 
 
-class BaseSettings(_Strict):
+class BaseSettings(Strict):
     """The base: a checkpoint, or how to train one.
 
     `checkpoint` is a folder, a .gguf file, `hf:ORG/NAME[@REVISION]` or `package:DISTRIBUTION/FILE`.
@@ -95,7 +90,7 @@ class BaseSettings(_Strict):
         return self
 
 
-class MemberShape(_Strict):
+class MemberShape(Strict):
     """What a chunk's shape is wished to be; what is left out is chosen, and the feed-forward
     width is always solved for the wanted number of parameters."""
 
@@ -105,7 +100,7 @@ class MemberShape(_Strict):
     num_kv_heads: int | None = Field(None, gt=0)
 
 
-class UnmaskSettings(_Strict):
+class UnmaskSettings(Strict):
     """ID3: only this share of an adapter's parameters learns, chosen on the way.
 
     Each step adds those that are highest by |gradient| / (|weight| + epsilon)^exponent.
@@ -116,7 +111,7 @@ class UnmaskSettings(_Strict):
     epsilon: float = Field(1e-3, gt=0)
 
 
-class MonteCarloSettings(_Strict):
+class MonteCarloSettings(Strict):
     """MonteCLoRA: an adapter with a posterior, of which `members` draws are members of their own.
 
     The pool has them beside the mean, which is called like the domain: NAME-1, NAME-2 and so on.
@@ -130,7 +125,7 @@ class MonteCarloSettings(_Strict):
     weight: float = Field(1e-5, ge=0)
 
 
-class AdapterSettings(_Strict):
+class AdapterSettings(Strict):
     """A low-rank adapter of this rank on every matrix of the base's layers, trained by AdamW.
 
     What it adds is multiplied by `alpha` / `rank`; by default `alpha` is twice the rank.
@@ -149,7 +144,7 @@ class AdapterSettings(_Strict):
         return self
 
 
-class MemberSettings(_Strict):
+class MemberSettings(Strict):
     """The members, one per domain: chunks, how many parameters each has and optionally its shape;
     or with `adapters`, adapters of the whole base.
 
@@ -185,13 +180,13 @@ class MemberSettings(_Strict):
         return round(base_parameters * wanted) if wanted <= 1 else round(wanted)
 
 
-class CutSettings(_Strict):
+class CutSettings(Strict):
     """How many examples of a domain the importance of the base's parts is measured on."""
 
     calibration_examples: int = Field(512, ge=1)
 
 
-class SelectSettings(_Strict):
+class SelectSettings(Strict):
     """Which share of a corpus is kept for training, and how it is chosen.
 
     By default all of it: on this project's corpora a choice by uncertainty was worse than as many
@@ -209,19 +204,7 @@ class SelectSettings(_Strict):
     trial_tokens: int = Field(100_000, gt=0)
 
 
-class DistillSettings(_Strict):
-    """Distillation from the base: (1 - weight) of the loss is the labels', `weight` the base's.
-
-    The base's part is temperature² · KL(base ‖ chunk), both softened by `temperature`
-    (Hinton et al. 2015). Off by default: a chunk trained on its domain outgrows the base there, and
-    a teacher weaker than its pupil gained nothing (docs/downscale/results.md).
-    """
-
-    temperature: float = Field(1.0, gt=0)
-    weight: Share = 0.0
-
-
-class AdaptSettings(_Strict):
+class AdaptSettings(Strict):
     """The chunks' continual training.
 
     `tokens` per chunk; `general_share` of them come from the general corpus, a number or "auto":
@@ -249,7 +232,7 @@ class AdaptSettings(_Strict):
     checkpoint_every_s: float = Field(60, gt=0)
 
 
-class LawSettings(_Strict):
+class LawSettings(Strict):
     """The short runs that laws are fitted on, and the bootstrap behind their intervals.
 
     D-CPT: the chunks of the first `mixture_domains` domains are trained with each general share of
@@ -270,7 +253,7 @@ class LawSettings(_Strict):
     bootstrap_samples: int = Field(100, ge=1)
 
 
-class MeasureSettings(_Strict):
+class MeasureSettings(Strict):
     """How many held-out questions per domain are asked, or pieces of texts gone on with: to train
     routers on, and to test.
 
@@ -299,7 +282,7 @@ _RESERVED: Final = {
 Baseline = Literal["finetuned", "scratch", "average", "ties", "random", "spectrum", "distilled"]
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """Everything that a pool depends on.
 
     `adapt_tokens` gives the chunks that it names other tokens than `adapt.tokens`. What it gives to
@@ -319,11 +302,11 @@ class Recipe(_Strict):
     cut: CutSettings = CutSettings()
     select: SelectSettings = SelectSettings()
     adapt: AdaptSettings = AdaptSettings()
-    adapt_tokens: dict[str, Annotated[int, Field(gt=0)]] = {}
+    adapt_tokens: dict[str, Annotated[int, Field(gt=0)]] = Field(default_factory=dict)
     laws: LawSettings = LawSettings()
     baselines: tuple[Baseline, ...] = ()
     measure: MeasureSettings = MeasureSettings()
-    compare: dict[str, str] = {}
+    compare: dict[str, str] = Field(default_factory=dict)
 
     @property
     def corpora(self) -> dict[str, CorpusSettings]:
@@ -353,11 +336,27 @@ class Recipe(_Strict):
         }
         return self._adapt_for(tokens).model_copy(update=changes)
 
+    def adapt_of_teacher(self, tokens: int) -> AdaptSettings:
+        """The settings of training a domain's teacher, which nobody teaches, for `tokens`."""
+        changes = {"general_share": 0.0, "distill": DistillSettings()}
+        return self._adapt_for(tokens).model_copy(update=changes)
+
     def _adapt_for(self, tokens: int) -> AdaptSettings:
         if tokens == self.adapt.tokens:
             return self.adapt
         warmup_share = min(1.0, self.adapt.warmup_share * self.adapt.tokens / tokens)
         return self.adapt.model_copy(update={"tokens": tokens, "warmup_share": warmup_share})
+
+    @model_validator(mode="after")
+    def _teachable(self) -> Recipe:
+        if self.adapt.distill.teacher == "trained" and "base" not in self.adapt_tokens:
+            raise ValueError(
+                "adapt.distill.teacher: 'trained' is the base that adapt_tokens.base trains, which "
+                "is not given; allowed without are base, domain"
+            )
+        if self.adapt.distill.meta is not None and self.members.adapters is not None:
+            raise ValueError("adapt.distill.meta: trains chunks; leave it out beside adapters")
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

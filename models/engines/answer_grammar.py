@@ -8,10 +8,12 @@ properties are named have no others, unless their schema speaks of others.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import keyword
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Final, TypeAlias
 
@@ -31,6 +33,7 @@ _SPEAKS_OF_OTHERS: Final = {
     *("minProperties", "anyOf", "oneOf", "if", "$ref", "dependentSchemas"),
 }
 _LOOKS_AROUND: Final = re.compile(r"\(\?<?[=!]")
+_THREADS: Final = ThreadPoolExecutor(2, "shoal-grammars")
 _JSON_OPTIONS: Final = {"whitespace_pattern": f"[ \\n\\t\\r]{{1,{_BLANKS}}}"}
 
 Function: TypeAlias = Mapping[str, Any]
@@ -71,11 +74,19 @@ def answer_grammar(
     return f"{_HEADER}start: {start}\n" + "".join(rules)
 
 
-def compile_answer(tokenizer: LLTokenizer, grammar: str, request: GenerationRequest) -> LLMatcher:
-    """Return what follows the `grammar` of the answer to `request`; takes up to a second.
+async def compiled(tokenizer: LLTokenizer, grammar: str, request: GenerationRequest) -> LLMatcher:
+    """Return what follows the `grammar` of the answer to `request`; takes up to some seconds.
+
+    On threads of its own: whoever sends many that take long keeps only such waiting.
 
     Raises `RequestError` that names the field of what it is held to.
     """
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(_THREADS, compile_answer, tokenizer, grammar, request)
+
+
+def compile_answer(tokenizer: LLTokenizer, grammar: str, request: GenerationRequest) -> LLMatcher:
+    """Do what `compiled` does, on the thread that calls."""
     tools, structure = request.tools, request.sampling.structure
     if tools is not None and tools.choice != "auto":
         what, field = "functions' parameters", "tools"

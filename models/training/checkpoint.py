@@ -7,9 +7,10 @@ checkpoint behind.
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerF
 
 _TENSORS = "state.safetensors"
 _FACTS = "state.json"
+_BESIDE = "beside/"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,9 +44,12 @@ def save_checkpoint(
     model: PreTrainedModel,
     optimizers: Sequence[torch.optim.Optimizer],
     progress: Progress,
+    *,
+    beside: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
-    """Write `folder` atomically, replacing what stood there."""
-    tensors = {f"model/{n}": p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    """Write `folder` atomically, replacing what stood there; `beside` are more tensors to keep."""
+    tensors = {f"{_BESIDE}{name}": tensor for name, tensor in beside.items()}
+    tensors |= {f"model/{n}": p.detach() for n, p in model.named_parameters() if p.requires_grad}
     for o, optimizer in enumerate(optimizers):
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{o}/{index}/{key}": value for key, value in state.items()}
@@ -99,6 +104,12 @@ def load_checkpoint(
                 state.setdefault(int(rest[1]), {})[rest[2]] = tensor
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def load_beside(folder: Path) -> dict[str, Tensor]:
+    """The tensors that were kept beside a model's own, by their names."""
+    tensors = load_file(folder / _TENSORS)
+    return {n.removeprefix(_BESIDE): t for n, t in tensors.items() if n.startswith(_BESIDE)}
 
 
 TRAINING_FACTS = "training.json"

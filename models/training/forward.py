@@ -114,7 +114,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return torch.matmul(scores.softmax(-1).to(q.dtype), v)
 
 
-def packed_logits(
+def packed_states(
     weights: Weights,
     *,
     tokens_BT: Tensor,
@@ -123,8 +123,11 @@ def packed_logits(
     cos: Tensor,
     sin: Tensor,
     geometry: Geometry,
-) -> Tensor:
-    """Logits `[B, T, V]` in fp32; every segment attends to itself alone."""
+) -> list[Tensor]:
+    """The residual stream `[B, T, D]` after each layer, and last what the head reads of it.
+
+    Every segment attends to itself alone.
+    """
     embedding = weights["model.embed_tokens.weight"]
     dtype, size, eps = embedding.dtype, geometry.head_size, geometry.eps
     B, T = tokens_BT.shape
@@ -134,6 +137,7 @@ def packed_logits(
     cos_B1TH = cos[positions_BT][:, None].to(dtype)
     sin_B1TH = sin[positions_BT][:, None].to(dtype)
     x = functional.embedding(tokens_BT, embedding).float()
+    states = []
     for i in range(geometry.num_layers):
         layer = f"model.layers.{i}."
         h = _norm(x, weights[layer + "input_layernorm.weight"], eps).to(dtype)
@@ -154,8 +158,18 @@ def packed_logits(
         gated = functional.silu(_linear(h, weights, f"{layer}mlp.gate_proj"))
         gated = gated * _linear(h, weights, f"{layer}mlp.up_proj")
         x = x + _linear(gated, weights, f"{layer}mlp.down_proj").float()
-    h = _norm(x, weights["model.norm.weight"], eps).to(dtype)
-    return (h @ weights.get("lm_head.weight", embedding).T).float()
+        states.append(x)
+    return [*states, _norm(x, weights["model.norm.weight"], eps).to(dtype)]
+
+
+def head_of(weights: Weights) -> Tensor:
+    """The matrix `[V, D]` that makes logits of the last state; the embedding where it is tied."""
+    return weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
+
+
+def packed_logits(weights: Weights, **arguments: Any) -> Tensor:  # noqa: ANN401 - see `packed_states`
+    """Logits `[B, T, V]` in fp32, of what `packed_states` takes."""
+    return (packed_states(weights, **arguments)[-1] @ head_of(weights).T).float()
 
 
 def compile_shapes(function: Compiled) -> Compiled:

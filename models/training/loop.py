@@ -20,10 +20,17 @@ from transformers import PreTrainedModel
 
 from models.errors import TrainingDiverged
 from models.precision import Precision, products_dtype
-from models.training.checkpoint import Progress, load_checkpoint, read_progress, save_checkpoint
+from models.training.checkpoint import (
+    Progress,
+    load_beside,
+    load_checkpoint,
+    read_progress,
+    save_checkpoint,
+)
 from models.training.data import Rows
 from models.training.forward import (
     Distillation,
+    Weights,
     compile_shapes,
     geometry,
     low_precision,
@@ -91,6 +98,27 @@ class Method:
         """What the weights depend on because of it, for `run`'s recipe."""
         return {}
 
+    def rows(self, model: PreTrainedModel, rows: Rows, step: int) -> Rows:  # noqa: ARG002
+        """Return what the step of this number, counted from 0, learns from in place of `rows`."""
+        return rows
+
+    def loss(
+        self,
+        compute: Callable[..., tuple[Tensor, Tensor]],
+        weights: Weights,
+        **arguments: Any,  # noqa: ANN401 - as `packed_loss` takes them
+    ) -> tuple[Tensor, Tensor]:
+        """Return what to minimise of a part of the step and the label loss, as `compute` does,
+        which is `packed_loss`."""
+        return compute(weights, **arguments)
+
+    def state(self) -> Mapping[str, Tensor]:
+        """Return what is to be kept of it, to go on from after an interruption."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` returned."""
+
     def step(self, model: PreTrainedModel, step: int) -> AbstractContextManager[None]:  # noqa: ARG002
         """Stand around the step of this number, counted from 0."""
         return nullcontext()
@@ -157,7 +185,8 @@ class Trainer:
             **self._constants,
             "total_weight": total_weight,
         }
-        loss, label = self._loss(low_precision(self.model, self._dtype), **arguments)
+        weights = low_precision(self.model, self._dtype)
+        loss, label = self._method.loss(self._loss, weights, **arguments)
         loss.backward()  # type: ignore[no-untyped-call]
         return label
 
@@ -175,6 +204,7 @@ class Trainer:
             stable = min(r["num_steps"] - r["num_decay_steps"] for r in (recipe, progress.recipe))
             if not differs or (differs <= length and progress.step <= stable):
                 load_checkpoint(folder / name, self.model, self.optimizers)
+                self._method.restore(load_beside(folder / name))
                 return progress
         return None
 
@@ -227,6 +257,7 @@ def run(  # noqa: PLR0913 - each names a fact of the run
     Raises:
         TrainingDiverged: the loss is not finite; the last checkpoint stays.
     """
+    method = method or Method()
     trainer = Trainer(model, settings, method)
     restored = trainer.restore(folder, recipe) if folder and resume else None
     done = restored or Progress(step=0, num_tokens=0, wall_clock_s=0.0, recipe={})
@@ -243,13 +274,15 @@ def run(  # noqa: PLR0913 - each names a fact of the run
 
     def save(name: str) -> None:
         if folder is not None:
-            save_checkpoint(folder / name, model, trainer.optimizers, progress)
+            kept = method.state()
+            save_checkpoint(folder / name, model, trainer.optimizers, progress, beside=kept)
 
     left = max(settings.num_steps - done.step, 0)
     decay_at = settings.num_steps - settings.num_decay_steps
-    for rows in islice(batches(done.step), left):
+    for given in islice(batches(done.step), left):
         if progress.step == decay_at:
             save("stable")
+        rows = method.rows(model, given, progress.step)
         loss = trainer.step(rows, _share(settings, progress.step), progress.step)
         if not math.isfinite(loss):
             raise TrainingDiverged(progress.step, loss, settings.learning_rate)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import unicodedata
@@ -16,6 +15,7 @@ from jsonschema import Draft202012Validator
 from policies.cascade.base import normalise
 from policies.errors import PolicyError
 from policies.grading.base import Graded, GraderKind, GradingContext, Question, Ungradable
+from policies.json_text import read_json_text
 
 Compare = Callable[[Question, str], float]
 
@@ -148,9 +148,7 @@ _FRACTION: Final = re.compile(
     r"(?P<whole>\d)?(?:\\[dt]?frac\{(?P<above>\d+)\}\{(?P<below>\d+)\}"
     r"|(?P<sign>[\u00bc-\u00be\u2150-\u215e]))"
 )
-_MIXED: Final = re.compile(
-    r"(?<![\d.,/])(\d{1,9})\s+(\d{1,9})\s?/\s?(\d{1,9})(?![\d.]|\s?/)"
-)
+_MIXED: Final = re.compile(r"(?<![\d.,/])(\d{1,9})\s+(\d{1,9})\s?/\s?(\d{1,9})(?![\d.]|\s?/)")
 
 
 def numeric(argument: str) -> Compare:
@@ -217,8 +215,8 @@ def _same(one: tuple[float, str], other: tuple[float, str], tolerance: float) ->
 _BEFORE: Final = r"(?<![A-Za-z0-9_'])"
 _MARKED: Final = re.compile(
     r"(?i:\b(?:answer(?:\s+is)?|option|choice)\b)[\s:*(\[{]*([A-Z])(?![A-Za-z0-9_'])"
-    rf"|{_BEFORE}[(\[{{*]+([A-Za-z])[)\]}}*]+"
-    r"|^\W*([A-Z])(?:[.:),]|\W*$)"
+    r"|(?<![A-Za-z0-9_'(\[{*])[(\[{*]++([A-Za-z])[)\]}*]+"
+    r"|^[^\w\n]*([A-Z])(?:[.:),]|[^\w\n]*$)"
     rf"|{_BEFORE}([A-Za-z])[)](?!\w)",
     re.MULTILINE,
 )
@@ -256,7 +254,7 @@ def _places(letters: Iterable[str], choices: list[str]) -> list[int]:
     return [at for at in (ord(letter) - ord("A") for letter in letters) if at < len(choices)]
 
 
-_FENCE = re.compile(r"```(?:json)?\s*(.*?)```", re.DOTALL)
+_FENCE = re.compile(r"```(?:json)?(.*?)```", re.DOTALL)
 
 
 def json_value(question: Question, answer: str) -> float:
@@ -269,7 +267,7 @@ def json_value(question: Question, answer: str) -> float:
         question.right()
     fenced = _FENCE.search(answer)
     try:
-        value = _read_json(fenced[1] if fenced else answer)
+        value = read_json_text(fenced[1] if fenced else answer)
     except ValueError:
         return 0.0
     try:
@@ -280,16 +278,9 @@ def json_value(question: Question, answer: str) -> float:
     if not question.references:
         return 1.0
     try:
-        return float(any(_equal(_read_json(right), value) for right in question.references))
+        return float(any(_equal(read_json_text(right), value) for right in question.references))
     except ValueError:
         raise Ungradable(f"the reference {question.references!r} is not JSON") from None
-
-
-def _read_json(text: str) -> Any:  # noqa: ANN401 - any value that JSON can hold
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
 
 
 def _equal(one: Any, other: Any) -> bool:  # noqa: ANN401

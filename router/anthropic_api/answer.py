@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,6 +10,7 @@ from pydantic import BaseModel, Field
 
 from models.answer_format import ToolCall
 from models.engines.base import Chunk
+from policies.json_text import read_json_text
 from router.anthropic_api.request import MessagesFields, read_messages
 from router.errors import ApiError
 from router.openai_api.endpoint import Ask, Head, ResponseWriter, Shapes, WireFormat
@@ -260,7 +260,7 @@ def _called(call: ToolCall) -> dict[str, Any]:
 def _arguments(call: ToolCall) -> dict[str, Any]:
     """Return a call's arguments; none where the answer was cut off before they were whole."""
     try:
-        found = json.loads(call.arguments)
+        found = read_json_text(call.arguments)
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

@@ -62,8 +62,7 @@ def add_count_route(
     async def count_tokens(request: Request) -> JSONResponse:
         """Count the tokens of a conversation as a model reads it."""
         try:
-            await identify(request)
-            ask = await bodies.parse(read_count, await bodies.read(request))
+            ask = await bodies.take(request, read_count, await identify(request))
             return JSONResponse({"input_tokens": await _count(now(), ask)})
         except Exception as error:
             told = to_api_error(error)

@@ -90,8 +90,9 @@ class Members:
         """Return `asked` with the member's own settings where the client's `body` has none."""
         if body is None:
             return asked
-        own = self._pool.model(name).sampling
-        return replace(asked, **{key: own[key] for key in own if body.get(key) is None})
+        settings = self._pool.model(name).sampling
+        own = {key: settings[key] for key in settings if body.get(key) is None}
+        return replace(asked, **own) if own else asked
 
     def sent(self, name: str, body: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
         """Return a client's `body` as another server gets it that runs the member called `name`.

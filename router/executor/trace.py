@@ -7,7 +7,8 @@ second child. Plans that took over from the one that failed are not below it: "+
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -141,31 +142,16 @@ class Trace:
                 return run
         return None
 
-    def member_tokens(self) -> dict[str, MemberTokens]:
-        """Return what each member read and wrote; members fused together each count whole."""
-        totals: dict[str, MemberTokens] = {}
-        for run in self.leaves():
-            for name, tokens in run.member_tokens().items():
-                total = totals.get(name, _NONE)
-                totals[name] = MemberTokens(
-                    prompt_tokens=total.prompt_tokens + tokens.prompt_tokens,
-                    output_tokens=total.output_tokens + tokens.output_tokens,
-                )
-        return totals
-
-    def member_footprints(self, rates: Mapping[str, Rates]) -> dict[str, Footprint]:
-        """Return what each member cost: measured where a meter was, else by its rates.
+    def member_footprints(self, rates: Mapping[str, Rates]) -> Iterator[tuple[str, Footprint]]:
+        """Yield what each member of each run cost: measured where a meter was, else by its rates.
 
         Members fused together share an answer's energy as they share its work: equally, but where
         some only follow a lead. Latencies are estimates; the request knows its own.
         """
-        totals: dict[str, Footprint] = {}
         for run in self.leaves():
             tokens = run.member_tokens()
             for name, share in _shares(tokens, rates).items():
-                cost = _member_cost(run, tokens[name], rates[name], share)
-                totals[name] = totals[name].beside(cost) if name in totals else cost
-        return totals
+                yield name, _member_cost(run, tokens[name], rates[name], share)
 
     def _refused(self, path: str) -> bool:
         parts = path.split(".") if path else []
@@ -174,8 +160,22 @@ class Trace:
         return any(self.runs[node].outcome not in ("ok", "running") for node in above)
 
 
+def tokens_of(runs: Iterable[Run]) -> dict[str, MemberTokens]:
+    """Return what each member read and wrote; members fused together each count whole."""
+    read, written = Counter[str](), Counter[str]()
+    for run in runs:
+        for name, tokens in run.member_tokens().items():
+            read[name] += tokens.prompt_tokens
+            written[name] += tokens.output_tokens
+    return {
+        name: MemberTokens(prompt_tokens=read[name], output_tokens=written[name]) for name in read
+    }
+
+
 def _shares(tokens: Mapping[str, MemberTokens], rates: Mapping[str, Rates]) -> dict[str, float]:
     """Return each member's share of the work: its tokens, by what one takes where that is known."""
+    if len(tokens) == 1:
+        return dict.fromkeys(tokens, 1.0)
     flops = [rates[name].flops_per_token for name in tokens]
     per_token = flops if all(flops) else [1.0] * len(flops)
     work = [
@@ -211,6 +211,3 @@ def child_path(path: str, index: int) -> str:
 def fallback_path(index: int) -> str:
     """Return the path of the root of plan number `index` of those that are tried in turn."""
     return f"+{index}" if index else ""
-
-
-_NONE = MemberTokens()

@@ -56,7 +56,7 @@ def add_feedback_route(
 
     async def feedback(request: Request) -> JSONResponse:
         key_id = await identify(request)
-        rating = await bodies.parse(read_feedback, await bodies.read(request, _MAX_FEEDBACK_BYTES))
+        rating = await bodies.take(request, read_feedback, key_id, _MAX_FEEDBACK_BYTES)
         taken = await take_feedback(
             ledger, rating, key_id=key_id, shadows=shadows, keep_text=keep_text
         )

@@ -62,6 +62,14 @@ def reason(error: BaseException) -> str:
     return str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
 
 
+def _asked_too_much(error: SQLAlchemyError) -> bool:
+    """Whether `error` may be of what was asked: it took too long, or was too much at once."""
+    orig = getattr(error, "orig", None)
+    state = getattr(orig, "sqlstate", None) or ""  # PostgreSQL's: cancelled, a limit exceeded
+    slow = isinstance(error, DatabaseUnavailable) or str(orig) == "interrupted"
+    return slow or state == "57014" or state.startswith("54")
+
+
 class Calls:
     """Runs blocking functions that use a database for one event loop.
 
@@ -75,6 +83,7 @@ class Calls:
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._away_until_s: float | None = None
+        self._answered_s = float("-inf")  # when it last did
 
     async def run(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Return what `function` returns; raises `DatabaseUnavailable`, or what it raises.
@@ -101,10 +110,16 @@ class Calls:
             found = answer.result()
         except SQLAlchemyError as error:
             raise (self._failed(error) if is_away(error) else error) from None
+        self._answered_s = time.monotonic()
         if self._away_until_s is not None:
             self._away_until_s = None
             logger.warning("database: it answers again")
         return found
+
+    @property
+    def num_waiting(self) -> int:
+        """How many calls wait for a thread."""
+        return self._calls.qsize()
 
     def close(self, wait_s: float = 2.0) -> None:
         """End the threads when they have done what waits, or leave them behind after `wait_s`."""
@@ -121,11 +136,14 @@ class Calls:
             if now_s < self._away_until_s:
                 raise DatabaseUnavailable("it is away", self._away_until_s - now_s)
             self._away_until_s = now_s + self._timeout_s  # this call tries, others wait for it
-        if self._calls.qsize() >= _MOST_WAITING:
+        if self.num_waiting >= _MOST_WAITING:
             raise DatabaseUnavailable(f"{_MOST_WAITING} calls wait already")
 
     def _failed(self, error: SQLAlchemyError) -> DatabaseUnavailable:
         why = reason(error)
+        if _asked_too_much(error) and time.monotonic() - self._answered_s < _PAUSE_S:
+            # Others have their answers: who asks for too much is refused alone.
+            return DatabaseUnavailable(why)
         if self._away_until_s is None:
             logger.error("database: does not answer, what needs it is refused: %s", why)
         self._away_until_s = time.monotonic() + _PAUSE_S

@@ -75,11 +75,11 @@ class LedgerConfig(BaseModel):
     `url` is any SQLAlchemy address of SQLite or PostgreSQL; a relative file is made absolute
     here, since replicas may run in another folder. A row reaches the database at most
     `flush_interval_s` after its request ended. At most `queue_rows` rows wait (while the database
-    is down, say); later ones are counted as dropped. Requests that are refused before anything runs
-    are all counted, and `refused_rows_per_minute` of them, per replica, leave a row. When the rows
-    take more than `max_gb` (null: no limit), the oldest are deleted. `keep_text` also stores the
-    last user message, the answer and feedback's labels, which retraining a router needs; without it
-    no text is stored.
+    is down, say), fewer where they are large; later ones are counted as dropped.
+    Requests that are refused before anything runs are all counted, and `refused_rows_per_minute` of
+    them, per replica, leave a row. When the rows take more than `max_gb` (null: no limit), the
+    oldest are deleted. `keep_text` also stores the last user message, the answer and feedback's
+    labels, which retraining a router needs; without it no text is stored.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

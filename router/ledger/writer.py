@@ -10,9 +10,9 @@ What is promised:
 - Of requests that were refused before anything ran only so many a minute leave a row; all are
   counted. Rows have a bounded length, and the oldest go when all take more than `max_gb`.
 - While the database cannot be reached rows wait, and are retried until it can. Beyond
-  `queue_rows` of them the newest are dropped, counted in `dropped_rows` and logged: a gateway
-  that stops answering because its bookkeeping is down would be worse, and budgets, which must
-  not leak, don't rely on these rows.
+  `queue_rows` of them, or what so many of a usual size take, the newest are dropped, counted in
+  `dropped_rows` and logged: a gateway that stops answering because its bookkeeping is down would be
+  worse, and budgets, which must not leak, don't rely on these rows.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ from router.ledger.schema import FEEDBACK, FILES, REQUESTS, RESPONSES, SECRETS
 from router.record import MOST_CHARACTERS, TEXTS, RequestRecord
 from router.workers import Worker
 
+_ROW_BYTES = 4096  # a usual row, while it waits
+_STAGE_BYTES = 512
 _BATCH_ROWS = 500
 _RETRY_S = (0.1, 0.5, 2.0)
 
@@ -95,6 +97,7 @@ class Ledger:
         self._minute, self._refused_rows = -1, 0
         self._max_gb = max_gb
         self._dropped_rows = 0
+        self._held_bytes, self._holding = 0, threading.Lock()
         self._closing = threading.Event()
         self._urgent = threading.Event()
         self.worker = Worker("ledger")
@@ -112,8 +115,11 @@ class Ledger:
 
     def record(self, record: RequestRecord) -> None:
         """Take `record`; neither blocks nor raises."""
-        if self._items.qsize() >= self._queue_rows or self._closing.is_set():
-            self._drop(1, "the queue is full" if not self._closing.is_set() else "it is closed")
+        if self._closing.is_set():
+            self._drop(1, "it is closed")
+            return
+        if self._items.qsize() >= self._queue_rows or not self._hold(_num_bytes(record)):
+            self._drop(1, "the queue is full")
             return
         sampled = not record.is_refusal or self._samples()
         self._items.put(record if sampled else _Counted(record))
@@ -146,6 +152,14 @@ class Ledger:
             )
         self.database.dispose()
 
+    def _hold(self, num_bytes: int) -> bool:
+        """Count what waits, if there is room for it: a few large rows take that of many."""
+        with self._holding:
+            if num_bytes > 0 and self._held_bytes >= self._queue_rows * _ROW_BYTES:
+                return False
+            self._held_bytes += num_bytes
+            return True
+
     def _samples(self) -> bool:
         """Whether another refused request of this minute leaves a row."""
         minute = int(time.monotonic() / _MINUTE_S)
@@ -158,7 +172,9 @@ class Ledger:
         ended, looked_s = False, time.monotonic()
         while not ended:
             batch, flushed, ended = self._take()
+            held = sum(_num_bytes(i if isinstance(i, RequestRecord) else i.record) for i in batch)
             self._write(batch)
+            self._hold(-held)
             if self._max_gb is not None and time.monotonic() - looked_s > _LOOK_S:
                 looked_s = time.monotonic()
                 self._keep_within(self._max_gb * 1e9)
@@ -253,6 +269,12 @@ def installation_secret(database: Database, name: str) -> bytes:
         drawn = {"name": name, "value": secrets.token_hex(32)}
         connection.execute(insert_new(connection, SECRETS), drawn)
         return bytes.fromhex(connection.execute(wanted).scalar_one())
+
+
+def _num_bytes(record: RequestRecord) -> int:
+    """Return about how much memory a record takes: it may keep texts, and stages of 128 choices."""
+    texts = len(record.query_text or "") + len(record.answer_text or "")
+    return _ROW_BYTES // 2 + _STAGE_BYTES * len(record.stages) + texts
 
 
 def row_of(record: RequestRecord) -> dict[str, Any]:

@@ -6,7 +6,6 @@ Any replica takes a batch that nobody holds: it has a lease, which it renews whi
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -17,6 +16,7 @@ from fastapi import FastAPI, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse
 
+from policies.json_text import read_json_text
 from router.access.authentication import Identify
 from router.bodies import Bodies, has_more_values
 from router.errors import ApiError, bad_request
@@ -215,7 +215,7 @@ def add_batch_routes(
 
     async def create(request: Request) -> JSONResponse:
         key_id = await identify(request)
-        fields = await bodies.parse(_read, await bodies.read(request))
+        fields = await bodies.take(request, _read, key_id)
         if fields.endpoint not in endpoints:
             raise bad_request(
                 f"endpoint: {fields.endpoint!r} is not supported; allowed are "
@@ -384,8 +384,8 @@ def line_problem(line: bytes, endpoint: str, known: set[str], bodies: Bodies) ->
     if too_much is not None:
         return too_much
     try:
-        asked = json.loads(line)
-    except (ValueError, RecursionError):
+        asked = read_json_text(line)
+    except ValueError:
         asked = None
     if not isinstance(asked, dict):
         return bad_request("the line is no JSON object", code="invalid_json_line")

@@ -7,12 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from pydantic_core import from_json
+
 from models.answer_format import Tools
 from models.engines.base import Structure
 from router.errors import bad_request
 
 MAX_TOOLS = 128  # OpenAI's
-_MOST_CHARACTERS = 2**18  # of a schema or grammar
+_MOST_CHARACTERS = {"json": 2**18, "choice": 2**18, "regex": 2**13, "grammar": 2**15}
+# Of all regular expressions in a request's schemas. To compile one may take time and memory with
+# the square of its length: 24,000 characters half a second and a quarter of a gigabyte.
+_MOST_PATTERN_CHARACTERS = 2**13
 _MOST_CHOICES = 1024
 _MOST_TOLD = 16  # names of functions in an error
 _TOOL_CHOICES = ("none", "auto", "required")
@@ -27,6 +32,7 @@ def read_tools(
 ) -> Tools | None:
     """Return what may be called; None for nothing. Raises `ApiError`, 400."""
     names = [_name(tool, "tools") for tool in tools or ()]
+    _check_patterns(tools, "tools")
     if isinstance(choice, Mapping) and choice.get("type") == "allowed_tools":
         choice, allowed = _allowed(choice, names)
         tools = [tool for tool, name in zip(tools or (), names, strict=True) if name in allowed]
@@ -64,6 +70,26 @@ def _allowed(choice: Mapping[str, Any], names: Sequence[str]) -> tuple[str, set[
     return str(mode), allowed
 
 
+def _check_patterns(schemas: object, field: str) -> None:
+    """Refuse more of regular expressions in `schemas` than can be compiled at once."""
+    num_characters, left = 0, [schemas]
+    while left:
+        one = left.pop()
+        if isinstance(one, list | tuple):
+            left.extend(one)
+        elif isinstance(one, dict):
+            named = one.get("patternProperties")
+            for pattern in (one.get("pattern"), *(named if isinstance(named, dict) else ())):
+                num_characters += len(pattern) if isinstance(pattern, str) else 0
+            left.extend(one.values())
+    if num_characters > _MOST_PATTERN_CHARACTERS:
+        raise bad_request(
+            f"{field}: its patterns have {num_characters} characters together; at most "
+            f"{_MOST_PATTERN_CHARACTERS} are allowed",
+            field,
+        )
+
+
 def _lacking(name: str, names: Sequence[str]) -> str:
     told = ", ".join(names[:_MOST_TOLD]) + (", ..." if len(names) > _MOST_TOLD else "")
     return f"tools lack {name!r}; " + (f"they have {told}" if told else "there are none")
@@ -89,8 +115,11 @@ def read_structure(
         first, second = list(asked)[:2]
         raise bad_request(f"{second}: {first} asks for another form already", second)
     for name, structure in asked.items():
-        if len(structure.text) > _MOST_CHARACTERS:
-            raise bad_request(f"{name}: it has more than {_MOST_CHARACTERS} characters", name)
+        most = _MOST_CHARACTERS[structure.kind]
+        if len(structure.text) > most:
+            raise bad_request(f"{name}: it has more than {most} characters", name)
+        if structure.kind == "json":
+            _check_patterns(from_json(structure.text), name)
         return replace(structure, field=name)
     return None
 
@@ -147,7 +176,7 @@ def _of_kind(field: str, kind: str, value: object) -> Structure | None:
         return Structure(kind="json", text=json.dumps(value))
     if kind == "json" and isinstance(value, str):
         try:
-            json.loads(value)
+            from_json(value)
         except ValueError:
             raise bad_request(f"{field}: it is no JSON schema", field) from None
         return Structure(kind="json", text=value)

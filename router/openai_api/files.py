@@ -10,16 +10,14 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from typing import Any, Literal, ParamSpec
 
 import sqlalchemy as sa
 from fastapi import FastAPI, Request
 from pydantic import BaseModel
-from python_multipart.multipart import parse_options_header
-from starlette.datastructures import FormData, UploadFile
+from starlette.datastructures import UploadFile
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import Message
 
 from router.access.authentication import Identify
 from router.bodies import Bodies
@@ -28,15 +26,15 @@ from router.errors import ApiError, bad_request
 from router.ledger.database import Database, writing
 from router.ledger.schema import FILE_PARTS, FILES
 from router.ledger.writer import insert_new
+from router.openai_api.uploads import LEAST_KEPT_S, bounded, check_form, read_keep_s
 from router.openapi import described
+
+P = ParamSpec("P")
 
 _PART_BYTES = 2**18
 _DAY_S = 86_400.0
-_LEAST_KEPT_S = 3600  # OpenAI's
 _MOST_LISTED = 10_000
 _ROW_BYTES = 2**10  # what even an empty file takes
-_FORM_BYTES = 2**16  # what a form takes beside its file
-_CHARSETS = ("utf-8", "us-ascii", "iso-8859-1")
 PURPOSE, RESULTS = "batch", "batch_output"
 
 
@@ -46,6 +44,8 @@ class FileStore:
     def __init__(self, database: Database, config: BatchesConfig) -> None:
         self.database = database
         self.config = config
+        # Uploads are written in turn, part by part: others need the database's few threads, too.
+        self._turn = asyncio.Lock()
 
     async def add(
         self, upload: UploadFile, key_id: str | None, keep_s: float | None = None
@@ -54,20 +54,27 @@ class FileStore:
         row = self.new_row(upload.filename or "batch.jsonl", PURPOSE, key_id)
         if keep_s is not None:
             row["expires_s"] = row["created_s"] + keep_s
-        await self.database.calls.run(self.begin, row)
+        await self._write(self.begin, row)
         num_bytes = index = 0
         try:
             while data := await upload.read(_PART_BYTES):
                 num_bytes += len(data)
-                await self.database.calls.run(self._append, row["file_id"], index, data)
+                await self._write(self._append, row["file_id"], index, data)
                 index += 1
             if not num_bytes:
                 raise bad_request("file: it is empty", "file")
-            await self.database.calls.run(self.finish, row["file_id"])
+            await self._write(self.finish, row["file_id"])
         except BaseException:
-            await self.database.calls.run(self._delete, row["file_id"])
+            await self._write(self._delete, row["file_id"])
             raise
         return to_json({**row, "num_bytes": num_bytes})
+
+    async def _write(
+        self, write: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs
+    ) -> None:
+        """Write some of an upload when it is its turn."""
+        async with self._turn:
+            await self.database.calls.run(write, *args, **kwargs)
 
     def new_row(self, name: str, purpose: str, key_id: str | None) -> dict[str, Any]:
         """Return the row of a new file, which is not ready yet."""
@@ -260,43 +267,17 @@ def to_json(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _keep_s(form: FormData, most_s: float) -> float | None:
-    """Return how long a form wants its file kept, None if it says nothing; raises `ApiError`."""
-    anchor, seconds = (form.get(f"expires_after[{name}]") for name in ("anchor", "seconds"))
-    if anchor is None and seconds is None:
-        return None
-    if anchor != "created_at":
-        raise bad_request("expires_after.anchor: must be created_at", "expires_after")
-    whole = isinstance(seconds, str) and seconds.isdecimal() and len(seconds) < 10
-    if not whole or not _LEAST_KEPT_S <= int(str(seconds)) <= most_s:
-        raise bad_request(
-            f"expires_after.seconds: must be from {_LEAST_KEPT_S} to {most_s:.0f} "
-            "(batches.keep_days)",
-            "expires_after",
-        )
-    return float(str(seconds))
-
-
 def add_file_routes(api: FastAPI, store: FileStore, *, identify: Identify, bodies: Bodies) -> None:
     """Add what uploads, tells, reads and deletes files."""
     calls = store.database.calls
 
     async def upload(request: Request) -> JSONResponse:
         key_id = await identify(request)
-        _check_form(request.headers.get("content-type", ""))
+        check_form(request.headers.get("content-type", ""))
         most = int(store.config.max_file_mb * 1e6)
-        bounded = Request(request.scope, _bounded(request, most, bodies.timeout_s))
-        async with bounded.form(max_files=1, max_fields=8) as form:
-            file, purpose = form.get("file"), form.get("purpose")
-            if not isinstance(file, UploadFile):
-                raise bad_request("file is missing", "file", "missing_required_parameter")
-            if purpose != PURPOSE:
-                raise bad_request(
-                    f"purpose: {str(purpose)[:40]!r} is not supported; allowed is {PURPOSE}",
-                    "purpose",
-                )
-            keep_s = _keep_s(form, store.config.keep_days * _DAY_S)
-            return JSONResponse(await store.add(file, key_id, keep_s))
+        with bodies.hold(request, key_id) as held:
+            receive = bounded(request, most, bodies.timeout_s, held)
+            return await _keep(store, Request(request.scope, receive), key_id)
 
     async def found(request: Request, file_id: str) -> dict[str, Any]:
         row = await calls.run(store.find, file_id, await identify(request))
@@ -329,7 +310,7 @@ def add_file_routes(api: FastAPI, store: FileStore, *, identify: Identify, bodie
             "file": {"type": "string", "format": "binary"},
             "purpose": {"type": "string", "enum": [PURPOSE]},
             "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
-            "expires_after[seconds]": {"type": "integer", "minimum": _LEAST_KEPT_S},
+            "expires_after[seconds]": {"type": "integer", "minimum": LEAST_KEPT_S},
         },
     }
     uploads = {
@@ -352,6 +333,20 @@ def add_file_routes(api: FastAPI, store: FileStore, *, identify: Identify, bodie
         response_class=StreamingResponse,
         openapi_extra=bytes_,
     )
+
+
+async def _keep(store: FileStore, request: Request, key_id: str | None) -> JSONResponse:
+    """Keep the file of a form that `key_id` sends; raises `ApiError`."""
+    async with request.form(max_files=1, max_fields=8) as form:
+        file, purpose = form.get("file"), form.get("purpose")
+        if not isinstance(file, UploadFile):
+            raise bad_request("file is missing", "file", "missing_required_parameter")
+        if purpose != PURPOSE:
+            raise bad_request(
+                f"purpose: {str(purpose)[:40]!r} is not supported; allowed is {PURPOSE}", "purpose"
+            )
+        keep_s = read_keep_s(form, store.config.keep_days * _DAY_S)
+        return JSONResponse(await store.add(file, key_id, keep_s))
 
 
 def unknown_file(file_id: str, param: str = "id") -> ApiError:
@@ -390,51 +385,3 @@ def page(
         "last_id": shown[-1]["id"] if shown else None,
         "has_more": len(left) > len(shown),
     }
-
-
-def _check_form(kind: str) -> None:
-    """Raise `ApiError`, 415, for anything but a form whose texts are plain.
-
-    A form may name how its texts are written, and for some of Python's codecs ("punycode") a text
-    takes time with the square of its length: nobody else would be served meanwhile.
-    """
-    name, options = parse_options_header(kind)
-    charset = options.get(b"charset", b"utf-8").decode("latin-1").lower()
-    if name != b"multipart/form-data":
-        message = f"The content-type {kind[:80]!r} is not supported; send multipart/form-data."
-    elif charset not in _CHARSETS:
-        allowed = ", ".join(_CHARSETS)
-        message = f"The charset {charset[:40]!r} is not supported; allowed are {allowed}."
-    else:
-        return
-    raise ApiError(415, message, code="unsupported_media_type")
-
-
-def _bounded(request: Request, most: int, timeout_s: float) -> Any:  # noqa: ANN401 - ASGI's receive
-    """Return what receives the request's body.
-
-    It raises `ApiError`: 413 beyond `most` bytes, 408 where nothing comes for `timeout_s`.
-    """
-    num_bytes = 0
-
-    async def receive() -> Message:
-        nonlocal num_bytes
-        try:
-            async with asyncio.timeout(timeout_s):
-                message = await request.receive()
-        except TimeoutError:
-            raise ApiError(
-                408,
-                f"Nothing more of the body came for {timeout_s:g} s (limits.body_timeout_s).",
-                code="body_timeout",
-            ) from None
-        num_bytes += len(message.get("body", b""))
-        if num_bytes > most + _FORM_BYTES:
-            raise ApiError(
-                413,
-                f"A file has at most {most} bytes (batches.max_file_mb).",
-                code="file_too_large",
-            )
-        return message
-
-    return receive

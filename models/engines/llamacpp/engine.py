@@ -19,7 +19,7 @@ from llguidance import LLTokenizer
 
 from models.answer_format import AnswerFormat
 from models.card import ModelCard
-from models.engines.answer_grammar import answer_grammar, compile_answer
+from models.engines.answer_grammar import answer_grammar, compiled
 from models.engines.answer_reader import AnswerReader
 from models.engines.base import Chunk, EngineStats, GenerationRequest, Token
 from models.engines.kind import EngineTraits
@@ -188,7 +188,7 @@ class LlamacppEngine:
         grammar = answer_grammar(request, self._form, terminal, opened=reader.opened)
         if grammar is not None:
             # llama.cpp itself would answer freely where it cannot use a grammar.
-            await asyncio.to_thread(compile_answer, running.grammars, grammar, request)
+            await compiled(running.grammars, grammar, request)
         body = write_body(
             request,
             max_tokens=max_tokens,

@@ -19,6 +19,7 @@ from models.answer_format import ToolCall
 from models.engines.base import Chunk, FinishReason, GenerationRequest, Token, TopLogprob
 from models.engines.remote.failures import AttemptFailed, broke_off, from_event
 from models.errors import EngineFailed, RequestError
+from policies.json_text import read_json_text
 
 DONE = "[DONE]"
 _BYTES = re.compile(r"bytes:(\\x[0-9a-fA-F]{2})+")  # as OpenAI writes them
@@ -104,7 +105,7 @@ async def _lines(parts: AsyncIterator[bytes]) -> AsyncIterator[str]:
 
 def _object(text: str) -> dict[str, Any] | None:
     try:
-        found = json.loads(text)
+        found = read_json_text(text)
     except ValueError:
         return None
     return found if isinstance(found, dict) else None

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,9 +14,10 @@ from urllib.parse import urlsplit
 import httpx
 
 from models.engines.answer_reader import AnswerReader
-from models.engines.base import Chunk, Circuit, EngineStats, GenerationRequest
+from models.engines.base import Chunk, EngineStats, GenerationRequest
 from models.engines.kind import EngineKind, EngineTraits, formats_of
 from models.engines.remote.answer import DONE, EventReader, read_events, read_whole
+from models.engines.remote.breaker import Circuits
 from models.engines.remote.encoding import RowReader, read_vectors
 from models.engines.remote.failures import AttemptFailed, from_response, from_transport
 from models.engines.remote.request import RemoteOptions, write_body
@@ -26,60 +27,6 @@ from models.spec import EngineSpec, Model
 
 _MAX_ERROR_BYTES = 64 * 1024
 _DRAIN_S = 0.5
-
-
-class CircuitBreaker:
-    """Closed until `failures` attempts in a row have failed; then open for `open_s`; then
-    half-open: one attempt is let through, and its end closes or opens the circuit again.
-
-    An attempt is over when exactly one of `succeeded`, `failed` and `abandoned` has been called.
-    Not thread-safe: it lives on one event loop. `clock` counts seconds.
-    """
-
-    def __init__(self, *, failures: int, open_s: float, clock: Callable[[], float]) -> None:
-        self._limit = failures
-        self._open_s = open_s
-        self._clock = clock
-        self._num_failures = 0
-        self._opened_s: float | None = None
-        self._probing = False
-
-    @property
-    def state(self) -> Circuit:
-        """The state, as health shows it."""
-        if self._opened_s is None:
-            return "closed"
-        return "half-open" if self._probing or self.wait_s() == 0 else "open"
-
-    def wait_s(self) -> float:
-        """Return how long no attempt will be let through, at least."""
-        if self._opened_s is None:
-            return 0.0
-        return max(0.0, self._opened_s + self._open_s - self._clock())
-
-    def admit(self) -> bool:
-        """Return whether an attempt may begin now; it has begun if so."""
-        if self._opened_s is None:
-            return True
-        if self._probing or self.wait_s() > 0:
-            return False
-        self._probing = True
-        return True
-
-    def succeeded(self) -> None:
-        """The server answered."""
-        self._num_failures, self._opened_s, self._probing = 0, None, False
-
-    def failed(self) -> None:
-        """The server did not answer, or said that it cannot."""
-        self._num_failures += 1
-        if self._probing or self._num_failures >= self._limit:
-            self._opened_s = self._clock()
-        self._probing = False
-
-    def abandoned(self) -> None:
-        """The attempt ended without telling anything of the server: its client left."""
-        self._probing = False
 
 
 class RemoteEngine:
@@ -105,7 +52,7 @@ class RemoteEngine:
         self._traits = traits
         self._url = options.base_url.rstrip("/")
         self._server = f"the server {urlsplit(self._url).netloc.rpartition('@')[2]}"
-        self._breaker = CircuitBreaker(
+        self._circuits = Circuits(
             failures=options.breaker_failures, open_s=options.breaker_open_s, clock=time.monotonic
         )
         self._slots = Slots(options.max_connections, max_queued=max_queued_requests)
@@ -147,7 +94,7 @@ class RemoteEngine:
                 try:
                     reader = self._reader(request, body)
                     sorter = AnswerReader(request, form, None)
-                    chunks = self._attempt(self._url + path, body, request.request_id, reader)
+                    chunks = self._attempt(self._url + path, body, request, reader)
                     async with aclosing(chunks):
                         async for chunk in chunks:
                             answering = True
@@ -172,7 +119,7 @@ class RemoteEngine:
             queued_requests=self._slots.num_queued,
             active_lanes=self._slots.num_running,
             generated_tokens_total=self._generated_tokens,
-            circuit=self._breaker.state,
+            circuit=self._circuits.state,
         )
 
     def check_health(self) -> None:
@@ -209,34 +156,42 @@ class RemoteEngine:
         return self._options.backoff_s * 2.0**attempt * random.uniform(0.75, 1.25)
 
     async def _attempt(
-        self, url: str, body: dict[str, Any], request_id: str, reader: EventReader | RowReader
+        self,
+        url: str,
+        body: dict[str, Any],
+        request: GenerationRequest,
+        reader: EventReader | RowReader,
     ) -> AsyncGenerator[Chunk, None]:
         """Yield the answer to one HTTP request; raises `AttemptFailed`."""
         self.check_health()
-        if not self._breaker.admit():
+        client, circuits = request.client_id, self._circuits
+        if not circuits.admit(client):
             raise AttemptFailed(
                 EngineFailed(
                     f"{self._server} has failed repeatedly and is left alone; "
-                    f"next attempt in {self._breaker.wait_s():.0f} s"
+                    f"next attempt in {circuits.wait_s(client):.0f} s"
                 ),
                 retry=False,
                 broken=False,
             )
         over = False
         try:
-            async with aclosing(self._exchange(url, body, request_id, reader)) as chunks:
+            async with aclosing(self._exchange(url, body, request.request_id, reader)) as chunks:
                 async for chunk in chunks:
                     if not over:
-                        self._breaker.succeeded()
+                        circuits.succeeded(client)
                         over = True
                     yield chunk
         except AttemptFailed as failure:
-            (self._breaker.failed if failure.broken else self._breaker.succeeded)()
+            if failure.broken:
+                circuits.failed(client, unreachable=failure.unreachable)
+            else:
+                circuits.succeeded(client)
             over = True
             raise
         finally:
             if not over:
-                self._breaker.abandoned()
+                circuits.abandoned(client)
 
     async def _exchange(
         self, url: str, body: dict[str, Any], request_id: str, reader: EventReader | RowReader

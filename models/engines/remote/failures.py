@@ -15,6 +15,7 @@ from models.errors import (
     EngineOverloaded,
     RequestError,
 )
+from policies.json_text import read_json_text
 
 _MAX_CHARACTERS = 300
 _RETRIED = (408, 409, 429)
@@ -44,7 +45,8 @@ class AttemptFailed(Exception):
     """One attempt failed; `error` is what the caller is told if no other one follows.
 
     `retry` says whether another attempt may help, `retry_after_s` when the server wants it.
-    `broken` says whether the server failed, which the circuit breaker counts; else it answered.
+    `broken` says whether the server failed, which the circuit breakers count; else it answered.
+    Where it is `unreachable` that is no request's fault.
     """
 
     def __init__(
@@ -54,18 +56,22 @@ class AttemptFailed(Exception):
         retry: bool,
         broken: bool,
         retry_after_s: float | None = None,
+        unreachable: bool = False,
     ) -> None:
         super().__init__(str(error))
         self.error = error
         self.retry = retry
         self.broken = broken
         self.retry_after_s = retry_after_s
+        self.unreachable = unreachable
 
 
 def from_transport(server: str, error: httpx.HTTPError) -> AttemptFailed:
     """Return what a failed connection, a timeout or a broken stream means."""
     kind = type(error).__name__
-    return AttemptFailed(EngineFailed(f"{server}: {kind}"), retry=True, broken=True)
+    unreachable = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+    failed = EngineFailed(f"{server}: {kind}")
+    return AttemptFailed(failed, retry=True, broken=True, unreachable=unreachable)
 
 
 def broke_off(server: str, why: str) -> AttemptFailed:
@@ -132,7 +138,7 @@ def read_retry_after_s(headers: Mapping[str, str]) -> float | None:
 def _read_error(body: bytes) -> tuple[str, str | None, str | None]:
     """Return message, param and code (or type) of an error body; its text if it is no JSON."""
     try:
-        data = json.loads(body)
+        data = read_json_text(body)
     except ValueError:
         return _short(body.decode(errors="replace")) or "no explanation", None, None
     error = data.get("error", data) if isinstance(data, dict) else data

@@ -14,7 +14,7 @@ import torch
 from llguidance import LLTokenizer
 
 from models.card import ModelCard
-from models.engines.answer_grammar import answer_grammar, compile_answer
+from models.engines.answer_grammar import answer_grammar, compiled
 from models.engines.answer_reader import AnswerReader
 from models.engines.base import Chunk, EngineStats, GenerationRequest
 from models.engines.kind import EngineTraits
@@ -147,7 +147,7 @@ class StackedEngine:
             grammar = answer_grammar(request, form, vocabulary.terminal, opened=reader.opened)
             if grammar is not None:
                 sequence.sampler.grammar = Grammar(
-                    await asyncio.to_thread(compile_answer, running.tokenizer, grammar, request)
+                    await compiled(running.tokenizer, grammar, request)
                 )
             running.readers.add(outcomes)
             running.loop.submit(sequence)

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterSource, factor_names
 from models.card import ModelCard
-from models.engines.answer_grammar import answer_grammar, compile_answer
+from models.engines.answer_grammar import answer_grammar, compiled
 from models.engines.answer_reader import AnswerReader
 from models.engines.base import Chunk, EngineStats, GenerationRequest, SamplingOptions
 from models.engines.kind import EngineTraits
@@ -157,7 +157,7 @@ class VllmEngine:
         reader = AnswerReader(request, form, running.vocabulary)
         grammar = answer_grammar(request, form, running.vocabulary.terminal, opened=reader.opened)
         if grammar is not None:
-            await asyncio.to_thread(compile_answer, running.grammars, grammar, request)
+            await compiled(running.grammars, grammar, request)
         self._num_open += 1
         try:
             params = translate.sampling_params(

@@ -21,22 +21,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from models.downscale.adapt import adapt
 from models.downscale.answers import measure_model, read_measured
 from models.downscale.base import base_model
-from models.downscale.chunks import (
-    ADAPT_FILE,
-    CUT_FILE,
-    cut_out,
-    general_share,
-    load_model,
-    loss_on,
-    train_chunk,
-    trained_base,
-    training_data,
-)
+from models.downscale.chunks import CUT_FILE, cut_out, load_model, loss_on
 from models.downscale.examples import GENERAL, conversations
 from models.downscale.figures import System, training_facts
+from models.downscale.members import general_share, train_chunk
 from models.downscale.questions import questions
 from models.downscale.shape import num_parameters
 from models.downscale.stage import Run, read_json, stage, write_json
+from models.downscale.teachers import ADAPT_FILE, trained_base, training_data
 from models.tasks.base import Split
 from models.training.checkpoint import export_checkpoint
 from tests.bench.downscale.merge import Descendant, merge
@@ -58,11 +50,10 @@ def scratch(run: Run, folder: Path, domain: str) -> None:
     """Stage: a chunk of fresh weights, trained like the cut one."""
     share, settings = general_share(run), run.recipe.adapt_of(domain)
     model = fresh_like(load_model(cut_out(run, domain)), seed=run.recipe.seed)
-    data = training_data(run)
     result = adapt(
         model,
-        data[domain],
-        data[GENERAL],
+        training_data(run, domain),
+        training_data(run, GENERAL),
         general_share=share,
         tokens=settings.tokens,
         settings=settings,

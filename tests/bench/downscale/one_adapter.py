@@ -25,13 +25,15 @@ from numpy.typing import NDArray
 from models.downscale.adapt import adapt
 from models.downscale.adapters import adapted_base, keep_adapter, training_of
 from models.downscale.answers import measure_model, members_measured, read_measured
-from models.downscale.chunks import ADAPT_FILE, BASE, member, train_chunk
+from models.downscale.chunks import BASE
 from models.downscale.examples import conversations
+from models.downscale.members import member, train_chunk
 from models.downscale.pipeline import claimed
 from models.downscale.policies import policies_of
 from models.downscale.questions import questions
 from models.downscale.recipe import Recipe, read_recipe
 from models.downscale.stage import Run, read_json, write_json
+from models.downscale.teachers import ADAPT_FILE
 from models.tasks.base import Split
 
 NUM_RESAMPLES = 2000

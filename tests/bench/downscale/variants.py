@@ -29,8 +29,8 @@ from models.downscale.data import (
     with_lessons,
     write_lessons,
 )
+from models.downscale.distill import DistillSettings
 from models.downscale.examples import GENERAL, conversations
-from models.downscale.recipe import DistillSettings
 from models.downscale.shape import shape_of
 from models.downscale.stage import Run, read_json, stage, write_json
 from models.precision import products_dtype

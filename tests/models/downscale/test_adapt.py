@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from models.downscale.adapt import adapt, mean_loss, mix
 from models.downscale.data import with_lessons, write_lessons
-from models.downscale.recipe import AdaptSettings, DistillSettings
+from models.downscale.distill import DistillSettings
+from models.downscale.recipe import AdaptSettings
 from models.errors import CorpusError, DivergedError
 from models.training.data import Conversation
 from models.training.forward import Scorer

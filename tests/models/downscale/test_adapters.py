@@ -69,18 +69,20 @@ def test_what_is_written_is_what_peft_reads(base, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("way", "draws"),
+    ("way", "draws", "taught"),
     [
-        ({}, []),
-        ({"unmask": {"share": 0.5}}, []),
-        ({"monte_carlo": {"members": 2}}, ["sums-1", "sums-2", "words-1", "words-2"]),
+        ({}, [], {}),
+        ({}, [], {"weight": 0.5, "teacher": "domain", "teacher_tokens": 4_000}),
+        ({"unmask": {"share": 0.5}}, [], {}),
+        ({"monte_carlo": {"members": 2}}, ["sums-1", "sums-2", "words-1", "words-2"], {}),
     ],
-    ids=["plain", "unmask", "monte_carlo"],
+    ids=["plain", "taught", "unmask", "monte_carlo"],
 )
-def test_a_pool_of_adapters(base, tmp_path, way, draws, monkeypatch):
+def test_a_pool_of_adapters(base, tmp_path, way, draws, taught, monkeypatch):
     """A recipe with `members: {adapters: …}` leaves one engine of the base and an adapter per
     domain, which learned its domain, and draws of its posterior if it has one; a run that goes on
-    does nothing anew. The folder is named as people do, from where they are."""
+    does nothing anew. Cards say who taught. The folder is named as people do, from where they
+    are."""
     for name in ("sums", "words"):
         lines = [{"question": f"{name} {i} + 1?", "answer": str(i + 1)} for i in range(120)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -92,7 +94,7 @@ def test_a_pool_of_adapters(base, tmp_path, way, draws, monkeypatch):
             "members": {"adapters": {"rank": 4, "learning_rate": 0.01, **way}},
             "adapt": {
                 "tokens": 8_000, "rows_per_step": 4, "row_tokens": 32, "general_share": 0.2,
-                "compiled": False, "precision": "float32",
+                "compiled": False, "precision": "float32", "distill": taught,
             },
         }
     )  # fmt: skip
@@ -110,6 +112,9 @@ def test_a_pool_of_adapters(base, tmp_path, way, draws, monkeypatch):
         assert results["losses"][domain][domain] < results["losses"]["base"][domain]
         assert results["models"][domain]["parameters"] > results["models"]["base"]["parameters"]
         assert "adapter of rank 4" in results["models"][domain]["lineage"]
+        card = (out / domain / "README.md").read_text()
+        assert ("| the base, trained on its domain |" in card) == bool(taught)
+        assert ("energy of its teacher's training" in card) == bool(taught)
         PeftModel.from_pretrained(load(out / "base"), out / domain)
     for name in draws:
         domain = name.partition("-")[0]

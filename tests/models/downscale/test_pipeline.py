@@ -263,6 +263,40 @@ def test_each_input_reruns_exactly_what_depends_on_it(recipe, tmp_path, trained)
     assert trained(changed(with_file, cut={"calibration_examples": 9})) == everything
 
 
+@pytest.mark.slow
+def test_each_part_of_a_teaching_reruns_what_depends_on_it(recipe, tmp_path, trained):
+    """A teacher per domain reads the domain alone: another corpus leaves it, other tokens train all
+    of them anew, and how much a teacher weighs is the members' matter. The fine-tuned base teaches
+    all; MPDistil takes the teachers as they are and needs none of their lessons."""
+
+    def stages_of(*names):
+        return {f"{stage}/{name}" for stage in names for name in recipe.domains}
+
+    def taught(**keys):
+        distill = {"weight": 0.5, "teacher": "domain", **keys}
+        return changed(recipe, adapt={"distill": distill}, adapt_tokens={"base": 1_000})
+
+    assert trained(taught()) == stages_of("teacher", "lessons", "adapt")
+    assert trained(taught()) == set()
+    assert trained(taught(weight=0.4)) == stages_of("adapt")
+    assert trained(taught(teacher_tokens=900)) == stages_of("teacher", "lessons", "adapt")
+    with (tmp_path / "sums.jsonl").open("a") as file:
+        file.write('\n{"question": "One more?", "answer": "Yes", "split": "train"}')
+    of_sums = {
+        f"{stage}/sums"
+        for stage in ("corpora", "lengths", "calibrate", "cut", "select", "teacher", "lessons")
+    }
+    assert trained(taught(teacher_tokens=900)) == of_sums | stages_of("adapt")
+    meta = {"loss": "competitive", "quiz_share": 0.3, "every_steps": 2, "episode_steps": 2}
+    assert trained(taught(teacher_tokens=900, meta=meta)) == stages_of("adapt")
+    assert trained(taught(teacher_tokens=900, meta=meta)) == set()
+    meta["reward"] = "real"
+    assert trained(taught(teacher_tokens=900, meta=meta)) == stages_of("adapt")
+    by_trained = {"trained-base/1000", "lessons/general"}
+    assert trained(taught(teacher="trained")) == by_trained | stages_of("adapt")
+    assert trained(taught(teacher="base")) == {"lessons/general"} | stages_of("adapt")
+
+
 def test_what_cannot_work_is_refused_before_anything_is_written(recipe, tmp_path, monkeypatch):
     """A foreign architecture, a missing corpus and a full disk leave no output folder."""
     out = tmp_path / "out"

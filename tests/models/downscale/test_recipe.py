@@ -75,6 +75,28 @@ def test_paths_start_at_the_recipe(tmp_path):
             {"adapt_tokens": {"base": 5}, "members.adapters": {}},
             "adapt_tokens: 'base': adapters need the base as it is; allowed are law, sums",
         ),
+        (
+            {"adapt.distill": {"weight": 0.5, "teacher": "me"}},
+            "distill.teacher: .*'domain'.*got 'me'",
+        ),
+        ({"adapt.distill": {"teacher": "domain"}}, "distill: .*weight: 0 leaves a teacher nothing"),
+        ({"adapt.distill": {"meta": {}}}, "distill: .*weight: 0 leaves a teacher nothing"),
+        (
+            {"adapt.distill": {"weight": 0.5, "teacher_tokens": 9}},
+            "teacher_tokens: 9 trains nobody where teacher is 'base'; allowed where it is 'domain'",
+        ),
+        (
+            {"adapt.distill": {"weight": 0.5, "teacher": "trained"}},
+            "'trained' is the base that adapt_tokens.base trains, .* allowed .* base, domain",
+        ),
+        (
+            {"adapt.distill": {"weight": 0.5, "meta": {}}, "members.adapters": {}},
+            "adapt.distill.meta: trains chunks; leave it out beside adapters",
+        ),
+        (
+            {"adapt.distill": {"weight": 0.5, "meta": {"reward": "gold"}}},
+            "distill.meta.reward: .*'binary' or 'real', got 'gold'",
+        ),
         ({"baselines": ["magic"]}, "baselines.0: .*got 'magic'"),
     ],
 )

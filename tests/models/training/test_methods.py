@@ -11,7 +11,8 @@ from peft.tuners.lora.monteclora import MontecloraSampler
 from torch.distributions import Dirichlet, kl_divergence
 
 from models.downscale.adapt import adapt
-from models.downscale.recipe import AdaptSettings, DistillSettings
+from models.downscale.distill import DistillSettings
+from models.downscale.recipe import AdaptSettings
 from models.training.loop import Method
 from models.training.lora import LowRank, add_adapter, low_rank_modules
 from models.training.monte_carlo import MonteCarlo, Posterior, Prior, Unmasking, drawn, posteriors

@@ -129,7 +129,8 @@ def test_own_scores_count_where_there_are_queries_enough_to_learn_from() -> None
     rng = np.random.default_rng(0)
     task_Q, hint_QF = rng.integers(4, size=6000), rng.normal(size=(6000, 300))
     X = sp.csr_matrix(np.hstack([2 * np.eye(4)[task_Q], hint_QF / math.sqrt(300)]))
-    favour_Q = 0.4 * np.array([1, 1, -1, -1])[task_Q] + 0.5 * np.sign(hint_QF @ rng.normal(size=300))
+    hint_Q = np.sign(hint_QF @ rng.normal(size=300))
+    favour_Q = 0.4 * np.array([1, 1, -1, -1])[task_Q] + 0.5 * hint_Q
     right = 0.5 + 0.5 * np.column_stack([favour_Q, -favour_Q])
     scores = (rng.random((6000, 2)) < right).astype(float)
     assert chosen(X, scores, task_Q).beta == 1

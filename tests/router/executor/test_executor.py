@@ -12,7 +12,7 @@ from models.errors import EngineFailed, EngineOverloaded
 from policies.cascade.base import Attempt
 from policies.plan import from_json
 from router.engines import merge
-from router.executor.trace import Trace
+from router.executor.trace import Trace, tokens_of
 from tests.router.executor.running import chunks_of, says, scripted, task_of
 
 UNSURE = 0.2
@@ -55,7 +55,7 @@ def test_cascade_stops_at_the_first_good_answer(run: Run, stream: bool) -> None:
     accepted = trace.accepted()
     assert accepted is not None
     assert accepted.members == ("b",)
-    assert trace.member_tokens()["a"].output_tokens == 3
+    assert tokens_of(trace.leaves())["a"].output_tokens == 3
 
 
 def test_a_stage_has_its_own_time(run: Run) -> None:
@@ -203,6 +203,6 @@ def test_tokens_are_counted_for_everything_that_ran(run: Run) -> None:
     """Each member's tokens add up over stages and candidates; fused members count each."""
     plan = {"best": {"candidates": ["a", {"answer": {"members": ["a", "b"]}}]}}
     _, trace = run(plan, {"a": says("xyz"), "b": says("q")})
-    tokens = trace.member_tokens()
+    tokens = tokens_of(trace.leaves())
     assert (tokens["a"].prompt_tokens, tokens["a"].output_tokens) == (2, 8)
     assert (tokens["b"].prompt_tokens, tokens["b"].output_tokens) == (1, 4)

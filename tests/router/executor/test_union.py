@@ -22,7 +22,7 @@ from policies.plan import from_json
 from router.catalog.catalog import load_catalog
 from router.executor.executor import Executor
 from router.executor.task import Prompt
-from router.executor.trace import Trace
+from router.executor.trace import Trace, tokens_of
 from router.executor.union import Opinion, fuse_strings
 from tests.models.engines.stacked.tiny import load_reference, save_checkpoint
 from tests.router.executor.running import chunks_of, executor_of, task_of, workers_of
@@ -170,7 +170,7 @@ def test_two_tokenizers_fuse_as_their_models_would(
     assert got == pytest.approx(likelihood, abs=1e-3)
     assert chunks[-1].finish_reason is not None
     assert trace.runs[""].weights == pytest.approx((1 / 3, 2 / 3))
-    assert trace.member_tokens()["n"].output_tokens == len(chunks)
+    assert tokens_of(trace.leaves())["n"].output_tokens == len(chunks)
 
 
 def test_a_seed_repeats_the_answer(executor: Any) -> None:

@@ -62,6 +62,25 @@ async def test_only_an_absent_database_opens_the_circuit() -> None:
     calls.close()
 
 
+async def test_who_asks_for_too_much_is_refused_alone() -> None:
+    """A call that takes too long, or that the database cuts off, while others are answered."""
+    calls, hanging = Calls(timeout_s=0.3, num_threads=2), threading.Event()
+
+    def cut_off() -> None:
+        raise OperationalError("SELECT secret", {}, OSError("interrupted"))
+
+    slow = asyncio.create_task(calls.run(hanging.wait, 60))
+    while not slow.done():
+        assert await calls.run(str, 1) == "1"
+        await asyncio.sleep(0.02)
+    for call in (slow, calls.run(cut_off)):
+        with pytest.raises(DatabaseUnavailable):
+            await call
+        assert await calls.run(str, 1) == "1", "the circuit is closed"
+    hanging.set()
+    calls.close()
+
+
 def test_a_call_that_hangs_keeps_no_process_from_ending() -> None:
     """The interpreter does not wait for the thread."""
     program = (

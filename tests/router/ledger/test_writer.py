@@ -144,10 +144,14 @@ def test_text_that_databases_cannot_store_is_cleaned(
     assert row["query_text"] == "naïve 模型 🐟"
 
 
+@pytest.mark.parametrize(("text", "num_kept"), [(None, 10), ("x" * 20_000, 1)])
 def test_a_full_queue_drops_the_newest_without_blocking(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, num_kept: int
 ) -> None:
-    """With the database locked by others, `record` returns at once, keeps its bound and counts."""
+    """With the database locked by others, `record` returns at once, keeps its bound and counts.
+
+    Rows with long texts take the room of many.
+    """
     database = open_database(f"sqlite:///{tmp_path / 'x.db'}")
     ledger = Ledger(
         database,
@@ -165,14 +169,14 @@ def test_a_full_queue_drops_the_newest_without_blocking(
     monkeypatch.setattr(ledger, "_insert", noted)
     with writing(database) as connection:
         connection.execute(sa.select(REQUESTS)).all()
-        ledger.record(record(0))
+        ledger.record(record(0, answer_text=text))
         assert inserting.wait(60)  # the thread waits for the lock with what it took
         # Would one of these wait for the lock as well, they would wait for ever.
         for number in range(1, 101):
-            ledger.record(record(number))
-        assert (ledger.pending_rows, ledger.dropped_rows) == (10, 90)
+            ledger.record(record(number, answer_text=text))
+        assert (ledger.pending_rows, ledger.dropped_rows) == (num_kept, 100 - num_kept)
     ledger.stop()
-    assert len(list(requests(database))) == 11
+    assert len(list(requests(database))) == num_kept + 1
     database.dispose()
 
 

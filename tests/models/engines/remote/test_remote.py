@@ -10,7 +10,7 @@ import pytest
 
 from models.engines.base import EngineStats, Structure
 from models.engines.registry import engine_traits
-from models.engines.remote.engine import CircuitBreaker
+from models.engines.remote.breaker import Circuits
 from models.errors import (
     ContextOverflow,
     EngineFailed,
@@ -268,7 +268,7 @@ async def test_the_circuit_opens_and_closes_again() -> None:
         running_engine(server, max_retries=0, breaker_failures=2, breaker_open_s=30) as engine,
     ):
         passed_s = 0.0
-        engine._breaker = CircuitBreaker(failures=2, open_s=30, clock=lambda: passed_s)
+        engine._circuits = Circuits(failures=2, open_s=30, clock=lambda: passed_s)
         for _ in range(2):
             with pytest.raises(EngineFailed, match="500"):
                 await read(engine, request_of())

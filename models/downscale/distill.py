@@ -1,0 +1,64 @@
+"""What a recipe says of who teaches a member beside its labels, and the parts of all settings."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Strict(BaseModel):
+    """Settings that refuse what they do not know, and stay as they are."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MetaDistillSettings(Strict):
+    """MPDistil: the teacher's head goes on learning from a quiz, and the pupil ends by choosing
+    what it learns next; see `models.training.mp_distil`.
+
+    `quiz_share` of each domain's examples are its quiz. The head learns from it every `every_steps`
+    steps, by the `collaborative` or `competitive` loss. The last `curriculum_share` of the steps
+    are the pupil's own choices among all domains' quizzes, which are rewarded by whether it is
+    surer than the teacher (`binary`) or by how much (`real`), `episode_steps` at a time.
+    """
+
+    loss: Literal["collaborative", "competitive"] = "collaborative"
+    reward: Literal["binary", "real"] = "binary"
+    hidden_weight: float = Field(100.0, ge=0)
+    quiz_share: float = Field(0.1, gt=0, lt=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    every_steps: int = Field(4, ge=1)
+    curriculum_share: Share = 0.2
+    episode_steps: int = Field(8, ge=1)
+
+
+class DistillSettings(Strict):
+    """Distillation: (1 - weight) of the loss is the labels', `weight` the teacher's.
+
+    The teacher's part is temperature² · KL(teacher ‖ chunk), both softened by `temperature`
+    (Hinton et al. 2015). `teacher` is the `base`, as the chunks are cut from it; the `trained` one,
+    which `adapt_tokens.base` trains; or each `domain` has its own, the base trained on the domain
+    alone, for `teacher_tokens` or by default as much compute as its member. `meta` makes it
+    MPDistil. Off by default: a chunk trained on its domain outgrows the base there, and what
+    teachers gained stands in docs/downscale/results.md.
+    """
+
+    temperature: float = Field(1.0, gt=0)
+    weight: Share = 0.0
+    teacher: Literal["base", "trained", "domain"] = "base"
+    teacher_tokens: int | None = Field(None, gt=0)
+    meta: MetaDistillSettings | None = None
+
+    @model_validator(mode="after")
+    def _of_use(self) -> DistillSettings:
+        if self.weight == 0 and (self.teacher != "base" or self.meta is not None):
+            raise ValueError("weight: 0 leaves a teacher nothing to say; give more, up to 1")
+        if self.teacher_tokens is not None and self.teacher != "domain":
+            raise ValueError(
+                f"teacher_tokens: {self.teacher_tokens} trains nobody where teacher is "
+                f"{self.teacher!r}; allowed where it is 'domain'"
+            )
+        return self
