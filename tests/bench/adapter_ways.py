@@ -58,7 +58,7 @@ def losses_of(corpus: Path, seed: int, tokens: int, work: Path) -> dict[str, flo
             run = _run(corpus, seed + 1000 * member, tokens, settings, work)
             model = _trained(run)
             held_out = conversations(run, "own", Split.TEST)[:NUM_HELD_OUT]
-            said = _said(model, held_out)
+            said = said_by(model, held_out)
             if member == 0:
                 found[way] = answer_loss(held_out, said)
             if way == "plain":
@@ -67,10 +67,10 @@ def losses_of(corpus: Path, seed: int, tokens: int, work: Path) -> dict[str, flo
             draws = []
             for number in range(1, NUM_DRAWS + 1):
                 with drawn(model, seed=seed, draw=-number):
-                    draws.append(_said(model, held_out))
+                    draws.append(said_by(model, held_out))
             found[f"{way}: one draw"] = answer_loss(held_out, draws[0])
-            found[f"{way}: {NUM_DRAWS} draws fused"] = answer_loss(held_out, _fused(draws))
-    found[f"deep ensemble of {NUM_DRAWS} plain"] = answer_loss(held_out, _fused(said_plain))
+            found[f"{way}: {NUM_DRAWS} draws fused"] = answer_loss(held_out, fused(draws))
+    found[f"deep ensemble of {NUM_DRAWS} plain"] = answer_loss(held_out, fused(said_plain))
     return found
 
 
@@ -106,12 +106,13 @@ def _trained(run: Run) -> Any:
     return model
 
 
-def _said(model: Any, examples: Sequence[Conversation]) -> list[Any]:
+def said_by(model: Any, examples: Sequence[Conversation]) -> list[Any]:
+    """The log-probability of every target of the examples."""
     scorer = Scorer(model, row_tokens=128)
     return [logs for (logs,) in scorer.map(examples, target_log_probabilities)]
 
 
-def _fused(said: Sequence[Sequence[Any]]) -> list[Any]:
+def fused(said: Sequence[Sequence[Any]]) -> list[Any]:
     """The uniform mixture of what several say of the same targets."""
     return [
         np.logaddexp.reduce(logs, axis=0) - math.log(len(said)) for logs in zip(*said, strict=True)
