@@ -389,9 +389,10 @@ def import_llmrouter(folder: Path) -> list[Outcome]:
             tasks |= {str(row["query"]): str(row["task_name"]) for row in rows}
     for split in ("train", "test"):
         file = folder / "dcrouter_preprocessed" / f"{split}.json"
-        entries = _json(file)
-        if not isinstance(entries, list):
-            raise OutcomesError(f"{file} does not hold a list")
+        with _rows(file, "a list of question and scores"):
+            entries = json.loads(file.read_bytes())
+            if not isinstance(entries, list):
+                raise OutcomesError("it does not hold a list")
         for number, row in enumerate(entries, start=1):
             try:
                 query, scores = str(row["question"]), dict(row["scores"])
@@ -446,12 +447,3 @@ def load_outcomes(path: Path | str, *, split: str | None = None) -> list[Outcome
         "logs of lm-evaluation-harness, OpenAI's evals or RouterArena; give a file of outcomes "
         "(JSON Lines), RouteLLM's mmlu folder or LLMRouter's"
     )
-
-
-def _json(file: Path) -> Any:  # noqa: ANN401 - the callers check the shape
-    try:
-        return json.loads(file.read_bytes())
-    except OSError as error:
-        raise OutcomesError(f"{file} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise OutcomesError(f"{file} is not JSON: {error}") from None

@@ -25,10 +25,10 @@ from models.engines.base import Chunk, EngineStats, GenerationRequest, Token
 from models.engines.kind import EngineTraits
 from models.engines.llamacpp import LlamacppOptions, slots
 from models.engines.llamacpp.binding import Call, Event, Server, setting_of
-from models.engines.llamacpp.translate import MessageReader, score, write_body
+from models.engines.llamacpp.translate import MessageReader, raise_failure, score, write_body
 from models.engines.requests import check_request
 from models.engines.text import Vocabulary
-from models.errors import EngineFailed, EngineOverloaded
+from models.errors import EngineFailed, EngineOverloaded, RequestError
 from models.spec import EngineSpec
 from models.tokenizer import read_tokenizer
 
@@ -122,8 +122,8 @@ class Admission:
             ticket.admitted.set_result(None)
 
 
-# So many answers that fail in a row are not the requests' fault.
-_MAX_FAILED_ANSWERS = 3
+# So many answers that fail in a row may not be the requests' fault.
+_SUSPICIOUS_FAILURES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +161,9 @@ class LlamacppEngine:
         self._traits = traits
         self._num_slots, self._context_tokens = slots(spec, options, card)
         self._num_tokens = 0
-        self._failed_answers = 0
+        self._failed_answers = 0  # in a row
+        self._failure: EngineFailed | None = None
+        self._trial: asyncio.Task[None] | None = None
         self._running: _Running | None = None
 
     @property
@@ -175,6 +177,7 @@ class LlamacppEngine:
 
     async def start(self) -> None:
         """Load the model. Raises `PoolError` where llama.cpp cannot run it."""
+        self._failure, self._failed_answers = None, 0
         self._running = await asyncio.to_thread(self._load)
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Chunk]:
@@ -223,10 +226,8 @@ class LlamacppEngine:
         """Raise `EngineFailed` if the engine cannot serve (any more)."""
         if self._running is None:
             raise EngineFailed(f"the engine {self._spec.name} is not running")
-        if self._failed_answers >= _MAX_FAILED_ANSWERS:
-            raise EngineFailed(
-                f"the engine {self._spec.name}: {self._failed_answers} answers failed in a row"
-            )
+        if self._failure is not None:
+            raise self._failure
 
     async def stop(self) -> None:
         """Fail what runs and waits, and free everything; idempotent."""
@@ -283,9 +284,33 @@ class LlamacppEngine:
                     break
             yield reader.last()
         except EngineFailed:
-            self._failed_answers += 1
+            self._suspect()
             raise
         self._failed_answers = 0
+
+    def _suspect(self) -> None:
+        """Try the engine out where answers fail in a row: one client's requests may all do."""
+        self._failed_answers += 1
+        running = self._running
+        if running is not None and self._failed_answers >= _SUSPICIOUS_FAILURES:
+            self._failed_answers = 0
+            if self._trial is None or self._trial.done():
+                self._trial = asyncio.create_task(self._try_out(running))
+
+    async def _try_out(self, running: _Running) -> None:
+        """Ask for a token that nobody wants; the engine has failed if that fails, too."""
+        prompt = [min(self._card.end_tokens, default=0)]
+        call = Call(running.server, running.threads, {"prompt": prompt, "max_tokens": 1})
+        running.calls.add(call)
+        try:
+            async for event in call.events():
+                raise_failure(event)
+        except (EngineFailed, RequestError) as error:
+            self._failure = EngineFailed(
+                f"the engine {self._spec.name}: every answer fails, whatever is asked: {error}"
+            )
+        finally:
+            running.calls.discard(call)
 
     def _load(self) -> _Running:
         tokenizer = read_tokenizer(self._card.path)

@@ -4,7 +4,7 @@ import asyncio
 import json
 import math
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,6 +18,7 @@ from models.answer_format import Tools, join_calls
 from models.card import read_card
 from models.chat_template import Rendering
 from models.engines.base import Chunk, Engine, GenerationRequest, SamplingOptions, Structure, Token
+from models.engines.llamacpp.binding import Event, Server
 from models.engines.registry import create_engine, engine_traits
 from models.errors import ContextOverflow, EngineFailed, EngineOverloaded, PoolError, RequestError
 from models.pool import DEFAULT_POOL
@@ -303,6 +304,33 @@ async def test_offline_work_runs_after_all_others(ask: Ask) -> None:
         await first.aclose()  # type: ignore[attr-defined]
         await asyncio.gather(*waiting)
         assert ended == ["a", "b", "batch"]
+
+
+@pytest.mark.parametrize("broken", [False, True])
+async def test_requests_that_fail_are_told_from_an_engine_that_does(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch, broken: bool
+) -> None:
+    """However many of one client's answers fail, the others get theirs; unless every answer fails,
+    also one that nobody asked for.
+    """
+    answer = Server.ask
+
+    def failing(self: Server, body: Mapping[str, Any], on_event: Callable[[Event], bool]) -> None:
+        if broken or body.get("seed") == 13:
+            raise EngineFailed("llama.cpp failed: a slot")
+        answer(self, body, on_event)
+
+    monkeypatch.setattr(Server, "ask", failing)
+    async with _running(options={"num_slots": 1}) as engine:
+        for _ in range(7):
+            with pytest.raises(EngineFailed):
+                await _read(engine, ask(CAPITAL, max_tokens=2, seed=13))
+            await asyncio.sleep(0.05)  # for the engine's own
+        if broken:
+            with pytest.raises(EngineFailed, match="every answer fails, whatever is asked"):
+                engine.check_health()
+        else:
+            assert await _read(engine, ask(CAPITAL, max_tokens=2))
 
 
 async def test_stopping_fails_what_runs_and_waits(ask: Ask) -> None:
