@@ -26,7 +26,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -128,9 +130,10 @@ def choose_strength(
         return round(value, 6), -error
 
     worths: dict[Strength, tuple[float, float]] = {}
-    for ridge in ridges:
-        found = left_out(X_QF, scores_QM, tags, parts, ridge=ridge)
-        worths |= {Strength(beta=beta, ridge=ridge): worth(beta, found) for beta in betas}
+    with ThreadPoolExecutor(2) as threads:  # sparse products let each other run
+        every = threads.map(partial(left_out, X_QF, scores_QM, tags, parts), ridges)
+        for ridge, found in zip(ridges, every, strict=True):
+            worths |= {Strength(beta=beta, ridge=ridge): worth(beta, found) for beta in betas}
     return max(candidates, key=worths.__getitem__)
 
 
@@ -237,7 +240,6 @@ def left_out(
     scores_QM: Floats,
     tags: Sequence[Sequence[str]],
     parts: Parts,
-    *,
     ridge: float,
 ) -> LeftOut:
     """Return what each part's queries are predicted by the regression on all others, in turn."""
