@@ -2,7 +2,9 @@
 
 A sender may take as much again as all of them leave free: alone half of the room, two of them a
 third each. So there is always room for who comes next, whatever the others do, and no figure for
-each sender to set (the rule by which switches share a buffer: Choudhury and Hahne 1998).
+each sender to set (the rule by which switches share a buffer: Choudhury and Hahne 1998). The first
+`FREE_BYTES` of a body are never refused: behind a proxy many clients are one sender, and thousands
+of its connections that send a little and stop must not deny the others what most requests are.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ from types import TracebackType
 
 from router.errors import ApiError, retry_headers
 
-_LEAST_BYTES = 2**16
-"""What a body takes however little of it has come: its connection, and whoever reads it."""
+FREE_BYTES = 2**14
+"""As many of each body count but find room in any case; connections bound how many there are."""
 
 
 class Room:
@@ -25,16 +27,14 @@ class Room:
         self._of_sender: Counter[str] = Counter()
 
     def hold(self, sender: str) -> Held:
-        """Return what one body of `sender` takes, for use as a context; raises `ApiError`."""
-        held = Held(self, sender)
-        held.add(_LEAST_BYTES)
-        return held
+        """Return what one body of `sender` takes, for use as a context."""
+        return Held(self, sender)
 
-    def take(self, sender: str, num_bytes: int) -> None:
+    def take(self, sender: str, num_bytes: int, *, in_any_case: bool = False) -> None:
         """Take some of the room; raises `ApiError`: 429, or 503 where others have it all."""
         own = self._of_sender[sender] + num_bytes
         free = self.max_bytes - self.num_bytes - num_bytes
-        if own > free:
+        if own > free and not in_any_case:
             raise self._refusal(own, others=self.num_bytes + num_bytes - own)
         self.num_bytes += num_bytes
         self._of_sender[sender] = own
@@ -70,7 +70,8 @@ class Held:
 
     def add(self, num_bytes: int) -> None:
         """Count that more has come; raises `ApiError` where there is no room for it."""
-        self._room.take(self._sender, num_bytes)
+        is_short = self._num_bytes + num_bytes <= FREE_BYTES
+        self._room.take(self._sender, num_bytes, in_any_case=is_short)
         self._num_bytes += num_bytes
 
     def release(self) -> None:

@@ -54,7 +54,7 @@ class Bodies:
 
     def hold(self, request: Request, key_id: str | None) -> Held:
         """Return what the body takes of the room, for use as a context, in the name of its key or
-        address; raises `ApiError` where that has too much under way.
+        address.
         """
         return self.room.hold(key_id or (request.client.host if request.client else ""))
 
