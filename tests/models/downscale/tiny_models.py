@@ -1,4 +1,6 @@
-"""Tiny random checkpoints of every supported architecture."""
+"""Tiny random checkpoints of every supported architecture, and a recipe on one."""
+
+import json
 
 import torch
 from transformers import (
@@ -10,7 +12,10 @@ from transformers import (
     Qwen3Config,
 )
 
+from models.downscale.pipeline import downscale
+from models.downscale.recipe import Recipe
 from models.training.data import Conversation
+from models.training.scratch import LlamaShape, build_model, build_tokenizer
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 _CONFIGS = {
@@ -57,3 +62,40 @@ def random_conversations(count: int = 12, *, seed: int = 0) -> list[Conversation
         )
         for length in lengths
     ]
+
+
+TINY = LlamaShape(
+    hidden_size=32, num_layers=2, feed_forward_size=48, num_heads=4, num_kv_heads=2, head_size=8
+)
+
+
+def tiny_recipe(tmp_path):
+    """A recipe on an untrained base and two files, small enough for seconds."""
+    tokenizer = build_tokenizer()
+    build_model(TINY, tokenizer, seed=0).save_pretrained(tmp_path / "checkpoint")
+    tokenizer.save_pretrained(tmp_path / "checkpoint")
+    for name in ("sums", "words"):
+        lines = [{"question": f"{name} {i} + 1?", "answer": str(i + 1)} for i in range(120)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return Recipe.model_validate(
+        {
+            "name": "tiny",
+            "base": {"checkpoint": str(tmp_path / "checkpoint")},
+            "domains": {
+                name: {"corpus": str(tmp_path / f"{name}.jsonl")} for name in ("sums", "words")
+            },
+            "members": {"parameters": "1/2"},
+            "cut": {"calibration_examples": 8},
+            "adapt": {
+                "tokens": 2_000, "rows_per_step": 4, "row_tokens": 32, "general_share": 0.2,
+                "compiled": False, "precision": "float32",
+            },
+        }
+    )  # fmt: skip
+
+
+def run(recipe, out, *, resume=False):
+    """Run the pipeline quietly; returns its report, line by line."""
+    lines = []
+    downscale(recipe, out, resume=resume, report=lines.append)
+    return lines
