@@ -10,7 +10,7 @@ is kept as it was at its best. Nats per token of other held-out pieces, 95% by b
 within each corpus and seed, paired. What is trained is kept in OUT and not trained again.
 
 The n read the base's weights once per token between them and compute n rows where the one computes
-one: docs/adapters says what that costs.
+one: docs/costs.md says what that costs.
 """
 
 from __future__ import annotations
