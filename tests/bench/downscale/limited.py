@@ -1,12 +1,11 @@
 """Few data, many epochs: chunks on their own domain against the base on all, at equal FLOPs.
 
-    python -m tests.bench.downscale.limited OUT [--examples N] [--epochs N] [--fresh]
+    python -m tests.bench.downscale.limited OUT [--examples N] [--epochs N]
 
 Every domain has N examples and no more. The base goes through all of them so many times, each chunk
 through its own as much more often as it is smaller, so that all chunks together cost what the base
 does. Both are judged on held-out questions ten times on the way, and each is kept as it was where
-it lost least (early stopping). With --fresh all begin with random weights, so that nobody has seen
-more of a domain than another. Then they answer the shipped pool's test questions: accuracy
+it lost least (early stopping). Then they answer the shipped pool's test questions: accuracy
 with 95% intervals by bootstrap over questions, paired, and nats per answer token. What is trained
 is kept in OUT and not trained again.
 """
@@ -46,16 +45,13 @@ NUM_LOOKS, NUM_JUDGED = 10, 100
 FACTS = "facts.json"
 
 
-def train(run: Run, name: str, folder: Path, *, tokens: int, fresh: bool) -> dict[str, Any]:
+def train(run: Run, name: str, folder: Path, *, tokens: int) -> dict[str, Any]:
     """Train the base on all domains or a chunk on its own, and keep it as it was at its best."""
     if (folder / FACTS).exists():
         found: dict[str, Any] = read_json(folder / FACTS)
         return found
     domains = run.domains if name == BASE else (name,)
     model = load_base(run) if name == BASE else untrained(run, name)
-    if fresh:
-        torch.manual_seed(run.recipe.seed)
-        model = type(model)(model.config)
     own = _all(run, domains, Split.TRAIN)
     judged = [
         one for domain in domains for one in conversations(run, domain, Split.ROUTER)[:NUM_JUDGED]
@@ -146,7 +142,6 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=1_000)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--test", type=int, default=400)
-    parser.add_argument("--fresh", action="store_true", help="begin with random weights")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -165,7 +160,7 @@ def main() -> None:
             else:
                 times = size / num_parameters(untrained(run, name))
                 tokens = round(arguments.epochs * data[name] * times)
-            facts[name] = train(run, name, folder, tokens=tokens, fresh=arguments.fresh)
+            facts[name] = train(run, name, folder, tokens=tokens)
         told = measure(run, folders, arguments.test) | {"training": facts, "tokens": data}
     write_json(arguments.out / "limited.json", told)
     print(json.dumps(told))
