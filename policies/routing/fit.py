@@ -8,7 +8,7 @@ Shape legend: Q queries, F features, M models.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from itertools import compress
@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
-from sklearn.model_selection import StratifiedKFold
+from sklearn.model_selection import GroupKFold, StratifiedKFold
 from threadpoolctl import threadpool_limits
 
 from policies.cascade.base import Readings
 from policies.encoders.base import Encoder, build_encoder
 from policies.errors import PolicyError
+from policies.evaluation.metrics import reliability
 from policies.outcomes import Outcome, content_sha256, score_table
 from policies.routing.heads import (
     Heads,
@@ -266,13 +267,25 @@ def _fit_router(
         platt = fit_platt(logits_QM, unseen_QM)
         heads = platt.scaled(fitting_all.result())
 
-    def left_out() -> Floats:
-        """Return what heads that have not seen a query expect of it, [Q, M]."""
+    def expected_unseen(parts: Iterable[NDArray[np.bool_]]) -> Floats:
+        """Return what heads that have not seen a query's part expect of it, [Q, M]."""
         expected_QM = np.empty_like(scores_QM)
-        for out_Q in examples.parts(settings.held_out_share, settings.seed):
+        for out_Q in parts:
             logits_QM = fit(~out_Q).logits(X_QF[out_Q], share_Q[out_Q])
             expected_QM[out_Q] = platt.probabilities(logits_QM)
         return expected_QM
+
+    def left_out() -> Floats:
+        """Return what is expected of a query unseen: half by heads that know its task, and half by
+        such as do not, where readings tell most."""
+        alone_QM = expected_unseen(examples.parts(settings.held_out_share, settings.seed))
+        tasks = [row[0] for row in tags]
+        num_parts = min(NUM_FOLDS, len(set(tasks)))
+        if num_parts < 2:
+            return alone_QM
+        parts = GroupKFold(num_parts).split(tasks, groups=tasks)
+        numbers_Q = np.arange(len(tasks))
+        return (alone_QM + expected_unseen(np.isin(numbers_Q, out) for _, out in parts)) / 2
 
     return Router(
         models=examples.models,
@@ -412,34 +425,3 @@ def held_out_metrics(quality_QM: Floats, scores_QM: Floats) -> dict[str, Any]:
         metrics["best_single"] = round(float(mean_scores(scores).max()), 4)
         metrics["oracle"] = round(float(np.nanmax(scores, 1).mean()), 4)
     return metrics
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reliability:
-    """A reliability diagram: per bin of predictions, mean prediction, mean score, and count."""
-
-    predicted: Floats
-    observed: Floats
-    count: Floats
-
-    @property
-    def ece(self) -> float:
-        """Expected calibration error: count-weighted mean |predicted - observed|."""
-        gap = np.abs(self.predicted - self.observed)
-        return float(np.sum(gap * self.count) / np.sum(self.count))
-
-
-def reliability(predicted: Floats, observed: Floats, *, num_bins: int = 15) -> Reliability:
-    """Bin predictions by equal counts (equal widths would leave most bins empty).
-
-    Both arguments hold one number per prediction; pairs with an unknown score are left out.
-    """
-    known = ~np.isnan(observed)
-    order = np.argsort(predicted[known], kind="stable")
-    p, y = predicted[known][order], observed[known][order]
-    bins = [b for b in np.array_split(np.arange(len(p)), num_bins) if len(b)]
-    return Reliability(
-        predicted=np.array([p[b].mean() for b in bins]),
-        observed=np.array([y[b].mean() for b in bins]),
-        count=np.array([float(len(b)) for b in bins]),
-    )

@@ -68,6 +68,7 @@ class Look:
 def fit_look(readings: Sequence[Reading | None], missed_Q: Floats) -> Look | None:
     """Learn a look from `missed_Q`: a model's scores, less what was expected of it unseen.
 
+    Where that knows all tasks, looks learn little of what they tell of others; so it should not.
     NaN where the score is unknown. None where readings are too few, or where what they tell of
     queries left out, one at a time, may be chance. So the ridge is chosen, too.
     """

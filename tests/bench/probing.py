@@ -6,6 +6,9 @@ same questions, of known domains and of whole domains that were left out. On a r
 SmolLM2-135M (the pool's `general`, its weights in float32 on our own engine), everyday requests of
 known and of left-out subjects are told apart into those that it answers well and others: by the
 text, by its reading, and by both.
+
+`--pool P --outcomes O` plays the models of another pool, whose outcomes `shoal outcomes collect`
+wrote, and asks its engines so how long a look takes.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import asyncio
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 
 import numpy as np
 import yaml
@@ -36,17 +39,17 @@ from policies.plan import Answer, Cascade
 from policies.routing.fit import fit_router
 from policies.routing.policy import Learned, Trade
 from policies.routing.probing import Foresight, Probing
-from policies.routing.router import Router
+from policies.routing.router import Router, save_router
 from policies.tables import text_table
-from router.learning.asking import read_prompts
+from router.learning.asking import ask_pool, read_prompts
 from tests.bench.real import SOURCE
 from tests.bench.routing_harness import Protocol, folds
 
 Floats = NDArray[np.float64]
 
 GENERAL = "general"
-VALUES = (None, 1e-5, 2e-6)
-"""What a right answer is worth in US dollars; the pool's own policy has the second."""
+VALUES = (1e-5, 2e-6)
+"""What a right answer is worth in US dollars; the pool's own policy has the first."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -54,57 +57,95 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=("pool", "real"))
     parser.add_argument("--every", type=int, default=1, help="Take one in so many outcomes.")
+    parser.add_argument("--pool", type=Path, default=DEFAULT_POOL)
+    parser.add_argument("--outcomes", type=Path, default=DEFAULT_POOL / "outcomes.jsonl")
+    parser.add_argument("--values", type=float, nargs="*", default=VALUES, help="USD an answer")
     given = parser.parse_args(arguments)
     if given.only != "real":
-        on_the_pool(given.every)
-    if given.only != "pool":
+        rows = read_outcomes(given.outcomes)[:: given.every]
+        on_a_pool(given.pool, rows, (None, *given.values))
+    if given.only != "pool" and given.pool == DEFAULT_POOL:
         on_a_real_model()
 
 
-def on_the_pool(every: int) -> None:
-    """Print what looks gain on the default pool's outcomes, and how often they are taken."""
-    pool = load_pool(DEFAULT_POOL)
-    names = [name for name in pool.facts() if name != GENERAL]
+def on_a_pool(path: Path, rows: Sequence[Outcome], values: Sequence[float | None]) -> None:
+    """Print what looks gain on a pool's outcomes, how often they are taken, and how long."""
+    pool = load_pool(path)
+    names = [name for name in pool.facts() if name in rows[0].scores and name != GENERAL]
     rates = {name: facts.rates for name, facts in pool.facts().items()}
-    rows = read_outcomes(DEFAULT_POOL / "outcomes.jsonl")[::every]
     began_s = time.perf_counter()
-    readings = asyncio.run(
-        read_prompts(DEFAULT_POOL, [row.query for row in rows], models=set(names))
-    )
+    readings = asyncio.run(read_prompts(path, [row.query for row in rows], models=set(names)))
     number = sum(map(len, readings.values()))
     print(f"{number:,} readings in {time.perf_counter() - began_s:.0f} s")
     table: list[tuple[str, ...]] = [
         ("questions", "an answer's value", "policy", "quality", "USD/1,000", "looks", "taken over")
     ]
+    waits: dict[str, list[float]] = {}
     protocols: dict[Protocol, str] = {"split": "known domains", "tasks": "domains left out"}
     for protocol, told in protocols.items():
+        parts = "folds" if protocol == "split" and not rows[0].split else protocol
         runs: dict[tuple[float | None, str], list[Played]] = {}
         looks: dict[float | None, list[tuple[bool, bool]]] = {}
-        for train, test in folds(rows, protocol, train="router"):
+        for train, test in folds(rows, parts, train="router"):
             router = fit_router(
                 [rows[q] for q in train],
                 encoder=NGrams(bits=15),
                 models=names,
                 readings=readings,
             )
-            for value in VALUES:
+            for value in values:
                 trade = Trade(answer_value_usd=value)
-                for policy in (
-                    Learned(router, models=pool.facts(), trade=trade),
-                    Probing(router, models=pool.facts(), trade=trade),
-                ):
-                    kind = "probing" if isinstance(policy, Probing) else "learned"
+                plain = Learned(router, models=pool.facts(), trade=trade)
+                # Where readings tell no more than the text there is no policy that reads.
+                kind = Probing if router.looks else Learned
+                seeing = kind(router, models=pool.facts(), trade=trade)
+                for name, policy in (("learned", plain), ("probing", seeing)):
                     played = list(play_all(policy, [rows[q] for q in test], rates, readings))
-                    runs.setdefault((value, kind), []).extend(played)
-                    if isinstance(policy, Probing):
-                        looks.setdefault(value, []).extend(
-                            looked(policy, rows[q], one)
-                            for q, one in zip(test, played, strict=True)
-                        )
-        for value in VALUES:
+                    runs.setdefault((value, name), []).extend(played)
+                looks.setdefault(value, []).extend(
+                    looked(seeing, rows[q], one) for q, one in zip(test, played, strict=True)
+                )
+            if protocol == "split" and router.looks and not waits:
+                waits = waiting(path, router, [rows[q].query for q in test])
+        for value in values:
             table += compared(told, value, runs[value, "learned"], runs[value, "probing"],
                               looks[value])  # fmt: skip
     print(text_table(table, num_left=3))
+    for name, waits_s in waits.items():
+        middle, late = 1000 * np.quantile(waits_s, (0.5, 0.95))
+        print(f"first token by {name}: median {middle:.0f} ms, 95% within {late:.0f} ms")
+
+
+def waiting(path: Path, router: Router, queries: Sequence[str]) -> dict[str, list[float]]:
+    """Return how long the first tokens of answers took, in seconds, by text alone and by a look.
+
+    One at a time, in turns; each query is asked both ways, of engines that had not read it.
+    """
+    waits: dict[str, list[float]] = {"learned": [], "probing": []}
+    folder = path if path.is_dir() else path.parent
+    content = yaml.safe_load((folder / "pool.yaml" if path.is_dir() else path).read_text())
+
+    async def ask(file: Path, turn: int) -> None:
+        async with ask_pool(file) as asker:
+            for number, query in enumerate(queries):
+                kind = tuple(waits)[(number + turn) % 2]
+                messages = [{"role": "user", "content": query}]
+                reply = await asker.ask(f"policy/{kind}", messages, max_tokens=1)
+                waits[kind].append(reply.latency_s)
+
+    # In the pool's own folder, since its checkpoints are named from there.
+    with NamedTemporaryFile("w", dir=folder, suffix=".yaml") as file:
+        learned = Path(file.name).with_suffix(".npz")
+        save_router(router, learned)
+        own = {kind: {"kind": kind, "path": learned.name} for kind in waits}
+        yaml.safe_dump(content | {"policies": own | {"auto": own["learned"]}}, file)
+        file.flush()
+        try:
+            for turn in range(2):
+                asyncio.run(ask(Path(file.name), turn))
+        finally:
+            learned.unlink()
+    return waits
 
 
 def play_all(
@@ -116,7 +157,7 @@ def play_all(
         yield play(policy, row, rates=rates, scorers=scorers, readings=readings)
 
 
-def looked(policy: Probing, row: Outcome, played: Played) -> tuple[bool, bool]:
+def looked(policy: Learned, row: Outcome, played: Played) -> tuple[bool, bool]:
     """Return whether the prompt was read first, and whether another than its reader answered."""
     plan = policy.decide(Query(text=row.query, prompt_tokens=row.prompt_tokens or 0)).plan
     return isinstance(plan, Cascade), len(played.used) > 1

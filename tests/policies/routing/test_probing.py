@@ -93,6 +93,43 @@ def test_a_look_gains_where_texts_say_nothing(router: Router) -> None:
     assert looked_usd < 0.6 * usd or looked_quality > quality + 0.2
 
 
+def test_a_look_tells_of_tasks_that_the_text_does_not_know() -> None:
+    """Though on all tasks that it was learned on the text tells everything that a reading does."""
+    rng = random.Random(2)
+
+    def of_task(name: str) -> tuple[list[Outcome], dict[str, Reading]]:
+        rows, told = [], {}
+        marks = ["".join(rng.choices("bcdfghjklmnpqrstvwxz", k=8)) for _ in range(2)]
+        for n in range(60):
+            knows = rng.random() < 0.5
+            text = f"{name} {n}: {marks[knows]} {' '.join(rng.choices(WORDS, k=3))}"
+            told[text] = Reading(logprob_mean=-1.0 - (not knows), logprob_min=-4.0)
+            scores = {"cheap": float(knows), "dear": 0.9}
+            rows.append(Outcome(query=text, scores=scores, tags=(name,)))
+        return rows, told
+
+    learned = [of_task(name) for name in ("sorting", "spelling", "counting", "dividing", "naming")]
+    router = fit_router(
+        [row for rows, _ in learned for row in rows],
+        encoder=NGrams(bits=12),
+        readings={"cheap": {text: one for _, told in learned for text, one in told.items()}},
+    )
+    foresight = Probing(router, models=FACTS).scorer
+    rows, told = of_task("unheard")
+    stage = Answer(members=("cheap",))
+    right, wrong = (
+        np.mean(
+            [
+                foresight.foresee(row.query, stage, told[row.query])
+                for row in rows
+                if row.scores["cheap"] == score
+            ]
+        )
+        for score in (1.0, 0.0)
+    )
+    assert right > wrong + 0.3, (right, wrong)
+
+
 def test_the_plan_says_who_reads_and_what_it_takes(router: Router) -> None:
     """The cheap model first, and a threshold at which it is worth as much as the dear one."""
     policy = Probing(router, models=FACTS, trade=TRADE)
