@@ -16,17 +16,16 @@ from numpy.typing import NDArray
 from policies.errors import PolicyError
 from policies.evaluation.metrics import (
     Curve,
-    Reliability,
     aiq,
     apgr,
     bootstrap,
     cpt,
-    reliability,
     trade_curve,
     two_model_curve,
 )
 from policies.outcome_sets import fold_names, near_duplicates
 from policies.outcomes import Outcome, content_sha256, score_table
+from policies.routing.heads import Reliability, reliability
 from policies.routing.router import Router
 
 Floats = NDArray[np.float64]

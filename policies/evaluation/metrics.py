@@ -1,5 +1,4 @@
-"""Routing metrics: APGR and CPT (RouteLLM, Ong et al. 2024), AIQ (RouterBench, Hu et al. 2024), and
-how far predictions can be relied on.
+"""Routing metrics: APGR and CPT (RouteLLM, Ong et al. 2024), AIQ (RouterBench, Hu et al. 2024).
 
 Shape legend: Q queries, M models, P points of a curve.
 """
@@ -104,34 +103,3 @@ def bootstrap(metric: Callable[[NDArray[np.intp]], float], num_queries: int) -> 
 def _slope(left: tuple[float, float], right: tuple[float, float]) -> float:
     run = right[0] - left[0]
     return (right[1] - left[1]) / run if run > 0 else float("inf")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reliability:
-    """A reliability diagram: per bin of predictions, mean prediction, mean score, and count."""
-
-    predicted: Floats
-    observed: Floats
-    count: Floats
-
-    @property
-    def ece(self) -> float:
-        """Expected calibration error: count-weighted mean |predicted - observed|."""
-        gap = np.abs(self.predicted - self.observed)
-        return float(np.sum(gap * self.count) / np.sum(self.count))
-
-
-def reliability(predicted: Floats, observed: Floats, *, num_bins: int = 15) -> Reliability:
-    """Bin predictions by equal counts (equal widths would leave most bins empty).
-
-    Both arguments hold one number per prediction; pairs with an unknown score are left out.
-    """
-    known = ~np.isnan(observed)
-    order = np.argsort(predicted[known], kind="stable")
-    p, y = predicted[known][order], observed[known][order]
-    bins = [b for b in np.array_split(np.arange(len(p)), num_bins) if len(b)]
-    return Reliability(
-        predicted=np.array([p[b].mean() for b in bins]),
-        observed=np.array([y[b].mean() for b in bins]),
-        count=np.array([float(len(b)) for b in bins]),
-    )

@@ -9,7 +9,7 @@ from typing import Final
 from matplotlib.figure import Figure
 
 from policies.evaluation.judge import Interval, Report, Result
-from policies.evaluation.metrics import Reliability
+from policies.routing.heads import Reliability
 
 _TITLE_CHARACTERS: Final = 40
 """So many fit across a reliability diagram."""

@@ -23,7 +23,6 @@ from threadpoolctl import threadpool_limits
 from policies.cascade.base import Readings
 from policies.encoders.base import Encoder, build_encoder
 from policies.errors import PolicyError
-from policies.evaluation.metrics import reliability
 from policies.outcomes import Outcome, content_sha256, score_table
 from policies.routing.heads import (
     Heads,
@@ -32,6 +31,7 @@ from policies.routing.heads import (
     fit_heads,
     fit_platt,
     mean_scores,
+    reliability,
 )
 from policies.routing.looks import Look, fit_look
 from policies.routing.nearness import (

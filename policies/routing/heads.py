@@ -305,3 +305,34 @@ def fit_platt(logits_QM: Floats, scores_QM: Floats) -> Platt:
 def _squares(columns: NDArray[np.float32]) -> Floats:
     squares_C: Floats = np.einsum("uc,uc->c", columns, columns, dtype=np.float64)
     return squares_C
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reliability:
+    """A reliability diagram: per bin of predictions, mean prediction, mean score, and count."""
+
+    predicted: Floats
+    observed: Floats
+    count: Floats
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error: count-weighted mean |predicted - observed|."""
+        gap = np.abs(self.predicted - self.observed)
+        return float(np.sum(gap * self.count) / np.sum(self.count))
+
+
+def reliability(predicted: Floats, observed: Floats, *, num_bins: int = 15) -> Reliability:
+    """Bin predictions by equal counts (equal widths would leave most bins empty).
+
+    Both arguments hold one number per prediction; pairs with an unknown score are left out.
+    """
+    known = ~np.isnan(observed)
+    order = np.argsort(predicted[known], kind="stable")
+    p, y = predicted[known][order], observed[known][order]
+    bins = [b for b in np.array_split(np.arange(len(p)), num_bins) if len(b)]
+    return Reliability(
+        predicted=np.array([p[b].mean() for b in bins]),
+        observed=np.array([y[b].mean() for b in bins]),
+        count=np.array([float(len(b)) for b in bins]),
+    )
