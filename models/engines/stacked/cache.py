@@ -36,7 +36,7 @@ _MOST_KEPT = 512
 class Arena:
     """Rows of keys and values for every layer: `layers[i]` is [rows + 1, 2·K·d], keys first.
 
-    The last is nobody's: padding writes to it.
+    The last is nobody's: padding writes to it, and reads it before that.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class Arena:
         self._all = torch.empty(
             (shape.num_layers, self.num_rows + 1, width), device=device, dtype=dtype
         )
+        self._all[:, -1] = 0
         self.layers: tuple[Tensor, ...] = self._all.unbind(0)
         self.scratch_row = self.num_rows
         self._free: list[tuple[int, int]] = [(0, self.num_rows)]  # (start, length), sorted

@@ -3,7 +3,7 @@
 import dataclasses
 import random
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,28 @@ def test_recorded_steps_change_no_token(kind: str, tmp_path: Path) -> None:
     folders = save_school(tmp_path, kind, 3)
     assert answers(folders, record) == answers(folders, None)
     assert 3 <= len(recorded) <= 10  # shapes recur
+
+
+@pytest.fixture
+def nothing_in_new_memory() -> Iterator[None]:
+    """What was never written is no number: whoever reads it, is found out."""
+    torch.use_deterministic_algorithms(True)  # of which this is a part
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("nothing_in_new_memory")
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("pack", [as_they_are, as_int8])
+def test_nobody_reads_what_was_never_written(
+    tmp_path: Path, pack: Pack[Any], *, recorded: bool
+) -> None:
+    """Not even times nothing, as a weight of 0 would: 0 times what is no number is none."""
+    folders = save_school(tmp_path, "llama", 1 if pack is as_int8 else 3)
+    record = (lambda step: step) if recorded else None
+    told = answers(folders, record, pack)
+    torch.use_deterministic_algorithms(False)
+    assert told == answers(folders, record, pack)
 
 
 def test_recorded_steps_of_integers_change_no_answer(tmp_path: Path) -> None:
