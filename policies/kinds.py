@@ -32,10 +32,16 @@ _SHORT.maxstring = _SHORT.maxother = 80
 _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 8
 
 
-class Settings(BaseModel):
+class Strict(BaseModel):
+    """Settings that refuse what they do not know, and stay as they are."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Settings(Strict):
     """Settings as a file or a request gives them: no unknown keys, no conversions, finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
 def explain(error: ValidationError, *, whole: str = "the file") -> str:

@@ -20,7 +20,7 @@ from router.editions import Editions
 from router.errors import bad_request
 from router.ledger.database import Database
 from router.openai_api.fields import read_fields, read_json
-from router.openapi import described
+from router.openapi import Listing, described
 
 _MOST_BODY_BYTES = 2**16
 _MOST_ROWS = 1000
@@ -82,24 +82,21 @@ class AuditFacts(BaseModel):
     after: dict[str, Any] | None
 
 
-class KeyList(BaseModel):
+class KeyList(Listing):
     """All keys, oldest first."""
 
-    object: Literal["list"]
     data: list[KeyFacts]
 
 
-class TeamList(BaseModel):
+class TeamList(Listing):
     """All teams, oldest first."""
 
-    object: Literal["list"]
     data: list[TeamFacts]
 
 
-class AuditList(BaseModel):
+class AuditList(Listing):
     """A page of the audit, the latest row first."""
 
-    object: Literal["list"]
     data: list[AuditFacts]
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from models.engines.base import Encodes, Engine
 from models.engines.encoder.engine import Encoder, EncoderEngine, TextReader
@@ -25,6 +25,7 @@ from models.spec import EngineSpec, Model
 from models.tokenizer import read_tokenizer
 from policies.encoders.pooling import Pooling, pooling_of
 from policies.errors import PolicyError
+from policies.kinds import Strict
 
 _MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
 _CROSS = "ForSequenceClassification"
@@ -33,12 +34,10 @@ _WRITING = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 _SHIFTED = ("roberta", "xlm-roberta", "camembert", "mpnet")
 
 
-class EncoderOptions(BaseModel):
+class EncoderOptions(Strict):
     """How texts are encoded: `batch_size` at once, of at most `max_tokens` each (None: the
     model's own limit).
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     batch_size: int = Field(32, ge=1, le=4096)
     max_tokens: int | None = Field(None, ge=4)

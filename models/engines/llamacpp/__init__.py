@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from models.card import ModelCard
 from models.engines.base import Engine
@@ -24,6 +24,7 @@ from models.engines.kind import EngineKind, EngineTraits, formats_of
 from models.errors import PoolError
 from models.sources.gguf import read_gguf
 from models.spec import EngineSpec, Model
+from policies.kinds import Strict
 
 Pooling: TypeAlias = Literal["mean", "cls", "last", "rank"]
 _POOLINGS: dict[int, Pooling] = {1: "mean", 2: "cls", 3: "last", 4: "rank"}  # llama.cpp's numbers
@@ -38,7 +39,7 @@ _LEAST_CONTEXT_TOKENS = 2048
 _BYTES_PER_NUMBER = 2
 
 
-class LlamacppOptions(BaseModel):
+class LlamacppOptions(Strict):
     """How llama.cpp runs.
 
     Up to `num_slots` requests run at once, in one batch. Each slot has a cache of its own for
@@ -56,8 +57,6 @@ class LlamacppOptions(BaseModel):
     the others leave. With `polling` they spin, as llama.cpp comes, which nearly doubles the
     speed where every thread has a core of its own, and costs most of it where it has not.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     num_slots: int = Field(8, ge=1, le=256)
     context_tokens: int | None = Field(None, ge=1)

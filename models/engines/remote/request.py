@@ -7,11 +7,12 @@ import os
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from models.engines.base import GenerationRequest, Structure
 from models.engines.remote.encoding import write_encoding
 from models.errors import PoolError
+from policies.kinds import Strict
 
 _JSON_OBJECT = '{"type":"object"}'
 # What a client's body tells Shoal and not the model: who answers, how often, and in which form. The
@@ -23,7 +24,7 @@ _OURS = (
 )
 
 
-class RemoteOptions(BaseModel):
+class RemoteOptions(Strict):
     """Where the server is, how to ask it, and how long to be patient.
 
     `base_url` ends where `/chat/completions` follows, usually in `/v1`. The key is read at start
@@ -39,8 +40,6 @@ class RemoteOptions(BaseModel):
     else after `backoff_s`, doubled each time; only if the request's deadline allows. After
     `breaker_failures` failures in a row the server is left alone for `breaker_open_s`.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     base_url: str = Field(pattern=r"^https?://[^\s?#]+$")
     api_key_env: str | None = None
