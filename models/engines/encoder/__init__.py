@@ -18,7 +18,7 @@ from pydantic import Field
 
 from models.engines.base import Encodes, Engine
 from models.engines.encoder.engine import Encoder, EncoderEngine, TextReader
-from models.engines.kind import EngineKind, EngineTraits
+from models.engines.kind import EngineKind, EngineTraits, only_card
 from models.errors import PoolError
 from models.sources.safetensors import read_json
 from models.spec import EngineSpec, Model
@@ -167,13 +167,7 @@ def _inspect(spec: EngineSpec, options: EncoderOptions, models: Sequence[Model])
 
 def _folder_of(spec: EngineSpec, options: EncoderOptions, models: Sequence[Model]) -> Folder:
     """Return what the engine's one model is; raises `PoolError`."""
-    if len(models) != 1:
-        raise PoolError(
-            f"engines.{spec.name}: an encoder engine runs one model, not {len(models)}; give each "
-            "an engine of its own"
-        )
-    card = models[0].card
-    assert card is not None, "the registry refuses models without one"
+    card = only_card(spec, models)
     written = writes_texts(card.path)
     if written is not None:
         raise PoolError(f"{card.path / 'config.json'}: {written} writes texts; it is no encoder")

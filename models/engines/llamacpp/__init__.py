@@ -20,7 +20,7 @@ from pydantic import Field
 
 from models.card import ModelCard
 from models.engines.base import Engine
-from models.engines.kind import EngineKind, EngineTraits, formats_of
+from models.engines.kind import EngineKind, EngineTraits, formats_of, only_card
 from models.errors import PoolError
 from models.sources.gguf import read_gguf
 from models.spec import EngineSpec, Model
@@ -86,7 +86,7 @@ def slots(spec: EngineSpec, options: LlamacppOptions, card: ModelCard) -> tuple[
 
 
 def _inspect(spec: EngineSpec, options: LlamacppOptions, models: Sequence[Model]) -> EngineTraits:
-    card = _the_card(spec, models)
+    card = only_card(spec, models)
     num_slots, context_tokens = slots(spec, options, card)
     if num_slots == 0:
         raise PoolError(
@@ -114,7 +114,7 @@ def _inspect(spec: EngineSpec, options: LlamacppOptions, models: Sequence[Model]
 
 
 def _create(spec: EngineSpec, options: LlamacppOptions, models: Sequence[Model]) -> Engine:
-    card, name = _the_card(spec, models), models[0].name
+    card, name = only_card(spec, models), models[0].name
     traits = _inspect(spec, options, models)
     if name in traits.encodes:
         from models.engines.llamacpp.encoder import encoder_engine  # noqa: PLC0415 - where used
@@ -123,17 +123,6 @@ def _create(spec: EngineSpec, options: LlamacppOptions, models: Sequence[Model])
     from models.engines.llamacpp.engine import LlamacppEngine  # noqa: PLC0415 - loads llguidance
 
     return LlamacppEngine(spec, options, name, card, traits)
-
-
-def _the_card(spec: EngineSpec, models: Sequence[Model]) -> ModelCard:
-    if len(models) != 1:
-        raise PoolError(
-            f"engines.{spec.name}: a llamacpp engine runs one model, not {len(models)}; give each "
-            "an engine of its own"
-        )
-    card = models[0].card
-    assert card is not None, "the registry refuses models without one"
-    return card
 
 
 KIND = EngineKind(
