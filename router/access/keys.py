@@ -185,9 +185,7 @@ def change_key(
         return _update(connection, "key.change", before, values, actor)
 
 
-def revoke_key(
-    database: Database, id_or_name: str, *, now_s: float | None = None, actor: str | None = None
-) -> Key:
+def revoke_key(database: Database, id_or_name: str, *, actor: str | None = None) -> Key:
     """Revoke a key for good; servers notice within their `cache_s`. Revoking twice is no error.
 
     Raises `KeysError` where there is no such key.
@@ -196,8 +194,7 @@ def revoke_key(
         before = _key(connection, id_or_name)
         if before.revoked_s is not None:
             return before
-        revoked = {"revoked_s": time.time() if now_s is None else now_s}
-        return _update(connection, "key.revoke", before, revoked, actor)
+        return _update(connection, "key.revoke", before, {"revoked_s": time.time()}, actor)
 
 
 def create_team(

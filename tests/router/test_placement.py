@@ -7,7 +7,7 @@ import pytest
 from models.engines.kind import EngineTraits
 from models.errors import PoolError
 from models.spec import EngineSpec
-from router.app import on_ray, placement
+from router.placement import on_ray, placement
 
 TWO = EngineTraits(num_workers=2)
 

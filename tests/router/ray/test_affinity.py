@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from models.spec import DeploymentSpec
-from router.app import affinity
+from router.placement import affinity
 from tests.models.engines.stacked.tiny import save_checkpoint
 from tests.router.conftest import write_pool
 from tests.server import started
