@@ -211,7 +211,7 @@ async def ask_pool(path: Path, *, num_at_once: int = 16) -> AsyncIterator[Asker]
             transport=transport, base_url="http://pool/v1", timeout=None
         ) as client:
             states = {model.name: _state(model) for model in load_pool(path).models}
-            yield Asker(client, url=str(path.resolve()), num_at_once=num_at_once, states=states)
+            yield Asker(client, url=_place(path), num_at_once=num_at_once, states=states)
 
 
 async def read_prompts(
@@ -269,6 +269,10 @@ async def _started(path: Path) -> AsyncIterator[tuple[Service, AppArgs]]:
                 yield service, args
             finally:
                 await service.close()
+
+
+def _place(path: Path) -> str:
+    return str(path.resolve())
 
 
 def _state(model: Model) -> str:
