@@ -92,7 +92,7 @@ def test_a_share_of_the_parameters_learns():
     model = copy.deepcopy(fresh)
     train(
         model,
-        lambda n: Watched(share=0.2, exponent=1.0, epsilon=0.1, num_steps=n),
+        lambda n: Watched(UnmaskSettings(share=0.2, exponent=1.0, epsilon=0.1), num_steps=n),
         watch=lambda _: changed.append(learnable(model) != before),
     )
     num = [int(mask.sum()) for mask in changed]
