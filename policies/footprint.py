@@ -325,6 +325,11 @@ class Limits:
     max_latency_s: float | None = None
     quality_floor: float | None = None
 
+    @classmethod
+    def of(cls, settings: object) -> Limits:
+        """Return what `settings` say in fields of the same names."""
+        return cls(**{each.name: getattr(settings, each.name) for each in fields(cls)})
+
     def exceeded(self, cost: Footprint) -> tuple[str, ...]:
         """Return the names of the ceilings that `cost` is above; empty when it fits."""
         ceilings = (

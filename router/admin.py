@@ -157,16 +157,7 @@ def add_admin_routes(
 
     async def create_key(request: Request) -> JSONResponse:
         actor, new = await administrator(request), await read(request, NewKey)
-        key, secret = await run(
-            keys.create_key,
-            database,
-            name=new.name,
-            scope=new.scope,
-            team=new.team,
-            weight=new.weight,
-            caps=new.caps,
-            actor=actor,
-        )
+        key, secret = await run(keys.create_key, database, **new.model_dump(), actor=actor)
         return _told({**key.to_json(), "secret": secret})
 
     async def list_keys(request: Request) -> JSONResponse:
@@ -194,7 +185,7 @@ def add_admin_routes(
 
     async def create_team(request: Request) -> JSONResponse:
         actor, new = await administrator(request), await read(request, NewTeam)
-        team = await run(keys.create_team, database, name=new.name, caps=new.caps, actor=actor)
+        team = await run(keys.create_team, database, **new.model_dump(), actor=actor)
         return _told(team.to_json())
 
     async def list_teams(request: Request) -> JSONResponse:

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Protocol
 from pydantic import BaseModel, Field
 
 from models.engines.base import Chunk, SamplingOptions
-from policies.footprint import Limits
 from policies.kinds import Strict
 from router.errors import ApiError
 from router.executor.task import Prompt
@@ -35,16 +34,6 @@ class Extension(Strict):
     max_gco2e: float | None = Field(None, ge=0)
     max_latency_s: float | None = Field(None, gt=0)
     quality_floor: float | None = Field(None, ge=0, le=1)
-
-    def limits(self) -> Limits:
-        """Return the ceilings and the floor as policies read them."""
-        return Limits(
-            max_usd=self.max_usd,
-            max_wh=self.max_wh,
-            max_gco2e=self.max_gco2e,
-            max_latency_s=self.max_latency_s,
-            quality_floor=self.quality_floor,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
