@@ -21,14 +21,7 @@ from models.card import read_card
 from models.engines.registry import engine_traits
 from models.errors import PoolError
 from models.sources.locate import locate
-from models.spec import (
-    EngineSpec,
-    Model,
-    ModelSpec,
-    PoolFile,
-    RemoteModelSpec,
-    SamplingSpec,
-)
+from models.spec import EngineSpec, Model, ModelSpec, PoolFile, RemoteModelSpec, SamplingSpec
 from policies.base import ModelFacts
 from policies.kinds import explain
 

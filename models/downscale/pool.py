@@ -15,13 +15,7 @@ from models.downscale.chunks import BASE
 from models.downscale.figures import collect
 from models.downscale.laws import laws
 from models.downscale.members import member
-from models.downscale.policies import (
-    CASCADE_FILE,
-    ROUTER_FILE,
-    policies,
-    policies_of,
-    prices,
-)
+from models.downscale.policies import CASCADE_FILE, ROUTER_FILE, policies, policies_of, prices
 from models.downscale.questions import questions
 from models.downscale.report import all_tables, markdown, write_report
 from models.downscale.stage import MARKS, Run, stage, write_json

@@ -17,12 +17,7 @@ from models.errors import RecipeError
 from models.precision import Precision
 from models.sources.locate import HUB
 from models.spec import Name
-from models.training.settings import (
-    DistillSettings,
-    MonteCarloSettings,
-    Share,
-    UnmaskSettings,
-)
+from models.training.settings import DistillSettings, MonteCarloSettings, Share, UnmaskSettings
 from policies.files import PACKAGE
 from policies.kinds import Strict, explain
 
