@@ -21,15 +21,13 @@ def write_policies(file: Path, specs: Mapping[str, Mapping[str, Any]]) -> None:
             alone.
     """
     before = file.read_text(encoding="utf-8")
-    # By way of JSON, so that what policies share is written out: an anchor's name stands only once.
-    plain = json.loads(json.dumps(dict(specs)))
     wanted = yaml.safe_load(before)
     known = wanted.get("policies") or {}
-    merged = {name: {**known.get(name, {}), **spec} for name, spec in plain.items()}
+    merged = {name: {**known.get(name, {}), **spec} for name, spec in specs.items()}
     wanted["policies"] = {**known, **merged}
-    fresh = {name: spec for name, spec in plain.items() if name not in known}
+    fresh = {name: spec for name, spec in specs.items() if name not in known}
     after = before
-    for start, end, text in sorted(_changes(before, plain, fresh), reverse=True):
+    for start, end, text in sorted(_changes(before, specs, fresh), reverse=True):
         after = after[:start] + text + after[end:]
     try:
         says = yaml.safe_load(after)
@@ -38,7 +36,7 @@ def write_policies(file: Path, specs: Mapping[str, Mapping[str, Any]]) -> None:
     if says != wanted:
         raise PoolError(
             f"{file} is laid out so that policies cannot be written into it; its policies should "
-            f"have:\n{_block(plain)}"
+            f"have:\n{as_yaml(specs)}"
         )
     write_atomic(file, after)
 
@@ -87,7 +85,13 @@ def _pairs(node: yaml.Node | None) -> dict[str, tuple[yaml.Mark, yaml.Node]]:
     return {key.value: (key.start_mark, value) for key, value in pairs}
 
 
-def _block(content: Mapping[str, Any], indent: int = 0) -> str:
+def _block(content: Mapping[str, Any], indent: int) -> str:
     """Return `content` as YAML, each line `indent` columns in."""
-    block = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-    return "".join(" " * indent + line for line in block.splitlines(keepends=True))
+    lines = as_yaml(content).splitlines(keepends=True)
+    return "".join(" " * indent + line for line in lines)
+
+
+def as_yaml(content: Mapping[str, Any]) -> str:
+    """Return `content` as YAML in which what occurs twice is written out twice, without anchors."""
+    plain = json.loads(json.dumps(dict(content)))
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)

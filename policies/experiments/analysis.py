@@ -132,7 +132,7 @@ def analyse(
         sample_ratio=ratio,
         verdict=advice.verdict,
         winner=advice.winner,
-        recommendation=advice.sentence,
+        recommendation=advice.recommendation,
         notes=(*advice.notes, *_selective(experiment, observations)),
     )
 
