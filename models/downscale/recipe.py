@@ -10,8 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from models.errors import RecipeError
 from models.precision import Precision
@@ -19,7 +18,7 @@ from models.sources.locate import HUB
 from models.spec import Name
 from models.training.settings import DistillSettings, MonteCarloSettings, Share, UnmaskSettings
 from policies.files import PACKAGE
-from policies.kinds import Strict, explain
+from policies.kinds import Strict, read_yaml
 
 TASKS: Final = "tasks:"
 ALL_DOMAINS: Final = "domains"
@@ -376,14 +375,7 @@ def read_recipe(file: Path) -> Recipe:
     """
     if not file.is_file():
         raise RecipeError(f"there is no recipe at {file}")
-    try:
-        data = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{file} is not valid YAML: {error}") from None
-    try:
-        recipe = Recipe.model_validate(data)
-    except ValidationError as error:
-        raise RecipeError(f"{file}: {explain(error)}") from None
+    recipe = read_yaml(file, Recipe, refused=RecipeError)
     return _with_absolute_paths(recipe, file.parent.resolve())
 
 
