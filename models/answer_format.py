@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from policies.kinds import Strict
 
 FormatName: TypeAlias = Literal["hermes", "llama3-json", "mistral", "pythonic"]
 """How a model writes its calls; see `models.tool_formats`."""
@@ -61,10 +63,8 @@ def join_calls(pieces: Iterable[ToolCall]) -> tuple[ToolCall, ...]:
     return tuple(calls.values())
 
 
-class ReasoningTags(BaseModel):
+class ReasoningTags(Strict):
     """What a model's thoughts stand between; both texts are literal."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     open: str = Field(min_length=1, max_length=64)
     close: str = Field(min_length=1, max_length=64)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from models.adapter import read_adapter
@@ -21,16 +20,9 @@ from models.card import read_card
 from models.engines.registry import engine_traits
 from models.errors import PoolError
 from models.sources.locate import locate
-from models.spec import (
-    EngineSpec,
-    Model,
-    ModelSpec,
-    PoolFile,
-    RemoteModelSpec,
-    SamplingSpec,
-)
+from models.spec import EngineSpec, Model, ModelSpec, PoolFile, RemoteModelSpec, SamplingSpec
 from policies.base import ModelFacts
-from policies.kinds import explain
+from policies.kinds import explain, read_yaml
 
 # Beside the pool file: which commits its Hub sources stand for (see `sources.locate`).
 LOCK = "pool.lock"
@@ -117,14 +109,7 @@ def load_pool(path: Path | str) -> Pool:
         file = file / "pool.yaml"
     if not file.is_file():
         raise PoolError(f"there is no pool file at {file}")
-    try:
-        data = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PoolError(f"{file} is not valid YAML: {error}") from None
-    try:
-        content = PoolFile.model_validate(data)
-    except ValidationError as error:
-        raise PoolError(f"{file}: {explain(error)}") from None
+    content = read_yaml(file, PoolFile, refused=PoolError)
     _check_names(file, content)
     absent = _find_absent(file, content)
     models = [spec for spec in content.models if spec.name not in absent]

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from models.adapter import AdapterSource
 from models.answer_format import AnswerFormat, FormatName, ReasoningTags, detect_format
@@ -19,15 +19,12 @@ from models.card import ModelCard
 from models.chat_template import Message, open_conversation, read_prompt_facts
 from policies.base import ModelFacts
 from policies.footprint import Rates
+from policies.kinds import Strict
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DeploymentSpec(_Strict):
+class DeploymentSpec(Strict):
     """How many replicas an engine gets, and what each holds of the machine.
 
     With `max_replicas` above `min_replicas` the engine scales with its load, aiming at
@@ -47,7 +44,7 @@ class DeploymentSpec(_Strict):
 Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
 
 
-class EngineSpec(_Strict):
+class EngineSpec(Strict):
     """One engine: `kind` picks the implementation, `options` are that implementation's own.
 
     `kv_memory_bytes` bounds the key/value cache; requests beyond it wait, at most
@@ -67,7 +64,7 @@ class EngineSpec(_Strict):
     deployment: DeploymentSpec = Field(default_factory=DeploymentSpec)
 
 
-class RemoteModelSpec(_Strict):
+class RemoteModelSpec(Strict):
     """A model behind another server, as far as the pool file can tell.
 
     `model` is its name there (default: its name here). `tokenizer` is a source like `checkpoint`,
@@ -84,7 +81,7 @@ class RemoteModelSpec(_Strict):
     encodes: tuple[Literal["vector", "score"], ...] = ()
 
 
-class SamplingSpec(_Strict):
+class SamplingSpec(Strict):
     """How a model's answers are drawn where a request does not say; the names are requests' own."""
 
     temperature: float | None = Field(None, ge=0, le=2)
@@ -94,7 +91,7 @@ class SamplingSpec(_Strict):
     repetition_penalty: float | None = Field(None, gt=0, le=2)
 
 
-class ModelSpec(_Strict):
+class ModelSpec(Strict):
     """One model: where its checkpoint is, who runs it, its price.
 
     `checkpoint` is a source as `sources.locate` reads it: a folder or a .gguf file (relative to the
@@ -142,7 +139,7 @@ _OF_BASE = (
 )
 
 
-class PoolFile(_Strict):
+class PoolFile(Strict):
     """The schema of pool.yaml. `policies` and `scorers` map names to specifications.
 
     The policy "auto" is the default; plans name the scorers beside those that policies bring along.

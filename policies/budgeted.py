@@ -12,7 +12,7 @@ from pydantic import Field
 
 from policies.base import Decision, ModelFacts, Policy, Query
 from policies.budget.controller import Controller
-from policies.budget.prices import BudgetTarget, Per, Resource
+from policies.budget.prices import BudgetTarget
 from policies.carbon.settings import LiveModels
 from policies.errors import PolicyError
 from policies.footprint import Footprint, Limits
@@ -53,24 +53,11 @@ class Budgeted(Policy):
         self.controller.observe(query, decision, cost)
 
 
-class TargetSettings(Settings):
-    """One target: `amount` of a resource per hour, or per 1,000 requests."""
-
-    resource: Resource
-    amount: float = Field(gt=0)
-    per: Per = "hour"
-
-    def __str__(self) -> str:
-        """Say it in words."""
-        per = "hour" if self.per == "hour" else "1,000 requests"
-        return f"{self.amount:g} {self.resource} per {per}"
-
-
 class BudgetedSettings(Settings):
     """The keys of `kind: budgeted`."""
 
     policy: Mapping[str, Any] = Field(description="The specification of the wrapped policy.")
-    targets: tuple[TargetSettings, ...] = Field((), strict=False)
+    targets: tuple[BudgetTarget, ...] = Field((), strict=False)
     window_hours: float = Field(24, gt=0, description="What a target is averaged over.")
     quality_floor: float | None = Field(None, gt=0, le=1)
     max_latency_s: float | None = Field(None, gt=0)
@@ -107,16 +94,10 @@ def make_controller(
     return Controller(
         models=models,
         clock=clock,
-        targets=tuple(BudgetTarget(**target.model_dump()) for target in settings.targets),
+        targets=settings.targets,
         law=_law(settings.laws, folder),
         groups=settings.fuse,
-        limits=Limits(
-            max_usd=settings.max_usd,
-            max_wh=settings.max_wh,
-            max_gco2e=settings.max_gco2e,
-            max_latency_s=settings.max_latency_s,
-            quality_floor=settings.quality_floor,
-        ),
+        limits=Limits.of(settings),
         expected_output_tokens=settings.expected_output_tokens,
         window_s=settings.window_hours * 3600,
         announced=models.announced_gco2e_per_kwh if isinstance(models, LiveModels) else None,

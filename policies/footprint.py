@@ -311,6 +311,9 @@ def _join(one: str, other: str) -> str:
     return "+".join(sorted({*one.split("+"), *other.split("+")}))
 
 
+_CEILINGS = ("max_usd", "max_wh", "max_gco2e", "max_latency_s")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """Ceilings on one request's estimated cost, a latency ceiling and a floor on quality.
@@ -324,6 +327,11 @@ class Limits:
     max_gco2e: float | None = None
     max_latency_s: float | None = None
     quality_floor: float | None = None
+
+    @classmethod
+    def of(cls, settings: object) -> Limits:
+        """Return what `settings` say in fields of the same names."""
+        return cls(**{each.name: getattr(settings, each.name) for each in fields(cls)})
 
     def exceeded(self, cost: Footprint) -> tuple[str, ...]:
         """Return the names of the ceilings that `cost` is above; empty when it fits."""
@@ -342,10 +350,7 @@ class Limits:
         if other is NO_LIMITS:
             return self
         return Limits(
-            max_usd=_least(self.max_usd, other.max_usd),
-            max_wh=_least(self.max_wh, other.max_wh),
-            max_gco2e=_least(self.max_gco2e, other.max_gco2e),
-            max_latency_s=_least(self.max_latency_s, other.max_latency_s),
+            **{name: _least(getattr(self, name), getattr(other, name)) for name in _CEILINGS},
             quality_floor=max(
                 (v for v in (self.quality_floor, other.quality_floor) if v is not None),
                 default=None,
@@ -355,10 +360,7 @@ class Limits:
     @property
     def caps_cost(self) -> bool:
         """Whether any ceiling on cost or latency is set."""
-        return any(
-            value is not None
-            for value in (self.max_usd, self.max_wh, self.max_gco2e, self.max_latency_s)
-        )
+        return any(getattr(self, name) is not None for name in _CEILINGS)
 
 
 NO_LIMITS = Limits()

@@ -15,8 +15,10 @@ import re
 import reprlib
 from collections.abc import Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Annotated, Any, Generic, Protocol, TypeVar
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from policies.errors import PolicyError
@@ -32,10 +34,19 @@ _SHORT.maxstring = _SHORT.maxother = 80
 _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 8
 
 
-class Settings(BaseModel):
+class Strict(BaseModel):
+    """Settings that refuse what they do not know, and stay as they are."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Settings(Strict):
     """Settings as a file or a request gives them: no unknown keys, no conversions, finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+Schema = TypeVar("Schema", bound=BaseModel)
 
 
 def explain(error: ValidationError, *, whole: str = "the file") -> str:
@@ -55,6 +66,21 @@ def explain(error: ValidationError, *, whole: str = "the file") -> str:
         else:
             lines.append(f"{where}: {detail['msg']}, got {detail['input']!r}")
     return "; ".join(lines)
+
+
+def read_yaml(file: Path, schema: type[Schema], *, refused: type[ValueError]) -> Schema:
+    """Return what a YAML file says, in the form of `schema`.
+
+    Raises `refused` that names the file, the key, the value and what is allowed.
+    """
+    try:
+        data = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise refused(f"{file} is not valid YAML: {error}") from None
+    try:
+        return schema.model_validate(data)
+    except ValidationError as error:
+        raise refused(f"{file}: {explain(error)}") from None
 
 
 def first_problem(error: ValidationError, *, where: str, keys: Iterable[str]) -> str:

@@ -20,7 +20,7 @@ from router.editions import Editions
 from router.errors import bad_request
 from router.ledger.database import Database
 from router.openai_api.fields import read_fields, read_json
-from router.openapi import described
+from router.openapi import Listing, described
 
 _MOST_BODY_BYTES = 2**16
 _MOST_ROWS = 1000
@@ -82,24 +82,21 @@ class AuditFacts(BaseModel):
     after: dict[str, Any] | None
 
 
-class KeyList(BaseModel):
+class KeyList(Listing):
     """All keys, oldest first."""
 
-    object: Literal["list"]
     data: list[KeyFacts]
 
 
-class TeamList(BaseModel):
+class TeamList(Listing):
     """All teams, oldest first."""
 
-    object: Literal["list"]
     data: list[TeamFacts]
 
 
-class AuditList(BaseModel):
+class AuditList(Listing):
     """A page of the audit, the latest row first."""
 
-    object: Literal["list"]
     data: list[AuditFacts]
 
 
@@ -160,16 +157,7 @@ def add_admin_routes(
 
     async def create_key(request: Request) -> JSONResponse:
         actor, new = await administrator(request), await read(request, NewKey)
-        key, secret = await run(
-            keys.create_key,
-            database,
-            name=new.name,
-            scope=new.scope,
-            team=new.team,
-            weight=new.weight,
-            caps=new.caps,
-            actor=actor,
-        )
+        key, secret = await run(keys.create_key, database, **new.model_dump(), actor=actor)
         return _told({**key.to_json(), "secret": secret})
 
     async def list_keys(request: Request) -> JSONResponse:
@@ -197,7 +185,7 @@ def add_admin_routes(
 
     async def create_team(request: Request) -> JSONResponse:
         actor, new = await administrator(request), await read(request, NewTeam)
-        team = await run(keys.create_team, database, name=new.name, caps=new.caps, actor=actor)
+        team = await run(keys.create_team, database, **new.model_dump(), actor=actor)
         return _told(team.to_json())
 
     async def list_teams(request: Request) -> JSONResponse:

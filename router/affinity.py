@@ -36,8 +36,7 @@ _MOST_AHEAD = 8
 class Places(Generic[Place]):
     """Where prompts went: by chained hashes of blocks of their tokens, least recent out first."""
 
-    def __init__(self, most_blocks: int = _MOST_BLOCKS) -> None:
-        self._most_blocks = most_blocks
+    def __init__(self) -> None:
         self._places: OrderedDict[int, Place] = OrderedDict()
 
     def find(self, tokens: Sequence[int]) -> Place | None:
@@ -54,7 +53,7 @@ class Places(Generic[Place]):
         for key in _chain(tokens):
             self._places[key] = place
             self._places.move_to_end(key)
-        while len(self._places) > self._most_blocks:
+        while len(self._places) > _MOST_BLOCKS:
             self._places.popitem(last=False)
 
 

@@ -9,21 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from models.pool import DEFAULT_POOL
 from models.spec import DeploymentSpec, Name
 from policies.carbon.economics import EconomicsSettings
 from policies.carbon.settings import CarbonSettings
-from policies.kinds import Count, explain
+from policies.kinds import Count, Strict, explain
 from policies.plan import PlanBounds
 from router.access.authentication import AuthConfig
 from router.access.limits import BudgetsConfig
@@ -36,11 +28,7 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the file and the key."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ServingLimits(_Strict):
+class ServingLimits(Strict):
     """Bounds on one request.
 
     A body has at most `max_body_bytes`, unpacked, and `max_body_values` lists, objects, commas and
@@ -73,7 +61,7 @@ class ServingLimits(_Strict):
         return int(self.max_arriving_mb * 1e6)
 
 
-class HttpConfig(_Strict):
+class HttpConfig(Strict):
     """How connections are kept, and which web pages may ask.
 
     An idle connection is closed after `keep_alive_s`: longer than the pools of clients and proxies
@@ -103,7 +91,7 @@ class HttpConfig(_Strict):
         return self.model_copy(update={"cors_origins": ("loopback",)})
 
 
-class ResponsesConfig(_Strict):
+class ResponsesConfig(Strict):
     """Which responses of `/v1/responses` are kept, for who asks for them again or goes on.
 
     `store` is "never", "if_asked" (those whose request says `store: true`) or "unless_refused" (all
@@ -116,7 +104,7 @@ class ResponsesConfig(_Strict):
     max_gb: float = Field(1, gt=0)
 
 
-class BatchesConfig(_Strict):
+class BatchesConfig(Strict):
     """Offline work over files, which the ledger's database holds.
 
     A file has at most `max_file_mb` megabytes and `max_requests` lines; all of them are kept for
@@ -142,7 +130,7 @@ class BatchesConfig(_Strict):
         return self
 
 
-class TracingConfig(_Strict):
+class TracingConfig(Strict):
     """Where traces go: to an OTLP collector that takes HTTP, as http://localhost:4318/v1/traces.
 
     `sample_ratio` of the traces that begin here are kept; one that a client began is kept if the
@@ -167,7 +155,7 @@ class _Origin:
     overrides: Mapping[str, object]
 
 
-class AppArgs(_Strict):
+class AppArgs(Strict):
     """Everything the application needs to know.
 
     `pool` is a pool.yaml or its folder (default: the pool that comes with Shoal). `policies` adds

@@ -107,9 +107,8 @@ class Conversations:
             .order_by(REQUESTS.c.time_s.desc())
             .limit(1)
         )
-        with self._database.connect() as connection:
-            found: Mapping[str, Any] | None = connection.execute(wanted).scalar()
-            return found
+        row = self._database.row(wanted)
+        return None if row is None else row["answered_with"]
 
 
 def _ignore(call: asyncio.Future[Any]) -> None:

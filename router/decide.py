@@ -9,7 +9,7 @@ from dataclasses import replace
 from models.engines.base import SamplingOptions
 from policies.base import Decision, Policy, Query
 from policies.errors import PlanError, PolicyError
-from policies.footprint import NO_LIMITS, Footprint, estimate
+from policies.footprint import NO_LIMITS, Footprint, Limits, estimate
 from policies.plan import Answer, Plan, PlanBounds, answers, from_json, members, num_lanes
 from router.catalog.catalog import Catalog, Target
 from router.catalog.members import Members
@@ -160,7 +160,7 @@ async def _query(
         user=exchange.user,
         session=exchange.record.session,
         key_id=exchange.key_id,
-        limits=ask.extension.limits(),
+        limits=Limits.of(ask.extension),
         explain=ask.extension.explain,
     )
 

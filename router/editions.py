@@ -263,9 +263,7 @@ def _latest(database: Database, server: str, *, after: int) -> Mapping[str, Any]
         .order_by(EDITIONS.c.number.desc())
         .limit(1)
     )
-    with database.connect() as connection:
-        row = connection.execute(query).mappings().first()
-    return None if row is None else dict(row)
+    return database.row(query)
 
 
 def _from_row(row: Mapping[str, Any], current: Edition) -> Edition:

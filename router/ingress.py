@@ -29,7 +29,6 @@ from router.access.limits import CapError
 from router.adapters import add_adapter_routes
 from router.admin import add_admin_routes, add_reload_routes
 from router.anthropic_api.answer import MessagesEndpoint
-from router.anthropic_api.counting import add_count_route
 from router.batching import OFFLINE, Batching
 from router.catalog.catalog import describe_model, list_models
 from router.config import AppArgs
@@ -146,12 +145,6 @@ def create_api(service: Service, args: AppArgs) -> FastAPI:
     for left in (ClientDisconnected, ClientDisconnect):
         api.add_exception_handler(left, nobody)
 
-    add_count_route(
-        api,
-        lambda: service.catalog,
-        identify=identify,
-        bodies=service.bodies,
-    )
     add_token_routes(api, lambda: service.catalog, identify=identify, bodies=service.bodies)
     names = [shadow.name for shadow in service.mirror.shadows if shadow.judge is None]
     add_feedback_route(

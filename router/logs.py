@@ -13,8 +13,7 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO, TypeAlias
 
-from pydantic import BaseModel, ConfigDict
-
+from policies.kinds import Strict
 from router.record import RequestRecord
 
 LOGGERS = ("shoal", "router", "models", "policies")
@@ -26,14 +25,12 @@ Level: TypeAlias = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 REQUEST_ID: ContextVar[str | None] = ContextVar("shoal_request_id", default=None)
 
 
-class LogsConfig(BaseModel):
+class LogsConfig(Strict):
     """The `logs:` section of the server's configuration.
 
     `format` "json" writes one object per line to standard error, "plain" leaves Python's own lines.
     `requests` writes a line per request: what was asked for, what ran, what it cost, no text.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal["plain", "json"] = "plain"
     level: Level = "WARNING"

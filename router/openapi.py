@@ -41,6 +41,20 @@ class ErrorBody(BaseModel):
     error: ErrorFacts
 
 
+class Listing(BaseModel):
+    """A list, whose entries are its `data`."""
+
+    object: Literal["list"]
+
+
+class Page(Listing):
+    """A part of a longer list; `last_id` is what `after` takes to go on."""
+
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
 class _Schema(GenerateJsonSchema):
     """Leaves out that a default is null, which says nothing to a client."""
 

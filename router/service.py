@@ -20,8 +20,7 @@ from starlette.responses import Response
 from models.engines.base import Chunk
 from policies.experiments.shadow import ShadowMeter
 from router.accounts import Accounts, Watcher
-from router.arriving import Held
-from router.bodies import Bodies
+from router.bodies import Bodies, Held
 from router.catalog.catalog import Catalog
 from router.config import ServingLimits
 from router.conversations import Conversations

@@ -1,4 +1,6 @@
-"""vLLM's `/tokenize`, `/detokenize`, `/tokenizer_info`, `/version`: what a model reads."""
+"""What a model reads: vLLM's `/tokenize`, `/detokenize`, `/tokenizer_info` and `/version`, and
+Anthropic's `/v1/messages/count_tokens`. Nobody answers here, and nothing is recorded.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,19 @@ from starlette.responses import JSONResponse, Response
 
 from models.chat_template import read_prompt_facts, read_tokenizer_config
 from models.tokenizer import Tokenizer
+from policies.base import Query
 from policies.kinds import MOST_COUNT
 from policies.plan import Answer
+from router.anthropic_api.answer import MessageError, MessagesEndpoint
+from router.anthropic_api.request import CountFields, read_count
 from router.bodies import Bodies
 from router.catalog.catalog import Catalog
-from router.decide import named_target
-from router.errors import bad_request
+from router.decide import most_read, named_target
+from router.eligible import among_able
+from router.errors import bad_request, to_api_error
 from router.executor.task import Prompt
 from router.openai_api.chat import ChatEndpoint
+from router.openai_api.endpoint import Ask
 from router.openai_api.fields import read_fields, read_json
 from router.openapi import described
 from router.streams import in_json
@@ -110,6 +117,33 @@ def _facts(tokenizer: Tokenizer, path: Path | None) -> dict[str, Any]:
     return {**told, **config, "chat_template": prompts.templates.get("default")}
 
 
+class InputTokens(BaseModel):
+    """How long a conversation is."""
+
+    input_tokens: int
+
+
+async def _count(catalog: Catalog, ask: Ask) -> int:
+    """Return the tokens that `ask` has for who would answer it; of several, for who reads most.
+
+    A policy with a budget decides by what it has spent, so that any of its models may.
+    """
+    target, [prompt] = named_target(catalog, ask.model), ask.prompts
+    policy, pool = target.policy, catalog.members
+    if target.policy_name is None:
+        return len(await prompt.tokens(pool.tokenizer_of(ask.model)))
+    if target.policy_name in catalog.policies.controllers:
+        return await most_read(policy.plans(), pool, prompt)
+    query = Query(
+        text=prompt.query(pool.tokenizer),
+        earlier=prompt.earlier(),
+        prompt_tokens=await prompt.count(pool.tokenizer),
+    )
+    decision = await asyncio.to_thread(policy.decide, query)
+    decision = await among_able(decision, policy, pool=pool, ask=ask, prompt=prompt)
+    return await most_read([decision.plan], pool, prompt)
+
+
 def add_token_routes(
     api: FastAPI,
     now: Callable[[], Catalog],
@@ -177,11 +211,21 @@ def add_token_routes(
     async def tell_version() -> JSONResponse:
         return JSONResponse({"version": version("shoal")})
 
-    for path, answer, takes, answers in (
-        ("/tokenize", tokenize, TokenizeFields, Tokenized),
-        ("/detokenize", detokenize, DetokenizeFields, Detokenized),
+    async def count_tokens(request: Request) -> JSONResponse:
+        """Count the tokens of a conversation as a model reads it."""
+        try:
+            ask = await bodies.take(request, read_count, await identify(request))
+            return JSONResponse({"input_tokens": await _count(now(), ask)})
+        except Exception as error:
+            told = to_api_error(error)
+            return JSONResponse(MessagesEndpoint().error(told), told.status, told.headers)
+
+    counted = described(InputTokens, takes=CountFields, errors=MessageError)
+    for path, answer, extra in (
+        ("/tokenize", tokenize, described(Tokenized, takes=TokenizeFields)),
+        ("/detokenize", detokenize, described(Detokenized, takes=DetokenizeFields)),
+        ("/v1/messages/count_tokens", count_tokens, counted),
     ):
-        extra = described(answers, takes=takes)
         api.add_api_route(path, answer, methods=["POST"], openapi_extra=extra)
     extra = described(TokenizerFacts, query=("model",))
     api.add_api_route("/tokenizer_info", tell_tokenizer, methods=["GET"], openapi_extra=extra)

@@ -17,11 +17,12 @@ from transformers import PreTrainedModel
 
 from models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from models.downscale.base import base_model
-from models.downscale.recipe import AdapterSettings, AdaptSettings, UnmaskSettings
+from models.downscale.recipe import AdapterSettings, AdaptSettings
 from models.downscale.stage import Run
 from models.training.loop import Method
 from models.training.lora import LowRank, add_adapter, save_adapter
-from models.training.monte_carlo import MonteCarlo, Posterior, Prior, Unmasking, drawn
+from models.training.monte_carlo import MonteCarlo, Posterior, Unmasking, drawn
+from models.training.settings import MonteCarloSettings, UnmaskSettings
 
 
 def has_adapters(run: Run) -> bool:
@@ -61,28 +62,17 @@ def method_of(run: Run) -> Callable[[int], Method]:
     if adapters is None or (adapters.unmask is None and adapters.monte_carlo is None):
         return lambda _: Method()
     if adapters.unmask is not None:
-        return partial(_unmasking, adapters.unmask)
+        unmask = UnmaskSettings(**adapters.unmask.model_dump())
+        return lambda num_steps: Unmasking(unmask, num_steps=num_steps)
     prior = _prior(adapters)
     assert prior is not None
     method = MonteCarlo(prior, seed=run.recipe.seed)
     return lambda _: method
 
 
-def _unmasking(settings: UnmaskSettings, num_steps: int) -> Method:
-    share, exponent, epsilon = settings.share, settings.exponent, settings.epsilon
-    return Unmasking(share=share, exponent=exponent, epsilon=epsilon, num_steps=num_steps)
-
-
-def _prior(adapters: AdapterSettings) -> Prior | None:
+def _prior(adapters: AdapterSettings) -> MonteCarloSettings | None:
     chosen = adapters.monte_carlo
-    if chosen is None:
-        return None
-    return Prior(
-        deviation=chosen.deviation,
-        components=chosen.components,
-        concentration=chosen.concentration,
-        weight=chosen.weight,
-    )
+    return None if chosen is None else MonteCarloSettings(**chosen.model_dump())
 
 
 def keep_adapter(run: Run, model: PreTrainedModel, folder: Path, domain: str) -> None:

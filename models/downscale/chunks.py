@@ -109,7 +109,7 @@ def _by_uncertainty(run: Run, domain: str, examples: Sequence[Conversation]) -> 
     def try_out(kept: Sequence[int]) -> float:
         member = load_model(warm(run, domain))
         _short_run(run, member, [examples[i] for i in kept], settings.trial_tokens)
-        return held_out_loss(run, member, domain)
+        return loss_on(run, conversations(run, domain, Split.ROUTER), member)
 
     with ExitStack() as stack:
         members = [load_model(warm(run, judge)) for judge in judges]
@@ -162,13 +162,6 @@ def selected(run: Run, name: str) -> list[Conversation]:
 def untrained(run: Run, domain: str) -> PreTrainedModel:
     """What a member is trained from: its cut, or the base with a fresh adapter."""
     return adapted_base(run) if has_adapters(run) else load_model(cut_out(run, domain))
-
-
-def held_out_loss(
-    run: Run, model: PreTrainedModel, name: str, split: Split = Split.ROUTER
-) -> float:
-    """Nats per answer token of `model` on the held-out examples of a domain."""
-    return loss_on(run, conversations(run, name, split), model)
 
 
 def loss_on(run: Run, examples: Sequence[Conversation], model: PreTrainedModel) -> float:

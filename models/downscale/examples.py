@@ -43,7 +43,7 @@ _MIN_FITTING_SHARE: Final = 0.1
 @stage("corpora")
 def corpora(run: Run, folder: Path, name: str) -> None:
     """Stage: the corpus of a domain, or a general one of its own, in splits."""
-    settings = _settings(run, name)
+    settings = run.recipe.general if name == GENERAL else run.recipe.domains[name]
     if settings.corpus.startswith(TASKS):
         measure = run.recipe.measure
         held_out = max(measure.router_questions, measure.test_questions)
@@ -149,10 +149,6 @@ def _but_not(left_out: Mapping[str, int]) -> str:
 @remembered
 def _rendered(run: Run, name: str, split: Split) -> list[Conversation]:
     return render(run, corpus(run, name).of(split))
-
-
-def _settings(run: Run, name: str) -> CorpusSettings:
-    return run.recipe.general if name == GENERAL else run.recipe.domains[name]
 
 
 def _check_language(run: Run, name: str, rendered: Sequence[Conversation]) -> None:

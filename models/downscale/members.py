@@ -18,12 +18,7 @@ import torch
 from models.adapter import read_adapter
 from models.card import ModelCard, read_card
 from models.downscale.adapt import NUM_JUDGED, adapt, trial
-from models.downscale.adapters import (
-    copy_adapter,
-    has_adapters,
-    keep_adapter,
-    training_of,
-)
+from models.downscale.adapters import copy_adapter, has_adapters, keep_adapter, training_of
 from models.downscale.base import base_model
 from models.downscale.chunks import BASE, load_model, loss_on, save_model, untrained
 from models.downscale.data import Point, best_share, fit_mixture

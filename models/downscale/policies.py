@@ -50,13 +50,7 @@ from policies.cascade.scorer import LearnedScorer
 from policies.encoders.base import build_encoder
 from policies.errors import PolicyError
 from policies.evaluation.play import play as play_one
-from policies.evidence import (
-    Calibration,
-    HeldOutAnswers,
-    calibrate,
-    evidence_weights,
-    mixture_nll,
-)
+from policies.evidence import Calibration, HeldOutAnswers, calibrate, evidence_weights, mixture_nll
 from policies.fixed import Fixed
 from policies.footprint import Rates
 from policies.fused import best_members, with_prior

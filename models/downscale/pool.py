@@ -7,24 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
-
 from models.downscale.adapters import has_adapters
 from models.downscale.answers import ENGINE_KIND, members_measured, outcomes
 from models.downscale.chunks import BASE
 from models.downscale.figures import collect
 from models.downscale.laws import laws
 from models.downscale.members import member
-from models.downscale.policies import (
-    CASCADE_FILE,
-    ROUTER_FILE,
-    policies,
-    policies_of,
-    prices,
-)
+from models.downscale.policies import CASCADE_FILE, ROUTER_FILE, policies, policies_of, prices
 from models.downscale.questions import questions
 from models.downscale.report import all_tables, markdown, write_report
 from models.downscale.stage import MARKS, Run, stage, write_json
+from models.pool_text import as_yaml
 from policies.laws.file import LAWS_FILE
 from policies.outcomes import write_outcomes
 
@@ -104,14 +97,7 @@ def _pool_file(run: Run) -> str:
         "models": models,
         "policies": policies_of(run)["specs"],
     }
-    return yaml.dump(content, sort_keys=False, Dumper=_Plain)
-
-
-class _Plain(yaml.SafeDumper):
-    """Writes a list that occurs twice out twice."""
-
-    def ignore_aliases(self, data: object) -> bool:  # noqa: ARG002 - none are wanted
-        return True
+    return as_yaml(content)
 
 
 def _member_card(name: str, figures: Mapping[str, Any]) -> str:

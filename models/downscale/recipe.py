@@ -10,16 +10,15 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from models.downscale.distill import DistillSettings, Share, Strict
 from models.errors import RecipeError
 from models.precision import Precision
 from models.sources.locate import HUB
 from models.spec import Name
+from models.training.settings import DistillSettings, MonteCarloSettings, Share, UnmaskSettings
 from policies.files import PACKAGE
-from policies.kinds import explain
+from policies.kinds import Strict, read_yaml
 
 TASKS: Final = "tasks:"
 ALL_DOMAINS: Final = "domains"
@@ -98,31 +97,6 @@ class MemberShape(Strict):
     num_layers: int | None = Field(None, gt=0)
     num_heads: int | None = Field(None, gt=0)
     num_kv_heads: int | None = Field(None, gt=0)
-
-
-class UnmaskSettings(Strict):
-    """ID3: only this share of an adapter's parameters learns, chosen on the way.
-
-    Each step adds those that are highest by |gradient| / (|weight| + epsilon)^exponent.
-    """
-
-    share: float = Field(0.25, gt=0, le=1)
-    exponent: float = Field(0.0, ge=0, le=10)
-    epsilon: float = Field(1e-3, gt=0)
-
-
-class MonteCarloSettings(Strict):
-    """MonteCLoRA: an adapter with a posterior, of which `members` draws are members of their own.
-
-    The pool has them beside the mean, which is called like the domain: NAME-1, NAME-2 and so on.
-    See `models.training.monte_carlo.Prior` for the others.
-    """
-
-    members: int = Field(4, ge=1, le=64)
-    deviation: float = Field(1e-2, gt=0)
-    components: int = Field(4, ge=1, le=64)
-    concentration: float = Field(1.0, gt=0)
-    weight: float = Field(1e-5, ge=0)
 
 
 class AdapterSettings(Strict):
@@ -401,14 +375,7 @@ def read_recipe(file: Path) -> Recipe:
     """
     if not file.is_file():
         raise RecipeError(f"there is no recipe at {file}")
-    try:
-        data = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{file} is not valid YAML: {error}") from None
-    try:
-        recipe = Recipe.model_validate(data)
-    except ValidationError as error:
-        raise RecipeError(f"{file}: {explain(error)}") from None
+    recipe = read_yaml(file, Recipe, refused=RecipeError)
     return _with_absolute_paths(recipe, file.parent.resolve())
 
 

@@ -103,11 +103,11 @@ def all_tables(figures: Figures) -> list[Table]:
     return [table for table in tables if table.rows]
 
 
-def percent(figure: Mapping[str, Any], *, digits: int = 1) -> str:
+def percent(figure: Mapping[str, Any]) -> str:
     """A share with its interval."""
     low, high = (100 * value for value in figure["interval_95"])
     value = 100 * figure.get("value", figure.get("exact_match", 0))
-    return f"{value:.{digits}f}% [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{value:.1f}% [{low:.1f}, {high:.1f}]"
 
 
 def _right(figures: Figures) -> Table:

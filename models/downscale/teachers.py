@@ -32,7 +32,8 @@ from models.tasks.base import Split
 from models.training.data import Conversation
 from models.training.forward import Scorer
 from models.training.loop import Method
-from models.training.mp_distil import Meta, MPDistil, Running
+from models.training.mp_distil import MPDistil, Running
+from models.training.settings import DistillSettings
 
 ADAPT_FILE: Final = "adapt.json"
 LABELS_ALONE: Final = "nothing, labels alone"
@@ -201,25 +202,13 @@ def meta_distillation(
     num_steps: int,
 ) -> MPDistil:
     """MPDistil of `student`, whose domain is `own`, as the settings want it."""
-    distill = settings.distill
-    assert distill.meta is not None
     device = choose_device(settings.device)
     return MPDistil(
         student,
         master,
         own,
         quizzes,
-        meta=Meta(
-            competitive=distill.meta.loss == "competitive",
-            binary=distill.meta.reward == "binary",
-            weight=distill.weight,
-            temperature=distill.temperature,
-            hidden_weight=distill.meta.hidden_weight,
-            learning_rate=distill.meta.learning_rate,
-            every_steps=distill.meta.every_steps,
-            curriculum_share=distill.meta.curriculum_share,
-            episode_steps=distill.meta.episode_steps,
-        ),
+        settings=DistillSettings(**settings.distill.model_dump()),
         running=Running(
             num_steps=num_steps,
             rows_per_step=settings.rows_per_step,

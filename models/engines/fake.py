@@ -12,7 +12,7 @@ import itertools
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import replace
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from models.engines.answer_reader import AnswerReader
 from models.engines.base import (
@@ -29,9 +29,10 @@ from models.engines.text import TextStream
 from models.errors import EngineFailed, EngineOverloaded, PoolError
 from models.spec import EngineSpec, Model
 from models.tokenizer import ByteTokenizer
+from policies.kinds import Strict
 
 
-class Script(BaseModel):
+class Script(Strict):
     """How one model behaves.
 
     Calls and thoughts are read off an answer's text where the model's keys `tools` and `reasoning`
@@ -40,8 +41,6 @@ class Script(BaseModel):
     request fails after that many tokens (0: at once), with `refuse` it is turned away as if the
     queue were full; `num_failures` limits either to the first so many requests.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     answers: tuple[str, ...] = ()
     time_to_first_token_s: float = Field(0, ge=0)

@@ -13,6 +13,7 @@ from typing import Generic, Literal, TypeAlias, TypeVar
 from pydantic import BaseModel
 
 from models.answer_format import PLAIN, AnswerFormat
+from models.card import ModelCard
 from models.engines.base import Encodes, Engine, FusionRule, StructureKind
 from models.errors import PoolError
 from models.spec import Dtype, EngineSpec, Model
@@ -107,6 +108,19 @@ def base_of(spec: EngineSpec, models: Sequence[Model]) -> Model | None:
             f"{rest[0].name!r} is another; give it an engine of its own"
         )
     return first
+
+
+def only_card(spec: EngineSpec, models: Sequence[Model]) -> ModelCard:
+    """Return the checkpoint of an engine's one model; raises `PoolError` where it has several."""
+    if len(models) != 1:
+        which = "an" if spec.kind[0] in "aeiou" else "a"
+        raise PoolError(
+            f"engines.{spec.name}: {which} {spec.kind} engine runs one model, not {len(models)}; "
+            "give each an engine of its own"
+        )
+    card = models[0].card
+    assert card is not None, "the registry refuses models without one"
+    return card
 
 
 def formats_of(models: Sequence[Model]) -> dict[str, AnswerFormat]:

@@ -229,14 +229,7 @@ def _word_piece(file: GgufFile) -> tokenizers.Tokenizer:
 
 def _unigram(file: GgufFile) -> tokenizers.Tokenizer:
     """SentencePiece's unigrams, as T5 and XLM-RoBERTa: the likeliest way to cut a text."""
-    from tokenizers import (  # noqa: PLC0415
-        Regex,
-        Tokenizer,
-        decoders,
-        models,
-        normalizers,
-        pre_tokenizers,
-    )
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers  # noqa: PLC0415
 
     scores = file.metadata.get("tokenizer.ggml.scores") or [0.0] * len(file.tokens())
     unknown = file.metadata.get("tokenizer.ggml.unknown_token_id")

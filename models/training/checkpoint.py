@@ -8,7 +8,7 @@ checkpoint behind.
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -58,15 +58,7 @@ def save_checkpoint(
         shutil.rmtree(leftover, ignore_errors=True)
     fresh.mkdir(parents=True)
     save_file({name: t.contiguous() for name, t in tensors.items()}, fresh / _TENSORS)
-    facts = {
-        "step": progress.step,
-        "num_tokens": progress.num_tokens,
-        "wall_clock_s": progress.wall_clock_s,
-        "cpu_s": progress.cpu_s,
-        "recipe": progress.recipe,
-        "losses": progress.losses,
-    }
-    (fresh / _FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+    (fresh / _FACTS).write_text(json.dumps(asdict(progress), indent=1) + "\n")
     if folder.exists():
         folder.rename(old)
     fresh.rename(folder)

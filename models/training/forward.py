@@ -201,13 +201,6 @@ class Distillation:
     temperature: float = 2.0
     weight: float = 0.5
 
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        if not self.temperature > 0:
-            raise ValueError(f"distill.temperature: {self.temperature} is not > 0")
-        if not 0 <= self.weight <= 1:
-            raise ValueError(f"distill.weight: {self.weight} is not in [0, 1]")
-
 
 def packed_loss(  # noqa: PLR0913 - torch.compile wants tensors, not what holds them
     weights: Weights,

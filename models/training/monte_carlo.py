@@ -21,7 +21,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -31,30 +30,16 @@ from transformers import PreTrainedModel
 
 from models.training.loop import Method
 from models.training.lora import LowRank, low_rank_modules
+from models.training.settings import MonteCarloSettings, UnmaskSettings
 
 # Below, logarithms and square roots of what was drawn have no gradient to speak of.
 _LEAST_VARIANCE = 1e-3
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prior:
-    """What the noise starts from and is held to.
-
-    `deviation` is about that of A's noise at the start, of one component; `components` are mixed,
-    by weights whose Dirichlet has this `concentration` in the prior. `weight` multiplies the
-    divergence in the loss.
-    """
-
-    deviation: float
-    components: int
-    concentration: float
-    weight: float
-
-
 class Posterior(LowRank):
     """What is added to one matrix: by the mean, or while `noise` is there by a draw around it."""
 
-    def __init__(self, weight: Tensor, rank: int, scale: float, prior: Prior) -> None:
+    def __init__(self, weight: Tensor, rank: int, scale: float, prior: MonteCarloSettings) -> None:
         super().__init__(weight, rank, scale)
         self._prior = prior
         # A Wishart draw of r degrees of freedom is about r on its diagonal.
@@ -114,13 +99,13 @@ class Posterior(LowRank):
 class MonteCarlo(Method):
     """Trains the posteriors on a model: new noise for every step, the same for all of its rows."""
 
-    def __init__(self, prior: Prior, *, seed: int) -> None:
+    def __init__(self, prior: MonteCarloSettings, *, seed: int) -> None:
         self._prior, self._seed = prior, seed
 
     @property
     def facts(self) -> Mapping[str, Any]:
         """See `Method`."""
-        return {"monte_carlo": asdict(self._prior)}
+        return {"monte_carlo": self._prior.model_dump(exclude={"members"})}
 
     @contextmanager
     def step(self, model: PreTrainedModel, step: int) -> Iterator[None]:
@@ -153,20 +138,19 @@ def posteriors(model: PreTrainedModel) -> list[Posterior]:
 
 
 class Unmasking(Method):
-    """Lets `share` of the parameters learn, as many more with each of `num_steps` steps.
+    """Lets a share of the parameters learn, as many more with each of `num_steps` steps.
 
     For AdamW without weight decay, which would move those that do not learn. Its second moments
     tell who has learned, so that a run that is resumed goes on with the same parameters.
     """
 
-    def __init__(self, *, share: float, exponent: float, epsilon: float, num_steps: int) -> None:
-        self._share, self._exponent, self._epsilon = share, exponent, epsilon
-        self._num_steps = num_steps
+    def __init__(self, settings: UnmaskSettings, *, num_steps: int) -> None:
+        self._settings, self._num_steps = settings, num_steps
 
     @property
     def facts(self) -> Mapping[str, Any]:
         """See `Method`."""
-        return {"unmask": [self._share, self._exponent, self._epsilon]}
+        return {"unmask": self._settings.model_dump()}
 
     @torch.no_grad()
     def before_update(self, step: int, optimizers: Sequence[torch.optim.Optimizer]) -> None:
@@ -179,7 +163,9 @@ class Unmasking(Method):
             if parameter.grad is not None
         ]
         num_parameters = sum(parameter.numel() for parameter, _, _ in learned)
-        wanted = round(self._share * num_parameters * min(1.0, (step + 1) / self._num_steps))
+        wanted = round(
+            self._settings.share * num_parameters * min(1.0, (step + 1) / self._num_steps)
+        )
         num_new = wanted - sum(int(mask.sum()) for _, _, mask in learned)
         bar = torch.inf
         if num_new > 0:
@@ -192,7 +178,8 @@ class Unmasking(Method):
             gradient.mul_(mask | (self._score(parameter, gradient) >= bar))
 
     def _score(self, parameter: Tensor, gradient: Tensor) -> Tensor:
-        return gradient.abs() / (parameter.abs() + self._epsilon) ** self._exponent
+        settings = self._settings
+        return gradient.abs() / (parameter.abs() + settings.epsilon) ** settings.exponent
 
 
 def _has_learned(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final
 
@@ -57,26 +57,11 @@ from models.training.forward import (
 )
 from models.training.loop import Method
 from models.training.mp_parts import Parts, matched, meta_loss, outdoing_loss, taught_loss
+from models.training.settings import DistillSettings
 
 _DISCOUNT: Final = 0.99
 _LESSONS: Final = ("teacher_ids_BTK", "teacher_log_probabilities_BTK")
 _INPUTS: Final = ("tokens_BT", "segments_BT", "positions_BT")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Meta:
-    """What is learnt: `weight` is α, `temperature` τ, `hidden_weight` β; `learning_rate` is that of
-    head, bridge and policy. See the recipe's `MetaDistillSettings` for the others."""
-
-    competitive: bool
-    binary: bool
-    weight: float
-    temperature: float
-    hidden_weight: float
-    learning_rate: float
-    every_steps: int
-    curriculum_share: float
-    episode_steps: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +91,17 @@ class MPDistil(Method):
         own: str,
         quizzes: Mapping[str, Sequence[Conversation]],
         *,
-        meta: Meta,
+        settings: DistillSettings,
         running: Running,
     ) -> None:
-        """Prepare; `student` is only looked at, `teacher` is moved to the device and read."""
-        self._meta, self._running, self._own = meta, running, own
+        """Prepare; `student` is only looked at, `teacher` is moved to the device and read.
+
+        Of the `settings`, whose `meta` there must be, `weight` is α, `temperature` τ and
+        `meta.hidden_weight` β; `meta.learning_rate` is that of head, bridge and policy.
+        """
+        assert settings.meta is not None
+        meta = self._meta = settings.meta
+        self._settings, self._running, self._own = settings, running, own
         self._quizzes = _fitting(quizzes, running.row_tokens)
         self.choices: list[str] = []
         self.rewards: list[float] = []
@@ -145,7 +136,9 @@ class MPDistil(Method):
             digest.update(name.encode() + weight.float().cpu().numpy().tobytes())
         for name, quiz in self._quizzes.items():
             digest.update(repr([name, *(list(one.tokens) for one in quiz)]).encode())
-        return {"mp_distil": {**asdict(self._meta), "teacher and quizzes": digest.hexdigest()}}
+        return {
+            "mp_distil": {**self._settings.model_dump(), "teacher and quizzes": digest.hexdigest()}
+        }
 
     def rows(self, model: PreTrainedModel, rows: Rows, step: int) -> Rows:
         """Let the meta-teacher learn first where it is its turn; in the curriculum, choose."""
@@ -174,7 +167,7 @@ class MPDistil(Method):
             return alone
         with torch.no_grad():
             states = self._states(self._teacher, **_of(inputs), **self._teachers)
-        meta = self._meta
+        settings = self._settings
         taught: tuple[Tensor, Tensor] = self._taught(
             weights,
             **inputs,
@@ -182,9 +175,9 @@ class MPDistil(Method):
             head_VD=self._parts.head.weight.detach(),
             bridge_DS=self._parts.bridge.weight,
             pairs=self._pairs,
-            weight=meta.weight,
-            temperature=meta.temperature,
-            hidden_weight=meta.hidden_weight,
+            weight=settings.weight,
+            temperature=settings.temperature,
+            hidden_weight=self._meta.hidden_weight,
         )
         return taught
 
@@ -237,7 +230,7 @@ class MPDistil(Method):
             heard_ND,
             targets_N,
             shares_N,
-            competitive=self._meta.competitive,
+            competitive=self._meta.loss == "competitive",
         )
         loss.backward()  # type: ignore[no-untyped-call]
         self._update("head")
@@ -250,7 +243,7 @@ class MPDistil(Method):
         targets_N = tensors["targets_BT"].flatten()
         theirs_N = _right(told_ND @ self._parts.head.weight.T, targets_N)
         ours_N = _right(logits_NV, targets_N)
-        gain_N = (ours_N > theirs_N).float() if self._meta.binary else ours_N - theirs_N
+        gain_N = (ours_N > theirs_N).float() if self._meta.reward == "binary" else ours_N - theirs_N
         return float((gain_N * shares_N).sum())
 
     def _learn_to_choose(self) -> None:

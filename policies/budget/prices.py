@@ -15,13 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
-from policies.errors import PolicyError
 from policies.footprint import Footprint
+from policies.kinds import Settings
 
 NUM_BINS = 96
 # How far the windows before yield to the last one: it counts half.
@@ -216,29 +217,20 @@ _UNKNOWN = 0.75
 _KEPT_BACK = 0.75
 
 
-@dataclass(frozen=True, kw_only=True)
-class BudgetTarget:
+class BudgetTarget(Settings):
     """Spend `amount` of `resource` per hour, or per 1,000 requests, on average over a window.
 
     A target is an aim held by a price, not a cap: use budgets for what must never be exceeded.
     """
 
     resource: Resource
-    amount: float
+    amount: float = Field(gt=0)
     per: Per = "hour"
 
-    def __post_init__(self) -> None:
-        for key, value, allowed in (
-            ("resource", self.resource, get_args(Resource)),
-            ("per", self.per, get_args(Per)),
-        ):
-            if value not in allowed:
-                raise PolicyError(
-                    f"targets.{key}: {value!r} is unknown; allowed are {', '.join(allowed)}"
-                )
-        is_number = isinstance(self.amount, int | float) and not isinstance(self.amount, bool)
-        if not is_number or not 0 < self.amount < float("inf"):
-            raise PolicyError(f"targets.amount: {self.amount!r} is not a number above zero")
+    def __str__(self) -> str:
+        """Say it in words."""
+        per = "hour" if self.per == "hour" else "1,000 requests"
+        return f"{self.amount:g} {self.resource} per {per}"
 
     def budget(self, *, elapsed_s: float, num_requests: float) -> float:
         """Return what may be spent in `elapsed_s` seconds with `num_requests` requests."""

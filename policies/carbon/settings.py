@@ -12,13 +12,7 @@ from pydantic import Field, model_validator
 
 from policies.base import ModelFacts
 from policies.carbon.economics import DeviceCosts, EconomicsSettings, device_price, idle_seconds
-from policies.carbon.grid import (
-    CachedGrid,
-    GridIntensity,
-    GridReading,
-    ScheduledGrid,
-    StaticGrid,
-)
+from policies.carbon.grid import CachedGrid, GridIntensity, GridReading, ScheduledGrid, StaticGrid
 from policies.carbon.llmcarbon import Device, find_device, rates_for
 from policies.errors import CarbonError
 from policies.footprint import IdleRule, Rates

@@ -16,13 +16,7 @@ from typing import TypeAlias
 import numpy as np
 
 from policies.experiments import sequences
-from policies.experiments.effects import (
-    Observations,
-    UnitSums,
-    arm_mean,
-    effect,
-    rating_shift,
-)
+from policies.experiments.effects import Observations, UnitSums, arm_mean, effect, rating_shift
 from policies.experiments.experiment import HOLDOUT, Arm, Experiment
 from policies.experiments.metrics import METRICS, Goal, Guardrail
 from policies.experiments.report import (
@@ -138,7 +132,7 @@ def analyse(
         sample_ratio=ratio,
         verdict=advice.verdict,
         winner=advice.winner,
-        recommendation=advice.sentence,
+        recommendation=advice.recommendation,
         notes=(*advice.notes, *_selective(experiment, observations)),
     )
 

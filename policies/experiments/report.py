@@ -160,7 +160,7 @@ class Advice:
 
     verdict: Verdict
     winner: str | None
-    sentence: str
+    recommendation: str
     notes: tuple[str, ...]
 
 
@@ -182,7 +182,7 @@ def advise(
     notes = tuple(_notes(experiment, arms, guardrails, stopped))
 
     def advice(verdict: Verdict, sentence: str, winner: str | None = None) -> Advice:
-        return Advice(verdict=verdict, winner=winner, sentence=sentence, notes=notes)
+        return Advice(verdict=verdict, winner=winner, recommendation=sentence, notes=notes)
 
     control, metric = experiment.control_arm.name, experiment.primary.metric
     if ratio.alarm:

@@ -82,8 +82,7 @@ def read_audit(
         query = query.where(AUDIT.c.time_s >= since_s)
     if before_id is not None:
         query = query.where(AUDIT.c.audit_id < before_id)
-    with database.connect() as connection:
-        return [AuditRow(**row) for row in connection.execute(query).mappings()]
+    return [AuditRow(**row) for row in database.rows(query)]
 
 
 def _os_user() -> str:

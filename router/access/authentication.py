@@ -7,9 +7,10 @@ from collections.abc import Awaitable, Callable
 from typing import TypeAlias
 
 import sqlalchemy as sa
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from starlette.requests import Request
 
+from policies.kinds import Strict
 from router.access.keys import PREFIX, Key, Scope, find_key, hash_secret
 from router.ledger.database import Database
 from router.ledger.schema import API_KEYS
@@ -20,7 +21,7 @@ Identify: TypeAlias = Callable[[Request], Awaitable[str | None]]
 _MOST_CACHED = 10_000
 
 
-class AuthConfig(BaseModel):
+class AuthConfig(Strict):
     """The `auth:` section of the server's configuration.
 
     With `required` every request needs a key. Without, requests that bring none (or another
@@ -28,8 +29,6 @@ class AuthConfig(BaseModel):
     ours is still checked, and counted under it.
     A revoked key stops working, and changed caps hold, within `cache_s`.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     required: bool = False
     cache_s: float = Field(2.0, ge=0, le=60)

@@ -157,9 +157,7 @@ def import_key(database: Database, *, name: str, scope: Scope, secret: str) -> K
 
 def list_keys(database: Database) -> list[Key]:
     """Return all keys, revoked ones too, oldest first."""
-    with database.connect() as connection:
-        rows = connection.execute(_SELECT_KEYS.order_by(API_KEYS.c.created_s))
-        return [_read_key(row) for row in rows.mappings()]
+    return list(map(_read_key, database.rows(_SELECT_KEYS.order_by(API_KEYS.c.created_s))))
 
 
 def change_key(
@@ -187,9 +185,7 @@ def change_key(
         return _update(connection, "key.change", before, values, actor)
 
 
-def revoke_key(
-    database: Database, id_or_name: str, *, now_s: float | None = None, actor: str | None = None
-) -> Key:
+def revoke_key(database: Database, id_or_name: str, *, actor: str | None = None) -> Key:
     """Revoke a key for good; servers notice within their `cache_s`. Revoking twice is no error.
 
     Raises `KeysError` where there is no such key.
@@ -198,8 +194,7 @@ def revoke_key(
         before = _key(connection, id_or_name)
         if before.revoked_s is not None:
             return before
-        revoked = {"revoked_s": time.time() if now_s is None else now_s}
-        return _update(connection, "key.revoke", before, revoked, actor)
+        return _update(connection, "key.revoke", before, {"revoked_s": time.time()}, actor)
 
 
 def create_team(
@@ -220,9 +215,7 @@ def create_team(
 
 def list_teams(database: Database) -> list[Team]:
     """Return all teams, oldest first."""
-    with database.connect() as connection:
-        rows = connection.execute(sa.select(TEAMS).order_by(TEAMS.c.created_s))
-        return [_read_team(row) for row in rows.mappings()]
+    return list(map(_read_team, database.rows(sa.select(TEAMS).order_by(TEAMS.c.created_s))))
 
 
 def change_team(
@@ -249,8 +242,7 @@ def find_key(
     query = _SELECT_KEYS.where(chosen)
     if not revoked:
         query = query.where(API_KEYS.c.revoked_s.is_(None))
-    with database.connect() as connection:
-        row = connection.execute(query).mappings().first()
+    row = database.row(query)
     return None if row is None else _read_key(row)
 
 
@@ -349,7 +341,7 @@ def _read_team(row: sa.RowMapping | Mapping[str, Any]) -> Team:
     )
 
 
-def _read_key(row: sa.RowMapping) -> Key:
+def _read_key(row: sa.RowMapping | Mapping[str, Any]) -> Key:
     team = {
         "team_id": row["team_id"],
         "name": row["team_name"],

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from policies.footprint import Cost
+from policies.kinds import Strict
 
 Resource: TypeAlias = Literal["requests", "tokens", "usd", "wh", "gco2e"]
 
@@ -220,7 +221,7 @@ def duration(seconds: float) -> str:
     return f"{minutes}m{rest}s" if minutes else f"{rest}s"
 
 
-class BudgetsConfig(BaseModel):
+class BudgetsConfig(Strict):
     """The `budgets:` section of the configuration; windows are UTC's.
 
     Caps are as in {"usd_per_day": 5, "tokens_per_minute": 20000}. `server` bounds all requests
@@ -228,8 +229,6 @@ class BudgetsConfig(BaseModel):
     fit only because others in flight hold the rest waits at most `wait_s` for them. What a replica
     holds when it dies comes back after `lease_s`.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     server: dict[str, float] = Field(default_factory=dict)
     per_key: dict[str, float] = Field(default_factory=dict)

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from router.errors import ApiError, bad_request
 from router.openai_api.chat import MAX_MESSAGES, ChatEndpoint
 from router.openai_api.constraints import MAX_TOOLS
 from router.openai_api.endpoint import Ask, Extension
-from router.openai_api.fields import MAX_STOPS, few, read_fields, read_json
+from router.openai_api.fields import MAX_STOPS, few, read_fields, read_json, text_or, texts_of
 
 # Known fields that cannot be honoured, each with the values that ask for nothing. What only tunes
 # Anthropic's own servers (cache_control, service_tier, context_management, ...) is passed over.
@@ -31,20 +31,13 @@ _FOR_TEMPLATES = ("reasoning_effort", "chat_template_kwargs", "continue_final_me
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
-def _read_blocks(value: object) -> object:
-    items = value if isinstance(value, list) else []
-    if not isinstance(value, str | list) or not all(isinstance(item, dict) for item in items):
-        raise ValueError("must be a string or a list of blocks")
-    return value
-
-
 class MessageParam(BaseModel):
     """One turn: a text or a list of content blocks."""
 
     model_config = ConfigDict(strict=True)
 
     role: Literal["user", "assistant", "system"]
-    content: Annotated[str | list[dict[str, Any]], BeforeValidator(_read_blocks)]
+    content: Annotated[str | list[dict[str, Any]], text_or("blocks")]
 
 
 class Tool(BaseModel):
@@ -76,7 +69,7 @@ class CountFields(BaseModel):
 
     model: str = Field(min_length=1)
     messages: list[MessageParam] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
-    system: Annotated[str | list[dict[str, Any]], BeforeValidator(_read_blocks)] | None = None
+    system: Annotated[str | list[dict[str, Any]], text_or("blocks")] | None = None
     tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS, fail_fast=True)
     tool_choice: ToolChoice | None = None
 
@@ -247,21 +240,7 @@ def _part(block: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _text(content: object, where: str) -> str:
     """Return the text of blocks; raises `ApiError`, 400, for blocks of other types."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise bad_request(f"{where}: must be a string or a list of blocks", where)
-    texts: list[str] = []
-    for block in content:
-        kind = block.get("type") if isinstance(block, dict) else None
-        if kind != "text" or not isinstance(block.get("text"), str):
-            raise bad_request(
-                f"{where}: a block of type {kind!r} is not supported here; text is",
-                where,
-                "unsupported_parameter",
-            )
-        texts.append(block["text"])
-    return "\n\n".join(texts)
+    return "\n\n".join(texts_of(content, where, entry="block", kinds={"text": "text"}))
 
 
 def _tool(tool: Tool, where: str) -> dict[str, Any]:

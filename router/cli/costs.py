@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from policies.carbon.llmcarbon import Device
     from router.config import AppArgs
 
-_AMOUNTS = ("busy_s", "wh", "wh_low", "wh_high", "usd")
+_SUMS = ("prompt_tokens", "output_tokens", "busy_s", "wh", "wh_low", "wh_high", "usd")
 
 
 @dataclass(kw_only=True)
@@ -45,8 +45,8 @@ class Use:
     wh_low: float = 0.0
     wh_high: float = 0.0
     usd: float = 0.0
-    methods: set[str] = field(default_factory=set)
-    prices: set[str] = field(default_factory=set)
+    methods: frozenset[str] = frozenset()
+    prices: frozenset[str] = frozenset()
     first_s: float = float("inf")
     last_s: float = 0.0
 
@@ -55,14 +55,14 @@ class Use:
         """Tokens read and written."""
         return self.prompt_tokens + self.output_tokens
 
-    def add(self, cost: Mapping[str, Any], tokens: Mapping[str, int]) -> None:
-        """Add what one request says of the member."""
-        self.prompt_tokens += tokens["prompt_tokens"]
-        self.output_tokens += tokens["output_tokens"]
-        for name in _AMOUNTS:
-            setattr(self, name, getattr(self, name) + cost[name])
-        self.methods |= {part for part in cost["method"].split("+") if part}
-        self.prices.add(cost["price"])
+    def add(self, other: Use) -> None:
+        """Add what another use was."""
+        for name in _SUMS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.methods |= other.methods
+        self.prices |= other.prices
+        self.first_s = min(self.first_s, other.first_s)
+        self.last_s = max(self.last_s, other.last_s)
 
 
 def uses(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], Use]:
@@ -72,10 +72,14 @@ def uses(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], Use]:
         for name, tokens in (row["members"] or {}).items():
             cost = (row["costs"] or {}).get(name)
             if cost is not None:
-                use = found.setdefault((name, cost["method"]), Use())
-                use.add(cost, tokens)
-                use.first_s = min(use.first_s, row["time_s"])
-                use.last_s = max(use.last_s, row["time_s"] + row["latency_s"])
+                use = Use(
+                    **{amount: {**cost, **tokens}[amount] for amount in _SUMS},
+                    methods=frozenset(part for part in cost["method"].split("+") if part),
+                    prices=frozenset([cost["price"]]),
+                    first_s=row["time_s"],
+                    last_s=row["time_s"] + row["latency_s"],
+                )
+                found.setdefault((name, cost["method"]), Use()).add(use)
     return found
 
 
@@ -93,12 +97,7 @@ def together(parts: Iterable[Use]) -> Use:
     """Return several uses as one."""
     whole = Use()
     for part in parts:
-        for name in ("prompt_tokens", "output_tokens", *_AMOUNTS):
-            setattr(whole, name, getattr(whole, name) + getattr(part, name))
-        whole.methods |= part.methods
-        whole.prices |= part.prices
-        whole.first_s = min(whole.first_s, part.first_s)
-        whole.last_s = max(whole.last_s, part.last_s)
+        whole.add(part)
     return whole
 
 

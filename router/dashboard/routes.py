@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from fastapi import FastAPI, Request, Response
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from starlette.responses import JSONResponse
 
 from policies.budget.simulate import Simulation
 from policies.budgeted import BudgetedSettings
-from policies.kinds import explain
+from policies.kinds import Strict, explain
 from router.access.limits import Cap
 from router.catalog.catalog import Catalog
 from router.dashboard.figures import WINDOWS, Figures
@@ -59,7 +59,7 @@ _FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
 Identify: TypeAlias = Callable[[Request], Awaitable[str | None]]
 
 
-class DashboardConfig(BaseModel):
+class DashboardConfig(Strict):
     """The `dashboard:` section of the configuration.
 
     It says who may see the figures of `GET /dashboard`, which are those of all users together.
@@ -69,8 +69,6 @@ class DashboardConfig(BaseModel):
     listens on loopback only and the file does not say. "anyone" is for a server behind a proxy
     that authenticates. Where `auth.required`, a key is needed all the same.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     enabled: bool = True
     access: Access = "key"

@@ -30,7 +30,7 @@ from router.ledger.feedback import Feedback, add_feedback
 from router.ledger.schema import REQUESTS
 from router.ledger.writer import Ledger
 from router.openai_api.fields import read_json
-from router.openapi import described
+from router.openapi import Listing, described
 from router.record import SHADOW, mirrored_request_id
 
 _MAX_FEEDBACK_BYTES = 2**20
@@ -192,10 +192,9 @@ class ShadowFacts(BaseModel):
     num_labelled: int | None
 
 
-class ShadowList(BaseModel):
+class ShadowList(Listing):
     """All configured shadows."""
 
-    object: Literal["list"]
     data: list[ShadowFacts]
 
 
@@ -285,12 +284,5 @@ async def _find(ledger: Ledger, request_id: str) -> dict[str, Any] | None:
 
 
 def _row(database: Database, request_id: str) -> dict[str, Any] | None:
-    wanted = sa.select(
-        REQUESTS.c.status,
-        REQUESTS.c.endpoint,
-        REQUESTS.c.key_id,
-        REQUESTS.c.answer_digest,
-    ).where(REQUESTS.c.request_id == request_id)
-    with database.connect() as connection:
-        row = connection.execute(wanted).mappings().first()
-    return None if row is None else dict(row)
+    columns = (REQUESTS.c.status, REQUESTS.c.endpoint, REQUESTS.c.key_id, REQUESTS.c.answer_digest)
+    return database.row(sa.select(*columns).where(REQUESTS.c.request_id == request_id))

@@ -231,15 +231,13 @@ def _report(database: Database, shadow: Shadow, now_s: float) -> dict[str, Any]:
         .outerjoin(served_feedback, served_feedback.c.request_id == served.c.request_id)
         .where(row.endpoint == SHADOW, row.request_id.startswith(prefix, autoescape=True))
     )
-    with database.connect() as connection:
-        found = connection.execute(query).mappings().one()
     return {
         "object": "shadow",
         "name": shadow.name,
         "policy": shadow.policy,
         "judge": shadow.judge,
         "usd_per_day": shadow.usd_per_day,
-        **found,
+        **(database.row(query) or {}),
         **({} if shadow.judge is None else {"agreement": None}),
     }
 

@@ -82,8 +82,7 @@ def register(
 
 def load(database: Database, name: str) -> State | None:
     """Return the state of the experiment `name`, None if it never ran on this ledger."""
-    with database.connect() as connection:
-        row = _row(connection, name)
+    row = database.row(sa.select(EXPERIMENTS).where(_named(name)))
     return None if row is None else _state(row)
 
 

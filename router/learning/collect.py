@@ -17,24 +17,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from policies.errors import OutcomesError
 from policies.grading.base import Graded, Panel, Question, Sheet
-from policies.kinds import explain
+from policies.kinds import Strict, explain
 from policies.outcomes import AnswerLogprobs, Outcome
 from router.learning.asking import Asker, AskError, Reply
 
 
-class Line(BaseModel):
+class Line(Strict):
     """One line of a file of questions: a `query` or a conversation's `messages`, and what is known.
 
     `reference` is one right answer or several; what is no text stands for its JSON, 42 for "42".
     `choices` and `tests` are for graders, and are not
     shown to the models; a question that offers choices says them in its text.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     query: str | None = None
     messages: tuple[dict[str, Any], ...] | None = Field(None, min_length=1)

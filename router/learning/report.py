@@ -5,18 +5,16 @@ The page needs nothing beside it; the plots lie there as PNG too.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-import yaml
 
 from models.downscale.plots import new_figure
 from models.downscale.report import Table, page
 from models.pool import Pool, load_pool
-from policies.errors import PolicyError
+from models.pool_text import write_policies
 from policies.evaluation.metrics import bootstrap
 from policies.files import replacing, write_atomic
 from router.catalog.catalog import load_catalog
@@ -228,49 +226,15 @@ def _legend(rows: Sequence[Measured]) -> list[Line2D]:
 def install(lesson: Lesson, file: Path) -> None:
     """Add the lesson's policies to the pool file, whose text stays as it is otherwise.
 
-    Raises `PolicyError`, and leaves the file alone, where it would not say then what it should.
+    Raises `ValueError`, and leaves the file alone, where the pool could not be served then.
     """
     before = file.read_text(encoding="utf-8")
-    # By way of JSON, so that what policies share is written out: an anchor's name stands only once.
-    specs = json.loads(json.dumps(dict(lesson.specs)))
-    block = yaml.safe_dump(specs, sort_keys=False, allow_unicode=True)
-    added = _with_policies(before, block)
-    wanted = yaml.safe_load(before)
-    wanted["policies"] = {**lesson.specs, **(wanted.get("policies") or {})}
-    try:
-        says = yaml.safe_load(added)
-    except yaml.YAMLError:  # a pool in JSON, for instance
-        says = None
-    if says != wanted:
-        raise PolicyError(
-            f"{file} is laid out so that policies cannot be added; add them:\n{block}"
-        )
-    write_atomic(file, added)
+    write_policies(file, lesson.specs)
     try:
         load_catalog(load_pool(file))
     except ValueError:
         write_atomic(file, before)
         raise
-
-
-def _with_policies(text: str, block: str) -> str:
-    """Return a pool file's text with `block` first among its policies, where YAML's marks say."""
-    root = yaml.compose(text)
-    pairs = root.value if isinstance(root, yaml.MappingNode) else ()
-    policies = next((value for key, value in pairs if key.value == "policies"), None)
-    if policies is None:
-        return text.rstrip("\n") + "\npolicies:\n" + _indented(block, "  ")
-    first, last = policies.start_mark, policies.end_mark
-    if isinstance(policies, yaml.MappingNode) and policies.value:
-        at = first.index - first.column
-        return text[:at] + _indented(block, " " * first.column) + text[at:]
-    # `policies: {}`: there are none yet.
-    before, after = text[: first.index].rstrip(), text[last.index :]
-    return f"{before}\n{_indented(block, '  ').rstrip()}{after}"
-
-
-def _indented(block: str, indent: str) -> str:
-    return "".join(indent + line for line in block.splitlines(keepends=True))
 
 
 def is_worse(lesson: Lesson) -> str:

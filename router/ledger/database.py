@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 from sqlalchemy import event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError
 
-from policies.kinds import Count
+from policies.kinds import Count, Strict
 from router.ledger import LedgerError
 from router.ledger.calls import STATEMENT_DEADLINE_S, Calls
 from router.ledger.schema import migrate
@@ -62,6 +62,17 @@ class Database:
         """Return a connection; blocks, and raises SQLAlchemy's errors."""
         return self.engine.connect()
 
+    def rows(self, query: sa.Executable) -> list[dict[str, Any]]:
+        """Return all rows that `query` finds, by their columns' names; as `connect`."""
+        with self.connect() as connection:
+            return [dict(row) for row in connection.execute(query).mappings()]
+
+    def row(self, query: sa.Executable) -> dict[str, Any] | None:
+        """Return the first row that `query` finds, None where there is none; as `connect`."""
+        with self.connect() as connection:
+            row = connection.execute(query).mappings().first()
+        return None if row is None else dict(row)
+
     def dispose(self) -> None:
         """Close it; calls that hang are left behind."""
         self.calls.close()
@@ -69,7 +80,7 @@ class Database:
         self.engine.dispose()
 
 
-class LedgerConfig(BaseModel):
+class LedgerConfig(Strict):
     """The `ledger:` section of the configuration: where rows go and how eagerly.
 
     `url` is any SQLAlchemy address of SQLite or PostgreSQL; a relative file is made absolute
@@ -81,8 +92,6 @@ class LedgerConfig(BaseModel):
     oldest are deleted. `keep_text` also stores the last user message, the answer and feedback's
     labels, which retraining a router needs; without it no text is stored.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     url: str = Field(DEFAULT_URL, validate_default=True, repr=False)
     flush_interval_s: float = Field(0.2, gt=0, le=60)

@@ -24,7 +24,7 @@ from router.ledger.database import Database, writing
 from router.ledger.schema import BATCHES
 from router.openai_api.fields import Metadata, read_fields, read_json
 from router.openai_api.files import PURPOSE, FileStore, page, unknown_file
-from router.openapi import described
+from router.openapi import Listing, Page, described
 
 LEASE_S = 30.0
 _DAY_S = 86_400.0
@@ -105,9 +105,7 @@ class BatchStore:
         wanted = sa.select(BATCHES).where(
             BATCHES.c.batch_id == batch_id, BATCHES.c.key_id.is_not_distinct_from(key_id)
         )
-        with self.database.connect() as connection:
-            row = connection.execute(wanted).mappings().first()
-        return None if row is None else dict(row)
+        return self.database.row(wanted)
 
     def of_key(self, key_id: str | None) -> list[str]:
         """Return the ids of the batches of `key_id`, newest first."""
@@ -117,14 +115,12 @@ class BatchStore:
             .order_by(BATCHES.c.created_s.desc())
             .limit(_MOST_KEPT)
         )
-        with self.database.connect() as connection:
-            return list(connection.execute(wanted).scalars())
+        return [row["batch_id"] for row in self.database.rows(wanted)]
 
     def rows(self, batch_ids: Sequence[str]) -> list[dict[str, Any]]:
         """Return the batches that are so called and there, in this order."""
         wanted = sa.select(BATCHES).where(BATCHES.c.batch_id.in_(batch_ids))
-        with self.database.connect() as connection:
-            rows = {row["batch_id"]: dict(row) for row in connection.execute(wanted).mappings()}
+        rows = {row["batch_id"]: row for row in self.database.rows(wanted)}
         return [rows[batch_id] for batch_id in batch_ids if batch_id in rows]
 
     def num_left(self, usual: int) -> int:
@@ -151,9 +147,8 @@ class BatchStore:
             .order_by(BATCHES.c.created_s)
             .limit(1)
         )
-        with self.database.connect() as connection:
-            if connection.execute(free).first() is None:
-                return None  # without writing anything: every replica looks all the time
+        if self.database.row(free) is None:
+            return None  # without writing anything: every replica looks all the time
         with writing(self.database, lock=_LOCK) as connection:
             row = connection.execute(free).mappings().first()
             if row is None:
@@ -285,10 +280,9 @@ class BatchErrorFacts(BaseModel):
     param: str | None
 
 
-class BatchErrors(BaseModel):
+class BatchErrors(Listing):
     """What is wrong with the input."""
 
-    object: Literal["list"]
     data: list[BatchErrorFacts]
 
 
@@ -334,14 +328,10 @@ class BatchFacts(BaseModel):
     metadata: dict[str, str] | None
 
 
-class BatchList(BaseModel):
+class BatchList(Page):
     """A key's batches, newest first."""
 
-    object: Literal["list"]
     data: list[BatchFacts]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
 
 
 def to_json(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,14 +14,7 @@ from policies.kinds import Count
 from router.errors import bad_request
 from router.executor.task import Media, Prompt
 from router.openai_api.constraints import MAX_TOOLS, read_tools
-from router.openai_api.endpoint import (
-    Ask,
-    ChunkWriter,
-    Head,
-    ResponseWriter,
-    Shapes,
-    WireFormat,
-)
+from router.openai_api.endpoint import Ask, ChunkWriter, Head, ResponseWriter, Shapes, WireFormat
 from router.openai_api.fields import ReasoningEffort, SharedFields, read_fields, read_json
 from router.openai_api.logprobs import chat_logprobs
 from router.openai_api.shapes import ChatCompletion, ChatCompletionChunk

@@ -14,14 +14,7 @@ from models.tokenizer import Tokenizer
 from policies.kinds import MOST_COUNT
 from router.errors import bad_request
 from router.executor.task import Prompt
-from router.openai_api.endpoint import (
-    Ask,
-    ChunkWriter,
-    Head,
-    ResponseWriter,
-    Shapes,
-    WireFormat,
-)
+from router.openai_api.endpoint import Ask, ChunkWriter, Head, ResponseWriter, Shapes, WireFormat
 from router.openai_api.fields import (
     MAX_CHOICES,
     SharedFields,

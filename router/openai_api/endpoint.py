@@ -6,16 +6,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from models.engines.base import Chunk, SamplingOptions
-from policies.footprint import Limits
+from policies.kinds import Strict
 from router.errors import ApiError
 from router.executor.task import Prompt
 from router.openapi import ErrorBody
 
 
-class Extension(BaseModel):
+class Extension(Strict):
     """The body's `shoal` object: what OpenAI's API has no field for.
 
     `policy` or `plan` (JSON, see `policies.plan`) replace what the `model` stands for. `explain`
@@ -23,8 +23,6 @@ class Extension(BaseModel):
     conversation. `timeout_s` ends the request; the `max_*` bound its estimated cost, and
     `quality_floor` its predicted quality, in [0, 1].
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     policy: str | None = None
     plan: Any = None
@@ -36,16 +34,6 @@ class Extension(BaseModel):
     max_gco2e: float | None = Field(None, ge=0)
     max_latency_s: float | None = Field(None, gt=0)
     quality_floor: float | None = Field(None, ge=0, le=1)
-
-    def limits(self) -> Limits:
-        """Return the ceilings and the floor as policies read them."""
-        return Limits(
-            max_usd=self.max_usd,
-            max_wh=self.max_wh,
-            max_gco2e=self.max_gco2e,
-            max_latency_s=self.max_latency_s,
-            quality_floor=self.quality_floor,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -135,6 +135,42 @@ def _read_logit_bias(value: object) -> dict[int, float]:
     return biases
 
 
+def text_or(entries: str) -> BeforeValidator:
+    """Return what refuses all but a text or a list of objects, which are called `entries`."""
+
+    def check(value: object) -> object:
+        items = value if isinstance(value, list) else []
+        if not isinstance(value, str | list) or not all(isinstance(one, dict) for one in items):
+            raise ValueError(f"must be a string or a list of {entries}")
+        return value
+
+    return BeforeValidator(check)
+
+
+def texts_of(content: object, where: str, *, entry: str, kinds: Mapping[str, str]) -> list[str]:
+    """Return the texts of a content: a text itself, or a list of objects, each called an `entry`.
+
+    By the `kinds` of entries that are texts it is told under which key each has its own. Raises
+    `ApiError`, 400, for all others.
+    """
+    if isinstance(content, str):
+        return [content]
+    if not isinstance(content, list):
+        raise bad_request(f"{where}: must be a string or a list of {entry}s", where)
+    texts: list[str] = []
+    for one in content:
+        kind = one.get("type") if isinstance(one, dict) else None
+        text = one.get(kinds.get(kind)) if isinstance(kind, str) else None
+        if not isinstance(text, str):
+            raise bad_request(
+                f"{where}: a {entry} of type {kind!r} is not supported here; text is",
+                where,
+                "unsupported_parameter",
+            )
+        texts.append(text)
+    return texts
+
+
 class StreamOptions(BaseModel):
     """OpenAI's `stream_options`; vLLM's `continuous_usage_stats`: every chunk tells the usage."""
 

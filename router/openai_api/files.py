@@ -27,7 +27,7 @@ from router.ledger.database import Database, writing
 from router.ledger.schema import FILE_PARTS, FILES
 from router.ledger.writer import insert_new
 from router.openai_api.uploads import LEAST_KEPT_S, bounded, check_form, read_keep_s
-from router.openapi import described
+from router.openapi import Page, described
 
 P = ParamSpec("P")
 
@@ -113,9 +113,7 @@ class FileStore:
     def find(self, file_id: str, key_id: str | None) -> dict[str, Any] | None:
         """Return a file's row if it belongs to `key_id`; blocks."""
         wanted = sa.select(FILES).where(FILES.c.file_id == file_id, *_shown(key_id))
-        with self.database.connect() as connection:
-            row = connection.execute(wanted).mappings().first()
-        return None if row is None else dict(row)
+        return self.database.row(wanted)
 
     async def parts(self, file_id: str) -> AsyncGenerator[bytes, None]:
         """Yield a file's parts, one after the other."""
@@ -189,17 +187,15 @@ class FileStore:
             .order_by(FILE_PARTS.c.part)
             .limit(1)
         )
-        with self.database.connect() as connection:
-            row = connection.execute(wanted).first()
-        return None if row is None else (row.part, bytes(row.data))
+        row = self.database.row(wanted)
+        return None if row is None else (row["part"], bytes(row["data"]))
 
     def of_key(self, key_id: str | None, purpose: str | None) -> list[dict[str, Any]]:
         """Return the rows of a key's files, newest first; blocks."""
         wanted = sa.select(FILES).where(*_shown(key_id)).order_by(FILES.c.created_s.desc())
         if purpose is not None:
             wanted = wanted.where(FILES.c.purpose == purpose)
-        with self.database.connect() as connection:
-            return [dict(row) for row in connection.execute(wanted.limit(_MOST_LISTED)).mappings()]
+        return self.database.rows(wanted.limit(_MOST_LISTED))
 
     def delete(self, file_id: str, key_id: str | None) -> bool:
         """Delete a file of `key_id`; return whether there was one; blocks."""
@@ -234,14 +230,10 @@ class FileFacts(BaseModel):
     status_details: None
 
 
-class FileList(BaseModel):
+class FileList(Page):
     """A key's files, newest first."""
 
-    object: Literal["list"]
     data: list[FileFacts]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
 
 
 class DeletedFile(BaseModel):

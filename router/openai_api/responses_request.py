@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from router.errors import bad_request
 from router.openai_api.chat import ChatEndpoint, ChatFields
 from router.openai_api.constraints import MAX_TOOLS
 from router.openai_api.endpoint import Ask, Extension
-from router.openai_api.fields import Metadata, few, read_fields, read_json
+from router.openai_api.fields import Metadata, few, read_fields, read_json, text_or, texts_of
 
 # Known fields that cannot be honoured, each with the values that ask for nothing.
 _REFUSED: dict[str, tuple[Any, ...]] = {
@@ -31,14 +31,12 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
 _IN_CHATS = ChatFields.model_fields.keys() - {"logprobs", "n", "stream_options", "top_logprobs"}
 # What may be asked for beside the answer, though there is none of it here.
 _INCLUDED = ("reasoning.encrypted_content",)
-_TEXTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
-
-
-def _read_input(value: object) -> object:
-    items = value if isinstance(value, list) else []
-    if not isinstance(value, str | list) or not all(isinstance(item, dict) for item in items):
-        raise ValueError("must be a string or a list of items")
-    return value
+_TEXTS = {
+    **dict.fromkeys(
+        ("input_text", "output_text", "text", "summary_text", "reasoning_text"), "text"
+    ),
+    "refusal": "refusal",
+}
 
 
 class ResponsesFields(BaseModel):
@@ -47,7 +45,7 @@ class ResponsesFields(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     model: str = Field(min_length=1)
-    input: Annotated[str | list[dict[str, Any]], BeforeValidator(_read_input)]
+    input: Annotated[str | list[dict[str, Any]], text_or("items")]
     include: list[str] | None = Field(None, max_length=16, fail_fast=True)
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
@@ -207,22 +205,7 @@ def _content(content: object, where: str) -> str | list[dict[str, Any]]:
 
 def _text(content: object, where: str) -> str:
     """Return the text of a content; raises `ApiError`, 400, for parts that are none."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise bad_request(f"{where}: must be a string or a list of parts", where)
-    texts: list[str] = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        text = part.get("refusal" if kind == "refusal" else "text") if kind else None
-        if kind not in (*_TEXTS, "refusal") or not isinstance(text, str):
-            raise bad_request(
-                f"{where}: a part of type {kind!r} is not supported here; text is",
-                where,
-                "unsupported_parameter",
-            )
-        texts.append(text)
-    return "\n".join(texts)
+    return "\n".join(texts_of(content, where, entry="part", kinds=_TEXTS))
 
 
 def _tool(tool: Mapping[str, Any], where: str) -> dict[str, Any]:

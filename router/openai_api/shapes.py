@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, Field
 
 from models.engines.base import FinishReason
+from router.openapi import Listing
 
 # Of the request's stop strings and tokens, the one that ended the answer, as vLLM tells it.
 StopReason: TypeAlias = str | int | None
@@ -398,8 +399,7 @@ class ModelEntry(BaseModel):
     shoal: TargetFacts
 
 
-class ModelList(BaseModel):
+class ModelList(Listing):
     """All of them."""
 
-    object: Literal["list"]
     data: list[ModelEntry]

@@ -31,7 +31,7 @@ from router.ledger.schema import RESPONSES
 from router.ledger.writer import insert_new
 from router.openai_api.files import page
 from router.openai_api.shapes import Response
-from router.openapi import described
+from router.openapi import Page, described
 from router.streams import in_json
 
 logger = logging.getLogger(__name__)
@@ -137,8 +137,7 @@ class ResponseStore:
         wanted = sa.select(RESPONSES.c.body, RESPONSES.c["items"]).where(
             *_owned(response_id, key_id), RESPONSES.c.expires_s > time.time()
         )
-        with self._database.connect() as connection:
-            row = connection.execute(wanted).mappings().first()
+        row = self._database.row(wanted)
         if row is None:
             return None
         return Kept(response=json.loads(row["body"]), items=json.loads(row["items"]))
@@ -157,14 +156,10 @@ class DeletedResponse(BaseModel):
     deleted: bool
 
 
-class ItemList(BaseModel):
+class ItemList(Page):
     """Some of the items that a response answers, newest first unless asked otherwise."""
 
-    object: Literal["list"]
     data: list[dict[str, Any]]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
 
 
 def add_response_routes(api: FastAPI, store: ResponseStore, *, identify: Identify) -> None:

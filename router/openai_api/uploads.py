@@ -10,7 +10,7 @@ from starlette.datastructures import FormData
 from starlette.requests import Request
 from starlette.types import Message
 
-from router.arriving import Held
+from router.bodies import Held
 from router.errors import ApiError, bad_request
 
 LEAST_KEPT_S = 3600  # OpenAI's

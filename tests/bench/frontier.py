@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 
 from models.downscale.chunks import BASE
 from models.downscale.policies import CASCADE_FILE, Fusion, learn_stages, specify
 from models.pool import DEFAULT_POOL, Pool, load_pool
+from models.pool_text import write_policies
 from policies.base import ModelFacts
 from policies.carbon.llmcarbon import find_device, rates_for
 from policies.cascade.answers import AnswerTable, Floats, answer_table, predict
@@ -32,7 +32,6 @@ from policies.cascade.learn import measure_stops, replay_cascade
 from policies.cascade.learned import LearnedCascade
 from policies.cascade.scorer import LearnedScorer
 from policies.evidence import HeldOutAnswers, calibrate, evidence_weights, mixture_nll
-from policies.files import write_atomic
 from policies.fused import with_prior
 from policies.outcomes import Outcome, read_outcomes
 from policies.plan import Answer, Plan
@@ -77,14 +76,8 @@ def install(pool: Pool, bench: Bench) -> None:
     learned = specify(
         bench.static, prior_power=round(bench.evidence.prior_power, 3), routed=True, learned=True
     )
-    file = pool.folder / "pool.yaml"
-    text = file.read_text()
-    content = yaml.safe_load(text)
-    known = content["policies"]
-    content["policies"] = {name: {**known.get(name, {}), **spec} for name, spec in learned.items()}
-    content["policies"]["auto"] = known["auto"]
-    heading = text.partition("\n")[0] + "\n" if text.startswith("#") else ""
-    write_atomic(file, heading + yaml.safe_dump(content, sort_keys=False))
+    del learned["auto"]  # stays as it is
+    write_policies(pool.folder / "pool.yaml", learned)
 
 
 class Bench:

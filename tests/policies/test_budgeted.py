@@ -68,6 +68,14 @@ def test_what_was_measured_reaches_the_controller(tmp_path):
         ({"target": []}, "'target' is unknown"),
         ({"targets": {"resource": "wh"}}, "budgeted.targets: .* is refused: it should be a list"),
         ({"targets": [{"resource": "wh"}]}, "budgeted.targets.0: the key 'amount' is missing"),
+        (
+            {"targets": [{"resource": "time", "amount": 1.0}]},
+            "budgeted.targets.0.resource: 'time' is refused: it should be 'usd', 'wh' or 'gco2e'",
+        ),
+        (
+            {"targets": [{"resource": "wh", "amount": 0.0}]},
+            "budgeted.targets.0.amount: 0.0 is refused: it should be greater than 0",
+        ),
         ({"targets": [{"resource": "wh", "amount": 1, "each": "hour"}]}, "'each' is unknown"),
         (
             {"targets": [{"resource": "wh", "amount": "1"}]},

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.access.keys import create_key
-from router.arriving import Room
+from router.bodies import Room
 from router.errors import ApiError
 from tests.router.conftest import Running
 from tests.router.test_bodies import ENDPOINTS

@@ -14,17 +14,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from models.engines.base import Encodes, Engine
 from models.engines.encoder.engine import Encoder, EncoderEngine, TextReader
-from models.engines.kind import EngineKind, EngineTraits
+from models.engines.kind import EngineKind, EngineTraits, only_card
 from models.errors import PoolError
 from models.sources.safetensors import read_json
 from models.spec import EngineSpec, Model
 from models.tokenizer import read_tokenizer
 from policies.encoders.pooling import Pooling, pooling_of
 from policies.errors import PolicyError
+from policies.kinds import Strict
 
 _MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
 _CROSS = "ForSequenceClassification"
@@ -33,12 +34,10 @@ _WRITING = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 _SHIFTED = ("roberta", "xlm-roberta", "camembert", "mpnet")
 
 
-class EncoderOptions(BaseModel):
+class EncoderOptions(Strict):
     """How texts are encoded: `batch_size` at once, of at most `max_tokens` each (None: the
     model's own limit).
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     batch_size: int = Field(32, ge=1, le=4096)
     max_tokens: int | None = Field(None, ge=4)
@@ -168,13 +167,7 @@ def _inspect(spec: EngineSpec, options: EncoderOptions, models: Sequence[Model])
 
 def _folder_of(spec: EngineSpec, options: EncoderOptions, models: Sequence[Model]) -> Folder:
     """Return what the engine's one model is; raises `PoolError`."""
-    if len(models) != 1:
-        raise PoolError(
-            f"engines.{spec.name}: an encoder engine runs one model, not {len(models)}; give each "
-            "an engine of its own"
-        )
-    card = models[0].card
-    assert card is not None, "the registry refuses models without one"
+    card = only_card(spec, models)
     written = writes_texts(card.path)
     if written is not None:
         raise PoolError(f"{card.path / 'config.json'}: {written} writes texts; it is no encoder")

@@ -16,14 +16,15 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from models.card import ModelCard
 from models.engines.base import Engine
-from models.engines.kind import EngineKind, EngineTraits, formats_of
+from models.engines.kind import EngineKind, EngineTraits, formats_of, only_card
 from models.errors import PoolError
 from models.sources.gguf import read_gguf
 from models.spec import EngineSpec, Model
+from policies.kinds import Strict
 
 Pooling: TypeAlias = Literal["mean", "cls", "last", "rank"]
 _POOLINGS: dict[int, Pooling] = {1: "mean", 2: "cls", 3: "last", 4: "rank"}  # llama.cpp's numbers
@@ -38,7 +39,7 @@ _LEAST_CONTEXT_TOKENS = 2048
 _BYTES_PER_NUMBER = 2
 
 
-class LlamacppOptions(BaseModel):
+class LlamacppOptions(Strict):
     """How llama.cpp runs.
 
     Up to `num_slots` requests run at once, in one batch. Each slot has a cache of its own for
@@ -56,8 +57,6 @@ class LlamacppOptions(BaseModel):
     the others leave. With `polling` they spin, as llama.cpp comes, which nearly doubles the
     speed where every thread has a core of its own, and costs most of it where it has not.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     num_slots: int = Field(8, ge=1, le=256)
     context_tokens: int | None = Field(None, ge=1)
@@ -87,7 +86,7 @@ def slots(spec: EngineSpec, options: LlamacppOptions, card: ModelCard) -> tuple[
 
 
 def _inspect(spec: EngineSpec, options: LlamacppOptions, models: Sequence[Model]) -> EngineTraits:
-    card = _the_card(spec, models)
+    card = only_card(spec, models)
     num_slots, context_tokens = slots(spec, options, card)
     if num_slots == 0:
         raise PoolError(
@@ -115,7 +114,7 @@ def _inspect(spec: EngineSpec, options: LlamacppOptions, models: Sequence[Model]
 
 
 def _create(spec: EngineSpec, options: LlamacppOptions, models: Sequence[Model]) -> Engine:
-    card, name = _the_card(spec, models), models[0].name
+    card, name = only_card(spec, models), models[0].name
     traits = _inspect(spec, options, models)
     if name in traits.encodes:
         from models.engines.llamacpp.encoder import encoder_engine  # noqa: PLC0415 - where used
@@ -124,17 +123,6 @@ def _create(spec: EngineSpec, options: LlamacppOptions, models: Sequence[Model])
     from models.engines.llamacpp.engine import LlamacppEngine  # noqa: PLC0415 - loads llguidance
 
     return LlamacppEngine(spec, options, name, card, traits)
-
-
-def _the_card(spec: EngineSpec, models: Sequence[Model]) -> ModelCard:
-    if len(models) != 1:
-        raise PoolError(
-            f"engines.{spec.name}: a llamacpp engine runs one model, not {len(models)}; give each "
-            "an engine of its own"
-        )
-    card = models[0].card
-    assert card is not None, "the registry refuses models without one"
-    return card
 
 
 KIND = EngineKind(

@@ -185,7 +185,13 @@ class LlamacppEngine:
         self.check_health()
         running = self._running
         assert running is not None, "check_health raises before start"
-        max_tokens = self._check(request)
+        max_tokens = check_request(
+            request,
+            members=self.members,
+            traits=self._traits,
+            context_tokens=self._context_tokens,
+            vocab_size=self._card.shape.vocab_size,
+        )
         reader = AnswerReader(request, self._form, running.vocabulary)
         terminal = running.vocabulary.terminal
         grammar = answer_grammar(request, self._form, terminal, opened=reader.opened)
@@ -327,14 +333,4 @@ class LlamacppEngine:
                 num_slots=self._num_slots, max_queued=self._spec.max_queued_requests
             ),
             threads=ThreadPoolExecutor(self._num_slots, thread_name_prefix="llamacpp"),
-        )
-
-    def _check(self, request: GenerationRequest) -> int:
-        """Refuse what cannot run; return how many tokens the answer may have."""
-        return check_request(
-            request,
-            members=self.members,
-            traits=self._traits,
-            context_tokens=self._context_tokens,
-            vocab_size=self._card.shape.vocab_size,
         )

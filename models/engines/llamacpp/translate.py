@@ -17,13 +17,7 @@ from typing import Any
 from models.engines.base import Chunk, FinishReason, GenerationRequest, Token, TopLogprob
 from models.engines.llamacpp.binding import Event
 from models.engines.text import TextStream, Vocabulary
-from models.errors import (
-    ContextOverflow,
-    EngineError,
-    EngineFailed,
-    EngineOverloaded,
-    RequestError,
-)
+from models.errors import ContextOverflow, EngineError, EngineFailed, EngineOverloaded, RequestError
 
 # llama.cpp reads the largest as "draw a fresh one".
 _NUM_SEEDS = 2**32 - 1

@@ -18,9 +18,8 @@ from models.engines.base import Chunk, EngineStats, GenerationRequest
 from models.engines.kind import EngineKind, EngineTraits, formats_of
 from models.engines.remote.answer import DONE, EventReader, read_events, read_whole
 from models.engines.remote.breaker import Circuits
-from models.engines.remote.encoding import RowReader, read_vectors
 from models.engines.remote.failures import AttemptFailed, from_response, from_transport
-from models.engines.remote.request import RemoteOptions, write_body
+from models.engines.remote.request import RemoteOptions, RowReader, read_vectors, write_body
 from models.engines.requests import Slots, check_request
 from models.errors import EngineFailed
 from models.spec import EngineSpec, Model

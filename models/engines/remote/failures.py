@@ -8,13 +8,7 @@ from collections.abc import Mapping
 
 import httpx
 
-from models.errors import (
-    ContextOverflow,
-    EngineError,
-    EngineFailed,
-    EngineOverloaded,
-    RequestError,
-)
+from models.errors import ContextOverflow, EngineError, EngineFailed, EngineOverloaded, RequestError
 from policies.json_text import read_json_text
 
 _MAX_CHARACTERS = 300

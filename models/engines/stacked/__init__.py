@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from models.card import ModelCard
 from models.engines.base import Engine
@@ -24,17 +24,16 @@ from models.engines.kind import EngineKind, EngineTraits, base_of, check_one_sha
 from models.engines.stacked.architecture import read_stack
 from models.errors import PoolError
 from models.spec import EngineSpec, Model
+from policies.kinds import Strict
 
 
-class DraftingMember(BaseModel):
+class DraftingMember(Strict):
     """The member that guesses. One of another shape than the others does nothing else."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     member: str
 
 
-class StackedOptions(BaseModel):
+class StackedOptions(Strict):
     """The engine's `options` in pool.yaml.
 
     `step_rows` bounds how many token rows (tokens times lanes) one step may hold: more makes
@@ -50,8 +49,6 @@ class StackedOptions(BaseModel):
     checked several at a time (see `drafts`): "ngram" what followed the last ones before, "heaviest"
     the member with the largest weight of each fused answer, or one `member` always; None: nobody.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     step_rows: int = Field(2048, ge=1)
     stream_interval_ms: float = Field(10.0, ge=0)

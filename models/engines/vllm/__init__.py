@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from models.engines.base import Engine
 from models.engines.encoder import Folder, has_modules, read_folder, writes_texts
@@ -27,6 +27,7 @@ from models.engines.kind import EngineKind, EngineTraits, base_of, check_one_sha
 from models.engines.stacked.architecture import read_stack
 from models.errors import PoolError
 from models.spec import EngineSpec, Model
+from policies.kinds import Strict
 
 _INSTALL = (
     "it needs vLLM, which is not installed here: pip install 'shoal[vllm]' for CUDA, or "
@@ -47,7 +48,7 @@ _RESERVED = {
 }
 
 
-class VllmOptions(BaseModel):
+class VllmOptions(Strict):
     """What vLLM is told.
 
     `engine_args` are vLLM's own, by the names of its `AsyncEngineArgs` (max_model_len,
@@ -57,8 +58,6 @@ class VllmOptions(BaseModel):
     `max_loras` and `max_lora_rank` are set as they need it; to load the first adapter while the
     engine serves, `enable_lora: true` must be set.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     engine_args: dict[str, Any] = Field(default_factory=dict)
     num_threads: int | None = Field(None, ge=1)

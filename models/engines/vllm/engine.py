@@ -148,10 +148,18 @@ class VllmEngine:
 
         for name in request.adapters.keys() - self._cards.keys():
             self._adopt(name)
-        max_tokens = self._check(request, running)
+        max_tokens = check_request(
+            request,
+            members=self.members,
+            traits=self._traits,
+            context_tokens=running.context_tokens,
+            vocab_size=next(iter(self._cards.values())).shape.vocab_size,
+        )
         if self._num_open >= running.max_running + self._spec.max_queued_requests:
             raise EngineOverloaded(f"{self._num_open} requests run or wait already", 1.0)
-        weights = self._weights(request)
+        # Those asked for, unless evidence sets them, which vLLM does not tell.
+        fused = len(request.members) > 1 and request.evidence is None
+        weights = relative_weights(request) if fused else None
         num_top = request.sampling.top_logprobs or 0
         form = self._traits.answer_format(request.members)
         reader = AnswerReader(request, form, running.vocabulary)
@@ -317,22 +325,6 @@ class VllmEngine:
             raise PoolError(f"{card.path}: the tokenizer cannot be loaded: {error}") from None
         marks = {mark for form in self._traits.formats.values() for mark in form.marks}
         return grammars, Vocabulary(tokenizer, grammars, marks)
-
-    def _check(self, request: GenerationRequest, running: _Running) -> int:
-        """Check what vLLM would not explain in our terms; return how long the answer may be."""
-        return check_request(
-            request,
-            members=self.members,
-            traits=self._traits,
-            context_tokens=running.context_tokens,
-            vocab_size=next(iter(self._cards.values())).shape.vocab_size,
-        )
-
-    def _weights(self, request: GenerationRequest) -> tuple[float, ...] | None:
-        """Return the weights that an answer reports: those asked for, unless evidence sets them."""
-        if len(request.members) < 2 or request.evidence is not None:
-            return None
-        return relative_weights(request)
 
 
 @cache

@@ -11,13 +11,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOu
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
-from models.engines.base import (
-    Chunk,
-    FinishReason,
-    GenerationRequest,
-    Token,
-    TopLogprob,
-)
+from models.engines.base import Chunk, FinishReason, GenerationRequest, Token, TopLogprob
 from models.engines.text import Vocabulary
 from models.errors import EngineFailed
 

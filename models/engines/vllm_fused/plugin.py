@@ -15,11 +15,7 @@ def register() -> None:
     from vllm.model_executor.model_loader import register_model_loader  # noqa: PLC0415
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP  # noqa: PLC0415
 
-    from models.engines.vllm_fused.settings import (  # noqa: PLC0415
-        LOAD_FORMAT,
-        FusedSettings,
-        MembersLoader,
-    )
+    from models.engines.vllm_fused.settings import LOAD_FORMAT, FusedSettings, MembersLoader  # noqa: PLC0415
 
     if ARCHITECTURE in MODELS_CONFIG_MAP:
         return

@@ -28,7 +28,6 @@ from models.downscale.adapt import adapt
 from models.downscale.base import base_model
 from models.downscale.chunks import load_model, save_model, selected, untrained
 from models.downscale.data import with_lessons, write_lessons
-from models.downscale.distill import DistillSettings
 from models.downscale.examples import corpus, render
 from models.downscale.pipeline import claimed
 from models.downscale.recipe import AdaptSettings, Recipe
@@ -42,6 +41,7 @@ from models.training.data import Conversation
 from models.training.forward import Scorer
 from models.training.loop import Method
 from models.training.mp_distil import MPDistil
+from models.training.settings import DistillSettings
 from policies.plan import Answer
 from tests.bench.downscale.one_domain import (
     answer_odds,

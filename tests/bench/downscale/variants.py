@@ -29,7 +29,6 @@ from models.downscale.data import (
     with_lessons,
     write_lessons,
 )
-from models.downscale.distill import DistillSettings
 from models.downscale.examples import GENERAL, conversations
 from models.downscale.shape import shape_of
 from models.downscale.stage import Run, read_json, stage, write_json
@@ -37,6 +36,7 @@ from models.precision import products_dtype
 from models.tasks.base import Split
 from models.training.data import Conversation
 from models.training.forward import Scorer
+from models.training.settings import DistillSettings
 from tests.bench.downscale.spectrum import spectrum_importance
 
 VARIANTS_FILE: Final = "variants.json"

@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 
 from models.downscale.adapt import adapt, mean_loss, mix
 from models.downscale.data import with_lessons, write_lessons
-from models.downscale.distill import DistillSettings
 from models.downscale.recipe import AdaptSettings
 from models.errors import CorpusError, DivergedError
 from models.training.data import Conversation
 from models.training.forward import Scorer
+from models.training.settings import DistillSettings
 from tests.models.downscale.tiny_models import random_conversations, tiny_model
 
 _SETTINGS = AdaptSettings(

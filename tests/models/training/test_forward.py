@@ -200,10 +200,3 @@ def test_what_cannot_be_computed_is_refused() -> None:
     model.config.model_type = "gpt2"
     with pytest.raises(PoolError, match=r"'gpt2' is not supported.*llama"):
         geometry(model)
-
-
-@pytest.mark.parametrize("key", ["temperature", "weight"])
-def test_distillation_settings_are_checked(key: str) -> None:
-    """A temperature or weight out of range is named."""
-    with pytest.raises(ValueError, match=f"distill.{key}: -1"):
-        Distillation(**{key: -1})

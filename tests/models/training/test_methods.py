@@ -11,14 +11,14 @@ from peft.tuners.lora.monteclora import MontecloraSampler
 from torch.distributions import Dirichlet, kl_divergence
 
 from models.downscale.adapt import adapt
-from models.downscale.distill import DistillSettings
 from models.downscale.recipe import AdaptSettings
 from models.training.loop import Method
 from models.training.lora import LowRank, add_adapter, low_rank_modules
-from models.training.monte_carlo import MonteCarlo, Posterior, Prior, Unmasking, drawn, posteriors
+from models.training.monte_carlo import MonteCarlo, Posterior, Unmasking, drawn, posteriors
+from models.training.settings import DistillSettings, MonteCarloSettings, UnmaskSettings
 from tests.models.downscale.tiny_models import random_conversations, tiny_model
 
-PRIOR = Prior(deviation=0.05, components=3, concentration=0.7, weight=1e-3)
+PRIOR = MonteCarloSettings(deviation=0.05, components=3, concentration=0.7, weight=1e-3)
 SETTINGS = AdaptSettings(
     rows_per_step=4, row_tokens=32, compiled=False, precision="float32", device="cpu",
     optimizer="adamw", learning_rate=0.01, weight_decay=0.0, clip_norm=1e9,
@@ -50,9 +50,10 @@ def learnable(model):
     return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
 
 
+UNMASK = UnmaskSettings(share=0.2, exponent=0.5, epsilon=0.01)
 METHODS = {
     "unmask": (
-        LowRank, lambda n: Unmasking(share=0.2, exponent=0.5, epsilon=0.01, num_steps=n),
+        LowRank, lambda n: Unmasking(UNMASK, num_steps=n),
     ),
     "monte_carlo": (partial(Posterior, prior=PRIOR), lambda _: MonteCarlo(PRIOR, seed=5)),
 }  # fmt: skip
@@ -91,7 +92,7 @@ def test_a_share_of_the_parameters_learns():
     model = copy.deepcopy(fresh)
     train(
         model,
-        lambda n: Watched(share=0.2, exponent=1.0, epsilon=0.1, num_steps=n),
+        lambda n: Watched(UnmaskSettings(share=0.2, exponent=1.0, epsilon=0.1), num_steps=n),
         watch=lambda _: changed.append(learnable(model) != before),
     )
     num = [int(mask.sum()) for mask in changed]
@@ -107,7 +108,8 @@ def test_a_share_of_the_parameters_learns():
 
 def test_all_parameters_are_plain_training():
     """Where every parameter learns from the first step on, nothing is different."""
-    method = lambda _: Unmasking(share=1.0, exponent=0.0, epsilon=1.0, num_steps=1)  # noqa: E731
+    every = UnmaskSettings(share=1.0, exponent=0.0, epsilon=1.0)
+    method = lambda _: Unmasking(every, num_steps=1)  # noqa: E731
     assert torch.equal(learnable(train(adapted())), learnable(train(adapted(), method)))
 
 
@@ -159,7 +161,7 @@ def test_the_divergence_is_pefts_but_for_its_dirichlet():
 def test_training_learns_the_noise_and_the_loss_holds_it_to_the_prior():
     """A heavy divergence brings the deviations to where the prior has them; a run leaves the mean
     in force, on every adapter."""
-    heavy = Prior(deviation=0.05, components=3, concentration=0.7, weight=10.0)
+    heavy = MonteCarloSettings(deviation=0.05, components=3, concentration=0.7, weight=10.0)
     model = adapted(partial(Posterior, prior=heavy))
     for module in posteriors(model):
         torch.nn.init.constant_(module.log_deviation, 1.0)

@@ -1,6 +1,5 @@
 """MPDistil: its losses are the paper's, its parts learn what they are for, it can be resumed."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,15 +12,16 @@ from models.errors import CorpusError
 from models.training.data import lay_out
 from models.training.forward import geometry, low_precision, rotary_tables, to_tensors
 from models.training.loop import Trainer
-from models.training.mp_distil import Meta, MPDistil, Running
+from models.training.mp_distil import MPDistil, Running
 from models.training.mp_parts import meta_loss, outdoing_loss, taught_loss
+from models.training.settings import DistillSettings, MetaDistillSettings
 from tests.models.downscale.tiny_models import random_conversations, tiny_model
 
 QUIZZES = {name: random_conversations(8, seed=seed) for seed, name in enumerate("ab", start=5)}
-META = Meta(
-    competitive=False, binary=True, weight=0.5, temperature=2.0, hidden_weight=10.0,
-    learning_rate=0.01, every_steps=2, curriculum_share=0.5, episode_steps=3,
-)  # fmt: skip
+META = MetaDistillSettings(
+    hidden_weight=10.0, learning_rate=0.01, every_steps=2, curriculum_share=0.5, episode_steps=3
+)
+DISTILL = DistillSettings(weight=0.5, temperature=2.0, meta=META)
 
 
 def student():
@@ -41,8 +41,11 @@ def method(num_steps=20, **changes):
         num_steps=num_steps, rows_per_step=4, row_tokens=32, device="cpu", dtype=torch.float32,
         compiled=False, seed=1,
     )  # fmt: skip
-    meta = replace(META, **changes)
-    return MPDistil(student(), tiny_model("llama"), "a", QUIZZES, meta=meta, running=running)
+    meta = META.model_copy(update=changes)
+    settings = DISTILL.model_copy(update={"meta": meta})
+    return MPDistil(
+        student(), tiny_model("llama"), "a", QUIZZES, settings=settings, running=running
+    )
 
 
 def train(model, chosen, *, num_steps=20, folder: Path | None = None):
@@ -118,10 +121,10 @@ def test_the_students_losses_are_the_papers():
     assert label.item() == same.item() == pytest.approx(-logs.mean().item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("competitive", [False, True])
-def test_the_meta_teacher_learns_the_quiz(competitive):
+@pytest.mark.parametrize("loss", ["collaborative", "competitive"])
+def test_the_meta_teacher_learns_the_quiz(loss):
     """Its head, on the teacher's states, comes to know the quiz's answers; the teacher stays."""
-    chosen = method(num_steps=200, competitive=competitive, curriculum_share=0.0, every_steps=1)
+    chosen = method(num_steps=200, loss=loss, curriculum_share=0.0, every_steps=1)
     head, pupil = chosen.state()["parts/head.weight"].clone(), student()
     train(pupil, chosen, num_steps=200)
     teacher, losses = tiny_model("llama"), []
@@ -159,20 +162,20 @@ def test_a_student_becomes_like_its_teacher():
     assert likeness() > before + 0.3
 
 
-@pytest.mark.parametrize("binary", [False, True])
-def test_the_curriculum_chooses_and_is_rewarded(binary):
+@pytest.mark.parametrize("reward", ["real", "binary"])
+def test_the_curriculum_chooses_and_is_rewarded(reward):
     """One choice for each of its steps, from all domains, the same of one seed; the rewards are
     shares of tokens, or differences of probabilities; the policy learns from each episode."""
-    chosen = method(num_steps=24, binary=binary)
+    chosen = method(num_steps=24, reward=reward)
     before = chosen.state()["parts/policy.weight"].clone()
     train(student(), chosen, num_steps=24)
     assert len(chosen.choices) == 12
     assert set(chosen.choices) == {"a", "b"}
     assert len(chosen.rewards) == 11
-    assert all((0 if binary else -1) <= reward <= 1 for reward in chosen.rewards)
+    assert all((0 if reward == "binary" else -1) <= one <= 1 for one in chosen.rewards)
     assert len(set(chosen.rewards)) > 1
     assert not torch.equal(chosen.state()["parts/policy.weight"], before)
-    again = method(num_steps=24, binary=binary)
+    again = method(num_steps=24, reward=reward)
     train(student(), again, num_steps=24)
     assert (again.choices, again.rewards) == (chosen.choices, chosen.rewards)
 
@@ -210,4 +213,4 @@ def test_a_quiz_that_fits_no_row_is_named():
         compiled=False, seed=1,
     )  # fmt: skip
     with pytest.raises(CorpusError, match="the quiz of a fits 2 tokens"):
-        MPDistil(student(), tiny_model("llama"), "a", QUIZZES, meta=META, running=running)
+        MPDistil(student(), tiny_model("llama"), "a", QUIZZES, settings=DISTILL, running=running)

@@ -1,18 +1,41 @@
-"""What a recipe says of who teaches a member beside its labels, and the parts of all settings."""
+"""What a recipe says of the methods of training that this package has; it needs no torch."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from policies.kinds import Strict
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class Strict(BaseModel):
-    """Settings that refuse what they do not know, and stay as they are."""
+class UnmaskSettings(Strict):
+    """ID3: only this share of an adapter's parameters learns, chosen on the way.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    Each step adds those that are highest by |gradient| / (|weight| + epsilon)^exponent.
+    """
+
+    share: float = Field(0.25, gt=0, le=1)
+    exponent: float = Field(0.0, ge=0, le=10)
+    epsilon: float = Field(1e-3, gt=0)
+
+
+class MonteCarloSettings(Strict):
+    """MonteCLoRA: an adapter with a posterior, of which `members` draws are members of their own.
+
+    The pool has them beside the mean, which is called like the domain: NAME-1, NAME-2 and so on.
+    The others are what the noise starts from and is held to: `deviation` is about that of A's noise
+    at the start, of one component; `components` are mixed, by weights whose Dirichlet has this
+    `concentration` in the prior. `weight` multiplies the divergence in the loss.
+    """
+
+    members: int = Field(4, ge=1, le=64)
+    deviation: float = Field(1e-2, gt=0)
+    components: int = Field(4, ge=1, le=64)
+    concentration: float = Field(1.0, gt=0)
+    weight: float = Field(1e-5, ge=0)
 
 
 class MetaDistillSettings(Strict):
