@@ -80,7 +80,7 @@ def on_a_pool(path: Path, rows: Sequence[Outcome], values: Sequence[float | None
     table: list[tuple[str, ...]] = [
         ("questions", "an answer's value", "policy", "quality", "USD/1,000", "looks", "taken over")
     ]
-    waits: dict[str, list[float]] = {}
+    waits: dict[tuple[bool, bool], list[tuple[float, ...]]] = {}
     protocols: dict[Protocol, str] = {"split": "known domains", "tasks": "domains left out"}
     for protocol, told in protocols.items():
         parts = "folds" if protocol == "split" and not rows[0].split else protocol
@@ -106,38 +106,47 @@ def on_a_pool(path: Path, rows: Sequence[Outcome], values: Sequence[float | None
                     looked(seeing, rows[q], one) for q, one in zip(test, played, strict=True)
                 )
             if protocol == "split" and router.looks and not waits:
-                waits = waiting(path, router, [rows[q].query for q in test])
+                policy, tests = Probing(router, models=pool.facts()), [rows[q] for q in test]
+                waits_s = waiting(path, router, [row.query for row in tests])
+                runs_now = play_all(policy, tests, rates, readings)
+                for row, one, wait_s in zip(tests, runs_now, waits_s, strict=True):
+                    waits.setdefault(looked(policy, row, one), []).append(wait_s)
         for value in values:
             table += compared(told, value, runs[value, "learned"], runs[value, "probing"],
                               looks[value])  # fmt: skip
     print(text_table(table, num_left=3))
-    for name, waits_s in waits.items():
-        middle, late = 1000 * np.quantile(waits_s, (0.5, 0.95))
-        print(f"first token by {name}: median {middle:.0f} ms, 95% within {late:.0f} ms")
+    for (read, taken_over), both in waits.items():
+        plain_S, seeing_S = np.array(both).T
+        print(
+            f"{'read' if read else 'not read'}{', then another' if taken_over else ''}: "
+            f"{len(both)} first tokens, after {1000 * np.median(plain_S):.0f} ms by text, "
+            f"{1000 * np.median(seeing_S):.0f} by a look, "
+            f"{np.median(seeing_S / plain_S):.2f} times as long (medians)"
+        )
 
 
-def waiting(path: Path, router: Router, queries: Sequence[str]) -> dict[str, list[float]]:
-    """Return how long the first tokens of answers took, in seconds, by text alone and by a look.
+def waiting(path: Path, router: Router, queries: Sequence[str]) -> list[tuple[float, ...]]:
+    """Return how long each query's first token took, in seconds, by text alone and by a look.
 
     One at a time, in turns; each query is asked both ways, of engines that had not read it.
     """
-    waits: dict[str, list[float]] = {"learned": [], "probing": []}
+    waits_s = {kind: [0.0] * len(queries) for kind in ("learned", "probing")}
     folder = path if path.is_dir() else path.parent
     content = yaml.safe_load((folder / "pool.yaml" if path.is_dir() else path).read_text())
 
     async def ask(file: Path, turn: int) -> None:
         async with ask_pool(file) as asker:
             for number, query in enumerate(queries):
-                kind = tuple(waits)[(number + turn) % 2]
+                kind = tuple(waits_s)[(number + turn) % 2]
                 messages = [{"role": "user", "content": query}]
                 reply = await asker.ask(f"policy/{kind}", messages, max_tokens=1)
-                waits[kind].append(reply.latency_s)
+                waits_s[kind][number] = reply.latency_s
 
     # In the pool's own folder, since its checkpoints are named from there.
     with NamedTemporaryFile("w", dir=folder, suffix=".yaml") as file:
         learned = Path(file.name).with_suffix(".npz")
         save_router(router, learned)
-        own = {kind: {"kind": kind, "path": learned.name} for kind in waits}
+        own = {kind: {"kind": kind, "path": learned.name} for kind in waits_s}
         yaml.safe_dump(content | {"policies": own | {"auto": own["learned"]}}, file)
         file.flush()
         try:
@@ -145,7 +154,7 @@ def waiting(path: Path, router: Router, queries: Sequence[str]) -> dict[str, lis
                 asyncio.run(ask(Path(file.name), turn))
         finally:
             learned.unlink()
-    return waits
+    return [*zip(*waits_s.values(), strict=True)]
 
 
 def play_all(
