@@ -2,13 +2,14 @@
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
 from router.ledger.database import Database
 from router.ledger.queries import requests
-from router.ledger.schema import METRIC_COUNTERS
+from router.ledger.schema import METRIC_COUNTERS, REQUESTS
 from router.ledger.writer import Ledger, keep_within
 from router.record import RequestRecord
 from tests.router.ledger.records import record
@@ -73,3 +74,34 @@ def test_the_oldest_rows_go_when_all_take_too_much(
     after = [row["time_s"] for row in requests(database)]
     assert 0 < len(after) < len(before)
     assert after == before[-len(after) :]
+
+
+def test_batches_of_any_size_need_few_statements(new_ledger: Callable[..., Ledger]) -> None:
+    """What a connection keeps compiled does not grow with the sizes that batches have had.
+
+    And who writes one batch after another uses one connection, so that the others keep nothing.
+    """
+    parameters, connections = dict[str, int](), set[int]()
+
+    def note(connection: sa.Connection, _: object, said: str, values: Any, *__: object) -> None:
+        if said.startswith("INSERT INTO requests"):
+            parameters[said] = len(values)
+            connections.add(id(connection.connection.dbapi_connection))
+
+    ledger = new_ledger()
+    sa.event.listen(ledger.database.engine, "before_cursor_execute", note)
+    several = [ledger.database.connect() for _ in range(4)]
+    for one in several:
+        one.close()  # and is idle from now on
+
+    async def write() -> None:
+        for size in range(1, 61):
+            for number in range(size):
+                ledger.record(record(100 * size + number))
+            await ledger.flush()
+
+    asyncio.run(write())
+    num_rows = [count // len(REQUESTS.columns) for count in parameters.values()]
+    assert len(num_rows) > 1
+    assert sum(num_rows) < 64
+    assert len(connections) == 1
