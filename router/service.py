@@ -238,7 +238,8 @@ class Service:
                 [
                     executor.first_of((c.plan, *c.fallback), c.task, c.trace)
                     for c in exchange.choices
-                ]
+                ],
+                executor.turns,
             ),
         )
         head = Head(

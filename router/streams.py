@@ -14,29 +14,29 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from router.turns import Turns
+
 T = TypeVar("T")
 
-_AT_ONCE = 8
 DONE = b"data: [DONE]\n\n"
 
 
 async def side_by_side(
-    streams: Sequence[AsyncGenerator[T, None]],
+    streams: Sequence[AsyncGenerator[T, None]], turns: Turns
 ) -> AsyncGenerator[tuple[int, T], None]:
-    """Yield (stream's index, item) as items come. The first error ends all of them."""
+    """Yield (stream's index, item) as items come. The first error ends all of them.
+
+    Where there are several they take `turns`.
+    """
     if len(streams) == 1:
         async with aclosing(streams[0]) as items:
             async for item in items:
                 yield 0, item
         return
     ready: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue()
-    pumps: list[asyncio.Future[None]] = []
+    pumps = [turns.task(_pump(index, stream, ready)) for index, stream in enumerate(streams)]
     try:
         num_open = len(streams)
-        for index, stream in enumerate(streams):
-            pumps.append(asyncio.ensure_future(_pump(index, stream, ready)))
-            if len(pumps) % _AT_ONCE == 0:  # a hundred that begin together hold others up
-                await asyncio.sleep(0)
         while num_open:
             got = await ready.get()
             if got is None:

@@ -31,6 +31,7 @@ from router.executor.judging import (
 from router.executor.task import Task, request_of
 from router.executor.trace import Run, Trace, child_path, fallback_path
 from router.executor.union import unite
+from router.turns import Turns
 
 # Shorter answers end before watching them, token by token, pays.
 _LEAST_WATCHED_TOKENS = 16
@@ -39,7 +40,7 @@ _ROUNDING = 1e-9
 
 
 class Executor:
-    """Runs plans on engine clients, given by engine name."""
+    """Runs one request's plans on engine clients, given by engine name; they take `turns`."""
 
     def __init__(
         self,
@@ -53,6 +54,7 @@ class Executor:
         self._members = members
         self._scorers = scorers
         self._limits = limits
+        self.turns = Turns()
 
     async def run(
         self, plan: Plan, task: Task, trace: Trace, path: str = ""
@@ -344,7 +346,7 @@ class Executor:
         """
         paths = [child_path(path, index) for index in range(len(best.candidates))]
         running = [
-            asyncio.create_task(self.whole(candidate, task.judged(), trace, candidate_path))
+            self.turns.task(self.whole(candidate, task.judged(), trace, candidate_path))
             for candidate, candidate_path in zip(best.candidates, paths, strict=True)
         ]
         try:
