@@ -141,7 +141,7 @@ class Bodies:
         """Return what the body takes of the room, for use as a context, in the name of its key or
         address.
         """
-        return self.room.hold(key_id or (request.client.host if request.client else ""))
+        return self.room.hold(key_id or address_of(request))
 
     async def take(
         self,
@@ -247,6 +247,11 @@ def has_more_values(body: bytes, most: int) -> bool:
         if num_marks + STRING * (num_quotes // 2) > most:
             return True
     return False
+
+
+def address_of(request: Request) -> str:
+    """Return where a request comes from: as a proxy on this machine says, if one passed it on."""
+    return request.client.host if request.client else ""
 
 
 async def _unpacked(request: Request, packing: str) -> AsyncIterator[bytes]:

@@ -254,8 +254,7 @@ def _task(
         sampling=sampling,
         max_tokens=ask.max_tokens,
         stream=ask.stream,
-        # All that nobody waits for shares the turn of one client.
-        client_id="offline" if exchange.offline else exchange.key_id or exchange.user or "",
+        client_id=exchange.client_id,
         client_weight=exchange.key.weight if exchange.key and not exchange.offline else 1.0,
         sent=ask.sent,
         ceiling=ask.ceiling,

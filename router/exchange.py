@@ -67,9 +67,9 @@ class Exchange:
 
     `started_s` and `ended_s` count seconds of `time.perf_counter`. `user` and the record's session
     come from headers until the body names them. `traceparent` is the W3C header of the trace that
-    the client is in. Nobody waits for one that is `offline`. `answer` gathers the first choice's
-    text. At `deadline_s`, by the event loop's
-    clock, the request is ended.
+    the client is in, whose `address` is not recorded. Nobody waits for one that is `offline`.
+    `answer` gathers the first choice's text. At `deadline_s`, by the event loop's clock, the
+    request is ended.
     """
 
     record: RequestRecord
@@ -83,14 +83,17 @@ class Exchange:
     key: Key | None = None
     reservation: Reservation | None = None
     user: str | None = None
+    address: str = ""
     answer: list[str] = field(default_factory=list)
     recorded: bool = False
     terms: Terms | None = None
     offline: bool = False
 
     @classmethod
-    def begin(cls, *, id_prefix: str, endpoint: str, headers: Mapping[str, str]) -> Exchange:
-        """Return the exchange of a request that has just arrived."""
+    def begin(
+        cls, *, id_prefix: str, endpoint: str, headers: Mapping[str, str], address: str = ""
+    ) -> Exchange:
+        """Return the exchange of a request that has just arrived, from `address`."""
         unique = uuid.uuid4().hex
         asked = headers.get("x-request-id", "")
         record = RequestRecord(
@@ -104,6 +107,7 @@ class Exchange:
             record=record,
             traceparent=headers.get("traceparent"),
             user=_name(headers, USER_HEADER),
+            address=address,
         )
 
     @property
@@ -127,6 +131,14 @@ class Exchange:
     def key_id(self) -> str | None:
         """The id of the key that the request brought, if it brought one."""
         return self.key.id if self.key else None
+
+    @property
+    def client_id(self) -> str:
+        """Whose turn it is where clients take turns: the key's, else the user's, or the address's.
+
+        All that nobody waits for shares the turn of one client.
+        """
+        return "offline" if self.offline else self.key_id or self.user or self.address
 
     @property
     def elapsed_s(self) -> float:

@@ -68,7 +68,8 @@ def complete(configuration: str) -> str:
     """Return Ray's `configuration` with time limits, a share per address, and closed side doors.
 
     An address other than loopback's gets at most a quarter of the connections, so that one client
-    cannot take them all. Statistics and HAProxy's own metrics listen on loopback only.
+    cannot take them all, and what is behind learns each client's. Statistics and HAProxy's own
+    metrics listen on loopback only.
     """
     text = re.sub(r"^(\s*bind )[*]?:(\d+)", r"\g<1>127.0.0.1:\2", configuration, flags=re.M)
     text = re.sub(r"^(\s*stats socket .*) mode 666", r"\1 mode 600", text, flags=re.M)
@@ -87,6 +88,8 @@ def complete(configuration: str) -> str:
                 "tcp-request connection track-sc0 src",
                 "tcp-request connection reject if "
                 f"{{ sc0_conn_cur gt {most_connections() // 4} }} !{{ src 127.0.0.0/8 ::1 }}",
+                # Else whoever is behind it believes what clients say of where they are.
+                "option forwardfor",
                 # What is behind it loses the body of a request that offers another protocol.
                 "http-request del-header upgrade",
                 # A client that keeps its connection would go on asking here, see `drain`.

@@ -20,7 +20,7 @@ from starlette.responses import Response
 from models.engines.base import Chunk
 from policies.experiments.shadow import ShadowMeter
 from router.accounts import Accounts, Watcher
-from router.bodies import Bodies, Held
+from router.bodies import Bodies, Held, address_of
 from router.catalog.catalog import Catalog
 from router.config import ServingLimits
 from router.conversations import Conversations
@@ -151,7 +151,10 @@ class Service:
     async def process(self, request: Request, endpoint: WireFormat) -> Response:
         """Answer `request`, whatever happens; exactly one record is kept of it."""
         exchange = Exchange.begin(
-            id_prefix=endpoint.id_prefix, endpoint=endpoint.path, headers=request.headers
+            id_prefix=endpoint.id_prefix,
+            endpoint=endpoint.path,
+            headers=request.headers,
+            address=address_of(request),
         )
         self._bind(exchange)
 

@@ -222,7 +222,8 @@ def may_see(access: Access, request: Request) -> bool:
     page = request.headers.get("origin")
     if page is not None and page.partition("://")[2] != request.url.netloc:
         return False
-    forwarded = ",".join(request.headers.get(name, "") for name in _FORWARDED)
+    # Our own HAProxy adds a line of its own to those of a client or another proxy.
+    forwarded = ",".join(line for name in _FORWARDED for line in request.headers.getlist(name))
     return all(part.strip().strip('"') in {"", *LOOPBACK} for part in forwarded.split(","))
 
 

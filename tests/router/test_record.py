@@ -20,6 +20,7 @@ from models.engines.base import SamplingOptions
 from policies.base import Query
 from policies.footprint import Cost, Rates
 from policies.plan import Answer, Cascade
+from router.access.keys import Key
 from router.exchange import Choice, Exchange
 from router.executor.task import Prompt, Task
 from router.executor.trace import Trace
@@ -122,6 +123,21 @@ def test_what_is_unknown_stays_out_of_the_span() -> None:
     assert record.log_fields()["members"] == []
     record.model = "x" * 999
     assert len(record.log_fields()["model"]) == 200
+
+
+def test_whose_turn_it_is() -> None:
+    """A key's, else that of the user that it names, else that of where it comes from."""
+
+    def of(headers: dict[str, str], address: str) -> Exchange:
+        return Exchange.begin(id_prefix="", endpoint="e", headers=headers, address=address)
+
+    assert of({"x-shoal-user": "ann"}, "192.0.2.1").client_id == "ann"
+    assert of({}, "192.0.2.1").client_id != of({}, "192.0.2.2").client_id
+    keyed = of({"x-shoal-user": "ann"}, "192.0.2.1")
+    keyed.key = Key(id="key_a", name="app", prefix="sk")
+    assert keyed.client_id == "key_a"
+    keyed.offline = True
+    assert keyed.client_id == "offline"
 
 
 def test_a_request_waits_until_its_first_engine_is_asked() -> None:

@@ -3,14 +3,20 @@
 import os
 import re
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
+import uvicorn
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.types import Receive, Scope, Send
 
+from router.bodies import address_of
 from router.haproxy import (
     HEADER_TIMEOUT_S,
     complete,
@@ -123,3 +129,39 @@ def test_a_new_one_takes_over_from_one_whose_manager_was_killed(
     start(configuration, "-sf", "999999999")
     time.sleep(1)
     assert new.poll() is None
+
+
+@contextmanager
+def _telling_addresses() -> Iterator[int]:
+    """Serve on a port as Ray does, telling every client where it seems to be."""
+
+    async def tell(scope: Scope, receive: Receive, send: Send) -> None:
+        await PlainTextResponse(address_of(Request(scope)))(scope, receive, send)
+
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(tell, port=port, lifespan="off", log_config=None))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        yield port
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.mark.parametrize("claimed", [None, "203.0.113.9", "127.0.0.1", "127.0.0.1, 203.0.113.9"])
+def test_clients_are_where_they_are(
+    configuration: str,
+    start: Callable[..., tuple[subprocess.Popen[bytes], str]],
+    claimed: str | None,
+) -> None:
+    """Who has no key is known by its address, whatever it says, and not by HAProxy's."""
+    with _telling_addresses() as port:
+        replica = rf"backend default_backend\n    server one 127.0.0.1:{port}\n"
+        routed = re.sub(r"^backend default_backend\n.*\n", replica, configuration, flags=re.M)
+        _, url = start(routed)
+        headers = {} if claimed is None else {"x-forwarded-for": claimed}
+        _get(url)
+        with httpx.Client(transport=httpx.HTTPTransport(local_address="127.0.0.9")) as client:
+            answer = client.get(url, headers=headers)
+    assert (answer.status_code, answer.text) == (200, "127.0.0.9")
