@@ -15,12 +15,13 @@ from tests.router.conftest import write_pool
 from tests.server import started
 
 
-def test_places_are_those_of_the_longest_start() -> None:
+def test_places_are_those_of_the_longest_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole blocks of tokens count; what was remembered last wins; the oldest is forgotten."""
     with warnings.catch_warnings(action="ignore"):  # Ray's own, as it is imported
         from router.affinity import Places
 
-    places = Places[str](most_blocks=6)
+    monkeypatch.setattr("router.affinity._MOST_BLOCKS", 6)
+    places = Places[str]()
     places.remember(range(100), "a")
     places.remember([*range(64), *range(900, 960)], "b")
     assert places.find([]) is None
