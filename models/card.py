@@ -16,6 +16,7 @@ from models.errors import PoolError
 from models.families import FAMILIES
 from models.sources.gguf import GgufFile, read_gguf
 from models.sources.safetensors import StoredTensor, read_json, read_tensors
+from models.tokenizer_json import read_tokenizer
 
 # What downscaling can cut.
 SUPPORTED_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
@@ -289,14 +290,21 @@ def _read_end_tokens(
 
 def _ids_of(text: str | None, file: Path, tokenizer: Mapping[str, Any]) -> set[int]:
     """Return the id of the token `text` in `tokenizer`, which is `file`; nothing if it has none."""
+    if text is None:
+        return set()
     try:
         for token in tokenizer.get("added_tokens") or ():
             if token["content"] == text:
                 return {int(token["id"])}
         vocabulary = (tokenizer.get("model") or {}).get("vocab")
         if isinstance(vocabulary, dict):
-            return {int(vocabulary[text])} if text in vocabulary else set()
-        # Unigram: pairs of token and score
-        return {index for index, entry in enumerate(vocabulary or ()) if entry[0] == text}
+            found = {int(vocabulary[text])} if text in vocabulary else set()
+        else:  # Unigram: pairs of token and score
+            found = {index for index, entry in enumerate(vocabulary or ()) if entry[0] == text}
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise PoolError(f"{file} is no tokenizer: {type(error).__name__}: {error}") from None
+    if found:
+        return found
+    # The files beside it add the token, at the end of the vocabulary.
+    added = read_tokenizer(file.parent).token_to_id(text)
+    return set() if added is None else {added}

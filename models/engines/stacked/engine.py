@@ -35,7 +35,7 @@ from models.engines.stacked.threads import in_own_thread
 from models.engines.text import TextStream, Vocabulary
 from models.errors import EngineFailed, PoolError, RequestError
 from models.spec import EngineSpec
-from models.tokenizer import read_tokenizer
+from models.tokenizer_json import read_tokenizer
 
 _PACKS: Mapping[str, Pack[Any]] = {"int8": as_int8, "int4": as_int4}
 
