@@ -91,9 +91,16 @@ def _windowed(
 ) -> list[bool]:
     """Which layers see only a window."""
     known, num_layers = family.defaults, len(rotates)
+    types = config.get("layer_types")
+    if types is not None and "layer_types" not in known:
+        if not isinstance(types, list) or {*types} - {_FULL}:
+            raise PoolError(
+                f"{file}: layer_types {types!r} is not supported for {config['model_type']}; "
+                f"allowed is {_FULL}"
+            )
+        types = None
     if "sliding_window" not in known:
         return [False] * num_layers
-    types = config["layer_types"] if "layer_types" in known else None
     if types is not None:
         if not isinstance(types, list) or len(types) != num_layers or {*types} - {_FULL, _SLIDING}:
             raise PoolError(
