@@ -23,6 +23,8 @@ SUPPORTED_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 
 CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer.json"
 
+_LARGEST_COUNT = 2**31  # no file says more that means it, and what is computed of it must fit
+
 # How a checkpoint's makers draw its answers: the keys of generation_config.json that vLLM takes,
 # which are requests' own names, and llama.cpp's names of the same (general.sampling.…).
 _SAMPLING = {
@@ -137,8 +139,11 @@ def read_count(file: Path, config: Mapping[str, Any], key: str) -> int:
     if key not in config:
         raise PoolError(f"{file}: the key {key!r} is missing")
     value = config[key]
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise PoolError(f"{file}: {key} {value!r} is not allowed; a whole number above 0 is")
+    if type(value) is not int or not 0 < value < _LARGEST_COUNT:
+        raise PoolError(
+            f"{file}: {key} {value!r} is not allowed; a whole number above 0 and below "
+            f"{_LARGEST_COUNT} is"
+        )
     return value
 
 

@@ -57,6 +57,14 @@ def test_llama3_frequencies_are_those_of_transformers(tmp_path: Path) -> None:
         ),
         ("mistral", {"sliding_window": 0}, "sliding_window 0 is not allowed"),
         ("qwen2", {"layer_types": ["full_attention"]}, "layer_types .* must have one of"),
+        ("qwen2", {"layer_types": [[], "full_attention"]}, "layer_types .* must have one of"),
+        ("llama", {"num_hidden_layers": 10**30}, "num_hidden_layers 1000+ is not allowed"),
+        ("llama", {"num_attention_heads": 10**30}, "num_attention_heads 1000+ is not allowed"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"full_attention": "x"}},
+            "the rotary parameters 'x' are not a mapping",
+        ),
         ("qwen2", {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types"),
         (
             "qwen3",
