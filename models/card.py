@@ -108,15 +108,18 @@ def read_card(path: Path, *, source: str | None = None) -> ModelCard:
     tensors = read_tensors(path)
     tokenizer_sha256 = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
     prompts = read_prompt_facts(path)
+    shape = _read_shape(path / CONFIG, config)
+    ends = _read_end_tokens(path, generation, config)
+    ends |= _ids_of(prompts.special_tokens.get("eos_token"), tokenizer, facts)
     return ModelCard(
         path=path,
         source=source or str(path),
-        shape=_read_shape(path / CONFIG, config),
+        shape=shape,
         parameters=sum(math.prod(tensor.shape) for tensor in tensors.values()),
         context_tokens=read_count(path / CONFIG, config, "max_position_embeddings"),
         quantization=_quantization(path, config, tensors),
-        end_tokens=_read_end_tokens(path, generation, config)
-        | _ids_of(prompts.special_tokens.get("eos_token"), tokenizer, facts),
+        # Ids that the model cannot say end nothing, as in transformers.
+        end_tokens=frozenset(end for end in ends if 0 <= end < shape.vocab_size),
         sampling=_read_sampling(path / GENERATION, {k: generation.get(k) for k in _SAMPLING}),
         tokenizer_sha256=tokenizer_sha256,
         prompt_sha256=_prompt_sha256(tokenizer_sha256, prompts),

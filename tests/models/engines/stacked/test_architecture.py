@@ -135,6 +135,8 @@ def test_end_tokens(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path)
     (folder / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
     assert read_card(folder).end_tokens == {3, 4}
+    (folder / "generation_config.json").write_text('{"eos_token_id": [-1, 4, 5000]}')
+    assert read_card(folder).end_tokens == {4}  # the others can never be said
     (folder / "generation_config.json").unlink()
     assert read_card(folder).end_tokens == {0}
     (folder / "tokenizer_config.json").write_text('{"eos_token": "<|user|>"}')
@@ -177,6 +179,13 @@ def test_members_need_one_architecture(tmp_path: Path) -> None:
         cards = [read_card(folders[0]), read_card(folders[other])]
         with pytest.raises(PoolError, match=rf"config\.json: members of a .* but its {fact}"):
             read_stack(cards)
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(tmp_path: Path) -> None:
+    """Both numbers are named when the engine starts."""
+    engine = build_engine([save_checkpoint(tmp_path, vocab_size=290)])
+    with pytest.raises(PoolError, match=r"the tokenizer has 296 tokens, but .* vocab_size of 290"):
+        answer(engine, request([5]))
 
 
 def test_unknown_options_are_refused(tmp_path: Path) -> None:
