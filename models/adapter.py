@@ -227,11 +227,16 @@ def _is_targeted(file: Path, facts: Mapping[str, Any], module: str) -> bool:
         return False
     if isinstance(targets, str) or only is None or only == []:
         return True
+    layers = only if isinstance(only, list) else [only]
+    if not all(type(layer) is int for layer in layers):
+        raise PoolError(
+            f"{file}: layers_to_transform {only!r} is not allowed; a layer's number or a list is"
+        )
     patterns = facts.get("layers_pattern") or r"[^.]*"
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         found = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module)
         if found is not None:
-            return int(found[1]) in ([only] if isinstance(only, int) else only)
+            return int(found[1]) in layers
     return False
 
 

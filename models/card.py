@@ -16,11 +16,14 @@ from models.errors import PoolError
 from models.families import FAMILIES
 from models.sources.gguf import GgufFile, read_gguf
 from models.sources.safetensors import StoredTensor, read_json, read_tensors
+from models.tokenizer_json import read_tokenizer
 
 # What downscaling can cut.
 SUPPORTED_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 
 CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer.json"
+
+_LARGEST_COUNT = 2**31  # no file says more that means it, and what is computed of it must fit
 
 # How a checkpoint's makers draw its answers: the keys of generation_config.json that vLLM takes,
 # which are requests' own names, and llama.cpp's names of the same (general.sampling.…).
@@ -105,15 +108,18 @@ def read_card(path: Path, *, source: str | None = None) -> ModelCard:
     tensors = read_tensors(path)
     tokenizer_sha256 = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
     prompts = read_prompt_facts(path)
+    shape = _read_shape(path / CONFIG, config)
+    ends = _read_end_tokens(path, generation, config)
+    ends |= _ids_of(prompts.special_tokens.get("eos_token"), tokenizer, facts)
     return ModelCard(
         path=path,
         source=source or str(path),
-        shape=_read_shape(path / CONFIG, config),
+        shape=shape,
         parameters=sum(math.prod(tensor.shape) for tensor in tensors.values()),
         context_tokens=read_count(path / CONFIG, config, "max_position_embeddings"),
         quantization=_quantization(path, config, tensors),
-        end_tokens=_read_end_tokens(path, generation, config)
-        | _ids_of(prompts.special_tokens.get("eos_token"), tokenizer, facts),
+        # Ids that the model cannot say end nothing, as in transformers.
+        end_tokens=frozenset(end for end in ends if 0 <= end < shape.vocab_size),
         sampling=_read_sampling(path / GENERATION, {k: generation.get(k) for k in _SAMPLING}),
         tokenizer_sha256=tokenizer_sha256,
         prompt_sha256=_prompt_sha256(tokenizer_sha256, prompts),
@@ -136,8 +142,11 @@ def read_count(file: Path, config: Mapping[str, Any], key: str) -> int:
     if key not in config:
         raise PoolError(f"{file}: the key {key!r} is missing")
     value = config[key]
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise PoolError(f"{file}: {key} {value!r} is not allowed; a whole number above 0 is")
+    if type(value) is not int or not 0 < value < _LARGEST_COUNT:
+        raise PoolError(
+            f"{file}: {key} {value!r} is not allowed; a whole number above 0 and below "
+            f"{_LARGEST_COUNT} is"
+        )
     return value
 
 
@@ -289,14 +298,21 @@ def _read_end_tokens(
 
 def _ids_of(text: str | None, file: Path, tokenizer: Mapping[str, Any]) -> set[int]:
     """Return the id of the token `text` in `tokenizer`, which is `file`; nothing if it has none."""
+    if text is None:
+        return set()
     try:
         for token in tokenizer.get("added_tokens") or ():
             if token["content"] == text:
                 return {int(token["id"])}
         vocabulary = (tokenizer.get("model") or {}).get("vocab")
         if isinstance(vocabulary, dict):
-            return {int(vocabulary[text])} if text in vocabulary else set()
-        # Unigram: pairs of token and score
-        return {index for index, entry in enumerate(vocabulary or ()) if entry[0] == text}
+            found = {int(vocabulary[text])} if text in vocabulary else set()
+        else:  # Unigram: pairs of token and score
+            found = {index for index, entry in enumerate(vocabulary or ()) if entry[0] == text}
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise PoolError(f"{file} is no tokenizer: {type(error).__name__}: {error}") from None
+    if found:
+        return found
+    # The files beside it add the token, at the end of the vocabulary.
+    added = read_tokenizer(file.parent).token_to_id(text)
+    return set() if added is None else {added}

@@ -33,7 +33,7 @@ _SYSTEM_ROLES = ("system", "developer")
 _ID_CHARACTERS = 9
 _ADDED = (
     *("added_tokens_decoder", "added_tokens"),
-    *("extra_special_tokens", "additional_special_tokens"),
+    *("extra_special_tokens", "additional_special_tokens", "split_special_tokens"),
 )
 _DEFAULT = "default"  # transformers' name of the template that stands alone
 _OPEN_END = "CONTINUE_FINAL_MESSAGE_TAG "  # transformers' mark; its blank tells whether trimmed
@@ -60,7 +60,7 @@ _USUAL = Rendering()
 class PromptFacts:
     """What a checkpoint says of prompts: templates by name, and named special tokens' texts.
 
-    `added_tokens` is what it adds to its tokenizer.json, as tokenizer_config.json has it.
+    `added_tokens` is what changes its tokenizer.json, as tokenizer_config.json has it.
     """
 
     templates: Mapping[str, str]
@@ -166,11 +166,7 @@ def read_prompt_facts(path: Path) -> PromptFacts:
     if path.suffix == ".gguf":
         return prompt_facts_of(read_gguf(path))
     config = read_tokenizer_config(path)
-    source = config.get("chat_template")
-    if isinstance(source, list):
-        templates = {str(entry.get("name")): str(entry.get("template")) for entry in source}
-    else:
-        templates = {} if source is None else {_DEFAULT: str(source)}
+    templates = _read_templates(path / "tokenizer_config.json", config.get("chat_template"))
     files = [path / "chat_template.jinja", *path.glob(f"{TEMPLATES}/*.jinja")]
     written = {
         _DEFAULT if file == files[0] else file.stem: _read_text(file)
@@ -188,6 +184,23 @@ def read_prompt_facts(path: Path) -> PromptFacts:
         templates=written or templates,
         special_tokens=tokens,
         added_tokens={key: config[key] for key in _ADDED if config.get(key)},
+    )
+
+
+def _read_templates(file: Path, source: object) -> dict[str, str]:
+    """Return the templates by name: one text, a mapping, or a list of names and templates."""
+    named = source
+    if source is None or isinstance(source, str):
+        named = {} if source is None else {_DEFAULT: source}
+    elif isinstance(source, list) and all(isinstance(entry, dict) for entry in source):
+        named = {entry.get("name"): entry.get("template") for entry in source}
+    if isinstance(named, dict):
+        templates = {k: v for k, v in named.items() if isinstance(k, str) and isinstance(v, str)}
+        if len(templates) == len(named):
+            return templates
+    raise PoolError(
+        f"{file}: chat_template {str(source)[:60]!r} is not allowed; a text, a mapping of names to "
+        "texts, or a list of objects with a name and a template is"
     )
 
 

@@ -215,3 +215,27 @@ def _read(file: Path, kind: str, schema: int) -> Artifact:
         if array.dtype.kind not in "fiu":
             raise ArtifactError(f"{file}: the array {name!r} holds {array.dtype}, not numbers")
     return artifact
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Return what stands in `folder` and below and is no folder, in order of the paths.
+
+    Hidden files are left out, links are followed (a circle of them once).
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found: list[Path] = []
+    met: set[str] = set()
+    for name, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        real = os.path.realpath(name)
+        # One of a hidden name, or one that a link has led to before, has nothing new.
+        folders[:] = [] if real in met else [one for one in folders if not one.startswith(".")]
+        if real not in met:
+            found += [Path(name, file) for file in files if not file.startswith(".")]
+        met.add(real)
+    return sorted(found)

@@ -30,7 +30,7 @@ from pydantic import BaseModel
 from tqdm import tqdm
 
 from models.downscale.recipe import Recipe
-from policies.files import write_atomic
+from policies.files import files_below, write_atomic
 
 Rest = ParamSpec("Rest")
 Value = TypeVar("Value")
@@ -371,10 +371,9 @@ def _content_sha256(path: Path) -> str:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        names = [file.relative_to(path) for file in files]
-        seen = [name for name in names if not any(part.startswith(".") for part in name.parts)]
-        return _sha256(json.dumps([(str(name), _content_sha256(path / name)) for name in seen]))
+        files = [file for file in files_below(path) if file.is_file()]
+        seen = [(str(file.relative_to(path)), _content_sha256(file)) for file in files]
+        return _sha256(json.dumps(seen))
     return _MISSING
 
 

@@ -20,9 +20,10 @@ from datasketch import MinHash, MinHashLSH
 from inscriptis.css_profiles import CSS_PROFILES
 from inscriptis.html_engine import Inscriptis
 from inscriptis.model.config import ParserConfig
-from lxml.etree import LxmlError
+from lxml.etree import LxmlError, ParserError
 
 from models.errors import CorpusError
+from policies.files import files_below
 
 LINES: Final = ".jsonl"
 _PLAIN: Final = (".txt", ".text", ".md", ".markdown", ".rst")
@@ -44,7 +45,8 @@ _HASHED_AT_ONCE: Final = 10_000
 def files_of(source: Path) -> tuple[list[Path], Counter[str]]:
     """The files of a corpus: `source` itself, or all readable ones in that folder and below.
 
-    Also how many others the folder holds, by suffix. Hidden files are none. Nothing is read.
+    Also how many others the folder holds, by suffix. Hidden files are none, links are followed.
+    Nothing is read.
 
     Raises:
         CorpusError: there is nothing, or nothing that can be read; names what can.
@@ -57,12 +59,14 @@ def files_of(source: Path) -> tuple[list[Path], Counter[str]]:
                 f"{source}: a corpus is a folder or a file that ends in {', '.join(SUFFIXES)}"
             )
         return [source], Counter()
-    found = [
-        file
-        for file in sorted(source.rglob("*"))
-        if file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(source).parts)
-    ]
+    try:
+        found = files_below(source)
+    except OSError as error:
+        raise CorpusError(f"{error.filename} cannot be read: {error.strerror}") from None
+    for file in found:
+        if not file.exists():
+            raise CorpusError(f"{file} is a link to nothing")
+    found = [file for file in found if file.is_file()]
     files = [file for file in found if file.suffix.lower() in SUFFIXES]
     if not files:
         raise CorpusError(f"{source}: the folder holds no file that ends in {', '.join(SUFFIXES)}")
@@ -85,6 +89,8 @@ def read_text(file: Path) -> str:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise CorpusError(f"{file} is not UTF-8 text: {error}") from None
+    if "\0" in text:  # every ASCII text in UTF-16 is valid UTF-8, too
+        raise CorpusError(f"{file} is not UTF-8 text: it holds zero bytes, as UTF-16 or a program")
     # The lines of JSON end at line feeds and nowhere else; a text's however its editor ends them.
     if file.suffix.lower() == LINES:
         return text
@@ -103,6 +109,8 @@ def _text_of_html(file: Path, raw: bytes) -> str:
         return ""
     try:
         tree = lxml.html.document_fromstring(raw)
+    except ParserError:  # nothing but comments
+        return ""
     except (LxmlError, ValueError) as error:
         raise CorpusError(f"{file} cannot be read as HTML: {error}") from None
     for element in tree.xpath(_FURNITURE):

@@ -17,6 +17,7 @@ from models.errors import PoolError
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
+_ALIGNMENT = "general.alignment"  # of the tensors, in bytes
 
 # Value types of the metadata: struct formats; 8 is a string and 9 an array.
 _NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
@@ -153,11 +154,12 @@ def _read(path: Path, stream: BinaryIO) -> GgufFile:
     for _ in range(num_values):
         key = _read_string(stream)
         metadata[key] = _read_value(stream, *_unpack(stream, "I"))
-    if metadata.get("split.count", 1) > 1:
-        raise PoolError(
-            f"{path} is one of {metadata['split.count']} parts; join them with llama-gguf-split "
-            "--merge"
-        )
+    split, alignment = (metadata.get(k, v) for k, v in (("split.count", 1), (_ALIGNMENT, 32)))
+    for key, value, least in (("split.count", split, 0), (_ALIGNMENT, alignment, 1)):
+        if type(value) is not int or value < least:
+            raise PoolError(f"{path}: {key} {value!r} is not allowed; a number from {least} on is")
+    if split > 1:
+        raise PoolError(f"{path} is one of {split} parts; join them with llama-gguf-split --merge")
     num_elements: Counter[str] = Counter()
     end = 0
     for _ in range(num_tensors):
@@ -168,7 +170,6 @@ def _read(path: Path, stream: BinaryIO) -> GgufFile:
         name, elements, num_bytes = _TENSOR_TYPES.get(kind, (f"type {kind}", 1, 0))
         num_elements[name] += size
         end = max(end, offset + size // elements * num_bytes)
-    alignment = metadata.get("general.alignment", 32)
     start = -(-stream.tell() // alignment) * alignment
     length = path.stat().st_size
     if length < start + end:

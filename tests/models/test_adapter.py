@@ -66,6 +66,10 @@ def test_it_says_what_it_is(base: Path, adapter: Path) -> None:
         ({"rank_pattern": {"(": 4}}, r"rank_pattern .* is no regular expression"),
         ({"target_modules": ["q_proj"]}, r"up_proj is adapted, but is none of .* \['q_proj'\]"),
         ({"target_modules": ["q_proj", "up_proj", "k_proj"]}, "k_proj.lora_A.weight is missing"),
+        (
+            {"layers_to_transform": "01"},
+            "layers_to_transform .01. is not allowed",
+        ),
         ({"target_modules": 7}, "target_modules 7 is not allowed; a list of modules or a regular"),
     ],
 )

@@ -129,14 +129,17 @@ def test_failures_are_the_requests(template: str, message: str, tmp_path: Path) 
 
 def test_named_templates(tmp_path: Path) -> None:
     """Of several, "default" is taken, and "tool_use" where tools are offered; as transformers."""
-    named = [{"name": name, "template": name} for name in ("default", "tool_use", "rag")]
-    folder = checkpoint(tmp_path, named)
-    theirs = AutoTokenizer.from_pretrained(folder)
-    for tools in (None, TOOLS):
-        found = read_chat_template(folder)
-        assert found is not None
-        wanted = theirs.apply_chat_template(CHAT, tools=tools, tokenize=False)
-        assert found.render(CHAT, tools or ()) == wanted
+    names = ("default", "tool_use", "rag")
+    named = [{"name": name, "template": name} for name in names]
+    folder = tmp_path
+    for written in (named, {name: name for name in names}):
+        checkpoint(folder, written)
+        theirs = AutoTokenizer.from_pretrained(folder)
+        for tools in (None, TOOLS):
+            found = read_chat_template(folder)
+            assert found is not None
+            wanted = theirs.apply_chat_template(CHAT, tools=tools, tokenize=False)
+            assert found.render(CHAT, tools or ()) == wanted
     (folder / "chat_template.jinja").write_text("from a file é", encoding="utf-8")
     found = read_chat_template(folder)
     assert found is not None
@@ -145,6 +148,13 @@ def test_named_templates(tmp_path: Path) -> None:
     checkpoint(folder, named[1:])
     with pytest.raises(PoolError, match="none is called 'default'"):
         read_chat_template(folder)
+
+
+@pytest.mark.parametrize("written", [5, True, ["text"], [{"name": "default"}], {"default": 5}])
+def test_a_template_that_is_no_text_is_refused(written: Any, tmp_path: Path) -> None:
+    """What is neither text nor names of texts is named, instead of becoming the prompt itself."""
+    with pytest.raises(PoolError, match=r"tokenizer_config\.json: chat_template .* is not allowed"):
+        read_chat_template(checkpoint(tmp_path, written))
 
 
 def test_each_model_has_its_own_template(tmp_path: Path) -> None:
@@ -183,6 +193,7 @@ def test_each_model_has_its_own_template(tmp_path: Path) -> None:
         {"add_bos_token": True},
         {"add_bos_token": True, "add_eos_token": True},
         {"add_bos_token": False},
+        {"split_special_tokens": True},
         {"pad_token": "hello", "unk_token": "<new>"},
         {"additional_special_tokens": ["<extra>", "th"]},
         {"extra_special_tokens": ["<extra>"], "image_token": "<|image|>"},

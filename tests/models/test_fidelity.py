@@ -151,6 +151,7 @@ GRID: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "olmo2": ("olmo2", {"attention_bias": True}, {}),
     "olmo2, grouped": ("olmo2", {"num_key_value_heads": 1}, {"rms_norm_eps": ...}),
     "gemma": ("gemma", {"head_dim": 32, "attention_bias": True}, {"hidden_act": ...}),
+    "gemma, its first files": ("gemma", {"head_dim": 32}, {"hidden_act": "gelu"}),
     "gemma3": (
         "gemma3_text",
         {

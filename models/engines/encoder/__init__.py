@@ -22,7 +22,7 @@ from models.engines.kind import EngineKind, EngineTraits, only_card
 from models.errors import PoolError
 from models.sources.safetensors import read_json
 from models.spec import EngineSpec, Model
-from models.tokenizer import read_tokenizer
+from models.tokenizer_json import read_tokenizer
 from policies.encoders.pooling import Pooling, pooling_of
 from policies.errors import PolicyError
 from policies.kinds import Strict

@@ -15,7 +15,7 @@ from models.engines.encoder.engine import Encoder, EncoderEngine, TextReader
 from models.engines.llamacpp import LlamacppOptions, pooling_of
 from models.engines.llamacpp.binding import Server, Setting, setting_of
 from models.spec import EngineSpec
-from models.tokenizer import read_tokenizer
+from models.tokenizer_json import read_tokenizer
 
 # Their files tell a probability; other rankers' tell a logit.
 _TELL_PROBABILITIES = ("qwen3", "qwen3vl")

@@ -30,7 +30,7 @@ from models.engines.requests import check_request
 from models.engines.text import Vocabulary
 from models.errors import EngineFailed, EngineOverloaded, RequestError
 from models.spec import EngineSpec
-from models.tokenizer import read_tokenizer
+from models.tokenizer_json import read_tokenizer
 
 
 @dataclass(eq=False, frozen=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from models.adapter import ADAPTER_CONFIG
 from models.card import CONFIG, ModelCard, Shape, read_config
 from models.engines.stacked.layers import LayerKind, read_layers, read_number
 from models.errors import PoolError
@@ -26,6 +27,12 @@ _ACTIVATIONS: Mapping[str, Activation] = {  # transformers' names
     "swish": "silu",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+
+# Keys that change the result, whatever their value, if only they have one.
+_REFUSED = (
+    *("per_layer_config", "attn_logit_softcapping", "use_bidirectional_attention"),
+    "transformers_weights",  # names other files than are read
+)
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _EITHER = {EMBEDDING, HEAD}  # one of these is enough where they are tied
@@ -106,9 +113,16 @@ def read_architecture(card: ModelCard) -> Architecture:
         )
     config = read_config(card.path)
     family = FAMILIES[kind]
-    for key in ("per_layer_config", "attn_logit_softcapping", "use_bidirectional_attention"):
+    for key in _REFUSED:
         if config.get(key):
             raise PoolError(f"{file}: {key} {config[key]!r} is not supported by the stacked engine")
+    if not config.get("is_causal", True):  # encoders made of decoders see what follows, too
+        raise PoolError(f"{file}: is_causal {config['is_causal']!r} is not supported; true is")
+    if (card.path / ADAPTER_CONFIG).is_file():
+        raise PoolError(
+            f"{card.path / ADAPTER_CONFIG}: transformers would serve the base that it names with "
+            "this adapter; allowed are a folder without one, or `adapter` in place of `checkpoint`"
+        )
     biased = _known_flag(file, config, family, "attention_bias")
     architecture = Architecture(
         shape=card.shape,
@@ -161,6 +175,8 @@ def read_stack(cards: Sequence[ModelCard]) -> Architecture:
 
 def _activation(file: Path, config: Mapping[str, Any], family: Family) -> Activation:
     key = "hidden_act" if family.defaults["hidden_act"] else "hidden_activation"
+    if family.defaults["hidden_act"] == "gelu_pytorch_tanh" and config["hidden_act"] == "gelu":
+        return "gelu_tanh"  # what Gemma's first files mean
     if str(config.get(key)) not in _ACTIVATIONS:
         raise PoolError(
             f"{file}: {key} {config.get(key)!r} is not supported by the stacked engine; "

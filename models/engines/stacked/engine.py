@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from llguidance import LLTokenizer
 
-from models.card import ModelCard
+from models.card import CONFIG, ModelCard
 from models.engines.answer_grammar import answer_grammar, compiled
 from models.engines.answer_reader import AnswerReader
 from models.engines.base import Chunk, EngineStats, GenerationRequest
@@ -35,7 +35,7 @@ from models.engines.stacked.threads import in_own_thread
 from models.engines.text import TextStream, Vocabulary
 from models.errors import EngineFailed, PoolError, RequestError
 from models.spec import EngineSpec
-from models.tokenizer import read_tokenizer
+from models.tokenizer_json import read_tokenizer
 
 _PACKS: Mapping[str, Pack[Any]] = {"int8": as_int8, "int4": as_int4}
 
@@ -204,6 +204,11 @@ class StackedEngine:
         path = self._base.path
         ends = sorted(frozenset().union(*(card.end_tokens for card in self._cards.values())))
         tokenizer = read_tokenizer(path)
+        if tokenizer.get_vocab_size() > self._vocab_size:
+            raise PoolError(
+                f"{path}: the tokenizer has {tokenizer.get_vocab_size()} tokens, but {CONFIG} a "
+                f"vocab_size of {self._vocab_size}: some would have no embedding"
+            )
         try:
             grammars = LLTokenizer(
                 tokenizer.to_str(), n_vocab=self._vocab_size, eos_token=ends or None

@@ -21,7 +21,7 @@ _NEEDED: Mapping[Scaling, tuple[str, ...]] = {
     "yarn": ("factor",),
 }
 _YARN = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")  # if given
-_FULL, _SLIDING = "full_attention", "sliding_attention"
+_KINDS = _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +91,19 @@ def _windowed(
 ) -> list[bool]:
     """Which layers see only a window."""
     known, num_layers = family.defaults, len(rotates)
+    types = config.get("layer_types")
+    if types is not None and "layer_types" not in known:
+        if not isinstance(types, list) or any(kind != _FULL for kind in types):
+            raise PoolError(
+                f"{file}: layer_types {types!r} is not supported for {config['model_type']}; "
+                f"allowed is {_FULL}"
+            )
+        types = None
     if "sliding_window" not in known:
         return [False] * num_layers
-    types = config["layer_types"] if "layer_types" in known else None
     if types is not None:
-        if not isinstance(types, list) or len(types) != num_layers or {*types} - {_FULL, _SLIDING}:
+        known_types = isinstance(types, list) and all(kind in _KINDS for kind in types)
+        if not known_types or len(types) != num_layers:
             raise PoolError(
                 f"{file}: layer_types {types!r} must have one of {_FULL}, {_SLIDING} for each of "
                 f"the {num_layers} layers"
@@ -120,19 +128,20 @@ def _rotaries(file: Path, config: Mapping[str, Any], family: Family) -> tuple[Ro
     where the two kinds of layers differ (Gemma 3), the second is a mapping of both.
     """
     legacy, rope = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
-    for found in (legacy, rope):
+    full, sliding = (rope.get(kind) or {} if isinstance(rope, dict) else {} for kind in _KINDS)
+    for found in (legacy, rope, full, sliding):
         if not isinstance(found, dict):
             raise PoolError(f"{file}: the rotary parameters {found!r} are not a mapping")
     if "rope_local_base_freq" not in family.defaults:
         rotary = _read_rotary(file, legacy or rope, config, family)
         return rotary, rotary
-    if rope.keys() - {_FULL, _SLIDING}:
+    if rope.keys() - {*_KINDS}:
         raise PoolError(f"{file}: rope_parameters {rope!r} must map {_FULL} and {_SLIDING}")
     return (
-        _read_rotary(file, {**(rope.get(_FULL) or {}), **legacy}, config, family),
+        _read_rotary(file, {**full, **legacy}, config, family),
         _read_rotary(
             file,
-            rope.get(_SLIDING) or {},
+            sliding,
             {**config, "rope_theta": config["rope_local_base_freq"]},
             family,
         ),

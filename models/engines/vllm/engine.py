@@ -29,7 +29,7 @@ from models.errors import EngineFailed, EngineOverloaded, PoolError, RequestErro
 from models.sources.locate import locate
 from models.sources.safetensors import read_tensors
 from models.spec import EngineSpec
-from models.tokenizer import read_tokenizer
+from models.tokenizer_json import read_tokenizer
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

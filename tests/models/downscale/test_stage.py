@@ -104,6 +104,19 @@ def test_each_kind_of_input_reruns_what_read_it(bring, tmp_path, monkeypatch):
     assert sorted(bring(recipe(domains=other))) == sorted(EVERYTHING)
 
 
+def test_files_behind_links_count(bring, tmp_path):
+    """A file of a folder that is linked into the one that was read has changed: so has that."""
+    (tmp_path / "a").unlink()
+    for name in ("a", "elsewhere"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "b.txt").write_text("first")
+    assert bring() == ["source/a", "one/a", "both"]
+    assert bring() == []
+    (tmp_path / "elsewhere" / "b.txt").write_text("second")
+    assert bring() == ["source/a", "one/a", "both"]
+
+
 def test_code_counts_without_its_comments(tmp_path, monkeypatch):
     """Comments and docstrings change no code; another number does, also in what is imported."""
     monkeypatch.syspath_prepend(str(tmp_path))

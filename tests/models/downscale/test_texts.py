@@ -28,6 +28,22 @@ def test_a_folder_is_all_readable_files_below_it(tmp_path):
     assert others == {".png": 1, "": 1}
 
 
+def test_links_in_a_folder_are_followed(tmp_path):
+    """To files and folders, a circle once; one that leads nowhere is named."""
+    for name in ("corpus/a.txt", "elsewhere/b/c.txt", "elsewhere/.git/d.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+    corpus = tmp_path / "corpus"
+    (corpus / "linked").symlink_to(tmp_path / "elsewhere")
+    (corpus / "z.md").symlink_to(tmp_path / "elsewhere" / "b" / "c.txt")
+    (corpus / "circle").symlink_to(corpus)
+    names = [str(file.relative_to(corpus)) for file in files_of(corpus)[0]]
+    assert names == ["a.txt", "linked/b/c.txt", "z.md"]
+    (corpus / "gone.txt").symlink_to(tmp_path / "nothing.txt")
+    with pytest.raises(CorpusError, match=r"gone\.txt is a link to nothing"):
+        files_of(corpus)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -55,6 +71,8 @@ def test_the_text_of_a_page_is_what_a_reader_sees(tmp_path):
         assert gone not in text
     (tmp_path / "b.html").write_bytes(b" \n")
     assert read_text(tmp_path / "b.html") == ""
+    (tmp_path / "c.html").write_bytes(b"<!-- nothing yet -->")
+    assert read_text(tmp_path / "c.html") == ""
 
 
 def test_texts_end_their_lines_in_any_way_and_are_utf8(tmp_path):
@@ -63,9 +81,11 @@ def test_texts_end_their_lines_in_any_way_and_are_utf8(tmp_path):
     assert list(paragraphs(read_text(tmp_path / "a.txt"))) == [
         "one", "two\nlines\u2028x", "three"
     ]  # fmt: skip
-    (tmp_path / "b.md").write_bytes("caf\xe9".encode("latin-1"))
-    with pytest.raises(CorpusError, match=r"b\.md is not UTF-8"):
-        read_text(tmp_path / "b.md")
+    # UTF-16 of English is valid UTF-8 as well.
+    for raw in ("caf\xe9".encode("latin-1"), "cafe".encode("utf-16-le"), b"\x7fELF\0\0"):
+        (tmp_path / "b.md").write_bytes(raw)
+        with pytest.raises(CorpusError, match=r"b\.md is not UTF-8"):
+            read_text(tmp_path / "b.md")
 
 
 def test_copies_are_told_from_texts_that_are_alike():

@@ -283,6 +283,9 @@ def test_other_tokenizers_are_refused(
     ("changes", "message"),
     [
         ({"split.count": 3}, "is one of 3 parts"),
+        ({"split.count": "3"}, r"split\.count '3' is not allowed"),
+        ({"general.alignment": 0}, r"general\.alignment 0 is not allowed"),
+        ({"general.alignment": "32"}, r"general\.alignment '32' is not allowed"),
         ({"llama.block_count": "two"}, r"llama\.block_count 'two' is not allowed; a whole number"),
         ({"llama.context_length": 1.5}, r"llama\.context_length 1\.5 is not allowed"),
         ({"tokenizer.ggml.tokens": [1, 2]}, r"tokenizer\.ggml\.tokens is missing, or is no list"),

@@ -14,7 +14,7 @@ from models.engines.base import Chunk, Encoding, GenerationRequest
 from models.engines.registry import create_engine, engine_traits
 from models.errors import ContextOverflow, RequestError
 from models.spec import EngineSpec, Model, ModelSpec
-from models.tokenizer import read_tokenizer
+from models.tokenizer_json import read_tokenizer
 from tests.tiny_bert import SPECIAL, make_bert
 
 pytest.importorskip("xllamacpp", reason="the extra llamacpp is not installed")

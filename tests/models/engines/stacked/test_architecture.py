@@ -1,11 +1,12 @@
 """What a checkpoint says is read, or refused by name."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from models.card import read_card
@@ -47,8 +48,23 @@ def test_llama3_frequencies_are_those_of_transformers(tmp_path: Path) -> None:
         ("llama", {"tie_word_embeddings": "no"}, "tie_word_embeddings 'no' is not allowed"),
         ("llama", {"num_hidden_layers": 2.0}, "num_hidden_layers 2.0 is not allowed"),
         ("llama", {"eos_token_id": [1, "2"]}, "eos_token_id .* is not allowed"),
+        ("qwen2", {"is_causal": False}, "is_causal False is not supported"),
+        ("llama", {"transformers_weights": "ema.safetensors"}, "transformers_weights 'ema"),
+        (
+            "llama",
+            {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8},
+            "layer_types .* is not supported for llama",
+        ),
         ("mistral", {"sliding_window": 0}, "sliding_window 0 is not allowed"),
         ("qwen2", {"layer_types": ["full_attention"]}, "layer_types .* must have one of"),
+        ("qwen2", {"layer_types": [[], "full_attention"]}, "layer_types .* must have one of"),
+        ("llama", {"num_hidden_layers": 10**30}, "num_hidden_layers 1000+ is not allowed"),
+        ("llama", {"num_attention_heads": 10**30}, "num_attention_heads 1000+ is not allowed"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"full_attention": "x"}},
+            "the rotary parameters 'x' are not a mapping",
+        ),
         ("qwen2", {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types"),
         (
             "qwen3",
@@ -106,15 +122,52 @@ def test_tensors_and_config_must_agree(
         read_architecture(read_card(folder))
 
 
+def test_a_folder_with_an_adapter_in_it_is_refused(tmp_path: Path) -> None:
+    """transformers would serve what the adapter makes of the base that it names."""
+    folder = save_checkpoint(tmp_path)
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "x"}')
+    with pytest.raises(PoolError, match=r"adapter_config\.json: transformers would serve the base"):
+        read_architecture(read_card(folder))
+
+
 def test_end_tokens(tmp_path: Path) -> None:
     """generation_config.json comes before config.json; the tokenizer's own end counts, too."""
     folder = save_checkpoint(tmp_path)
     (folder / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
     assert read_card(folder).end_tokens == {3, 4}
+    (folder / "generation_config.json").write_text('{"eos_token_id": [-1, 4, 5000]}')
+    assert read_card(folder).end_tokens == {4}  # the others can never be said
     (folder / "generation_config.json").unlink()
     assert read_card(folder).end_tokens == {0}
     (folder / "tokenizer_config.json").write_text('{"eos_token": "<|user|>"}')
     assert read_card(folder).end_tokens == {0, 1}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer_config.json": {"eos_token": "<|im_end|>"}},
+        {
+            "tokenizer_config.json": {
+                "eos_token": {"__type": "AddedToken", "content": "<|im_end|>"},
+                "added_tokens_decoder": {"300": {"content": "<|im_end|>", "special": True}},
+            }
+        },
+        {"special_tokens_map.json": {"eos_token": "<|im_end|>"}},
+        {
+            "added_tokens.json": {"<|im_end|>": 300},
+            "tokenizer_config.json": {"eos_token": "<|im_end|>"},
+        },
+    ],
+)
+def test_end_tokens_that_stand_beside_the_tokenizer(files: dict[str, Any], tmp_path: Path) -> None:
+    """An end that other files add to tokenizer.json ends answers by the id that it has then."""
+    folder = save_checkpoint(tmp_path)
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert theirs.eos_token == "<|im_end|>"
+    assert read_card(folder).end_tokens == {0, theirs.eos_token_id}
 
 
 def test_members_need_one_architecture(tmp_path: Path) -> None:
@@ -126,6 +179,13 @@ def test_members_need_one_architecture(tmp_path: Path) -> None:
         cards = [read_card(folders[0]), read_card(folders[other])]
         with pytest.raises(PoolError, match=rf"config\.json: members of a .* but its {fact}"):
             read_stack(cards)
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(tmp_path: Path) -> None:
+    """Both numbers are named when the engine starts."""
+    engine = build_engine([save_checkpoint(tmp_path, vocab_size=290)])
+    with pytest.raises(PoolError, match=r"the tokenizer has 296 tokens, but .* vocab_size of 290"):
+        answer(engine, request([5]))
 
 
 def test_unknown_options_are_refused(tmp_path: Path) -> None:
