@@ -19,7 +19,7 @@ from models.chat_template import (
     read_chat_template,
 )
 from models.errors import PoolError, RequestError
-from models.tokenizer_json import read_tokenizer
+from models.tokenizer_json import encode_all, read_tokenizer
 
 if TYPE_CHECKING:
     from models.spec import Model
@@ -150,9 +150,11 @@ class CheckpointTokenizer:
         return int(self._tokenizer.get_vocab_size())
 
     def encode(self, text: str, *, special: bool = True) -> tuple[int, ...]:
-        """Return the ids of `text`, with the beginning-of-text token where the model has one."""
-        # Encoding a single text holds the interpreter's lock all the while; a batch does not.
-        [found] = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)
+        """Return the ids of `text`, with the beginning-of-text token where the model has one.
+
+        Raises `RequestError` for a text that the tokenizer cannot encode.
+        """
+        [found] = encode_all(self._tokenizer, [text], special=special)
         return tuple(found.ids)
 
     @cached_property

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.chat_template import read_tokenizer_config
-from models.errors import PoolError
+from models.errors import PoolError, RequestError
 from models.sources.gguf import read_gguf
 from models.sources.gguf_tokenizer import build_tokenizer
 from models.sources.safetensors import read_json
@@ -38,6 +38,20 @@ def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def encode_all(
+    tokenizer: tokenizers.Tokenizer, texts: Sequence[str], *, special: bool = True
+) -> list[tokenizers.Encoding]:
+    """Return the encodings of `texts`; raises `RequestError` for what the tokenizer cannot encode.
+
+    One without a token for the unknown says so only of a text that has something unknown.
+    """
+    try:
+        # Encoding a single text holds the interpreter's lock all the while; a batch does not.
+        return list(tokenizer.encode_batch_fast(texts, add_special_tokens=special))
+    except Exception as error:  # the library raises bare exceptions
+        raise RequestError(f"the model's tokenizer cannot encode this text: {error}") from None
 
 
 # Those that transformers knows by name, in the order in which it adds them.

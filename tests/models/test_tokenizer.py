@@ -9,9 +9,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from tokenizers.processors import TemplateProcessing
 
+from models.engines.encoder.engine import TextReader
 from models.errors import PoolError, RequestError
 from models.pool import DEFAULT_POOL
 from models.tokenizer import ByteTokenizer, CheckpointTokenizer
+from models.tokenizer_json import read_tokenizer
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Grüße, 1+1?"}]
 TEMPLATE = (
@@ -21,9 +23,9 @@ TEMPLATE = (
 )
 
 
-def _checkpoint(folder: Path, **config: object) -> Path:
+def _checkpoint(folder: Path, *, unknown: str = "?", **config: object) -> Path:
     vocabulary = {"<s>": 0, "a": 1, "b": 2, '"': 3, "?": 4}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="?"))
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=unknown))
     tokenizer.pre_tokenizer = Split("", "isolated")
     tokenizer.add_special_tokens(["<s>"])
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
@@ -73,6 +75,18 @@ def test_template_that_refuses_or_lacks(tmp_path: Path) -> None:
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(RequestError, match="no chat template"):
         CheckpointTokenizer(folder).encode_chat(CHAT)
+
+
+def test_a_text_that_cannot_be_encoded_is_the_clients_error(tmp_path: Path) -> None:
+    """A tokenizer without a token for the unknown encodes what it knows, and refuses the rest."""
+    folder = _checkpoint(tmp_path, unknown="[UNK]")
+    assert CheckpointTokenizer(folder).encode("ab", special=False) == (1, 2)
+    with pytest.raises(RequestError, match="cannot encode this text"):
+        CheckpointTokenizer(folder).encode("abc")
+    reader = TextReader(read_tokenizer(folder), max_tokens=8)
+    assert reader.rows(["ab"], cut=False)[0][-2:] == [1, 2]
+    with pytest.raises(RequestError, match="cannot encode this text"):
+        reader.rows(["ab", "c"], cut=True)
 
 
 def test_unreadable_files_are_named(tmp_path: Path) -> None:

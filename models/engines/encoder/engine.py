@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from models.engines.base import Chunk, Encodes, EngineStats, GenerationRequest, of_length_one
 from models.errors import ContextOverflow, EngineFailed, EngineOverloaded, RequestError
 from models.spec import EngineSpec
+from models.tokenizer_json import encode_all
 
 if TYPE_CHECKING:
     import tokenizers
@@ -46,11 +47,12 @@ class TextReader:
     def rows(self, texts: Sequence[str | tuple[int, ...]], *, cut: bool) -> list[list[int]]:
         """Return the ids of `texts`; with `cut`, of as many tokens as the model holds.
 
-        Raises `ContextOverflow` for one that is too long, `RequestError` for ids it does not know.
+        Raises `ContextOverflow` for one that is too long, `RequestError` for ids it does not know,
+        and for a text that it cannot encode.
         """
         tokenizer = self._cut if cut else self._whole
         prompts = [self._prompt + text for text in texts if isinstance(text, str)]
-        encoded = iter(tokenizer.encode_batch(prompts))
+        encoded = iter(encode_all(tokenizer, prompts))
         found = [next(encoded).ids if isinstance(text, str) else [*text] for text in texts]
         vocab_size = tokenizer.get_vocab_size()
         for index, ids in enumerate(found):
