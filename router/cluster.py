@@ -21,6 +21,7 @@ from typing import Final, NoReturn
 
 from router.haproxy import CLIENT_TIMEOUT_S, most_connections, write_launcher
 from router.keeper import children, is_running
+from router.ports import free_port
 
 _OBJECT_STORE_BYTES = 80 * 2**20  # answers travel inline; Ray's minimum is 75 MB
 _SHARED_MEMORY = Path("/dev/shm")
@@ -206,10 +207,3 @@ def _start_ray() -> None:
                 raise ClusterFailed(f"Ray did not start: {error}") from error
         else:
             return
-
-
-def free_port() -> int:
-    """Return a port on which nobody listens now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from router.keeper import VARIABLE
-from tests.ports import free_port
+from router.ports import free_port
 
 # The environment of the client libraries lacks psutil and what the router's fixtures import.
 if TYPE_CHECKING:

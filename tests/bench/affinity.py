@@ -24,8 +24,8 @@ from pathlib import Path
 
 import httpx
 
+from router.ports import free_port
 from tests.models.engines.stacked.tiny import CONTEXT_TOKENS, save_checkpoint
-from tests.ports import free_port
 from tests.router.conftest import write_pool
 
 CONVERSATIONS, AT_ONCE, TURNS, NEW_TOKENS = 24, 8, 4, 60

@@ -121,8 +121,9 @@ async def _serve_upstream(port: int) -> None:
 
 def run() -> list[Figure]:
     """Start everything, measure, print figures as they come, and return them."""
-    from router.cluster import free_port, local_cluster, prepared_environment
+    from router.cluster import local_cluster, prepared_environment
     from router.haproxy import find_haproxy
+    from router.ports import free_port
 
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

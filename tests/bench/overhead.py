@@ -35,8 +35,9 @@ _TARGET = 1.3
 
 def run(quick: bool) -> list[dict[str, Any]]:
     """Measure, and return the row of the table."""
-    from router.cluster import free_port, local_cluster, prepared_environment
+    from router.cluster import local_cluster, prepared_environment
     from router.haproxy import find_haproxy
+    from router.ports import free_port
 
     haproxy, port = find_haproxy(), free_port()
     with (

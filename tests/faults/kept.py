@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 
 from router.ledger.database import Database, open_database
+from router.ports import free_port
 from tests.faults.clients import ANSWER
 from tests.faults.network import Network
-from tests.ports import free_port
 from tests.router.ledger.pgserver import Server as PostgreSQL
 from tests.server import Server, runs, serving, until
 

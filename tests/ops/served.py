@@ -21,8 +21,8 @@ import openai
 import yaml
 
 from models.pool import DEFAULT_POOL, load_pool
+from router.ports import free_port
 from tests.ops.queries import RULES
-from tests.ports import free_port
 
 NAMES = [model.name for model in load_pool(DEFAULT_POOL).models]
 BASE = "base"

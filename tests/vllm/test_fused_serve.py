@@ -16,7 +16,7 @@ import httpx
 import openai
 import pytest
 
-from tests.ports import free_port
+from router.ports import free_port
 from tests.vllm.fused_world import MAX_TOKENS, Ask, Reference, World, make_world, random_prompt
 
 START_S = 600

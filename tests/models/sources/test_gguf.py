@@ -15,8 +15,8 @@ from models.sources.gguf import read_gguf
 from models.sources.gguf_tokenizer import build_tokenizer
 from models.sources.locate import locate
 from models.tokenizer import CheckpointTokenizer
+from router.ports import free_port
 from tests.models.sources.gguf_writer import write_gguf
-from tests.ports import free_port
 
 TEXTS = (
     "What is 37 + 58?",

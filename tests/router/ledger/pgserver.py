@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.ports import free_port
+from router.ports import free_port
 
 
 def _binaries() -> Path | None:

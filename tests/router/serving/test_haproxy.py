@@ -24,7 +24,7 @@ from router.haproxy import (
     most_connections,
     write_launcher,
 )
-from tests.ports import free_port
+from router.ports import free_port
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Using extra keyword arguments:DeprecationWarning"  # Ray Serve's, at its first import

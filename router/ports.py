@@ -12,9 +12,11 @@ _FIRST, _USUAL_END = 20_000, 32_768
 def free_port() -> int:
     """Return a port of this machine on which nobody listens.
 
-    It is none of those that the kernel gives to outgoing connections: such a connection, or the
-    next test that asks, could have it before it is listened on. At random, for the tests' other
-    processes choose too.
+    It is none of those that the kernel gives to outgoing connections: such a connection could have
+    it before whoever is told of it listens. At random, for other processes choose too.
+
+    Raises:
+        OSError: a hundred were taken.
     """
     end = int(_RANGE.read_text().split()[0]) if _RANGE.is_file() else _USUAL_END
     for port in random.SystemRandom().sample(range(_FIRST, max(end, _USUAL_END)), 100):
