@@ -16,9 +16,9 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from models.downscale.base import base_model
 from models.downscale.recipe import AdapterSettings, AdaptSettings
 from models.downscale.stage import Run
+from models.downscale.vocabulary import base_model
 from models.training.loop import Method
 from models.training.lora import LowRank, add_adapter, save_adapter
 from models.training.monte_carlo import MonteCarlo, Posterior, Unmasking, drawn

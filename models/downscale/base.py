@@ -25,10 +25,11 @@ from models.chat_template import read_chat_template
 from models.downscale.recipe import TASKS, BaseShape, BaseStage, BaseTraining
 from models.downscale.render import PLAIN_TEMPLATE, Renderer
 from models.downscale.shape import num_parameters
-from models.downscale.stage import Run, remembered, stage
+from models.downscale.stage import Run, stage
 from models.engines.stacked.architecture import read_architecture
 from models.errors import BaseError, DivergedError, PoolError, TrainingDiverged
 from models.sources.locate import locate
+from models.tokenizer_json import read_tokenizer
 from models.training.checkpoint import export_model
 from models.training.scratch import (
     LlamaShape,
@@ -58,12 +59,11 @@ def base(run: Run, folder: Path) -> None:
     train_base(training, tasks, folder, report=run.report)
 
 
-@remembered
-def base_model(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """The base in fp32, shared and not to be trained, and the tokenizer of all members."""
+def whole_base(run: Run) -> Path:
+    """The checkpoint of the base, with all of its vocabulary."""
     made = base(run) / CHECKPOINT
     given = run.recipe.base.checkpoint
-    return load_base(made if made.is_dir() or given is None else find_base(given))
+    return made if made.is_dir() or given is None else find_base(given)
 
 
 def find_base(checkpoint: str) -> Path:
@@ -99,6 +99,8 @@ def dequantize(file: Path, folder: Path) -> Path:
     del model.config.quantization_config, model.hf_quantizer
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    # The library reads some tokenizers almost as they are; those who serve this file read it so.
+    read_tokenizer(file).save(str(folder / "tokenizer.json"))
     return folder
 
 

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from models.adapter import read_adapter
 from models.downscale.adapt import adapt, choose_device, mean_loss
 from models.downscale.adapters import adapted_base, has_adapters
-from models.downscale.base import base_model
+from models.downscale.corpora import GENERAL
 from models.downscale.cut import (
     Importance,
     activation_importance,
@@ -31,10 +31,11 @@ from models.downscale.cut import (
     save_importance,
 )
 from models.downscale.data import Selection, select, select_at_random
-from models.downscale.examples import GENERAL, conversations
+from models.downscale.examples import conversations
 from models.downscale.recipe import ALL_DOMAINS
 from models.downscale.shape import num_parameters, solve_shape
 from models.downscale.stage import Run, read_json, remembered, stage, write_json
+from models.downscale.vocabulary import base_model
 from models.tasks.base import Split
 from models.training.data import Conversation
 from models.training.lora import merge_adapter

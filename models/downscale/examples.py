@@ -1,4 +1,4 @@
-"""The corpora of a run, from their sources to the token ids that everything else works with.
+"""The corpora of a run as the token ids that everything else works with.
 
 A conversation that is longer than a row cannot be learnt whole, so it is left out; a text is cut
 into rows. Whatever is left out is said.
@@ -6,55 +6,25 @@ into rows. Whatever is left out is said.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
-from models.downscale.base import base_model
-from models.downscale.corpus import (
-    MIN_TRAIN_EXAMPLES,
-    Corpus,
-    Example,
-    generate_corpus,
-    gives_away,
-    held_out_questions,
-    load_corpus,
-    read_corpus,
-    without_copies,
-    write_corpus,
-)
-from models.downscale.recipe import ALL_DOMAINS, TASKS, CorpusSettings
+from models.downscale.corpora import corpus
+from models.downscale.corpus import MIN_TRAIN_EXAMPLES, Example
 from models.downscale.render import Renderer
 from models.downscale.stage import Run, remembered, stage, write_json
+from models.downscale.vocabulary import base_model
 from models.errors import CorpusError
 from models.tasks.base import Split
 from models.training.data import Conversation
 
-GENERAL: Final = "general"
-_CORPUS, _LENGTHS = "corpus.jsonl", "lengths.json"
+_LENGTHS: Final = "lengths.json"
 _MAX_UNKNOWN_SHARE: Final = 0.05
 # Where fewer fit a row than this, the rows are too short for the corpus.
 _MIN_FITTING_SHARE: Final = 0.1
-
-
-@stage("corpora")
-def corpora(run: Run, folder: Path, name: str) -> None:
-    """Stage: the corpus of a domain, or a general one of its own, in splits."""
-    settings = run.recipe.general if name == GENERAL else run.recipe.domains[name]
-    if settings.corpus.startswith(TASKS):
-        measure = run.recipe.measure
-        held_out = max(measure.router_questions, measure.test_questions)
-        corpus = generate_corpus(name, settings, held_out=held_out, seed=run.recipe.seed)
-    else:
-        for source in sources(settings):
-            run.read(source)
-        corpus = load_corpus(name, settings)
-    write_corpus(corpus, folder / _CORPUS)
-    sizes = ", ".join(f"{len(corpus.of(split)):,} {split}" for split in Split)
-    run.report(f"corpora/{name}: {sizes}{_but_not(corpus.left_out)}")
 
 
 @stage("lengths")
@@ -88,34 +58,6 @@ def lengths(run: Run, folder: Path, name: str) -> None:
 
 
 @remembered
-def corpus(run: Run, name: str) -> Corpus:
-    """The corpus of a domain, or the general one: all domains in equal parts, or its own.
-
-    What the domains hold out does not stand in the general corpus's training split.
-    """
-    if name != GENERAL:
-        return read_corpus(name, corpora(run, name) / _CORPUS)
-    domains = [corpus(run, domain) for domain in run.domains]
-    left_out: Counter[str] = Counter()
-    if run.recipe.general.corpus == ALL_DOMAINS:
-        mixed = [one for split in Split for one in _interleaved(domains, split)]
-        longer = sum(len(domain.examples) for domain in domains) - len(mixed)
-        left_out["of longer domains, so that all have equal parts"] = longer
-    else:
-        mixed = list(read_corpus(name, corpora(run, name) / _CORPUS).examples)
-    held_out = [e for domain in domains for e in domain.examples if e.split is not Split.TRAIN]
-    asked = held_out_questions(held_out)
-    kept = [e for e in mixed if e.split is not Split.TRAIN or not gives_away(e.asked, asked)]
-    if run.recipe.general.corpus != ALL_DOMAINS:
-        kept = without_copies(kept, left_out, of=held_out)
-    left_out["that give away what a domain holds out"] = (
-        len(mixed) - len(kept) - left_out["exact copies"] - left_out["near copies"]
-    )
-    run.report(f"general: {len(kept):,} examples{_but_not(+left_out)}")
-    return Corpus(name=name, examples=tuple(kept), left_out=+left_out)
-
-
-@remembered
 def conversations(run: Run, name: str, split: Split) -> list[Conversation]:
     """A split of the corpus of `name` as token ids, as far as it fits `adapt.row_tokens`."""
     row_tokens = run.recipe.adapt.row_tokens
@@ -133,19 +75,6 @@ def renderer(run: Run) -> Renderer:
     return Renderer(base_model(run)[1])
 
 
-def sources(settings: CorpusSettings) -> list[Path]:
-    """The files or folders that a corpus is read from; none for a generator."""
-    names = [] if settings.corpus.startswith(TASKS) else [settings.corpus]
-    names += [settings.held_out] if settings.held_out is not None else []
-    return [Path(name) for name in names]
-
-
-def _but_not(left_out: Mapping[str, int]) -> str:
-    """The end of a sentence that says what is left out, and nothing where nothing is."""
-    parts = ", ".join(f"{count:,} {what}" for what, count in left_out.items())
-    return f"; left out: {parts}" if parts else ""
-
-
 @remembered
 def _rendered(run: Run, name: str, split: Split) -> list[Conversation]:
     return render(run, corpus(run, name).of(split))
@@ -160,9 +89,3 @@ def _check_language(run: Run, name: str, rendered: Sequence[Conversation]) -> No
             f"{name}: {share:.0%} of the corpus is unknown to the base's tokenizer; "
             "is it the tokenizer of another language?"
         )
-
-
-def _interleaved(parts: Sequence[Corpus], split: Split) -> list[Example]:
-    """Equally many examples of each corpus, in turn."""
-    examples = [part.of(split) for part in parts]
-    return [example for together in zip(*examples, strict=False) for example in together]

@@ -23,8 +23,8 @@ from torch import Tensor
 from models.downscale.adapt import NUM_JUDGED, trial
 from models.downscale.adapters import has_adapters
 from models.downscale.answers import answer_odds, measured, prompt_odds
-from models.downscale.base import base_model
 from models.downscale.chunks import importance_of, load_model, loss_on
+from models.downscale.corpora import GENERAL
 from models.downscale.cut import cut
 from models.downscale.ensemble import (
     Curve,
@@ -36,12 +36,13 @@ from models.downscale.ensemble import (
     subset_losses,
     subsets,
 )
-from models.downscale.examples import GENERAL, conversations
+from models.downscale.examples import conversations
 from models.downscale.members import base_of, member, mixture_of
 from models.downscale.questions import Question, questions
 from models.downscale.recipe import MemberShape
 from models.downscale.shape import num_parameters, solve_shape
 from models.downscale.stage import Run, read_json, stage, write_json
+from models.downscale.vocabulary import base_model
 from models.errors import BaseError
 from models.tasks.base import Split
 from models.training.forward import Scorer

@@ -19,14 +19,15 @@ from models.adapter import read_adapter
 from models.card import ModelCard, read_card
 from models.downscale.adapt import NUM_JUDGED, adapt, trial
 from models.downscale.adapters import copy_adapter, has_adapters, keep_adapter, training_of
-from models.downscale.base import base_model
 from models.downscale.chunks import BASE, load_model, loss_on, save_model, untrained
+from models.downscale.corpora import GENERAL
 from models.downscale.data import Point, best_share, fit_mixture
-from models.downscale.examples import GENERAL, conversations
+from models.downscale.examples import conversations
 from models.downscale.recipe import AdaptSettings
 from models.downscale.shape import num_parameters
 from models.downscale.stage import Run, read_json, stage, write_json
 from models.downscale.teachers import ADAPT_FILE, method_for, trained_base, training_data
+from models.downscale.vocabulary import base_model
 from models.errors import DownscaleError
 from models.tasks.base import Split
 from models.training.checkpoint import export_checkpoint

@@ -18,7 +18,8 @@ from models.downscale.adapters import has_adapters
 from models.downscale.answers import measure
 from models.downscale.base import base, check_base, find_base, trained_parameters
 from models.downscale.chunks import BASE, calibrate, cut_out, select_examples
-from models.downscale.examples import corpora, lengths, sources
+from models.downscale.corpora import corpora, sources
+from models.downscale.examples import lengths
 from models.downscale.members import general_share, train_chunk
 from models.downscale.pool import pool
 from models.downscale.questions import questions

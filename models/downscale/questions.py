@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
+from models.downscale.corpora import corpus
 from models.downscale.corpus import Example
-from models.downscale.examples import corpus, render, renderer
+from models.downscale.examples import render, renderer
 from models.downscale.stage import Run, remembered
 from models.errors import CorpusError
 from models.tasks.base import Split

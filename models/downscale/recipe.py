@@ -77,10 +77,12 @@ class BaseSettings(Strict):
     """The base: a checkpoint, or how to train one.
 
     `checkpoint` is a folder, a .gguf file, `hf:ORG/NAME[@REVISION]` or `package:DISTRIBUTION/FILE`.
+    Of its `vocabulary` all is taken, or what training on the corpora uses (see `vocabulary`).
     """
 
     checkpoint: str | None = None
     train: BaseTraining | None = None
+    vocabulary: Literal["all", "used"] = "all"
 
     @model_validator(mode="after")
     def _one_of_both(self) -> BaseSettings:

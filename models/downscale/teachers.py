@@ -20,13 +20,14 @@ from transformers import PreTrainedModel
 
 from models.downscale.adapt import adapt, choose_device
 from models.downscale.adapters import method_of
-from models.downscale.base import base_model
 from models.downscale.chunks import BASE, load_model, placed, save_model, selected, untrained
+from models.downscale.corpora import GENERAL
 from models.downscale.data import with_lessons, write_lessons
-from models.downscale.examples import GENERAL, conversations
+from models.downscale.examples import conversations
 from models.downscale.recipe import AdaptSettings
 from models.downscale.shape import num_parameters
 from models.downscale.stage import Run, progress_bar, read_json, remembered, stage, write_json
+from models.downscale.vocabulary import base_model
 from models.precision import products_dtype
 from models.tasks.base import Split
 from models.training.data import Conversation

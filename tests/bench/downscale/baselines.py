@@ -20,15 +20,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from models.downscale.adapt import adapt
 from models.downscale.answers import measure_model, read_measured
-from models.downscale.base import base_model
 from models.downscale.chunks import CUT_FILE, cut_out, load_model, loss_on
-from models.downscale.examples import GENERAL, conversations
+from models.downscale.corpora import GENERAL
+from models.downscale.examples import conversations
 from models.downscale.figures import System, training_facts
 from models.downscale.members import general_share, train_chunk
 from models.downscale.questions import questions
 from models.downscale.shape import num_parameters
 from models.downscale.stage import Run, read_json, stage, write_json
 from models.downscale.teachers import ADAPT_FILE, trained_base, training_data
+from models.downscale.vocabulary import base_model
 from models.tasks.base import Split
 from models.training.checkpoint import export_checkpoint
 from tests.bench.downscale.merge import Descendant, merge

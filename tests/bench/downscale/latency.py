@@ -16,7 +16,6 @@ from typing import Final, TypedDict
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from models.downscale.base import base_model
 from models.downscale.chunks import cut_out, load_model
 from models.downscale.recipe import MemberShape
 from models.downscale.shape import (
@@ -27,6 +26,7 @@ from models.downscale.shape import (
     solve_shape,
 )
 from models.downscale.stage import Run, stage, write_json
+from models.downscale.vocabulary import base_model
 from models.errors import BaseError
 
 LATENCY_FILE: Final = "latency.json"

@@ -25,14 +25,15 @@ import torch
 from transformers import PreTrainedModel
 
 from models.downscale.adapt import adapt
-from models.downscale.base import base_model
 from models.downscale.chunks import load_model, loss_on, save_model, untrained
+from models.downscale.corpora import corpus
 from models.downscale.corpus import Example
-from models.downscale.examples import conversations, corpus, render
+from models.downscale.examples import conversations, render
 from models.downscale.pipeline import claimed
 from models.downscale.recipe import AdaptSettings
 from models.downscale.shape import num_parameters
 from models.downscale.stage import Run, read_json, write_json
+from models.downscale.vocabulary import base_model
 from models.tasks import DOMAINS
 from models.tasks.base import Split
 from models.training.checkpoint import Progress

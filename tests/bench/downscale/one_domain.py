@@ -29,9 +29,10 @@ from transformers import PreTrainedModel
 from models.downscale.adapt import adapt
 from models.downscale.answers import ask
 from models.downscale.chunks import load_model, save_model, untrained
+from models.downscale.corpora import corpus
 from models.downscale.corpus import Example
 from models.downscale.ensemble import explained
-from models.downscale.examples import conversations, corpus, render
+from models.downscale.examples import conversations, render
 from models.downscale.pipeline import claimed
 from models.downscale.recipe import AdaptSettings, Recipe
 from models.downscale.stage import Run, read_json, write_json

