@@ -1,6 +1,7 @@
 """The application on Ray Serve: `serve run router.app:build pool=...`, or `shoal serve`.
 
-A deployment per engine of the pool, and the ingress in front of them.
+A deployment per engine of the pool, and the ingress in front of them. An engine that only asks
+another server runs in the ingress's replicas, unless the pool file gives it a deployment.
 """
 
 # Not `from __future__ import annotations`: Ray Serve reads the type of `build`'s argument.
@@ -13,6 +14,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
+from models.engines.base import EngineStats
 from models.engines.registry import engine_traits, with_threads
 from models.errors import PoolError
 from models.pool import load_pool
@@ -22,7 +24,7 @@ from router.editions import catalog_of
 from router.ingress import create_api
 from router.logs import set_up_logs
 from router.placement import affinity, on_ray, placement, replicas, single
-from router.replica import EngineReplica, HandleClient
+from router.replica import EngineReplica, HandleClient, IngressEngine
 
 
 def build(args: AppArgs) -> Application:
@@ -41,6 +43,8 @@ def build(args: AppArgs) -> Application:
         traits = engine_traits(spec, models)
         if traits.needs is not None:
             raise PoolError(f"engines.{spec.name}: {traits.needs}")
+        if not traits.here and "deployment" not in spec.model_fields_set:
+            continue
         engines[spec.name] = EngineReplica.options(  # type: ignore[attr-defined]
             name=f"engine-{spec.name}",
             **replicas(spec.deployment),
@@ -67,15 +71,26 @@ class Ingress:
         self._args = args
         set_up_logs(args.logs)
         pool = load_pool(args.pool)
+        self._own = {
+            spec.name: IngressEngine(spec, pool.loaded_by(spec.name))
+            for spec in pool.engines
+            if spec.name not in engines
+        }
         self._service = compose(
             args,
             pool,
             catalog_of(args, pool),
-            engines={name: HandleClient(handle) for name, handle in engines.items()},
+            engines={**self._own, **{name: HandleClient(one) for name, one in engines.items()}},
             ledger=open_ledger(args),
             echo_request_id=False,
         )
+        for engine in self._own.values():
+            self._service.run_beside(engine)
         settle_in()
+
+    async def own_stats(self, name: str) -> EngineStats:
+        """Return a snapshot of an engine that runs in this replica."""
+        return await self._own[name].own_stats()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the application that this replica serves."""

@@ -107,6 +107,14 @@ class EngineWorker:
         """Stop the engine."""
         await self._engine.stop()
 
+    async def run(self) -> None:
+        """Have the engine run until cancelled."""
+        await self.start()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await self.stop()
+
     def check_health(self) -> None:
         """Raise `EngineFailed` if the engine cannot serve any more."""
         self._engine.check_health()

@@ -1,4 +1,4 @@
-"""One replica of one engine on Ray Serve, and what calls it.
+"""One replica of one engine on Ray Serve, and what calls it; and an engine that needs none.
 
 It is apart from the application because a process that imports less is there sooner: a replica that
 was killed is replaced by a new process.
@@ -131,12 +131,37 @@ class HandleClient:
 
     async def stats(self) -> EngineStats:
         """Return the sum over the replicas."""
-        with _translated():
-            answers = self._handle.broadcast("stats")
-            snapshots = await answers.results_async(timeout_s=_BROADCAST_TIMEOUT_S)
-            if not snapshots:
-                raise EngineFailed(f"{self._handle.deployment_name} has no replica")
-            return EngineStats.total(snapshots)
+        return await _stats_of_all(self._handle, "stats")
+
+
+class IngressEngine(EngineWorker):
+    """An engine of another server's models, in a replica of the ingress: no hop leads to it.
+
+    Every replica has its own, with its own connections and circuits; `stats` are those of all.
+    """
+
+    def __init__(self, spec: EngineSpec, models: tuple[Model, ...]) -> None:
+        super().__init__(supervised_engine(spec, models))
+        self._name = spec.name
+
+    async def stats(self) -> EngineStats:
+        """Return the sum over the replicas of the ingress."""
+        context = serve.get_replica_context()
+        ingress = serve.get_deployment_handle(context.deployment, context.app_name)
+        return await _stats_of_all(ingress, "own_stats", self._name)
+
+    async def own_stats(self) -> EngineStats:
+        """Return a snapshot of what is here."""
+        return await super().stats()
+
+
+async def _stats_of_all(handle: DeploymentHandle[Any], method: str, *names: str) -> EngineStats:
+    with _translated():
+        answers = handle.broadcast(method, *names)
+        snapshots = await answers.results_async(timeout_s=_BROADCAST_TIMEOUT_S)
+        if not snapshots:
+            raise EngineFailed(f"{handle.deployment_name} has no replica")
+        return EngineStats.total(snapshots)
 
 
 @contextmanager

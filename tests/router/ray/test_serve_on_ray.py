@@ -6,6 +6,8 @@ import re
 import signal
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import sqlalchemy as sa
 
 from router.ledger.database import open_database
 from router.ledger.schema import REQUESTS
-from tests.router.conftest import write_pool
+from tests.router.conftest import running, write_pool
 from tests.server import Server, runs, serving, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -74,10 +76,20 @@ def listening(served: Server) -> set[tuple[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Start `shoal serve` on a pool of three scripted engines, with two ingress replicas."""
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """Three scripted engines, and one that asks another server for a slow model."""
+    with running(tmp_path_factory.mktemp("far"), **POOL) as far:
+        options = {"base_url": f"{far.http.base_url}/v1", "logprobs": False}
+        engines = [*POOL["engines"], {"name": "far", "kind": "remote", "options": options}]
+        distant = {"name": "distant", "engine": "far", "remote": {"model": "beta"}}
+        yield {"engines": engines, "models": [*POOL["models"], distant]}
+
+
+@pytest.fixture(scope="module")
+def served(pool: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Start `shoal serve` on that pool, with two ingress replicas."""
     config = {"ingress": {"min_replicas": 2, "max_replicas": 2}}
-    with serving(tmp_path_factory.mktemp("pool"), config=config, policies={}, **POOL) as server:
+    with serving(tmp_path_factory.mktemp("pool"), config=config, policies={}, **pool) as server:
         yield server
 
 
@@ -130,7 +142,7 @@ def test_plans_span_engines(served: Server) -> None:
     assert shoal["members"] == ["alpha"]
 
 
-def test_every_replica_takes_up_new_policies(served: Server) -> None:
+def test_every_replica_takes_up_new_policies(served: Server, pool: Any) -> None:
     """Reloaded over HTTP or by SIGHUP, every ingress replica answers by them, without a restart."""
 
     def answers(policy: str) -> bool:
@@ -138,7 +150,7 @@ def test_every_replica_takes_up_new_policies(served: Server) -> None:
 
     for number, policy in enumerate(("first", "second"), 2):
         assert served.ask(f"policy/{policy}").status_code == 404
-        write_pool(served.folder, policies={policy: {"kind": "fixed", "plan": "alpha"}}, **POOL)
+        write_pool(served.folder, policies={policy: {"kind": "fixed", "plan": "alpha"}}, **pool)
         with served.http as http:
             if policy == "first":
                 assert http.post("/v1/admin/reload").json()["number"] == number
@@ -185,14 +197,28 @@ def test_hanging_up_frees_the_lane(served: Server, stream: bool) -> None:
     until(lambda: served.engines()["one"]["active_lanes"] == 0)
 
 
+def test_another_servers_models_need_no_process(served: Server) -> None:
+    """Every ingress replica asks for itself; each tells of what all of them ask."""
+    assert not served.family("engine-far")
+    with ThreadPoolExecutor(6) as threads, ExitStack() as connections:
+        # New connections, so that HAProxy deals them out to both replicas.
+        clients = [connections.enter_context(served.http) for _ in range(6)]
+        body = {"model": "distant", "stream": True, "messages": [{"role": "user", "content": "x"}]}
+        path = "/v1/chat/completions"
+        streams = [client.stream("POST", path, json=body, timeout=60) for client in clients]
+        opened = list(threads.map(connections.enter_context, streams))
+        assert {one.status_code for one in opened} == {200}
+        for _ in range(6):
+            assert served.engines()["far"]["running_requests"] == len(opened)
+    until(lambda: served.engines()["far"]["running_requests"] == 0)
+
+
 def test_a_killed_engine_fails_over_and_comes_back(served: Server) -> None:
     """Mid-answer: 503 for its own request, the next stage for a cascade; then it is replaced."""
-    from concurrent.futures import ThreadPoolExecutor
-
     plan = {"cascade": {"stages": ["gamma", "alpha"], "thresholds": [0.0]}}
-    with ThreadPoolExecutor() as pool:
-        alone = pool.submit(served.ask, "gamma")
-        covered = pool.submit(served.ask, "auto", shoal={"plan": plan})
+    with ThreadPoolExecutor() as threads:
+        alone = threads.submit(served.ask, "gamma")
+        covered = threads.submit(served.ask, "auto", shoal={"plan": plan})
         until(lambda: served.engines()["two"]["active_lanes"] == 2)
         replicas = served.family("ray::ServeReplica:shoal:engine-two")
         assert replicas
