@@ -26,6 +26,7 @@ from torch import Tensor
 
 from models.engines.stacked.architecture import HEAD
 from models.errors import PoolError
+from models.precision import fast_bfloat16
 
 # More rows than these are multiplied in float32: writing a matrix out costs about as much.
 _MOST_ROWS = 64
@@ -51,12 +52,12 @@ class Packed(Protocol):
 
 
 class Reordered:
-    """Float32 in the order of oneDNN's kernel, which alone can read it."""
+    """Numbers in the order of oneDNN's kernel, which alone can read it."""
 
     most_rows = sys.maxsize
 
     def __init__(self, matrices_MIO: Tensor) -> None:
-        """Reorder float32 matrices on CPU."""
+        """Reorder matrices on CPU, in float32 or bfloat16."""
         self._matrices = [
             torch.ops.mkldnn._reorder_linear_weight(matrix_IO.T.contiguous())
             for matrix_IO in matrices_MIO
@@ -215,11 +216,13 @@ def fastest(
 
     With `several_rows` mostly several of a member come at once, as drafts make them.
     """
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        return outputs_first
-    if device.type == "cpu" and dtype == torch.float32 and torch._C._has_mkldnn:
-        return reordered if several_rows else reordered_alone
-    return as_they_are
+    if device.type != "cpu":
+        return as_they_are
+    if dtype == torch.bfloat16:
+        return reordered if torch._C._has_mkldnn and fast_bfloat16(device) else outputs_first
+    if not torch._C._has_mkldnn:
+        return as_they_are
+    return reordered if several_rows else reordered_alone
 
 
 def as_they_are(_name: str, matrices_MIO: Tensor) -> Tensor:
@@ -227,14 +230,17 @@ def as_they_are(_name: str, matrices_MIO: Tensor) -> Tensor:
     return matrices_MIO
 
 
-def reordered(_name: str, matrices_MIO: Tensor) -> Tensor | Reordered:
-    """Keep float32 in oneDNN's order on CPU, small matrices as they are."""
-    large = matrices_MIO[0].numel() >= _LEAST_REORDERED
-    return Reordered(matrices_MIO) if large else matrices_MIO
+def reordered(name: str, matrices_MIO: Tensor) -> Tensor | Reordered:
+    """Keep numbers in oneDNN's order on CPU, small matrices in that of plain products."""
+    if matrices_MIO[0].numel() >= _LEAST_REORDERED:
+        return Reordered(matrices_MIO)
+    small = outputs_first if matrices_MIO.dtype == torch.bfloat16 else as_they_are
+    return small(name, matrices_MIO)
 
 
 def reordered_alone(name: str, matrices_MIO: Tensor) -> Tensor | Reordered:
-    """Keep one member's like that; a row of each of several is fastest in one batched product."""
+    """Keep one member's like that; in float32 a row of each of several is fastest in one batched
+    product."""
     return reordered(name, matrices_MIO) if len(matrices_MIO) == 1 else matrices_MIO
 
 

@@ -9,7 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.engines.stacked.matrices import Int8, Int8Rows, as_int4, as_int8, outputs_first
+from models.engines.stacked.matrices import (
+    Int8,
+    Int8Rows,
+    Reordered,
+    as_int4,
+    as_int8,
+    outputs_first,
+    reordered,
+)
 from models.errors import PoolError
 from tests.models.engines.stacked.tiny import (
     answer,
@@ -106,6 +114,25 @@ def test_outputs_first_changes_no_number() -> None:
     matrices = random_matrices(0, 1.0, 2, 8, 4)
     assert torch.equal(outputs_first("out", matrices), matrices)
     assert outputs_first("out", matrices).transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_rows", [1, 2, 9])
+def test_the_order_of_one_kernel_changes_no_product(dtype: torch.dtype, num_rows: int) -> None:
+    """Large matrices are multiplied as they are in any order, rounded once to their type."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN knows no bfloat16 on this processor")
+    matrices = random_matrices(0, 1.0, 2, 768, 512).to(dtype)
+    packed = reordered("down", matrices)
+    assert isinstance(packed, Reordered)
+    rows = random_matrices(1, 1.0, num_rows, 768).to(dtype)
+    for member in range(2):
+        found = packed.times(rows, member)
+        assert found.dtype == dtype
+        torch.testing.assert_close(
+            found.double(), rows.double() @ matrices[member].double(), rtol=1e-2, atol=1e-2
+        )
+        assert torch.equal(packed.member(member), matrices[member])
 
 
 @pytest.mark.parametrize(("dtype", "most"), [("bfloat16", 0.03), ("int8", 0.04), ("int4", 0.3)])
