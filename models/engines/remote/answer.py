@@ -20,7 +20,7 @@ from models.answer_format import ToolCall
 from models.engines.base import Chunk, FinishReason, GenerationRequest, Token, TopLogprob
 from models.engines.remote.failures import AttemptFailed, broke_off, from_event
 from models.errors import EngineFailed, RequestError
-from policies.json_text import read_json_text
+from policies.json_text import read_json_text, whole_text
 
 DONE = "[DONE]"
 _BYTES = re.compile(r"bytes:(\\x[0-9a-fA-F]{2})+")  # as OpenAI writes them
@@ -378,10 +378,10 @@ class EventReader:
 
 
 def _text(value: object) -> str:
-    """Return a text that can be sent on: halves of surrogate pairs are none."""
+    """Return a text that can be sent on; empty for what is none."""
     if not isinstance(value, str) or value.isascii():
         return value if isinstance(value, str) else ""
-    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return whole_text(value)
 
 
 def _part(usage: Mapping[str, Any], details: str, name: str) -> object:
