@@ -22,7 +22,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -64,6 +64,9 @@ Importer: TypeAlias = Callable[[Path, Rows], Iterable[Outcome]]
 # What lm-evaluation-harness's metrics are called, the best-informed first.
 _METRICS: Final = ("exact_match", "acc_norm", "acc", "pass@1", "pass_at_1", "f1")
 _SAMPLES = re.compile(r"samples_(.+?)(_\d{4}-.*)?\.jsonl")
+# What spreadsheets and data frames write where nothing is known, and for right and wrong.
+_MISSING: Final = ("", "nan", "null", "none", "n/a")
+_RIGHT: Final = {"true": 1.0, "false": 0.0}
 _TIE: Final = (0.5, 0.5)
 _LABELS: Final = {
     "A is better": (1.0, 0.0),
@@ -97,13 +100,21 @@ def _samples(file: Path, rows: Rows) -> Iterator[Outcome]:
 
 
 def _prompt(arguments: Any) -> str:  # noqa: ANN401 - either of two layouts
-    """Return the prompt of the first request: newer versions name the arguments."""
+    """Return the prompt of the first request: newer versions name the arguments.
+
+    A conversation stands there as JSON text, perhaps in a list.
+    """
     first = next(iter(arguments.values())) if isinstance(arguments, dict) else arguments[0]
-    return str(first["arg_0"] if isinstance(first, dict) else first[0])
+    told = first["arg_0"] if isinstance(first, dict) else first[0]
+    [prompt] = told if isinstance(told, list) else [told]
+    if str(prompt).startswith('[{"role":'):
+        with suppress(ValueError):
+            return _asked(json.loads(prompt))
+    return str(prompt)
 
 
 def _metric(row: Mapping[str, Any]) -> float:
-    for name in _METRICS:
+    for name in (*_METRICS, *(row.get("metrics") or ())):  # newer versions list what a task has
         value = next((row[key] for key in row if key.split(",")[0] == name), None)
         if isinstance(value, int | float):
             return float(value)
@@ -196,18 +207,26 @@ def _routerbench(_: Path, rows: Rows) -> Iterator[Outcome]:
     for row in rows:
         if _MORE in row or None in row.values():
             raise OutcomesError("it has not as many cells as the head has columns")
-        models = [key.partition("|")[0] for key in row if key.endswith("|total_cost")]
-        known = [name for name in models if row[name]]
-        if models and not known:
+        models = [key.removesuffix(_COST) for key in row if key.endswith(_COST)]
+        scores = {name: _RIGHT.get(cell.lower(), cell) for name, cell in _told(row, models).items()}
+        if models and not scores:
             continue
         yield Outcome(
             id=row.get("sample_id", ""),
             query=row["prompt"],
             tags=(row["eval_name"],),
-            scores={name: float(row[name]) for name in known},
-            outputs={name: row.get(f"{name}|model_response", "") for name in known},
-            costs={n: float(cost) for n in known if (cost := row[f"{n}|total_cost"])},
+            scores={name: float(score) for name, score in scores.items()},
+            outputs={name: row.get(f"{name}|model_response", "") for name in scores},
+            costs={
+                key.removesuffix(_COST): float(cost)
+                for key, cost in _told(row, [name + _COST for name in scores]).items()
+            },
         )
+
+
+def _told(row: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+    """Return the cells of `names` that say something."""
+    return {name: row[name].strip() for name in names if row[name].strip().lower() not in _MISSING}
 
 
 def _routellm(file: Path, rows: Rows) -> Iterator[Outcome]:
@@ -237,12 +256,12 @@ def _right_or_wrong(file: Path, rows: Rows, contaminated: frozenset[str]) -> Ite
         prompt = row.pop("prompt")
         said_of = {name: name.removesuffix(_SAID) for name in row if name.endswith(_SAID)}
         models = [name for name in row if said_of.get(name) not in row]
-        told = {name: row[name] for name in models if row[name]}
-        if not set(told.values()) <= {"True", "False"}:
+        told = _told(row, models)
+        if not {cell.lower() for cell in told.values()} <= _RIGHT.keys():
             raise OutcomesError(f"it has {told}")
         if prompt not in contaminated and told:
             said = {name: row[name + _SAID] for name in told if row.get(name + _SAID)}
-            scores = {name: float(value == "True") for name, value in told.items()}
+            scores = {name: _RIGHT[cell.lower()] for name, cell in told.items()}
             yield Outcome(query=prompt, scores=scores, tags=(subject,), outputs=said)
 
 
@@ -298,6 +317,7 @@ _LINES: Final[tuple[tuple[frozenset[str], Importer, str], ...]] = (
 _TABLE: Final = "RouterBench: prompt, eval_name, and MODEL and MODEL|total_cost of every model"
 _RIGHT_OR_WRONG: Final = "prompt, and True or False per model"
 _SAID: Final = "_response"
+_COST: Final = "|total_cost"
 _CONTAMINATED: Final = "contaminated_prompts.jsonl"
 
 

@@ -12,3 +12,11 @@ def read_json_text(text: str | bytes) -> Any:  # noqa: ANN401 - any value that J
         return json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def whole_text(text: str) -> str:
+    """Return `text` with a mark for each half of a surrogate pair, which is no Unicode.
+
+    JSON can say one, and programs that cut texts within an emoji write them.
+    """
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

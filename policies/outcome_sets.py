@@ -246,7 +246,7 @@ def _prefix(shingles: frozenset[int], frequency: Mapping[int, int]) -> list[int]
 
 
 def _shingles(text: str) -> frozenset[int]:
-    words = re.findall(r"\w+", text.lower())
+    words = re.findall(r"\w+", text.lower()) or [text.strip()]  # emoji, say
     last = max(1, len(words) - NUM_SHINGLE_WORDS + 1)
     return frozenset(
         zlib.crc32(" ".join(words[i : i + NUM_SHINGLE_WORDS]).encode("utf-8", "replace"))

@@ -17,16 +17,18 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated
 
 from policies.errors import OutcomesError
 from policies.files import replacing
+from policies.json_text import read_json_text, whole_text
 from policies.kinds import short
 
 Score: TypeAlias = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count: TypeAlias = Annotated[int, Field(ge=0)]
 Finite: TypeAlias = Annotated[float, Field(allow_inf_nan=False)]
+Text: TypeAlias = Annotated[str, AfterValidator(whole_text)]
 Amount: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 _STRICT = ConfigDict(extra="forbid")
@@ -58,13 +60,13 @@ class Outcome:
     grader said of each model on its own scale.
     """
 
-    query: str
+    query: Text
     scores: dict[str, Score] = Field(min_length=1)
     id: str = ""
-    tags: tuple[str, ...] = ()
+    tags: tuple[Text, ...] = ()
     split: str | None = None
-    answer: str | None = None
-    outputs: dict[str, str] = field(default_factory=dict)
+    answer: Text | None = None
+    outputs: dict[str, Text] = field(default_factory=dict)
     logprobs: dict[str, AnswerLogprobs] = field(default_factory=dict)
     prompt_tokens: Count | None = None
     output_tokens: dict[str, Count] = field(default_factory=dict)
@@ -159,13 +161,15 @@ def _read(path: Path) -> Iterator[Outcome]:
 
 def _read_line(path: Path, number: int, line: bytes) -> Outcome:
     try:
-        return _ADAPTER.validate_json(line)
+        return _ADAPTER.validate_python(read_json_text(line))
     except ValidationError as error:
         detail = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in detail["loc"]) or "the line"
         raise OutcomesError(
             f"{path}, line {number}: {key}: {detail['msg']}, got {short(detail['input'])}"
         ) from None
+    except ValueError as error:
+        raise OutcomesError(f"{path}, line {number}: the line is not JSON: {error}") from None
 
 
 def _to_json(outcome: Outcome) -> Mapping[str, Any]:

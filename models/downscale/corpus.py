@@ -28,6 +28,7 @@ from models.tasks import DOMAINS
 from models.tasks.base import Split, Task
 from models.training.scratch import draw_dialogue
 from policies.cascade.base import normalise
+from policies.json_text import whole_text
 
 ROLES: Final = ("system", "user", "assistant")
 MIN_TRAIN_EXAMPLES: Final = 32
@@ -216,7 +217,7 @@ def _parse(line: str, where: str, hashed: bool) -> Example:
     if not isinstance(record, dict):
         raise CorpusError(f"{where}: not a JSON object")
     skill = record.get("skill")
-    example = Example(skill=None if skill is None else _whole(str(skill)))
+    example = Example(skill=None if skill is None else whole_text(str(skill)))
     if "messages" in record:
         turns = _turns(record["messages"], where)
         answer = _text(record, "answer", where) if "answer" in record else None
@@ -238,12 +239,7 @@ def _text(record: dict[str, Any], key: str, where: str) -> str:
     value = record.get(key)
     if not isinstance(value, str) or not value.strip():
         raise CorpusError(f"{where}: {key}: must be a text that is not empty, got {value!r}")
-    return _whole(value)
-
-
-def _whole(text: str) -> str:
-    """`text` without half characters: as JSON dumps of cut chats have them, they are no Unicode."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return whole_text(value)
 
 
 def _turns(messages: object, where: str) -> tuple[Turn, ...]:

@@ -33,6 +33,8 @@ _SPEAKS_OF_OTHERS: Final = {
     *("minProperties", "anyOf", "oneOf", "if", "$ref", "dependentSchemas"),
 }
 _LOOKS_AROUND: Final = re.compile(r"\(\?<?[=!]")
+# What may not stand as it is between slashes; an escape is read with what it escapes.
+_IN_SLASHES: Final = re.compile(r"\\.|/|\n", re.DOTALL)
 _THREADS: Final = ThreadPoolExecutor(2, "shoal-grammars")
 _JSON_OPTIONS: Final = {"whitespace_pattern": f"[ \\n\\t\\r]{{1,{_BLANKS}}}"}
 
@@ -223,8 +225,7 @@ def _structure_grammar(structure: Structure) -> str:
     if structure.kind == "json":
         return f"{_HEADER}start: {_json_rule(structure.text, strict=structure.strict)}\n"
     if structure.kind == "regex":
-        escaped = structure.text.replace("\\/", "/").replace("/", "\\/").replace("\n", "\\n")
-        return f"{_HEADER}start: /{escaped}/\n"
+        return f"{_HEADER}start: /{_IN_SLASHES.sub(_escaped, structure.text)}/\n"
     if structure.kind == "choice":
         choices = (json.dumps(choice) for choice in json.loads(structure.text))
         return f"{_HEADER}start: {' | '.join(choices)}\n"
@@ -234,6 +235,10 @@ def _structure_grammar(structure: Structure) -> str:
         field = structure.field
         raise RequestError(f"{field}: the grammar cannot be read: {error}", field) from None
     return lark if lark.startswith("%llguidance") else _HEADER + lark
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return {"/": "\\/", "\n": "\\n"}.get(found[0][-1], found[0])
 
 
 def _json_rule(schema: str, *, strict: bool = False) -> str:

@@ -129,10 +129,14 @@ class Confidence:
         return math.exp(total / max(max_tokens, prefix.num_tokens, 1))
 
 
+# Full stops, marks and quotes of many scripts; NFKC has turned wide ones into these.
+_CLOSING = ".!?,;:\"'` " + "\u3002\u3001\u0964\u061f\u06d4" + "“”‘’„«»「」『』"
+
+
 def normalise(text: str) -> str:
     """Return `text` without what doesn't change an answer: case, spacing, closing punctuation."""
     folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(folded.split()).strip(".!?,;:\"'` ")
+    return " ".join(folded.split()).strip(_CLOSING)
 
 
 S = TypeVar("S", bound=Settings)

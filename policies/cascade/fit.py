@@ -212,7 +212,9 @@ def fit_stopping(falling_NP: Floats, logit_N: Floats) -> tuple[Floats, Floats]:
     squares, with no negative weight on what falls.
     """
     at_least_P = np.array([-np.inf, -np.inf, 0.0, 0.0])
-    weights_P: Floats = lsq_linear(falling_NP, logit_N, bounds=(at_least_P, np.inf)).x
+    # The active sets of so few columns are exact, also where answers hardly differ in one.
+    fit = lsq_linear(falling_NP, logit_N, bounds=(at_least_P, np.inf), method="bvls")
+    weights_P: Floats = fit.x
     estimate_N = falling_NP @ weights_P
     threshold_logit_K = np.log(THRESHOLDS_K / (1 - THRESHOLDS_K))
     cut_K = np.array([_cut(estimate_N[logit_N >= least]) for least in threshold_logit_K])

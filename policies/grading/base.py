@@ -109,7 +109,7 @@ KINDS: Plugins[GraderKind] = Plugins(
         "json": "policies.grading.texts:JSON",
         "judge": "policies.grading.judge:JUDGE",
         "loss": "policies.grading.judge:LOSS",
-        "numeric": "policies.grading.texts:NUMERIC",
+        "numeric": "policies.grading.numbers:NUMERIC",
         "regex": "policies.grading.texts:REGEX",
         "reward": "policies.grading.networks:REWARD",
         "similarity": "policies.grading.networks:SIMILARITY",

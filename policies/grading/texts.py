@@ -1,11 +1,10 @@
-"""Graders that compare each answer's text with the question's references."""
+"""Graders that compare each answer's text with the references (`numbers` its number)."""
 
 from __future__ import annotations
 
-import math
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -31,7 +30,9 @@ class Each:
         return Graded(scores={name: self.compare(question, text) for name, text in answers.items()})
 
 
-def _kind(make: Callable[[str], Compare]) -> GraderKind:
+def each_alone(make: Callable[[str], Compare]) -> GraderKind:
+    """Return the kind whose graders compare answers as `make` says of their argument."""
+
     def build(argument: str, _: GradingContext) -> Each:
         return Each(make(argument))
 
@@ -44,7 +45,7 @@ def _plain(name: str, compare: Compare) -> GraderKind:
             raise PolicyError(f"grade: {name} takes no argument, got {argument!r}")
         return compare
 
-    return _kind(make)
+    return each_alone(make)
 
 
 def exact(question: Question, answer: str) -> float:
@@ -55,7 +56,7 @@ def exact(question: Question, answer: str) -> float:
 def contains(question: Question, answer: str) -> float:
     """1 where a reference stands in the answer as whole words and numbers, case and spacing aside.
 
-    So 5 is neither in 15 nor in 2.5.
+    So 5 is neither in 15 nor in 2.5 or -5.
     """
     rights = map(_wanted, question.right())
     return float(any(_standing(right).search(_plainly(answer, right)) for right in rights))
@@ -65,6 +66,8 @@ def contains(question: Question, answer: str) -> float:
 # Khmer, Chinese and Japanese, Hangul.
 _UNSPACED: Final = r"\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
 _SPACED: Final = rf"(?:(?![{_UNSPACED}])\w)"
+SIGN: Final = "[-−–]"
+"""A minus, however it is typeset."""
 
 
 def _standing(text: str) -> re.Pattern[str]:
@@ -73,6 +76,7 @@ def _standing(text: str) -> re.Pattern[str]:
     Where a script puts no spaces, nobody can tell: there it may stand anywhere.
     """
     before = rf"(?<!{_SPACED})(?<!\d[.,])" if re.match(_SPACED, text) else ""
+    before += rf"(?<!(?<!\w){SIGN})" if re.match(r"\d", text) else ""
     after = rf"(?!{_SPACED})(?![.,]\d)" if re.search(_SPACED + r"\Z", text) else ""
     return re.compile(before + re.escape(text) + after)
 
@@ -123,98 +127,12 @@ def _compiled(pattern: str, error: type[Exception]) -> patterns.Pattern[str]:
         raise error(f"grade: regex {pattern!r} is not a pattern: {problem}") from None
 
 
-# What one of each is in the unit that it is compared in.
-_UNITS: Final[dict[str, tuple[str, float]]] = {
-    **{unit: ("m", size) for unit, size in
-       {"mm": 1e-3, "cm": 1e-2, "m": 1, "km": 1e3, "in": 0.0254, "ft": 0.3048, "mi": 1609.344}
-       .items()},
-    **{unit: ("g", size) for unit, size in
-       {"mg": 1e-3, "g": 1, "kg": 1e3, "t": 1e6, "oz": 28.349523125, "lb": 453.59237}.items()},
-    **{unit: ("s", size) for unit, size in
-       {"ms": 1e-3, "s": 1, "min": 60, "h": 3600, "d": 86400}.items()},
-    **{unit: ("l", size) for unit, size in {"ml": 1e-3, "cl": 1e-2, "l": 1}.items()},
-    "%": ("", 0.01),
-}  # fmt: skip
-# A sign that follows a figure or a letter joins two things, as in 2010-2015.
-_NUMBER = re.compile(
-    r"(?:(?<!\w)[-+−])?(?:\d[\d,]*\.?\d*|\.\d+)(?:e[-+]?\d+)?"
-    r"(?P<below>(?:\s?/\s?\d+(?:\.\d+)?)*)(?:\s?(?P<unit>%|[a-z]+))?",
-    re.I,
-)
-
-
-# Fractions as LaTeX has them and as one sign; a whole number may stand before either.
-_FRACTION: Final = re.compile(
-    r"(?P<whole>\d)?(?:\\[dt]?frac\{(?P<above>\d+)\}\{(?P<below>\d+)\}"
-    r"|(?P<sign>[\u00bc-\u00be\u2150-\u215e]))"
-)
-_MIXED: Final = re.compile(r"(?<![\d.,/])(\d{1,9})\s+(\d{1,9})\s?/\s?(\d{1,9})(?![\d.]|\s?/)")
-
-
-def numeric(argument: str) -> Compare:
-    """1 where the answer's last number, or fraction, is a reference's, within a relative tolerance.
-
-    The argument is the tolerance (default 1e-6). Units of length, mass, time and volume, and
-    percentages, are converted where both sides name one; a side without a unit means the other's.
-    """
-    try:
-        tolerance = float(argument or 1e-6)
-    except ValueError:
-        raise PolicyError(f"grade: numeric:{argument}: the tolerance is not a number") from None
-    if not 0 <= tolerance < 1:
-        raise PolicyError(f"grade: numeric:{argument}: the tolerance is not in [0, 1)")
-
-    def compare(question: Question, answer: str) -> float:
-        found = _last_number(answer)
-        wanted = [_last_number(right) for right in question.right()]
-        if None in wanted:
-            raise Ungradable(f"no number in the reference {question.references!r}")
-        return float(any(found and right and _same(found, right, tolerance) for right in wanted))
-
-    return compare
-
-
-def _last_number(text: str) -> tuple[float, str] | None:
-    """Return the last number of `text` and its unit, empty where it has none that is known."""
-    last = None
-    text = _MIXED.sub(_whole_and_part, _FRACTION.sub(_in_figures, text))
-    for match in _NUMBER.finditer(text):
-        unit, below = (match["unit"] or "").lower(), match["below"].split("/")[1:]
-        digits = text[match.start() : match.start("below")]
-        value = float(digits.replace(",", "").replace("−", "-"))
-        if len(below) == 1 and float(below[0]):
-            value /= float(below[0])
-        elif below:  # a date, say
-            value = float(below[-1])
-        if math.isfinite(value):
-            last = value, unit if unit in _UNITS else ""
-    return last
-
-
-def _in_figures(fraction: re.Match[str]) -> str:
-    sign = unicodedata.normalize("NFKC", fraction["sign"] or "").replace("\N{FRACTION SLASH}", "/")
-    figures = sign or f"{fraction['above']}/{fraction['below']}"
-    return f"{fraction['whole']} {figures}" if fraction["whole"] else figures
-
-
-def _whole_and_part(mixed: re.Match[str]) -> str:
-    whole, above, below = (int(digits) for digits in mixed.groups())
-    return str(whole + above / below) if above < below else mixed[0]
-
-
-def _same(one: tuple[float, str], other: tuple[float, str], tolerance: float) -> bool:
-    (a, unit_a), (b, unit_b) = one, other
-    if unit_a and unit_b:
-        (kind_a, size_a), (kind_b, size_b) = _UNITS[unit_a], _UNITS[unit_b]
-        return kind_a == kind_b and math.isclose(a * size_a, b * size_b, rel_tol=tolerance)
-    return math.isclose(a, b, rel_tol=tolerance)
-
-
 # A letter that is marked as one, "(B)", "B.", "**B**" or "answer is B", or stands alone; others
 # may be words: "A cat", "I think".
 _BEFORE: Final = r"(?<![A-Za-z0-9_'])"
 _MARKED: Final = re.compile(
-    r"(?i:\b(?:answer(?:\s+is)?|option|choice)\b)[\s:*(\[{]*([A-Z])(?![A-Za-z0-9_'])"
+    r"(?i:\b(?:answer(?:\s+is)?|option|choice)\b)[\s:*(\[{]*"
+    r"([A-Z](?![A-Za-z0-9_'])|[a-z](?=[\s.*)\]}]*$))"
     r"|(?<![A-Za-z0-9_'(\[{*])[(\[{*]++([A-Za-z])[)\]}*]+"
     r"|^[^\w\n]*([A-Z])(?:[.:),]|[^\w\n]*$)"
     rf"|{_BEFORE}([A-Za-z])[)](?!\w)",
@@ -245,7 +163,11 @@ def _chosen(text: str, choices: list[str]) -> int | None:
     concluded = _places(marked, choices)
     if concluded:
         return concluded[-1]
-    named = [at for at, one in enumerate(choices) if one and _standing(one).search(said)]
+    named = []
+    for one in sorted(filter(None, choices), key=len, reverse=True):
+        # The longest first: what stands within another choice alone is not named by it.
+        said, times = _standing(one).subn(" | ", said)
+        named += [choices.index(one)] if times else []
     found = named or _places(dict.fromkeys(_LETTER.findall(text)), choices)
     return found[0] if len(found) == 1 else None
 
@@ -254,20 +176,20 @@ def _places(letters: Iterable[str], choices: list[str]) -> list[int]:
     return [at for at in (ord(letter) - ord("A") for letter in letters) if at < len(choices)]
 
 
-_FENCE = re.compile(r"```(?:json)?(.*?)```", re.DOTALL)
+_FENCE = re.compile(r"```\w*(.*?)(?:```|\Z)", re.DOTALL)
 
 
 def json_value(question: Question, answer: str) -> float:
     """1 where the answer is JSON that fits the question's schema and equals a reference.
 
-    Either may be missing, not both. A fenced block is read where the answer has one.
+    Either may be missing, not both. Where the answer as it is is none, its fenced block is read.
     """
     schema = question.schema
     if schema is None:
         question.right()
     fenced = _FENCE.search(answer)
     try:
-        value = read_json_text(fenced[1] if fenced else answer)
+        value = _read_first([answer, *([fenced[1]] if fenced else [])])
     except ValueError:
         return 0.0
     try:
@@ -283,6 +205,15 @@ def json_value(question: Question, answer: str) -> float:
         raise Ungradable(f"the reference {question.references!r} is not JSON") from None
 
 
+def _read_first(texts: list[str]) -> Any:  # noqa: ANN401 - any value
+    """Return what the first of `texts` that is JSON says; raises `ValueError` where none is."""
+    *others, last = texts
+    for text in others:
+        with suppress(ValueError):
+            return read_json_text(text)
+    return read_json_text(last)
+
+
 def _equal(one: Any, other: Any) -> bool:  # noqa: ANN401
     """Return whether two JSON values are equal; to Python true would be 1."""
     if isinstance(one, list) and isinstance(other, list):
@@ -294,7 +225,6 @@ def _equal(one: Any, other: Any) -> bool:  # noqa: ANN401
 
 EXACT = _plain("exact", exact)
 CONTAINS = _plain("contains", contains)
-REGEX = _kind(regex)
-NUMERIC = _kind(numeric)
+REGEX = each_alone(regex)
 CHOICE = _plain("choice", choice)
 JSON = _plain("json", json_value)

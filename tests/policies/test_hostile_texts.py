@@ -6,14 +6,16 @@ from collections.abc import Callable
 import pytest
 
 from policies.grading.base import Question
+from policies.grading.numbers import numeric
 from policies.grading.programs import _FENCE as PROGRAM
-from policies.grading.texts import choice, exact, json_value, numeric
+from policies.grading.texts import choice, exact, json_value
 from policies.routing.phrases import clauses
 
 NUM_CHARACTERS = 20_000
 PARTS = (
     *("a", "A", "1", " ", "\n", " \n", ".", ",", "(", "[", "-", "'", '"', "1,", ", a", "A\n"),
     *(". ", "1/", "1 /", "e1", "```", "``` ", "\\frac{1}", "answer is ", "Ab ", "\u0301", "\u202e"),
+    *("1'000", "'000", "1 million ", "1×10", "×10^1", "1\\times 10^{"),
 )
 QUESTION = Question(query="?", references=("B",), choices=("A", "B"))
 READERS: dict[str, Callable[[str], object]] = {

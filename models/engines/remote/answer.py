@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 import re
 import uuid
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
@@ -19,7 +20,7 @@ from models.answer_format import ToolCall
 from models.engines.base import Chunk, FinishReason, GenerationRequest, Token, TopLogprob
 from models.engines.remote.failures import AttemptFailed, broke_off, from_event
 from models.errors import EngineFailed, RequestError
-from policies.json_text import read_json_text
+from policies.json_text import read_json_text, whole_text
 
 DONE = "[DONE]"
 _BYTES = re.compile(r"bytes:(\\x[0-9a-fA-F]{2})+")  # as OpenAI writes them
@@ -41,6 +42,9 @@ _BREAKS = (
     *("error", "abort", "aborted", "cancelled", "timeout", "network_error"),
     "insufficient_system_resource",
 )
+# What some servers write into every event but the last, in place of null.
+_NO_REASON = ("", "null", "none")
+_LEAST_LOGPROB = -9999.0  # what OpenAI tells of a token that cannot come
 # A token without text: the end of sequence, hidden reasoning, a piece of a tool call.
 _HIDDEN = Token(token_id=0, raw=b"", logprob=None)
 
@@ -79,7 +83,7 @@ async def read_events(parts: AsyncIterator[bytes]) -> AsyncIterator[dict[str, An
 
 def read_whole(body: bytes) -> dict[str, Any] | None:
     """Return the one object that a server tells that does not stream; None if it is none."""
-    return _object(body.decode(errors="replace"))
+    return _object(body.decode("utf-8-sig", errors="replace"))
 
 
 async def _lines(parts: AsyncIterator[bytes]) -> AsyncIterator[str]:
@@ -188,22 +192,18 @@ class CallReader:
         ]
         if identity and not same:  # an id may come after the call's first piece
             same = [call for call in self._calls if call.number == number and not call.id]
-        if same and not self._begins(same[-1], identity, number, name, arguments):
+        if same and not self._begins(same[-1], number, name, arguments):
             return same[-1]
         call = _Call(index=len(self._calls), number=number)
         self._calls.append(call)
         return call
 
-    def _begins(
-        self, call: _Call, identity: str, number: object, name: str, arguments: str
-    ) -> bool:
+    def _begins(self, call: _Call, number: object, name: str, arguments: str) -> bool:
         """Return whether a piece that names a function begins another call than `call`."""
         if not name or not call.name:
             return False
         if None not in (call.number, number) and call.number != number:
             return True  # there are servers where all calls have one id
-        if identity:
-            return False
         if name != call.name:
             return call.name in self._functions or bool(call.arguments)
         return bool(arguments.strip()) and _object(call.arguments) is not None
@@ -230,14 +230,14 @@ class EventReader:
         self._echoed = echoed
         self._reason: FinishReason | None = None
         self._stop: str | int | None = None
-        self._done = self._counted = False
+        self._answered = self._done = self._counted = False
         self._usage: dict[str, int] = {}
         self._calls = CallReader(functions)
 
     @property
     def ended(self) -> bool:
-        """Whether the server said that the answer is whole."""
-        return self._done or self._counted or self._reason is not None
+        """Whether the server said that the answer is whole; without a choice there is none."""
+        return self._answered and (self._done or self._counted or self._reason is not None)
 
     def done(self) -> None:
         """Note that the stream's end was announced; some servers say nothing else."""
@@ -250,7 +250,9 @@ class EventReader:
                 raise ValueError("no JSON")
             if event.get("error") or event.get("object") == "error":
                 raise from_event(self._server, event.get("error") or event)
-            choices = [one for one in event.get("choices") or () if one and not one.get("index")]
+            told = event.get("choices") or ()
+            choices = [one for one in told if one and one.get("index") in (None, 0, "0")]
+            self._answered |= bool(choices)
             # The last event of a stream that asks for usage, where nothing else says that it ends.
             self._counted = event.get("choices") == [] and isinstance(event.get("usage"), Mapping)
             # Groq tells the usage beside the event, Moonshot in the choice.
@@ -287,8 +289,8 @@ class EventReader:
         if not isinstance(usage, Mapping):
             return
         told = {
-            "prompt_tokens": usage.get("prompt_tokens"),
-            "completion_tokens": usage.get("completion_tokens"),
+            "prompt_tokens": usage.get("prompt_tokens", usage.get("input_tokens")),
+            "completion_tokens": usage.get("completion_tokens", usage.get("output_tokens")),
             "cached_tokens": next(
                 (usage[name] for name in _CACHED if usage.get(name) is not None),
                 _part(usage, "prompt_tokens_details", "cached_tokens"),
@@ -304,17 +306,20 @@ class EventReader:
         self._read_reason(choice.get("finish_reason"))
         stop = choice.get("stop_reason")  # vLLM's, and ours
         self._stop = stop if isinstance(stop, str | int) else self._stop
-        # A server that does not stream tells a whole message.
-        delta = choice.get("delta") or choice.get("message") or {}
+        # A server that does not stream tells a whole message; some that do repeat it beside.
+        delta = choice.get("delta")
+        delta = (choice.get("message") or {}) if delta is None else delta
         text, thought = _read_content(delta.get("content"))
         text = text or _text(choice.get("text"))
-        reasoning = thought or _text(delta.get("reasoning_content") or delta.get("reasoning"))
+        told = delta.get("reasoning_content") or delta.get("reasoning")
+        reasoning = thought or _read_content(told)[0]
         refusal = _text(delta.get("refusal"))
         older = delta.get("function_call")
-        for piece in delta.get("tool_calls") or ([{"function": older}] if older else ()):
+        pieces = delta.get("tool_calls") or ([{"function": older}] if older else [])
+        for piece in filter(None, [pieces] if isinstance(pieces, Mapping) else pieces):
             self._calls.add(piece)
         tokens = self._tokens(choice.get("logprobs"), text)
-        if not tokens and (reasoning or refusal or delta.get("tool_calls")):
+        if not tokens and (reasoning or refusal or pieces):
             tokens = (_HIDDEN,)
         calls = self._calls.shown()
         if not (text or tokens or calls):
@@ -341,12 +346,13 @@ class EventReader:
         return Chunk(text=text, tokens=tokens[num_prompt:], prompt=prompt)
 
     def _read_reason(self, told: object) -> None:
-        if not told:
+        word = str(told or "").lower().replace("-", "_")
+        if word in _NO_REASON:
             return
-        word = str(told).lower().replace("-", "_")
         if word in _BREAKS:
             raise broke_off(self._server, f"the answer broke off: finish reason {told!r}")
-        self._reason = _ENDS.get(word, "stop")
+        if self._reason in (None, "stop"):  # a "stop" after "length" takes nothing back
+            self._reason = _ENDS.get(word, "stop")
 
     def _tokens(self, logprobs: Mapping[str, Any] | None, text: str) -> tuple[Token, ...]:
         if not self._logprobs:
@@ -372,10 +378,10 @@ class EventReader:
 
 
 def _text(value: object) -> str:
-    """Return a text that can be sent on: halves of surrogate pairs are none."""
+    """Return a text that can be sent on; empty for what is none."""
     if not isinstance(value, str) or value.isascii():
         return value if isinstance(value, str) else ""
-    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return whole_text(value)
 
 
 def _part(usage: Mapping[str, Any], details: str, name: str) -> object:
@@ -385,11 +391,15 @@ def _part(usage: Mapping[str, Any], details: str, name: str) -> object:
 
 def _read_content(content: object) -> tuple[str, str]:
     """Return text and reasoning of a content, which some servers tell in parts."""
+    if isinstance(content, Mapping):
+        content = [content]
     if not isinstance(content, Sequence) or isinstance(content, str):
         return _text(content), ""
     text, reasoning = "", ""
     for part in content:
-        if part.get("type") == "thinking":
+        if not isinstance(part, Mapping):
+            text += _text(part)
+        elif part.get("type") == "thinking":
             told = part.get("thinking")
             reasoning += told if isinstance(told, str) else _read_content(told)[0]
         else:
@@ -402,17 +412,8 @@ def _unknown(text: str) -> Token:
 
 
 def _chat_token(item: Mapping[str, Any]) -> Token:
-    top = tuple(
-        TopLogprob(token_id=0, raw=_raw(i), logprob=float(i["logprob"]))
-        for i in item.get("top_logprobs") or ()
-    )
-    logprob = item.get("logprob")
-    return Token(
-        token_id=0,
-        raw=_raw(item),
-        logprob=None if logprob is None else float(logprob),
-        top=top,
-    )
+    tops = [(_raw(other), other.get("logprob")) for other in item.get("top_logprobs") or ()]
+    return _token(_raw(item), item.get("logprob"), tops)
 
 
 def _raw(item: Mapping[str, Any]) -> bytes:
@@ -420,16 +421,26 @@ def _raw(item: Mapping[str, Any]) -> bytes:
     return str(item["token"]).encode(errors="replace") if listed is None else bytes(listed)
 
 
-def _text_token(label: str, logprob: float | None, top: Mapping[str, float]) -> Token:
-    ranked = sorted(top.items(), key=lambda entry: -entry[1])
+def _text_token(label: str, logprob: object, top: Mapping[str, object]) -> Token:
+    return _token(_raw_of(label), logprob, [(_raw_of(other), top[other]) for other in top])
+
+
+def _token(raw: bytes, logprob: object, tops: Sequence[tuple[bytes, object]]) -> Token:
+    """Return a token with the alternatives that have a log-probability, likeliest first."""
+    known = [(other, value) for other, told in tops if (value := _logprob(told)) is not None]
+    ranked = sorted(known, key=lambda entry: -entry[1])
     return Token(
         token_id=0,
-        raw=_raw_of(label),
-        logprob=logprob,
-        top=tuple(
-            TopLogprob(token_id=0, raw=_raw_of(other), logprob=value) for other, value in ranked
-        ),
+        raw=raw,
+        logprob=_logprob(logprob),
+        top=tuple(TopLogprob(token_id=0, raw=other, logprob=value) for other, value in ranked),
     )
+
+
+def _logprob(told: Any) -> float | None:  # noqa: ANN401 - whatever JSON can hold
+    """Return a log-probability that JSON can tell: minus infinity has none, and NaN is none."""
+    value = math.nan if told is None else float(told)
+    return None if math.isnan(value) else max(value, _LEAST_LOGPROB)
 
 
 def _raw_of(label: str) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import contextlib
 import random
 import time
@@ -26,6 +27,7 @@ from models.spec import EngineSpec, Model
 
 _MAX_ERROR_BYTES = 64 * 1024
 _DRAIN_S = 0.5
+_BEFORE_JSON = codecs.BOM_UTF8 + b" \t\r\n"
 
 
 class RemoteEngine:
@@ -201,12 +203,12 @@ class RemoteEngine:
             async with client.stream(
                 "POST", url, json=body, headers={"x-request-id": request_id}
             ) as response:
-                if response.status_code != httpx.codes.OK:
+                if not response.is_success:
                     told = await _read_some(response)
                     raise from_response(self._server, response.status_code, response.headers, told)
                 parts = response.aiter_bytes()
                 whole = isinstance(reader, RowReader)
-                async for event in _events_of(response, parts, whole=whole):
+                async for event in _events_of(parts, whole=whole):
                     if event == DONE:
                         reader.done()
                         await _drain(parts)
@@ -224,16 +226,30 @@ class RemoteEngine:
 
 
 async def _events_of(
-    response: httpx.Response, parts: AsyncIterator[bytes], *, whole: bool
+    parts: AsyncIterator[bytes], *, whole: bool
 ) -> AsyncIterator[dict[str, Any] | str]:
-    """Yield the events of a response: one where it comes `whole`, or the server does not stream."""
-    if whole or "application/json" in response.headers.get("content-type", ""):
-        body = b"".join([part async for part in parts])
+    """Yield the events of a response: one where it comes `whole`, or the server does not stream.
+
+    The body tells that, by how it begins: servers and what stands before them mislabel either kind.
+    """
+    begun = b""
+    async for part in parts:
+        begun += part
+        if begun.strip(_BEFORE_JSON):
+            break
+    if whole or begun.lstrip(_BEFORE_JSON).startswith(b"{"):
+        body = begun + b"".join([part async for part in parts])
         told = await asyncio.to_thread(read_vectors if whole else read_whole, body)
         yield told or body.decode(errors="replace")
         return
-    async for event in read_events(parts):
+    async for event in read_events(_joined(begun, parts)):
         yield event
+
+
+async def _joined(begun: bytes, parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield begun
+    async for part in parts:
+        yield part
 
 
 async def _drain(parts: AsyncIterator[bytes]) -> None:

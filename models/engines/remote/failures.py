@@ -12,6 +12,7 @@ from models.errors import ContextOverflow, EngineError, EngineFailed, EngineOver
 from policies.json_text import read_json_text
 
 _MAX_CHARACTERS = 300
+_STATUSES = range(400, 600)
 _RETRIED = (408, 409, 429)
 _OVERFLOW_CODES = ("context_length_exceeded", "exceed_context_size_error", "request_too_large")
 # A prompt too long for its model, as OpenAI, vLLM, SGLang, llama.cpp, Ollama, TGI, Mistral, Google,
@@ -99,8 +100,19 @@ def from_response(
 
 
 def from_event(server: str, error: object) -> AttemptFailed:
-    """Return what an error in the middle of an event stream means."""
-    message, param, code = _read_error(json.dumps(error).encode())
+    """Return what an error in the middle of an event stream means: as a status where it has one."""
+    body = json.dumps(error).encode()
+    status = next(
+        (
+            error[key]
+            for key in ("code", "status", "status_code")
+            if isinstance(error, dict) and error.get(key) in _STATUSES
+        ),
+        None,
+    )
+    if status is not None:
+        return from_response(server, status, {}, body)
+    message, param, code = _read_error(body)
     if _overflows(400, message, code):
         return _overflow(server, message, param)
     return broke_off(server, f"the answer ended in an error: {message}")
@@ -140,8 +152,10 @@ def _read_error(body: bytes) -> tuple[str, str | None, str | None]:
         return _short(str(error)), None, None
     param, code, kind = error.get("param"), error.get("code"), error.get("type")
     told = code if isinstance(code, str) else kind
+    told_as = ("message", "detail", "msg")
+    message = next((error[key] for key in told_as if isinstance(error.get(key), str)), error)
     return (
-        _short(str(error.get("message", error))),
+        _short(str(message)),
         param if isinstance(param, str) else None,
         told if isinstance(told, str) else None,
     )

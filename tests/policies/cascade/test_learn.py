@@ -1,5 +1,6 @@
 """The learned cascade on made-up answers: scorer, calibration, frontier, file and policy."""
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from policies.base import Decision, Policy, Query, members_of
 from policies.cascade.answers import AnswerTable, predict
 from policies.cascade.base import Attempt, Scorer
+from policies.cascade.fit import fit_stopping
 from policies.cascade.learn import learn_cascade, measure_stops, replay_cascade
 from policies.cascade.learned import (
     ROUTED,
@@ -334,3 +336,14 @@ def test_stages_have_the_time_they_are_given(cascade: LearnedCascade) -> None:
     plan = policy.decide(Query(text="date of 1 and 2")).plan
     assert isinstance(plan, Cascade)
     assert plan.timeouts_s == (3.0,)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_signals_that_hardly_differ_are_fitted_without_a_warning(seed: int) -> None:
+    """Answers of one length, say: a column that says nothing gets a weight that is a number."""
+    dice = np.random.default_rng(seed)
+    falling_NP = np.c_[np.ones(40), dice.random(40), np.full(40, -1.0), -dice.random(40)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        weights_P, _ = fit_stopping(falling_NP, dice.normal(size=40))
+    assert np.isfinite(weights_P).all() and (weights_P[2:] >= 0).all()

@@ -82,6 +82,7 @@ def test_near_duplicates_are_found() -> None:
     ]
     assert near_duplicates(texts) == {0: {1, 2}, 1: {0, 2}, 2: {0, 1}}
     assert near_duplicates(["short", "", ""]) == {1: {2}, 2: {1}}
+    assert near_duplicates(["🎉", "🎈 ", "∑", "🎈"]) == {1: {3}, 3: {1}}
 
 
 @pytest.mark.parametrize("protocol", ["folds", "tasks", "split"])

@@ -33,6 +33,9 @@ def graded(
         ("contains", ("art",), "a party", 0),
         ("contains", ("5",), "It is 5.", 1),
         ("contains", ("5",), "15, or 2.5", 0),
+        ("contains", ("5",), "It is -5", 0),
+        ("contains", ("-5",), "It is -5", 1),
+        ("contains", ("5",), "2-5 years", 1),
         ("contains", ("C++",), "I like C++.", 1),
         ("contains", ("東京",), "首都は東京です", 1),
         ("contains", ("5",), "答えは5です", 1),
@@ -41,6 +44,9 @@ def graded(
         ("contains", ("!",), "wow!", 1),
         ("exact", ("!",), "!", 1),
         ("exact", ("!",), "", 0),
+        ("exact", ("北京",), "北京。", 1),
+        ("exact", ("Paris",), "“Paris”", 1),
+        ("exact", ("नमस्ते",), "नमस्ते।", 1),
         ("regex:^\\d+$", (), "42", 1),
         ("regex:^\\d+$", (), "42!", 0),
         ("regex", ("[Yy]es",), "Well, yes", 1),
@@ -66,7 +72,21 @@ def graded(
         ("numeric", ("2024",), "by 3 1/4/2024", 1),
         ("numeric", ("1/2",), "0.5/1.0", 1),
         ("numeric", ("1" * 30,), "9" * 400, 0),
+        *(("numeric", ("1000",), told, 1) for told in ("1\u202f000", "1\u00a0000", "1'000", "1e3")),
+        ("numeric", ("7",), "5'3 7", 1),
+        ("numeric", ("-5",), "It is –5 degrees", 1),
+        ("numeric", ("6.02e23",), "6.02 × 10^23", 1),
+        ("numeric", ("6.02e23",), "6.02×10²³", 1),
+        ("numeric", ("1.5e-7",), r"1.5 \times 10^{-7}", 1),
+        ("numeric", ("1.5e-7",), "1.5*10⁻⁷ m", 1),
+        ("numeric", ("1500000",), "about 1.5 million people", 1),
+        ("numeric", ("5 km",), "5 miles", 0),
+        ("numeric", ("5 km",), "5,000 metres", 1),
+        ("numeric", ("5 min",), "5 hours", 0),
         ("json", ('{"a": [1, 2]}',), '```json\n{"a": [1, 2]}\n```', 1),
+        ("json", ("[1]",), "So:\n```JSON\n[1]\n```", 1),
+        ("json", ("[1]",), "```json\n[1]", 1),
+        ("json", ('["```a```"]',), '["```a```"]', 1),
         ("json", ('{"a": [1, 2]}',), '{"a": [2, 1]}', 0),
         ("json", ('{"a": 1}',), "a is 1", 0),
         ("json", ("[1, 2.0]",), "[1.0, 2]", 1),
@@ -108,6 +128,9 @@ def test_a_pattern_that_never_ends_gives_no_score() -> None:
         ("A city in Italy: Rome", 1),
         ("I think B", 1),
         ("(b)", 1),
+        ("the answer is b.", 1),
+        ("My choice: **b**", 1),
+        ("The answer is a city", 0),
         ("Certainly. By NASA", 0),
         ("B or C", 0),
         ("no idea", 0),
@@ -118,6 +141,20 @@ def test_a_choice_is_named_by_letter_or_by_text(answer: str, score: float) -> No
     for right in ("B", "Rome"):
         question = Question(query="?", references=(right,), choices=("Paris", "Rome", "Oslo"))
         assert graded("choice", question, ada=answer).scores == {"ada": score}, right
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        ("It is Paris, Texas.", 1),
+        ("It is Paris.", 0),
+        ("Paris, not Paris, Texas", 0),
+    ],
+)
+def test_a_choice_may_stand_within_another(answer: str, score: float) -> None:
+    """Who names the longer one has not named the shorter one, unless that stands there, too."""
+    question = Question(query="?", references=("B",), choices=("Paris", "Paris, Texas"))
+    assert graded("choice", question, ada=answer).scores == {"ada": score}
 
 
 def test_a_schema_holds_json_without_a_reference() -> None:

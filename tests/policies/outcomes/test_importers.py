@@ -8,6 +8,7 @@ import pytest
 
 from policies.errors import OutcomesError
 from policies.importers import load_outcomes
+from policies.outcomes import write_outcomes
 
 
 def write(file: Path, *rows: Any) -> Path:
@@ -42,6 +43,43 @@ def test_a_folder_of_lm_evaluation_harness_is_one_set_of_outcomes(tmp_path: Path
     assert first.query == "Question: 0\nAnswer:" and first.tags == ("gsm8k",)
     assert first.scores == second.scores == {"ada": 1, "bob": 0}
     assert first.outputs == {"ada": "7", "bob": "7"} and first.answer == "7"
+
+
+def test_other_metrics_and_conversations_of_lm_evaluation_harness(tmp_path: Path) -> None:
+    """A task's own metric is named in the line; a conversation's query is what it says last."""
+    said = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}]
+    row = sample(0, 1.0, named=True) | {"metrics": ["mc2", "chrf"], "mc2": 0.25, "chrf": 70.0}
+    del row["exact_match,strict"]
+    for told in (json.dumps(said), [json.dumps(said)]):
+        row["arguments"] = {"gen_args_0": {"arg_0": told}}
+        [outcome] = load_outcomes(write(tmp_path / "ada" / "samples_tqa_2026-11-01.jsonl", row))
+        assert (outcome.query, outcome.scores) == ("2+2?", {"ada": 0.25})
+
+
+def test_half_characters_are_marked(tmp_path: Path) -> None:
+    """Programs that cut texts write halves of emoji, which could not be written again."""
+    row = sample(0, 1.0, named=False) | {"target": "7\ud83d", "filtered_resps": ["\udc1f7"]}
+    row["arguments"] = [["a\ud83db", {}]]
+    logged = load_outcomes(write(tmp_path / "ada" / "samples_x_2026-11-01.jsonl", row))
+    own = {"query": "a\ud83db", "scores": {"ada": 1}, "answer": "7\ud83d"}
+    for [outcome] in (logged, load_outcomes(write(tmp_path / "own.jsonl", own))):
+        assert (outcome.query, outcome.answer) == ("a\ufffdb", "7\ufffd")
+    write_outcomes(tmp_path / "again.jsonl", logged)
+    assert load_outcomes(tmp_path / "again.jsonl") == logged
+
+
+@pytest.mark.parametrize("missing", ["", "nan", "NaN", "None", "N/A"])
+def test_cells_without_a_value_are_missing(tmp_path: Path, missing: str) -> None:
+    """However a spreadsheet or a data frame writes them, in scores and in costs."""
+    table = tmp_path / "mmlu_sums.csv"
+    table.write_text(f"prompt,ada,bob\n2+2?,{missing},TRUE\n")
+    assert load_outcomes(table)[0].scores == {"bob": 1}
+    bench = tmp_path / "bench.csv"
+    bench.write_text(
+        "prompt,eval_name,ada,ada|total_cost,bob,bob|total_cost\n"
+        f"2+2?,sums,{missing},{missing},False,{missing}\n"
+    )
+    assert (load_outcomes(bench)[0].scores, load_outcomes(bench)[0].costs) == ({"bob": 0}, {})
 
 
 def test_a_log_of_openai_evals(tmp_path: Path) -> None:
@@ -190,7 +228,7 @@ MATCH = {"sample_id": "s", "type": "match", "data": {"correct": True}}
         ),
         ("a.csv", ["prompt,eval_name,a,a|total_cost", "q,t,1"], "line 2: it has not as many cells"),
         ("a.csv", ["prompt,eval_name,a,a|total_cost", "q,t,x,"], "line 2: ValueError: could not"),
-        ("a.csv", ["prompt,eval_name,a,a|total_cost", "q,t,nan,"], "line 2: scores.a: .*finite"),
+        ("a.csv", ["prompt,eval_name,a,a|total_cost", "q,t,inf,"], "line 2: scores.a: .*finite"),
         ("a.csv", ["question,a", "q,1"], "line 2: the key 'prompt' is missing; expected RouterBe"),
         ("a.csv", ["prompt,eval_name"], "the file holds no answer with a score; expected RouterB"),
     ],

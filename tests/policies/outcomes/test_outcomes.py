@@ -45,7 +45,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2: the line: Invalid JSON"),
+        ("{", "line 2: the line is not JSON"),
         ("[]", "line 2: the line"),
         ('{"scores": {"ada": 1}}', "line 2: query: Field required"),
         ('{"query": "q"}', "line 2: scores: Field required"),

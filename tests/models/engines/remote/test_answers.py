@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 from typing import Any
 
 import pytest
@@ -22,14 +23,16 @@ OFFERED = Tools(
 )
 
 
-def ask(*events: Any, reply: Reply | None = None, tools: Tools | None = None) -> list[Chunk]:
+def ask(
+    *events: Any, reply: Reply | None = None, tools: Tools | None = None, logprobs: bool = False
+) -> list[Chunk]:
     """Return the chunks of the answer that a server tells in `events`."""
 
     async def run() -> list[Chunk]:
         told = reply or Reply(events=list(events))
         async with (
             BadServer.running(told) as server,
-            running_engine(server, logprobs=False, max_retries=0) as engine,
+            running_engine(server, logprobs=logprobs, max_retries=0) as engine,
         ):
             return await read(engine, request_of(tools=tools))
 
@@ -71,7 +74,7 @@ def test_ends_are_read_by_any_name(told: str, reason: str) -> None:
     assert (text_of(chunks), chunks[-1].finish_reason) == ("Hello", reason)
 
 
-@pytest.mark.parametrize("reason", ["", None])
+@pytest.mark.parametrize("reason", ["", None, "null", "None"])
 def test_an_end_without_a_reason_is_an_end(reason: Any) -> None:
     """Where the stream's end is announced, no reason is needed."""
     nothing = {"choices": [{"delta": {"content": "Hello"}, "finish_reason": reason}]}
@@ -128,16 +131,85 @@ def test_data_over_several_lines_and_without_blank_ones() -> None:
     assert text_of(ask(told.encode())) == "HelloHello"
 
 
-def test_a_server_that_does_not_stream() -> None:
-    """A whole completion in place of events is an answer, with its usage."""
+@pytest.mark.parametrize(
+    ("label", "status"),
+    [("application/json", 200), ("Text/Plain", 201), ("text/event-stream", 200), (None, 200)],
+)
+@pytest.mark.parametrize("before", ["", "\ufeff", "\n\n"])
+def test_a_server_that_does_not_stream(label: str | None, status: int, before: str) -> None:
+    """A whole completion in place of events is an answer, with its usage, whatever its label."""
     message = {"role": "assistant", "content": "Hello", "reasoning_content": "hm"}
     body = {
         "choices": [{"index": 0, "message": message, "finish_reason": "length"}],
         "usage": {"prompt_tokens": 5, "completion_tokens": 2},
     }
-    chunks = ask(reply=Reply(headers={"content-type": "application/json"}, body=body))
+    headers = {"content-type": label} if label else {}
+    told = (before + json.dumps(body)).encode()
+    chunks = ask(reply=Reply(status, headers, events=[told[:3], told[3:]]))
     assert (text_of(chunks), chunks[0].reasoning) == ("Hello", "hm")
     assert (chunks[-1].finish_reason, chunks[-1].output_tokens) == ("length", 2)
+
+
+def test_events_are_events_by_any_label() -> None:
+    """A gateway that calls a stream JSON changes nothing."""
+    reply = Reply(headers={"content-type": "application/json"}, events=[HELLO, *finish()])
+    assert text_of(ask(reply=reply)) == "Hello"
+
+
+@pytest.mark.parametrize("told", [{"detail": "gone"}, {"message": "gone", "code": 404}, {}])
+def test_without_a_choice_there_is_no_answer(told: Any) -> None:
+    """Whatever a server says in place of an answer, its end makes none of it."""
+    for end in ("[DONE]", {"choices": [], "usage": {"completion_tokens": 1}}):
+        with pytest.raises(EngineFailed, match="broke off"):
+            ask(told, end)
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [(429, EngineOverloaded), (400, RequestError), (503, EngineFailed), (401, EngineFailed)],
+)
+def test_an_error_among_the_events_is_what_its_status_means(
+    code: int, error: type[Exception]
+) -> None:
+    """As if the response had that status: the client's faults are its own, no key shows."""
+    with pytest.raises(error) as caught:
+        ask({"error": {"message": "of the key sk-1", "code": code}})
+    assert ("sk-1" in str(caught.value)) == (code != 401)
+
+
+def test_what_a_message_repeats_is_told_once() -> None:
+    """Some servers send the whole message beside the last event."""
+    whole = {"delta": {}, "message": {"content": "Hello"}, "finish_reason": "stop"}
+    assert text_of(ask(HELLO, {"choices": [whole]}, "[DONE]")) == "Hello"
+
+
+def test_a_truncated_answer_stays_one() -> None:
+    """A last event that says "stop" does not take "length" back."""
+    assert ask(HELLO, *finish("length")[:1], *finish())[-1].finish_reason == "length"
+
+
+@pytest.mark.parametrize("content", [["Hel", "lo"], {"type": "text", "text": "Hello"}])
+def test_contents_may_be_parts(content: Any) -> None:
+    """One part, and parts that are plain texts, are read as those of OpenAI's form are."""
+    assert (
+        text_of(ask({"choices": [{"index": "0", "delta": {"content": content}}]}, STOP)) == "Hello"
+    )
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"), [(-math.inf, -9999.0), (math.nan, None), (None, None), (-0.5, -0.5)]
+)
+def test_logprobs_are_numbers_that_json_can_tell(told: float | None, expected: float) -> None:
+    """Python's servers write Infinity and NaN, which no other client could read."""
+    token = {"token": "a", "logprob": told}
+    item = {**token, "top_logprobs": [token, {"token": "b", "logprob": -1}]}
+    chat = {"delta": {"content": "a"}, "logprobs": {"content": [item]}}
+    text = {"tokens": ["a"], "token_logprobs": [told], "top_logprobs": [{"a": told, "b": -1}]}
+    for choice in (chat, {"text": "a", "logprobs": text}):
+        [found] = ask({"choices": [choice]}, *finish(), logprobs=True)[0].tokens
+        assert found.logprob == expected
+        kept = {one.raw: one.logprob for one in found.top}
+        assert kept == {b"b": -1} | ({} if expected is None else {b"a": expected})
 
 
 def scored(body: Any, **sampling: int) -> tuple[list[Chunk], dict[str, Any]]:
@@ -193,6 +265,7 @@ def test_thoughts_and_refusals_are_kept_apart() -> None:
     for told in (
         {"reasoning": "hm"},
         {"reasoning_content": "hm", "reasoning": "hm"},
+        {"reasoning_content": [{"type": "text", "text": "hm"}]},
         {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}]},
     ):
         chunks = ask({"choices": [{"delta": told}]}, HELLO, *finish())
@@ -214,6 +287,7 @@ def test_thoughts_and_refusals_are_kept_apart() -> None:
             (500, 9, 400, 7),
         ),
         ({"prompt_tokens": 0, "completion_tokens": 9.0}, (0, 9, None, None)),
+        ({"input_tokens": 5, "output_tokens": 9}, (5, 9, None, None)),
         ({"prompt_tokens": 9, "prompt_cache_hit_tokens": 4}, (9, None, 4, None)),
         ({"prompt_tokens": 9, "cached_tokens": 0}, (9, None, 0, None)),
         ({"prompt_tokens": 2**62, "completion_tokens": -3}, (None,) * 4),
@@ -288,6 +362,8 @@ def test_a_call_in_the_older_way_is_a_call() -> None:
             piece("nd", {"x": 1}, index=0),
             piece("open", {"y": 2}, key="b", index=1),
         ],
+        # an id for each, and yet no index; nothing beside them
+        [None, piece("find", {"x": 1}, key="a"), piece("open", {"y": 2}, key="b"), {}],
         # the id comes last
         [
             piece("find", '{"x": 1}', index=0),
@@ -314,6 +390,12 @@ def test_calls_without_ids_or_arguments_get_them() -> None:
     ]
     assert len({call.id for call in calls}) == 3
     assert all(call.id for call in calls)
+
+
+def test_calls_that_share_their_id_are_two() -> None:
+    """A call whose arguments are whole does not go on, whatever the next one's id."""
+    same = [piece("find", f'{{"x": {x}}}', key="a") for x in (1, 2)]
+    assert [c.arguments for c in calls_of(*same)] == ['{"x": 1}', '{"x": 2}']
 
 
 def test_calls_stream_as_they_come() -> None:

@@ -40,6 +40,10 @@ def _one(folders: list[Path], wanted: GenerationRequest) -> Any:
     ("structure", "pattern"),
     [
         (Structure(kind="regex", text="[a-c]{3}/x"), "[a-c]{3}/x"),
+        *(
+            (Structure(kind="regex", text=text), text)
+            for text in (r"[ab]\/x", r"C:\\/[ab]", r"[/][ab]\\", "a\n[bc]")
+        ),
         (Structure(kind="choice", text='["yes", "no \\"so\\""]'), 'yes|no "so"'),
         (Structure(kind="grammar", text='start: "a" ("b" | "c")'), "a[bc]"),
         (Structure(kind="grammar", text='root ::= "a" ("b" | "c")'), "a[bc]"),
