@@ -32,7 +32,7 @@ from models.pool import load_pool
 # Weights and two moments in fp32, kept at the start of the decay and at the end, and a third time
 # while the last is being replaced.
 _CHECKPOINT_BYTES_PER_PARAMETER: Final = 3 * 4 * 3
-# The base as a member and in the pool, both in bfloat16, dequantized and with less of its vocabulary
+# The base as a member and in the pool, both in bfloat16, dequantized, and with less of its words
 # in fp32.
 _BASE_BYTES_PER_PARAMETER: Final = 2 + 2 + 4 + 4
 # The base's likeliest tokens (ids and log-probabilities) and the text itself.

@@ -131,7 +131,7 @@ def learn(
     best-of-v1.
     """
     from models.pool import load_pool
-    from policies.importers import load_outcomes
+    from policies.importers.load import load_outcomes
     from policies.outcomes import write_outcomes
     from policies.tables import text_table
     from router.cli.train import readings_of

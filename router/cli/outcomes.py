@@ -27,7 +27,7 @@ FileArgument: TypeAlias = Annotated[
 @app.command()
 def stats(file: FileArgument) -> None:
     """Say what outcomes hold, what is missing, and whether routing can pay at all."""
-    from policies.importers import load_outcomes
+    from policies.importers.load import load_outcomes
     from policies.outcome_sets import agreements, summarise
     from policies.tables import text_table
 
@@ -79,7 +79,7 @@ def show_one(
     count: Annotated[int, typer.Option(min=1, help="How many.")] = 5,
 ) -> None:
     """Show queries, and each model's answer and score."""
-    from policies.importers import load_outcomes
+    from policies.importers.load import load_outcomes
     from policies.tables import text_table
 
     with refusing("outcomes show"):
@@ -108,7 +108,7 @@ def merge_files(
     Of a single file that is another format (a published data set, an evaluation's log) this is
     also how to import it.
     """
-    from policies.importers import load_outcomes
+    from policies.importers.load import load_outcomes
     from policies.outcome_sets import merge
     from policies.outcomes import write_outcomes
 
@@ -134,7 +134,7 @@ def export_file(
 ) -> None:
     """Write outcomes as another router's or evaluation's program reads them."""
     from policies.exporters import export_outcomes
-    from policies.importers import load_outcomes
+    from policies.importers.load import load_outcomes
 
     with refusing("outcomes export"):
         rows = load_outcomes(file)
@@ -151,7 +151,7 @@ def split_file(
     seed: Annotated[int, typer.Option(help="Another seed draws another division.")] = 0,
 ) -> None:
     """Mark each outcome train or test, by a hash of its query; near duplicates stay together."""
-    from policies.importers import load_outcomes
+    from policies.importers.load import load_outcomes
     from policies.outcome_sets import TEST, divide
     from policies.outcomes import write_outcomes
 
@@ -165,7 +165,7 @@ def split_file(
 @app.command("dedupe")
 def dedupe_file(file: FileArgument, *, out: OutcomesOption) -> None:
     """Leave out queries that (nearly) repeat an earlier one."""
-    from policies.importers import load_outcomes
+    from policies.importers.load import load_outcomes
     from policies.outcome_sets import dedupe
     from policies.outcomes import write_outcomes
 

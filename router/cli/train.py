@@ -100,7 +100,7 @@ def train_router(
     """
     from policies.encoders.base import parse_encoder
     from policies.files import check_target
-    from policies.importers import load_outcomes
+    from policies.importers.load import load_outcomes
     from policies.routing.finetune import FinetuneSettings, finetune_router
     from policies.routing.fit import FitSettings, fit_router
     from policies.routing.router import save_router
@@ -215,7 +215,7 @@ def train_cascade(
     from policies.cascade.answers import answer_table
     from policies.cascade.learn import draw, learn_cascade, render, report
     from policies.files import check_target
-    from policies.importers import load_outcomes
+    from policies.importers.load import load_outcomes
 
     picture = plot or out.with_suffix(".png")
     with refusing("train cascade"):
@@ -355,7 +355,7 @@ def evaluate_router(
     """
     from policies.evaluation.judge import evaluate_protocol, evaluate_router
     from policies.evaluation.report import draw_reliability, table
-    from policies.importers import load_outcomes
+    from policies.importers.load import load_outcomes
     from policies.routing.fit import refit_like
     from policies.routing.router import load_router
 

@@ -32,7 +32,7 @@ from policies.carbon.grid import find_zone
 from policies.carbon.settings import CarbonSettings
 from policies.errors import LawError
 from policies.footprint import Rates
-from policies.importers import import_llmrouter
+from policies.importers.benchmarks import import_llmrouter
 from policies.outcomes import read_outcomes, score_table
 from tests.bench.replay.days import Scenario, Workload, day_costs, workload_of
 from tests.bench.replay.replay import (

@@ -20,7 +20,7 @@ from policies.cascade.answers import Floats, sigmoid
 from policies.cascade.fit import cross_fit
 from policies.cascade.frontier import StageTable, columns, search
 from policies.encoders.ngrams import NGrams
-from policies.importers import import_routellm_mmlu
+from policies.importers.benchmarks import import_routellm_mmlu
 from policies.outcomes import score_table
 
 FOLDER = Path(__file__).parents[3] / "shared" / "data" / "routing" / "RouteLLM" / "mmlu"

@@ -24,7 +24,7 @@ from policies.encoders.ngrams import NGrams
 from policies.encoders.transformer import SentenceVectors
 from policies.evaluation.judge import Report
 from policies.evaluation.report import draw_reliability, table
-from policies.importers import import_llmrouter, import_routellm_mmlu
+from policies.importers.benchmarks import import_llmrouter, import_routellm_mmlu
 from policies.outcomes import Outcome, read_outcomes, score_table
 from tests.bench.routing_harness import Protocol, draw_curves, evaluate, llmrouter_prices
 

@@ -14,7 +14,7 @@ from policies.errors import OutcomesError, PolicyError
 from policies.evaluation.judge import evaluate_protocol, evaluate_router
 from policies.evaluation.metrics import Curve, aiq, apgr, bootstrap, cpt, two_model_curve
 from policies.evaluation.report import draw_reliability, table
-from policies.importers import import_routellm_mmlu
+from policies.importers.benchmarks import import_routellm_mmlu
 from policies.outcome_sets import near_duplicates
 from policies.outcomes import Outcome
 from policies.routing.fit import FitSettings, fit_router, reliability

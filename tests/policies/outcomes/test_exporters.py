@@ -6,7 +6,7 @@ import pytest
 
 from policies.errors import OutcomesError
 from policies.exporters import FORMATS, export_outcomes
-from policies.importers import load_outcomes
+from policies.importers.load import load_outcomes
 from policies.outcomes import Outcome
 
 FILES = {"mixinstruct": "outcomes.jsonl", "routerbench": "outcomes.csv"}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from policies.errors import OutcomesError
-from policies.importers import load_outcomes
+from policies.importers.load import load_outcomes
 from policies.outcomes import write_outcomes
 
 

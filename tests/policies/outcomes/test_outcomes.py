@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from policies.errors import OutcomesError
-from policies.importers import import_llmrouter, import_routellm_mmlu, load_outcomes
+from policies.importers.benchmarks import import_llmrouter, import_routellm_mmlu
+from policies.importers.load import load_outcomes
 from policies.outcomes import Outcome, content_sha256, read_outcomes, score_table, write_outcomes
 
 DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "routing"
