@@ -5,14 +5,20 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
+from models.answer_format import Tools
 from models.engines.base import Chunk, GenerationRequest, SamplingOptions
 from models.engines.registry import create_engine
 from models.engines.remote.engine import RemoteEngine
 from models.spec import EngineSpec, Model, ModelSpec, RemoteModelSpec
-from tests.models.engines.remote.bad_server import BadServer
+from tests.models.engines.remote.bad_server import BadServer, Reply
 
 KEY = "sk-very-secret"
 FAST = {"backoff_s": 0.01, "connect_timeout_s": 60}
+HELLO = {"choices": [{"index": 0, "delta": {"content": "Hello"}}]}
+STOP = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+OFFERED = Tools(
+    functions=tuple({"type": "function", "function": {"name": name}} for name in ("find", "open"))
+)
 
 
 def remote_models(*names: str, **fields: Any) -> list[Model]:
@@ -74,3 +80,19 @@ async def until(condition: Callable[[], bool]) -> None:
 def text_of(chunks: list[Chunk]) -> str:
     """Return the whole text."""
     return "".join(chunk.text for chunk in chunks)
+
+
+def ask(
+    *events: Any, reply: Reply | None = None, tools: Tools | None = None, logprobs: bool = False
+) -> list[Chunk]:
+    """Return the chunks of the answer that a server tells in `events`."""
+
+    async def run() -> list[Chunk]:
+        told = reply or Reply(events=list(events))
+        async with (
+            BadServer.running(told) as server,
+            running_engine(server, logprobs=logprobs, max_retries=0) as engine,
+        ):
+            return await read(engine, request_of(tools=tools))
+
+    return asyncio.run(run())
