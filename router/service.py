@@ -36,7 +36,7 @@ from router.gate import Gate, credentials
 from router.ledger.writer import Ledger
 from router.logs import REQUEST_ID
 from router.metrics.page import Metrics
-from router.openai_api.endpoint import Head, ResponseWriter, WireFormat
+from router.openai_api.endpoint import Ask, Head, ResponseWriter, WireFormat
 from router.openai_api.stored import ResponseStore
 from router.record import CLIENT_CLOSED_REQUEST
 from router.streams import (
@@ -234,6 +234,7 @@ class Service:
                 self._conversations,
             )
             await self.gate.admit(exchange, exchange.catalog)
+            writer = await endpoint.writer(self._head(exchange, ask), ask)
         executor = self._executor(exchange)
         answers = before(
             exchange.deadline_s,
@@ -245,14 +246,6 @@ class Service:
                 executor.turns,
             ),
         )
-        head = Head(
-            id=exchange.id,
-            created_s=int(exchange.record.time_s),
-            model=ask.model,
-            fingerprint=exchange.catalog.fingerprint,
-            usage=lambda: _usage(exchange),
-        )
-        writer = endpoint.writer(head, ask)
         if not ask.stream:
             return await self._whole(exchange, writer, answers)
         first = asyncio.ensure_future(anext(answers))
@@ -330,6 +323,15 @@ class Service:
         finally:
             await answers.aclose()
             self._finish(exchange)
+
+    def _head(self, exchange: Exchange, ask: Ask) -> Head:
+        return Head(
+            id=exchange.id,
+            created_s=int(exchange.record.time_s),
+            model=ask.model,
+            fingerprint=exchange.catalog.fingerprint,
+            usage=lambda: _usage(exchange),
+        )
 
     def _bind(self, exchange: Exchange) -> None:
         """Let `exchange` begin with what is in force now."""

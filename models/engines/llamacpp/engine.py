@@ -185,7 +185,7 @@ class LlamacppEngine:
         self.check_health()
         running = self._running
         assert running is not None, "check_health raises before start"
-        max_tokens = check_request(
+        max_tokens = await check_request(
             request,
             members=self.members,
             traits=self._traits,
