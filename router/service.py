@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from models.engines.base import Chunk
+from models.fair import CLIENT, FairThreads
 from policies.experiments.shadow import ShadowMeter
 from router.accounts import Accounts, Watcher
 from router.bodies import Bodies, Held, address_of
@@ -55,6 +57,7 @@ from router.workers import Worker
 
 logger = logging.getLogger(__name__)
 
+_NUM_THREADS = min(32, (os.cpu_count() or 1) + 4)  # as many as asyncio's own
 TIMEOUT_HEADER = "x-shoal-timeout-s"
 
 Answers = AsyncGenerator[tuple[int, Chunk], None]
@@ -142,7 +145,8 @@ class Service:
         self._background[Worker(type(one).__name__.lower())] = one
 
     async def start(self) -> None:
-        """Start what runs beside the requests."""
+        """Start what runs beside the requests, and have the loop's threads take clients in turn."""
+        asyncio.get_running_loop().set_default_executor(FairThreads(_NUM_THREADS, "shoal"))
         self._running = [
             asyncio.create_task(worker.run(one.run), name=worker.name)
             for worker, one in self._background.items()
@@ -157,6 +161,7 @@ class Service:
             address=address_of(request),
         )
         self._bind(exchange)
+        CLIENT.set(exchange.address)
 
         async def answer() -> Response:
             exchange.deadline_s = self._deadline_s(exchange, _timeout_s(request.headers))
@@ -179,6 +184,7 @@ class Service:
         exchange = Exchange.begin(id_prefix=endpoint.id_prefix, endpoint=endpoint.path, headers={})
         self._bind(exchange)
         exchange.offline = True
+        CLIENT.set(exchange.client_id)
         exchange.key = await self.gate.key(key_id)
         exchange.deadline_s = self._deadline_s(exchange, None)
         return await self._settled(exchange, endpoint, self._answer(exchange, endpoint, body))

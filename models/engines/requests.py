@@ -17,6 +17,7 @@ from models.card import ModelCard
 from models.engines.base import GenerationRequest, SamplingOptions
 from models.engines.kind import EngineTraits
 from models.errors import ContextOverflow, EngineOverloaded, RequestError
+from models.fair import FairThreads
 from policies.plan import TEMPERATURES
 
 # What each number of `SamplingOptions` may be, both ends included.
@@ -51,6 +52,8 @@ OPTIONAL: dict[str, Callable[[SamplingOptions], bool]] = {
 _MOST_BIAS = 100
 _MOST_CONTRAST = 10  # as plans have it
 _SLICE_TOKENS = 2**14  # a third of a millisecond
+# One: every thread that holds the interpreter's lock is another that the event loop waits for.
+_THREAD = FairThreads(1, "shoal-ids")
 
 
 def adapters_of(
@@ -222,20 +225,23 @@ async def _check_tokens(request: GenerationRequest, vocab_size: int | None) -> N
         ("logit_bias", request.sampling.logit_bias),
         ("stop_token_ids", request.sampling.stop_token_ids),
     ):
-        if not await _are_below(vocab_size, tokens):
+        if len(tokens) <= _SLICE_TOKENS:
+            known = _are_below(vocab_size, tokens)
+        else:
+            loop = asyncio.get_running_loop()
+            known = await loop.run_in_executor(_THREAD, _are_below, vocab_size, tokens)
+        if not known:
             raise RequestError(
                 f"{what}: a token id is outside of the vocabulary of {vocab_size}", what
             )
 
 
-async def _are_below(bound: int, tokens: Iterable[int]) -> bool:
-    """Whether all `tokens` are in [0, bound); others have a turn after each slice of many."""
+def _are_below(bound: int, tokens: Iterable[int]) -> bool:
+    """Whether all `tokens` are in [0, bound); goes by slices: others have the lock in between."""
     left = iter(tokens)
     while piece := tuple(islice(left, _SLICE_TOKENS)):
         if not 0 <= min(piece) <= max(piece) < bound:
             return False
-        if len(piece) == _SLICE_TOKENS:
-            await asyncio.sleep(0)
     return True
 
 

@@ -24,8 +24,8 @@ from router.catalog.members import Members
 INLINE_CHARACTERS = 16_384
 _INLINE_MESSAGES = 64
 _INLINE_TOKENS = 1024
-# What tells a conversation from others, beside what was said.
-_HEAD = ("role", "name", "tool_calls", "tool_call_id")
+# What tells a message from others, beside its role and content.
+_HEAD = ("name", "tool_calls", "tool_call_id")
 # So many earlier messages a policy reads at most.
 _MOST_EARLIER = 8
 # A prompt that is to be cut may be so many times as long as a context.
@@ -197,8 +197,9 @@ def _digests(messages: Sequence[Message]) -> tuple[bytes, bytes | None]:
         if message["role"] == "assistant":
             before = said.digest()
         content = str(message["content"]).encode("utf-8", "surrogatepass")
-        head = [len(content), *(message.get(key) for key in _HEAD)]
-        said.update(json.dumps(head).encode() + b"\n")
+        more = [message.get(key) for key in _HEAD]
+        told = json.dumps(more) if any(more) else ""
+        said.update(f"{message['role']} {len(content)} {told}\n".encode())
         said.update(content)  # a long one in no other form, which would take the lock for long
     return said.digest(), before
 
