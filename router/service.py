@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from models.engines.base import Chunk
+from models.errors import without_quotes
 from models.fair import CLIENT, FairThreads
 from policies.experiments.shadow import ShadowMeter
 from router.accounts import Accounts, Watcher
@@ -374,7 +375,8 @@ class Service:
     def _note(self, exchange: Exchange, error: Exception) -> ApiError:
         told = to_api_error(error)
         if told.status >= 500:
-            logger.error("%s: %r", exchange.id, error, exc_info=told.status == 500)
+            why = without_quotes(repr(error))
+            logger.error("%s: %s", exchange.id, why, exc_info=told.status == 500)
         exchange.record.status, exchange.record.error = told.status, told.code
         return told
 
