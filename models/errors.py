@@ -17,7 +17,22 @@ RuntimeError
     └── EngineFailed      the engine died or could not run the step
 
 All carry only positional strings and numbers, so that they survive pickling between processes.
+What somebody else said is `quoted` in them: it may repeat a prompt, so that it is for who asked.
 """
+
+from __future__ import annotations
+
+import re
+
+
+def quoted(text: str) -> str:
+    """Return what somebody else said, as part of a message."""
+    return "“" + text.replace("”", '"') + "”"
+
+
+def without_quotes(message: str) -> str:
+    """Return a message as it may be logged and kept."""
+    return re.sub("“[^”]*”", "“...”", message)
 
 
 class PoolError(ValueError):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any, Protocol
 
 from models.errors import EngineError
+from policies.base import Policy
 from router.engines import EngineClient
 from router.exchange import Exchange
 from router.executor.trace import Run
@@ -58,9 +59,7 @@ class Accounts:
             # In the loop's next turn: when the response is on its way.
             asyncio.get_running_loop().call_soon(self._record, exchange)
             return
-        settling = asyncio.ensure_future(self._settle_and_record(exchange))
-        self.settling.add(settling)
-        settling.add_done_callback(self.settling.discard)
+        self._begin(self._settle_and_record(exchange))
 
     async def settle(self, exchange: Exchange) -> None:
         """Ask the engines what the requests used that were cancelled there."""
@@ -84,10 +83,16 @@ class Accounts:
 
     async def close(self) -> None:
         """Wait for the records of requests that were cut off, then close what keeps them."""
-        await asyncio.gather(*self.settling, return_exceptions=True)
+        while self.settling:
+            await asyncio.gather(*self.settling, return_exceptions=True)
         await asyncio.gather(self._ledger.close(), self._gate.close())
         for watcher in self._watchers:
             await asyncio.to_thread(watcher.close)
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self.settling.add(task)
+        task.add_done_callback(self.settling.discard)
 
     async def _settle_and_record(self, exchange: Exchange) -> None:
         await self.settle(exchange)
@@ -101,9 +106,14 @@ class Accounts:
         self._ledger.record(record)
         for watcher in self._watchers:
             watcher.ended(exchange, record)
-        policies = exchange.catalog.policies
-        policy = policies.get(record.policy or "")
+        policy = exchange.catalog.policies.get(record.policy or "")
         if policy is not None:
-            for query, decision, cost in exchange.settled(exchange.catalog.prices.rates):
-                policy.settle(query, decision, cost)
-                policies.limiter.observe(query, decision, cost)
+            self._begin(self._tell(policy, exchange))
+
+    async def _tell(self, policy: Policy, exchange: Exchange) -> None:
+        """Tell who decided what each of the decisions has cost, and others run in between."""
+        catalog = exchange.catalog
+        for query, decision, cost in exchange.settled(catalog.prices.rates):
+            policy.settle(query, decision, cost)
+            catalog.policies.limiter.observe(query, decision, cost)
+            await asyncio.sleep(0)

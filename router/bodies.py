@@ -2,7 +2,8 @@
 
 Parsing holds the interpreter's lock for as long as a body has values, and every other request waits
 meanwhile. So what a body holds is counted before it is parsed, which costs little more than a copy,
-and long bodies are parsed one after another on a thread of their own, with rests between.
+and long bodies are parsed one after another, for senders in turn, on a thread of their own, with
+rests between.
 
 Of what a server holds that it has not read to its end and parsed, a sender may take as much again
 as all of them leave free: alone half of the room, two of them a third each. So there is always room
@@ -19,13 +20,13 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import TypeVar
 
 import zstandard
 from starlette.requests import ClientDisconnect, Request
 
+from models.fair import CLIENT, FairThreads
 from router.errors import ApiError, bad_request, retry_headers
 from router.streams import ClientDisconnected
 
@@ -134,14 +135,16 @@ class Bodies:
         self.timeout_s = timeout_s
         self.room = Room(max_arriving_bytes)
         # One: every thread that parses is another that the event loop waits for.
-        self._thread = ThreadPoolExecutor(1, "shoal-bodies")
+        self._thread = FairThreads(1, "shoal-bodies")
         self._rests_until_s = 0.0  # monotonic
 
     def hold(self, request: Request, key_id: str | None) -> Held:
         """Return what the body takes of the room, for use as a context, in the name of its key or
-        address.
+        address, for which the request's task then works.
         """
-        return self.room.hold(key_id or address_of(request))
+        sender = key_id or address_of(request)
+        CLIENT.set(sender)
+        return self.room.hold(sender)
 
     async def take(
         self,

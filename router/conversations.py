@@ -14,14 +14,13 @@ import asyncio
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
-from models.chat_template import Message
 from policies.base import Decision
 from policies.errors import PlanError
 from policies.plan import Answer, from_json, to_json
@@ -33,7 +32,6 @@ from router.ledger.schema import REQUESTS
 _MOST_REMEMBERED: Final = 10_000  # what is older, the database knows
 # Nobody waits longer for the database to know a conversation.
 _PATIENCE_S: Final = 0.25
-_SAID: Final = ("role", "name", "content", "tool_calls", "tool_call_id")
 
 
 class Conversations:
@@ -50,11 +48,9 @@ class Conversations:
 
         A database that does not answer knows nothing.
         """
-        messages = prompt.messages or ()
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if not turns:
+        if prompt.messages is None or prompt.said_before is None:
             return None
-        name = self._name(exchange, messages[: turns[-1]])
+        name = self._name(exchange, prompt.said_before)
         if name in self._answers:
             return self._answers[name]
         found = await self._look_up(name)
@@ -79,10 +75,10 @@ class Conversations:
         if len(exchange.choices) != 1 or exchange.record.status != 200:
             return
         [choice] = exchange.choices
-        answer, messages = choice.trace.accepted(), choice.task.prompt.messages
-        if answer is None or messages is None:
+        answer, prompt = choice.trace.accepted(), choice.task.prompt
+        if answer is None or prompt.messages is None:
             return
-        name = self._name(exchange, messages)
+        name = self._name(exchange, prompt.said)
         exchange.record.conversation = name
         exchange.record.answered_with = to_json(answer)
         self._answers[name] = answer
@@ -90,14 +86,14 @@ class Conversations:
         if len(self._answers) > _MOST_REMEMBERED:
             self._answers.popitem(last=False)
 
-    def _name(self, exchange: Exchange, messages: Sequence[Message]) -> str:
-        """Return the name of the conversation that begins with `messages`, or of its session."""
+    def _name(self, exchange: Exchange, said: bytes) -> str:
+        """Return the name of the conversation in which so much was `said`, or of its session."""
         digest = hashlib.blake2b(key=self._secret[:64], digest_size=12)
         session = exchange.record.session
         whose: list[Any] = [exchange.key_id, session or exchange.user, session is not None]
-        said = () if session else [{key: m.get(key) for key in _SAID} for m in messages]
-        for part in (whose, *said):
-            digest.update(json.dumps(part).encode() + b"\n")
+        digest.update(json.dumps(whose).encode() + b"\n")
+        if not session:
+            digest.update(said)
         return digest.hexdigest()
 
     def _find(self, name: str) -> Mapping[str, Any] | None:

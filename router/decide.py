@@ -153,7 +153,7 @@ async def _query(
     tokenizer = catalog.members.tokenizer
     prompt.check_size(catalog.members.most_token_bytes, catalog.members.most_context_tokens)
     return Query(
-        text=prompt.query(tokenizer),
+        text=await prompt.query(tokenizer),
         earlier=prompt.earlier(),
         prompt_tokens=await prompt.count(tokenizer),
         max_tokens=limits.default_max_tokens if ask.max_tokens is None else ask.max_tokens,

@@ -17,6 +17,7 @@ from typing import Protocol
 
 from models.answer_format import join_calls
 from models.engines.base import Chunk, Engine, EngineStats, GenerationRequest, HasMetrics
+from models.fair import CLIENT
 from router.energy import EnergyUse, LaneMeter, Lanes, energy_of, metered
 
 # How many cancelled requests are remembered until somebody asks what they used.
@@ -128,6 +129,7 @@ class EngineWorker:
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         """Yield the answer as it is generated."""
+        CLIENT.set(request.client_id)
         progress = self._active[request.request_id] = _Progress()
         finished = False
         lanes = None if self._meter is None else self._meter.begin(len(request.members))

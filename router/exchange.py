@@ -134,11 +134,11 @@ class Exchange:
 
     @property
     def client_id(self) -> str:
-        """Whose turn it is where clients take turns: the key's, else the user's, or the address's.
+        """Whose turn it is where clients take turns: the key's, else that of where it comes from.
 
-        All that nobody waits for shares the turn of one client.
+        Its `user` shares it with others there. All that nobody waits for has one client's turn.
         """
-        return "offline" if self.offline else self.key_id or self.user or self.address
+        return "offline" if self.offline else self.key_id or self.address
 
     @property
     def elapsed_s(self) -> float:

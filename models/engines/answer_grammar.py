@@ -13,7 +13,6 @@ import json
 import keyword
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Final, TypeAlias
 
@@ -23,6 +22,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 from models.answer_format import AnswerFormat, FormatName, ReasoningTags, Tools
 from models.engines.base import GenerationRequest, Structure
 from models.errors import RequestError
+from models.fair import FairThreads
 
 _HEADER: Final = "%llguidance {}\n"
 _BLANKS: Final = 8
@@ -35,7 +35,7 @@ _SPEAKS_OF_OTHERS: Final = {
 _LOOKS_AROUND: Final = re.compile(r"\(\?<?[=!]")
 # What may not stand as it is between slashes; an escape is read with what it escapes.
 _IN_SLASHES: Final = re.compile(r"\\.|/|\n", re.DOTALL)
-_THREADS: Final = ThreadPoolExecutor(2, "shoal-grammars")
+_THREADS: Final = FairThreads(2, "shoal-grammars")
 _JSON_OPTIONS: Final = {"whitespace_pattern": f"[ \\n\\t\\r]{{1,{_BLANKS}}}"}
 
 Function: TypeAlias = Mapping[str, Any]
@@ -79,7 +79,7 @@ def answer_grammar(
 async def compiled(tokenizer: LLTokenizer, grammar: str, request: GenerationRequest) -> LLMatcher:
     """Return what follows the `grammar` of the answer to `request`; takes up to some seconds.
 
-    On threads of its own: whoever sends many that take long keeps only such waiting.
+    On threads of its own, for clients in turn: whoever sends many that take long waits for them.
 
     Raises `RequestError` that names the field of what it is held to.
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -115,6 +116,10 @@ class Encoding:
         return (*query, *(text for text in self.inputs if isinstance(text, str)))
 
 
+Party: TypeAlias = tuple[str, ...]
+"""A client, or a client and one of its users."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
     """One answer to generate: `members` fused by `rule` with relative `weights` (None: uniform).
@@ -130,7 +135,8 @@ class GenerationRequest:
     is the client's own body, where another server gets it as it came. `tools` are offered only to
     engines whose traits allow them. `request_id` is unique; cancellation and logs use it.
     `client_id` groups requests for fair queueing, in which a client of twice the `client_weight`
-    gets twice as much. After `timeout_s` nobody waits for the answer any
+    gets twice as much, and `user`, by any name, shares what its client gets with that client's
+    other users. After `timeout_s` nobody waits for the answer any
     more (None: not known). Those that are `offline` get their turn when no others wait. With an
     `encoding` it is one of an encoder, and has no prompt. `adapters` are those of the members that
     are adapters, by name: an engine loads one that it has not when a request first needs it, so
@@ -148,6 +154,7 @@ class GenerationRequest:
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     client_id: str = ""
     client_weight: float = 1.0
+    user: str = ""
     messages: tuple[Message, ...] | None = None
     text: str | None = None
     sent: Mapping[str, Any] | None = None
@@ -157,6 +164,11 @@ class GenerationRequest:
     offline: bool = False
     encoding: Encoding | None = None
     adapters: Mapping[str, AdapterSource] = field(default_factory=dict)
+
+    @cached_property
+    def parties(self) -> tuple[Party, Party]:
+        """Who takes turns: the client with others, and its user with the client's others."""
+        return (self.client_id,), (self.client_id, self.user)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -94,7 +94,7 @@ class FakeEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Chunk]:
         """Play the script of the request's first member, one chunk per token."""
-        max_tokens = self._check(request)
+        max_tokens = await self._check(request)
         script = self._options.models.get(request.members[0], self._options)
         turn = next(self._requests_of[request.members[0]])
         scripted_failure = script.num_failures is None or turn < script.num_failures
@@ -129,9 +129,9 @@ class FakeEngine:
         """Fail what runs at its next token."""
         self._stopped = True
 
-    def _check(self, request: GenerationRequest) -> int:
+    async def _check(self, request: GenerationRequest) -> int:
         self.check_health()
-        return check_request(
+        return await check_request(
             request,
             members=self._members,
             traits=self._traits,

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from itertools import islice
 
 from models.adapter import AdapterSource
 from models.card import ModelCard
 from models.engines.base import GenerationRequest, SamplingOptions
 from models.engines.kind import EngineTraits
 from models.errors import ContextOverflow, EngineOverloaded, RequestError
+from models.fair import FairThreads
 from policies.plan import TEMPERATURES
 
 # What each number of `SamplingOptions` may be, both ends included.
@@ -49,6 +51,9 @@ OPTIONAL: dict[str, Callable[[SamplingOptions], bool]] = {
 """
 _MOST_BIAS = 100
 _MOST_CONTRAST = 10  # as plans have it
+_SLICE_TOKENS = 2**14  # a third of a millisecond
+# One: every thread that holds the interpreter's lock is another that the event loop waits for.
+_THREAD = FairThreads(1, "shoal-ids")
 
 
 def adapters_of(
@@ -91,7 +96,7 @@ class Slots:
             self._free.release()
 
 
-def check_request(
+async def check_request(
     request: GenerationRequest,
     *,
     members: Sequence[str],
@@ -102,8 +107,9 @@ def check_request(
     """Return how many tokens the answer may have, at most `max_tokens` of the request.
 
     `members` are the engine's. `context_tokens` is what prompt and answer may have together; None:
-    not known. `vocab_size` None: another server makes tokens of the prompt. Raises `RequestError`
-    that names the field, its value and what is allowed, or `ContextOverflow`.
+    not known. `vocab_size` None: another server makes tokens of the prompt. Other work of the event
+    loop runs while long prompts are read. Raises `RequestError` that names the field, its value and
+    what is allowed, or `ContextOverflow`.
     """
     _check_members(request, members, traits)
     _check_fusion(request, traits)
@@ -115,7 +121,7 @@ def check_request(
             raise RequestError(f"{', '.join(request.members)} cannot tell a {told}", "model")
         return request.sampling.max_tokens
     check_sampling(request.sampling, traits)
-    _check_tokens(request, vocab_size)
+    await _check_tokens(request, vocab_size)
     if request.tools is not None and not traits.calls(request.members):
         raise RequestError(f"tools: {', '.join(request.members)} cannot call any", "tools")
     if context_tokens is None:
@@ -208,7 +214,7 @@ def check_sampling(sampling: SamplingOptions, traits: EngineTraits) -> None:
         )
 
 
-def _check_tokens(request: GenerationRequest, vocab_size: int | None) -> None:
+async def _check_tokens(request: GenerationRequest, vocab_size: int | None) -> None:
     told = request.messages or request.text if vocab_size is None else None
     if not request.prompt_tokens and not told:
         raise RequestError("the prompt is empty", _prompt_field(request))
@@ -219,10 +225,24 @@ def _check_tokens(request: GenerationRequest, vocab_size: int | None) -> None:
         ("logit_bias", request.sampling.logit_bias),
         ("stop_token_ids", request.sampling.stop_token_ids),
     ):
-        if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
+        if len(tokens) <= _SLICE_TOKENS:
+            known = _are_below(vocab_size, tokens)
+        else:
+            loop = asyncio.get_running_loop()
+            known = await loop.run_in_executor(_THREAD, _are_below, vocab_size, tokens)
+        if not known:
             raise RequestError(
                 f"{what}: a token id is outside of the vocabulary of {vocab_size}", what
             )
+
+
+def _are_below(bound: int, tokens: Iterable[int]) -> bool:
+    """Whether all `tokens` are in [0, bound); goes by slices: others have the lock in between."""
+    left = iter(tokens)
+    while piece := tuple(islice(left, _SLICE_TOKENS)):
+        if not 0 <= min(piece) <= max(piece) < bound:
+            return False
+    return True
 
 
 def _prompt_field(request: GenerationRequest) -> str:

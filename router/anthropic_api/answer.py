@@ -119,7 +119,7 @@ class MessagesEndpoint(WireFormat):
         """Return what `body` asks for; raises `ApiError`."""
         return read_messages(body)
 
-    def writer(self, head: Head, ask: Ask) -> ResponseWriter:  # noqa: ARG002 - the contract
+    async def writer(self, head: Head, ask: Ask) -> ResponseWriter:  # noqa: ARG002 - the contract
         """Return what writes the answer."""
         return MessageWriter(head=head)
 

@@ -13,7 +13,13 @@ from contextlib import aclosing
 from dataclasses import replace
 
 from models.engines.base import Chunk
-from models.errors import EngineError, EngineFailed, EngineOverloaded, RequestError
+from models.errors import (
+    EngineError,
+    EngineFailed,
+    EngineOverloaded,
+    RequestError,
+    without_quotes,
+)
 from policies.cascade.base import Attempt, PrefixScorer, PromptScorer, Ranker, Scorer, normalise
 from policies.plan import Answer, Best, Cascade, Plan
 from router.catalog.members import Members
@@ -77,7 +83,7 @@ class Executor:
                     trace.end(run, "ok")
                 yield chunk
         except (EngineError, RequestError) as error:
-            trace.end(run, "failed", str(error))
+            trace.end(run, "failed", _kept(error))
             raise
         finally:
             await chunks.aclose()
@@ -428,3 +434,10 @@ def _noted(run: Run, task: Task, chunk: Chunk) -> Chunk:
     if chunk.prompt_tokens is not None:
         run.prompt_tokens = chunk.prompt_tokens
     return chunk
+
+
+def _kept(error: EngineError | RequestError) -> str:
+    """Return what a row may say of `error`: of a refusal not the value that was refused."""
+    if isinstance(error, RequestError):
+        return f"refused: {error.param or 'the request'}"
+    return without_quotes(str(error))

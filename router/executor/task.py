@@ -4,6 +4,8 @@ tokenizer, and what an engine gets of both."""
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -21,6 +23,9 @@ from router.catalog.members import Members
 # Below these, tokenizing takes less time than handing it to a thread is worth.
 INLINE_CHARACTERS = 16_384
 _INLINE_MESSAGES = 64
+_INLINE_TOKENS = 1024
+# What tells a message from others, beside its role and content.
+_HEAD = ("name", "tool_calls", "tool_call_id")
 # So many earlier messages a policy reads at most.
 _MOST_EARLIER = 8
 # A prompt that is to be cut may be so many times as long as a context.
@@ -41,7 +46,8 @@ class Prompt:
     `query` is what a policy reads: the last user message, or the text. With a conversation come the
     `tools` that it offers, if any, and its `rendering`; `media` is the first part that is no text,
     which not everybody can read. Of the prompt's tokens the last
-    `keep_tokens` are kept (-1: as many as leave room for the answer; None: all).
+    `keep_tokens` are kept (-1: as many as leave room for the answer; None: all). `said` is a digest
+    of a conversation, `said_before` of what stands before its last answer (None: there is none).
     """
 
     def __init__(
@@ -66,8 +72,10 @@ class Prompt:
         self.rendering = rendering or (None if messages is None else Rendering())
         self._keep_tokens = keep_tokens
         self._cache: dict[int, tuple[int, ...]] = {}
+        self._texts: dict[int, str] = {}
         # Here, and once: where a conversation is long this is done on another thread.
         self._asked = [str(m["content"]) for m in messages or () if m["role"] == "user"]
+        self.said, self.said_before = _digests(messages or ())
         told = (text or "",) if encoding is None else encoding.texts
         parts = told if messages is None else (m["content"] for m in messages)
         self._num_characters = sum(map(len, parts))
@@ -98,22 +106,30 @@ class Prompt:
         """Return the same text or token ids, of which the last `keep_tokens` are kept."""
         return Prompt(text=self._text, token_ids=self.token_ids, keep_tokens=keep_tokens)
 
-    def query(self, tokenizer: Tokenizer) -> str:
+    async def query(self, tokenizer: Tokenizer) -> str:
         """Return what a policy reads; `tokenizer` serves to read token ids."""
         if self._messages is not None:
             return self._asked[-1] if self._asked else str(self._messages[-1]["content"])
-        return self.text(tokenizer)
+        return await self.text(tokenizer)
 
     def earlier(self) -> tuple[str, ...]:
         """Return the newest of the user's messages before the last one, in their order."""
         return tuple(self._asked[:-1][-_MOST_EARLIER:])
 
-    def text(self, tokenizer: Tokenizer) -> str:
-        """Return the text of a prompt that is no conversation."""
+    async def text(self, tokenizer: Tokenizer) -> str:
+        """Return the text of a prompt that is no conversation. Many ids are read in a thread."""
         assert self._messages is None
         if self.encoding is not None:
             return next(iter(self.encoding.texts), "")
-        return self._text if self._text is not None else tokenizer.decode(self.token_ids or ())
+        if self._text is not None:
+            return self._text
+        key, ids = id(tokenizer), self.token_ids or ()
+        if key not in self._texts:
+            many = len(ids) > _INLINE_TOKENS
+            self._texts[key] = (
+                await asyncio.to_thread(tokenizer.decode, ids) if many else tokenizer.decode(ids)
+            )
+        return self._texts[key]
 
     def check_size(self, most_token_bytes: int, context_tokens: int | None) -> None:
         """Raise `ContextOverflow` where no such context holds so long a text; tokenizes nothing.
@@ -173,6 +189,21 @@ class Prompt:
         return tokenizer.encode(self._text or "")
 
 
+def _digests(messages: Sequence[Message]) -> tuple[bytes, bytes | None]:
+    """Return what stands for `messages`, and for those before the last answer, if there is one."""
+    said = hashlib.blake2b(digest_size=16)
+    before = None
+    for message in messages:
+        if message["role"] == "assistant":
+            before = said.digest()
+        content = str(message["content"]).encode("utf-8", "surrogatepass")
+        more = [message.get(key) for key in _HEAD]
+        told = json.dumps(more) if any(more) else ""
+        said.update(f"{message['role']} {len(content)} {told}\n".encode())
+        said.update(content)  # a long one in no other form, which would take the lock for long
+    return said.digest(), before
+
+
 def overflow(context_tokens: int, told: str, field: str) -> ContextOverflow:
     """Return the error in the words by which clients know it; `told` says what is too long."""
     return ContextOverflow(
@@ -227,6 +258,7 @@ async def request_of(
             members=answer.members,
             client_id=task.client_id,
             client_weight=task.client_weight,
+            user=task.query.user or "",
             timeout_s=timeout_s,
             offline=task.offline,
             encoding=task.prompt.encoding,
@@ -264,6 +296,7 @@ async def request_of(
         ),
         client_id=task.client_id,
         client_weight=task.client_weight,
+        user=task.query.user or "",
         messages=(None if messages is None else members.opened(answer.members[0], messages)),
         text=task.prompt.plain_text,
         sent=members.sent(answer.members[0], task.sent),

@@ -19,6 +19,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
 from models.engines.base import SamplingOptions
+from models.errors import without_quotes
 from policies.base import Decision
 from policies.experiments.shadow import Shadow, ShadowMeter
 from policies.footprint import estimate
@@ -148,7 +149,7 @@ class Mirror:
                 grade = read_grade(answer.text)
                 mirrored.record.error = None if grade is not None else "no_grade"
         except Exception as error:
-            logger.warning("shadow %s: %r", mirrored.record.policy, error)
+            logger.warning("shadow %s: %s", mirrored.record.policy, without_quotes(repr(error)))
             mirrored.record.status, mirrored.record.error = 500, type(error).__name__
         finally:
             mirrored.ended_s = time.perf_counter()

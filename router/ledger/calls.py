@@ -1,4 +1,5 @@
-"""Database calls of the event loop: on few threads of their own, in time, and not while it is away.
+"""Database calls of the event loop: on few threads of their own, for clients in turn, in time, and
+not while it is away.
 
 A database that hangs holds these threads and nothing else: whoever waits gets
 `DatabaseUnavailable` in time, and for a moment after a failure nobody waits at all. Then one call
@@ -10,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable
@@ -22,12 +22,14 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
+from models.fair import FairQueue, settle
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-_MOST_WAITING = 256
+_MOST_WAITING = 512
 _PAUSE_S = 1.0  # after a failure
 
 # When the present thread's statements are too late, by `time.monotonic`; SQLite asks.
@@ -80,7 +82,7 @@ class Calls:
         """Give each call `timeout_s`, the wait for a thread included."""
         self._timeout_s = timeout_s
         self._num_threads = num_threads
-        self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        self._calls: FairQueue[_Call] = FairQueue()
         self._threads: list[threading.Thread] = []
         self._away_until_s: float | None = None
         self._answered_s = float("-inf")  # when it last did
@@ -119,12 +121,12 @@ class Calls:
     @property
     def num_waiting(self) -> int:
         """How many calls wait for a thread."""
-        return self._calls.qsize()
+        return len(self._calls)
 
     def close(self, wait_s: float = 2.0) -> None:
         """End the threads when they have done what waits, or leave them behind after `wait_s`."""
         for _ in self._threads:
-            self._calls.put(None)
+            self._calls.end()
         end_s = time.monotonic() + wait_s
         for thread in self._threads:
             thread.join(max(0.0, end_s - time.monotonic()))
@@ -136,8 +138,9 @@ class Calls:
             if now_s < self._away_until_s:
                 raise DatabaseUnavailable("it is away", self._away_until_s - now_s)
             self._away_until_s = now_s + self._timeout_s  # this call tries, others wait for it
-        if self.num_waiting >= _MOST_WAITING:
-            raise DatabaseUnavailable(f"{_MOST_WAITING} calls wait already")
+        # As of the room for bodies, a client may have as much as all of them leave.
+        if self._calls.num_own >= _MOST_WAITING - self.num_waiting:
+            raise DatabaseUnavailable(f"{self.num_waiting} calls wait already")
 
     def _failed(self, error: SQLAlchemyError) -> DatabaseUnavailable:
         why = reason(error)
@@ -158,14 +161,6 @@ class Calls:
 
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:
-            future, function = call
-            if not future.set_running_or_notify_cancel():
-                continue
             STATEMENT_DEADLINE_S.set(time.monotonic() + self._timeout_s)
             with contextlib.suppress(RuntimeError):  # the event loop is closed, nobody waits
-                try:
-                    found = function()
-                except BaseException as error:
-                    future.set_exception(error)
-                else:
-                    future.set_result(found)
+                settle(*call)

@@ -251,7 +251,7 @@ class ChatEndpoint(WireFormat):
             extension=fields.extension(),
         )
 
-    def writer(self, head: Head, ask: Ask) -> ResponseWriter:
+    async def writer(self, head: Head, ask: Ask) -> ResponseWriter:
         """Return what writes the completion."""
         return ChatWriter(head=head, ask=ask)
 

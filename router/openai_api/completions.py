@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -121,10 +122,13 @@ class CompletionEndpoint(WireFormat):
             extension=fields.extension(),
         )
 
-    def writer(self, head: Head, ask: Ask) -> ResponseWriter:
+    async def writer(self, head: Head, ask: Ask) -> ResponseWriter:
         """Return what writes the completion."""
         tokenizer = self._tokenizer_for(ask.model)
-        prompts = [prompt.text(tokenizer) for prompt in ask.prompts] if ask.echo else []
+        prompts = []
+        for prompt in ask.prompts if ask.echo else ():
+            prompts.append(await prompt.text(tokenizer))
+            await asyncio.sleep(0)  # as where they were decided: others need not wait for all
         return TextWriter(head=head, ask=ask, prompts=prompts)
 
 

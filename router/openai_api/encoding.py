@@ -188,7 +188,7 @@ class EmbeddingsEndpoint(WireFormat):
             base64=fields.encoding_format == "base64",
         )
 
-    def writer(self, head: Head, ask: Ask) -> ResponseWriter:
+    async def writer(self, head: Head, ask: Ask) -> ResponseWriter:
         """Return what writes the vectors."""
         assert isinstance(ask, EncodingAsk)
         return VectorWriter(head=head, ask=ask)
@@ -212,7 +212,7 @@ class RerankEndpoint(WireFormat):
             documents=None if fields.return_documents is False else fields.documents,
         )
 
-    def writer(self, head: Head, ask: Ask) -> ResponseWriter:
+    async def writer(self, head: Head, ask: Ask) -> ResponseWriter:
         """Return what writes the ranking."""
         assert isinstance(ask, EncodingAsk)
         return RankWriter(head=head, ask=ask)

@@ -210,7 +210,7 @@ class WireFormat(Protocol):
         """Return `ask` with what an earlier answer to `key_id` brings along; raises `ApiError`."""
         return ask
 
-    def writer(self, head: Head, ask: Ask) -> ResponseWriter:
+    async def writer(self, head: Head, ask: Ask) -> ResponseWriter:
         """Return what writes the answer to `ask`."""
         ...
 

@@ -71,7 +71,7 @@ class ResponsesEndpoint(WireFormat):
         before = [*earlier.items, *earlier.response["output"]]
         return await asyncio.to_thread(response_ask, ask.fields, store=ask.store, before=before)
 
-    def writer(self, head: Head, ask: Ask) -> ResponseWriter:
+    async def writer(self, head: Head, ask: Ask) -> ResponseWriter:
         """Return what writes the answer."""
         assert isinstance(ask, ResponseAsk)
         return ItemWriter(head=head, ask=ask, store=self._store)

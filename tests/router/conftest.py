@@ -78,6 +78,7 @@ class Running:
         self.wait(lambda: not tasks and not settling)
         # What the last of them asked the loop to do comes before this.
         asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self.loop).result(60)
+        self.wait(lambda: not settling)  # policies are told when the record is in
 
     def forget(self) -> None:
         """Forget all records, also those that are still to come."""

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from models.fair import CLIENT
+from models.tokenizer import ByteTokenizer
 from router.anthropic_api.request import CountFields, MessagesFields
 from router.bodies import STRING, has_more_values
 from router.experiments.endpoints import FeedbackBody
@@ -53,6 +56,23 @@ SCHEMAS: tuple[type[BaseModel], ...] = (
     RerankFields,
     BatchFields,
 )
+
+
+def test_threads_work_in_the_name_of_who_sent_it(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long conversation is tokenized on the threads that take clients in turn, in its turn."""
+    seen: list[tuple[str, str]] = []
+    encode = ByteTokenizer.encode_chat
+
+    def noted(self: ByteTokenizer, *given: Any) -> tuple[int, ...]:
+        seen.append((CLIENT.get(), threading.current_thread().name.partition("_")[0]))
+        return encode(self, *given)
+
+    monkeypatch.setattr(ByteTokenizer, "encode_chat", noted)
+    messages = [{"role": "user", "content": "x"}] * 500
+    assert server.post(model="alpha", messages=messages, max_tokens=1).status_code == 200
+    assert set(seen) == {("127.0.0.1", "shoal")}
 
 
 def test_every_endpoint_is_here(server: Any) -> None:

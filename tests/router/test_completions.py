@@ -1,5 +1,6 @@
 """`/v1/completions` as the openai client sees it."""
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -42,6 +43,25 @@ def test_echo(server: Any, stream: bool) -> None:
     answer = _complete(server, [104, 105], echo=True, stream=stream)
     parts = list(answer) if stream else [answer]
     assert "".join(part.choices[0].text for part in parts) == "hihi"
+
+
+def test_many_decisions_are_told_in_turns_with_others(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A policy learns what a hundred prompts have cost one by one, while others are served."""
+    others, told = [0], list[int]()
+
+    async def serve_others() -> None:
+        while len(told) < 100:
+            others[0] += 1
+            await asyncio.sleep(0)
+
+    serving = asyncio.run_coroutine_threadsafe(serve_others(), server.loop)
+    policy = type(server.service.catalog.policies["auto"])
+    monkeypatch.setattr(policy, "settle", lambda *_: told.append(others[0]))
+    server.client.completions.create(model="auto", prompt=["x"] * 100)
+    serving.result(60)
+    assert len(set(told)) == 100
 
 
 def test_sixteen_tokens_by_default(server: Any) -> None:

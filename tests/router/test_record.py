@@ -126,12 +126,13 @@ def test_what_is_unknown_stays_out_of_the_span() -> None:
 
 
 def test_whose_turn_it_is() -> None:
-    """A key's, else that of the user that it names, else that of where it comes from."""
+    """A key's, else that of where it comes from; whom a request names adds no turn of its own."""
 
     def of(headers: dict[str, str], address: str) -> Exchange:
         return Exchange.begin(id_prefix="", endpoint="e", headers=headers, address=address)
 
-    assert of({"x-shoal-user": "ann"}, "192.0.2.1").client_id == "ann"
+    ann, bob = (of({"x-shoal-user": name}, "192.0.2.1") for name in ("ann", "bob"))
+    assert ann.client_id == bob.client_id
     assert of({}, "192.0.2.1").client_id != of({}, "192.0.2.2").client_id
     keyed = of({"x-shoal-user": "ann"}, "192.0.2.1")
     keyed.key = Key(id="key_a", name="app", prefix="sk")

@@ -16,7 +16,9 @@ from typer.testing import CliRunner
 from router.access.keys import create_key
 from router.cli.main import app
 from router.ledger.database import open_database
-from tests.router.conftest import write_pool
+from tests.models.engines.remote.bad_server import BadServer, Reply
+from tests.router.conftest import Running, write_pool
+from tests.router.upstream import front_server, other_server  # noqa: F401 (fixtures)
 from tests.server import serving, until
 
 PROMPT = "the-prompt-is-nobodys-business"
@@ -135,6 +137,22 @@ def test_no_secret_is_told_or_kept(tmp_path: Path) -> None:
     raw = b"".join(part.read_bytes() for part in tmp_path.glob("rows.db*"))
     for what in (secret, admin, UNKNOWN, PROMPT, USER):
         assert what.encode() not in raw
+
+
+@pytest.mark.parametrize("status", [400, 422, 429, 500, 503])
+def test_what_another_server_repeats_is_for_who_asked(
+    upstream: BadServer, front: Running, caplog: pytest.LogCaptureFixture, status: int
+) -> None:
+    """An error of a remote server that quotes the prompt tells the client, no log line, no row."""
+    told = {"error": {"message": f"I cannot read “{PROMPT}”, {PROMPT}", "param": "messages"}}
+    upstream.replies = [Reply(status, body=told)]
+    front.forget()
+    answer = front.post(model="big", messages=[{"role": "user", "content": PROMPT}])
+    assert answer.status_code >= 400
+    assert PROMPT in answer.json()["error"]["message"]
+    record = front.last_record()
+    assert record.stages[0]["error"]
+    assert PROMPT not in repr(record) + caplog.text
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -22,6 +21,7 @@ from torch.nn import functional
 
 from models.engines.encoder import Folder
 from models.errors import EngineFailed, PoolError
+from models.fair import FairThreads
 from models.sources.safetensors import read_json
 from models.spec import EngineSpec
 from policies.encoders.pooling import pool
@@ -61,7 +61,7 @@ class TransformerEncoder:
         self._device = device
         self._takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
         self._dense = [_dense(path, device) for path in folder.dense]
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
+        self._thread = FairThreads(1, "encoder")
 
     async def vectors(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """Return the vectors of all `rows`; those of like lengths are encoded together."""

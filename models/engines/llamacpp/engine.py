@@ -21,7 +21,7 @@ from models.answer_format import AnswerFormat
 from models.card import ModelCard
 from models.engines.answer_grammar import answer_grammar, compiled
 from models.engines.answer_reader import AnswerReader
-from models.engines.base import Chunk, EngineStats, GenerationRequest, Token
+from models.engines.base import Chunk, EngineStats, GenerationRequest, Party, Token
 from models.engines.kind import EngineTraits
 from models.engines.llamacpp import LlamacppOptions, slots
 from models.engines.llamacpp.binding import Call, Event, Server, setting_of
@@ -35,9 +35,9 @@ from models.tokenizer_json import read_tokenizer
 
 @dataclass(eq=False, frozen=True)
 class Ticket:
-    """One request's place, for a client; `admitted` is set once it may run."""
+    """One request's place, for a client and its user; `admitted` is set once it may run."""
 
-    client_id: str
+    parties: tuple[Party, Party]
     weight: float
     offline: bool
     admitted: asyncio.Future[None]
@@ -46,15 +46,17 @@ class Ticket:
 class Admission:
     """At most `num_slots` requests run and `max_queued` wait. Used on the event loop only.
 
-    The next slot goes to the client with the fewest requests running for its weight, among equals
-    to the request that has waited longest; to those that are offline only where no other waits.
+    The next slot goes to the client with the fewest requests running for its weight, then to the
+    one of its users with the fewest, among equals to the request that has waited longest; to those
+    that are offline only where no other waits.
     """
 
     def __init__(self, *, num_slots: int, max_queued: int) -> None:
         self.num_slots = num_slots
         self._max_queued = max_queued
         self._waiting: list[Ticket] = []
-        self._running: Counter[str] = Counter()
+        self._running: Counter[Party] = Counter()  # of clients, and of their users
+        self._num_running = 0
         self._num_finished = 0
         self._busy_s = 0.0
         self._busy_since_s = 0.0
@@ -62,7 +64,7 @@ class Admission:
     @property
     def num_running(self) -> int:
         """How many requests hold a slot."""
-        return self._running.total()
+        return self._num_running
 
     @property
     def num_waiting(self) -> int:
@@ -74,9 +76,12 @@ class Admission:
         """For how long at least one request has been running."""
         return self._busy_s + (time.perf_counter() - self._busy_since_s if self._running else 0.0)
 
-    async def enter(self, client_id: str, *, weight: float = 1.0, offline: bool = False) -> Ticket:
+    async def enter(
+        self, client_id: str, user: str = "", *, weight: float = 1.0, offline: bool = False
+    ) -> Ticket:
         """Wait for a slot; raises `EngineOverloaded` where too many wait already."""
-        ticket = Ticket(client_id, weight, offline, asyncio.get_running_loop().create_future())
+        parties = (client_id,), (client_id, user)
+        ticket = Ticket(parties, weight, offline, asyncio.get_running_loop().create_future())
         self._waiting.append(ticket)
         self._admit()
         if self.num_waiting > self._max_queued:
@@ -97,8 +102,9 @@ class Admission:
 
     def leave(self, ticket: Ticket) -> None:
         """Give a slot back, and admit who waits for it."""
-        self._running[ticket.client_id] -= 1
+        self._running.subtract(ticket.parties)
         self._running = +self._running  # forgets who runs nothing
+        self._num_running -= 1
         self._num_finished += 1
         if not self._running:
             self._busy_s += time.perf_counter() - self._busy_since_s
@@ -112,14 +118,17 @@ class Admission:
 
     def _admit(self) -> None:
         while self._waiting and self.num_running < self.num_slots:
-            ticket = min(
-                self._waiting, key=lambda t: (t.offline, self._running[t.client_id] / t.weight)
-            )
+            ticket = min(self._waiting, key=self._turn)
             if not self._running:
                 self._busy_since_s = time.perf_counter()
             self._waiting.remove(ticket)
-            self._running[ticket.client_id] += 1
+            self._running.update(ticket.parties)
+            self._num_running += 1
             ticket.admitted.set_result(None)
+
+    def _turn(self, ticket: Ticket) -> tuple[bool, float, int]:
+        client, user = ticket.parties
+        return ticket.offline, self._running[client] / ticket.weight, self._running[user]
 
 
 # So many answers that fail in a row may not be the requests' fault.
@@ -185,7 +194,7 @@ class LlamacppEngine:
         self.check_health()
         running = self._running
         assert running is not None, "check_health raises before start"
-        max_tokens = check_request(
+        max_tokens = await check_request(
             request,
             members=self.members,
             traits=self._traits,
@@ -252,7 +261,7 @@ class LlamacppEngine:
     ) -> AsyncGenerator[Event, None]:
         """Yield llama.cpp's messages, once it is the turn of the request's client."""
         ticket = await running.admission.enter(
-            request.client_id, weight=request.client_weight, offline=request.offline
+            request.client_id, request.user, weight=request.client_weight, offline=request.offline
         )
         call = Call(running.server, running.threads, body)
         call.done.add_done_callback(lambda _: running.admission.leave(ticket))

@@ -84,7 +84,7 @@ class RemoteEngine:
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Chunk]:
         """Stream the server's answer; see the contract."""
         self.check_health()
-        check_request(request, members=self.members, traits=self._traits)
+        await check_request(request, members=self.members, traits=self._traits)
         started_s = time.monotonic()
         given_s = float("inf") if request.timeout_s is None else request.timeout_s
         path, body = write_body(request, self._upstream[request.members[0]], self._options)

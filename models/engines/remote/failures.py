@@ -8,7 +8,14 @@ from collections.abc import Mapping
 
 import httpx
 
-from models.errors import ContextOverflow, EngineError, EngineFailed, EngineOverloaded, RequestError
+from models.errors import (
+    ContextOverflow,
+    EngineError,
+    EngineFailed,
+    EngineOverloaded,
+    RequestError,
+    quoted,
+)
 from policies.json_text import read_json_text
 
 _MAX_CHARACTERS = 300
@@ -85,7 +92,7 @@ def from_response(
         return AttemptFailed(refused, retry=False, broken=False)
     if status == 413 or _overflows(status, message, code):
         return _overflow(server, message, param)
-    told = f"{server} answered {status}: {message}"
+    told = f"{server} answered {status}: {quoted(message)}"
     wait_s = read_retry_after_s(headers)
     if status in (400, 422):
         return AttemptFailed(RequestError(told, param), retry=False, broken=False)
@@ -115,7 +122,7 @@ def from_event(server: str, error: object) -> AttemptFailed:
     message, param, code = _read_error(body)
     if _overflows(400, message, code):
         return _overflow(server, message, param)
-    return broke_off(server, f"the answer ended in an error: {message}")
+    return broke_off(server, f"the answer ended in an error: {quoted(message)}")
 
 
 def _overflows(status: int, message: str, code: str | None) -> bool:
@@ -125,7 +132,9 @@ def _overflows(status: int, message: str, code: str | None) -> bool:
 
 
 def _overflow(server: str, message: str, param: str | None) -> AttemptFailed:
-    error = ContextOverflow(f"{server}: the maximum context length is exceeded: {message}", param)
+    error = ContextOverflow(
+        f"{server}: the maximum context length is exceeded: {quoted(message)}", param
+    )
     return AttemptFailed(error, retry=False, broken=False)
 
 

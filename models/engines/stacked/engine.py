@@ -141,7 +141,7 @@ class StackedEngine:
         for name in request.adapters.keys() - self._cards.keys():
             self._adopt(name)
         with await running.adapters.hold(adapters_of(request, self._cards)) as adapters:
-            sequence = self._sequence(request, running, adapters, outcomes)
+            sequence = await self._sequence(request, running, adapters, outcomes)
             form, vocabulary = self._traits.answer_format(request.members), running.vocabulary
             reader = AnswerReader(request, form, vocabulary)
             grammar = answer_grammar(request, form, vocabulary.terminal, opened=reader.opened)
@@ -276,7 +276,7 @@ class StackedEngine:
         most = self._options.step_rows
         return Drafts(MemberDrafts(runner, prefixes, member, guess_s=guess_s, most=most), costs)
 
-    def _sequence(
+    async def _sequence(
         self,
         request: GenerationRequest,
         running: _Running,
@@ -286,7 +286,7 @@ class StackedEngine:
         scout, context_tokens = self._scout(request), running.context_tokens
         if running.guests is not None and scout is not None:
             context_tokens = min(context_tokens, running.guests.architecture.context_tokens)
-        max_new_tokens = check_request(
+        max_new_tokens = await check_request(
             request,
             members=self.members if scout is None else (request.members[0], *self.members),
             traits=self._traits,

@@ -1,23 +1,26 @@
 """Who runs in the next step: admission by cache rows, fair queueing, chunked prefill.
 
-Waiting requests are queued per client. The client that was served least goes first, by a counter
-of tokens times lanes over its weight (virtual token counters, Sheng et al. 2024, "Fairness in
-Serving Large Language Models", algorithm 2), and offline work after all others; a client that comes
-back from idleness starts level with the least served one that is waiting or running. A request is
+Waiting requests are queued per client and user. The client that was served least goes first, by a
+counter of tokens times lanes over its weight (virtual token counters, Sheng et al. 2024, "Fairness
+in Serving Large Language Models", algorithm 2), and of its users the one that was; offline work
+after all others. Who comes back from idleness starts level with the least served one that is
+waiting or running. Users are whom a client names: they divide its turns and add none. A request is
 admitted once the arena has room for its whole answer, so nothing that runs is ever evicted; one
 that does not fit holds back those behind it, so that large requests don't starve. One client's
 requests leave an eighth of the arena to others, who need not wait for their end. In a step in which
-several clients take part none decodes more rows for its weight than the smallest does, or a few;
-who was left out comes first next time.
+several clients take part none decodes more rows for its weight than the smallest does, or a few,
+and so with several users of one; who was left out comes first next time.
 
 A lead of another shape runs on rows of its own, in steps of its own: `lead_step` chooses those.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Iterator
 
+from models.engines.base import Party
 from models.engines.stacked.cache import Arena, PrefixCache
 from models.engines.stacked.layout import Part, order_parts
 from models.engines.stacked.sequence import Sequence
@@ -47,8 +50,8 @@ class Scheduler:
         self._scouts = scouts
         self._arena = arena
         self._step_rows = step_rows
-        self._waiting: dict[str, deque[Sequence]] = {}
-        self._served: dict[str, float] = {}
+        self._waiting: dict[Party, deque[Sequence]] = {}  # by client and user
+        self._served: dict[Party, float] = {}  # of clients, and of their users
         self.running: list[Sequence] = []
         self.num_waiting = 0
 
@@ -60,30 +63,31 @@ class Scheduler:
             yield from queue
 
     def add(self, sequence: Sequence) -> None:
-        """Put a request at the end of its client's queue, and admit what can be."""
-        client = sequence.request.client_id
-        if client not in self._served:
-            self._served[client] = min(self._served.values(), default=0)
-        self._waiting.setdefault(client, deque()).append(sequence)
+        """Put a request at the end of its user's queue, and admit what can be."""
+        for party in sequence.request.parties:
+            if party not in self._served:
+                peers = [n for other, n in self._served.items() if other[:-1] == party[:-1]]
+                self._served[party] = min(peers, default=0)
+        self._waiting.setdefault(party, deque()).append(sequence)
         self.num_waiting += 1
         self._admit()
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a request, and free its rows if it has any."""
-        client = sequence.request.client_id
+        client, user = sequence.request.parties
         if sequence.region_start is None:
-            self._waiting[client].remove(sequence)
-            self._drop_empty_queue(client)
+            self._waiting[user].remove(sequence)
+            self._drop_empty_queue(user)
             self.num_waiting -= 1
         else:
             self.running.remove(sequence)
             self.prefixes.end(sequence)
             if sequence.scout is not None and self._scouts is not None:
                 self._scouts.end(sequence.scout)
-        if client not in self._waiting and all(
-            other.request.client_id != client for other in self.running
-        ):
-            del self._served[client]
+        if user not in self._waiting and all(user not in s.request.parties for s in self.running):
+            del self._served[user]
+            if all(other[:-1] != client for other in self._served):
+                del self._served[client]
         self._admit()
 
     def next_step(self) -> list[Part]:
@@ -135,32 +139,50 @@ class Scheduler:
 
     def _charged(self, parts: list[Part]) -> list[Part]:
         for part in parts:
-            request = part.sequence.request
-            self._served[request.client_id] += part.num_rows / request.client_weight
+            self._charge(part.sequence, part.num_rows)
         return order_parts(parts)
+
+    def _charge(self, sequence: Sequence, num_rows: int) -> None:
+        for party in sequence.request.parties:
+            self._served[party] += num_rows / sequence.request.client_weight
 
     @property
     def surplus(self) -> Sequence:
         """The newest request of the client that has most of them waiting: who goes if one must."""
-        return max(self._waiting.values(), key=len)[-1]
+        waiting: Counter[str] = Counter()
+        for (client, _), queue in self._waiting.items():
+            waiting[client] += len(queue)
+        most = max(self._waiting, key=lambda user: (waiting[user[0]], len(self._waiting[user])))
+        return self._waiting[most][-1]
 
     def _share(self, decoding: list[Sequence]) -> list[Sequence]:
         """Return those of `decoding` that take part in this step: each client's fair share."""
-        rows: Counter[str] = Counter()
+        rows: Counter[Party] = Counter()
+        weights: dict[Party, float] = {}
         for sequence in self.running:
-            rows[sequence.request.client_id] += sequence.num_lanes
-        if len(rows) < 2:
+            for party in sequence.request.parties:
+                rows[party] += sequence.num_lanes
+                weights[party] = sequence.request.client_weight
+        num_peers = Counter(party[:-1] for party in rows)
+        if max(num_peers.values(), default=0) < 2:
             return decoding
-        weights = {s.request.client_id: s.request.client_weight for s in self.running}
-        smallest = min(rows[client] / weight for client, weight in weights.items())
-        taken: Counter[str] = Counter()
+        smallest: dict[Party, float] = {}
+        for party, num in rows.items():
+            above = party[:-1]
+            smallest[above] = min(smallest.get(above, math.inf), num / weights[party])
+        taken: Counter[Party] = Counter()
+
+        def has_room(sequence: Sequence, party: Party) -> bool:
+            above = party[:-1]
+            most = max(_LEAST_ROWS, smallest[above] * weights[party])
+            alone = num_peers[above] < 2
+            return alone or not taken[party] or taken[party] + sequence.num_lanes <= most
+
         chosen = []
-        # Those behind come first, so that a client's own requests move on alike.
+        # Those behind come first, so that a user's own requests move on alike.
         for sequence in sorted(decoding, key=lambda s: s.num_generated):
-            client = sequence.request.client_id
-            most = max(_LEAST_ROWS, smallest * weights[client])
-            if not taken[client] or taken[client] + sequence.num_lanes <= most:
-                taken[client] += sequence.num_lanes
+            if all(has_room(sequence, party) for party in sequence.request.parties):
+                taken.update(dict.fromkeys(sequence.request.parties, sequence.num_lanes))
                 chosen.append(sequence)
         return chosen
 
@@ -171,20 +193,21 @@ class Scheduler:
         most = self._arena.num_rows - self._arena.num_rows // _SPARED
         return bool(own) and held + sequence.num_rows > most
 
-    def _turn(self, sequence: Sequence) -> tuple[bool, float]:
+    def _turn(self, sequence: Sequence) -> tuple[bool, float, float]:
         """Return what requests go by, the least first."""
-        return sequence.request.offline, self._served[sequence.request.client_id]
+        client, user = sequence.request.parties
+        return sequence.request.offline, self._served[client], self._served[user]
 
     def _admit(self) -> None:
-        while open_clients := [c for c, q in self._waiting.items() if not self._is_spared(q[0])]:
-            client = min(open_clients, key=lambda name: self._turn(self._waiting[name][0]))
-            sequence = self._waiting[client][0]
+        while able := [user for user, q in self._waiting.items() if not self._is_spared(q[0])]:
+            user = min(able, key=lambda one: self._turn(self._waiting[one][0]))
+            sequence = self._waiting[user][0]
             if not self._has_room(sequence):
                 return
             # Charged in advance by a step, so that clients alternate when several are admitted.
-            self._served[client] += sequence.num_lanes / sequence.request.client_weight
-            self._waiting[client].popleft()
-            self._drop_empty_queue(client)
+            self._charge(sequence, sequence.num_lanes)
+            self._waiting[user].popleft()
+            self._drop_empty_queue(user)
             self.num_waiting -= 1
             self.running.append(sequence)
 
@@ -197,9 +220,9 @@ class Scheduler:
         self.prefixes.end(sequence)
         return False
 
-    def _drop_empty_queue(self, client: str) -> None:
-        if not self._waiting[client]:
-            del self._waiting[client]
+    def _drop_empty_queue(self, user: Party) -> None:
+        if not self._waiting[user]:
+            del self._waiting[user]
 
 
 def _whole(sequence: Sequence) -> Part:

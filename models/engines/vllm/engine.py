@@ -148,7 +148,7 @@ class VllmEngine:
 
         for name in request.adapters.keys() - self._cards.keys():
             self._adopt(name)
-        max_tokens = check_request(
+        max_tokens = await check_request(
             request,
             members=self.members,
             traits=self._traits,

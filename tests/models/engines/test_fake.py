@@ -1,6 +1,7 @@
 """The scripted engine does what its script says."""
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -52,6 +53,33 @@ def test_echoes_the_last_message() -> None:
     assert _text(chunks) == "Größe?\nJa"
     assert [chunk.finish_reason for chunk in chunks][-2:] == [None, "stop"]
     assert not any("\ufffd" in chunk.text for chunk in chunks)
+
+
+def test_reads_long_prompts_in_turns_with_others() -> None:
+    """While a prompt of a million tokens is compared with the vocabulary, others are served."""
+    num_tokens = 1_000_000
+    fake = _engine(answers=["x"], context_tokens=2 * num_tokens)
+
+    async def serve() -> int:
+        others = 0
+        reading = asyncio.create_task(_read(fake, _request(prompt="w" * num_tokens)))
+        while not reading.done():
+            await asyncio.sleep(0)
+            others += 1
+        assert _text(reading.result()) == "x"
+        return others
+
+    assert asyncio.run(serve()) > 50
+
+
+@pytest.mark.parametrize("place", [0, 20_000, -1])
+def test_refuses_an_unknown_id_wherever_it_stands(place: int) -> None:
+    """One id outside of the vocabulary is found in a long prompt, too."""
+    tokens = [65] * 40_000
+    tokens[place] = ByteTokenizer().vocab_size
+    wanted = replace(_request(), prompt_tokens=tuple(tokens))
+    with pytest.raises(RequestError, match="outside of the vocabulary of 257"):
+        asyncio.run(_read(_engine(context_tokens=100_000), wanted))
 
 
 def test_echoes_a_plain_prompt() -> None:

@@ -10,6 +10,7 @@ import time
 import pytest
 from sqlalchemy.exc import IntegrityError, OperationalError
 
+from models.fair import CLIENT
 from router.ledger.calls import Calls, DatabaseUnavailable
 
 
@@ -78,6 +79,30 @@ async def test_who_asks_for_too_much_is_refused_alone() -> None:
             await call
         assert await calls.run(str, 1) == "1", "the circuit is closed"
     hanging.set()
+    calls.close()
+
+
+async def test_nobody_takes_all_the_room_to_wait() -> None:
+    """A client's thousand calls are refused from half of the room on; another's has its turn."""
+    calls, hanging = Calls(timeout_s=60, num_threads=1), threading.Event()
+    done: list[str] = []
+
+    async def call(client: str) -> None:
+        CLIENT.set(client)
+        await calls.run(done.append, client)
+
+    first = asyncio.create_task(calls.run(hanging.wait, 60))
+    await asyncio.sleep(0)
+    greedy = [asyncio.create_task(call("greedy")) for _ in range(1000)]
+    await asyncio.sleep(0)
+    modest = asyncio.create_task(call("modest"))
+    await asyncio.sleep(0)
+    hanging.set()
+    told = await asyncio.gather(first, *greedy, modest, return_exceptions=True)
+    refused = [one for one in told if isinstance(one, DatabaseUnavailable)]
+    assert len(refused) == 1000 - done.count("greedy")
+    assert 200 < done.count("greedy") < 300
+    assert done.index("modest") <= 2
     calls.close()
 
 

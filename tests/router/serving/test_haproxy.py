@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -77,6 +78,9 @@ def test_haproxy_takes_it(configuration: str, tmp_path: Path) -> None:
     assert checked.returncode == 0, checked.stderr
 
 
+_SHOAL_HAPROXY = [sys.executable, "-c", "from router.haproxy import launch; launch()"]
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[bytes], str]]]:
     """Start what Ray starts in HAProxy's place, all with one configuration; where it listens."""
@@ -85,10 +89,13 @@ def start(tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[bytes
         pytest.skip("no HAProxy is installed")
     launcher, file, port = write_launcher(tmp_path, binary), tmp_path / "haproxy.cfg", free_port()
 
-    def start(configuration: str, *arguments: str) -> tuple[subprocess.Popen[bytes], str]:
+    def start(
+        configuration: str, *arguments: str, by_hand: bool = False
+    ) -> tuple[subprocess.Popen[bytes], str]:
         text = re.sub(r"bind :\d+", lambda _: f"bind :{free_port()}", configuration)
         file.write_text(re.sub(r"bind \S+:8000", f"bind 127.0.0.1:{port}", text))
-        command = [str(launcher), "-db", "-f", str(file), *arguments]
+        what = _SHOAL_HAPROXY if by_hand else [str(launcher)]
+        command = [*what, "-db", "-f", str(file), *arguments]
         process = stack.enter_context(subprocess.Popen(command))
         stack.callback(process.kill)
         return process, f"http://127.0.0.1:{port}/v1/models"
@@ -149,17 +156,28 @@ def _telling_addresses() -> Iterator[int]:
         thread.join()
 
 
+def test_in_a_cluster_started_by_hand_it_ends_with_its_manager(
+    configuration: str, start: Callable[..., tuple[subprocess.Popen[bytes], str]]
+) -> None:
+    """There nobody else looks after it, so it stays in the process group that Ray kills."""
+    process, url = start(configuration, by_hand=True)
+    assert _get(url).status_code == 503
+    assert os.getpgid(process.pid) == os.getpgid(0)
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
 @pytest.mark.parametrize("claimed", [None, "203.0.113.9", "127.0.0.1", "127.0.0.1, 203.0.113.9"])
 def test_clients_are_where_they_are(
     configuration: str,
     start: Callable[..., tuple[subprocess.Popen[bytes], str]],
     claimed: str | None,
+    by_hand: bool,
 ) -> None:
     """Who has no key is known by its address, whatever it says, and not by HAProxy's."""
     with _telling_addresses() as port:
         replica = rf"backend default_backend\n    server one 127.0.0.1:{port}\n"
         routed = re.sub(r"^backend default_backend\n.*\n", replica, configuration, flags=re.M)
-        _, url = start(routed)
+        _, url = start(routed, by_hand=by_hand)
         headers = {} if claimed is None else {"x-forwarded-for": claimed}
         _get(url)
         with httpx.Client(transport=httpx.HTTPTransport(local_address="127.0.0.9")) as client:

@@ -31,11 +31,12 @@ def add(
     num_tokens: int,
     offline: bool = False,
     weight: float = 1.0,
+    user: str = "",
 ) -> Sequence:
     """Add a request of a short prompt and `num_tokens` tokens to come."""
     sequence = make_sequence([5, 6], (0,))
     sequence.request = replace(
-        sequence.request, client_id=client, offline=offline, client_weight=weight
+        sequence.request, client_id=client, offline=offline, client_weight=weight, user=user
     )
     sequence.max_new_tokens = num_tokens
     scheduler.add(sequence)
@@ -98,6 +99,40 @@ def test_turns_go_by_weight(scheduler: Scheduler) -> None:
     scheduler.remove(holder)
     running = [s.request.client_id for s in waiting if s.region_start is not None]
     assert 3 <= running.count("heavy") / running.count("light") <= 5
+
+
+def test_made_up_users_get_no_turns_of_their_own(scheduler: Scheduler) -> None:
+    """Of a client that names another user in each request another's requests notice nothing."""
+    for number in range(3 * 128):
+        add(scheduler, "greedy", num_tokens=30, user=f"user {number}")
+    for _ in range(3):
+        step(scheduler)
+    modest = [add(scheduler, "modest", num_tokens=5) for _ in range(2)]
+    for _ in range(5):
+        rows = step(scheduler)
+        assert rows["modest"] >= 2
+        assert rows["greedy"] <= 16
+    assert all(sequence.num_generated == 5 for sequence in modest)
+    add(scheduler, "modest", num_tokens=NUM_ROWS)
+    add(scheduler, "modest", num_tokens=NUM_ROWS)
+    assert scheduler.surplus.request.client_id == "greedy"
+
+
+def test_users_divide_what_their_client_gets(scheduler: Scheduler) -> None:
+    """Of 384 requests of one user of a key one has to end, then another user has a small one done.
+
+    The steps are about as short as its own meanwhile.
+    """
+    greedy = [add(scheduler, "app", num_tokens=30, user="greedy") for _ in range(3 * 128)]
+    for _ in range(3):
+        step(scheduler)
+    modest = add(scheduler, "app", num_tokens=5, user="modest")
+    scheduler.remove(greedy[0])
+    assert modest.region_start is not None, "who has had least is admitted next"
+    for _ in range(5):
+        assert step(scheduler)["app"] <= 16 + 8, "sixteen that decode, and short prompts"
+    assert modest.num_generated == 5
+    assert step(scheduler)["app"] > 16 + 8, "alone again, the other has all"
 
 
 def test_a_client_alone_may_take_all(scheduler: Scheduler) -> None:
