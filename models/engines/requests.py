@@ -14,13 +14,14 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from models.adapter import AdapterSource
 from models.card import ModelCard
-from models.engines.base import GenerationRequest, SamplingOptions
+from models.engines.base import Evidence, GenerationRequest, SamplingOptions
 from models.engines.kind import EngineTraits
 from models.errors import ContextOverflow, EngineFailed, EngineOverloaded, RequestError
-from policies.plan import TEMPERATURES
+from policies.plan import TEMPERATURES, Answer
 
 # What each number of `SamplingOptions` may be, both ends included.
 _RANGES: dict[str, tuple[float, float]] = {
@@ -53,6 +54,26 @@ OPTIONAL: dict[str, Callable[[SamplingOptions], bool]] = {
 """
 _MOST_BIAS = 100
 _MOST_CONTRAST = 10  # as plans have it
+
+
+def fusion_of(answer: Answer) -> dict[str, Any]:
+    """Return what a request says of its members and of how they are fused, as a plan has it."""
+    evidence = None
+    if answer.weighting in ("perplexity", "evidence"):
+        evidence = Evidence(
+            temperature=answer.temperature or 1.0,
+            per_token=answer.weighting == "perplexity",
+            update=answer.update,
+        )
+    return {
+        "members": answer.members,
+        # PackLLM has no prior.
+        "weights": None if answer.weighting == "perplexity" else answer.weights,
+        "rule": answer.rule,
+        "gate": answer.gate,
+        "contrast": answer.contrast,
+        "evidence": evidence,
+    }
 
 
 def adapters_of(
