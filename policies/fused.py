@@ -12,7 +12,7 @@ from policies.base import Decision, Policy, Query
 from policies.errors import PolicyError
 from policies.footprint import Footprint
 from policies.kinds import Settings
-from policies.plan import Answer, Cascade, Plan, children, from_json
+from policies.plan import Answer, Plan, answers, from_json, with_answers
 from policies.registry import BuildContext, PolicyKind
 
 # A member that the router expects nothing of still counts a little: evidence may know better.
@@ -104,9 +104,11 @@ def best_members(answer: Answer, scores: Mapping[str, float], top: int | None) -
 
 def needs_prior(plan: Plan) -> bool:
     """Return whether some answer's weights wait for the router."""
-    if isinstance(plan, Answer):
-        return plan.weighting in ("router", "evidence") and plan.weights is None
-    return any(needs_prior(child) for child in children(plan))
+    return any(map(_waits, answers(plan)))
+
+
+def _waits(answer: Answer) -> bool:
+    return answer.weighting in ("router", "evidence") and answer.weights is None
 
 
 def with_prior(plan: Plan, scores: Mapping[str, float], *, power: float = 1.0) -> Plan:
@@ -115,25 +117,23 @@ def with_prior(plan: Plan, scores: Mapping[str, float], *, power: float = 1.0) -
     Weights are score^power, normalised; a member without a score gets the mean of the others.
     Without any scores they stay uniform.
     """
-    if isinstance(plan, Answer):
-        known = [scores[name] for name in plan.members if name in scores]
-        if not needs_prior(plan) or not known:
-            return plan
+
+    def weighed(answer: Answer) -> Answer:
+        known = [scores[name] for name in answer.members if name in scores]
+        if not _waits(answer) or not known:
+            return answer
         mean = sum(known) / len(known)
-        raw = [max(scores.get(name, mean), _LEAST_WEIGHT) ** power for name in plan.members]
-        return replace(plan, weights=tuple(weight / sum(raw) for weight in raw))
-    inner = tuple(with_prior(child, scores, power=power) for child in children(plan))
-    if isinstance(plan, Cascade):
-        return replace(plan, stages=inner)
-    return replace(plan, candidates=inner)
+        raw = [max(scores.get(name, mean), _LEAST_WEIGHT) ** power for name in answer.members]
+        return replace(answer, weights=tuple(weight / sum(raw) for weight in raw))
+
+    return with_answers(plan, weighed)
 
 
 def without_prior(plan: Plan) -> Plan:
     """Return `plan` as it was before `with_prior`: scorers know stages by that."""
-    if isinstance(plan, Answer):
-        waits = plan.weighting in ("router", "evidence")
-        return replace(plan, weights=None) if waits and plan.weights is not None else plan
-    inner = tuple(without_prior(child) for child in children(plan))
-    if isinstance(plan, Cascade):
-        return replace(plan, stages=inner)
-    return replace(plan, candidates=inner)
+
+    def waiting(answer: Answer) -> Answer:
+        filled = answer.weighting in ("router", "evidence") and answer.weights is not None
+        return replace(answer, weights=None) if filled else answer
+
+    return with_answers(plan, waiting)

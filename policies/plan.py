@@ -13,8 +13,8 @@ all of its numbers are finite and bounded. This module knows nothing of how plan
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, replace
 from typing import Annotated, Any, Final, Literal, Self, TypeAlias
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -167,6 +167,27 @@ def children(plan: Plan) -> tuple[Plan, ...]:
     if isinstance(plan, Best):
         return plan.candidates
     return ()
+
+
+def with_parts(plan: Cascade | Best, parts: Mapping[int, Plan]) -> Cascade | Best:
+    """Return `plan` with these parts alone, by their places; stages keep their thresholds."""
+    if isinstance(plan, Best):
+        return replace(plan, candidates=tuple(parts.values()))
+    early = list(parts)[:-1]
+    return replace(
+        plan,
+        stages=tuple(parts.values()),
+        thresholds=tuple(plan.thresholds[place] for place in early),
+        timeouts_s=plan.timeouts_s and tuple(plan.timeouts_s[place] for place in early),
+    )
+
+
+def with_answers(plan: Plan, change: Callable[[Answer], Answer]) -> Plan:
+    """Return `plan` with what `change` makes of each of its answers."""
+    if isinstance(plan, Answer):
+        return change(plan)
+    changed = [with_answers(child, change) for child in children(plan)]
+    return with_parts(plan, dict(enumerate(changed)))
 
 
 def answers(plan: Plan) -> Iterator[Answer]:

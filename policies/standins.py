@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from policies.base import Decision, ModelFacts, Policy, Query
 from policies.footprint import Footprint
-from policies.plan import Answer, Best, Cascade, Plan
+from policies.plan import Answer, Plan, children, with_parts
 
 
 class StandIns(Policy):
@@ -70,15 +70,5 @@ def stand_in(plan: Plan, names: Mapping[str, str]) -> Plan:
             members=tuple(renamed[i] for i in kept),
             weights=None if plan.weights is None else tuple(plan.weights[i] for i in kept),
         )
-    parts = plan.stages if isinstance(plan, Cascade) else plan.candidates
-    changed = [stand_in(part, names) for part in parts]
-    kept = [i for i, part in enumerate(changed) if part not in changed[:i]]
-    left = tuple(changed[i] for i in kept)
-    if isinstance(plan, Best):
-        return replace(plan, candidates=left)
-    return replace(
-        plan,
-        stages=left,
-        thresholds=tuple(plan.thresholds[i] for i in kept[:-1]),
-        timeouts_s=plan.timeouts_s and tuple(plan.timeouts_s[i] for i in kept[:-1]),
-    )
+    changed = [stand_in(part, names) for part in children(plan)]
+    return with_parts(plan, {i: p for i, p in enumerate(changed) if p not in changed[:i]})

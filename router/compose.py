@@ -30,7 +30,7 @@ from router.ledger.database import Database, open_database
 from router.ledger.writer import Ledger, installation_secret
 from router.logs import REQUESTS_LOGGER, RequestLog
 from router.metrics.counting import count_rows
-from router.metrics.page import build_metrics
+from router.metrics.page import Metrics
 from router.openai_api.stored import ResponseStore
 from router.service import Background, Service
 from router.tracing import open_tracer
@@ -141,7 +141,7 @@ def compose(
         experiments=experiments,
         responses=ResponseStore(ledger.database, args.responses),
         shadows=_meters(args, shadows, ledger.database),
-        metrics=build_metrics(
+        metrics=Metrics(
             args,
             editions,
             engines=engines,

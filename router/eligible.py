@@ -15,7 +15,7 @@ from dataclasses import replace
 from models.engines.requests import check_sampling
 from models.errors import RequestError
 from policies.base import Decision, Policy, members_of
-from policies.plan import Answer, Best, Cascade, Plan, answers, members
+from policies.plan import Answer, Plan, answers, children, members, with_parts
 from router.catalog.members import Members
 from router.executor.task import Prompt
 from router.openai_api.endpoint import Ask
@@ -75,22 +75,9 @@ def without(plan: Plan, names: Collection[str]) -> Plan | None:
     """
     if isinstance(plan, Answer):
         return _smaller(plan, names)
-    if isinstance(plan, Best):
-        candidates = [without(one, names) for one in plan.candidates]
-        left = tuple(one for one in candidates if one is not None)
-        return replace(plan, candidates=left) if len(left) > 1 else next(iter(left), None)
-    stages = [(index, without(stage, names)) for index, stage in enumerate(plan.stages)]
-    kept = [(index, stage) for index, stage in stages if stage is not None]
-    if len(kept) < 2:
-        return kept[0][1] if kept else None
-    early = [index for index, _ in kept[:-1]]
-    timeouts_s = plan.timeouts_s and tuple(plan.timeouts_s[index] for index in early)
-    return Cascade(
-        stages=tuple(stage for _, stage in kept),
-        thresholds=tuple(plan.thresholds[index] for index in early),
-        scorer=plan.scorer,
-        timeouts_s=timeouts_s,
-    )
+    parts = enumerate(without(part, names) for part in children(plan))
+    kept = {place: part for place, part in parts if part is not None}
+    return with_parts(plan, kept) if len(kept) > 1 else next(iter(kept.values()), None)
 
 
 def _smaller(answer: Answer, names: Collection[str]) -> Answer | None:

@@ -25,8 +25,9 @@ from models.downscale.chunks import BASE, load_model
 from models.downscale.members import base_of, member
 from models.downscale.questions import Question, questions
 from models.downscale.stage import Run, progress_bar, read_json, remembered, stage, write_json
-from models.engines.base import Chunk, Engine, Evidence, GenerationRequest, SamplingOptions
+from models.engines.base import Chunk, Engine, GenerationRequest, SamplingOptions
 from models.engines.registry import create_engine
+from models.engines.requests import fusion_of
 from models.pool import load_adapter
 from models.spec import EngineSpec, Model, ModelSpec
 from models.tasks.base import check
@@ -72,18 +73,19 @@ def ask(
     folder = models[0].tokenizer
     assert folder is not None
     tokenizer, card = CheckpointTokenizer(folder), read_card(folder)
-    requests = [
-        _request(
-            f"question-{number}",
-            tokenizer.encode_chat([{"role": "user", "content": query}])
-            if isinstance(query, str)
-            else query,
-            plan,
-            max_new_tokens,
-            context_tokens=card.context_tokens,
+
+    def request(number: int, query: str | tuple[int, ...], plan: Answer) -> GenerationRequest:
+        if isinstance(query, str):
+            query = tokenizer.encode_chat([{"role": "user", "content": query}])
+        max_tokens = min(max_new_tokens, card.context_tokens - len(query))
+        return GenerationRequest(
+            request_id=f"question-{number}",
+            prompt_tokens=query,
+            **fusion_of(plan),
+            sampling=SamplingOptions(temperature=0.0, max_tokens=max_tokens),
         )
-        for number, (query, plan) in enumerate(asked)
-    ]
+
+    requests = [request(number, *one) for number, one in enumerate(asked)]
     return asyncio.run(_ask(create_engine(spec, models), requests, progress))
 
 
@@ -127,36 +129,6 @@ async def _ask(
         return await asyncio.gather(*map(one, requests))
     finally:
         await engine.stop()
-
-
-def _request(
-    request_id: str,
-    prompt_tokens: tuple[int, ...],
-    plan: Answer,
-    max_new_tokens: int,
-    *,
-    context_tokens: int,
-) -> GenerationRequest:
-    evidence = None
-    if plan.weighting in ("perplexity", "evidence"):
-        evidence = Evidence(
-            temperature=plan.temperature or 1.0,
-            per_token=plan.weighting == "perplexity",
-            update=plan.update,
-        )
-    return GenerationRequest(
-        request_id=request_id,
-        prompt_tokens=prompt_tokens,
-        members=plan.members,
-        weights=None if plan.weighting == "perplexity" else plan.weights,
-        rule=plan.rule,
-        gate=plan.gate,
-        contrast=plan.contrast,
-        evidence=evidence,
-        sampling=SamplingOptions(
-            temperature=0.0, max_tokens=min(max_new_tokens, context_tokens - len(prompt_tokens))
-        ),
-    )
 
 
 def _written(request: GenerationRequest, chunks: Sequence[Chunk]) -> Written:

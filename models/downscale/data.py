@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal, TypedDict
 
@@ -39,6 +38,7 @@ from policies.laws.fitting import Fitted
 
 Switch = Literal["hard", "easy"]
 Score = Literal["bald", "disagreement"]
+Kind = Literal["domain", "general"]
 Scores = NDArray[np.float64]
 
 _BATCH_EXAMPLES: Final = 256
@@ -210,38 +210,44 @@ class Point(TypedDict):
     general_loss: float
 
 
+def mixture_losses(points: Sequence[Point], kind: Kind) -> tuple[list[float], list[float]]:
+    """Of each point the share of the corpus on which the loss is measured, and that loss.
+
+    Losses of several domains are pooled after division by their domain's mean, times the mean of
+    all.
+    """
+    if kind == "general":
+        return [p["general_share"] for p in points], [p["general_loss"] for p in points]
+    mean = float(np.mean([p["domain_loss"] for p in points]))
+    means = {
+        domain: float(np.mean([p["domain_loss"] for p in points if p["domain"] == domain]))
+        for domain in {p["domain"] for p in points}
+    }
+    losses = [p["domain_loss"] * mean / means[p["domain"]] for p in points]
+    return [1 - p["general_share"] for p in points], losses
+
+
 def fit_mixture(
     points: Sequence[Point], *, seed: int, num_resamples: int
 ) -> tuple[Fitted[MixtureLaw], Fitted[MixtureLaw]]:
-    """The law of the domains' own losses and that of the general loss.
-
-    Each takes the share of the corpus on which its loss is measured. Losses of several domains are
-    pooled after division by their domain's mean, times the mean of all.
+    """The law of the domains' own losses and that of the general loss; see `mixture_losses`.
 
     Raises:
         LawError: too few points.
     """
-    mean = float(np.mean([point["domain_loss"] for point in points]))
-    means = {
-        domain: np.mean([p["domain_loss"] for p in points if p["domain"] == domain])
-        for domain in {point["domain"] for point in points}
-    }
-    fit = partial(
-        MixtureLaw.fit,
-        parameters=[point["parameters"] for point in points],
-        tokens=[point["tokens"] for point in points],
-        seed=seed,
-        num_resamples=num_resamples,
-    )
-    domain = fit(
-        shares=[1 - point["general_share"] for point in points],
-        losses=[p["domain_loss"] * mean / float(means[p["domain"]]) for p in points],
-    )
-    general = fit(
-        shares=[point["general_share"] for point in points],
-        losses=[point["general_loss"] for point in points],
-    )
-    return domain, general
+
+    def fit(kind: Kind) -> Fitted[MixtureLaw]:
+        shares, losses = mixture_losses(points, kind)
+        return MixtureLaw.fit(
+            parameters=[point["parameters"] for point in points],
+            tokens=[point["tokens"] for point in points],
+            shares=shares,
+            losses=losses,
+            seed=seed,
+            num_resamples=num_resamples,
+        )
+
+    return fit("domain"), fit("general")
 
 
 def best_share(

@@ -8,7 +8,6 @@ Shapes: `Q` test questions, `R` resamples.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,12 +34,12 @@ from models.downscale.teachers import (
 from models.tasks.base import Split
 from policies.carbon.grid import find_zone
 from policies.carbon.llmcarbon import find_device, run_carbon
+from policies.evaluation.metrics import wilson_interval
 
 Floats = NDArray[np.float64]
 
 ORACLE: Final = "routed (by domain)"
 _NUM_RESAMPLES: Final = 2000
-_Z_95: Final = 1.959963984540054
 _ZONE: Final = "WORLD"
 _GPU: Final = "h100"
 
@@ -201,21 +200,6 @@ def share(right: Sequence[bool]) -> dict[str, Any]:
         "exact_match": round(sum(right) / len(right), 4),
         "interval_95": [round(low, 4), round(high, 4)],
     }
-
-
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """The 95% Wilson score interval of a share (Wilson 1927), within [0, 1].
-
-    Raises:
-        ValueError: `trials` is not positive.
-    """
-    if trials <= 0:
-        raise ValueError(f"trials must be positive, got {trials}")
-    found, z2 = successes / trials, _Z_95**2
-    centre = (found + z2 / (2 * trials)) / (1 + z2 / trials)
-    spread = math.sqrt(found * (1 - found) / trials + z2 / (4 * trials**2))
-    half = _Z_95 * spread / (1 + z2 / trials)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def training_footprint(*, cpu_s: float, flops: float, device: str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from models.downscale.answers import answer_odds, measured, prompt_odds
 from models.downscale.chunks import importance_of, load_model, loss_on
 from models.downscale.corpora import GENERAL
 from models.downscale.cut import cut
+from models.downscale.data import Kind, mixture_losses
 from models.downscale.ensemble import (
     Curve,
     Floats,
@@ -244,19 +245,15 @@ def _mixture(run: Run) -> dict[str, Any] | None:
     found = mixture_of(run)
     if found is None:
         return None
-    for kind, side in (("domain", -1), ("general", 1)):
+    kinds: tuple[Kind, ...] = ("domain", "general")
+    for kind in kinds:
         law = MixtureLaw(**found[kind]["law"])
-        mean = np.mean([p["domain_loss"] for p in found["points"]])
-        measured, predicted = [], []
-        for point in found["points"]:
-            share = point["general_share"] if side > 0 else 1 - point["general_share"]
-            scale = 1.0
-            if kind == "domain":
-                own = [p["domain_loss"] for p in found["points"] if p["domain"] == point["domain"]]
-                scale = float(mean / np.mean(own))
-            measured.append(scale * point[f"{kind}_loss"])
-            predicted.append(law.predict(point["parameters"], point["tokens"], share))
-        found[kind]["r2"] = explained(measured, predicted)
+        shares, losses = mixture_losses(found["points"], kind)
+        predicted = [
+            law.predict(point["parameters"], point["tokens"], share)
+            for point, share in zip(found["points"], shares, strict=True)
+        ]
+        found[kind]["r2"] = explained(losses, predicted)
     return found
 
 

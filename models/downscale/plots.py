@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from policies.laws.downscaling import PostPruningLaw
+from policies.laws.scaling import EnsembleLaw
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -183,10 +186,10 @@ def _curves(figures: Figures, what: str, unit: str) -> Figure:
         curve = curves[f"{what}/{weighting}/all"]
         ax.plot(curve["num_members"], curve["losses"], "o", color=_COLOURS["policy"], label="mean")
         if curve["law"]:
-            law, n = curve["law"], np.linspace(1, curve["num_members"][-1], 100)
-            label = f"{law['L0']:.3g} − {law['b']:.3g} + {law['b']:.3g}/n^{law['a']:.3g}"
+            law, n = EnsembleLaw(**curve["law"]), np.linspace(1, curve["num_members"][-1], 100)
+            label = f"{law.L0:.3g} − {law.b:.3g} + {law.b:.3g}/n^{law.a:.3g}"
             ax.plot(
-                n, law["L0"] - law["b"] + law["b"] / n ** law["a"], color=_COLOURS["routed"],
+                n, law.predict(n), color=_COLOURS["routed"],
                 label=f"{label}\nR² = {curve['r2']:.4f}" if curve["r2"] is not None else label,
             )  # fmt: skip
         ax.set_title(f"weights: {weighting}")
@@ -244,7 +247,7 @@ def _post_pruning(figures: Figures) -> Figure | None:
     if not found:
         return None
     figure, [ax] = new_figure()
-    law = found["law"]
+    law = PostPruningLaw(**found["law"])
     for share in sorted({p["kept_share"] for p in found["points"]}):
         mine = sorted((p for p in found["points"] if p["kept_share"] == share),
                       key=lambda p: int(p["tokens"]))  # fmt: skip
@@ -253,13 +256,13 @@ def _post_pruning(figures: Figures) -> Figure | None:
             label=f"{share:.1%} kept",
         )  # fmt: skip
         tokens = np.linspace(mine[0]["tokens"], mine[-1]["tokens"], 50)
-        n0 = mine[0]["base_parameters"] / 1e9
-        short = law["Nc"] / n0 ** law["alpha"] + law["Dc"] / (tokens / 1e9) ** law["beta"]
-        factor = (1 / share) ** law["gamma"] * (1 / n0) ** law["delta"]
-        ax.plot(
-            tokens / 1e3, mine[0]["base_loss"] + factor * (short + law["E"]),
-            color=line.get_color(), lw=1,
-        )  # fmt: skip
+        losses = law.predict(
+            base_loss=np.full(50, mine[0]["base_loss"]),
+            kept_share=np.full(50, share),
+            base_billion_parameters=np.full(50, mine[0]["base_parameters"] / 1e9),
+            billion_tokens=tokens / 1e9,
+        )
+        ax.plot(tokens / 1e3, losses, color=line.get_color(), lw=1)
     ax.axhline(found["points"][0]["base_loss"], color="#444444", ls=":", label="base")
     ax.set_xlabel("training tokens since the cut (thousands)")
     ax.set_ylabel("held-out loss (nats per answer token)")

@@ -24,7 +24,7 @@ from models.engines.base import (
     TopLogprob,
 )
 from models.engines.kind import EngineKind, EngineTraits, formats_of
-from models.engines.requests import Slots, check_request
+from models.engines.requests import Admission, check_request
 from models.engines.text import TextStream
 from models.errors import EngineFailed, EngineOverloaded, PoolError
 from models.spec import EngineSpec, Model
@@ -78,7 +78,7 @@ class FakeEngine:
         self._members = tuple(members)
         self._traits = traits or EngineTraits()
         self._options = options
-        self._slots = Slots(options.max_running_requests, max_queued=max_queued_requests)
+        self._slots = Admission(options.max_running_requests, max_queued=max_queued_requests)
         self._requests_of = {name: itertools.count() for name in members}
         self._lanes = 0
         self._generated_tokens = 0
@@ -98,10 +98,9 @@ class FakeEngine:
         script = self._options.models.get(request.members[0], self._options)
         turn = next(self._requests_of[request.members[0]])
         scripted_failure = script.num_failures is None or turn < script.num_failures
-        self._slots.check_room()
         if script.refuse and scripted_failure:
             raise EngineOverloaded("the script refuses this request", 1.0)
-        async with self._slots.taken():
+        async with self._slots.taken(request):
             self._lanes += len(request.members)
             try:
                 fail_after_tokens = script.fail_after_tokens if scripted_failure else None
@@ -115,7 +114,7 @@ class FakeEngine:
         """Count what runs and waits."""
         return EngineStats(
             running_requests=self._slots.num_running,
-            queued_requests=self._slots.num_queued,
+            queued_requests=self._slots.num_waiting,
             active_lanes=self._lanes,
             generated_tokens_total=self._generated_tokens,
         )

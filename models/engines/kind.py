@@ -61,6 +61,11 @@ class EngineTraits:
         """Return how `members` answer together: as the first does, whose template asks them."""
         return self.formats.get(members[0], PLAIN) if members else PLAIN
 
+    @property
+    def marks(self) -> frozenset[str]:
+        """Tokens that stand in the models' texts, whatever their tokenizers say of them."""
+        return frozenset(mark for form in self.formats.values() for mark in form.marks)
+
     def adopting(self, name: str, base: str) -> EngineTraits:
         """Return them with an adapter of `base` among the models."""
         return replace(self, formats={**self.formats, name: self.formats[base]})

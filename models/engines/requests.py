@@ -1,4 +1,5 @@
-"""What every engine checks of a request before it takes part in anything that others share.
+"""What every engine checks of a request before it takes part in anything that others share, and the
+queue of engines that have slots.
 
 The API bounds its fields, and plans their numbers; an engine relies on neither, as one number out
 of range would fail everybody in the same step.
@@ -8,17 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 from models.adapter import AdapterSource
 from models.card import ModelCard
-from models.engines.base import GenerationRequest, SamplingOptions
+from models.engines.base import Evidence, GenerationRequest, Party, SamplingOptions
 from models.engines.kind import EngineTraits
-from models.errors import ContextOverflow, EngineOverloaded, RequestError
+from models.errors import ContextOverflow, EngineFailed, EngineOverloaded, RequestError
 from models.fair import FairThreads
-from policies.plan import TEMPERATURES
+from policies.plan import TEMPERATURES, Answer
 
 # What each number of `SamplingOptions` may be, both ends included.
 _RANGES: dict[str, tuple[float, float]] = {
@@ -56,6 +61,26 @@ _SLICE_TOKENS = 2**14  # a third of a millisecond
 _THREAD = FairThreads(1, "shoal-ids")
 
 
+def fusion_of(answer: Answer) -> dict[str, Any]:
+    """Return what a request says of its members and of how they are fused, as a plan has it."""
+    evidence = None
+    if answer.weighting in ("perplexity", "evidence"):
+        evidence = Evidence(
+            temperature=answer.temperature or 1.0,
+            per_token=answer.weighting == "perplexity",
+            update=answer.update,
+        )
+    return {
+        "members": answer.members,
+        # PackLLM has no prior.
+        "weights": None if answer.weighting == "perplexity" else answer.weights,
+        "rule": answer.rule,
+        "gate": answer.gate,
+        "contrast": answer.contrast,
+        "evidence": evidence,
+    }
+
+
 def adapters_of(
     request: GenerationRequest, cards: Mapping[str, ModelCard]
 ) -> dict[str, AdapterSource]:
@@ -65,35 +90,106 @@ def adapters_of(
     return {**found, **request.adapters}
 
 
-class Slots:
-    """At most `num` requests run at once, and `max_queued` wait for one. On one event loop only."""
+@dataclass(eq=False, frozen=True)
+class Ticket:
+    """A request's place; `admitted` is set once it may run."""
 
-    def __init__(self, num: int, *, max_queued: int) -> None:
-        self._free = asyncio.Semaphore(num)
+    request: GenerationRequest
+    admitted: asyncio.Future[None]
+
+
+class Admission:
+    """At most `num_slots` requests run and `max_queued` wait. Used on the event loop only.
+
+    The next slot goes to the client with the fewest requests running for its weight, then to the
+    one of its users with the fewest, among equals to the request that has waited longest; to those
+    that are offline only where no other waits.
+    """
+
+    def __init__(self, num_slots: int, *, max_queued: int) -> None:
+        self._num_slots = num_slots
         self._max_queued = max_queued
-        self.num_running = 0
-        self.num_queued = 0
+        self._waiting: list[Ticket] = []
+        self._running: Counter[Party] = Counter()  # of clients, and of their users
+        self._num_running = 0
+        self._num_finished = 0
+        self._busy_s = 0.0
+        self._busy_since_s = 0.0
 
-    def check_room(self) -> None:
-        """Raise `EngineOverloaded` where no more may wait."""
-        if self._free.locked() and self.num_queued >= self._max_queued:
-            raise EngineOverloaded(f"{self.num_queued} requests wait already", 1.0)
+    @property
+    def num_running(self) -> int:
+        """How many requests hold a slot."""
+        return self._num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """How many requests wait for one."""
+        return len(self._waiting)
+
+    @property
+    def busy_s(self) -> float:
+        """For how long at least one request has been running."""
+        return self._busy_s + (time.perf_counter() - self._busy_since_s if self._running else 0.0)
 
     @asynccontextmanager
-    async def taken(self) -> AsyncIterator[None]:
+    async def taken(self, request: GenerationRequest) -> AsyncIterator[None]:
         """Wait for a slot, and hold it; raises `EngineOverloaded`."""
-        self.check_room()
-        self.num_queued += 1
-        try:
-            await self._free.acquire()
-        finally:
-            self.num_queued -= 1
-        self.num_running += 1
+        ticket = await self.enter(request)
         try:
             yield
         finally:
-            self.num_running -= 1
-            self._free.release()
+            self.leave(ticket)
+
+    async def enter(self, request: GenerationRequest) -> Ticket:
+        """Wait for a slot; raises `EngineOverloaded` where too many wait already."""
+        ticket = Ticket(request, asyncio.get_running_loop().create_future())
+        self._waiting.append(ticket)
+        self._admit()
+        if self.num_waiting > self._max_queued:
+            self._waiting.remove(ticket)
+            each_s = self.busy_s / max(self._num_finished, 1)
+            raise EngineOverloaded(
+                f"{self.num_waiting} requests wait already", max(self.num_waiting * each_s, 1.0)
+            )
+        try:
+            await ticket.admitted
+        except asyncio.CancelledError:
+            if ticket in self._waiting:
+                self._waiting.remove(ticket)
+            else:
+                self.leave(ticket)
+            raise
+        return ticket
+
+    def leave(self, ticket: Ticket) -> None:
+        """Give a slot back, and admit who waits for it."""
+        self._running.subtract(ticket.request.parties)
+        self._running = +self._running  # forgets who runs nothing
+        self._num_running -= 1
+        self._num_finished += 1
+        if not self._running:
+            self._busy_s += time.perf_counter() - self._busy_since_s
+        self._admit()
+
+    def close(self, error: EngineFailed) -> None:
+        """Have all who wait raise `error`."""
+        for ticket in self._waiting:
+            ticket.admitted.set_exception(error)
+        self._waiting.clear()
+
+    def _admit(self) -> None:
+        while self._waiting and self.num_running < self._num_slots:
+            ticket = min(self._waiting, key=lambda one: self._rank(one.request))
+            if not self._running:
+                self._busy_since_s = time.perf_counter()
+            self._waiting.remove(ticket)
+            self._running.update(ticket.request.parties)
+            self._num_running += 1
+            ticket.admitted.set_result(None)
+
+    def _rank(self, request: GenerationRequest) -> tuple[bool, float, int]:
+        client, user = request.parties
+        return request.offline, self._running[client] / request.client_weight, self._running[user]
 
 
 async def check_request(

@@ -5,9 +5,13 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Collection, Iterable
+from pathlib import Path
 
 import tokenizers
 from llguidance import LLTokenizer
+
+from models.errors import PoolError
+from models.tokenizer_json import read_tokenizer
 
 
 class Vocabulary:
@@ -24,6 +28,7 @@ class Vocabulary:
         marks: Collection[str] = (),
     ) -> None:
         """Take the bytes of ordinary tokens from `grammars`, which has them all at hand."""
+        self.grammars = grammars
         added = tokenizer.get_added_tokens_decoder()
         self._added = {token.content: i for i, token in added.items()}
         raw = [bytes(grammars.decode_bytes([i])) for i in range(grammars.vocab_size)]
@@ -34,6 +39,26 @@ class Vocabulary:
                 hidden = token.special and token.content not in marks
                 raw[i] = b"" if hidden else token.content.encode()
         self._raw = tuple(raw)
+
+    @classmethod
+    def read(
+        cls, path: Path, *, size: int, marks: Collection[str], ends: Iterable[int] = ()
+    ) -> Vocabulary:
+        """Return that of a checkpoint that embeds `size` tokens, of which `ends` end answers.
+
+        Raises `PoolError`.
+        """
+        tokenizer = read_tokenizer(path)
+        if tokenizer.get_vocab_size() > size:
+            raise PoolError(
+                f"{path}: the tokenizer has {tokenizer.get_vocab_size()} tokens, but the model a "
+                f"vocab_size of {size}: some would have no embedding"
+            )
+        try:
+            grammars = LLTokenizer(tokenizer.to_str(), n_vocab=size, eos_token=sorted(ends) or None)
+        except ValueError as error:
+            raise PoolError(f"{path}: the tokenizer cannot be loaded: {error}") from None
+        return cls(tokenizer, grammars, marks)
 
     def raw(self, token: int) -> bytes:
         """Return the bytes that `token` stands for."""

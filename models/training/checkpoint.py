@@ -6,7 +6,6 @@ checkpoint behind.
 """
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from policies.files import replacing_folder
 
 _TENSORS = "state.safetensors"
 _FACTS = "state.json"
@@ -51,18 +52,10 @@ def save_checkpoint(
     tensors = {f"{_BESIDE}{name}": tensor for name, tensor in beside.items()}
     tensors |= {f"model/{n}": p.detach() for n, p in model.named_parameters() if p.requires_grad}
     for o, optimizer in enumerate(optimizers):
-        for index, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{o}/{index}/{key}": value for key, value in state.items()}
-    fresh, old = folder.with_suffix(".new"), folder.with_suffix(".old")
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    save_file({name: t.contiguous() for name, t in tensors.items()}, fresh / _TENSORS)
-    (fresh / _FACTS).write_text(json.dumps(asdict(progress), indent=1) + "\n")
-    if folder.exists():
-        folder.rename(old)
-    fresh.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+        tensors |= optimizer_tensors(optimizer, f"optimizer/{o}/")
+    with replacing_folder(folder) as fresh:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, fresh / _TENSORS)
+        (fresh / _FACTS).write_text(json.dumps(asdict(progress), indent=1) + "\n")
 
 
 def read_progress(folder: Path) -> Progress | None:
@@ -89,13 +82,26 @@ def load_checkpoint(
             if parameter.requires_grad:
                 parameter.copy_(tensors[f"model/{name}"])
     for o, optimizer in enumerate(optimizers):
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            kind, *rest = name.split("/")
-            if kind == "optimizer" and rest[0] == str(o):
-                state.setdefault(int(rest[1]), {})[rest[2]] = tensor
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        load_optimizer(optimizer, tensors, f"optimizer/{o}/")
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
+    """The moments of `optimizer`, by names that begin with `prefix`."""
+    every = optimizer.state_dict()["state"].items()
+    return {f"{prefix}{i}/{key}": value for i, state in every for key, value in state.items()}
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], prefix: str
+) -> None:
+    """Restore what `optimizer_tensors` returned; `tensors` may hold others, too."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith(prefix):
+            index, key = name.removeprefix(prefix).split("/")
+            state.setdefault(int(index), {})[key] = tensor
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def load_beside(folder: Path) -> dict[str, Tensor]:

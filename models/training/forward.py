@@ -202,21 +202,16 @@ class Distillation:
     weight: float = 0.5
 
 
-def packed_loss(  # noqa: PLR0913 - torch.compile wants tensors, not what holds them
+def packed_loss(
     weights: Weights,
     *,
-    tokens_BT: Tensor,
-    segments_BT: Tensor,
-    positions_BT: Tensor,
     targets_BT: Tensor,
     loss_weights_BT: Tensor,
     total_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    geometry: Geometry,
     distillation: Distillation | None = None,
     teacher_ids_BTK: Tensor | None = None,
     teacher_log_probabilities_BTK: Tensor | None = None,
+    **inputs: Any,  # noqa: ANN401 - see `packed_states`
 ) -> tuple[Tensor, Tensor]:
     """What to minimise, and the label loss within it; both in nats, weighted sums.
 
@@ -224,16 +219,7 @@ def packed_loss(  # noqa: PLR0913 - torch.compile wants tensors, not what holds 
     accumulated step add up. A position where the teacher says nothing (its first log-probability
     is positive) counts by its label alone.
     """
-    logits_BTV = packed_logits(
-        weights,
-        tokens_BT=tokens_BT,
-        segments_BT=segments_BT,
-        positions_BT=positions_BT,
-        cos=cos,
-        sin=sin,
-        geometry=geometry,
-    )
-    flat = logits_BTV.flatten(0, 1)
+    flat = packed_logits(weights, **inputs).flatten(0, 1)
     label_N = functional.cross_entropy(flat, targets_BT.reshape(-1), reduction="none")
     shares_N = loss_weights_BT.reshape(-1) / total_weight
     label = (label_N * shares_N).sum()

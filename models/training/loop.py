@@ -240,19 +240,16 @@ def run(  # noqa: PLR0913 - each names a fact of the run
     folder: Path | None,
     method: Method | None = None,
     resume: bool = False,
-    deadline_s: float | None = None,
     checkpoint_every_s: float = 60.0,
     report: Callable[[str], None] = print,
     watch: Callable[[Progress], None] = lambda _: None,
-    clock: Callable[[], float] = time.monotonic,
 ) -> Progress:
     """Train `model` in place on `batches(first_step)` and return how far it came.
 
     Checkpoints go to `folder/last` and, at the start of the decay, to `folder/stable`; without a
     folder there are none. With `resume` the run goes on from them if they were written under the
-    same `recipe`, a JSON object of all that the weights depend on. At `deadline_s` (on `clock`) it
-    stops after a checkpoint; the result is then an unfinished model, to be resumed later. `watch`
-    is told of every step, and `method` takes part in them.
+    same `recipe`, a JSON object of all that the weights depend on. `watch` is told of every step,
+    and `method` takes part in them.
 
     Raises:
         TrainingDiverged: the loss is not finite; the last checkpoint stays.
@@ -261,7 +258,7 @@ def run(  # noqa: PLR0913 - each names a fact of the run
     trainer = Trainer(model, settings, method)
     restored = trainer.restore(folder, recipe) if folder and resume else None
     done = restored or Progress(step=0, num_tokens=0, wall_clock_s=0.0, recipe={})
-    begun_s = saved_s = clock()
+    begun_s = saved_s = time.monotonic()
     begun_cpu_s = time.process_time()
     meter = _Meter(
         num_steps=settings.num_steps,
@@ -287,7 +284,7 @@ def run(  # noqa: PLR0913 - each names a fact of the run
         if not math.isfinite(loss):
             raise TrainingDiverged(progress.step, loss, settings.learning_rate)
         meter.update(loss)
-        now_s = clock()
+        now_s = time.monotonic()
         progress = replace(
             progress,
             step=progress.step + 1,
@@ -302,12 +299,9 @@ def run(  # noqa: PLR0913 - each names a fact of the run
         watch(progress)
         if progress.step % _REPORT_EVERY_STEPS == 0:
             report(meter.line(progress.step, progress.num_tokens, now_s))
-        out_of_time = deadline_s is not None and now_s >= deadline_s
-        if out_of_time or now_s - saved_s >= checkpoint_every_s:
+        if now_s - saved_s >= checkpoint_every_s:
             save("last")
             saved_s = now_s
-        if out_of_time:
-            return progress
     if progress.step == decay_at:
         save("stable")
     save("last")

@@ -44,6 +44,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from models.errors import CorpusError
+from models.training.checkpoint import load_optimizer, optimizer_tensors
 from models.training.data import Conversation, Rows, fill_rows, lay_out
 from models.training.forward import (
     Weights,
@@ -191,8 +192,7 @@ class MPDistil(Method):
         names = list(self._quizzes)
         kept = {f"parts/{name}": tensor for name, tensor in self._parts.state_dict().items()}
         for name, optimizer in self._optimizers.items():
-            for index, moments in optimizer.state_dict()["state"].items():
-                kept |= {f"optimizer/{name}/{index}/{key}": one for key, one in moments.items()}
+            kept |= optimizer_tensors(optimizer, f"optimizer/{name}/")
         kept["choices"] = torch.tensor(
             [names.index(one) for one in self.choices], dtype=torch.int64
         )
@@ -207,13 +207,7 @@ class MPDistil(Method):
             {n.removeprefix("parts/"): t for n, t in state.items() if n.startswith("parts/")}
         )
         for name, optimizer in self._optimizers.items():
-            moments: dict[int, dict[str, Tensor]] = {}
-            for key, tensor in state.items():
-                if key.startswith(f"optimizer/{name}/"):
-                    _, _, index, moment = key.split("/")
-                    moments.setdefault(int(index), {})[moment] = tensor
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": moments, "param_groups": groups})
+            load_optimizer(optimizer, state, f"optimizer/{name}/")
         self.choices = [names[int(index)] for index in state["choices"]]
         self.rewards = state["rewards"].tolist()
         self._seen = [one.to(self._running.device) for one in state["seen"]]

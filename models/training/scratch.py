@@ -16,7 +16,6 @@ checkpoints with tied embeddings and grouped-query attention.
 """
 
 import random
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -286,10 +285,8 @@ def train(
     *,
     folder: Path,
     resume: bool = False,
-    deadline_s: float | None = None,
     checkpoint_every_s: float = 60.0,
     report: Callable[[str], None] = print,
-    clock: Callable[[], float] = time.monotonic,
 ) -> Progress:
     """Train `model` in place on fresh tasks; see `models.training.loop.run`."""
     return run(
@@ -307,8 +304,6 @@ def train(
         asdict(replace(recipe, mixture=dict(recipe.mixture))),
         folder=folder,
         resume=resume,
-        deadline_s=deadline_s,
         checkpoint_every_s=checkpoint_every_s,
         report=report,
-        clock=clock,
     )

@@ -16,7 +16,7 @@ from policies.base import Decision, ModelFacts
 from policies.budget.prices import Resource, spent
 from policies.footprint import Rates, estimate
 from policies.laws.scaling import EnsembleLaw
-from policies.plan import Answer, Best, Cascade, Plan, children
+from policies.plan import Answer, Best, Cascade, Plan, children, with_parts
 
 # What stands for a candidate in caches: an Answer's members (weights cost nothing), or the plan.
 Key: TypeAlias = tuple[str, ...] | Plan
@@ -125,22 +125,11 @@ def _trimmed(plan: Plan, max_members: float) -> list[Plan]:
             Answer(members=tuple(plan.members[index] for index in order[:keep]))
             for keep in range(int(largest), 0, -1)
         ]
-    if isinstance(plan, Cascade):
-        shorter: list[Plan] = [
-            replace(
-                plan,
-                stages=plan.stages[:keep],
-                thresholds=plan.thresholds[: keep - 1],
-                timeouts_s=None if plan.timeouts_s is None else plan.timeouts_s[: keep - 1],
-            )
-            for keep in range(len(plan.stages) - 1, 1, -1)
-        ]
-        return [*shorter, *reversed(plan.stages)]
-    fewer: list[Plan] = [
-        replace(plan, candidates=plan.candidates[:keep])
-        for keep in range(len(plan.candidates) - 1, 1, -1)
+    parts = children(plan)
+    fewer = [
+        with_parts(plan, dict(enumerate(parts[:keep]))) for keep in range(len(parts) - 1, 1, -1)
     ]
-    return [*fewer, *plan.candidates]
+    return [*fewer, *(reversed(parts) if isinstance(plan, Cascade) else parts)]
 
 
 class CostModel:

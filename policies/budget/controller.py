@@ -134,7 +134,6 @@ class Controller:
                 best=[cost_C[finest] for cost_C in expected_RC],
             )
         chosen = keys[best]
-        plan = plan_of(chosen, decision)
         details: dict[str, Any] = {
             "quality": qualities[best],
             "expected": dict(zip(self._resources, expected, strict=True)),
@@ -144,13 +143,12 @@ class Controller:
         }
         if n_star < math.inf:
             details["n_star"] = n_star
-        return Decision(
-            plan=plan,
-            scores=decision.scores,
+        return replace(
+            decision,
+            plan=plan_of(chosen, decision),
             reason=_reason(decision, chosen, unmet),
             details={**decision.details, "budget": details},
             limited=True,
-            familiar=decision.familiar,
         )
 
     def observe(self, query: Query, decision: Decision, cost: Footprint) -> None:

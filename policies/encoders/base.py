@@ -78,12 +78,8 @@ class Encoder(Protocol):
         """The length of a point."""
         ...
 
-    def fit(self, texts: Sequence[str]) -> Self:
-        """Learn what the features need from training queries; returns itself."""
-        ...
-
     def fit_encode(self, texts: Sequence[str]) -> Encoded:
-        """Learn from training queries, and return what `encode` would of them, at its cost once."""
+        """Learn from training queries, and return what `encode` would of them."""
         ...
 
     def features(self, text: str) -> Features:
@@ -93,7 +89,7 @@ class Encoder(Protocol):
     def reader(self, weights_FC: Floats) -> Reader:
         """Return what reads one query at a time, fast, for whoever weighs features so.
 
-        Thread-safe; a later `fit` or `restore` changes nothing in it.
+        Thread-safe; a later `fit_encode` or `restore` changes nothing in it.
         """
         ...
 
@@ -110,7 +106,7 @@ class Encoder(Protocol):
         ...
 
     def arrays(self) -> Arrays:
-        """Return what `fit` learned."""
+        """Return what `fit_encode` learned."""
         ...
 
     def restore(self, arrays: Arrays) -> Self:

@@ -211,13 +211,11 @@ class Neural:
         """The n-grams."""
         return self._ngrams.num_features
 
-    def fit(self, texts: Sequence[str]) -> Self:
-        """Learn the n-grams' weights and the vectors' means, which say nothing of a query."""
-        self.fit_encode(texts)
-        return self
-
     def fit_encode(self, texts: Sequence[str]) -> Encoded:
-        """Learn them, and return n-grams and vectors of the same queries."""
+        """Learn the n-grams' weights and the vectors' means, which say nothing of a query.
+
+        Returns n-grams and vectors of the same queries.
+        """
         matrix = self._ngrams.fit_encode(texts).matrix_QF
         vectors = self._vectors(texts, self.layers)
         self.mean_ = vectors.mean(0)
@@ -282,8 +280,8 @@ class Neural:
 class FineTuned:
     """A transformer trained end to end as a router: its pooled unit vector is all that heads see.
 
-    Its point is that less the mean. `policies.routing.finetune` trains such an encoder; `fit` only
-    learns the mean.
+    Its point is that less the mean. `policies.routing.finetune` trains such an encoder;
+    `fit_encode` only learns the mean.
     """
 
     kind = "finetuned"
@@ -294,13 +292,8 @@ class FineTuned:
         self.num_features = self.num_dimensions
         self.mean_: Floats = np.zeros(self.num_dimensions, np.float32)
 
-    def fit(self, texts: Sequence[str]) -> Self:
-        """Learn the mean vector."""
-        self.fit_encode(texts)
-        return self
-
     def fit_encode(self, texts: Sequence[str]) -> Encoded:
-        """Learn it, and return the vectors of the same queries."""
+        """Learn the mean vector, and return the vectors of the same queries."""
         vectors = self.vectors(texts)
         self.mean_ = vectors.mean(0)
         return self._encoded(vectors)

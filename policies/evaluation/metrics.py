@@ -5,6 +5,7 @@ Shape legend: Q queries, M models, P points of a curve.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+
+_Z_95 = 1.959963984540054
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +101,19 @@ def bootstrap(metric: Callable[[NDArray[np.intp]], float], num_queries: int) -> 
     values = [metric(rng.integers(num_queries, size=num_queries)) for _ in range(300)]
     low, high = np.nanquantile(values, (0.025, 0.975))
     return float(low), float(high)
+
+
+def wilson_interval(total: float, count: int) -> tuple[float, float]:
+    """Return the 95% interval, within [0, 1], of the mean of `count` scores from their sum.
+
+    Of shares it is Wilson's (1927). For scores between the two ends it is too wide, never too
+    narrow: their variance is at most mean · (1 - mean).
+    """
+    mean, z2 = total / count, _Z_95**2
+    centre = (mean + z2 / (2 * count)) / (1 + z2 / count)
+    spread = math.sqrt(mean * (1 - mean) / count + z2 / (4 * count**2))
+    half = _Z_95 * spread / (1 + z2 / count)
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def _slope(left: tuple[float, float], right: tuple[float, float]) -> float:

@@ -6,21 +6,13 @@ among the outcomes.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from policies.base import Policy, Query
-from policies.cascade.base import (
-    Attempt,
-    PromptScorer,
-    Ranker,
-    Reading,
-    Readings,
-    Scorer,
-    normalise,
-)
+from policies.best import rate
+from policies.cascade.base import Attempt, PromptScorer, Reading, Readings, Scorer
 from policies.errors import OutcomesError
 from policies.footprint import Rates
 from policies.outcomes import AnswerLogprobs, Outcome
@@ -123,23 +115,7 @@ class _Game:
 
     def _best(self, plan: Best) -> _Given:
         given = [self.play(candidate) for candidate in plan.candidates]
-        attempts = [self._attempt(one, ()) for one in given]
-        if plan.select == "majority":
-            votes = Counter(normalise(one.answer) for one in attempts)
-            scores = [float(votes[normalise(one.answer)]) for one in attempts]
-        elif plan.select == "ranker":
-            scorer = self.scorers[plan.scorer]
-            assert isinstance(scorer, Ranker), "the plan has been checked"
-            scores = scorer.rank(attempts)
-        else:
-            # Each candidate's support is the others' answers.
-            name = "confidence" if plan.select == "confidence" else plan.scorer
-            scores = [
-                self.scorers[name].score(
-                    self._attempt(one, tuple(o.answer for o in attempts if o is not attempt))
-                )
-                for one, attempt in zip(given, attempts, strict=True)
-            ]
+        scores = rate(plan, [self._attempt(one, ()) for one in given], self.scorers)
         return given[max(range(len(given)), key=scores.__getitem__)]
 
     def _reading(self, stage: Plan) -> Reading | None:

@@ -19,7 +19,7 @@ that makes people rate. So it is one column more for CUPED.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,16 +118,14 @@ class Observations:
         return self._where(self.parts[segment] == part)
 
     def _where(self, kept: NDArray[np.bool_]) -> Observations:
-        return Observations(
-            arms=self.arms,
+        return replace(
+            self,
             arm=self.arm[kept],
             unit=self.unit[kept],
             propensity=self.propensity[kept],
             time_s=self.time_s[kept],
             columns={name: column[kept] for name, column in self.columns.items()},
             parts={name: part[kept] for name, part in self.parts.items()},
-            units=self.units,
-            num_crossed=self.num_crossed,
         )
 
     def first_seen(self) -> tuple[Ints, Floats]:

@@ -8,7 +8,6 @@ feedback: a mean score in [0, 1] of the answers that were rated.
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from policies.evaluation.metrics import wilson_interval
 from router.access.book import Tally
 from router.access.limits import SERVER, Cap, limits, to_number
 from router.access.store import read_tally
@@ -28,7 +28,6 @@ _SHARE = 0.05
 _FRESH_S = 1.0
 # The rarest combinations of policy and members are left out beyond this many.
 _MOST_KINDS = 64
-_Z = 1.96  # 95%
 OWN_PLAN = "plan in the request"
 
 _R = REQUESTS.c
@@ -173,7 +172,7 @@ def _choice(kind: str, name: str, rows: list[Spend]) -> dict[str, Any]:
     all_rows = total(rows)
     num_requests, num_rated, quality = all_rows.num_requests, all_rows.num_rated, None
     if num_rated:
-        low, high = wilson(all_rows.score, num_rated)
+        low, high = wilson_interval(all_rows.score, num_rated)
         mean = all_rows.score / num_rated
         quality = {"mean": mean, "low": low, "high": high, "num_rated": num_rated}
     return {
@@ -194,19 +193,6 @@ def _choice(kind: str, name: str, rows: list[Spend]) -> dict[str, Any]:
             for row in rows
         ],
     }
-
-
-def wilson(score: float, num_rated: int) -> tuple[float, float]:
-    """Return the 95% interval of a mean score in [0, 1] from its sum (Wilson 1927).
-
-    For scores between the two thumbs it is too wide, never too narrow: their variance is at most
-    mean · (1 - mean).
-    """
-    mean = score / num_rated
-    scale = 1 + _Z**2 / num_rated
-    centre = (mean + _Z**2 / (2 * num_rated)) / scale
-    spread = math.sqrt(mean * (1 - mean) / num_rated + _Z**2 / (4 * num_rated**2))
-    return max(0.0, centre - _Z / scale * spread), min(1.0, centre + _Z / scale * spread)
 
 
 def spent_of_caps(

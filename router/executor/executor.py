@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 
 from models.engines.base import Chunk
 from models.errors import (
@@ -20,20 +21,14 @@ from models.errors import (
     RequestError,
     without_quotes,
 )
-from policies.cascade.base import Attempt, PrefixScorer, PromptScorer, Ranker, Scorer, normalise
+from policies.best import rate
+from policies.cascade.base import BatchScorer, PrefixScorer, PromptScorer, Scorer
 from policies.plan import Answer, Best, Cascade, Plan
 from router.catalog.members import Members
 from router.config import ServingLimits
 from router.energy import energy_of
 from router.engines import EngineClient, merge
-from router.executor.judging import (
-    answered,
-    attempt,
-    majority,
-    reading,
-    scores,
-    until_decided,
-)
+from router.executor.judging import answered, attempt, reading, scores, until_decided
 from router.executor.task import Task, request_of
 from router.executor.trace import Run, Trace, child_path, fallback_path
 from router.executor.union import unite
@@ -382,30 +377,13 @@ class Executor:
     ) -> int:
         """Return which of the answers is taken; every answer's score goes into its run."""
         given = {index: answer for index, answer in enumerate(answers) if answer is not None}
-        if best.select == "majority":
-            votes = [None if answer is None else normalise(answer.text) for answer in answers]
-            for index in given:
-                runs[index].score = votes.count(votes[index]) / len(given)
-            winner = majority(votes)
-            assert winner is not None
-            return winner
         attempts = [attempt(task.query, best.candidates[i], one) for i, one in given.items()]
-        for index, score in zip(given, await self._scores(best, attempts), strict=True):
+        rated = partial(rate, best, attempts, self._scorers)
+        slow = isinstance(self._scorers.get(best.scorer), BatchScorer)
+        found = await asyncio.to_thread(rated) if slow else rated()
+        for index, score in zip(given, found, strict=True):
             runs[index].score = score
         return max(given, key=lambda index: runs[index].score or 0.0)
-
-    async def _scores(self, best: Best, attempts: list[Attempt]) -> list[float]:
-        name = "confidence" if best.select == "confidence" else best.scorer
-        scorer = self._scorers[name]
-        if best.select == "ranker":
-            assert isinstance(scorer, Ranker), "the plan has been checked"
-            return scorer.rank(attempts)
-        # Each candidate's support is the others' answers.
-        others = [tuple(other.answer for other in attempts if other is not one) for one in attempts]
-        return await scores(
-            scorer,
-            [replace(one, earlier=earlier) for one, earlier in zip(attempts, others, strict=True)],
-        )
 
 
 def _whole(chunks: list[Chunk]) -> Chunk:

@@ -76,21 +76,6 @@ async def scores(scorer: Scorer, attempts: Sequence[Attempt]) -> list[float]:
     return [scorer.score(one) for one in attempts]
 
 
-def majority(votes: Sequence[str | None]) -> int | None:
-    """Return the index of the first vote for the most frequent text; None if nobody voted.
-
-    A candidate without an answer votes None. On a tie the text that an earlier candidate gave
-    wins.
-    """
-    counts = Counter(vote for vote in votes if vote is not None)
-    if not counts:
-        return None
-    most = max(counts.values())
-    return next(
-        index for index, vote in enumerate(votes) if vote is not None and counts[vote] == most
-    )
-
-
 def decided(votes: Sequence[str], num_open: int) -> bool:
     """Return whether `num_open` further votes cannot change the winner of `votes`.
 

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from models.answer_format import Tools
 from models.chat_template import Message, Rendering
-from models.engines.base import Encoding, Evidence, GenerationRequest, SamplingOptions
+from models.engines.base import Encoding, GenerationRequest, SamplingOptions
+from models.engines.requests import fusion_of
 from models.errors import ContextOverflow, RequestError
 from models.tokenizer import RoughTokenizer, Tokenizer
 from policies.base import Query
@@ -283,13 +284,7 @@ async def request_of(
     return GenerationRequest(
         request_id=f"{task.request_id}:{path}",
         prompt_tokens=tokens,
-        members=answer.members,
-        # PackLLM has no prior.
-        weights=None if answer.weighting == "perplexity" else answer.weights,
-        rule=answer.rule,
-        gate=answer.gate,
-        contrast=answer.contrast,
-        evidence=_evidence(answer),
+        **fusion_of(answer),
         sampling=replace(
             members.sampling(answer.members[0], task.sampling, task.sent),
             max_tokens=max_tokens,
@@ -305,15 +300,4 @@ async def request_of(
         timeout_s=timeout_s,
         offline=task.offline,
         adapters=members.adapters(answer.members),
-    )
-
-
-def _evidence(answer: Answer) -> Evidence | None:
-    """Return how the engine finds the weights; None where the plan has them."""
-    if answer.weighting not in ("perplexity", "evidence"):
-        return None
-    return Evidence(
-        temperature=answer.temperature or 1.0,
-        per_token=answer.weighting == "perplexity",
-        update=answer.update,
     )

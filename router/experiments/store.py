@@ -7,7 +7,7 @@ stopped. All functions block; call them off the event loop.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -69,7 +69,7 @@ def register(
             )
             connection.execute(
                 sa.insert(EXPERIMENTS).values(
-                    name=experiment.name, fingerprint=fingerprint, **_columns(fresh)
+                    name=experiment.name, fingerprint=fingerprint, **asdict(fresh)
                 )
             )
             return fresh
@@ -137,22 +137,11 @@ def _row(connection: sa.Connection, name: str) -> Mapping[str, Any] | None:
 
 
 def _update(connection: sa.Connection, name: str, state: State) -> None:
-    connection.execute(sa.update(EXPERIMENTS).where(_named(name)).values(**_columns(state)))
+    connection.execute(sa.update(EXPERIMENTS).where(_named(name)).values(**asdict(state)))
 
 
 def _named(name: str) -> sa.ColumnElement[bool]:
     return EXPERIMENTS.c.name == name
-
-
-def _columns(state: State) -> dict[str, Any]:
-    return {
-        "started_s": state.started_s,
-        "checked_s": state.checked_s,
-        "allocations": [
-            {"time_s": since.time_s, "weights": dict(since.weights)} for since in state.allocations
-        ],
-        "stopped": {arm: dict(stop) for arm, stop in state.stopped.items()},
-    }
 
 
 def _state(row: Mapping[str, Any]) -> State:

@@ -6,6 +6,7 @@ The page needs nothing beside it; the plots lie there as PNG too.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -15,27 +16,23 @@ from models.downscale.plots import new_figure
 from models.downscale.report import Table, page
 from models.pool import Pool, load_pool
 from models.pool_text import write_policies
-from policies.evaluation.metrics import bootstrap
-from policies.files import replacing, write_atomic
-from router.catalog.catalog import load_catalog
-from router.learning.exam import Measured
-from router.learning.learn import Lesson
-
-if TYPE_CHECKING:
-    from matplotlib.lines import Line2D
-
-
-from dataclasses import replace
-
 from policies.errors import ExperimentError
+from policies.evaluation.metrics import bootstrap
 from policies.experiments.replay import ReplayedPolicy, replay_log
+from policies.files import replacing, write_atomic
 from policies.routing.router import load_router
+from router.catalog.catalog import load_catalog
 from router.catalog.policies import DEFAULT_POLICY
 from router.config import AppArgs
 from router.editions import catalog_of
 from router.experiments.experiments import read_definitions
 from router.experiments.reporting import read_log
+from router.learning.exam import Measured
+from router.learning.learn import Lesson
 from router.ledger.database import Database
+
+if TYPE_CHECKING:
+    from matplotlib.lines import Line2D
 
 _COLOURS: Final = {
     "model": "#8fb8de",

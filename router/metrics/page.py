@@ -12,11 +12,10 @@ import time
 import uuid
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from itertools import accumulate
-from typing import TypeAlias
 
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CollectorRegistry
@@ -58,36 +57,34 @@ _REPORTS_WAIT_S = 3.0
 # So that the first failure of a kind is a step from zero, which rates can see.
 _STATUSES = ("200", "429", "500", "503", "504")
 
-# Budgets at a Unix time; blocks.
-ReadBudgets: TypeAlias = Callable[[float], dict[Series, float]]
-
 
 class Metrics:
     """Publishes this replica's gauges while it runs, and renders what all replicas know."""
 
     def __init__(
         self,
-        *,
-        store: Store,
-        live: Live,
+        args: AppArgs,
         editions: Editions,
+        *,
         engines: Mapping[str, EngineClient],
-        holder: str,
-        reports: Reports,
-        read_budgets: ReadBudgets,
+        ledger: Ledger,
+        experiments: Experiments,
+        shadows: Sequence[Shadow],
+        controllers: Mapping[str, Controller],
     ) -> None:
-        """Publish as `holder`, a name that no other replica has.
+        """Share the figures of all replicas with this `ledger`.
 
         The failures of `workers`, which the service sets, are counted.
         """
-        self._store = store
-        self._database = store.database
-        self._live = live
+        self._database = ledger.database
+        self._store = Store(ledger.database)
+        self._live = Live(editions=editions, ledger=ledger, num_replicas=args.ingress.min_replicas)
         self._editions = editions
         self._engines = engines
-        self._holder = holder
-        self._reports = reports
-        self._read_budgets = read_budgets
+        self._holder = f"{socket.gethostname()}-{uuid.uuid4().hex}"
+        self._reports = Reports(
+            self._store, experiments=experiments, shadows=shadows, controllers=controllers
+        )
         self.workers: tuple[Worker, ...] = ()
 
     async def run(self) -> None:
@@ -137,7 +134,8 @@ class Metrics:
         up = f.LEDGER_UP.series()
         try:
             snapshots = self._store.snapshots(since_s=now_s - _FORGET_AFTER_S)
-            budgets = self._read_budgets(now_s)
+            caps = self._editions.current.args.budgets
+            budgets = budget_gauges(self._database, caps, now_s=now_s)
             counters = {**self._zeros(), **self._store.counters()}
         except SQLAlchemyError as error:
             logger.warning("metrics: the ledger's database does not answer: %s", error)
@@ -241,35 +239,4 @@ def add_metrics_route(api: FastAPI, metrics: Metrics, *, identify: Identify) -> 
         methods=["GET"],
         response_class=PlainTextResponse,
         openapi_extra=described(None, media_type="text/plain"),
-    )
-
-
-def build_metrics(
-    args: AppArgs,
-    editions: Editions,
-    *,
-    engines: Mapping[str, EngineClient],
-    ledger: Ledger,
-    experiments: Experiments,
-    shadows: Sequence[Shadow],
-    controllers: Mapping[str, Controller],
-) -> Metrics:
-    """Return the metrics of a replica, which are those of all that share its `ledger`."""
-    database, store = ledger.database, Store(ledger.database)
-    return Metrics(
-        store=store,
-        live=Live(editions=editions, ledger=ledger, num_replicas=args.ingress.min_replicas),
-        editions=editions,
-        engines=engines,
-        holder=f"{socket.gethostname()}-{uuid.uuid4().hex}",
-        reports=Reports(
-            database=database,
-            store=store,
-            experiments=experiments,
-            shadows=shadows,
-            controllers=controllers,
-        ),
-        read_budgets=lambda now_s: budget_gauges(
-            database, editions.current.args.budgets, now_s=now_s
-        ),
     )

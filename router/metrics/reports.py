@@ -56,15 +56,14 @@ class Reports:
 
     def __init__(
         self,
-        *,
-        database: Database,
         store: Store,
+        *,
         experiments: Experiments,
         shadows: Sequence[Shadow],
         controllers: Mapping[str, Controller],
     ) -> None:
         """Report on `experiments`, `shadows`, and the targets of policies' `controllers`."""
-        self._database = database
+        self._database = store.database
         self._store = store
         self._experiments = experiments
         self._shadows = tuple(shadows)

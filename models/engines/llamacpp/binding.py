@@ -14,9 +14,7 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from models.card import ModelCard
@@ -32,69 +30,46 @@ _WAITING = "OMP_WAIT_POLICY"
 _ERRORS_ONLY = 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What the server is started with; `device` as in the pool file. With `pooling` it encodes."""
-
-    path: Path
-    device: str
-    num_slots: int
-    context_tokens: int
-    step_tokens: int
-    prompt_cache_mib: int
-    num_threads: int
-    polling: bool
-    pooling: Pooling | None
-
-
-def setting_of(
-    spec: EngineSpec, options: LlamacppOptions, card: ModelCard, pooling: Pooling | None = None
-) -> Setting:
-    """Return what the server of an engine is started with."""
-    num_slots, context_tokens = slots(spec, options, card)
-    return Setting(
-        path=card.path,
-        device=spec.device,
-        num_slots=num_slots,
-        context_tokens=context_tokens,
-        # An encoder reads a text at once: each of its tokens sees all others.
-        step_tokens=context_tokens if pooling else options.step_tokens,
-        prompt_cache_mib=0 if pooling else options.prompt_cache_mib,
-        num_threads=options.num_threads or len(os.sched_getaffinity(0)),
-        polling=options.polling,
-        pooling=pooling,
-    )
-
-
 class Server:
     """One loaded model. `ask` may be called from several threads at once, one per slot."""
 
-    def __init__(self, setting: Setting) -> None:
-        """Load the model and run it once. Raises `PoolError` for what llama.cpp cannot run."""
-        with _waiting(polling=setting.polling):
+    def __init__(
+        self,
+        spec: EngineSpec,
+        options: LlamacppOptions,
+        card: ModelCard,
+        pooling: Pooling | None = None,
+    ) -> None:
+        """Load the model, to encode where it pools, and run it once.
+
+        Raises `PoolError` for what llama.cpp cannot run.
+        """
+        with _waiting(polling=options.polling):
             import xllamacpp  # noqa: PLC0415 - an extra
 
+        num_slots, context_tokens = slots(spec, options, card)
         params = xllamacpp.CommonParams()
-        params.model.path = str(setting.path)
-        _choose_device(xllamacpp, params, setting.device)
-        params.n_parallel = setting.num_slots
-        params.n_ctx = setting.num_slots * setting.context_tokens
+        params.model.path = str(card.path)
+        _choose_device(xllamacpp, params, spec.device)
+        params.n_parallel = num_slots
+        params.n_ctx = num_slots * context_tokens
         # Slots apart: what stands in one changes no other's rounding.
         params.kv_unified = False
-        params.n_batch = params.n_ubatch = setting.step_tokens
-        params.cache_ram_mib = setting.prompt_cache_mib
+        # An encoder reads a text at once: each of its tokens sees all others.
+        params.n_batch = params.n_ubatch = context_tokens if pooling else options.step_tokens
+        params.cache_ram_mib = 0 if pooling else options.prompt_cache_mib
         params.fit_params = False  # what is asked for, or an error
         params.ctx_shift = False
         for threads in (params.cpuparams, params.cpuparams_batch):
-            threads.n_threads = setting.num_threads
-            threads.poll = 100 if setting.polling else 0
+            threads.n_threads = options.num_threads or len(os.sched_getaffinity(0))
+            threads.poll = 100 if options.polling else 0
         params.ui = params.endpoint_slots = False
         params.n_threads_http = 1
         params.verbosity = _ERRORS_ONLY
-        if setting.pooling is not None:
+        if pooling is not None:
             params.embedding = True
             kinds = xllamacpp.llama_pooling_type
-            params.pooling_type = getattr(kinds, f"LLAMA_POOLING_TYPE_{setting.pooling.upper()}")
+            params.pooling_type = getattr(kinds, f"LLAMA_POOLING_TYPE_{pooling.upper()}")
         params.api_keys = [secrets.token_urlsafe(32)]
         params.cors_origins = ""
         with tempfile.TemporaryDirectory(prefix="shoal-") as folder:
@@ -102,7 +77,7 @@ class Server:
             try:
                 self._server = xllamacpp.Server(params)
             except RuntimeError as error:
-                raise PoolError(f"{setting.path}: llama.cpp cannot run it: {error}") from None
+                raise PoolError(f"{card.path}: llama.cpp cannot run it: {error}") from None
 
     def close(self) -> None:
         """End llama.cpp's threads and free its memory, once no call is running."""

@@ -12,8 +12,8 @@ from scipy.special import expit
 from models.card import ModelCard
 from models.engines.base import Encodes
 from models.engines.encoder.engine import Encoder, EncoderEngine, TextReader
-from models.engines.llamacpp import LlamacppOptions, pooling_of
-from models.engines.llamacpp.binding import Server, Setting, setting_of
+from models.engines.llamacpp import LlamacppOptions, pooling_of, slots
+from models.engines.llamacpp.binding import Server
 from models.spec import EngineSpec
 from models.tokenizer_json import read_tokenizer
 
@@ -24,15 +24,14 @@ _TELL_PROBABILITIES = ("qwen3", "qwen3vl")
 class LlamacppEncoder:
     """One loaded file; see `models.engines.encoder.engine.Encoder`. llama.cpp batches by itself."""
 
-    def __init__(self, setting: Setting, *, probabilities: bool) -> None:
+    def __init__(self, spec: EngineSpec, options: LlamacppOptions, card: ModelCard) -> None:
         """Load it, which blocks; raises `PoolError`."""
+        pooling, (_, context_tokens) = pooling_of(options, card), slots(spec, options, card)
         self.reader = TextReader(
-            read_tokenizer(setting.path),
-            max_tokens=setting.context_tokens,
-            cross=setting.pooling == "rank",
+            read_tokenizer(card.path), max_tokens=context_tokens, cross=pooling == "rank"
         )
-        self._probabilities = probabilities
-        self._server = Server(setting)
+        self._probabilities = card.shape.architecture in _TELL_PROBABILITIES
+        self._server = Server(spec, options, card, pooling)
 
     async def vectors(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """Return the vectors of all `rows`."""
@@ -66,10 +65,9 @@ def encoder_engine(
     encodes: Sequence[Encodes],
 ) -> EncoderEngine:
     """Return the engine of an encoder's file."""
-    setting = setting_of(spec, options, card, pooling_of(options, card))
-    probabilities = card.shape.architecture in _TELL_PROBABILITIES
 
     async def load() -> Encoder:
-        return await asyncio.to_thread(LlamacppEncoder, setting, probabilities=probabilities)
+        return await asyncio.to_thread(LlamacppEncoder, spec, options, card)
 
-    return EncoderEngine(spec, name, encodes, load, num_at_once=setting.num_slots)
+    num_slots, _ = slots(spec, options, card)
+    return EncoderEngine(spec, name, encodes, load, num_at_once=num_slots)

@@ -6,8 +6,6 @@ Requests take turns here (`Admission`), since llama.cpp's own queue knows no cli
 from __future__ import annotations
 
 import asyncio
-import time
-from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -15,121 +13,19 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from llguidance import LLTokenizer
-
 from models.answer_format import AnswerFormat
 from models.card import ModelCard
 from models.engines.answer_grammar import answer_grammar, compiled
 from models.engines.answer_reader import AnswerReader
-from models.engines.base import Chunk, EngineStats, GenerationRequest, Party, Token
+from models.engines.base import Chunk, EngineStats, GenerationRequest, Token
 from models.engines.kind import EngineTraits
 from models.engines.llamacpp import LlamacppOptions, slots
-from models.engines.llamacpp.binding import Call, Event, Server, setting_of
+from models.engines.llamacpp.binding import Call, Event, Server
 from models.engines.llamacpp.translate import MessageReader, raise_failure, score, write_body
-from models.engines.requests import check_request
+from models.engines.requests import Admission, check_request
 from models.engines.text import Vocabulary
-from models.errors import EngineFailed, EngineOverloaded, RequestError
+from models.errors import EngineFailed, RequestError
 from models.spec import EngineSpec
-from models.tokenizer_json import read_tokenizer
-
-
-@dataclass(eq=False, frozen=True)
-class Ticket:
-    """One request's place, for a client and its user; `admitted` is set once it may run."""
-
-    parties: tuple[Party, Party]
-    weight: float
-    offline: bool
-    admitted: asyncio.Future[None]
-
-
-class Admission:
-    """At most `num_slots` requests run and `max_queued` wait. Used on the event loop only.
-
-    The next slot goes to the client with the fewest requests running for its weight, then to the
-    one of its users with the fewest, among equals to the request that has waited longest; to those
-    that are offline only where no other waits.
-    """
-
-    def __init__(self, *, num_slots: int, max_queued: int) -> None:
-        self.num_slots = num_slots
-        self._max_queued = max_queued
-        self._waiting: list[Ticket] = []
-        self._running: Counter[Party] = Counter()  # of clients, and of their users
-        self._num_running = 0
-        self._num_finished = 0
-        self._busy_s = 0.0
-        self._busy_since_s = 0.0
-
-    @property
-    def num_running(self) -> int:
-        """How many requests hold a slot."""
-        return self._num_running
-
-    @property
-    def num_waiting(self) -> int:
-        """How many requests wait for one."""
-        return len(self._waiting)
-
-    @property
-    def busy_s(self) -> float:
-        """For how long at least one request has been running."""
-        return self._busy_s + (time.perf_counter() - self._busy_since_s if self._running else 0.0)
-
-    async def enter(
-        self, client_id: str, user: str = "", *, weight: float = 1.0, offline: bool = False
-    ) -> Ticket:
-        """Wait for a slot; raises `EngineOverloaded` where too many wait already."""
-        parties = (client_id,), (client_id, user)
-        ticket = Ticket(parties, weight, offline, asyncio.get_running_loop().create_future())
-        self._waiting.append(ticket)
-        self._admit()
-        if self.num_waiting > self._max_queued:
-            self._waiting.remove(ticket)
-            each_s = self.busy_s / max(self._num_finished, 1)
-            raise EngineOverloaded(
-                f"{self.num_waiting} requests wait already", max(self.num_waiting * each_s, 1.0)
-            )
-        try:
-            await ticket.admitted
-        except asyncio.CancelledError:
-            if ticket in self._waiting:
-                self._waiting.remove(ticket)
-            else:
-                self.leave(ticket)
-            raise
-        return ticket
-
-    def leave(self, ticket: Ticket) -> None:
-        """Give a slot back, and admit who waits for it."""
-        self._running.subtract(ticket.parties)
-        self._running = +self._running  # forgets who runs nothing
-        self._num_running -= 1
-        self._num_finished += 1
-        if not self._running:
-            self._busy_s += time.perf_counter() - self._busy_since_s
-        self._admit()
-
-    def close(self, error: EngineFailed) -> None:
-        """Have all who wait raise `error`."""
-        for ticket in self._waiting:
-            ticket.admitted.set_exception(error)
-        self._waiting.clear()
-
-    def _admit(self) -> None:
-        while self._waiting and self.num_running < self.num_slots:
-            ticket = min(self._waiting, key=self._turn)
-            if not self._running:
-                self._busy_since_s = time.perf_counter()
-            self._waiting.remove(ticket)
-            self._running.update(ticket.parties)
-            self._num_running += 1
-            ticket.admitted.set_result(None)
-
-    def _turn(self, ticket: Ticket) -> tuple[bool, float, int]:
-        client, user = ticket.parties
-        return ticket.offline, self._running[client] / ticket.weight, self._running[user]
-
 
 # So many answers that fail in a row may not be the requests' fault.
 _SUSPICIOUS_FAILURES = 3
@@ -140,7 +36,6 @@ class _Running:
     """What exists between start and stop; `calls` are those that somebody reads."""
 
     server: Server
-    grammars: LLTokenizer
     vocabulary: Vocabulary
     admission: Admission
     threads: ThreadPoolExecutor
@@ -206,7 +101,7 @@ class LlamacppEngine:
         grammar = answer_grammar(request, self._form, terminal, opened=reader.opened)
         if grammar is not None:
             # llama.cpp itself would answer freely where it cannot use a grammar.
-            await compiled(running.grammars, grammar, request)
+            await compiled(running.vocabulary.grammars, grammar, request)
         body = write_body(
             request,
             max_tokens=max_tokens,
@@ -260,9 +155,7 @@ class LlamacppEngine:
         self, request: GenerationRequest, running: _Running, body: Mapping[str, Any]
     ) -> AsyncGenerator[Event, None]:
         """Yield llama.cpp's messages, once it is the turn of the request's client."""
-        ticket = await running.admission.enter(
-            request.client_id, request.user, weight=request.client_weight, offline=request.offline
-        )
+        ticket = await running.admission.enter(request)
         call = Call(running.server, running.threads, body)
         call.done.add_done_callback(lambda _: running.admission.leave(ticket))
         running.calls.add(call)
@@ -328,18 +221,15 @@ class LlamacppEngine:
             running.calls.discard(call)
 
     def _load(self) -> _Running:
-        tokenizer = read_tokenizer(self._card.path)
-        grammars = LLTokenizer(
-            tokenizer.to_str(),
-            n_vocab=self._card.shape.vocab_size,
-            eos_token=sorted(self._card.end_tokens) or None,
-        )
+        card = self._card
         return _Running(
-            server=Server(setting_of(self._spec, self._options, self._card)),
-            grammars=grammars,
-            vocabulary=Vocabulary(tokenizer, grammars, self._form.marks),
-            admission=Admission(
-                num_slots=self._num_slots, max_queued=self._spec.max_queued_requests
+            vocabulary=Vocabulary.read(
+                card.path,
+                size=card.shape.vocab_size,
+                marks=self._form.marks,
+                ends=card.end_tokens,
             ),
+            server=Server(self._spec, self._options, card),
+            admission=Admission(self._num_slots, max_queued=self._spec.max_queued_requests),
             threads=ThreadPoolExecutor(self._num_slots, thread_name_prefix="llamacpp"),
         )

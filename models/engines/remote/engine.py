@@ -21,7 +21,7 @@ from models.engines.remote.answer import DONE, EventReader, read_events, read_wh
 from models.engines.remote.breaker import Circuits
 from models.engines.remote.failures import AttemptFailed, from_response, from_transport
 from models.engines.remote.request import RemoteOptions, RowReader, read_vectors, write_body
-from models.engines.requests import Slots, check_request
+from models.engines.requests import Admission, check_request
 from models.errors import EngineFailed
 from models.spec import EngineSpec, Model
 
@@ -56,7 +56,7 @@ class RemoteEngine:
         self._circuits = Circuits(
             failures=options.breaker_failures, open_s=options.breaker_open_s, clock=time.monotonic
         )
-        self._slots = Slots(options.max_connections, max_queued=max_queued_requests)
+        self._slots = Admission(options.max_connections, max_queued=max_queued_requests)
         self._generated_tokens = 0
         self._client: httpx.AsyncClient | None = None
 
@@ -89,7 +89,7 @@ class RemoteEngine:
         given_s = float("inf") if request.timeout_s is None else request.timeout_s
         path, body = write_body(request, self._upstream[request.members[0]], self._options)
         form = self._traits.answer_format(request.members)
-        async with self._slots.taken():
+        async with self._slots.taken(request):
             for attempt in range(self._options.max_retries + 1):
                 answering, num_tokens = False, 0
                 try:
@@ -117,7 +117,7 @@ class RemoteEngine:
         """Count what runs and waits here; the server's own load is not known."""
         return EngineStats(
             running_requests=self._slots.num_running,
-            queued_requests=self._slots.num_queued,
+            queued_requests=self._slots.num_waiting,
             active_lanes=self._slots.num_running,
             generated_tokens_total=self._generated_tokens,
             circuit=self._circuits.state,

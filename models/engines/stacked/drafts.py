@@ -26,7 +26,6 @@ from itertools import pairwise
 from typing import Protocol
 
 from models.engines.stacked.cache import PrefixCache
-from models.engines.stacked.fusion import LaneWeights
 from models.engines.stacked.layout import Part, order_parts
 from models.engines.stacked.runner import Runner
 from models.engines.stacked.sequence import Sequence
@@ -288,16 +287,7 @@ class MemberDrafts:
         member = self._member
         if member is None:
             member = sequence.members[max(range(len(weights)), key=weights.__getitem__)]
-        lane = replace(
-            sequence,
-            members=(member,),
-            weights=LaneWeights((1.0,)),
-            lane_of=(0,),
-            tokens=list(sequence.tokens),
-            num_cached=0,
-            num_reused=None,
-            region_start=None,
-        )
+        lane = sequence.alone(member)
         return lane if self._prefixes.admit(lane) else None
 
 

@@ -11,9 +11,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from llguidance import LLTokenizer
 
-from models.card import CONFIG, ModelCard
+from models.card import ModelCard
 from models.engines.answer_grammar import answer_grammar, compiled
 from models.engines.answer_reader import AnswerReader
 from models.engines.base import Chunk, EngineStats, GenerationRequest
@@ -35,7 +34,6 @@ from models.engines.stacked.threads import in_own_thread
 from models.engines.text import TextStream, Vocabulary
 from models.errors import EngineFailed, PoolError, RequestError
 from models.spec import EngineSpec
-from models.tokenizer_json import read_tokenizer
 
 _PACKS: Mapping[str, Pack[Any]] = {"int8": as_int8, "int4": as_int4}
 
@@ -46,7 +44,6 @@ class _Running:
 
     loop: Loop
     readers: set[asyncio.Queue[Outcome]]
-    tokenizer: LLTokenizer
     vocabulary: Vocabulary
     context_tokens: int
     num_rows: int
@@ -88,7 +85,7 @@ class StackedEngine:
 
     async def start(self) -> None:
         """Load the weights, run a first step, and start the engine's thread."""
-        runner, guests, tokenizer, vocabulary = await in_own_thread(self._load)
+        runner, guests, vocabulary = await in_own_thread(self._load)
         keeps = self._options.prefix_cache
         scouts = None if guests is None else PrefixCache(guests.arena, keeps=keeps)
         scheduler = Scheduler(
@@ -112,7 +109,6 @@ class StackedEngine:
         self._running = _Running(
             loop=loop,
             readers=set(),
-            tokenizer=tokenizer,
             vocabulary=vocabulary,
             context_tokens=runner.architecture.context_tokens,
             num_rows=runner.arena.num_rows,
@@ -146,9 +142,8 @@ class StackedEngine:
             reader = AnswerReader(request, form, vocabulary)
             grammar = answer_grammar(request, form, vocabulary.terminal, opened=reader.opened)
             if grammar is not None:
-                sequence.sampler.grammar = Grammar(
-                    await compiled(running.tokenizer, grammar, request)
-                )
+                matcher = await compiled(vocabulary.grammars, grammar, request)
+                sequence.sampler.grammar = Grammar(matcher)
             running.readers.add(outcomes)
             running.loop.submit(sequence)
             try:
@@ -198,25 +193,16 @@ class StackedEngine:
             for outcomes in running.readers:
                 outcomes.put_nowait(EngineFailed(f"a step of the engine {self._spec.name} hangs"))
 
-    def _load(self) -> tuple[Runner, Runner | None, LLTokenizer, Vocabulary]:
+    def _load(self) -> tuple[Runner, Runner | None, Vocabulary]:
         guests = self._runner(list(self._guests.values())) if self._guests else None
         runner = self._runner([self._cards[name] for name in self._bases], scouts=guests)
-        path = self._base.path
-        ends = sorted(frozenset().union(*(card.end_tokens for card in self._cards.values())))
-        tokenizer = read_tokenizer(path)
-        if tokenizer.get_vocab_size() > self._vocab_size:
-            raise PoolError(
-                f"{path}: the tokenizer has {tokenizer.get_vocab_size()} tokens, but {CONFIG} a "
-                f"vocab_size of {self._vocab_size}: some would have no embedding"
-            )
-        try:
-            grammars = LLTokenizer(
-                tokenizer.to_str(), n_vocab=self._vocab_size, eos_token=ends or None
-            )
-        except ValueError as error:
-            raise PoolError(f"{path}: the tokenizer cannot be loaded: {error}") from None
-        marks = {mark for form in self._traits.formats.values() for mark in form.marks}
-        return runner, guests, grammars, Vocabulary(tokenizer, grammars, marks)
+        vocabulary = Vocabulary.read(
+            self._base.path,
+            size=self._vocab_size,
+            marks=self._traits.marks,
+            ends=frozenset().union(*(card.end_tokens for card in self._cards.values())),
+        )
+        return runner, guests, vocabulary
 
     def _adopt(self, name: str) -> None:
         """Take a name in that an adapter of the base got since the pool was read."""

@@ -30,7 +30,6 @@ import torch
 from torch import Tensor
 
 from models.engines.base import GenerationRequest
-from models.engines.stacked.fusion import LaneWeights
 from models.engines.stacked.sampler import Draw
 from models.engines.stacked.sequence import Said, Sequence
 
@@ -89,15 +88,7 @@ def sure_rows(logp_RV: Tensor, sequences: Seq[Sequence]) -> list[bool]:
 
 def scout_of(sequence: Sequence, member: int) -> Sequence:
     """Return the sequence of a request's lead, which is `member` of a runner of its own."""
-    return replace(
-        sequence,
-        members=(member,),
-        weights=LaneWeights((1.0,)),
-        lane_of=(0,),
-        tokens=list(sequence.tokens),
-        follows=sequence,
-        said=[],
-    )
+    return replace(sequence.alone(member), follows=sequence)
 
 
 def heard(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,6 +140,20 @@ class Sequence:
     def may_run(self) -> bool:
         """Whether its own lanes have something to do, rather than a scout."""
         return self.scout is None or self.asks
+
+    def alone(self, member: int) -> Sequence:
+        """Return the same for one `member` of a runner, on rows of its own: nothing has run yet."""
+        return replace(
+            self,
+            members=(member,),
+            weights=LaneWeights((1.0,)),
+            lane_of=(0,),
+            tokens=list(self.tokens),
+            said=[],
+            num_cached=0,
+            num_reused=None,
+            region_start=None,
+        )
 
     def follow(self, text: Sequence) -> None:
         """Bring a lane of its own to the tokens of the sequence for which it guesses.

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from llguidance import LLTokenizer
 from safetensors.numpy import save_file
 
 from models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterSource, factor_names
@@ -29,7 +28,6 @@ from models.errors import EngineFailed, EngineOverloaded, PoolError, RequestErro
 from models.sources.locate import locate
 from models.sources.safetensors import read_tensors
 from models.spec import EngineSpec
-from models.tokenizer_json import read_tokenizer
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -48,7 +46,6 @@ class _Running:
 
     llm: AsyncLLM
     load: LoadLogger
-    grammars: LLTokenizer
     vocabulary: Vocabulary
     context_tokens: int
     max_running: int
@@ -106,7 +103,10 @@ class VllmEngine:
 
         load = LoadLogger()
 
-        grammars, vocabulary = await asyncio.to_thread(self._read_vocabulary)
+        card = self._cards[self._bases[0]]
+        vocabulary = await asyncio.to_thread(
+            Vocabulary.read, card.path, size=card.shape.vocab_size, marks=self._traits.marks
+        )
         try:
             llm = AsyncLLM.from_vllm_config(config, stat_loggers=[lambda *_: load])
         except Exception as error:  # whatever its subprocess died of
@@ -114,7 +114,6 @@ class VllmEngine:
         self._running = _Running(
             llm=llm,
             load=load,
-            grammars=grammars,
             vocabulary=vocabulary,
             context_tokens=config.model_config.max_model_len,
             max_running=config.scheduler_config.max_num_seqs,
@@ -165,7 +164,7 @@ class VllmEngine:
         reader = AnswerReader(request, form, running.vocabulary)
         grammar = answer_grammar(request, form, running.vocabulary.terminal, opened=reader.opened)
         if grammar is not None:
-            await compiled(running.grammars, grammar, request)
+            await compiled(running.vocabulary.grammars, grammar, request)
         self._num_open += 1
         try:
             params = translate.sampling_params(
@@ -315,16 +314,6 @@ class VllmEngine:
         config["target_modules"] = [module.rpartition(".")[2]]
         (folder / ADAPTER_CONFIG).write_text(json.dumps(config))
         return LoRARequest("blank", 1, str(folder))
-
-    def _read_vocabulary(self) -> tuple[LLTokenizer, Vocabulary]:
-        card = next(iter(self._cards.values()))
-        tokenizer = read_tokenizer(card.path)
-        try:
-            grammars = LLTokenizer(tokenizer.to_str(), n_vocab=card.shape.vocab_size)
-        except ValueError as error:
-            raise PoolError(f"{card.path}: the tokenizer cannot be loaded: {error}") from None
-        marks = {mark for form in self._traits.formats.values() for mark in form.marks}
-        return grammars, Vocabulary(tokenizer, grammars, marks)
 
 
 @cache

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from models.downscale.figures import Comparison, training_footprint, wilson_interval
+from models.downscale.figures import Comparison, training_footprint
 
 _DOMAINS = ["a"] * 300 + ["b"] * 100
 
@@ -27,15 +27,6 @@ def test_intervals_cover_and_pairing_narrows_them() -> None:
     twin[:3] = 1 - twin[:3]
     low, high = comparison.difference(one, twin)["interval_95"]
     assert high - low < 0.02
-
-
-def test_wilson_interval() -> None:
-    """The interval of 8 in 10 is the published one, and it stays within [0, 1]."""
-    assert wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert wilson_interval(0, 5)[0] == 0
-    assert wilson_interval(5, 5)[1] == 1
-    with pytest.raises(ValueError, match="positive"):
-        wilson_interval(0, 0)
 
 
 def test_the_footprint_of_training_says_how_it_was_got() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,16 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from models.training.checkpoint import read_progress
-from models.training.scratch import LlamaShape, Renderer, TaskTraining, build_model, grow, train
+from models.training.data import Rows
+from models.training.scratch import (
+    LlamaShape,
+    Renderer,
+    TaskTraining,
+    build_model,
+    grow,
+    steps,
+    train,
+)
 
 _TINY = LlamaShape(hidden_size=32, num_layers=2, feed_forward_size=64, num_heads=4, num_kv_heads=2)
 _TINY = replace(_TINY, head_size=8)
@@ -53,22 +63,31 @@ def test_the_loss_falls(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> N
     assert float(lines[0].split("loss ")[1].split()[0]) < 5.0
 
 
-def _clock_of(readings: Iterator[int]) -> float:
-    return float(next(readings))
+def _run_for_six_steps(
+    tokenizer: PreTrainedTokenizerFast, folder: Path, recipe: TaskTraining
+) -> None:
+    """Run as a run is ended from outside: in its seventh step."""
+
+    def broken(*args: Any, **kwargs: Any) -> Iterator[Rows]:
+        yield from islice(steps(*args, **kwargs), 6)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("models.training.scratch.steps", broken)
+        _run(tokenizer, folder, recipe, checkpoint_every_s=0.0)
+    stopped = read_progress(folder / "last")
+    assert stopped is not None
+    assert stopped.step == 6
 
 
 @pytest.mark.parametrize("muon", [True, False])
 def test_a_resumed_run_gives_the_same_weights(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, muon: bool
 ) -> None:
-    """Stopped at its deadline and resumed, a run ends with the weights of an unbroken one."""
+    """Broken off and resumed, a run ends with the weights of an unbroken one."""
     recipe = replace(_RECIPE, muon=muon)
     whole = _run(tokenizer, tmp_path / "whole", recipe)
-    ticks = iter(range(10_000))
-    _run(tokenizer, tmp_path / "broken", recipe, deadline_s=6, clock=lambda: _clock_of(ticks))
-    stopped = read_progress(tmp_path / "broken" / "last")
-    assert stopped is not None
-    assert 0 < stopped.step < recipe.num_steps
+    _run_for_six_steps(tokenizer, tmp_path / "broken", recipe)
     resumed = _run(tokenizer, tmp_path / "broken", recipe, resume=True)
     assert _same_weights(whole, resumed)
 
@@ -92,12 +111,7 @@ def test_a_run_can_be_shortened_before_its_decay(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     """Stopped early, a run goes on to a nearer end as if that had been its plan."""
-    ticks = iter(range(10_000))
-    longer = replace(_RECIPE, num_steps=30)
-    _run(tokenizer, tmp_path / "a", longer, deadline_s=6, clock=lambda: _clock_of(ticks))
-    stopped = read_progress(tmp_path / "a" / "last")
-    assert stopped is not None
-    assert 0 < stopped.step <= 8
+    _run_for_six_steps(tokenizer, tmp_path / "a", replace(_RECIPE, num_steps=30))
     shortened = _run(tokenizer, tmp_path / "a", _RECIPE, resume=True)
     assert _same_weights(shortened, _run(tokenizer, tmp_path / "b", _RECIPE))
 

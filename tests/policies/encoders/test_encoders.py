@@ -43,10 +43,13 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def encoder(request: pytest.FixtureRequest, tiny_bert: Path) -> Encoder:
     """Every kind of encoder, fitted."""
     if request.param == "neural":
-        return parse_encoder(f"neural:{tiny_bert}", {"bits": 10}).fit(TEXTS)
+        encoder = parse_encoder(f"neural:{tiny_bert}", {"bits": 10})
     if request.param == "finetuned":
-        return parse_encoder(f"finetuned:{tiny_bert}", {}).fit(TEXTS)
-    return build_encoder("ngrams", {"bits": 10, "num_dimensions": 8}).fit(TEXTS)
+        encoder = parse_encoder(f"finetuned:{tiny_bert}", {})
+    else:
+        encoder = build_encoder("ngrams", {"bits": 10, "num_dimensions": 8})
+    encoder.fit_encode(TEXTS)
+    return encoder
 
 
 @pytest.mark.parametrize("text", ODD, ids=[repr(text[:10]) for text in ODD])

@@ -12,7 +12,15 @@ from matplotlib.figure import Figure
 from policies.encoders.ngrams import NGrams
 from policies.errors import OutcomesError, PolicyError
 from policies.evaluation.judge import evaluate_protocol, evaluate_router
-from policies.evaluation.metrics import Curve, aiq, apgr, bootstrap, cpt, two_model_curve
+from policies.evaluation.metrics import (
+    Curve,
+    aiq,
+    apgr,
+    bootstrap,
+    cpt,
+    two_model_curve,
+    wilson_interval,
+)
 from policies.evaluation.report import draw_reliability, table
 from policies.importers.benchmarks import import_routellm_mmlu
 from policies.outcome_sets import near_duplicates
@@ -361,3 +369,12 @@ def test_the_oracles_apgr_is_the_published_one() -> None:
     outcomes = import_routellm_mmlu(DATA / "RouteLLM" / "mmlu")
     weak, strong = (np.array([list(o.scores.values())[m] for o in outcomes]) for m in (0, 1))
     assert apgr(two_model_curve(strong - weak, weak, strong)) == pytest.approx(1.285, abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("score", "num_rated", "low", "high"),
+    [(8.0, 10, 0.4902, 0.9433), (0.0, 10, 0.0, 0.2775), (10.0, 10, 0.7225, 1.0)],
+)
+def test_wilson_interval(score: float, num_rated: int, low: float, high: float) -> None:
+    """The interval is the textbook's, also at the ends, and never leaves [0, 1]."""
+    assert wilson_interval(score, num_rated) == pytest.approx((low, high), abs=1e-4)

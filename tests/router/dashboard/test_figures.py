@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from policies.evaluation.metrics import wilson_interval
 from router.access.limits import read_caps
 from router.dashboard.figures import (
     OWN_PLAN,
@@ -18,7 +19,6 @@ from router.dashboard.figures import (
     choices,
     spending,
     spent_of_caps,
-    wilson,
 )
 from router.ledger.database import Database, writing
 from router.ledger.feedback import Feedback, add_feedback
@@ -122,22 +122,13 @@ def test_quality_is_the_mean_feedback_with_its_interval(
         add_feedback(database, Feedback(request_id=f"req-{number}", time_s=1.0, score=score))
     with database.connect() as connection:
         [choice] = choices(connection, since_s=0)
-    low, high = wilson(2.4, 3)
+    low, high = wilson_interval(2.4, 3)
     assert choice["quality"] == {
         "mean": pytest.approx(0.8),
         "low": pytest.approx(low),
         "high": pytest.approx(high),
         "num_rated": 3,
     }
-
-
-@pytest.mark.parametrize(
-    ("score", "num_rated", "low", "high"),
-    [(8.0, 10, 0.4902, 0.9433), (0.0, 10, 0.0, 0.2775), (10.0, 10, 0.7225, 1.0)],
-)
-def test_wilson_interval(score: float, num_rated: int, low: float, high: float) -> None:
-    """The interval is the textbook's, also at the ends, and never leaves [0, 1]."""
-    assert wilson(score, num_rated) == pytest.approx((low, high), abs=1e-4)
 
 
 def test_caps_show_what_is_spent_in_the_open_window(database: Database) -> None:
