@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 import tempfile
 import zipfile
@@ -40,17 +41,25 @@ def check_target(target: Path, *, option: str = "", suffix: str = "") -> None:
 def replacing(target: Path) -> Iterator[Path]:
     """Give a path to write to; on leaving without an exception it becomes `target`.
 
-    The path has the target's suffix, by which some libraries tell the format. Raises `PolicyError`
-    as `check_target` does.
+    A link stays and leads to the new file. A device or a pipe stays, too, and is written to. The
+    path has the target's suffix, by which some libraries tell the format. Raises `PolicyError` as
+    `check_target` does.
     """
     check_target(target)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=target.suffix)
+    is_file = not target.exists() or (target.is_file() and target.parent != Path("/dev"))
+    target = target.resolve() if is_file else target
+    folder = target.parent if is_file else None
+    handle, name = tempfile.mkstemp(dir=folder, prefix=".", suffix=target.suffix)
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o644)
-        temporary.replace(target)
+        if is_file:
+            temporary.chmod(0o644)
+            temporary.replace(target)
+        else:
+            with temporary.open("rb") as written, target.open("wb") as out:
+                shutil.copyfileobj(written, out)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -36,3 +38,25 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     """The error says which folder isn't there."""
     with pytest.raises(PolicyError, match=r"there is no folder .*/no$"):
         write_atomic(tmp_path / "no" / "facts.json", "{}")
+
+
+def test_a_link_stays_and_leads_to_the_new_file(tmp_path):
+    """As an editor would have it."""
+    (tmp_path / "real.json").write_text("old")
+    link = tmp_path / "link.json"
+    link.symlink_to("real.json")
+    write_atomic(link, "new")
+    assert link.is_symlink()
+    assert (tmp_path / "real.json").read_text() == "new"
+
+
+def test_what_is_no_file_is_written_to_and_stays(tmp_path):
+    """A pipe here; a device, /dev/null say, would be gone for everybody on the machine."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as threads:
+        read = threads.submit(pipe.read_text)
+        write_atomic(pipe, "told")
+        assert read.result(60) == "told"
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
