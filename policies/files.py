@@ -32,6 +32,8 @@ def check_target(target: Path, *, option: str = "", suffix: str = "") -> None:
         raise PolicyError(f"{named or f'{target}: '}there is no folder {target.parent}")
     if target.is_dir():
         raise PolicyError(f"{named}{target} is a folder, not a file")
+    if target.exists() and not target.is_file():  # who may replace a device would break the machine
+        raise PolicyError(f"{named}{target} is a device or a pipe, not a file")
     if suffix and target.suffix != suffix:
         raise PolicyError(f"{named}{target} does not end in {suffix}")
 

@@ -53,6 +53,13 @@ OutcomesOption: TypeAlias = Annotated[
     Path, typer.Option("--out", help="Where the outcomes go (JSON Lines).")
 ]
 
+SeedOption: TypeAlias = Annotated[
+    int,
+    typer.Option(
+        min=0, max=2**32 - 1, help="Another seed draws another division, folds or clusters."
+    ),
+]
+
 _UNITS_S = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,13 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     """The error says which folder isn't there."""
     with pytest.raises(PolicyError, match=r"there is no folder .*/no$"):
         write_atomic(tmp_path / "no" / "facts.json", "{}")
+
+
+def test_a_pipe_stays_one(tmp_path: Path) -> None:
+    """What is no file (a pipe, a device such as /dev/null) is refused, not put out of the way."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(PolicyError, match="pipe is a device or a pipe, not a file"):
+        write_atomic(pipe, "anything")
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
