@@ -43,10 +43,16 @@ def replacing(target: Path) -> Iterator[Path]:
     """Give a path to write to; on leaving without an exception it becomes `target`.
 
     The path has the target's suffix, by which some libraries tell the format. Raises `PolicyError`
-    as `check_target` does.
+    as `check_target` does, and where the folder takes no file.
     """
     check_target(target)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=target.suffix)
+    try:
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=target.suffix)
+    except OSError as error:
+        raise PolicyError(
+            f"{target} cannot be written: the folder {target.parent} takes no file: "
+            f"{error.strerror}"
+        ) from None
     os.close(handle)
     temporary = Path(name)
     try:

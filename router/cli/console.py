@@ -82,13 +82,13 @@ def refusing(command: str | None = None, *more: type[Exception]) -> Iterator[Non
     """Turn what the user got wrong into one line on stderr.
 
     With a `command`: settings, pools, data and files that cannot be used, and `more`; exit code 2.
-    Without: any `ValueError`; exit code 1.
+    Without: any `ValueError`, and files and disks that fail; exit code 1.
     """
     from models.errors import DownscaleError, PoolError
     from policies.errors import PolicyError
     from router.ledger import LedgerError
 
-    refused: tuple[type[Exception], ...] = (ValueError,)
+    refused: tuple[type[Exception], ...] = (ValueError, OSError)
     if command:
         refused = (PolicyError, PoolError, LedgerError, DownscaleError, OSError, *more)
     try:

@@ -39,6 +39,12 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         write_atomic(tmp_path / "no" / "facts.json", "{}")
 
 
+def test_a_folder_that_takes_no_file_is_named() -> None:
+    """The error names the file that was wanted, not the temporary one; not even root may here."""
+    with pytest.raises(PolicyError, match=r"^/proc/x.json cannot be written: .*/proc takes no"):
+        write_atomic(Path("/proc/x.json"), "anything")
+
+
 def test_a_pipe_stays_one(tmp_path: Path) -> None:
     """What is no file (a pipe, a device such as /dev/null) is refused, not put out of the way."""
     pipe = tmp_path / "pipe"
