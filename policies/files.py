@@ -3,6 +3,7 @@ files that installed distributions ship."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
@@ -20,6 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.errors import ArtifactError, PolicyError
+
+_NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_target(target: Path, *, option: str = "", suffix: str = "") -> None:
@@ -43,7 +46,7 @@ def replacing(target: Path) -> Iterator[Path]:
     """Give a path to write to; on leaving without an exception it becomes `target`.
 
     The path has the target's suffix, by which some libraries tell the format. Raises `PolicyError`
-    as `check_target` does, and where the folder takes no file.
+    as `check_target` does, and where the folder takes no file or has no room for it.
     """
     check_target(target)
     try:
@@ -59,6 +62,10 @@ def replacing(target: Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o644)
         temporary.replace(target)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise PolicyError(f"{target} cannot be written: {error.strerror}") from None
     finally:
         temporary.unlink(missing_ok=True)
 

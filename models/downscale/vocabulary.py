@@ -101,7 +101,7 @@ def _settings(model: PreTrainedModel) -> list[tuple[Any, str, list[int]]]:
     """What names tokens: the settings, the name in them, and which."""
     found = []
     for settings in (model.config, model.generation_config):
-        for name, value in settings.to_dict().items():  # type: ignore[union-attr]
+        for name, value in settings.to_dict().items():
             if name.endswith(_TOKEN_ID):
                 named = value if isinstance(value, list) else [value]
                 found.append((settings, name, [one for one in named if one is not None]))
