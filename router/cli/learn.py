@@ -373,6 +373,7 @@ def collected(
                 allow_code=allow_code,
                 likelihood=likelihood,
                 models=wanted,
+                place=asker.place,
             )
             panel = Panel(grade, context)
             with ExitStack() as stack:

@@ -277,7 +277,10 @@ class Collector:
 
     async def _grade(self, line: Line, answers: Mapping[str, str]) -> Sheet:
         asked = asdict(line.question)
-        keys = {name: _key("grades", name, asked, answers) for name in self.panel.names}
+        keys = {
+            name: _key("grades", name, basis, asked, answers)
+            for name, basis in self.panel.bases.items()
+        }
         before = {name: self.journal.get(key) for name, key in keys.items()}
         known = {name: Graded(**told) for name, told in before.items() if told is not None}
         sheet = await self.panel.grade(line.question, answers, known)

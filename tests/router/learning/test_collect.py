@@ -147,6 +147,18 @@ def test_what_a_grader_said_is_kept_whatever_others_could_not_say(tmp_path: Path
     assert (tmp_path / "log").read_text() == "asked\n"
 
 
+def test_a_program_that_was_changed_is_asked_again(tmp_path: Path) -> None:
+    """The same command, and other words in the file that it runs."""
+    program, out, pool = tmp_path / "grade.sh", tmp_path / "o.jsonl", pool_at(tmp_path)
+    queries = questions_at(tmp_path, {"query": "no reference"})
+    for score in (0.25, 0.75):
+        program.write_text(f"echo '{{\"gamma\": {score}}}'\n")
+        words = ("--pool", str(pool), "--models", "gamma", "--grade", f"command:sh {program}")
+        result = collect(queries, out, *words)
+        assert result.exit_code == 0, result.output
+        assert read_outcomes(out)[0].scores == {"gamma": score}
+
+
 def test_what_is_wrong_with_a_line_or_a_model_is_named_and_counted(tmp_path: Path) -> None:
     """Bad lines, answers that failed and questions nobody can grade do not end the run."""
     queries = questions_at(
