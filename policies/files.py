@@ -3,6 +3,7 @@ files that installed distributions ship."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -21,6 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.errors import ArtifactError, PolicyError
+
+_NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_target(target: Path, *, option: str = "", suffix: str = "") -> None:
@@ -43,13 +46,19 @@ def replacing(target: Path) -> Iterator[Path]:
 
     A link stays and leads to the new file. A device or a pipe stays, too, and is written to. The
     path has the target's suffix, by which some libraries tell the format. Raises `PolicyError` as
-    `check_target` does.
+    `check_target` does, and where the folder takes no file or has no room for it.
     """
     check_target(target)
     is_file = not target.exists() or (target.is_file() and target.parent != Path("/dev"))
     target = target.resolve() if is_file else target
     folder = target.parent if is_file else None
-    handle, name = tempfile.mkstemp(dir=folder, prefix=".", suffix=target.suffix)
+    try:
+        handle, name = tempfile.mkstemp(dir=folder, prefix=".", suffix=target.suffix)
+    except OSError as error:
+        raise PolicyError(
+            f"{target} cannot be written: the folder {target.parent} takes no file: "
+            f"{error.strerror}"
+        ) from None
     os.close(handle)
     temporary = Path(name)
     try:
@@ -60,6 +69,10 @@ def replacing(target: Path) -> Iterator[Path]:
         else:
             with temporary.open("rb") as written, target.open("wb") as out:
                 shutil.copyfileobj(written, out)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise PolicyError(f"{target} cannot be written: {error.strerror}") from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,11 +25,14 @@ from policies.files import replacing
 from policies.json_text import read_json_text, whole_text
 from policies.kinds import short
 
+# Far beyond anything real, and far below where sums and squares of such numbers overflow.
+_MOST: Final = 10**15
+
 Score: TypeAlias = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Count: TypeAlias = Annotated[int, Field(ge=0)]
-Finite: TypeAlias = Annotated[float, Field(allow_inf_nan=False)]
+Count: TypeAlias = Annotated[int, Field(ge=0, le=_MOST)]
+Finite: TypeAlias = Annotated[float, Field(ge=-_MOST, le=_MOST, allow_inf_nan=False)]
 Text: TypeAlias = Annotated[str, AfterValidator(whole_text)]
-Amount: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Amount: TypeAlias = Annotated[float, Field(ge=0, le=_MOST, allow_inf_nan=False)]
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -45,7 +48,7 @@ class AnswerLogprobs:
     mean: Finite
     min: Finite
     num_tokens: Count
-    entropy: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    entropy: Amount | None = None
 
 
 @validated(frozen=True, kw_only=True, config=_STRICT)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from policies.carbon.llmcarbon import CarbonLaw, Device, TrainingCarbon, run_carbon, training_flops
 from policies.errors import LawError
@@ -39,6 +40,9 @@ _UNITS: dict[str, tuple[str, float]] = {
     "tco2e": ("gco2e", 1e6),
     "usd": ("usd", 1.0),
 }
+_AMOUNT: Final = r"\s*((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?)\s*([a-z0-9]+)\s*"
+# Tokens per chunk of which the laws say anything at all, and then some.
+_TOKENS: Final = (1e3, 1e18)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +102,7 @@ def budget_flops(text: str, *, base_parameters: float, site: Site) -> float:
     Units: tokens (per chunk), flops, kWh, MWh, gCO2e, kgCO2e, tCO2e (operational plus embodied),
     USD (needs the site's price). Case does not matter. Raises `LawError`.
     """
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-z0-9]+)\s*", text.lower())
+    match = re.fullmatch(_AMOUNT, text.lower())
     unit, scale = _UNITS.get(match[2], ("", 0.0)) if match else ("", 0.0)
     if match is None or not unit:
         raise LawError(
@@ -138,10 +142,16 @@ def plan_training(
 
     `kept_share` is the share of the base's performance that pruning must not fall below. With
     `laws`, the pool's fitted constants replace published ones; the domain share is answered only
-    with its mixture law and a `general_loss_limit`.
+    with its mixture law and a `general_loss_limit`. Raises `LawError` where `flops` pay for too few
+    or too many tokens.
     """
     fitted = laws.origin if laws else ""
     tokens = flops / training_flops(base_parameters, 1)
+    if not _TOKENS[0] <= tokens <= _TOKENS[1]:
+        least, most = _TOKENS
+        raise LawError(
+            f"budget: it pays for {tokens:.3g} tokens per chunk; allowed are {least:g} to {most:g}"
+        )
     ensemble = (laws and laws.ensemble_loss) or EnsembleLaw(
         L0=0.0, a=PAPER_LOOSE_A, b=PAPER_LOOSE_B
     )

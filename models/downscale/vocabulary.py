@@ -31,6 +31,7 @@ from models.tasks.base import Split
 _TOKENIZER: Final = "tokenizer.json"
 # Settings that name a token, or several, end so; these name some and end otherwise.
 _TOKEN_ID: Final = "_token_id"
+_SPACE: Final = "▁"  # how SentencePiece writes one
 _REFUSED: Final = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias")
 
 
@@ -69,8 +70,8 @@ def cut_vocabulary(
 ) -> dict[int, int]:
     """Write what remains of model and tokenizer to `folder`, and return new tokens by the old.
 
-    `model` is changed in place. Kept are `used`, special and other added tokens, and those of which
-    the tokenizer makes these and any text. Tokens stay in their order.
+    `model` is changed in place. Kept are `used`, special and other added tokens, those that the
+    settings name, and those of which the tokenizer makes these and any text; in their order.
 
     Raises:
         BaseError: the tokenizer is none of byte pairs, or the settings of generation name tokens in
@@ -81,7 +82,7 @@ def cut_vocabulary(
             raise _refused(f"generation_config.json names tokens in {name}")
     tokenizer.save_pretrained(folder)
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    new_ids = _cut_tokenizer(state, used)
+    new_ids = _cut_tokenizer(state, used | _named(model))
     # Written by the library, so that what it cannot read does not get there.
     Tokenizer.from_str(json.dumps(state)).save(str(folder / _TOKENIZER))
     kept = torch.tensor(list(new_ids))
@@ -90,11 +91,26 @@ def cut_vocabulary(
         model.resize_token_embeddings(len(kept), mean_resizing=False)
         for table, left in zip(_tables(model), rows, strict=True):
             table.weight.copy_(left)
-    for settings in (model.config, model.generation_config):
-        for name in [name for name in settings.to_dict() if name.endswith(_TOKEN_ID)]:
-            setattr(settings, name, _renumbered(getattr(settings, name), new_ids))
+    for settings, name, _ in _settings(model):
+        setattr(settings, name, _renumbered(getattr(settings, name), new_ids))
     model.save_pretrained(folder)
     return new_ids
+
+
+def _settings(model: PreTrainedModel) -> list[tuple[Any, str, list[int]]]:
+    """What names tokens: the settings, the name in them, and which."""
+    found = []
+    for settings in (model.config, model.generation_config):
+        for name, value in settings.to_dict().items():
+            if name.endswith(_TOKEN_ID):
+                named = value if isinstance(value, list) else [value]
+                found.append((settings, name, [one for one in named if one is not None]))
+    return found
+
+
+def _named(model: PreTrainedModel) -> set[int]:
+    """The tokens that settings name: an end may be a token of text, and is an end afterwards."""
+    return {token for *_, tokens in _settings(model) for token in tokens}
 
 
 def _tables(model: PreTrainedModel) -> list[Any]:
@@ -136,6 +152,8 @@ def _is_least(text: str, *, by_bytes: bool) -> bool:
     """Whether any text could need this token: one of the bytes, or where there are none, of the
     single characters (which bytes are written as, too)."""
     if by_bytes:
+        if text == _SPACE:  # as bytes it would be decoded too late to become a space again
+            return True
         return len(text) == len("<0x00>") and text.startswith("<0x") and text.endswith(">")
     return len(text) == 1
 

@@ -58,6 +58,7 @@ _TENSOR_TYPES: dict[int, tuple[str, int, int]] = {
     35: ("TQ2_0", 256, 66),
     39: ("MXFP4", 32, 17),
 }
+_MOST_DIMENSIONS = 4  # of a tensor, in ggml
 _PLAIN = ("F32", "F16", "BF16", "F64")
 
 
@@ -74,7 +75,7 @@ class GgufFile:
     @property
     def architecture(self) -> str:
         """llama.cpp's name of the architecture; the prefix of its keys."""
-        return str(self.metadata.get("general.architecture"))
+        return str(self.metadata["general.architecture"])
 
     def value(self, key: str, default: int | None = None) -> int:
         """Return the architecture's `key`, a whole number; of one value per layer the largest.
@@ -134,7 +135,10 @@ def read_gguf(path: Path) -> GgufFile:
             return _read(path, stream)
     except OSError as error:
         raise PoolError(f"{path} cannot be read: {error.strerror}") from None
-    except (struct.error, UnicodeDecodeError, KeyError, OverflowError, MemoryError):
+    except (
+        *(struct.error, UnicodeDecodeError, KeyError, OverflowError, MemoryError),
+        RecursionError,  # arrays within arrays
+    ):
         raise PoolError(f"{path} is damaged or cut off: its header cannot be read") from None
 
 
@@ -154,6 +158,14 @@ def _read(path: Path, stream: BinaryIO) -> GgufFile:
     for _ in range(num_values):
         key = _read_string(stream)
         metadata[key] = _read_value(stream, *_unpack(stream, "I"))
+    architecture, sort = (metadata.get(f"general.{key}") for key in ("architecture", "type"))
+    if sort not in (None, "model"):
+        raise PoolError(
+            f"{path}: general.type {sort!r} is not served; allowed is model, or none. Adapters are "
+            "read as folders that PEFT wrote"
+        )
+    if not isinstance(architecture, str) or not architecture:
+        raise PoolError(f"{path}: general.architecture {architecture!r} is not the name of one")
     split, alignment = (metadata.get(k, v) for k, v in (("split.count", 1), (_ALIGNMENT, 32)))
     for key, value, least in (("split.count", split, 0), (_ALIGNMENT, alignment, 1)):
         if type(value) is not int or value < least:
@@ -165,6 +177,8 @@ def _read(path: Path, stream: BinaryIO) -> GgufFile:
     for _ in range(num_tensors):
         _read_string(stream)
         (num_dimensions,) = _unpack(stream, "I")
+        if num_dimensions > _MOST_DIMENSIONS:  # before so many are read
+            raise struct.error
         size = math.prod(_unpack(stream, "Q" * num_dimensions))
         kind, offset = _unpack(stream, "IQ")
         name, elements, num_bytes = _TENSOR_TYPES.get(kind, (f"type {kind}", 1, 0))

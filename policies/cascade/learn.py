@@ -20,6 +20,7 @@ from policies.cascade.learned import (
 )
 from policies.cascade.scorer import LearnedScorer
 from policies.errors import PolicyError
+from policies.files import replacing
 from policies.tables import text_table
 
 
@@ -313,7 +314,8 @@ def draw(report: CascadeReport, file: Path) -> None:
     )
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    figure.savefig(file, dpi=110)
+    with replacing(file) as fresh:
+        figure.savefig(fresh, dpi=110)
 
 
 def _annotated(axes: object, rows: Sequence[Measured], marker: str, color: str, label: str) -> None:
@@ -332,4 +334,5 @@ def _annotated(axes: object, rows: Sequence[Measured], marker: str, color: str, 
 def _cells(row: Measured, dearest: float, *, mark: str = "", learned: str = "") -> tuple[str, ...]:
     accuracy = f"{row.accuracy:.1%} ± {1.96 * row.error:.1%}"
     name = f"{mark} {row.name}".strip()
-    return name, f"{row.usd * 1e3:.4f}", f"{row.usd / dearest:.1%}", accuracy, learned
+    share = f"{row.usd / dearest:.1%}" if dearest else "–"
+    return name, f"{row.usd * 1e3:.4f}", share, accuracy, learned

@@ -94,7 +94,9 @@ def within_budget(frontier: Sequence[CascadePoint], budget: float) -> CascadePoi
     affordable = [point for point in frontier if point.cost <= budget * (1 + 1e-12)]
     if not affordable:
         cheapest = min(point.cost for point in frontier)
-        raise PolicyError(f"budget: {budget:g} is below the cheapest chain's cost, {cheapest:g}")
+        raise PolicyError(
+            f"budget: {budget:g} USD per query is below the cheapest chain's cost, {cheapest:g}"
+        )
     return max(affordable, key=lambda point: (point.accuracy, -point.cost))
 
 

@@ -9,6 +9,7 @@ from typing import Final
 from matplotlib.figure import Figure
 
 from policies.evaluation.judge import Interval, Report, Result
+from policies.files import replacing
 from policies.routing.heads import Reliability
 
 _TITLE_CHARACTERS: Final = 40
@@ -60,8 +61,8 @@ def draw_reliability(diagram: Reliability, title: str, path: Path) -> None:
     axes.set_ylabel("observed score")
     lines = [*wrap(title, _TITLE_CHARACTERS), f"ECE {diagram.ece:.3f}"]
     axes.set_title("\n".join(lines), fontsize="medium")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=100)
+    with replacing(path) as fresh:
+        figure.savefig(fresh, format="png", dpi=100)
 
 
 def _cells(row: Result, two: bool) -> list[str]:

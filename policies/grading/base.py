@@ -66,7 +66,11 @@ class Graded:
 
 
 class Grader(Protocol):
-    """Scores all models' answers to one question; safe to call for many questions at once."""
+    """Scores all models' answers to one question; safe to call for many questions at once.
+
+    One that goes by more than its name says (a model, a program) may have a text `basis` that is
+    another where that is: what was said before counts for nothing then.
+    """
 
     async def grade(self, question: Question, answers: Mapping[str, str]) -> Graded:
         """Return the scores of `answers`, by model; raises `Ungradable` to give none."""
@@ -77,7 +81,8 @@ class Grader(Protocol):
 class GradingContext:
     """What graders may use: `ask` one of the models `askable` (None: nobody knows which there are),
     `locate` the folder that a source names, whether answers may be run as programs, and a
-    `likelihood` where weights are at hand. `models` are those whose answers are graded."""
+    `likelihood` where weights are at hand. `models` are those whose answers are graded; `place`
+    tells a model from another of its name."""
 
     ask: Ask | None = None
     locate: Callable[[str], Path] = Path
@@ -85,6 +90,7 @@ class GradingContext:
     likelihood: Likelihood | None = None
     askable: Collection[str] | None = None
     models: Sequence[str] = ()
+    place: Callable[[str], object] = str
 
 
 @dataclass(frozen=True)
@@ -140,7 +146,6 @@ class Panel:
 
     def __init__(self, specs: Sequence[str], context: GradingContext) -> None:
         """`specs` are [WEIGHT*]NAME[:ARGUMENT] each. Raises `PolicyError`."""
-        self.specs = tuple(specs)
         self._graders = {spec: _build(spec, context) for spec in specs}
         if not self._graders:
             raise PolicyError(f"no grader is named; allowed are {', '.join(KINDS.names())}")
@@ -149,9 +154,10 @@ class Panel:
                 raise PolicyError(f"grade: {name} is named {times} times; give it a weight instead")
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The graders, without their weights."""
-        return tuple(map(_unweighted, self.specs))
+    def bases(self) -> dict[str, str]:
+        """What the graders go by beside their names, by these."""
+        graders = {_unweighted(spec): grader for spec, (_, grader) in self._graders.items()}
+        return {name: getattr(grader, "basis", "") for name, grader in graders.items()}
 
     async def grade(
         self,

@@ -77,7 +77,8 @@ def read_grade(said: str) -> float | None:
 class Judge:
     """Asks `model` through `ask`."""
 
-    def __init__(self, model: str, ask: Ask) -> None:
+    def __init__(self, model: str, ask: Ask, basis: str = "") -> None:
+        self.basis = basis
         self._model = model
         self._ask = ask
 
@@ -136,8 +137,9 @@ class Loss:
     For plain text, where no answer is right: it grades the models, not what they answered.
     """
 
-    def __init__(self, likelihood: Likelihood) -> None:
+    def __init__(self, likelihood: Likelihood, basis: str = "") -> None:
         self._likelihood = likelihood
+        self.basis = basis
 
     async def grade(self, question: Question, answers: Mapping[str, str]) -> Graded:
         """Return each model's score; raises `Ungradable` without a reference or its weights."""
@@ -164,7 +166,7 @@ def _build_loss(argument: str, context: GradingContext) -> Loss:
             context.likelihood.check(name)
         except Ungradable as error:
             raise PolicyError(f"grade: {error}") from None
-    return Loss(context.likelihood)
+    return Loss(context.likelihood, str([context.place(name) for name in context.models]))
 
 
 def _build(argument: str, context: GradingContext) -> Judge:
@@ -175,7 +177,7 @@ def _build(argument: str, context: GradingContext) -> Judge:
     if context.askable is not None and argument not in context.askable:
         known = ", ".join(context.askable)
         raise PolicyError(f"grade: judge:{argument}: {argument!r} is unknown; there are {known}")
-    return Judge(argument, context.ask)
+    return Judge(argument, context.ask, str(context.place(argument)))
 
 
 JUDGE = GraderKind(_build)

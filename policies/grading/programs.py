@@ -8,6 +8,7 @@ is no sandbox against malice, so `code` works only where it was allowed.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
 
@@ -67,6 +69,9 @@ class Command:
 
     def __init__(self, words: Sequence[str]) -> None:
         self._words = words
+        files = filter(os.path.isfile, [shutil.which(words[0]) or words[0], *words[1:]])
+        told = [Path(file).read_bytes() for file in files]
+        self.basis = hashlib.sha256(b"\0".join(told)).hexdigest()
 
     async def grade(self, question: Question, answers: Mapping[str, str]) -> Graded:
         """Run the program once; raises `Ungradable` where it fails or says no scores."""

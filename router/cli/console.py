@@ -53,6 +53,13 @@ OutcomesOption: TypeAlias = Annotated[
     Path, typer.Option("--out", help="Where the outcomes go (JSON Lines).")
 ]
 
+SeedOption: TypeAlias = Annotated[
+    int,
+    typer.Option(
+        min=0, max=2**32 - 1, help="Another seed draws another division, folds or clusters."
+    ),
+]
+
 _UNITS_S = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
@@ -75,13 +82,13 @@ def refusing(command: str | None = None, *more: type[Exception]) -> Iterator[Non
     """Turn what the user got wrong into one line on stderr.
 
     With a `command`: settings, pools, data and files that cannot be used, and `more`; exit code 2.
-    Without: any `ValueError`; exit code 1.
+    Without: any `ValueError`, and files and disks that fail; exit code 1.
     """
     from models.errors import DownscaleError, PoolError
     from policies.errors import PolicyError
     from router.ledger import LedgerError
 
-    refused: tuple[type[Exception], ...] = (ValueError,)
+    refused: tuple[type[Exception], ...] = (ValueError, OSError)
     if command:
         refused = (PolicyError, PoolError, LedgerError, DownscaleError, OSError, *more)
     try:

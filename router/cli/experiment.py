@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from policies.errors import ExperimentError
-from policies.files import write_atomic
+from policies.files import check_target, write_atomic
 from router.cli.console import ConfigArgument, LedgerOption, opened, refusing
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ def report_experiment(
     from router.experiments.reporting import as_text
 
     with refusing():
+        if plot is not None:
+            check_target(plot, option="--plot", suffix=".png")
         [summary] = _summaries(config, ledger, name)
         if as_json:
             typer.echo(json.dumps(summary.to_json(), indent=2))
@@ -179,7 +181,7 @@ def _from_ledger(
     address = source if "://" in source else f"sqlite:///{source}"
 
     def play(name: str) -> ReplayedPolicy:
-        with opened(address, None) as database:
+        with opened(address, None, option="--from") as database:
             log = read_log(database, chosen[0], catalog, target=name)
         return replay_log(log, catalog.policies[name], policies=catalog.policies)
 

@@ -13,7 +13,7 @@ import typer
 
 from models.errors import PoolError
 from policies.errors import PolicyError
-from router.cli.console import KeyOption, OutcomesOption, names_in, opened, refusing
+from router.cli.console import KeyOption, OutcomesOption, SeedOption, names_in, opened, refusing
 
 if TYPE_CHECKING:
     from models.pool import Pool
@@ -123,7 +123,7 @@ def learn(
     max_tokens: TokensOption = 512,
     allow_code: CodeOption = False,
     at_once: AtOnceOption = 8,
-    seed: Annotated[int, typer.Option(help="Seed of the division into parts.")] = 0,
+    seed: SeedOption = 0,
 ) -> None:
     """Learn routing policies for a pool from your questions, and measure them on unseen ones.
 
@@ -373,6 +373,7 @@ def collected(
                 allow_code=allow_code,
                 likelihood=likelihood,
                 models=wanted,
+                place=asker.place,
             )
             panel = Panel(grade, context)
             with ExitStack() as stack:

@@ -91,12 +91,15 @@ def report(
     config: ConfigOption = None,
 ) -> None:
     """Print requests, tokens, USD, Wh and gCO2e from the ledger, by day and model."""
+    from policies.files import check_target
     from policies.tables import text_table
     from router.ledger.export import plot as draw
     from router.ledger.export import report_lines
     from router.ledger.queries import spend
 
     with refusing(), opened(ledger, config) as database:
+        if plot is not None:
+            check_target(plot, option="--plot", suffix=".png")
         groups = read_groups(by)
         within = read_period(since, until).holds()
         rows = spend(database, by=groups, where=within)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Final, TypeAlias
 import typer
 
 from policies.errors import OutcomesError
-from router.cli.console import OutcomesOption, refusing
+from router.cli.console import OutcomesOption, SeedOption, refusing
 
 if TYPE_CHECKING:
     from policies.outcome_sets import ModelStats
@@ -148,7 +148,7 @@ def split_file(
     *,
     out: OutcomesOption,
     test_share: Annotated[float, typer.Option(help="Share that is marked test.")] = 0.3,
-    seed: Annotated[int, typer.Option(help="Another seed draws another division.")] = 0,
+    seed: SeedOption = 0,
 ) -> None:
     """Mark each outcome train or test, by a hash of its query; near duplicates stay together."""
     from policies.importers.load import load_outcomes

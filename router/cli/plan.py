@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from router.cli.console import refusing
+from policies.files import check_target, replacing
+from router.cli.console import finite, refusing
 
 if TYPE_CHECKING:
     from policies.planning import PlanningReport
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
 
 def plan(
     *,
-    base_params: Annotated[float, typer.Option(help="Parameters of the base model, e.g. 8e9.")],
+    base_params: Annotated[
+        float, typer.Option(min=1e3, max=1e15, help="Parameters of the base model, e.g. 8e9.")
+    ],
     budget: Annotated[
         str,
         typer.Option(
@@ -24,11 +27,11 @@ def plan(
         ),
     ] = "20e9tokens",
     device: Annotated[str, typer.Option(help="Device of the shipped hardware table.")] = "h200",
-    devices: Annotated[int, typer.Option(min=1, help="How many of them train.")] = 8,
+    devices: Annotated[int, typer.Option(min=1, max=10**6, help="How many of them train.")] = 8,
     zone: Annotated[str, typer.Option(help="Grid zone: DE, WORLD, gcp:us-central1 ...")] = "WORLD",
-    pue: Annotated[float, typer.Option(min=1, help="Power usage effectiveness.")] = 1.1,
+    pue: Annotated[float, typer.Option(min=1, max=10, help="Power usage effectiveness.")] = 1.1,
     usd_per_device_hour: Annotated[
-        float | None, typer.Option(min=0, help="Needed for a budget in USD.")
+        float | None, typer.Option(min=0, max=1e6, help="Needed for a budget in USD.")
     ] = None,
     keep_share: Annotated[
         float, typer.Option(help="Share of the base's performance that pruning must keep.")
@@ -38,7 +41,11 @@ def plan(
     ] = None,
     general_loss_limit: Annotated[
         float | None,
-        typer.Option(help="Highest general loss (nats per token) for the D-CPT ratio."),
+        typer.Option(
+            min=0,
+            callback=finite,
+            help="Highest general loss (nats per token) for the D-CPT ratio.",
+        ),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw the answers to this PNG.")] = None,
 ) -> None:
@@ -49,6 +56,8 @@ def plan(
     from policies.planning import Site, budget_flops, plan_training
 
     with refusing("plan"):
+        if plot is not None:
+            check_target(plot, option="--plot", suffix=".png")
         grid = find_zone(zone)
         site = Site(
             device=find_device(device),
@@ -66,10 +75,10 @@ def plan(
             laws=read_laws(laws) if laws else None,
             general_loss_limit=general_loss_limit,
         )
-    print(planning_text(report, place=f"{devices} × {device}, {grid.name}, PUE {pue:g}"))
-    if plot is not None:
-        draw_planning(report, plot)
-        print(f"\nPlot: {plot}")
+        print(planning_text(report, place=f"{devices} × {device}, {grid.name}, PUE {pue:g}"))
+        if plot is not None:
+            draw_planning(report, plot)
+            print(f"\nPlot: {plot}")
 
 
 _SIZES = ("chunks", "each", "loss of one", "loss of all", "eq. 13 margin")
@@ -177,7 +186,8 @@ def draw_planning(report: PlanningReport, file: Path) -> None:
         ylabel="predicted loss (nats/token)",
         title=f"Shapes of {_si(report.shape_parameters)}",
     )
-    figure.savefig(file, dpi=120)
+    with replacing(file) as fresh:
+        figure.savefig(fresh, dpi=120)
 
 
 def _si(value: float) -> str:

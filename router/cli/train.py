@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from policies.errors import PolicyError
-from router.cli.console import names_in, opened, refusing
+from router.cli.console import SeedOption, names_in, opened, refusing
 
 if TYPE_CHECKING:
     from policies.cascade.base import Readings
@@ -90,7 +90,7 @@ def train_router(
         ),
     ] = None,
     clusters: Annotated[int, typer.Option(min=1, help="Number of clusters, at most.")] = 32,
-    seed: Annotated[int, typer.Option(help="Seed of folds and clusters.")] = 0,
+    seed: SeedOption = 0,
 ) -> None:
     """Train a router: calibrated quality of every model for any query.
 
@@ -111,7 +111,7 @@ def train_router(
     if beta is not None:
         settings = replace(settings, betas=(beta,))
     with refusing("train router"):
-        check_target(out, option="--out")
+        check_target(out, option="--out", suffix=".npz")
         rows = load_outcomes(outcomes, split=split)
         for extra in also or []:
             rows += load_outcomes(extra)
@@ -195,7 +195,8 @@ def train_cascade(
         ),
     ] = None,
     prior_power: Annotated[
-        float, typer.Option(min=0, help="Sharpens the priors that become fusion weights.")
+        float,
+        typer.Option(min=0, max=100, help="Sharpens the priors that become fusion weights."),
     ] = 1.0,
     routed: Annotated[
         str | None,
@@ -208,7 +209,7 @@ def train_cascade(
     plot: Annotated[
         Path | None, typer.Option(help="The frontier's PNG; default: beside OUT.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the folds.")] = 0,
+    seed: SeedOption = 0,
 ) -> None:
     """Learn a FrugalGPT cascade and its whole cost-quality frontier from outcomes."""
     from models.pool import DEFAULT_POOL, load_pool
@@ -219,7 +220,7 @@ def train_cascade(
 
     picture = plot or out.with_suffix(".png")
     with refusing("train cascade"):
-        check_target(out, option="--out")
+        check_target(out, option="--out", suffix=".npz")
         check_target(picture, option="--plot", suffix=".png")
         facts = load_pool(pool or DEFAULT_POOL).facts()
         rates = {name: fact.rates for name, fact in facts.items()}
@@ -227,6 +228,11 @@ def train_cascade(
         answered = Counter(name for row in train for name in row.scores)
         # A model that few queries were put to would leave hardly any that all have answered.
         scored = [name for name, number in answered.items() if 2 * number >= len(train)]
+        if not scored:
+            raise PolicyError(
+                f"{outcomes}: none of {', '.join(answered)} answered half of the "
+                f"{len(train):,} queries; a cascade learns from queries that all were asked"
+            )
         plans = _plans(scored, rates, stage or [])
         sizes = _sizes(top or [], plans)
         table, cost_QS = answer_table(train, plans, rates, sizes)
@@ -355,6 +361,7 @@ def evaluate_router(
     """
     from policies.evaluation.judge import evaluate_protocol, evaluate_router
     from policies.evaluation.report import draw_reliability, table
+    from policies.files import check_target
     from policies.importers.load import load_outcomes
     from policies.routing.fit import refit_like
     from policies.routing.router import load_router
@@ -363,6 +370,8 @@ def evaluate_router(
         if protocol is not None and (trained_on or seen):
             option = "--trained-on" if trained_on else "--seen"
             raise PolicyError(f"{option}: --protocol {protocol} trains anew, on no test question")
+        if plot is not None:
+            check_target(plot, option="--plot", suffix=".png")
         if trained_split and not trained_on:
             raise PolicyError("--trained-split: there is no --trained-on whose split it could be")
         learned, rows = load_router(file), load_outcomes(outcomes, split=split)

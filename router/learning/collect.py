@@ -139,7 +139,7 @@ class Journal:
         self._known: dict[str, Any] = dict(self._read())
 
     def __enter__(self) -> Self:
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = self._path.open("ab", buffering=0)
         return self
 
     def __exit__(
@@ -155,11 +155,16 @@ class Journal:
         return self._known.get(key)
 
     def put(self, key: str, value: object) -> None:
-        """Keep `value`, which JSON can hold."""
+        """Keep `value`, which JSON can hold. Raises `OutcomesError` where the disk is full."""
         self._known[key] = value
         # A line of its own even after one that was cut short.
-        self._file.write("\n" + json.dumps([key, value]))
-        self._file.flush()
+        line = f"\n{json.dumps([key, value])}".encode()
+        try:  # at once, so that two runs do not write into one another's lines
+            whole = self._file.write(line) == len(line)
+        except OSError as error:
+            raise OutcomesError(f"{self._path} cannot be written: {error.strerror}") from None
+        if not whole:
+            raise OutcomesError(f"{self._path} cannot be written: there is no more room")
 
     def _read(self) -> Iterator[tuple[str, Any]]:
         if not self._path.exists():
@@ -211,7 +216,8 @@ class Collector:
         """Ask `models` all questions and grade their answers; `progress` is told of every outcome.
 
         Each sample is an outcome of its own. An outcome lacks the models that gave no answer; a
-        question that no grader can grade gives none.
+        question that no grader can grade gives none. Raises `OutcomesError` where the journal
+        cannot be written.
         """
         jobs = [(line, sample) for line in lines for sample in range(self.sampling.num_samples)]
         found: list[Outcome | None] = [None] * len(jobs)
@@ -222,9 +228,12 @@ class Collector:
                 found[index] = await self._outcome(line, sample, models)
                 progress(1)
 
-        async with asyncio.TaskGroup() as group:
-            for _ in range(self.num_at_once):
-                group.create_task(work())
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(self.num_at_once):
+                    group.create_task(work())
+        except ExceptionGroup as failed:  # what one of them met, all may have
+            raise failed.exceptions[0] from None
         return [outcome for outcome in found if outcome is not None]
 
     async def _outcome(self, line: Line, sample: int, models: Sequence[str]) -> Outcome | None:
@@ -268,7 +277,10 @@ class Collector:
 
     async def _grade(self, line: Line, answers: Mapping[str, str]) -> Sheet:
         asked = asdict(line.question)
-        keys = {name: _key("grades", name, asked, answers) for name in self.panel.names}
+        keys = {
+            name: _key("grades", name, basis, asked, answers)
+            for name, basis in self.panel.bases.items()
+        }
         before = {name: self.journal.get(key) for name, key in keys.items()}
         known = {name: Graded(**told) for name, told in before.items() if told is not None}
         sheet = await self.panel.grade(line.question, answers, known)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -38,6 +40,30 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     """The error says which folder isn't there."""
     with pytest.raises(PolicyError, match=r"there is no folder .*/no$"):
         write_atomic(tmp_path / "no" / "facts.json", "{}")
+
+
+def test_a_folder_that_takes_no_file_is_named() -> None:
+    """The error names the file that was wanted, not the temporary one; not even root may here."""
+    with pytest.raises(PolicyError, match=r"^/proc/x.json cannot be written: .*/proc takes no"):
+        write_atomic(Path("/proc/x.json"), "anything")
+
+
+def test_a_full_disk_is_named_with_the_file(tmp_path: Path) -> None:
+    """What stood there stays, and no half of the new content lies beside it."""
+    target = tmp_path / "facts.json"
+    target.write_text("old")
+    code = (
+        "import resource, sys, pathlib; from policies.errors import PolicyError\n"
+        "from policies.files import write_atomic\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+        "try: write_atomic(pathlib.Path(sys.argv[1]), 'x' * 1000)\n"
+        "except PolicyError as error: print(error)"
+    )
+    words = [sys.executable, "-c", code, str(target)]
+    told = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert told.startswith(f"{target} cannot be written: ")
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_a_link_stays_and_leads_to_the_new_file(tmp_path):

@@ -124,6 +124,24 @@ def test_the_model_says_what_it_said_of_what_remains(tied, tmp_path):
     assert smaller.config.tie_word_embeddings == tied
 
 
+def test_an_end_that_is_a_token_of_text_stays_one(tmp_path):
+    """Settings may name tokens that no corpus uses and that are not special."""
+    tokenizer = fast(by_bytes())
+    model, last = model_for(tokenizer), len(tokenizer) - 1
+    model.config.eos_token_id, model.generation_config.eos_token_id = last, [1, last]
+    smaller, fewer, new_ids = cut(model, tokenizer, ["sea"], tmp_path)
+    assert smaller.config.eos_token_id == new_ids[last]
+    assert smaller.generation_config.eos_token_id == [new_ids[1], new_ids[last]]
+    assert fewer.convert_ids_to_tokens(new_ids[last]) == tokenizer.convert_ids_to_tokens(last)
+
+
+def test_spaces_are_written_where_no_corpus_has_any(tmp_path):
+    """Where bytes stand in for characters, the mark of a space is none of these."""
+    tokenizer = fast(with_bytes_to_fall_back_on())
+    _, fewer, _ = cut(model_for(tokenizer), tokenizer, [""], tmp_path)
+    assert fewer.decode(fewer("the sea")["input_ids"], skip_special_tokens=True) == "the sea"
+
+
 def test_what_cannot_be_cut_is_named(tmp_path):
     """Tokenizers of other kinds, and settings that name tokens in other ways."""
     tokenizer = fast(by_bytes())

@@ -2,6 +2,7 @@
 
 import json
 import math
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,15 @@ LLAMA_CPPS = (
     *("gpt-2", "olmo", "smollm", "starcoder", "refact", "llama-bpe", "lfm2", "smaug-bpe", "qwen2"),
     *("deepseek-r1-qwen", "qwen35", "tekken", "gpt-4o", "deepseek-v3"),
 )
+ONE_KEY = b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"k"
+ONE_TENSOR = (
+    b"GGUF"
+    + struct.pack("<IQQQ", 3, 1, 1, 20)
+    + b"general.architecture"
+    + struct.pack("<IQ5sQ", 8, 5, b"llama", 1)
+    + b"t"
+)
+NESTED = struct.pack("<IQ", 9, 1)
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}{{ eos_token }}"
 
 
@@ -251,6 +261,9 @@ def test_a_card_of_a_file(tmp_path: Path) -> None:
         (lambda raw: b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
         (lambda raw: raw[:4] + b"\x09\0\0\0" + raw[8:], "GGUF version 9 is not read"),
         (lambda raw: raw[:16] + b"\xff" * 8 + raw[24:], "damaged or cut off"),
+        # A hundred thousand arrays in one another, and a tensor of so many dimensions.
+        (lambda raw: ONE_KEY + struct.pack("<I", 9) + NESTED * 100_000, "damaged or cut off"),
+        (lambda raw: ONE_TENSOR + b"\xff" * 4, "damaged or cut off"),
     ],
 )
 def test_damaged_files_are_named(spoil: Any, message: str, tmp_path: Path) -> None:
@@ -260,6 +273,22 @@ def test_damaged_files_are_named(spoil: Any, message: str, tmp_path: Path) -> No
     path.write_bytes(spoil(path.read_bytes()))
     with pytest.raises(PoolError, match=message):
         read_card(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"general.architecture": None}, "general.architecture None is not the name of one"),
+        ({"general.architecture": 7}, "general.architecture 7 is not the name of one"),
+        ({"general.type": "adapter"}, "general.type 'adapter' is not served; allowed is model"),
+        ({"general.type": "mmproj"}, "general.type 'mmproj' is not served"),
+    ],
+)
+def test_what_is_no_model_is_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """Files that say nothing of a model, or hold something else, are told by the key of it."""
+    kept = {key: value for key, value in {**SHAPE, **changes}.items() if value is not None}
+    with pytest.raises(PoolError, match=message):
+        read_card(write_gguf(tmp_path / "m.gguf", kept, TENSORS))
 
 
 @pytest.mark.parametrize(

@@ -361,3 +361,23 @@ def test_a_sheet_survives_json() -> None:
     sheet = graded("exact", Question(query="?", references=("a",)), ada="a")
     told = {"scores": sheet.scores, "grades": sheet.grades, "problems": sheet.problems}
     assert Sheet(**json.loads(json.dumps(told))) == sheet
+
+
+def test_a_judge_goes_by_the_model_that_has_its_name() -> None:
+    """What one judge said counts for nothing where another model has its name now."""
+
+    async def ask(model: str, prompt: str, words: Sequence[str]) -> str:
+        raise AssertionError
+
+    def bases(state: str, spec: str) -> dict[str, str]:
+        context = GradingContext(ask=ask, place=lambda name: (name, state))
+        return Panel([spec], context).bases
+
+    assert bases("trained", "judge:base") == bases("trained", "2*judge:base")
+    assert bases("trained", "judge:base") != bases("trained again", "judge:base")
+
+
+def test_a_command_may_be_longer_than_a_files_name() -> None:
+    """Words of a command are looked up as files, whatever they are."""
+    spec = f"command:sh -c 'true {'x' * 5000}'"
+    assert len(Panel([spec], GradingContext()).bases) == 1

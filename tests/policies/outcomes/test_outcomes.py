@@ -61,6 +61,14 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         ),
         ('{"query": "q", "scores": {"a": 1}, "grades": {"g": {"a": NaN}}}', "grades.g.a: .*finite"),
         ('{"query": "q", "scores": {"ada": 1}, "prompt_tokens": -1}', "line 2: prompt_tokens"),
+        (
+            '{"query": "q", "scores": {"ada": 1}, "output_tokens": {"ada": 1%s}}' % ("0" * 400),
+            "output_tokens.ada: .*less than or equal",
+        ),
+        (
+            '{"query": "q", "scores": {"ada": 1}, "costs": {"ada": 1e308}}',
+            "costs.ada: .*less than or equal",
+        ),
         ('{"query": 7, "scores": {"ada": 1}}', "line 2: query"),
     ],
 )

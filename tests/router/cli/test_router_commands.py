@@ -66,7 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_evaluating_compares_with_references(folder: Path) -> None:
     """The table has every reference; the plot is a PNG; the split decides what is measured."""
-    plot = folder / "plots" / "reliability.png"
+    plot = folder / "reliability.png"
     result = _shoal(
         *("evaluate", "router", folder / "router.npz", folder / "outcomes.jsonl"),
         *("--split", "test", "--plot", plot),
@@ -169,7 +169,7 @@ def test_one_command_retrains_on_feedback(folder: Path, tmp_path: Path) -> None:
             "knows nothing of 'eve'",
         ),
         ("evaluate router {f}/router.npz {f}/outcomes.jsonl --split dev", "split 'dev' is unknown"),
-        ("evaluate router {f}/router.npz {f}/outcomes.jsonl --plot {f}", "Is a directory"),
+        ("evaluate router {f}/router.npz {f}/outcomes.jsonl --plot {f}", "is a folder, not a file"),
         (
             "evaluate router {f}/router.npz {f}/outcomes.jsonl --protocol folds --seen",
             "--seen: --protocol folds trains anew",
@@ -253,3 +253,34 @@ def test_a_cascade_is_learned_where_every_model_lacks_some_answer(
     )
     assert strangers.exit_code == 2
     assert "the pool has none of the outcomes' models, adder, speller" in strangers.stderr
+    other_name = _shoal(
+        *("train", "cascade", tmp_path / "outcomes.jsonl", "--pool", folder, "--budget", "60%"),
+        *("--split", "train", "--out", tmp_path / "cascade.png"),
+    )
+    assert other_name.exit_code == 2
+    assert "--out" in other_name.stderr
+    assert "does not end in .npz" in other_name.stderr
+
+
+def test_a_cascade_of_what_costs_nothing_or_was_not_asked(folder: Path, tmp_path: Path) -> None:
+    """Where nothing costs, no share of the dearest is told; of queries put to one model each none
+    is learned."""
+    rows = [
+        replace(row, outputs=dict.fromkeys(row.scores, "4"), costs=dict.fromkeys(row.scores, 0.0))
+        for row in read_outcomes(folder / "outcomes.jsonl")
+    ]
+    file = tmp_path / "outcomes.jsonl"
+    options = ("--pool", folder, "--split", "train", "--out", tmp_path / "cascade.npz")
+    write_outcomes(file, rows)
+    free = _shoal("train", "cascade", file, "--budget", "1", *options)
+    assert free.exit_code == 0, free.output
+    assert "–" in free.stdout
+    turns = (*MEMBERS, "a third")
+    some = (
+        replace(row, scores={turns[at % 3]: 1.0}, outputs={}, costs={})
+        for at, row in enumerate(rows)
+    )
+    write_outcomes(file, some)
+    sparse = _shoal("train", "cascade", file, "--budget", "1", *options)
+    assert sparse.exit_code == 2
+    assert re.search(r"none of .* answered half of the \d+ queries", sparse.stderr)

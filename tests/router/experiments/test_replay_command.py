@@ -88,3 +88,6 @@ def test_the_ledger_opens_where_the_address_says(tmp_path: Path) -> None:
     open_database(address).dispose()
     found = replay(config, address)
     assert "the experiment 'e' never ran here" in found.stderr
+    nowhere = replay(config, tmp_path / "other.db")
+    assert nowhere.exit_code == 1
+    assert "other.db; name it with --from" in nowhere.stderr

@@ -1,7 +1,10 @@
 """`shoal outcomes collect`: answers of a pool or a server, graded, resumable."""
 
 import json
+import resource
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -83,6 +86,29 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert read_outcomes(out) == first
 
 
+def test_a_full_disk_ends_the_run_with_a_sentence(tmp_path: Path) -> None:
+    """The journal is named, and with room the run goes on."""
+    queries = questions_at(tmp_path, {"query": "What is 2 + 2?", "reference": "4"})
+    out, pool = tmp_path / "o.jsonl", pool_at(tmp_path)
+    journal = tmp_path / "o.jsonl.journal"
+    room = 2**22  # enough for all else that is written
+    journal.write_bytes(b"\n" * (room - 100))
+    words = ["outcomes", "collect", "--queries", queries, "--out", out, "--pool", pool]
+    ended = subprocess.run(
+        [sys.executable, "-c", "from router.cli.main import app; app()", *map(str, words)],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert f"shoal outcomes collect: {journal} cannot be written: " in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not out.exists()
+    assert collect(queries, out, "--pool", str(pool)).exit_code == 0
+    assert len(read_outcomes(out)) == 1
+
+
 def test_a_model_that_was_trained_again_is_asked_again(tmp_path: Path) -> None:
     """The pool stands where it stood, and its file says the same; the checkpoint has changed."""
     pool, out = tmp_path / "pool", tmp_path / "o.jsonl"
@@ -119,6 +145,18 @@ def test_what_a_grader_said_is_kept_whatever_others_could_not_say(tmp_path: Path
     assert "not graded by contains: 1" in result.stderr
     assert read_outcomes(out)[0].scores == {"gamma": 0.5}
     assert (tmp_path / "log").read_text() == "asked\n"
+
+
+def test_a_program_that_was_changed_is_asked_again(tmp_path: Path) -> None:
+    """The same command, and other words in the file that it runs."""
+    program, out, pool = tmp_path / "grade.sh", tmp_path / "o.jsonl", pool_at(tmp_path)
+    queries = questions_at(tmp_path, {"query": "no reference"})
+    for score in (0.25, 0.75):
+        program.write_text(f"echo '{{\"gamma\": {score}}}'\n")
+        words = ("--pool", str(pool), "--models", "gamma", "--grade", f"command:sh {program}")
+        result = collect(queries, out, *words)
+        assert result.exit_code == 0, result.output
+        assert read_outcomes(out)[0].scores == {"gamma": score}
 
 
 def test_what_is_wrong_with_a_line_or_a_model_is_named_and_counted(tmp_path: Path) -> None:

@@ -193,6 +193,8 @@ def test_commands_on_a_ledger(
         (("ledger", "prune", "--older-than", "old"), "nor an age"),
         (("report", "--by", "day,colour"), "'colour' is unknown"),
         (("report", "--ledger", "sqlite:////nowhere/x.db"), "no ledger at /nowhere/x.db"),
+        (("report", "--plot", "no/x.png"), "Error: --plot: there is no folder no"),
+        (("ledger", "export", "/proc/x.csv"), "Error: /proc/x.csv cannot be written"),
         (("keys", "create", "--name", "a", "--cap", "usd_per_year=1"), "usd_per_year"),
         (("keys", "create", "--name", "a", "--cap", "usd_per_day"), "NAME=NUMBER"),
         (("keys", "revoke", "nobody"), "no key 'nobody'"),
