@@ -56,8 +56,10 @@ def test_sigterm_finishes_what_runs(tmp_path: Path, arguments: tuple[str, ...]) 
 
     Behind HAProxy that is so, too, for clients that go on asking over connections that they keep.
     """
+    # Four seconds may take many on a busy machine; who waits longer than for these would be cut.
+    config = {"ingress": {"drain_s": 30}}
     with (
-        serving(tmp_path, *arguments, **POOL) as server,
+        serving(tmp_path, *arguments, config=config, **POOL) as server,
         ThreadPoolExecutor(24) as clients,
     ):
         server.ask()
