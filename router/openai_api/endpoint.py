@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
@@ -151,9 +152,9 @@ class ChunkWriter(ResponseWriter):
     ask: Ask
     head: Head
 
+    @abstractmethod
     def choice(self, index: int, choice: Chunk) -> dict[str, Any]:
         """Return what a whole `choice` is told as, but for its index and why it ended."""
-        raise NotImplementedError
 
     def whole(self, choices: list[Chunk], usage: Mapping[str, Any]) -> dict[str, Any]:
         """Return the whole response."""
