@@ -25,7 +25,7 @@ from models.engines.stacked.attention import (
     SpanAttention,
 )
 from models.engines.stacked.layout import Grouping, Layout, Run
-from models.engines.stacked.matrices import Adapted, Matrices, Packed
+from models.engines.stacked.matrices import Adapted, Matrices
 from models.precision import fast_bfloat16
 
 # Where the processor has no instructions for bfloat16, each row costs as much as the first: more
@@ -70,7 +70,7 @@ class Product:
             return
         if not isinstance(weight_MIO, Tensor):
             for member, x, y in self._each:
-                y.copy_(_times(x, weight_MIO, member))
+                y.copy_(weight_MIO.times(x, member))
             return
         if self._grouped:
             self._y.copy_(self._multiply(weight_MIO))
@@ -92,7 +92,7 @@ class Product:
             return
         if not isinstance(weight_MIO, Tensor):
             for member, x, y in self._each:
-                y.add_(_times(x, weight_MIO, member))
+                y.add_(weight_MIO.times(x, member))
             return
         if self._grouped:
             self._y += self._multiply(weight_MIO)
@@ -185,12 +185,6 @@ def _widened(x_nI: Tensor, matrix_IO: Tensor) -> Tensor:
     x_nI = x_nI.float()
     parts = torch.split(matrix_IO, _CACHED_OUTPUTS, dim=1)
     return torch.cat([x_nI @ part.float() for part in parts], 1)
-
-
-def _times(x_nI: Tensor, matrices: Packed, member: int) -> Tensor:
-    if len(x_nI) > matrices.most_rows:
-        return x_nI @ matrices.member(member).to(x_nI.dtype)
-    return matrices.times(x_nI, member)
 
 
 class Norm:

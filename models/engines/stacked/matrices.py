@@ -8,13 +8,12 @@ of 4 bits a seventh. They are made from the checkpoint's numbers when it is load
 the nearest: int8 with one scale per output (as LLM.int8() has for weights, Dettmers et al. 2022,
 section 2.1), int4 with a scale and an offset for every 32 inputs of an output. Torch's kernels
 multiply them with rows in bfloat16; where the processor multiplies integers of 8 bits itself
-(VNNI), rows are rounded to such, too, which is faster. Everything between the products stays as it
-is.
+(VNNI), rows are rounded to such, too, which is faster with large matrices. Everything between the
+products stays as it is.
 """
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,10 +25,13 @@ from torch import Tensor
 
 from models.engines.stacked.architecture import HEAD
 from models.errors import PoolError
-from models.precision import fast_bfloat16
+from models.precision import fast_bfloat16, products_dtype
 
-# More rows than these are multiplied in float32: writing a matrix out costs about as much.
-_MOST_ROWS = 64
+# More rows than these are multiplied with the integers written out in a type that the device
+# multiplies fast: that costs about as much, and tells them all exactly.
+_MOST_ROWS = 16
+# Smaller matrices cost more by rounding their rows than that saves.
+_LEAST_ROUNDED = 2**20
 # Below this a call of oneDNN's kernel costs more than it saves.
 _LEAST_REORDERED = 2**18
 _GROUP_INPUTS, _STEP_OUTPUTS = 32, 16
@@ -38,9 +40,7 @@ _LEAST_SCALE = 1e-30
 
 
 class Packed(Protocol):
-    """The matrices of all members for one kernel; more rows than `most_rows` want numbers."""
-
-    most_rows: int
+    """The matrices of all members for one kernel."""
 
     def member(self, member: int) -> Tensor:
         """Return one as numbers, [I, O], float32."""
@@ -53,8 +53,6 @@ class Packed(Protocol):
 
 class Reordered:
     """Numbers in the order of oneDNN's kernel, which alone can read it."""
-
-    most_rows = sys.maxsize
 
     def __init__(self, matrices_MIO: Tensor) -> None:
         """Reorder matrices on CPU, in float32 or bfloat16."""
@@ -79,8 +77,6 @@ class Reordered:
 class Int8:
     """Integers of 8 bits with a scale per output."""
 
-    most_rows = _MOST_ROWS
-
     def __init__(self, matrices_MIO: Tensor) -> None:
         """Round matrices; on CUDA one, as torch's kernel there wants all rows of one matrix."""
         assert len(matrices_MIO) == 1 or not matrices_MIO.is_cuda
@@ -92,9 +88,11 @@ class Int8:
 
     def times(self, x_nI: Tensor, member: int) -> Tensor:
         """See `Packed`."""
-        return torch._weight_int8pack_mm(
-            x_nI.bfloat16(), self._values_MOI[member], self._scales_MO[member]
-        )
+        values_OI, scales_O = self._values_MOI[member], self._scales_MO[member]
+        if len(x_nI) <= _MOST_ROWS:
+            return torch._weight_int8pack_mm(x_nI.bfloat16(), values_OI, scales_O)
+        dtype = products_dtype("auto", x_nI.device)
+        return (x_nI.to(dtype) @ values_OI.T.to(dtype)).float() * scales_O.float()
 
     def outputs(self, members_N: Tensor, outputs_N: Tensor) -> Tensor:
         """Return the weights of single outputs, [N, I], float32: rows of a tied embedding."""
@@ -110,8 +108,6 @@ class Int8Rows:
     is brought to -127 to 127 first, and gets the ends of a range of steps of one, which meet
     weights of zero: every row is rounded as it would be alone.
     """
-
-    most_rows = sys.maxsize
 
     def __init__(self, matrices_MIO: Tensor) -> None:
         """Round and pack matrices on CPU."""
@@ -166,19 +162,20 @@ class Int4:
 
     def __init__(self, matrices_MIO: Tensor) -> None:
         """Round float32 matrices, whose inputs and outputs the kernel can group."""
-        self.most_rows = matrices_MIO.shape[1]  # as many as `member` multiplies
+        self._num_inputs = matrices_MIO.shape[1]
         rounded = [_round_int4(matrix_IO) for matrix_IO in matrices_MIO]
         self._packed = [packed for packed, _ in rounded]
         self._scales_and_zeros = [scales_GO2 for _, scales_GO2 in rounded]
 
     def member(self, member: int) -> Tensor:
         """See `Packed`."""
-        num_inputs = len(self._scales_and_zeros[member]) * _GROUP_INPUTS
         # Only the kernel knows how it packs: rows of the identity read a matrix out.
-        return self.times(torch.eye(num_inputs, dtype=torch.bfloat16), member).float()
+        return self.times(torch.eye(self._num_inputs, dtype=torch.bfloat16), member).float()
 
     def times(self, x_nI: Tensor, member: int) -> Tensor:
         """See `Packed`."""
+        if len(x_nI) > self._num_inputs:  # more than it takes to read the matrix out
+            return x_nI @ self.member(member).to(x_nI.dtype)
         product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
             x_nI.bfloat16(), self._packed[member], _GROUP_INPUTS, self._scales_and_zeros[member]
         )
@@ -254,7 +251,10 @@ def as_int8(name: str, matrices_MIO: Tensor) -> Int8 | Int8Rows:
     rounds_rows = torch.cpu._is_vnni_supported() and hasattr(torch.ops.quantized, "linear_prepack")
     if matrices_MIO.is_cuda or not rounds_rows:
         return Int8(matrices_MIO)
-    return Int8Head(matrices_MIO) if name == HEAD else Int8Rows(matrices_MIO)
+    if name == HEAD:
+        return Int8Head(matrices_MIO)
+    small = fast_bfloat16(matrices_MIO.device) and matrices_MIO[0].numel() < _LEAST_ROUNDED
+    return Int8(matrices_MIO) if small else Int8Rows(matrices_MIO)
 
 
 def as_int4(name: str, matrices_MIO: Tensor) -> Int4 | Int8 | Int8Rows:
