@@ -17,14 +17,19 @@ HeadNorms: TypeAlias = Literal["none", "each", "all"]
 """What queries and keys are normed over: each head by itself, or all heads together."""
 
 
+Scaling: TypeAlias = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
+"""How rotary frequencies are scaled, by the names of config.json."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """One `model_type`.
 
     `qkv_bias`: always has biases of query, key and value. `gains_from_one`: gains of norms are
     stored less one. `packed`: query, key and value are one matrix in the file, and gate and up.
-    `embedding_root`: embeddings are multiplied by the root of their size. `scaled_positions`:
-    transformers knows scaled rotary frequencies for it that are computed here.
+    `embedding_root`: embeddings are multiplied by the root of their size. `scalings`: the scaled
+    rotary frequencies that transformers knows for it and that are computed here. `partly_rotated`:
+    a `partial_rotary_factor` counts, the share of each head that is rotated.
     """
 
     defaults: Mapping[str, Any]
@@ -34,7 +39,8 @@ class Family:
     gains_from_one: bool = False
     packed: bool = False
     embedding_root: bool = False
-    scaled_positions: bool = True
+    scalings: tuple[Scaling, ...] = ("default", "linear", "dynamic", "llama3", "yarn")
+    partly_rotated: bool = False
 
 
 def _defaults(**changes: Any) -> Mapping[str, Any]:  # noqa: ANN401 - as JSON has them
@@ -72,9 +78,15 @@ FAMILIES: Mapping[str, Family] = {
         defaults=_defaults(**_QWEN, head_dim=128, attention_bias=False), head_norms="each"
     ),
     "phi3": Family(
-        defaults=_defaults(rms_norm_eps=1e-5, max_position_embeddings=4096, sliding_window=None),
+        defaults=_defaults(
+            rms_norm_eps=1e-5,
+            max_position_embeddings=4096,
+            original_max_position_embeddings=4096,
+            sliding_window=None,
+        ),
         packed=True,
-        scaled_positions=False,
+        scalings=("default", "longrope"),
+        partly_rotated=True,
     ),
     "smollm3": Family(
         defaults=_defaults(

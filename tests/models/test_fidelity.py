@@ -37,6 +37,13 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 
+
+def longrope(num_pairs: int, **more: Any) -> dict[str, Any]:
+    """What pairs' frequencies are divided by, in short texts and in long ones."""
+    short, long = ([step**pair for pair in range(num_pairs)] for step in (1.1, 1.7))
+    return {"short_factor": short, "long_factor": long, **more}
+
+
 # name: architecture, what the checkpoint is made with, what its config.json is changed to
 GRID: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "plain": ("llama", {}, {}),
@@ -120,6 +127,30 @@ GRID: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "phi3": ("phi3", {"sliding_window": 40}, {}),
     "phi3, plain": ("phi3", {"num_key_value_heads": 4}, {"num_key_value_heads": ...}),
+    "phi3, part of each head": (
+        "phi3",
+        {"num_key_value_heads": 1},
+        {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_type": "default"}},
+    ),
+    "phi3, longrope": (
+        "phi3",
+        {},
+        {
+            "rope_parameters": longrope(8, rope_type="longrope", rope_theta=500.0),
+            "original_max_position_embeddings": 48,
+        },
+    ),
+    "phi4": (
+        "phi3",
+        {"tie_word_embeddings": True},
+        {
+            "rope_parameters": ...,
+            "rope_theta": 300.0,
+            "partial_rotary_factor": 0.75,
+            "rope_scaling": longrope(6, type="longrope", attention_factor=1.3),
+            "original_max_position_embeddings": 64,
+        },
+    ),
     "smollm3": ("smollm3", {"num_hidden_layers": 5, "attention_bias": True, "mlp_bias": True}, {}),
     "smollm3, a window": (
         "smollm3",
@@ -186,10 +217,10 @@ GRID: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def check(folder: Path, *, tolerance: float = 2e-4) -> None:
+def check(folder: Path, *, tolerance: float = 2e-4, **options: Any) -> None:
     """Compare the first step's ten best log-probabilities, and 24 greedy tokens."""
     reference = load_reference(folder)
-    engine = build_engine([folder])
+    engine = build_engine([folder], **options)
     wanted = request(PROMPT, max_tokens=24, top_logprobs=10, ignore_eos=True)
     [chunks] = answer(engine, wanted)
     first = next(token for chunk in chunks for token in chunk.tokens)
@@ -214,6 +245,17 @@ def test_served_as_transformers_computes(case: str, tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path, kind, **options)
     edit_config(folder, **changes)
     check(folder)
+
+
+def test_longrope_within_the_first_context(tmp_path: Path) -> None:
+    """An engine of no longer texts takes what transformers takes of them, and ends them there."""
+    folder = save_checkpoint(tmp_path, "phi3")
+    rope = longrope(8, rope_type="longrope", factor=9.0)
+    edit_config(folder, rope_parameters=rope, original_max_position_embeddings=128)
+    check(folder, context_tokens=128)
+    engine = build_engine([folder], context_tokens=len(PROMPT) + 10)
+    [chunks] = answer(engine, request(PROMPT, max_tokens=24, ignore_eos=True))
+    assert len(token_ids(chunks)) == 10
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -13,7 +13,9 @@ checked together, `lead` asks the others only where the lead of a "gated" answer
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
@@ -45,7 +47,8 @@ class StackedOptions(Strict):
     started again. With `prefix_cache` a prompt starts from the keys and values of an earlier one
     that began alike (see `cache`). Adapters of the one base, those of the pool and those loaded
     while it serves, stay in memory, at most `max_adapters` of them: then the least recently used
-    makes room, and comes back when it is asked for. `draft` says who guesses tokens that are then
+    makes room, and comes back when it is asked for. Prompt and answer have `context_tokens` at
+    most; None: as many as the model knows. `draft` says who guesses tokens that are then
     checked several at a time (see `drafts`): "ngram" what followed the last ones before, "heaviest"
     the member with the largest weight of each fused answer, or one `member` always; None: nobody.
     """
@@ -56,6 +59,7 @@ class StackedOptions(Strict):
     step_timeout_s: float = Field(300.0, gt=0)
     prefix_cache: bool = True
     max_adapters: int = Field(64, ge=1)
+    context_tokens: int | None = Field(None, ge=1)
     draft: Literal["ngram", "heaviest"] | DraftingMember | None = None
 
 
@@ -71,13 +75,19 @@ def _inspect(spec: EngineSpec, options: StackedOptions, models: Sequence[Model])
         )
     for stack in (answering, guests) if guests else (answering,):
         read_stack([model.card for model in stack if model.card and model.adapter is None])
-    return _traits(spec, answering, guests)
+    return _traits(spec, options, answering, guests)
 
 
-def _traits(spec: EngineSpec, answering: Sequence[Model], guests: Sequence[Model]) -> EngineTraits:
+def _traits(
+    spec: EngineSpec, options: StackedOptions, answering: Sequence[Model], guests: Sequence[Model]
+) -> EngineTraits:
     leads = [model for model in guests if model.name in spec.leads]
     names = tuple(model.name for model in leads)
-    return EngineTraits(formats=formats_of([*answering, *leads]), leads=names)
+    return EngineTraits(
+        formats=formats_of([*answering, *leads]),
+        context_tokens=options.context_tokens,
+        leads=names,
+    )
 
 
 def _split(
@@ -135,13 +145,17 @@ def _create(spec: EngineSpec, options: StackedOptions, models: Sequence[Model]) 
     from models.engines.stacked.engine import StackedEngine  # noqa: PLC0415 - loads torch
 
     answering, guests = _split(spec, options, models)
-    return StackedEngine(
-        spec,
-        {model.name: model.card for model in answering if model.card is not None},
-        _traits(spec, answering, guests),
-        options,
-        {model.name: model.card for model in guests if model.card is not None},
-    )
+
+    def cards(of: Sequence[Model]) -> dict[str, ModelCard]:
+        known = {model.name: model.card for model in of if model.card is not None}
+        most = options.context_tokens or sys.maxsize
+        return {
+            name: replace(card, context_tokens=min(card.context_tokens, most))
+            for name, card in known.items()
+        }
+
+    traits = _traits(spec, options, answering, guests)
+    return StackedEngine(spec, cards(answering), traits, options, cards(guests))
 
 
 KIND = EngineKind(

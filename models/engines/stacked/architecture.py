@@ -79,6 +79,11 @@ class Architecture:
     logit_cap: float | None
 
     @property
+    def rotated_dims(self) -> int:
+        """How many of a head's dimensions are rotated, from the first; all layers rotate alike."""
+        return max((layer.rotary.dims for layer in self.layers if layer.rotary), default=0)
+
+    @property
     def is_plain(self) -> bool:
         """Whether layers are alike and as Llama's, Mistral's or Qwen's, without a window."""
         return (
@@ -127,7 +132,7 @@ def read_architecture(card: ModelCard) -> Architecture:
     architecture = Architecture(
         shape=card.shape,
         context_tokens=card.context_tokens,
-        layers=read_layers(file, config, family),
+        layers=read_layers(file, config, family, card.shape.head_dim),
         norms=family.norms,
         head_norms=family.head_norms,
         norm_eps=read_number(file, config, "rms_norm_eps"),

@@ -255,6 +255,7 @@ class Buffers:
         self.qkv_NQ = qkv_NQ
         self.kv_NQ = qkv_NQ[:, query_size:]
         self.heads_NHd = qkv_NQ[:, : query_size + kv_size].view(num_rows, -1, head_dim)
+        self.rotated_NHd = self.heads_NHd[:, :, : architecture.rotated_dims]
         self.gate_NF, self.up_NF = self.gate_up_NF.chunk(2, dim=-1)
 
         # Attention runs in request-major order: on copies where that is another order.

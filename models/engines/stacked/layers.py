@@ -5,37 +5,44 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast, get_args
+from typing import Any
 
 from models.card import read_count
 from models.errors import PoolError
-from models.families import Family
-
-Scaling: TypeAlias = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+from models.families import Family, Scaling
 
 _BOUNDED = ("llama3", "yarn")  # these start from the context that the model was made with
 _NEEDED: Mapping[Scaling, tuple[str, ...]] = {
+    "longrope": ("factor",),
     "linear": ("factor",),
     "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),
 }
-_YARN = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")  # if given
+_OPTIONAL: Mapping[Scaling, tuple[str, ...]] = {
+    "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+    "longrope": ("attention_factor",),
+}
 _KINDS = _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rotary:
-    """The rotary embedding: its base, and how its frequencies are scaled (see `rotary`).
+    """The rotary embedding of each head's first `dims`: its base, and how its frequencies are
+    scaled (see `model.frequencies`).
 
-    `factors` are the scaling's own numbers by the names of config.json.
+    `factors` are the scaling's own numbers by the names of config.json; longrope divides each
+    frequency by its own, one of `short` or one of `long`.
     """
 
+    dims: int
     theta: float
     scaling: Scaling = "default"
     original_context_tokens: int
     truncate: bool = True
     factors: tuple[tuple[str, float], ...] = ()
+    short: tuple[float, ...] = ()
+    long: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +56,9 @@ class LayerKind:
     rotary: Rotary | None
 
 
-def read_layers(file: Path, config: Mapping[str, Any], family: Family) -> tuple[LayerKind, ...]:
+def read_layers(
+    file: Path, config: Mapping[str, Any], family: Family, head_dim: int
+) -> tuple[LayerKind, ...]:
     """Read every layer's kind from `config`, which is `file`; raises `PoolError`."""
     num_layers = read_count(file, config, "num_hidden_layers")
     rotates = _rotating(file, config, family, num_layers)
@@ -63,7 +72,7 @@ def read_layers(file: Path, config: Mapping[str, Any], family: Family) -> tuple[
         window_tokens = read_count(file, config, "sliding_window")
         if window_tokens >= read_count(file, config, "max_position_embeddings"):
             window_tokens = None  # no sequence outgrows it
-    full, local = _rotaries(file, config, family)
+    full, local = _rotaries(file, config, family, head_dim)
     return tuple(
         LayerKind(
             window_tokens=window_tokens if narrow else None,
@@ -121,7 +130,9 @@ def _windowed(
     return [index >= config["max_window_layers"] for index in range(num_layers)]
 
 
-def _rotaries(file: Path, config: Mapping[str, Any], family: Family) -> tuple[Rotary, Rotary]:
+def _rotaries(
+    file: Path, config: Mapping[str, Any], family: Family, head_dim: int
+) -> tuple[Rotary, Rotary]:
     """Return the rotary embeddings of layers that see all, and of those that see a window.
 
     Either spelling is read as transformers 5 does: `rope_scaling` first, else `rope_parameters`;
@@ -133,37 +144,36 @@ def _rotaries(file: Path, config: Mapping[str, Any], family: Family) -> tuple[Ro
         if not isinstance(found, dict):
             raise PoolError(f"{file}: the rotary parameters {found!r} are not a mapping")
     if "rope_local_base_freq" not in family.defaults:
-        rotary = _read_rotary(file, legacy or rope, config, family)
+        rotary = _read_rotary(file, legacy or rope, config, family, head_dim)
         return rotary, rotary
     if rope.keys() - {*_KINDS}:
         raise PoolError(f"{file}: rope_parameters {rope!r} must map {_FULL} and {_SLIDING}")
     return (
-        _read_rotary(file, {**full, **legacy}, config, family),
+        _read_rotary(file, {**full, **legacy}, config, family, head_dim),
         _read_rotary(
             file,
             sliding,
             {**config, "rope_theta": config["rope_local_base_freq"]},
             family,
+            head_dim,
         ),
     )
 
 
 def _read_rotary(
-    file: Path, rope: Mapping[str, Any], config: Mapping[str, Any], family: Family
+    file: Path,
+    rope: Mapping[str, Any],
+    config: Mapping[str, Any],
+    family: Family,
+    head_dim: int,
 ) -> Rotary:
-    kind = cast(Scaling, rope.get("rope_type", rope.get("type", "default")))
-    allowed = get_args(Scaling) if family.scaled_positions else ("default",)
-    if kind not in allowed:
+    kind: Scaling = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in family.scalings:
         raise PoolError(
             f"{file}: rope_type {kind!r} is not supported by the stacked engine; "
-            f"allowed are {', '.join(allowed)}"
+            f"allowed are {', '.join(family.scalings)}"
         )
-    for found in (rope, config):
-        if found.get("partial_rotary_factor") not in (None, 1, 1.0):
-            raise PoolError(
-                f"{file}: partial_rotary_factor {found['partial_rotary_factor']!r} is not "
-                "supported by the stacked engine; allowed is 1.0"
-            )
+    dims = _rotated_dims(file, rope, config, family, head_dim)
     context_tokens = read_count(file, config, "max_position_embeddings")
     if kind in _BOUNDED:
         if "original_max_position_embeddings" in config:
@@ -174,19 +184,50 @@ def _read_rotary(
             context_tokens = read_count(file, rope, "original_max_position_embeddings")
     if kind == "yarn" and "factor" in rope and rope["factor"] is None:
         rope = {**rope, "factor": config["max_position_embeddings"] / context_tokens}
+    if kind == "longrope":
+        original_tokens = read_count(file, config, "original_max_position_embeddings")
+        rope = {"factor": context_tokens / original_tokens, **rope}
+        context_tokens = original_tokens
     given = _NEEDED.get(kind, ())
-    if kind == "yarn":
-        given += tuple(key for key in _YARN if rope.get(key) is not None)
+    given += tuple(key for key in _OPTIONAL.get(kind, ()) if rope.get(key) is not None)
     truncate = rope.get("truncate", True)
     if not isinstance(truncate, bool):
         raise PoolError(f"{file}: truncate {truncate!r} is not allowed; true or false is")
     return Rotary(
+        dims=dims,
         theta=read_number(file, rope if "rope_theta" in rope else config, "rope_theta"),
         scaling=kind,
         original_context_tokens=context_tokens,
         truncate=truncate,
         factors=tuple((key, read_number(file, rope, key)) for key in given),
+        short=_divisors(file, rope, "short_factor", dims) if kind == "longrope" else (),
+        long=_divisors(file, rope, "long_factor", dims) if kind == "longrope" else (),
     )
+
+
+def _rotated_dims(
+    file: Path, rope: Mapping[str, Any], config: Mapping[str, Any], family: Family, head_dim: int
+) -> int:
+    """How many of a head's dimensions are rotated, from the first."""
+    key = "partial_rotary_factor"
+    share = next((found[key] for found in (rope, config) if found.get(key) is not None), 1.0)
+    known = isinstance(share, int | float) and (share == 1 or (family.partly_rotated and share < 1))
+    dims = int(head_dim * share) if known else 0
+    if dims < 2 or dims % 2:
+        allowed = "1.0, or less that rotates pairs," if family.partly_rotated else "1.0"
+        raise PoolError(
+            f"{file}: {key} {share!r} is not supported by the stacked engine for "
+            f"{config['model_type']}; allowed is {allowed}"
+        )
+    return dims
+
+
+def _divisors(file: Path, rope: Mapping[str, Any], key: str, dims: int) -> tuple[float, ...]:
+    """Read what longrope divides each pair's frequency by."""
+    values = rope.get(key)
+    if not isinstance(values, list) or len(values) != dims // 2:
+        raise PoolError(f"{file}: {key} must be a list of {dims // 2} numbers")
+    return tuple(read_number(file, {key: value}, key) for value in values)
 
 
 def read_number(file: Path, config: Mapping[str, Any], key: str) -> float:

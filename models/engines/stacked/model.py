@@ -39,9 +39,7 @@ class StackedModel:
         device, dtype = weights.final_gain_MD.device, weights.final_gain_MD.dtype
         # [positions, 1, d / 2], complex: one rotation for all heads
         self._rotations_T1d = {
-            rotary: rotations(rotary, self._shape.head_dim, architecture.context_tokens)[
-                :, None
-            ].to(device)
+            rotary: rotations(rotary, architecture.context_tokens)[:, None].to(device)
             for rotary in {layer.rotary for layer in architecture.layers}
             if rotary is not None
         }
@@ -77,7 +75,7 @@ class StackedModel:
             _add_bias(b.qkv_NQ, weights.qkv_bias_MQ, members_N)
             self._norm_heads(b, weights, members_N)
             if kind.rotary is not None:
-                _rotate(b.heads_NHd, rotations_N1d[kind.rotary])
+                _rotate(b.rotated_NHd, rotations_N1d[kind.rotary])
             cache.index_copy_(0, layout.cache_rows_N, b.kv_NQ)
             _attend(b, cache, layout.order, index)
             if weights.out_gain_MD is None:
@@ -192,19 +190,19 @@ def _complex(heads_NHd: Tensor) -> Tensor:
     return torch.view_as_complex(heads_NHd.view(*heads_NHd.shape[:2], -1, 2))
 
 
-def rotations(rotary: Rotary, head_dim: int, context_tokens: int) -> Tensor:
-    """Return the turn of every position and pair, [T, head_dim / 2], complex64.
+def rotations(rotary: Rotary, context_tokens: int) -> Tensor:
+    """Return the turn of every position and pair, [T, dims / 2], complex64.
 
-    Their length is 1, or what YaRN multiplies queries and keys by.
+    Their length is 1, or what YaRN and longrope multiply queries and keys by.
     """
     positions_T = torch.arange(context_tokens, dtype=torch.float32)
-    angles = torch.outer(positions_T, frequencies(rotary, head_dim))
+    angles = torch.outer(positions_T, frequencies(rotary, context_tokens))
     return torch.polar(torch.full_like(angles, _length(rotary)), angles)
 
 
-def frequencies(rotary: Rotary, head_dim: int) -> Tensor:
-    """Return the frequencies, [head_dim / 2], float32, in radians per token."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+def frequencies(rotary: Rotary, context_tokens: int) -> Tensor:
+    """Return the frequencies, [dims / 2], float32, in radians per token."""
+    exponents = torch.arange(0, rotary.dims, 2, dtype=torch.float32) / rotary.dims
     plain = 1.0 / rotary.theta**exponents
     factors = dict(rotary.factors)
     match rotary.scaling:
@@ -213,7 +211,13 @@ def frequencies(rotary: Rotary, head_dim: int) -> Tensor:
         case "llama3":
             return _llama3(plain, rotary)
         case "yarn":
-            return _yarn(plain, rotary, head_dim)
+            return _yarn(plain, rotary)
+        case "longrope":
+            # Ding et al. 2024. transformers takes the long ones as soon as a text is longer than
+            # the model's first context, and computes it all anew; like vLLM and llama.cpp, an
+            # engine that serves longer texts takes them for all.
+            longer = context_tokens > rotary.original_context_tokens
+            return plain / torch.tensor(rotary.long if longer else rotary.short)
         case "default" | "dynamic":  # dynamic changes nothing within the model's context
             return plain
 
@@ -229,31 +233,35 @@ def _llama3(plain: Tensor, rotary: Rotary) -> Tensor:
     return kept * plain + (1 - kept) * plain / factors["factor"]
 
 
-def _yarn(plain: Tensor, rotary: Rotary, head_dim: int) -> Tensor:
+def _yarn(plain: Tensor, rotary: Rotary) -> Tensor:
     """Peng et al. 2023, section 3.2: as above, with a ramp over the dimensions."""
     factors = {"beta_fast": 32.0, "beta_slow": 1.0, **dict(rotary.factors)}
 
     def dimension(turns: float) -> float:
         """Return the dimension that turns so often within the original context."""
         waves = rotary.original_context_tokens / (turns * 2 * math.pi)
-        return head_dim * math.log(waves) / (2 * math.log(rotary.theta))
+        return rotary.dims * math.log(waves) / (2 * math.log(rotary.theta))
 
     low, high = dimension(factors["beta_fast"]), dimension(factors["beta_slow"])
     if rotary.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
-    ramp = (torch.arange(head_dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+    low, high = max(low, 0), min(high, rotary.dims - 1)
+    ramp = (torch.arange(rotary.dims // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
     kept = 1 - ramp.clamp(0, 1)
     return kept * plain + (1 - kept) * plain / factors["factor"]
 
 
 def _length(rotary: Rotary) -> float:
-    """Return what YaRN multiplies queries and keys by (section 3.4, "attention temperature")."""
+    """Return what YaRN (section 3.4, "attention temperature") and longrope multiply queries and
+    keys by.
+    """
     factors = dict(rotary.factors)
-    if rotary.scaling != "yarn":
-        return 1.0
     if "attention_factor" in factors:
         return factors["attention_factor"]
+    if rotary.scaling == "longrope" and factors["factor"] > 1:
+        return math.sqrt(1 + math.log(factors["factor"]) / math.log(rotary.original_context_tokens))
+    if rotary.scaling != "yarn":
+        return 1.0
 
     def temperature(weight: float) -> float:
         factor = factors["factor"]

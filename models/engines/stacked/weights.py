@@ -55,7 +55,7 @@ class Matrix:
 
 def layer_matrices(known: Architecture, *, rotary_pairs: bool = True) -> dict[str, Matrix]:
     """Return the four matrices of every layer by name: qkv, out, gate_up and down."""
-    shape = known.shape
+    shape, dims = known.shape, known.rotated_dims
     query_size, key_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
 
     def qkv(rows: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def layer_matrices(known: Architecture, *, rotary_pairs: bool = True) -> dict[st
         if known.head_norms == "none":
             query = query * _score_scale(known)
         if rotary_pairs:
-            query, key = _paired(query, shape.head_dim), _paired(key, shape.head_dim)
+            query, key = (_paired(heads, shape.head_dim, dims) for heads in (query, key))
         return torch.cat([query, key, value])
 
     def back(rows: Tensor) -> Tensor:
@@ -248,7 +248,9 @@ class _Loader(Generic[MatricesT]):
         def qk_gain(member: int) -> Tensor:
             query, key = (self._gain(member, f"{layer}.self_attn.{name}_norm") for name in "qk")
             if self._rotary_pairs:
-                query, key = _paired(query, shape.head_dim), _paired(key, shape.head_dim)
+                query, key = (
+                    _paired(gain, shape.head_dim, known.rotated_dims) for gain in (query, key)
+                )
             heads = [
                 gain.view(-1, shape.head_dim).expand(number, -1)
                 for gain, number in ((query, shape.num_heads), (key, shape.num_kv_heads))
@@ -316,6 +318,8 @@ def _score_scale(known: Architecture) -> float:
     return known.attention_scale * math.sqrt(known.shape.head_dim)
 
 
-def _paired(heads: Tensor, head_dim: int) -> Tensor:
-    """Put row i of each head next to row i + d/2; `heads` is [heads·d, ...]."""
-    return heads.view(-1, 2, head_dim // 2, *heads.shape[1:]).transpose(1, 2).reshape(heads.shape)
+def _paired(heads: Tensor, head_dim: int, dims: int) -> Tensor:
+    """Put row i of each head's first `dims` next to row i + dims/2; `heads` is [heads·d, ...]."""
+    order = torch.arange(head_dim)
+    order[:dims] = order[:dims].view(2, -1).T.flatten()
+    return heads.view(-1, head_dim, *heads.shape[1:])[:, order].reshape(heads.shape)

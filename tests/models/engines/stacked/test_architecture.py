@@ -31,7 +31,7 @@ def test_llama3_frequencies_are_those_of_transformers(tmp_path: Path) -> None:
     architecture = read_architecture(read_card(folder))
     rotary = architecture.layers[0].rotary
     assert rotary is not None
-    ours = frequencies(rotary, architecture.shape.head_dim)
+    ours = frequencies(rotary, architecture.context_tokens)
     torch.testing.assert_close(ours, theirs)
 
 
@@ -44,6 +44,18 @@ def test_llama3_frequencies_are_those_of_transformers(tmp_path: Path) -> None:
         ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "factor None is not allowed"),
         ("llama", {"rope_parameters": {"rope_theta": "1"}}, "rope_theta '1' is not allowed"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        (
+            "phi3",
+            {"rope_scaling": {"partial_rotary_factor": 0.2}},
+            "partial_rotary_factor 0.2 .* that rotates pairs",
+        ),
+        ("phi3", {"rope_scaling": {"partial_rotary_factor": "all"}}, "partial_rotary_factor 'all'"),
+        (
+            "phi3",
+            {"rope_scaling": {"type": "longrope"}},
+            "short_factor must be a list of 8 numbers",
+        ),
+        ("phi3", {"rope_scaling": {"type": "linear"}}, "rope_type 'linear' .* default, longrope"),
         ("llama", {"rms_norm_eps": True}, "rms_norm_eps True is not allowed"),
         ("llama", {"tie_word_embeddings": "no"}, "tie_word_embeddings 'no' is not allowed"),
         ("llama", {"num_hidden_layers": 2.0}, "num_hidden_layers 2.0 is not allowed"),
