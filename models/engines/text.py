@@ -29,15 +29,18 @@ class Vocabulary:
     ) -> None:
         """Take the bytes of ordinary tokens from `grammars`, which has them all at hand."""
         self.grammars = grammars
-        added = tokenizer.get_added_tokens_decoder()
+        added = {
+            i: token
+            for i, token in tokenizer.get_added_tokens_decoder().items()
+            if i < grammars.vocab_size
+        }
         self._added = {token.content: i for i, token in added.items()}
         raw = [bytes(grammars.decode_bytes([i])) for i in range(grammars.vocab_size)]
         for i in range(tokenizer.get_vocab_size(), grammars.vocab_size):  # a padded vocabulary
             raw[i] = b""
         for i, token in added.items():
-            if i < len(raw):
-                hidden = token.special and token.content not in marks
-                raw[i] = b"" if hidden else token.content.encode()
+            hidden = token.special and token.content not in marks
+            raw[i] = b"" if hidden else token.content.encode()
         self._raw = tuple(raw)
 
     @classmethod
@@ -49,13 +52,17 @@ class Vocabulary:
         Raises `PoolError`.
         """
         tokenizer = read_tokenizer(path)
-        if tokenizer.get_vocab_size() > size:
+        num_tokens = tokenizer.get_vocab_size(with_added_tokens=False)
+        if num_tokens > size:
             raise PoolError(
-                f"{path}: the tokenizer has {tokenizer.get_vocab_size()} tokens, but the model a "
-                f"vocab_size of {size}: some would have no embedding"
+                f"{path}: the tokenizer has {num_tokens} tokens, but the model a vocab_size of "
+                f"{size}: some would have no embedding"
             )
+        known = json.loads(tokenizer.to_str())
+        # Fine-tuning often adds a token for padding, for which the model has no embedding.
+        known["added_tokens"] = [token for token in known["added_tokens"] if token["id"] < size]
         try:
-            grammars = LLTokenizer(tokenizer.to_str(), n_vocab=size, eos_token=sorted(ends) or None)
+            grammars = LLTokenizer(json.dumps(known), n_vocab=size, eos_token=sorted(ends) or None)
         except ValueError as error:
             raise PoolError(f"{path}: the tokenizer cannot be loaded: {error}") from None
         return cls(tokenizer, grammars, marks)

@@ -1,19 +1,22 @@
 """What a checkpoint says is read, or refused by name."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from models.card import read_card
+from models.engines.base import Structure
 from models.engines.registry import create_engine
 from models.engines.stacked.architecture import read_architecture, read_stack
 from models.engines.stacked.model import frequencies
-from models.errors import PoolError
+from models.errors import PoolError, RequestError
 from models.spec import EngineSpec, Model, ModelSpec
 from tests.models.engines.stacked.tiny import (
     answer,
@@ -195,9 +198,24 @@ def test_members_need_one_architecture(tmp_path: Path) -> None:
 
 def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(tmp_path: Path) -> None:
     """Both numbers are named when the engine starts."""
-    engine = build_engine([save_checkpoint(tmp_path, vocab_size=290)])
-    with pytest.raises(PoolError, match=r"the tokenizer has 296 tokens, but .* vocab_size of 290"):
+    engine = build_engine([save_checkpoint(tmp_path, vocab_size=250)])
+    with pytest.raises(PoolError, match=r"the tokenizer has \d+ tokens, but .* vocab_size of 250"):
         answer(engine, request([5]))
+
+
+def test_added_tokens_without_embeddings_are_refused_in_prompts_alone(tmp_path: Path) -> None:
+    """As fine-tuning leaves them: a token for padding that nobody says, also held to a grammar."""
+    folder = save_checkpoint(tmp_path)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    num_tokens = read_card(folder).shape.vocab_size
+    tokenizer.add_special_tokens([f"<pad {i}>" for i in range(num_tokens)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    engine = build_engine([folder])
+    with pytest.raises(RequestError, match=f"outside of the vocabulary of {num_tokens}"):
+        answer(engine, request([5, tokenizer.token_to_id("<pad 99>")]))
+    plain = request([5], structure=Structure(kind="regex", text="[ab]{3}"), max_tokens=9)
+    [chunks] = answer(engine, plain)
+    assert re.fullmatch("[ab]{3}", "".join(chunk.text for chunk in chunks))
 
 
 def test_unknown_options_are_refused(tmp_path: Path) -> None:
