@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
@@ -137,7 +137,7 @@ class Drafts:
             sequence, draft = part.sequence, tuple(drafts.get(part.sequence, ()))
             if draft and sequence.sampler.grammar is not None:
                 draft = draft[: sequence.sampler.grammar.num_allowed(draft)]
-            extended.append(replace(part, num_tokens=part.num_tokens + len(draft), draft=draft))
+            extended.append(Part(sequence, part.num_tokens + len(draft), draft))
         return order_parts(extended)
 
     def learn(self, part: Part, num_accepted: int) -> None:
@@ -299,7 +299,7 @@ def _takes_drafts(part: Part) -> bool:
     sequence = part.sequence
     return (
         part.num_tokens == 1
-        and part.samples
+        and bool(part.drafts)
         and sequence.num_generated > 0
         and not sequence.lead_alone
         and sequence.scout is None

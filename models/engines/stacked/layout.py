@@ -16,7 +16,7 @@ views.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -31,43 +31,24 @@ from models.engines.stacked.sequence import Sequence
 Ints = NDArray[np.int64]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
     """What one request puts into a step: its next `num_tokens` tokens, on the lanes due.
 
-    The last of them may be a `draft` of tokens to come (see `drafts`).
+    The last of them may be a `draft` of tokens to come (see `drafts`). The lanes are those of
+    `members`; `drafts` are, for each token that the step draws, what of the draft comes before it:
+    none unless the step ends with the request's next token.
     """
 
-    sequence: Sequence
-    num_tokens: int
-    draft: tuple[int, ...] = ()
+    __slots__ = ("draft", "drafts", "members", "num_lanes", "num_rows", "num_tokens", "sequence")
 
-    @property
-    def samples(self) -> bool:
-        """Whether the step ends with this request's next token."""
-        return self.num_tokens == self.sequence.num_pending + len(self.draft)
-
-    @property
-    def drafts(self) -> Iterator[tuple[int, ...]]:
-        """Yield for each token that the step draws what of the draft comes before it."""
-        if self.samples:
-            yield from (self.draft[:i] for i in range(len(self.draft) + 1))
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the step that this takes."""
-        return self.num_tokens * self.num_lanes
-
-    @property
-    def num_lanes(self) -> int:
-        """How many lanes it runs on."""
-        return len(self.sequence.due)
-
-    @property
-    def members(self) -> tuple[int, ...]:
-        """Whose these lanes are."""
-        due = self.sequence.due
-        return self.sequence.members[due.start : due.stop]
+    def __init__(self, sequence: Sequence, num_tokens: int, draft: tuple[int, ...] = ()) -> None:
+        due = sequence.due
+        samples = num_tokens == sequence.num_pending + len(draft)
+        self.sequence, self.num_tokens, self.draft = sequence, num_tokens, draft
+        self.members = sequence.members[due.start : due.stop]
+        self.num_lanes = len(due)
+        self.num_rows = num_tokens * self.num_lanes
+        self.drafts = [draft[:i] for i in range(len(draft) + 1)] if samples else []
 
 
 @dataclass(frozen=True, slots=True)

@@ -156,11 +156,12 @@ class Loop(threading.Thread):
 
     def _turn(self) -> None:
         """Run one step and hand over what is due."""
-        for _ in range(MOST_AHEAD):
-            leading = self._scheduler.lead_step()
-            if not leading or self._scouts is None:
-                break
-            self._timed(leading, self._scouts)
+        if self._scouts is not None:
+            for _ in range(MOST_AHEAD):
+                leading = self._scheduler.lead_step()
+                if not leading:
+                    break
+                self._timed(leading, self._scouts)
         parts = self._scheduler.next_step()
         if self._drafts is not None:
             parts = self._drafts.extend(parts)

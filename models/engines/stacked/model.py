@@ -38,11 +38,14 @@ class StackedModel:
         self._buffers: Buffers | None = None
         device, dtype = weights.final_gain_MD.device, weights.final_gain_MD.dtype
         # [positions, 1, d / 2], complex: one rotation for all heads
-        self._rotations_T1d = {
-            rotary: rotations(rotary, architecture.context_tokens)[:, None].to(device)
-            for rotary in {layer.rotary for layer in architecture.layers}
-            if rotary is not None
-        }
+        rotaries = list({layer.rotary for layer in architecture.layers if layer.rotary})
+        self._rotations_T1d = [
+            rotations(rotary, architecture.context_tokens)[:, None].to(device)
+            for rotary in rotaries
+        ]
+        self._rotation_of_layer = [
+            rotaries.index(layer.rotary) if layer.rotary else None for layer in architecture.layers
+        ]
         # Rounded as the weights are.
         self._embedding_scale = torch.tensor(architecture.embedding_scale).to(dtype).item()
 
@@ -61,21 +64,20 @@ class StackedModel:
         x_ND = b.x_ND.copy_(self._embed(members_N, layout.tokens_N))
         if self._embedding_scale != 1:
             x_ND *= self._embedding_scale
-        rotations_N1d = {
-            rotary: table.index_select(0, layout.positions_N)
-            for rotary, table in self._rotations_T1d.items()
-        }
+        rotations_N1d = [
+            table.index_select(0, layout.positions_N) for table in self._rotations_T1d
+        ]
         for path in b.attention:
             path.begin()
-        for index, (kind, weights, cache) in enumerate(
-            zip(self._architecture.layers, self._weights.layers, arena.layers, strict=True)
+        for index, (rotation, weights, cache) in enumerate(
+            zip(self._rotation_of_layer, self._weights.layers, arena.layers, strict=True)
         ):
             self._norm(b)
             b.to_qkv.write(weights.qkv_MDQ)
             _add_bias(b.qkv_NQ, weights.qkv_bias_MQ, members_N)
             self._norm_heads(b, weights, members_N)
-            if kind.rotary is not None:
-                _rotate(b.rotated_NHd, rotations_N1d[kind.rotary])
+            if rotation is not None:
+                _rotate(b.rotated_NHd, rotations_N1d[rotation])
             cache.index_copy_(0, layout.cache_rows_N, b.kv_NQ)
             _attend(b, cache, layout.order, index)
             if weights.out_gain_MD is None:

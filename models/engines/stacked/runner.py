@@ -294,7 +294,7 @@ class Runner:
 
 def _leads_of(part: Part) -> Seq[Said | None]:
     """Return for each token that a part draws what a lead has said of it, if it has one."""
-    num_drawn = len(list(part.drafts))
+    num_drawn = len(part.drafts)
     return part.sequence.said[:num_drawn] or [None] * num_drawn
 
 

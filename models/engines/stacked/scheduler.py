@@ -157,6 +157,8 @@ class Scheduler:
 
     def _share(self, decoding: list[Sequence]) -> list[Sequence]:
         """Return those of `decoding` that take part in this step: each client's fair share."""
+        if len({sequence.request.parties for sequence in self.running}) < 2:
+            return decoding
         rows: Counter[Party] = Counter()
         weights: dict[Party, float] = {}
         for sequence in self.running:

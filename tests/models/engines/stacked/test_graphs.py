@@ -62,7 +62,7 @@ def answers(
             if not parts:
                 continue
             drawn = runner.step(parts).drawn
-            sampling = [part.sequence for part in parts if part.samples]
+            sampling = [part.sequence for part in parts if part.drafts]
             for part in parts:
                 part.sequence.num_cached += part.num_tokens
             for sequence, token in zip(sampling, drawn.token_ids if drawn else [], strict=True):

@@ -50,7 +50,7 @@ def step(scheduler: Scheduler) -> dict[str, int]:
         sequence = part.sequence
         client = sequence.request.client_id
         rows[client] = rows.get(client, 0) + part.num_rows
-        samples = part.samples
+        samples = part.drafts
         sequence.num_cached += part.num_tokens
         if samples:
             sequence.tokens.append(7)
