@@ -32,8 +32,9 @@ from models.precision import fast_bfloat16, products_dtype
 _MOST_ROWS = 16
 # Smaller matrices cost more by rounding their rows than that saves.
 _LEAST_ROUNDED = 2**20
-# Below this a call of oneDNN's kernel costs more than it saves.
-_LEAST_REORDERED = 2**18
+# Up to this a call of oneDNN's kernel saves nothing, and costs twice as much once several engines of
+# one process have computed with several threads, whose helpers then sleep between operations.
+_MOST_AS_THEY_ARE = 2**18
 _GROUP_INPUTS, _STEP_OUTPUTS = 32, 16
 _MOST_INT8, _MOST_INT4 = 127, 15
 _LEAST_SCALE = 1e-30
@@ -229,7 +230,7 @@ def as_they_are(_name: str, matrices_MIO: Tensor) -> Tensor:
 
 def reordered(name: str, matrices_MIO: Tensor) -> Tensor | Reordered:
     """Keep numbers in oneDNN's order on CPU, small matrices in that of plain products."""
-    if matrices_MIO[0].numel() >= _LEAST_REORDERED:
+    if matrices_MIO[0].numel() > _MOST_AS_THEY_ARE:
         return Reordered(matrices_MIO)
     small = outputs_first if matrices_MIO.dtype == torch.bfloat16 else as_they_are
     return small(name, matrices_MIO)

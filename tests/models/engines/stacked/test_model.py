@@ -78,7 +78,7 @@ def test_logits_are_those_of_transformers(
     """Every position's logits match to 1e-4 in fp32, prefilled whole, in chunks, and decoded; with
     matrices as they are, and in oneDNN's order as large ones are kept."""
     if reordered:
-        monkeypatch.setattr(matrices, "_LEAST_REORDERED", 0)
+        monkeypatch.setattr(matrices, "_MOST_AS_THEY_ARE", 0)
     folders = [save_checkpoint(tmp_path / f"{seed}", kind, seed=seed) for seed in range(2)]
     bench = Bench(folders)
     for chunks in ([10], [4, 1, 5], [7, 1, 1, 1]):
