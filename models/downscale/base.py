@@ -33,7 +33,7 @@ from models.engines.stacked.architecture import read_architecture
 from models.errors import BaseError, DivergedError, PoolError, TrainingDiverged
 from models.sources.locate import locate
 from models.tokenizer_json import read_tokenizer
-from models.training.checkpoint import Progress, export_model
+from models.training.checkpoint import Progress, export_checkpoint
 from models.training.data import Conversation, Rows, pack
 from models.training.loop import Settings
 from models.training.loop import run as run_loop
@@ -245,7 +245,7 @@ def train_base(
             **stretch.model_dump(exclude={"num_layers", "steps", "decay_steps"}),
         )
         try:
-            progress = train_on_tasks(
+            train_on_tasks(
                 model,
                 tokenizer,
                 training,
@@ -256,7 +256,8 @@ def train_base(
         except TrainingDiverged as error:
             raise DivergedError(f"base.train.stages.{number}: {error}") from None
     assert model is not None
-    export_model(model, tokenizer, progress, folder / CHECKPOINT)
+    model.generation_config.do_sample = False
+    export_checkpoint(model.to(torch.bfloat16), tokenizer, folder / CHECKPOINT)  # type: ignore[arg-type]
     return folder / CHECKPOINT
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, Literal, TypeAlias
+
+from pydantic_core import to_jsonable_python
 
 from policies.experiments import sequences
 from policies.experiments.effects import ArmMean
@@ -114,8 +116,18 @@ class GuardrailReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
-    """All of it. `recommendation` is one sentence for a person; `notes` are caveats."""
+class Advice:
+    """A verdict, the arm to ship if there is one, a sentence for a person, and caveats."""
+
+    verdict: Verdict
+    winner: str | None
+    recommendation: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Advice):
+    """All of it."""
 
     name: str
     unit: str
@@ -131,37 +143,12 @@ class Report:
     segments: tuple[Comparison, ...]
     guardrails: tuple[GuardrailReport, ...]
     sample_ratio: SampleRatio
-    verdict: Verdict
-    winner: str | None
-    recommendation: str
-    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON data; what is not known (NaN, infinite) as null."""
-        data = asdict(self)
+        data: dict[str, Any] = to_jsonable_python(self, inf_nan_mode="null")
         data["sample_ratio"]["alarm"] = self.sample_ratio.alarm
-        cleaned: dict[str, Any] = _finite(data)
-        return cleaned
-
-
-def _finite(data: Any) -> Any:  # noqa: ANN401 - walks any JSON data
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
-    if isinstance(data, float) and not math.isfinite(data):
-        return None
-    return data
-
-
-@dataclass(frozen=True, kw_only=True)
-class Advice:
-    """A verdict, the arm to ship if there is one, and the words for both."""
-
-    verdict: Verdict
-    winner: str | None
-    recommendation: str
-    notes: tuple[str, ...]
+        return data
 
 
 def advise(
