@@ -8,8 +8,8 @@ layers must target different traffic, because one request can follow only one po
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from inspect import signature
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -17,10 +17,7 @@ from policies.errors import ExperimentError
 from policies.experiments.experiment import Arm, Experiment
 from policies.kinds import first_problem
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-Kind = TypeVar("Kind", bound="DataclassInstance")
+Kind = TypeVar("Kind")
 
 
 def read_experiments(data: object, *, policies: Collection[str]) -> tuple[Experiment, ...]:
@@ -67,7 +64,7 @@ def read_as(kind: type[Kind], body: Mapping[str, Any], *, where: str) -> Kind:
     try:
         return TypeAdapter(kind).validate_python(body)
     except ValidationError as error:
-        keys = [each.name for each in fields(kind) if each.name != "name"]
+        keys = [key for key in signature(kind).parameters if key != "name"]
         raise ExperimentError(first_problem(error, where=where, keys=keys)) from None
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any, Literal, TypeAlias
 
 from pydantic_core import to_jsonable_python
@@ -18,6 +17,7 @@ from pydantic_core import to_jsonable_python
 from policies.experiments import sequences
 from policies.experiments.effects import ArmMean
 from policies.experiments.experiment import Experiment
+from policies.pages import new_figure, png
 
 ALARM_P = 0.001
 
@@ -322,11 +322,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 def draw(experiment: Experiment, report: Report, paths: Mapping[str, Sequence[Point]]) -> bytes:
     """Return a PNG: the primary effect of each treatment in `paths` after every request."""
-    # matplotlib costs half a second to import, and only those who plot should pay.
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
+    figure, [axes] = new_figure()
     for colour, (treatment, path) in zip(_COLOURS, paths.items(), strict=False):
         shown = _legible(path)
         x = [point.num_requests for point in shown]
@@ -340,12 +336,9 @@ def draw(experiment: Experiment, report: Report, paths: Mapping[str, Sequence[Po
     unit = "" if metric.is_share else f" ({metric.unit})"
     axes.set_ylabel(f"{metric.name} minus {experiment.control_arm.name}'s{unit}")
     axes.set_title(f"{report.name}: {1 - report.alpha:.0%} confidence sequence", loc="left")
-    axes.grid(alpha=0.25)
     axes.legend(loc="best", frameon=False)
     figure.supxlabel(report.recommendation, fontsize=8, wrap=True)
-    out = BytesIO()
-    figure.savefig(out, format="png")
-    return out.getvalue()
+    return png(figure)
 
 
 def _legible(path: Sequence[Point]) -> list[Point]:
