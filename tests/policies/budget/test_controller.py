@@ -12,6 +12,7 @@ from policies.errors import PolicyError
 from policies.footprint import Footprint, Limits, Rates
 from policies.laws.scaling import EnsembleLaw
 from policies.plan import Answer, Cascade, members
+from tests.clock import Clock
 
 LAW = EnsembleLaw(L0=0.5, a=0.8, b=0.3)
 NAMES = ("m1", "m2", "m3", "m4")
@@ -31,17 +32,6 @@ def rates(wh, gco2e_per_wh=0.4):
 def facts(**wh_per_token):
     """Return models by name, each needing so many Wh per output token."""
     return {name: ModelFacts(name=name, rates=rates(wh)) for name, wh in wh_per_token.items()}
-
-
-class Clock:
-    """A clock that the test moves."""
-
-    def __init__(self, now_s=0.0):
-        self.now_s = now_s
-
-    def __call__(self):
-        """Return the time."""
-        return self.now_s
 
 
 def two_models(clock=None, **options):
