@@ -27,7 +27,6 @@ from models.chat_template import read_chat_template
 from models.downscale.corpus import draw_example
 from models.downscale.recipe import TASKS
 from models.downscale.render import PLAIN_TEMPLATE, Renderer
-from models.downscale.shape import num_parameters
 from models.downscale.stage import Run, stage
 from models.engines.stacked.architecture import read_architecture
 from models.errors import BaseError, DivergedError, PoolError, TrainingDiverged
@@ -319,4 +318,4 @@ def trained_parameters(settings: BaseTraining) -> int:
     """Return how many parameters the base will have, without training it."""
     with torch.device("meta"):
         depth = settings.stages[-1].num_layers
-        return num_parameters(build_model(settings.shape, depth, build_tokenizer(), seed=0))
+        return build_model(settings.shape, depth, build_tokenizer(), seed=0).num_parameters()

@@ -9,7 +9,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from models.downscale.base import check_base, dequantize, load_base, trained_parameters
 from models.downscale.recipe import QUICK_RECIPE, read_recipe
 from models.downscale.render import PLAIN_TEMPLATE
-from models.downscale.shape import num_parameters
 from models.errors import BaseError, PoolError
 from models.sources.locate import locate
 from models.tokenizer_json import read_tokenizer
@@ -158,7 +157,7 @@ def test_the_size_of_a_base_is_known_before_it_is_trained():
     training = read_recipe(QUICK_RECIPE).base.train
     depth = training.stages[-1].num_layers
     built = build_model(training.shape, depth, build_tokenizer(), seed=0)
-    assert trained_parameters(training) == num_parameters(built)
+    assert trained_parameters(training) == built.num_parameters()
 
 
 @pytest.mark.slow
