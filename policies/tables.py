@@ -1,4 +1,4 @@
-"""Tables as text, for terminals and logs."""
+"""Tables as text, for terminals, logs and Markdown."""
 
 from __future__ import annotations
 
@@ -27,3 +27,9 @@ def text_table(lines: Sequence[Sequence[str]], *, num_left: int = 1) -> str:
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """Return `lines` of cells, the first of which is the head, as Markdown has tables."""
+    head, *rows = lines
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))

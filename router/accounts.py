@@ -1,4 +1,4 @@
-"""Keeps exactly one record of every exchange, when all that it used is known."""
+"""What exchanges may use and have used: budgets hold and charge it, one record of each is kept."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ from typing import Any, Protocol
 
 from models.errors import EngineError
 from policies.base import Policy
+from policies.footprint import Footprint, estimate
+from policies.plan import Plan, answers
+from router.access.budgets import Budgets
+from router.access.limits import Amounts
+from router.access.store import used_amounts
+from router.catalog.catalog import Catalog
 from router.engines import EngineClient
 from router.exchange import Exchange
 from router.executor.trace import Run
-from router.gate import Gate
 from router.ledger.writer import Ledger
 from router.record import RequestRecord
 
@@ -32,12 +37,12 @@ class Watcher(Protocol):
 
 
 class Accounts:
-    """What exchanges used: asked of the engines, kept in the ledger, told to who counts it."""
+    """What exchanges used: asked of the engines, charged, kept in the ledger, told to watchers."""
 
     def __init__(
         self,
         engines: Mapping[str, EngineClient],
-        gate: Gate,
+        budgets: Budgets,
         ledger: Ledger,
         watchers: Sequence[Watcher],
         *,
@@ -46,12 +51,21 @@ class Accounts:
     ) -> None:
         """Keep records in `ledger`, with the texts if `keep_text`; users are hashed."""
         self._engines = engines
-        self._gate = gate
+        self._budgets = budgets
         self._ledger = ledger
         self._watchers = tuple(watchers)
         self._keep_text = keep_text
         self._user_secret = user_secret
         self.settling: set[asyncio.Task[None]] = set()
+
+    async def admit(self, exchange: Exchange) -> None:
+        """Hold the most that the exchange's choices may use, in every budget that counts it.
+
+        Waits a bounded time. Raises `BudgetExhausted` and `BudgetUnavailable`.
+        """
+        exchange.reservation = await self._budgets.reserve(
+            request_id=exchange.id, key=exchange.key, estimate=most(exchange, exchange.catalog)
+        )
 
     def end(self, exchange: Exchange) -> None:
         """Keep the record of `exchange`, at once or when what was cut off is known."""
@@ -85,7 +99,7 @@ class Accounts:
         """Wait for the records of requests that were cut off, then close what keeps them."""
         while self.settling:
             await asyncio.gather(*self.settling, return_exceptions=True)
-        await asyncio.gather(self._ledger.close(), self._gate.close())
+        await asyncio.gather(self._ledger.close(), self._budgets.close())
         for watcher in self._watchers:
             await asyncio.to_thread(watcher.close)
 
@@ -102,7 +116,8 @@ class Accounts:
         record = exchange.complete(
             exchange.catalog.prices.rates, keep_text=self._keep_text, user_secret=self._user_secret
         )
-        self._gate.settle(exchange, record)
+        if exchange.reservation is not None:
+            self._budgets.settle(exchange.reservation, used_amounts(record))
         self._ledger.record(record)
         for watcher in self._watchers:
             watcher.ended(exchange, record)
@@ -117,3 +132,33 @@ class Accounts:
             policy.settle(query, decision, cost)
             catalog.policies.limiter.observe(query, decision, cost)
             await asyncio.sleep(0)
+
+
+def most(exchange: Exchange, catalog: Catalog) -> Amounts:
+    """Return the most that answering may use: every stage of every choice and of what may
+    take over from it, to its last token.
+    """
+    tokens, costs = exchange.record.prompt_tokens, list[Footprint]()
+    for choice in exchange.choices[:: max(1, exchange.n)]:
+        query = choice.task.query
+        plans = (choice.plan, *choice.fallback)
+        sizes = [
+            _most_output(plan, query.prompt_tokens, query.max_tokens, catalog) for plan in plans
+        ]
+        tokens += exchange.n * max(sizes)
+        for plan, output_tokens in zip(plans, sizes, strict=True):
+            cost = estimate(
+                plan,
+                catalog.prices.rates,
+                prompt_tokens=query.prompt_tokens,
+                output_tokens=output_tokens,
+            )
+            costs += [cost] * exchange.n
+    return Amounts.of(tokens=tokens, cost=Footprint.together(costs))
+
+
+def _most_output(plan: Plan, prompt_tokens: int, max_tokens: int, catalog: Catalog) -> int:
+    """Return the most tokens an answer can have: `max_tokens`, or what the context leaves."""
+    contexts = [catalog.members.context_tokens(answer) for answer in answers(plan)]
+    rooms = [max_tokens if size is None else size - prompt_tokens for size in contexts]
+    return max(0, min(max_tokens, max(rooms)))

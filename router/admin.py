@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse
 
 from router.access import keys
-from router.access.audit import ANONYMOUS, Action, AuditRow, read_audit
+from router.access.audit import ANONYMOUS, AuditRow, read_audit
 from router.access.authentication import Identify
 from router.bodies import Bodies
 from router.editions import Editions
@@ -38,66 +38,28 @@ class EditionFacts(BaseModel):
     policies: list[str]
 
 
-class KeyFacts(BaseModel):
-    """A key as people see it; `team` is a name, times are Unix seconds."""
-
-    object: Literal["key"]
-    id: str
-    name: str
-    prefix: str
-    scope: Literal["user", "admin"]
-    team: str | None
-    weight: float
-    caps: Caps
-    created_s: float
-    revoked_s: float | None
-
-
-class MadeKey(KeyFacts):
+class MadeKey(keys.Key):
     """A new key with its secret, which is shown only this once."""
 
     secret: str
 
 
-class TeamFacts(BaseModel):
-    """A team and its caps."""
-
-    object: Literal["team"]
-    id: str
-    name: str
-    caps: Caps
-    created_s: float
-
-
-class AuditFacts(BaseModel):
-    """One action: who (`actor`), what, of which key or team, and what that was and became."""
-
-    object: Literal["audit_row"]
-    audit_id: int
-    time_s: float
-    actor: str
-    action: Action
-    subject: str
-    before: dict[str, Any] | None
-    after: dict[str, Any] | None
-
-
 class KeyList(Listing):
     """All keys, oldest first."""
 
-    data: list[KeyFacts]
+    data: list[keys.Key]
 
 
 class TeamList(Listing):
     """All teams, oldest first."""
 
-    data: list[TeamFacts]
+    data: list[keys.Team]
 
 
 class AuditList(Listing):
     """A page of the audit, the latest row first."""
 
-    data: list[AuditFacts]
+    data: list[AuditRow]
 
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -158,7 +120,7 @@ def add_admin_routes(
     async def create_key(request: Request) -> JSONResponse:
         actor, new = await administrator(request), await read(request, NewKey)
         key, secret = await run(keys.create_key, database, **new.model_dump(), actor=actor)
-        return _told({**key.to_json(), "secret": secret})
+        return _told({**key.model_dump(), "secret": secret})
 
     async def list_keys(request: Request) -> JSONResponse:
         await administrator(request)
@@ -176,17 +138,17 @@ def add_admin_routes(
             weight=changed.weight,
             actor=actor,
         )
-        return _told(changed_key.to_json())
+        return _told(changed_key.model_dump())
 
     async def revoke_key(request: Request, key: str) -> JSONResponse:
         actor = await administrator(request)
         revoked = await run(keys.revoke_key, database, key, actor=actor)
-        return _told(revoked.to_json())
+        return _told(revoked.model_dump())
 
     async def create_team(request: Request) -> JSONResponse:
         actor, new = await administrator(request), await read(request, NewTeam)
         team = await run(keys.create_team, database, **new.model_dump(), actor=actor)
-        return _told(team.to_json())
+        return _told(team.model_dump())
 
     async def list_teams(request: Request) -> JSONResponse:
         await administrator(request)
@@ -195,7 +157,7 @@ def add_admin_routes(
     async def change_team(request: Request, team: str) -> JSONResponse:
         actor, changed = await administrator(request), await read(request, ChangedTeam)
         changed_team = await run(keys.change_team, database, team, caps=changed.caps, actor=actor)
-        return _told(changed_team.to_json())
+        return _told(changed_team.model_dump())
 
     async def audit(request: Request) -> JSONResponse:
         await administrator(request)
@@ -213,11 +175,11 @@ def add_admin_routes(
     for method, path, answer, extra in (
         ("POST", "/keys", create_key, described(MadeKey, takes=NewKey)),
         ("GET", "/keys", list_keys, described(KeyList)),
-        ("POST", "/keys/{key}", change_key, described(KeyFacts, takes=ChangedKey)),
-        ("DELETE", "/keys/{key}", revoke_key, described(KeyFacts)),
-        ("POST", "/teams", create_team, described(TeamFacts, takes=NewTeam)),
+        ("POST", "/keys/{key}", change_key, described(keys.Key, takes=ChangedKey)),
+        ("DELETE", "/keys/{key}", revoke_key, described(keys.Key)),
+        ("POST", "/teams", create_team, described(keys.Team, takes=NewTeam)),
         ("GET", "/teams", list_teams, described(TeamList)),
-        ("POST", "/teams/{team}", change_team, described(TeamFacts, takes=ChangedTeam)),
+        ("POST", "/teams/{team}", change_team, described(keys.Team, takes=ChangedTeam)),
         ("GET", "/audit", audit, described(AuditList, query=rows)),
     ):
         api.add_api_route("/v1/admin" + path, answer, methods=[method], openapi_extra=extra)
@@ -264,4 +226,4 @@ def _told(content: dict[str, Any]) -> JSONResponse:
 
 
 def _listed(found: Sequence[keys.Key | keys.Team | AuditRow]) -> JSONResponse:
-    return _told({"object": "list", "data": [one.to_json() for one in found]})
+    return _told({"object": "list", "data": [one.model_dump() for one in found]})

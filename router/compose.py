@@ -25,7 +25,6 @@ from router.editions import Edition, Editions, next_edition, publish
 from router.engines import EngineClient
 from router.experiments.experiments import Experiments, read_definitions
 from router.experiments.shadows import shadow_report
-from router.gate import Gate
 from router.ledger.database import Database, open_database
 from router.ledger.writer import Ledger, installation_secret
 from router.logs import REQUESTS_LOGGER, RequestLog
@@ -129,9 +128,15 @@ def compose(
     experiments = Experiments(
         definitions, args=args, pool=pool, catalog=catalog, database=ledger.database
     )
-    gate = _gate(args, ledger.database)
+    budgets = Budgets(
+        open_database(args.ledger.url, fast_commits=True, statement_timeout_s=_STATEMENT_TIMEOUT_S),
+        args.budgets,
+        holder=f"{socket.gethostname()}-{uuid.uuid4().hex}",
+        logger=logging.getLogger("shoal.budgets"),
+    )
     service = Service(
-        gate=gate,
+        authenticator=Authenticator(ledger.database, args.auth),
+        budgets=budgets,
         keep_text=args.ledger.keep_text,
         user_secret=installation_secret(ledger.database, "users"),
         editions=editions,
@@ -155,7 +160,7 @@ def compose(
     )
 
     def follow(edition: Edition) -> None:
-        gate.configure(edition.args.budgets)
+        budgets.configure(edition.args.budgets)
         service.bodies.max_bytes = edition.args.limits.max_body_bytes
         service.bodies.max_values = edition.args.limits.max_body_values
         service.bodies.room.max_bytes = edition.args.limits.max_arriving_bytes
@@ -212,13 +217,3 @@ def _background(
         background.append(GridFeed(args.carbon.feed, catalog.prices.grid))
     background.append(BudgetSync(controllers, database))
     return background
-
-
-def _gate(args: AppArgs, database: Database) -> Gate:
-    budgets = Budgets(
-        open_database(args.ledger.url, fast_commits=True, statement_timeout_s=_STATEMENT_TIMEOUT_S),
-        args.budgets,
-        holder=f"{socket.gethostname()}-{uuid.uuid4().hex}",
-        logger=logging.getLogger("shoal.budgets"),
-    )
-    return Gate(authenticator=Authenticator(database, args.auth), budgets=budgets)

@@ -24,7 +24,7 @@ from models.engines.base import EngineStats
 from models.errors import EngineError, RequestError
 from models.fair import CLIENT
 from policies.carbon.grid import ScheduledGrid
-from router.access.authentication import Identify, KeyRejected
+from router.access.authentication import Identify, KeyRejected, credentials
 from router.access.keys import KeysError, Scope
 from router.access.limits import CapError
 from router.adapters import add_adapter_routes
@@ -38,7 +38,6 @@ from router.dashboard.routes import Access, add_dashboard, may_see
 from router.decide import named_target
 from router.errors import ApiError, to_api_error
 from router.experiments.endpoints import add_experiment_routes, add_feedback_route
-from router.gate import credentials
 from router.metrics.page import add_metrics_route
 from router.openai_api.batches import BatchStore, add_batch_routes
 from router.openai_api.chat import ChatEndpoint
@@ -294,7 +293,7 @@ def _identify(service: Service, scope: Scope) -> Identify:
 
     async def key_id(request: Request) -> str | None:
         CLIENT.set(address_of(request))
-        key = await service.gate.identify(credentials(request.headers), scope=scope)
+        key = await service.authenticator.authenticate(credentials(request.headers), scope=scope)
         if key is not None:
             CLIENT.set(key.id)
         return key.id if key else None

@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any, Literal, TypeAlias
 
 from fastapi import FastAPI
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, NoDefault
 from pydantic_core import core_schema
 from starlette.responses import JSONResponse, Response
@@ -24,6 +24,10 @@ Shape: TypeAlias = type[Any]
 Mode: TypeAlias = Literal["validation", "serialization"]
 
 _SHAPES: dict[str, tuple[Shape, Mode]] = {}  # what operations refer to, by name
+
+
+TOLD_WHOLE = ConfigDict(frozen=True, json_schema_serialization_defaults_required=True)
+"""Of what is told with all of its fields, those too that have a default here."""
 
 
 class ErrorFacts(BaseModel):

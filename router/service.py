@@ -22,6 +22,8 @@ from models.engines.base import Chunk
 from models.errors import without_quotes
 from models.fair import CLIENT, FairThreads
 from policies.experiments.shadow import ShadowMeter
+from router.access.authentication import Authenticator, credentials
+from router.access.budgets import Budgets
 from router.accounts import Accounts, Watcher
 from router.bodies import Bodies, Held, address_of
 from router.catalog.catalog import Catalog
@@ -35,7 +37,6 @@ from router.exchange import Exchange, Terms, shoal_field
 from router.executor.executor import Executor
 from router.experiments.experiments import Experiments
 from router.experiments.shadows import Mirror
-from router.gate import Gate, credentials
 from router.ledger.writer import Ledger
 from router.logs import REQUEST_ID
 from router.metrics.page import Metrics
@@ -81,7 +82,8 @@ class Service:
         editions: Editions,
         engines: Mapping[str, EngineClient],
         ledger: Ledger,
-        gate: Gate,
+        authenticator: Authenticator,
+        budgets: Budgets,
         experiments: Experiments,
         metrics: Metrics,
         responses: ResponseStore,
@@ -103,11 +105,12 @@ class Service:
         self.engines = engines
         self.experiments = experiments
         self.ledger = ledger
-        self.gate = gate
+        self.authenticator = authenticator
+        self.budgets = budgets
         self.metrics = metrics
         self.responses = responses
         self.accounts = Accounts(
-            engines, gate, ledger, watchers, keep_text=keep_text, user_secret=user_secret
+            engines, budgets, ledger, watchers, keep_text=keep_text, user_secret=user_secret
         )
         self.bodies = Bodies(
             max_bytes=self.limits.max_body_bytes,
@@ -139,7 +142,7 @@ class Service:
     @property
     def workers(self) -> tuple[Worker, ...]:
         """What runs beside the requests."""
-        return (self.ledger.worker, self.gate.worker, *self._background)
+        return (self.ledger.worker, self.budgets.worker, *self._background)
 
     def run_beside(self, one: Background) -> None:
         """Have `one` run beside the requests, too; to be called before the start."""
@@ -167,7 +170,7 @@ class Service:
         async def answer() -> Response:
             exchange.deadline_s = self._deadline_s(exchange, _timeout_s(request.headers))
             async with asyncio.timeout_at(exchange.deadline_s):
-                exchange.key = await self.gate.identify(credentials(request.headers))
+                exchange.key = await self.authenticator.authenticate(credentials(request.headers))
             with self.bodies.hold(request, exchange.key_id) as held:
                 async with asyncio.timeout_at(exchange.deadline_s):
                     body = await self.bodies.read(request, held)
@@ -186,7 +189,8 @@ class Service:
         self._bind(exchange)
         exchange.offline = True
         CLIENT.set(exchange.client_id)
-        exchange.key = await self.gate.key(key_id)
+        if key_id is not None:
+            exchange.key = await self.authenticator.known(key_id)
         exchange.deadline_s = self._deadline_s(exchange, None)
         return await self._settled(exchange, endpoint, self._answer(exchange, endpoint, body))
 
@@ -240,7 +244,7 @@ class Service:
                 self.experiments,
                 self._conversations,
             )
-            await self.gate.admit(exchange, exchange.catalog)
+            await self.accounts.admit(exchange)
             writer = await endpoint.writer(self._head(exchange, ask), ask)
         executor = self._executor(exchange)
         answers = before(

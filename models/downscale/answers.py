@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from models.adapter import ADAPTER_CONFIG
 from models.card import read_card
@@ -327,8 +328,5 @@ def answered_to_json(answered: Answered) -> dict[str, Any]:
 
 def answered_from_json(content: Mapping[str, Any]) -> Answered:
     """What `answered_to_json` made JSON of."""
-    written = (
-        Written(**{**one, "logprobs": AnswerLogprobs(**one["logprobs"])})
-        for one in content["answers"]
-    )
-    return Answered(written=tuple(written), score_Q=np.array(content["scores"]))
+    written = TypeAdapter(tuple[Written, ...]).validate_python(content["answers"])
+    return Answered(written=written, score_Q=np.array(content["scores"]))

@@ -6,7 +6,9 @@ A GGUF file is dequantized into a folder first; all else reads folders.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,26 +24,23 @@ from transformers import (
 
 from models.card import SUPPORTED_ARCHITECTURES, ModelCard, read_card
 from models.chat_template import read_chat_template
-from models.downscale.recipe import TASKS, BaseShape, BaseStage, BaseTraining
+from models.downscale.corpus import draw_example
+from models.downscale.recipe import TASKS
 from models.downscale.render import PLAIN_TEMPLATE, Renderer
-from models.downscale.shape import num_parameters
 from models.downscale.stage import Run, stage
 from models.engines.stacked.architecture import read_architecture
 from models.errors import BaseError, DivergedError, PoolError, TrainingDiverged
 from models.sources.locate import locate
 from models.tokenizer_json import read_tokenizer
-from models.training.checkpoint import export_model
-from models.training.scratch import (
-    LlamaShape,
-    TaskTraining,
-    build_model,
-    build_tokenizer,
-    grow,
-    train,
-)
-from models.training.scratch import Renderer as TaskRenderer
+from models.training.checkpoint import Progress, export_checkpoint
+from models.training.data import Conversation, Rows, pack
+from models.training.loop import Settings
+from models.training.loop import run as run_loop
+from models.training.scratch import build_model, build_tokenizer, grow
+from models.training.settings import BaseTraining
 
 CHECKPOINT: Final = "checkpoint"
+_STEPS_PER_SHARD: Final = 32
 
 
 @stage("base")
@@ -200,6 +199,18 @@ def _generation(model: PreTrainedModel, ends: Sequence[int]) -> GenerationConfig
     return generation
 
 
+@dataclass(frozen=True, kw_only=True)
+class TaskTraining(Settings):
+    """Everything that the trained weights depend on, beside the model's own shape and seed.
+
+    `mixture` gives each task domain's share of the conversations.
+    """
+
+    mixture: Mapping[str, float]
+    question_weight: float = 0.2
+    seed: int = 0
+
+
 def train_base(
     settings: BaseTraining,
     domains: Sequence[str],
@@ -216,21 +227,27 @@ def train_base(
         DivergedError: the loss is not finite.
     """
     tokenizer = build_tokenizer()
-    renderer = TaskRenderer(tokenizer)
     model: LlamaForCausalLM | None = None
     for number, stretch in enumerate(settings.stages):
-        deeper = build_model(_shape(settings.shape, stretch), tokenizer, seed=stretch.seed)
+        deeper = build_model(settings.shape, stretch.num_layers, tokenizer, seed=stretch.seed)
         if model is not None:
             try:
                 grow(model, deeper)
             except ValueError as error:
                 raise BaseError(f"base.train.stages.{number}.num_layers: {error}") from None
         model = deeper
+        training = TaskTraining(
+            mixture={name: 1 / len(domains) for name in domains},
+            num_steps=stretch.steps,
+            num_decay_steps=stretch.decay_steps,
+            compiled=settings.compiled,
+            **stretch.model_dump(exclude={"num_layers", "steps", "decay_steps"}),
+        )
         try:
-            progress = train(
+            train_on_tasks(
                 model,
-                renderer,
-                _recipe(settings, stretch, domains),
+                tokenizer,
+                training,
                 folder=folder / f"stage-{number}",
                 resume=True,
                 report=report,
@@ -238,37 +255,67 @@ def train_base(
         except TrainingDiverged as error:
             raise DivergedError(f"base.train.stages.{number}: {error}") from None
     assert model is not None
-    export_model(model, tokenizer, progress, folder / CHECKPOINT)
+    model.generation_config.do_sample = False
+    export_checkpoint(model.to(torch.bfloat16), tokenizer, folder / CHECKPOINT)  # type: ignore[arg-type]
     return folder / CHECKPOINT
+
+
+def train_on_tasks(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    training: TaskTraining,
+    *,
+    folder: Path,
+    resume: bool = False,
+    checkpoint_every_s: float = 60.0,
+    report: Callable[[str], None],
+) -> Progress:
+    """Train `model` in place on fresh tasks; see `models.training.loop.run`."""
+    return run_loop(
+        model,
+        lambda first_step: batches(tokenizer, training, first_step=first_step),
+        training,
+        asdict(training),
+        folder=folder,
+        resume=resume,
+        checkpoint_every_s=checkpoint_every_s,
+        report=report,
+    )
+
+
+def batches(
+    tokenizer: PreTrainedTokenizerFast, training: TaskTraining, *, first_step: int
+) -> Iterator[Rows]:
+    """Endless training batches from step `first_step` on.
+
+    They are a function of (mixture, seed, shard's number) alone, so that training resumes at any
+    step.
+    """
+    renderer = Renderer(tokenizer)
+    shard, skip = divmod(first_step, _STEPS_PER_SHARD)
+    while True:
+        rng = random.Random(f"{sorted(training.mixture.items())}/{training.seed}/{shard}")
+        rows = pack(
+            _conversations(renderer, rng, training.mixture),
+            num_rows=_STEPS_PER_SHARD * training.rows_per_step,
+            row_tokens=training.row_tokens,
+            question_weight=training.question_weight,
+        )
+        for step in range(skip, _STEPS_PER_SHARD):
+            first = step * training.rows_per_step
+            yield rows.part(slice(first, first + training.rows_per_step))
+        shard, skip = shard + 1, 0
+
+
+def _conversations(
+    renderer: Renderer, rng: random.Random, mixture: Mapping[str, float]
+) -> Iterator[Conversation]:
+    while True:
+        yield from renderer.render([draw_example(rng, mixture) for _ in range(256)])
 
 
 def trained_parameters(settings: BaseTraining) -> int:
     """Return how many parameters the base will have, without training it."""
     with torch.device("meta"):
-        shape = _shape(settings.shape, settings.stages[-1])
-        return num_parameters(build_model(shape, build_tokenizer(), seed=0))
-
-
-def _shape(shape: BaseShape, stretch: BaseStage) -> LlamaShape:
-    return LlamaShape(
-        hidden_size=shape.hidden_size,
-        num_layers=stretch.num_layers,
-        feed_forward_size=shape.intermediate_size,
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_size=shape.head_dim,
-    )
-
-
-def _recipe(settings: BaseTraining, stretch: BaseStage, domains: Sequence[str]) -> TaskTraining:
-    return TaskTraining(
-        mixture={name: 1 / len(domains) for name in domains},
-        num_steps=stretch.steps,
-        num_decay_steps=stretch.decay_steps,
-        rows_per_step=stretch.rows_per_step,
-        row_tokens=stretch.row_tokens,
-        learning_rate=stretch.learning_rate,
-        muon_learning_rate=stretch.muon_learning_rate,
-        seed=stretch.seed,
-        compiled=settings.compiled,
-    )
+        depth = settings.stages[-1].num_layers
+        return build_model(settings.shape, depth, build_tokenizer(), seed=0).num_parameters()

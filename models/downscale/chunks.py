@@ -33,7 +33,7 @@ from models.downscale.cut import (
 from models.downscale.data import Selection, select, select_at_random
 from models.downscale.examples import conversations
 from models.downscale.recipe import ALL_DOMAINS
-from models.downscale.shape import num_parameters, solve_shape
+from models.downscale.shape import solve_shape
 from models.downscale.stage import Run, read_json, remembered, stage, write_json
 from models.downscale.vocabulary import base_model
 from models.tasks.base import Split
@@ -64,7 +64,7 @@ def importance_of(run: Run, domain: str) -> Importance:
 def cut_out(run: Run, folder: Path, domain: str) -> None:
     """Stage: the chunk as it is cut from the base."""
     base, members = base_model(run)[0], run.recipe.members
-    shape = solve_shape(base.config, members.target(num_parameters(base)), members.shape)
+    shape = solve_shape(base.config, members.target(base.num_parameters()), members.shape)
     chunk, report = cut(base, importance_of(run, domain), shape)
     save_model(run, chunk, folder)
     write_json(folder / CUT_FILE, {**asdict(report), "pruned_share": report.pruned_share})

@@ -26,7 +26,6 @@ from models.downscale.texts import LINES, Copies, files_of, paragraphs, read_tex
 from models.errors import CorpusError
 from models.tasks import DOMAINS
 from models.tasks.base import Split, Task
-from models.training.scratch import draw_dialogue
 from policies.cascade.base import normalise
 from policies.json_text import whole_text
 
@@ -35,6 +34,14 @@ MIN_TRAIN_EXAMPLES: Final = 32
 # A text counts as one example for each of these: it is cut into about as many rows.
 _EXAMPLE_CHARACTERS: Final = 512
 _SAMPLE_SEED: Final = 2026
+
+_SHARE_MULTI_TURN: Final = 0.10
+_SHARE_SYSTEM_PROMPT: Final = 0.08
+_SYSTEM_PROMPTS: Final = (
+    "You are a helpful assistant.",
+    "Answer with the result only.",
+    "You are a helpful assistant. Answer briefly.",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,14 +169,26 @@ def read_corpus(name: str, file: Path) -> Corpus:
 def _generated(task: str, count: int, *, held_out: int, seed: int) -> Iterator[Example]:
     rng = random.Random(f"{task}/{seed}")
     for _ in range(count):
-        system, tasks = draw_dialogue(rng, {task: 1.0})
-        turns = [] if system is None else [Turn(role="system", content=system)]
-        for one in tasks:
-            turns += _dialogue(one)
-        yield Example(turns=tuple(turns), skill=tasks[0].skill)
+        yield draw_example(rng, {task: 1.0})
     for split in (Split.ROUTER, Split.TEST):
         for one in DOMAINS[task].distinct(split, held_out, seed=_SAMPLE_SEED):
             yield Example(turns=_dialogue(one), answer=one.answer, split=split, skill=one.skill)
+
+
+def draw_example(rng: random.Random, mixture: Mapping[str, float]) -> Example:
+    """A training conversation on a task domain, drawn by its share in `mixture`.
+
+    Most have one turn; some have several, or a system prompt.
+    """
+    name = rng.choices(list(mixture), list(mixture.values()))[0]
+    num_turns = rng.randint(2, 3) if rng.random() < _SHARE_MULTI_TURN else 1
+    turns: list[Turn] = []
+    if rng.random() < _SHARE_SYSTEM_PROMPT:
+        turns.append(Turn(role="system", content=rng.choice(_SYSTEM_PROMPTS)))
+    tasks = [DOMAINS[name].sample(rng, Split.TRAIN) for _ in range(num_turns)]
+    for task in tasks:
+        turns += _dialogue(task)
+    return Example(turns=tuple(turns), skill=tasks[0].skill)
 
 
 def _dialogue(task: Task) -> tuple[Turn, Turn]:

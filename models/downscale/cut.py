@@ -35,7 +35,6 @@ from models.downscale.shape import (
     check_shape,
     cut_config,
     layers_of,
-    num_parameters,
     shape_of,
 )
 from models.training.data import Conversation
@@ -246,8 +245,8 @@ def cut(
     chunk = _build(cut_config(config, shape, eps_scale=eps_scale), kept, model)
     report = CutReport(
         shape=shape,
-        parameters=num_parameters(chunk),
-        base_parameters=num_parameters(model),
+        parameters=chunk.num_parameters(),
+        base_parameters=model.num_parameters(),
         layers=_ints(layers),
         hidden=_ints(hidden),
         heads=tuple(_ints(heads) for heads, _ in groups),

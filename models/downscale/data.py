@@ -42,7 +42,7 @@ Kind = Literal["domain", "general"]
 Scores = NDArray[np.float64]
 
 _BATCH_EXAMPLES: Final = 256
-# Elements [K, V] of a batch at most: 256 MB in fp32, of which a few are held at a time.
+# Elements [M, K, V] of a batch at most: 256 MB in fp32, of which a few are held at a time.
 _BATCH_ELEMENTS: Final = 2**26
 
 
@@ -112,7 +112,8 @@ def uncertainty(
     of the right token's log-probability. A conversation without an answer has 0.
     """
     scores_B = np.zeros(len(conversations))
-    for batch in _batches(conversations, vocab_size=int(members[0].config.vocab_size)):
+    row_elements = len(members) * int(members[0].config.vocab_size)
+    for batch in _batches(conversations, row_elements):
         tokens_BT, mask_BT = pad([conversations[i] for i in batch])
         # A token is judged where it is predicted: one position earlier.
         judged_BT = torch.zeros_like(mask_BT)
@@ -120,23 +121,28 @@ def uncertainty(
             answers = torch.tensor(conversations[i].is_answer[1:], dtype=torch.bool)
             judged_BT[row, : len(answers)] = answers
         rows_K = judged_BT.nonzero()[:, 0]
-        targets_K = tokens_BT.roll(-1, 1)[judged_BT]
-        score = _Bald() if by == "bald" else _Disagreement()
-        for member in members:
-            logs_KV = _log_probabilities(member, tokens_BT, mask_BT, judged_BT)
-            score.add(logs_KV, targets_K.to(logs_KV.device))
-        sums_B = torch.zeros(len(batch)).index_add_(0, rows_K, score.result().float().cpu())
+        logs_MKV = torch.stack(
+            [_log_probabilities(member, tokens_BT, mask_BT, judged_BT) for member in members]
+        )
+        if by == "bald":
+            score_K = _mutual_information(logs_MKV)
+        else:
+            targets_K = tokens_BT.roll(-1, 1)[judged_BT].to(logs_MKV.device)
+            right_MK = logs_MKV.gather(-1, targets_K.expand(len(members), -1)[..., None])[..., 0]
+            score_K = right_MK.std(0, correction=0)
+        sums_B = torch.zeros(len(batch)).index_add_(0, rows_K, score_K.cpu())
         counts_B = judged_BT.sum(1).clamp(min=1)
         scores_B[batch] = (sums_B / counts_B).double().numpy()
     return scores_B
 
 
-def _batches(conversations: Sequence[Conversation], *, vocab_size: int) -> Iterator[list[int]]:
-    """Indices of examples of like length, so many at a time that their answers fit in memory."""
+def _batches(conversations: Sequence[Conversation], row_elements: int) -> Iterator[list[int]]:
+    """Indices of examples of like length, so many at a time that their answers fit in memory, of
+    which each token takes so many elements."""
     batch: list[int] = []
     elements = 0
     for i in sorted(range(len(conversations)), key=lambda i: len(conversations[i].tokens)):
-        more = sum(conversations[i].is_answer) * vocab_size
+        more = sum(conversations[i].is_answer) * row_elements
         if batch and (len(batch) == _BATCH_EXAMPLES or elements + more > _BATCH_ELEMENTS):
             yield batch
             batch, elements = [], 0
@@ -158,38 +164,11 @@ def _log_probabilities(
     return logits_KV.float().log_softmax(-1)
 
 
-class _Bald:
-    """Mutual information between answer and member, from running sums over members."""
-
-    def __init__(self) -> None:
-        self._num = 0
-        self._mean_KV: Tensor | float = 0.0
-        self._entropy_K: Tensor | float = 0.0
-
-    def add(self, logs_KV: Tensor, _: Tensor) -> None:
-        p_KV = logs_KV.exp()
-        self._num += 1
-        self._mean_KV = self._mean_KV + p_KV
-        self._entropy_K = self._entropy_K - (p_KV * logs_KV).sum(-1)
-
-    def result(self) -> Tensor:
-        assert isinstance(self._mean_KV, Tensor)
-        mean_KV = self._mean_KV / self._num
-        total_K = -torch.xlogy(mean_KV, mean_KV).sum(-1)
-        return total_K - self._entropy_K / self._num
-
-
-class _Disagreement:
-    """Standard deviation over members of the right token's log-probability."""
-
-    def __init__(self) -> None:
-        self._found: list[Tensor] = []
-
-    def add(self, logs_KV: Tensor, targets_K: Tensor) -> None:
-        self._found.append(logs_KV.gather(-1, targets_K[:, None])[:, 0])
-
-    def result(self) -> Tensor:
-        return torch.stack(self._found).std(0, correction=0)
+def _mutual_information(logs_MKV: Tensor) -> Tensor:
+    """H(mean_m p_m) - mean_m H(p_m), `[K]`, in nats."""
+    mean_KV = logs_MKV.exp().mean(0)
+    entropy_MK = -(logs_MKV.exp() * logs_MKV).sum(-1)
+    return -torch.xlogy(mean_KV, mean_KV).sum(-1) - entropy_MK.mean(0)
 
 
 def _num_kept(count: int, keep: float) -> int:

@@ -41,7 +41,7 @@ from models.downscale.examples import conversations
 from models.downscale.members import base_of, member, mixture_of
 from models.downscale.questions import Question, questions
 from models.downscale.recipe import MemberShape
-from models.downscale.shape import num_parameters, solve_shape
+from models.downscale.shape import solve_shape
 from models.downscale.stage import Run, read_json, stage, write_json
 from models.downscale.vocabulary import base_model
 from models.errors import BaseError
@@ -76,7 +76,7 @@ def pruning(run: Run, folder: Path) -> None:
     domain, settings = run.domains[0], run.recipe.laws
     judged = conversations(run, domain, Split.ROUTER)[:NUM_JUDGED]
     base = base_model(run)[0]
-    base_parameters, base_loss = num_parameters(base), loss_on(run, judged, base)
+    base_parameters, base_loss = base.num_parameters(), loss_on(run, judged, base)
     points: list[PruningPoint] = []
     for share in settings.pruning_shares:
         try:

@@ -24,7 +24,6 @@ from models.downscale.corpora import GENERAL
 from models.downscale.data import Point, best_share, fit_mixture
 from models.downscale.examples import conversations
 from models.downscale.recipe import AdaptSettings
-from models.downscale.shape import num_parameters
 from models.downscale.stage import Run, read_json, stage, write_json
 from models.downscale.teachers import ADAPT_FILE, method_for, trained_base, training_data
 from models.downscale.vocabulary import base_model
@@ -108,7 +107,7 @@ def _points(run: Run, domain: str, share: float, folder: Path) -> list[Point]:
         Point(
             domain=domain,
             general_share=share,
-            parameters=num_parameters(member),
+            parameters=member.num_parameters(),
             tokens=judgement.tokens,
             domain_loss=judgement.losses[domain],
             general_loss=judgement.losses[GENERAL],

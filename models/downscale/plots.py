@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from policies.files import write_atomic
 from policies.laws.downscaling import PostPruningLaw
 from policies.laws.scaling import EnsembleLaw
+from policies.pages import new_figure, png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +25,6 @@ _COLOURS: Final = {
     "routed": "#d1495b",
     "policy": "#00798c",
 }
-_DPI: Final = 130
 
 
 def draw_all(figures: Figures, folder: Path) -> list[Path]:
@@ -43,23 +44,9 @@ def draw_all(figures: Figures, folder: Path) -> list[Path]:
         figure = draw(figures)
         if figure is not None:
             file = folder / f"{name}.png"
-            figure.savefig(file, dpi=_DPI)
+            write_atomic(file, png(figure))
             written.append(file)
     return written
-
-
-def new_figure(
-    columns: int = 1, *, width: float = 7.5, height: float = 4.6
-) -> tuple[Figure, list[Axes]]:
-    """An empty figure in the report's style, and its `columns` plots."""
-    from matplotlib.figure import Figure  # noqa: PLC0415 - only a report needs it
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = list(np.atleast_1d(figure.subplots(1, columns)))
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.25)
-    return figure, axes
 
 
 def _quality_compute(figures: Figures) -> Figure:

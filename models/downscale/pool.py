@@ -15,11 +15,13 @@ from models.downscale.laws import laws
 from models.downscale.members import member
 from models.downscale.policies import CASCADE_FILE, ROUTER_FILE, policies, policies_of, prices
 from models.downscale.questions import questions
-from models.downscale.report import all_tables, markdown, write_report
+from models.downscale.report import all_tables, write_report
 from models.downscale.stage import MARKS, Run, stage, write_json
 from models.pool_text import as_yaml
 from policies.laws.file import LAWS_FILE
 from policies.outcomes import write_outcomes
+from policies.pages import markdown
+from policies.tables import markdown_table
 
 OUTCOMES_FILE: Final = "outcomes.jsonl"
 RESULTS_FILE: Final = "results.json"
@@ -134,8 +136,7 @@ def _member_card(name: str, figures: Mapping[str, Any]) -> str:
     for domain, loss in system.get("loss_by_domain", {}).items():
         per_token = figures["losses"][name][domain]
         rows[f"loss, {domain}"] = f"{loss:.4f} nats per byte, {per_token:.4f} per token"
-    lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, markdown_table([("", ""), *rows.items()])]) + "\n"
 
 
 def _kind(run: Run) -> str:
@@ -150,14 +151,14 @@ def _cell(text: str) -> str:
 def _readme(run: Run, figures: Mapping[str, Any]) -> str:
     skip = {"Fitted laws"}
     tables = [markdown(table) for table in all_tables(figures) if table.title not in skip]
-    examples = ["| domain | question, or beginning | answer, or how it goes on |", "|---|---|---|"]
+    examples = [("domain", "question, or beginning", "answer, or how it goes on")]
     seen: set[tuple[str, str | None]] = set()
     for question in questions(run):
         kind = question.domain, question.example.skill
         if question.is_test and kind not in seen and sum(d == kind[0] for d, _ in seen) < 3:
             seen.add(kind)
             asked, answer = _cell(question.text[-80:]), _cell(question.answer[:80])
-            examples.append(f"| {question.domain} | {asked} | {answer} |")
+            examples.append((question.domain, asked, answer))
     head = [
         f"# The pool `{figures['pool']}`",
         "",
@@ -175,7 +176,7 @@ def _readme(run: Run, figures: Mapping[str, Any]) -> str:
         "",
         "## What they can be asked",
         "",
-        *examples,
+        markdown_table(examples),
         "",
     ]
     return "\n".join(head) + "\n" + "\n".join(tables)

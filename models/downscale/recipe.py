@@ -16,7 +16,13 @@ from models.errors import RecipeError
 from models.precision import Precision
 from models.sources.locate import HUB
 from models.spec import Name
-from models.training.settings import DistillSettings, MonteCarloSettings, Share, UnmaskSettings
+from models.training.settings import (
+    BaseTraining,
+    DistillSettings,
+    MonteCarloSettings,
+    Share,
+    UnmaskSettings,
+)
 from policies.files import PACKAGE
 from policies.kinds import Strict, read_yaml
 
@@ -40,37 +46,6 @@ class CorpusSettings(Strict):
     corpus: str = Field(min_length=1)
     held_out: str | None = None
     examples: int = Field(20_000, ge=1)
-
-
-class BaseShape(Strict):
-    """Width and heads of a base that is trained here; a stage adds the depth."""
-
-    hidden_size: int = Field(gt=0)
-    intermediate_size: int = Field(gt=0)
-    num_heads: int = Field(gt=0)
-    num_kv_heads: int = Field(gt=0)
-    head_dim: int = Field(32, gt=0)
-
-
-class BaseStage(Strict):
-    """One stretch of the base's training; a deeper one grows from the shallower before it."""
-
-    num_layers: int = Field(gt=0)
-    steps: int = Field(gt=0)
-    decay_steps: int = Field(0, ge=0)
-    rows_per_step: int = Field(128, gt=0)
-    row_tokens: int = Field(64, gt=0)
-    learning_rate: float = Field(3e-3, gt=0)
-    muon_learning_rate: float = Field(6e-3, gt=0)
-    seed: int = 0
-
-
-class BaseTraining(Strict):
-    """Trains the base from scratch on the built-in task domains that the recipe names."""
-
-    shape: BaseShape
-    stages: tuple[BaseStage, ...] = Field(min_length=1)
-    compiled: bool = True
 
 
 class BaseSettings(Strict):

@@ -112,11 +112,6 @@ def layers_of(model: PreTrainedModel) -> list[nn.Module]:
     return list(model.get_submodule("model.layers").children())
 
 
-def num_parameters(model: nn.Module) -> int:
-    """Return the number of distinct parameters; tied embeddings count once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def count_parameters(config: PretrainedConfig, shape: CutShape) -> int:
     """Return the parameters that a checkpoint like `config`, of `shape`, would have."""
     hidden, ff = shape.hidden_size, shape.intermediate_size

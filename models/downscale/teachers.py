@@ -25,7 +25,6 @@ from models.downscale.corpora import GENERAL
 from models.downscale.data import with_lessons, write_lessons
 from models.downscale.examples import conversations
 from models.downscale.recipe import AdaptSettings
-from models.downscale.shape import num_parameters
 from models.downscale.stage import Run, progress_bar, read_json, remembered, stage, write_json
 from models.downscale.vocabulary import base_model
 from models.precision import products_dtype
@@ -60,7 +59,7 @@ def teacher(run: Run, folder: Path, domain: str) -> None:
     """
     tokens = run.recipe.adapt.distill.teacher_tokens
     if tokens is None:
-        share = num_parameters(untrained(run, domain)) / num_parameters(base_model(run)[0])
+        share = untrained(run, domain).num_parameters() / base_model(run)[0].num_parameters()
         tokens = max(1, round(share * run.recipe.adapt_of(domain).tokens))
     settings = run.recipe.adapt_of_teacher(tokens)
     _train_whole(run, folder, selected(run, domain), settings, f"teacher/{domain}")

@@ -23,7 +23,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from models.downscale.base import CHECKPOINT, load_base, whole_base
 from models.downscale.corpora import corpus
 from models.downscale.render import Renderer
-from models.downscale.shape import num_parameters
 from models.downscale.stage import Run, remembered, stage
 from models.errors import BaseError
 from models.tasks.base import Split
@@ -47,13 +46,13 @@ def vocabulary(run: Run, folder: Path) -> None:
     """Stage: the base with the tokens that training on the corpora uses."""
     model, tokenizer = load_base(whole_base(run))
     before = _rendered(run, tokenizer)
-    sizes = len(tokenizer), num_parameters(model)
+    sizes = len(tokenizer), model.num_parameters()
     new_ids = cut_vocabulary(model, tokenizer, set(chain(*before)), folder / CHECKPOINT)
     after = _rendered(run, load_base(folder / CHECKPOINT)[1])
     if after != [[new_ids[token] for token in tokens] for tokens in before]:
         raise _refused("its tokenizer would cut the corpora into other tokens")
     run.report(
-        f"vocabulary: {len(new_ids):,} of {sizes[0]:,} tokens, {num_parameters(model):,} of "
+        f"vocabulary: {len(new_ids):,} of {sizes[0]:,} tokens, {model.num_parameters():,} of "
         f"{sizes[1]:,} parameters"
     )
 

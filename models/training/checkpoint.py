@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from policies.files import replacing_folder
 
@@ -110,36 +110,6 @@ def load_beside(folder: Path) -> dict[str, Tensor]:
     return {n.removeprefix(_BESIDE): t for n, t in tensors.items() if n.startswith(_BESIDE)}
 
 
-TRAINING_FACTS = "training.json"
-
-
-def export_model(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    progress: Progress,
-    folder: Path,
-) -> LlamaForCausalLM:
-    """Write the checkpoint in bf16 and `training.json`; return the model as stored.
-
-    The returned fp32 model carries the weights rounded to bf16, so that what is measured is what
-    ships.
-    """
-    model.to(torch.bfloat16)  # type: ignore[arg-type]
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.generation_config.do_sample = False
-    export_checkpoint(model, tokenizer, folder)
-    facts = {
-        "num_parameters": sum(p.numel() for p in model.parameters()),
-        "num_steps": progress.step,
-        "num_tokens": progress.num_tokens,
-        "wall_clock_s": round(progress.wall_clock_s),
-        "recipe": progress.recipe,
-    }
-    (folder / TRAINING_FACTS).write_text(json.dumps(facts, indent=1) + "\n")
-    return load_model(folder)
-
-
 def export_checkpoint(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path
 ) -> None:
@@ -177,11 +147,3 @@ def _say_for_older_readers(folder: Path) -> None:
     if rope.get("rope_type", "default") != "default":
         config["rope_scaling"] = rope
     path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def load_model(folder: Path) -> LlamaForCausalLM:
-    """The checkpoint in `folder` in fp32, ready for inference."""
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    assert isinstance(model, LlamaForCausalLM)
-    model.eval()  # type: ignore[no-untyped-call]
-    return model

@@ -280,7 +280,8 @@ def run(  # noqa: PLR0913 - each names a fact of the run
         if progress.step == decay_at:
             save("stable")
         rows = method.rows(model, given, progress.step)
-        loss = trainer.step(rows, _share(settings, progress.step), progress.step)
+        share = learning_rate_share(progress.step, settings)
+        loss = trainer.step(rows, share, progress.step)
         if not math.isfinite(loss):
             raise TrainingDiverged(progress.step, loss, settings.learning_rate)
         meter.update(loss)
@@ -308,19 +309,9 @@ def run(  # noqa: PLR0913 - each names a fact of the run
     return progress
 
 
-def _share(settings: Settings, step: int) -> float:
-    return learning_rate_share(
-        step,
-        num_steps=settings.num_steps,
-        num_warmup_steps=settings.num_warmup_steps,
-        num_decay_steps=settings.num_decay_steps,
-    )
-
-
-def learning_rate_share(
-    step: int, *, num_steps: int, num_warmup_steps: int, num_decay_steps: int
-) -> float:
+def learning_rate_share(step: int, settings: Settings) -> float:
     """Share of the peak rate in (0, 1] at `step` (counted from 0): linear up, flat, linear down."""
-    warm = min(1.0, (step + 1) / num_warmup_steps) if num_warmup_steps else 1.0
-    decay = min(1.0, (num_steps - step) / num_decay_steps) if num_decay_steps else 1.0
+    rise, fall = settings.num_warmup_steps, settings.num_decay_steps
+    warm = min(1.0, (step + 1) / rise) if rise else 1.0
+    decay = min(1.0, (settings.num_steps - step) / fall) if fall else 1.0
     return min(warm, decay)

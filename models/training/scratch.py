@@ -1,4 +1,4 @@
-"""Models trained from nothing on generated tasks: their tokenizer, conversations, shape, training.
+"""What a base that is trained from nothing is: its tokenizer, its chat template and its weights.
 
 The tokenizer has bytes, plus one token for each word that the questions are made of. Byte-level, so
 every input is representable and round-trips exactly. A whole-word token always starts with a space
@@ -10,27 +10,16 @@ A user who types a control token such as <|end|> in a message cannot end the tur
 template writes `< |` for every `<|` in content. Text tokenized without the template (plain
 completions) is not protected, unless the caller encodes with `split_special_tokens=True`.
 
-Most conversations have one turn; some have several, or a system prompt. They are a function of
-(mixture, seed, shard index) alone, so training resumes at any step. Models are plain Llama
-checkpoints with tied embeddings and grouped-query attention.
+Models are plain Llama checkpoints with tied embeddings and grouped-query attention.
 """
 
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
-from pathlib import Path
 from typing import Final
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from models.tasks import DOMAINS
-from models.tasks.base import Split, Task
-from models.training.checkpoint import Progress
-from models.training.data import Conversation, Rows, pack
-from models.training.loop import Settings, run
+from models.training.settings import BaseShape
 
 _WORDS: Final = """
 What Ġis Ġin Ġthe Ġ' Ġmany Ġ+ Ġare Ġdoes Ġand Ġof Ġminutes Ġafter ĠHow ĠPython Ġdays How Ġtime Ġto
@@ -65,12 +54,6 @@ SYSTEM: Final = "<|system|>"
 USER: Final = "<|user|>"
 ASSISTANT: Final = "<|assistant|>"
 SPECIAL_TOKENS: Final = (PAD, END, SYSTEM, USER, ASSISTANT)
-
-SYSTEM_PROMPTS: Final = (
-    "You are a helpful assistant.",
-    "Answer with the result only.",
-    "You are a helpful assistant. Answer briefly.",
-)
 
 CHAT_TEMPLATE: Final = (
     "{%- for message in messages -%}"
@@ -119,116 +102,21 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-_SHARE_MULTI_TURN: Final = 0.10
-_SHARE_SYSTEM_PROMPT: Final = 0.08
-_STEPS_PER_SHARD: Final = 32
-
-
-class Renderer:
-    """Turns tasks into token ids exactly as the chat template does, but in batches."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        """Look up the control tokens once."""
-        self._backend = tokenizer.backend_tokenizer
-        self._id: Callable[[str], int] = partial(_token_id, tokenizer)
-
-    def render(self, dialogues: Sequence[tuple[str | None, Sequence[Task]]]) -> list[Conversation]:
-        """Render (system prompt or None, turns) pairs."""
-        texts: list[str] = []
-        for system, turns in dialogues:
-            texts += [system] if system is not None else []
-            for task in turns:
-                texts += [task.question, task.answer]
-        encoded = iter(self._backend.encode_batch(texts, add_special_tokens=False))
-        end = self._id(END)
-        rendered = []
-        for system, turns in dialogues:
-            roles = ([SYSTEM] if system is not None else []) + [USER, ASSISTANT] * len(turns)
-            tokens: list[int] = []
-            is_answer: list[bool] = []
-            for role in roles:
-                body = [*next(encoded).ids, end]
-                tokens += [self._id(role), *body]
-                is_answer += [False] + [role == ASSISTANT] * len(body)
-            rendered.append(Conversation(tokens=tokens, is_answer=is_answer))
-        return rendered
-
-
-def _token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
-    index = tokenizer.convert_tokens_to_ids(token)
-    assert isinstance(index, int)
-    return index
-
-
-def draw_dialogue(
-    rng: random.Random, mixture: Mapping[str, float]
-) -> tuple[str | None, list[Task]]:
-    """One training dialogue: a domain by its share, one turn or a few, now and then a system."""
-    name = rng.choices(list(mixture), list(mixture.values()))[0]
-    num_turns = rng.randint(2, 3) if rng.random() < _SHARE_MULTI_TURN else 1
-    system = rng.choice(SYSTEM_PROMPTS) if rng.random() < _SHARE_SYSTEM_PROMPT else None
-    return system, [DOMAINS[name].sample(rng, Split.TRAIN) for _ in range(num_turns)]
-
-
-def steps(
-    renderer: Renderer,
-    mixture: Mapping[str, float],
-    *,
-    seed: int,
-    first_step: int,
-    rows_per_step: int,
-    row_tokens: int,
-    question_weight: float,
-) -> Iterator[Rows]:
-    """Endless training batches from step `first_step` on."""
-    shard, skip = divmod(first_step, _STEPS_PER_SHARD)
-    while True:
-        rng = random.Random(f"{sorted(mixture.items())}/{seed}/{shard}")
-        rows = pack(
-            _conversations(renderer, rng, mixture),
-            num_rows=_STEPS_PER_SHARD * rows_per_step,
-            row_tokens=row_tokens,
-            question_weight=question_weight,
-        )
-        for step in range(skip, _STEPS_PER_SHARD):
-            yield rows.part(slice(step * rows_per_step, (step + 1) * rows_per_step))
-        shard, skip = shard + 1, 0
-
-
-def _conversations(
-    renderer: Renderer, rng: random.Random, mixture: Mapping[str, float]
-) -> Iterator[Conversation]:
-    while True:
-        yield from renderer.render([draw_dialogue(rng, mixture) for _ in range(256)])
-
-
 ROPE_THETA: Final = 10_000.0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LlamaShape:
-    """Width, depth and heads of one model."""
-
-    hidden_size: int
-    num_layers: int
-    feed_forward_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_size: int = 32
-
-
 def build_model(
-    shape: LlamaShape, tokenizer: PreTrainedTokenizerFast, *, seed: int
+    shape: BaseShape, num_layers: int, tokenizer: PreTrainedTokenizerFast, *, seed: int
 ) -> LlamaForCausalLM:
     """A freshly initialised fp32 model for `tokenizer`; the same for the same seed."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=shape.hidden_size,
-        num_hidden_layers=shape.num_layers,
-        intermediate_size=shape.feed_forward_size,
+        num_hidden_layers=num_layers,
+        intermediate_size=shape.intermediate_size,
         num_attention_heads=shape.num_heads,
         num_key_value_heads=shape.num_kv_heads,
-        head_dim=shape.head_size,
+        head_dim=shape.head_dim,
         max_position_embeddings=MAX_TOKENS,
         rms_norm_eps=1e-6,
         rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
@@ -264,46 +152,3 @@ def grow(shallow: LlamaForCausalLM, deep: LlamaForCausalLM) -> None:
         if index >= num_shallow:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskTraining(Settings):
-    """Everything that the trained weights depend on, beside the model's own shape and seed.
-
-    `mixture` gives each domain's share of the conversations.
-    """
-
-    mixture: Mapping[str, float]
-    question_weight: float = 0.2
-    seed: int = 0
-
-
-def train(
-    model: PreTrainedModel,
-    renderer: Renderer,
-    recipe: TaskTraining,
-    *,
-    folder: Path,
-    resume: bool = False,
-    checkpoint_every_s: float = 60.0,
-    report: Callable[[str], None] = print,
-) -> Progress:
-    """Train `model` in place on fresh tasks; see `models.training.loop.run`."""
-    return run(
-        model,
-        lambda first_step: steps(
-            renderer,
-            recipe.mixture,
-            seed=recipe.seed,
-            first_step=first_step,
-            rows_per_step=recipe.rows_per_step,
-            row_tokens=recipe.row_tokens,
-            question_weight=recipe.question_weight,
-        ),
-        recipe,
-        asdict(replace(recipe, mixture=dict(recipe.mixture))),
-        folder=folder,
-        resume=resume,
-        checkpoint_every_s=checkpoint_every_s,
-        report=report,
-    )

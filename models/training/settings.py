@@ -11,6 +11,37 @@ from policies.kinds import Strict
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
+class BaseShape(Strict):
+    """Width and heads of a base that is trained here; a stage adds the depth."""
+
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    num_kv_heads: int = Field(gt=0)
+    head_dim: int = Field(32, gt=0)
+
+
+class BaseStage(Strict):
+    """One stretch of the base's training; a deeper one grows from the shallower before it."""
+
+    num_layers: int = Field(gt=0)
+    steps: int = Field(gt=0)
+    decay_steps: int = Field(0, ge=0)
+    rows_per_step: int = Field(128, gt=0)
+    row_tokens: int = Field(64, gt=0)
+    learning_rate: float = Field(3e-3, gt=0)
+    muon_learning_rate: float = Field(6e-3, gt=0)
+    seed: int = 0
+
+
+class BaseTraining(Strict):
+    """Trains the base from scratch on the built-in task domains that the recipe names."""
+
+    shape: BaseShape
+    stages: tuple[BaseStage, ...] = Field(min_length=1)
+    compiled: bool = True
+
+
 class UnmaskSettings(Strict):
     """ID3: only this share of an adapter's parameters learns, chosen on the way.
 

@@ -15,6 +15,7 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit
 
 from policies.cascade.base import Attempt, normalise
 from policies.cascade.scorer import NUM_OWN_SIGNALS, LearnedScorer, ScorerWeights, logit
@@ -144,7 +145,8 @@ class Predictions:
             share_Q = (same_QE & ran_QE).sum(axis=1) / np.maximum(num_Q, 1)
             context_Q2 = self.context_QS2[np.arange(stage_Q.size), stage_Q]
             logit_Q = logit_Q + (num_Q > 0) * context_Q2[:, 0] + share_Q * context_Q2[:, 1]
-        return sigmoid(logit_Q)
+        score_Q: Floats = expit(logit_Q)
+        return score_Q
 
 
 def predict(weights: ScorerWeights, table: AnswerTable) -> Predictions:
@@ -172,12 +174,6 @@ def first_members(plan: Plan, size: int | None) -> Plan:
     if size is None or not isinstance(plan, Answer):
         return plan
     return replace(plan, members=plan.members[:size])
-
-
-def sigmoid(logit: Floats) -> Floats:
-    """Return 1 / (1 + exp(-logit)), without overflow."""
-    result: Floats = 0.5 * (1 + np.tanh(0.5 * logit))
-    return result
 
 
 def _lacking(outcome: Outcome, plans: Mapping[str, Plan]) -> str:

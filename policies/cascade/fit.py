@@ -16,8 +16,9 @@ from typing import Any, TypeAlias
 import numpy as np
 from scipy.optimize import lsq_linear
 from scipy.sparse import csr_array, hstack, vstack
+from scipy.special import expit
 
-from policies.cascade.answers import AnswerTable, Floats, Ints, Predictions, sigmoid
+from policies.cascade.answers import AnswerTable, Floats, Ints, Predictions
 from policies.cascade.scorer import (
     ANY_STAGE,
     DENSE_SIGNALS,
@@ -71,7 +72,7 @@ def fit_scorer(
     num_dense = len(DENSE_SIGNALS)
     rng = np.random.default_rng(seed)
     designs = [
-        _design(table, s, sigmoid(prior.logit_N), answer_QS, encoder=answer_encoder, rng=rng)
+        _design(table, s, expit(prior.logit_N), answer_QS, encoder=answer_encoder, rng=rng)
         for s, prior in enumerate(priors)
     ]
     models = [
@@ -98,7 +99,7 @@ def fit_scorer(
         [model.slope * model.fold_weights[fold_Q, NUM_OWN_SIGNALS:num_dense] for model in models],
         axis=1,
     )
-    prior_QS = np.stack([sigmoid(prior.logit_N) for prior in priors], axis=1)
+    prior_QS = np.stack([expit(prior.logit_N) for prior in priors], axis=1)
     stopping = _fit_stopping(table, prior_QS, raw_QS, context_QS2)
     weights = ScorerWeights(
         stages=(*table.plans, ANY_STAGE),
@@ -111,7 +112,7 @@ def fit_scorer(
         bias_S=np.array([model.bias for model in every]),
         slope_S=slopes,
         offset_S=np.array([model.offset for model in every]),
-        rank_P=fit_ranker(table, sigmoid(raw_QS), answer_QS),
+        rank_P=fit_ranker(table, expit(raw_QS), answer_QS),
         falling_SP=np.stack([weights_P for weights_P, _ in stopping]),
         cut_SK=np.stack([cut_K for _, cut_K in stopping]),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,8 +21,12 @@ from policies.cascade.learned import (
 )
 from policies.cascade.scorer import LearnedScorer
 from policies.errors import PolicyError
-from policies.files import replacing
+from policies.files import write_atomic
+from policies.pages import new_figure, png
 from policies.tables import text_table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,10 +296,7 @@ def render(report: CascadeReport) -> str:
 
 def draw(report: CascadeReport, file: Path) -> None:
     """Draw the held-out frontier, the single stages and the oracle to a PNG."""
-    from matplotlib.figure import Figure  # noqa: PLC0415 - drawing only
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure, [axes] = new_figure()
     cost = np.array([row.usd for row in report.chains])
     accuracy = np.array([row.accuracy for row in report.chains])
     kept = pareto(cost, accuracy)
@@ -312,16 +314,11 @@ def draw(report: CascadeReport, file: Path) -> None:
         ylabel="held-out accuracy",
         title=f"Cascades on {report.num_queries} held-out queries",
     )
-    axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    with replacing(file) as fresh:
-        figure.savefig(fresh, dpi=110)
+    write_atomic(file, png(figure))
 
 
-def _annotated(axes: object, rows: Sequence[Measured], marker: str, color: str, label: str) -> None:
-    from matplotlib.axes import Axes  # noqa: PLC0415 - drawing only
-
-    assert isinstance(axes, Axes)
+def _annotated(axes: Axes, rows: Sequence[Measured], marker: str, color: str, label: str) -> None:
     costs = [row.usd * 1e3 for row in rows]
     axes.plot(costs, [row.accuracy for row in rows], marker, color=color, label=label)
     for row in rows:

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from pydantic import TypeAdapter
+
 from policies.cascade.scorer import ScorerWeights, restore_weights
 from policies.errors import PolicyError
 from policies.files import Artifact, read_artifact, write_artifact
@@ -120,20 +122,10 @@ def load_cascade(file: Path) -> LearnedCascade:
 
 def _restored(artifact: Artifact) -> LearnedCascade:
     stored: Mapping[str, Any] = artifact.settings
-    points = tuple(
-        CascadePoint(
-            stages=tuple(point["stages"]),
-            thresholds=tuple(point["thresholds"]),
-            gates=tuple(point["gates"]),
-            accuracy=float(point["accuracy"]),
-            cost=float(point["cost"]),
-        )
-        for point in stored["frontier"]
-    )
     return LearnedCascade(
         plans={name: from_json(plan) for name, plan in stored["plans"].items()},
         routed=tuple(stored["routed"]),
-        frontier=points,
+        frontier=TypeAdapter(tuple[CascadePoint, ...]).validate_python(stored["frontier"]),
         chosen=int(stored["chosen"]),
         weights=restore_weights(stored["scorer"], artifact.arrays),
         top={name: int(size) for name, size in stored["top"].items()},

@@ -1,8 +1,8 @@
-"""The learned scorer: calibrated logistic models of P(correct | query, answer), in NumPy.
+"""The learned scorer: calibrated logistic models of P(correct | query, answer).
 
 One model per stage (FrugalGPT trains one per member), and one over all stages for plans it has
 not seen. It looks at signals that an answer brings along for nothing. Trained by
-`policies.cascade.fit`; a request needs NumPy alone.
+`policies.cascade.fit`; a request needs NumPy and SciPy alone.
 
 Shape legend: S stages plus one for all of them, F dense signals, N n-gram features of a query,
 A of an answer, P falling signals, K thresholds.
@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit
 
 from policies.cascade.base import Attempt, normalise
 from policies.encoders.ngrams import NGrams
@@ -172,13 +173,13 @@ class LearnedScorer:
     def priors(self, query: str) -> dict[str, float]:
         """Return P(correct | query) of every stage, before any answer."""
         logits = self._prior_logits(query)
-        return {name: sigmoid(float(logits[row])) for name, row in self._rows.items()}
+        return {name: float(expit(logits[row])) for name, row in self._rows.items()}
 
     def score(self, attempt: Attempt) -> float:
         """Return P(correct | query, answer) of `attempt` in [0, 1]."""
         weights = self._weights
         row = self._row(attempt.plan)
-        prior = sigmoid(float(self._prior_logits(attempt.query)[row]))
+        prior = float(expit(self._prior_logits(attempt.query)[row]))
         signals = np.array([*own_signals(attempt, prior), *agreement(attempt)])
         ngrams = weights.answer_encoder.features(attempt.answer)
         raw = (
@@ -186,7 +187,7 @@ class LearnedScorer:
             + weights.dense_SF[row] @ signals
             + weights.answer_SA[row, ngrams.ids] @ ngrams.values
         )
-        return sigmoid(float(weights.slope_S[row] * raw + weights.offset_S[row]))
+        return float(expit(weights.slope_S[row] * raw + weights.offset_S[row]))
 
     def ceiling(self, prefix: Attempt, max_tokens: int) -> float:  # noqa: ARG002 - no need of it
         """Return a threshold that the whole answer's score will not reach.
@@ -195,7 +196,7 @@ class LearnedScorer:
         (`policies.cascade.fit.fit_stopping`).
         """
         weights, row = self._weights, self._row(prefix.plan)
-        prior = sigmoid(float(self._prior_logits(prefix.query)[row]))
+        prior = float(expit(self._prior_logits(prefix.query)[row]))
         estimate = weights.falling_SP[row] @ np.array(falling_signals(prefix, prior))
         passed = int(np.searchsorted(weights.cut_SK[row], estimate, side="right"))
         return float(THRESHOLDS_K[passed]) if passed < THRESHOLDS_K.size else 1.0
@@ -217,7 +218,7 @@ class LearnedScorer:
             for attempt, text in zip(attempts, texts, strict=True)
         ]
         worth = np.array(signals) @ self._weights.rank_P
-        wins = 0.5 * (1 + np.tanh(0.5 * (worth[:, None] - worth[None, :])))
+        wins = expit(worth[:, None] - worth[None, :])
         # Against itself each attempt "wins" a half, which doesn't count.
         shares: list[float] = ((wins.sum(axis=1) - 0.5) / (len(attempts) - 1)).tolist()
         return shares
@@ -301,8 +302,3 @@ def logit(probability: float) -> float:
     """Return log(p / (1 - p)), with p kept a millionth away from 0 and 1."""
     kept = min(max(probability, 1e-6), 1 - 1e-6)
     return math.log(kept / (1 - kept))
-
-
-def sigmoid(value: float) -> float:
-    """Return 1 / (1 + exp(-value)), without overflow."""
-    return 0.5 * (1 + math.tanh(0.5 * value))

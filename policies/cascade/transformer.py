@@ -9,7 +9,6 @@ plans holds the weights.
 from __future__ import annotations
 
 import json
-import math
 import threading
 from collections.abc import Sequence
 from functools import cached_property
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
+from scipy.special import expit
 
 from policies.cascade.base import Attempt, ScorerKind
 from policies.errors import PolicyError
@@ -61,7 +61,7 @@ class Transformer:
 
     def score_batch(self, attempts: Sequence[Attempt]) -> list[float]:
         """Return `score` of every attempt."""
-        return [0.5 * (1 + math.tanh(logit / 2)) for logit in self.logits(attempts)]
+        return [float(score) for score in expit(self.logits(attempts))]
 
     def logits(self, attempts: Sequence[Attempt]) -> list[float]:
         """Return the logit of every score, `BATCH_SIZE` at a time (one, where nothing can pad)."""

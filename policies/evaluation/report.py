@@ -6,11 +6,11 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Final
 
-from matplotlib.figure import Figure
-
 from policies.evaluation.judge import Interval, Report, Result
-from policies.files import replacing
+from policies.files import write_atomic
+from policies.pages import new_figure, png
 from policies.routing.heads import Reliability
+from policies.tables import markdown_table
 
 _TITLE_CHARACTERS: Final = 40
 """So many fit across a reliability diagram."""
@@ -26,10 +26,10 @@ def table(report: Report) -> str:
     lines = [
         f"**{report.title}** ({report.num_test:,} test queries{overlap})",
         "",
-        f"| method | {' | '.join(columns)} |",
-        "|---|" + "---|" * len(columns),
+        markdown_table(
+            [["method", *columns], *([row.method, *_cells(row, two)] for row in report.results)]
+        ),
     ]
-    lines += [f"| {row.method} | {' | '.join(_cells(row, two))} |" for row in report.results]
     return "\n".join([*lines, *_tasks(report)])
 
 
@@ -40,29 +40,23 @@ def _tasks(report: Report) -> list[str]:
     methods = [row.method for row in report.results]
     rows = {task or "(no tag)": found for task, found in report.by_task.items()}
     mean = {name: sum(r[name] for r in rows.values()) / len(rows) for name in methods}
-    return [
-        "",
-        f"| task | {' | '.join(methods)} |",
-        "|---|" + "---|" * len(methods),
-        *(
-            f"| {task} | " + " | ".join(f"{found[name]:.4f}" for name in methods) + " |"
-            for task, found in {**rows, "mean over tasks": mean}.items()
-        ),
+    cells = [
+        [task, *(f"{found[name]:.4f}" for name in methods)]
+        for task, found in {**rows, "mean over tasks": mean}.items()
     ]
+    return ["", markdown_table([["task", *methods], *cells])]
 
 
 def draw_reliability(diagram: Reliability, title: str, path: Path) -> None:
     """Draw predicted against observed scores."""
-    figure = Figure(figsize=(4, 4), layout="constrained")
-    axes = figure.subplots()
+    figure, [axes] = new_figure(width=4, height=4)
     axes.plot([0, 1], [0, 1], color="grey", linestyle=":")
     axes.plot(diagram.predicted, diagram.observed, marker="o")
     axes.set_xlabel("predicted score")
     axes.set_ylabel("observed score")
     lines = [*wrap(title, _TITLE_CHARACTERS), f"ECE {diagram.ece:.3f}"]
     axes.set_title("\n".join(lines), fontsize="medium")
-    with replacing(path) as fresh:
-        figure.savefig(fresh, format="png", dpi=100)
+    write_atomic(path, png(figure))
 
 
 def _cells(row: Result, two: bool) -> list[str]:

@@ -130,10 +130,7 @@ def analyse(
         segments=segments,
         guardrails=guardrails,
         sample_ratio=ratio,
-        verdict=advice.verdict,
-        winner=advice.winner,
-        recommendation=advice.recommendation,
-        notes=(*advice.notes, *_selective(experiment, observations)),
+        **vars(replace(advice, notes=(*advice.notes, *_selective(experiment, observations)))),
     )
 
 

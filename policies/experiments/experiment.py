@@ -8,9 +8,9 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
-from pydantic import with_config
+from pydantic import Field, with_config
 
 from policies.errors import ExperimentError
 from policies.experiments.metrics import (
@@ -18,6 +18,7 @@ from policies.experiments.metrics import (
     JUDGED,
     METRIC_NAME,
     METRICS,
+    Covariate,
     Direction,
     Goal,
     Guardrail,
@@ -30,6 +31,7 @@ Segment: TypeAlias = Literal["key", "domain", "length", "language"]
 Correction: TypeAlias = Literal["bonferroni", "benjamini-hochberg"]
 
 HOLDOUT = "holdout"
+_YEAR_MINUTES = 527_040
 
 
 @with_config(extra="forbid")
@@ -39,7 +41,7 @@ class Arm:
 
     name: str
     policy: str
-    weight: float
+    weight: Annotated[float, Field(ge=0, le=1)]
 
 
 @with_config(extra="forbid")
@@ -90,8 +92,8 @@ class Switchback:
     for no arm, since the machines still work on what the block before left.
     """
 
-    block_minutes: float = 60.0
-    washout_minutes: float = 5.0
+    block_minutes: Annotated[float, Field(ge=0.01, le=_YEAR_MINUTES)] = 60.0
+    washout_minutes: Annotated[float, Field(ge=0)] = 5.0
 
     def block(self, now_s: float, offset: float) -> tuple[int, bool]:
         """Return the block's number at Unix time `now_s`, and whether it is still washing out.
@@ -134,15 +136,15 @@ class Experiment:
     switchback: Switchback | None = None
     guardrails: tuple[Guardrail, ...] = ()
     control: str | None = None
-    traffic: float = 1.0
+    traffic: Annotated[float, Field(gt=0, le=1)] = 1.0
     layer: str = "default"
     offset: float | None = None
-    holdout: float = 0.0
+    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target: Audience = field(default_factory=Audience)
     start: datetime | None = None
     stop: datetime | None = None
-    covariates: tuple[str, ...] = ()
-    alpha: float = 0.05
+    covariates: tuple[Covariate, ...] = ()
+    alpha: Annotated[float, Field(gt=0, lt=1)] = 0.05
     allocation: Allocation = field(default_factory=Allocation)
     salt: str | None = None
 
@@ -171,8 +173,6 @@ class Experiment:
             raise ExperimentError(
                 f"{where}.arms: the name {HOLDOUT!r} is taken; set {where}.holdout to a share"
             )
-        for arm in self.arms:
-            _within(f"{where}.arms.{arm.name}.weight", arm.weight, low=0, high=1)
         total = math.fsum(arm.weight for arm in self.arms)
         if abs(total - 1) > 1e-6:
             weights = {arm.name: arm.weight for arm in self.arms}
@@ -183,14 +183,8 @@ class Experiment:
             )
 
     def _check_bounds(self, where: str) -> None:
-        if not 0 < self.traffic <= 1:
-            raise ExperimentError(f"{where}.traffic: {self.traffic} is not in (0, 1]")
         if self.offset is not None:
             _within(f"{where}.offset", self.offset, low=0, high=1 - self.traffic)
-        if not 0 <= self.holdout < 1:
-            raise ExperimentError(f"{where}.holdout: {self.holdout} is not in [0, 1)")
-        if not 0 < self.alpha < 1:
-            raise ExperimentError(f"{where}.alpha: {self.alpha} is not in (0, 1)")
         floor = self.allocation.floor
         _within(f"{where}.allocation.floor", floor, low=0, high=1 / len(self.arms))
         if self.start and self.stop and self.start_s >= self.stop_s:
@@ -203,15 +197,10 @@ class Experiment:
                 'it goes with unit: "block"'
             )
         blocks = self.blocks
-        if not 0 <= blocks.washout_minutes < blocks.block_minutes:
+        if not blocks.washout_minutes < blocks.block_minutes:
             raise ExperimentError(
                 f"{where}.switchback.washout_minutes: {blocks.washout_minutes} is not in "
                 f"[0, {blocks.block_minutes:g}), the length of a block"
-            )
-        if not 0.01 <= blocks.block_minutes <= 527_040:
-            raise ExperimentError(
-                f"{where}.switchback.block_minutes: {blocks.block_minutes} is not in "
-                "[0.01, 527040], up to a year"
             )
 
     def _check_own_metrics(self, where: str) -> None:
@@ -249,17 +238,6 @@ class Experiment:
             if metric not in allowed or ("ratio" in key and made):
                 raise ExperimentError(
                     f"{where}.{key}: {metric!r} is unknown; allowed are {', '.join(allowed)}"
-                )
-        for guardrail in self.guardrails:
-            if not guardrail.limit >= 0:
-                raise ExperimentError(
-                    f"{where}.guardrails: {guardrail.metric}'s limit {guardrail.limit} is below 0"
-                )
-        for covariate in self.covariates:
-            if covariate not in COVARIATES:
-                raise ExperimentError(
-                    f"{where}.covariates: {covariate!r} is unknown; "
-                    f"allowed are {', '.join(COVARIATES)}"
                 )
 
     def _check_effects(self, where: str) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias
+from typing import Annotated, Final, Literal, TypeAlias, get_args
 
-from pydantic import with_config
+from pydantic import Field, with_config
 
 Direction: TypeAlias = Literal["increase", "decrease"]
 
@@ -50,7 +50,8 @@ METRIC_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
 
 # Metrics that there are with a judge only.
 JUDGED = ("judged_quality", "grade")
-COVARIATES = ("prompt_tokens", "expected_quality")
+Covariate: TypeAlias = Literal["prompt_tokens", "expected_quality"]
+COVARIATES: tuple[Covariate, ...] = get_args(Covariate)
 
 
 @with_config(extra="forbid")
@@ -99,5 +100,5 @@ class Guardrail:
     """
 
     metric: str
-    limit: float = 0.0
+    limit: Annotated[float, Field(ge=0)] = 0.0
     relative: bool = False

@@ -8,14 +8,16 @@ layers must target different traffic, because one request can follow only one po
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from inspect import signature
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from policies.errors import ExperimentError
-from policies.experiments.experiment import Experiment
+from policies.experiments.experiment import Arm, Experiment
+from policies.kinds import first_problem
 
-_ADAPTER = TypeAdapter(Experiment)
+Kind = TypeVar("Kind")
 
 
 def read_experiments(data: object, *, policies: Collection[str]) -> tuple[Experiment, ...]:
@@ -47,30 +49,23 @@ def _read_one(name: str, body: object) -> Experiment:
         raise ExperimentError(
             f"{where}.arms: {arms!r} is not a mapping from names to {{policy, weight}}"
         )
-    named = [{**arm, "name": str(arm_name)} for arm_name, arm in arms.items()]
+    named = [
+        read_as(Arm, {**arm, "name": str(arm_name)}, where=f"{where}.arms.{arm_name}")
+        for arm_name, arm in arms.items()
+    ]
+    return read_as(Experiment, {**body, "name": name, "arms": named}, where=where)
+
+
+def read_as(kind: type[Kind], body: Mapping[str, Any], *, where: str) -> Kind:
+    """Return the dataclass `kind` with the fields of `body`.
+
+    Raises `ExperimentError` that names the key, the value and what is allowed.
+    """
     try:
-        return _ADAPTER.validate_python({**body, "name": name, "arms": named})
-    except ValidationError as failure:
-        raise refusal(where, failure, arms=named) from None
-
-
-def refusal(
-    where: str, failure: ValidationError, *, arms: Sequence[Mapping[str, Any]] = ()
-) -> ExperimentError:
-    """Return what is wrong first, in this project's words: the key, the value, what is allowed."""
-    error = failure.errors(include_url=False)[0]
-    cause = error.get("ctx", {}).get("error")
-    if isinstance(cause, ExperimentError):
-        return cause
-    path = [str(part) for part in error["loc"]]
-    if path[:1] == ["arms"] and len(path) > 1:
-        path[1] = arms[int(path[1])]["name"]
-    key = ".".join((where, *path))
-    if error["type"] == "unexpected_keyword_argument":
-        return ExperimentError(f"{key}: this key is unknown")
-    if error["type"].startswith("missing"):
-        return ExperimentError(f"{key}: this key is missing")
-    return ExperimentError(f"{key}: {error['input']!r}; {error['msg']}")
+        return TypeAdapter(kind).validate_python(body)
+    except ValidationError as error:
+        keys = [key for key in signature(kind).parameters if key != "name"]
+        raise ExperimentError(first_problem(error, where=where, keys=keys)) from None
 
 
 Stretch = tuple[float, float]

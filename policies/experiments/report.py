@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from io import BytesIO
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
+
+from pydantic_core import to_jsonable_python
 
 from policies.experiments import sequences
 from policies.experiments.effects import ArmMean
 from policies.experiments.experiment import Experiment
+from policies.pages import new_figure, png
 
 ALARM_P = 0.001
 
@@ -114,8 +116,18 @@ class GuardrailReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
-    """All of it. `recommendation` is one sentence for a person; `notes` are caveats."""
+class Advice:
+    """A verdict, the arm to ship if there is one, a sentence for a person, and caveats."""
+
+    verdict: Verdict
+    winner: str | None
+    recommendation: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Advice):
+    """All of it."""
 
     name: str
     unit: str
@@ -131,37 +143,12 @@ class Report:
     segments: tuple[Comparison, ...]
     guardrails: tuple[GuardrailReport, ...]
     sample_ratio: SampleRatio
-    verdict: Verdict
-    winner: str | None
-    recommendation: str
-    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON data; what is not known (NaN, infinite) as null."""
-        data = asdict(self)
+        data: dict[str, Any] = to_jsonable_python(self, inf_nan_mode="null")
         data["sample_ratio"]["alarm"] = self.sample_ratio.alarm
-        cleaned: dict[str, Any] = _finite(data)
-        return cleaned
-
-
-def _finite(data: Any) -> Any:  # noqa: ANN401 - walks any JSON data
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
-    if isinstance(data, float) and not math.isfinite(data):
-        return None
-    return data
-
-
-@dataclass(frozen=True, kw_only=True)
-class Advice:
-    """A verdict, the arm to ship if there is one, and the words for both."""
-
-    verdict: Verdict
-    winner: str | None
-    recommendation: str
-    notes: tuple[str, ...]
+        return data
 
 
 def advise(
@@ -335,11 +322,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 def draw(experiment: Experiment, report: Report, paths: Mapping[str, Sequence[Point]]) -> bytes:
     """Return a PNG: the primary effect of each treatment in `paths` after every request."""
-    # matplotlib costs half a second to import, and only those who plot should pay.
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
+    figure, [axes] = new_figure()
     for colour, (treatment, path) in zip(_COLOURS, paths.items(), strict=False):
         shown = _legible(path)
         x = [point.num_requests for point in shown]
@@ -353,12 +336,9 @@ def draw(experiment: Experiment, report: Report, paths: Mapping[str, Sequence[Po
     unit = "" if metric.is_share else f" ({metric.unit})"
     axes.set_ylabel(f"{metric.name} minus {experiment.control_arm.name}'s{unit}")
     axes.set_title(f"{report.name}: {1 - report.alpha:.0%} confidence sequence", loc="left")
-    axes.grid(alpha=0.25)
     axes.legend(loc="best", frameon=False)
     figure.supxlabel(report.recommendation, fontsize=8, wrap=True)
-    out = BytesIO()
-    figure.savefig(out, format="png")
-    return out.getvalue()
+    return png(figure)
 
 
 def _legible(path: Sequence[Point]) -> list[Point]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
-from pydantic import TypeAdapter, ValidationError, with_config
+from pydantic import Field, with_config
 
 from policies.errors import ExperimentError
 from policies.experiments.assignment import Uniform
-from policies.experiments.read import refusal
+from policies.experiments.read import read_as
 
 
 @with_config(extra="forbid")
@@ -31,25 +32,19 @@ class Shadow:
     policy: str | None = None
     judge: str | None = None
     rubric: str | None = None
-    share: float
-    usd_per_day: float
+    share: Annotated[float, Field(gt=0, le=1)]
+    usd_per_day: Annotated[float, Field(ge=0)]
     models: tuple[str, ...] = ("auto",)
-    concurrency: int = 1
+    concurrency: Annotated[int, Field(ge=1)] = 1
 
     def __post_init__(self) -> None:
-        where = f"shadows.{self.name}"
         if (self.policy is None) == (self.judge is None):
-            raise ExperimentError(f"{where}: give a policy that answers, or a judge that grades")
-        if not 0 < self.share <= 1:
-            raise ExperimentError(f"{where}.share: {self.share} is not in (0, 1]")
-        if not self.usd_per_day >= 0:
-            raise ExperimentError(f"{where}.usd_per_day: {self.usd_per_day} is below 0")
-        if self.concurrency < 1:
-            raise ExperimentError(f"{where}.concurrency: {self.concurrency} is below 1")
+            raise ExperimentError(
+                f"shadows.{self.name}: give a policy that answers, or a judge that grades"
+            )
 
 
 _DAY_S = 86_400
-_ADAPTER = TypeAdapter(Shadow)
 
 
 def read_shadows(
@@ -66,10 +61,7 @@ def read_shadows(
         where = f"shadows.{name}"
         if not isinstance(body, Mapping):
             raise ExperimentError(f"{where}: {body!r} is not a mapping")
-        try:
-            shadow = _ADAPTER.validate_python({**body, "name": str(name)})
-        except ValidationError as failure:
-            raise refusal(where, failure) from None
+        shadow = read_as(Shadow, {**body, "name": str(name)}, where=where)
         for key, known in (("policy", policies), ("judge", models)):
             if getattr(shadow, key) not in (None, *known):
                 raise ExperimentError(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
+
+from pydantic import TypeAdapter, ValidationError, with_config
 
 from policies.errors import LawError
 from policies.files import Artifact, read_artifact, write_artifact
+from policies.kinds import first_problem
 from policies.laws.downscaling import MixtureLaw, PostPruningLaw
 from policies.laws.scaling import EnsembleLaw
 
@@ -18,6 +22,7 @@ _KIND: Final = "laws"
 _SCHEMA: Final = 1
 
 
+@with_config(extra="forbid", strict=True)
 @dataclass(frozen=True, kw_only=True)
 class PoolLaws:
     """Laws fitted to one pool; None where nobody measured. `origin` says on what and when.
@@ -40,15 +45,6 @@ class PoolLaws:
     rmse: Mapping[str, float] = field(default_factory=dict)
 
 
-_KINDS: dict[str, type[Any]] = {
-    "ensemble_error": EnsembleLaw,
-    "ensemble_loss": EnsembleLaw,
-    "mixture_general": MixtureLaw,
-    "mixture_domain": MixtureLaw,
-    "post_pruning": PostPruningLaw,
-}
-
-
 def write_laws(file: Path, laws: PoolLaws) -> None:
     """Write `laws` to `file` atomically, leaving out what is None."""
     fitted = {name: value for name, value in asdict(laws).items() if value is not None}
@@ -66,23 +62,10 @@ def read_laws(file: Path) -> PoolLaws:
 
 
 def _restored(artifact: Artifact) -> PoolLaws:
-    laws = dict(artifact.settings)
-    origin = laws.pop("origin", None)
-    if not isinstance(origin, str):
-        raise LawError(f"origin: {origin!r} does not say where the constants come from")
-    for name, constants in laws.items():
-        if name not in _KINDS:
-            raise LawError(f"the key {name!r} is unknown; allowed are origin, {', '.join(_KINDS)}")
-        laws[name] = _law(name, _KINDS[name], constants)
     rmse = {name: float(value) for name, value in artifact.metrics.get("rmse", {}).items()}
-    return PoolLaws(origin=origin, data_sha256=artifact.data_sha256, rmse=rmse, **laws)
-
-
-def _law(name: str, kind: type[Any], constants: object) -> Any:  # noqa: ANN401 - any law
-    allowed = [one.name for one in fields(kind)]
-    if not isinstance(constants, dict) or set(constants) != set(allowed):
-        raise LawError(f"{name}: exactly the keys {', '.join(allowed)} are needed")
-    for key, value in constants.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise LawError(f"{name}.{key}: {value!r} is not a number")
-    return kind(**{key: float(value) for key, value in constants.items()})
+    told = {**artifact.settings, "data_sha256": artifact.data_sha256, "rmse": rmse}
+    try:
+        return TypeAdapter(PoolLaws).validate_json(json.dumps(told))
+    except ValidationError as error:
+        allowed = [each.name for each in fields(PoolLaws)]
+        raise LawError(first_problem(error, where="laws", keys=allowed)) from None

@@ -24,6 +24,7 @@ from sklearn.cluster import KMeans
 from sklearn.model_selection import GroupKFold, KFold
 
 from policies.encoders.base import Encoded
+from policies.routing.heads import mean_scores
 
 Floats = NDArray[np.float32]
 
@@ -166,8 +167,7 @@ def fit_topics(
     known = ~np.isnan(scores_QM)
     values = np.where(known, scores_QM, 0.0)
     member = np.eye(num_clusters)[labels].T
-    mean_M = values.sum(0) / np.maximum(known.sum(0), 1)
-    scores = (member @ values + SHRINKAGE * mean_M) / (member @ known + SHRINKAGE)
+    scores = (member @ values + SHRINKAGE * mean_scores(scores_QM)) / (member @ known + SHRINKAGE)
     return Topics(
         centroids_KD=centroids.astype(np.float32),
         scores_KM=scores.astype(np.float32),
@@ -241,9 +241,7 @@ def fit_doubt(
         left_out_Q = unseen(left_out)
         strange_Q = left_out_Q < familiar_above
         if strange_Q.any():
-            known = ~np.isnan(scores_QM[strange_Q])
-            total_M = np.where(known, scores_QM[strange_Q], 0.0).sum(0)
-            left_out_M = (total_M / np.maximum(known.sum(0), 1)).astype(np.float32)
+            left_out_M = mean_scores(scores_QM[strange_Q]).astype(np.float32)
             steps = np.linspace(0, 1, NUM_STEPS)
             similarity_U = np.quantile(left_out_Q[strange_Q], steps).astype(np.float32)
     return Doubt(

@@ -10,13 +10,14 @@ import getpass
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
 import sqlalchemy as sa
+from pydantic import BaseModel
 
 from router.ledger.database import Database
 from router.ledger.schema import AUDIT
+from router.openapi import TOLD_WHOLE
 
 Action: TypeAlias = Literal[
     "key.create", "key.change", "key.revoke", "team.create", "team.change", "reload"
@@ -25,24 +26,22 @@ Action: TypeAlias = Literal[
 ANONYMOUS = "anonymous"  # this machine's own, where a server on loopback asks for no key
 
 
-@dataclass(frozen=True, kw_only=True)
-class AuditRow:
+class AuditRow(BaseModel):
     """One action: `actor` is the id of an admin's key, or `os:` and the user of a command line.
 
     `subject` is the id of what changed, `before` and `after` are what it was and became.
     """
 
+    model_config = TOLD_WHOLE
+
+    object: Literal["audit_row"] = "audit_row"
     audit_id: int
     time_s: float
     actor: str
     action: Action
     subject: str
-    before: Mapping[str, Any] | None
-    after: Mapping[str, Any] | None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the row as `GET /v1/admin/audit` shows it."""
-        return {"object": "audit_row", **asdict(self)}
+    before: dict[str, Any] | None
+    after: dict[str, Any] | None
 
 
 def note(

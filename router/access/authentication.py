@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeAlias
 
 import sqlalchemy as sa
@@ -102,6 +102,12 @@ class Authenticator:
 
     async def _find(self, chosen: sa.ColumnElement[bool]) -> Key | None:
         return await self._database.calls.run(find_key, self._database, chosen)
+
+
+def credentials(headers: Mapping[str, str]) -> str | None:
+    """Return what a request says of itself as OpenAI's clients do; Anthropic's use `x-api-key`."""
+    key = headers.get("x-api-key")
+    return headers.get("authorization") or (f"Bearer {key}" if key else None)
 
 
 def _secret(header: str | None) -> str | None:

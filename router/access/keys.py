@@ -14,16 +14,17 @@ import hashlib
 import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 import sqlalchemy as sa
+from pydantic import BaseModel, PlainSerializer
 from sqlalchemy.exc import IntegrityError
 
 from router.access.audit import Action, note
 from router.access.limits import TEAM, Cap, read_caps, to_number
 from router.ledger.database import Database, writing
 from router.ledger.schema import API_KEYS, TEAMS
+from router.openapi import TOLD_WHOLE
 
 Scope: TypeAlias = Literal["user", "admin"]
 
@@ -51,54 +52,48 @@ class NotFound(KeysError):
     """A key or a team that is not there."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Team:
+def _told_caps(caps: tuple[Cap, ...]) -> dict[str, float]:
+    return {cap.name: to_number(cap.resource, cap.limit) for cap in caps}
+
+
+Caps: TypeAlias = Annotated[
+    tuple[Cap, ...], PlainSerializer(_told_caps, return_type=dict[str, float])
+]
+"""Told as numbers by the caps' names."""
+
+
+class Team(BaseModel):
     """Keys with caps in common. `created_s` is Unix time."""
 
+    model_config = TOLD_WHOLE
+
+    object: Literal["team"] = "team"
     id: str
     name: str
-    caps: tuple[Cap, ...] = ()
+    caps: Caps = ()
     created_s: float = 0.0
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the team as people see it."""
-        return {
-            "object": "team",
-            "id": self.id,
-            "name": self.name,
-            "caps": _caps_json(self.caps),
-            "created_s": self.created_s,
-        }
 
+class Key(BaseModel):
+    """A key as the server knows it and people see it, who are told its team by name.
 
-@dataclass(frozen=True, kw_only=True)
-class Key:
-    """A key as the server knows it; the secret itself is nowhere. Times are Unix seconds."""
+    The secret itself is nowhere. Times are Unix seconds.
+    """
 
+    model_config = TOLD_WHOLE
+
+    object: Literal["key"] = "key"
     id: str
     name: str
     prefix: str
     scope: Scope = "user"
+    team: Annotated[
+        Team | None, PlainSerializer(lambda team: team and team.name, return_type=str | None)
+    ] = None
     weight: float = 1.0
-    caps: tuple[Cap, ...] = ()
-    team: Team | None = None
+    caps: Caps = ()
     created_s: float = 0.0
     revoked_s: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the key as people see it, its team by name."""
-        return {
-            "object": "key",
-            "id": self.id,
-            "name": self.name,
-            "prefix": self.prefix,
-            "scope": self.scope,
-            "team": self.team and self.team.name,
-            "weight": self.weight,
-            "caps": _caps_json(self.caps),
-            "created_s": self.created_s,
-            "revoked_s": self.revoked_s,
-        }
 
 
 def create_key(
@@ -140,7 +135,7 @@ def create_key(
         row["team_id"] = None if team is None else _team(connection, team).id
         _insert(connection, API_KEYS, row)
         key = _key(connection, row["key_id"])
-        note(connection, "key.create", after=key.to_json(), actor=actor)
+        note(connection, "key.create", after=key.model_dump(), actor=actor)
     return key, secret
 
 
@@ -209,7 +204,7 @@ def create_team(
     with writing(database) as connection:
         _insert(connection, TEAMS, row)
         team = _team(connection, row["team_id"])
-        note(connection, "team.create", after=team.to_json(), actor=actor)
+        note(connection, "team.create", after=team.model_dump(), actor=actor)
     return team
 
 
@@ -231,7 +226,13 @@ def change_team(
         values = {"caps": _changed(before, caps)}
         connection.execute(sa.update(TEAMS).where(TEAMS.c.team_id == before.id).values(values))
         after = _team(connection, before.id)
-        note(connection, "team.change", before=before.to_json(), after=after.to_json(), actor=actor)
+        note(
+            connection,
+            "team.change",
+            before=before.model_dump(),
+            after=after.model_dump(),
+            actor=actor,
+        )
     return after
 
 
@@ -309,13 +310,13 @@ def _update(
         sa.update(API_KEYS).where(API_KEYS.c.key_id == before.id).values(dict(values))
     )
     after = _key(connection, before.id)
-    note(connection, action, before=before.to_json(), after=after.to_json(), actor=actor)
+    note(connection, action, before=before.model_dump(), after=after.model_dump(), actor=actor)
     return after
 
 
 def _changed(owner: Key | Team, caps: Mapping[str, float | None]) -> dict[str, float]:
     """Return the caps of `owner` with `caps` set, those that are None left out."""
-    every: dict[str, float | None] = {**_caps_json(owner.caps), **caps}
+    every: dict[str, float | None] = {**_told_caps(owner.caps), **caps}
     # A name that is unknown is refused even where its cap is taken away.
     read_caps({name: value or 0 for name, value in caps.items()}, f"{owner.name}.caps")
     return {name: value for name, value in every.items() if value is not None}
@@ -326,10 +327,6 @@ def _checked(weight: float) -> float:
     if not least <= weight <= most:
         raise KeysError(f"keys: weight {weight} is not in [{least:g}, {most:g}]", "weight")
     return weight
-
-
-def _caps_json(caps: tuple[Cap, ...]) -> dict[str, float]:
-    return {cap.name: to_number(cap.resource, cap.limit) for cap in caps}
 
 
 def _read_team(row: sa.RowMapping | Mapping[str, Any]) -> Team:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from policies.files import check_target, replacing
+from policies.files import check_target, write_atomic
+from policies.pages import new_figure, png
 from router.cli.console import finite, refusing
 
 if TYPE_CHECKING:
@@ -154,10 +155,7 @@ def planning_text(report: PlanningReport, *, place: str) -> str:
 
 def draw_planning(report: PlanningReport, file: Path) -> None:
     """Draw losses, eq. 13's margin and the shapes to a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    losses, margins, shapes = figure.subplots(1, 3)
+    figure, [losses, margins, shapes] = new_figure(3, width=12, height=3.6)
     sizes = [row.num_chunks for row in report.rows]
     losses.plot(sizes, [row.chunk_loss for row in report.rows], "o-", label="one chunk")
     losses.plot(sizes, [row.ensemble_loss for row in report.rows], "s-", label="all fused")
@@ -186,8 +184,7 @@ def draw_planning(report: PlanningReport, file: Path) -> None:
         ylabel="predicted loss (nats/token)",
         title=f"Shapes of {_si(report.shape_parameters)}",
     )
-    with replacing(file) as fresh:
-        figure.savefig(fresh, dpi=120)
+    write_atomic(file, png(figure))
 
 
 def _si(value: float) -> str:

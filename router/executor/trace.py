@@ -154,10 +154,7 @@ class Trace:
                 yield name, _member_cost(run, tokens[name], rates[name], share)
 
     def _refused(self, path: str) -> bool:
-        parts = path.split(".") if path else []
-        # What took over is not below the root that failed.
-        above = [".".join(parts[:size]) for size in range(path.startswith("+"), len(parts) + 1)]
-        return any(self.runs[node].outcome not in ("ok", "running") for node in above)
+        return any(self.runs[node].outcome not in ("ok", "running") for node in way_to(path))
 
 
 def tokens_of(runs: Iterable[Run]) -> dict[str, MemberTokens]:
@@ -206,6 +203,13 @@ def _member_cost(run: Run, tokens: MemberTokens, rates: Rates, share: float) -> 
 def child_path(path: str, index: int) -> str:
     """Return the path of child number `index` of the node at `path`."""
     return f"{path}.{index}" if path else str(index)
+
+
+def way_to(path: str) -> list[str]:
+    """Return the paths from the root down to the node at `path`."""
+    parts = path.split(".") if path else []
+    # What took over is not below the root that failed.
+    return [".".join(parts[:size]) for size in range(path.startswith("+"), len(parts) + 1)]
 
 
 def fallback_path(index: int) -> str:

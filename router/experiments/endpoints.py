@@ -13,14 +13,14 @@ from typing import Annotated, Any, Literal, Self
 
 import sqlalchemy as sa
 from fastapi import FastAPI, Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.responses import JSONResponse
 
 from policies.experiments.metrics import METRIC_NAME
 from policies.experiments.report import Report
 from router.access.authentication import Identify
 from router.bodies import Bodies
-from router.errors import ApiError, bad_request
+from router.errors import ApiError
 from router.exchange import answer_digest
 from router.experiments.experiments import Experiments
 from router.experiments.reporting import Status
@@ -29,7 +29,7 @@ from router.ledger.database import Database
 from router.ledger.feedback import Feedback, add_feedback
 from router.ledger.schema import REQUESTS
 from router.ledger.writer import Ledger
-from router.openai_api.fields import read_json
+from router.openai_api.fields import read_fields, read_json
 from router.openapi import Listing, described
 from router.record import SHADOW, mirrored_request_id
 
@@ -200,13 +200,7 @@ class ShadowList(Listing):
 
 def read_feedback(body: bytes) -> FeedbackBody:
     """Read a request's body; raises `ApiError` 400 that names the field."""
-    try:
-        return FeedbackBody.model_validate(read_json(body))
-    except ValidationError as failure:
-        error = failure.errors(include_url=False)[0]
-        param = ".".join(str(part) for part in error["loc"]) or None
-        message = error["msg"].removeprefix("Value error, ")
-        raise bad_request(f"{param}: {message}" if param else message, param) from None
+    return read_fields(FeedbackBody, read_json(body), {})
 
 
 async def take_feedback(

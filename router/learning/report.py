@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from models.downscale.plots import new_figure
-from models.downscale.report import Table, page
 from models.pool import Pool, load_pool
 from models.pool_text import write_policies
+from policies.cascade.frontier import pareto
 from policies.errors import ExperimentError
 from policies.evaluation.metrics import bootstrap
 from policies.experiments.replay import ReplayedPolicy, replay_log
-from policies.files import replacing, write_atomic
+from policies.files import write_atomic
+from policies.pages import Table, new_figure, page, png
 from policies.routing.router import load_router
 from router.catalog.catalog import load_catalog
 from router.catalog.policies import DEFAULT_POLICY
@@ -199,18 +199,14 @@ def _draw(lesson: Lesson, file: Path) -> None:
     learning.set(xlabel="questions learned from", ylabel="mean score", title="Learning curve")
     who.legend(handles=_legend(rows), frameon=False, fontsize=8, loc="lower right")
     learning.legend(frameon=False, fontsize=8, loc="center right")
-    with replacing(file) as fresh:
-        figure.savefig(fresh, dpi=130)
+    write_atomic(file, png(figure))
 
 
-def _frontier(lesson: Lesson) -> Iterator[Measured]:
-    """Yield what can be had, and nothing else scores as much for less: the dearest last."""
+def _frontier(lesson: Lesson) -> list[Measured]:
+    """Return what can be had, and nothing else scores as much for less: the dearest last."""
     had = [row for row in lesson.measured if row.kind != "reference" and row.usd is not None]
-    best = -np.inf
-    for row in sorted(had, key=lambda row: (row.usd or 0.0, -row.quality)):
-        if row.quality > best:
-            best = row.quality
-            yield row
+    usd, quality = np.array([row.usd for row in had]), np.array([row.quality for row in had])
+    return [had[at] for at in pareto(usd, quality)]
 
 
 def _legend(rows: Sequence[Measured]) -> list[Line2D]:

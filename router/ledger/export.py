@@ -15,7 +15,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from policies.files import replacing
+from policies.files import replacing, write_atomic
+from policies.pages import new_figure, png
 from router.ledger import Format, GroupBy, LedgerError, Unit
 from router.ledger.database import Database
 from router.ledger.feedback import rated_requests
@@ -156,8 +157,6 @@ def plot(rows: Sequence[Spend], target: Path, *, unit: Unit, series: str) -> Non
     `rows` are `spend(by=("day", series))`. The nine largest series are named, the rest is "other".
     Joules per token do not add up: their bars stand side by side.
     """
-    from matplotlib.figure import Figure  # noqa: PLC0415 (slow to import)
-
     totals: dict[str, float] = defaultdict(float)
     for row in rows:
         totals[_name(series, row.group[1])] += _used(row, unit)
@@ -170,8 +169,7 @@ def plot(rows: Sequence[Spend], target: Path, *, unit: Unit, series: str) -> Non
         if unit != "joules" or name in named:
             heights[name if name in named else "other"][int(row.group[0] or 0)] += _used(row, unit)
 
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.add_subplot()
+    figure, [axes] = new_figure(width=9)
     labels = [_day(day) for day in days]
     bottom = [0.0] * len(days)
     beside = unit == "joules"
@@ -191,12 +189,11 @@ def plot(rows: Sequence[Spend], target: Path, *, unit: Unit, series: str) -> Non
     # A single day is one bar among others, not the whole width.
     middle, half = (len(days) - 1) / 2, max(len(days), 7) / 2
     axes.set_xlim(middle - half, middle + half)
-    axes.grid(axis="y", alpha=0.3)
+    axes.grid(visible=False, axis="x")
     if totals:
         # Beside the bars: looking for the emptiest corner takes long, and warns when it does.
         axes.legend(title=series, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-    with replacing(target) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+    write_atomic(target, png(figure))
 
 
 def _used(row: Spend, unit: Unit) -> float:

@@ -17,6 +17,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from router.executor.trace import way_to
 from router.ledger.database import Database, writing
 from router.metrics import families as f
 from router.metrics.families import SUM, Family, Series, Values
@@ -170,10 +171,7 @@ def _accepted_members(runs: Mapping[str, Mapping[str, Any]]) -> Iterator[int]:
     """Yield the size of the accepted answer, if one was: it and all above it ended well."""
     accepted = {path for path, run in runs.items() if run.get("outcome") == "ok"}
     for path, run in runs.items():
-        parts = path.split(".") if path else []
-        # A fallback, "+1", is not below the root that failed.
-        above = {".".join(parts[:size]) for size in range(path.startswith("+"), len(parts) + 1)}
-        if "members" in run and above <= accepted:
+        if "members" in run and accepted.issuperset(way_to(path)):
             yield len(run["members"])
             return
 

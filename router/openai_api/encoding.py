@@ -1,7 +1,7 @@
 """`/v1/embeddings` and `/v1/rerank`: what encoders tell of texts.
 
 They take OpenAI's shape, and that of Cohere, Jina and vLLM; like any other request they pass
-through policy, gate, executor and record.
+through policy, budgets, executor and record.
 """
 
 from __future__ import annotations

@@ -343,4 +343,4 @@ def _explain(error: ValidationError) -> ApiError:
     if detail["type"] == "extra_forbidden":
         return bad_request(f"{param} is unknown", param, "unknown_parameter")
     message = _DICTIONARY.sub("object", detail["msg"].removeprefix("Value error, "))
-    return bad_request(f"{param}: {message}", param)
+    return bad_request(f"{param}: {message}" if param else message, param or None)

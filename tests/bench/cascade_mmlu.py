@@ -15,8 +15,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from scipy.special import expit
 
-from policies.cascade.answers import Floats, sigmoid
+from policies.cascade.answers import Floats
 from policies.cascade.fit import cross_fit
 from policies.cascade.frontier import StageTable, columns, search
 from policies.encoders.ngrams import NGrams
@@ -41,7 +42,7 @@ def main(folder: Path = FOLDER) -> None:
     design = NGrams(bits=14, num_dimensions=1, seed=SEED).fit(queries).matrix(queries)
     fold_Q = rng.permutation(len(queries)) % 5
     fit = cross_fit(design, quality_QS[:, 0], fold_Q, (3.0,))
-    score_Q = sigmoid(fit.slope * fit.logit_N + fit.offset)
+    score_Q = expit(fit.slope * fit.logit_N + fit.offset)
     train_Q = rng.permutation(len(queries)) % 2 == 0
     curves = {
         "cascade": _learned(quality_QS, score_Q, train_Q, num_gates=0),

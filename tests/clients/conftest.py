@@ -16,7 +16,14 @@ from typing import Any
 
 import pytest
 
-from tests.models.engines.remote.bad_server import BadServer, Reply, answer, finish, in_thread
+from tests.models.engines.remote.bad_server import (
+    BadServer,
+    Reply,
+    answer,
+    called,
+    finish,
+    in_thread,
+)
 from tests.server import started
 
 ROOT = Path(__file__).parents[2]
@@ -44,27 +51,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 # What `caller` says: it adds, and when it has the sum, it tells it.
 CALL = Reply(
     events=[
-        {
-            "choices": [
-                {
-                    "delta": {
-                        "tool_calls": [
-                            {
-                                "index": 0,
-                                "id": "call_1",
-                                "type": "function",
-                                "function": {"name": "add", "arguments": '{"a": 37, '},
-                            }
-                        ]
-                    }
-                }
-            ]
-        },
-        {
-            "choices": [
-                {"delta": {"tool_calls": [{"index": 0, "function": {"arguments": '"b": 58}'}}]}}
-            ]
-        },
+        called("add", '{"a": 37, '),
+        called(None, '"b": 58}'),
         *finish("tool_calls", prompt_tokens=30, completion_tokens=12),
     ]
 )

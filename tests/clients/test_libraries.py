@@ -9,7 +9,7 @@ import pytest
 from tests.clients.conftest import ROOT, Served
 from tests.clients.frameworks import LIBRARIES
 from tests.clients.libraries import NODE, Feature, Library, OpenAINode
-from tests.models.engines.remote.bad_server import Reply, finish
+from tests.models.engines.remote.bad_server import Reply, called, finish
 
 QUESTION = "What is 37 + 58?"
 NAMES = {library.name: library for library in LIBRARIES}
@@ -83,11 +83,8 @@ def test_answers_have_a_schema(library: Library) -> None:
 
 def test_instructor_calls_a_tool_for_its_schema(caller: Served) -> None:
     """In its mode `TOOLS` the schema is a tool that must be called."""
-    function = {"name": "Sum", "arguments": '{"total": 95}'}
-    call = {"index": 0, "id": "call_1", "type": "function", "function": function}
-    caller.upstream.replies[:] = [
-        Reply(events=[{"choices": [{"delta": {"tool_calls": [call]}}]}, *finish("tool_calls")])
-    ]
+    events = [called("Sum", '{"total": 95}'), *finish("tool_calls")]
+    caller.upstream.replies[:] = [Reply(events=events)]
     library = NAMES["instructor"](url=caller.url, key=caller.key)
     assert library.parse("caller", QUESTION).total == 95
     [request] = caller.upstream.requests

@@ -9,7 +9,7 @@ import pytest
 from policies.base import Decision
 from policies.plan import Answer, Plan
 from router.conversations import stay
-from tests.models.engines.remote.bad_server import BadServer, Reply, finish, in_thread
+from tests.models.engines.remote.bad_server import BadServer, Reply, called, finish, in_thread
 from tests.models.engines.stacked.tiny import save_checkpoint
 from tests.router.conftest import Running, running
 
@@ -42,22 +42,7 @@ def test_changing_must_be_worth_it(
 
 CALLING = Reply(
     events=[
-        {
-            "choices": [
-                {
-                    "delta": {
-                        "tool_calls": [
-                            {
-                                "index": 0,
-                                "id": "call_far",
-                                "function": {"name": "add", "arguments": '{"a": 1}'},
-                            }
-                        ]
-                    },
-                    "logprobs": None,
-                }
-            ]
-        },
+        called("add", '{"a": 1}', id_="call_far"),
         *finish("tool_calls", prompt_tokens=30, completion_tokens=12),
     ]
 )

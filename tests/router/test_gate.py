@@ -202,7 +202,7 @@ def test_a_request_waits_for_the_one_in_flight(kept: Kept, serve: Serve) -> None
         with server.http.stream("POST", "/v1/chat/completions", json=asked) as response:
             assert response.status_code == 200
             second = pool.submit(_say, server.client, model="gamma", max_tokens=200)
-            server.wait(lambda: bool(server.service.gate._budgets._waiting))
+            server.wait(lambda: bool(server.service.budgets._waiting))
             assert not second.done()
         assert second.result(60)
     assert {row["status"] for row in kept.rows(2)} == {200, 499}
@@ -375,7 +375,7 @@ def test_numbers_that_no_column_holds_harm_nobody(
         found = list(clients.map(lambda i: server.post(max_tokens=6000 if i == 4 else 5), range(8)))
     assert sorted(answer.status_code for answer in found) == [200] * 7 + [500]
     monkeypatch.setattr(BudgetStore, "sweep", None)
-    server.wait(lambda: server.post() and server.service.gate.worker.num_failures > 0)
+    server.wait(lambda: server.post() and server.service.budgets.worker.num_failures > 0)
     assert server.http.get("/health").json()["workers"]["budgets"]["failures"] > 0
     monkeypatch.undo()
     assert server.post(max_tokens=5).status_code == 200

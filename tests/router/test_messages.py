@@ -38,8 +38,8 @@ def test_a_message_has_its_blocks(client: anthropic.Anthropic, front: Running) -
     assert [block.to_dict() for block in message.content] == [
         {"type": "thinking", "thinking": "Two numbers.", "signature": ""},
         {"type": "text", "text": "I add."},
-        {"type": "tool_use", "id": "call_0", "name": "add", "input": {"a": 2}},
-        {"type": "tool_use", "id": "call_1", "name": "add", "input": {"a": 4}},
+        {"type": "tool_use", "id": "call_1", "name": "add", "input": {"a": 2}},
+        {"type": "tool_use", "id": "call_2", "name": "add", "input": {"a": 4}},
     ]
     assert message.stop_reason == "tool_use"
     usage = message.usage

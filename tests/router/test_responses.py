@@ -40,8 +40,8 @@ def test_a_response_has_its_items(client: openai.OpenAI, front: Running) -> None
     assert message.type == "message"
     assert response.output_text == "I add."
     assert [(c.type, c.call_id, c.name, c.arguments) for c in calls] == [  # type: ignore[union-attr]
-        ("function_call", "call_0", "add", '{"a": 2}'),
-        ("function_call", "call_1", "add", '{"a": 4}'),
+        ("function_call", "call_1", "add", '{"a": 2}'),
+        ("function_call", "call_2", "add", '{"a": 4}'),
     ]
     assert len({item.id for item in response.output}) == 4
     assert response.usage is not None

@@ -9,7 +9,14 @@ import openai
 import pytest
 
 from models.chat_template import ChatTemplate
-from tests.models.engines.remote.bad_server import BadServer, Reply, answer, finish, in_thread
+from tests.models.engines.remote.bad_server import (
+    BadServer,
+    Reply,
+    answer,
+    called,
+    finish,
+    in_thread,
+)
 from tests.router.conftest import Running, running
 
 TOOL: Any = {
@@ -19,15 +26,11 @@ TOOL: Any = {
 CHAT: Any = [{"role": "user", "content": "What is 2 + 3?"}]
 
 
-def _piece(**call: Any) -> dict[str, Any]:
-    return {"choices": [{"delta": {"tool_calls": [{"index": 0, **call}]}, "logprobs": None}]}
-
-
 CALLING = Reply(
     events=[
-        _piece(id="call_1", type="function", function={"name": "add", "arguments": ""}),
-        _piece(function={"arguments": '{"a": 2, '}),
-        _piece(function={"arguments": '"b": 3}'}),
+        called("add", ""),
+        called(None, '{"a": 2, '),
+        called(None, '"b": 3}'),
         *finish("tool_calls", prompt_tokens=30, completion_tokens=12),
     ]
 )

@@ -5,20 +5,13 @@ from typing import Any
 
 import pytest
 
-from tests.models.engines.remote.bad_server import BadServer, Reply, in_thread
+from tests.models.engines.remote.bad_server import BadServer, Reply, called, in_thread
 from tests.router.conftest import Running, running
 
 
 def event(**delta: Any) -> dict[str, Any]:
     """Return an event of the other server."""
     return {"choices": [{"index": 0, "delta": delta}]}
-
-
-def called(name: str | None, arguments: str, index: int = 0) -> dict[str, Any]:
-    """Return a piece of a call."""
-    head = {"id": f"call_{index}", "type": "function"} if name else {}
-    function = {"arguments": arguments} | ({"name": name} if name else {})
-    return event(tool_calls=[{"index": index, **head, "function": function}])
 
 
 # It thinks, speaks, and calls twice at once.

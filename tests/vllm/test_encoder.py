@@ -1,6 +1,5 @@
 """Encoders inside vLLM: small random BERTs, held to transformers' own arithmetic."""
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +8,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertForSequenceClassification, BertModel
 
-from models.card import read_card
-from models.engines.base import Chunk, Encoding, GenerationRequest
-from models.engines.registry import create_engine, engine_traits
-from models.spec import EngineSpec, Model, ModelSpec
+from models.engines.base import Encoding
+from models.spec import EngineSpec
+from tests.models.engines import encoders
 from tests.tiny_bert import save_bert
 
 WORDS = ["the", "cat", "dog", "a", "sat", "on", "mat"]
@@ -26,34 +24,13 @@ def write_encoder(folder: Path, *, cross: bool) -> Path:
     return save_bert(folder, WORDS, labels=1 if cross else None, seed=7, **shape)
 
 
-def told(folder: Path, *asked: Encoding) -> list[Chunk]:
+def told(folder: Path, *asked: Encoding) -> list[Any]:
     """Return what an engine tells of each of `asked`."""
     options = {"engine_args": {"enforce_eager": True}, "num_threads": 1}
     spec = EngineSpec(name="e", kind="vllm", dtype="float32", options=options)
-    source = ModelSpec(name="m", engine="e", checkpoint=str(folder))
-    model = Model(spec=source, card=read_card(folder), tokenizer=folder)
-    assert engine_traits(spec, [model]).encodes.keys() == {"m"}
-
-    async def run() -> list[Chunk]:
-        engine = create_engine(spec, [model])
-        await engine.start()
-        try:
-            requests = [
-                GenerationRequest(request_id=str(i), prompt_tokens=(), members=("m",), encoding=one)
-                for i, one in enumerate(asked)
-            ]
-            return await asyncio.gather(*(anext(engine.generate(one)) for one in requests))
-        finally:
-            await engine.stop()
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHDYNAMO_DISABLE", "1")
-        return asyncio.run(run())
-
-
-def _rows(chunk: Chunk) -> Any:
-    assert chunk.rows is not None
-    return chunk.rows
+        return encoders.told(spec, folder, *asked)
 
 
 def test_vectors_are_transformers(tmp_path: Path) -> None:
@@ -73,9 +50,9 @@ def test_vectors_are_transformers(tmp_path: Path) -> None:
         Encoding(inputs=TEXTS[1:], query=TEXTS[0], cut=True),
     )
     for one in (texts, tokens):
-        np.testing.assert_allclose(_rows(one), wanted, atol=1e-4)
+        np.testing.assert_allclose(one.rows, wanted, atol=1e-4)
         assert one.prompt_tokens == sum(map(len, ids))
-    np.testing.assert_allclose(_rows(ranked)[:, 0], np.stack(wanted[1:]) @ wanted[0], atol=1e-4)
+    np.testing.assert_allclose(ranked.rows[:, 0], np.stack(wanted[1:]) @ wanted[0], atol=1e-4)
 
 
 def test_a_cross_encoder_scores_pairs(tmp_path: Path) -> None:
@@ -87,4 +64,4 @@ def test_a_cross_encoder_scores_pairs(tmp_path: Path) -> None:
         pairs = [tokenizer("a cat", text, return_tensors="pt") for text in TEXTS]
         wanted = [float(model(**pair).logits[0, 0].sigmoid()) for pair in pairs]
     [scores] = told(folder, Encoding(inputs=TEXTS, query="a cat", cut=True))
-    np.testing.assert_allclose(_rows(scores)[:, 0], wanted, atol=1e-4)
+    np.testing.assert_allclose(scores.rows[:, 0], wanted, atol=1e-4)

@@ -18,8 +18,9 @@ from models.downscale.figures import ORACLE, Comparison, collect, describe, syst
 from models.downscale.pipeline import claimed
 from models.downscale.questions import questions
 from models.downscale.recipe import read_recipe
-from models.downscale.report import all_tables, markdown
+from models.downscale.report import all_tables
 from models.downscale.stage import Run, read_json, write_json
+from policies.pages import markdown
 from tests.bench.downscale.baselines import FINETUNED, baseline_systems, baseline_training
 from tests.bench.downscale.claims import (
     claims,

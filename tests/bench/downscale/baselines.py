@@ -26,7 +26,6 @@ from models.downscale.examples import conversations
 from models.downscale.figures import System, training_facts
 from models.downscale.members import general_share, train_chunk
 from models.downscale.questions import questions
-from models.downscale.shape import num_parameters
 from models.downscale.stage import Run, read_json, stage, write_json
 from models.downscale.teachers import ADAPT_FILE, trained_base, training_data
 from models.downscale.vocabulary import base_model
@@ -103,7 +102,7 @@ def compared(run: Run, folder: Path, name: str) -> None:
 def baseline_systems(run: Run) -> dict[str, System]:
     """The baselines that the recipe names, as systems beside the pool's."""
     domain_Q = [question.domain for question in questions(run) if question.is_test]
-    base_parameters = num_parameters(base_model(run)[0])
+    base_parameters = base_model(run)[0].num_parameters()
     found = []
     for name in run.recipe.baselines:
         if name == SCRATCH:
@@ -111,7 +110,7 @@ def baseline_systems(run: Run) -> dict[str, System]:
             for domain in run.domains:
                 own = [i for i, one in enumerate(domain_Q) if one == domain]
                 score_Q[own] = _scores(run, f"{SCRATCH}-{domain}")
-            size = num_parameters(load_model(cut_out(run, run.domains[0])))
+            size = load_model(cut_out(run, run.domains[0])).num_parameters()
             found.append(_system("from scratch (by domain)", "scratch", score_Q, size))
         elif name == FINETUNED:
             found.append(_system(name, "base", _scores(run, name), base_parameters))
@@ -130,7 +129,7 @@ def baseline_training(run: Run) -> dict[str, Any]:
         folders |= {f"{SCRATCH}-{domain}": scratch(run, domain) for domain in run.domains}
     return {
         name: {
-            "parameters": num_parameters(load_model(folder)),
+            "parameters": load_model(folder).num_parameters(),
             "lineage": "the base, trained on"
             if name == FINETUNED
             else "a chunk's shape with fresh weights",

@@ -11,14 +11,14 @@ import numpy as np
 
 from models.downscale.chunks import BASE
 from models.downscale.figures import ORACLE, Comparison, System
-from models.downscale.report import Table, percent
+from models.downscale.report import percent
 from models.downscale.stage import Run
 from models.errors import RecipeError
 from policies.laws.downscaling import RecoveryLaw, RuntimeLaw
 from policies.laws.scaling import ensemble_margin, smallest_winning_ensemble
+from policies.pages import Row, Table
 
 Figures = Mapping[str, Any]
-Row = tuple[str, ...]
 
 
 def claims(

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from models.downscale.figures import ORACLE
-from models.downscale.plots import new_figure
 from models.downscale.stage import read_json
+from policies.pages import new_figure
 
 Point: TypeAlias = tuple[float, float, float]
 """TFLOP of training after the cut, nats, percent right."""

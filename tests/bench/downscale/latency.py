@@ -21,7 +21,6 @@ from models.downscale.recipe import MemberShape
 from models.downscale.shape import (
     CutShape,
     cut_config,
-    num_parameters,
     shape_of,
     solve_shape,
 )
@@ -87,14 +86,14 @@ def latency(run: Run, folder: Path) -> None:
     """Stage: the base, a chunk, and other shapes of the chunk's size."""
     chunk = load_model(cut_out(run, run.domains[0]))
     models = {"base": base_model(run)[0], "chunk": chunk}
-    models |= _shapes_like(run, num_parameters(chunk))
+    models |= _shapes_like(run, chunk.num_parameters())
     found = decode_ms(models)
     timings = [
         Timing(
             name=name,
             num_layers=shape_of(model.config).num_layers,
             hidden_size=shape_of(model.config).hidden_size,
-            parameters=num_parameters(model),
+            parameters=model.num_parameters(),
             ms_per_token=round(found[name], 4),
         )
         for name, model in models.items()

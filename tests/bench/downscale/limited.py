@@ -31,7 +31,6 @@ from models.downscale.corpus import Example
 from models.downscale.examples import conversations, render
 from models.downscale.pipeline import claimed
 from models.downscale.recipe import AdaptSettings
-from models.downscale.shape import num_parameters
 from models.downscale.stage import Run, read_json, write_json
 from models.downscale.vocabulary import base_model
 from models.tasks import DOMAINS
@@ -148,7 +147,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     with claimed(arguments.out, resume=arguments.out.exists()) as work:
         run = Run(recipe(arguments.examples, arguments.test), work, report=print)
-        size = num_parameters(base_model(run)[0])
+        size = base_model(run)[0].num_parameters()
         data = {
             domain: sum(len(one.tokens) for one in _all(run, (domain,), Split.TRAIN))
             for domain in DOMAINS
@@ -159,7 +158,7 @@ def main() -> None:
             if name == BASE:
                 tokens = arguments.epochs * sum(data.values())
             else:
-                times = size / num_parameters(untrained(run, name))
+                times = size / untrained(run, name).num_parameters()
                 tokens = round(arguments.epochs * data[name] * times)
             facts[name] = train(run, name, folder, tokens=tokens)
         told = measure(run, folders, arguments.test) | {"training": facts, "tokens": data}

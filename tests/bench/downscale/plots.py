@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from models.downscale.plots import new_figure
+from policies.pages import new_figure
 
 Figures = Mapping[str, Any]
 COLOURS = ("#d1495b", "#00798c", "#444444")

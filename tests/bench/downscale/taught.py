@@ -31,7 +31,6 @@ from models.downscale.data import with_lessons, write_lessons
 from models.downscale.examples import render
 from models.downscale.pipeline import claimed
 from models.downscale.recipe import AdaptSettings, Recipe
-from models.downscale.shape import num_parameters
 from models.downscale.stage import Run, read_json, write_json
 from models.downscale.teachers import ADAPT_FILE, meta_distillation, quiz_apart, teacher
 from models.downscale.vocabulary import base_model
@@ -143,7 +142,7 @@ def train(
         report=lambda line: print(f"{domain}/{name}: {line}", flush=True),
     )
     save_model(run, student, folder)
-    forward = 2 * num_parameters(base_model(run)[0]) * result.tokens
+    forward = 2 * base_model(run)[0].num_parameters() * result.tokens
     facts: dict[str, Any] = {"tflop": result.flops / 1e12, "cpu_s": round(result.cpu_s, 1)}
     facts["teacher reads, tflop"] = forward / 1e12 if way.weight else 0.0
     if isinstance(chosen, MPDistil):

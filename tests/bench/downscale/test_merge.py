@@ -8,7 +8,7 @@ import torch
 
 from models.downscale.cut import activation_importance, cut
 from models.downscale.recipe import MemberShape
-from models.downscale.shape import num_parameters, shape_of, solve_shape
+from models.downscale.shape import shape_of, solve_shape
 from tests.bench.downscale.merge import Descendant, merge
 from tests.bench.downscale.spectrum import spectrum_importance
 from tests.models.downscale.tiny_models import ARCHITECTURES, random_conversations, tiny_model
@@ -83,8 +83,8 @@ def test_spectrum_needs_no_examples_and_cuts(architecture):
     """The calibration-free scores have the same shapes, and a cut by them works."""
     model = tiny_model(architecture)
     importance = spectrum_importance(model)
-    shape = solve_shape(model.config, num_parameters(model) // 4, MemberShape())
+    shape = solve_shape(model.config, model.num_parameters() // 4, MemberShape())
     chunk, _ = cut(model, importance, shape)
-    assert num_parameters(chunk) < num_parameters(model) / 3
+    assert chunk.num_parameters() < model.num_parameters() / 3
     assert all(torch.isfinite(parameter).all() for parameter in chunk.parameters())
     assert importance.heads_LH.shape == (4, 8)

@@ -13,20 +13,13 @@ from models.downscale.pipeline import downscale
 from models.downscale.recipe import Recipe
 from models.pool import load_pool
 from models.training.lora import add_adapter, merge_adapter, save_adapter
-from models.training.scratch import LlamaShape, build_model, build_tokenizer
-
-TINY = LlamaShape(
-    hidden_size=32, num_layers=2, feed_forward_size=48, num_heads=4, num_kv_heads=2, head_size=8
-)
+from tests.models.downscale.tiny_models import tiny_base
 
 
 @pytest.fixture(name="base")
 def saved_base(tmp_path):
     """An untrained checkpoint."""
-    tokenizer = build_tokenizer()
-    build_model(TINY, tokenizer, seed=0).save_pretrained(tmp_path / "checkpoint")
-    tokenizer.save_pretrained(tmp_path / "checkpoint")
-    return tmp_path / "checkpoint"
+    return tiny_base(tmp_path / "checkpoint")
 
 
 def load(folder):

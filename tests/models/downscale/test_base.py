@@ -9,24 +9,17 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from models.downscale.base import check_base, dequantize, load_base, trained_parameters
 from models.downscale.recipe import QUICK_RECIPE, read_recipe
 from models.downscale.render import PLAIN_TEMPLATE
-from models.downscale.shape import num_parameters
 from models.errors import BaseError, PoolError
 from models.sources.locate import locate
 from models.tokenizer_json import read_tokenizer
-from models.training.scratch import LlamaShape, build_model, build_tokenizer
-
-TINY = LlamaShape(
-    hidden_size=16, num_layers=1, feed_forward_size=16, num_heads=2, num_kv_heads=1, head_size=8
-)
+from models.training.scratch import build_model, build_tokenizer
+from tests.models.downscale.tiny_models import TINY, tiny_base
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
     """A tiny untrained checkpoint with its tokenizer."""
-    tokenizer = build_tokenizer()
-    build_model(TINY, tokenizer, seed=0).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    return tmp_path
+    return tiny_base(tmp_path)
 
 
 def edit(file, **changes):
@@ -37,9 +30,9 @@ def edit(file, **changes):
 
 def test_a_good_checkpoint_loads(checkpoint):
     """Its card tells its size; the chat template is the checkpoint's own."""
-    assert check_base(checkpoint).shape.hidden_size == 16
+    assert check_base(checkpoint).shape.hidden_size == TINY.hidden_size
     model, tokenizer = load_base(checkpoint)
-    assert model.config.hidden_size == 16
+    assert model.config.hidden_size == TINY.hidden_size
     assert tokenizer.chat_template != PLAIN_TEMPLATE
 
 
@@ -87,7 +80,7 @@ def test_a_tokenizer_of_another_model_is_refused(checkpoint):
 
 def test_weights_that_misfit_the_config_are_refused(checkpoint):
     """A config with another depth than the weights does not load with random layers."""
-    edit(checkpoint / "config.json", num_hidden_layers=2)
+    edit(checkpoint / "config.json", num_hidden_layers=3)
     with pytest.raises(BaseError, match="the weights lack or misfit"):
         load_base(checkpoint)
 
@@ -162,16 +155,9 @@ def test_every_end_of_an_answer_is_inherited(checkpoint):
 def test_the_size_of_a_base_is_known_before_it_is_trained():
     """The disk check and the members' size need no trained base."""
     training = read_recipe(QUICK_RECIPE).base.train
-    shape = LlamaShape(
-        hidden_size=training.shape.hidden_size,
-        num_layers=training.stages[-1].num_layers,
-        feed_forward_size=training.shape.intermediate_size,
-        num_heads=training.shape.num_heads,
-        num_kv_heads=training.shape.num_kv_heads,
-        head_size=training.shape.head_dim,
-    )
-    built = build_model(shape, build_tokenizer(), seed=0)
-    assert trained_parameters(training) == num_parameters(built)
+    depth = training.stages[-1].num_layers
+    built = build_model(training.shape, depth, build_tokenizer(), seed=0)
+    assert trained_parameters(training) == built.num_parameters()
 
 
 @pytest.mark.slow

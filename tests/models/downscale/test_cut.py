@@ -18,7 +18,6 @@ from models.downscale.recipe import MemberShape
 from models.downscale.shape import (
     TOLERANCE,
     count_parameters,
-    num_parameters,
     shape_of,
     solve_shape,
 )
@@ -59,11 +58,11 @@ def test_cut_checkpoint_loads_and_has_the_solved_size(architecture, tmp_path):
     """A cut of a quarter loads with AutoModelForCausalLM, gives the same logits, and is within 2%
     of the wanted size, counted without building it."""
     model, conversations = tiny_model(architecture), random_conversations()
-    target = num_parameters(model) // 4
+    target = model.num_parameters() // 4
     shape = solve_shape(model.config, target, MemberShape())
     chunk, report = cut(model, activation_importance(model, conversations), shape)
     assert abs(report.parameters / target - 1) <= TOLERANCE
-    assert report.parameters == num_parameters(chunk) == count_parameters(model.config, shape)
+    assert report.parameters == chunk.num_parameters() == count_parameters(model.config, shape)
     chunk.save_pretrained(tmp_path)
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from models.downscale.figures import share, training_footprint
-from models.downscale.report import all_tables, markdown, write_report
+from models.downscale.report import all_tables, write_report
+from policies.pages import markdown
 
 _DOMAINS = ["numbers", "words"]
 

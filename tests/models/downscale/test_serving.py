@@ -7,18 +7,15 @@ from models.downscale.answers import ask
 from models.tasks import DOMAINS
 from models.tasks.base import Split
 from models.training.checkpoint import export_checkpoint
-from models.training.scratch import LlamaShape, build_model, build_tokenizer
+from models.training.scratch import build_model, build_tokenizer
 from policies.plan import Answer
-
-_TINY = LlamaShape(
-    hidden_size=32, num_layers=1, feed_forward_size=64, num_heads=4, num_kv_heads=2, head_size=8
-)
+from tests.models.downscale.tiny_models import TINY
 
 
 def test_answers_are_the_greedy_ones_of_transformers(tmp_path) -> None:
     """One after another in transformers, all at once here: the same texts and log-probabilities."""
     tokenizer = build_tokenizer()
-    export_checkpoint(build_model(_TINY, tokenizer, seed=1).bfloat16(), tokenizer, tmp_path)
+    export_checkpoint(build_model(TINY, 1, tokenizer, seed=1).bfloat16(), tokenizer, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     queries = [task.question for task in DOMAINS["text"].distinct(Split.TEST, 6, seed=0)]
     asked = [(query, Answer(members=("one",))) for query in queries]

@@ -15,7 +15,8 @@ from transformers import (
 from models.downscale.pipeline import downscale
 from models.downscale.recipe import Recipe
 from models.training.data import Conversation
-from models.training.scratch import LlamaShape, build_model, build_tokenizer
+from models.training.scratch import build_model, build_tokenizer
+from models.training.settings import BaseShape
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 _CONFIGS = {
@@ -64,23 +65,27 @@ def random_conversations(count: int = 12, *, seed: int = 0) -> list[Conversation
     ]
 
 
-TINY = LlamaShape(
-    hidden_size=32, num_layers=2, feed_forward_size=48, num_heads=4, num_kv_heads=2, head_size=8
-)
+TINY = BaseShape(hidden_size=32, intermediate_size=48, num_heads=4, num_kv_heads=2, head_dim=8)
+
+
+def tiny_base(folder):
+    """Write an untrained base with its tokenizer into `folder`, and return that."""
+    tokenizer = build_tokenizer()
+    build_model(TINY, 2, tokenizer, seed=0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def tiny_recipe(tmp_path):
     """A recipe on an untrained base and two files, small enough for seconds."""
-    tokenizer = build_tokenizer()
-    build_model(TINY, tokenizer, seed=0).save_pretrained(tmp_path / "checkpoint")
-    tokenizer.save_pretrained(tmp_path / "checkpoint")
+    base = tiny_base(tmp_path / "checkpoint")
     for name in ("sums", "words"):
         lines = [{"question": f"{name} {i} + 1?", "answer": str(i + 1)} for i in range(120)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return Recipe.model_validate(
         {
             "name": "tiny",
-            "base": {"checkpoint": str(tmp_path / "checkpoint")},
+            "base": {"checkpoint": str(base)},
             "domains": {
                 name: {"corpus": str(tmp_path / f"{name}.jsonl")} for name in ("sums", "words")
             },

@@ -2,31 +2,32 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from models.downscale.base import TaskTraining, batches
+from models.downscale.corpus import draw_example
+from models.downscale.render import Renderer
 from models.tasks import DOMAINS
-from models.tasks.base import Split
 from models.training.data import Conversation, pack
-from models.training.scratch import Renderer, draw_dialogue, steps
 
 _EVEN = dict.fromkeys(DOMAINS, 1.0)
+_TRAINING = TaskTraining(
+    mixture=_EVEN, num_steps=40, num_decay_steps=0, rows_per_step=2, row_tokens=96
+)
 
 
 def test_training_text_is_the_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
     """The fast renderer gives the tokens that the template gives, turn by turn."""
     rng = random.Random(0)
-    dialogues = [draw_dialogue(rng, _EVEN) for _ in range(100)]
-    assert {len(turns) for _, turns in dialogues} >= {1, 2}
-    assert any(system for system, _ in dialogues)
-    rendered = Renderer(tokenizer).render(dialogues)
-    for (system, turns), conversation in zip(dialogues, rendered, strict=True):
-        messages = [{"role": "system", "content": system}] if system else []
-        for task in turns:
-            messages.append({"role": "user", "content": task.question})
-            messages.append({"role": "assistant", "content": task.answer})
+    examples = [draw_example(rng, _EVEN) for _ in range(100)]
+    assert {sum(turn.role == "user" for turn in one.turns) for one in examples} >= {1, 2}
+    assert any(one.turns[0].role == "system" for one in examples)
+    for one, conversation in zip(examples, Renderer(tokenizer).render(examples), strict=True):
+        messages = [{"role": turn.role, "content": turn.content} for turn in one.turns]
         text = tokenizer.apply_chat_template(messages, tokenize=False)
         assert isinstance(text, str)
         assert conversation.tokens == tokenizer.encode(text, add_special_tokens=False)
@@ -34,11 +35,12 @@ def test_training_text_is_the_chat_template(tokenizer: PreTrainedTokenizerFast) 
 
 def test_answers_are_what_the_assistant_wrote(tokenizer: PreTrainedTokenizerFast) -> None:
     """The answer mask covers each answer and its end token, and nothing else."""
-    task = DOMAINS["arithmetic"].distinct(Split.TRAIN, 1, seed=0)[0]
-    [conversation] = Renderer(tokenizer).render([("Answer briefly.", [task])])
+    example = draw_example(random.Random(0), {"arithmetic": 1.0})
+    [conversation] = Renderer(tokenizer).render([example])
     pairs = zip(conversation.tokens, conversation.is_answer, strict=True)
-    answer = tokenizer.decode([token for token, own in pairs if own])
-    assert answer == task.answer + "<|end|>"
+    written = tokenizer.decode([token for token, own in pairs if own])
+    answers = [turn.content for turn in example.turns if turn.role == "assistant"]
+    assert written == "".join(f"{answer}<|end|>" for answer in answers)
 
 
 def _conversations(*lengths: int) -> Iterator[Conversation]:
@@ -69,36 +71,19 @@ def test_packing_keeps_conversations_whole_and_apart() -> None:
 
 def test_packing_wastes_little(tokenizer: PreTrainedTokenizerFast) -> None:
     """Real rows are at least 95% full."""
-    batch = next(
-        steps(
-            Renderer(tokenizer),
-            _EVEN,
-            seed=0,
-            first_step=0,
-            rows_per_step=4,
-            row_tokens=128,
-            question_weight=0.2,
-        )
-    )
+    training = replace(_TRAINING, rows_per_step=4, row_tokens=128)
+    batch = next(batches(tokenizer, training, first_step=0))
     assert (batch.segments > 0).mean() > 0.95
 
 
 def test_batches_do_not_depend_on_where_a_run_starts(tokenizer: PreTrainedTokenizerFast) -> None:
     """Step n has the same batch in a run from the start and in one resumed at n."""
 
-    def batches(first_step: int, count: int) -> list[np.ndarray]:
-        stream = steps(
-            Renderer(tokenizer),
-            _EVEN,
-            seed=7,
-            first_step=first_step,
-            rows_per_step=2,
-            row_tokens=96,
-            question_weight=0.2,
-        )
+    def tokens_from(first_step: int, count: int) -> list[np.ndarray]:
+        stream = batches(tokenizer, replace(_TRAINING, seed=7), first_step=first_step)
         return [rows.tokens for rows in islice(stream, count)]
 
-    whole = batches(0, 36)
-    for step, tokens in zip((31, 32, 33), batches(31, 3), strict=True):
+    whole = tokens_from(0, 36)
+    for step, tokens in zip((31, 32, 33), tokens_from(31, 3), strict=True):
         assert np.array_equal(whole[step], tokens)
     assert not np.array_equal(whole[0], whole[32])

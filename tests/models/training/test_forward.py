@@ -99,6 +99,23 @@ def _logits(model: PreTrainedModel, rows: Rows) -> torch.Tensor:
     )
 
 
+def _loss(
+    model: PreTrainedModel,
+    tensors: dict[str, torch.Tensor],
+    distillation: Distillation | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    cos, sin = rotary_tables(model, 24)
+    return packed_loss(
+        low_precision(model, torch.float32),
+        **tensors,
+        total_weight=tensors["loss_weights_BT"].sum(),
+        cos=cos,
+        sin=sin,
+        geometry=geometry(model),
+        distillation=distillation,
+    )
+
+
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
 @torch.no_grad()
 def test_the_logits_are_those_of_transformers(architecture: str) -> None:
@@ -117,20 +134,12 @@ def test_the_label_loss_is_a_weighted_mean() -> None:
     """Answers count fully, the rest by its weight, the end of a conversation not at all."""
     model, rows = _model("qwen3"), _rows()
     tensors = to_tensors(rows)
-    cos, sin = rotary_tables(model, 24)
-    total = tensors["loss_weights_BT"].sum()
-    loss, label = packed_loss(
-        low_precision(model, torch.float32),
-        **tensors,
-        total_weight=total,
-        cos=cos,
-        sin=sin,
-        geometry=geometry(model),
-    )
+    loss, label = _loss(model, tensors)
     losses = functional.cross_entropy(
         _logits(model, rows).flatten(0, 1), tensors["targets_BT"].flatten(), reduction="none"
     )
-    wanted = (losses * tensors["loss_weights_BT"].flatten()).sum() / total
+    weights = tensors["loss_weights_BT"].flatten()
+    wanted = (losses * weights).sum() / weights.sum()
     assert float(loss) == float(label) == pytest.approx(float(wanted), abs=1e-6)
 
 
@@ -139,17 +148,7 @@ def test_distillation_is_the_divergence_from_the_teacher() -> None:
     """τ²·KL over the teacher's tokens at that temperature, mixed with the label loss."""
     model, rows = _model("llama"), _rows(teacher=True)
     tensors = to_tensors(rows)
-    cos, sin = rotary_tables(model, 24)
-    total = tensors["loss_weights_BT"].sum()
-    loss, label = packed_loss(
-        low_precision(model, torch.float32),
-        **tensors,
-        total_weight=total,
-        cos=cos,
-        sin=sin,
-        geometry=geometry(model),
-        distillation=Distillation(temperature=3.0, weight=0.25),
-    )
+    loss, label = _loss(model, tensors, Distillation(temperature=3.0, weight=0.25))
     wanted = 0.0
     student = (_logits(model, rows) / 3).log_softmax(-1)
     assert rows.teacher is not None
@@ -158,7 +157,7 @@ def test_distillation_is_the_divergence_from_the_teacher() -> None:
         teacher = powers / powers.sum()
         there = student[r, t, torch.from_numpy(rows.teacher.ids[r, t]).long()].numpy()
         wanted += rows.weights[r, t] * 9 * (teacher * (np.log(teacher) - there)).sum()
-    expected = 0.75 * float(label) + 0.25 * wanted / float(total)
+    expected = 0.75 * float(label) + 0.25 * wanted / rows.weights.sum()
     assert float(loss) == pytest.approx(expected, abs=1e-5)
 
 
@@ -178,16 +177,7 @@ def test_a_silent_teacher_leaves_the_label_loss() -> None:
         row_tokens=8,
         question_weight=1.0,
     )
-    cos, sin = rotary_tables(model, 24)
-    loss, label = packed_loss(
-        low_precision(model, torch.float32),
-        **to_tensors(rows.part(slice(1, 2))),
-        total_weight=torch.tensor(3.0),
-        cos=cos,
-        sin=sin,
-        geometry=geometry(model),
-        distillation=Distillation(),
-    )
+    loss, label = _loss(model, to_tensors(rows.part(slice(1, 2))), Distillation())
     assert float(loss) == pytest.approx(float(label))
 
 

@@ -1,13 +1,11 @@
 """Warm-up, stable, decay."""
 
-from models.training.loop import learning_rate_share
+from models.training.loop import Settings, learning_rate_share
 
 
 def _shares(num_steps: int) -> list[float]:
-    return [
-        learning_rate_share(s, num_steps=num_steps, num_warmup_steps=4, num_decay_steps=5)
-        for s in range(num_steps)
-    ]
+    settings = Settings(num_steps=num_steps, num_warmup_steps=4, num_decay_steps=5)
+    return [learning_rate_share(step, settings) for step in range(num_steps)]
 
 
 def test_it_rises_stays_and_falls() -> None:
@@ -22,5 +20,5 @@ def test_a_longer_run_begins_alike() -> None:
 
 def test_no_warmup_and_no_decay() -> None:
     """Both ends may be left out."""
-    share = learning_rate_share(0, num_steps=1, num_warmup_steps=0, num_decay_steps=0)
-    assert share == 1
+    settings = Settings(num_steps=1, num_warmup_steps=0, num_decay_steps=0)
+    assert learning_rate_share(0, settings) == 1

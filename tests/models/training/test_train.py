@@ -10,20 +10,13 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from models.downscale.base import TaskTraining, batches, train_on_tasks
 from models.training.checkpoint import read_progress
 from models.training.data import Rows
-from models.training.scratch import (
-    LlamaShape,
-    Renderer,
-    TaskTraining,
-    build_model,
-    grow,
-    steps,
-    train,
-)
+from models.training.scratch import build_model, grow
+from models.training.settings import BaseShape
 
-_TINY = LlamaShape(hidden_size=32, num_layers=2, feed_forward_size=64, num_heads=4, num_kv_heads=2)
-_TINY = replace(_TINY, head_size=8)
+_TINY = BaseShape(hidden_size=32, intermediate_size=64, num_heads=4, num_kv_heads=2, head_dim=8)
 _RECIPE = TaskTraining(
     mixture={"arithmetic": 1.0},
     num_steps=12,
@@ -38,8 +31,8 @@ _RECIPE = TaskTraining(
 def _run(
     tokenizer: PreTrainedTokenizerFast, folder: Path, recipe: TaskTraining, **options: object
 ) -> LlamaForCausalLM:
-    model = build_model(_TINY, tokenizer, seed=0)
-    train(model, Renderer(tokenizer), recipe, folder=folder, report=_ignore, **options)  # type: ignore[arg-type]
+    model = build_model(_TINY, 2, tokenizer, seed=0)
+    train_on_tasks(model, tokenizer, recipe, folder=folder, report=_ignore, **options)  # type: ignore[arg-type]
     return model
 
 
@@ -55,9 +48,9 @@ def _same_weights(one: LlamaForCausalLM, other: LlamaForCausalLM) -> bool:
 def test_the_loss_falls(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """Fifty small steps bring the loss well below that of a uniform guess (6.2 nats)."""
     lines: list[str] = []
-    model = build_model(_TINY, tokenizer, seed=0)
+    model = build_model(_TINY, 2, tokenizer, seed=0)
     recipe = replace(_RECIPE, num_steps=50)
-    train(model, Renderer(tokenizer), recipe, folder=tmp_path, report=lines.append)
+    train_on_tasks(model, tokenizer, recipe, folder=tmp_path, report=lines.append)
     assert len(lines) == 1
     assert "tokens/s" in lines[0]
     assert float(lines[0].split("loss ")[1].split()[0]) < 5.0
@@ -69,11 +62,11 @@ def _run_for_six_steps(
     """Run as a run is ended from outside: in its seventh step."""
 
     def broken(*args: Any, **kwargs: Any) -> Iterator[Rows]:
-        yield from islice(steps(*args, **kwargs), 6)
+        yield from islice(batches(*args, **kwargs), 6)
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("models.training.scratch.steps", broken)
+        patch.setattr("models.downscale.base.batches", broken)
         _run(tokenizer, folder, recipe, checkpoint_every_s=0.0)
     stopped = read_progress(folder / "last")
     assert stopped is not None
@@ -129,11 +122,11 @@ def test_a_checkpoint_replaces_the_old_one_whole(
 
 def test_growing_keeps_the_function(tokenizer: PreTrainedTokenizerFast) -> None:
     """A model grown to twice its depth computes what it computed before."""
-    shallow = build_model(_TINY, tokenizer, seed=0)
-    deep = build_model(replace(_TINY, num_layers=4), tokenizer, seed=1)
+    shallow = build_model(_TINY, 2, tokenizer, seed=0)
+    deep = build_model(_TINY, 4, tokenizer, seed=1)
     grow(shallow, deep)
     ids = torch.arange(10)[None]
     with torch.no_grad():
         assert torch.allclose(shallow(ids).logits, deep(ids).logits, atol=1e-6)
     with pytest.raises(ValueError, match="3 layers are no multiple of 2"):
-        grow(shallow, build_model(replace(_TINY, num_layers=3), tokenizer, seed=1))
+        grow(shallow, build_model(_TINY, 3, tokenizer, seed=1))

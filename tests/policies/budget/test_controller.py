@@ -12,6 +12,7 @@ from policies.errors import PolicyError
 from policies.footprint import Footprint, Limits, Rates
 from policies.laws.scaling import EnsembleLaw
 from policies.plan import Answer, Cascade, members
+from tests.clock import Clock
 
 LAW = EnsembleLaw(L0=0.5, a=0.8, b=0.3)
 NAMES = ("m1", "m2", "m3", "m4")
@@ -33,17 +34,6 @@ def facts(**wh_per_token):
     return {name: ModelFacts(name=name, rates=rates(wh)) for name, wh in wh_per_token.items()}
 
 
-class Clock:
-    """A clock that the test moves."""
-
-    def __init__(self, now_s=0.0):
-        self.now_s = now_s
-
-    def __call__(self):
-        """Return the time."""
-        return self.now_s
-
-
 def two_models(clock=None, **options):
     """Return a controller over a small and a ten times larger model."""
     return Controller(
@@ -59,6 +49,15 @@ def prefers_large(gain):
     return Decision(
         plan=Answer(members=("large",)), scores={"small": 0.9 - gain, "large": 0.9}, reason="test"
     )
+
+
+def serve(controller, gain, resource="wh"):
+    """Answer a request whose router prefers the large model by `gain`; return what was spent."""
+    query = Query(text="")
+    decision = controller.choose(query, prefers_large(gain))
+    spent = 10.0 if members(decision.plan) == ("large",) else 1.0
+    controller.observe(query, decision, Footprint(**{resource: spent}))
+    return spent
 
 
 def test_without_targets_and_limits_the_best_prediction_wins():
@@ -101,11 +100,7 @@ def test_a_target_per_thousand_requests_is_held_whatever_the_traffic():
     spent = 0.0
     for _ in range(3000):
         clock.now_s += rng.expovariate(10.0 if rng.random() < 0.5 else 0.05)
-        query = Query(text="")
-        decision = controller.choose(query, prefers_large(rng.random()))
-        cost = Footprint(usd=10.0 if members(decision.plan) == ("large",) else 1.0)
-        controller.observe(query, decision, cost)
-        spent += cost.usd
+        spent += serve(controller, rng.random(), "usd")
     assert spent / 3000 == pytest.approx(5.0, rel=0.02)
 
 
@@ -143,11 +138,7 @@ def test_two_replicas_that_share_a_record_hold_one_target():
     for number in range(3000):
         clock.now_s = number * 86400 / 3000
         controller = rng.choice(pair)
-        query = Query(text="")
-        decision = controller.choose(query, prefers_large(rng.random() * 0.5))
-        cost = 1.0 if members(decision.plan) == ("small",) else 10.0
-        controller.observe(query, decision, Footprint(wh=cost))
-        spent += cost
+        spent += serve(controller, rng.random() * 0.5)
         if number % 10 == 0:
             for one in pair:
                 one.reconcile(num_requests=number + 1, spent={"wh": spent}, first_request_s=0.0)
@@ -164,11 +155,7 @@ def test_a_restarted_controller_takes_over_what_was_spent():
     spent = 9000.0
     for number in range(1500):
         clock.now_s = 43_200 + number * 43_200 / 1500
-        query = Query(text="")
-        decision = controller.choose(query, prefers_large(rng.random() * 0.5))
-        cost = 1.0 if members(decision.plan) == ("small",) else 10.0
-        controller.observe(query, decision, Footprint(wh=cost))
-        spent += cost
+        spent += serve(controller, rng.random() * 0.5)
     assert spent == pytest.approx(500 * 24, rel=0.02)
 
 
@@ -180,10 +167,7 @@ def test_a_reserve_is_kept_for_bursts_and_released():
     noon, end = 0.0, 0.0
     for number in range(6000):
         clock.now_s = number * 86_400 / 3000
-        query = Query(text="")
-        decision = controller.choose(query, prefers_large(rng.random() * 0.5))
-        cost = 1.0 if members(decision.plan) == ("small",) else 10.0
-        controller.observe(query, decision, Footprint(wh=cost))
+        cost = serve(controller, rng.random() * 0.5)
         if number >= 3000:
             end += cost
             noon += cost if number < 4500 else 0.0
@@ -200,10 +184,7 @@ def test_a_price_follows_step_by_step():
     def live(start, end):
         for number in range(start, end):
             clock.now_s = number * 86_400 / 3000
-            query = Query(text="")
-            decision = controller.choose(query, prefers_large(rng.random() * 0.5))
-            cost = 1.0 if members(decision.plan) == ("small",) else 10.0
-            controller.observe(query, decision, Footprint(wh=cost))
+            serve(controller, rng.random() * 0.5)
 
     live(0, 1500)
     before = controller.prices()["wh"]

@@ -50,6 +50,15 @@ def make_outcomes(num_queries: int = 200) -> list[Outcome]:
     return outcomes
 
 
+def fitted(outcomes: Sequence[Outcome], num_clusters: int = 4) -> Router:
+    """Return a small router of these outcomes."""
+    return fit_router(
+        outcomes,
+        encoder=NGrams(bits=10, num_dimensions=4),
+        settings=FitSettings(num_clusters=num_clusters),
+    )
+
+
 def test_apgr_and_cpt_by_hand() -> None:
     """Four queries, two of which gain: a perfect order, a random-like one, the reverse."""
     weak, strong = np.array([0.0, 0, 1, 1]), np.array([1.0, 1, 1, 1])
@@ -189,11 +198,7 @@ def test_no_test_query_nor_its_like_is_trained_on(
 def test_a_trained_router_is_judged_on_new_queries(tmp_path: Path) -> None:
     """`shoal evaluate router` compares with best single and oracles, for any subset of models."""
     outcomes = make_outcomes()
-    router = fit_router(
-        outcomes[:120],
-        encoder=NGrams(bits=10, num_dimensions=4),
-        settings=FitSettings(num_clusters=4),
-    )
+    router = fitted(outcomes[:120])
     report, diagram = evaluate_router(router, outcomes[120:])
     by_name = {row.method: row.accuracy for row in report.results}
     assert by_name["Learned"] == by_name["per-query oracle"] == 1.0
@@ -215,11 +220,7 @@ def test_nobody_judges_on_what_was_trained_on_without_saying_so(tmp_path: Path) 
     Queries without every model's score are left out and counted, too.
     """
     outcomes = make_outcomes()
-    trained = fit_router(
-        outcomes[:120],
-        encoder=NGrams(bits=10, num_dimensions=4),
-        settings=FitSettings(num_clusters=4),
-    )
+    trained = fitted(outcomes[:120])
     save_router(trained, tmp_path / "router.npz")
     router = load_router(tmp_path / "router.npz")
     with pytest.raises(PolicyError, match="trained on every query that has all scores"):
@@ -236,11 +237,7 @@ def test_nobody_judges_on_what_was_trained_on_without_saying_so(tmp_path: Path) 
 def test_a_task_oracle_and_rows_by_task_need_several_tasks() -> None:
     """The table has a row per task and their mean; of a single task there is neither."""
     outcomes = make_outcomes()
-    router = fit_router(
-        outcomes[:120],
-        encoder=NGrams(bits=10, num_dimensions=4),
-        settings=FitSettings(num_clusters=4),
-    )
+    router = fitted(outcomes[:120])
     report, _ = evaluate_router(router, outcomes[120:])
     assert "dataset oracle" in {row.method for row in report.results}
     assert report.by_task["sums"]["Learned"] == report.by_task["words"]["Learned"] == 1.0
@@ -261,11 +258,7 @@ def test_a_protocol_trains_on_parts_and_judges_on_the_rest(
 
     def fit(rows: Sequence[Outcome]) -> Router:
         trained.append(list(rows))
-        return fit_router(
-            rows,
-            encoder=NGrams(bits=10, num_dimensions=4),
-            settings=FitSettings(num_clusters=2),
-        )
+        return fitted(rows, 2)
 
     report = evaluate_protocol(outcomes, fit=fit, protocol=protocol, models=["weak", "strong"])
     num_left_out = sum(len(outcomes) - len(rows) for rows in trained)
@@ -316,11 +309,7 @@ def test_two_models_of_one_mean_have_no_gap_to_recover() -> None:
 def test_costs_that_are_known_make_an_aiq() -> None:
     """Where every outcome says what every model costs; else there is none."""
     outcomes = make_outcomes()
-    router = fit_router(
-        outcomes[:120],
-        encoder=NGrams(bits=10, num_dimensions=4),
-        settings=FitSettings(num_clusters=4),
-    )
+    router = fitted(outcomes[:120])
     assert all(row.aiq is None for row in evaluate_router(router, outcomes[120:])[0].results)
     priced = [replace(one, costs={"weak": 1.0, "strong": 3.0}) for one in outcomes[120:]]
     report, _ = evaluate_router(router, priced)

@@ -79,7 +79,7 @@ def test_a_whole_experiment_is_read() -> None:
                     "b": {"policy": "cascade", "weight": 1.5},
                 }
             },
-            "a.weight: -0.5 is not in",
+            "arms.a.weight: -0.5 is refused: it should be greater than or equal to 0",
         ),
         (
             {
@@ -88,13 +88,16 @@ def test_a_whole_experiment_is_read() -> None:
                     "b": {"policy": "cascade", "weight": 0.5},
                 }
             },
-            "arms.a.colour: this key is unknown",
+            "arms.a: the key 'colour' is unknown; allowed are policy, weight",
         ),
-        ({"arms": {"a": {"policy": "base"}, "b": {"policy": "base"}}}, "arms.a.weight: this key"),
+        (
+            {"arms": {"a": {"policy": "base"}, "b": {"policy": "base"}}},
+            "arms.a: the key 'weight' is missing",
+        ),
         ({"arms": ["a", "b"]}, "is not a mapping from names"),
-        ({"trafic": 0.5}, "trafic: this key is unknown"),
+        ({"trafic": 0.5}, "the key 'trafic' is unknown; allowed are arms, unit"),
         ({"unit": "cookie"}, "unit: 'cookie'"),
-        ({"traffic": 0}, "traffic: 0.0 is not in (0, 1]"),
+        ({"traffic": 0}, "traffic: 0 is refused: it should be greater than 0"),
         ({"control": "best"}, "control: 'best' is not an arm; allowed are cascade, learned"),
         ({"primary": {"metric": "clicks"}}, "primary.metric: 'clicks' is unknown"),
         ({"primary": {"minimum_effect": 0}}, "minimum_effect: 0.0 is not between 0 and 1"),
@@ -146,12 +149,15 @@ def test_a_whole_experiment_is_read() -> None:
         ),
         (
             {"unit": "block", "switchback": {"block_minutes": float("inf")}},
-            "block_minutes: inf is not in [0.01, 527040]",
+            "block_minutes: inf is refused: it should be less than or equal to 527040",
         ),
-        ({"guardrails": [{"metric": "usd", "limit": -1}]}, "usd's limit -1.0 is below 0"),
+        ({"guardrails": [{"metric": "usd", "limit": -1}]}, "guardrails.0.limit: -1 is refused"),
         ({"start": "2026-02-02", "stop": "2026-02-01"}, "is not after"),
-        ({"covariates": ["mood"]}, "covariates: 'mood' is unknown"),
-        ({"holdout": 1}, "holdout: 1.0 is not in [0, 1)"),
+        (
+            {"covariates": ["mood"]},
+            "covariates.0: 'mood' is refused: it should be 'prompt_tokens' or 'expected_quality'",
+        ),
+        ({"holdout": 1}, "holdout: 1 is refused: it should be less than 1"),
     ],
 )
 def test_what_makes_no_sense_is_refused(changes: dict[str, Any], words: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from policies.errors import ExperimentError
-from policies.experiments.shadow import Shadow, ShadowMeter
+from policies.experiments.shadow import Shadow, ShadowMeter, read_shadows
 
 
 def meter(**changes: float) -> ShadowMeter:
@@ -70,12 +70,13 @@ def test_only_the_named_models_are_mirrored() -> None:
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
-        ({"share": 0.0}, "shadows.s.share: 0.0"),
-        ({"usd_per_day": -1.0}, "shadows.s.usd_per_day: -1.0"),
-        ({"concurrency": 0}, "shadows.s.concurrency: 0"),
+        ({"share": 0.0}, r"shadows\.s\.share: 0\.0 is refused: it should be greater than 0"),
+        ({"usd_per_day": -1.0}, r"shadows\.s\.usd_per_day: -1\.0"),
+        ({"concurrency": 0}, r"shadows\.s\.concurrency: 0"),
     ],
 )
 def test_bad_settings_are_refused(bad: dict[str, float], words: str) -> None:
     """The message names the key and the value."""
+    sound = {"policy": "new", "share": 0.5, "usd_per_day": 1.0}
     with pytest.raises(ExperimentError, match=words):
-        meter(**bad)
+        read_shadows({"s": {**sound, **bad}}, policies=["new"])

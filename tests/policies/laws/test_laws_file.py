@@ -23,12 +23,19 @@ def test_laws_come_back_as_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"ensemble_error": {"L0": 1, "a": 1, "b": 1}}, "origin: None"),
+        ({"ensemble_error": {"L0": 1, "a": 1, "b": 1}}, "the key 'origin' is missing"),
         ({"origin": "x", "ensembles": {}}, "'ensembles' is unknown"),
-        ({"origin": "x", "ensemble_error": {"a": 1}}, "exactly the keys L0, a, b"),
+        (
+            {"origin": "x", "ensemble_error": {"L0": 1, "a": 1, "b": 1, "c": 1}},
+            r"laws\.ensemble_error: the key 'c' is unknown",
+        ),
+        (
+            {"origin": "x", "ensemble_error": {"a": 1}},
+            r"laws\.ensemble_error: the key 'L0' is missing",
+        ),
         (
             {"origin": "x", "ensemble_error": {"L0": 1, "a": "1", "b": 1}},
-            "ensemble_error.a: '1' is not a number",
+            r"laws\.ensemble_error\.a: '1' is refused: it should be a valid number",
         ),
     ],
 )

@@ -1,8 +1,7 @@
-"""What the tests of budgets share: replicas' budgets on one database, and a clock."""
+"""What the tests of budgets share: replicas' budgets on one database."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 
 import sqlalchemy as sa
@@ -16,17 +15,6 @@ from router.ledger.schema import BUDGET_WINDOWS
 
 NOW_S = 1_800_000_000.0
 NewBudgets = Callable[..., Budgets]
-
-
-class Clock:
-    """Unix seconds that pass when told to."""
-
-    def __init__(self) -> None:
-        self.now_s = NOW_S
-
-    def __call__(self) -> float:
-        """Return the time."""
-        return self.now_s
 
 
 def tokens(count: int) -> Amounts:
@@ -46,10 +34,3 @@ def spent(database: Database, scope: str = "server", period: str = "day") -> tup
     with database.connect() as connection:
         row = connection.execute(query).one()
     return row.spent_tokens, row.held_tokens
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for what a replica's thread does."""
-    async with asyncio.timeout(60):
-        while not condition():  # noqa: ASYNC110 - the thread tells nobody
-            await asyncio.sleep(0.01)

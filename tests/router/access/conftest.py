@@ -8,13 +8,14 @@ import pytest
 from router.access.budgets import Budgets
 from router.access.limits import BudgetsConfig
 from router.ledger.database import Database, open_database
-from tests.router.access.budgeting import Clock, NewBudgets
+from tests.clock import Clock
+from tests.router.access.budgeting import NOW_S, NewBudgets
 
 
 @pytest.fixture
 def clock() -> Clock:
     """A clock at a whole minute."""
-    return Clock()
+    return Clock(NOW_S)
 
 
 @pytest.fixture

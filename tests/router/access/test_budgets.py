@@ -14,7 +14,8 @@ from router.access.limits import NOTHING, Amounts, BudgetExhausted, BudgetUnavai
 from router.access.store import used_amounts
 from router.ledger.database import Database
 from router.ledger.writer import Ledger
-from tests.router.access.budgeting import NOW_S, Clock, NewBudgets, key, spent, tokens, until
+from tests.clock import Clock, until
+from tests.router.access.budgeting import NOW_S, NewBudgets, key, spent, tokens
 from tests.router.ledger.records import record
 
 

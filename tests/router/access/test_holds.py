@@ -16,7 +16,8 @@ from router.access.limits import NOTHING, BudgetExhausted, BudgetUnavailable
 from router.ledger.database import Database, writing
 from router.ledger.schema import BUDGET_HOLDS, BUDGET_WINDOWS
 from router.ledger.writer import Ledger
-from tests.router.access.budgeting import NOW_S, Clock, NewBudgets, spent, tokens, until
+from tests.clock import Clock, until
+from tests.router.access.budgeting import NOW_S, NewBudgets, spent, tokens
 from tests.router.ledger.records import record
 
 

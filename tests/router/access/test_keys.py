@@ -23,16 +23,7 @@ from router.access.limits import CapError
 from router.cli.keys import app as keys_app
 from router.ledger.database import Database, open_database
 from router.ledger.schema import API_KEYS
-
-
-class Clock:
-    """Seconds that pass when told to."""
-
-    now_s = 0.0
-
-    def __call__(self) -> float:
-        """Return the time."""
-        return self.now_s
+from tests.clock import Clock
 
 
 def _authenticate(checker: Authenticator, header: str | None, **options: str) -> Key | None:

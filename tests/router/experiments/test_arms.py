@@ -152,7 +152,7 @@ def test_a_policy_whose_contents_change_counts_as_changed(tmp_path: Path) -> Non
         ),
         (
             {"shadows": {"s": {"policy": "large", "share": 1, "usd_per_day": 1, "cap": 2}}},
-            "shadows.s.cap: this key is unknown",
+            "shadows.s: the key 'cap' is unknown",
         ),
     ],
 )  # fmt: skip

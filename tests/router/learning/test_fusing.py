@@ -12,35 +12,29 @@ from policies.plan import Answer
 from router.catalog.catalog import load_catalog
 from router.cli.main import app
 from router.learning.fusing import fusible
+from tests.router.conftest import write_pool
 
 CHUNKS = ("arithmetic", "text")
 
 
 def pool_at(folder: Path) -> Path:
     """Write a pool of two of the default pool's chunks on one engine, and a fake one beside."""
-    file = folder / "pool.yaml"
-    content = {
-        "name": "two",
-        "engines": [
-            {"name": "chunks", "kind": "stacked", "device": "cpu", "dtype": "float32"},
-            {"name": "fake", "kind": "fake"},
-        ],
-        "models": [
-            *(
-                {
-                    "name": name,
-                    "engine": "chunks",
-                    "checkpoint": str(DEFAULT_POOL / name),
-                    "usd_per_million_output_tokens": 1,
-                }
-                for name in CHUNKS
-            ),
-            {"name": "other", "engine": "fake", "usd_per_million_output_tokens": 10},
-        ],
-        "policies": {"auto": {"kind": "fixed", "plan": "arithmetic"}},
-    }
-    file.write_text(yaml.safe_dump(content, sort_keys=False))
-    return file
+    engines = [
+        {"name": "chunks", "kind": "stacked", "device": "cpu", "dtype": "float32"},
+        {"name": "fake", "kind": "fake"},
+    ]
+    models = [
+        {
+            "name": name,
+            "engine": "chunks",
+            "checkpoint": str(DEFAULT_POOL / name),
+            "usd_per_million_output_tokens": 1,
+        }
+        for name in CHUNKS
+    ]
+    models.append({"name": "other", "engine": "fake", "usd_per_million_output_tokens": 10})
+    policies = {"auto": {"kind": "fixed", "plan": "arithmetic"}}
+    return write_pool(folder, engines=engines, models=models, policies=policies)
 
 
 def test_a_fusion_is_calibrated_and_installed(tmp_path: Path) -> None:

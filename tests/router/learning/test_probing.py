@@ -22,6 +22,7 @@ from router.cli.main import app
 from router.learning.asking import Reply, ask_pool, read_prompts
 from router.learning.learn import LearnSettings
 from router.learning.learn import learn as learn_from
+from tests.router.conftest import write_pool
 
 MODELS = {"numerals": 1, "base": 8}
 DOMAINS = ("numerals", "conversion", "text")
@@ -42,15 +43,8 @@ def pool_at(folder: Path) -> Path:
         }
         for name, usd in MODELS.items()
     ]
-    content = {
-        "name": "two",
-        "engines": engines,
-        "models": models,
-        "policies": {"auto": {"kind": "fixed", "plan": "base"}},
-    }
-    file = folder / "pool.yaml"
-    file.write_text(yaml.safe_dump(content, sort_keys=False))
-    return file
+    policies = {"auto": {"kind": "fixed", "plan": "base"}}
+    return write_pool(folder, engines=engines, models=models, policies=policies)
 
 
 def rows() -> list[Outcome]:

@@ -1,6 +1,5 @@
 """Encoders as GGUF files: small random BERTs, held to transformers' own arithmetic."""
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +8,11 @@ import pytest
 import torch
 from tokenizers import BertWordPieceTokenizer
 
-from models.card import read_card
-from models.engines.base import Chunk, Encoding, GenerationRequest
-from models.engines.registry import create_engine, engine_traits
+from models.engines.base import Chunk, Encoding
 from models.errors import ContextOverflow, RequestError
-from models.spec import EngineSpec, Model, ModelSpec
+from models.spec import EngineSpec
 from models.tokenizer_json import read_tokenizer
+from tests.models.engines import encoders
 from tests.tiny_bert import SPECIAL, make_bert
 
 pytest.importorskip("xllamacpp", reason="the extra llamacpp is not installed")
@@ -100,29 +98,10 @@ def _phantom(word: str) -> str:
     return word[2:] if word.startswith("##") else f"▁{word}"
 
 
-def told(file: Path, *asked: Encoding, **fields: Any) -> list[Chunk | Exception]:
+def told(file: Path, *asked: Encoding, **options: Any) -> list[Any]:
     """Return what an engine tells of each of `asked`."""
-    spec = EngineSpec(name="e", kind="llamacpp", options={"num_slots": 2, **fields})
-    source = ModelSpec(name="m", engine="e", checkpoint=str(file))
-    model = Model(spec=source, card=read_card(file), tokenizer=file)
-
-    async def run() -> list[Chunk | Exception]:
-        engine = create_engine(spec, [model])
-        await engine.start()
-        try:
-            requests = [
-                GenerationRequest(request_id=str(i), prompt_tokens=(), members=("m",), encoding=one)
-                for i, one in enumerate(asked)
-            ]
-            found = await asyncio.gather(
-                *(anext(engine.generate(request)) for request in requests), return_exceptions=True
-            )
-            return [one for one in found if isinstance(one, Chunk | Exception)]
-        finally:
-            await engine.stop()
-
-    assert engine_traits(spec, [model]).encodes.keys() == {"m"}
-    return asyncio.run(run())
+    spec = EngineSpec(name="e", kind="llamacpp", options={"num_slots": 2, **options})
+    return encoders.told(spec, file, *asked)
 
 
 @pytest.mark.parametrize(("pooling", "name"), [(1, "mean"), (2, "cls")])

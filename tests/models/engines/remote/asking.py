@@ -1,7 +1,7 @@
 """A remote engine before a scripted server, and ways to ask it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -68,13 +68,6 @@ def request_of(**fields: Any) -> GenerationRequest:
 async def read(engine: RemoteEngine, request: GenerationRequest) -> list[Chunk]:
     """Return all chunks of the answer."""
     return [chunk async for chunk in engine.generate(request)]
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for what engine or server do."""
-    async with asyncio.timeout(60):
-        while not condition():  # noqa: ASYNC110 - engine and server tell nobody
-            await asyncio.sleep(0.01)
 
 
 def text_of(chunks: list[Chunk]) -> str:

@@ -124,6 +124,14 @@ def delta(text: str, logprob: float | None = -0.5, **more: Any) -> dict[str, Any
     }
 
 
+def called(name: str | None, arguments: str, index: int = 0, *, id_: str = "") -> dict[str, Any]:
+    """Return a piece of a call; its first has a name."""
+    head = {"id": id_ or f"call_{index + 1}", "type": "function"} if name else {}
+    function = {"arguments": arguments} | ({"name": name} if name else {})
+    call = {"index": index, **head, "function": function}
+    return {"choices": [{"index": 0, "delta": {"tool_calls": [call]}}]}
+
+
 def finish(reason: str = "stop", **usage: int) -> list[Any]:
     """Return how an answer ends: its reason, its usage, and the end of the stream."""
     events: list[Any] = [{"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]}]

@@ -1,16 +1,10 @@
 """The circuit breaker's states."""
 
 from models.engines.remote.breaker import CircuitBreaker, Circuits
+from tests.clock import Clock
 
 
-class _Clock:
-    now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
-def _breaker(clock: _Clock) -> CircuitBreaker:
+def _breaker(clock: Clock) -> CircuitBreaker:
     return CircuitBreaker(failures=3, open_s=10, clock=clock)
 
 
@@ -22,7 +16,7 @@ def _fail(breaker: CircuitBreaker, times: int) -> None:
 
 def test_opens_after_failures_in_a_row() -> None:
     """A success in between starts the count anew; the third failure in a row opens."""
-    breaker = _breaker(_Clock())
+    breaker = _breaker(Clock(100.0))
     _fail(breaker, 2)
     breaker.succeeded()
     _fail(breaker, 2)
@@ -33,7 +27,7 @@ def test_opens_after_failures_in_a_row() -> None:
 
 def test_half_open_lets_one_attempt_through() -> None:
     """After the pause one attempt probes; its success closes, its failure opens for as long."""
-    clock = _Clock()
+    clock = Clock(100.0)
     breaker = _breaker(clock)
     _fail(breaker, 3)
     clock.now_s += 10
@@ -49,7 +43,7 @@ def test_half_open_lets_one_attempt_through() -> None:
 
 def test_an_abandoned_probe_makes_room_for_the_next() -> None:
     """A probe whose client left tells nothing: the next request probes."""
-    clock = _Clock()
+    clock = Clock(100.0)
     breaker = _breaker(clock)
     _fail(breaker, 3)
     clock.now_s += 11
@@ -58,7 +52,7 @@ def test_an_abandoned_probe_makes_room_for_the_next() -> None:
     assert (breaker.state, breaker.admit()) == ("half-open", True)
 
 
-def _circuits(clock: _Clock) -> Circuits:
+def _circuits(clock: Clock) -> Circuits:
     return Circuits(failures=3, open_s=10, clock=clock)
 
 
@@ -72,7 +66,7 @@ def _try(circuits: Circuits, client: str, *, unreachable: bool = False) -> bool:
 
 def test_nobody_opens_the_circuit_for_others() -> None:
     """One client's failures, however many and also as probes, are its own."""
-    clock = _Clock()
+    clock = Clock(100.0)
     circuits = _circuits(clock)
     for _ in range(10):
         assert _try(circuits, "hog") or circuits.wait_s("hog") == 10
@@ -92,17 +86,17 @@ def test_nobody_opens_the_circuit_for_others() -> None:
 
 def test_failures_of_several_clients_are_the_servers() -> None:
     """As is one that nobody can connect to, whoever asks."""
-    circuits = _circuits(_Clock())
+    circuits = _circuits(Clock(100.0))
     assert [_try(circuits, name) for name in "abab"] == [True] * 4
     assert not circuits.admit("c")
-    circuits = _circuits(_Clock())
+    circuits = _circuits(Clock(100.0))
     assert [_try(circuits, "a", unreachable=True) for _ in range(3)] == [True] * 3
     assert not circuits.admit("c")
 
 
 def test_who_fails_once_is_not_held_against_another_for_ever() -> None:
     """A success in between shows that the server answers."""
-    circuits = _circuits(_Clock())
+    circuits = _circuits(Clock(100.0))
     _try(circuits, "a")
     assert circuits.admit("b")
     circuits.succeeded("b")
@@ -112,7 +106,7 @@ def test_who_fails_once_is_not_held_against_another_for_ever() -> None:
 
 def test_clients_are_not_remembered_without_end() -> None:
     """Only failing ones are, and of these so many."""
-    circuits = _circuits(_Clock())
+    circuits = _circuits(Clock(100.0))
     for number in range(3000):
         circuits.failed(f"{number}", unreachable=False)
     assert len(circuits._clients) == 1024

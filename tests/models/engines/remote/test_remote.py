@@ -18,6 +18,7 @@ from models.errors import (
     PoolError,
     RequestError,
 )
+from tests.clock import until
 from tests.models.engines.remote.asking import (
     KEY,
     read,
@@ -26,7 +27,6 @@ from tests.models.engines.remote.asking import (
     running_engine,
     spec_of,
     text_of,
-    until,
 )
 from tests.models.engines.remote.bad_server import (
     CUT,
