@@ -32,8 +32,8 @@ from models.precision import fast_bfloat16, products_dtype
 _MOST_ROWS = 16
 # Smaller matrices cost more by rounding their rows than that saves.
 _LEAST_ROUNDED = 2**20
-# Up to this a call of oneDNN's kernel saves nothing, and costs twice as much once several engines of
-# one process have computed with several threads, whose helpers then sleep between operations.
+# Up to this a call of oneDNN's kernel saves nothing, and costs twice as much once several engines
+# of one process have computed with several threads, whose helpers then sleep between operations.
 _MOST_AS_THEY_ARE = 2**18
 _GROUP_INPUTS, _STEP_OUTPUTS = 32, 16
 _MOST_INT8, _MOST_INT4 = 127, 15

@@ -64,9 +64,7 @@ class StackedModel:
         x_ND = b.x_ND.copy_(self._embed(members_N, layout.tokens_N))
         if self._embedding_scale != 1:
             x_ND *= self._embedding_scale
-        rotations_N1d = [
-            table.index_select(0, layout.positions_N) for table in self._rotations_T1d
-        ]
+        rotations_N1d = [table.index_select(0, layout.positions_N) for table in self._rotations_T1d]
         for path in b.attention:
             path.begin()
         for index, (rotation, weights, cache) in enumerate(

@@ -7,7 +7,8 @@ start and by the order of what they see, averaged token by token, against one ad
 trained for n times as many tokens of the same few pieces, at their rank and at n times it (as many
 parameters). Everybody is judged on held-out pieces on the way, stops where that gets no better, and
 is kept as it was at its best. Nats per token of other held-out pieces, 95% by bootstrap over these
-within each corpus and seed, paired. What is trained is kept in OUT and not trained again.
+within each corpus and seed, paired. What is trained is kept in OUT and not trained again while its
+pieces are the same tokens.
 
 The n read the base's weights once per token between them and compute n rows where the one computes
 one: docs/costs.md says what that costs.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import suppress
@@ -80,11 +82,15 @@ def train(run: Run, pieces: Sequence[Conversation], file: Path, *, every: float)
     What it said stands in `file`, an array per piece; what is told, beside it.
     """
     told = file.with_suffix(".json")
+    judged = conversations(run, "own", Split.ROUTER)[:NUM_JUDGED]
+    asked = conversations(run, "own", Split.TEST)[:NUM_TEST]
+    read = [*pieces, *judged, *asked]
+    of = hashlib.sha256(json.dumps([[*one.tokens] for one in read]).encode()).hexdigest()
     if told.exists():
         found: dict[str, Any] = read_json(told)
-        return found
+        if found.get("of") == of:
+            return found
     model = copy.deepcopy(untrained(run, "own"))
-    judged = conversations(run, "own", Split.ROUTER)[:NUM_JUDGED]
     looks: list[tuple[int, float]] = []
     best: dict[str, torch.Tensor] = {}
 
@@ -118,8 +124,8 @@ def train(run: Run, pieces: Sequence[Conversation], file: Path, *, every: float)
         )
     file.parent.mkdir(parents=True, exist_ok=True)
     model.load_state_dict(best, strict=False)
-    np.savez(file, *said_by(model, conversations(run, "own", Split.TEST)[:NUM_TEST]))
-    facts = {"tokens": looks[-1][0], "looks": looks}
+    np.savez(file, *said_by(model, asked))
+    facts = {"of": of, "tokens": looks[-1][0], "looks": looks}
     write_json(told, facts)
     return facts
 
