@@ -130,11 +130,13 @@ def describe_model(catalog: Catalog, name: str) -> dict[str, Any]:
     model, facts = catalog.pool.model(name), catalog.prices.facts[name]
     if model.spec.base is not None:
         entry["parent"] = model.spec.base
+    context_tokens = catalog.members.context_tokens(Answer(members=(name,)))
+    entry["max_model_len"] = context_tokens  # vLLM's name for it
     entry["shoal"] = {
         "kind": "encoder" if catalog.members.encodes(name) else "model",
         "engine": model.spec.engine,
         "parameters": facts.parameters,
-        "context_tokens": model.card.context_tokens if model.card else None,
+        "context_tokens": context_tokens,
         "domains": list(facts.domains),
         "description": model.spec.description,
         "usd_per_million_input_tokens": model.spec.usd_per_million_input_tokens,

@@ -15,7 +15,9 @@ def test_there_and_back(server: Any) -> None:
     """A text's tokens and their text; a conversation's as its answer is charged for."""
     told = server.http.post("/tokenize", json={"model": "alpha", "prompt": "hé"}).json()
     assert (told["tokens"], told["count"]) == (list("hé".encode()), 3)
-    assert told["max_model_len"] == 8192
+    model = server.http.get("/v1/models/alpha").json()
+    assert told["max_model_len"] == model["max_model_len"] == 8192
+    assert model["shoal"]["context_tokens"] == 8192
     back = server.http.post("/detokenize", json={"model": "alpha", "tokens": told["tokens"]})
     assert back.json() == {"prompt": "hé"}
     chat = {"model": "alpha", "messages": [{"role": "user", "content": "hello"}]}
