@@ -20,6 +20,7 @@ from models.pool import DEFAULT_POOL
 from policies.outcomes import read_outcomes
 from router.cli.main import app
 from tests.router.conftest import write_pool
+from tests.tiny_bert import save_bert
 
 SCRIPTS = {
     "one": {"models": {"alpha": {"answers": ["4"]}, "beta": {"answers": ["It is 4"]}}},
@@ -76,14 +77,36 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     out, pool = tmp_path / "outcomes.jsonl", pool_at(tmp_path)
     assert collect(queries, out, "--pool", str(pool)).exit_code == 0
     first = read_outcomes(out)
-    # Nobody could answer any more: whatever is there must come from the journal.
-    pool_at(tmp_path, one={"refuse": True}, two={"fail_after_tokens": 0})
     journal = tmp_path / "outcomes.jsonl.journal"
     journal.write_text(journal.read_text() + '\n["torn", {"te')
+    known = journal.read_bytes()
     out.unlink()
+    # Another pace, as one that was interrupted may get, changes no answer.
+    pool_at(tmp_path, two={**SCRIPTS["two"], "token_latency_s": 0.001})
     result = collect(queries, out, "--pool", str(pool))
     assert result.exit_code == 0, result.output
     assert read_outcomes(out) == first
+    assert journal.read_bytes() == known, "something was asked or graded again"
+
+
+@pytest.mark.parametrize("key", ["options", "system", "usd_per_million_output_tokens"])
+def test_a_model_that_the_pool_file_changed_is_asked_again(tmp_path: Path, key: str) -> None:
+    """Its engine's settings, its own, its price: an outcome holds what it costs, too."""
+    queries = questions_at(tmp_path, {"query": "Who?", "reference": "4"})
+    out, pool = tmp_path / "o.jsonl", pool_at(tmp_path)
+    asked = []
+    for changed in (False, True):
+        content = yaml.safe_load(pool.read_text())
+        if changed and key == "options":
+            content["engines"][1]["options"] = {"answers": ["4"]}
+        elif changed:
+            content["models"][2][key] = "Be brief." if key == "system" else 1234.0
+        pool.write_text(yaml.safe_dump(content))
+        assert collect(queries, out, "--pool", str(pool)).exit_code == 0
+        known = (tmp_path / "o.jsonl.journal").read_text().splitlines()
+        asked.append(sum('"latency_s"' in line for line in known))
+    assert asked == [3, 4], "gamma alone, once more"
+    assert (read_outcomes(out)[0].outputs["gamma"] == "4") is (key == "options")
 
 
 def test_a_full_disk_ends_the_run_with_a_sentence(tmp_path: Path) -> None:
@@ -157,6 +180,23 @@ def test_a_program_that_was_changed_is_asked_again(tmp_path: Path) -> None:
         result = collect(queries, out, *words)
         assert result.exit_code == 0, result.output
         assert read_outcomes(out)[0].scores == {"gamma": score}
+
+
+@pytest.mark.parametrize("kind", ["similarity", "reward"])
+def test_a_network_that_was_changed_in_place_grades_again(tmp_path: Path, kind: str) -> None:
+    """The folder has its name; another network stands in it."""
+    queries = questions_at(tmp_path, {"query": "why", "reference": "yes no"})
+    out, pool, folder = tmp_path / "o.jsonl", pool_at(tmp_path), tmp_path / "network"
+    words = ("--pool", str(pool), "--models", "alpha", "--grade", f"{kind}:{folder}")
+    scores = []
+    for seed in (0, 0, 1):
+        shutil.rmtree(folder, ignore_errors=True)
+        labels = 1 if kind == "reward" else None
+        save_bert(folder, ["yes", "no", "4", "why"], labels=labels, seed=seed)
+        result = collect(queries, out, *words)
+        assert result.exit_code == 0, result.output
+        scores.append(read_outcomes(out)[0].scores["alpha"])
+    assert scores[0] == scores[1] != scores[2]
 
 
 def test_what_is_wrong_with_a_line_or_a_model_is_named_and_counted(tmp_path: Path) -> None:
