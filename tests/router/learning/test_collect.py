@@ -390,3 +390,27 @@ def test_what_cannot_start_is_refused_in_a_sentence(
     result = collect(queries, tmp_path / "o.jsonl", *(pool if x == "POOL" else x for x in options))
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+@pytest.mark.parametrize("option", ["--queries", "--pool"])
+def test_what_is_read_is_not_written_over(tmp_path: Path, option: str) -> None:
+    """Answers in the place of the questions would have lost their references."""
+    read = {"--queries": questions_at(tmp_path, {"query": "2 + 2?", "reference": "4"}),
+            "--pool": pool_at(tmp_path)}  # fmt: skip
+    before = read[option].read_text()
+    (tmp_path / "link").symlink_to(read[option])
+    for out in (read[option], tmp_path / "link"):
+        result = collect(read["--queries"], out, "--pool", str(tmp_path))
+        assert result.exit_code == 2
+        assert f"--out: {out} is what {option} names" in result.stderr
+    assert read[option].read_text() == before
+
+
+def test_a_folder_that_takes_nothing_is_named_without_pythons_numbers(tmp_path: Path) -> None:
+    """Whatever the system says of it."""
+    queries = questions_at(tmp_path, {"query": "2 + 2?", "reference": "4"})
+    (tmp_path / "o.jsonl.journal").mkdir()
+    result = collect(queries, tmp_path / "o.jsonl", "--pool", str(pool_at(tmp_path)))
+    assert result.exit_code == 2
+    told = f"shoal outcomes collect: {tmp_path}/o.jsonl.journal: Is a directory"
+    assert result.stderr.splitlines()[-1] == told
