@@ -58,7 +58,7 @@ LAYER = {
 }
 LLAMA_CPPS = (
     *("gpt-2", "olmo", "smollm", "starcoder", "refact", "llama-bpe", "lfm2", "smaug-bpe", "qwen2"),
-    *("deepseek-r1-qwen", "qwen35", "tekken", "gpt-4o", "deepseek-v3"),
+    *("deepseek-r1-qwen", "qwen35", "tekken", "gpt-4o", "deepseek-v3", "default", "falcon"),
 )
 ONE_KEY = b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"k"
 ONE_TENSOR = (
