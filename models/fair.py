@@ -19,8 +19,6 @@ from typing import Any, Generic, ParamSpec, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_STARTING = threading.Lock()
-
 # For whom the present task works: a key's id, or an address; "" for the server itself.
 CLIENT: ContextVar[str] = ContextVar("shoal_client", default="")
 
@@ -66,25 +64,16 @@ class FairQueue(Generic[T]):
 
 
 class FairThreads(ThreadPoolExecutor):
-    """An executor of `num_threads` whose work is a `FairQueue`.
+    """An executor of `num_threads` whose work is a `FairQueue`."""
 
-    `stack_bytes` is for work that calls itself deeply; 0: as much stack as all threads have.
-    """
-
-    def __init__(self, num_threads: int, name: str, *, stack_bytes: int = 0) -> None:
+    def __init__(self, num_threads: int, name: str) -> None:
         super().__init__(num_threads, name)
-        self._stack_bytes = stack_bytes
         self._waiting: FairQueue[tuple[Future[Any], Callable[[], Any]]] = FairQueue()
 
     def submit(self, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Have a thread do `work`, when it is the client's turn."""
         future: Future[T] = Future()
-        with _STARTING:
-            before = threading.stack_size(self._stack_bytes)  # of the threads that start now
-            try:
-                super().submit(self._do_next)
-            finally:
-                threading.stack_size(before)
+        super().submit(self._do_next)
         self._waiting.put((future, partial(work, *args, **kwargs)))
         return future
 

@@ -23,10 +23,10 @@ from models.fair import FairThreads
 _HEADER: Final = "%llguidance {}\n"
 # What may not stand as it is between slashes; an escape is read with what it escapes.
 _IN_SLASHES: Final = re.compile(r"\\.|/|\n", re.DOTALL)
-# llguidance calls itself for each schema or rule that another leads to, thousands where each has
-# little text: the end of a usual stack, and of the process with it.
-_STACK_BYTES: Final = 2**28
-_THREADS: Final = FairThreads(2, "shoal-grammars", stack_bytes=_STACK_BYTES)
+_THREADS: Final = FairThreads(2, "shoal-grammars")
+# A rule that leads to another is one more call within its compilation: thousands end the stack, and
+# with it the process, which may be llama.cpp's or vLLM's own.
+_MOST_RULES: Final = 1000
 
 Function: TypeAlias = Mapping[str, Any]
 Terminal: TypeAlias = Callable[[str], str]
@@ -190,6 +190,8 @@ def _python_call(number: int, function: Function) -> Iterator[str]:
         for key, schema in parameters["properties"].items()
         if key.isidentifier() and not keyword.iskeyword(key)
     }
+    if len(properties) > _MOST_RULES:  # each has a rule, which leads to the next's
+        raise UnfitSchema(f"{function['name']!r} takes more than {_MOST_RULES} arguments")
     shared = {key: parameters[key] for key in ("$defs", "definitions") if key in parameters}
     name = json.dumps(f"{function['name']}(", ensure_ascii=False)
     yield f'call_{number}: {name} first_{number}_0 ")"'
@@ -235,6 +237,9 @@ def _structure_grammar(structure: Structure) -> str:
     except Exception as error:  # the converter raises whatever it stumbles over
         field = structure.field
         raise RequestError(f"{field}: the grammar cannot be read: {error}", field) from None
+    if lark.count(":") > _MOST_RULES:
+        field = structure.field
+        raise RequestError(f"{field}: the grammar has more than {_MOST_RULES} rules", field)
     return lark if lark.startswith("%llguidance") else _HEADER + lark
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, Final
@@ -29,6 +30,7 @@ _SPEAKS_OF_OTHERS: Final = {
 _LOOKS_AROUND: Final = re.compile(r"\(\?<?[=!]")
 _LARGEST: Final = 2**63 - 1024  # the largest double that fits into 64 bits
 _MOST_CHARACTERS: Final = 2**18
+_MOST_LEVELS: Final = 1000
 _MOST_LOOKS: Final = (
     100_000  # at schemas that refer to others, for one answer; what is left is let go
 )
@@ -46,7 +48,9 @@ def json_rule(schema: str, *, strict: bool = False) -> str:
     if len(schema) > _MOST_CHARACTERS:
         raise UnfitSchema(f"it has more than {_MOST_CHARACTERS} characters")
     given = json.loads(schema)
-    _check_ends(given)
+    targets = _targets(given)
+    _check_depth(given, targets)
+    _check_ends(targets)
     # Each part of an `allOf` knows some of the properties only.
     content = _read(given, closes='"allOf"' not in schema, strict=strict)
     if isinstance(content, dict):
@@ -135,11 +139,8 @@ def _told(value: float) -> str:
     return text if len(text) <= 40 else f"{text[:40]}..."
 
 
-def _check_ends(schema: object) -> None:
-    """Refuse a schema that refers to one which no JSON that ends could fulfil.
-
-    An answer would stop where it begins, as a reference to itself does, or go on for ever.
-    """
+def _targets(schema: object) -> dict[str, object]:
+    """Return what answers may be held to beside the `schema` itself, by the references to it."""
     targets: dict[str, object] = {}
     left = [schema]
     while left:
@@ -149,6 +150,60 @@ def _check_ends(schema: object) -> None:
         if isinstance(ref, str) and ref not in targets:
             targets[ref] = _resolved(schema, ref)
             left.append(targets[ref])
+    return targets
+
+
+def _check_depth(schema: object, targets: Mapping[str, object]) -> None:
+    """Refuse a schema by which compilers of grammars call themselves until the stack ends.
+
+    Each goes into what a schema refers to when it first meets it. So counted are the levels of the
+    longest way along references and, of what leads to itself, those of all together.
+    """
+    levels, uses = {}, {}
+    for name, one in {"": schema, **targets}.items():
+        levels[name], found = _levels(one)
+        uses[name] = found & targets.keys()
+    users = defaultdict(list)
+    num_open = {name: len(found) for name, found in uses.items()}
+    for name, found in uses.items():
+        for ref in found:
+            users[ref].append(name)
+    depths: dict[str, int] = {}
+    ready = [name for name, number in num_open.items() if not number]
+    while ready:
+        name = ready.pop()
+        depths[name] = levels[name] + max((depths[ref] for ref in uses[name]), default=0)
+        for user in users[name]:
+            num_open[user] -= 1
+            if not num_open[user]:
+                ready.append(user)
+    circular = sum(number for name, number in levels.items() if name not in depths)
+    if circular + max(depths.values(), default=0) > _MOST_LEVELS:
+        raise UnfitSchema(f"its references lead through more than {_MOST_LEVELS} levels")
+
+
+def _levels(schema: object) -> tuple[int, set[str]]:
+    """Return how many mappings stand within each other, but for definitions, and the references."""
+    deepest, refs = 0, set[str]()
+    left = [(schema, 0)]
+    while left:
+        one, level = left.pop()
+        if isinstance(one, dict):
+            level += 1
+            deepest = max(deepest, level)
+            ref = one.get("$ref")
+            refs.update([ref] if isinstance(ref, str) else [])
+            left.extend((part, level) for key, part in one.items() if key not in _DEFINITIONS)
+        elif isinstance(one, list):
+            left.extend((part, level) for part in one)
+    return deepest, refs
+
+
+def _check_ends(targets: Mapping[str, object]) -> None:
+    """Refuse a schema that refers to one which no JSON that ends could fulfil.
+
+    An answer would stop where it begins, as a reference to itself does, or go on for ever.
+    """
     open_refs, ending, num_looks = list(targets), set[str](), 0
     while open_refs and num_looks < _MOST_LOOKS:
         num_looks += len(open_refs)

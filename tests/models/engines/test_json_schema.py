@@ -10,7 +10,7 @@ import pytest
 from llguidance import LLTokenizer, TokenizerWrapper
 
 from models.answer_format import PLAIN, AnswerFormat, Tools
-from models.engines.answer_grammar import answer_grammar, compile_answer, compiled
+from models.engines.answer_grammar import answer_grammar, compile_answer
 from models.engines.base import GenerationRequest, SamplingOptions, Structure, StructureKind
 from models.errors import RequestError
 
@@ -58,7 +58,6 @@ def allows(schema: object, answer: str) -> bool:
     return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
 
 
-REQUIRED = {"required": ["x"]}
 NODE = {"type": "object", "properties": {"next": {"$ref": "#/$defs/node"}}}
 EITHER = {"anyOf": [{"type": "null"}, {"$ref": "#"}]}
 
@@ -102,32 +101,61 @@ def test_what_may_end_may_refer_to_itself(schema: Any, answer: str) -> None:
     assert allows(schema, answer)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("ends", [True, False])
-async def test_a_chain_of_thousands_of_schemas_is_followed(ends: bool, reverse: bool) -> None:
-    """Each is one more call of the compiler within all others; on a usual stack it dies of that."""
-    names = [f"d{number}" for number in range(2200)]
-    links = {
-        name: {"type": "object", "properties": {"x": {"$ref": f"#/$defs/{after}"}}, **REQUIRED}
+PROPERTY = {"type": "object", "required": ["x"]}
+
+
+def chain(length: int, last: Any, *, reverse: bool = False) -> dict[str, Any]:
+    """A schema of so many definitions, each of which leads to the next, in either order."""
+    names = [f"d{number}" for number in range(length)]
+    defined = {
+        name: {**PROPERTY, "properties": {"x": {"$ref": f"#/$defs/{after}"}}}
         for name, after in pairwise([*names, "end"])
-    } | {"end": {"type": "integer"} if ends else {"$ref": "#/$defs/d0"}}
-    defined = dict(reversed(links.items())) if reverse else links
-    request = asking({"$ref": "#/$defs/d0", "$defs": defined})
-    if ends:
-        grammar = grammar_of(request)
-        matcher = await compiled(TOKENIZER, grammar, request)
-        assert matcher.try_consume_tokens(list(b'{"x":{"x"')) == 9
-    else:
-        with pytest.raises(RequestError, match="no JSON that ends"):
-            grammar_of(request)
+    } | {"end": last}
+    return {
+        "$ref": "#/$defs/d0",
+        "$defs": dict(reversed(defined.items())) if reverse else defined,
+    }
 
 
-async def test_a_grammar_of_thousands_of_rules_is_followed() -> None:
-    """As many as a grammar's characters allow."""
-    rules = "".join(f'r{n}: "a" r{n + 1}\n' for n in range(2000))
-    request = asking(f'start: r0\n{rules}r2000: "b"\n', kind="grammar")
-    matcher = await compiled(TOKENIZER, grammar_of(request), request)
-    assert matcher.try_consume_tokens(list(b"a" * 2000 + b"b")) == 2001
+@pytest.mark.parametrize("reverse", [False, True])
+def test_references_may_lead_through_hundreds_of_schemas(reverse: bool) -> None:
+    """More than any program writes; whether an answer would end is known, however they stand."""
+    answer = '{"x":' * 300 + "7" + "}" * 300
+    assert allows(chain(300, {"type": "integer"}, reverse=reverse), answer)
+    with pytest.raises(RequestError, match="no JSON that ends"):
+        allows(chain(300, {"$ref": "#/$defs/d0"}, reverse=reverse), answer)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    "last", [{"type": "integer"}, {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/d0"}]}]
+)
+def test_references_through_thousands_of_schemas_are_refused(last: Any, reverse: bool) -> None:
+    """Each is one more call within its compiler's others: the process ended where the stack did."""
+    with pytest.raises(RequestError, match="lead through more than 1000 levels"):
+        allows(chain(1500, last, reverse=reverse), "7")
+
+
+def test_many_schemas_beside_each_other_are_no_depth() -> None:
+    """Four hundred definitions, each of which an answer may have."""
+    defined = {f"d{n}": {"type": "object", "properties": {"x": {}}} for n in range(400)}
+    beside = {name: {"$ref": f"#/$defs/{name}"} for name in defined}
+    schema = {"type": "object", "properties": beside, "$defs": defined}
+    assert allows(schema, '{"d7":{"x":1}}')
+
+
+def test_a_grammar_of_thousands_of_rules_is_refused() -> None:
+    """As with schemas; hundreds may follow each other."""
+    for number, refused in ((500, False), (1500, True)):
+        rules = "".join(f'r{n}: "a" r{n + 1}\n' for n in range(number))
+        request = asking(f'start: r0\n{rules}r{number}: "b"\n', kind="grammar")
+        if refused:
+            with pytest.raises(RequestError, match="more than 1000 rules"):
+                grammar_of(request)
+        else:
+            matcher = compile_answer(TOKENIZER, grammar_of(request), request)
+            tokens = list(b"a" * number + b"b")
+            assert matcher.try_consume_tokens(tokens) == len(tokens)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +208,20 @@ def test_other_constants_are_written_as_they_are(value: Any) -> None:
     """Among them every integer that a double holds."""
     told = json.dumps(value) if value != 1e22 else "1" + 22 * "0"
     assert allows({"const": value}, told)
+
+
+def test_functions_of_thousands_of_arguments_are_refused() -> None:
+    """Where each is a rule of its own, as in calls that are written in Python."""
+    many = {"type": "object", "properties": {f"a{n}": {} for n in range(1500)}}
+    function = {"type": "function", "function": {"name": "f", "parameters": many}}
+    request = GenerationRequest(
+        request_id="r",
+        prompt_tokens=(1,),
+        members=("m",),
+        tools=Tools(functions=(function,), choice="required"),
+    )
+    with pytest.raises(RequestError, match=r"tools: .* 'f' takes more than 1000 arguments"):
+        answer_grammar(request, AnswerFormat(calls="pythonic"), json.dumps, opened=False)
 
 
 def test_parameters_of_functions_are_refused_as_tools() -> None:
