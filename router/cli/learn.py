@@ -398,6 +398,9 @@ def collected(
         found = asyncio.run(run())
     except AskError as error:
         raise PolicyError(str(error)) from None
+    except KeyboardInterrupt:
+        typer.echo("Interrupted; the same command goes on where it stopped.", err=True)
+        raise typer.Exit(130) from None
     if not found:
         show_problems(problems)
         raise PolicyError("no question was answered and graded")

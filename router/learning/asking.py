@@ -24,7 +24,7 @@ import httpx
 from models.engines.base import SamplingOptions
 from models.engines.registry import answering_options
 from models.errors import EngineError, RequestError
-from models.pool import load_pool
+from models.pool import load_pool, pool_file
 from models.spec import EngineSpec, Model
 from policies.base import Query
 from policies.cascade.base import Reading, Readings
@@ -220,7 +220,8 @@ async def ask_pool(path: Path, *, num_at_once: int = 16) -> AsyncIterator[Asker]
             states = {
                 model.name: _state(model, pool.engine_of(model.name)) for model in pool.models
             }
-            yield Asker(client, url=_place(path), num_at_once=num_at_once, states=states)
+            place = str(pool_file(path).resolve())
+            yield Asker(client, url=place, num_at_once=num_at_once, states=states)
 
 
 async def read_prompts(
@@ -278,10 +279,6 @@ async def _started(path: Path) -> AsyncIterator[tuple[Service, AppArgs]]:
                 yield service, args
             finally:
                 await service.close()
-
-
-def _place(path: Path) -> str:
-    return str(path.resolve())
 
 
 def _state(model: Model, engine: EngineSpec) -> str:

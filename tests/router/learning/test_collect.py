@@ -3,6 +3,7 @@
 import json
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from models.pool import DEFAULT_POOL
 from policies.outcomes import read_outcomes
 from router.cli.main import app
 from tests.router.conftest import write_pool
+from tests.server import until
 from tests.tiny_bert import save_bert
 
 SCRIPTS = {
@@ -87,6 +89,32 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert read_outcomes(out) == first
     assert journal.read_bytes() == known, "something was asked or graded again"
+
+
+def test_who_interrupts_is_told_that_it_goes_on(tmp_path: Path) -> None:
+    """What is known by then is in the journal, and is not asked again."""
+    queries = questions_at(tmp_path, *({"query": f"q{n}", "reference": "4"} for n in range(60)))
+    slow = {"answers": ["five"], "token_latency_s": 0.05}
+    words = ["--out", tmp_path / "o.jsonl", "--pool", pool_at(tmp_path, two=slow)]
+    command = ["outcomes", "collect", "--queries", queries, *words]
+    journal = tmp_path / "o.jsonl.journal"
+    with subprocess.Popen(
+        [sys.executable, "-c", "from router.cli.main import app; app()", *map(str, command)],
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as running:
+        until(lambda: journal.exists() and journal.read_text().count("five") > 3)
+        running.send_signal(signal.SIGINT)
+        _, told = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert told.splitlines()[-1] == "Interrupted; the same command goes on where it stopped."
+    assert not (tmp_path / "o.jsonl").exists()
+    known = journal.read_text()
+    pool_at(tmp_path, two={"answers": ["five"]})
+    assert collect(queries, tmp_path / "o.jsonl", "--pool", str(tmp_path)).exit_code == 0
+    assert len(read_outcomes(tmp_path / "o.jsonl")) == 60
+    assert journal.read_text().startswith(known)
+    assert sum('"five"' in line for line in journal.read_text().splitlines()) == 60
 
 
 @pytest.mark.parametrize("key", ["options", "system", "usd_per_million_output_tokens"])
