@@ -23,6 +23,7 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 _PREFIX, _SHRINK, _EXPAND = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 _LAYERS = "model.layers."
 _PLAIN_TYPES = ("F32", "F16", "BF16")
+_MOST = 2.0**31  # of what a product is multiplied by, so that it stays one
 
 # What is read of the configuration; what is allowed where only some values compute the above; and
 # what concerned training alone. Any other key must be empty, as it would change the result.
@@ -142,7 +143,7 @@ def _rank_and_scale(file: Path, facts: Mapping[str, Any], module: str) -> tuple[
     alpha = _by_pattern(file, facts, "alpha_pattern", module, facts.get("lora_alpha", 8))
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise PoolError(f"{file}: the rank {rank!r} of {module} is not allowed; one above 0 is")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= _MOST:
         raise PoolError(f"{file}: lora_alpha {alpha!r} of {module} is not allowed; a number is")
     return rank, alpha / (math.sqrt(rank) if facts.get("use_rslora") else rank)
 

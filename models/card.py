@@ -151,6 +151,7 @@ def read_count(file: Path, config: Mapping[str, Any], key: str) -> int:
 
 
 def _card_of_file(file: GgufFile, source: str) -> ModelCard:
+    file.check_runs()
     num_heads = file.value("attention.head_count")  # 0: state-space models have none
     hidden_size = file.value("embedding_length")
     tokenizer = {

@@ -99,14 +99,18 @@ def found_here(model: Model) -> Model:
     return replace(model, card=card, tokenizer=found.path)
 
 
+def pool_file(path: Path | str) -> Path:
+    """Return the pool file that `path` names: itself, or the pool.yaml in a folder."""
+    file = Path(path)
+    return file / "pool.yaml" if file.is_dir() else file
+
+
 def load_pool(path: Path | str) -> Pool:
     """Read and validate a pool from `path`, a pool.yaml or the folder that holds one.
 
     Raises `PoolError` that names the file, the key, the value and what is allowed.
     """
-    file = Path(path)
-    if file.is_dir():
-        file = file / "pool.yaml"
+    file = pool_file(path)
     if not file.is_file():
         raise PoolError(f"there is no pool file at {file}")
     content = read_yaml(file, PoolFile, refused=PoolError)

@@ -4,6 +4,7 @@ files that installed distributions ship."""
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -261,3 +262,20 @@ def files_below(folder: Path) -> list[Path]:
             found += [Path(name, file) for file in files if not file.startswith(".")]
         met.add(real)
     return sorted(found)
+
+
+def content_sha256(path: Path) -> str | None:
+    """Return a hash of a file's content, or of a folder's: all files below but hidden ones, with
+    their names. None where there is neither.
+
+    Raises:
+        OSError: something there cannot be read.
+    """
+    if path.is_file():
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    if not path.is_dir():
+        return None
+    files = [file for file in files_below(path) if file.is_file()]
+    seen = [(str(file.relative_to(path)), content_sha256(file)) for file in files]
+    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()

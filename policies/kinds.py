@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Annotated, Any, Generic, Protocol, TypeVar
@@ -68,13 +68,36 @@ def explain(error: ValidationError, *, whole: str = "the file") -> str:
     return "; ".join(lines)
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses what stands twice in one mapping, of which YAML's own loader takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        known: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if (key.tag, key.value) in known:
+                problem = f"the key {key.value!r} stands twice in one mapping"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            known.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(text: str) -> Any:  # noqa: ANN401 - any value that YAML can hold
+    """Return what a text says that a person wrote; raises `yaml.YAMLError` that says where not."""
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+
+
 def read_yaml(file: Path, schema: type[Schema], *, refused: type[ValueError]) -> Schema:
     """Return what a YAML file says, in the form of `schema`.
 
     Raises `refused` that names the file, the key, the value and what is allowed.
     """
     try:
-        data = yaml.safe_load(file.read_text())
+        data = load_yaml(file.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise refused(f"{file} is not valid YAML: {error}") from None
     try:

@@ -62,7 +62,7 @@ def add_adapter_routes(
         actor = await identify(request) or ANONYMOUS
         try:
             await editions.change(change, actor=actor)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise bad_request(f"Nothing was changed. {error}", code="adapter_refused") from None
 
     async def load(request: Request) -> PlainTextResponse:
@@ -133,7 +133,10 @@ def _is_adapter(pool: Pool, name: str) -> bool:
 
 def _below(roots: Sequence[Path], path: str) -> Path:
     """Return the folder that `path` is in truth; `ApiError` 403 where it is below no root."""
-    real = Path(path).resolve()
+    try:
+        real = Path(path).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a circle of links, a NUL
+        raise bad_request(f"lora_path: {path[:200]!r} is no path: {error}", "lora_path") from None
     if not any(real.is_relative_to(root.resolve()) for root in roots):
         allowed = ", ".join(map(str, roots)) or "none: name some in http.adapter_roots"
         raise ApiError(

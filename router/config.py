@@ -15,7 +15,7 @@ from models.pool import DEFAULT_POOL
 from models.spec import DeploymentSpec, Name
 from policies.carbon.economics import EconomicsSettings
 from policies.carbon.settings import CarbonSettings
-from policies.kinds import Count, Strict, explain
+from policies.kinds import Count, Strict, explain, load_yaml
 from policies.plan import PlanBounds
 from router.access.authentication import AuthConfig
 from router.access.limits import BudgetsConfig
@@ -277,7 +277,7 @@ def load_args(file: Path | None, **overrides: object) -> AppArgs:
     if file is not None:
         file = file.absolute()
         try:
-            content = yaml.safe_load(file.read_text())
+            content = load_yaml(file.read_text())
         except OSError as error:
             raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:

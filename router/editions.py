@@ -103,7 +103,7 @@ class Editions:
         self.current = first
         row = _latest(database, first.args.server, after=first.number)
         if row is not None:
-            self.current = _from_row(row, first)
+            self.current = self._taken_up(row) or first
 
     def server_caps(self) -> tuple[Cap, ...]:
         """Return the caps of all requests together that hold now."""
@@ -147,17 +147,22 @@ class Editions:
             row = await self._database.calls.run(
                 _latest, self._database, self.current.args.server, after=self.current.number
             )
-            if row is None:
-                return
-            try:
-                self._put_in_force(await asyncio.to_thread(_from_row, row, self.current))
-            except ValueError as error:
-                if self._failed != row["number"]:
-                    logger.error(
-                        "reload: edition %d cannot be taken up here, %d goes on: %s",
-                        row["number"], self.current.number, error,
-                    )  # fmt: skip
-                self._failed = row["number"]
+            taken = None if row is None else await asyncio.to_thread(self._taken_up, row)
+            if taken is not None:
+                self._put_in_force(taken)
+
+    def _taken_up(self, row: Mapping[str, Any]) -> Edition | None:
+        """Return the edition of a row; None where this machine cannot have it, say."""
+        try:
+            return _from_row(row, self.current)
+        except (ValueError, OSError) as error:
+            if self._failed != row["number"]:
+                logger.error(
+                    "reload: edition %d cannot be taken up here, %d goes on: %s",
+                    row["number"], self.current.number, error,
+                )  # fmt: skip
+            self._failed = row["number"]
+            return None
 
     def _put_in_force(self, edition: Edition) -> None:
         for follower in self.followers:

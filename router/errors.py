@@ -110,11 +110,11 @@ def to_api_error(error: BaseException) -> ApiError:  # noqa: PLR0911 - one per k
     if isinstance(error, BudgetExhausted):
         return _budget_exhausted(error)
     if isinstance(error, BudgetUnavailable):
-        return _unavailable(str(error), "budgets_unavailable")
+        return unavailable(str(error), "budgets_unavailable")
     if isinstance(error, SQLAlchemyError) and is_away(error):
         retry_after_s = getattr(error, "retry_after_s", 1.0)
         message = "The server's database does not answer now; try again shortly."
-        return _unavailable(message, "database_unavailable", retry_after_s)
+        return unavailable(message, "database_unavailable", retry_after_s)
     if isinstance(error, EngineOverloaded):
         return ApiError(
             429,
@@ -124,7 +124,7 @@ def to_api_error(error: BaseException) -> ApiError:  # noqa: PLR0911 - one per k
             headers=retry_headers(error.retry_after_s),
         )
     if isinstance(error, EngineError):
-        return _unavailable(f"No engine could answer: {error}", "engine_failed")
+        return unavailable(f"No engine could answer: {error}", "engine_failed")
     if isinstance(error, TimeoutError):
         return ApiError(
             504,
@@ -151,7 +151,8 @@ def _refused(error: RequestError | PolicyError | KeysError | CapError) -> ApiErr
     return bad_request(str(error), error.field)
 
 
-def _unavailable(message: str, code: str, retry_after_s: float = 1.0) -> ApiError:
+def unavailable(message: str, code: str, retry_after_s: float = 1.0) -> ApiError:
+    """Return what a client is told to ask again, after `retry_after_s`."""
     headers = retry_headers(retry_after_s)
     return ApiError(503, message, kind="server_error", code=code, headers=headers)
 

@@ -36,7 +36,7 @@ from router.catalog.catalog import describe_model, list_models
 from router.config import AppArgs
 from router.dashboard.routes import Access, add_dashboard, may_see
 from router.decide import named_target
-from router.errors import ApiError, to_api_error
+from router.errors import ApiError, to_api_error, unavailable
 from router.experiments.endpoints import add_experiment_routes, add_feedback_route
 from router.metrics.page import add_metrics_route
 from router.openai_api.batches import BatchStore, add_batch_routes
@@ -227,6 +227,35 @@ class Forgiving:
             await send(message)
 
         await self._app({**scope, "method": "GET"}, receive, send_head)
+
+
+class Drained:
+    """Tells clients of requests for which a server that stops cannot wait any longer.
+
+    The server cancels them then. What has begun to be answered is cut off.
+    """
+
+    def __init__(self, app: types.ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: types.Scope, receive: types.Receive, send: types.Send) -> None:
+        """Pass the request on, and answer 503 where it was cancelled before anybody answered."""
+        begun = False
+
+        async def noted(message: types.Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        except asyncio.CancelledError:
+            if scope["type"] != "http":
+                raise
+            if not begun:
+                message = "The server stops, and this took longer than it waits; ask again."
+                stops = unavailable(message, "server_stops")
+                await _error(stops, scope["path"])(scope, receive, send)
 
 
 class Guard:

@@ -25,7 +25,7 @@ from router.config import AppArgs
 from router.energy import LaneMeters
 from router.engines import EngineWorker, set_num_threads
 from router.haproxy import HEADER_TIMEOUT_S
-from router.ingress import create_api
+from router.ingress import Drained, create_api
 from router.ledger.writer import Ledger
 from router.service import Service
 
@@ -152,7 +152,7 @@ def http_server(
     args = (args or AppArgs()).listening_on(host)
     return uvicorn.Server(
         uvicorn.Config(
-            create_api(service, args),
+            Drained(create_api(service, args)),
             host=host,
             port=port,
             log_level="warning",

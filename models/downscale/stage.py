@@ -30,7 +30,7 @@ from pydantic import BaseModel
 from tqdm import tqdm
 
 from models.downscale.recipe import Recipe
-from policies.files import files_below, write_atomic
+from policies.files import content_sha256, write_atomic
 
 Rest = ParamSpec("Rest")
 Value = TypeVar("Value")
@@ -155,7 +155,7 @@ class Run:
 
     def _digest_of(self, path: Path) -> str:
         if path not in self._content:
-            self._content[path] = _content_sha256(path)
+            self._content[path] = content_sha256(path) or _MISSING
         return self._content[path]
 
     def _note_key(self, path: tuple[str, ...], value: object) -> None:
@@ -364,17 +364,6 @@ def progress_bar(total: int, name: str, *, unit: str) -> Iterator[Callable[[int]
 def say(line: str) -> None:
     """Print a line above the bars that are being shown."""
     tqdm.write(line)
-
-
-def _content_sha256(path: Path) -> str:
-    if path.is_file():
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    if path.is_dir():
-        files = [file for file in files_below(path) if file.is_file()]
-        seen = [(str(file.relative_to(path)), _content_sha256(file)) for file in files]
-        return _sha256(json.dumps(seen))
-    return _MISSING
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

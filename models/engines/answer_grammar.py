@@ -1,9 +1,5 @@
 """What an answer is held to, as one grammar that llguidance reads: calls, a form of the text, and
 thoughts before it.
-
-Between the tokens of JSON at most `_BLANKS` characters of white space are allowed: a model that
-likes blanks would otherwise spend its whole answer on them. For the same reason objects whose
-properties are named have no others, unless their schema speaks of others.
 """
 
 from __future__ import annotations
@@ -13,7 +9,6 @@ import json
 import keyword
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, Final, TypeAlias
 
 from llguidance import LLMatcher, LLTokenizer
@@ -21,22 +16,17 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from models.answer_format import AnswerFormat, FormatName, ReasoningTags, Tools
 from models.engines.base import GenerationRequest, Structure
+from models.engines.json_schema import UnfitSchema, json_rule
 from models.errors import RequestError
 from models.fair import FairThreads
 
 _HEADER: Final = "%llguidance {}\n"
-_BLANKS: Final = 8
-_OF_SCHEMAS: Final = {"items", "prefixItems", "additionalProperties", "anyOf", "oneOf", "allOf"}
-_OF_NAMED_SCHEMAS: Final = {"properties", "patternProperties", "$defs", "definitions"}
-_SPEAKS_OF_OTHERS: Final = {
-    *("additionalProperties", "unevaluatedProperties", "patternProperties", "propertyNames"),
-    *("minProperties", "anyOf", "oneOf", "if", "$ref", "dependentSchemas"),
-}
-_LOOKS_AROUND: Final = re.compile(r"\(\?<?[=!]")
 # What may not stand as it is between slashes; an escape is read with what it escapes.
 _IN_SLASHES: Final = re.compile(r"\\.|/|\n", re.DOTALL)
 _THREADS: Final = FairThreads(2, "shoal-grammars")
-_JSON_OPTIONS: Final = {"whitespace_pattern": f"[ \\n\\t\\r]{{1,{_BLANKS}}}"}
+# A rule that leads to another is one more call within its compilation: thousands end the stack, and
+# with it the process, which may be llama.cpp's or vLLM's own.
+_MOST_RULES: Final = 1000
 
 Function: TypeAlias = Mapping[str, Any]
 Terminal: TypeAlias = Callable[[str], str]
@@ -51,8 +41,18 @@ def answer_grammar(
     Calls that must be made take the place of any other form; those that may be made stand beside
     it. Where the prompt `opened` the reasoning, it comes first and is free.
 
-    Raises `RequestError` for a form in a notation that cannot be read.
+    Raises `RequestError` for a form in a notation that cannot be read, and a schema that no answer
+    could be held to.
     """
+    try:
+        return _answer_grammar(request, form, terminal, opened=opened)
+    except UnfitSchema as error:
+        raise _unusable(request, str(error)) from None
+
+
+def _answer_grammar(
+    request: GenerationRequest, form: AnswerFormat, terminal: Terminal, *, opened: bool
+) -> str | None:
     tools = request.tools
     structure = request.sampling.structure
     forced = tools is not None and tools.choice != "auto"
@@ -89,25 +89,26 @@ async def compiled(tokenizer: LLTokenizer, grammar: str, request: GenerationRequ
 
 def compile_answer(tokenizer: LLTokenizer, grammar: str, request: GenerationRequest) -> LLMatcher:
     """Do what `compiled` does, on the thread that calls."""
-    tools, structure = request.tools, request.sampling.structure
-    if tools is not None and tools.choice != "auto":
-        what, field = "functions' parameters", "tools"
-    else:
-        assert structure is not None, "there is no other reason for a grammar"
-        what = "JSON schema" if structure.kind == "json" else structure.kind
-        field = structure.field
     matcher = LLMatcher(tokenizer, grammar, log_level=0)  # releases the interpreter's lock
     if matcher.is_error():
         told = matcher.get_error().strip().splitlines()
-        raise RequestError(
-            f"{field}: the {what} cannot be used: {told[0] if told else 'unknown'}", field
-        )
+        raise _unusable(request, told[0] if told else "unknown")
     return matcher
+
+
+def _unusable(request: GenerationRequest, why: str) -> RequestError:
+    tools, structure = request.tools, request.sampling.structure
+    if structure is None or (tools is not None and tools.choice != "auto"):
+        what, field = "functions' parameters", "tools"
+    else:
+        what = "JSON schema" if structure.kind == "json" else structure.kind
+        field = structure.field
+    return RequestError(f"{field}: the {what} cannot be used: {why}", field)
 
 
 def _form(structure: Structure) -> str:
     if structure.kind == "json":
-        return f"form: {_json_rule(structure.text, strict=structure.strict)}\n"
+        return f"form: {json_rule(structure.text, strict=structure.strict)}\n"
     inner = _structure_grammar(structure).removeprefix(_HEADER)
     return f"form: %lark {{\n{inner}\n}}\n"
 
@@ -176,7 +177,7 @@ def _objects(functions: Sequence[Function], *, key: str = "arguments") -> str:
         head = json.dumps(f'{{"name": {name}, "{key}": ', ensure_ascii=False)
         rules.append(f'object_{number}: {head} arguments_{number} "}}"')
         schema = json.dumps(_parameters(function))
-        rules.append(f"arguments_{number}: {_json_rule(schema, strict=_is_strict(function))}")
+        rules.append(f"arguments_{number}: {json_rule(schema, strict=_is_strict(function))}")
     return "\n".join(rules) + "\n"
 
 
@@ -189,12 +190,14 @@ def _python_call(number: int, function: Function) -> Iterator[str]:
         for key, schema in parameters["properties"].items()
         if key.isidentifier() and not keyword.iskeyword(key)
     }
+    if len(properties) > _MOST_RULES:  # each has a rule, which leads to the next's
+        raise UnfitSchema(f"{function['name']!r} takes more than {_MOST_RULES} arguments")
     shared = {key: parameters[key] for key in ("$defs", "definitions") if key in parameters}
     name = json.dumps(f"{function['name']}(", ensure_ascii=False)
     yield f'call_{number}: {name} first_{number}_0 ")"'
     for index, (key, schema) in enumerate(properties.items()):
         rule, following = f"{number}_{index}", f"{number}_{index + 1}"
-        written = _json_rule(json.dumps({**schema, **shared}), strict=_is_strict(function))
+        written = json_rule(json.dumps({**schema, **shared}), strict=_is_strict(function))
         yield f"value_{rule}: {written}"
         given = f'"{key}=" value_{rule} next_{following}'
         lacking = () if key in required else (f"first_{following}", f"next_{following}")
@@ -223,7 +226,7 @@ def _structure_grammar(structure: Structure) -> str:
     Raises `RequestError` for a grammar in a notation that cannot be read.
     """
     if structure.kind == "json":
-        return f"{_HEADER}start: {_json_rule(structure.text, strict=structure.strict)}\n"
+        return f"{_HEADER}start: {json_rule(structure.text, strict=structure.strict)}\n"
     if structure.kind == "regex":
         return f"{_HEADER}start: /{_IN_SLASHES.sub(_escaped, structure.text)}/\n"
     if structure.kind == "choice":
@@ -234,49 +237,11 @@ def _structure_grammar(structure: Structure) -> str:
     except Exception as error:  # the converter raises whatever it stumbles over
         field = structure.field
         raise RequestError(f"{field}: the grammar cannot be read: {error}", field) from None
+    if lark.count(":") > _MOST_RULES:
+        field = structure.field
+        raise RequestError(f"{field}: the grammar has more than {_MOST_RULES} rules", field)
     return lark if lark.startswith("%llguidance") else _HEADER + lark
 
 
 def _escaped(found: re.Match[str]) -> str:
     return {"/": "\\/", "\n": "\\n"}.get(found[0][-1], found[0])
-
-
-def _json_rule(schema: str, *, strict: bool = False) -> str:
-    """Return what a rule of a grammar says for a JSON text that `schema` describes.
-
-    What a grammar cannot hold is ignored, unless `strict`.
-    """
-    # Each part of an `allOf` knows some of the properties only.
-    content = _read(json.loads(schema), closes='"allOf"' not in schema, strict=strict)
-    if isinstance(content, dict):
-        own = content.get("x-guidance")
-        options = {**(own if isinstance(own, dict) else {}), **_JSON_OPTIONS}
-        content = {**content, "x-guidance": {**options, "lenient": not strict}}
-    return f"%json {json.dumps(content)}"
-
-
-def _read(schema: Any, *, closes: bool, strict: bool) -> Any:  # noqa: ANN401 - any JSON
-    """Return `schema` as grammars take it.
-
-    With `closes`, objects are closed that name properties and say nothing of others. Unless
-    `strict`, patterns that look around go: Rust's regular expressions cannot, and pydantic's
-    decimals do.
-    """
-    again = partial(_read, closes=closes, strict=strict)
-    if isinstance(schema, list):
-        return [again(one) for one in schema]
-    if not isinstance(schema, dict):
-        return schema
-    found = dict(schema)
-    for key in _OF_SCHEMAS & found.keys():
-        found[key] = again(found[key])
-    for key in _OF_NAMED_SCHEMAS & found.keys():
-        if isinstance(found[key], dict):
-            found[key] = {name: again(one) for name, one in found[key].items()}
-    if not strict and _LOOKS_AROUND.search(str(found.get("pattern", ""))):
-        del found["pattern"]
-    named, required = found.get("properties"), found.get("required") or ()
-    closes = closes and isinstance(named, dict) and all(name in named for name in required)
-    if closes and not _SPEAKS_OF_OTHERS & found.keys():
-        found["additionalProperties"] = False
-    return found

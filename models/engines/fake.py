@@ -245,4 +245,9 @@ def _create(spec: EngineSpec, options: FakeOptions, models: Sequence[Model]) -> 
     )
 
 
-KIND = EngineKind(options=FakeOptions, inspect=_inspect, create=_create)
+KIND = EngineKind(
+    options=FakeOptions,
+    inspect=_inspect,
+    create=_create,
+    beside_answers=frozenset({"time_to_first_token_s", "token_latency_s", "max_running_requests"}),
+)

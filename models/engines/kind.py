@@ -86,7 +86,8 @@ class EngineKind(Generic[Options]):
     takes; the engine's `start` loads. `formats` are the checkpoints that it reads: folders of
     "safetensors", files of "gguf"; none for one that reads none. It computes in one of `dtypes`.
     With `remote` its models are another server's; with `adapters` they may be adapters of one base;
-    with `leads` those of other engines may lead its own.
+    with `leads` those of other engines may lead its own. The options `beside_answers` decide when
+    answers come, and never what they say.
     """
 
     options: type[Options]
@@ -97,6 +98,7 @@ class EngineKind(Generic[Options]):
     remote: bool = False
     adapters: bool = False
     leads: bool = False
+    beside_answers: frozenset[str] = frozenset()
 
 
 def base_of(spec: EngineSpec, models: Sequence[Model]) -> Model | None:

@@ -172,6 +172,15 @@ def with_threads(spec: EngineSpec, num_threads: int | None) -> EngineSpec:
     return spec.model_copy(update={"options": options})
 
 
+def answering_options(spec: EngineSpec) -> dict[str, Any]:
+    """Return those of the engine's options that may change what its models answer.
+
+    Raises `PoolError` for an unknown kind.
+    """
+    beside = _kind(spec).beside_answers
+    return {name: value for name, value in spec.options.items() if name not in beside}
+
+
 def adapter_kinds() -> tuple[str, ...]:
     """Return the kinds of engines that run adapters."""
     return tuple(name for name in KINDS.names() if KINDS.load(name).adapters)

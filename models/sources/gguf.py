@@ -59,6 +59,7 @@ _TENSOR_TYPES: dict[int, tuple[str, int, int]] = {
     39: ("MXFP4", 32, 17),
 }
 _MOST_DIMENSIONS = 4  # of a tensor, in ggml
+_SCALINGS = ("none", "linear", "yarn", "longrope")  # of rotary positions
 _PLAIN = ("F32", "F16", "BF16", "F64")
 
 
@@ -87,10 +88,28 @@ class GgufFile:
         if found is None:
             raise PoolError(f"{self.path}: the key {key} is missing")
         of_layers = found if isinstance(found, list) else [found]
-        if not of_layers or not all(type(one) is int and one >= 0 for one in of_layers):
-            raise PoolError(f"{self.path}: {key} {found!r} is not allowed; a whole number is")
+        if not of_layers or not all(type(one) is int and 0 <= one < 2**31 for one in of_layers):
+            raise PoolError(
+                f"{self.path}: {key} {found!r} is not allowed; a whole number below 2^31 is"
+            )
         largest: int = max(of_layers)
         return largest
+
+    def check_runs(self) -> None:
+        """Raise `PoolError` for what ends the process of llama.cpp, instead of being refused there.
+
+        Tokens of one text, and a scaling of positions that it does not know.
+        """
+        times = Counter(filter(None, self.tokens()))
+        token, most = times.most_common(1)[0] if times else ("", 1)
+        if most > 1:
+            raise PoolError(f"{self.path}: tokenizer.ggml.tokens has {token!r} {most} times")
+        key = f"{self.architecture}.rope.scaling.type"
+        scaling = self.metadata.get(key, "none")
+        if scaling not in _SCALINGS:
+            raise PoolError(
+                f"{self.path}: {key} {scaling!r} is unknown; allowed are {', '.join(_SCALINGS)}"
+            )
 
     def end_tokens(self) -> frozenset[int]:
         """Return the tokens that end a text, a turn or a message."""

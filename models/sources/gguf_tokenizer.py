@@ -33,6 +33,9 @@ _SPLITS: dict[str, tuple[str, ...]] = {
             (_WORDS,),
         ),
         ("smollm starcoder refact command-r codeshell exaone minerva-7b", (r"\p{N}", _WORDS)),
+        # llama.cpp's own, for a file whose converter did not know the tokenizer.
+        ("default", (r"[\p{P}$+<=>^~|]+", _WORDS, r"\p{N}+", "[0-9]{3}")),
+        ("falcon", (r"[\p{P}$+<=>^~|`]+", _WORDS, "[0-9]{3}")),
         ("llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral lfm2", _LLAMA3),
         ("dbrx smaug-bpe glm4 chatglm-bpe", _LLAMA3),
         (

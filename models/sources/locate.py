@@ -159,7 +159,11 @@ def locate(source: str, *, folder: Path, lock: Path | None = None) -> Located:
         except PolicyError as error:
             raise PoolError(str(error)) from None
     path = (folder / source).absolute()
-    if not path.exists():
+    try:
+        missing = not path.exists()
+    except OSError as error:  # a name that no file can have, a folder that nobody may look into
+        raise PoolError(f"{path} cannot be looked for: {error.strerror}") from None
+    if missing:
         raise PoolError(
             f"there is no folder or .gguf file {path} (other sources are hf:ORG/NAME and "
             "package:DISTRIBUTION/FILE)"

@@ -104,9 +104,13 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """Return every tensor of one file by name; `PoolError` where it is damaged."""
-    with file.open("rb") as stream:
-        if stream.read(len(_POINTER)) == _POINTER:
-            raise PoolError(f"{file} is a Git LFS pointer, not the weights; run: git lfs pull")
+    try:
+        with file.open("rb") as stream:
+            begins = stream.read(len(_POINTER))
+    except OSError as error:
+        raise PoolError(f"{file} cannot be read: {error.strerror}") from None
+    if begins == _POINTER:
+        raise PoolError(f"{file} is a Git LFS pointer, not the weights; run: git lfs pull")
     try:
         with safe_open(file, framework="numpy") as opened:
             return {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -17,6 +18,7 @@ from policies.cascade.base import Attempt
 from policies.cascade.transformer import Transformer
 from policies.encoders.transformer import SentenceVectors
 from policies.errors import PolicyError
+from policies.files import content_sha256
 from policies.grading.base import Graded, GraderKind, GradingContext, Question, Ungradable
 from policies.plan import Answer
 
@@ -28,8 +30,9 @@ T = TypeVar("T")
 class Similarity:
     """The cosine between the vectors of an answer and its likest reference, at least 0."""
 
-    def __init__(self, vectors: SentenceVectors) -> None:
+    def __init__(self, vectors: SentenceVectors, basis: str = "") -> None:
         self._vectors = vectors
+        self.basis = basis
 
     async def grade(self, question: Question, answers: Mapping[str, str]) -> Graded:
         """Return each answer's likeness; raises `Ungradable` without a reference."""
@@ -47,8 +50,9 @@ class Reward:
     ZOOTER learns from such a softmax (Lu et al. 2023, eq. 3). With one answer it is the sigmoid.
     """
 
-    def __init__(self, classifier: Transformer) -> None:
+    def __init__(self, classifier: Transformer, basis: str = "") -> None:
         self._classifier = classifier
+        self.basis = basis
 
     async def grade(self, question: Question, answers: Mapping[str, str]) -> Graded:
         """Return each answer's share of the softmax, and its logit."""
@@ -88,7 +92,8 @@ def _build_similarity(argument: str, context: GradingContext) -> Similarity:
         vectors(["?"])
         return vectors
 
-    return Similarity(_tried(f"similarity:{argument}", load))
+    vectors, basis = _tried(f"similarity:{argument}", folder, load)
+    return Similarity(vectors, basis)
 
 
 def _build_reward(argument: str, context: GradingContext) -> Reward:
@@ -101,12 +106,14 @@ def _build_reward(argument: str, context: GradingContext) -> Reward:
         classifier.logits(_attempts("?", {"one": "!"}))
         return classifier
 
-    return Reward(_tried(f"reward:{argument}", load))
+    classifier, basis = _tried(f"reward:{argument}", folder, load)
+    return Reward(classifier, basis)
 
 
-def _tried(spec: str, load: Callable[[], T]) -> T:
+def _tried(spec: str, folder: Path, load: Callable[[], T]) -> tuple[T, str]:
+    """Return what is loaded from `folder`, and what tells it from what may stand there later."""
     try:
-        return load()
+        return load(), content_sha256(folder) or ""
     except Exception as error:  # whatever a checkpoint's files lead to
         told = error if isinstance(error, PolicyError) else f"{type(error).__name__}: {error}"
         raise PolicyError(f"grade: {spec} cannot be used: {told}") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Final
 
 from policies.errors import OutcomesError
 from policies.importers.rows import MORE, Rows, reading, said_by, told_cells, why
+from policies.json_text import read_json_text
 from policies.outcomes import Outcome
 
 RIGHT_OR_WRONG: Final = "prompt, and True or False per model"
@@ -38,7 +38,7 @@ def read_mixinstruct(_: Path, rows: Rows) -> Iterator[Outcome]:
             n: one["scores"]["score"] for n, one in candidates.items() if "score" in one["scores"]
         }
         judged = row.get("cmp_results")
-        results = json.loads(judged) if isinstance(judged, str) else judged
+        results = read_json_text(judged) if isinstance(judged, str) else judged
         if own:
             scores = {name: float(score) for name, score in own.items()}
         elif results:
@@ -183,7 +183,7 @@ def import_llmrouter(folder: Path) -> list[Outcome]:
     for split in ("train", "test"):
         file = folder / "dcrouter_preprocessed" / f"{split}.json"
         with reading(file, "a list of question and scores"):
-            entries = json.loads(file.read_bytes())
+            entries = read_json_text(file.read_bytes())
             if not isinstance(entries, list):
                 raise OutcomesError("it does not hold a list")
         for number, row in enumerate(entries, start=1):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -11,6 +10,7 @@ from typing import Any, Final
 
 from policies.errors import OutcomesError
 from policies.importers.rows import Rows, said_by
+from policies.json_text import read_json_text
 from policies.outcomes import Outcome
 
 # What lm-evaluation-harness's metrics are called, the best-informed first.
@@ -51,7 +51,7 @@ def _prompt(arguments: Any) -> str:  # noqa: ANN401 - either of two layouts
     [prompt] = told if isinstance(told, list) else [told]
     if str(prompt).startswith('[{"role":'):
         with suppress(ValueError):
-            return _asked(json.loads(prompt))
+            return _asked(read_json_text(prompt))
     return str(prompt)
 
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from policies.errors import OutcomesError
+from policies.json_text import read_json_text
 from policies.kinds import explain
 
 MORE: Final = "cells beyond the head's"
@@ -40,7 +41,7 @@ class Rows:
         with self._file.open("rb") as lines:
             for self.number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield json.loads(line)
+                    yield read_json_text(line)
 
 
 def told_cells(row: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:

@@ -11,6 +11,7 @@ gets its turn by its weight. All functions block.
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
 import time
 from collections.abc import Mapping
@@ -31,6 +32,7 @@ Scope: TypeAlias = Literal["user", "admin"]
 PREFIX = "sk-shoal-"
 _LEAST_LENGTH = len(PREFIX) + 32
 _WEIGHTS = (0.01, 100.0)
+_ID = re.compile(rf"(key_|{TEAM})[0-9a-f]{{12}}")  # of either's
 
 
 class KeysError(ValueError):
@@ -284,6 +286,10 @@ def _new_row(what: str, name: str, caps: Mapping[str, float] | None) -> dict[str
     """Return what the rows of a new key and a new team have in common, checked."""
     if not name.strip():
         raise KeysError(f"{what}: the name is empty", "name")
+    if not name.isprintable():
+        raise KeysError(f"{what}: the name {name!r} holds what cannot be printed", "name")
+    if _ID.fullmatch(name):
+        raise KeysError(f"{what}: the name {name!r} could be the id of another", "name")
     read_caps(caps or {}, f"{what}.{name}")
     return {"name": name, "caps": dict(caps or {}), "created_s": time.time()}
 

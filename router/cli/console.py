@@ -94,7 +94,10 @@ def refusing(command: str | None = None, *more: type[Exception]) -> Iterator[Non
     try:
         yield
     except refused as error:
-        typer.echo(f"{f'shoal {command}' if command else 'Error'}: {error}", err=True)
+        told = str(error)
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            told = f"{error.filename}: {error.strerror}"  # without Python's number of it
+        typer.echo(f"{f'shoal {command}' if command else 'Error'}: {told}", err=True)
         raise typer.Exit(2 if command else 1) from None
 
 

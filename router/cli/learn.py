@@ -130,7 +130,7 @@ def learn(
     They go into the pool beside the old ones, with a version: auto-v1, probing-v1, cascade-v1,
     best-of-v1.
     """
-    from models.pool import load_pool
+    from models.pool import load_pool, pool_file
     from policies.importers.load import load_outcomes
     from policies.outcomes import write_outcomes
     from policies.tables import text_table
@@ -143,7 +143,7 @@ def learn(
 
     problems = Problems()
     with refusing("learn", ConfigError):
-        file = pool / "pool.yaml" if pool.is_dir() else pool
+        file = pool_file(pool)
         found, args = load_pool(file), _configured(config, from_ledger)
         settings = LearnSettings(
             budget_share=_share(budget),
@@ -293,11 +293,15 @@ def collect(
 
     Interrupted, the same command goes on where it stopped: OUT.journal holds what is known.
     """
+    from models.pool import pool_file
     from policies.outcomes import write_outcomes
     from router.learning.collect import Problems, Sampling, read_lines
 
     problems = Problems()
     with refusing("outcomes collect"):
+        for option, read in (("--queries", queries), ("--pool", pool and pool_file(pool))):
+            if read is not None and read.exists() and out.exists() and out.samefile(read):
+                raise PolicyError(f"--out: {out} is what {option} names, and would be lost")
         found = collected(
             read_lines(queries, problems),
             out,
@@ -394,6 +398,9 @@ def collected(
         found = asyncio.run(run())
     except AskError as error:
         raise PolicyError(str(error)) from None
+    except KeyboardInterrupt:
+        typer.echo("Interrupted; the same command goes on where it stopped.", err=True)
+        raise typer.Exit(130) from None
     if not found:
         show_problems(problems)
         raise PolicyError("no question was answered and graded")

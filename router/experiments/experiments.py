@@ -25,6 +25,7 @@ from policies.experiments.assignment import Assigner, Visit, adaptive_weights
 from policies.experiments.experiment import Experiment
 from policies.experiments.read import read_experiments
 from policies.experiments.shadow import Shadow, read_shadows
+from policies.files import content_sha256
 from router.catalog.catalog import Catalog
 from router.catalog.policies import DEFAULT_POLICY
 from router.config import AppArgs
@@ -318,14 +319,12 @@ def policy_contents(args: AppArgs, pool: Pool) -> dict[str, str]:
 
 
 def _files_sha256(spec: Mapping[str, Any], folder: Path) -> str:
-    """Hash the files that `spec` names, and those in the folders that it names."""
-    digest = hashlib.sha256()
-    for value in spec.values():
-        if not isinstance(value, str):
-            continue
-        path = folder / value
-        files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        for file in files:
-            if file.is_file():
-                digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()
+    """Hash the files and folders that `spec` names, and those that what it wraps names."""
+    named = [_content(value, folder) for value in spec.values()]
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
+
+
+def _content(value: object, folder: Path) -> str | None:
+    if isinstance(value, Mapping):
+        return _files_sha256(value, folder)
+    return content_sha256(folder / value) if isinstance(value, str) else None

@@ -22,11 +22,13 @@ from typing import Any, Final
 import httpx
 
 from models.engines.base import SamplingOptions
+from models.engines.registry import answering_options
 from models.errors import EngineError, RequestError
-from models.pool import load_pool
-from models.spec import Model
+from models.pool import load_pool, pool_file
+from models.spec import EngineSpec, Model
 from policies.base import Query
 from policies.cascade.base import Reading, Readings
+from policies.files import files_below
 from policies.grading.base import Ungradable
 from policies.outcomes import AnswerLogprobs
 from policies.plan import Answer
@@ -52,7 +54,11 @@ _UNFIT: Final = (400, 422)
 _EXTRAS: Final = {"logprobs": True, "shoal": {"explain": True}}
 
 
-_ANSWERS_DEPEND_ON: Final = {"checkpoint", "base", "adapter", "remote", "system", "sampling"}
+# What a model's and an engine's settings may say otherwise while answers and prices stay.
+_BESIDE_ANSWERS: Final = {
+    *("name", "engine", "otherwise", "domains", "description"),
+    *("kv_memory_bytes", "max_queued_requests", "leads", "deployment"),
+}
 
 
 class AskError(Exception):
@@ -210,8 +216,12 @@ async def ask_pool(path: Path, *, num_at_once: int = 16) -> AsyncIterator[Asker]
         async with httpx.AsyncClient(
             transport=transport, base_url="http://pool/v1", timeout=None
         ) as client:
-            states = {model.name: _state(model) for model in load_pool(path).models}
-            yield Asker(client, url=_place(path), num_at_once=num_at_once, states=states)
+            pool = load_pool(path)
+            states = {
+                model.name: _state(model, pool.engine_of(model.name)) for model in pool.models
+            }
+            place = str(pool_file(path).resolve())
+            yield Asker(client, url=place, num_at_once=num_at_once, states=states)
 
 
 async def read_prompts(
@@ -271,20 +281,19 @@ async def _started(path: Path) -> AsyncIterator[tuple[Service, AppArgs]]:
                 await service.close()
 
 
-def _place(path: Path) -> str:
-    return str(path.resolve())
-
-
-def _state(model: Model) -> str:
-    """Return what changes with what a model answers: how it is asked, and its files."""
-    spec = model.spec.model_dump(mode="json", include=_ANSWERS_DEPEND_ON)
+def _state(model: Model, engine: EngineSpec) -> str:
+    """Return what changes with a model's answers: its settings, its engine's, and its files."""
+    spec = model.spec.model_dump(mode="json", exclude=_BESIDE_ANSWERS)
+    run_by = engine.model_dump(mode="json", exclude=_BESIDE_ANSWERS)
+    run_by["options"] = answering_options(engine)
     files: list[object] = []
     if model.card is not None:
         path = model.card.path
-        every = sorted(path.glob("*")) if path.is_dir() else [path]
-        files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in every]
+        every = files_below(path) if path.is_dir() else [path]
+        seen = [(file, file.stat()) for file in every]
+        files = [(file.name, stat.st_size, stat.st_mtime_ns) for file, stat in seen]
     adapter = "" if model.adapter is None else model.adapter.sha256
-    return json.dumps([spec, files, adapter])
+    return json.dumps([spec, run_by, files, adapter])
 
 
 def _told_pause_s(response: httpx.Response) -> float:

@@ -11,6 +11,9 @@ Each gets a version, so that what serves goes on as it was.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -90,12 +93,18 @@ class Lesson:
         return f"auto-v{self.version}"
 
 
-def next_version(pool: Pool) -> int:
-    """Return the least version that neither the pool's policies nor its folder has."""
-    version = 1
-    while (pool.folder / _folder(version)).exists() or f"auto-v{version}" in pool.policies:
-        version += 1
-    return version
+def claim_version(pool: Pool) -> int:
+    """Make the folder of the least version that neither the pool's policies nor its folder has.
+
+    Whoever learns for the pool at the same time gets another.
+    """
+    for version in itertools.count(1):
+        if f"auto-v{version}" in pool.policies:
+            continue
+        with contextlib.suppress(FileExistsError):
+            (pool.folder / _folder(version)).mkdir(parents=True)
+            return version
+    raise AssertionError("versions do not end")
 
 
 def _folder(version: int) -> Path:
@@ -145,53 +154,16 @@ def learn(
             f"{max(1, round(1.2 * wanted) - len(complete))} more"
             + (f"; of {partly} others only some models' answers are known" if partly else "")
         )
-    version = next_version(pool)
-    folder = _folder(version)
     readings = {name: told for name, told in readings.items() if name in names}
     school = _School(
         pool=pool, facts=facts, names=names, train=train, settings=settings, readings=readings
     )
-    router, auto = school.route(folder)
-    specs: dict[str, dict[str, Any]] = {"auto": auto}
-    if router.looks:
-        specs["probing"] = {**auto, "kind": "probing", "scorer": f"probing-v{version}"}
-    elif readings:
-        notes.append(
-            f"no probing: what {', '.join(readings)} make of a question says no more than its text"
-        )
+    version = claim_version(pool)
     try:
-        specs |= school.cascade(folder, f"cascade-v{version}")
-    except PolicyError as error:
-        notes.append(f"no cascade and no best-of: {error}")
-    members = fusible(pool, names)
-    if members:
-        try:
-            specs["fused"] = learn_fusion(pool, members, train, school.fit, router=auto)
-        except PolicyError as error:
-            notes.append(f"no fused: {error}")
-    versioned = {f"{name}-v{version}": spec for name, spec in specs.items()}
-    exam = Exam(pool=pool, names=names, tests=tests, readings=readings)
-    measured = tuple(exam.measure(versioned, notes))
-    quality = {row.name: row.quality for row in measured}
-    looking, blind = f"probing-v{version}", f"auto-v{version}"
-    if looking in quality and quality[looking] < quality[blind]:
-        del versioned[looking]
-        notes.append(
-            f"no {looking}: a look at the prompt made the test questions' answers worse by "
-            f"{100 * (quality[blind] - quality[looking]):.2g} points"
-        )
-    return Lesson(
-        specs=versioned,
-        measured=measured,
-        mistakes=exam.mistakes(router),
-        kinds=exam.kinds(router, auto),
-        curve=school.curve(exam),
-        num_train=len(train),
-        best_single=school.best_single,
-        version=version,
-        unfamiliar=float(np.mean([not router.predict(row.query).familiar for row in tests])),
-        notes=notes,
-    )
+        return school.lesson(version, tests, notes)
+    except BaseException:  # interrupted, too: nobody can use half of it
+        shutil.rmtree(pool.folder / _folder(version), ignore_errors=True)
+        raise
 
 
 def _complete(outcomes: Sequence[Outcome], names: Sequence[str]) -> list[Outcome]:
@@ -223,6 +195,50 @@ class _School:
     train: Sequence[Outcome]
     settings: LearnSettings
     readings: Readings
+
+    def lesson(self, version: int, tests: Sequence[Outcome], notes: list[str]) -> Lesson:
+        """Learn everything, as `version`, and measure it on `tests`."""
+        folder = _folder(version)
+        router, auto = self.route(folder)
+        specs: dict[str, dict[str, Any]] = {"auto": auto}
+        if router.looks:
+            specs["probing"] = {**auto, "kind": "probing", "scorer": f"probing-v{version}"}
+        elif self.readings:
+            read = ", ".join(self.readings)
+            notes.append(f"no probing: what {read} make of a question says no more than its text")
+        try:
+            specs |= self.cascade(folder, f"cascade-v{version}")
+        except PolicyError as error:
+            notes.append(f"no cascade and no best-of: {error}")
+        members = fusible(self.pool, self.names)
+        if members:
+            try:
+                specs["fused"] = learn_fusion(self.pool, members, self.train, self.fit, router=auto)
+            except PolicyError as error:
+                notes.append(f"no fused: {error}")
+        versioned = {f"{name}-v{version}": spec for name, spec in specs.items()}
+        exam = Exam(pool=self.pool, names=self.names, tests=tests, readings=self.readings)
+        measured = tuple(exam.measure(versioned, notes))
+        quality = {row.name: row.quality for row in measured}
+        looking, blind = f"probing-v{version}", f"auto-v{version}"
+        if looking in quality and quality[looking] < quality[blind]:
+            del versioned[looking]
+            notes.append(
+                f"no {looking}: a look at the prompt made the test questions' answers worse by "
+                f"{100 * (quality[blind] - quality[looking]):.2g} points"
+            )
+        return Lesson(
+            specs=versioned,
+            measured=measured,
+            mistakes=exam.mistakes(router),
+            kinds=exam.kinds(router, auto),
+            curve=self.curve(exam),
+            num_train=len(self.train),
+            best_single=self.best_single,
+            version=version,
+            unfamiliar=float(np.mean([not router.predict(row.query).familiar for row in tests])),
+            notes=notes,
+        )
 
     @property
     def rates(self) -> dict[str, Rates]:
@@ -257,10 +273,9 @@ class _School:
         )
 
     def route(self, folder: Path) -> tuple[Router, dict[str, Any]]:
-        """Make `folder`, write the router there, and return it; with its policy, whose price fits
-        the budget."""
+        """Write the router into `folder`, and return it; with its policy, whose price fits the
+        budget."""
         router = self.fit(self.train, self.readings)
-        (self.pool.folder / folder).mkdir(parents=True)
         file = folder / "router.npz"
         save_router(router, self.pool.folder / file)
         spec: dict[str, Any] = {"kind": "learned", "path": str(file)}

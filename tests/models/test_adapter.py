@@ -63,6 +63,8 @@ def test_it_says_what_it_is(base: Path, adapter: Path) -> None:
         ({"r": 0}, "the rank 0 of .* is not allowed"),
         ({"r": 5}, r"has the shape \[4, 64\], but adapter_config.json gives .* the rank 5"),
         ({"lora_alpha": "8"}, "lora_alpha '8' of .* is not allowed; a number is"),
+        ({"lora_alpha": float("nan")}, "lora_alpha nan of .* is not allowed"),
+        ({"lora_alpha": float("inf")}, "lora_alpha inf of .* is not allowed"),
         ({"rank_pattern": {"(": 4}}, r"rank_pattern .* is no regular expression"),
         ({"target_modules": ["q_proj"]}, r"up_proj is adapted, but is none of .* \['q_proj'\]"),
         ({"target_modules": ["q_proj", "up_proj", "k_proj"]}, "k_proj.lora_A.weight is missing"),

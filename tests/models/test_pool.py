@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from models.card import read_card
 from models.errors import PoolError
 from models.pool import load_pool
+from router.config import ConfigError, load_args
 
 
 def save_checkpoint(folder: Path, *, hidden: int = 16, words: tuple[str, ...] = ("a",)) -> int:
@@ -182,6 +183,23 @@ def test_a_file_that_is_no_pool_is_refused(tmp_path: Path, text: str) -> None:
     file.write_text(text)
     with pytest.raises(PoolError, match=r"pool\.yaml"):
         load_pool(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("name: a\nname: b\n", "the key 'name' stands twice"),
+        ("policies:\n  auto: {kind: fixed, plan: a}\n  auto: {kind: fixed, plan: b}\n", "'auto'"),
+        ("[" * 5000, "nested too deeply"),
+    ],
+)
+def test_what_is_said_twice_is_not_half_believed(tmp_path: Path, text: str, told: str) -> None:
+    """YAML's own loader would take the last, say the second of two sections of policies."""
+    (tmp_path / "pool.yaml").write_text(text)
+    with pytest.raises(PoolError, match=f"pool.yaml is not valid YAML: .*{told}"):
+        load_pool(tmp_path)
+    with pytest.raises(ConfigError, match=f"pool.yaml is not valid YAML: .*{told}"):
+        load_args(tmp_path / "pool.yaml")
 
 
 def test_a_missing_pool_file_is_refused(tmp_path: Path) -> None:

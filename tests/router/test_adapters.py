@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,6 +41,7 @@ def saved_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_adapter(root / "loras" / "foreign", other)
     save_adapter(root / "elsewhere" / "tax", base)
     (root / "loras" / "link").symlink_to(root / "elsewhere" / "tax")
+    (root / "loras" / "circle").symlink_to(root / "loras" / "circle")
     return root
 
 
@@ -155,6 +157,9 @@ def test_requests_go_on_meanwhile(server: Running, root: Path) -> None:
         ("new", "elsewhere/tax", 403, "below those that adapters may be loaded from"),
         ("new", "loras/../elsewhere/tax", 403, "elsewhere/tax' is no folder below"),
         ("new", "loras/link", 403, "is no folder below"),
+        ("new", "loras/t\0ax", 400, "is no path: embedded null byte"),
+        ("new", "loras/circle", 400, "is no path: Symlink loop"),
+        ("new", "loras/" + 300 * "x", 400, "cannot be looked for: File name too long"),
         ("new", "loras/none", 400, "models.new.adapter: there is no folder"),
         ("new", "loras/foreign", 400, "is it another base's adapter?"),
         ("base", "loras/tax", 400, "'base' is taken"),
@@ -231,6 +236,37 @@ def test_every_replica_has_the_same(root: Path, tmp_path: Path) -> None:
         assert [model.name for model in pool.models] == ["base", "law", "tax-2", "tax"]
         assert set(replica.current.catalog.members.adapters(["base", "tax"])) == {"tax"}
         assert replica.current.loaded == ("tax",)
+    database.dispose()
+
+
+def test_a_replica_starts_without_what_is_gone(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It says so, goes on with what it can have, and takes the rest up when it comes back."""
+    folder = shutil.copytree(root / "loras" / "tax", tmp_path / "tax")
+    file = write_pool(tmp_path, engines=ENGINES, models=models(root), policies={})
+    args = AppArgs(pool=file).started()
+    database = open_database(f"sqlite:///{tmp_path}/shoal.db")
+    first = _replica(args, database)
+    of_base = first.current.catalog.pool.model("base").spec
+    spec = of_base.model_copy(
+        update={"name": "tax", "base": "base", "adapter": str(folder), "checkpoint": None}
+    )
+
+    async def go() -> Editions:
+        await first.change(lambda adapters, _: adapters.update(tax=spec))
+        folder.rename(tmp_path / "away")
+        later = _replica(args, database)
+        assert [model.name for model in later.current.catalog.pool.models] == ["base"]
+        assert later.current.number == 1
+        await later.follow()
+        assert caplog.text.count("cannot be taken up here, 1 goes on: models.tax.adapter") == 1
+        (tmp_path / "away").rename(folder)
+        await later.follow()
+        return later
+
+    later = asyncio.run(go())
+    assert [model.name for model in later.current.catalog.pool.models] == ["base", "tax"]
     database.dispose()
 
 

@@ -126,5 +126,10 @@ def _create(spec: EngineSpec, options: LlamacppOptions, models: Sequence[Model])
 
 
 KIND = EngineKind(
-    options=LlamacppOptions, inspect=_inspect, create=_create, formats=("gguf",), dtypes=("auto",)
-)  # as its file has them
+    options=LlamacppOptions,
+    inspect=_inspect,
+    create=_create,
+    formats=("gguf",),
+    dtypes=("auto",),  # as its file has them
+    beside_answers=frozenset({"step_tokens", "prompt_cache_mib", "num_threads", "polling"}),
+)

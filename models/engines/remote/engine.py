@@ -300,4 +300,16 @@ def _create(spec: EngineSpec, options: RemoteOptions, models: Sequence[Model]) -
     )
 
 
-KIND = EngineKind(options=RemoteOptions, inspect=_inspect, create=_create, remote=True)
+KIND = EngineKind(
+    options=RemoteOptions,
+    inspect=_inspect,
+    create=_create,
+    remote=True,
+    beside_answers=frozenset(
+        {
+            *("api_key_env", "api_key_file", "connect_timeout_s", "read_timeout_s"),
+            *("max_connections", "max_retries", "backoff_s"),
+            *("breaker_failures", "breaker_open_s"),
+        }
+    ),
+)

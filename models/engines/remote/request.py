@@ -31,6 +31,10 @@ _OURS = (
 )
 
 
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2
+_HEADER_VALUE = re.compile(r"[\t\x20-\x7e]*")
+
+
 class RemoteOptions(Strict):
     """Where the server is, how to ask it, and how long to be patient.
 
@@ -67,35 +71,36 @@ class RemoteOptions(Strict):
     def _one_key(self) -> Self:
         if self.api_key_env is not None and self.api_key_file is not None:
             raise ValueError("give api_key_env or api_key_file, not both")
-        for name in self.headers:
+        for name, value in self.headers.items():
             if name.lower() == "authorization":
                 raise ValueError("a key belongs into api_key_env or api_key_file, not into headers")
+            if not _HEADER_NAME.fullmatch(name) or not _HEADER_VALUE.fullmatch(value):
+                raise ValueError(f"headers: {name!r} is none that HTTP knows, or its value is none")
         return self
 
     def read_key(self, engine: str) -> str | None:
-        """Return the key; None where none is configured. `PoolError` if it isn't there."""
+        """Return the key; None where none is configured. `PoolError` for one that cannot be."""
+        where = f"engines.{engine}.options"
         if self.api_key_env is not None:
+            source = f"{where}.api_key_env: the environment variable {self.api_key_env}"
             key = os.environ.get(self.api_key_env, "").strip()
             if not key:
-                raise PoolError(
-                    f"engines.{engine}.options.api_key_env: the environment variable "
-                    f"{self.api_key_env} is not set where the engine runs"
-                )
-            return key
-        if self.api_key_file is not None:
+                raise PoolError(f"{source} is not set where the engine runs")
+        elif self.api_key_file is not None:
+            source = f"{where}.api_key_file: {self.api_key_file}"
             try:
                 key = self.api_key_file.read_text().strip()
             except (OSError, UnicodeDecodeError) as error:
-                raise PoolError(
-                    f"engines.{engine}.options.api_key_file: {self.api_key_file} cannot be read: "
-                    f"{type(error).__name__}"
-                ) from None
+                raise PoolError(f"{source} cannot be read: {type(error).__name__}") from None
             if not key:
-                raise PoolError(
-                    f"engines.{engine}.options.api_key_file: {self.api_key_file} is empty"
-                )
-            return key
-        return None
+                raise PoolError(f"{source} is empty")
+        else:
+            return None
+        if not _HEADER_VALUE.fullmatch(key):
+            raise PoolError(
+                f"{source} holds no key: it has several lines, or other than ASCII's characters"
+            )
+        return key
 
 
 def write_body(

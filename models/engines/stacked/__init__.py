@@ -166,4 +166,10 @@ KIND = EngineKind(
     dtypes=("auto", "float32", "bfloat16", "float16", "int8", "int4"),
     adapters=True,
     leads=True,
+    beside_answers=frozenset(
+        {
+            *("step_rows", "stream_interval_ms", "num_threads"),
+            *("step_timeout_s", "prefix_cache", "max_adapters"),
+        }
+    ),
 )

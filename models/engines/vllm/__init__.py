@@ -142,6 +142,7 @@ KIND = EngineKind(
     create=_create,
     formats=("safetensors",),
     adapters=True,
+    beside_answers=frozenset({"num_threads"}),
 )
 
 

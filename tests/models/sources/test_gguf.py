@@ -58,7 +58,7 @@ LAYER = {
 }
 LLAMA_CPPS = (
     *("gpt-2", "olmo", "smollm", "starcoder", "refact", "llama-bpe", "lfm2", "smaug-bpe", "qwen2"),
-    *("deepseek-r1-qwen", "qwen35", "tekken", "gpt-4o", "deepseek-v3"),
+    *("deepseek-r1-qwen", "qwen35", "tekken", "gpt-4o", "deepseek-v3", "default", "falcon"),
 )
 ONE_KEY = b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"k"
 ONE_TENSOR = (
@@ -318,6 +318,10 @@ def test_other_tokenizers_are_refused(
         ({"llama.block_count": "two"}, r"llama\.block_count 'two' is not allowed; a whole number"),
         ({"llama.context_length": 1.5}, r"llama\.context_length 1\.5 is not allowed"),
         ({"tokenizer.ggml.tokens": [1, 2]}, r"tokenizer\.ggml\.tokens is missing, or is no list"),
+        # What follows would end the process of llama.cpp, at the start or at the first request.
+        ({"llama.context_length": 2**31}, r"context_length 2147483648 is .* below 2\^31"),
+        ({"tokenizer.ggml.tokens": ["a", "b", "a"]}, r"tokenizer\.ggml\.tokens has 'a' 2 times"),
+        ({"llama.rope.scaling.type": "ntk"}, "'ntk' is unknown; allowed are none, linear"),
         ({"general.architecture": "other"}, r"the key other\.\S+ is missing"),
     ],
 )

@@ -253,3 +253,11 @@ def test_other_systems_files_are_read_as_any(tmp_path: Path) -> None:
     row = json.dumps({**ARENA, "evaluation_result": {"score": 1}})
     (tmp_path / "log.jsonl").write_bytes(b"\xef\xbb\xbf" + row.encode() + b"\r\n")
     assert load_outcomes(tmp_path / "log.jsonl")[0].scores == {"a": 1}
+
+
+@pytest.mark.parametrize("name", ["outcomes.jsonl", "outcomes.json"])
+def test_a_file_nested_beyond_reading_is_named(tmp_path: Path, name: str) -> None:
+    """Whatever program's outcomes it might hold."""
+    (tmp_path / name).write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(OutcomesError, match=f"{name}, line 1: .*nested too deeply"):
+        load_outcomes(tmp_path / name)

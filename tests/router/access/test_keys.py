@@ -147,6 +147,12 @@ def test_bad_keys_are_refused(database: Database) -> None:
         create_key(database, name="team")
     with pytest.raises(KeysError, match="empty"):
         create_key(database, name=" ")
+    for name in ("a\nb", "\x1b[2J", "\ud800", "\u202eetag"):
+        with pytest.raises(KeysError, match="cannot be printed"):
+            create_key(database, name=name)
+    other, _ = create_key(database, name="other")
+    with pytest.raises(KeysError, match="could be the id of another"):
+        create_key(database, name=other.id)
     with pytest.raises(CapError, match="usd_per_week"):
         create_key(database, name="x", caps={"usd_per_week": 1})
     with pytest.raises(CapError, match="between 0 and"):

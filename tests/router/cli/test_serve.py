@@ -4,8 +4,11 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 from tests.router.conftest import write_pool
@@ -36,6 +39,38 @@ def test_bad_pools_and_configurations_are_refused(tmp_path: Path) -> None:
     assert "limits.max_body: unknown key" in _refused(tmp_path, "--config", "config.yaml")
     assert "not both" in _refused(tmp_path, "some/folder", "--pool", ".")
     assert "there is no folder or .gguf file" in _refused(tmp_path, "some/folder")
+
+
+def test_a_stopping_server_says_so_to_whom_it_cannot_wait_for(tmp_path: Path) -> None:
+    """As JSON, with when to ask again; a stream is cut off. The log tells of no fault."""
+    slow = [{"name": "one", "kind": "fake", "options": {"token_latency_s": 5}}]
+    pool: dict[str, Any] = {"models": [{"name": "alpha", "engine": "one"}], "policies": {}}
+    config = {"ingress": {"drain_s": 1}}
+    fields = {"model": "alpha", "messages": [{"role": "user", "content": "hello"}]}
+    with (
+        serving(tmp_path, "--local", config=config, engines=slow, **pool) as server,
+        httpx.Client(base_url=server.url, timeout=60) as client,
+        ThreadPoolExecutor(1) as thread,
+        client.stream("POST", "/v1/chat/completions", json={**fields, "stream": True}) as streamed,
+    ):
+        assert streamed.status_code == 200
+        whole = thread.submit(
+            httpx.post, f"{server.url}/v1/chat/completions", json=fields, timeout=60
+        )
+        until(lambda: _running(client) == 2)
+        server.process.send_signal(signal.SIGTERM)
+        told = whole.result(60)
+        assert (told.status_code, told.json()["error"]["code"]) == (503, "server_stops")
+        assert told.headers["retry-after"]
+        with pytest.raises(httpx.RemoteProtocolError):
+            streamed.read()
+        assert server.process.wait(60) == 0
+        assert "Traceback" not in server.text
+
+
+def _running(client: httpx.Client) -> int:
+    health = client.get("/health").json()
+    return int(health["engines"]["one"]["running_requests"])
 
 
 def test_a_busy_port_is_refused_before_anything_starts(tmp_path: Path) -> None:

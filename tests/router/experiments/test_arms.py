@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 
+from policies.encoders.base import parse_encoder
 from policies.errors import ExperimentError
+from policies.outcomes import Outcome
+from policies.routing.fit import fit_router
+from policies.routing.router import save_router
 from router.ledger.queries import requests
 from tests.router.experiments.trial_server import EXPERIMENT, Trial, serving, write_config
 
@@ -135,6 +139,38 @@ def test_a_policy_whose_contents_change_counts_as_changed(tmp_path: Path) -> Non
     with (
         pytest.raises(ExperimentError, match="would mix two experiments"),
         serving(write_config(tmp_path, policies=other, **settings)),
+    ):
+        pass
+
+
+def test_a_file_of_a_policy_within_a_policy_counts_as_its_contents(tmp_path: Path) -> None:
+    """Trained again under the same name, what a policy wraps is another arm."""
+
+    def learn(favourite: str) -> None:
+        rows = [
+            Outcome(query=f"word {n}", scores={"cheap": 0.0, "dear": 0.0, favourite: n % 3 / 2})
+            for n in range(40)
+        ]
+        encoder = parse_encoder("ngrams", {"bits": 8})
+        save_router(fit_router(rows, encoder=encoder), tmp_path / "router.npz")
+
+    learn("cheap")
+    answer = {"members": ["cheap", "dear"]}
+    learned = {"kind": "learned", "path": "router.npz"}
+    arms = {"control": ARMS["control"], "new": {"policy": "wrapping", "weight": 0.5}}
+    settings = {
+        "experiments": {"e": {"arms": arms}},
+        "policies": {"wrapping": {"kind": "fused", "answer": answer, "router": learned}},
+    }
+    with serving(write_config(tmp_path, **settings)) as running:
+        running.ask(user="u")
+        running.flush()
+    with serving(write_config(tmp_path, **settings)) as running:
+        assert running.ask(user="u")["shoal"]["experiment"] == "e"
+    learn("dear")
+    with (
+        pytest.raises(ExperimentError, match="would mix two experiments"),
+        serving(write_config(tmp_path, **settings)),
     ):
         pass
 

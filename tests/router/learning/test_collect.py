@@ -3,6 +3,7 @@
 import json
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +21,8 @@ from models.pool import DEFAULT_POOL
 from policies.outcomes import read_outcomes
 from router.cli.main import app
 from tests.router.conftest import write_pool
+from tests.server import until
+from tests.tiny_bert import save_bert
 
 SCRIPTS = {
     "one": {"models": {"alpha": {"answers": ["4"]}, "beta": {"answers": ["It is 4"]}}},
@@ -76,14 +79,62 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     out, pool = tmp_path / "outcomes.jsonl", pool_at(tmp_path)
     assert collect(queries, out, "--pool", str(pool)).exit_code == 0
     first = read_outcomes(out)
-    # Nobody could answer any more: whatever is there must come from the journal.
-    pool_at(tmp_path, one={"refuse": True}, two={"fail_after_tokens": 0})
     journal = tmp_path / "outcomes.jsonl.journal"
     journal.write_text(journal.read_text() + '\n["torn", {"te')
+    known = journal.read_bytes()
     out.unlink()
+    # Another pace, as one that was interrupted may get, changes no answer.
+    pool_at(tmp_path, two={**SCRIPTS["two"], "token_latency_s": 0.001})
     result = collect(queries, out, "--pool", str(pool))
     assert result.exit_code == 0, result.output
     assert read_outcomes(out) == first
+    assert journal.read_bytes() == known, "something was asked or graded again"
+
+
+def test_who_interrupts_is_told_that_it_goes_on(tmp_path: Path) -> None:
+    """What is known by then is in the journal, and is not asked again."""
+    queries = questions_at(tmp_path, *({"query": f"q{n}", "reference": "4"} for n in range(60)))
+    slow = {"answers": ["five"], "token_latency_s": 0.05}
+    words = ["--out", tmp_path / "o.jsonl", "--pool", pool_at(tmp_path, two=slow)]
+    command = ["outcomes", "collect", "--queries", queries, *words]
+    journal = tmp_path / "o.jsonl.journal"
+    with subprocess.Popen(
+        [sys.executable, "-c", "from router.cli.main import app; app()", *map(str, command)],
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as running:
+        until(lambda: journal.exists() and journal.read_text().count("five") > 3)
+        running.send_signal(signal.SIGINT)
+        _, told = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert told.splitlines()[-1] == "Interrupted; the same command goes on where it stopped."
+    assert not (tmp_path / "o.jsonl").exists()
+    known = journal.read_text()
+    pool_at(tmp_path, two={"answers": ["five"]})
+    assert collect(queries, tmp_path / "o.jsonl", "--pool", str(tmp_path)).exit_code == 0
+    assert len(read_outcomes(tmp_path / "o.jsonl")) == 60
+    assert journal.read_text().startswith(known)
+    assert sum('"five"' in line for line in journal.read_text().splitlines()) == 60
+
+
+@pytest.mark.parametrize("key", ["options", "system", "usd_per_million_output_tokens"])
+def test_a_model_that_the_pool_file_changed_is_asked_again(tmp_path: Path, key: str) -> None:
+    """Its engine's settings, its own, its price: an outcome holds what it costs, too."""
+    queries = questions_at(tmp_path, {"query": "Who?", "reference": "4"})
+    out, pool = tmp_path / "o.jsonl", pool_at(tmp_path)
+    asked = []
+    for changed in (False, True):
+        content = yaml.safe_load(pool.read_text())
+        if changed and key == "options":
+            content["engines"][1]["options"] = {"answers": ["4"]}
+        elif changed:
+            content["models"][2][key] = "Be brief." if key == "system" else 1234.0
+        pool.write_text(yaml.safe_dump(content))
+        assert collect(queries, out, "--pool", str(pool)).exit_code == 0
+        known = (tmp_path / "o.jsonl.journal").read_text().splitlines()
+        asked.append(sum('"latency_s"' in line for line in known))
+    assert asked == [3, 4], "gamma alone, once more"
+    assert (read_outcomes(out)[0].outputs["gamma"] == "4") is (key == "options")
 
 
 def test_a_full_disk_ends_the_run_with_a_sentence(tmp_path: Path) -> None:
@@ -157,6 +208,23 @@ def test_a_program_that_was_changed_is_asked_again(tmp_path: Path) -> None:
         result = collect(queries, out, *words)
         assert result.exit_code == 0, result.output
         assert read_outcomes(out)[0].scores == {"gamma": score}
+
+
+@pytest.mark.parametrize("kind", ["similarity", "reward"])
+def test_a_network_that_was_changed_in_place_grades_again(tmp_path: Path, kind: str) -> None:
+    """The folder has its name; another network stands in it."""
+    queries = questions_at(tmp_path, {"query": "why", "reference": "yes no"})
+    out, pool, folder = tmp_path / "o.jsonl", pool_at(tmp_path), tmp_path / "network"
+    words = ("--pool", str(pool), "--models", "alpha", "--grade", f"{kind}:{folder}")
+    scores = []
+    for seed in (0, 0, 1):
+        shutil.rmtree(folder, ignore_errors=True)
+        labels = 1 if kind == "reward" else None
+        save_bert(folder, ["yes", "no", "4", "why"], labels=labels, seed=seed)
+        result = collect(queries, out, *words)
+        assert result.exit_code == 0, result.output
+        scores.append(read_outcomes(out)[0].scores["alpha"])
+    assert scores[0] == scores[1] != scores[2]
 
 
 def test_what_is_wrong_with_a_line_or_a_model_is_named_and_counted(tmp_path: Path) -> None:
@@ -350,3 +418,27 @@ def test_what_cannot_start_is_refused_in_a_sentence(
     result = collect(queries, tmp_path / "o.jsonl", *(pool if x == "POOL" else x for x in options))
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+@pytest.mark.parametrize("option", ["--queries", "--pool"])
+def test_what_is_read_is_not_written_over(tmp_path: Path, option: str) -> None:
+    """Answers in the place of the questions would have lost their references."""
+    read = {"--queries": questions_at(tmp_path, {"query": "2 + 2?", "reference": "4"}),
+            "--pool": pool_at(tmp_path)}  # fmt: skip
+    before = read[option].read_text()
+    (tmp_path / "link").symlink_to(read[option])
+    for out in (read[option], tmp_path / "link"):
+        result = collect(read["--queries"], out, "--pool", str(tmp_path))
+        assert result.exit_code == 2
+        assert f"--out: {out} is what {option} names" in result.stderr
+    assert read[option].read_text() == before
+
+
+def test_a_folder_that_takes_nothing_is_named_without_pythons_numbers(tmp_path: Path) -> None:
+    """Whatever the system says of it."""
+    queries = questions_at(tmp_path, {"query": "2 + 2?", "reference": "4"})
+    (tmp_path / "o.jsonl.journal").mkdir()
+    result = collect(queries, tmp_path / "o.jsonl", "--pool", str(pool_at(tmp_path)))
+    assert result.exit_code == 2
+    told = f"shoal outcomes collect: {tmp_path}/o.jsonl.journal: Is a directory"
+    assert result.stderr.splitlines()[-1] == told

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,8 @@ from policies.plan import Answer
 from policies.routing.router import load_router
 from router.catalog.catalog import load_catalog
 from router.cli.main import app
-from router.learning.learn import Lesson
+from router.learning.exam import Exam
+from router.learning.learn import LearnSettings, Lesson, learn
 from router.learning.report import install
 from router.ledger.database import Database, open_database
 from router.ledger.feedback import Feedback, add_feedback
@@ -124,6 +126,40 @@ def test_what_was_collected_is_used_again_under_a_new_version(tmp_path: Path) ->
     policies = yaml.safe_load(pool.read_text())["policies"]
     assert {"auto-v1", "auto-v2"} <= set(policies)
     assert policies["auto-v2"]["path"] == "learned/v2/router.npz"
+
+
+def test_lessons_at_the_same_time_have_a_version_each(tmp_path: Path) -> None:
+    """Both began when there was none."""
+    pool = pool_at(tmp_path)
+    queries = questions_at(tmp_path, 60)
+    assert shoal("outcomes", "collect", "--pool", pool, "--queries", queries, "--grade", "contains",
+                 "--out", tmp_path / "o.jsonl").exit_code == 0  # fmt: skip
+    rows, before = read_outcomes(tmp_path / "o.jsonl"), load_pool(pool)
+    with ThreadPoolExecutor(2) as threads:
+        lessons = [threads.submit(learn, rows, before, LearnSettings()) for _ in range(2)]
+        versions = {lesson.result().version for lesson in lessons}
+    assert versions == {1, 2}
+    for version in versions:
+        assert (tmp_path / "learned" / f"v{version}" / "router.npz").exists()
+
+
+def test_a_lesson_that_was_interrupted_leaves_no_half_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next has its version; what was asked stays."""
+    pool = pool_at(tmp_path)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    words = ("learn", "--pool", pool, "--queries", questions_at(tmp_path, 60))
+    with monkeypatch.context() as patched:
+        patched.setattr(Exam, "measure", interrupt)
+        assert shoal(*words).exit_code == 130
+    assert [file.name for file in (tmp_path / "learned").iterdir() if file.is_dir()] == []
+    assert "auto-v1" not in pool.read_text()
+    assert shoal(*words).exit_code == 0
+    assert "auto-v1" in pool.read_text()
 
 
 def test_models_that_few_questions_were_put_to_do_not_hinder_the_others(tmp_path: Path) -> None:

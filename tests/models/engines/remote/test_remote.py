@@ -374,6 +374,20 @@ async def test_keys_come_from_the_environment_or_a_file(
                     pass
 
 
+@pytest.mark.parametrize("key", ["first\nsecond", "clé", "a\x00b"])
+async def test_a_key_that_no_header_holds_is_named_at_the_start(tmp_path: Path, key: str) -> None:
+    """And not told: else each request would fail as if the server could not be reached."""
+    file = tmp_path / "key"
+    file.write_text(key)
+    with pytest.raises(PoolError, match=f"api_key_file: {file} holds no key") as refused:
+        async with (
+            BadServer.running(answer("a")) as server,
+            running_engine(server, api_key_file=str(file)),
+        ):
+            pass
+    assert key not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -381,6 +395,9 @@ async def test_keys_come_from_the_environment_or_a_file(
         ({"timeout": 3}, "timeout: unknown key"),
         ({"api_key_env": "A", "api_key_file": "b"}, "not both"),
         ({"headers": {"Authorization": "Bearer x"}}, "a key belongs into"),
+        ({"headers": {"x-a": "b\r\nx-c: d"}}, "headers: 'x-a' is none that HTTP knows"),
+        ({"headers": {"x-team": "Käse"}}, "headers: 'x-team' is none that HTTP knows"),
+        ({"headers": {"x a": "b"}}, "headers: 'x a' is none that HTTP knows"),
     ],
 )
 def test_bad_options_name_the_key(options: dict[str, Any], message: str) -> None:
