@@ -145,7 +145,7 @@ def _byte_level(file: GgufFile) -> tuple[tokenizers.Tokenizer, bool]:
     """Byte-level byte-pair encoding, as GPT-2 and most since; and whether it begins a text."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers  # noqa: PLC0415
 
-    split = file.metadata.get("tokenizer.ggml.pre", "gpt-2")
+    split = file.metadata.get("tokenizer.ggml.pre", "default")
     if split not in _SPLITS:
         raise PoolError(
             f"{file.path}: tokenizer.ggml.pre {split!r} is not read; allowed are "

@@ -58,7 +58,7 @@ LAYER = {
 }
 LLAMA_CPPS = (
     *("gpt-2", "olmo", "smollm", "starcoder", "refact", "llama-bpe", "lfm2", "smaug-bpe", "qwen2"),
-    *("deepseek-r1-qwen", "qwen35", "tekken", "gpt-4o", "deepseek-v3", "default", "falcon"),
+    *("deepseek-r1-qwen", "qwen35", "tekken", "gpt-4o", "deepseek-v3", "default", "falcon", None),
 )
 ONE_KEY = b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"k"
 ONE_TENSOR = (
@@ -162,12 +162,14 @@ def llama(num_tokens: int) -> dict[str, tuple[int, tuple[int, ...], int]]:
 
 
 def test_splits_are_those_of_llama_cpp(tmp_path: Path) -> None:
-    """Each name splits text as llama.cpp does, by the tokens that both make of it."""
+    """Each name, and none, splits text as llama.cpp does, by the tokens that both make of it."""
     xllamacpp = pytest.importorskip("xllamacpp", reason="the extra llamacpp is not installed")
     original = byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False))
     original.add_tokens(["<think>"])
     for pre in LLAMA_CPPS:
-        metadata = metadata_of(original, pre) | RUNS
+        metadata = metadata_of(original, pre or "") | RUNS
+        if pre is None:
+            del metadata["tokenizer.ggml.pre"]
         tensors = llama(len(metadata["tokenizer.ggml.tokens"]))
         path = write_gguf(tmp_path / f"{pre}.gguf", metadata, tensors)
         params, port = xllamacpp.CommonParams(), free_port()
