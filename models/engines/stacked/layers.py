@@ -248,13 +248,12 @@ def _divisors(file: Path, rope: Mapping[str, Any], key: str, dims: int) -> tuple
 
 def read_number(file: Path, config: Mapping[str, Any], key: str) -> float:
     """Return the number above 0 at `key` of `file`; raises `PoolError`."""
-    value = config.get(key)
-    known = isinstance(value, int | float) and not isinstance(value, bool)
-    if not known or not 1 / _MOST <= value <= _MOST:
-        raise PoolError(
-            f"{file}: {key} {value!r} is not allowed; a number above 0 is, from 2^-64 to 2^64"
-        )
-    return float(value)
+    value: Any = config.get(key)
+    if type(value) in (int, float) and 1 / _MOST <= value <= _MOST:
+        return float(value)
+    raise PoolError(
+        f"{file}: {key} {value!r} is not allowed; a number above 0 is, from 2^-64 to 2^64"
+    )
 
 
 def read_flag(file: Path, config: Mapping[str, Any], key: str) -> bool:
