@@ -155,14 +155,14 @@ def _by_pattern(
     if not isinstance(patterns, dict):
         raise PoolError(f"{file}: {key} {patterns!r} is not allowed; a mapping is")
     for pattern, value in patterns.items():
-        if _matches(file, key, rf"(.*\.)?({pattern})", module):
+        if _match(file, key, rf"(.*\.)?({pattern})", module):
             return value
     return otherwise
 
 
-def _matches(file: Path, key: str, pattern: str, module: str) -> bool:
+def _match(file: Path, key: str, pattern: str, module: str) -> re.Match[str] | None:
     try:
-        return re.fullmatch(pattern, module) is not None
+        return re.fullmatch(pattern, module)
     except re.error as error:
         raise PoolError(f"{file}: {key} {pattern!r} is no regular expression: {error}") from None
 
@@ -233,11 +233,17 @@ def _is_targeted(file: Path, facts: Mapping[str, Any], module: str) -> bool:
         raise PoolError(
             f"{file}: layers_to_transform {only!r} is not allowed; a layer's number or a list is"
         )
-    patterns = facts.get("layers_pattern") or r"[^.]*"
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module)
+    given = facts.get("layers_pattern") or r"[^.]*"
+    patterns = [given] if isinstance(given, str) else given
+    if not isinstance(patterns, list) or not all(isinstance(one, str) for one in patterns):
+        raise PoolError(
+            f"{file}: layers_pattern {given!r} is not allowed; a regular expression or a list is"
+        )
+    for pattern in patterns:
+        whole = rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\..*"
+        found = _match(file, "layers_pattern", whole, module)
         if found is not None:
-            return int(found[1]) in layers
+            return int(found["layer"]) in layers
     return False
 
 
@@ -247,7 +253,7 @@ def _is_named(file: Path, facts: Mapping[str, Any], key: str, module: str) -> bo
     if named is None:
         return False
     if isinstance(named, str):
-        return _matches(file, key, named, module)
+        return _match(file, key, named, module) is not None
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise PoolError(
             f"{file}: {key} {named!r} is not allowed; a list of modules or a regular expression is"

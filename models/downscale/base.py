@@ -25,13 +25,13 @@ from transformers import (
 from models.card import SUPPORTED_ARCHITECTURES, ModelCard, read_card
 from models.chat_template import read_chat_template
 from models.downscale.corpus import draw_example
+from models.downscale.dequantize import dequantize
 from models.downscale.recipe import TASKS
 from models.downscale.render import PLAIN_TEMPLATE, Renderer
 from models.downscale.stage import Run, stage
 from models.engines.stacked.architecture import read_architecture
 from models.errors import BaseError, DivergedError, PoolError, TrainingDiverged
 from models.sources.locate import locate
-from models.tokenizer_json import read_tokenizer
 from models.training.checkpoint import Progress, export_checkpoint
 from models.training.data import Conversation, Rows, pack
 from models.training.loop import Settings
@@ -75,32 +75,6 @@ def find_base(checkpoint: str) -> Path:
         return locate(checkpoint, folder=Path()).path
     except PoolError as error:
         raise BaseError(f"base.checkpoint: {error}") from None
-
-
-def dequantize(file: Path, folder: Path) -> Path:
-    """Write the model in a GGUF file as a checkpoint folder in fp32, and return the folder.
-
-    Raises:
-        BaseError: transformers cannot read it, or lacks the package that it reads it with.
-    """
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32
-        )
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except ImportError:
-        raise BaseError(
-            f"base.checkpoint: {file}: a GGUF file needs the package gguf; try: pip install gguf"
-        ) from None
-    except Exception as error:  # whatever the library makes of a damaged file
-        raise BaseError(f"base.checkpoint: {file} cannot be read: {error}") from None
-    # They are plain weights now, which transformers would not write as long as it has these.
-    del model.config.quantization_config, model.hf_quantizer
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    # The library reads some tokenizers almost as they are; those who serve this file read it so.
-    read_tokenizer(file).save(str(folder / "tokenizer.json"))
-    return folder
 
 
 def check_base(folder: Path, *, row_tokens: int = 1) -> ModelCard:

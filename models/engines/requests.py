@@ -322,23 +322,27 @@ async def _check_tokens(request: GenerationRequest, vocab_size: int | None) -> N
         ("stop_token_ids", request.sampling.stop_token_ids),
     ):
         if len(tokens) <= _SLICE_TOKENS:
-            known = _are_below(vocab_size, tokens)
+            unknown = _outside(vocab_size, tokens)
         else:
             loop = asyncio.get_running_loop()
-            known = await loop.run_in_executor(_THREAD, _are_below, vocab_size, tokens)
-        if not known:
+            unknown = await loop.run_in_executor(_THREAD, _outside, vocab_size, tokens)
+        if unknown is not None:
             raise RequestError(
-                f"{what}: a token id is outside of the vocabulary of {vocab_size}", what
+                f"{what}: the token id {unknown} is outside of the vocabulary of {vocab_size}", what
             )
 
 
-def _are_below(bound: int, tokens: Iterable[int]) -> bool:
-    """Whether all `tokens` are in [0, bound); goes by slices: others have the lock in between."""
+def _outside(bound: int, tokens: Iterable[int]) -> int | None:
+    """Return one of `tokens` that is not in [0, bound); None where all are.
+
+    It goes by slices: others have the lock in between.
+    """
     left = iter(tokens)
     while piece := tuple(islice(left, _SLICE_TOKENS)):
-        if not 0 <= min(piece) <= max(piece) < bound:
-            return False
-    return True
+        for token in (min(piece), max(piece)):
+            if not 0 <= token < bound:
+                return token
+    return None
 
 
 def _prompt_field(request: GenerationRequest) -> str:

@@ -69,6 +69,7 @@ class GgufFile:
 
     path: Path
     metadata: dict[str, Any]
+    tensors: frozenset[str]
     parameters: int
     quantization: str | None
     """The type that most elements have; None where all are floating-point numbers."""
@@ -192,9 +193,10 @@ def _read(path: Path, stream: BinaryIO) -> GgufFile:
     if split > 1:
         raise PoolError(f"{path} is one of {split} parts; join them with llama-gguf-split --merge")
     num_elements: Counter[str] = Counter()
+    names = set()
     end = 0
     for _ in range(num_tensors):
-        _read_string(stream)
+        names.add(_read_string(stream))
         (num_dimensions,) = _unpack(stream, "I")
         if num_dimensions > _MOST_DIMENSIONS:  # before so many are read
             raise struct.error
@@ -211,6 +213,7 @@ def _read(path: Path, stream: BinaryIO) -> GgufFile:
     return GgufFile(
         path=path,
         metadata=metadata,
+        tensors=frozenset(names),
         parameters=num_elements.total(),
         quantization=max(packed)[1] if packed else None,
     )

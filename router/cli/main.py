@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from importlib.metadata import version
 from typing import Annotated
 
@@ -74,3 +75,15 @@ app.command()(keys.audit)
 app.add_typer(ledger.app, name="ledger")
 outcomes.app.command()(learn.collect)
 app.add_typer(outcomes.app, name="outcomes")
+
+
+def main() -> None:
+    """Run the command that the arguments name.
+
+    SIGTERM and a terminal that closes end it as Ctrl-C does: what it has open is closed, and its
+    temporary files go.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup has it ignored
+            signal.signal(number, signal.default_int_handler)
+    app()

@@ -27,8 +27,8 @@ from typing import TypeAlias
 import torch
 
 from models.downscale.adapt import adapt
-from models.downscale.base import dequantize
 from models.downscale.chunks import load_model
+from models.downscale.dequantize import dequantize
 from models.downscale.recipe import AdaptSettings
 from models.sources.locate import locate
 from models.training.checkpoint import Progress

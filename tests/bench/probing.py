@@ -25,7 +25,7 @@ import yaml
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
-from models.downscale.base import dequantize
+from models.downscale.dequantize import dequantize
 from models.pool import DEFAULT_POOL, load_pool
 from models.sources.locate import locate
 from policies.base import Query

@@ -350,7 +350,7 @@ def main() -> None:
     file = locate(SOURCE, folder=Path()).path
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         wanted = tuple(arguments.only.split(","))
-        from models.downscale.base import dequantize  # torch comes with it
+        from models.downscale.dequantize import dequantize  # torch comes with it
 
         here = contenders(file, dequantize(file, Path(temporary)), stack, wanted)
         rows = measure(

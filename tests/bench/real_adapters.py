@@ -29,7 +29,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models.adapter import read_adapter
-from models.downscale.base import dequantize
+from models.downscale.dequantize import dequantize
 from models.engines.registry import create_engine
 from models.pool import load_pool
 from models.sources.locate import locate

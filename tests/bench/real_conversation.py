@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from models.downscale.base import dequantize
+from models.downscale.dequantize import dequantize
 from models.engines.base import Engine
 from models.sources.locate import locate
 from tests.bench.harness import Row, print_row

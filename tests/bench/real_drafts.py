@@ -36,7 +36,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from models.downscale.base import dequantize
+from models.downscale.dequantize import dequantize
 from models.engines.base import GenerationRequest
 from models.pool import DEFAULT_POOL, load_pool
 from models.sources.locate import locate

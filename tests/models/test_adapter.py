@@ -68,6 +68,16 @@ def test_it_says_what_it_is(base: Path, adapter: Path) -> None:
         ({"rank_pattern": {"(": 4}}, r"rank_pattern .* is no regular expression"),
         ({"target_modules": ["q_proj"]}, r"up_proj is adapted, but is none of .* \['q_proj'\]"),
         ({"target_modules": ["q_proj", "up_proj", "k_proj"]}, "k_proj.lora_A.weight is missing"),
+        *(
+            ({"layers_to_transform": [0, 1], "layers_pattern": value}, f"layers_pattern .*{why}")
+            for value, why in [
+                (1, "is not allowed"),
+                ({"layers": 1}, "is not allowed"),
+                (["layers", None], "is not allowed"),
+                ("[", "is no regular expression"),
+                (["["], "is no regular expression"),
+            ]
+        ),
         (
             {"layers_to_transform": "01"},
             "layers_to_transform .01. is not allowed",

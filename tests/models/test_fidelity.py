@@ -75,6 +75,11 @@ GRID: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {},
         {"rope_scaling": {**YARN, "beta_fast": 16, "beta_slow": 2, "truncate": False}},
     ),
+    "yarn, a ramp that falls": (
+        "llama",
+        {},
+        {"rope_scaling": {**YARN, "beta_fast": 1, "beta_slow": 32, "truncate": False}},
+    ),
     "yarn, attention factor": (
         "llama",
         {},

@@ -44,6 +44,7 @@ from models.engines.stacked.weights import (
 )
 from models.errors import EngineFailed, EngineOverloaded, PoolError, RequestError
 from models.sources.locate import locate
+from models.sources.safetensors import read_tensors
 
 Factors: TypeAlias = tuple[Tensor, Tensor]
 """What one member adds to a matrix: [I, R] and [R, O], with R its own."""
@@ -77,6 +78,7 @@ class Adapters:
         """
         self._prepare = prepare
         self._base = base
+        self._loaded = _state(base)
         self._most = most
         self._between_steps = between_steps
         self._forget = forget
@@ -137,7 +139,13 @@ class Adapters:
 
         def prepare() -> Callable[[], None]:
             adapters = {m: _find(origin, self._base) for m, (_, origin) in new.items()}
-            return self._prepare(adapters)
+            put_in = self._prepare(adapters)
+            if _state(self._base) != self._loaded:  # its gains are in the factors
+                raise PoolError(
+                    f"the base {self._base.path} has changed since it was loaded; start the engine "
+                    "again"
+                )
+            return put_in
 
         try:
             put_in = await in_own_thread(prepare)
@@ -173,6 +181,13 @@ def _find(origin: AdapterSource, base: ModelCard) -> Adapter:
     if adapter.origin != origin:
         raise PoolError(f"{found.path} has changed since; load it again")
     return adapter
+
+
+def _state(base: ModelCard) -> Mapping[Path, tuple[int, ...]]:
+    """Return what changes where a file of the base's weights is replaced or written to."""
+    files = {tensor.file for tensor in read_tensors(base.path).values()}
+    seen = [(file, file.stat()) for file in files]
+    return {file: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for file, stat in seen}
 
 
 def read_factors(

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 from models.adapter import ADAPTER_CONFIG
 from models.card import CONFIG, ModelCard, Shape, read_config
-from models.engines.stacked.layers import LayerKind, read_layers, read_number
+from models.engines.stacked.layers import LayerKind, read_flag, read_layers, read_number
 from models.errors import PoolError
 from models.families import FAMILIES, Family, HeadNorms, Norms
 from models.sources.safetensors import StoredTensor, read_tensors
@@ -203,10 +203,7 @@ def _known_scale(file: Path, config: Mapping[str, Any], family: Family, key: str
 
 
 def _known_flag(file: Path, config: Mapping[str, Any], family: Family, key: str) -> bool:
-    value = config[key] if key in family.defaults else False
-    if not isinstance(value, bool):
-        raise PoolError(f"{file}: {key} {value!r} is not allowed; true or false is")
-    return value
+    return key in family.defaults and read_flag(file, config, key)
 
 
 def check_tensors(

@@ -23,6 +23,7 @@ _OPTIONAL: Mapping[Scaling, tuple[str, ...]] = {
     "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
     "longrope": ("attention_factor",),
 }
+_MOST = 2.0**64  # of a number, as of one's reciprocal: single precision computes with it
 _KINDS = _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
@@ -67,7 +68,9 @@ def read_layers(
     if any(windowed):
         if config.get("sliding_window") is None:
             raise PoolError(f"{file}: layer_types has {_SLIDING}, but sliding_window is null")
-        if "use_sliding_window" in family.defaults and not config["use_sliding_window"]:
+        if "use_sliding_window" in family.defaults and not read_flag(
+            file, config, "use_sliding_window"
+        ):
             raise PoolError(f"{file}: layer_types has {_SLIDING}, but use_sliding_window is false")
         window_tokens = read_count(file, config, "sliding_window")
         if window_tokens >= read_count(file, config, "max_position_embeddings"):
@@ -123,11 +126,14 @@ def _windowed(
         return [(index + 1) % pattern != 0 for index in range(num_layers)]
     if "use_sliding_window" not in known:
         return [config["sliding_window"] is not None] * num_layers
-    if not config["use_sliding_window"] or config["sliding_window"] is None:
+    if not read_flag(file, config, "use_sliding_window") or config["sliding_window"] is None:
         return [False] * num_layers
     if "no_rope_layers" in known:
         return [not turns for turns in rotates]
-    return [index >= config["max_window_layers"] for index in range(num_layers)]
+    first = config["max_window_layers"]
+    if type(first) is not int:
+        raise PoolError(f"{file}: max_window_layers {first!r} is not allowed; a whole number is")
+    return [index >= first for index in range(num_layers)]
 
 
 def _rotaries(
@@ -190,16 +196,26 @@ def _read_rotary(
         context_tokens = original_tokens
     given = _NEEDED.get(kind, ())
     given += tuple(key for key in _OPTIONAL.get(kind, ()) if rope.get(key) is not None)
-    truncate = rope.get("truncate", True)
-    if not isinstance(truncate, bool):
-        raise PoolError(f"{file}: truncate {truncate!r} is not allowed; true or false is")
+    factors = {key: read_number(file, rope, key) for key in given}
+    if kind == "llama3" and factors["high_freq_factor"] <= factors["low_freq_factor"]:
+        raise PoolError(
+            f"{file}: high_freq_factor {rope['high_freq_factor']!r} is not allowed; one above "
+            f"low_freq_factor {rope['low_freq_factor']!r} is"
+        )
+    theta = read_number(file, rope if "rope_theta" in rope else config, "rope_theta")
+    if kind == "yarn" and theta <= 1:
+        raise PoolError(f"{file}: rope_theta {theta!r} is not allowed with yarn; one above 1 is")
+    if kind == "longrope" and context_tokens == 1:
+        raise PoolError(
+            f"{file}: original_max_position_embeddings 1 is not allowed with longrope; more is"
+        )
     return Rotary(
         dims=dims,
-        theta=read_number(file, rope if "rope_theta" in rope else config, "rope_theta"),
+        theta=theta,
         scaling=kind,
         original_context_tokens=context_tokens,
-        truncate=truncate,
-        factors=tuple((key, read_number(file, rope, key)) for key in given),
+        truncate=read_flag(file, {"truncate": True, **rope}, "truncate"),
+        factors=tuple(factors.items()),
         short=_divisors(file, rope, "short_factor", dims) if kind == "longrope" else (),
         long=_divisors(file, rope, "long_factor", dims) if kind == "longrope" else (),
     )
@@ -232,7 +248,17 @@ def _divisors(file: Path, rope: Mapping[str, Any], key: str, dims: int) -> tuple
 
 def read_number(file: Path, config: Mapping[str, Any], key: str) -> float:
     """Return the number above 0 at `key` of `file`; raises `PoolError`."""
-    value = config.get(key)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-        raise PoolError(f"{file}: {key} {value!r} is not allowed; a number above 0 is")
-    return float(value)
+    value: Any = config.get(key)
+    if type(value) in (int, float) and 1 / _MOST <= value <= _MOST:
+        return float(value)
+    raise PoolError(
+        f"{file}: {key} {value!r} is not allowed; a number above 0 is, from 2^-64 to 2^64"
+    )
+
+
+def read_flag(file: Path, config: Mapping[str, Any], key: str) -> bool:
+    """Return what is true or false at `key` of `file`; raises `PoolError`."""
+    value = config[key]
+    if not isinstance(value, bool):
+        raise PoolError(f"{file}: {key} {value!r} is not allowed; true or false is")
+    return value

@@ -246,7 +246,7 @@ def _yarn(plain: Tensor, rotary: Rotary) -> Tensor:
     if rotary.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rotary.dims - 1)
-    ramp = (torch.arange(rotary.dims // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+    ramp = (torch.arange(rotary.dims // 2, dtype=torch.float32) - low) / (high - low or 0.001)
     kept = 1 - ramp.clamp(0, 1)
     return kept * plain + (1 - kept) * plain / factors["factor"]
 

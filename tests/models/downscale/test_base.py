@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from models.downscale.base import check_base, dequantize, load_base, trained_parameters
+from models.downscale.base import check_base, load_base, trained_parameters
+from models.downscale.dequantize import dequantize
 from models.downscale.recipe import QUICK_RECIPE, read_recipe
 from models.downscale.render import PLAIN_TEMPLATE
 from models.errors import BaseError, PoolError

@@ -78,7 +78,7 @@ def test_refuses_an_unknown_id_wherever_it_stands(place: int) -> None:
     tokens = [65] * 40_000
     tokens[place] = ByteTokenizer().vocab_size
     wanted = replace(_request(), prompt_tokens=tuple(tokens))
-    with pytest.raises(RequestError, match="outside of the vocabulary of 257"):
+    with pytest.raises(RequestError, match="the token id 257 is outside of the vocabulary of 257"):
         asyncio.run(_read(_engine(context_tokens=100_000), wanted))
 
 

@@ -1,6 +1,7 @@
 """`shoal outcomes collect`: answers of a pool or a server, graded, resumable."""
 
 import json
+import os
 import resource
 import shutil
 import signal
@@ -91,21 +92,26 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert journal.read_bytes() == known, "something was asked or graded again"
 
 
-def test_who_interrupts_is_told_that_it_goes_on(tmp_path: Path) -> None:
-    """What is known by then is in the journal, and is not asked again."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_who_interrupts_is_told_that_it_goes_on(tmp_path: Path, number: signal.Signals) -> None:
+    """What is known by then is in the journal, and is not asked again; nothing else is left."""
     queries = questions_at(tmp_path, *({"query": f"q{n}", "reference": "4"} for n in range(60)))
     slow = {"answers": ["five"], "token_latency_s": 0.05}
     words = ["--out", tmp_path / "o.jsonl", "--pool", pool_at(tmp_path, two=slow)]
     command = ["outcomes", "collect", "--queries", queries, *words]
-    journal = tmp_path / "o.jsonl.journal"
+    journal, temporary = tmp_path / "o.jsonl.journal", tmp_path / "temporary"
+    temporary.mkdir()
     with subprocess.Popen(
-        [sys.executable, "-c", "from router.cli.main import app; app()", *map(str, command)],
+        [sys.executable, "-m", "router.cli", *map(str, command)],
         stderr=subprocess.PIPE,
         text=True,
+        env={**os.environ, "TMPDIR": str(temporary)},
     ) as running:
         until(lambda: journal.exists() and journal.read_text().count("five") > 3)
-        running.send_signal(signal.SIGINT)
+        assert list(temporary.rglob("asked.db"))
+        running.send_signal(number)
         _, told = running.communicate(timeout=60)
+    assert list(temporary.iterdir()) == []
     assert running.returncode == 130
     assert told.splitlines()[-1] == "Interrupted; the same command goes on where it stopped."
     assert not (tmp_path / "o.jsonl").exists()

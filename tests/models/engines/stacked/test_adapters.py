@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from models.adapter import AdapterSource, read_adapter
 from models.engines.base import Chunk, Engine, GenerationRequest
@@ -236,6 +237,26 @@ async def test_what_cannot_be_loaded_fails_alone(
             with pytest.raises(EngineFailed, match=why):
                 await read(engine, wanted)
         assert token_ids(await read(engine, request(PROMPT, ["plain"])))
+
+
+async def test_a_base_that_was_replaced_takes_no_more_adapters(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Of other norms an adapter's factors would be others; what is loaded goes on."""
+    base = save_checkpoint(tmp_path / "base", initializer_range=0.08)
+    pool = write_pool(tmp_path / "pool", base, {"plain": folders["plain"]})
+    late = read_adapter(folders["some"], base).origin
+    async with running(build(pool)) as engine:
+        before = token_ids(await read(engine, request(PROMPT, ["plain"])))
+        tensors = load_file(base / "model.safetensors")
+        for name in tensors:
+            if "layernorm" in name:
+                tensors[name] = tensors[name] * 2
+        save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+        wanted = dataclasses.replace(request(PROMPT, ["some"]), adapters={"some": late})
+        with pytest.raises(EngineFailed, match=r"some cannot be loaded: the base .* has changed"):
+            await read(engine, wanted)
+        assert token_ids(await read(engine, request(PROMPT, ["plain"]))) == before
 
 
 def test_adapters_and_a_second_base_are_refused(

@@ -1,6 +1,7 @@
 """What a checkpoint says is read, or refused by name."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,19 @@ from tests.models.engines.stacked.tiny import (
     request,
     save_checkpoint,
 )
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
+
+
+def longrope(long: list[float]) -> dict[str, Any]:
+    """With short factors that change nothing."""
+    return {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": long}
 
 
 def test_llama3_frequencies_are_those_of_transformers(tmp_path: Path) -> None:
@@ -59,6 +73,43 @@ def test_llama3_frequencies_are_those_of_transformers(tmp_path: Path) -> None:
             "short_factor must be a list of 8 numbers",
         ),
         ("phi3", {"rope_scaling": {"type": "linear"}}, "rope_type 'linear' .* default, longrope"),
+        *(
+            ("llama", {"rope_parameters": {**LLAMA3, key: value}}, f"{key} .* is not allowed")
+            for key in ("factor", "low_freq_factor", "high_freq_factor", "rope_theta")
+            for value in (math.inf, math.nan, 1e300, 1e-300, 10**400, -1, 0, [1.0], "2", None)
+        ),
+        (
+            "llama",
+            {"rope_parameters": {**LLAMA3, "high_freq_factor": 0.5}},
+            "high_freq_factor 0.5 is not allowed; one above low_freq_factor 1.0",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1}},
+            "rope_theta 1.0 is not allowed with yarn",
+        ),
+        ("phi3", {"rope_scaling": longrope([math.inf] * 8)}, "long_factor inf is not allowed"),
+        ("phi3", {"rope_scaling": longrope([1] * 7)}, "long_factor must be a list of 8 numbers"),
+        (
+            "phi3",
+            {"rope_scaling": longrope([1] * 8), "original_max_position_embeddings": 1},
+            "original_max_position_embeddings 1 is not allowed with longrope",
+        ),
+        (
+            "qwen2",
+            {"use_sliding_window": "no", "layer_types": ...},
+            "use_sliding_window 'no' is not allowed",
+        ),
+        (
+            "qwen2",
+            {
+                "use_sliding_window": True,
+                "sliding_window": 8,
+                "max_window_layers": "1",
+                "layer_types": ...,
+            },
+            "max_window_layers '1' is not allowed",
+        ),
         ("llama", {"rms_norm_eps": True}, "rms_norm_eps True is not allowed"),
         ("llama", {"tie_word_embeddings": "no"}, "tie_word_embeddings 'no' is not allowed"),
         ("llama", {"num_hidden_layers": 2.0}, "num_hidden_layers 2.0 is not allowed"),
