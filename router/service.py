@@ -97,9 +97,8 @@ class Service:
         """Serve with `engines`, given by name; `echo_request_id` False leaves that header out.
 
         Ray Serve adds it to every response itself. With `keep_text` records hold the last user
-        message and the answer; users are hashed with the `user_secret`. The
-        `watchers` are told of every record. `metrics`, and what is in
-        the `background`, run from `start` to `close`.
+        message and the answer; users are hashed with the `user_secret`. The `watchers` are told of
+        every record. `metrics`, and what is in the `background`, run from `start` to `close`.
         """
         self.editions = editions
         self.engines = engines
