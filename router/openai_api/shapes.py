@@ -389,13 +389,16 @@ class TargetFacts(BaseModel):
 
 
 class ModelEntry(BaseModel):
-    """A name that `model` takes; of an adapter also its base, the `parent`, as vLLM tells."""
+    """A name that `model` takes; of a model also its context, the `max_model_len`, and of an
+    adapter its base, the `parent`, as vLLM tells.
+    """
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
     parent: str | None = None
+    max_model_len: int | None = None
     shoal: TargetFacts
 
 
