@@ -85,10 +85,13 @@ class _Loader(yaml.SafeLoader):
 
 def load_yaml(text: str) -> Any:  # noqa: ANN401 - any value that YAML can hold
     """Return what a text says that a person wrote; raises `yaml.YAMLError` that says where not."""
+    loader = _Loader(text)
     try:
-        return yaml.load(text, _Loader)
+        return loader.get_single_data()
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply") from None
+    finally:
+        loader.dispose()
 
 
 def read_yaml(file: Path, schema: type[Schema], *, refused: type[ValueError]) -> Schema:

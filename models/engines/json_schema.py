@@ -31,9 +31,8 @@ _LOOKS_AROUND: Final = re.compile(r"\(\?<?[=!]")
 _LARGEST: Final = 2**63 - 1024  # the largest double that fits into 64 bits
 _MOST_CHARACTERS: Final = 2**18
 _MOST_LEVELS: Final = 1000
-_MOST_LOOKS: Final = (
-    100_000  # at schemas that refer to others, for one answer; what is left is let go
-)
+# At schemas that refer to others, for one answer; what is left then is let go.
+_MOST_LOOKS: Final = 100_000
 
 
 class UnfitSchema(ValueError):

@@ -152,7 +152,7 @@ GRID: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             "rope_parameters": ...,
             "rope_theta": 300.0,
             "partial_rotary_factor": 0.75,
-            "rope_scaling": longrope(6, type="longrope", attention_factor=1.3),
+            "rope_scaling": longrope(6, type="longrope", factor=None, attention_factor=1.3),
             "original_max_position_embeddings": 64,
         },
     ),

@@ -192,7 +192,8 @@ def _read_rotary(
         rope = {**rope, "factor": config["max_position_embeddings"] / context_tokens}
     if kind == "longrope":
         original_tokens = read_count(file, config, "original_max_position_embeddings")
-        rope = {"factor": context_tokens / original_tokens, **rope}
+        if rope.get("factor") is None:
+            rope = {**rope, "factor": context_tokens / original_tokens}
         context_tokens = original_tokens
     given = _NEEDED.get(kind, ())
     given += tuple(key for key in _OPTIONAL.get(kind, ()) if rope.get(key) is not None)
