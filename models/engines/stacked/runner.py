@@ -138,10 +138,13 @@ class Runner:
                 hidden_ND = hidden_ND.index_select(0, step.sampled_rows_L)
             _keep_states(sampling, hidden_ND, step.lanes_R)
             logits_LV = self._model.logits(hidden_ND, step.lanes)
-        leads = [said for part in step.parts for said in _leads_of(part)]
-        logp_LV, lanes_R = with_leads(logits_LV.log_softmax(-1), step.lanes_R, leads)
-        unsure = unsure_leads(logp_LV, lanes_R, sampling)
-        if unsure:
+        logp_LV, lanes_R = logits_LV.log_softmax(-1), step.lanes_R
+        leads: list[Said | None] = []
+        unsure: dict[Sequence, Tensor] = {}
+        if any(sequence.lead_alone or sequence.said for sequence in sampling):
+            leads = [said for part in step.parts for said in _leads_of(part)]
+            logp_LV, lanes_R = with_leads(logp_LV, lanes_R, leads)
+            unsure = unsure_leads(logp_LV, lanes_R, sampling)
             sure = [r for r, sequence in enumerate(sampling) if sequence not in unsure]
             lanes_R, sampling = [lanes_R[r] for r in sure], [sampling[r] for r in sure]
             states = [states[r] for r in sure]

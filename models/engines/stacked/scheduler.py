@@ -92,11 +92,13 @@ class Scheduler:
 
     def next_step(self) -> list[Part]:
         """Choose the next step's parts: every decoding request, then prefill chunks in turn."""
-        able = [sequence for sequence in self.running if sequence.may_run]
-        decoding = self._share([sequence for sequence in able if sequence.num_pending == 1])
+        decoding, prefilling = list[Sequence](), list[Sequence]()
+        for sequence in self.running:
+            if sequence.may_run:
+                (decoding if sequence.num_pending == 1 else prefilling).append(sequence)
+        decoding = self._share(decoding)
         parts = [_whole(sequence) for sequence in decoding]
         room = self._step_rows - sum(part.num_rows for part in parts)
-        prefilling = [sequence for sequence in able if sequence.num_pending > 1]
         for sequence in sorted(prefilling, key=self._turn):
             # Who follows a scout may never compute the prompt: nobody is to wait for that.
             lends = sequence.scout is None
@@ -157,7 +159,7 @@ class Scheduler:
 
     def _share(self, decoding: list[Sequence]) -> list[Sequence]:
         """Return those of `decoding` that take part in this step: each client's fair share."""
-        if len({sequence.request.parties for sequence in self.running}) < 2:
+        if len(self.running) < 2 or len({s.request.parties for s in self.running}) < 2:
             return decoding
         rows: Counter[Party] = Counter()
         weights: dict[Party, float] = {}

@@ -116,6 +116,11 @@ class Sequence:
         return self.weights.evidence is not None or self.sampler.options.prompt_logprobs is not None
 
     @property
+    def others_due(self) -> bool:
+        """Whether those run next whom a lead that ran alone has asked."""
+        return self.lead_alone and bool(self.said)
+
+    @property
     def due(self) -> range:
         """The lanes that run next: all; where the lead runs alone it, or the others once asked."""
         if not self.lead_alone:
@@ -129,7 +134,7 @@ class Sequence:
     @property
     def num_pending(self) -> int:
         """Tokens that must still go through what is due: 1 while decoding, more before."""
-        return len(self.tokens) - self.num_cached_of(self.due.start)
+        return len(self.tokens) - (self.num_followed if self.others_due else self.num_cached)
 
     @property
     def draft(self) -> tuple[int, ...]:
@@ -175,7 +180,7 @@ class Sequence:
 
     def advance(self, num_tokens: int) -> None:
         """Note that so many more tokens have gone through what was due."""
-        if self.due.start:
+        if self.others_due:
             self.num_followed += num_tokens
         else:
             self.num_cached += num_tokens
