@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from models.downscale.base import load_base
 from models.downscale.dequantize import dequantize
@@ -42,6 +43,7 @@ def write(
     *,
     keys: Mapping[str, Any] = {},
     more: Sequence[str] = (),
+    divisors: Sequence[float] = (),
     without: Sequence[str] = (),
 ) -> Path:
     """Write `model` as llama.cpp's converter does; matrices are of `kind`.
@@ -93,6 +95,8 @@ def write(
             parameter.data.copy_(torch.from_numpy(np.ascontiguousarray(left)))
         else:
             writer.add_tensor(stored, values)
+    if divisors:
+        writer.add_tensor("rope_freqs.weight", np.array(divisors, np.float32))
     for name in more:
         writer.add_tensor(name, np.full(4, 8.0, np.float32))
     writer.write_header_to_file()
@@ -125,10 +129,39 @@ def test_a_base_is_what_its_file_holds(architecture, kind, tied, tmp_path):
         torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits)
 
 
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama_3_keeps_its_scaling(factor, tmp_path):
+    """llama.cpp's converter writes what it divides frequencies by, in place of config.json's."""
+    scaling = {
+        "rope_type": "llama3",
+        "rope_theta": 500_000.0,
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    config = LlamaConfig(
+        **tiny_model("llama").config.to_dict()
+        | {"head_dim": 16, "rope_parameters": scaling, "max_position_embeddings": 131_072}
+    )
+    model = LlamaForCausalLM(config).eval()
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    divisors = 500_000.0 ** (-torch.arange(0, 16, 2) / 16) / scaled
+    assert 1 < divisors.max() <= factor
+    file = write(tmp_path / "model.gguf", model, divisors=divisors.tolist())
+    loaded, _ = load_base(dequantize(file, tmp_path / "base"))
+    places = torch.arange(30_000, 30_060)[None]  # where it tells
+    with torch.no_grad():
+        torch.testing.assert_close(
+            loaded(torch.arange(60)[None], position_ids=places).logits,
+            model(torch.arange(60)[None], position_ids=places).logits,
+        )
+
+
 @pytest.mark.parametrize(
     ("architecture", "file", "message"),
     [
-        ("llama", {"more": ["rope_freqs.weight"]}, r"\['rope_freqs\.weight'\] have no place"),
+        ("llama", {"divisors": [1.0, 2.0]}, r"rope_freqs\.weight is not as Llama 3 has it"),
         ("llama", {"more": ["blk.0.attn_v.bias"]}, r"\['blk\.0\.attn_v\.bias'\] have no place"),
         ("qwen2", {"more": ["blk.1.attn_q_norm.weight"]}, r"attn_q_norm\.weight'\] have no place"),
         ("llama", {"without": ["blk.1.ffn_up.weight"]}, r"layers\.1\.mlp\.up_proj\.weight"),
