@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Final
+
+UNREADABLE: Final = (ValueError, LookupError, TypeError, AttributeError, OverflowError)
+"""What comes of reading what is not as agreed: a number, too, may be larger than a float."""
 
 
 def read_json_text(text: str | bytes) -> Any:  # noqa: ANN401 - any value that JSON can hold

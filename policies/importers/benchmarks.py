@@ -9,7 +9,7 @@ from typing import Final
 
 from policies.errors import OutcomesError
 from policies.importers.rows import MORE, Rows, reading, said_by, told_cells, why
-from policies.json_text import read_json_text
+from policies.json_text import UNREADABLE, read_json_text
 from policies.outcomes import Outcome
 
 RIGHT_OR_WRONG: Final = "prompt, and True or False per model"
@@ -201,7 +201,7 @@ def import_llmrouter(folder: Path) -> list[Outcome]:
                         split="test-in-train" if leaked else split,
                     )
                 )
-            except (KeyError, TypeError, ValueError) as error:
+            except UNREADABLE as error:
                 raise OutcomesError(
                     f"{file}, entry {number}: {why(error)}; expected question, and scores by model"
                 ) from None

@@ -12,7 +12,7 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from policies.errors import OutcomesError
-from policies.json_text import read_json_text
+from policies.json_text import UNREADABLE, read_json_text
 from policies.kinds import explain
 
 MORE: Final = "cells beyond the head's"
@@ -64,7 +64,7 @@ def reading(file: Path, layout: str) -> Iterator[Rows]:
         yield rows
     except OSError as error:
         raise OutcomesError(f"{file} cannot be read: {error.strerror}") from None
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, csv.Error) as error:
+    except (*UNREADABLE, csv.Error) as error:
         raise OutcomesError(
             f"{file}, line {rows.number}: {why(error)}; expected {layout}"
         ) from None

@@ -30,6 +30,7 @@ from policies.base import Query
 from policies.cascade.base import Reading, Readings
 from policies.files import files_below
 from policies.grading.base import Ungradable
+from policies.json_text import UNREADABLE
 from policies.outcomes import AnswerLogprobs
 from policies.plan import Answer
 from router.access.authentication import AuthConfig
@@ -328,7 +329,7 @@ def _read(model: str, content: Mapping[str, Any], latency_s: float) -> Reply:
             usd=cost.get("usd"),
             wh=cost.get("wh"),
         )
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except UNREADABLE as error:
         raise AskError(f"{model}: the answer has no text: {error!r}") from None
 
 

@@ -20,7 +20,7 @@ from models.answer_format import ToolCall
 from models.engines.base import Chunk, FinishReason, GenerationRequest, Token, TopLogprob
 from models.engines.remote.failures import AttemptFailed, broke_off, from_event
 from models.errors import EngineFailed, RequestError
-from policies.json_text import read_json_text, whole_text
+from policies.json_text import UNREADABLE, read_json_text, whole_text
 
 DONE = "[DONE]"
 _BYTES = re.compile(r"bytes:(\\x[0-9a-fA-F]{2})+")  # as OpenAI writes them
@@ -261,7 +261,7 @@ class EventReader:
             if choices and self._echoed is not None:
                 return self._echo(choices[0], self._echoed)
             return self._chunk(choices[0]) if choices else None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except UNREADABLE as error:
             raise broke_off(
                 self._server, f"an event cannot be read: {error!r} in {str(event)[:200]!r}"
             ) from None
@@ -297,10 +297,8 @@ class EventReader:
             ),
             "reasoning_tokens": _part(usage, "completion_tokens_details", "reasoning_tokens"),
         }
-        for name, value in told.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                whole = 0 <= value <= _MOST_TOKENS and value == int(value)
-                self._usage |= {name: int(value)} if whole else {}
+        counts = {name: read_count(value) for name, value in told.items()}
+        self._usage |= {name: count for name, count in counts.items() if count is not None}
 
     def _chunk(self, choice: Mapping[str, Any]) -> Chunk | None:
         self._read_reason(choice.get("finish_reason"))
@@ -384,6 +382,13 @@ def _text(value: object) -> str:
     return whole_text(value)
 
 
+def read_count(told: object) -> int | None:
+    """Return how many tokens a server tells; None where it tells none, or what cannot be true."""
+    if not isinstance(told, int | float) or isinstance(told, bool):
+        return None
+    return int(told) if 0 <= told <= _MOST_TOKENS and told == int(told) else None
+
+
 def _part(usage: Mapping[str, Any], details: str, name: str) -> object:
     found = usage.get(details)
     return found.get(name) if isinstance(found, Mapping) else None
@@ -417,8 +422,10 @@ def _chat_token(item: Mapping[str, Any]) -> Token:
 
 
 def _raw(item: Mapping[str, Any]) -> bytes:
-    listed = item.get("bytes")
-    return str(item["token"]).encode(errors="replace") if listed is None else bytes(listed)
+    listed = item.get("bytes")  # a number would be so many zeros
+    if isinstance(listed, list):
+        return bytes(listed)
+    return str(item["token"]).encode(errors="replace")
 
 
 def _text_token(label: str, logprob: object, top: Mapping[str, object]) -> Token:

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from models.engines.base import Chunk, Encoding, GenerationRequest, Structure, of_length_one
-from models.engines.remote.answer import read_whole
+from models.engines.remote.answer import read_count, read_whole
 from models.engines.remote.failures import broke_off, from_event
 from models.errors import PoolError
+from policies.json_text import UNREADABLE
 from policies.kinds import Strict
 
 _JSON_OBJECT = '{"type":"object"}'
@@ -213,7 +214,7 @@ def read_vectors(body: bytes) -> dict[str, Any] | None:
         if told is not None and vectors:
             for entry in told["data"]:
                 entry["embedding"] = vectors[entry["embedding"]]
-    except (ValueError, TypeError, LookupError):  # not as agreed
+    except UNREADABLE:
         return None
     return told
 
@@ -249,7 +250,7 @@ class RowReader:
                 rows=self._rows(event),
                 prompt_tokens=_num_tokens(event.get("usage") or event.get("meta")),
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except UNREADABLE as error:
             raise broke_off(
                 self._server, f"its answer cannot be read: {error!r} in {str(event)[:200]!r}"
             ) from None
@@ -276,5 +277,5 @@ class RowReader:
 
 def _num_tokens(usage: Mapping[str, Any] | None) -> int | None:
     """Return how many tokens were read; None where the server does not say."""
-    told = (usage or {}).get("prompt_tokens") or (usage or {}).get("total_tokens")
-    return told if isinstance(told, int) and told >= 0 else None
+    told = usage or {}
+    return read_count(told.get("prompt_tokens") or told.get("total_tokens"))

@@ -203,6 +203,11 @@ MATCH = {"sample_id": "s", "type": "match", "data": {"correct": True}}
         ),
         (
             "a.jsonl",
+            [{"candidates": [{"model": "a", "scores": {"score": 10**400}}]}],
+            "line 1: OverflowError: int too large to convert to float; expected MixInstruct",
+        ),
+        (
+            "a.jsonl",
             [{"candidates": [{"model": "a", "scores": {"score": 7}}]}],
             "line 1: scores.a: .*less than or equal to 1, got 7.0",
         ),

@@ -287,6 +287,24 @@ def test_usage_is_found_where_servers_put_it(event: Any) -> None:
     assert ask(HELLO, STOP, event, "[DONE]")[-1].prompt_tokens == 4
 
 
+@pytest.mark.parametrize(
+    "token",
+    [{"token": "a", "logprob": 10**400}, {"token": "a", "logprob": 0, "bytes": [256]}],
+)
+def test_log_probabilities_beyond_reading_are_the_servers_failure(token: Any) -> None:
+    """A number may be larger than a float, and a byte than a byte."""
+    event = {"choices": [{"delta": {"content": "a"}, "logprobs": {"content": [token]}}]}
+    with pytest.raises(EngineFailed, match="an event cannot be read"):
+        ask(event, *finish(), logprobs=True)
+
+
+def test_bytes_that_are_a_number_are_not_so_many_bytes() -> None:
+    """What a server says of a token's bytes counts where it lists them."""
+    token = {"token": "a", "logprob": -1, "bytes": 10**12}
+    event = {"choices": [{"delta": {"content": "a"}, "logprobs": {"content": [token]}}]}
+    assert ask(event, *finish(), logprobs=True)[0].tokens[0].raw == b"a"
+
+
 def test_a_cut_stream_is_no_answer() -> None:
     """A connection that breaks before the end is an error; after it the answer is whole."""
     with pytest.raises(EngineFailed, match="Error"):

@@ -67,6 +67,8 @@ def test_scores_of_another_server(name: str) -> None:
         {"data": [{"index": 0, "embedding": [1, 2]}]},
         {"data": [{"index": i, "embedding": [1] * (i + 1)} for i in range(2)]},
         {"data": [{"index": i, "embedding": None} for i in range(2)]},
+        {"data": [{"index": i, "embedding": [10**400, 1]} for i in range(2)]},
+        {"data": [{"index": 1e400, "embedding": [0, 1]}] * 2},
         {"results": []},
         [],
     ],
@@ -79,6 +81,16 @@ def test_what_are_no_vectors_is_asked_for_again(body: Any) -> None:
     assert len(server.requests) == 2
     with pytest.raises(EngineFailed, match="cannot be read"):
         _encoded(_told(body), inputs=("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"), [(5, 5), (5.0, 5), (2**62, None), (-1, None), (True, None), ("5", None)]
+)
+def test_usage_is_believed_as_far_as_it_can_be(told: Any, expected: int | None) -> None:
+    """Counts that no request can have are left out, and harm nothing."""
+    body = {"data": [{"embedding": [1, 0]}], "usage": {"prompt_tokens": told}}
+    [chunk], _ = _encoded(_told(body), inputs=("a",))
+    assert chunk.prompt_tokens == expected
 
 
 def test_encoders_and_others_are_told_apart() -> None:
