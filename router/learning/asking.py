@@ -23,6 +23,7 @@ import httpx
 
 from models.engines.base import SamplingOptions
 from models.engines.registry import answering_options
+from models.engines.remote.answer import read_count
 from models.errors import EngineError, RequestError
 from models.pool import load_pool, pool_file
 from models.spec import EngineSpec, Model
@@ -324,8 +325,8 @@ def _read(model: str, content: Mapping[str, Any], latency_s: float) -> Reply:
             text=text.encode("utf-8", "replace").decode(),  # half a character is no text
             latency_s=latency_s,
             logprobs=AnswerLogprobs(**seen) if seen else _summary(choice.get("logprobs")),
-            prompt_tokens=usage.get("prompt_tokens"),
-            output_tokens=usage.get("completion_tokens"),
+            prompt_tokens=read_count(usage.get("prompt_tokens")),
+            output_tokens=read_count(usage.get("completion_tokens")),
             usd=cost.get("usd"),
             wh=cost.get("wh"),
         )

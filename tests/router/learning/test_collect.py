@@ -355,7 +355,7 @@ class Odd(BaseHTTPRequestHandler):
 
 
 class Strict(Odd):
-    """A server that takes no fields but OpenAI's, is busy once, and knows no finite probability."""
+    """A server that takes no fields but OpenAI's, is busy once, and tells impossible numbers."""
 
     busy = True
 
@@ -369,7 +369,9 @@ class Strict(Odd):
             self.say({}, status=429, retry_after="1")
         else:
             seen = {"content": [{"logprob": float("-inf")}]}
-            self.say({"choices": [{"message": {"content": "4"}, "logprobs": seen}]})
+            usage = {"prompt_tokens": 2**62, "completion_tokens": "many"}
+            told = {"message": {"content": "4"}, "logprobs": seen}
+            self.say({"choices": [told], "usage": usage})
 
 
 def test_a_server_is_asked_as_it_wants_to_be(tmp_path: Path) -> None:
@@ -384,6 +386,7 @@ def test_a_server_is_asked_as_it_wants_to_be(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     [outcome] = read_outcomes(out)
     assert outcome.scores == {"odd": 1} and not outcome.logprobs
+    assert outcome.prompt_tokens is None and not outcome.output_tokens
     assert time.monotonic() - start_s >= 1
 
 
