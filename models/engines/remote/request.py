@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from models.engines.base import Chunk, Encoding, GenerationRequest, Structure, of_length_one
-from models.engines.remote.answer import read_whole
-from models.engines.remote.failures import broke_off, from_event
+from models.engines.remote.answer import read_count
+from models.engines.remote.events import read_whole
+from models.engines.remote.failures import UNREADABLE, broke_off, from_event, unreadable
 from models.errors import PoolError
 from policies.kinds import Strict
 
@@ -196,7 +197,7 @@ def write_encoding(encoding: Encoding, model: str) -> tuple[str, dict[str, Any]]
     return "/embeddings", body | ({"truncate_prompt_tokens": -1} if encoding.cut else {})
 
 
-def read_vectors(body: bytes) -> dict[str, Any] | None:
+def read_vectors(body: bytes | bytearray) -> dict[str, Any] | None:
     """Return the one object that a server tells, its vectors as arrays; None if it is none.
 
     Each vector is parsed by itself, so that a thread that reads thousands of them holds the
@@ -213,7 +214,7 @@ def read_vectors(body: bytes) -> dict[str, Any] | None:
         if told is not None and vectors:
             for entry in told["data"]:
                 entry["embedding"] = vectors[entry["embedding"]]
-    except (ValueError, TypeError, LookupError):  # not as agreed
+    except UNREADABLE:
         return None
     return told
 
@@ -249,10 +250,8 @@ class RowReader:
                 rows=self._rows(event),
                 prompt_tokens=_num_tokens(event.get("usage") or event.get("meta")),
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise broke_off(
-                self._server, f"its answer cannot be read: {error!r} in {str(event)[:200]!r}"
-            ) from None
+        except UNREADABLE as error:
+            raise unreadable(self._server, event, error) from None
 
     def last(self) -> Chunk:
         """Return the rows; raises `AttemptFailed` where there are none."""
@@ -276,5 +275,5 @@ class RowReader:
 
 def _num_tokens(usage: Mapping[str, Any] | None) -> int | None:
     """Return how many tokens were read; None where the server does not say."""
-    told = (usage or {}).get("prompt_tokens") or (usage or {}).get("total_tokens")
-    return told if isinstance(told, int) and told >= 0 else None
+    told = usage or {}
+    return read_count(told.get("prompt_tokens") or told.get("total_tokens"))

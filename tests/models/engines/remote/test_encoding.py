@@ -49,6 +49,14 @@ def test_vectors_of_another_server() -> None:
     assert server.requests[0]["body"]["truncate_prompt_tokens"] == -1
 
 
+@pytest.mark.parametrize("told", [10**30, -1, True, "5", 2.5])
+def test_tokens_of_rows_are_believed_as_far_as_they_can_be(told: Any) -> None:
+    """A count that no text has would be charged, and held in no ledger's column."""
+    body = {"data": [{"embedding": [1, 0]}], "usage": {"prompt_tokens": told}}
+    [chunk], _ = _encoded(_told(body), inputs=("a",))
+    assert chunk.prompt_tokens is None
+
+
 @pytest.mark.parametrize("name", ["relevance_score", "score"])
 def test_scores_of_another_server(name: str) -> None:
     """They come best first, by Cohere's name or by TEI's, and go out in the documents' order."""
@@ -67,6 +75,8 @@ def test_scores_of_another_server(name: str) -> None:
         {"data": [{"index": 0, "embedding": [1, 2]}]},
         {"data": [{"index": i, "embedding": [1] * (i + 1)} for i in range(2)]},
         {"data": [{"index": i, "embedding": None} for i in range(2)]},
+        {"data": [{"index": 10**400, "embedding": [1, 2]}] * 2},
+        {"data": [{"embedding": [10**400, 2]}] * 2},
         {"results": []},
         [],
     ],
