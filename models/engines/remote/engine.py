@@ -251,8 +251,9 @@ async def _events_of(
         async for part in parts:
             body += part
             if len(body) > _MAX_WHOLE_BYTES:
-                body.clear()  # which cannot be read
                 break
+        if len(body) > _MAX_WHOLE_BYTES:
+            body.clear()  # which cannot be read
         told = await asyncio.to_thread(read_vectors if whole else read_whole, body)
         yield told or body.decode(errors="replace")
         return
