@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, Final
 
-UNREADABLE: Final = (ValueError, LookupError, TypeError, AttributeError, OverflowError)
+UNREADABLE: Final = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
 """What comes of reading what is not as agreed: a number, too, may be larger than a float."""
 
 

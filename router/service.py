@@ -49,6 +49,8 @@ from router.streams import (
     ClientDisconnected,
     EventStream,
     before,
+    begun,
+    ended,
     event,
     in_json,
     side_by_side,
@@ -258,17 +260,11 @@ class Service:
         )
         if not ask.stream:
             return await self._whole(exchange, writer, answers)
-        first = asyncio.ensure_future(anext(answers))
-        try:
-            # Read before 200 is sent, so that early errors keep their status.
-            await asyncio.wait({first}, timeout=exchange.limits.first_comment_s)
-            if first.done():
-                first.result()
-        except BaseException:
-            first.cancel()
-            raise
-        told = with_comments(first, answers, exchange.limits.comment_interval_s)
-        return EventStream(self._events(exchange, writer, told), self._headers(exchange))
+        # Read before 200 is sent, so that early errors keep their status.
+        first = await begun(answers, exchange.limits.first_comment_s)
+        events = self._events(exchange, writer, first, answers)
+        await anext(events)
+        return EventStream(events, self._headers(exchange))
 
     async def _whole(
         self, exchange: Exchange, writer: ResponseWriter, answers: Answers
@@ -300,13 +296,15 @@ class Service:
         self,
         exchange: Exchange,
         writer: ResponseWriter,
-        answers: AsyncGenerator[tuple[int, Chunk] | None, None],
+        first: asyncio.Future[tuple[int, Chunk]],
+        rest: Answers,
     ) -> AsyncGenerator[bytes, None]:
-        """Yield the response's events; its record is kept when this ends, however it ends."""
+        """Yield the response's events, before them nothing; its record is kept when this ends."""
         num_open = len(exchange.choices)
         started = False
         try:
-            async for got in answers:
+            yield b""  # a generator that never began would end without a word
+            async for got in with_comments(first, rest, exchange.limits.comment_interval_s):
                 if got is None:
                     yield COMMENT
                     continue
@@ -331,8 +329,10 @@ class Service:
             told = _events_of(writer, writer.failed(self._note(exchange, error)))
             yield told if writer.named_events else told + DONE
         finally:
-            await answers.aclose()
-            self._finish(exchange)
+            try:
+                await ended(first, rest)
+            finally:
+                self._finish(exchange)
 
     def _head(self, exchange: Exchange, ask: Ask) -> Head:
         return Head(

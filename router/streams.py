@@ -156,21 +156,36 @@ COMMENT = b": still at work\n\n"
 """What clients skip: an event stream that is silent for long is cut by proxies."""
 
 
+async def begun(stream: AsyncGenerator[T, None], timeout_s: float) -> asyncio.Future[T]:
+    """Return the first item of `stream`, awaited for `timeout_s`; raises what it raises by then."""
+    first = asyncio.ensure_future(anext(stream))
+    try:
+        await asyncio.wait({first}, timeout=timeout_s)
+        if first.done():
+            first.result()
+    except BaseException:
+        first.cancel()
+        raise
+    return first
+
+
 async def with_comments(
     first: asyncio.Future[T], rest: AsyncGenerator[T, None], interval_s: float
 ) -> AsyncGenerator[T | None, None]:
     """Yield `first`, once it is there, and `rest`; before that None, once each `interval_s`."""
-    try:
-        while not first.done():
-            yield None
-            await asyncio.wait({first}, timeout=interval_s)
-        yield first.result()
-        async for item in rest:
-            yield item
-    finally:
-        first.cancel()
-        await asyncio.gather(first, return_exceptions=True)
-        await rest.aclose()
+    while not first.done():
+        yield None
+        await asyncio.wait({first}, timeout=interval_s)
+    yield first.result()
+    async for item in rest:
+        yield item
+
+
+async def ended(first: asyncio.Future[T], rest: AsyncGenerator[T, None]) -> None:
+    """End a stream whose `first` item somebody waits for, wherever it is."""
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+    await rest.aclose()
 
 
 class EventStream(Response):

@@ -1,5 +1,6 @@
 """A client that hangs up frees what its request held, and is still counted."""
 
+import asyncio
 import json
 import socket
 from typing import Any
@@ -61,3 +62,37 @@ def _post(url: str, body: dict[str, Any]) -> socket.socket:
 
 def _stats(server: Any) -> dict[str, Any]:
     return dict(server.http.get("/health").json()["engines"]["one"])
+
+
+def test_a_stream_that_nobody_begins_to_read_is_counted(serve: Any) -> None:
+    """A client that is gone, or a server that stops, when an answer's head is to be sent."""
+    server = serve(engines=ENGINES)
+    content = {"model": "alpha", "messages": [{"role": "user", "content": "x"}], "stream": True}
+    body = {"type": "http.request", "body": json.dumps(content).encode(), "more_body": False}
+
+    async def ask() -> None:
+        never = asyncio.Event()
+        told = [body]
+
+        async def receive() -> Any:
+            if not told:
+                await never.wait()
+            return told.pop()
+
+        async def send(_: Any) -> None:
+            raise OSError("gone")
+
+        headers = [(b"content-type", b"application/json"), (b"host", b"localhost")]
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/chat/completions",
+            "query_string": b"",
+            "headers": headers,
+            "client": ("127.0.0.1", 1),
+        }
+        await server.server.config.app(scope, receive, send)
+
+    asyncio.run_coroutine_threadsafe(ask(), server.loop).result(60)
+    server.wait(lambda: _stats(server)["active_lanes"] == 0)
+    assert server.last_record().status == 499

@@ -1,4 +1,4 @@
-"""What a server answers: the events of a stream, and what they add to an answer.
+"""What the events of a server's answer add to it.
 
 Servers differ, and a good answer is believed however it is told: what an event lacks is left out,
 what it has too much is ignored, and only an error, a cut stream or an event that cannot be read
@@ -7,27 +7,25 @@ fails.
 
 from __future__ import annotations
 
-import codecs
 import json
 import math
 import re
 import uuid
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from models.answer_format import ToolCall
 from models.engines.base import Chunk, FinishReason, GenerationRequest, Token, TopLogprob
-from models.engines.remote.failures import AttemptFailed, broke_off, from_event
+from models.engines.remote.events import read_object
+from models.engines.remote.failures import AttemptFailed, broke_off, from_event, unreadable
 from models.errors import EngineFailed, RequestError
-from policies.json_text import UNREADABLE, read_json_text, whole_text
+from policies.json_text import UNREADABLE, whole_text
 
-DONE = "[DONE]"
 _BYTES = re.compile(r"bytes:(\\x[0-9a-fA-F]{2})+")  # as OpenAI writes them
-_LINE_END = re.compile(r"\r\n|\r|\n")
-_MOST_CHARACTERS = 16 * 2**20  # of one line; whoever sends more sends no answer
 # No context is longer; a greater count is a server's mistake, which nobody shall pay for.
 _MOST_TOKENS = 10_000_000
+_MOST_CALLS = 512  # of one answer; whoever makes more repeats itself
 # What servers call the ends that are not "stop", in lower case; every other word means that.
 _ENDS: dict[str, FinishReason] = {
     **dict.fromkeys(("length", "max_tokens", "max_output_tokens", "model_length"), "length"),
@@ -47,72 +45,6 @@ _NO_REASON = ("", "null", "none")
 _LEAST_LOGPROB = -9999.0  # what OpenAI tells of a token that cannot come
 # A token without text: the end of sequence, hidden reasoning, a piece of a tool call.
 _HIDDEN = Token(token_id=0, raw=b"", logprob=None)
-
-
-async def read_events(parts: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any] | str]:
-    """Yield an event stream's JSON objects, and as text its end (`DONE`) and what cannot be read.
-
-    Lines end at CR, LF or both, and nowhere else: texts may hold U+2028 and its kin as they are.
-    A line that is a whole object is an event, whether a blank line follows or not; data over
-    several lines are joined, as the standard says. What begins no object is a heartbeat. An event
-    of type error is an object with the key error.
-    """
-    kind, data = "", ""
-    async for line in _lines(parts):
-        name, _, value = line.partition(":")
-        if name == "event":
-            kind = value.strip()
-        elif name == "data":
-            data = f"{data}\n{value}" if data else value.strip()
-            found = _object(data)
-            if found is not None:
-                yield {"error": found} if kind == "error" and "error" not in found else found
-                data = ""
-            elif data == DONE:
-                yield DONE
-                data = ""
-            elif not data.startswith("{"):
-                data = ""
-        elif not line:
-            if data:
-                yield data
-            kind, data = "", ""
-    if data:
-        yield data
-
-
-def read_whole(body: bytes) -> dict[str, Any] | None:
-    """Return the one object that a server tells that does not stream; None if it is none."""
-    return _object(body.decode("utf-8-sig", errors="replace"))
-
-
-async def _lines(parts: AsyncIterator[bytes]) -> AsyncIterator[str]:
-    decode = codecs.getincrementaldecoder("utf-8-sig")(errors="replace").decode
-    held = ""
-    async for part in parts:
-        text = decode(part)
-        held += text
-        if "\n" not in text and "\r" not in text and len(held) <= _MOST_CHARACTERS:
-            continue
-        # A CR at the end may be half of a CR LF.
-        whole = held[:-1] if held.endswith("\r") else held
-        *lines, rest = _LINE_END.split(whole)
-        held = rest + held[len(whole) :]
-        if len(held) > _MOST_CHARACTERS:
-            yield "data: {"  # cannot be read, which says what is wrong
-            return
-        for line in lines:
-            yield line
-    for line in _LINE_END.split(held):
-        yield line
-
-
-def _object(text: str) -> dict[str, Any] | None:
-    try:
-        found = read_json_text(text)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None
 
 
 @dataclass(kw_only=True)
@@ -194,6 +126,8 @@ class CallReader:
             same = [call for call in self._calls if call.number == number and not call.id]
         if same and not self._begins(same[-1], number, name, arguments):
             return same[-1]
+        if len(self._calls) == _MOST_CALLS:
+            raise ValueError(f"more than {_MOST_CALLS} calls")
         call = _Call(index=len(self._calls), number=number)
         self._calls.append(call)
         return call
@@ -206,7 +140,7 @@ class CallReader:
             return True  # there are servers where all calls have one id
         if name != call.name:
             return call.name in self._functions or bool(call.arguments)
-        return bool(arguments.strip()) and _object(call.arguments) is not None
+        return bool(arguments.strip()) and read_object(call.arguments) is not None
 
 
 class EventReader:
@@ -262,9 +196,7 @@ class EventReader:
                 return self._echo(choices[0], self._echoed)
             return self._chunk(choices[0]) if choices else None
         except UNREADABLE as error:
-            raise broke_off(
-                self._server, f"an event cannot be read: {error!r} in {str(event)[:200]!r}"
-            ) from None
+            raise unreadable(self._server, event, error) from None
 
     def last(self) -> Chunk:
         """Return the last chunk, when the stream has ended; raises `AttemptFailed`."""
@@ -297,13 +229,15 @@ class EventReader:
             ),
             "reasoning_tokens": _part(usage, "completion_tokens_details", "reasoning_tokens"),
         }
-        counts = {name: read_count(value) for name, value in told.items()}
-        self._usage |= {name: count for name, count in counts.items() if count is not None}
+        for name, value in told.items():
+            count = read_count(value)
+            self._usage |= {} if count is None else {name: count}
 
     def _chunk(self, choice: Mapping[str, Any]) -> Chunk | None:
         self._read_reason(choice.get("finish_reason"))
         stop = choice.get("stop_reason")  # vLLM's, and ours
-        self._stop = stop if isinstance(stop, str | int) else self._stop
+        if isinstance(stop, str | int):
+            self._stop = _text(stop) or stop
         # A server that does not stream tells a whole message; some that do repeat it beside.
         delta = choice.get("delta")
         delta = (choice.get("message") or {}) if delta is None else delta
@@ -375,18 +309,18 @@ class EventReader:
         )
 
 
+def read_count(told: object) -> int | None:
+    """Return how many tokens a server tells of, as far as it can be true."""
+    if not isinstance(told, int | float) or isinstance(told, bool):
+        return None
+    return int(told) if 0 <= told <= _MOST_TOKENS and told == int(told) else None
+
+
 def _text(value: object) -> str:
     """Return a text that can be sent on; empty for what is none."""
     if not isinstance(value, str) or value.isascii():
         return value if isinstance(value, str) else ""
     return whole_text(value)
-
-
-def read_count(told: object) -> int | None:
-    """Return how many tokens a server tells; None where it tells none, or what cannot be true."""
-    if not isinstance(told, int | float) or isinstance(told, bool):
-        return None
-    return int(told) if 0 <= told <= _MOST_TOKENS and told == int(told) else None
 
 
 def _part(usage: Mapping[str, Any], details: str, name: str) -> object:
@@ -422,8 +356,8 @@ def _chat_token(item: Mapping[str, Any]) -> Token:
 
 
 def _raw(item: Mapping[str, Any]) -> bytes:
-    listed = item.get("bytes")  # a number would be so many zeros
-    if isinstance(listed, list):
+    listed = item.get("bytes")
+    if isinstance(listed, list):  # of a number, `bytes` makes as many zeros
         return bytes(listed)
     return str(item["token"]).encode(errors="replace")
 

@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,15 +18,21 @@ import httpx
 from models.engines.answer_reader import AnswerReader
 from models.engines.base import Chunk, EngineStats, GenerationRequest
 from models.engines.kind import EngineKind, EngineTraits, formats_of
-from models.engines.remote.answer import DONE, EventReader, read_events, read_whole
+from models.engines.remote.answer import EventReader
 from models.engines.remote.breaker import Circuits
-from models.engines.remote.failures import AttemptFailed, from_response, from_transport
+from models.engines.remote.events import DONE, read_events, read_whole
+from models.engines.remote.failures import (
+    AttemptFailed,
+    from_response,
+    from_transport,
+)
 from models.engines.remote.request import RemoteOptions, RowReader, read_vectors, write_body
 from models.engines.requests import Admission, check_request
 from models.errors import EngineFailed
 from models.spec import EngineSpec, Model
 
 _MAX_ERROR_BYTES = 64 * 1024
+_MAX_WHOLE_BYTES = 256 * 2**20  # of an answer in one piece: 2,048 vectors of 4,096 numbers fit
 _DRAIN_S = 0.5
 _BEFORE_JSON = codecs.BOM_UTF8 + b" \t\r\n"
 
@@ -73,6 +80,8 @@ class RemoteEngine:
             headers["authorization"] = f"Bearer {key}"
         self._client = httpx.AsyncClient(
             headers=headers,
+            # A cookie that one client's answer brought would go with all others' questions.
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
             timeout=httpx.Timeout(
                 self._options.read_timeout_s, connect=self._options.connect_timeout_s, pool=None
             ),
@@ -234,11 +243,17 @@ async def _events_of(
     """
     begun = b""
     async for part in parts:
-        begun += part
-        if begun.strip(_BEFORE_JSON):
+        begun = (begun + part).lstrip(_BEFORE_JSON)
+        if begun:
             break
-    if whole or begun.lstrip(_BEFORE_JSON).startswith(b"{"):
-        body = begun + b"".join([part async for part in parts])
+    if whole or begun.startswith(b"{"):
+        body = bytearray(begun)
+        async for part in parts:
+            body += part
+            if len(body) > _MAX_WHOLE_BYTES:
+                break
+        if len(body) > _MAX_WHOLE_BYTES:
+            body.clear()  # which cannot be read
         told = await asyncio.to_thread(read_vectors if whole else read_whole, body)
         yield told or body.decode(errors="replace")
         return

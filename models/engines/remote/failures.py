@@ -16,11 +16,12 @@ from models.errors import (
     RequestError,
     quoted,
 )
-from policies.json_text import read_json_text
+from policies.json_text import read_json_text, whole_text
 
 _MAX_CHARACTERS = 300
 _STATUSES = range(400, 600)
 _RETRIED = (408, 409, 429)
+_LONGEST_WAIT_S = 86_400.0
 _OVERFLOW_CODES = ("context_length_exceeded", "exceed_context_size_error", "request_too_large")
 # A prompt too long for its model, as OpenAI, vLLM, SGLang, llama.cpp, Ollama, TGI, Mistral, Google,
 # Anthropic, Bedrock, Moonshot, Zhipu, Qwen and MiniMax say it. A refused `max_tokens` alone is none
@@ -79,6 +80,12 @@ def from_transport(server: str, error: httpx.HTTPError) -> AttemptFailed:
 def broke_off(server: str, why: str) -> AttemptFailed:
     """Return what an answer means that is not whole, or none at all."""
     return AttemptFailed(EngineFailed(f"{server}: {why}"), retry=True, broken=True)
+
+
+def unreadable(server: str, told: object, error: Exception) -> AttemptFailed:
+    """Return what it means that what a server `told` is not as agreed."""
+    why = f"{error!r} in {_short(str(told)[:_MAX_CHARACTERS])}"
+    return broke_off(server, f"an answer cannot be read: {quoted(why)}")
 
 
 def from_response(
@@ -145,8 +152,8 @@ def read_retry_after_s(headers: Mapping[str, str]) -> float | None:
             wait_s = float(headers[name]) * unit_s
         except (KeyError, ValueError):
             continue
-        if 0 <= wait_s < float("inf"):
-            return wait_s
+        if wait_s >= 0:
+            return min(wait_s, _LONGEST_WAIT_S)
     return None
 
 
@@ -165,11 +172,11 @@ def _read_error(body: bytes) -> tuple[str, str | None, str | None]:
     message = next((error[key] for key in told_as if isinstance(error.get(key), str)), error)
     return (
         _short(str(message)),
-        param if isinstance(param, str) else None,
+        _short(param) if isinstance(param, str) else None,
         told if isinstance(told, str) else None,
     )
 
 
 def _short(text: str) -> str:
-    text = " ".join(text.split())
+    text = whole_text(" ".join(text.split()))
     return text if len(text) <= _MAX_CHARACTERS else text[:_MAX_CHARACTERS] + " ..."

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from models.engines.base import Chunk, Encoding, GenerationRequest, Structure, of_length_one
-from models.engines.remote.answer import read_count, read_whole
-from models.engines.remote.failures import broke_off, from_event
+from models.engines.remote.answer import read_count
+from models.engines.remote.events import read_whole
+from models.engines.remote.failures import broke_off, from_event, unreadable
 from models.errors import PoolError
 from policies.json_text import UNREADABLE
 from policies.kinds import Strict
@@ -197,7 +198,7 @@ def write_encoding(encoding: Encoding, model: str) -> tuple[str, dict[str, Any]]
     return "/embeddings", body | ({"truncate_prompt_tokens": -1} if encoding.cut else {})
 
 
-def read_vectors(body: bytes) -> dict[str, Any] | None:
+def read_vectors(body: bytes | bytearray) -> dict[str, Any] | None:
     """Return the one object that a server tells, its vectors as arrays; None if it is none.
 
     Each vector is parsed by itself, so that a thread that reads thousands of them holds the
@@ -251,9 +252,7 @@ class RowReader:
                 prompt_tokens=_num_tokens(event.get("usage") or event.get("meta")),
             )
         except UNREADABLE as error:
-            raise broke_off(
-                self._server, f"its answer cannot be read: {error!r} in {str(event)[:200]!r}"
-            ) from None
+            raise unreadable(self._server, event, error) from None
 
     def last(self) -> Chunk:
         """Return the rows; raises `AttemptFailed` where there are none."""

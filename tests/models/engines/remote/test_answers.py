@@ -1,6 +1,7 @@
 """Good answers, told in the many ways in which servers tell them."""
 
 import asyncio
+import gzip
 import json
 import math
 from typing import Any
@@ -11,7 +12,15 @@ from models.answer_format import ReasoningTags, Tools, join_calls
 from models.chat_template import Rendering
 from models.engines.base import Chunk
 from models.engines.registry import create_engine
-from models.errors import ContextOverflow, EngineError, EngineFailed, EngineOverloaded, RequestError
+from models.engines.remote import engine, events
+from models.errors import (
+    ContextOverflow,
+    EngineError,
+    EngineFailed,
+    EngineOverloaded,
+    RequestError,
+    without_quotes,
+)
 from models.spec import Model, ModelSpec, RemoteModelSpec
 from tests.models.engines.remote.asking import (
     HELLO,
@@ -23,7 +32,7 @@ from tests.models.engines.remote.asking import (
     spec_of,
     text_of,
 )
-from tests.models.engines.remote.bad_server import CUT, BadServer, Reply, answer, finish
+from tests.models.engines.remote.bad_server import CUT, HANG, BadServer, Reply, answer, finish
 
 
 @pytest.mark.parametrize(
@@ -146,6 +155,61 @@ def test_an_error_among_the_events_is_what_its_status_means(
     with pytest.raises(error) as caught:
         ask({"error": {"message": "of the key sk-1", "code": code}})
     assert ("sk-1" in str(caught.value)) == (code != 401)
+
+
+def _choice(**fields: Any) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": {"content": "pelican"}, **fields}]}
+
+
+def _token(**fields: Any) -> dict[str, Any]:
+    return _choice(logprobs={"content": [{"token": "a", "logprob": -1, **fields}]})
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        '{"choices": [{"delta": {"content": "pelican"}}',
+        b'{"text": "pelican"',
+        _choice(delta={"content": "pelican", "tool_calls": [5]}),
+        _choice(logprobs={"content": [{"token": "pelican", "logprob": "pelican"}]}),
+        _token(logprob=10**400),
+        _token(top_logprobs=[{"token": "a", "logprob": -(10**400)}]),
+        _token(bytes=[10**400]),
+    ],
+)
+def test_what_cannot_be_read_is_no_answer_and_stays_out_of_logs(told: Any) -> None:
+    """Whatever its numbers are; what a log keeps of the error is not what the server said."""
+    with pytest.raises(EngineFailed, match="cannot be read") as caught:
+        ask(told, *finish(), logprobs=True)
+    assert "pelican" in str(caught.value)
+    assert "pelican" not in without_quotes(str(caught.value))
+
+
+def test_bytes_of_a_token_are_a_list() -> None:
+    """A number in their place would be as many zeros."""
+    assert ask(_token(bytes=10**12), *finish(), logprobs=True)[0].tokens[0].raw == b"a"
+
+
+def test_half_of_a_pair_is_sent_on_nowhere() -> None:
+    """Stop strings and errors are text that can be written, too."""
+    assert ask(HELLO, _choice(delta={}, stop_reason="\ud83d"), "[DONE]")[-1].stop == "\ufffd"
+    with pytest.raises(RequestError, match="bad \ufffd") as caught:
+        ask({"error": {"message": "bad \ud83d", "param": "p\ud83d", "code": 400}})
+    assert caught.value.param == "p\ufffd"
+
+
+def test_an_answer_without_end_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither data over many lines nor a body that unpacks to a huge one is kept for ever."""
+    monkeypatch.setattr(events, "_MOST_CHARACTERS", 1000)
+    monkeypatch.setattr(engine, "_MAX_WHOLE_BYTES", 1000)
+    many = b"data: {\n" + b"data: 1\n" * 1000
+    whole = json.dumps(_choice(finish_reason="stop")).encode()
+    big = gzip.compress(whole + b" " * 4000)
+    packed = Reply(headers={"content-encoding": "gzip"}, events=[big])
+    assert text_of(ask(reply=Reply(events=[whole]))) == "pelican"
+    for reply in (Reply(events=[many], end=HANG), packed):
+        with pytest.raises(EngineFailed, match="cannot be read"):
+            ask(reply=reply)
 
 
 def test_what_a_message_repeats_is_told_once() -> None:
@@ -285,24 +349,6 @@ def test_usage_is_believed_as_far_as_it_can_be(usage: Any, expected: tuple[int |
 def test_usage_is_found_where_servers_put_it(event: Any) -> None:
     """Groq tells it beside the event, Moonshot in the choice."""
     assert ask(HELLO, STOP, event, "[DONE]")[-1].prompt_tokens == 4
-
-
-@pytest.mark.parametrize(
-    "token",
-    [{"token": "a", "logprob": 10**400}, {"token": "a", "logprob": 0, "bytes": [256]}],
-)
-def test_log_probabilities_beyond_reading_are_the_servers_failure(token: Any) -> None:
-    """A number may be larger than a float, and a byte than a byte."""
-    event = {"choices": [{"delta": {"content": "a"}, "logprobs": {"content": [token]}}]}
-    with pytest.raises(EngineFailed, match="an event cannot be read"):
-        ask(event, *finish(), logprobs=True)
-
-
-def test_bytes_that_are_a_number_are_not_so_many_bytes() -> None:
-    """What a server says of a token's bytes counts where it lists them."""
-    token = {"token": "a", "logprob": -1, "bytes": 10**12}
-    event = {"choices": [{"delta": {"content": "a"}, "logprobs": {"content": [token]}}]}
-    assert ask(event, *finish(), logprobs=True)[0].tokens[0].raw == b"a"
 
 
 def test_a_cut_stream_is_no_answer() -> None:

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 
 from models.answer_format import ToolCall, join_calls
+from models.errors import EngineFailed
 from tests.models.engines.remote.asking import OFFERED, ask
-from tests.models.engines.remote.bad_server import finish
+from tests.models.engines.remote.bad_server import called, finish
 
 
 def calls_of(*pieces: Any, reason: str = "tool_calls") -> tuple[ToolCall, ...]:
@@ -129,3 +130,9 @@ def test_truncated_calls_say_so() -> None:
     assert [c.arguments for chunk in chunks for c in chunk.tool_calls] == ['{"pa']
     whole = ask(*events, *finish("stop"), tools=OFFERED)
     assert whole[-1].finish_reason == "tool_calls"
+
+
+def test_calls_without_end_are_no_answer() -> None:
+    """A server that repeats itself costs nobody the time to look through all that it called."""
+    with pytest.raises(EngineFailed, match="more than 512 calls"):
+        ask(*(called("find", "{}", index) for index in range(513)), *finish())

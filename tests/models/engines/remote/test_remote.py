@@ -248,6 +248,28 @@ async def test_retry_after_is_obeyed(header: dict[str, str]) -> None:
         assert engine.stats().circuit == "closed"
 
 
+@pytest.mark.parametrize("told", ["1e306", "1" * 300])
+async def test_nobody_waits_longer_than_a_day(told: str) -> None:
+    """What a server asks for is sent on to clients, as a number that all can read."""
+    async with (
+        BadServer.running(Reply(429, {"retry-after": told})) as server,
+        running_engine(server) as engine,
+    ):
+        with pytest.raises(EngineOverloaded) as caught:
+            await read(engine, request_of(timeout_s=600))
+        assert caught.value.retry_after_s == 86_400
+
+
+async def test_cookies_are_not_kept() -> None:
+    """What a server sets with one client's answer comes with nobody's question."""
+    setting = answer("a")
+    setting.headers["set-cookie"] = "session=1; Path=/"
+    async with BadServer.running(setting) as server, running_engine(server) as engine:
+        for _ in range(2):
+            await read(engine, request_of())
+        assert "cookie" not in server.requests[1]["headers"]
+
+
 async def test_no_waiting_past_the_deadline() -> None:
     """When the server wants a pause that outlasts the request, its client hears so at once."""
     async with (
