@@ -123,7 +123,7 @@ def compose(
     editions = Editions(first, ledger.database)
     args, catalog = editions.current.args, editions.current.catalog
     pool = catalog.pool
-    definitions, shadows = read_definitions(args)
+    definitions, shadows = read_definitions(args, pool)
     controllers = _controllers(catalog)
     experiments = Experiments(
         definitions, args=args, pool=pool, catalog=catalog, database=ledger.database

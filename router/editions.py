@@ -255,7 +255,7 @@ def _without_adapters(pool: Pool) -> tuple[Model, ...]:
 
 def _checked(args: AppArgs, pool: Pool, current: Edition, database: Database) -> Edition:
     catalog = catalog_of(args, pool, beside=current.catalog)
-    definitions, _ = read_definitions(args)
+    definitions, _ = read_definitions(args, pool)
     # Refuses a policy that changed while an experiment has data of it.
     Experiments(definitions, args=args, pool=pool, catalog=catalog, database=database)
     return replace(current, args=args, catalog=catalog)

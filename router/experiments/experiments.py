@@ -271,12 +271,14 @@ def load_language_of() -> Callable[[str], str | None]:
     return language_of
 
 
-def read_definitions(args: AppArgs) -> tuple[tuple[Experiment, ...], tuple[Shadow, ...]]:
-    """Return the configured experiments and shadows.
+def read_definitions(
+    args: AppArgs, pool: Pool | None = None
+) -> tuple[tuple[Experiment, ...], tuple[Shadow, ...]]:
+    """Return the configured experiments and shadows, of `pool` or of what its file says.
 
     Raises `ExperimentError`, also for a policy, model or judge that nobody has.
     """
-    pool = load_pool(args.pool)
+    pool = pool or load_pool(args.pool)
     names = policy_specs(args, pool)
     shadows = read_shadows(
         args.shadows, policies=names, models={model.name for model in pool.models}

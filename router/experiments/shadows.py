@@ -75,27 +75,35 @@ class Mirror:
         if exchange.choices[0].task.prompt.encoding is not None:
             return
         for meter in self._meters:
-            if not meter.wants(exchange.id, model=exchange.ask.model):
-                continue
-            mirrored = self._prepare(meter.shadow, exchange)
-            estimate_usd = estimate(
-                mirrored.choices[0].plan,
-                exchange.catalog.prices.rates,
-                prompt_tokens=mirrored.record.prompt_tokens,
-                output_tokens=exchange.ask.max_tokens or exchange.limits.default_max_tokens,
-            ).usd
-            if meter.admit(estimate_usd=estimate_usd, now_s=time.time()):
-                task = asyncio.ensure_future(self._run(meter, mirrored, exchange.id, estimate_usd))
-                self._running.add(task)
-                task.add_done_callback(self._running.discard)
-            else:
-                _settle(mirrored)
+            if meter.wants(exchange.id, model=exchange.ask.model):
+                try:
+                    self._begin(meter, exchange)
+                except Exception:
+                    # Whatever it is, the request that was answered is to be settled and recorded.
+                    logger.exception("shadow %s: %s", meter.shadow.name, exchange.id)
 
     async def close(self) -> None:
         """Cut off what still runs; its cost so far is recorded."""
         for task in self._running:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
+
+    def _begin(self, meter: ShadowMeter, exchange: Exchange) -> None:
+        """Mirror the request where the meter has room for it."""
+        assert exchange.ask is not None
+        mirrored = self._prepare(meter.shadow, exchange)
+        estimate_usd = estimate(
+            mirrored.choices[0].plan,
+            exchange.catalog.prices.rates,
+            prompt_tokens=mirrored.record.prompt_tokens,
+            output_tokens=exchange.ask.max_tokens or exchange.limits.default_max_tokens,
+        ).usd
+        if meter.admit(estimate_usd=estimate_usd, now_s=time.time()):
+            task = asyncio.ensure_future(self._run(meter, mirrored, exchange.id, estimate_usd))
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
+        else:
+            _settle(mirrored)
 
     def _prepare(self, shadow: Shadow, exchange: Exchange) -> Exchange:
         """Return the exchange that answers the same question by the shadow's policy, or judges."""

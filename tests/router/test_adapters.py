@@ -189,6 +189,24 @@ def test_unloading_what_is_needed_is_refused(server: Running) -> None:
     assert "colour" in server.http.post("/v1/load_lora_adapter", json=body).text
 
 
+def test_a_judge_cannot_be_unloaded(serve: Callable[..., Running], root: Path) -> None:
+    """What shadows need is as what policies need: refused, and requests are answered as before."""
+    server = serve(
+        engines=ENGINES,
+        models=models(root, "law"),
+        policies={},
+        app={
+            "http": {"adapter_roots": [str(root / "loras")]},
+            "dashboard": {"access": "loopback"},
+            "shadows": {"grader": {"judge": "law", "share": 1, "usd_per_day": 1}},
+        },
+    )
+    refused = unload(server, "law")
+    assert refused.status_code == 400
+    assert "shadows.grader.judge: 'law' is unknown" in refused.json()["error"]["message"]
+    assert complete(server, "auto").status_code == 200
+
+
 def test_only_administrators_may(serve: Callable[..., Running], root: Path) -> None:
     """Where keys are needed, others than an admin's are refused, and so is everything where the
     configuration names no roots."""

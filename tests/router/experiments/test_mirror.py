@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from policies.base import Decision, Query
+from policies.fixed import Fixed
 from router.ledger.queries import requests
+from tests.router.conftest import Running
 from tests.router.experiments.trial_server import Trial, serving, write_config
 
 SHADOW = {"policy": "large", "share": 1.0, "usd_per_day": 1.0, "concurrency": 4}
@@ -90,3 +94,27 @@ def test_a_budget_that_a_shadow_decides_by_is_settled(tmp_path: Path) -> None:
         spent = trial.service.catalog.policies.controllers["thrifty"].spent
         assert spent()["usd"] == pytest.approx(row["usd"], rel=1e-9)
         assert row["usd"] > 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_shadow_that_fails_to_decide_takes_nothing_back(
+    serve: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, *, stream: bool
+) -> None:
+    """Whatever its policy raises, who was answered has the answer, and it is recorded."""
+    fixed = {"kind": "fixed", "plan": "beta"}
+    shadow = {"policy": "odd", "share": 1, "usd_per_day": 1}
+    server = serve(
+        policies={"auto": fixed, "odd": {**fixed, "plan": "gamma"}},
+        app={"shadows": {"mirror": shadow}},
+    )
+    odd, decide = server.service.catalog.policies["odd"], Fixed.decide
+
+    def fail(policy: Fixed, query: Query) -> Decision:
+        if policy is odd:
+            raise LookupError("odd")
+        return decide(policy, query)
+
+    monkeypatch.setattr(Fixed, "decide", fail)
+    answer = server.post(model="auto", stream=stream)
+    assert answer.status_code == 200 and not answer.text.count("error"), answer.text
+    assert server.last_record().status == 200
