@@ -12,7 +12,7 @@ from policies.base import Policy
 from policies.footprint import Footprint, estimate
 from policies.plan import Plan, answers
 from router.access.budgets import Budgets
-from router.access.limits import Amounts
+from router.access.limits import NOTHING, Amounts
 from router.access.store import used_amounts
 from router.catalog.catalog import Catalog
 from router.engines import EngineClient
@@ -20,6 +20,7 @@ from router.exchange import Exchange
 from router.executor.trace import Run
 from router.ledger.writer import Ledger
 from router.record import RequestRecord
+from router.turns import one_by_one
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +64,10 @@ class Accounts:
 
         Waits a bounded time. Raises `BudgetExhausted` and `BudgetUnavailable`.
         """
+        counts = self._budgets.counts(exchange.key)
+        estimate = most(exchange, exchange.catalog) if counts else NOTHING
         exchange.reservation = await self._budgets.reserve(
-            request_id=exchange.id, key=exchange.key, estimate=most(exchange, exchange.catalog)
+            request_id=exchange.id, key=exchange.key, estimate=estimate
         )
 
     def end(self, exchange: Exchange) -> None:
@@ -116,7 +119,7 @@ class Accounts:
         record = exchange.complete(
             exchange.catalog.prices.rates, keep_text=self._keep_text, user_secret=self._user_secret
         )
-        if exchange.reservation is not None:
+        if exchange.reservation is not None and exchange.reservation.counted:
             self._budgets.settle(exchange.reservation, used_amounts(record))
         self._ledger.record(record)
         for watcher in self._watchers:
@@ -128,10 +131,9 @@ class Accounts:
     async def _tell(self, policy: Policy, exchange: Exchange) -> None:
         """Tell who decided what each of the decisions has cost, and others run in between."""
         catalog = exchange.catalog
-        for query, decision, cost in exchange.settled(catalog.prices.rates):
+        async for query, decision, cost in one_by_one(exchange.settled(catalog.prices.rates)):
             policy.settle(query, decision, cost)
             catalog.policies.limiter.observe(query, decision, cost)
-            await asyncio.sleep(0)
 
 
 def most(exchange: Exchange, catalog: Catalog) -> Amounts:

@@ -21,6 +21,7 @@ from router.exchange import Choice, Exchange
 from router.executor.task import INLINE_CHARACTERS, Prompt, Task
 from router.experiments.experiments import Experiments
 from router.openai_api.endpoint import Ask
+from router.turns import one_by_one
 
 
 async def decide(
@@ -39,10 +40,10 @@ async def decide(
     target = _target(catalog, ask, limits.plans)
     if target.policy_name is None:
         _check_encodes(catalog.members, target.policy.plans(), ask.prompts[0])
-    queries = []
-    for prompt in ask.prompts:
-        queries.append(await _query(catalog, limits, exchange, ask, prompt))
-        await asyncio.sleep(0)  # others need not wait for all of a hundred prompts
+    queries = [
+        await _query(catalog, limits, exchange, ask, prompt)
+        async for prompt in one_by_one(ask.prompts)
+    ]
     exchange.record.prompt_tokens = sum(query.prompt_tokens for query in queries)
     if ask.extension.policy is None and ask.extension.plan is None:
         arm_policy = experiments.place(exchange, ask, queries[0])
@@ -53,7 +54,7 @@ async def decide(
     choices: list[Choice] = []
     made: list[tuple[Query, Decision]] = []
     try:
-        for query, prompt in zip(queries, ask.prompts, strict=True):
+        async for query, prompt in one_by_one(zip(queries, ask.prompts, strict=True)):
             decision = await _decided(target.policy, query)
             made.append((query, decision))
             unlimited = target.policy_name is not None and not decision.limited
@@ -70,7 +71,6 @@ async def decide(
             read = replace(query, prompt_tokens=num_read)
             _check_ceilings(catalog, decision, read)
             decisions.append(decision)
-            await asyncio.sleep(0)
             sampling = replace(ask.sampling, logprobs=ask.logprobs or ask.extension.explain)
             for i in range(len(choices), len(choices) + ask.n):
                 task = _task(exchange, ask, prompt=prompt, sampling=sampling, query=read, i=i)

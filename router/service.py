@@ -225,18 +225,17 @@ class Service:
     async def _answer(
         self, exchange: Exchange, endpoint: WireFormat, body: bytes, held: Held | None = None
     ) -> Response:
-        async with asyncio.timeout_at(exchange.deadline_s):
+        async with asyncio.timeout_at(exchange.deadline_s) as limit:
             ask = await self.bodies.parse(endpoint.parse, body)
             if held is not None:
                 held.release()
             ask = await endpoint.recall(ask, exchange.key_id)
-        exchange.ask = ask
-        exchange.user = ask.user or exchange.user
-        exchange.record.session = ask.extension.session or exchange.record.session
-        if ask.extension.timeout_s is not None:
-            exchange.deadline_s = self._deadline_s(exchange, ask.extension.timeout_s)
-        assert exchange.deadline_s is not None
-        async with asyncio.timeout_at(exchange.deadline_s):
+            exchange.ask = ask
+            exchange.user = ask.user or exchange.user
+            exchange.record.session = ask.extension.session or exchange.record.session
+            if ask.extension.timeout_s is not None:
+                exchange.deadline_s = self._deadline_s(exchange, ask.extension.timeout_s)
+                limit.reschedule(exchange.deadline_s)
             await decide(
                 exchange.catalog,
                 exchange.limits,
@@ -247,6 +246,7 @@ class Service:
             )
             await self.accounts.admit(exchange)
             writer = await endpoint.writer(self._head(exchange, ask), ask)
+        assert exchange.deadline_s is not None
         executor = self._executor(exchange)
         answers = before(
             exchange.deadline_s,

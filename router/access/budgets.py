@@ -161,6 +161,10 @@ class Budgets:
         windows = tuple(dict.fromkeys(limit.window.id for limit in found))
         return Reservation(request_id=request_id, headers=headers, windows=windows)
 
+    def counts(self, key: Key | None) -> bool:
+        """Whether there is a budget that counts what the requests of `key` use."""
+        return bool(self._limits(key, self._clock()))
+
     def settle(self, reservation: Reservation, used: Amounts) -> None:
         """Charge what a request used instead of its estimate; neither blocks nor raises.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +25,7 @@ from router.openai_api.fields import (
 from router.openai_api.logprobs import Offsets, text_logprobs
 from router.openai_api.shapes import TextCompletion, TextCompletionChunk
 from router.openapi import ErrorBody
+from router.turns import one_by_one
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
@@ -125,10 +125,8 @@ class CompletionEndpoint(WireFormat):
     async def writer(self, head: Head, ask: Ask) -> ResponseWriter:
         """Return what writes the completion."""
         tokenizer = self._tokenizer_for(ask.model)
-        prompts = []
-        for prompt in ask.prompts if ask.echo else ():
-            prompts.append(await prompt.text(tokenizer))
-            await asyncio.sleep(0)  # as where they were decided: others need not wait for all
+        echoed = one_by_one(ask.prompts if ask.echo else ())
+        prompts = [await prompt.text(tokenizer) async for prompt in echoed]
         return TextWriter(head=head, ask=ask, prompts=prompts)
 
 
