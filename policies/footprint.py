@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import reduce
 from operator import attrgetter
 from typing import Any, Literal, TypeAlias
 
@@ -189,8 +188,8 @@ def _sum(costs: Sequence[Footprint], latency_s: float) -> Footprint:
     return Footprint(
         **{name: sum(map(read, costs)) for name, read in _SUMMED.items()},
         latency_s=latency_s,
-        method=reduce(_join, {cost.method for cost in costs}, ""),
-        price=reduce(_join, {cost.price for cost in costs}, ""),
+        method=joined({cost.method for cost in costs}),
+        price=joined({cost.price for cost in costs}),
     )
 
 
@@ -303,12 +302,9 @@ def estimate(
     return total
 
 
-def _join(one: str, other: str) -> str:
-    if one == other or not other:
-        return one
-    if not one:
-        return other
-    return "+".join(sorted({*one.split("+"), *other.split("+")}))
+def joined(names: Iterable[str]) -> str:
+    """Return methods or prices of several costs as their sum's: each once, with "+" between."""
+    return "+".join(sorted({part for name in names for part in name.split("+") if part}))
 
 
 _CEILINGS = ("max_usd", "max_wh", "max_gco2e", "max_latency_s")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from policies.carbon.llmcarbon import CarbonLaw, Device, TrainingCarbon, run_carbon, training_flops
+from policies.carbon.llmcarbon import Device, TrainingCarbon, run_carbon, training_flops
 from policies.errors import LawError
 from policies.laws.downscaling import RecoveryLaw, RuntimeLaw, largest_domain_share
 from policies.laws.file import PoolLaws
@@ -116,16 +116,25 @@ def budget_flops(text: str, *, base_parameters: float, site: Site) -> float:
         return training_flops(base_parameters, amount)
     if unit == "flops":
         return amount
+    # All that a run costs is linear in its FLOPs.
+    once = _carbon(1.0, site)
     if unit == "gco2e":
-        law = CarbonLaw.of(site.device, pue=site.pue, gco2e_per_kwh=site.gco2e_per_kwh)
-        return training_flops(1, law.tokens_for(1, amount))
+        return amount / ((once.operational_tco2e + once.embodied_tco2e) * 1e6)
     if unit == "kwh":
-        device_hours = amount * 1000 / (site.device.power_w * site.pue)
-    elif site.usd_per_device_hour:
-        device_hours = amount / site.usd_per_device_hour
-    else:
-        raise LawError(f"budget: {text!r} needs the price of a device hour in USD")
-    return device_hours * 3600 * site.device.flops_per_s
+        return amount / (once.mwh * 1e3)
+    if site.usd_per_device_hour:
+        return amount / (once.device_hours * site.usd_per_device_hour)
+    raise LawError(f"budget: {text!r} needs the price of a device hour in USD")
+
+
+def _carbon(flops: float, site: Site) -> TrainingCarbon:
+    return run_carbon(
+        flops,
+        site.device,
+        num_devices=site.num_devices,
+        pue=site.pue,
+        gco2e_per_kwh=site.gco2e_per_kwh,
+    )
 
 
 def plan_training(
@@ -184,13 +193,7 @@ def plan_training(
     return PlanningReport(
         base_parameters=base_parameters,
         tokens_per_chunk=tokens,
-        carbon=run_carbon(
-            flops,
-            site.device,
-            num_devices=site.num_devices,
-            pue=site.pue,
-            gco2e_per_kwh=site.gco2e_per_kwh,
-        ),
+        carbon=_carbon(flops, site),
         rows=tuple(rows),
         smallest_winning=winning,
         smallest_winning_counting_parameters=smallest_winning_ensemble(

@@ -1,6 +1,6 @@
 """Engines as the executor sees them, and one in this process: the client of `shoal serve --local`.
 
-A Ray Serve replica wraps the same worker (`router.replica`), so that both ways behave alike.
+A Ray Serve replica is the same worker (`router.replica`), so that both ways behave alike.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ was killed is replaced by a new process.
 # Not `from __future__ import annotations`: Ray Serve reads the types of what it starts.
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +29,7 @@ _BROADCAST_TIMEOUT_S = 5.0
 
 
 @serve.deployment
-class EngineReplica:
+class EngineReplica(EngineWorker):
     """One replica of one engine. Unhealthy replicas are replaced by Ray Serve."""
 
     async def __init__(  # type: ignore[misc] # Ray Serve awaits it
@@ -39,42 +39,15 @@ class EngineReplica:
         num_threads: int | None,
         carbon: CarbonSettings,
     ) -> None:
-        self._worker = EngineWorker(
-            supervised_engine(spec, [found_here(model) for model in models]),
-            LaneMeters(carbon).of(spec),
-        )
+        engine = supervised_engine(spec, [found_here(model) for model in models])
+        super().__init__(engine, LaneMeters(carbon).of(spec))
         set_num_threads(num_threads)
-        await self._worker.start()
-
-    async def complete(self, request: GenerationRequest) -> Chunk:
-        """Return the whole answer as one chunk."""
-        return await self._worker.complete(request)
-
-    async def stream(self, request: GenerationRequest) -> AsyncIterator[Chunk]:
-        """Yield the answer as it is generated."""
-        async for chunk in self._worker.stream(request):
-            yield chunk
-
-    async def settle(self, request_id: str) -> Used:
-        """Return what a cancelled request used here."""
-        return await self._worker.settle(request_id)
-
-    async def metrics(self) -> list[tuple[str, str]]:
-        """Return this replica's name and its library's own metrics."""
-        return await self._worker.metrics()
-
-    async def stats(self) -> EngineStats:
-        """Return a snapshot."""
-        return await self._worker.stats()
-
-    async def check_health(self) -> None:
-        """Raise if the engine cannot serve any more."""
-        self._worker.check_health()
+        await self.start()
 
     async def __del__(self) -> None:
         """Stop the engine when Ray Serve takes the replica down."""
-        if hasattr(self, "_worker"):
-            await self._worker.stop()
+        if hasattr(self, "_engine"):
+            await self.stop()
 
 
 class HandleClient:

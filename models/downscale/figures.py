@@ -171,19 +171,10 @@ class Comparison:
 
     def mean(self, value_Q: Floats) -> dict[str, Any]:
         """Mean over domains, with its 95% interval."""
-        return self._figure(lambda weights: weights @ value_Q)
+        return self.figure(lambda weights: weights @ value_Q)
 
-    def difference(self, score_Q: Floats, other_Q: Floats) -> dict[str, Any]:
-        """How much more often right than another system, as a difference of accuracies."""
-        return self._figure(lambda weights: weights @ (score_Q - other_Q))
-
-    def ratio(self, score_Q: Floats, other_Q: Floats) -> dict[str, Any]:
-        """The share of another system's accuracy that is kept."""
-        return self._figure(
-            lambda weights: (weights @ score_Q) / np.maximum(weights @ other_Q, 1e-12)
-        )
-
-    def _figure(self, statistic: Callable[[Floats], Any]) -> dict[str, Any]:
+    def figure(self, statistic: Callable[[Floats], Any]) -> dict[str, Any]:
+        """What `statistic` makes of the questions' weights [..., Q], with its 95% interval."""
         low, high = np.quantile(statistic(self._weights_RQ), [0.025, 0.975])
         return {
             "value": round(float(statistic(self._plain_Q)), 4),

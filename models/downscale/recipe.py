@@ -190,7 +190,7 @@ class LawSettings(Strict):
     `mixture_shares`, and judged after each number of `mixture_tokens`. The share that is taken has
     the least domain loss plus `general_weight` times the general loss. P2, if `pruning_shares` are
     given: chunks that keep each of them of the base, trained likewise and judged after
-    `pruning_tokens`. `variant_examples` and `selection_keep` belong to `Recipe.baselines`.
+    `pruning_tokens`.
     """
 
     mixture_domains: int = Field(2, ge=1)
@@ -199,8 +199,6 @@ class LawSettings(Strict):
     general_weight: float = Field(0.2, ge=0)
     pruning_shares: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
     pruning_tokens: tuple[int, ...] = (100_000, 200_000, 400_000)
-    variant_examples: int = Field(12_000, ge=32)
-    selection_keep: Annotated[float, Field(gt=0, lt=1)] = 0.6
     bootstrap_samples: int = Field(100, ge=1)
 
 
@@ -230,8 +228,6 @@ _RESERVED: Final = {
     ),
 }  # fmt: skip
 
-Baseline = Literal["finetuned", "scratch", "average", "ties", "random", "spectrum", "distilled"]
-
 
 class Recipe(Strict):
     """Everything that a pool depends on.
@@ -239,9 +235,6 @@ class Recipe(Strict):
     `adapt_tokens` gives the chunks that it names other tokens than `adapt.tokens`. What it gives to
     `base` the base is trained on, on all corpora, once the chunks are cut from it: the pool then
     has a base that learnt what they did. Without, its base is the one that they come from.
-    `baselines` and `compare` change nothing of the pool: they say what a finished one is compared
-    with by this repository's `python -m tests.bench.downscale`; `compare` names `results.json`
-    files of other runs on the same questions.
     """
 
     name: Name
@@ -255,9 +248,7 @@ class Recipe(Strict):
     adapt: AdaptSettings = AdaptSettings()
     adapt_tokens: dict[str, Annotated[int, Field(gt=0)]] = Field(default_factory=dict)
     laws: LawSettings = LawSettings()
-    baselines: tuple[Baseline, ...] = ()
     measure: MeasureSettings = MeasureSettings()
-    compare: dict[str, str] = Field(default_factory=dict)
 
     @property
     def corpora(self) -> dict[str, CorpusSettings]:
@@ -330,8 +321,6 @@ class Recipe(Strict):
         for name, settings in self.domains.items():
             if (use := _RESERVED.get(name.lower())) is not None:
                 raise ValueError(f"domains: the name {name!r} is reserved for {use}")
-            if name in self.baselines:
-                raise ValueError(f"domains: the name {name!r} is taken by one of the baselines")
             if (other := seen.setdefault(name.lower(), name)) != name:
                 raise ValueError(f"domains: {other!r} and {name!r} differ in case alone")
             if settings.corpus == ALL_DOMAINS:
@@ -362,9 +351,7 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
         base = base.model_copy(update={"checkpoint": str(folder / base.checkpoint)})
     domains = {name: _absolute(corpus, folder) for name, corpus in recipe.domains.items()}
     general = _absolute(recipe.general, folder)
-    compare = {name: str(folder / file) for name, file in recipe.compare.items()}
-    changes = {"base": base, "domains": domains, "general": general, "compare": compare}
-    return recipe.model_copy(update=changes)
+    return recipe.model_copy(update={"base": base, "domains": domains, "general": general})
 
 
 def _absolute(settings: CorpusSettings, folder: Path) -> CorpusSettings:

@@ -143,30 +143,6 @@ def run_carbon(
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class CarbonLaw:
-    """CO2eq = (K1 + K2)·N·D: linear in parameters and tokens (eq. 5, 6 and 24).
-
-    K1 is operational, K2 embodied, both in gCO2e per parameter and token.
-    """
-
-    K1: float
-    K2: float
-
-    @classmethod
-    def of(cls, device: Device, *, pue: float, gco2e_per_kwh: float) -> CarbonLaw:
-        """Return the law of training (6·N·D) on `device`."""
-        seconds = training_flops(1, 1) / device.flops_per_s
-        return cls(
-            K1=seconds * device.power_w / 3600 * pue * gco2e_per_kwh / 1000,
-            K2=seconds * device.embodied_gco2e_per_s,
-        )
-
-    def tokens_for(self, parameters: float, gco2e: float) -> float:
-        """Return the tokens that `gco2e` pays for, at (K1 + K2) grams per parameter and token."""
-        return gco2e / ((self.K1 + self.K2) * parameters)
-
-
 def rates_for(
     facts: ModelFacts,
     device: Device | None,

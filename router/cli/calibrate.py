@@ -18,14 +18,16 @@ from router.cli.console import (
     SinceOption,
     UntilOption,
     finite,
+    opened,
+    read_period,
     refusing,
 )
-from router.cli.costs import Use, used
 from router.ledger import LedgerError
 
 if TYPE_CHECKING:
     from policies.footprint import Rates
     from router.energy import Meter
+    from router.ledger.queries import Use
 
 app = typer.Typer(help="Measure what is otherwise assumed.", no_args_is_help=True)
 
@@ -56,6 +58,7 @@ def calibrate_energy(
     from policies.tables import text_table
     from router.config import load_args
     from router.energy import MeterError, RaplMeter
+    from router.ledger.queries import uses
 
     try:
         meter = RaplMeter()
@@ -76,7 +79,8 @@ def calibrate_energy(
             gco2e_per_kwh=args.carbon.grid(pool.folder).at(time.time()).gco2e_per_kwh,
         )
         try:
-            found = used(ledger, config, since, until)
+            with opened(ledger, config) as database:
+                found = uses(database, period=read_period(since, until))
         except LedgerError as error:
             typer.echo(f"Nothing to compare: {error}.")
             return

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,85 +19,11 @@ from router.cli.console import (
 )
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from models.pool import Pool
     from policies.carbon.economics import BreakEven, DeviceCosts
     from policies.carbon.llmcarbon import Device
     from router.config import AppArgs
-
-_SUMS = ("prompt_tokens", "output_tokens", "busy_s", "wh", "wh_low", "wh_high", "usd")
-
-
-@dataclass(kw_only=True)
-class Use:
-    """What one member used, in sums: tokens, seconds of a whole device, watt-hours and USD.
-
-    `methods` and `prices` are the names by which that is known; the requests came from Unix time
-    `first_s` to `last_s`.
-    """
-
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    busy_s: float = 0.0
-    wh: float = 0.0
-    wh_low: float = 0.0
-    wh_high: float = 0.0
-    usd: float = 0.0
-    methods: frozenset[str] = frozenset()
-    prices: frozenset[str] = frozenset()
-    first_s: float = float("inf")
-    last_s: float = 0.0
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens read and written."""
-        return self.prompt_tokens + self.output_tokens
-
-    def add(self, other: Use) -> None:
-        """Add what another use was."""
-        for name in _SUMS:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.methods |= other.methods
-        self.prices |= other.prices
-        self.first_s = min(self.first_s, other.first_s)
-        self.last_s = max(self.last_s, other.last_s)
-
-
-def uses(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], Use]:
-    """Return what the ledger's `rows` say of each member, by its name and method."""
-    found: dict[tuple[str, str], Use] = {}
-    for row in rows:
-        for name, tokens in (row["members"] or {}).items():
-            cost = (row["costs"] or {}).get(name)
-            if cost is not None:
-                use = Use(
-                    **{amount: {**cost, **tokens}[amount] for amount in _SUMS},
-                    methods=frozenset(part for part in cost["method"].split("+") if part),
-                    prices=frozenset([cost["price"]]),
-                    first_s=row["time_s"],
-                    last_s=row["time_s"] + row["latency_s"],
-                )
-                found.setdefault((name, cost["method"]), Use()).add(use)
-    return found
-
-
-def used(
-    ledger: str | None, config: Path | None, since: str | None, until: str | None
-) -> dict[tuple[str, str], Use]:
-    """Return what the ledger that the options name says of each member."""
-    from router.ledger.queries import requests
-
-    with opened(ledger, config) as database:
-        return uses(requests(database, period=read_period(since, until)))
-
-
-def together(parts: Iterable[Use]) -> Use:
-    """Return several uses as one."""
-    whole = Use()
-    for part in parts:
-        whole.add(part)
-    return whole
+    from router.ledger.queries import Use
 
 
 def costs(
@@ -130,15 +55,17 @@ def costs(
     from models.pool import load_pool
     from policies.tables import text_table
     from router.config import load_args
+    from router.ledger.queries import Use, uses
 
     with refusing():
         if (hosted_input is None) != (hosted_output is None):
             raise ValueError("--hosted-input and --hosted-output go together")
         args = load_args(config)
         pool = load_pool(args.pool)
-        found = used(ledger, config, since, until)
+        with opened(ledger, config) as database:
+            found = uses(database, period=read_period(since, until))
         by_member = {
-            model.name: together(use for (name, _), use in found.items() if name == model.name)
+            model.name: Use.together(use for (name, _), use in found.items() if name == model.name)
             for model in pool.models
         }
         if not any(use.num_tokens for use in by_member.values()):
@@ -178,7 +105,7 @@ def cost_lines(args: AppArgs, pool: Pool, by_member: Mapping[str, Use]) -> list[
         lines.append(
             (
                 name,
-                "hardware" if parts else "+".join(sorted(use.prices)),
+                "hardware" if parts else use.price,
                 f"{use.num_tokens:,}",
                 f"{use.busy_s:.4g}",
                 f"{usd / use.num_tokens * 1e6:.4g}",
@@ -187,7 +114,7 @@ def cost_lines(args: AppArgs, pool: Pool, by_member: Mapping[str, Use]) -> list[
                     for part in ("capital", "other", "idle", "energy")
                 ),
                 *(f"{wh * 3600 / use.num_tokens:.4g}" for wh in (use.wh, use.wh_low, use.wh_high)),
-                "+".join(sorted(use.methods)) or "-",
+                use.method or "-",
             )
         )
     return lines
@@ -212,6 +139,7 @@ def load_lines(
     """
     from policies.carbon.economics import break_even, device_price
     from policies.footprint import method_of
+    from router.ledger.queries import Use
 
     if args.economics is None:
         return [
@@ -219,7 +147,7 @@ def load_lines(
             "usd_per_kwh}` in the configuration they follow from the hardware."
         ]
     engines = {
-        spec.name: together(by_member[model.name] for model in pool.models_of(spec.name))
+        spec.name: Use.together(by_member[model.name] for model in pool.models_of(spec.name))
         for spec in pool.engines
     }
     alike: dict[object, tuple[DeviceCosts, Device, list[str]]] = {}
@@ -233,9 +161,9 @@ def load_lines(
         # Engines may have such a device each, as replicas have, or be together on one.
         groups = [[name] for name in names] + ([names] if len(names) > 1 else [])
         for group in groups:
-            use = together(engines[name] for name in group)
+            use = Use.together(engines[name] for name in group)
             span_s = max(use.last_s - use.first_s, use.busy_s)
-            guessed = any(method_of(name).guesses_time for name in use.methods)
+            guessed = any(method_of(name).guesses_time for name in use.method.split("+") if name)
             lines.append(
                 f"{', '.join(group)}: one device would have been busy {use.busy_s / span_s:.2%} of "
                 "the time from the first of these requests to the last; "

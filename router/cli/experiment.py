@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from policies.errors import ExperimentError
-from policies.files import check_target, write_atomic
 from router.cli.console import ConfigArgument, LedgerOption, opened, refusing
 
 if TYPE_CHECKING:
@@ -55,6 +54,7 @@ def report_experiment(
     ] = False,
 ) -> None:
     """Print means per arm, lift with its always-valid interval and p, power, and what to do."""
+    from policies.files import check_target, write_atomic
     from router.experiments.reporting import as_text
 
     with refusing():

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from policies.files import check_target, write_atomic
-from policies.pages import new_figure, png
 from router.cli.console import finite, refusing
 
 if TYPE_CHECKING:
@@ -53,6 +51,7 @@ def plan(
     """Answer how many chunks of which size, at what loss and carbon, before any training."""
     from policies.carbon.grid import find_zone
     from policies.carbon.llmcarbon import find_device
+    from policies.files import check_target
     from policies.laws.file import read_laws
     from policies.planning import Site, budget_flops, plan_training
 
@@ -155,6 +154,9 @@ def planning_text(report: PlanningReport, *, place: str) -> str:
 
 def draw_planning(report: PlanningReport, file: Path) -> None:
     """Draw losses, eq. 13's margin and the shapes to a PNG."""
+    from policies.files import write_atomic
+    from policies.pages import new_figure, png
+
     figure, [losses, margins, shapes] = new_figure(3, width=12, height=3.6)
     sizes = [row.num_chunks for row in report.rows]
     losses.plot(sizes, [row.chunk_loss for row in report.rows], "o-", label="one chunk")

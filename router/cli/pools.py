@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from models.adapter import Adapter
 from models.errors import PoolError
 from router.cli.console import refusing
 
 if TYPE_CHECKING:
+    from models.adapter import Adapter
     from models.card import ModelCard
     from models.inspection import Inspection
     from models.pool import Pool
@@ -144,6 +144,8 @@ def pull(
 
 
 def _print(found: Inspection | Adapter) -> None:
+    from models.adapter import Adapter
+
     facts = _adapter_facts(found) if isinstance(found, Adapter) else _facts(found)
     width = max(map(len, facts))
     for name, value in facts.items():

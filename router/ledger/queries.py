@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
 import sqlalchemy as sa
 
-from policies.footprint import AMOUNTS, Cost
+from policies.footprint import AMOUNTS, Cost, joined
 from router.ledger import GroupBy
 from router.ledger.database import Database
 from router.ledger.schema import FEEDBACK, REQUESTS
@@ -85,6 +86,40 @@ class Spend(Cost):
     def joules_per_token(self) -> float | None:
         """Joules per token that clients got; None where they got none."""
         return self.wh * 3600 / self.output_tokens if self.output_tokens else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Use(Cost):
+    """What a member used, in sums: its cost, and tokens.
+
+    The requests came from Unix time `first_s` to `last_s`.
+    """
+
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    first_s: float = math.inf
+    last_s: float = 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens read and written."""
+        return self.prompt_tokens + self.output_tokens
+
+    @classmethod
+    def together(cls, uses: Iterable[Use]) -> Use:
+        """Return several uses as one."""
+        every = list(uses)
+        sums: dict[str, Any] = {
+            name: sum(getattr(use, name) for use in every)
+            for name in ("prompt_tokens", "output_tokens", *AMOUNTS)
+        }
+        return cls(
+            **sums,
+            method=joined(use.method for use in every),
+            price=joined(use.price for use in every),
+            first_s=min((use.first_s for use in every), default=math.inf),
+            last_s=max((use.last_s for use in every), default=0.0),
+        )
 
 
 def _sum(value: sa.ColumnElement[Any], where: Condition | None = None) -> sa.ColumnElement[Any]:
@@ -180,6 +215,20 @@ def stream(
 def requests(database: Database, *, period: Period = ALWAYS) -> Generator[dict[str, Any]]:
     """Yield the rows of the table `requests` in order of time."""
     return stream(database, sa.select(REQUESTS).where(*period.holds()).order_by(_R.time_s))
+
+
+def uses(database: Database, *, period: Period = ALWAYS) -> dict[tuple[str, str], Use]:
+    """Return what each member used in the rows of `period`, by its name and method."""
+    found: dict[tuple[str, str], Use] = {}
+    for row in requests(database, period=period):
+        for name, tokens in (row["members"] or {}).items():
+            cost = (row["costs"] or {}).get(name)
+            if cost is not None:
+                first_s = row["time_s"]
+                use = Use(**cost, **tokens, first_s=first_s, last_s=first_s + row["latency_s"])
+                key = (name, use.method)
+                found[key] = Use.together((found[key], use)) if key in found else use
+    return found
 
 
 def _plain(value: object) -> str | int | None:

@@ -10,6 +10,7 @@ Comparisons of choices within the pipeline (selection, pruning, distillation) ar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -99,12 +100,12 @@ def compared(run: Run, folder: Path, name: str) -> None:
     measure_model(run, folder, name, checkpoint, tests)
 
 
-def baseline_systems(run: Run) -> dict[str, System]:
-    """The baselines that the recipe names, as systems beside the pool's."""
+def baseline_systems(run: Run, baselines: Sequence[str]) -> dict[str, System]:
+    """The baselines of those names, as systems beside the pool's."""
     domain_Q = [question.domain for question in questions(run) if question.is_test]
     base_parameters = base_model(run)[0].num_parameters()
     found = []
-    for name in run.recipe.baselines:
+    for name in baselines:
         if name == SCRATCH:
             score_Q = np.zeros(len(domain_Q))
             for domain in run.domains:
@@ -120,12 +121,12 @@ def baseline_systems(run: Run) -> dict[str, System]:
     return {system.name: system for system in found}
 
 
-def baseline_training(run: Run) -> dict[str, Any]:
+def baseline_training(run: Run, baselines: Sequence[str]) -> dict[str, Any]:
     """What the baselines' trainings took."""
     folders = {}
-    if FINETUNED in run.recipe.baselines:
+    if FINETUNED in baselines:
         folders[FINETUNED] = finetuned(run)
-    if SCRATCH in run.recipe.baselines:
+    if SCRATCH in baselines:
         folders |= {f"{SCRATCH}-{domain}": scratch(run, domain) for domain in run.domains}
     return {
         name: {

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from models.downscale.chunks import BASE
-from models.downscale.figures import ORACLE, Comparison, System
+from models.downscale.figures import ORACLE, Comparison, Floats, System
 from models.downscale.report import percent
 from models.downscale.stage import Run
 from models.errors import RecipeError
@@ -41,10 +41,10 @@ def claims(
     for reference in references:
         other_Q = systems[reference].score_Q
         for name in routed:
-            kept = comparison.ratio(systems[name].score_Q, other_Q)
+            kept = _ratio(comparison, systems[name].score_Q, other_Q)
             found.append(_claim("a", name, reference, kept, bound=0.95))
         for name in fused:
-            gain = comparison.difference(systems[name].score_Q, other_Q)
+            gain = comparison.mean(systems[name].score_Q - other_Q)
             found.append(_claim("b", name, reference, gain, bound=0.0))
     r2 = curve.get("r2")
     falls = all(a > b for a, b in zip(curve["losses"], curve["losses"][1:], strict=False))
@@ -54,6 +54,13 @@ def claims(
          "value": r2, "interval_95": None, "bound": 0.9, "holds": holds, "surely": holds}
     )  # fmt: skip
     return found
+
+
+def _ratio(comparison: Comparison, score_Q: Floats, other_Q: Floats) -> dict[str, Any]:
+    """The share of another system's accuracy that is kept."""
+    return comparison.figure(
+        lambda weights: (weights @ score_Q) / np.maximum(weights @ other_Q, 1e-12)
+    )
 
 
 def _claim(
@@ -161,11 +168,11 @@ def other_runs(files: Mapping[str, str], domain_Q: Sequence[str]) -> dict[str, S
             content = json.loads(Path(file).read_text())
             others = content["systems"]
         except (OSError, ValueError, KeyError) as error:
-            raise RecipeError(f"compare.{label}: {file} holds no results: {error}") from None
+            raise RecipeError(f"--compare {label}: {file} holds no results: {error}") from None
         if content["question_domains"] != {
             d: list(domain_Q).count(d) for d in dict.fromkeys(domain_Q)
         }:
-            raise RecipeError(f"compare.{label}: {file} was measured on other questions")
+            raise RecipeError(f"--compare {label}: {file} was measured on other questions")
         for system in others:
             if system["kind"] != "chunk" and system["name"] != BASE:
                 name = f"{label}: {system['name']}"

@@ -82,7 +82,7 @@ def test_another_runs_systems_come_with_its_label(tmp_path: Path) -> None:
 def test_results_on_other_questions_are_refused(tmp_path: Path) -> None:
     """They could not be compared in pairs."""
     file = _results(tmp_path / "results.json", question_domains={"a": 3})
-    with pytest.raises(RecipeError, match=r"compare\.strict: .*measured on other questions"):
+    with pytest.raises(RecipeError, match=r"--compare strict: .*measured on other questions"):
         other_runs({"strict": file}, _QUESTIONS)
-    with pytest.raises(RecipeError, match=r"compare\.strict: .*holds no results"):
+    with pytest.raises(RecipeError, match=r"--compare strict: .*holds no results"):
         other_runs({"strict": str(tmp_path / "missing.json")}, _QUESTIONS)

@@ -43,6 +43,8 @@ from tests.bench.downscale.spectrum import spectrum_importance
 VARIANTS_FILE: Final = "variants.json"
 _GENERAL_SHARE: Final = 0.1
 _ENSEMBLE: Final = 2
+_NUM_CANDIDATES: Final = 12_000
+_KEEP: Final = 0.6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +68,8 @@ class Result(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What is compared: the sides for a domain and a seed, how many seeds, and the name by which a
-    recipe's `baselines` ask for it."""
+    """What is compared: the sides for a domain and a seed, how many seeds, and the name by which
+    `--baselines` asks for it."""
 
     baseline: str
     sides: Callable[[Run, str, int], dict[str, Side]]
@@ -95,9 +97,9 @@ def variants(run: Run, folder: Path, name: str, domain: str) -> None:
     write_json(folder / VARIANTS_FILE, {"results": results})
 
 
-def results_of(run: Run) -> list[Result]:
-    """What the comparisons that the recipe names found on its first domains."""
-    wanted = [name for name, one in COMPARISONS.items() if one.baseline in run.recipe.baselines]
+def results_of(run: Run, baselines: Sequence[str]) -> list[Result]:
+    """What the comparisons of those names found on the recipe's first domains."""
+    wanted = [name for name, one in COMPARISONS.items() if one.baseline in baselines]
     return [
         result
         for name in wanted
@@ -107,7 +109,7 @@ def results_of(run: Run) -> list[Result]:
 
 
 def _candidates(run: Run, domain: str) -> list[Conversation]:
-    return conversations(run, domain, Split.TRAIN)[: run.recipe.laws.variant_examples]
+    return conversations(run, domain, Split.TRAIN)[:_NUM_CANDIDATES]
 
 
 def _selections(run: Run, domain: str, seed: int) -> dict[str, Side]:
@@ -128,11 +130,10 @@ def _selections(run: Run, domain: str, seed: int) -> dict[str, Side]:
         )
         members.append(member)
     scores = uncertainty(members, candidates, by="bald")
-    keep = settings.selection_keep
     kept = {
-        "most uncertain": keep_by(scores, keep, "hard"),
-        "most certain": keep_by(scores, keep, "easy"),
-        "by lot": select_at_random(len(candidates), keep=keep, seed=seed).kept,
+        "most uncertain": keep_by(scores, _KEEP, "hard"),
+        "most certain": keep_by(scores, _KEEP, "easy"),
+        "by lot": select_at_random(len(candidates), keep=_KEEP, seed=seed).kept,
     }
     fresh = partial(load_model, cut_out(run, domain))
     return {

@@ -25,7 +25,7 @@ def test_intervals_cover_and_pairing_narrows_them() -> None:
     assert high - low == pytest.approx(2 * 1.96 * spread, rel=0.12)
     twin = one.copy()
     twin[:3] = 1 - twin[:3]
-    low, high = comparison.difference(one, twin)["interval_95"]
+    low, high = comparison.mean(one - twin)["interval_95"]
     assert high - low < 0.02
 
 

@@ -66,10 +66,6 @@ def test_paths_start_at_the_recipe(tmp_path):
         ({"domains.fused": {"corpus": "x.txt"}}, "'fused' is reserved for a policy of the pool"),
         ({"domains.Law": {"corpus": "x.txt"}}, "'Law' and 'law' differ in case alone"),
         ({"domains.law.corpus": "domains"}, "only the general corpus may be 'domains'"),
-        (
-            {"baselines": ["finetuned"], "domains.finetuned": {"corpus": "x.txt"}},
-            "'finetuned' is taken by one of the baselines",
-        ),
         ({"adapt_tokens": {"lore": 5}}, "adapt_tokens: 'lore': it is no domain; .*law, sums, base"),
         (
             {"adapt_tokens": {"base": 5}, "members.adapters": {}},
@@ -97,7 +93,6 @@ def test_paths_start_at_the_recipe(tmp_path):
             {"adapt.distill": {"weight": 0.5, "meta": {"reward": "gold"}}},
             "distill.meta.reward: .*'binary' or 'real', got 'gold'",
         ),
-        ({"baselines": ["magic"]}, "baselines.0: .*got 'magic'"),
     ],
 )
 def test_bad_values_are_named(tmp_path, change, message):

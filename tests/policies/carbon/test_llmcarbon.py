@@ -1,4 +1,4 @@
-"""LLMCarbon's published table, reproduced, and the law that is linear in N and D."""
+"""LLMCarbon's published table, reproduced, and the range around what is modelled."""
 
 import math
 from dataclasses import replace
@@ -8,7 +8,6 @@ import pytest
 
 from policies.carbon.grid import find_zone
 from policies.carbon.llmcarbon import (
-    CarbonLaw,
     find_device,
     inference_flops,
     run_carbon,
@@ -44,17 +43,6 @@ def test_embodied_carbon_of_xlm_matches_the_published_prediction():
     # The device table spreads the same hosts over eight devices each.
     by_device = find_device("v100").embodied_gco2e_per_s * 512 * 20.4 * 86400 / 1e6
     assert by_device == pytest.approx(0.648, abs=5e-4)
-
-
-def test_carbon_is_linear_in_parameters_and_tokens():
-    """Doubling N or D doubles the carbon, and the law agrees with the run it summarises."""
-    device = find_device("h200")
-    law = CarbonLaw.of(device, pue=1.1, gco2e_per_kwh=400)
-    run = run_carbon(training_flops(1e9, 2e10), device, num_devices=64, pue=1.1, gco2e_per_kwh=400)
-    once = (run.operational_tco2e + run.embodied_tco2e) * 1e6
-    assert law.tokens_for(1e9, once) == pytest.approx(2e10)
-    assert law.tokens_for(2e9, 2 * once) == pytest.approx(2e10)
-    assert law.tokens_for(1e9, 2 * once) == pytest.approx(4e10)
 
 
 def test_inference_costs_a_third_of_training_per_token():

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -284,3 +286,12 @@ def test_a_cascade_of_what_costs_nothing_or_was_not_asked(folder: Path, tmp_path
     sparse = _shoal("train", "cascade", file, "--budget", "1", *options)
     assert sparse.exit_code == 2
     assert re.search(r"none of .* answered half of the \d+ queries", sparse.stderr)
+
+
+def test_no_command_waits_for_what_another_uses() -> None:
+    """The command line itself loads nothing heavy: `shoal --help` would wait for it."""
+    code = (
+        "import sys, router.cli.main\nprint({'numpy', 'pydantic', 'sqlalchemy'} & set(sys.modules))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
