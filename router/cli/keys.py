@@ -51,6 +51,11 @@ def create_key(
     weight: Annotated[
         float, typer.Option(help="Its share of busy engines, beside other keys' 1.")
     ] = 1.0,
+    usd_per_day: Annotated[float | None, typer.Option(min=0, show_default=False)] = None,
+    usd_per_month: Annotated[float | None, typer.Option(min=0, show_default=False)] = None,
+    gco2e_per_day: Annotated[float | None, typer.Option(min=0, show_default=False)] = None,
+    tokens_per_day: Annotated[int | None, typer.Option(min=0, show_default=False)] = None,
+    requests_per_minute: Annotated[int | None, typer.Option(min=0, show_default=False)] = None,
     cap: _CapOption = None,
     ledger: LedgerOption = None,
     config: ConfigOption = None,
@@ -58,8 +63,16 @@ def create_key(
     """Make a key and print it, once: only its hash is kept."""
     from router.access import keys
 
+    named = {
+        "usd_per_day": usd_per_day,
+        "usd_per_month": usd_per_month,
+        "gco2e_per_day": gco2e_per_day,
+        "tokens_per_day": tokens_per_day,
+        "requests_per_minute": requests_per_minute,
+    }
     with refusing():
-        caps = _read_caps(cap)
+        caps = {cap_name: value for cap_name, value in named.items() if value is not None}
+        caps |= _read_caps(cap)
         with opened(ledger, config, create=True) as database:
             key, secret = keys.create_key(
                 database, name=name, scope=scope, weight=weight, caps=caps, team=team

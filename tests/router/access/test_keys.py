@@ -167,15 +167,7 @@ def test_keys_from_the_command_line(
     """Create prints the secret alone on stdout, list never, and no log holds it."""
     runner, env = CliRunner(), {"SHOAL_LEDGER": ledger_url}
     with caplog.at_level(logging.DEBUG):
-        arguments = [
-            "create",
-            "--name",
-            "team",
-            "--cap",
-            "usd_per_day=5",
-            "--cap",
-            "wh_per_hour=2.5",
-        ]
+        arguments = ["create", "--name", "team", "--usd-per-day", "5", "--cap", "wh_per_hour=2.5"]
         made = runner.invoke(keys_app, arguments, env=env)
         assert made.exit_code == 0, made.output
         secret = made.stdout.strip()
