@@ -77,7 +77,7 @@ def test_the_order_of_the_file_gains_a_router_nothing(reverse: int) -> None:
     weak, strong = np.array([0.0, 0, 1, 1, 1])[::reverse], np.ones(5)
     alike = two_model_curve(np.zeros(5), weak, strong)
     assert apgr(alike) == pytest.approx(0.5)
-    assert cpt(alike, 0.5) == 0.6  # of the five calls, the third is the first to have recovered half
+    assert cpt(alike, 0.5) == 0.6  # of five calls, the third is the first to recover half
     two_kinds = two_model_curve(np.array([1.0, 0, 0, 1, 0])[::reverse], weak, strong)
     np.testing.assert_allclose(two_kinds.quality_P, [9 / 15, 0.7, 0.8, 13 / 15, 14 / 15, 1])
 
