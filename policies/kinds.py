@@ -61,10 +61,10 @@ def explain(error: ValidationError, *, whole: str = "the file") -> str:
             lines.append(f"{where}: unknown key")
         elif detail["type"] == "missing":
             lines.append(f"{where}: the key is missing")
-        elif _SECRET.search(where):
-            lines.append(f"{where}: {detail['msg']}")
         else:
-            lines.append(f"{where}: {detail['msg']}, got {detail['input']!r}")
+            told = detail["msg"].removeprefix("Value error, ")  # pydantic's word for our own checks
+            got = "" if _SECRET.search(where) else f", got {short(detail['input'])}"
+            lines.append(f"{where}: {told}{got}")
     return "; ".join(lines)
 
 

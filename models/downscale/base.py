@@ -15,7 +15,6 @@ from typing import Any, Final
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -126,7 +125,8 @@ def load_base(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # As the file has it: of some classes AutoTokenizer makes another that splits otherwise.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # of a damaged file the libraries raise whatever it leads to
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise
@@ -137,8 +137,6 @@ def load_base(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     if found["missing_keys"] or found["mismatched_keys"]:
         bad = sorted([*found["missing_keys"], *found["mismatched_keys"]])
         raise BaseError(f"base.checkpoint: {folder}: the weights lack or misfit {bad[:3]}")
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise BaseError(f"base.checkpoint: {folder}: the tokenizer is no fast tokenizer")
     if len(tokenizer) > model.config.vocab_size:
         raise BaseError(
             f"base.checkpoint: {folder}: tokenizer and weights do not belong together: the "

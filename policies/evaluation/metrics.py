@@ -1,6 +1,6 @@
 """Routing metrics: APGR and CPT (RouteLLM, Ong et al. 2024), AIQ (RouterBench, Hu et al. 2024).
 
-Shape legend: Q queries, M models, P points of a curve.
+Shape legend: Q queries, M models, P points of a curve, R ranks of equal preference.
 """
 
 from __future__ import annotations
@@ -28,13 +28,16 @@ class Curve:
 def two_model_curve(preference_Q: Floats, weak_Q: Floats, strong_Q: Floats) -> Curve:
     """Return quality against the share of calls to the strong model, at every threshold.
 
-    The strong model gets the queries with the highest `preference`; equal ones in turn.
+    The strong model gets the queries with the highest `preference`. No threshold parts equal ones:
+    each of them counts with what they gain on average, however the rows are ordered.
     """
-    order = np.argsort(-preference_Q, kind="stable")
-    gains = np.concatenate(([0.0], np.cumsum((strong_Q - weak_Q)[order])))
-    num_queries = len(order)
+    _, rank_Q, size_R = np.unique(-preference_Q, return_inverse=True, return_counts=True)
+    gain_R = np.bincount(rank_Q, strong_Q - weak_Q)
+    num_queries = len(rank_Q)
+    calls = np.arange(num_queries + 1)
+    gains = np.interp(calls, [0, *np.cumsum(size_R)], [0, *np.cumsum(gain_R)])
     return Curve(
-        cost_P=np.arange(num_queries + 1) / num_queries,
+        cost_P=calls / num_queries,
         quality_P=weak_Q.mean() + gains / num_queries,
     )
 

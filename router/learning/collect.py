@@ -111,11 +111,16 @@ def read_lines(path: Path, problems: Problems) -> list[Line]:
     Raises `OutcomesError` for a file that cannot be read or holds no question, and says why.
     """
     try:
-        content = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise OutcomesError(f"{path} cannot be read: {error}") from None
+        content = path.read_bytes()
+    except OSError as error:
+        raise OutcomesError(f"{path} cannot be read: {error.strerror}") from None
     lines = []
-    for number, text in enumerate(content.split("\n"), start=1):
+    for number, written in enumerate(content.split(b"\n"), start=1):
+        try:
+            text = written.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            problems.add("bad lines", f"{path}, line {number}: it is not UTF-8 text: {error}")
+            continue
         if not text.strip():
             continue
         try:

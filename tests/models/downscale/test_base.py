@@ -162,6 +162,22 @@ def test_the_size_of_a_base_is_known_before_it_is_trained():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "LlamaTokenizer", "Qwen2TokenizerFast"])
+def test_a_base_reads_texts_as_it_is_served(checkpoint, name):
+    """The tokenizer's file says how, whatever class of transformers its config names."""
+    file = checkpoint / "tokenizer.json"
+    content = json.loads(file.read_text())
+    digits = {"type": "Digits", "individual_digits": True}
+    splits = [digits, {**content["pre_tokenizer"], "add_prefix_space": True}]
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": splits}
+    file.write_text(json.dumps(content))
+    edit(checkpoint / "tokenizer_config.json", tokenizer_class=name)
+    text = "Der Zug um 12:45 has 99 seats"
+    assert (
+        load_base(checkpoint)[1](text)["input_ids"] == read_tokenizer(checkpoint).encode(text).ids
+    )
+
+
 def test_the_tokenizer_of_a_gguf_file_is_the_one_that_serves_it(tmp_path):
     """A member is trained on the tokens that its base was, and is served with them."""
     try:

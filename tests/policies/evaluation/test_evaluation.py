@@ -71,6 +71,17 @@ def test_apgr_and_cpt_by_hand() -> None:
     assert apgr(perfect) + apgr(reverse) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("reverse", [1, -1])
+def test_the_order_of_the_file_gains_a_router_nothing(reverse: int) -> None:
+    """Who prefers all alike is a coin, though those that gain stand first, or last."""
+    weak, strong = np.array([0.0, 0, 1, 1, 1])[::reverse], np.ones(5)
+    alike = two_model_curve(np.zeros(5), weak, strong)
+    assert apgr(alike) == pytest.approx(0.5)
+    assert cpt(alike, 0.5) == 0.6  # of five calls, the third is the first to recover half
+    two_kinds = two_model_curve(np.array([1.0, 0, 0, 1, 0])[::reverse], weak, strong)
+    np.testing.assert_allclose(two_kinds.quality_P, [9 / 15, 0.7, 0.8, 13 / 15, 14 / 15, 1])
+
+
 def test_aiq_is_the_area_under_the_non_decreasing_hull() -> None:
     """Points below the hull and worse dearer ones do not count."""
     curve = Curve(cost_P=np.array([0.0, 0.5, 1.0, 2.0]), quality_P=np.array([0.0, 0.1, 1.0, 0.5]))

@@ -257,6 +257,24 @@ def test_what_is_wrong_with_a_line_or_a_model_is_named_and_counted(tmp_path: Pat
     assert "not graded at all: 1" in result.stderr
 
 
+def test_a_line_in_another_encoding_is_named_and_the_others_are_asked(tmp_path: Path) -> None:
+    """So are lines that a join has put a byte-order mark before; errors show no whole documents."""
+    queries, out = tmp_path / "questions.jsonl", tmp_path / "outcomes.jsonl"
+    queries.write_bytes(
+        b'\xef\xbb\xbf{"query": "2 + 2?", "reference": 4}\r\n'
+        b'{"query": "caf\xe9", "reference": "4"}\n'
+        b'\xef\xbb\xbf{"query": "again?", "reference": "4"}\n'
+        b'{"query": " "}\n{"query": "' + b"x" * 100_000
+    )
+    result = collect(queries, out, "--pool", str(pool_at(tmp_path)))
+    assert result.exit_code == 0, result.output
+    assert [outcome.query for outcome in read_outcomes(out)] == ["2 + 2?", "again?"]
+    told = result.stderr.replace("\n", "")
+    assert "line 2: it is not UTF-8 text" in told and "0xe9" in told
+    assert "line 4: the line: nothing is asked, got {'query': ' '}" in told
+    assert "line 5: the line: Invalid JSON" in told and len(told) < 2000
+
+
 def test_a_file_of_bad_lines_alone_says_what_is_wrong_with_them(tmp_path: Path) -> None:
     """A refusal names the first."""
     queries = questions_at(tmp_path, {"question": "2 + 2?"})
