@@ -49,10 +49,12 @@ def test_vectors_of_another_server() -> None:
     assert server.requests[0]["body"]["truncate_prompt_tokens"] == -1
 
 
-@pytest.mark.parametrize("told", [10**30, -1, True, "5", 2.5])
-def test_tokens_of_rows_are_believed_as_far_as_they_can_be(told: Any) -> None:
+@pytest.mark.parametrize(
+    "usage", [*({"prompt_tokens": told} for told in (10**30, -1, True, "5", 2.5)), [5], "5"]
+)
+def test_tokens_of_rows_are_believed_as_far_as_they_can_be(usage: Any) -> None:
     """A count that no text has would be charged, and held in no ledger's column."""
-    body = {"data": [{"embedding": [1, 0]}], "usage": {"prompt_tokens": told}}
+    body = {"data": [{"embedding": [1, 0]}], "usage": usage}
     [chunk], _ = _encoded(_told(body), inputs=("a",))
     assert chunk.prompt_tokens is None
 
