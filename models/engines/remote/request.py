@@ -274,7 +274,7 @@ class RowReader:
         return found if scored else of_length_one(found)
 
 
-def _num_tokens(usage: Mapping[str, Any] | None) -> int | None:
+def _num_tokens(usage: object) -> int | None:
     """Return how many tokens were read; None where the server does not say."""
-    told = usage or {}
+    told = usage if isinstance(usage, Mapping) else {}
     return read_count(told.get("prompt_tokens") or told.get("total_tokens"))

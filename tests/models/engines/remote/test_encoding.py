@@ -83,14 +83,14 @@ def test_what_are_no_vectors_is_asked_for_again(body: Any) -> None:
         _encoded(_told(body), inputs=("a", "b"))
 
 
-@pytest.mark.parametrize(
-    ("told", "expected"), [(5, 5), (5.0, 5), (2**62, None), (-1, None), (True, None), ("5", None)]
-)
-def test_usage_is_believed_as_far_as_it_can_be(told: Any, expected: int | None) -> None:
-    """Counts that no request can have are left out, and harm nothing."""
-    body = {"data": [{"embedding": [1, 0]}], "usage": {"prompt_tokens": told}}
-    [chunk], _ = _encoded(_told(body), inputs=("a",))
-    assert chunk.prompt_tokens == expected
+@pytest.mark.parametrize("told", [5, 5.0, 2**62, -1, 2.5, True, "5"])
+def test_usage_is_believed_as_far_as_it_can_be(told: Any) -> None:
+    """Counts that no request can have, and usage that is none, are left out and harm nothing."""
+    for usage in ({"prompt_tokens": told}, [told]):
+        body = {"data": [{"embedding": [1, 0]}], "usage": usage}
+        [chunk], _ = _encoded(_told(body), inputs=("a",))
+        known = usage == {"prompt_tokens": 5}
+        assert chunk.prompt_tokens == (5 if known else None)
 
 
 def test_encoders_and_others_are_told_apart() -> None:
