@@ -168,8 +168,7 @@ def test_a_base_reads_texts_as_it_is_served(checkpoint, name):
     file = checkpoint / "tokenizer.json"
     content = json.loads(file.read_text())
     digits = {"type": "Digits", "individual_digits": True}
-    splits = [digits, {**content["pre_tokenizer"], "add_prefix_space": True}]
-    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": splits}
+    content["pre_tokenizer"]["pretokenizers"].insert(0, digits)
     file.write_text(json.dumps(content))
     edit(checkpoint / "tokenizer_config.json", tokenizer_class=name)
     text = "Der Zug um 12:45 has 99 seats"
