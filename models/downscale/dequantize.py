@@ -7,6 +7,7 @@ without a word, so what it took is held against what the file holds.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -108,7 +109,7 @@ def _take_scaling(header: GgufFile, model: PreTrainedModel) -> None:
         original_context_tokens=_LLAMA3_CONTEXT,
         factors=tuple(factors.items()),
     )
-    unscaled = 1.0 / theta ** (torch.arange(0, rotary.dims, 2) / rotary.dims)
+    unscaled = frequencies(replace(rotary, scaling="default"), _LLAMA3_CONTEXT)
     expected = frequencies(rotary, _LLAMA3_CONTEXT)
     if rotary.dims != _head_dims(model) or not torch.allclose(
         unscaled / divisors, expected, rtol=1e-4
